@@ -1,0 +1,145 @@
+"""How workers find out whether they hold the same, and how they come to. Built on the contract alone.
+
+All of it costs a few hundred bytes, and 16 for each tensor compared, until something differs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from abtrain.comm.buckets import pack, unpack
+from abtrain.comm.communicator import Communicator
+from abtrain.errors import RanksDisagreeError
+
+# One int64 MAX finds both ends of a range if -v can be sent beside v. 62 bits leave that room to spare.
+_BITS = 62
+_LIMIT = 2**_BITS
+
+# Ranks at different places in the program, with other fields to compare, still send vectors of one length.
+_MAX_FIELDS = 15
+
+_REMEDY = (
+    "Every rank needs the same model and the same recipe, and one ab.step() for each optimizer step, "
+    "on every rank the same number of times"
+)
+
+
+def digest(tensor: Tensor) -> int:
+    """62 bits of the SHA-256 of a tensor's dtype, shape and bytes; on whatever device it lies."""
+    held = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    sha = hashlib.sha256(f"{held.dtype} {list(held.shape)} ".encode())
+    if held.nbytes:
+        # Read where it lies: numpy has no bfloat16, and a copy of every weight would be a waste.
+        sha.update((ctypes.c_char * held.nbytes).from_address(held.data_ptr()))
+    return _leading_bits(sha.digest())
+
+
+def fingerprint(*parts: object) -> int:
+    """62 bits of the SHA-256 of the parts' `repr`, which has to be the same in every process."""
+    return _leading_bits(hashlib.sha256(repr(parts).encode()).digest())
+
+
+def disagreeing(comm: Communicator, values: Sequence[int]) -> list[int]:
+    """The indexes at which ranks hold different values; every rank gets the same list.
+
+    Args:
+        comm: over whose world to compare.
+        values: from 0 to 2**62 - 1, as many on every rank.
+    """
+    lowest, highest = _ranges(comm, values)
+    return [i for i, (low, high) in enumerate(zip(lowest, highest, strict=True)) if low != high]
+
+
+def check_fingerprint(comm: Communicator, **fields: int) -> None:
+    """Makes sure that all ranks are at the same place before they average anything.
+
+    Collectives of the same shape in another order raise no error, they mix up weights. Here every rank sends
+    the same few bytes wherever it is.
+
+    Args:
+        comm: over whose world to compare.
+        fields: up to 15 numbers from 0 to 2**62 - 1 that say where this rank is, such as `step=120`.
+
+    Raises:
+        RanksDisagreeError: on every rank, if any field differs.
+    """
+    if len(fields) > _MAX_FIELDS:
+        raise ValueError(f"{len(fields)} fields to compare, at most {_MAX_FIELDS}: combine some with fingerprint()")
+    padding = [0] * (_MAX_FIELDS - len(fields))
+    lowest, highest = _ranges(comm, [fingerprint(*fields), *fields.values(), *padding])
+    if lowest[0] != highest[0]:
+        raise RanksDisagreeError(
+            f"ranks are at different places of the program: this one compares {', '.join(fields) or 'nothing'}, "
+            f"another one does not. {_REMEDY}"
+        )
+    ranges = zip(fields, lowest[1:], highest[1:], strict=False)
+    differing = [f"{name} is from {low} to {high}" for name, low, high in ranges if low != high]
+    if differing:
+        raise RanksDisagreeError(f"ranks disagree: {'; '.join(differing)}. {_REMEDY}")
+
+
+def share(comm: Communicator, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
+    """Overwrites every tensor in place, on every rank, with that of its owner, bit by bit.
+
+    Args:
+        comm: over whose world to share.
+        tensors: of the same shapes and dtypes on all ranks.
+        owners: for each tensor, the rank that has the right one.
+    """
+    if len(tensors) != len(owners):
+        raise ValueError(f"{len(tensors)} tensors, but {len(owners)} owners: each tensor needs one")
+    if comm.topology.world_size == 1:
+        return
+    for owner in sorted(set(owners)):
+        owned = [tensor for tensor, its_owner in zip(tensors, owners, strict=True) if its_owner == owner]
+        buckets = pack([tensor.detach().to(comm.device) for tensor in owned], widen=False)
+        for bucket in buckets:
+            comm.broadcast(bucket.flat, owner)
+        if comm.rank != owner:
+            for tensor, received in zip(owned, unpack(buckets, owned), strict=True):
+                tensor.detach().copy_(received)
+
+
+def agree_on_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
+    """Makes named tensors the same on all ranks: where ranks differ, all take rank 0's, in place.
+
+    Returns:
+        The names that differed, in order; the same list on every rank.
+
+    Raises:
+        RanksDisagreeError: on every rank, if the names, shapes or dtypes differ, which no broadcast can mend.
+    """
+    check_fingerprint(
+        comm,
+        tensors=len(named),
+        names=fingerprint(*named),
+        shapes=fingerprint(*(tuple(t.shape) for t in named.values())),
+        dtypes=fingerprint(*(t.dtype for t in named.values())),
+    )
+    names = list(named)
+    differing = [names[i] for i in disagreeing(comm, [digest(tensor) for tensor in named.values()])]
+    share(comm, [named[name] for name in differing], owners=[0] * len(differing))
+    return differing
+
+
+def _ranges(comm: Communicator, values: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The lowest and the highest value that any rank holds, at each index."""
+    outside = [value for value in values if not 0 <= value < _LIMIT]
+    if outside:
+        raise ValueError(f"{outside[0]} cannot be compared between ranks: values go from 0 to 2**{_BITS} - 1")
+    if not values:
+        return [], []
+    mine = torch.tensor(values, dtype=torch.int64, device=comm.device)
+    ends = torch.cat([mine, -mine])
+    comm.all_reduce(ends, "max")
+    highest, lowest = ends.split(len(values))
+    return (-lowest).tolist(), highest.tolist()
+
+
+def _leading_bits(sha256: bytes) -> int:
+    return int.from_bytes(sha256[:8], "big") >> (64 - _BITS)

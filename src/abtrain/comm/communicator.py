@@ -1,0 +1,176 @@
+"""The contract between workers, and its form for one worker alone.
+
+Everything else in abtrain talks to other workers through a `Communicator`, so the same engine runs on Gloo
+and NCCL (`torch_distributed.py`), on threads of one process (`in_process.py`), and alone (`SingleProcess`,
+here). Every collective is counted in the communicator's `meter`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from abtrain.comm.meter import Meter, Spans
+from abtrain.comm.topology import Topology
+
+Scope = Literal["world", "group"]
+Reduction = Literal["sum", "max"]
+
+
+class DataParallel(Protocol):
+    """A model whose gradients are averaged over a scope while `backward` runs.
+
+    In eval mode, or with gradients disabled, a call is the model's own and talks to nobody: one rank may make it alone.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Gradients made by forward passes inside this context accumulate locally."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the model: no gradient is averaged from now on, and a call is an error."""
+        ...
+
+
+class Communicator(Protocol):
+    """What one worker can do with the others.
+
+    Every call is collective over its scope: all of its ranks make it, in the same order. A scope of one rank does
+    nothing and counts nothing. `device` is where tensors must live for the backend to carry them; they are contiguous.
+
+    Raises:
+        ValueError: a tensor that is not contiguous.
+        TypeError: a reduction of a dtype that not every backend can reduce (see `check_reducible`).
+        PeerLostError: another worker died or did not answer in time.
+    """
+
+    rank: int
+    topology: Topology
+    device: torch.device
+    meter: Meter
+
+    def all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> None:
+        """Reduces in place; every rank of the scope ends with the same bits."""
+        ...
+
+    def all_gather(self, tensor: Tensor, scope: Scope = "world") -> Tensor:
+        """Returns (ranks in scope, *tensor.shape), in rank order, for any dtype."""
+        ...
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Overwrites `tensor` everywhere with that of world rank `source`, bit by bit, for any dtype."""
+        ...
+
+    def barrier(self) -> None:
+        """Returns once every worker is here."""
+        ...
+
+    def data_parallel(self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False) -> DataParallel:
+        """Wraps `module` so that `backward` averages its gradients over the scope.
+
+        Of the parameters, those that require a gradient at the time of the call take part. In training, buffers follow
+        the scope's first rank at each forward pass, as in DDP. A scope of one rank needs no synchronization.
+
+        Args:
+            module: the model, on one device, with the same parameters on every rank of the scope.
+            scope: over whom to average.
+            find_unused_parameters: allow a backward pass that leaves some parameters without a gradient. Otherwise
+                the forward pass after it raises UsageError.
+        """
+        ...
+
+
+class Unsynchronized:
+    """The `DataParallel` of a scope of one rank, or of a model with nothing to train: the model as it is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module: nn.Module | None = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return still_open(self._module)(*args, **kwargs)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def close(self) -> None:
+        self._module = None
+
+
+class SingleProcess:
+    """The `Communicator` of a worker that is alone: no `init_process_group`, no communication."""
+
+    def __init__(self, meter: Meter | None = None) -> None:
+        self.rank = 0
+        self.topology = Topology(world_size=1)
+        self.device = torch.device("cpu")
+        self.meter = meter or Meter()
+
+    def all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> None:
+        check_reducible(tensor, op)
+
+    def all_gather(self, tensor: Tensor, scope: Scope = "world") -> Tensor:
+        check_contiguous(tensor)
+        return tensor.detach()[None].clone()
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        check_source(source, self.topology)
+        check_contiguous(tensor)
+
+    def barrier(self) -> None:
+        pass
+
+    def data_parallel(self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False) -> DataParallel:
+        return Unsynchronized(module)
+
+
+def scope_ranks(topology: Topology, rank: int, scope: Scope) -> tuple[int, ...]:
+    """The world ranks of the scope that `rank` is in, in order."""
+    return topology.groups[topology.group_of(rank)] if scope == "group" else tuple(range(topology.world_size))
+
+
+def scope_spans(topology: Topology, scope: Scope) -> Spans:
+    """Whether payload of this scope is meant for other groups: only if the scope holds more than one."""
+    return "between_groups" if scope == "world" and topology.n_groups > 1 else "within_groups"
+
+
+def check_contiguous(tensor: Tensor) -> None:
+    """Refuses what no backend can carry as it lies in memory."""
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"a collective needs a contiguous tensor, not one of shape {list(tensor.shape)} with strides "
+            f"{list(tensor.stride())}: pass a copy made by .contiguous()"
+        )
+
+
+# What Gloo and NCCL can both reduce. Gloo finds out about the rest in the middle of a collective, where it
+# looks as if a peer had gone; bool it "sums" without a warning.
+_REDUCIBLE = frozenset(
+    {torch.float16, torch.bfloat16, torch.float32, torch.float64} | {torch.int8, torch.uint8, torch.int32, torch.int64}
+)
+
+
+def check_reducible(tensor: Tensor, op: Reduction) -> None:
+    """Refuses what some backend cannot reduce, or not without a surprise."""
+    check_contiguous(tensor)
+    if tensor.dtype not in _REDUCIBLE and not (tensor.dtype.is_complex and op == "sum"):
+        raise TypeError(
+            f"all_reduce({op}) cannot take {tensor.dtype}: convert it to float32 or int32, or all_gather it"
+        )
+
+
+def check_source(source: int, topology: Topology) -> None:
+    """Refuses a source that is no rank of the world."""
+    if not 0 <= source < topology.world_size:
+        raise ValueError(f"broadcast from rank {source}: ranks go from 0 to {topology.world_size - 1} in this world")
+
+
+def still_open(module: nn.Module | None) -> nn.Module:
+    """The module of a `DataParallel`; RuntimeError after its `close`."""
+    if module is None:
+        raise RuntimeError("this data-parallel wrapper was closed: make a new one with data_parallel()")
+    return module

@@ -1,0 +1,64 @@
+"""The ranks of one scope on torch.distributed: how a collective is started, awaited, counted and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from abtrain.comm.meter import Meter, Spans
+from abtrain.errors import PeerLostError
+
+
+@dataclass(frozen=True)
+class Link:
+    """The ranks of one scope as torch.distributed knows them (`group` None: the world), and their meter."""
+
+    rank: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None
+    spans: Spans
+    meter: Meter
+
+    def carry(self, name: str, nbytes: int, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Runs one collective to its end, timed, and counts `nbytes`; skips it if there is nothing to do."""
+        if len(self.ranks) == 1 or nbytes == 0:
+            return
+        self.meter.count(nbytes, self.spans)
+        with self.meter.waiting():
+            self.wait(name, self.launch(name, collective, *args, **kwargs))
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Overwrites a contiguous tensor of any dtype with that of world rank `source`."""
+        self.carry("broadcast", tensor.nbytes, dist.broadcast, as_bytes(tensor), src=source)
+
+    def launch(self, name: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> dist.Work:
+        """Starts a collective. What is wrong with its arguments comes out as PyTorch's own error."""
+        try:
+            work: dist.Work = collective(*args, group=self.group, async_op=True, **kwargs)
+        except dist.DistError as error:
+            raise self.peer_lost(name) from error
+        return work
+
+    def wait(self, name: str, work: dist.Work) -> None:
+        """Waits for a collective under way. By now its arguments are good, so what fails is a peer."""
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self.peer_lost(name) from error
+
+    def peer_lost(self, name: str) -> PeerLostError:
+        """The error to raise when a collective failed because of another worker."""
+        return PeerLostError(
+            f"rank {self.rank} lost a peer in {name} over ranks {list(self.ranks)}, phase {self.meter.phase!r}: "
+            "a worker died or did not answer in time. The first error in the other workers' output tells why"
+        )
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A 1-D view of a contiguous tensor's bytes: Gloo cannot move every dtype, but it can move bits."""
+    return tensor.detach().view(-1).view(torch.uint8)

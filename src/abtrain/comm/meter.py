@@ -1,0 +1,85 @@
+"""What a worker hands to collectives, in bytes, and how long they hold it up, in seconds.
+
+Payload is counted where it is handed over, so it does not depend on how a backend routes it. What really
+crosses the network interface (wire bytes) differs by the algorithm, the headers and what is lost.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+Spans = Literal["between_groups", "within_groups"]
+
+
+class Meter:
+    """Payload by phase and by scope, and the seconds spent waiting, of one worker.
+
+    `phase` is the name under which the next payload is counted; the engine sets it. Counting is safe from any
+    thread: autograd may run a hook in one of its own.
+    """
+
+    def __init__(self) -> None:
+        self.phase = "setup"
+        self.sync_seconds = 0.0
+        self._by_scope: dict[str, int] = {"between_groups": 0, "within_groups": 0}
+        self._by_phase: dict[str, int] = {}
+        self._waits = 0
+        self._waiting_since = 0.0
+        self._lock = threading.Lock()
+
+    def count(self, nbytes: int, spans: Spans) -> None:
+        """Adds payload to the current phase; `spans` says whether it is for other groups as well."""
+        with self._lock:
+            self._by_scope[spans] += nbytes
+            self._by_phase[self.phase] = self._by_phase.get(self.phase, 0) + nbytes
+
+    def add_wait(self, seconds: float) -> None:
+        """Adds time that the worker was held up, for waits that `waiting` cannot enclose."""
+        with self._lock:
+            self.sync_seconds += seconds
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Adds the wall time spent inside. Of nested or overlapping waits, time is added once."""
+        with self._lock:
+            self._waits += 1
+            if self._waits == 1:
+                self._waiting_since = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waits -= 1
+                if self._waits == 0:
+                    self.sync_seconds += time.perf_counter() - self._waiting_since
+
+    def payload(self) -> dict[str, Any]:
+        """Bytes so far: `total`, `between_groups`, `within_groups`, and `by_phase`, a number for each."""
+        with self._lock:
+            total = sum(self._by_scope.values())
+            return {"total": total, **self._by_scope, "by_phase": dict(self._by_phase)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to count on from here; JSON can hold it."""
+        with self._lock:
+            return {
+                "phase": self.phase,
+                "sync_seconds": self.sync_seconds,
+                "by_scope": dict(self._by_scope),
+                "by_phase": dict(self._by_phase),
+            }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replaces what was counted by the content of a `state_dict`."""
+        with self._lock:
+            self.phase = str(state["phase"])
+            self.sync_seconds = float(state["sync_seconds"])
+            self._by_scope = {
+                "between_groups": int(state["by_scope"]["between_groups"]),
+                "within_groups": int(state["by_scope"]["within_groups"]),
+            }
+            self._by_phase = {str(phase): int(nbytes) for phase, nbytes in state["by_phase"].items()}

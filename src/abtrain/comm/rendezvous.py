@@ -1,0 +1,132 @@
+"""Where the threads of one process meet for a collective: each brings tensors, all leave with the outcome."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+
+from torch import Tensor
+
+from abtrain.errors import PeerLostError, RanksDisagreeError
+
+# The tensors of each rank of the scope, in rank order -> the tensors that all of them get.
+Combine = Callable[[Sequence[Sequence[Tensor]]], list[Tensor]]
+
+
+@dataclass(eq=False)
+class _Post:
+    """One rank's call of a collective, and what becomes of it."""
+
+    rank: int
+    ranks: tuple[int, ...]
+    call: str
+    tensors: Sequence[Tensor]
+    layout: list[str] = field(init=False)
+    outcome: list[Tensor] | None = None
+    disagreement: str | None = None
+
+    def __post_init__(self) -> None:
+        self.layout = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in self.tensors]
+
+    @property
+    def settled(self) -> bool:
+        return self.outcome is not None or self.disagreement is not None
+
+
+class Rendezvous:
+    """Collectives between threads, for scopes that may overlap.
+
+    A rank posts its call and waits; the last rank of the scope to arrive settles it for all. A rank that
+    leaves frees those who wait for it, and a rank that does not come is waited for during `timeout` seconds.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._posts: dict[int, _Post] = {}
+        self._gone: dict[int, str] = {}
+        self._changed = threading.Condition()
+
+    def meet(
+        self, rank: int, ranks: tuple[int, ...], call: str, tensors: Sequence[Tensor], combine: Combine
+    ) -> list[Tensor]:
+        """Brings `tensors` to a collective of `ranks`; returns what `combine` makes of everyone's.
+
+        What is returned is shared by all the ranks: copy it before writing to it.
+
+        Raises:
+            RanksDisagreeError: another rank made another call, or brought other shapes or dtypes.
+            PeerLostError: another rank left, or did not come in time.
+        """
+        post = _Post(rank, ranks, call, tensors)
+        with self._changed:
+            self._posts[rank] = post
+            try:
+                self._settle(post, combine)
+                self._changed.wait_for(lambda: post.settled or self._missed(post), self._timeout)
+            finally:
+                del self._posts[rank]
+            if post.disagreement is not None:
+                raise RanksDisagreeError(post.disagreement)
+            if post.outcome is None:
+                raise PeerLostError(self._why_alone(post))
+            return post.outcome
+
+    def leave(self, rank: int, why: str) -> None:
+        """Tells the others that `rank` will make no more calls."""
+        with self._changed:
+            self._gone[rank] = why
+            self._changed.notify_all()
+
+    def _settle(self, post: _Post, combine: Combine) -> None:
+        """Settles the collective if `post` completes it, or if it shows that it never can be."""
+        peers = self._waiting(post.ranks)
+        for peer in peers:
+            # Each of the two waits for the other in a place where the other is not.
+            if peer.ranks != post.ranks and post.rank in peer.ranks:
+                self._refuse(self._waiting({*post.ranks, *peer.ranks}), post, peer)
+                return
+        if len(peers) < len(post.ranks):
+            return
+        for peer in peers:
+            if (peer.call, peer.layout) != (peers[0].call, peers[0].layout):
+                self._refuse(peers, peers[0], peer)
+                return
+        outcome = combine([peer.tensors for peer in peers])
+        for peer in peers:
+            peer.outcome = outcome
+        self._changed.notify_all()
+
+    def _refuse(self, posts: Sequence[_Post], one: _Post, other: _Post) -> None:
+        for post in posts:
+            post.disagreement = (
+                f"{_tell(one, other)}, but {_tell(other, one)}: all ranks of a scope have to make the same calls "
+                "in the same order"
+            )
+        self._changed.notify_all()
+
+    def _waiting(self, ranks: Iterable[int]) -> list[_Post]:
+        """The calls of these ranks that are not settled; one that is settled is left until its rank wakes up."""
+        return [self._posts[r] for r in ranks if r in self._posts and not self._posts[r].settled]
+
+    def _missed(self, post: _Post) -> list[int]:
+        """The ranks that `post` waits for in vain."""
+        return [r for r in post.ranks if r in self._gone]
+
+    def _why_alone(self, post: _Post) -> str:
+        missed = self._missed(post)
+        if missed:
+            why = f"rank {missed[0]} {self._gone[missed[0]]}"
+        else:
+            here = {post.rank, *(p.rank for p in self._waiting(post.ranks))}
+            late = [r for r in post.ranks if r not in here]
+            why = f"ranks {late} did not come within {self._timeout:g} s"
+        return f"rank {post.rank} lost a peer in {post.call} over ranks {list(post.ranks)}: {why}"
+
+
+def _tell(post: _Post, other: _Post) -> str:
+    """What `post` was, by the first tensor in which it differs from `other`."""
+    pairs = list(zip_longest(post.layout, other.layout, fillvalue="nothing"))
+    mine = next((a for a, b in pairs if a != b), pairs[0][0] if pairs else "nothing")
+    return f"rank {post.rank} called {post.call} over ranks {list(post.ranks)} with {mine}"

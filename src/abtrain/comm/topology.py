@@ -1,0 +1,70 @@
+"""World -> groups and their roles. Pure: no torch, no communication."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from abtrain.errors import ConfigurationError
+
+Role = Literal["A", "B"]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """`world_size` workers, cut into groups of `group_size` consecutive ranks.
+
+    Raises:
+        ConfigurationError: a size below 1, more workers in a group than in the world, or a world that the
+            group size does not divide.
+    """
+
+    world_size: int
+    group_size: int = 1
+
+    def __post_init__(self) -> None:
+        problems = topology_problems(self.world_size, self.group_size)
+        if problems:
+            raise ConfigurationError(problems)
+
+    @property
+    def n_groups(self) -> int:
+        return self.world_size // self.group_size
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each group, in order."""
+        size = self.group_size
+        return tuple(tuple(range(g * size, (g + 1) * size)) for g in range(self.n_groups))
+
+    def group_of(self, rank: int) -> int:
+        """Index of the group that `rank` belongs to."""
+        return rank // self.group_size
+
+    def role(self, rank: int, cycle: int) -> Role:
+        """Which factor the worker trains (Algorithm 1, lines 1 to 4): the first half of the groups trains A.
+
+        An odd number of groups gives the extra one to A. One group alone would never train B: it alternates
+        by cycle.
+        """
+        if self.n_groups == 1:
+            return "A" if cycle % 2 == 0 else "B"
+        return "A" if self.group_of(rank) < (self.n_groups + 1) // 2 else "B"
+
+
+def topology_problems(world_size: int, group_size: int) -> list[str]:
+    """What is wrong with these sizes; empty if nothing is."""
+    if world_size < 1 or group_size < 1:
+        return [f"world size {world_size} and group size {group_size}: both must be at least 1"]
+    if group_size > world_size:
+        return [
+            f"group size {group_size} is larger than the {world_size} workers there are: "
+            f"choose a group size from 1 to {world_size}"
+        ]
+    if world_size % group_size:
+        divisors = ", ".join(str(d) for d in range(1, world_size + 1) if world_size % d == 0)
+        return [
+            f"world size {world_size} is not a multiple of group size {group_size}: "
+            f"choose a group size among {divisors}"
+        ]
+    return []

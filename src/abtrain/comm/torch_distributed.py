@@ -1,0 +1,166 @@
+"""The contract on torch.distributed: Gloo on CPU, NCCL on GPU.
+
+On NCCL a collective is queued on the current CUDA stream, as always in PyTorch: the seconds that the meter
+then sees are those of the queueing, and a lost peer ends the process through NCCL's watchdog.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from abtrain.comm.communicator import (
+    Communicator,
+    DataParallel,
+    Reduction,
+    Scope,
+    SingleProcess,
+    Unsynchronized,
+    check_contiguous,
+    check_reducible,
+    check_source,
+    scope_ranks,
+    scope_spans,
+)
+from abtrain.comm.ddp import TorchDataParallel, point_sync_batch_norm
+from abtrain.comm.link import Link, as_bytes
+from abtrain.comm.meter import Meter
+from abtrain.comm.topology import Topology
+from abtrain.errors import ConfigurationError
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+def default_communicator(group_size: int | None = None) -> Communicator:
+    """The communicator that fits how this process was started.
+
+    Args:
+        group_size: workers in a group; if None, those of one machine (torchrun's LOCAL_WORLD_SIZE) where every machine
+            has as many, else 1.
+
+    Raises:
+        ConfigurationError: a group size that does not fit the world, or a launcher that announced other workers to a
+            process that has not joined them.
+    """
+    if dist.is_available() and dist.is_initialized():
+        world_size = dist.get_world_size()
+        return TorchCommunicator(Topology(world_size, _local_size(world_size) if group_size is None else group_size))
+    announced = os.environ.get("WORLD_SIZE", "1")
+    if announced.isdecimal() and int(announced) > 1:
+        raise ConfigurationError(
+            f"WORLD_SIZE is {announced}, but this process has not joined the other workers: call "
+            "torch.distributed.init_process_group() first, or unset WORLD_SIZE to train alone"
+        )
+    # A group of several would be a mistake here too, so let the topology refuse it.
+    Topology(world_size=1, group_size=1 if group_size is None else group_size)
+    return SingleProcess()
+
+
+class TorchCommunicator:
+    """The `Communicator` of one process of an initialized torch.distributed world.
+
+    Every rank constructs it at the same time with the same topology, because making the groups is collective.
+
+    Raises:
+        ConfigurationError: torch.distributed is not initialized, or its world has another size than the
+            topology.
+    """
+
+    def __init__(self, topology: Topology, meter: Meter | None = None) -> None:
+        _check_world(topology)
+        self.rank = dist.get_rank()
+        self.topology = topology
+        self.device = _device_of_backend()
+        self.meter = meter or Meter()
+        self._group = self._make_groups()
+
+    def all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> None:
+        check_reducible(tensor, op)
+        self._link(scope).carry(f"all_reduce({op})", tensor.nbytes, dist.all_reduce, tensor.detach(), op=_OPS[op])
+
+    def all_gather(self, tensor: Tensor, scope: Scope = "world") -> Tensor:
+        check_contiguous(tensor)
+        link = self._link(scope)
+        gathered = torch.stack([tensor.detach()] * len(link.ranks))
+        rows = list(as_bytes(gathered).view(len(link.ranks), tensor.nbytes))
+        link.carry("all_gather", tensor.nbytes, dist.all_gather, rows, as_bytes(tensor))
+        return gathered
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        check_source(source, self.topology)
+        check_contiguous(tensor)
+        self._link("world").broadcast(tensor, source)
+
+    def barrier(self) -> None:
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        link = self._link("world")
+        if len(link.ranks) > 1:
+            with self.meter.waiting():
+                link.wait("barrier", link.launch("barrier", dist.barrier, device_ids=device_ids))
+
+    def data_parallel(self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False) -> DataParallel:
+        link = self._link(scope)
+        point_sync_batch_norm(module, link, alone=self.topology.world_size == 1)
+        if len(link.ranks) == 1 or not any(p.requires_grad for p in module.parameters()):
+            return Unsynchronized(module)
+        return TorchDataParallel(module, link, find_unused_parameters)
+
+    def _link(self, scope: Scope) -> Link:
+        return Link(
+            rank=self.rank,
+            ranks=scope_ranks(self.topology, self.rank, scope),
+            group=self._group if scope == "group" else None,
+            spans=scope_spans(self.topology, scope),
+            meter=self.meter,
+        )
+
+    def _make_groups(self) -> dist.ProcessGroup | None:
+        """This rank's group; None where that is the rank alone or the world."""
+        if self.topology.group_size in (1, self.topology.world_size):
+            return None
+        mine: dist.ProcessGroup | None = None
+        timeout = _world_timeout(self.device)
+        # Every rank takes part in making every group, in the same order.
+        for ranks in self.topology.groups:
+            group = dist.new_group(list(ranks), timeout=timeout)
+            if isinstance(group, dist.ProcessGroup):  # and not the placeholder that other ranks get
+                mine = group
+        return mine
+
+
+def _check_world(topology: Topology) -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ConfigurationError(
+            "torch.distributed is not initialized: call torch.distributed.init_process_group() first, "
+            "and start the workers with torchrun"
+        )
+    if dist.get_world_size() != topology.world_size:
+        raise ConfigurationError(
+            f"the topology is for {topology.world_size} workers, but torch.distributed has "
+            f"{dist.get_world_size()}: make it Topology({dist.get_world_size()}, group_size)"
+        )
+
+
+def _device_of_backend() -> torch.device:
+    # "undefined": init_process_group was given no backend, and takes NCCL for CUDA tensors and Gloo for the rest.
+    backend = str(dist.get_backend())
+    if "nccl" in backend or (backend == "undefined" and torch.cuda.is_available()):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _world_timeout(device: torch.device) -> timedelta | None:
+    """The timeout given to init_process_group: by itself new_group takes PyTorch's default."""
+    options = getattr(dist.group.WORLD._get_backend(device), "options", None)  # type: ignore[union-attr]
+    timeout: timedelta | None = getattr(options, "_timeout", None)
+    return timeout
+
+
+def _local_size(world_size: int) -> int:
+    announced = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    local = int(announced) if announced.isdecimal() else 1
+    return local if local > 0 and world_size % local == 0 else 1

@@ -1,0 +1,316 @@
+"""ABTraining: the only module that sees every part.
+
+The loop of every recipe:
+
+    position = recipe.at(0); enter its phase
+    for each training step:
+        forward through ab(...)            DDP over the world, over the group, or the bare module
+        backward                           gradients averaged over that scope
+        optimizer.step                     learning rates times the LR rebound factor
+        ab.step():
+            if position.merges:            merge factors, dense parameters and buffers over the world
+            if the next step is another phase:
+                restore or factorize       the parameters change shape, the optimizer's with them
+                start the LR rebound       if they did
+                freeze by role, wrap again
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from abtrain.comm import default_communicator
+from abtrain.comm.agreement import agree_on_tensors, check_fingerprint, fingerprint, share
+from abtrain.comm.communicator import Communicator, DataParallel, Scope, Unsynchronized
+from abtrain.describe import Description
+from abtrain.errors import ConfigurationError, UsageError
+from abtrain.factors import agree_on_factors
+from abtrain.lowrank.classify import classify
+from abtrain.lowrank.model import FactoredModel, TrainedFactors
+from abtrain.merge import MERGES, average_optimizer_state
+from abtrain.rebound import LRRebound
+from abtrain.recipe import GradientSync, Position, Recipe, Trains, WeightSync
+from abtrain.validate import problems_of
+
+log = logging.getLogger("abtrain")
+
+
+class ABTraining:
+    """Trains a model by a recipe, inside the user's own loop.
+
+        ab = ABTraining(model, optimizer, recipes.ab(total_steps=10_000))
+        for x, y in loader:
+            loss_fn(ab(x), y).backward()
+            optimizer.step(); scheduler.step(); optimizer.zero_grad()
+            ab.step()
+
+    Every call of `ab.step()` and `ab.merged()` is collective: all workers make it, at the same step.
+
+    Args:
+        model: the bare model, already on its device; changed in place. Not wrapped in DDP.
+        optimizer: over the model's parameters; stays the same object.
+        recipe: what happens at which step.
+        communicator: how to reach the other workers; default torch.distributed if it is initialised, else alone.
+        group_size: workers a group; default the number of ranks per node under torchrun, else 1.
+        grad_scaler: the loop's GradScaler, if it has one: groups adapt their loss scales apart, so merges level them.
+        find_unused_parameters: for models whose backward pass leaves some parameters without a gradient, as in DDP.
+
+    Raises:
+        ConfigurationError: all that is wrong with the arguments, at once.
+        RanksDisagreeError: the workers' models differ in names, shapes or dtypes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        recipe: Recipe,
+        *,
+        communicator: Communicator | None = None,
+        group_size: int | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        find_unused_parameters: bool = False,
+    ) -> None:
+        problems = problems_of(model, optimizer, recipe)
+        if communicator is not None and group_size is not None:
+            problems.append("group_size is the communicator's own: give one of the two")
+        if problems:
+            raise ConfigurationError(problems)
+        self.module = model
+        self.optimizer = optimizer
+        self.recipe = recipe
+        self.communicator = default_communicator(group_size) if communicator is None else communicator
+        self.steps_done = 0
+        self.rank_history: list[dict[str, Any]] = []
+        self.seconds = {"svd": 0.0}
+        self._grad_scaler = grad_scaler
+        self._find_unused_parameters = find_unused_parameters
+        self._parallel: DataParallel = Unsynchronized(model)
+        self._treatments = classify(
+            model, recipe.factoring, {id(p) for g in optimizer.param_groups for p in g["params"]}
+        )
+        names = [treatment.name for treatment in self._treatments if treatment.kind == "factored"]
+        state = recipe.factoring.optimizer_state if recipe.factoring else "reset"
+        self._model = FactoredModel(model, optimizer, names, state)
+        self._dense_this_cycle: dict[str, str] = {}
+        self._rebound = LRRebound(optimizer)
+        self._optimizer_steps = self._forwards = 0
+        self._step_hook = optimizer.register_step_post_hook(self._count_optimizer_step)
+        self._workers_equal = True
+        tensors = {name: p.data for name, p in model.named_parameters()} | dict(model.named_buffers())
+        differed = agree_on_tensors(self.communicator, tensors)
+        if differed:
+            log.info("initial values of %d tensors differed between workers: rank 0's were taken", len(differed))
+        if self.communicator.topology.n_groups == 1 and any(p.trains == "a_or_b" for p in recipe.phases):
+            log.warning("one group alone: it trains A and B in turn, cycle by cycle")
+        self._position: Position | None = recipe.at(0)
+        self._enter(self._position)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass; in training, gradients will be averaged as the phase says.
+
+        Raises:
+            UsageError: in training: `ab.step()` was forgotten after the last optimizer step, or the recipe has ended.
+        """
+        if self.module.training and torch.is_grad_enabled():
+            if self._optimizer_steps:
+                raise UsageError(
+                    f"a training forward pass began, but ab.step() was not called after optimizer.step() of step "
+                    f"{self.steps_done}: call ab.step() once after every optimizer.step()"
+                )
+            if self.finished:
+                raise UsageError(self._ended())
+            self._forwards += 1
+        return self._parallel(*args, **kwargs)
+
+    @property
+    def position(self) -> Position | None:
+        """Where the coming step stands in the recipe; None after the last."""
+        return self._position
+
+    @property
+    def finished(self) -> bool:
+        return self._position is None
+
+    @property
+    def rebound_factor(self) -> float:
+        """What the LR rebound multiplies the learning rate of the next optimizer step by."""
+        return self._rebound.factor
+
+    @property
+    def compression(self) -> float:
+        """Parameters of the full model over parameters as last factored."""
+        return self._model.compression
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Gradient accumulation: forward and backward passes inside it do not communicate, as with DDP."""
+        return self._parallel.no_sync()
+
+    def step(self) -> None:
+        """One training step is done: merges, and phase changes, happen here. Call it after `optimizer.step()`.
+
+        Also after a step that a GradScaler skipped, so that all workers stay at the same step.
+
+        Raises:
+            UsageError: the recipe has ended, or the model was called past `ab(...)`.
+            RanksDisagreeError: the workers are at different steps, in different phases, or hold different shapes.
+        """
+        position = self._position
+        if position is None:
+            raise UsageError(self._ended())
+        if self._optimizer_steps and not self._forwards and self.communicator.topology.world_size > 1:
+            raise UsageError("the optimizer stepped, but no ab(...) call came before: call ab(x) in place of model(x)")
+        self._optimizer_steps = self._forwards = 0
+        self._rebound.advance()
+        self.steps_done += 1
+        upcoming = self.recipe.at(self.steps_done) if self.steps_done < self.recipe.total_steps else None
+        self._workers_equal = isinstance(position.phase.sync, GradientSync)
+        if position.merges:
+            self._merge(position, upcoming)
+        self._position = upcoming
+        if upcoming is None:
+            self._rebound.start(0)
+            self._wrap(None)
+        elif upcoming.first:
+            self._enter(upcoming)
+
+    @contextmanager
+    def merged(self) -> Iterator[nn.Module]:
+        """Inside it, the model holds the average of the groups: for validation. Collective on entry, not on exit.
+
+        A recipe without any sync has no average: the model stays the worker's own.
+        """
+        position = self._position
+        if position is None or self._workers_equal or not isinstance(position.phase.sync, WeightSync):
+            yield self.module
+            return
+        tensors = list(self._merged_tensors().values())
+        own = [tensor.clone() for tensor in tensors]
+        self._average(position)
+        try:
+            yield self.module
+        finally:
+            for tensor, value in zip(tensors, own, strict=True):
+                tensor.copy_(value)
+
+    def describe(self) -> Description:
+        """Every parameter with what becomes of it and why, the phases, and the groups."""
+        return Description(
+            self.recipe, self.communicator.topology, tuple(self._treatments), dict(self._dense_this_cycle)
+        )
+
+    def dense_state_dict(self) -> dict[str, Tensor]:
+        """The full-rank state dict, loadable into the model as it was built; factored weights as W = A B."""
+        return self._model.dense_state_dict()
+
+    def close(self) -> None:
+        """Takes abtrain's hooks off the optimizer. The model stays as it is."""
+        self._rebound.close()
+        self._step_hook.remove()
+
+    def _enter(self, position: Position) -> None:
+        """Makes model, optimizer and wrapper what the phase says."""
+        comm, phase = self.communicator, position.phase
+        comm.meter.phase = phase.name
+        # The old wrapper holds gradient buffers as large as the model: they go before new parameters come.
+        self._wrap(None)
+        reshaped = bool(self._model.records) != (phase.weights == "factored")
+        if reshaped and phase.weights == "full":
+            self._model.restore()
+        elif reshaped:
+            self._factorize(position)
+        if reshaped and position.step:
+            self._rebound.start(self.recipe.lr_rebound_steps)
+        if phase.weights == "factored":
+            role = comm.topology.role(comm.rank, position.cycle)
+            trained: dict[Trains, TrainedFactors] = {"all": "all", "b": "B", "a_or_b": role}
+            self._model.train_only(trained[phase.trains])
+        if phase.sync is not None:
+            self._wrap("world" if isinstance(phase.sync, GradientSync) else "group")
+
+    def _wrap(self, scope: Scope | None) -> None:
+        """Lets gradients be averaged over a scope, or not at all (None)."""
+        self._parallel.close()
+        self._parallel = Unsynchronized(self.module)
+        if scope is not None:
+            self._parallel = self.communicator.data_parallel(self.module, scope, self._find_unused_parameters)
+
+    def _factorize(self, position: Position) -> None:
+        assert self.recipe.factoring is not None
+        start, waited = time.perf_counter(), self.communicator.meter.sync_seconds
+        agreed = agree_on_factors(self.communicator, self._model.matrices(), self.recipe.factoring)
+        waited = self.communicator.meter.sync_seconds - waited
+        self.seconds["svd"] += time.perf_counter() - start - waited
+        self._model.factorize(agreed.factors)
+        self._dense_this_cycle = agreed.dense
+        ranks = {name: pair.k for name, pair in agreed.factors.items()}
+        self.rank_history.append({"cycle": position.cycle, "step": position.step, "ranks": ranks})
+
+    def _merge(self, position: Position, upcoming: Position | None) -> None:
+        """All groups become one: parameters, buffers, and what else must be alike where gradients are shared next."""
+        self._average(position)
+        self._workers_equal = True
+        self._level_grad_scaler()
+        if upcoming is not None and isinstance(upcoming.phase.sync, GradientSync):
+            project = self.recipe.factoring is not None and self.recipe.factoring.optimizer_state == "project"
+            factors = {id(f) for record in self._model.records.values() for f in (record.A, record.B)}
+            kept = [p for p in self._trained().values() if project or id(p) not in factors]
+            average_optimizer_state(self.optimizer, kept, self.communicator)
+
+    def _average(self, position: Position) -> None:
+        assert isinstance(position.phase.sync, WeightSync)
+        comm, named = self.communicator, self._merged_tensors()
+        layout = fingerprint(*((name, tuple(t.shape), str(t.dtype)) for name, t in named.items()))
+        check_fingerprint(comm, step=self.steps_done, phase=position.phase_index, shapes=layout)
+        merge = MERGES[position.phase.sync.merge]
+        averaged = [tensor for tensor in named.values() if tensor.is_floating_point()]
+        for tensor, value in zip(averaged, merge(averaged, comm), strict=True):
+            tensor.copy_(value)
+        counters = [tensor for tensor in named.values() if not tensor.is_floating_point()]
+        share(comm, counters, [0] * len(counters))
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """All parameters that some worker trains, in the order that all workers have them in."""
+        trained: dict[str, nn.Parameter] = {}
+        for treatment in self._treatments:
+            record = self._model.records.get(treatment.name)
+            if record is not None:
+                trained[f"{treatment.name}.A"], trained[f"{treatment.name}.B"] = record.A, record.B
+            elif treatment.kind != "frozen":
+                trained[treatment.name] = self.module.get_parameter(treatment.name)
+        return trained
+
+    def _merged_tensors(self) -> dict[str, Tensor]:
+        """What a merge makes equal: trained parameters and buffers, as real tensors that write through."""
+        tensors = {name: parameter.data for name, parameter in self._trained().items()} | dict(
+            self.module.named_buffers()
+        )
+        return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in tensors.items()}
+
+    def _level_grad_scaler(self) -> None:
+        """Takes the lowest loss scale of all groups: with unlike scales, averaged gradients would be wrong."""
+        state = self._grad_scaler.state_dict() if self._grad_scaler is not None else {}
+        if not state or self._grad_scaler is None:
+            return
+        low = torch.tensor([-state["scale"], -state["_growth_tracker"]], dtype=torch.float32)
+        low = low.to(self.communicator.device)
+        self.communicator.all_reduce(low, op="max")
+        state["scale"], state["_growth_tracker"] = -low[0].item(), int(-low[1].item())
+        self._grad_scaler.load_state_dict(state)
+
+    def _count_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._optimizer_steps += 1
+
+    def _ended(self) -> str:
+        return (
+            f"recipe {self.recipe.name!r} ended after its {self.recipe.total_steps} steps: "
+            "stop the loop there, or build the recipe with more total_steps"
+        )

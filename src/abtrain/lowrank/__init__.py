@@ -1,0 +1,1 @@
+"""Low-rank factors of weights: tensors and modules only, no communication."""

@@ -1,0 +1,121 @@
+"""Which parameters are factored, which are averaged as they are, and why."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+
+from abtrain.lowrank.layers import FACTORED_LAYERS
+from abtrain.lowrank.matrix import MatrixShape
+from abtrain.recipe import Factoring
+
+Kind = Literal["factored", "averaged", "frozen"]
+
+_NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+    nn.modules.batchnorm._NormBase,
+)
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What becomes of one parameter.
+
+    Attributes:
+        name: its first name in the model.
+        shape: of the dense parameter.
+        kind: `factored` into A and B in factored phases; `averaged` at merges, dense always; or `frozen`: never
+            trained, so never sent.
+        reason: why.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    reason: str
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] | None = None) -> list[Treatment]:
+    """A treatment for every parameter of the model, tied ones once.
+
+    Args:
+        model: with all its weights dense.
+        factoring: None where the recipe has no factored phase.
+        optimized: `id`s of the parameters that the optimizer holds; None: all of them.
+    """
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    treatments = []
+    for name, parameter in model.named_parameters():
+        kind: Kind = "averaged"
+        if not parameter.requires_grad:
+            kind, reason = "frozen", "does not require a gradient"
+        elif optimized is not None and id(parameter) not in optimized:
+            kind, reason = "frozen", "not in the optimizer"
+        elif len(names[id(parameter)]) > 1:
+            reason = f"tied with {', '.join(names[id(parameter)][1:])}"
+        elif factoring is None:
+            reason = "the recipe has no factored phase"
+        else:
+            reason = _why_dense(model, name, parameter, factoring)
+            if not reason:
+                kind, reason = "factored", _how_factored(model, name)
+        treatments.append(Treatment(name, tuple(parameter.shape), kind, reason))
+    return treatments
+
+
+def _why_dense(model: nn.Module, name: str, parameter: nn.Parameter, factoring: Factoring) -> str:
+    """The reason why a trained parameter stays dense; empty if nothing speaks against factoring it."""
+    module, attribute = owner(model, name)
+    matrix = MatrixShape(parameter.shape) if parameter.ndim >= 2 else None
+    rules = (
+        (parameter.numel() == 0, "empty"),
+        (matrix is None, "a vector or scalar"),
+        (not parameter.is_floating_point(), f"{parameter.dtype}: only real weights are factored"),
+        (isinstance(module, nn.Embedding | nn.EmbeddingBag), "an embedding"),
+        (isinstance(module, _NORMS), "a norm"),
+        (isinstance(module, nn.RNNBase), "a recurrent layer keeps flat copies of its weights"),
+        (not attribute.endswith("weight"), "not a weight by its name"),
+    )
+    for applies, reason in rules:
+        if applies:
+            return reason
+    for pattern in factoring.exclude:
+        if fnmatchcase(name, pattern):
+            return f"excluded by {pattern!r}"
+    if matrix is not None and matrix.n < factoring.min_dim:
+        return f"smaller matrix dimension {matrix.n} is below min_dim={factoring.min_dim}"
+    return ""
+
+
+def _how_factored(model: nn.Module, name: str) -> str:
+    module, _ = owner(model, name)
+    if has_factored_form(module):
+        return f"{type(module).__name__}, computed in factored form"
+    return f"{type(module).__name__}, rebuilt from its factors when read"
+
+
+def has_factored_form(module: nn.Module) -> bool:
+    """Whether the module can compute with A and B without rebuilding W."""
+    return type(module) in FACTORED_LAYERS and getattr(module, "groups", 1) == 1
+
+
+def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds parameter `name`, and the parameter's name in it."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute

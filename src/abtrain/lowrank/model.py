@@ -1,0 +1,88 @@
+"""A model whose weights change between full and factored, its optimizer with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from abtrain.lowrank.matrix import MatrixShape
+from abtrain.lowrank.optimizer import project_to_factors, project_to_weight, replace_
+from abtrain.lowrank.surgery import FactoredWeight, factorize_, restore_
+from abtrain.lowrank.svd import Factors
+from abtrain.recipe import OptimizerState
+
+TrainedFactors = Literal["all", "A", "B"]
+
+
+class FactoredModel:
+    """The weights of `model` that may be factored, and the factors while they are.
+
+    Args:
+        model: changed in place.
+        optimizer: changed in place; factors take the place of their weight in its param group.
+        names: of the weights that may be factored.
+        optimizer_state: at a change of shape, `reset` a weight's state or `project` it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        names: Sequence[str],
+        optimizer_state: OptimizerState = "reset",
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.records: dict[str, FactoredWeight] = {}
+        self._names = tuple(names)
+        self._project = optimizer_state == "project"
+        self._full_numel = sum(parameter.numel() for parameter in model.parameters())
+        self._compression = 1.0
+
+    @property
+    def compression(self) -> float:
+        """Parameters of the full model over parameters as last factored; 1 before that."""
+        return self._compression
+
+    def matrices(self) -> dict[str, Tensor]:
+        """The weights that may be factored, as (m, n) matrices, without gradients. They must be dense."""
+        weights = {name: self.model.get_parameter(name).detach() for name in self._names}
+        return {name: MatrixShape(weight.shape).to_matrix(weight) for name, weight in weights.items()}
+
+    def factorize(self, factors: Mapping[str, Factors]) -> None:
+        """Puts the factors in the place of the weights that they are named after."""
+        for name, pair in factors.items():
+            record = factorize_(self.model, name, pair)
+            (state,) = replace_(self.optimizer, [record.dense], [record.A, record.B])
+            if self._project and state:
+                state_A, state_B = project_to_factors(state, record)
+                self.optimizer.state[record.A], self.optimizer.state[record.B] = state_A, state_B
+            self.records[name] = record
+        self._compression = self._full_numel / sum(parameter.numel() for parameter in self.model.parameters())
+
+    def restore(self) -> None:
+        """Makes every weight W = A B again."""
+        for record in self.records.values():
+            state_A, state_B = replace_(self.optimizer, [record.A, record.B], [record.dense])
+            restore_(record)
+            if self._project and (state_A or state_B):
+                self.optimizer.state[record.dense] = project_to_weight(state_A, state_B, record)
+        self.records = {}
+
+    def train_only(self, which: TrainedFactors) -> None:
+        """Freezes the factors that are not trained."""
+        for record in self.records.values():
+            record.A.requires_grad_(which in ("all", "A"))
+            record.B.requires_grad_(which in ("all", "B"))
+
+    def dense_state_dict(self) -> dict[str, Tensor]:
+        """The state of the full-rank model: loadable into the model as the user built it."""
+        state: dict[str, Tensor] = dict(self.model.state_dict())
+        for record in self.records.values():
+            for key in record.state_keys():
+                del state[key]
+            state[record.name] = record.weight()
+        return state

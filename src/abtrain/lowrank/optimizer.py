@@ -1,0 +1,124 @@
+"""The optimizer's side of a change of shape: parameters swapped in place, moments mapped.
+
+The optimizer stays the object that the user made, and so do its param groups: learning rates, weight decay and
+schedulers go on as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from abtrain.lowrank.surgery import FactoredWeight
+
+State = dict[str, Any]
+
+LINEAR_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
+"""State that is a running mean of gradients."""
+SQUARED_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+"""State that is a running mean (or sum) of squared gradients."""
+PROJECTABLE = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+)
+"""Optimizers whose whole state is known to be linear or squared moments and step counts."""
+
+
+def replace_(optimizer: Optimizer, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]) -> list[State]:
+    """Puts `new` where `old[0]` stands in its param group, and takes the other `old` out.
+
+    Returns:
+        The states that the `old` ones had, in their order (empty where there was none).
+    """
+    gone = {id(parameter) for parameter in old}
+    for group in optimizer.param_groups:
+        parameters = group["params"]
+        places = [i for i, parameter in enumerate(parameters) if parameter is old[0]]
+        if places:
+            kept = parameters[: places[0]], parameters[places[0] + 1 :]
+            before, after = ([p for p in part if id(p) not in gone] for part in kept)
+            group["params"] = [*before, *new, *after]
+    return [optimizer.state.pop(parameter, {}) for parameter in old]
+
+
+def project_to_factors(state: State, record: FactoredWeight) -> tuple[State, State]:
+    """State of W -> states of A and B.
+
+    The gradients are G_A = G B^T and G_B = A^T G, so running means map the same way. Running means of squares map
+    through the squared factors, which is exact where the entries of G are uncorrelated.
+    """
+    shape = record.matrix_shape
+    A, B = record.A.detach(), record.B.detach()
+
+    def to_A(M: Tensor, squared: bool) -> Tensor:
+        return shape.to_matrix(M) @ ((B * B).T if squared else B.T)
+
+    def to_B(M: Tensor, squared: bool) -> Tensor:
+        return ((A * A).T if squared else A.T) @ shape.to_matrix(M)
+
+    return _mapped(state, to_A), _mapped(state, to_B)
+
+
+def project_to_weight(state_A: State, state_B: State, record: FactoredWeight) -> State:
+    """States of A and B -> state of W; either may be empty.
+
+    Of a mean M_A of G B^T and a mean M_B of A^T G, the smallest G that explains both is taken: with P the projector on
+    the columns of A, G = A (A^T A)^-1 M_B + (I - P) M_A (B B^T)^-1 B. A mean of squares is spread evenly over the
+    entries that it was summed over, which keeps it positive.
+    """
+    shape = record.matrix_shape
+    A, B = record.A.detach().double(), record.B.detach().double()
+    A_plus, B_plus = torch.linalg.pinv(A), torch.linalg.pinv(B)
+    # Step counts and the like come from the factor that was trained: the frozen one's stood still.
+    further = state_A if float(state_A.get("step", 0)) >= float(state_B.get("step", 0)) else state_B
+    merged: State = dict(further)
+    for key in (LINEAR_MOMENTS | SQUARED_MOMENTS) & (state_A.keys() | state_B.keys()):
+        of_A, of_B = state_A.get(key), state_B.get(key)
+        if of_A is None and of_B is None:
+            continue
+        M = _explain(of_A, of_B, A, A_plus, B_plus) if key in LINEAR_MOMENTS else _spread(of_A, of_B, A, B)
+        merged[key] = shape.to_tensor(M.to(record.dense.dtype)).contiguous()
+    return merged
+
+
+def _explain(M_A: Tensor | None, M_B: Tensor | None, A: Tensor, A_plus: Tensor, B_plus: Tensor) -> Tensor:
+    G: Tensor | float = 0.0
+    if M_A is not None:
+        G = M_A.double() @ B_plus.T
+    if M_B is not None:
+        G = G - A @ (A_plus @ G) if isinstance(G, Tensor) else 0.0
+        G = G + A_plus.T @ M_B.double()
+    assert isinstance(G, Tensor)
+    return G
+
+
+def _spread(V_A: Tensor | None, V_B: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+    """Rows of V from V_A = V (B*B)^T and columns of V from V_B = (A*A)^T V, averaged where both are known."""
+    estimates = []
+    if V_A is not None:
+        rows = V_A.double().sum(1, keepdim=True) / (B * B).sum()
+        estimates.append(rows.expand(-1, B.shape[1]))
+    if V_B is not None:
+        columns = V_B.double().sum(0, keepdim=True) / (A * A).sum()
+        estimates.append(columns.expand(A.shape[0], -1))
+    return torch.stack(estimates).mean(0)
+
+
+def _mapped(state: State, convert: Callable[[Tensor, bool], Tensor]) -> State:
+    """Moments converted; everything else (step counts, None) taken over, tensors as copies."""
+    mapped: State = {}
+    for key, value in state.items():
+        if key in LINEAR_MOMENTS | SQUARED_MOMENTS and isinstance(value, Tensor):
+            mapped[key] = convert(value, key in SQUARED_MOMENTS).contiguous()
+        else:
+            mapped[key] = value.clone() if isinstance(value, Tensor) else value
+    return mapped

@@ -1,0 +1,68 @@
+"""Rank rules: how many singular values of a weight to keep.
+
+A rule is called with the singular values in descending order, as floats, and returns k from 1 to min(m, n).
+`rank_multiple` rounds k up, since hardware likes multiples of 8 or 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from abtrain.recipe import share_problems, whole_number_problems
+
+
+def _bounded(k: int, multiple: int, m: int, n: int) -> int:
+    """k rounded up to a multiple, from 1 to min(m, n)."""
+    rounded = -(-max(k, 1) // multiple) * multiple
+    return min(rounded, m, n)
+
+
+@dataclass(frozen=True)
+class SigmaCutoff:
+    """Keeps the singular values of at least `cutoff` times the largest (Section III of the paper, `sigmaCutoff`)."""
+
+    cutoff: float = 0.15
+    rank_multiple: int = 1
+
+    def problems(self) -> list[str]:
+        return share_problems("sigma_cutoff", self.cutoff) + _multiple_problems(self.rank_multiple)
+
+    def __call__(self, singular_values: Sequence[float], m: int, n: int) -> int:
+        threshold = self.cutoff * singular_values[0]
+        return _bounded(sum(s >= threshold for s in singular_values), self.rank_multiple, m, n)
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Keeps the fewest singular values whose squares sum to at least `share` of all squares."""
+
+    share: float = 0.95
+    rank_multiple: int = 1
+
+    def problems(self) -> list[str]:
+        return share_problems("energy", self.share) + _multiple_problems(self.rank_multiple)
+
+    def __call__(self, singular_values: Sequence[float], m: int, n: int) -> int:
+        energies = list(accumulate(s * s for s in singular_values))
+        wanted = self.share * energies[-1]
+        return _bounded(1 + sum(energy < wanted for energy in energies), self.rank_multiple, m, n)
+
+
+@dataclass(frozen=True)
+class FixedRank:
+    """Keeps `k` singular values, or all where there are fewer."""
+
+    k: int
+    rank_multiple: int = 1
+
+    def problems(self) -> list[str]:
+        return whole_number_problems("rank", self.k, least=1) + _multiple_problems(self.rank_multiple)
+
+    def __call__(self, singular_values: Sequence[float], m: int, n: int) -> int:
+        return _bounded(self.k, self.rank_multiple, m, n)
+
+
+def _multiple_problems(rank_multiple: int) -> list[str]:
+    return whole_number_problems("rank_multiple", rank_multiple, least=1)

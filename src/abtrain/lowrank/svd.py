@@ -1,0 +1,63 @@
+"""decompose(W) -> A, B (equation 3 of the paper)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from abtrain.errors import NonFiniteError
+from abtrain.recipe import RankRule
+
+
+class Factors(NamedTuple):
+    """W ~ A B: A is (m, k), B is (k, n)."""
+
+    A: Tensor
+    B: Tensor
+
+    @property
+    def k(self) -> int:
+        return self.B.shape[0]
+
+
+def decompose(W: Tensor, rank_rule: RankRule) -> Factors:
+    """Cuts a matrix to the rank that `rank_rule` picks from its singular values.
+
+    Halves are computed in float32 and returned as halves. An SVD that does not converge is tried again in float64.
+    An all-zero matrix gives zero factors of rank 1.
+
+    Args:
+        W: (m, n) matrix, real, not empty.
+        rank_rule: how many singular values to keep.
+
+    Returns:
+        A = U sqrt(S), (m, k), and B = sqrt(S) Vh, (k, n), contiguous, in W's dtype and on its device.
+
+    Raises:
+        NonFiniteError: W holds NaN or infinity.
+        torch.linalg.LinAlgError: the SVD did not converge in float64 either.
+        ValueError: W is not a matrix, is empty, or is not real floating point.
+    """
+    if W.ndim != 2 or W.numel() == 0 or not W.is_floating_point():
+        raise ValueError(f"cannot decompose a {W.dtype} tensor of shape {tuple(W.shape)}: need a real (m, n) matrix")
+    if not torch.isfinite(W).all():
+        raise NonFiniteError(f"cannot decompose a matrix of shape {tuple(W.shape)}: it holds NaN or infinity")
+    U, S, Vh = _svd(W.detach())
+    m, n = W.shape
+    k = rank_rule(S.tolist(), m, n) if S[0] > 0 else 1
+    root = S[:k].sqrt()
+    # eq. 3: W = (U sqrt(S)) (sqrt(S) Vh)
+    A = U[:, :k] * root
+    B = root[:, None] * Vh[:k]
+    return Factors(A.to(W.dtype).contiguous(), B.to(W.dtype).contiguous())
+
+
+def _svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    single = W if W.dtype == torch.float64 else W.float()
+    try:
+        U, S, Vh = torch.linalg.svd(single, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but missing from the stubs
+        U, S, Vh = torch.linalg.svd(single.double(), full_matrices=False)
+    return U, S, Vh

@@ -1,0 +1,63 @@
+"""LR rebound: after a change of parameter shapes the learning rate starts near zero and climbs back (Section III)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class LRRebound:
+    """Scales the learning rates of an optimizer while it steps, and only then.
+
+    A scheduler beside it reads and writes the values that it knows: the factor is applied when `optimizer.step` begins
+    and taken back when it ends. In step j = 0, 1, ... after `start(N)` the factor is (j + 1) / (N + 1), and 1 from j =
+    N on.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._length = 0
+        self._done = 0
+        self._scheduled: list[float | Tensor] = []
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        )
+
+    @property
+    def factor(self) -> float:
+        """What the next optimizer step multiplies its learning rates by."""
+        return min(1.0, (self._done + 1) / (self._length + 1))
+
+    def start(self, steps: int) -> None:
+        """Begins a climb of `steps` steps; 0 ends any climb."""
+        self._length, self._done = steps, 0
+
+    def advance(self) -> None:
+        """One training step is done, whether the optimizer took it or a gradient scaler skipped it."""
+        self._done = min(self._done + 1, self._length)
+
+    def close(self) -> None:
+        """Takes the hooks off the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # A step that raised never came to its post-hook: its learning rates are still scaled.
+        self._put_back()
+        if self.factor == 1.0:
+            return
+        self._scheduled = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            # A new tensor where it is one: the scheduler may hold the old one.
+            group["lr"] = group["lr"] * self.factor
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for group, lr in zip(self._optimizer.param_groups, self._scheduled, strict=False):
+            group["lr"] = lr
+        self._scheduled = []

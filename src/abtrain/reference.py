@@ -1,0 +1,173 @@
+"""Algorithm 1 of the paper on one page: all workers simulated in one process, without torch.distributed.
+
+This is what the engine must match. Nothing is shared with it but the recipe's numbers: weights live in plain
+dictionaries, a factored weight enters the model as the product A B, and every tensor has an optimizer of its own, so
+that a change of shape is a new tensor with a new optimizer.
+
+Inside a group all workers hold the same weights, so a group is one set of tensors with the mean of its workers'
+gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+
+Batch = tuple[Tensor, Tensor]
+
+
+def ab_training(
+    model: nn.Module,
+    factored: Sequence[str],
+    batch: Callable[[int, int], Batch],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    make_optimizer: Callable[[list[Tensor]], Optimizer],
+    *,
+    workers: int,
+    group_size: int = 1,
+    groups: bool = True,
+    total_steps: int,
+    warmup_steps: int,
+    ab_steps: int,
+    rebound_steps: int,
+    lr_rebound_steps: int,
+    sigma_cutoff: float,
+) -> dict[str, Tensor]:
+    """Trains a model by Algorithm 1, or with `groups=False` by the paper's "AB - No Groups".
+
+    Args:
+        model: its parameters are the start; not changed.
+        factored: names of the weights to decompose.
+        batch: (worker, step) -> inputs and targets.
+        loss: (output, targets) -> scalar.
+        make_optimizer: one tensor in a list -> an optimizer over it, with the scheduled learning rate.
+        workers, group_size, total_steps, ...: as in the paper.
+        sigma_cutoff: singular values below this share of the largest are removed.
+
+    Returns:
+        The averaged full-rank parameters at the end, by name.
+    """
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    world = [_Replica(start, make_optimizer)]  # one replica while all workers are equal
+    n_groups = workers // group_size
+    step, rebound = 0, lr_rebound_steps
+
+    def train(replicas: list[_Replica], steps: int) -> None:
+        nonlocal step, rebound
+        for _ in range(min(steps, total_steps - step)):
+            for g, replica in enumerate(replicas):
+                size = workers // len(replicas)
+                members = range(g * size, (g + 1) * size)
+                gradients = [replica.gradients(model, loss, *batch(worker, step)) for worker in members]
+                replica.update(gradients, lr_factor=min(1.0, (rebound + 1) / (lr_rebound_steps + 1)))
+            step, rebound = step + 1, rebound + 1
+
+    train(world, warmup_steps)  # lines 5-6
+    cycle = 0
+    while step < total_steps:  # lines 7, 22
+        if groups:
+            world = [world[0].copy() for _ in range(n_groups)]
+        for g, replica in enumerate(world):
+            replica.decompose(factored, sigma_cutoff)  # lines 8-10
+            first_half = g < (n_groups + 1) / 2 - 0.5 if n_groups > 1 else cycle % 2 == 0
+            replica.trained = ("A" if first_half else "B") if groups else "B"  # lines 1-4, 12
+        rebound = 0  # line 11
+        train(world, ab_steps)  # lines 13-14
+        world = [_mean(world)]  # lines 15-16
+        world[0].recompose()  # lines 17-18
+        rebound = 0  # line 19
+        train(world, rebound_steps)  # lines 20-21
+        cycle += 1
+    return {name: tensor.detach() for name, tensor in world[0].tensors.items()}
+
+
+class _Replica:
+    """The tensors of one worker (or of workers that are equal), each with its optimizer."""
+
+    def __init__(self, tensors: dict[str, Tensor], make_optimizer: Callable[[list[Tensor]], Optimizer]) -> None:
+        self.make_optimizer = make_optimizer
+        self.tensors: dict[str, Tensor] = {}
+        self.optimizers: dict[str, Optimizer] = {}
+        self.shapes: dict[str, torch.Size] = {}  # of the weights that are decomposed
+        self.trained = ""
+        for name, tensor in tensors.items():
+            self.put(name, tensor)
+
+    def put(self, name: str, tensor: Tensor, state: dict[str, Any] | None = None) -> None:
+        self.tensors[name] = tensor.detach().clone().requires_grad_()
+        self.optimizers[name] = self.make_optimizer([self.tensors[name]])
+        if state:
+            self.optimizers[name].state[self.tensors[name]] = _map_tensors(state, torch.clone)
+
+    def state(self, name: str) -> dict[str, Any]:
+        state: dict[str, Any] = self.optimizers[name].state[self.tensors[name]]
+        return state
+
+    def copy(self) -> _Replica:
+        twin = _Replica({}, self.make_optimizer)
+        for name, tensor in self.tensors.items():
+            twin.put(name, tensor, self.state(name))
+        twin.shapes = dict(self.shapes)
+        return twin
+
+    def weights(self) -> dict[str, Tensor]:
+        full = {name: t for name, t in self.tensors.items() if name.rpartition(".")[0] not in self.shapes}
+        for name, shape in self.shapes.items():
+            W = self.tensors[f"{name}.A"] @ self.tensors[f"{name}.B"]
+            full[name] = (W.T if shape[0] < shape[1:].numel() else W).reshape(shape)
+        return full
+
+    def gradients(self, model: nn.Module, loss: Callable[..., Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
+        value = loss(functional_call(model, self.weights(), (x,)), y)
+        return list(torch.autograd.grad(value, list(self.tensors.values())))
+
+    def update(self, gradients: list[list[Tensor]], lr_factor: float) -> None:
+        """eq. 1: a step along the mean gradient of the workers in the group; the frozen factor does not move."""
+        for (name, tensor), *parts in zip(self.tensors.items(), *gradients, strict=True):
+            path, _, factor = name.rpartition(".")
+            if path in self.shapes and factor != self.trained:
+                continue
+            tensor.grad = torch.stack(parts).mean(0)
+            (group,) = self.optimizers[name].param_groups
+            scheduled = group["lr"]
+            group["lr"] = scheduled * lr_factor
+            self.optimizers[name].step()
+            group["lr"] = scheduled
+
+    def decompose(self, names: Sequence[str], sigma_cutoff: float) -> None:
+        for name in names:
+            weight = self.tensors.pop(name).detach()
+            self.shapes[name] = weight.shape
+            W = weight.flatten(1)
+            W = W.T if W.shape[0] < W.shape[1] else W
+            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+            k = int((sigma_cutoff * S[0] <= S).sum())
+            self.put(f"{name}.A", U[:, :k] @ S[:k].sqrt().diag())  # eq. 3
+            self.put(f"{name}.B", S[:k].sqrt().diag() @ Vh[:k])
+
+    def recompose(self) -> None:
+        full = self.weights()
+        names, self.shapes = list(self.shapes), {}
+        for name in names:
+            del self.tensors[f"{name}.A"], self.tensors[f"{name}.B"]
+            self.put(name, full[name])
+
+
+def _mean(replicas: Sequence[_Replica]) -> _Replica:
+    """A and B and all else averaged over the workers, and the optimizer state of what keeps its shape."""
+    merged = replicas[0].copy()
+    for name in merged.tensors:
+        states = [replica.state(name) for replica in replicas]
+        known = [state for state in states if state]
+        state = {key: torch.stack([s[key] for s in known]).mean(0) for key in (known[0] if known else {})}
+        merged.put(name, torch.stack([replica.tensors[name].detach() for replica in replicas]).mean(0), state)
+    return merged
+
+
+def _map_tensors(state: dict[str, Any], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return {key: function(value) if isinstance(value, Tensor) else value for key, value in state.items()}

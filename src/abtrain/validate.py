@@ -1,0 +1,68 @@
+"""What is wrong with a model, an optimizer and a recipe together: all of it at once, before anything is changed."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from abtrain.errors import nearest
+from abtrain.lowrank.classify import classify
+from abtrain.lowrank.optimizer import PROJECTABLE
+from abtrain.merge import MERGES
+from abtrain.recipe import Recipe, WeightSync
+
+
+def problems_of(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> list[str]:
+    """One message for each thing that cannot be; empty if all is well."""
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        wrapper = type(model).__name__
+        return [
+            f"the model is wrapped in {wrapper}: pass the bare model ({wrapper}(...).module), abtrain wraps it itself"
+        ]
+    return _merge_problems(recipe) + _optimizer_problems(model, optimizer, recipe) + _model_problems(model, recipe)
+
+
+def _merge_problems(recipe: Recipe) -> list[str]:
+    names = {phase.sync.merge for phase in recipe.phases if isinstance(phase.sync, WeightSync)}
+    return [f"unknown merge {name!r}: {nearest(name, MERGES)}" for name in sorted(names - MERGES.keys())]
+
+
+def _optimizer_problems(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> list[str]:
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    known = {id(parameter) for parameter in model.parameters()}
+    problems = []
+    strangers = [tuple(parameter.shape) for parameter in held if id(parameter) not in known]
+    if strangers:
+        problems.append(
+            f"the optimizer holds {len(strangers)} parameters that the model does not have "
+            f"(shapes {', '.join(map(str, strangers[:4]))}): build it from this model's parameters()"
+        )
+    if optimizer.state and recipe.factored and recipe.phases[0].weights == "factored":
+        problems.append("the optimizer has stepped already, and the recipe starts factored: begin with a new optimizer")
+    projects = recipe.factoring is not None and recipe.factoring.optimizer_state == "project"
+    if projects and type(optimizer) not in PROJECTABLE:
+        known_types = ", ".join(sorted(kind.__name__ for kind in PROJECTABLE))
+        problems.append(
+            f"optimizer_state='project' does not know the state of {type(optimizer).__name__}: "
+            f"use 'reset', or one of {known_types}"
+        )
+    return problems
+
+
+def _model_problems(model: nn.Module, recipe: Recipe) -> list[str]:
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+        return ["the model has lazy parameters without a shape: run one forward pass before"]
+    if any(parameter.device != next(model.parameters()).device for parameter in model.parameters()):
+        devices = sorted({str(parameter.device) for parameter in model.parameters()})
+        return [f"the model lies on several devices ({', '.join(devices)}): move it to one"]
+    if not recipe.factored:
+        return []
+    treatments = classify(model, recipe.factoring)
+    if any(treatment.kind == "factored" for treatment in treatments):
+        return []
+    reasons = "; ".join(f"{t.name} {list(t.shape)}: {t.reason}" for t in treatments[:8]) or "it has no parameters"
+    return [
+        f"recipe {recipe.name!r} factors weights, but none of the model's is eligible ({reasons}): "
+        "loosen exclude or min_dim, or use the recipe local_sgd"
+    ]

@@ -1,0 +1,49 @@
+"""Rank rules."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abtrain import Energy, FixedRank, SigmaCutoff
+
+
+def test_sigma_cutoff_keeps_values_at_the_cutoff() -> None:
+    assert SigmaCutoff(0.5)([4.0, 2.0, 1.999, 1.0], 10, 4) == 2
+    assert SigmaCutoff(0.0)([4.0, 2.0, 0.0], 10, 3) == 3
+    assert SigmaCutoff(1.0)([4.0, 4.0, 2.0], 10, 3) == 2
+
+
+def test_energy_keeps_the_fewest_that_reach_the_share() -> None:
+    assert Energy(0.5)([3.0, 3.0, 1.0], 5, 3) == 2
+    assert Energy(0.9)([3.0, 1.0], 5, 2) == 1
+    assert Energy(1.0)([3.0, 1.0, 1.0], 5, 3) == 3
+    assert Energy(0.0)([3.0, 1.0], 5, 2) == 1
+
+
+def test_fixed_rank_and_multiples() -> None:
+    assert FixedRank(4)([1.0] * 8, 10, 8) == 4
+    assert FixedRank(40)([1.0] * 8, 10, 8) == 8
+    assert FixedRank(5, rank_multiple=4)([1.0] * 9, 10, 9) == 8
+    assert FixedRank(5, rank_multiple=16)([1.0] * 9, 10, 9) == 9
+
+
+@given(
+    values=st.lists(st.floats(0, 1e6), min_size=1, max_size=20),
+    cutoff=st.floats(0, 1),
+    multiple=st.integers(1, 9),
+)
+def test_ranks_are_always_possible(values: list[float], cutoff: float, multiple: int) -> None:
+    values.sort(reverse=True)
+    n = len(values)
+    for rule in (SigmaCutoff(cutoff, multiple), Energy(cutoff, multiple), FixedRank(3, multiple)):
+        k = rule(values, n + 2, n)
+        assert 1 <= k <= n
+        assert k % multiple == 0 or k == n
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [SigmaCutoff(-0.1), SigmaCutoff(float("nan")), Energy(1.1), FixedRank(0), FixedRank(2, rank_multiple=0)],
+)
+def test_settings_that_cannot_be(rule: SigmaCutoff | Energy | FixedRank) -> None:
+    assert rule.problems()

@@ -1,0 +1,436 @@
+"""ABTraining in a user's own loop: rules, metering, accumulation, scaling, validation."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from abtrain import ABTraining, Factoring, FixedRank, Phase, Recipe, SigmaCutoff, WeightSync, recipes
+from abtrain.comm.communicator import Communicator
+from abtrain.comm.in_process import run_in_process
+from abtrain.errors import ConfigurationError, NonFiniteError, RanksDisagreeError, UsageError
+from tests.cases import SCHEDULE, adamw, batch, build, largest_difference, sgd, train
+
+
+def mlp_run(comm: Communicator | None, recipe: Recipe, model: nn.Module | None = None, **options: Any) -> Any:
+    model = build("mlp") if model is None else model
+    optimizer = adamw(model.parameters())
+    return model, optimizer, ABTraining(model, optimizer, recipe, communicator=comm, **options)
+
+
+def one_step(ab: ABTraining, optimizer: Any, rank: int = 0) -> None:
+    x, y = batch("mlp", rank, ab.steps_done)
+    F.cross_entropy(ab(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    ab.step()
+
+
+def test_alone_without_init_process_group() -> None:
+    model, optimizer, ab = mlp_run(None, recipes.ab(30, **SCHEDULE, rank_rule=FixedRank(2)))
+    before = model[0].weight
+    phases = []
+    while not ab.finished:
+        phases.append(ab.position.phase.name)
+        one_step(ab, optimizer)
+    assert phases[:9] == ["warmup"] * 3 + ["group"] * 4 + ["rebound"] * 2
+    assert ab.communicator.meter.payload()["total"] == 0
+    assert [entry["cycle"] for entry in ab.rank_history] == [0, 1, 2, 3, 4]
+    assert ab.compression > 1
+    assert dict(model.named_parameters()).get("0.weight", before) is before
+
+
+def test_one_group_alone_takes_turns(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer, ab = mlp_run(None, recipes.ab(15, **SCHEDULE))
+    assert "trains A and B in turn" in caplog.text
+    assert "in turn" in str(ab.describe())
+    trained = []
+    while not ab.finished:
+        if ab.position.phase.name == "group" and ab.position.first:
+            trained.append((model[0].A.requires_grad, model[0].B.requires_grad))
+        one_step(ab, optimizer)
+    assert trained == [(True, False), (False, True)]
+
+
+def test_describe_accounts_for_every_parameter() -> None:
+    model, _, ab = mlp_run(None, recipes.ab(30, **SCHEDULE))
+    description = ab.describe()
+    assert sum(description.parameters.values()) == sum(p.numel() for p in model.parameters())
+    text = str(description)
+    assert "0.weight" in text
+    assert "Linear, computed in factored form" in text
+    assert "a vector or scalar" in text
+    assert "warmup: 3 steps once" in text
+
+
+@pytest.mark.parametrize("recipe", ["ddp", "solo", "local_sgd", "ab", "ab_no_groups"])
+def test_every_recipe_ends_with_equal_workers_but_solo(recipe: str) -> None:
+    models = [build("mlp") for _ in range(3)]
+    options = {"every": 4} if recipe == "local_sgd" else {}
+    results = run_in_process(3, lambda comm: train(comm, models[comm.rank], "mlp", recipe, steps=13, **options))
+    equal = largest_difference(results[0], results[1]) == largest_difference(results[0], results[2]) == 0
+    assert equal == (recipe != "solo")
+
+
+def test_payload_of_ab_is_gradients_plus_merges() -> None:
+    """fp64 elements on the wire: 5 full-rank gradients, one merge of factors and biases, and small change."""
+    models = [build("mlp") for _ in range(2)]
+
+    def work(comm: Communicator) -> Any:
+        recipe = recipes.ab(9, **SCHEDULE, rank_rule=FixedRank(2))
+        _, optimizer, ab = mlp_run(comm, recipe, models[comm.rank])
+        while not ab.finished:
+            one_step(ab, optimizer, comm.rank)
+        return comm.meter.payload(), ab.rank_history
+
+    (payload, history), _ = run_in_process(2, work)
+    biases = 16 + 12 + 5
+    full = 10 * 16 + 16 * 12 + 12 * 5 + biases
+    factors = 2 * (10 + 16 + 16 + 12 + 12 + 5)
+    assert payload["by_phase"]["warmup"] == 3 * full * 8
+    moments = 2 * biases
+    merge = (factors + biases + moments) * 8
+    assert merge <= payload["by_phase"]["group"] < merge + 1500
+    assert payload["by_phase"]["rebound"] == 2 * full * 8
+    assert payload["between_groups"] == payload["total"]
+    assert history[0]["ranks"] == {"0.weight": 2, "2.weight": 2, "4.weight": 2}
+
+
+def test_payload_within_groups_is_counted_apart() -> None:
+    models = [build("mlp") for _ in range(4)]
+
+    def work(comm: Communicator) -> Any:
+        train(comm, models[comm.rank], "mlp", steps=9)
+        return comm.meter.payload()
+
+    apart = run_in_process(4, work, group_size=2)[0]
+    assert apart["within_groups"] > 0
+    assert apart["total"] == apart["within_groups"] + apart["between_groups"] == sum(apart["by_phase"].values())
+
+
+def test_unlike_initial_weights_become_rank_0s() -> None:
+    models = [build("mlp", seed=rank) for rank in range(3)]
+    expected = copy.deepcopy(models[0].state_dict())
+
+    def work(comm: Communicator) -> Any:
+        mlp_run(comm, recipes.ddp(5), models[comm.rank])
+        return {name: value.clone() for name, value in models[comm.rank].state_dict().items()}
+
+    for state in run_in_process(3, work):
+        assert largest_difference(state, dict(expected)) == 0
+
+
+def test_unlike_models_are_refused_by_all() -> None:
+    models = [nn.Linear(4, 4), nn.Linear(4, 5)]
+    with pytest.raises(RanksDisagreeError):
+        run_in_process(2, lambda comm: mlp_run(comm, recipes.ddp(5), models[comm.rank]))
+
+
+def test_a_worker_at_another_step_is_found_before_the_merge() -> None:
+    models = [build("mlp") for _ in range(2)]
+
+    def work(comm: Communicator) -> None:
+        _, optimizer, ab = mlp_run(comm, recipes.local_sgd(20, every=5), models[comm.rank])
+        for _ in range(4 + comm.rank):
+            one_step(ab, optimizer)
+            if comm.rank == 0 and ab.steps_done == 2:
+                ab.step()  # one too many
+
+    with pytest.raises(RanksDisagreeError):
+        run_in_process(2, lambda comm: work_to_merge(comm, models))
+
+
+def work_to_merge(comm: Communicator, models: list[nn.Module]) -> None:
+    """Rank 0 has another schedule, so both merge at the same time but at unlike steps."""
+    recipe = recipes.local_sgd(20, every=4 + comm.rank)
+    _, optimizer, ab = mlp_run(comm, recipe, models[comm.rank])
+    for _ in range(10):
+        one_step(ab, optimizer)
+
+
+def test_merged_shows_the_average_and_puts_back_what_was_there() -> None:
+    models = [build("mlp") for _ in range(2)]
+
+    def work(comm: Communicator) -> Any:
+        model, optimizer, ab = mlp_run(comm, recipes.local_sgd(20, every=10), models[comm.rank])
+        for _ in range(3):
+            one_step(ab, optimizer, comm.rank)
+        own = copy.deepcopy(model.state_dict())
+        with ab.merged() as average:
+            shown = copy.deepcopy(average.state_dict())
+        assert largest_difference(own, model.state_dict()) == 0
+        return own, shown
+
+    (own0, shown0), (own1, shown1) = run_in_process(2, work)
+    assert largest_difference(own0, own1) > 0
+    assert largest_difference(shown0, shown1) == 0
+    assert largest_difference(shown0, {name: (own0[name] + own1[name]) / 2 for name in own0}) < 1e-12
+
+
+def test_merged_talks_to_nobody_where_all_are_equal() -> None:
+    models = [build("mlp") for _ in range(2)]
+
+    def work(comm: Communicator) -> int:
+        _, optimizer, ab = mlp_run(comm, recipes.ddp(3), models[comm.rank])
+        one_step(ab, optimizer, comm.rank)
+        before = comm.meter.payload()["total"]
+        if comm.rank == 0:
+            with ab.merged() as model, torch.no_grad():
+                model(torch.zeros(1, 10, dtype=torch.float64))
+        return comm.meter.payload()["total"] - before
+
+    assert run_in_process(2, work) == [0, 0]
+
+
+def test_accumulation_under_no_sync_equals_one_large_batch() -> None:
+    def work(comm: Communicator, models: list[nn.Module], parts: int) -> Any:
+        model = models[comm.rank]
+        optimizer = sgd(model.parameters())
+        ab = ABTraining(model, optimizer, recipes.ddp(3), communicator=comm)
+        for step in range(3):
+            x, y = batch("mlp", comm.rank, step)
+            pieces = list(zip(x.chunk(parts), y.chunk(parts), strict=True))
+            for piece in pieces[:-1]:
+                with ab.no_sync():
+                    (F.cross_entropy(ab(piece[0]), piece[1]) / parts).backward()
+            (F.cross_entropy(ab(pieces[-1][0]), pieces[-1][1]) / parts).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ab.step()
+        return ab.dense_state_dict(), comm.meter.payload()["total"]
+
+    runs = {}
+    for parts in (1, 3):
+        models = [build("mlp") for _ in range(2)]
+        runs[parts] = run_in_process(2, lambda comm, m=models, p=parts: work(comm, m, p))[0]
+    assert largest_difference(runs[1][0], runs[3][0]) < 1e-12
+    assert runs[1][1] == runs[3][1]
+
+
+def test_gradient_clipping_sees_the_factors() -> None:
+    model, optimizer, ab = mlp_run(None, recipes.ab(9, **SCHEDULE))
+    while not ab.finished:
+        x, y = batch("mlp", 0, ab.steps_done)
+        F.cross_entropy(ab(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+        assert torch.stack(norms).norm() <= 1.01e-3
+        optimizer.step()
+        optimizer.zero_grad()
+        ab.step()
+
+
+def test_a_step_skipped_by_the_grad_scaler_keeps_workers_together() -> None:
+    models = [build("mlp", torch.float32) for _ in range(2)]
+
+    def work(comm: Communicator) -> Any:
+        model = models[comm.rank]
+        optimizer = sgd(model.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+        ab = ABTraining(model, optimizer, recipes.ab(15, **SCHEDULE), communicator=comm, grad_scaler=scaler)
+        skipped = []
+        for step in range(15):
+            x, y = batch("mlp", comm.rank, step, torch.float32)
+            loss = F.cross_entropy(ab(x), y)
+            if step == 4 and comm.rank == 1:
+                loss = loss * float("inf")
+            scaler.scale(loss).backward()
+            before = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            ab.step()
+            skipped.append(scaler.get_scale() < before and step == 4)
+        return ab.dense_state_dict(), scaler.get_scale(), any(skipped)
+
+    (one, scale_one, skipped_one), (other, scale_other, skipped_other) = run_in_process(2, work)
+    assert (skipped_one, skipped_other) == (False, True)
+    assert scale_one == scale_other == 512.0
+    assert largest_difference(one, other) == 0
+
+
+def test_a_scheduler_and_param_groups_go_on_beside_the_phases() -> None:
+    model = build("mlp")
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=9)
+    ab = ABTraining(model, optimizer, recipes.ab(9, **SCHEDULE))
+    for step in range(9):
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(1 - step / 9)
+        one = optimizer.param_groups[0]["params"]
+        assert len(one) == (6 if ab.position is not None and ab.position.phase.name == "group" else 3)
+        x, y = batch("mlp", 0, step)
+        F.cross_entropy(ab(x), y).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ab.step()
+
+
+def test_dense_optimizer_state_is_level_before_full_rank_phases() -> None:
+    models = [build("mlp") for _ in range(3)]
+
+    def work(comm: Communicator) -> Any:
+        _, optimizer, ab = mlp_run(comm, recipes.ab(9, **SCHEDULE), models[comm.rank])
+        while ab.steps_done < 7:
+            one_step(ab, optimizer, comm.rank)
+        state = optimizer.state[models[comm.rank][0].bias]
+        return {key: value.clone() for key, value in state.items()}
+
+    states = run_in_process(3, work)
+    assert states[0]["step"] == 7
+    assert all(largest_difference(states[0], state) == 0 for state in states)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_projected_state_keeps_workers_equal_and_finite(optimizer: str) -> None:
+    models = [build("mlp") for _ in range(3)]
+    results = run_in_process(
+        3, lambda comm: train(comm, models[comm.rank], "mlp", optimizer=optimizer, optimizer_state="project")
+    )
+    assert all(torch.isfinite(value).all() for value in results[0].values())
+    assert largest_difference(results[0], results[2]) == 0
+
+
+def test_batchnorm_statistics_are_averaged_at_merges() -> None:
+    models = [nn.Sequential(nn.Linear(10, 5), nn.BatchNorm1d(5)).double() for _ in range(2)]
+
+    def work(comm: Communicator) -> Any:
+        model = models[comm.rank]
+        optimizer = sgd(model.parameters())
+        ab = ABTraining(model, optimizer, recipes.local_sgd(4, every=2), communicator=comm)
+        own = None
+        for step in range(2):
+            x, y = batch("mlp", comm.rank, step)
+            F.cross_entropy(ab(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            own = model[1].running_mean.clone()
+            ab.step()
+        return own, model[1].running_mean.clone(), model[1].num_batches_tracked.item()
+
+    (own0, mean0, count0), (own1, mean1, count1) = run_in_process(2, work)
+    assert not torch.equal(own0, own1)
+    assert torch.equal(mean0, mean1)
+    torch.testing.assert_close(mean0, (own0 + own1) / 2)
+    assert count0 == count1 == 2
+
+
+class TestRulesOfTheLoop:
+    def test_a_forgotten_ab_step(self) -> None:
+        _, optimizer, ab = mlp_run(None, recipes.ddp(5))
+        x, y = batch("mlp", 0, 0)
+        F.cross_entropy(ab(x), y).backward()
+        optimizer.step()
+        with torch.no_grad():
+            ab(x)
+        with pytest.raises(UsageError, match=r"ab\.step\(\) was not called"):
+            ab(x)
+
+    def test_a_step_after_the_end(self) -> None:
+        _, optimizer, ab = mlp_run(None, recipes.ddp(1))
+        one_step(ab, optimizer)
+        with pytest.raises(UsageError, match="ended after its 1 steps"):
+            ab.step()
+        with pytest.raises(UsageError, match="more total_steps"):
+            ab(batch("mlp", 0, 0)[0])
+
+    def test_the_model_called_past_abtrain(self) -> None:
+        def work(comm: Communicator) -> None:
+            model, optimizer, ab = mlp_run(comm, recipes.ddp(5), build("mlp"))
+            F.cross_entropy(model(batch("mlp", 0, 0)[0]), batch("mlp", 0, 0)[1]).backward()
+            optimizer.step()
+            ab.step()
+
+        with pytest.raises(UsageError, match=r"call ab\(x\) in place of model\(x\)"):
+            run_in_process(2, work)
+
+
+class TestWhatIsRefused:
+    def test_an_optimizer_of_another_model(self) -> None:
+        model, other = build("mlp"), nn.Linear(3, 3)
+        optimizer = adamw([*model.parameters(), *other.parameters()])
+        with pytest.raises(
+            ConfigurationError, match=r"holds 2 parameters that the model does not have \(shapes \(3, 3\)"
+        ):
+            ABTraining(model, optimizer, recipes.ddp(5))
+
+    def test_a_model_without_any_eligible_weight(self) -> None:
+        model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4))
+        with pytest.raises(
+            ConfigurationError, match=r"none of the model's is eligible \(0.weight \[5, 4\]: an embedding"
+        ):
+            ABTraining(model, adamw(model.parameters()), recipes.ab(100))
+
+    def test_a_wrapped_model(self) -> None:
+        model = nn.DataParallel(nn.Linear(3, 3))
+        with pytest.raises(ConfigurationError, match="pass the bare model"):
+            ABTraining(model, adamw(model.parameters()), recipes.ddp(5))
+
+    def test_projection_for_an_unknown_optimizer_and_an_unknown_merge_at_once(self) -> None:
+        model = build("mlp", torch.float32)
+        optimizer = torch.optim.Adadelta(model.parameters())
+        phase = Phase("p", 5, weights="factored", sync=WeightSync(5, merge="meen"))
+        recipe = Recipe("r", 5, cycle=(phase,), factoring=Factoring(SigmaCutoff(), optimizer_state="project"))
+        with pytest.raises(ConfigurationError) as caught:
+            ABTraining(model, optimizer, recipe)
+        assert len(caught.value.problems) == 2
+        assert "did you mean 'mean'?" in str(caught.value)
+        assert "does not know the state of Adadelta" in str(caught.value)
+
+    def test_a_non_finite_weight_stops_all_workers(self) -> None:
+        models = [build("mlp") for _ in range(2)]
+
+        def work(comm: Communicator) -> None:
+            _, optimizer, ab = mlp_run(comm, recipes.ab(9, **SCHEDULE), models[comm.rank])
+            while ab.steps_done < 2:
+                one_step(ab, optimizer, comm.rank)
+            with torch.no_grad():
+                models[comm.rank][2].weight[0, 0] = float("nan")
+            one_step(ab, optimizer, comm.rank)
+
+        with pytest.raises(NonFiniteError, match=r"cannot factor .*2\.weight"):
+            run_in_process(2, work)
+
+
+def test_a_failing_svd_leaves_the_weight_dense_on_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    svd = torch.linalg.svd
+
+    def stubborn(W: torch.Tensor, **options: Any) -> Any:
+        if W.shape == (16, 12):
+            raise torch.linalg.LinAlgError("did not converge")
+        return svd(W, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", stubborn)
+    models = [build("mlp") for _ in range(2)]
+
+    def work(comm: Communicator) -> Any:
+        _, optimizer, ab = mlp_run(comm, recipes.ab(9, **SCHEDULE), models[comm.rank])
+        while not ab.finished:
+            one_step(ab, optimizer, comm.rank)
+        return ab.rank_history, str(ab.describe()), ab.dense_state_dict()
+
+    (history, text, one), (_, _, other) = run_in_process(2, work)
+    assert set(history[0]["ranks"]) == {"0.weight", "4.weight"}
+    assert "dense in this cycle: its SVD did not converge" in text
+    assert largest_difference(one, other) == 0
+
+
+def test_all_zero_and_no_smaller_weights_stay_dense() -> None:
+    model = build("mlp")
+    with torch.no_grad():
+        model[4].weight.zero_()
+    recipe = recipes.ab(9, **{**SCHEDULE, "warmup_steps": 0}, rank_rule=FixedRank(7), keep_dense_if_larger=True)
+    _, _, ab = mlp_run(None, recipe, model)
+    text = str(ab.describe())
+    assert "all zero: its factors would never get a gradient" in text
+    assert "factors of rank 7 would be no smaller" in text
+    assert ab.rank_history[0]["ranks"] == {}

@@ -1,0 +1,70 @@
+"""LR rebound: near zero after a change of shape, and never written over the schedule."""
+
+import pytest
+import torch
+from torch import nn
+
+from abtrain.rebound import LRRebound
+
+
+def make(lr: float | torch.Tensor) -> tuple[nn.Linear, torch.optim.Optimizer, LRRebound]:
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    return model, optimizer, LRRebound(optimizer)
+
+
+@pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)])
+def test_steps_are_scaled_and_the_schedule_is_not(lr: float | torch.Tensor) -> None:
+    model, optimizer, rebound = make(lr)
+    rebound.start(3)
+    moves = []
+    for _ in range(5):
+        before = model.weight.item()
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+        assert float(optimizer.param_groups[0]["lr"]) == 0.5
+        moves.append(before - model.weight.item())
+        rebound.advance()
+    assert moves == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5], abs=1e-6)
+    assert lr == 0.5
+
+
+def test_a_scheduler_beside_it_sees_its_own_values() -> None:
+    plain_model, plain, _ = make(1.0)
+    model, optimizer, rebound = make(1.0)
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 10) for o in (plain, optimizer)]
+    rebound.start(4)
+    for _ in range(10):
+        for net, opt in ((plain_model, plain), (model, optimizer)):
+            net.weight.grad = torch.ones_like(net.weight)
+            opt.step()
+        for schedule in schedules:
+            schedule.step()
+        rebound.advance()
+        assert optimizer.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
+
+
+def test_a_step_that_raises_leaves_no_scaled_rate_behind() -> None:
+    model, optimizer, rebound = make(1.0)
+    rebound.start(1)
+
+    def closure() -> float:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(closure)
+    model.weight.grad = torch.ones_like(model.weight)
+    before = model.weight.item()
+    optimizer.step()
+    assert before - model.weight.item() == pytest.approx(0.5)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_no_rebound_and_closed() -> None:
+    _, optimizer, rebound = make(1.0)
+    assert rebound.factor == 1.0
+    rebound.start(5)
+    assert rebound.factor == pytest.approx(1 / 6)
+    rebound.close()
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 1.0

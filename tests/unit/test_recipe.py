@@ -1,0 +1,125 @@
+"""A recipe is data: where a step stands, and what cannot be."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abtrain import recipes
+from abtrain.errors import ConfigurationError, UsageError
+from abtrain.lowrank.rank import SigmaCutoff
+from abtrain.recipe import Factoring, GradientSync, Phase, Recipe, WeightSync
+
+
+def names(recipe: Recipe) -> list[str]:
+    return [recipe.at(step).phase.name for step in range(recipe.total_steps)]
+
+
+def test_ab_follows_the_papers_guideline() -> None:
+    recipe = recipes.ab(1200)
+    assert [(p.name, p.steps) for p in recipe.phases] == [("warmup", 240), ("group", 40), ("rebound", 10)]
+    assert recipe.lr_rebound_steps == 20
+    assert names(recipe)[235:300] == ["warmup"] * 5 + ["group"] * 40 + ["rebound"] * 10 + ["group"] * 10
+
+
+def test_the_last_phase_is_cut_off_and_still_merges() -> None:
+    recipe = recipes.ab(100, warmup_steps=10, ab_steps=40, rebound_steps=10, lr_rebound_steps=5)
+    last = recipe.at(99)
+    assert (last.phase.name, last.cycle, last.step_in_phase, last.steps_in_phase) == ("group", 1, 39, 40)
+    shorter = recipes.ab(75, warmup_steps=10, ab_steps=40, rebound_steps=10, lr_rebound_steps=5)
+    last = shorter.at(74)
+    assert (last.steps_in_phase, last.last, last.merges) == (15, True, True)
+
+
+def test_local_sgd_merges_every_round_and_at_the_end() -> None:
+    recipe = recipes.local_sgd(50, every=20)
+    assert [step for step in range(50) if recipe.at(step).merges] == [19, 39, 49]
+
+
+def test_local_sgd_on_the_schedule_of_ab() -> None:
+    ab = recipes.ab(1200)
+    same = recipes.local_sgd(1200, every=40, warmup_steps=240, rebound_steps=10)
+    assert [step for step in range(1200) if ab.at(step).merges] == [s for s in range(1200) if same.at(s).merges]
+
+
+def test_a_recipe_of_groups_alone_repeats_its_phase() -> None:
+    recipe = recipes.ab(9, warmup_steps=0, ab_steps=3, rebound_steps=0)
+    assert [p.cycle for p in recipe.runs()] == [0, 1, 2]
+
+
+@given(
+    total=st.integers(1, 400),
+    warmup=st.integers(0, 60),
+    ab_steps=st.integers(1, 50),
+    rebound=st.integers(0, 20),
+)
+def test_positions_tile_the_run(total: int, warmup: int, ab_steps: int, rebound: int) -> None:
+    if warmup >= total:
+        return
+    recipe = recipes.ab(total, warmup_steps=warmup, ab_steps=ab_steps, rebound_steps=rebound)
+    runs = list(recipe.runs())
+    assert sum(run.steps_in_phase for run in runs) == total
+    for run, after in itertools.pairwise(runs):
+        assert run.first and after.step == run.step + run.steps_in_phase
+        assert recipe.at(after.step - 1).last
+    assert recipe.at(total - 1).last
+
+
+@pytest.mark.parametrize("step", [-1, 100, 1000])
+def test_a_step_outside_the_recipe(step: int) -> None:
+    with pytest.raises(UsageError, match=rf"step {step} is not in recipe 'ddp' of 100 steps.*more total_steps"):
+        recipes.ddp(100).at(step)
+
+
+def test_all_problems_come_at_once() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        recipes.ab(100, ab_steps=0, rebound_steps=-1, lr_rebound_steps=True, sigma_cutoff=float("nan"), min_dim=0)
+    text = "\n".join(caught.value.problems)
+    for part in (
+        "'group': steps=0",
+        "'rebound': steps=-1",
+        "lr_rebound_steps=True",
+        "sigma_cutoff=nan",
+        "min_dim=0",
+    ):
+        assert part in text
+    assert len(caught.value.problems) >= 5
+
+
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        (Phase("p", 10, trains="b"), "needs factors"),
+        (Phase("p", 10, weights="factored", trains="a_or_b", sync=GradientSync()), "no common gradient"),
+        (Phase("p", 10, sync=WeightSync(11)), "every=11 is longer than the phase"),
+        (Phase("p", 10, sync=WeightSync(0)), "every=0 is too small"),
+        (Phase("p", 10, weights="thin"), "'full' or 'factored'"),  # type: ignore[arg-type]
+    ],
+)
+def test_phases_that_cannot_be(phase: Phase, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Recipe("r", 100, cycle=(phase,), factoring=Factoring(SigmaCutoff()))
+
+
+def test_recipes_that_cannot_be() -> None:
+    with pytest.raises(ConfigurationError, match="the cycle is empty"):
+        Recipe("r", 10)
+    with pytest.raises(ConfigurationError, match="leaves nothing of the 10 total_steps"):
+        recipes.ab(10, warmup_steps=10, ab_steps=2)
+    with pytest.raises(ConfigurationError, match="needs a rank rule"):
+        Recipe("r", 10, cycle=(Phase("p", 5, weights="factored"),))
+    with pytest.raises(ConfigurationError, match="must be the only phase"):
+        Recipe("r", 10, cycle=(Phase("p", 5, sync=None), Phase("q", 5)))
+
+
+def test_unknown_names_come_with_the_nearest() -> None:
+    with pytest.raises(ConfigurationError, match=r"unknown recipe 'local_sdg': did you mean 'local_sgd'\?"):
+        recipes.build("local_sdg", 10)
+    with pytest.raises(ConfigurationError, match=r"no option 'sigma_cutof': did you mean 'sigma_cutoff'\?"):
+        recipes.build("ab", 10, sigma_cutof=0.1)
+
+
+def test_every_named_recipe_builds() -> None:
+    for name in recipes.RECIPES:
+        assert recipes.build(name, 600).name == name
