@@ -31,6 +31,7 @@ class FactoredWeight:
         B: (k, n).
         matrix_shape: how the weight is seen as a matrix.
         dense_type: the module's class before.
+        order: of the module's own parameters before.
     """
 
     name: str
@@ -41,6 +42,7 @@ class FactoredWeight:
     B: nn.Parameter
     matrix_shape: MatrixShape
     dense_type: type[nn.Module]
+    order: tuple[str, ...]
 
     @property
     def k(self) -> int:
@@ -74,7 +76,7 @@ def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
     """
     module, attribute = owner(model, name)
     dense = module.get_parameter(attribute)
-    shape, dense_type = MatrixShape(dense.shape), type(module)
+    shape, dense_type, order = MatrixShape(dense.shape), type(module), tuple(module._parameters)
     if has_factored_form(module):
         del module._parameters[attribute]
         module.__class__ = FACTORED_LAYERS[dense_type]
@@ -90,7 +92,7 @@ def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
         del rebuild._start
     dense.grad = None
     dense.data = dense.data.new_empty(0)
-    return FactoredWeight(name, module, attribute, dense, A, B, shape, dense_type)
+    return FactoredWeight(name, module, attribute, dense, A, B, shape, dense_type, order)
 
 
 def restore_(record: FactoredWeight) -> nn.Parameter:
@@ -104,4 +106,6 @@ def restore_(record: FactoredWeight) -> nn.Parameter:
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
         delattr(module, attribute)
     module.register_parameter(attribute, record.dense)
+    for name in record.order:
+        module._parameters[name] = module._parameters.pop(name)
     return record.dense

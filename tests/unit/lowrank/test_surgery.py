@@ -82,7 +82,7 @@ def test_the_function_is_kept_and_comes_back(case: str) -> None:
     torch.testing.assert_close(model(x), before)
     assert [type(module) for module in model.modules()] == types
     assert restored is parameters[name]
-    assert {n: id(p) for n, p in model.named_parameters()} == {n: id(p) for n, p in parameters.items()}
+    assert [(n, id(p)) for n, p in model.named_parameters()] == [(n, id(p)) for n, p in parameters.items()]
 
 
 @pytest.mark.parametrize("case", CASES)

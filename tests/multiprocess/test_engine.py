@@ -1,0 +1,116 @@
+"""The engine on real Gloo ranks: the same results as the reference, and as plain DDP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from abtrain import ABTraining, recipes
+from abtrain.comm.communicator import Communicator
+from tests.cases import SCHEDULE, THREE_CYCLES, adamw, batch, build, largest_difference, train, train_by_reference
+from tests.gloo import run_gloo
+
+
+def engine_run(comm: Communicator, kind: str, recipe: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    return train(comm, build(kind, torch.float32), kind, recipe, **options)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "attention"])
+@pytest.mark.parametrize("recipe", ["ab", "ab_no_groups"])
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_four_ranks_equal_the_reference(kind: str, recipe: str, group_size: int) -> None:
+    results = run_gloo(4, engine_run, kind, recipe, {"optimizer": "sgd"}, group_size=group_size)
+    expected = train_by_reference(kind, recipe, 4, group_size, "sgd", torch.float32)
+    assert largest_difference(results[0], expected) < 1e-5
+    assert all(largest_difference(results[0], result) == 0 for result in results[1:])
+
+
+def in_double(comm: Communicator, kind: str) -> dict[str, Tensor]:
+    return train(comm, build(kind), kind)
+
+
+def test_four_ranks_with_adamw_equal_the_reference() -> None:
+    results = run_gloo(4, in_double, "attention", group_size=2)
+    assert largest_difference(results[0], train_by_reference("attention", "ab", 4, 2)) < 1e-9
+
+
+def normed() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
+
+
+def by_abtrain(comm: Communicator) -> dict[str, Tensor]:
+    model = normed()
+    optimizer = adamw(model.parameters())
+    ab = ABTraining(model, optimizer, recipes.ddp(8), communicator=comm)
+    for step in range(8):
+        x, y = batch("conv", comm.rank, step, torch.float32)
+        F.cross_entropy(ab(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ab.step()
+    return dict(model.state_dict())
+
+
+def by_ddp(comm: Communicator) -> dict[str, Tensor]:
+    model = normed()
+    ddp = DistributedDataParallel(model)
+    optimizer = adamw(model.parameters())
+    for step in range(8):
+        x, y = batch("conv", dist.get_rank(), step, torch.float32)
+        F.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_ddp_through_abtrain_has_the_bits_of_plain_ddp(workers: int) -> None:
+    ours, plain = run_gloo(workers, by_abtrain), run_gloo(workers, by_ddp)
+    for rank in range(workers):
+        assert all(torch.equal(ours[rank][name], plain[rank][name]) for name in plain[rank])
+
+
+def orthogonal_run(comm: Communicator, svd: str) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
+    """Orthogonal weights have repeated singular values: every basis is a right one, and threads choose among them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256, bias=False), nn.Tanh(), nn.Linear(256, 256, bias=False))
+    for layer in (model[0], model[2]):
+        nn.init.orthogonal_(layer.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    options = {**SCHEDULE, "warmup_steps": 1}
+    ab = ABTraining(model, optimizer, recipes.ab(7, **options, svd=svd), communicator=comm)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(7):
+        ab(torch.randn(4, 256)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ab.step()
+    return torch.get_num_threads(), start, ab.dense_state_dict()
+
+
+@pytest.mark.parametrize("svd", ["each", "shared"])
+def test_ranks_with_unlike_thread_counts_merge_correctly(svd: str) -> None:
+    environments = [{"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}]
+    results = run_gloo(2, orthogonal_run, svd, environments=environments)
+    assert [threads for threads, _, _ in results] == [1, 2]
+    (_, start, end), (_, _, other) = results
+    assert largest_difference(end, other) == 0
+    # Nothing was learned (lr = 0), so whatever differs came from the merge.
+    assert largest_difference(start, end) < 1e-4
+
+
+def odd_worlds(comm: Communicator) -> dict[str, Tensor]:
+    return train(comm, build("mlp"), "mlp", steps=THREE_CYCLES)
+
+
+def test_three_ranks_give_the_extra_group_to_A() -> None:
+    results = run_gloo(3, odd_worlds)
+    assert largest_difference(results[2], train_by_reference("mlp", "ab", 3, 1)) < 1e-9
