@@ -5,12 +5,17 @@ the workers agree. The recipes implement AB-training (Coquelin et al., arXiv 240
 with.
 """
 
-from abtrain import recipes
-from abtrain.engine import ABTraining
-from abtrain.errors import AbtrainError
-from abtrain.export import weights_digest
-from abtrain.lowrank.rank import Energy, FixedRank, SigmaCutoff
-from abtrain.recipe import Factoring, GradientSync, Phase, Recipe, WeightSync
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from abtrain import recipes
+    from abtrain.engine import ABTraining
+    from abtrain.errors import AbtrainError
+    from abtrain.export import weights_digest
+    from abtrain.lowrank.rank import Energy, FixedRank, SigmaCutoff
+    from abtrain.recipe import Factoring, Phase, Recipe
+    from abtrain.sync import GradientSync, Mean, Outer, WeightSync
 
 __version__ = "0.1.0"
 
@@ -21,6 +26,8 @@ __all__ = [
     "Factoring",
     "FixedRank",
     "GradientSync",
+    "Mean",
+    "Outer",
     "Phase",
     "Recipe",
     "SigmaCutoff",
@@ -28,3 +35,21 @@ __all__ = [
     "recipes",
     "weights_digest",
 ]
+
+_HOMES = {
+    "ABTraining": "engine",
+    "AbtrainError": "errors",
+    "weights_digest": "export",
+    **dict.fromkeys(("Energy", "FixedRank", "SigmaCutoff"), "lowrank.rank"),
+    **dict.fromkeys(("Factoring", "Phase", "Recipe"), "recipe"),
+    **dict.fromkeys(("GradientSync", "Mean", "Outer", "WeightSync"), "sync"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Names are imported when they are first used: torch takes seconds, and `abtrain --help` should not.
+    if name == "recipes":
+        return importlib.import_module("abtrain.recipes")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"abtrain.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'abtrain' has no attribute {name!r}")

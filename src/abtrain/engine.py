@@ -33,11 +33,13 @@ from abtrain.comm.communicator import Communicator, DataParallel, Scope, Unsynch
 from abtrain.describe import Description
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.factors import agree_on_factors
+from abtrain.level import level_grad_scaler, level_optimizer_state
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.model import FactoredModel, TrainedFactors
-from abtrain.merge import MERGES, average_optimizer_state
+from abtrain.merge import Merger, average
 from abtrain.rebound import LRRebound
-from abtrain.recipe import GradientSync, Position, Recipe, Trains, WeightSync
+from abtrain.recipe import Position, Recipe
+from abtrain.sync import GradientSync, Trains, WeightSync
 from abtrain.validate import problems_of
 
 log = logging.getLogger("abtrain")
@@ -101,6 +103,7 @@ class ABTraining:
         state = recipe.factoring.optimizer_state if recipe.factoring else "reset"
         self._model = FactoredModel(model, optimizer, names, state)
         self._dense_this_cycle: dict[str, str] = {}
+        self._merger = Merger(self.communicator)
         self._rebound = LRRebound(optimizer)
         self._optimizer_steps = self._forwards = 0
         self._step_hook = optimizer.register_step_post_hook(self._count_optimizer_step)
@@ -192,14 +195,15 @@ class ABTraining:
         if position is None or self._workers_equal or not isinstance(position.phase.sync, WeightSync):
             yield self.module
             return
-        tensors = list(self._merged_tensors().values())
-        own = [tensor.clone() for tensor in tensors]
-        self._average(position)
+        self._check_place(position)
+        tensors = self._parameters() | self._buffers()
+        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        self._set_to_average(tensors)
         try:
             yield self.module
         finally:
-            for tensor, value in zip(tensors, own, strict=True):
-                tensor.copy_(value)
+            for name, tensor in tensors.items():
+                tensor.copy_(own[name])
 
     def describe(self) -> Description:
         """Every parameter with what becomes of it and why, the phases, and the groups."""
@@ -233,6 +237,8 @@ class ABTraining:
             role = comm.topology.role(comm.rank, position.cycle)
             trained: dict[Trains, TrainedFactors] = {"all": "all", "b": "B", "a_or_b": role}
             self._model.train_only(trained[phase.trains])
+        if isinstance(phase.sync, WeightSync):
+            self._merger.begin(self._parameters())
         if phase.sync is not None:
             self._wrap("world" if isinstance(phase.sync, GradientSync) else "group")
 
@@ -256,55 +262,48 @@ class ABTraining:
 
     def _merge(self, position: Position, upcoming: Position | None) -> None:
         """All groups become one: parameters, buffers, and what else must be alike where gradients are shared next."""
-        self._average(position)
-        self._workers_equal = True
-        self._level_grad_scaler()
-        if upcoming is not None and isinstance(upcoming.phase.sync, GradientSync):
-            project = self.recipe.factoring is not None and self.recipe.factoring.optimizer_state == "project"
-            factors = {id(f) for record in self._model.records.values() for f in (record.A, record.B)}
-            kept = [p for p in self._trained().values() if project or id(p) not in factors]
-            average_optimizer_state(self.optimizer, kept, self.communicator)
-
-    def _average(self, position: Position) -> None:
         assert isinstance(position.phase.sync, WeightSync)
-        comm, named = self.communicator, self._merged_tensors()
-        layout = fingerprint(*((name, tuple(t.shape), str(t.dtype)) for name, t in named.items()))
-        check_fingerprint(comm, step=self.steps_done, phase=position.phase_index, shapes=layout)
-        merge = MERGES[position.phase.sync.merge]
-        averaged = [tensor for tensor in named.values() if tensor.is_floating_point()]
-        for tensor, value in zip(averaged, merge(averaged, comm), strict=True):
+        self._check_place(position)
+        trainers = self._trainers(position)
+        trained = {name: t for name, t in self._parameters().items() if trainers.get(name) != 0}
+        self._merger.merge(trained, position.phase.sync.merge, trainers)
+        self._set_to_average(self._buffers())
+        self._workers_equal = True
+        if self._grad_scaler is not None:
+            level_grad_scaler(self._grad_scaler, self.communicator)
+        if upcoming is not None and isinstance(upcoming.phase.sync, GradientSync):
+            factors = {} if self._model.projects else self._model.factors()
+            kept = [p for name, p in self._model.trained(self._treatments).items() if name not in factors]
+            level_optimizer_state(self.optimizer, kept, self.communicator)
+
+    def _check_place(self, position: Position) -> None:
+        """Proves that all workers are about to average the same things."""
+        tensors = self._parameters() | self._buffers()
+        layout = fingerprint(*((name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()))
+        check_fingerprint(self.communicator, step=self.steps_done, phase=position.phase_index, shapes=layout)
+
+    def _set_to_average(self, tensors: dict[str, Tensor]) -> None:
+        """Averages real numbers over all workers, in place; counters follow rank 0."""
+        numbers = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+        for tensor, value in zip(numbers, average(numbers, self.communicator), strict=True):
             tensor.copy_(value)
-        counters = [tensor for tensor in named.values() if not tensor.is_floating_point()]
-        share(comm, counters, [0] * len(counters))
+        counters = [tensor for tensor in tensors.values() if not tensor.is_floating_point()]
+        share(self.communicator, counters, [0] * len(counters))
 
-    def _trained(self) -> dict[str, nn.Parameter]:
-        """All parameters that some worker trains, in the order that all workers have them in."""
-        trained: dict[str, nn.Parameter] = {}
-        for treatment in self._treatments:
-            record = self._model.records.get(treatment.name)
-            if record is not None:
-                trained[f"{treatment.name}.A"], trained[f"{treatment.name}.B"] = record.A, record.B
-            elif treatment.kind != "frozen":
-                trained[treatment.name] = self.module.get_parameter(treatment.name)
-        return trained
+    def _trainers(self, position: Position) -> dict[str, int]:
+        """How many workers train a factor, by its name, where that is not all of them."""
+        topology, trains = self.communicator.topology, position.phase.trains
+        roles = [topology.role(rank, position.cycle) for rank in range(topology.world_size)]
+        count = {"A": roles.count("A"), "B": roles.count("B")} if trains == "a_or_b" else {"A": 0}
+        factors = self._model.factors() if trains != "all" else {}
+        return {name: count[name[-1]] for name in factors if name[-1] in count}
 
-    def _merged_tensors(self) -> dict[str, Tensor]:
-        """What a merge makes equal: trained parameters and buffers, as real tensors that write through."""
-        tensors = {name: parameter.data for name, parameter in self._trained().items()} | dict(
-            self.module.named_buffers()
-        )
-        return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in tensors.items()}
+    def _parameters(self) -> dict[str, Tensor]:
+        """The trained parameters by name, as real tensors that write through; the same order on all workers."""
+        return _as_real({name: p.data for name, p in self._model.trained(self._treatments).items()})
 
-    def _level_grad_scaler(self) -> None:
-        """Takes the lowest loss scale of all groups: with unlike scales, averaged gradients would be wrong."""
-        state = self._grad_scaler.state_dict() if self._grad_scaler is not None else {}
-        if not state or self._grad_scaler is None:
-            return
-        low = torch.tensor([-state["scale"], -state["_growth_tracker"]], dtype=torch.float32)
-        low = low.to(self.communicator.device)
-        self.communicator.all_reduce(low, op="max")
-        state["scale"], state["_growth_tracker"] = -low[0].item(), int(-low[1].item())
-        self._grad_scaler.load_state_dict(state)
+    def _buffers(self) -> dict[str, Tensor]:
+        return _as_real(dict(self.module.named_buffers()))
 
     def _count_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._optimizer_steps += 1
@@ -314,3 +313,7 @@ class ABTraining:
             f"recipe {self.recipe.name!r} ended after its {self.recipe.total_steps} steps: "
             "stop the loop there, or build the recipe with more total_steps"
         )
+
+
+def _as_real(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in tensors.items()}

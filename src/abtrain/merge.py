@@ -1,25 +1,28 @@
-"""How groups become one again: one function each, and the table that recipes name them by."""
+"""How groups become one again.
+
+A merge averages what changed in a round, and a rule makes of the average what all workers hold next. With W_0 the
+weights that all started the round from, W_i those of worker i at its end, and D = mean_i(W_i - W_0):
+
+    mean            W = W_0 + D
+    trained_only    W = W_0 + D * workers / (workers that trained it)
+    outer           M = mu M + D ;  W = W_0 + lr (D + mu M)          (Nesterov; DiLoCo, arXiv 2311.08105)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from abtrain.comm.buckets import pack, unpack
 from abtrain.comm.communicator import Communicator
-from abtrain.lowrank.optimizer import LINEAR_MOMENTS, SQUARED_MOMENTS
-
-Merge = Callable[[Sequence[Tensor], Communicator], list[Tensor]]
-"""(what this worker holds, communicator) -> what every worker holds afterwards, the same bits on all."""
+from abtrain.sync import Mean, Outer, TrainedOnly
 
 
-def mean(local: Sequence[Tensor], comm: Communicator) -> list[Tensor]:
-    """The average over all workers, trained and frozen parts alike (Algorithm 1, lines 15 and 16).
-
-    Where half of the workers trained a factor and the others kept it, its update is halved: that is the paper's merge.
+def average(local: Sequence[Tensor], comm: Communicator) -> list[Tensor]:
+    """The average over all workers, the same bits on all of them.
 
     Args:
         local: tensors of the same shapes and dtypes on all workers; not changed.
@@ -34,49 +37,56 @@ def mean(local: Sequence[Tensor], comm: Communicator) -> list[Tensor]:
     return unpack(buckets, local)
 
 
-MERGES: dict[str, Merge] = {"mean": mean}
+class Merger:
+    """Merges of one run: what the rounds started from, and the outer momentum.
 
-
-def average_optimizer_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
-    """Gives all workers the same moments for `parameters`, in place: the average over those that have any.
-
-    Workers that go on in full-rank data parallel apply the same gradient, but stay equal only if their optimizers hold
-    the same state. Step counts become the largest of any worker (a gradient scaler may have skipped steps in some
-    groups).
+    Attributes:
+        anchors: by name, what all workers held at the start of the round; halves in float32.
+        momentum: by name, of `Outer` merges.
     """
-    if comm.topology.world_size == 1 or not parameters:
-        return
-    keys = sorted(LINEAR_MOMENTS | SQUARED_MOMENTS)
-    states = [optimizer.state.get(parameter, {}) for parameter in parameters]
-    slots = [(state, key) for state in states for key in keys]
-    holders = torch.tensor([isinstance(state.get(key), Tensor) for state, key in slots], dtype=torch.int64)
-    steps = torch.tensor([float(state.get("step", 0)) for state in states], dtype=torch.float64)
-    holders, steps = holders.to(comm.device), steps.to(comm.device)
-    comm.all_reduce(holders)
-    comm.all_reduce(steps, op="max")
 
-    counts = holders.tolist()
-    owners = [parameter for parameter in parameters for _ in keys]
-    held = [i for i, count in enumerate(counts) if count]
-    local = [_moment(*slots[i], like=owners[i]) for i in held]
-    buckets = pack(local)
-    for bucket in buckets:
-        comm.all_reduce(bucket.flat)
-    for i, total in zip(held, unpack(buckets, local), strict=True):
-        optimizer.state[owners[i]][slots[i][1]] = total / counts[i]
-    for parameter, step in zip(parameters, steps.tolist(), strict=True):
-        if step:
-            _set_step(optimizer.state[parameter], step)
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        self.anchors: dict[str, Tensor] = {}
+        self.momentum: dict[str, Tensor] = {}
+
+    def begin(self, tensors: Mapping[str, Tensor]) -> None:
+        """A round starts from these tensors, which all workers hold alike."""
+        self.anchors = {name: tensor.to(_wide(tensor.dtype), copy=True) for name, tensor in tensors.items()}
+        self.momentum = {name: M for name, M in self.momentum.items() if name in tensors}
+
+    def merge(self, tensors: Mapping[str, Tensor], rule: Any, trainers: Mapping[str, int]) -> None:
+        """Ends a round and begins the next: all workers hold the same tensors afterwards, in place.
+
+        Args:
+            tensors: what this worker holds, by the names that `begin` got.
+            rule: how; one of `abtrain.sync.Merge`.
+            trainers: by name, how many workers trained a tensor, where that is not all of them.
+        """
+        deltas = [t.to(self.anchors[name].dtype) - _seen(self.anchors[name], t) for name, t in tensors.items()]
+        for name, D in zip(tensors, average(deltas, self._comm), strict=True):
+            n = self._comm.topology.world_size / trainers.get(name, self._comm.topology.world_size)
+            self.anchors[name].add_(RULES[type(rule)](self, rule, name, D, n))
+            tensors[name].copy_(self.anchors[name])
+
+    def nesterov(self, rule: Outer, name: str, D: Tensor, n: float) -> Tensor:
+        M = self.momentum.setdefault(name, torch.zeros_like(D))
+        M.mul_(rule.momentum).add_(D)
+        return rule.lr * (D + rule.momentum * M)
 
 
-def _moment(state: dict[str, object], key: str, like: Tensor) -> Tensor:
-    value = state.get(key)
-    return value if isinstance(value, Tensor) else torch.zeros_like(like, requires_grad=False)
+RULES: dict[type, Callable[[Merger, Any, str, Tensor, float], Tensor]] = {
+    Mean: lambda merger, rule, name, D, n: D,
+    TrainedOnly: lambda merger, rule, name, D, n: D * n,
+    Outer: Merger.nesterov,
+}
 
 
-def _set_step(state: dict[str, object], step: float) -> None:
-    known = state.get("step")
-    if isinstance(known, Tensor):
-        known.fill_(step)
-    else:
-        state["step"] = torch.tensor(step, dtype=torch.float32)
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Rounds are anchored in float32: in halves, small outer steps would be lost."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize else dtype
+
+
+def _seen(anchor: Tensor, tensor: Tensor) -> Tensor:
+    """The anchor as the worker saw it, in its own precision."""
+    return anchor.to(tensor.dtype).to(anchor.dtype)

@@ -7,41 +7,16 @@ so a resumed run needs nothing but its step number.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from abtrain.errors import ConfigurationError, UsageError
+from abtrain.sync import GradientSync, Sync, Trains, WeightSync, whole_number_problems
 
 Weights = Literal["full", "factored"]
-Trains = Literal["all", "a_or_b", "b"]
 OptimizerState = Literal["reset", "project"]
 SVDMode = Literal["each", "shared"]
-
-
-@dataclass(frozen=True)
-class GradientSync:
-    """Gradients are averaged over all workers at every step: DDP itself."""
-
-
-@dataclass(frozen=True)
-class WeightSync:
-    """Groups run alone for `every` steps, then merge what they hold. Inside a group gradients are averaged (DDP).
-
-    A merge also ends the phase, whatever is left of a round then.
-
-    Args:
-        every: steps between merges.
-        merge: name of the merge, see `abtrain.merge.MERGES`.
-    """
-
-    every: int
-    merge: str = "mean"
-
-
-Sync = GradientSync | WeightSync | None
-"""None: workers never agree (the limit without communication)."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +51,10 @@ class Phase:
         if self.trains == "a_or_b" and not isinstance(self.sync, WeightSync):
             found.append(f"{where}: groups that train different factors have no common gradient: use a WeightSync")
         if isinstance(self.sync, WeightSync):
-            rounds = whole_number_problems(f"{where}: every", self.sync.every, least=1)
+            rounds = self.sync.problems()
             if not rounds and self.sync.every > self.steps:
-                rounds = [f"{where}: every={self.sync.every} is longer than the phase ({self.steps} steps)"]
-            found += rounds
+                rounds = [f"every={self.sync.every} is longer than the phase ({self.steps} steps)"]
+            found += [f"{where}: {problem}" for problem in rounds]
         return found
 
 
@@ -251,17 +226,3 @@ class Recipe:
                 "to its cycle: shorten it or lengthen the run"
             )
         return found
-
-
-def whole_number_problems(name: str, value: object, least: int) -> list[str]:
-    """The message for a setting that is not a whole number of at least `least`; empty if it is one."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        return [f"{name}={value!r} is not a whole number: use one of at least {least}"]
-    return [] if value >= least else [f"{name}={value} is too small: use at least {least}"]
-
-
-def share_problems(name: str, value: object) -> list[str]:
-    """The message for a setting that is not a number from 0 to 1; empty if it is one."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return [f"{name}={value!r} is not a finite number: use one from 0 to 1"]
-    return [] if 0 <= value <= 1 else [f"{name}={value} is out of range: use a number from 0 to 1"]

@@ -8,7 +8,8 @@ from typing import Any
 
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.lowrank.rank import SigmaCutoff
-from abtrain.recipe import Factoring, GradientSync, Phase, RankRule, Recipe, WeightSync
+from abtrain.recipe import Factoring, Phase, RankRule, Recipe
+from abtrain.sync import GradientSync, WeightSync
 
 WARMUP_SHARE = 0.2
 """Warm-up over all steps: the paper's guideline (Section IV.C), which all its runs follow."""

@@ -6,11 +6,9 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from abtrain.errors import nearest
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.optimizer import PROJECTABLE
-from abtrain.merge import MERGES
-from abtrain.recipe import Recipe, WeightSync
+from abtrain.recipe import Recipe
 
 
 def problems_of(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> list[str]:
@@ -20,12 +18,7 @@ def problems_of(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> list[
         return [
             f"the model is wrapped in {wrapper}: pass the bare model ({wrapper}(...).module), abtrain wraps it itself"
         ]
-    return _merge_problems(recipe) + _optimizer_problems(model, optimizer, recipe) + _model_problems(model, recipe)
-
-
-def _merge_problems(recipe: Recipe) -> list[str]:
-    names = {phase.sync.merge for phase in recipe.phases if isinstance(phase.sync, WeightSync)}
-    return [f"unknown merge {name!r}: {nearest(name, MERGES)}" for name in sorted(names - MERGES.keys())]
+    return _optimizer_problems(model, optimizer, recipe) + _model_problems(model, recipe)
 
 
 def _optimizer_problems(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> list[str]:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from abtrain import recipes
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.lowrank.rank import SigmaCutoff
-from abtrain.recipe import Factoring, GradientSync, Phase, Recipe, WeightSync
+from abtrain.recipe import Factoring, Phase, Recipe
+from abtrain.sync import GradientSync, WeightSync
 
 
 def names(recipe: Recipe) -> list[str]:

@@ -8,7 +8,7 @@ here). Every collective is counted in the communicator's `meter`.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from abtrain.comm.topology import Topology
 
 Scope = Literal["world", "group"]
 Reduction = Literal["sum", "max"]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class DataParallel(Protocol):
@@ -169,8 +170,8 @@ def check_source(source: int, topology: Topology) -> None:
         raise ValueError(f"broadcast from rank {source}: ranks go from 0 to {topology.world_size - 1} in this world")
 
 
-def still_open(module: nn.Module | None) -> nn.Module:
-    """The module of a `DataParallel`; RuntimeError after its `close`."""
+def still_open(module: Module | None) -> Module:
+    """What a `DataParallel` calls; RuntimeError after its `close`."""
     if module is None:
         raise RuntimeError("this data-parallel wrapper was closed: make a new one with data_parallel()")
     return module

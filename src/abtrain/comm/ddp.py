@@ -1,11 +1,10 @@
 """Gradient averaging on torch.distributed: PyTorch's DistributedDataParallel, counted and timed."""
 
-# No `from __future__ import annotations` here: DDP compares the annotations of a communication hook with
-# classes.
+# No `from __future__ import annotations` here: DDP compares the annotations of a communication hook with classes.
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,6 @@ class TorchDataParallel:
     """
 
     def __init__(self, module: nn.Module, link: Link, find_unused_parameters: bool) -> None:
-        self._module: nn.Module | None = module
         self._link = link
         self._ddp: DistributedDataParallel | None = DistributedDataParallel(
             module,
@@ -41,11 +39,11 @@ class TorchDataParallel:
         self._ddp._register_buffer_comm_hook(link, _follow_first_rank, _BufferCommHookLocation.PRE_FORWARD)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = still_open(self._module)
-        if not (module.training and torch.is_grad_enabled()):
-            return module(*args, **kwargs)
+        ddp = still_open(self._ddp)
+        if not (ddp.module.training and torch.is_grad_enabled()):
+            return ddp.module(*args, **kwargs)
         try:
-            return cast(DistributedDataParallel, self._ddp)(*args, **kwargs)
+            return ddp(*args, **kwargs)
         except RuntimeError as error:
             explained = self._explain(error)
             if explained is None:
@@ -53,8 +51,8 @@ class TorchDataParallel:
             raise explained from error
 
     def no_sync(self) -> AbstractContextManager[None]:
-        still_open(self._module)
-        return cast(AbstractContextManager[None], cast(DistributedDataParallel, self._ddp).no_sync())
+        context: AbstractContextManager[None] = still_open(self._ddp).no_sync()
+        return context
 
     def _explain(self, error: RuntimeError) -> Exception | None:
         """The error that tells the user more than one of DDP does; None for an error of the model itself."""
@@ -69,7 +67,7 @@ class TorchDataParallel:
         return None
 
     def close(self) -> None:
-        self._module = self._ddp = None
+        self._ddp = None
 
 
 class _Averaging:
@@ -86,8 +84,8 @@ class _Averaging:
         if buffer.device.type == "cpu":
             self._works.append(work)
             if is_last:
-                # Runs when backward has nothing left to compute and before DDP's own wait, so what is
-                # measured is the wait that no computation hides, and a lost peer is an error with a name.
+                # Runs when backward has nothing left to compute and before DDP's own wait, so what is measured is
+                # the wait that no computation hides, and a lost peer is an error with a name.
                 torch.autograd.Variable._execution_engine.queue_callback(self._wait)
         return work
 

@@ -153,9 +153,8 @@ class InProcessCommunicator:
 class InProcessDataParallel:
     """The `DataParallel` of threads. It follows DDP's rules, and counts the same bytes.
 
-    A forward pass in training takes the first rank's buffers, unless the pass before it was inside `no_sync`,
-    and arms the hooks on the parameters. When backward has given all of them a gradient, the gradients are
-    averaged.
+    A forward pass in training takes the first rank's buffers, unless the pass before it was inside `no_sync`, and arms
+    the hooks on the parameters. When backward has given all of them a gradient, the gradients are averaged.
     """
 
     def __init__(

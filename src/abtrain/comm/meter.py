@@ -33,6 +33,8 @@ class Meter:
 
     def count(self, nbytes: int, spans: Spans) -> None:
         """Adds payload to the current phase; `spans` says whether it is for other groups as well."""
+        if nbytes == 0:
+            return
         with self._lock:
             self._by_scope[spans] += nbytes
             self._by_phase[self.phase] = self._by_phase.get(self.phase, 0) + nbytes

@@ -111,8 +111,8 @@ class Rendezvous:
         return [self._posts[r] for r in ranks if r in self._posts and not self._posts[r].settled]
 
     def _missed(self, post: _Post) -> list[int]:
-        """The ranks that `post` waits for in vain."""
-        return [r for r in post.ranks if r in self._gone]
+        """The ranks that `post` waits for in vain; first the one that left first, as it may be why others left."""
+        return [r for r in self._gone if r in post.ranks]
 
     def _why_alone(self, post: _Post) -> str:
         missed = self._missed(post)

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.optimizer import project_to_factors, project_to_weight, replace_
 from abtrain.lowrank.surgery import FactoredWeight, factorize_, restore_
@@ -38,7 +39,7 @@ class FactoredModel:
         self.optimizer = optimizer
         self.records: dict[str, FactoredWeight] = {}
         self._names = tuple(names)
-        self._project = optimizer_state == "project"
+        self.projects = optimizer_state == "project"
         self._full_numel = sum(parameter.numel() for parameter in model.parameters())
         self._compression = 1.0
 
@@ -46,6 +47,23 @@ class FactoredModel:
     def compression(self) -> float:
         """Parameters of the full model over parameters as last factored; 1 before that."""
         return self._compression
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The factors that live at present: `NAME.A` and `NAME.B` of every weight NAME that is factored."""
+        pairs = ((f"{name}.{letter}", record, letter) for name, record in self.records.items() for letter in "AB")
+        return {key: getattr(record, letter) for key, record, letter in pairs}
+
+    def trained(self, treatments: Sequence[Treatment]) -> dict[str, nn.Parameter]:
+        """All parameters that some worker trains, as they are at present, in the order of `treatments`."""
+        factors = self.factors()
+        trained: dict[str, nn.Parameter] = {}
+        for treatment in treatments:
+            name = treatment.name
+            if name in self.records:
+                trained |= {f"{name}.A": factors[f"{name}.A"], f"{name}.B": factors[f"{name}.B"]}
+            elif treatment.kind != "frozen":
+                trained[name] = self.model.get_parameter(name)
+        return trained
 
     def matrices(self) -> dict[str, Tensor]:
         """The weights that may be factored, as (m, n) matrices, without gradients. They must be dense."""
@@ -57,7 +75,7 @@ class FactoredModel:
         for name, pair in factors.items():
             record = factorize_(self.model, name, pair)
             (state,) = replace_(self.optimizer, [record.dense], [record.A, record.B])
-            if self._project and state:
+            if self.projects and state:
                 state_A, state_B = project_to_factors(state, record)
                 self.optimizer.state[record.A], self.optimizer.state[record.B] = state_A, state_B
             self.records[name] = record
@@ -68,7 +86,7 @@ class FactoredModel:
         for record in self.records.values():
             state_A, state_B = replace_(self.optimizer, [record.A, record.B], [record.dense])
             restore_(record)
-            if self._project and (state_A or state_B):
+            if self.projects and (state_A or state_B):
                 self.optimizer.state[record.dense] = project_to_weight(state_A, state_B, record)
         self.records = {}
 

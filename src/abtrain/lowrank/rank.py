@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from abtrain.recipe import share_problems, whole_number_problems
+from abtrain.sync import share_problems, whole_number_problems
 
 
 def _bounded(k: int, multiple: int, m: int, n: int) -> int:

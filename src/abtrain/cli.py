@@ -1,0 +1,73 @@
+"""The `abtrain` command: finds the subcommand, and turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from abtrain import __version__
+from abtrain.errors import AbtrainError, ConfigurationError, StoppedError
+
+# Each command imports what it needs when it is called, so that `abtrain --help` answers at once.
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line, and exits with its code: 0, or that of the error."""
+    parser = argparse.ArgumentParser(
+        prog="abtrain", description="Train PyTorch models on machines joined by slow links.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"abtrain {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for name, (purpose, _) in COMMANDS.items():
+        # The command parses its own arguments, --help among them.
+        commands.add_parser(name, help=purpose, add_help=False)
+    chosen, rest = parser.parse_known_args(arguments)
+    _, command = COMMANDS[chosen.command]
+    sys.exit(_run(command, rest))
+
+
+def _train(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from abtrain.train.config import TrainConfig
+    from abtrain.train.config_file import from_toml
+
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    file = finder.parse_known_args(arguments)[0].config
+    defaults = TrainConfig() if file is None else from_toml(file)
+    config = tyro.cli(TrainConfig, prog="abtrain train", args=arguments, default=defaults)
+
+    from abtrain.train.launch import run
+
+    run(config)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "train": ("train a task by a recipe", _train),
+}
+
+
+def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+    """Runs a command; its exit code."""
+    try:
+        command(arguments)
+    except AbtrainError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        return _fail(StoppedError("stopped on request (SIGINT)"))
+    return 0
+
+
+def _fail(error: AbtrainError) -> int:
+    """Says what went wrong, once for all workers; the exit code."""
+    rank = os.environ.get("RANK", "0")
+    # Settings are wrong on all workers alike, and all are stopped alike: the first speaks for them.
+    if rank == "0" or not isinstance(error, ConfigurationError | StoppedError):
+        problems = error.problems if isinstance(error, ConfigurationError) else (str(error),)
+        for problem in problems:
+            print(f"abtrain: error: {problem}", file=sys.stderr)
+    return error.exit_code

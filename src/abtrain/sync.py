@@ -1,0 +1,92 @@
+"""How workers agree, as data: at every step on gradients, or now and then on weights. Pure: no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class GradientSync:
+    """Gradients are averaged over all workers at every step: DDP itself."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """All workers take the average of all, trained and frozen parts alike: the paper's merge (Algorithm 1)."""
+
+
+@dataclass(frozen=True)
+class TrainedOnly:
+    """Of a factor that only some groups trained, all workers take the average over those."""
+
+
+@dataclass(frozen=True)
+class Outer:
+    """The average change of a round is the gradient of an outer Nesterov optimizer (DiLoCo, arXiv 2311.08105).
+
+    Args:
+        lr: of the outer optimizer; 1 with no momentum is `Mean`.
+        momentum: of the outer optimizer.
+    """
+
+    lr: float = 0.7
+    momentum: float = 0.9
+
+
+Merge = Mean | TrainedOnly | Outer
+
+
+@dataclass(frozen=True)
+class WeightSync:
+    """Groups run alone for `every` steps, then merge what they hold. Inside a group gradients are averaged (DDP).
+
+    A merge also ends the phase, whatever is left of a round then.
+
+    Args:
+        every: steps between merges, a round.
+        merge: how the groups become one.
+    """
+
+    every: int
+    merge: Merge = Mean()
+
+    def problems(self) -> list[str]:
+        """What is wrong with these settings; empty if nothing is."""
+        found = whole_number_problems("every", self.every, least=1)
+        if isinstance(self.merge, Outer):
+            found += number_problems("outer_lr", self.merge.lr, above=0)
+            found += share_problems("outer_momentum", self.merge.momentum, below=1)
+        elif not isinstance(self.merge, Mean | TrainedOnly):
+            found.append(f"merge={self.merge!r} is unknown: use Mean(), TrainedOnly() or Outer()")
+        return found
+
+
+Sync = GradientSync | WeightSync | None
+"""None: workers never agree (the limit without communication)."""
+
+Trains = Literal["all", "a_or_b", "b"]
+
+
+def whole_number_problems(name: str, value: object, least: int) -> list[str]:
+    """The message for a setting that is not a whole number of at least `least`; empty if it is one."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return [f"{name}={value!r} is not a whole number: use one of at least {least}"]
+    return [] if value >= least else [f"{name}={value} is too small: use at least {least}"]
+
+
+def number_problems(name: str, value: object, above: float) -> list[str]:
+    """The message for a setting that is not a finite number above `above`; empty if it is one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= above:
+        return [f"{name}={value!r} is not a finite number above {above}: use one"]
+    return []
+
+
+def share_problems(name: str, value: object, below: float | None = None) -> list[str]:
+    """The message for a setting that is not a number from 0 to 1 (from 0 and less than `below`, if that is given)."""
+    range_ = "from 0 to 1" if below is None else f"from 0 to less than {below}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return [f"{name}={value!r} is not a finite number: use one {range_}"]
+    inside = 0 <= value <= 1 if below is None else 0 <= value < below
+    return [] if inside else [f"{name}={value} is out of range: use a number {range_}"]

@@ -1,0 +1,43 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abtrain.comm.topology import Topology, topology_problems
+from abtrain.errors import ConfigurationError
+
+sizes = st.tuples(st.integers(1, 8), st.integers(1, 8))
+
+
+@given(sizes)
+def test_groups_cut_the_world_into_consecutive_ranks(groups_and_size: tuple[int, int]) -> None:
+    n_groups, group_size = groups_and_size
+    topology = Topology(n_groups * group_size, group_size)
+    assert topology.n_groups == n_groups
+    assert [rank for group in topology.groups for rank in group] == list(range(topology.world_size))
+    for index, group in enumerate(topology.groups):
+        assert len(group) == group_size
+        assert {topology.group_of(rank) for rank in group} == {index}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "group_size", "roles"),
+    [(4, 1, "AABB"), (4, 2, "AABB"), (3, 1, "AAB"), (6, 2, "AAAABB"), (2, 1, "AB")],
+)
+def test_the_first_half_of_the_groups_trains_a(world_size: int, group_size: int, roles: str) -> None:
+    topology = Topology(world_size, group_size)
+    for cycle in (0, 1):
+        assert "".join(topology.role(rank, cycle) for rank in range(world_size)) == roles
+
+
+def test_one_group_alone_takes_turns() -> None:
+    assert [Topology(2, 2).role(0, cycle) for cycle in range(4)] == ["A", "B", "A", "B"]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "group_size", "says"),
+    [(0, 1, "at least 1"), (4, 0, "at least 1"), (2, 4, "larger than the 2 workers"), (6, 4, "among 1, 2, 3, 6")],
+)
+def test_impossible_sizes_are_refused_with_a_remedy(world_size: int, group_size: int, says: str) -> None:
+    assert len(topology_problems(world_size, group_size)) == 1
+    with pytest.raises(ConfigurationError, match=says):
+        Topology(world_size, group_size)

@@ -1,0 +1,21 @@
+"""The public surface is one screen, and each name of it is there."""
+
+import subprocess
+import sys
+
+import pytest
+
+import abtrain
+
+
+def test_every_public_name_resolves() -> None:
+    assert len(abtrain.__all__) <= 15
+    for name in abtrain.__all__:
+        assert getattr(abtrain, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        _ = abtrain.missing
+
+
+def test_the_package_alone_does_not_import_torch() -> None:
+    code = "import sys, abtrain, abtrain.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
