@@ -30,13 +30,15 @@ from torch.optim import Optimizer
 from abtrain.comm import default_communicator
 from abtrain.comm.agreement import agree_on_tensors, check_fingerprint, fingerprint, share
 from abtrain.comm.communicator import Communicator, DataParallel, Scope, Unsynchronized
+from abtrain.comm.wire import exact_average
 from abtrain.describe import Description
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.factors import agree_on_factors
 from abtrain.level import level_grad_scaler, level_optimizer_state
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.model import FactoredModel, TrainedFactors
-from abtrain.merge import Merger, average
+from abtrain.lowrank.precondition import precondition_
+from abtrain.merge import Merger
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.sync import GradientSync, Trains, WeightSync
@@ -106,7 +108,10 @@ class ABTraining:
         self._merger = Merger(self.communicator)
         self._rebound = LRRebound(optimizer)
         self._optimizer_steps = self._forwards = 0
-        self._step_hook = optimizer.register_step_post_hook(self._count_optimizer_step)
+        self._step_hooks = (
+            optimizer.register_step_pre_hook(self._precondition),
+            optimizer.register_step_post_hook(self._count_optimizer_step),
+        )
         self._workers_equal = True
         tensors = {name: p.data for name, p in model.named_parameters()} | dict(model.named_buffers())
         differed = agree_on_tensors(self.communicator, tensors)
@@ -218,7 +223,8 @@ class ABTraining:
     def close(self) -> None:
         """Takes abtrain's hooks off the optimizer. The model stays as it is."""
         self._rebound.close()
-        self._step_hook.remove()
+        for hook in self._step_hooks:
+            hook.remove()
 
     def _enter(self, position: Position) -> None:
         """Makes model, optimizer and wrapper what the phase says."""
@@ -226,10 +232,10 @@ class ABTraining:
         comm.meter.phase = phase.name
         # The old wrapper holds gradient buffers as large as the model: they go before new parameters come.
         self._wrap(None)
-        reshaped = bool(self._model.records) != (phase.weights == "factored")
-        if reshaped and phase.weights == "full":
-            self._model.restore()
-        elif reshaped:
+        reshaped = bool(self._model.records) or phase.weights == "factored"
+        self._merger.forget(self._model.factors())
+        self._model.restore()
+        if phase.weights == "factored":
             self._factorize(position)
         if reshaped and position.step:
             self._rebound.start(self.recipe.lr_rebound_steps)
@@ -266,7 +272,7 @@ class ABTraining:
         self._check_place(position)
         trainers = self._trainers(position)
         trained = {name: t for name, t in self._parameters().items() if trainers.get(name) != 0}
-        self._merger.merge(trained, position.phase.sync.merge, trainers)
+        self._merger.merge(trained, position.phase.sync, trainers)
         self._set_to_average(self._buffers())
         self._workers_equal = True
         if self._grad_scaler is not None:
@@ -285,7 +291,7 @@ class ABTraining:
     def _set_to_average(self, tensors: dict[str, Tensor]) -> None:
         """Averages real numbers over all workers, in place; counters follow rank 0."""
         numbers = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
-        for tensor, value in zip(numbers, average(numbers, self.communicator), strict=True):
+        for tensor, value in zip(numbers, exact_average(numbers, self.communicator), strict=True):
             tensor.copy_(value)
         counters = [tensor for tensor in tensors.values() if not tensor.is_floating_point()]
         share(self.communicator, counters, [0] * len(counters))
@@ -304,6 +310,11 @@ class ABTraining:
 
     def _buffers(self) -> dict[str, Tensor]:
         return _as_real(dict(self.module.named_buffers()))
+
+    def _precondition(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        position = self._position
+        if position is not None and position.phase.damping is not None:
+            precondition_(self._model.records.values(), position.phase.damping)
 
     def _count_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._optimizer_steps += 1

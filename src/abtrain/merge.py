@@ -10,31 +10,15 @@ weights that all started the round from, W_i those of worker i at its end, and D
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from abtrain.comm.buckets import pack, unpack
 from abtrain.comm.communicator import Communicator
-from abtrain.sync import Mean, Outer, TrainedOnly
-
-
-def average(local: Sequence[Tensor], comm: Communicator) -> list[Tensor]:
-    """The average over all workers, the same bits on all of them.
-
-    Args:
-        local: tensors of the same shapes and dtypes on all workers; not changed.
-
-    Returns:
-        New tensors of the same shapes and dtypes. Halves are summed in float32.
-    """
-    buckets = pack(local)
-    for bucket in buckets:
-        comm.all_reduce(bucket.flat)
-        bucket.flat.div_(comm.topology.world_size)
-    return unpack(buckets, local)
+from abtrain.comm.wire import Wire
+from abtrain.sync import Mean, Outer, TrainedOnly, WeightSync
 
 
 class Merger:
@@ -47,6 +31,7 @@ class Merger:
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
+        self._wires: dict[str, Wire] = {}
         self.anchors: dict[str, Tensor] = {}
         self.momentum: dict[str, Tensor] = {}
 
@@ -55,17 +40,27 @@ class Merger:
         self.anchors = {name: tensor.to(_wide(tensor.dtype), copy=True) for name, tensor in tensors.items()}
         self.momentum = {name: M for name, M in self.momentum.items() if name in tensors}
 
-    def merge(self, tensors: Mapping[str, Tensor], rule: Any, trainers: Mapping[str, int]) -> None:
+    def forget(self, names: Iterable[str]) -> None:
+        """These tensors are about to change their shape or their basis: what was known of them no longer holds."""
+        for name in names:
+            self.anchors.pop(name, None)
+            self.momentum.pop(name, None)
+            for wire in self._wires.values():
+                wire.forget(name)
+
+    def merge(self, tensors: Mapping[str, Tensor], sync: WeightSync, trainers: Mapping[str, int]) -> None:
         """Ends a round and begins the next: all workers hold the same tensors afterwards, in place.
 
         Args:
             tensors: what this worker holds, by the names that `begin` got.
-            rule: how; one of `abtrain.sync.Merge`.
+            sync: by which rule, over which wire.
             trainers: by name, how many workers trained a tensor, where that is not all of them.
         """
-        deltas = [t.to(self.anchors[name].dtype) - _seen(self.anchors[name], t) for name, t in tensors.items()]
-        for name, D in zip(tensors, average(deltas, self._comm), strict=True):
-            n = self._comm.topology.world_size / trainers.get(name, self._comm.topology.world_size)
+        workers, rule = self._comm.topology.world_size, sync.merge
+        wire = self._wires.setdefault(sync.wire, Wire(sync.wire))
+        deltas = {name: t.to(self.anchors[name].dtype) - _seen(self.anchors[name], t) for name, t in tensors.items()}
+        for name, D in wire.average(deltas, self._comm).items():
+            n = workers / trainers.get(name, workers)
             self.anchors[name].add_(RULES[type(rule)](self, rule, name, D, n))
             tensors[name].copy_(self.anchors[name])
 

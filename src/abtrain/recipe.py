@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from abtrain.errors import ConfigurationError, UsageError
-from abtrain.sync import GradientSync, Sync, Trains, WeightSync, whole_number_problems
+from abtrain.sync import GradientSync, Sync, Trains, WeightSync, number_problems, whole_number_problems
 
 Weights = Literal["full", "factored"]
 OptimizerState = Literal["reset", "project"]
@@ -30,6 +30,8 @@ class Phase:
         trains: `all` parameters, one factor by the group's role (`a_or_b`), or B only (`b`). Parameters that are not
             factored are always trained.
         sync: how workers agree.
+        damping: precondition the gradients of factors by each other, with this damping (see
+            `abtrain.lowrank.precondition`); None: leave them as they are.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Phase:
     weights: Weights = "full"
     trains: Trains = "all"
     sync: Sync = GradientSync()
+    damping: float | None = None
 
     def problems(self) -> list[str]:
         """What is wrong with the phase; empty if nothing is."""
@@ -50,6 +53,8 @@ class Phase:
             found.append(f"{where}: trains={self.trains!r} needs factors: use weights='factored'")
         if self.trains == "a_or_b" and not isinstance(self.sync, WeightSync):
             found.append(f"{where}: groups that train different factors have no common gradient: use a WeightSync")
+        if self.damping is not None:
+            found += number_problems(f"{where}: damping", self.damping, above=0)
         if isinstance(self.sync, WeightSync):
             rounds = self.sync.problems()
             if not rounds and self.sync.every > self.steps:

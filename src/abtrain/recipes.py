@@ -9,7 +9,7 @@ from typing import Any
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.lowrank.rank import SigmaCutoff
 from abtrain.recipe import Factoring, Phase, RankRule, Recipe
-from abtrain.sync import GradientSync, WeightSync
+from abtrain.sync import GradientSync, Outer, WeightSync, Wire
 
 WARMUP_SHARE = 0.2
 """Warm-up over all steps: the paper's guideline (Section IV.C), which all its runs follow."""
@@ -112,10 +112,71 @@ def ab_no_groups(
     )
 
 
+def diloco(
+    total_steps: int, *, every: int = 20, outer_lr: float = 0.7, outer_momentum: float = 0.9, wire: Wire = "fp32"
+) -> Recipe:
+    """Full-rank local training with outer Nesterov merges (DiLoCo, arXiv 2311.08105).
+
+    Args:
+        total_steps: of the run.
+        every: steps between merges.
+        outer_lr: learning rate of the outer optimizer.
+        outer_momentum: its momentum.
+        wire: in which code merges are sent.
+    """
+    sync = WeightSync(every, Outer(outer_lr, outer_momentum), wire)
+    return Recipe("diloco", total_steps, cycle=(Phase("local", total_steps, sync=sync),))
+
+
+def ab_outer(
+    total_steps: int,
+    *,
+    every: int = 20,
+    outer_lr: float = 0.7,
+    outer_momentum: float = 0.9,
+    wire: Wire = "int4",
+    warmup_steps: int | None = None,
+    lr_rebound_steps: int | None = None,
+    sigma_cutoff: float = 0.2,
+    damping: float | None = 0.1,
+    rank_rule: RankRule | None = None,
+    **factoring: Any,
+) -> Recipe:
+    """Beyond the paper: full-rank local warm-up, then all groups train both factors, with outer Nesterov merges.
+
+    The weights are factored once. Rounds keep the inner optimizer's state, and merges keep the outer one's.
+
+    Args:
+        total_steps: of the run.
+        every: steps between merges.
+        outer_lr: learning rate of the outer optimizer.
+        outer_momentum: its momentum.
+        wire: in which code merges are sent.
+        warmup_steps: full-rank local steps at the start; default 20 % of all, in whole rounds.
+        lr_rebound_steps: steps over which the learning rate climbs back after factoring; default `every`.
+        sigma_cutoff: singular values below this share of the largest are dropped.
+        damping: of the preconditioner of the factors' gradients; None: no preconditioner.
+        rank_rule: in place of `SigmaCutoff(sigma_cutoff)`.
+        factoring: the other settings of `abtrain.recipe.Factoring`.
+    """
+    if warmup_steps is None:  # whole rounds
+        warmup_steps = _share(_share(total_steps, WARMUP_SHARE), 1 / every) * every if every else 0
+    sync = WeightSync(every, Outer(outer_lr, outer_momentum), wire)
+    prologue = (Phase("warmup", warmup_steps, sync=sync),) if warmup_steps != 0 else ()
+    rest = total_steps - warmup_steps
+    factors = Phase("factors", max(rest, 1), weights="factored", sync=sync, damping=damping)
+    settings = Factoring(rank_rule or SigmaCutoff(sigma_cutoff), **{"keep_dense_if_larger": True, **factoring})
+    return Recipe(
+        "ab_outer", total_steps, prologue, (factors,), settings, every if lr_rebound_steps is None else lr_rebound_steps
+    )
+
+
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "ab": ab,
     "ab_no_groups": ab_no_groups,
+    "ab_outer": ab_outer,
     "ddp": ddp,
+    "diloco": diloco,
     "local_sgd": local_sgd,
     "solo": solo,
 }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from abtrain.errors import nearest
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Outer:
 
 
 Merge = Mean | TrainedOnly | Outer
+Wire = Literal["fp32", "bf16", "int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,12 @@ class WeightSync:
     Args:
         every: steps between merges, a round.
         merge: how the groups become one.
+        wire: in which code a merge is sent: fp32, bf16, int8 or int4 (see `abtrain.comm.wire`).
     """
 
     every: int
     merge: Merge = Mean()
+    wire: Wire = "fp32"
 
     def problems(self) -> list[str]:
         """What is wrong with these settings; empty if nothing is."""
@@ -60,6 +65,8 @@ class WeightSync:
             found += share_problems("outer_momentum", self.merge.momentum, below=1)
         elif not isinstance(self.merge, Mean | TrainedOnly):
             found.append(f"merge={self.merge!r} is unknown: use Mean(), TrainedOnly() or Outer()")
+        if self.wire not in get_args(Wire):
+            found.append(f"unknown wire {self.wire!r}: {nearest(str(self.wire), get_args(Wire))}")
         return found
 
 

@@ -63,6 +63,13 @@ class Communicator(Protocol):
         """Returns (ranks in scope, *tensor.shape), in rank order, for any dtype."""
         ...
 
+    def exchange(self, rows: Tensor) -> Tensor:
+        """Sends row i of (world size, ...) to rank i; returns the rows that came, in rank order. For any dtype.
+
+        The own row stays where it is, and is not counted.
+        """
+        ...
+
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Overwrites `tensor` everywhere with that of world rank `source`, bit by bit, for any dtype."""
         ...
@@ -118,6 +125,10 @@ class SingleProcess:
         check_contiguous(tensor)
         return tensor.detach()[None].clone()
 
+    def exchange(self, rows: Tensor) -> Tensor:
+        check_rows(rows, self.topology)
+        return rows.detach().clone()
+
     def broadcast(self, tensor: Tensor, source: int) -> None:
         check_source(source, self.topology)
         check_contiguous(tensor)
@@ -161,6 +172,15 @@ def check_reducible(tensor: Tensor, op: Reduction) -> None:
     if tensor.dtype not in _REDUCIBLE and not (tensor.dtype.is_complex and op == "sum"):
         raise TypeError(
             f"all_reduce({op}) cannot take {tensor.dtype}: convert it to float32 or int32, or all_gather it"
+        )
+
+
+def check_rows(rows: Tensor, topology: Topology) -> None:
+    """Refuses what does not have one row for each rank of the world."""
+    check_contiguous(rows)
+    if rows.ndim == 0 or rows.shape[0] != topology.world_size:
+        raise ValueError(
+            f"exchange of a tensor of shape {list(rows.shape)}: it needs {topology.world_size} rows, one for each rank"
         )
 
 

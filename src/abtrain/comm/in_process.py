@@ -25,6 +25,7 @@ from abtrain.comm.communicator import (
     Unsynchronized,
     check_contiguous,
     check_reducible,
+    check_rows,
     check_source,
     scope_ranks,
     scope_spans,
@@ -123,6 +124,15 @@ class InProcessCommunicator:
             return tensor.detach()[None].clone()
         return self.meet("all_gather", [tensor], scope, _stack)[0].clone()
 
+    def exchange(self, rows: Tensor) -> Tensor:
+        check_rows(rows, self.topology)
+        workers = self.topology.world_size
+        if workers == 1:
+            return rows.detach().clone()
+        # Everybody's rows meet; what would not have been sent is not counted.
+        nbytes = rows.nbytes - rows.nbytes // workers
+        return self.meet("exchange", [rows], "world", _stack, nbytes)[0][:, self.rank].clone()
+
     def broadcast(self, tensor: Tensor, source: int) -> None:
         check_source(source, self.topology)
         check_contiguous(tensor)
@@ -143,9 +153,12 @@ class InProcessCommunicator:
         """The world ranks of a scope, in order."""
         return scope_ranks(self.topology, self.rank, scope)
 
-    def meet(self, call: str, tensors: Sequence[Tensor], scope: Scope, combine: Combine) -> list[Tensor]:
-        """Counts `tensors` and brings them to the other ranks of the scope; see `Rendezvous.meet`."""
-        self.meter.count(sum(t.nbytes for t in tensors), scope_spans(self.topology, scope))
+    def meet(
+        self, call: str, tensors: Sequence[Tensor], scope: Scope, combine: Combine, nbytes: int | None = None
+    ) -> list[Tensor]:
+        """Brings `tensors` to the other ranks of the scope; see `Rendezvous.meet`. Counts `nbytes`, or all of them."""
+        counted = sum(t.nbytes for t in tensors) if nbytes is None else nbytes
+        self.meter.count(counted, scope_spans(self.topology, scope))
         with self.meter.waiting():
             return self._rendezvous.meet(self.rank, self.ranks(scope), call, [t.detach() for t in tensors], combine)
 

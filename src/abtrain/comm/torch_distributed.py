@@ -22,6 +22,7 @@ from abtrain.comm.communicator import (
     Unsynchronized,
     check_contiguous,
     check_reducible,
+    check_rows,
     check_source,
     scope_ranks,
     scope_spans,
@@ -89,6 +90,13 @@ class TorchCommunicator:
         rows = list(as_bytes(gathered).view(len(link.ranks), tensor.nbytes))
         link.carry("all_gather", tensor.nbytes, dist.all_gather, rows, as_bytes(tensor))
         return gathered
+
+    def exchange(self, rows: Tensor) -> Tensor:
+        check_rows(rows, self.topology)
+        received, link = rows.detach().clone(), self._link("world")
+        others = rows.nbytes - rows.nbytes // len(link.ranks)
+        link.carry("exchange", others, dist.all_to_all_single, as_bytes(received), as_bytes(rows))
+        return received
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         check_source(source, self.topology)

@@ -203,11 +203,13 @@ def close_one(comm: Communicator) -> None:
     model = Affine()
     parallel = comm.data_parallel(model, "world")
     parallel(1.0).backward()
-    before = comm.meter.payload()
-    parallel.close()
-    parallel.close()
     model.zero_grad()
-    model(comm.rank).backward()
+    loss = parallel(comm.rank)
+    before = comm.meter.payload()
+    comm.barrier()
+    parallel.close()
+    parallel.close()
+    loss.backward()
     assert model.w.grad is not None
     assert model.w.grad.tolist() == [comm.rank] * 3
     assert comm.meter.payload() == before

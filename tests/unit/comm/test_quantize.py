@@ -1,0 +1,56 @@
+"""Numbers in few bits stay close to what they were."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abtrain.comm.quantize import CODES
+
+
+def numbers(count: int, seed: int, scale: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.randn(count, generator=generator).exp()  # magnitudes over several decades
+    return torch.randn(count, generator=generator) * spread * scale
+
+
+@given(
+    name=st.sampled_from(["int8", "int4"]),
+    blocks=st.integers(1, 20),
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([1e-30, 1e-6, 1.0, 1e20]),
+)
+def test_a_number_is_off_by_half_a_scale_at_most(name: str, blocks: int, seed: int, scale: float) -> None:
+    code = CODES[name]
+    x = numbers(blocks * code.block, seed, scale)
+    data = code.encode(x)
+    assert data.dtype == torch.uint8
+    assert data.numel() == code.nbytes(x.numel())
+    limit = 2 ** (code.bits - 1) - 1
+    largest = x.view(-1, code.block).abs().amax(1, keepdim=True)
+    error = (code.decode(data, x.numel()) - x).view(-1, code.block).abs()
+    # bfloat16 has 8 bits, so a scale is at most 1/128 above what is needed
+    assert (error <= 0.5 * largest / limit * (1 + 2**-7) + 1e-38).all()
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_zeros_stay_zeros_also_beside_other_numbers(name: str) -> None:
+    code = CODES[name]
+    assert not code.decode(code.encode(torch.zeros(4 * code.granule)), 4 * code.granule).any()
+    x = torch.zeros(2 * code.granule)
+    x[0] = 7.0
+    decoded = code.decode(code.encode(x), x.numel())
+    assert decoded[0] == pytest.approx(7.0, rel=2**-7)
+    assert not decoded[1:].any()
+
+
+def test_floats() -> None:
+    x = numbers(100, 0, 1.0)
+    assert torch.equal(CODES["fp32"].decode(CODES["fp32"].encode(x), 100), x)
+    torch.testing.assert_close(CODES["bf16"].decode(CODES["bf16"].encode(x), 100), x, rtol=2**-8, atol=0)
+
+
+def test_bytes_of_a_million_numbers() -> None:
+    count = 2**20
+    assert CODES["int8"].nbytes(count) / (4 * count) == pytest.approx(1 / 4, rel=0.02)
+    assert CODES["int4"].nbytes(count) / (4 * count) == pytest.approx(1 / 8, rel=0.07)
