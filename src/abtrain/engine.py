@@ -123,16 +123,17 @@ class ABTraining:
         self._enter(self._position)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass; in training, gradients will be averaged as the phase says.
+        """The model's forward pass; gradients will be averaged as the phase says. To validate, disable them.
 
         Raises:
-            UsageError: in training: `ab.step()` was forgotten after the last optimizer step, or the recipe has ended.
+            UsageError: with gradients enabled: `ab.step()` was forgotten after the last optimizer step, or the recipe
+            has ended.
         """
-        if self.module.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             if self._optimizer_steps:
                 raise UsageError(
-                    f"a training forward pass began, but ab.step() was not called after optimizer.step() of step "
-                    f"{self.steps_done}: call ab.step() once after every optimizer.step()"
+                    f"a forward pass with gradients began, but ab.step() was not called after optimizer.step() of step "
+                    f"{self.steps_done}: call ab.step() once after every optimizer.step(), and validate under no_grad"
                 )
             if self.finished:
                 raise UsageError(self._ended())

@@ -24,7 +24,8 @@ Module = TypeVar("Module", bound=nn.Module)
 class DataParallel(Protocol):
     """A model whose gradients are averaged over a scope while `backward` runs.
 
-    In eval mode, or with gradients disabled, a call is the model's own and talks to nobody: one rank may make it alone.
+    With gradients disabled, a call is the model's own and talks to nobody: one rank may make it alone. Eval mode
+    changes nothing by itself: models are fine-tuned in it, with their norms frozen.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...

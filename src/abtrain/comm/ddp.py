@@ -40,7 +40,7 @@ class TorchDataParallel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         ddp = still_open(self._ddp)
-        if not (ddp.module.training and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return ddp.module(*args, **kwargs)
         try:
             return ddp(*args, **kwargs)

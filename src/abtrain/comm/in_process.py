@@ -192,7 +192,7 @@ class InProcessDataParallel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = still_open(self._module)
-        if not (module.training and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return module(*args, **kwargs)
         self._check_last_backward()
         if self._buffers_due:

@@ -137,10 +137,7 @@ def validate_alone(comm: Communicator) -> None:
     parallel(1.0).backward()
     before = comm.meter.payload()
     if comm.rank == 0:
-        model.eval()
-        parallel(2.0)
         with torch.no_grad():
-            model.train()
             parallel(2.0)
     assert comm.meter.payload() == before
     parallel(1.0).backward()
@@ -148,6 +145,18 @@ def validate_alone(comm: Communicator) -> None:
 
 def test_one_rank_may_validate_alone(world: World) -> None:
     world.run(validate_alone)
+
+
+def train_in_eval_mode(comm: Communicator) -> None:
+    model = Affine().eval()
+    parallel = comm.data_parallel(model, "world")
+    parallel(float(comm.rank)).backward()
+    assert model.w.grad is not None
+    assert model.w.grad.tolist() == pytest.approx([(comm.topology.world_size - 1) / 2] * 3)
+
+
+def test_gradients_in_eval_mode_are_averaged_too(world: World) -> None:
+    world.run(train_in_eval_mode)
 
 
 def use_some(comm: Communicator) -> None:
