@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from abtrain.comm import default_communicator
 from abtrain.comm.agreement import agree_on_tensors, check_fingerprint, fingerprint, share
-from abtrain.comm.communicator import Communicator, DataParallel, Scope, Unsynchronized
+from abtrain.comm.communicator import PLAIN, Communicator, DataParallel, Scope, Unsynchronized
 from abtrain.comm.wire import exact_average
 from abtrain.describe import Description
 from abtrain.errors import ConfigurationError, UsageError
@@ -246,15 +246,16 @@ class ABTraining:
             self._model.train_only(trained[phase.trains])
         if isinstance(phase.sync, WeightSync):
             self._merger.begin(self._parameters())
-        if phase.sync is not None:
-            self._wrap("world" if isinstance(phase.sync, GradientSync) else "group")
+            self._wrap("group")
+        elif phase.sync is not None:
+            self._wrap("world", phase.sync)
 
-    def _wrap(self, scope: Scope | None) -> None:
+    def _wrap(self, scope: Scope | None, sync: GradientSync = PLAIN) -> None:
         """Lets gradients be averaged over a scope, or not at all (None)."""
         self._parallel.close()
         self._parallel = Unsynchronized(self.module)
         if scope is not None:
-            self._parallel = self.communicator.data_parallel(self.module, scope, self._find_unused_parameters)
+            self._parallel = self.communicator.data_parallel(self.module, scope, self._find_unused_parameters, sync)
 
     def _factorize(self, position: Position) -> None:
         assert self.recipe.factoring is not None

@@ -55,11 +55,11 @@ class Phase:
             found.append(f"{where}: groups that train different factors have no common gradient: use a WeightSync")
         if self.damping is not None:
             found += number_problems(f"{where}: damping", self.damping, above=0)
-        if isinstance(self.sync, WeightSync):
-            rounds = self.sync.problems()
-            if not rounds and self.sync.every > self.steps:
-                rounds = [f"every={self.sync.every} is longer than the phase ({self.steps} steps)"]
-            found += [f"{where}: {problem}" for problem in rounds]
+        if self.sync is not None:
+            wrong = self.sync.problems()
+            if not wrong and isinstance(self.sync, WeightSync) and self.sync.every > self.steps:
+                wrong = [f"every={self.sync.every} is longer than the phase ({self.steps} steps)"]
+            found += [f"{where}: {problem}" for problem in wrong]
         return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.lowrank.rank import SigmaCutoff
@@ -21,9 +21,24 @@ LR_REBOUND_SHARE = 0.5
 """LR rebound over the group phase."""
 
 
-def ddp(total_steps: int) -> Recipe:
-    """Plain data parallel training: gradients averaged over all workers at every step."""
-    return Recipe("ddp", total_steps, cycle=(Phase("full", total_steps),))
+def ddp(total_steps: int, *, wire: Literal["fp32", "bf16"] = "fp32") -> Recipe:
+    """Plain data parallel training: gradients averaged over all workers at every step.
+
+    Args:
+        total_steps: of the run.
+        wire: gradients as they are, or rounded to bfloat16.
+    """
+    return Recipe("ddp", total_steps, cycle=(Phase("full", total_steps, sync=GradientSync(wire)),))
+
+
+def powersgd(total_steps: int, *, rank: int = 4) -> Recipe:
+    """Data parallel training with gradients sent as low-rank factors with error feedback (arXiv 1905.13727).
+
+    Args:
+        total_steps: of the run.
+        rank: of the factors.
+    """
+    return Recipe("powersgd", total_steps, cycle=(Phase("full", total_steps, sync=GradientSync("powersgd", rank)),))
 
 
 def solo(total_steps: int) -> Recipe:
@@ -178,6 +193,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "ddp": ddp,
     "diloco": diloco,
     "local_sgd": local_sgd,
+    "powersgd": powersgd,
     "solo": solo,
 }
 DEFAULT = "ab"

@@ -8,10 +8,27 @@ from typing import Literal, get_args
 
 from abtrain.errors import nearest
 
+GradientWire = Literal["fp32", "bf16", "powersgd"]
+
 
 @dataclass(frozen=True)
 class GradientSync:
-    """Gradients are averaged over all workers at every step: DDP itself."""
+    """Gradients are averaged over all workers at every step: DDP itself, with its communication hooks.
+
+    Args:
+        wire: gradients as they are, in bfloat16, or as low-rank factors (PowerSGD, arXiv 1905.13727).
+        rank: of PowerSGD's factors.
+    """
+
+    wire: GradientWire = "fp32"
+    rank: int = 4
+
+    def problems(self) -> list[str]:
+        """What is wrong with these settings; empty if nothing is."""
+        found = whole_number_problems("rank", self.rank, least=1)
+        if self.wire not in get_args(GradientWire):
+            found.append(f"unknown wire {self.wire!r} of gradients: {nearest(str(self.wire), get_args(GradientWire))}")
+        return found
 
 
 @dataclass(frozen=True)

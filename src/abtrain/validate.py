@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
+from abtrain.errors import nearest
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.optimizer import PROJECTABLE
 from abtrain.recipe import Recipe
@@ -51,6 +54,11 @@ def _model_problems(model: nn.Module, recipe: Recipe) -> list[str]:
         return [f"the model lies on several devices ({', '.join(devices)}): move it to one"]
     if not recipe.factored:
         return []
+    names = [name for name, _ in model.named_parameters()]
+    patterns = recipe.factoring.exclude if recipe.factoring else ()
+    idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    if idle:
+        return [f"exclude {pattern!r} matches no parameter: {nearest(pattern, names)}" for pattern in idle]
     treatments = classify(model, recipe.factoring)
     if any(treatment.kind == "factored" for treatment in treatments):
         return []

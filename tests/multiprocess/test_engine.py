@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from abtrain import ABTraining, recipes
+from abtrain import ABTraining, GradientSync, Phase, Recipe, WeightSync, recipes
 from abtrain.comm.communicator import Communicator
 from tests.cases import SCHEDULE, THREE_CYCLES, adamw, batch, build, largest_difference, train, train_by_reference
 from tests.gloo import run_gloo
@@ -114,3 +114,40 @@ def odd_worlds(comm: Communicator) -> dict[str, Tensor]:
 def test_three_ranks_give_the_extra_group_to_A() -> None:
     results = run_gloo(3, odd_worlds)
     assert largest_difference(results[2], train_by_reference("mlp", "ab", 3, 1)) < 1e-9
+
+
+def by_recipe(comm: Communicator, recipe: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+    state = train(comm, build("conv", torch.float32), "conv", recipe, steps=12, **options)
+    return state, comm.meter.payload()["total"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "share"), [("ddp", {"wire": "bf16"}, 0.5), ("powersgd", {"rank": 1}, 0.8)]
+)
+def test_narrow_gradients_keep_ranks_equal_and_send_less(recipe: str, options: dict[str, Any], share: float) -> None:
+    plain, everything = run_gloo(2, by_recipe, "ddp", {})[0]
+    (one, sent), (other, _) = run_gloo(2, by_recipe, recipe, options)
+    assert largest_difference(one, other) == 0
+    assert 0 < largest_difference(one, plain) < 0.2
+    assert sent <= share * everything + 500  # what agreement costs
+
+
+def reordered(comm: Communicator) -> dict[str, Tensor]:
+    """PowerSGD before and after a group phase: its state has to fit the wrapper that comes anew."""
+    model = build("conv", torch.float32)
+    optimizer = adamw(model.parameters())
+    narrow = GradientSync("powersgd", 1)
+    phases = (Phase("one", 4, sync=narrow), Phase("alone", 2, sync=WeightSync(2)), Phase("two", 4, sync=narrow))
+    ab = ABTraining(model, optimizer, Recipe("mixed", 20, cycle=phases), communicator=comm)
+    for step in range(20):
+        x, y = batch("conv", comm.rank, step, torch.float32)
+        F.cross_entropy(ab(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ab.step()
+    return ab.dense_state_dict()
+
+
+def test_powersgd_goes_on_after_a_phase_of_another_kind() -> None:
+    one, other = run_gloo(2, reordered)
+    assert largest_difference(one, other) == 0

@@ -370,6 +370,13 @@ class TestWhatIsRefused:
         ):
             ABTraining(model, adamw(model.parameters()), recipes.ab(100))
 
+    def test_an_exclude_pattern_that_matches_nothing(self) -> None:
+        model = build("mlp")
+        with pytest.raises(
+            ConfigurationError, match=r"exclude '0.weigth' matches no parameter: did you mean '0.weight'"
+        ):
+            ABTraining(model, adamw(model.parameters()), recipes.ab(100, exclude=("0.weigth", "2.*")))
+
     def test_a_wrapped_model(self) -> None:
         model = nn.DataParallel(nn.Linear(3, 3))
         with pytest.raises(ConfigurationError, match="pass the bare model"):

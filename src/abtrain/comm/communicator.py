@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from abtrain.comm.meter import Meter, Spans
 from abtrain.comm.topology import Topology
+from abtrain.sync import GradientSync
 
 Scope = Literal["world", "group"]
 Reduction = Literal["sum", "max"]
+PLAIN = GradientSync()
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -79,7 +81,9 @@ class Communicator(Protocol):
         """Returns once every worker is here."""
         ...
 
-    def data_parallel(self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False) -> DataParallel:
+    def data_parallel(
+        self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
+    ) -> DataParallel:
         """Wraps `module` so that `backward` averages its gradients over the scope.
 
         Of the parameters, those that require a gradient at the time of the call take part. In training, buffers follow
@@ -137,7 +141,9 @@ class SingleProcess:
     def barrier(self) -> None:
         pass
 
-    def data_parallel(self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False) -> DataParallel:
+    def data_parallel(
+        self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
+    ) -> DataParallel:
         return Unsynchronized(module)
 
 

@@ -14,6 +14,7 @@ from torch.nn.parallel.distributed import _BufferCommHookLocation
 
 from abtrain.comm.buckets import pack, unpack
 from abtrain.comm.communicator import still_open
+from abtrain.comm.hooks import GradientHook
 from abtrain.comm.link import Link
 from abtrain.errors import ConfigurationError, UsageError
 
@@ -24,7 +25,7 @@ class TorchDataParallel:
     DDP is in no reference cycle: dropped or closed, it frees its buckets at once.
     """
 
-    def __init__(self, module: nn.Module, link: Link, find_unused_parameters: bool) -> None:
+    def __init__(self, module: nn.Module, link: Link, find_unused_parameters: bool, hook: GradientHook | None) -> None:
         self._link = link
         self._ddp: DistributedDataParallel | None = DistributedDataParallel(
             module,
@@ -34,7 +35,7 @@ class TorchDataParallel:
         )
         trained = sum(p.requires_grad for p in module.parameters())
         # To find unused parameters, DDP adds up one int32 for each parameter.
-        averaging = _Averaging(link, extra_bytes=4 * trained if find_unused_parameters else 0)
+        averaging = _Averaging(link, 4 * trained if find_unused_parameters else 0, hook)
         self._ddp.register_comm_hook(averaging, _average_gradients)
         self._ddp._register_buffer_comm_hook(link, _follow_first_rank, _BufferCommHookLocation.PRE_FORWARD)
 
@@ -73,21 +74,31 @@ class TorchDataParallel:
 class _Averaging:
     """The all-reduces of one backward pass that are under way."""
 
-    def __init__(self, link: Link, extra_bytes: int) -> None:
+    def __init__(self, link: Link, extra_bytes: int, hook: GradientHook | None) -> None:
         self.link = link
-        self.extra_bytes = extra_bytes
-        self._works: list[dist.Work] = []
+        self._extra_bytes = extra_bytes
+        self._hook = hook
+        self._works: list[dist.Work | torch.futures.Future[Tensor]] = []
 
-    def launch(self, buffer: Tensor, is_last: bool) -> dist.Work:
-        self.link.meter.count(buffer.nbytes + (self.extra_bytes if is_last else 0), self.link.spans)
-        work = self.link.launch("all_reduce of gradients", dist.all_reduce, buffer)
+    def launch(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+        buffer = bucket.buffer()
+        work: dist.Work | torch.futures.Future[Tensor]
+        if self._hook is None:
+            # DDP without a hook multiplies by the reciprocal too; for three ranks, a division gives other bits.
+            buffer.mul_(1.0 / len(self.link.ranks))
+            nbytes, work = buffer.nbytes, self.link.launch("all_reduce of gradients", dist.all_reduce, buffer)
+            future = work.get_future().then(lambda future: future.value()[0])
+        else:
+            future, nbytes = self._hook(bucket)
+            work = future
+        self.link.meter.count(nbytes + (self._extra_bytes if bucket.is_last() else 0), self.link.spans)
         if buffer.device.type == "cpu":
             self._works.append(work)
-            if is_last:
+            if bucket.is_last():
                 # Runs when backward has nothing left to compute and before DDP's own wait, so what is measured is
                 # the wait that no computation hides, and a lost peer is an error with a name.
                 torch.autograd.Variable._execution_engine.queue_callback(self._wait)
-        return work
+        return future
 
     def _wait(self) -> None:
         works, self._works = self._works, []
@@ -100,10 +111,7 @@ def _average_gradients(
     averaging: _Averaging,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
-    # DDP without a hook multiplies by the reciprocal too; for three ranks, a division gives other bits.
-    buffer = bucket.buffer().mul_(1.0 / len(averaging.link.ranks))
-    work = averaging.launch(buffer, bucket.is_last())
-    return work.get_future().then(lambda future: future.value()[0])
+    return averaging.launch(bucket)
 
 
 def _follow_first_rank(link: Link, named_buffers: Mapping[str, Tensor]) -> None:

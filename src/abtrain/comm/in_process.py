@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from abtrain.comm.communicator import (
+    PLAIN,
     Communicator,
     DataParallel,
     Reduction,
@@ -34,7 +35,8 @@ from abtrain.comm.communicator import (
 from abtrain.comm.meter import Meter
 from abtrain.comm.rendezvous import Combine, Rendezvous
 from abtrain.comm.topology import Topology
-from abtrain.errors import UsageError
+from abtrain.errors import ConfigurationError, UsageError
+from abtrain.sync import GradientSync
 
 T = TypeVar("T")
 
@@ -144,9 +146,15 @@ class InProcessCommunicator:
         if self.topology.world_size > 1:
             self.meet("barrier", [], "world", lambda of: [])
 
-    def data_parallel(self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False) -> DataParallel:
+    def data_parallel(
+        self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
+    ) -> DataParallel:
         if len(self.ranks(scope)) == 1 or not any(p.requires_grad for p in module.parameters()):
             return Unsynchronized(module)
+        if sync.wire != "fp32":
+            raise ConfigurationError(
+                f"threads cannot send gradients as {sync.wire!r}: PyTorch's hooks need torch.distributed. Use 'fp32'"
+            )
         return InProcessDataParallel(module, self, scope, find_unused_parameters)
 
     def ranks(self, scope: Scope) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ class Link:
             raise self.peer_lost(name) from error
         return work
 
-    def wait(self, name: str, work: dist.Work) -> None:
+    def wait(self, name: str, work: dist.Work | torch.futures.Future[Any]) -> None:
         """Waits for a collective under way. By now its arguments are good, so what fails is a peer."""
         try:
             work.wait()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from abtrain.comm.communicator import (
+    PLAIN,
     Communicator,
     DataParallel,
     Reduction,
@@ -28,10 +29,12 @@ from abtrain.comm.communicator import (
     scope_spans,
 )
 from abtrain.comm.ddp import TorchDataParallel, point_sync_batch_norm
+from abtrain.comm.hooks import GradientHook, make_hook
 from abtrain.comm.link import Link, as_bytes
 from abtrain.comm.meter import Meter
 from abtrain.comm.topology import Topology
 from abtrain.errors import ConfigurationError
+from abtrain.sync import GradientSync
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -78,6 +81,7 @@ class TorchCommunicator:
         self.device = _device_of_backend()
         self.meter = meter or Meter()
         self._group = self._make_groups()
+        self._hooks: dict[tuple[GradientSync, Scope], GradientHook] = {}
 
     def all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> None:
         check_reducible(tensor, op)
@@ -110,12 +114,23 @@ class TorchCommunicator:
             with self.meter.waiting():
                 link.wait("barrier", link.launch("barrier", dist.barrier, device_ids=device_ids))
 
-    def data_parallel(self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False) -> DataParallel:
+    def data_parallel(
+        self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
+    ) -> DataParallel:
         link = self._link(scope)
         point_sync_batch_norm(module, link, alone=self.topology.world_size == 1)
         if len(link.ranks) == 1 or not any(p.requires_grad for p in module.parameters()):
             return Unsynchronized(module)
-        return TorchDataParallel(module, link, find_unused_parameters)
+        return TorchDataParallel(module, link, find_unused_parameters, self._hook(sync, scope))
+
+    def _hook(self, sync: GradientSync, scope: Scope) -> GradientHook | None:
+        """PyTorch's hook for a wire, the same one at every call: PowerSGD's state outlives phases."""
+        if sync.wire == "fp32":
+            return None
+        key = (sync, scope)
+        if key not in self._hooks:
+            self._hooks[key] = make_hook(sync, self._link(scope).group or _world_group())
+        return self._hooks[key]
 
     def _link(self, scope: Scope) -> Link:
         return Link(
@@ -151,6 +166,12 @@ def _check_world(topology: Topology) -> None:
             f"the topology is for {topology.world_size} workers, but torch.distributed has "
             f"{dist.get_world_size()}: make it Topology({dist.get_world_size()}, group_size)"
         )
+
+
+def _world_group() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None  # torch.distributed is initialized
+    return world
 
 
 def _device_of_backend() -> torch.device:

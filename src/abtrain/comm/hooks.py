@@ -1,0 +1,68 @@
+"""PyTorch's own communication hooks for DDP: gradients sent in few bits, counted by what they really send."""
+
+# No `from __future__ import annotations` here: DDP compares the annotations of a communication hook with classes.
+
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+from abtrain.sync import GradientSync
+
+# A torch.distributed.GradBucket, which its stubs leave out.
+Bucket = Any
+
+
+class GradientHook(Protocol):
+    """Averages one bucket of gradients over a process group."""
+
+    def __call__(self, bucket: Bucket) -> tuple[torch.futures.Future[Tensor], int]:
+        """Starts the average; returns its future, and the bytes handed over."""
+        ...
+
+
+class BFloat16:
+    """Gradients rounded to bfloat16: half the bytes (PyTorch's `bf16_compress_hook`)."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def __call__(self, bucket: Bucket) -> tuple[torch.futures.Future[Tensor], int]:
+        nbytes = bucket.buffer().numel() * torch.bfloat16.itemsize
+        return bf16_compress_hook(self._group, bucket), nbytes
+
+
+class PowerSGD:
+    """Gradients as rank-r factors with error feedback (Vogels et al., arXiv 1905.13727; PyTorch's `powerSGD_hook`).
+
+    The state outlives the DDP wrapper that it serves, so errors and warm starts go over from phase to phase.
+    """
+
+    # DDP lays its buckets out anew after the first backward pass: errors of the first layout would fit no more.
+    _PLAIN_STEPS = 2
+
+    def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
+        self._state = PowerSGDState(
+            process_group=group, matrix_approximation_rank=rank, start_powerSGD_iter=self._PLAIN_STEPS
+        )
+
+    def __call__(self, bucket: Bucket) -> tuple[torch.futures.Future[Tensor], int]:
+        state, buffer = self._state, bucket.buffer()
+        error = state.error_dict.get(bucket.index())
+        if error is not None and error.numel() != buffer.numel():
+            # A new wrapper's first layout: this bucket goes uncompressed once, and the state waits for its own.
+            buffer.mul_(1.0 / state.process_group.size())
+            work = dist.all_reduce(buffer, group=state.process_group, async_op=True)
+            return work.get_future().then(lambda future: future.value()[0]), buffer.nbytes
+        before = state.total_numel_after_compression
+        future = powerSGD_hook(state, bucket)
+        sent = state.total_numel_after_compression - before
+        return future, sent * buffer.element_size() if sent else buffer.nbytes
+
+
+def make_hook(sync: GradientSync, group: dist.ProcessGroup) -> GradientHook:
+    """The hook for a wire other than fp32."""
+    return BFloat16(group) if sync.wire == "bf16" else PowerSGD(group, sync.rank)
