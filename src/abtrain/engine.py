@@ -315,7 +315,7 @@ class ABTraining:
 
     def _precondition(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         position = self._position
-        if position is not None and position.phase.damping is not None:
+        if position is not None and position.phase.damping:
             precondition_(self._model.records.values(), position.phase.damping)
 
     def _count_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from abtrain.errors import ConfigurationError, UsageError
-from abtrain.sync import GradientSync, Sync, Trains, WeightSync, number_problems, whole_number_problems
+from abtrain.sync import GradientSync, Sync, Trains, WeightSync, share_problems, whole_number_problems
 
 Weights = Literal["full", "factored"]
 OptimizerState = Literal["reset", "project"]
@@ -31,7 +31,7 @@ class Phase:
             factored are always trained.
         sync: how workers agree.
         damping: precondition the gradients of factors by each other, with this damping (see
-            `abtrain.lowrank.precondition`); None: leave them as they are.
+            `abtrain.lowrank.precondition`); 0: leave them as they are.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Phase:
     weights: Weights = "full"
     trains: Trains = "all"
     sync: Sync = GradientSync()
-    damping: float | None = None
+    damping: float = 0.0
 
     def problems(self) -> list[str]:
         """What is wrong with the phase; empty if nothing is."""
@@ -53,8 +53,7 @@ class Phase:
             found.append(f"{where}: trains={self.trains!r} needs factors: use weights='factored'")
         if self.trains == "a_or_b" and not isinstance(self.sync, WeightSync):
             found.append(f"{where}: groups that train different factors have no common gradient: use a WeightSync")
-        if self.damping is not None:
-            found += number_problems(f"{where}: damping", self.damping, above=0)
+        found += share_problems(f"{where}: damping", self.damping)
         if self.sync is not None:
             wrong = self.sync.problems()
             if not wrong and isinstance(self.sync, WeightSync) and self.sync.every > self.steps:

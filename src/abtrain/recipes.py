@@ -153,7 +153,7 @@ def ab_outer(
     warmup_steps: int | None = None,
     lr_rebound_steps: int | None = None,
     sigma_cutoff: float = 0.2,
-    damping: float | None = 0.1,
+    damping: float = 0.1,
     rank_rule: RankRule | None = None,
     **factoring: Any,
 ) -> Recipe:
@@ -170,7 +170,7 @@ def ab_outer(
         warmup_steps: full-rank local steps at the start; default 20 % of all, in whole rounds.
         lr_rebound_steps: steps over which the learning rate climbs back after factoring; default `every`.
         sigma_cutoff: singular values below this share of the largest are dropped.
-        damping: of the preconditioner of the factors' gradients; None: no preconditioner.
+        damping: of the preconditioner of the factors' gradients; 0: no preconditioner.
         rank_rule: in place of `SigmaCutoff(sigma_cutoff)`.
         factoring: the other settings of `abtrain.recipe.Factoring`.
     """

@@ -1,0 +1,230 @@
+"""The settings of a run: their defaults, and everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from abtrain import recipes
+from abtrain.errors import ConfigurationError, nearest
+
+# torch takes seconds to import: what needs it is imported where it is used, so that `--help` answers at once.
+
+Init = Literal["default", "orthogonal"]
+DEVICES = ("auto", "cpu", "cuda")
+_LONGEST_TIMEOUT = 10**7  # seconds; what is longer does not fit into every clock that it is given to
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains a task by a recipe, on workers of its own or on those of torchrun."""
+
+    recipe: Annotated[Positional[str], arg(help=f"One of {', '.join(recipes.RECIPES)}.")] = recipes.DEFAULT
+    task: str = "digits-mlp"
+    """digits-mlp, fashion-cnn, fashion-vit or pysrc-gpt."""
+    workers: int = 4
+    """Processes to start on this machine; under torchrun it is torchrun that says."""
+    group_size: int = 1
+    """Workers that share their gradients at every step."""
+    steps: int | None = None
+    """Optimizer steps of the run; by default the task's."""
+    batch_size: int | None = None
+    """Samples per worker and step; by default the task's."""
+    lr: float | None = None
+    """Highest learning rate: reached after 5 % of the steps, then a cosine to zero; by default the task's."""
+    weight_decay: float = 0.05
+    """AdamW's, on matrices only."""
+    seed: int = 0
+    """Of the initial weights, the order of the samples, and their augmentation."""
+    init: Init = "default"
+    """Initial weights: PyTorch's own, or every matrix orthogonal."""
+    sigma_cutoff: float | None = None
+    """Singular values below this share of the largest are dropped; by default the recipe's."""
+    warmup_steps: int | None = None
+    """Full-rank data parallel steps at the start; by default the recipe's."""
+    ab_steps: int | None = None
+    """Steps of a group phase; by default the recipe's."""
+    rebound_steps: int | None = None
+    """Full-rank data parallel steps after each group phase; by default the recipe's."""
+    lr_rebound_steps: int | None = None
+    """Steps in which the learning rate climbs back after a change of shapes; by default the recipe's."""
+    every: int | None = None
+    """Steps between merges; by default the recipe's."""
+    outer_lr: float | None = None
+    """Learning rate of the outer optimizer; by default the recipe's."""
+    outer_momentum: float | None = None
+    """Momentum of the outer optimizer; by default the recipe's."""
+    wire: str | None = None
+    """Code in which merges are sent: fp32, bf16, int8 or int4; by default the recipe's."""
+    rank: int | None = None
+    """Rank of the factors that gradients are sent as; by default the recipe's."""
+    damping: float | None = None
+    """Damping of the factors' preconditioner; by default the recipe's."""
+    svd: Literal["each", "shared"] | None = None
+    """Each worker decomposes every weight, or they share the work; by default the recipe's."""
+    optimizer_state: Literal["reset", "project"] | None = None
+    """What becomes of the optimizer's state when shapes change; by default the recipe's."""
+    keep_dense_if_larger: bool = False
+    """Leave a weight dense where its factors would be no smaller."""
+    min_dim: int | None = None
+    """Leave a weight dense whose smaller matrix dimension is below this; by default the recipe's."""
+    exclude: tuple[str, ...] = ()
+    """Globs of parameter names that stay dense."""
+    data: Path | None = None
+    """Folder with the task's data; by default its usual place."""
+    out: Path | None = None
+    """Run folder; by default runs/TASK-RECIPE-seedSEED-TIME."""
+    overwrite: bool = False
+    """Replace the run that the folder holds."""
+    config: Path | None = None
+    """TOML file with any of these settings; the command line wins over it."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where every worker has a GPU of its own."""
+    timeout: float = 600
+    """Seconds that a worker waits for the others before it gives up."""
+    log_every: int = 20
+    """Steps between two lines of metrics."""
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+RECIPE_OPTIONS = tuple(
+    name for name in _DEFAULTS if any(name in recipes.options_of(recipe) for recipe in recipes.RECIPES)
+)
+"""Settings that belong to the recipe; left as they are here, they take the recipe's own default."""
+
+
+def recipe_options(config: TrainConfig) -> dict[str, Any]:
+    """The settings that are the recipe's, as far as they differ from their default."""
+    given = {name: getattr(config, name) for name in RECIPE_OPTIONS}
+    return {name: value for name, value in given.items() if value != _DEFAULTS[name]}
+
+
+def used_options(config: TrainConfig) -> dict[str, Any]:
+    """Of `recipe_options`, those that the recipe takes.
+
+    Raises:
+        ConfigurationError: no recipe is called so.
+    """
+    known = recipes.options_of(config.recipe)
+    return {name: value for name, value in recipe_options(config).items() if name in known}
+
+
+def notices(config: TrainConfig) -> list[str]:
+    """What a valid configuration says in vain, a line each."""
+    from abtrain.train.tasks import TASKS
+
+    unused = recipe_options(config).keys() - used_options(config).keys()
+    found = [f"--{name.replace('_', '-')} plays no part in recipe {config.recipe}" for name in sorted(unused)]
+    if config.data is not None and not TASKS[config.task].reads_folder:
+        found.append(f"--data plays no part in task {config.task}")
+    return found
+
+
+def validate(config: TrainConfig) -> list[str]:
+    """Everything that is wrong with the settings, a message each; empty if nothing is."""
+    from abtrain.comm.topology import topology_problems
+
+    return [
+        *_value_problems(config),
+        *topology_problems(config.workers, config.group_size),
+        *_task_and_recipe_problems(config),
+        *_folder_problems(config),
+        *_device_problems(config),
+    ]
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """A valid configuration with the task's defaults filled in, and `device` either cpu or cuda."""
+    from abtrain.train.tasks import TASKS
+
+    task = TASKS[config.task]
+    return dataclasses.replace(
+        config,
+        steps=task.steps if config.steps is None else config.steps,
+        batch_size=task.batch_size if config.batch_size is None else config.batch_size,
+        lr=task.lr if config.lr is None else config.lr,
+        device=_choose_device(config),
+        config=None,
+    )
+
+
+def _value_problems(config: TrainConfig) -> list[str]:
+    problems = []
+    if config.init not in typing.get_args(Init):
+        problems.append(f"unknown init {config.init!r}: {nearest(config.init, typing.get_args(Init))}")
+    for name in ("steps", "batch_size", "log_every"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name.replace('_', '-')} {value} is too small: use at least 1")
+    if not 0 <= config.seed < 2**32:
+        problems.append(f"--seed {config.seed} is out of range: use a number from 0 to {2**32 - 1}")
+    if config.lr is not None and not (math.isfinite(config.lr) and config.lr > 0):
+        problems.append(f"--lr {config.lr} is not a finite number above 0: use one")
+    if not 0 < config.timeout <= _LONGEST_TIMEOUT:
+        problems.append(f"--timeout {config.timeout} is out of range: use a number above 0, up to {_LONGEST_TIMEOUT}")
+    if not (math.isfinite(config.weight_decay) and config.weight_decay >= 0):
+        problems.append(f"--weight-decay {config.weight_decay} is not a finite number of at least 0: use one")
+    return problems
+
+
+def _task_and_recipe_problems(config: TrainConfig) -> list[str]:
+    from abtrain.train.tasks import TASKS
+
+    problems = []
+    task = TASKS.get(config.task)
+    if task is None:
+        problems.append(f"unknown task {config.task!r}: {nearest(config.task, TASKS)}")
+    try:
+        options = used_options(config)
+        steps = config.steps if config.steps is not None else task.steps if task is not None else None
+        if steps is not None and steps >= 1:
+            recipes.build(config.recipe, steps, **options)
+    except ConfigurationError as error:
+        problems += error.problems
+    return problems
+
+
+def _folder_problems(config: TrainConfig) -> list[str]:
+    out = config.out
+    try:
+        if out is None or not out.exists():
+            return []
+        if not out.is_dir():
+            return [f"--out {out} is a file: name a folder that is empty or does not exist yet"]
+        if any(out.iterdir()) and not config.overwrite:
+            return [f"--out {out} is not empty: name another folder, or add --overwrite to replace its run"]
+    except OSError as error:
+        return [f"--out {out} cannot be looked into: {error}"]
+    return []
+
+
+def _device_problems(config: TrainConfig) -> list[str]:
+    if config.device not in DEVICES:
+        return [f"unknown device {config.device!r}: {nearest(config.device, DEVICES)}"]
+    if config.device == "cuda" and _choose_device(dataclasses.replace(config, device="auto")) == "cpu":
+        import torch
+
+        return [
+            f"--device cuda: this machine has {torch.cuda.device_count()} usable GPUs, and each of the "
+            f"{_local_workers(config)} workers on it needs its own: use --device cpu, or fewer workers"
+        ]
+    return []
+
+
+def _choose_device(config: TrainConfig) -> str:
+    if config.device != "auto":
+        return config.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= _local_workers(config) else "cpu"
+
+
+def _local_workers(config: TrainConfig) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", config.workers))

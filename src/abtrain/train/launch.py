@@ -1,0 +1,171 @@
+"""Where the workers of a run come from: torchrun, this process alone, or processes that we start.
+
+Workers of our own start through PyTorch's elastic launcher and find each other through files, so that nothing listens
+beyond the loopback interface: a TCPStore, PyTorch's usual meeting place, listens on all of them whatever its host name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from abtrain.errors import AbtrainError, ConfigurationError, PeerLostError, StoppedError
+from abtrain.train import worker
+from abtrain.train.config import TrainConfig, notices, resolve, validate
+from abtrain.train.config_file import to_toml
+from abtrain.train.tasks import TASKS
+
+log = logging.getLogger("abtrain")
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SHUTDOWN_SECONDS = 10  # that workers have to end by themselves
+
+
+def run(config: TrainConfig) -> None:
+    """Trains as `config` says, and returns when all workers are done.
+
+    Raises:
+        ConfigurationError: all that is wrong with the settings, before anything starts.
+        DataError: the task's data is not to be had; also before anything starts.
+        StoppedError: SIGINT, SIGTERM or SIGHUP; all workers have ended.
+        AbtrainError: what made the first worker fail; all others have ended.
+    """
+    joined = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    said: list[str] = []
+    if joined:
+        config, said = _take_world_size(config)
+    problems = validate(config)
+    if problems:
+        raise ConfigurationError(problems)
+    said += notices(config)
+    config = resolve(config)
+    TASKS[config.task].find(config.data)
+    worker.set_up_log()
+    for line in said:
+        log.info(line)
+    if config.workers > 1 and not joined:
+        _start_workers(config)
+        return
+    signal.signal(signal.SIGTERM, _stop)
+    if joined:
+        worker.train_together(config)
+    else:
+        worker.train_alone(config)
+
+
+def _take_world_size(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    world_size = int(os.environ["WORLD_SIZE"])
+    said = []
+    if config.workers not in (world_size, TrainConfig.workers):
+        said.append(f"--workers {config.workers} plays no part: torchrun started {world_size}")
+    return dataclasses.replace(config, workers=world_size), said
+
+
+def _start_workers(config: TrainConfig) -> None:
+    # The launcher's own log repeats, at length, what is raised here.
+    launcher_log = logging.getLogger("torch.distributed.elastic")
+    launcher_log.propagate = False
+    launcher_log.addHandler(logging.NullHandler())
+    with tempfile.TemporaryDirectory(prefix="abtrain-") as name, _worker_environment():
+        folder = Path(name)
+        (folder / worker.SETTINGS_FILE).write_text(to_toml(config), encoding="utf-8")
+        launcher = elastic_launch(_launch_config(config, folder), sys.executable)
+        previous = {stop: signal.signal(stop, _stop_workers) for stop in _STOP_SIGNALS}
+        try:
+            launcher("-m", worker.__name__, name)
+        except SignalException as stopped:
+            raise StoppedError(str(stopped)) from None
+        except ChildFailedError as failed:
+            raise _first_error(list(failed.failures.values())) from None
+        finally:
+            for stop, handler in previous.items():
+                signal.signal(stop, handler)
+            # A worker that was killed could not bring the cursor back that its progress bar hid.
+            Console().show_cursor()
+
+
+def _launch_config(config: TrainConfig, folder: Path) -> LaunchConfig:
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.workers,
+        run_id="abtrain",
+        role="worker",
+        rdzv_backend="c10d",
+        rdzv_endpoint=str(folder / "rendezvous"),
+        rdzv_configs={"store_type": "file"},
+        max_restarts=0,
+        local_addr="127.0.0.1",
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
+        # The others are ours to handle, see `_stop_workers`.
+        signals_to_handle="SIGQUIT",
+        shutdown_timeout=_SHUTDOWN_SECONDS,
+    )
+
+
+@contextlib.contextmanager
+def _worker_environment() -> Iterator[None]:
+    """The variables that workers inherit from this process while they start."""
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    before = dict(os.environ)
+    os.environ |= {
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": loopback,
+        # Or else the launcher opens a TCPStore for the workers, on all interfaces.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    # As torchrun does: workers that each take all cores are slower together.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:
+    raise StoppedError(_stopped_by(signal_number))
+
+
+def _stop_workers(signal_number: int, frame: FrameType | None) -> NoReturn:
+    """Has the launcher end its workers by SIGTERM, which they obey at any time, importing or training."""
+    for stop in _STOP_SIGNALS:
+        signal.signal(stop, signal.SIG_IGN)  # the end takes a moment, and must not be cut short
+    raise SignalException(_stopped_by(signal_number), signal.SIGTERM)
+
+
+def _stopped_by(signal_number: int) -> str:
+    return f"stopped on request ({signal.Signals(signal_number).name})"
+
+
+def _first_error(failures: list[ProcessFailure]) -> AbtrainError:
+    """What made the run fail, as the error that it was in the worker."""
+    consequences = (PeerLostError.exit_code, -signal.SIGTERM)
+    first = min(failures, key=lambda failure: (failure.exitcode in consequences, failure.timestamp))
+    if first.exitcode < 0:
+        return PeerLostError(
+            f"worker {first.local_rank} was killed by {first.signal_name()}: if the machine ran out of memory, use "
+            "fewer --workers or a smaller --batch-size"
+        )
+    content = first.error_file_data.get("message", "")
+    if not isinstance(content, dict):
+        return AbtrainError(f"worker {first.local_rank} ended with exit code {first.exitcode} and left no message")
+    kind = {kind.exit_code: kind for kind in AbtrainError.__subclasses__()}.get(first.exitcode)
+    if kind is None:  # an error that nobody foresaw: where it happened is what helps
+        return AbtrainError(f"worker {first.local_rank} failed\n{content['extraInfo']['py_callstack']}")
+    message = content["message"].partition(": ")[2]
+    return ConfigurationError(message.splitlines()) if kind is ConfigurationError else kind(message)

@@ -1,0 +1,230 @@
+"""The tasks: a model, real data, and what is needed to train the one on the other.
+
+Everything here works without abtrain's engine, so that a plain DDP loop built from these parts starts from
+the same weights and sees the same batches as `abtrain train` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import BatchSampler, DistributedSampler
+
+from abtrain.errors import ConfigurationError
+from abtrain.train import data as sources
+from abtrain.train import models
+from abtrain.train.config import Init
+from abtrain.train.data import Data
+
+WARMUP_SHARE = 0.05
+_MAX_SHIFT = 2  # pixels
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (..., classes) against labels (...), in nats."""
+    return F.cross_entropy(logits.flatten(0, -2), y.flatten())
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model on a data set, with the settings that suit the two.
+
+    Attributes:
+        name: how the command calls it.
+        model: builds the model, with PyTorch's own initialization.
+        find: checks that the data is in the `--data` folder or in its usual place; raises DataError.
+        load: reads the data; the same argument and error.
+        prepare: samples as they are stored, to the model's input.
+        steps: default length of a run.
+        batch_size: default samples per worker and step.
+        lr: default learning rate.
+        augment: changes a batch of stored samples at random, in training.
+        loss: mean loss of the model's output against the targets.
+        classifies: whether top-1 says how good the model is; the mean loss alone does otherwise.
+        reads_folder: whether `--data` plays a part.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    find: Callable[[Path | None], object]
+    load: Callable[[Path | None], Data]
+    prepare: Callable[[Tensor], Tensor]
+    steps: int
+    batch_size: int = 32
+    lr: float = 1e-3
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    classifies: bool = True
+    reads_folder: bool = False
+
+
+def flip_and_shift(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirrors half of the images (N, 1, H, W) and moves each by up to 2 pixels, zeros moving in."""
+    count, _, height, width = images.shape
+    device = images.device
+    mirrored = (torch.rand(count, generator=generator) < 0.5).to(device)
+    shift = torch.randint(0, 2 * _MAX_SHIFT + 1, (2, count, 1, 1), generator=generator).to(device)
+    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+    padded = F.pad(images, (_MAX_SHIFT,) * 4)
+    rows = torch.arange(height, device=device).view(1, -1, 1) + shift[0]
+    columns = torch.arange(width, device=device).view(1, 1, -1) + shift[1]
+    samples = torch.arange(count, device=device).view(-1, 1, 1)
+    return padded[samples, 0, rows, columns].unsqueeze(1)
+
+
+def _standardize_fashion(images: Tensor) -> Tensor:
+    return (images.float() / 255 - 0.286) / 0.353  # mean and standard deviation of the training pixels
+
+
+def _fashion(name: str, model: Callable[[], nn.Module], lr: float) -> Task:
+    return Task(
+        name=name,
+        model=model,
+        find=sources.find_fashion_mnist,
+        load=sources.load_fashion_mnist,
+        prepare=_standardize_fashion,
+        steps=2000,
+        lr=lr,
+        augment=flip_and_shift,
+        reads_folder=True,
+    )
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="digits-mlp",
+            model=models.digits_mlp,
+            find=sources.check_digits,
+            load=sources.load_digits,
+            prepare=Tensor.float,
+            steps=600,
+            lr=3e-3,
+        ),
+        _fashion("fashion-cnn", models.fashion_cnn, lr=1e-3),
+        _fashion("fashion-vit", models.VisionTransformer, lr=1e-3),
+        Task(
+            name="pysrc-gpt",
+            model=models.GPT,
+            find=sources.find_pysrc,
+            load=sources.load_pysrc,
+            prepare=Tensor.int,
+            steps=1000,
+            batch_size=8,
+            lr=1e-3,
+            classifies=False,
+        ),
+    )
+}
+
+
+def build_model(task: Task, seed: int, init: Init = "default") -> nn.Module:
+    """The task's model as `seed` makes it, on the CPU; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = task.model()
+        if init == "orthogonal":
+            models.orthogonal_init(model)
+    return model
+
+
+def build_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.05) -> AdamW:
+    """AdamW that decays parameters of two or more dimensions, and leaves biases and norms alone."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return AdamW([group for group in groups if group["params"]], lr=lr)
+
+
+def build_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """A linear climb over the first 5 % of the steps, then half a cosine down to zero."""
+    climb = max(1, round(WARMUP_SHARE * steps))
+
+    def factor(step: int) -> float:
+        if step < climb:
+            return (step + 1) / climb
+        done = min(1.0, (step - climb) / max(1, steps - climb))
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    return LambdaLR(optimizer, factor)
+
+
+def batches(
+    task: Task, data: Data, *, seed: int, rank: int, world_size: int, batch_size: int, start: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """An endless run of (input, targets), from step `start` on.
+
+    Workers share every epoch between them without overlap; an incomplete last batch is left out. A batch
+    depends on the arguments and its step alone.
+
+    Raises:
+        ConfigurationError: the training set is too small for one batch for every worker.
+    """
+    samples = len(data.train)
+    per_epoch = samples // world_size // batch_size
+    if per_epoch == 0:
+        raise ConfigurationError(
+            f"batch size {batch_size} x {world_size} workers is more than the {samples} training samples of "
+            f"{task.name}: use a batch size of at most {samples // world_size}"
+        )
+    return _batches(task, data, seed, rank, world_size, batch_size, start)
+
+
+def _batches(
+    task: Task, data: Data, seed: int, rank: int, world_size: int, batch_size: int, start: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        data.train, num_replicas=world_size, rank=rank, shuffle=True, seed=seed, drop_last=True
+    )
+    batch_sampler = BatchSampler(sampler, batch_size, drop_last=True)
+    first_epoch, skip = divmod(start, len(batch_sampler))
+    step = start
+    for epoch in itertools.count(first_epoch):
+        sampler.set_epoch(epoch)
+        for indices in itertools.islice(batch_sampler, skip, None):
+            chosen = torch.tensor(indices, device=data.train.x.device)
+            x, y = data.train.x[chosen], data.train.y[chosen]
+            if task.augment is not None:
+                x = task.augment(x, _generator(seed, rank, step))
+            yield task.prepare(x), y.long()
+            step += 1
+        skip = 0
+
+
+def _generator(seed: int, rank: int, step: int) -> torch.Generator:
+    """A generator that depends on where it is used, not on what was drawn before."""
+    digest = hashlib.blake2b(f"{seed}/{rank}/{step}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, data: Data, batch_size: int = 100) -> dict[str, float | None]:
+    """How good `model` is on the test set.
+
+    Returns:
+        `top1` in percent, None where the task has no classes to name, and the mean `loss` in nats.
+    """
+    was_training = model.training
+    model.eval()
+    loss, correct, seen = 0.0, 0, 0
+    for x, y in zip(data.test.x.split(batch_size), data.test.y.split(batch_size), strict=True):
+        targets = y.long()
+        output = model(task.prepare(x))
+        loss += float(task.loss(output, targets)) * len(x)
+        if task.classifies:
+            correct += int((output.argmax(dim=-1) == targets).sum())
+        seen += len(x)
+    model.train(was_training)
+    return {"top1": 100 * correct / seen if task.classifies else None, "loss": loss / seen}

@@ -1,0 +1,170 @@
+"""The command as a user runs it: processes, signals, files and exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+ABTRAIN = (sys.executable, "-m", "abtrain", "train")
+# Long enough for every phase of `ab`, and two of its cycles.
+SHORT = ("--steps", "24", "--warmup-steps", "6", "--ab-steps", "6", "--rebound-steps", "3", "--log-every", "6")
+KEYS = {
+    "recipe",
+    "task",
+    "seed",
+    "world_size",
+    "group_size",
+    "steps",
+    "top1",
+    "loss",
+    "seconds",
+    "payload_bytes",
+    "payload_ratio",
+    "compression",
+    "ranks",
+    "weights_digest",
+    "versions",
+    "config",
+}
+
+
+def environment() -> dict[str, str]:
+    """Without what a launcher around the tests may have set."""
+    return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result
+
+
+def running(marker: str) -> list[int]:
+    """The processes whose command line or environment names `marker`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                told = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if marker.encode() in told:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two workers of its own, from start to end; its folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    ended = run(*ABTRAIN, "ab", *SHORT, "--workers", "2", "--out", "run", cwd=folder)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    assert "2 workers in 2 groups" in ended.stdout and "weights digest" in ended.stdout
+    return folder / "run"
+
+
+def test_the_run_folder_tells_everything(finished: Path) -> None:
+    assert sorted(path.name for path in finished.iterdir()) == ["config.toml", "metrics.jsonl", "result.json"]
+    result = result_of(finished)
+    assert result.keys() >= KEYS
+    assert (result["recipe"], result["task"], result["world_size"], result["steps"]) == ("ab", "digits-mlp", 2, 24)
+    assert 0 < result["payload_ratio"] < 1 and result["top1"] > 10
+    assert result["payload_bytes"].keys() == {"total", "between_groups", "within_groups", "by_phase"}
+    assert {"warmup", "group", "rebound"} <= result["payload_bytes"]["by_phase"].keys()
+    assert [entry["cycle"] for entry in result["ranks"]] == [0, 1]
+    seconds = result["seconds"]
+    assert seconds["compute"] + seconds["sync"] + seconds["svd"] == pytest.approx(seconds["total"])
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [6, 12, 18, 24]
+    assert [line["phase"] for line in lines] == ["warmup", "group", "group", "rebound"]
+    assert lines[-1]["payload_bytes"] == result["payload_bytes"]["total"]
+
+
+def test_torchrun_with_the_same_settings_ends_with_the_same_weights(finished: Path, tmp_path: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    settings = ("--config", str(finished / "config.toml"), "--out", "run")
+    ended = run(*torchrun, "-m", "abtrain", "train", *settings, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert result_of(tmp_path / "run")["weights_digest"] == result_of(finished)["weights_digest"]
+
+
+def test_missing_data_is_found_out_before_anything_starts(tmp_path: Path) -> None:
+    ended = run(*ABTRAIN, "--task", "fashion-cnn", "--data", "nowhere", cwd=tmp_path)
+    assert ended.returncode == 3
+    assert ended.stderr.startswith("abtrain: error: nowhere is not a folder")
+    assert len(ended.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workers_error_is_the_runs_error(tmp_path: Path) -> None:
+    ended = run(*ABTRAIN, "--lr", "1e30", "--out", "run", "--workers", "2", *SHORT, cwd=tmp_path)
+    assert ended.returncode == 7
+    assert ended.stderr.startswith("abtrain: error: the loss of worker ")
+    assert len(ended.stderr.splitlines()) == 1
+    # Training that went wrong leaves its trace, but no result.
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.toml", "metrics.jsonl"]
+
+
+def start(cwd: Path) -> "subprocess.Popen[str]":
+    """A run that would take long, once it is training."""
+    (cwd / "tmp").mkdir()
+    environ = environment() | {"TMPDIR": str(cwd / "tmp")}
+    command = (*ABTRAIN, "--workers", "2", "--steps", "100000", "--log-every", "1", "--out", "run")
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    metrics = cwd / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(running(str(cwd))) == 3
+    return process
+
+
+@needs_proc
+def test_stopped_on_request(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert said == "abtrain: error: stopped on request (SIGINT)\n"
+    assert running(str(tmp_path)) == []
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.toml", "metrics.jsonl"]
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+@needs_proc
+def test_workers_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while running(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert running(str(tmp_path)) == []
+    assert list((tmp_path / "tmp").glob("abtrain-*")) == []
+
+
+@needs_proc
+def test_a_worker_that_is_killed_ends_the_run(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    worker = next(pid for pid in running(str(tmp_path)) if pid != process.pid)
+    os.kill(worker, signal.SIGKILL)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 6
+    assert said.startswith("abtrain: error: worker ") and "was killed by SIGKILL" in said
+    assert len(said.splitlines()) == 1
+    assert running(str(tmp_path)) == []

@@ -1,0 +1,66 @@
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from abtrain import errors
+from abtrain.train import launch
+from abtrain.train.config import TrainConfig
+
+
+def failure(folder: Path, rank: int, code: int, message: str | None = None, when: int = 100) -> ProcessFailure:
+    file = folder / f"{rank}.json"
+    if message is not None:
+        extra = {"py_callstack": f"Traceback\n{message}", "timestamp": str(when)}
+        file.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    return ProcessFailure(local_rank=rank, pid=1, exitcode=code, error_file=str(file))
+
+
+def test_the_error_is_that_of_the_first_worker(tmp_path: Path) -> None:
+    error = launch._first_error(
+        [
+            failure(tmp_path, 0, errors.PeerLostError.exit_code, "PeerLostError: a peer is gone", when=90),
+            failure(tmp_path, 1, errors.NonFiniteError.exit_code, "NonFiniteError: the loss is nan: lower it"),
+            failure(tmp_path, 2, -signal.SIGTERM),
+        ]
+    )
+    assert type(error) is errors.NonFiniteError and str(error) == "the loss is nan: lower it"
+
+
+def test_a_configuration_error_keeps_its_problems(tmp_path: Path) -> None:
+    error = launch._first_error([failure(tmp_path, 0, 2, "ConfigurationError: one\ntwo")])
+    assert isinstance(error, errors.ConfigurationError) and error.problems == ("one", "two")
+
+
+def test_a_worker_that_was_killed(tmp_path: Path) -> None:
+    error = launch._first_error([failure(tmp_path, 1, -signal.SIGKILL), failure(tmp_path, 0, 6, "PeerLostError: x", 1)])
+    assert type(error) is errors.PeerLostError and "worker 1 was killed by SIGKILL" in str(error)
+
+
+def test_an_error_that_nobody_foresaw(tmp_path: Path) -> None:
+    error = launch._first_error([failure(tmp_path, 3, 1, "KeyError: 'x'")])
+    assert error.exit_code == 1 and "worker 3 failed" in str(error) and "Traceback\nKeyError: 'x'" in str(error)
+    silent = launch._first_error([failure(tmp_path, 2, 1)])
+    assert silent.exit_code == 1 and "worker 2 ended with exit code 1" in str(silent)
+
+
+def test_workers_are_given_the_loopback_interface_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = dict(os.environ)
+    with launch._worker_environment():
+        assert os.environ["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+    assert dict(os.environ) == before
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with launch._worker_environment():
+        assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_torchruns_world_is_the_one_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config, said = launch._take_world_size(TrainConfig(workers=3))
+    assert config.workers == 2 and said == ["--workers 3 plays no part: torchrun started 2"]
+    assert launch._take_world_size(TrainConfig())[1] == []

@@ -1,0 +1,56 @@
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from abtrain.errors import ConfigurationError
+from abtrain.train.config import TrainConfig, resolve
+from abtrain.train.config_file import from_toml
+from abtrain.train.run_folder import RunFolder, default_folder
+
+
+def test_a_run_from_start_to_end(tmp_path: Path) -> None:
+    config = resolve(TrainConfig(out=tmp_path / "deep" / "run", device="cpu", lr=0.5))
+    with RunFolder(config) as folder:
+        folder.log({"step": 1, "loss": float("nan")})
+        folder.log({"step": 2, "loss": 0.25})
+        lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.25}]
+        assert not (folder.path / "result.json").exists()
+        folder.finish({"loss": float("inf"), "ranks": [{"k": 3}], "config": {"out": config.out}})
+    result = json.loads((folder.path / "result.json").read_text())
+    assert result == {"loss": None, "ranks": [{"k": 3}], "config": {"out": str(config.out)}}
+    assert sorted(path.name for path in folder.path.iterdir()) == ["config.toml", "metrics.jsonl", "result.json"]
+
+
+def test_config_toml_repeats_the_run_elsewhere(tmp_path: Path) -> None:
+    config = resolve(TrainConfig(out=tmp_path / "run", overwrite=True, device="cpu", lr=0.5))
+    with RunFolder(config) as folder:
+        again = from_toml(folder.path / "config.toml")
+    assert (again.out, again.overwrite) == (None, False)
+    assert (again.lr, again.steps, again.device) == (0.5, config.steps, "cpu")
+    assert "steps" in tomllib.loads((folder.path / "config.toml").read_text())
+
+
+def test_a_new_run_does_not_keep_the_old_result(tmp_path: Path) -> None:
+    config = resolve(TrainConfig(out=tmp_path, device="cpu"))
+    (tmp_path / "notes.txt").write_text("mine")
+    with RunFolder(config) as folder:
+        folder.log({"step": 1})
+        folder.finish({"top1": 1})
+    with RunFolder(config):
+        assert not (tmp_path / "result.json").exists()
+        assert (tmp_path / "metrics.jsonl").read_text() == ""
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        RunFolder(TrainConfig(out=tmp_path / "file" / "run"))
+
+
+def test_the_default_folder_says_what_it_holds() -> None:
+    folder = default_folder(TrainConfig(task="fashion-cnn", recipe="ddp", seed=3))
+    assert folder.parent == Path("runs") and folder.name.startswith("fashion-cnn-ddp-seed3-20")
