@@ -87,7 +87,7 @@ def train(
 ) -> dict[str, Tensor]:
     """Runs a recipe to its end and returns the full-rank weights."""
     dtype = next(model.parameters()).dtype
-    if recipe.startswith("ab"):
+    if recipe in ("ab", "ab_no_groups"):
         options = {**SCHEDULE, "sigma_cutoff": 0.2, **options}
     opt = OPTIMIZERS[optimizer](model.parameters())
     ab = ABTraining(model, opt, recipes.build(recipe, steps, **options), communicator=comm)

@@ -68,13 +68,45 @@ def test_describe_accounts_for_every_parameter() -> None:
     assert "warmup: 3 steps once" in text
 
 
-@pytest.mark.parametrize("recipe", ["ddp", "solo", "local_sgd", "ab", "ab_no_groups"])
+@pytest.mark.parametrize("recipe", ["ddp", "solo", "local_sgd", "diloco", "ab", "ab_no_groups", "ab_outer"])
 def test_every_recipe_ends_with_equal_workers_but_solo(recipe: str) -> None:
     models = [build("mlp") for _ in range(3)]
-    options = {"every": 4} if recipe == "local_sgd" else {}
+    every = {"every": 4} if recipe in ("local_sgd", "diloco", "ab_outer") else {}
+    options = {**every, **({"warmup_steps": 4} if recipe == "ab_outer" else {})}
     results = run_in_process(3, lambda comm: train(comm, models[comm.rank], "mlp", recipe, steps=13, **options))
     equal = largest_difference(results[0], results[1]) == largest_difference(results[0], results[2]) == 0
     assert equal == (recipe != "solo")
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8", "int4"])
+def test_narrow_merges_keep_workers_equal_and_learn_the_same(wire: str) -> None:
+    def losses(comm: Communicator, models: list[nn.Module]) -> Any:
+        recipe = recipes.ab_outer(60, every=5, warmup_steps=20, wire=wire, rank_rule=FixedRank(4))
+        model, optimizer, ab = mlp_run(comm, recipe, models[comm.rank])
+        while not ab.finished:
+            x, y = batch("mlp", comm.rank, ab.steps_done % 2)
+            F.cross_entropy(ab(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ab.step()
+        with torch.no_grad():
+            x, y = batch("mlp", 0, 0)
+            return F.cross_entropy(model(x), y).item(), ab.dense_state_dict(), comm.meter.payload()["total"]
+
+    models = [build("mlp", torch.float32) for _ in range(2)]
+    for model in models:
+        model.double()
+    (loss, one, _), (_, other, _) = run_in_process(2, lambda comm: losses(comm, models))
+    assert largest_difference(one, other) == 0
+    assert loss < 0.5
+
+
+def test_a_factored_phase_that_follows_another_decomposes_anew() -> None:
+    """Algorithm 1 without rebound: every cycle begins with a decomposition, and ranks may fall."""
+    _, optimizer, ab = mlp_run(None, recipes.ab(9, warmup_steps=0, ab_steps=3, rebound_steps=0, sigma_cutoff=0.2))
+    while not ab.finished:
+        one_step(ab, optimizer)
+    assert [entry["step"] for entry in ab.rank_history] == [0, 3, 6]
 
 
 def test_payload_of_ab_is_gradients_plus_merges() -> None:

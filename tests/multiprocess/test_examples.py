@@ -1,0 +1,71 @@
+"""The examples run, and plain DDP, the loop with abtrain and the trainer end with the same weights."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sklearn", reason="the examples' data needs the extra 'data'")
+
+ROOT = Path(__file__).parents[2]
+STEPS = "40"
+
+
+def example(name: str, *arguments: str) -> str:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    command = [*launcher, str(ROOT / "examples" / name), "--steps", STEPS, "--seed", "7", "--lr", "2e-3", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    found = re.search(r"weights_digest=([0-9a-f]{64})", ended.stdout)
+    assert found, ended.stdout
+    return found[1]
+
+
+def test_plain_ddp_and_ddp_through_abtrain_end_with_the_same_weights(tmp_path: Path) -> None:
+    plain = example("plain_ddp.py")
+    assert example("with_abtrain.py", "--recipe", "ddp") == plain
+    run = tmp_path / "run"
+    arguments = [
+        "train",
+        "ddp",
+        "--task",
+        "digits-mlp",
+        "--workers",
+        "3",
+        "--steps",
+        STEPS,
+        "--seed",
+        "7",
+        "--lr",
+        "2e-3",
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-m", "abtrain", *arguments, "--out", str(run)], capture_output=True, text=True, timeout=200
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((run / "result.json").read_text())["weights_digest"] == plain
+
+
+def test_the_example_trains_by_any_recipe() -> None:
+    assert example("with_abtrain.py", "--recipe", "ab_outer") != example("with_abtrain.py", "--recipe", "ab")
+
+
+def test_the_readme_shows_the_difference_of_the_examples() -> None:
+    plain, with_abtrain = (
+        (ROOT / "examples" / name).read_text().splitlines() for name in ("plain_ddp.py", "with_abtrain.py")
+    )
+    changes = {line for line in difflib.ndiff(plain, with_abtrain) if line[0] in "+-"}
+    shown = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown
+    lines = [line for line in shown[1].splitlines() if line[:1] in ("+", "-")]
+    assert len(lines) >= 6
+    for line in lines:
+        assert f"{line[0]} {line[1:]}" in changes or "import" in line, line

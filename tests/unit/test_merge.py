@@ -1,0 +1,82 @@
+"""Merge rules, against arithmetic done by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from abtrain import WeightSync
+from abtrain.comm.communicator import Communicator
+from abtrain.comm.in_process import run_in_process
+from abtrain.merge import Merger
+from abtrain.sync import Mean, Merge, Outer, TrainedOnly
+
+START = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+MOVES = [torch.tensor([0.3, 0.0, -0.6], dtype=torch.float64), torch.tensor([0.1, 0.2, 0.0], dtype=torch.float64)]
+D = (MOVES[0] + MOVES[1]) / 2
+
+
+def rounds(comm: Communicator, rule: Merge, count: int, trainers: dict[str, int]) -> Tensor:
+    """Every worker makes its own move in every round."""
+    w = START.clone()
+    merger = Merger(comm)
+    merger.begin({"w": w})
+    for _ in range(count):
+        w += MOVES[comm.rank]
+        merger.merge({"w": w}, WeightSync(1, rule), trainers)
+    return w
+
+
+def both(rule: Merge, count: int = 1, trainers: dict[str, int] | None = None) -> Tensor:
+    one, other = run_in_process(2, lambda comm: rounds(comm, rule, count, trainers or {}))
+    assert torch.equal(one, other)
+    return one
+
+
+def test_mean() -> None:
+    torch.testing.assert_close(both(Mean(), 3), START + 3 * D)
+    torch.testing.assert_close(both(Mean(), 1, {"w": 1}), START + D)
+
+
+def test_trained_only_divides_by_those_who_trained() -> None:
+    torch.testing.assert_close(both(TrainedOnly(), 1, {"w": 1}), START + 2 * D)
+    torch.testing.assert_close(both(TrainedOnly(), 1), START + D)
+
+
+def test_outer_is_pytorchs_nesterov_sgd_on_the_average_move() -> None:
+    parameter = torch.nn.Parameter(START.clone())
+    optimizer = torch.optim.SGD([parameter], lr=0.7, momentum=0.9, nesterov=True)
+    for _ in range(4):
+        parameter.grad = -D.clone()
+        optimizer.step()
+    torch.testing.assert_close(both(Outer(0.7, 0.9), 4), parameter.detach())
+    torch.testing.assert_close(both(Outer(1.0, 0.0), 4), START + 4 * D)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_too_small_for_halves_add_up(dtype: torch.dtype) -> None:
+    def work(comm: Communicator) -> tuple[Tensor, Tensor]:
+        w = torch.ones(4, dtype=dtype)
+        merger = Merger(comm)
+        merger.begin({"w": w})
+        step = 2 * torch.finfo(dtype).eps
+        for _ in range(8):
+            w += step
+            merger.merge({"w": w}, WeightSync(1, Outer(0.125, 0.0)), {})
+        return w, torch.ones(4) + step
+
+    for merged, expected in run_in_process(2, work):
+        torch.testing.assert_close(merged.float(), expected, rtol=0, atol=torch.finfo(dtype).eps)
+
+
+def test_what_is_forgotten_starts_anew() -> None:
+    def work(comm: Communicator) -> list[str]:
+        w = START.clone()
+        merger = Merger(comm)
+        merger.begin({"w": w, "x": w.clone()})
+        merger.merge({"w": w, "x": w.clone()}, WeightSync(1, Outer()), {})
+        merger.forget(["w"])
+        return [*merger.momentum, *merger.anchors]
+
+    assert run_in_process(2, work) == [["x", "x"], ["x", "x"]]
