@@ -286,6 +286,32 @@ def test_a_step_skipped_by_the_grad_scaler_keeps_workers_together() -> None:
     assert largest_difference(one, other) == 0
 
 
+def test_autocast_runs_through_all_phases() -> None:
+    models = [build("attention", torch.float32) for _ in range(2)]
+
+    def work(comm: Communicator) -> Any:
+        model = models[comm.rank]
+        optimizer = adamw(model.parameters())
+        ab = ABTraining(model, optimizer, recipes.ab(15, **SCHEDULE), communicator=comm)
+        dtypes = set()
+        for step in range(15):
+            x, y = batch("attention", comm.rank, step, torch.float32)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                output = ab(x)
+                loss = F.cross_entropy(output, y)
+            dtypes.add(output.dtype)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ab.step()
+        return ab.dense_state_dict(), dtypes
+
+    (one, dtypes), (other, _) = run_in_process(2, work)
+    assert dtypes == {torch.bfloat16}
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in one.values())
+    assert largest_difference(one, other) == 0
+
+
 def test_a_scheduler_and_param_groups_go_on_beside_the_phases() -> None:
     model = build("mlp")
     groups = [
