@@ -27,4 +27,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv build dist runs
+	rm -rf .venv build dist

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from abtrain.export import weights_digest
     from abtrain.lowrank.rank import Energy, FixedRank, SigmaCutoff
     from abtrain.recipe import Factoring, Phase, Recipe
-    from abtrain.sync import GradientSync, Mean, Outer, WeightSync
+    from abtrain.sync import GradientSync, Mean, Outer, TrainedOnly, WeightSync
 
 __version__ = "0.1.0"
 
@@ -31,6 +31,7 @@ __all__ = [
     "Phase",
     "Recipe",
     "SigmaCutoff",
+    "TrainedOnly",
     "WeightSync",
     "recipes",
     "weights_digest",
@@ -42,7 +43,7 @@ _HOMES = {
     "weights_digest": "export",
     **dict.fromkeys(("Energy", "FixedRank", "SigmaCutoff"), "lowrank.rank"),
     **dict.fromkeys(("Factoring", "Phase", "Recipe"), "recipe"),
-    **dict.fromkeys(("GradientSync", "Mean", "Outer", "WeightSync"), "sync"),
+    **dict.fromkeys(("GradientSync", "Mean", "Outer", "TrainedOnly", "WeightSync"), "sync"),
 }
 
 

@@ -42,7 +42,7 @@ from abtrain.merge import Merger
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.sync import GradientSync, Trains, WeightSync
-from abtrain.validate import problems_of
+from abtrain.validate import problems_here, problems_of
 
 log = logging.getLogger("abtrain")
 
@@ -88,10 +88,14 @@ class ABTraining:
             problems.append("group_size is the communicator's own: give one of the two")
         if problems:
             raise ConfigurationError(problems)
+        comm = default_communicator(group_size) if communicator is None else communicator
+        problems = problems_here(model, recipe, comm)
+        if problems:
+            raise ConfigurationError(problems)
         self.module = model
         self.optimizer = optimizer
         self.recipe = recipe
-        self.communicator = default_communicator(group_size) if communicator is None else communicator
+        self.communicator = comm
         self.steps_done = 0
         self.rank_history: list[dict[str, Any]] = []
         self.seconds = {"svd": 0.0}
@@ -106,12 +110,7 @@ class ABTraining:
         self._model = FactoredModel(model, optimizer, names, state)
         self._dense_this_cycle: dict[str, str] = {}
         self._merger = Merger(self.communicator)
-        self._rebound = LRRebound(optimizer)
         self._optimizer_steps = self._forwards = 0
-        self._step_hooks = (
-            optimizer.register_step_pre_hook(self._precondition),
-            optimizer.register_step_post_hook(self._count_optimizer_step),
-        )
         self._workers_equal = True
         tensors = {name: p.data for name, p in model.named_parameters()} | dict(model.named_buffers())
         differed = agree_on_tensors(self.communicator, tensors)
@@ -120,6 +119,12 @@ class ABTraining:
         if self.communicator.topology.n_groups == 1 and any(p.trains == "a_or_b" for p in recipe.phases):
             log.warning("one group alone: it trains A and B in turn, cycle by cycle")
         self._position: Position | None = recipe.at(0)
+        # From here on the optimizer is changed: what can be refused has been.
+        self._rebound = LRRebound(optimizer)
+        self._step_hooks = (
+            optimizer.register_step_pre_hook(self._precondition),
+            optimizer.register_step_post_hook(self._count_optimizer_step),
+        )
         self._enter(self._position)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +171,8 @@ class ABTraining:
     def step(self) -> None:
         """One training step is done: merges, and phase changes, happen here. Call it after `optimizer.step()`.
 
-        Also after a step that a GradScaler skipped, so that all workers stay at the same step.
+        Also after a step that a GradScaler skipped, so that all workers stay at the same step, and after
+        `scaler.update()`, so that merges level the scales that the next step uses.
 
         Raises:
             UsageError: the recipe has ended, or the model was called past `ab(...)`.
@@ -238,7 +244,7 @@ class ABTraining:
         self._model.restore()
         if phase.weights == "factored":
             self._factorize(position)
-        if reshaped and position.step:
+        if reshaped:
             self._rebound.start(self.recipe.lr_rebound_steps)
         if phase.weights == "factored":
             role = comm.topology.role(comm.rank, position.cycle)
@@ -285,7 +291,16 @@ class ABTraining:
             level_optimizer_state(self.optimizer, kept, self.communicator)
 
     def _check_place(self, position: Position) -> None:
-        """Proves that all workers are about to average the same things."""
+        """Proves that all workers are about to average the same things, and all that is trained."""
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        frozen = [t.name for t in self._treatments if t.kind == "frozen"]
+        parameters = {name: self.module.get_parameter(name) for name in frozen}
+        thawed = [name for name, p in parameters.items() if p.requires_grad and id(p) in held]
+        if thawed:
+            raise UsageError(
+                f"{', '.join(thawed)} was frozen when ABTraining was built and is not merged, but is trained now: "
+                "build ABTraining with every parameter that is to be trained"
+            )
         tensors = self._parameters() | self._buffers()
         layout = fingerprint(*((name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()))
         check_fingerprint(self.communicator, step=self.steps_done, phase=position.phase_index, shapes=layout)
@@ -316,6 +331,12 @@ class ABTraining:
     def _precondition(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         position = self._position
         if position is not None and position.phase.damping:
+            # PyTorch hands over the arguments of optimizer.step, the optimizer itself the first of them.
+            if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
+                raise UsageError(
+                    "optimizer.step(closure) makes gradients after they ought to be preconditioned: "
+                    "call backward before optimizer.step(), or set damping=0"
+                )
             precondition_(self._model.records.values(), position.phase.damping)
 
     def _count_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from abtrain.comm.agreement import digest, disagreeing, share
+from abtrain.comm.agreement import digest, disagreeing, fingerprint, share
 from abtrain.comm.communicator import Communicator
 from abtrain.errors import NonFiniteError
 from abtrain.lowrank.svd import Factors, decompose
@@ -125,7 +125,7 @@ def _exchange(
     if shared:
         unlike = wanted
     else:
-        digests = [digest(factors[i].A) ^ digest(factors[i].B) for i in wanted]
+        digests = [fingerprint(digest(factors[i].A), digest(factors[i].B)) for i in wanted]
         unlike = [wanted[place] for place in disagreeing(comm, digests)]
     final = {i: factors[i] for i in wanted if i not in unlike}
     tensors: list[Tensor] = []

@@ -6,45 +6,56 @@ are right only if all were scaled alike. Groups that trained on their own leave 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from abtrain.comm.buckets import pack, unpack
 from abtrain.comm.communicator import Communicator
-from abtrain.lowrank.optimizer import LINEAR_MOMENTS, SQUARED_MOMENTS
+from abtrain.comm.wire import exact_average
+from abtrain.errors import ConfigurationError
+from abtrain.lowrank.optimizer import State
+
+_TENSOR, _NUMBER = "tensor", "number"
+_KEY_BYTES = 512
+"""What the names of an optimizer's state may take when workers compare them."""
 
 
 def level_optimizer_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
-    """Gives all workers the same moments for `parameters`, in place: the average over those that have any.
+    """Gives all workers the same state for `parameters`, in place. Collective over the world.
 
-    Step counts become the largest of any worker (a gradient scaler may have skipped steps in some groups).
+    Tensors become the average over the workers that trained the parameter and have one; single numbers, such as step
+    counts, become the largest of any worker (a gradient scaler may have skipped steps in some groups).
+
+    Raises:
+        ConfigurationError: the optimizer names its state too lengthily to be compared.
     """
     if comm.topology.world_size == 1 or not parameters:
         return
-    keys = sorted(LINEAR_MOMENTS | SQUARED_MOMENTS)
-    states = [optimizer.state.get(parameter, {}) for parameter in parameters]
-    slots = [(state, key) for state in states for key in keys]
-    holders = torch.tensor([isinstance(state.get(key), Tensor) for state, key in slots], dtype=torch.int64)
-    steps = torch.tensor([float(state.get("step", 0)) for state in states], dtype=torch.float64)
-    holders, steps = holders.to(comm.device), steps.to(comm.device)
+    # What a frozen factor's state says is old: this worker did not train it.
+    states: list[State] = [optimizer.state.get(p, {}) if p.requires_grad else {} for p in parameters]
+    kinds = _agree_on_keys(states, parameters, comm)
+    slots = [(place, key) for place in range(len(parameters)) for key in kinds]
+    values = torch.tensor([_number(states[place].get(key)) for place, key in slots], dtype=torch.float64)
+    holders = torch.tensor([key in states[place] for place, key in slots], dtype=torch.int64)
+    values, holders = values.to(comm.device), holders.to(comm.device)
     comm.all_reduce(holders)
-    comm.all_reduce(steps, op="max")
+    comm.all_reduce(values, op="max")
 
-    counts = holders.tolist()
-    owners = [parameter for parameter in parameters for _ in keys]
-    held = [i for i, count in enumerate(counts) if count]
-    local = [_moment(*slots[i], like=owners[i]) for i in held]
-    buckets = pack(local)
-    for bucket in buckets:
-        comm.all_reduce(bucket.flat)
-    for i, total in zip(held, unpack(buckets, local), strict=True):
-        optimizer.state[owners[i]][slots[i][1]] = total / counts[i]
-    for parameter, step in zip(parameters, steps.tolist(), strict=True):
-        if step:
-            _set_step(optimizer.state[parameter], step)
+    held = [(slot, count) for slot, count in zip(slots, holders.tolist(), strict=True) if count]
+    tensors = [(slot, count) for slot, count in held if kinds[slot[1]] == _TENSOR]
+    local = [_local(states[place].get(key), parameters[place]) for (place, key), _ in tensors]
+    averages = exact_average(local, comm)
+    for ((place, key), count), average in zip(tensors, averages, strict=True):
+        # `exact_average` divides by all workers.
+        _set(optimizer.state[parameters[place]], key, average * (comm.topology.world_size / count), parameters[place])
+    numbers = dict(zip(slots, values.tolist(), strict=True))
+    for (place, key), _ in held:
+        if kinds[key] == _NUMBER:
+            like = next(state[key] for state in optimizer.state.values() if key in state)
+            _set_number(optimizer.state[parameters[place]], key, numbers[place, key], like)
 
 
 def level_grad_scaler(scaler: torch.amp.GradScaler, comm: Communicator) -> None:
@@ -58,14 +69,55 @@ def level_grad_scaler(scaler: torch.amp.GradScaler, comm: Communicator) -> None:
     scaler.load_state_dict(state)
 
 
-def _moment(state: dict[str, object], key: str, like: Tensor) -> Tensor:
-    value = state.get(key)
-    return value if isinstance(value, Tensor) else torch.zeros_like(like, requires_grad=False)
+def _agree_on_keys(states: Sequence[State], parameters: Sequence[nn.Parameter], comm: Communicator) -> dict[str, str]:
+    """The keys of any state of any worker, sorted, each with its kind."""
+    mine: dict[str, str] = {}
+    for state, parameter in zip(states, parameters, strict=True):
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and key != "step":
+                mine[key] = _TENSOR
+            elif isinstance(value, int | float | Tensor) and (key == "step" or parameter.ndim):
+                mine.setdefault(key, _NUMBER)
+    text = json.dumps(mine).encode()
+    if len(text) > _KEY_BYTES:
+        raise ConfigurationError(
+            f"the names of the optimizer's state ({', '.join(mine)}) take more than {_KEY_BYTES} bytes: shorten them"
+        )
+    row = torch.zeros(_KEY_BYTES, dtype=torch.uint8)
+    row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    rows = comm.all_gather(row.to(comm.device)).cpu()
+    everyone: dict[str, str] = {}
+    for other in rows:
+        everyone |= json.loads(bytes(other.tolist()).rstrip(b"\0"))
+    return dict(sorted(everyone.items()))
 
 
-def _set_step(state: dict[str, object], step: float) -> None:
-    known = state.get("step")
+def _number(value: object) -> float:
+    """A single number as a float; what is none does not matter."""
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 else 0.0
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _local(value: object, parameter: nn.Parameter) -> Tensor:
+    """This worker's part of an average: zeros where it has none."""
+    return value if isinstance(value, Tensor) else torch.zeros_like(parameter, requires_grad=False)
+
+
+def _set(state: State, key: str, value: Tensor, parameter: nn.Parameter) -> None:
+    known = state.get(key)
     if isinstance(known, Tensor):
-        known.fill_(step)
+        known.copy_(value)
     else:
-        state["step"] = torch.tensor(step, dtype=torch.float32)
+        # Laid out as the parameter is: fused optimizers go by it.
+        state[key] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+
+
+def _set_number(state: State, key: str, value: float, like: object) -> None:
+    known = state.get(key)
+    if isinstance(known, Tensor):
+        known.fill_(value)
+    elif isinstance(like, Tensor):
+        state[key] = torch.full_like(like, value)
+    else:
+        state[key] = type(like)(value) if isinstance(like, int | float) else value

@@ -39,6 +39,8 @@ class Merger:
         """A round starts from these tensors, which all workers hold alike."""
         self.anchors = {name: tensor.to(_wide(tensor.dtype), copy=True) for name, tensor in tensors.items()}
         self.momentum = {name: M for name, M in self.momentum.items() if name in tensors}
+        for wire in self._wires.values():
+            wire.residuals = {name: error for name, error in wire.residuals.items() if name in tensors}
 
     def forget(self, names: Iterable[str]) -> None:
         """These tensors are about to change their shape or their basis: what was known of them no longer holds."""

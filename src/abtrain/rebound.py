@@ -17,10 +17,9 @@ class LRRebound:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
         self._length = 0
         self._done = 0
-        self._scheduled: list[float | Tensor] = []
+        self._scheduled: list[tuple[dict[str, Any], float | Tensor, float | Tensor]] = []
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -37,6 +36,7 @@ class LRRebound:
 
     def advance(self) -> None:
         """One training step is done, whether the optimizer took it or a gradient scaler skipped it."""
+        self._put_back()
         self._done = min(self._done + 1, self._length)
 
     def close(self) -> None:
@@ -49,15 +49,17 @@ class LRRebound:
         self._put_back()
         if self.factor == 1.0:
             return
-        self._scheduled = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             # A new tensor where it is one: the scheduler may hold the old one.
-            group["lr"] = group["lr"] * self.factor
+            scheduled, scaled = group["lr"], group["lr"] * self.factor
+            self._scheduled.append((group, scheduled, scaled))
+            group["lr"] = scaled
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._put_back()
 
     def _put_back(self) -> None:
-        for group, lr in zip(self._optimizer.param_groups, self._scheduled, strict=False):
-            group["lr"] = lr
+        for group, scheduled, scaled in self._scheduled:
+            if group["lr"] is scaled:  # and not what a scheduler has set since
+                group["lr"] = scheduled
         self._scheduled = []

@@ -54,10 +54,12 @@ class Phase:
         if self.trains == "a_or_b" and not isinstance(self.sync, WeightSync):
             found.append(f"{where}: groups that train different factors have no common gradient: use a WeightSync")
         found += share_problems(f"{where}: damping", self.damping)
-        if self.sync is not None:
+        if not isinstance(self.sync, Sync):
+            found.append(f"{where}: sync={self.sync!r} is unknown: use GradientSync(), WeightSync(every) or None")
+        elif self.sync is not None:
             wrong = self.sync.problems()
             if not wrong and isinstance(self.sync, WeightSync) and self.sync.every > self.steps:
-                wrong = [f"every={self.sync.every} is longer than the phase ({self.steps} steps)"]
+                wrong = [f"every={self.sync.every} is longer than the phase: use at most its {self.steps} steps"]
             found += [f"{where}: {problem}" for problem in wrong]
         return found
 
@@ -96,9 +98,12 @@ class Factoring:
 
     def problems(self) -> list[str]:
         """What is wrong with these settings; empty if nothing is."""
-        found = self.rank_rule.problems() + whole_number_problems("min_dim", self.min_dim, least=1)
-        if isinstance(self.exclude, str):
-            found.append(f"exclude={self.exclude!r} is one string: use a list of globs")
+        rule = self.rank_rule
+        known = hasattr(rule, "problems")
+        found = rule.problems() if known else [f"rank_rule={rule!r} is no rank rule: use SigmaCutoff(0.15), for one"]
+        found += whole_number_problems("min_dim", self.min_dim, least=1)
+        if not isinstance(self.exclude, tuple | list) or not all(isinstance(glob, str) for glob in self.exclude):
+            found.append(f"exclude={self.exclude!r} is not a list of globs: use one, such as ('head.*',)")
         if self.optimizer_state not in ("reset", "project"):
             found.append(f"optimizer_state={self.optimizer_state!r} is unknown: use 'reset' or 'project'")
         if self.svd not in ("each", "shared"):

@@ -174,12 +174,14 @@ def ab_outer(
         rank_rule: in place of `SigmaCutoff(sigma_cutoff)`.
         factoring: the other settings of `abtrain.recipe.Factoring`.
     """
-    if warmup_steps is None:  # whole rounds
-        warmup_steps = _share(_share(total_steps, WARMUP_SHARE), 1 / every) * every if every else 0
+    if warmup_steps is None:
+        warmup_steps = _whole_rounds(total_steps, every)
     sync = WeightSync(every, Outer(outer_lr, outer_momentum), wire)
     prologue = (Phase("warmup", warmup_steps, sync=sync),) if warmup_steps != 0 else ()
-    rest = total_steps - warmup_steps
-    factors = Phase("factors", max(rest, 1), weights="factored", sync=sync, damping=damping)
+    # What is no number is reported with the rest.
+    numbers = isinstance(total_steps, int) and isinstance(warmup_steps, int)
+    rest = max(total_steps - warmup_steps, 1) if numbers else total_steps
+    factors = Phase("factors", rest, weights="factored", sync=sync, damping=damping)
     settings = Factoring(rank_rule or SigmaCutoff(sigma_cutoff), **{"keep_dense_if_larger": True, **factoring})
     return Recipe(
         "ab_outer", total_steps, prologue, (factors,), settings, every if lr_rebound_steps is None else lr_rebound_steps
@@ -251,6 +253,13 @@ def _ab_recipe(
 
 def _warmup(steps: int) -> tuple[Phase, ...]:
     return (Phase("warmup", steps),) if steps != 0 else ()
+
+
+def _whole_rounds(total_steps: int, every: int) -> int:
+    """The guideline's warm-up in whole rounds, at least one where another one fits behind it."""
+    if not (isinstance(total_steps, int) and isinstance(every, int) and 0 < every <= total_steps // 2):
+        return 0
+    return max(1, round(WARMUP_SHARE * total_steps / every)) * every
 
 
 def _share(steps: int, share: float, least: int = 1) -> int:

@@ -8,20 +8,24 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
+from abtrain.comm.communicator import Communicator
 from abtrain.errors import nearest
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.optimizer import PROJECTABLE
 from abtrain.recipe import Recipe
+from abtrain.sync import WeightSync
 
 
 def problems_of(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> list[str]:
     """One message for each thing that cannot be; empty if all is well."""
+    if not isinstance(recipe, Recipe):
+        return [f"recipe={recipe!r} is no Recipe: build one, as abtrain.recipes.ab(total_steps=10_000) does"]
     if isinstance(model, DistributedDataParallel | DataParallel):
         wrapper = type(model).__name__
         return [
             f"the model is wrapped in {wrapper}: pass the bare model ({wrapper}(...).module), abtrain wraps it itself"
         ]
-    return _optimizer_problems(model, optimizer, recipe) + _model_problems(model, recipe)
+    return _optimizer_problems(model, optimizer, recipe) + _model_problems(model, optimizer, recipe)
 
 
 def _optimizer_problems(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> list[str]:
@@ -46,24 +50,52 @@ def _optimizer_problems(model: nn.Module, optimizer: Optimizer, recipe: Recipe) 
     return problems
 
 
-def _model_problems(model: nn.Module, recipe: Recipe) -> list[str]:
+def _model_problems(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> list[str]:
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
         return ["the model has lazy parameters without a shape: run one forward pass before"]
     if any(parameter.device != next(model.parameters()).device for parameter in model.parameters()):
         devices = sorted({str(parameter.device) for parameter in model.parameters()})
         return [f"the model lies on several devices ({', '.join(devices)}): move it to one"]
+    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
+    if sparse:
+        return [f"{', '.join(sparse)}: sparse gradients cannot be averaged in buckets. Build it with sparse=False"]
     if not recipe.factored:
         return []
     names = [name for name, _ in model.named_parameters()]
     patterns = recipe.factoring.exclude if recipe.factoring else ()
     idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
-    if idle:
-        return [f"exclude {pattern!r} matches no parameter: {nearest(pattern, names)}" for pattern in idle]
-    treatments = classify(model, recipe.factoring)
+    problems = [f"exclude {pattern!r} matches no parameter: {nearest(pattern, names)}" for pattern in idle]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    treatments = classify(model, recipe.factoring, held)
     if any(treatment.kind == "factored" for treatment in treatments):
-        return []
+        return problems
     reasons = "; ".join(f"{t.name} {list(t.shape)}: {t.reason}" for t in treatments[:8]) or "it has no parameters"
     return [
+        *problems,
         f"recipe {recipe.name!r} factors weights, but none of the model's is eligible ({reasons}): "
-        "loosen exclude or min_dim, or use the recipe local_sgd"
+        "loosen exclude or min_dim, or use the recipe local_sgd",
     ]
+
+
+def problems_here(model: nn.Module, recipe: Recipe, comm: Communicator) -> list[str]:
+    """What is wrong with a model and a recipe on these workers; empty if nothing is."""
+    problems = []
+    device = next((p.device for p in model.parameters()), comm.device)
+    if comm.device.type != "cpu" and device != comm.device:
+        problems.append(
+            f"the model lies on {device}, but this worker's backend carries tensors of {comm.device} only: "
+            f"move the model there, or use the backend gloo"
+        )
+    topology = comm.topology
+    alone = [
+        phase.name
+        for phase in recipe.phases
+        if phase.sync is None or (isinstance(phase.sync, WeightSync) and topology.group_size == 1)
+    ]
+    layers = sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    if layers and alone and topology.world_size > 1:
+        problems.append(
+            f"the model has {layers} SyncBatchNorm layers, but in phase {alone[0]!r} workers are alone, with nobody to "
+            "synchronize with: use BatchNorm, or a group size of at least 2"
+        )
+    return problems

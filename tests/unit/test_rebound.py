@@ -60,6 +60,20 @@ def test_a_step_that_raises_leaves_no_scaled_rate_behind() -> None:
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
+def test_a_scheduler_after_a_step_that_raised_goes_on_from_its_own_value() -> None:
+    model, optimizer, rebound = make(1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    rebound.start(3)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    rebound.advance()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
 def test_no_rebound_and_closed() -> None:
     _, optimizer, rebound = make(1.0)
     assert rebound.factor == 1.0

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from abtrain.comm.in_process import run_in_process
+from tests import cases
 from tests.cases import build, largest_difference, train, train_by_reference
 
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2)]
@@ -19,6 +20,13 @@ def test_three_cycles_equal_the_reference(kind: str, recipe: str, workers: int, 
     for result in results:
         assert largest_difference(result, expected) < 1e-9
     assert all(torch.equal(results[0][name], result[name]) for result in results for name in result)
+
+
+def test_no_warmup_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cases.SCHEDULE, "warmup_steps", 0)
+    models = [build("mlp") for _ in range(2)]
+    results = run_in_process(2, lambda comm: train(comm, models[comm.rank], "mlp"))
+    assert largest_difference(results[0], train_by_reference("mlp", "ab", 2, 1)) < 1e-9
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])

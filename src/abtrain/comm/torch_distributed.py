@@ -81,7 +81,7 @@ class TorchCommunicator:
         self.device = _device_of_backend()
         self.meter = meter or Meter()
         self._group = self._make_groups()
-        self._hooks: dict[tuple[GradientSync, Scope], GradientHook] = {}
+        self._hooks: dict[tuple[GradientSync, Scope, tuple[torch.Size, ...]], GradientHook] = {}
 
     def all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> None:
         check_reducible(tensor, op)
@@ -121,13 +121,13 @@ class TorchCommunicator:
         point_sync_batch_norm(module, link, alone=self.topology.world_size == 1)
         if len(link.ranks) == 1 or not any(p.requires_grad for p in module.parameters()):
             return Unsynchronized(module)
-        return TorchDataParallel(module, link, find_unused_parameters, self._hook(sync, scope))
+        return TorchDataParallel(module, link, find_unused_parameters, self._hook(sync, scope, module))
 
-    def _hook(self, sync: GradientSync, scope: Scope) -> GradientHook | None:
-        """PyTorch's hook for a wire, the same one at every call: PowerSGD's state outlives phases."""
+    def _hook(self, sync: GradientSync, scope: Scope, module: nn.Module) -> GradientHook | None:
+        """PyTorch's hook for a wire, the same whenever the same shapes are trained: its state outlives phases."""
         if sync.wire == "fp32":
             return None
-        key = (sync, scope)
+        key = (sync, scope, tuple(p.shape for p in module.parameters() if p.requires_grad))
         if key not in self._hooks:
             self._hooks[key] = make_hook(sync, self._link(scope).group or _world_group())
         return self._hooks[key]

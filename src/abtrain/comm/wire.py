@@ -50,7 +50,8 @@ class Wire:
         buckets = pack(wanted, CAPACITY)
         errors = []
         for bucket in buckets:
-            mean, error = _narrow(bucket.flat, self.code, comm)
+            # Gloo exchanges tensors on the CPU only.
+            mean, error = _narrow(bucket.flat.to(comm.device), self.code, comm)
             bucket.flat.copy_(mean)
             errors.append(error)
         averages = [mean.clone() for mean in unpack(buckets, wanted)]

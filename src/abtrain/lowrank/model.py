@@ -83,7 +83,7 @@ class FactoredModel:
 
     def restore(self) -> None:
         """Makes every weight W = A B again."""
-        for record in self.records.values():
+        for record in reversed(self.records.values()):
             state_A, state_B = replace_(self.optimizer, [record.A, record.B], [record.dense])
             restore_(record)
             if self.projects and (state_A or state_B):
@@ -102,5 +102,5 @@ class FactoredModel:
         for record in self.records.values():
             for key in record.state_keys():
                 del state[key]
-            state[record.name] = record.weight()
+            state[record.name] = record.weight().contiguous()
         return state

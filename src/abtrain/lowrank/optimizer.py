@@ -44,9 +44,19 @@ def replace_(optimizer: Optimizer, old: Sequence[nn.Parameter], new: Sequence[nn
         parameters = group["params"]
         places = [i for i, parameter in enumerate(parameters) if parameter is old[0]]
         if places:
-            kept = parameters[: places[0]], parameters[places[0] + 1 :]
-            before, after = ([p for p in part if id(p) not in gone] for part in kept)
-            group["params"] = [*before, *new, *after]
+            kept = [(p, i) for i, p in enumerate(parameters) if id(p) not in gone]
+            names = group.get("param_names")
+            if names is not None:
+                stem = names[places[0]].removesuffix(".A")
+                fresh = [stem] if len(new) == 1 else [f"{stem}.{letter}" for letter in "AB"]
+                before = [names[i] for _, i in kept if i < places[0]]
+                names[:] = [*before, *fresh, *(names[i] for _, i in kept if i > places[0])]
+            # In place: some optimizers keep this very list.
+            parameters[:] = [
+                *(p for p, i in kept if i < places[0]),
+                *new,
+                *(p for p, i in kept if i > places[0]),
+            ]
     return [optimizer.state.pop(parameter, {}) for parameter in old]
 
 
@@ -86,7 +96,7 @@ def project_to_weight(state_A: State, state_B: State, record: FactoredWeight) ->
         if of_A is None and of_B is None:
             continue
         M = _explain(of_A, of_B, A, A_plus, B_plus) if key in LINEAR_MOMENTS else _spread(of_A, of_B, A, B)
-        merged[key] = shape.to_tensor(M.to(record.dense.dtype)).contiguous()
+        merged[key] = torch.empty_like(record.dense, requires_grad=False).copy_(shape.to_tensor(M))
     return merged
 
 

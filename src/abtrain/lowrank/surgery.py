@@ -32,6 +32,7 @@ class FactoredWeight:
         matrix_shape: how the weight is seen as a matrix.
         dense_type: the module's class before.
         order: of the module's own parameters before.
+        strides: of the dense weight before.
     """
 
     name: str
@@ -43,6 +44,7 @@ class FactoredWeight:
     matrix_shape: MatrixShape
     dense_type: type[nn.Module]
     order: tuple[str, ...]
+    strides: tuple[int, ...]
 
     @property
     def k(self) -> int:
@@ -76,7 +78,8 @@ def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
     """
     module, attribute = owner(model, name)
     dense = module.get_parameter(attribute)
-    shape, dense_type, order = MatrixShape(dense.shape), type(module), tuple(module._parameters)
+    shape, dense_type = MatrixShape(dense.shape), type(module)
+    order, strides = tuple(module._parameters), dense.stride()
     if has_factored_form(module):
         del module._parameters[attribute]
         module.__class__ = FACTORED_LAYERS[dense_type]
@@ -92,13 +95,18 @@ def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
         del rebuild._start
     dense.grad = None
     dense.data = dense.data.new_empty(0)
-    return FactoredWeight(name, module, attribute, dense, A, B, shape, dense_type, order)
+    return FactoredWeight(name, module, attribute, dense, A, B, shape, dense_type, order, strides)
 
 
 def restore_(record: FactoredWeight) -> nn.Parameter:
-    """Undoes `factorize_`: W = A B is back in the module, in the Parameter object that was there before."""
+    """Undoes `factorize_`: W = A B is back in the module, in the Parameter object that was there before.
+
+    Of several weights of one module, the last that was factored is restored first.
+    """
     module, attribute = record.module, record.attribute
-    record.dense.data = record.weight()
+    W = record.weight()
+    # In the memory layout of before: optimizer state of dense neighbours, and fused optimizers, go by it.
+    record.dense.data = torch.empty_strided(W.shape, record.strides, dtype=W.dtype, device=W.device).copy_(W)
     if type(module) is FACTORED_LAYERS.get(record.dense_type):
         del module._parameters["A"], module._parameters["B"], module.matrix_shape
         module.__class__ = record.dense_type  # type: ignore[assignment]

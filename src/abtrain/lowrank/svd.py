@@ -46,7 +46,8 @@ def decompose(W: Tensor, rank_rule: RankRule) -> Factors:
         raise NonFiniteError(f"cannot decompose a matrix of shape {tuple(W.shape)}: it holds NaN or infinity")
     U, S, Vh = _svd(W.detach())
     m, n = W.shape
-    k = rank_rule(S.tolist(), m, n) if S[0] > 0 else 1
+    # A rule of the user's own may overshoot.
+    k = min(max(int(rank_rule(S.tolist(), m, n)), 1), n) if S[0] > 0 else 1
     root = S[:k].sqrt()
     # eq. 3: W = (U sqrt(S)) (sqrt(S) Vh)
     A = U[:, :k] * root

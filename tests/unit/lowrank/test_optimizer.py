@@ -49,6 +49,20 @@ def test_factors_take_their_weights_place_and_give_it_back() -> None:
     assert [[id(p) for p in group] for group in after] == [[id(p) for p in group] for group in before]
 
 
+def test_names_of_parameters_follow() -> None:
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    optimizer = torch.optim.AdamW(net.named_parameters())
+    model = FactoredModel(net, optimizer, ["0.weight", "2.weight"])
+    (group,) = optimizer.param_groups
+    before = list(group["param_names"])
+    factorize(model)
+    assert group["param_names"] == ["0.weight.A", "0.weight.B", "0.bias", "2.weight.A", "2.weight.B", "2.bias"]
+    assert len(group["params"]) == 6
+    model.restore()
+    assert group["param_names"] == before
+    assert [id(p) for p in group["params"]] == [id(p) for p in net.parameters()]
+
+
 def test_reset_forgets_the_weight_and_keeps_the_dense() -> None:
     net, optimizer, model = setup("reset")
     stepped(net, optimizer)

@@ -136,6 +136,18 @@ def test_state_dict_names_factors_and_deepcopy_works() -> None:
     assert "rank=4" in repr(model[0])
 
 
+def test_several_weights_of_one_module_come_back_in_order() -> None:
+    model = nn.MultiheadAttention(12, 3, kdim=6, vdim=4).double()
+    q, k, v = (torch.randn(5, 2, size, dtype=torch.float64) for size in (12, 6, 4))
+    before, names = model(q, k, v)[0], [name for name, _ in model.named_parameters()]
+    records = [factored(model, f"{letter}_proj_weight") for letter in "qkv"]
+    torch.testing.assert_close(model(q, k, v)[0], before)
+    for record in reversed(records):
+        restore_(record)
+    torch.testing.assert_close(model(q, k, v)[0], before)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
 def test_hooks_and_references_to_the_module_stay_valid() -> None:
     layer = nn.Linear(6, 4)
     model = nn.ModuleDict({"head": layer})
