@@ -28,9 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from abtrain.comm import default_communicator
-from abtrain.comm.agreement import agree_on_tensors, check_fingerprint, fingerprint, share
 from abtrain.comm.communicator import PLAIN, Communicator, DataParallel, Scope, Unsynchronized
-from abtrain.comm.wire import exact_average
 from abtrain.describe import Description
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.factors import agree_on_factors
@@ -41,6 +39,7 @@ from abtrain.lowrank.precondition import precondition_
 from abtrain.merge import Merger
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
+from abtrain.state import SharedState
 from abtrain.sync import GradientSync, Trains, WeightSync
 from abtrain.validate import problems_here, problems_of
 
@@ -109,14 +108,12 @@ class ABTraining:
         state = recipe.factoring.optimizer_state if recipe.factoring else "reset"
         self._model = FactoredModel(model, optimizer, names, state)
         self._dense_this_cycle: dict[str, str] = {}
-        self._merger = Merger(self.communicator)
+        self._state = SharedState(self._model, self._treatments, comm)
+        self._merger = Merger(comm)
         self._optimizer_steps = self._forwards = 0
         self._workers_equal = True
-        tensors = {name: p.data for name, p in model.named_parameters()} | dict(model.named_buffers())
-        differed = agree_on_tensors(self.communicator, tensors)
-        if differed:
-            log.info("initial values of %d tensors differed between workers: rank 0's were taken", len(differed))
-        if self.communicator.topology.n_groups == 1 and any(p.trains == "a_or_b" for p in recipe.phases):
+        self._state.agree()
+        if comm.topology.n_groups == 1 and any(p.trains == "a_or_b" for p in recipe.phases):
             log.warning("one group alone: it trains A and B in turn, cycle by cycle")
         self._position: Position | None = recipe.at(0)
         # From here on the optimizer is changed: what can be refused has been.
@@ -207,15 +204,9 @@ class ABTraining:
         if position is None or self._workers_equal or not isinstance(position.phase.sync, WeightSync):
             yield self.module
             return
-        self._check_place(position)
-        tensors = self._parameters() | self._buffers()
-        own = {name: tensor.clone() for name, tensor in tensors.items()}
-        self._set_to_average(tensors)
-        try:
+        self._state.check(self.steps_done, position.phase_index)
+        with self._state.averaged():
             yield self.module
-        finally:
-            for name, tensor in tensors.items():
-                tensor.copy_(own[name])
 
     def describe(self) -> Description:
         """Every parameter with what becomes of it and why, the phases, and the groups."""
@@ -251,7 +242,7 @@ class ABTraining:
             trained: dict[Trains, TrainedFactors] = {"all": "all", "b": "B", "a_or_b": role}
             self._model.train_only(trained[phase.trains])
         if isinstance(phase.sync, WeightSync):
-            self._merger.begin(self._parameters())
+            self._merger.begin(self._state.parameters())
             self._wrap("group")
         elif phase.sync is not None:
             self._wrap("world", phase.sync)
@@ -277,11 +268,11 @@ class ABTraining:
     def _merge(self, position: Position, upcoming: Position | None) -> None:
         """All groups become one: parameters, buffers, and what else must be alike where gradients are shared next."""
         assert isinstance(position.phase.sync, WeightSync)
-        self._check_place(position)
+        self._state.check(self.steps_done, position.phase_index)
         trainers = self._trainers(position)
-        trained = {name: t for name, t in self._parameters().items() if trainers.get(name) != 0}
+        trained = {name: t for name, t in self._state.parameters().items() if trainers.get(name) != 0}
         self._merger.merge(trained, position.phase.sync, trainers)
-        self._set_to_average(self._buffers())
+        self._state.set_to_average(self._state.buffers())
         self._workers_equal = True
         if self._grad_scaler is not None:
             level_grad_scaler(self._grad_scaler, self.communicator)
@@ -290,29 +281,6 @@ class ABTraining:
             kept = [p for name, p in self._model.trained(self._treatments).items() if name not in factors]
             level_optimizer_state(self.optimizer, kept, self.communicator)
 
-    def _check_place(self, position: Position) -> None:
-        """Proves that all workers are about to average the same things, and all that is trained."""
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        frozen = [t.name for t in self._treatments if t.kind == "frozen"]
-        parameters = {name: self.module.get_parameter(name) for name in frozen}
-        thawed = [name for name, p in parameters.items() if p.requires_grad and id(p) in held]
-        if thawed:
-            raise UsageError(
-                f"{', '.join(thawed)} was frozen when ABTraining was built and is not merged, but is trained now: "
-                "build ABTraining with every parameter that is to be trained"
-            )
-        tensors = self._parameters() | self._buffers()
-        layout = fingerprint(*((name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()))
-        check_fingerprint(self.communicator, step=self.steps_done, phase=position.phase_index, shapes=layout)
-
-    def _set_to_average(self, tensors: dict[str, Tensor]) -> None:
-        """Averages real numbers over all workers, in place; counters follow rank 0."""
-        numbers = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
-        for tensor, value in zip(numbers, exact_average(numbers, self.communicator), strict=True):
-            tensor.copy_(value)
-        counters = [tensor for tensor in tensors.values() if not tensor.is_floating_point()]
-        share(self.communicator, counters, [0] * len(counters))
-
     def _trainers(self, position: Position) -> dict[str, int]:
         """How many workers train a factor, by its name, where that is not all of them."""
         topology, trains = self.communicator.topology, position.phase.trains
@@ -320,13 +288,6 @@ class ABTraining:
         count = {"A": roles.count("A"), "B": roles.count("B")} if trains == "a_or_b" else {"A": 0}
         factors = self._model.factors() if trains != "all" else {}
         return {name: count[name[-1]] for name in factors if name[-1] in count}
-
-    def _parameters(self) -> dict[str, Tensor]:
-        """The trained parameters by name, as real tensors that write through; the same order on all workers."""
-        return _as_real({name: p.data for name, p in self._model.trained(self._treatments).items()})
-
-    def _buffers(self) -> dict[str, Tensor]:
-        return _as_real(dict(self.module.named_buffers()))
 
     def _precondition(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         position = self._position
@@ -347,7 +308,3 @@ class ABTraining:
             f"recipe {self.recipe.name!r} ended after its {self.recipe.total_steps} steps: "
             "stop the loop there, or build the recipe with more total_steps"
         )
-
-
-def _as_real(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in tensors.items()}

@@ -1,0 +1,93 @@
+"""What workers are to hold alike: trained parameters and buffers, compared, averaged and put back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from abtrain.comm.agreement import agree_on_tensors, check_fingerprint, fingerprint, share
+from abtrain.comm.communicator import Communicator
+from abtrain.comm.wire import exact_average
+from abtrain.errors import UsageError
+from abtrain.lowrank.classify import Treatment
+from abtrain.lowrank.model import FactoredModel
+
+log = logging.getLogger("abtrain")
+
+
+class SharedState:
+    """The tensors of a model that merges make equal, as they are at present: factors while they live.
+
+    Args:
+        model: with its optimizer.
+        treatments: what becomes of each parameter.
+        comm: of this worker.
+    """
+
+    def __init__(self, model: FactoredModel, treatments: Sequence[Treatment], comm: Communicator) -> None:
+        self._model = model
+        self._treatments = treatments
+        self._comm = comm
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The trained parameters by name, as real tensors that write through; the same order on all workers."""
+        return _as_real({name: p.data for name, p in self._model.trained(self._treatments).items()})
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's buffers by name, likewise."""
+        return _as_real(dict(self._model.model.named_buffers()))
+
+    def agree(self) -> None:
+        """Makes all parameters and buffers, frozen ones too, the same on all workers: where they differ, rank 0's."""
+        model = self._model.model
+        tensors = {name: p.data for name, p in model.named_parameters()} | dict(model.named_buffers())
+        differed = agree_on_tensors(self._comm, tensors)
+        if differed:
+            log.info("initial values of %d tensors differed between workers: rank 0's were taken", len(differed))
+
+    def check(self, step: int, phase: int) -> None:
+        """Proves that all workers are about to average the same things, and all that is trained.
+
+        Raises:
+            RanksDisagreeError: workers are at different steps, in different phases, or hold different shapes.
+            UsageError: a parameter is trained that was frozen at first.
+        """
+        held = {id(p) for group in self._model.optimizer.param_groups for p in group["params"]}
+        frozen = {t.name: self._model.model.get_parameter(t.name) for t in self._treatments if t.kind == "frozen"}
+        thawed = [name for name, p in frozen.items() if p.requires_grad and id(p) in held]
+        if thawed:
+            raise UsageError(
+                f"{', '.join(thawed)} was frozen when ABTraining was built and is not merged, but is trained now: "
+                "build ABTraining with every parameter that is to be trained"
+            )
+        tensors = self.parameters() | self.buffers()
+        layout = fingerprint(*((name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()))
+        check_fingerprint(self._comm, step=step, phase=phase, shapes=layout)
+
+    def set_to_average(self, tensors: dict[str, Tensor]) -> None:
+        """Averages real numbers over all workers, in place; counters follow rank 0."""
+        numbers = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+        for tensor, value in zip(numbers, exact_average(numbers, self._comm), strict=True):
+            tensor.copy_(value)
+        counters = [tensor for tensor in tensors.values() if not tensor.is_floating_point()]
+        share(self._comm, counters, [0] * len(counters))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside it the model holds the average of all workers. Collective on entry, not on exit."""
+        tensors = self.parameters() | self.buffers()
+        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        self.set_to_average(tensors)
+        try:
+            yield
+        finally:
+            for name, tensor in tensors.items():
+                tensor.copy_(own[name])
+
+
+def _as_real(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in tensors.items()}
