@@ -21,6 +21,7 @@ from abtrain.comm.communicator import (
     PLAIN,
     Communicator,
     DataParallel,
+    Pending,
     Reduction,
     Scope,
     Unsynchronized,
@@ -126,8 +127,19 @@ class InProcessCommunicator:
             return tensor.detach()[None].clone()
         return self.meet("all_gather", [tensor], scope, _stack)[0].clone()
 
-    def exchange(self, rows: Tensor) -> Tensor:
+    # Threads meet when they wait: what was launched before goes on in name only.
+
+    def launch_all_reduce(self, tensor: Tensor, op: Reduction = "sum") -> Pending[None]:
+        return Pending(lambda: self.all_reduce(tensor, op))
+
+    def launch_all_gather(self, tensor: Tensor) -> Pending[Tensor]:
+        return Pending(lambda: self.all_gather(tensor))
+
+    def launch_exchange(self, rows: Tensor) -> Pending[Tensor]:
         check_rows(rows, self.topology)
+        return Pending(lambda: self._exchange(rows))
+
+    def _exchange(self, rows: Tensor) -> Tensor:
         workers = self.topology.world_size
         if workers == 1:
             return rows.detach().clone()
