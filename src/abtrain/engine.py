@@ -36,7 +36,7 @@ from abtrain.factors import agree_on_factors
 from abtrain.level import level_grad_scaler, level_optimizer_state
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.model import FactoredModel, TrainedFactors
-from abtrain.lowrank.precondition import precondition_
+from abtrain.lowrank.precondition import Preconditioner
 from abtrain.merge import Merger, OnNonFinite
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
@@ -126,6 +126,7 @@ class ABTraining:
         self._merger = Merger(comm, on_nonfinite)
         self._rounds = Rounds(self._state, self._merger, comm)
         self._switch = Switch(comm, recipe)
+        self._preconditioner, self._round_began = Preconditioner(damping=0), True
         self._optimizer_steps = self._forwards = 0
         self._workers_equal = True
         self._state.agree()
@@ -135,8 +136,8 @@ class ABTraining:
         # From here on the optimizer is changed: what can be refused has been.
         self._rebound = LRRebound(optimizer)
         self._step_hooks = (
-            optimizer.register_step_pre_hook(self._precondition),
-            optimizer.register_step_post_hook(self._count_optimizer_step),
+            optimizer.register_step_pre_hook(self._before_optimizer_step),
+            optimizer.register_step_post_hook(self._after_optimizer_step),
         )
         self._enter(self._position)
 
@@ -207,6 +208,8 @@ class ABTraining:
         if isinstance(position.phase.sync, WeightSync):
             upcoming = self._sync_weights(position, upcoming, None if loss is None else float(loss))
         self._position = upcoming
+        # A step that a gradient scaler skips calls no hook: what is due is remembered.
+        self._round_began = self._round_began or upcoming is None or upcoming.starts_round
         if upcoming is None:
             self._rebound.start(0)
             self._wrap(None)
@@ -336,19 +339,25 @@ class ABTraining:
         }
         return by_role[position.phase.trains]
 
-    def _precondition(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         position = self._position
-        if position is not None and position.phase.damping:
-            # PyTorch hands over the arguments of optimizer.step, the optimizer itself the first of them.
-            if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
-                raise UsageError(
-                    "optimizer.step(closure) makes gradients after they ought to be preconditioned: "
-                    "call backward before optimizer.step(), or set damping=0"
-                )
-            precondition_(self._model.records.values(), position.phase.damping)
+        if position is None or not position.phase.damping:
+            return
+        # PyTorch hands over the arguments of optimizer.step, the optimizer itself the first of them.
+        if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
+            raise UsageError(
+                "optimizer.step(closure) makes gradients after they ought to be preconditioned: "
+                "call backward before optimizer.step(), or set damping=0"
+            )
+        if self._round_began:
+            self._preconditioner = Preconditioner(position.phase.damping)
+            self._preconditioner.refresh(self._model.records.values())
+            self._round_began = False
+        self._preconditioner.before_step(self._model.records.values())
 
-    def _count_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._optimizer_steps += 1
+        self._preconditioner.after_step()
 
     def _ended(self) -> str:
         return (

@@ -195,6 +195,12 @@ class Position:
         return bool(self.merging)
 
     @property
+    def starts_round(self) -> bool:
+        """Whether a round begins with this step; where gradients are shared, every step is a round."""
+        sync = self.phase.sync
+        return not isinstance(sync, WeightSync) or self.step_in_phase % sync.every == 0
+
+    @property
     def turn(self) -> Literal["A", "B"]:
         """The factor that all groups train in this round, where they take turns: A first, counted over all cycles."""
         every = self.phase.sync.every if isinstance(self.phase.sync, WeightSync) else self.phase.steps

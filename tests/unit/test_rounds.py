@@ -280,3 +280,22 @@ def test_a_merge_on_one_rank_only_is_an_error_on_all() -> None:
                 ab.step()
 
     run_in_process(2, work)
+
+
+def test_a_wire_that_workers_cannot_carry_is_refused_before_anything_is_sent() -> None:
+    def work(comm: Communicator) -> int:
+        model = build("mlp")
+        for recipe in (recipes.powersgd(10), recipes.ddp(10, wire="bf16")):
+            with pytest.raises(ConfigurationError, match="threads cannot send gradients as"):
+                ABTraining(model, adamw(model.parameters()), recipe, communicator=comm)
+        return int(comm.meter.payload()["total"])
+
+    assert run_in_process(2, work) == [0, 0]
+    assert "mpi" in run_gloo(2, on_an_unknown_backend)[0]
+
+
+def on_an_unknown_backend(comm: Communicator) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed.get_backend", lambda: "mpi")
+        assert comm.cannot_carry(WeightSync(4)) == ""
+        return comm.cannot_carry(WeightSync(4, wire="int4"))

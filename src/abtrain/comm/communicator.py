@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from abtrain.comm.meter import Meter, Spans
 from abtrain.comm.topology import Topology
-from abtrain.sync import GradientSync
+from abtrain.sync import GradientSync, Sync
 
 Scope = Literal["world", "group"]
 Reduction = Literal["sum", "max"]
@@ -78,6 +78,10 @@ class Communicator(Protocol):
 
     def all_gather(self, tensor: Tensor, scope: Scope = "world") -> Tensor:
         """Returns (ranks in scope, *tensor.shape), in rank order, for any dtype."""
+        ...
+
+    def cannot_carry(self, sync: Sync) -> str:
+        """Why this way of agreeing is out of reach of the backend; empty if it is not. Talks to nobody."""
         ...
 
     def launch_all_reduce(self, tensor: Tensor, op: Reduction = "sum") -> Pending[None]:
@@ -171,6 +175,9 @@ class SingleProcess:
 
     def barrier(self) -> None:
         pass
+
+    def cannot_carry(self, sync: Sync) -> str:
+        return ""
 
     def data_parallel(
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN

@@ -37,7 +37,7 @@ from abtrain.comm.meter import Meter
 from abtrain.comm.rendezvous import Combine, Rendezvous
 from abtrain.comm.topology import Topology
 from abtrain.errors import ConfigurationError, UsageError
-from abtrain.sync import GradientSync
+from abtrain.sync import GradientSync, Sync
 
 T = TypeVar("T")
 
@@ -158,15 +158,19 @@ class InProcessCommunicator:
         if self.topology.world_size > 1:
             self.meet("barrier", [], "world", lambda of: [])
 
+    def cannot_carry(self, sync: Sync) -> str:
+        if not isinstance(sync, GradientSync) or sync.wire == "fp32":
+            return ""
+        return f"threads cannot send gradients as {sync.wire!r}: PyTorch's hooks need torch.distributed. Use 'fp32'"
+
     def data_parallel(
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
     ) -> DataParallel:
         if len(self.ranks(scope)) == 1 or not any(p.requires_grad for p in module.parameters()):
             return Unsynchronized(module)
-        if sync.wire != "fp32":
-            raise ConfigurationError(
-                f"threads cannot send gradients as {sync.wire!r}: PyTorch's hooks need torch.distributed. Use 'fp32'"
-            )
+        refused = self.cannot_carry(sync)
+        if refused:
+            raise ConfigurationError(refused)
         return InProcessDataParallel(module, self, scope, find_unused_parameters)
 
     def ranks(self, scope: Scope) -> tuple[int, ...]:

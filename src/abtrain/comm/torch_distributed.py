@@ -35,8 +35,10 @@ from abtrain.comm.link import Link, as_bytes
 from abtrain.comm.meter import Meter
 from abtrain.comm.topology import Topology
 from abtrain.errors import ConfigurationError
-from abtrain.sync import GradientSync
+from abtrain.sync import GradientSync, Sync
 
+# "undefined": init_process_group was given no backend, and takes NCCL for CUDA tensors and Gloo for the rest.
+_NARROW_BACKENDS = ("gloo", "nccl", "undefined")
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -128,6 +130,15 @@ class TorchCommunicator:
             with self.meter.waiting():
                 link.wait("barrier", link.launch("barrier", dist.barrier, device_ids=device_ids))
 
+    def cannot_carry(self, sync: Sync) -> str:
+        backend = str(dist.get_backend())
+        if sync is None or sync.wire == "fp32" or any(known in backend for known in _NARROW_BACKENDS):
+            return ""
+        return (
+            f"wire {sync.wire!r} exchanges bytes and bfloat16, which the backend {backend!r} is not known to carry: use "
+            "the wire 'fp32', or the backend gloo or nccl"
+        )
+
     def data_parallel(
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
     ) -> DataParallel:
@@ -197,7 +208,6 @@ def _world_group() -> dist.ProcessGroup:
 
 
 def _device_of_backend() -> torch.device:
-    # "undefined": init_process_group was given no backend, and takes NCCL for CUDA tensors and Gloo for the rest.
     backend = str(dist.get_backend())
     if "nccl" in backend or (backend == "undefined" and torch.cuda.is_available()):
         return torch.device("cuda", torch.cuda.current_device())
