@@ -285,7 +285,7 @@ class ABTraining:
         agreed = agree_on_factors(self.communicator, settled, self.recipe.factoring)
         waited = self.communicator.meter.sync_seconds - waited
         self.seconds["svd"] += time.perf_counter() - start - waited
-        self._model.factorize(agreed.factors)
+        self._model.factorize(agreed.factors, position.phase.damping)
         self._dense_this_cycle = unsettled | agreed.dense
         ranks = {name: pair.k for name, pair in agreed.factors.items()}
         self.rank_history.append({"cycle": position.cycle, "step": position.step, "ranks": ranks})

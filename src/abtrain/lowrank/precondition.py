@@ -76,6 +76,20 @@ class Preconditioner:
         self._before = []
 
 
+@torch.no_grad()
+def seen_through(record: FactoredWeight, damping: float) -> tuple[Tensor, Tensor]:
+    """The A' (m, k) and B' (k, n) for which the optimizer gets G B'^T and A'^T G: the factors themselves, undamped (0).
+
+    With a preconditioner they are A R_A and R_B B.
+    """
+    A, B = record.A.detach(), record.B.detach()
+    if damping == 0:
+        return A, B
+    wide = torch.promote_types(A.dtype, torch.float32)
+    A, B = A.to(wide), B.to(wide)
+    return A @ _inverse_root(A.T @ A, damping), _inverse_root(B @ B.T, damping) @ B
+
+
 def _inverse_root(gram: Tensor, damping: float) -> Tensor:
     """(gram + d I)^-1/2 of a positive semidefinite (k, k) matrix; the identity for one of zeros."""
     wide = gram.to(torch.promote_types(gram.dtype, torch.float32))
