@@ -206,7 +206,7 @@ class ABTraining:
         upcoming = self.recipe.at(self.steps_done) if self.steps_done < self.recipe.total_steps else None
         self._workers_equal = isinstance(position.phase.sync, GradientSync)
         if isinstance(position.phase.sync, WeightSync):
-            upcoming = self._sync_weights(position, upcoming, None if loss is None else float(loss))
+            upcoming = self._sync_weights(position, upcoming, loss.item() if isinstance(loss, Tensor) else loss)
         self._position = upcoming
         # A step that a gradient scaler skips calls no hook: what is due is remembered.
         self._round_began = self._round_began or upcoming is None or upcoming.starts_round

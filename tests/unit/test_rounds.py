@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abtrain import ABTraining, FixedRank, Phase, Recipe, WeightSync, recipes
+from abtrain.comm.agreement import digest, disagreeing
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import ConfigurationError, NonFiniteError, RanksDisagreeError, UsageError
 from abtrain.recipe import Factoring
 from abtrain.rounds import cut_into_fragments
-from abtrain.sync import Mean, Merge, Outer, Weighted
+from abtrain.sync import Mean, Merge, Outer, TrainedOnly, Weighted
 from tests.cases import adamw, batch, build, largest_difference, sgd, train
 from tests.gloo import run_gloo
 
@@ -299,3 +300,36 @@ def on_an_unknown_backend(comm: Communicator) -> str:
         patch.setattr("torch.distributed.get_backend", lambda: "mpi")
         assert comm.cannot_carry(WeightSync(4)) == ""
         return comm.cannot_carry(WeightSync(4, wire="int4"))
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8", "int4", "lowrank:2", "lowrank:2:int4"])
+@pytest.mark.parametrize("merge", [Mean(), TrainedOnly(), Weighted(0.1), Outer()], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("trains", ["all", "a_or_b", "a_then_b"])
+def test_all_ranks_hold_the_same_bits_after_every_merge(merge: Merge, wire: str, trains: str) -> None:
+    def work(comm: Communicator) -> int:
+        model = build("mlp", torch.float32)
+        optimizer = adamw(model.parameters())
+        sync = WeightSync(3, merge, wire)
+        recipe = Recipe(
+            "r",
+            14,
+            (Phase("full", 6, sync=sync),),
+            (Phase("low", 8, "factored", trains, sync),),
+            Factoring(FixedRank(3)),
+        )  # type: ignore[arg-type]
+        ab, merges = ABTraining(model, optimizer, recipe, communicator=comm), 0
+        while not ab.finished:
+            x, y = batch("mlp", comm.rank, ab.steps_done, torch.float32)
+            loss = F.cross_entropy(ab(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            merged = ab.recipe.at(ab.steps_done).merges
+            ab.step(loss)
+            if merged:
+                held = [digest(tensor) for tensor in model.state_dict().values()]
+                assert disagreeing(comm, held) == []
+                merges += 1
+        return merges
+
+    assert run_in_process(3, work) == [5, 5, 5]

@@ -135,8 +135,8 @@ class TorchCommunicator:
         if sync is None or sync.wire == "fp32" or any(known in backend for known in _NARROW_BACKENDS):
             return ""
         return (
-            f"wire {sync.wire!r} exchanges bytes and bfloat16, which the backend {backend!r} is not known to carry: use "
-            "the wire 'fp32', or the backend gloo or nccl"
+            f"wire {sync.wire!r} exchanges bytes and bfloat16, which the backend {backend!r} is not known to carry: "
+            "use the wire 'fp32', or the backend gloo or nccl"
         )
 
     def data_parallel(
