@@ -126,7 +126,7 @@ class ABTraining:
         self._merger = Merger(comm, on_nonfinite)
         self._rounds = Rounds(self._state, self._merger, comm)
         self._switch = Switch(comm, recipe)
-        self._preconditioner, self._round_began = Preconditioner(damping=0), True
+        self._preconditioner, self._round_began = Preconditioner(optimizer, damping=0), True
         self._optimizer_steps = self._forwards = 0
         self._workers_equal = True
         self._state.agree()
@@ -350,7 +350,7 @@ class ABTraining:
                 "call backward before optimizer.step(), or set damping=0"
             )
         if self._round_began:
-            self._preconditioner = Preconditioner(position.phase.damping)
+            self._preconditioner = Preconditioner(optimizer, position.phase.damping)
             self._preconditioner.refresh(self._model.records.values())
             self._round_began = False
         self._preconditioner.before_step(self._model.records.values())

@@ -10,15 +10,19 @@ These are the gradient and the step in orthonormal coordinates of the rows of B 
 gradient descent the two together are ScaledGD, G_A (B B^T + d I)^-1 (Tong, Ma, Chi, arXiv 2005.08898; for LoRA, Zhang
 and Pilanci, arXiv 2402.02347). An optimizer that normalizes its gradients, as Adam does, undoes what is done to the
 gradient alone: it needs both halves.
+
+Weight decay is no step along a gradient, and shrinks the weight by its own share: decoupled from the gradient (AdamW)
+it is taken out of the step, and half of it goes to each factor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from abtrain.lowrank.surgery import FactoredWeight
 
@@ -30,17 +34,31 @@ class _Roots(NamedTuple):
     of_B: Tensor
 
 
+class _Start(NamedTuple):
+    """A factor as it was before the step.
+
+    Attributes:
+        decay: what the optimizer shrinks it by beside the step, as a share.
+    """
+
+    factor: nn.Parameter
+    value: Tensor
+    decay: float
+
+
 class Preconditioner:
     """Surrounds the steps of an optimizer.
 
     Args:
+        optimizer: over the factors.
         damping: d, as a share of the mean of the Gram matrix's diagonal.
     """
 
-    def __init__(self, damping: float) -> None:
+    def __init__(self, optimizer: Optimizer, damping: float) -> None:
+        self._optimizer = optimizer
         self._damping = damping
         self._roots: dict[str, _Roots] = {}
-        self._before: list[tuple[FactoredWeight, Tensor, Tensor]] = []
+        self._starts: list[tuple[_Roots, _Start, _Start]] = []
 
     @torch.no_grad()
     def refresh(self, records: Iterable[FactoredWeight]) -> None:
@@ -55,25 +73,39 @@ class Preconditioner:
     @torch.no_grad()
     def before_step(self, records: Iterable[FactoredWeight]) -> None:
         """Replaces the gradients of the factors in place; those that have none are left alone."""
-        self._before = []
+        decays = {id(p): _decay(group) for group in self._optimizer.param_groups for p in group["params"]}
+        self._starts = []
         for record in records:
-            roots = self._roots[record.name]
-            self._before.append((record, record.A.detach().clone(), record.B.detach().clone()))
-            if record.A.grad is not None:
-                record.A.grad.copy_(record.A.grad.to(roots.of_B.dtype) @ roots.of_B)
-            if record.B.grad is not None:
-                record.B.grad.copy_(roots.of_A @ record.B.grad.to(roots.of_A.dtype))
+            roots, A, B = self._roots[record.name], record.A, record.B
+            start_A, start_B = (_Start(p, p.detach().clone(), decays.get(id(p), 0.0)) for p in (A, B))
+            self._starts.append((roots, start_A, start_B))
+            if A.grad is not None:
+                A.grad.copy_(A.grad.to(roots.of_B.dtype) @ roots.of_B)
+            if B.grad is not None:
+                B.grad.copy_(roots.of_A @ B.grad.to(roots.of_A.dtype))
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Replaces the steps that the factors have made since `before_step`, in place."""
-        for record, A, B in self._before:
-            roots = self._roots[record.name]
-            step_A = (record.A - A).to(roots.of_B.dtype) @ roots.of_B
-            step_B = roots.of_A @ (record.B - B).to(roots.of_A.dtype)
-            record.A.copy_(A + step_A)
-            record.B.copy_(B + step_B)
-        self._before = []
+        for roots, A, B in self._starts:
+            if A.factor.grad is not None:
+                A.factor.copy_(_half_decayed(A) + _step(A).to(roots.of_B.dtype) @ roots.of_B)
+            if B.factor.grad is not None:
+                B.factor.copy_(_half_decayed(B) + roots.of_A @ _step(B).to(roots.of_A.dtype))
+        self._starts = []
+
+
+def _decay(group: dict[str, Any]) -> float:
+    """The share by which a step of the optimizer shrinks the parameters of a group, whatever their gradients."""
+    return float(group["lr"] * group["weight_decay"]) if group.get("decoupled_weight_decay") else 0.0
+
+
+def _step(start: _Start) -> Tensor:
+    return start.factor - start.value * (1 - start.decay)
+
+
+def _half_decayed(start: _Start) -> Tensor:
+    return start.value * (1 - start.decay / 2)
 
 
 @torch.no_grad()

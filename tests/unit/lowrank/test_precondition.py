@@ -30,7 +30,8 @@ def step(record: FactoredWeight, make: Optim, damping: float, steps: int = 1) ->
     """The change of W in steps along a fixed gradient G of W."""
     G = torch.randn(12, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     before = record.weight()
-    optimizer, preconditioner = make([record.A, record.B]), Preconditioner(damping)
+    optimizer = make([record.A, record.B])
+    preconditioner = Preconditioner(optimizer, damping)
     preconditioner.refresh([record])
     for _ in range(steps):
         record.A.grad, record.B.grad = G @ record.B.detach().T, record.A.detach().T @ G
@@ -62,11 +63,24 @@ def test_a_step_of_the_weight_does_not_depend_on_the_split() -> None:
         torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-7)
 
 
+def test_the_weight_decays_at_the_rate_of_a_dense_one() -> None:
+    record = record_of()
+    W = record.weight()
+    optimizer = torch.optim.AdamW([record.A, record.B], lr=0.01, weight_decay=0.1)
+    preconditioner = Preconditioner(optimizer, 0.1)
+    preconditioner.refresh([record])
+    record.A.grad, record.B.grad = torch.zeros_like(record.A), torch.zeros_like(record.B)
+    preconditioner.before_step([record])
+    optimizer.step()
+    preconditioner.after_step()
+    torch.testing.assert_close(record.weight(), W * (1 - 0.01 * 0.1), rtol=1e-6, atol=0)
+
+
 def test_a_factor_of_zeros_and_a_missing_gradient_are_left_alone() -> None:
     record = record_of()
     with torch.no_grad():
         record.B.zero_()
-    preconditioner = Preconditioner(0.1)
+    preconditioner = Preconditioner(torch.optim.SGD([record.A, record.B], lr=0.1), 0.1)
     preconditioner.refresh([record])
     record.A.grad = torch.ones_like(record.A)
     preconditioner.before_step([record])
@@ -80,7 +94,7 @@ def test_halves_are_preconditioned_in_float32(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 12, bias=False, dtype=dtype))
     record = factorize_(model, "0.weight", decompose(model[0].weight.detach(), FixedRank(3)))
-    preconditioner = Preconditioner(0.1)
+    preconditioner = Preconditioner(torch.optim.SGD([record.A, record.B], lr=0.1), 0.1)
     preconditioner.refresh([record])
     record.A.grad, record.B.grad = torch.ones_like(record.A), torch.ones_like(record.B)
     preconditioner.before_step([record])
