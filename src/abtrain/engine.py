@@ -350,7 +350,7 @@ class ABTraining:
                 "call backward before optimizer.step(), or set damping=0"
             )
         if self._round_began:
-            self._preconditioner = Preconditioner(optimizer, position.phase.damping)
+            self._preconditioner = Preconditioner(optimizer, position.phase.damping, position.phase.factor_lr)
             self._preconditioner.refresh(self._model.records.values())
             self._round_began = False
         self._preconditioner.before_step(self._model.records.values())

@@ -53,8 +53,9 @@ class Phase:
         trains: `all` parameters, one factor by the group's role (`a_or_b`), the same factor in all groups, another
             in each round (`a_then_b`), or B only (`b`). Parameters that are not factored are always trained.
         sync: how workers agree.
-        damping: precondition the gradients of factors by each other, with this damping (see
+        damping: take the steps of factors in coordinates of the weight, with this damping (see
             `abtrain.lowrank.precondition`); 0: leave them as they are.
+        factor_lr: multiplies those steps.
         until: what is measured at merges may end the phase before its steps are spent. In the prologue only.
     """
 
@@ -64,6 +65,7 @@ class Phase:
     trains: Trains = "all"
     sync: Sync = GradientSync()
     damping: float = 0.0
+    factor_lr: float = 1.0
     until: Until | None = None
 
     def problems(self) -> list[str]:
@@ -79,6 +81,11 @@ class Phase:
         if self.trains in ("a_or_b", "a_then_b") and not isinstance(self.sync, WeightSync):
             found.append(f"{where}: trains={self.trains!r} goes by groups and rounds: use a WeightSync")
         found += share_problems(f"{where}: damping", self.damping)
+        found += number_problems(f"{where}: factor_lr", self.factor_lr, above=0)
+        if self.factor_lr != 1 and self.damping == 0:
+            found.append(
+                f"{where}: factor_lr={self.factor_lr} scales preconditioned steps: give damping, or leave it at 1"
+            )
         if not isinstance(self.sync, Sync):
             found.append(f"{where}: sync={self.sync!r} is unknown: use GradientSync(), WeightSync(every) or None")
         elif self.sync is not None:

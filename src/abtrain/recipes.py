@@ -21,6 +21,10 @@ REBOUND_SHARE = 0.25
 """Full-rank rebound over the group phase."""
 LR_REBOUND_SHARE = 0.5
 """LR rebound over the group phase."""
+AB_OUTER = {"keep_dense_if_larger": True, "optimizer_state": "project"}
+"""What `ab_outer` changes of `Factoring`'s defaults."""
+FACTOR_LR = 2.0
+"""Of `ab_outer`, with a preconditioner. Measured: benchmarks/merges.md."""
 
 
 def ddp(total_steps: int, *, wire: Literal["fp32", "bf16"] = "fp32") -> Recipe:
@@ -209,8 +213,9 @@ def ab_outer(
     rebound_steps: int = 0,
     rebound_every: int | None = None,
     lr_rebound_steps: int | None = None,
-    sigma_cutoff: float = 0.2,
+    sigma_cutoff: float = 0.22,
     damping: float = 0.1,
+    factor_lr: float | None = None,
     rank_rule: RankRule | str | None = None,
     **factoring: Any,
 ) -> Recipe:
@@ -238,7 +243,8 @@ def ab_outer(
         rebound_every: steps between merges there; default `every`; 0: gradients are averaged at every step.
         lr_rebound_steps: steps over which the learning rate climbs back after factoring; default `every`.
         sigma_cutoff: singular values below this share of the largest are dropped.
-        damping: of the preconditioner of the factors' gradients; 0: no preconditioner.
+        damping: of the preconditioner of the factors' steps; 0: no preconditioner.
+        factor_lr: multiplies preconditioned steps; default 2, which suits optimizers that normalize gradients (Adam).
         rank_rule: in place of `SigmaCutoff(sigma_cutoff)`: a rule, or its name such as `energy:0.95`.
         factoring: the other settings of `abtrain.recipe.Factoring`.
 
@@ -264,10 +270,13 @@ def ab_outer(
     rest = max(total_steps - mean_steps - warmup_steps, 1) if numbers else total_steps
     steps = refactor_every * every if refactor_every else total_steps if agreement_below or drift_below else rest
     factors = WeightSync(every, merge, wire, delay, fragments)
-    cycle: tuple[Phase, ...] = (Phase("factors", steps, weights="factored", sync=factors, damping=damping),)
+    scale = factor_lr if factor_lr is not None else FACTOR_LR if damping else 1.0
+    cycle: tuple[Phase, ...] = (
+        Phase("factors", steps, weights="factored", sync=factors, damping=damping, factor_lr=scale),
+    )
     if rebound_steps:
         cycle += _full("rebound", rebound_steps, every if rebound_every is None else rebound_every, wire, merge=merge)
-    settings = Factoring(_rule(rank_rule, sigma_cutoff), **{"keep_dense_if_larger": True, **factoring})
+    settings = Factoring(_rule(rank_rule, sigma_cutoff), **{**AB_OUTER, **factoring})
     climb = every if lr_rebound_steps is None else lr_rebound_steps
     return Recipe("ab_outer", total_steps, prologue, cycle, settings, climb)
 

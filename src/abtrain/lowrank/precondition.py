@@ -52,11 +52,14 @@ class Preconditioner:
     Args:
         optimizer: over the factors.
         damping: d, as a share of the mean of the Gram matrix's diagonal.
+        scale: what steps are multiplied by. In k of n coordinates a step of Adam is shorter than one of the whole
+            weight, by sqrt(k / n) at most.
     """
 
-    def __init__(self, optimizer: Optimizer, damping: float) -> None:
+    def __init__(self, optimizer: Optimizer, damping: float, scale: float = 1.0) -> None:
         self._optimizer = optimizer
         self._damping = damping
+        self._scale = scale
         self._roots: dict[str, _Roots] = {}
         self._starts: list[tuple[_Roots, _Start, _Start]] = []
 
@@ -89,9 +92,9 @@ class Preconditioner:
         """Replaces the steps that the factors have made since `before_step`, in place."""
         for roots, A, B in self._starts:
             if A.factor.grad is not None:
-                A.factor.copy_(_half_decayed(A) + _step(A).to(roots.of_B.dtype) @ roots.of_B)
+                A.factor.copy_(_half_decayed(A) + self._scale * (_step(A).to(roots.of_B.dtype) @ roots.of_B))
             if B.factor.grad is not None:
-                B.factor.copy_(_half_decayed(B) + roots.of_A @ _step(B).to(roots.of_A.dtype))
+                B.factor.copy_(_half_decayed(B) + self._scale * (roots.of_A @ _step(B).to(roots.of_A.dtype)))
         self._starts = []
 
 

@@ -98,6 +98,8 @@ class TrainConfig:
     """Rank of the factors that gradients are sent as; by default the recipe's."""
     damping: float | None = None
     """Damping of the factors' preconditioner; by default the recipe's."""
+    factor_lr: float | None = None
+    """Multiplies preconditioned steps of factors; by default the recipe's."""
     svd: Literal["each", "shared"] | None = None
     """Each worker decomposes every weight, or they share the work; by default the recipe's."""
     optimizer_state: Literal["reset", "project"] | None = None
