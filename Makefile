@@ -11,7 +11,7 @@ setup: .venv/.installed
 	touch $@
 
 demo: setup
-	$(BIN)/abtrain train ab --task digits-mlp --workers 4
+	$(BIN)/abtrain train ab_outer --task digits-mlp --workers 4
 
 test: setup
 	$(BIN)/python -m pytest
