@@ -13,7 +13,7 @@ from typing import TypeVar, get_args
 from abtrain.errors import ConfigurationError
 from abtrain.lab.config import LabConfig, config_problems, system_problems
 from abtrain.lab.faults import Fault, Kind, form_of, parse_fault
-from abtrain.lab.job import Job, job_problems
+from abtrain.lab.job import Job, Launcher, job_problems
 from abtrain.lab.rates import format_rate, parse_rate
 
 Value = TypeVar("Value")
@@ -61,7 +61,7 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
         given.nodes, tuple(rates) if not problems else LabConfig.rates, given.workers_per_node, given.network
     )
     out = given.out or Path("runs") / f"lab-{time.strftime('%Y%m%d-%H%M%S')}"
-    job = Job(tuple(arguments[own + 1 :]), out, tuple(faults), timeout=given.timeout)
+    job = Job(tuple(arguments[own + 1 :]), out, tuple(faults), given.launcher, timeout=given.timeout)
     problems += [*config_problems(config), *job_problems(job, config.nodes), *system_problems()]
     if problems:
         raise ConfigurationError(problems)
@@ -102,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{kind}", action="append", default=[], metavar="FAULT", help=f"{purpose}: {form_of(kind)}"
         )
+    parser.add_argument(
+        "--launcher",
+        choices=get_args(Launcher),
+        default=Job.launcher,
+        help="what runs the script; python: once on each host, its number in LAB_HOST (default %(default)s)",
+    )
     parser.add_argument("--network", default=defaults.network, help="the hosts' addresses (default %(default)s)")
     parser.add_argument("--timeout", type=float, help="seconds after which the run is ended")
     parser.add_argument("--out", type=Path, help="folder for lab.json and logs (default runs/lab-TIME)")

@@ -14,6 +14,8 @@ from abtrain.lab.config import LabConfig
 from abtrain.lab.faults import Fault, fault_problems
 from abtrain.lab.network import INTERFACE
 
+Launcher = Literal["torchrun", "python"]
+
 _HOST_PROGRAM = "abtrain.lab.host"
 _PORT = "29500"  # torchrun's own; a lab's addresses are its own, so nothing else is in the way
 # torchrun looks for dead workers this often, so that hosts fail in the order in which their workers did.
@@ -36,7 +38,7 @@ class Job:
     command: tuple[str, ...]
     out: Path
     faults: tuple[Fault, ...] = ()
-    launcher: Literal["torchrun", "python"] = "torchrun"
+    launcher: Launcher = "torchrun"
     environment: Mapping[str, str] = field(default_factory=dict)
     timeout: float | None = None
 
