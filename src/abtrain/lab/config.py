@@ -9,7 +9,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 
-from abtrain.lab.rates import HIGHEST, LOWEST, format_rate
+from abtrain.lab.rates import HIGHEST, LOWEST
 
 MOST_HOSTS = 250  # what one bridge and this many trees of processes still make sense for
 _REMEDY = "the lab needs root on Linux with iproute2 (Debian: apt-get install iproute2)"
@@ -79,12 +79,6 @@ def system_problems() -> list[str]:
         problems.append(f"no lab as user {os.geteuid()}: {_REMEDY}")
     problems += [f"no lab without the command {tool!r}: {_REMEDY}" for tool in ("ip", "tc") if not shutil.which(tool)]
     return problems
-
-
-def describe(config: LabConfig) -> str:
-    """The lab in a few words."""
-    each = ", ".join(format_rate(rate) for rate in config.rates)
-    return f"{config.nodes} hosts, links of {each}, {config.workers_per_node} workers each"
 
 
 def _network_problems(config: LabConfig) -> list[str]:
