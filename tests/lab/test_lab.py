@@ -81,7 +81,7 @@ def test_a_link_that_is_not_what_it_should_be_is_named(spoilt_lab: Lab) -> None:
     host = f"{lab_prefix('spoilt')}-host1"
     shape = ("tbf", "rate", "5mbit", "burst", "16kb", "latency", "200ms")
     subprocess.run(("tc", "-n", host, "qdisc", "replace", "dev", "eth0", "root", *shape), check=True)
-    with pytest.raises(LabError, match="host 1: up is 5mbit, not 20mbit") as caught:
+    with pytest.raises(LabError, match="host 1: up is .*, not 20mbit") as caught:
         spoilt_lab.measure()
     assert "host 0" not in str(caught.value) and "down" not in str(caught.value)
 

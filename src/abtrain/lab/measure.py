@@ -17,7 +17,7 @@ WIRE_SHARE = 1448 / 1514
 """Of the bytes that a link is shaped by, those that TCP carries: of 1,514 with Ethernet, IP and TCP headers."""
 _SECONDS = 0.2
 _LEAST_BYTES = 256 * 1024
-_ATTEMPTS = 3  # a busy machine delays the one that measures, not the link
+_ATTEMPTS = 5  # a busy machine delays the one that measures, not the link
 _SILENCE_SECONDS = 5.0
 _SETTLE_SECONDS = 0.4  # in which what still queues at the links' ends has drained, and is counted with nothing else
 # What can be measured at once without the machine itself being the limit, in bits per second.

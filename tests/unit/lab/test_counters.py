@@ -8,7 +8,7 @@ from abtrain.lab.counters import Sampler, Traffic, parse_counters
 TEXT = """\
 Inter-|   Receive                                                |  Transmit
  face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls
-    lo:     777       0    0    0    0     0          0         0      777       0    0    0    0     0       0          0
+    lo:     777       0    0    0    0     0          0         0      777       0    0    0    0     0       0
   eth0: {rx}      9    0    0    0     0          0         0 {tx}      12    0    0    0     0       0          0
 """
 
