@@ -55,8 +55,15 @@ def _lab(arguments: Sequence[str]) -> None:
     main(arguments)
 
 
+def _compare(arguments: Sequence[str]) -> None:
+    from abtrain.study.compare import main
+
+    main(arguments)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "train": ("train a task by a recipe", _train),
+    "compare": ("train a task by several recipes on an emulated cluster, and report (Linux, root)", _compare),
     "lab": ("run a script on an emulated cluster with slow links (Linux, root)", _lab),
 }
 

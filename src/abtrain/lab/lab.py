@@ -115,6 +115,11 @@ class Lab:
             raise error
         return result
 
+    @property
+    def rates(self) -> list[int]:
+        """For each host, bits per second of its link as it is set now."""
+        return list(self._network.rates)
+
     def measure(self) -> list[tuple[float, float]]:
         """Measures all links, which nothing may use meanwhile, and keeps what they carry in `measured`.
 
