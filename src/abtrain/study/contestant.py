@@ -49,7 +49,7 @@ def contestants(texts: Sequence[str], rates: Mapping[str, float], common: Mappin
         except ConfigurationError as error:
             problems += error.problems
             continue
-        own = [*validate(contestant.config), *(notices(contestant.config))]
+        own = validate(contestant.config) or notices(contestant.config)
         problems += [f"{text}: {problem}" for problem in own]
         found.append(contestant)
     recipes = {contestant.config.recipe for contestant in found}

@@ -22,6 +22,7 @@ class Row:
         wire_bytes: transmitted by each host, everything included.
         wire_ratio: to that of ddp in fp32.
         seconds: of the training loop.
+        sync_seconds: of these, waiting for others.
         seconds_ratio: to that of ddp in bf16.
         utilisation: seconds of solo over its own: the share of time that is not spent on others.
         compression: full parameters over factored ones.
@@ -40,6 +41,7 @@ class Row:
     wire_bytes: float
     wire_ratio: float
     seconds: float
+    sync_seconds: float
     seconds_ratio: float
     utilisation: float
     compression: float
@@ -76,6 +78,7 @@ def rows(outcomes: Sequence[Outcome], workers: int) -> list[Row]:
                 wire_bytes=wire[label],
                 wire_ratio=wire[label] / wire[DDP],
                 seconds=seconds[label],
+                sync_seconds=_mean(run.sync_seconds for run in runs),
                 seconds_ratio=seconds[label] / seconds[DDP_BF16],
                 utilisation=seconds[SOLO] / seconds[label],
                 compression=_mean(run.compression for run in runs),
@@ -101,8 +104,10 @@ def utilisations(outcomes: Sequence[Outcome]) -> dict[str, list[tuple[int, float
 
 
 def expected_utilisation(row: Row, measured_rate: int, rate: float, wire_share: float) -> float:
-    """What a contestant's utilisation would be on other links: its measured seconds, with those that its bytes take on
-    the link scaled to the other rate. Communication is taken not to overlap with computing.
+    """What a contestant's utilisation would be on other links.
+
+    On slower ones its measured seconds grow by what its bytes take longer on the link. On faster ones the time that it
+    waited for its bytes shrinks with what they take on the link; the rest was hidden behind computing already.
 
     Args:
         row: of the contestant.
@@ -110,9 +115,10 @@ def expected_utilisation(row: Row, measured_rate: int, rate: float, wire_share: 
         rate: of the other links.
         wire_share: payload over what a link is shaped by.
     """
-    solo = row.utilisation * row.seconds
-    on_link = 8 * row.wire_bytes / wire_share
-    return min(1.0, solo / max(row.seconds + on_link * (1 / rate - 1 / measured_rate), 1e-9))
+    on_link = 8 * row.wire_bytes / wire_share / measured_rate
+    slower = measured_rate / rate
+    more = (slower - 1) * (on_link if slower > 1 else min(row.sync_seconds, on_link))
+    return min(1.0, row.utilisation * row.seconds / (row.seconds + more))
 
 
 def _mean_by_phase(runs: Sequence[Outcome]) -> dict[str, float]:
