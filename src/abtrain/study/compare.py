@@ -10,6 +10,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -95,17 +96,17 @@ def _record(comparison: Comparison, found: Sequence[Row], outcomes: Sequence[Out
 
 
 def _table(found: Sequence[Row]) -> Table:
-    table = Table()
-    for column in ("recipe", "top-1", "loss", "wire", "of ddp", "seconds", "of bf16", "utilisation", "compression"):
-        table.add_column(column, justify="left" if column == "recipe" else "right")
+    score = "loss" if found[0].top1 is None else "top-1"
+    table = Table(box=SIMPLE, padding=(0, 1))
+    for column in ("recipe", score, "wire", "of ddp", "seconds", "of bf16", "used", "compr."):
+        table.add_column(column, justify="left" if column == "recipe" else "right", no_wrap=True)
     for row in found:
-        deviation = "" if row.top1_std is None else f" ± {row.top1_std:.2f}"
+        mean, deviation = (row.loss, row.loss_std) if row.top1 is None else (row.top1, row.top1_std)
         table.add_row(
             row.label,
-            "-" if row.top1 is None else f"{row.top1:.2f}{deviation}",
-            f"{row.loss:.3f}",
+            f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}",
             size_text(row.wire_bytes),
-            f"{row.wire_ratio:.3%}",
+            f"{row.wire_ratio:.2%}",
             f"{row.seconds:.1f}",
             f"{row.seconds_ratio:.2f}",
             f"{row.utilisation:.0%}",

@@ -54,7 +54,7 @@ def test_the_page_needs_nothing_else(folder: Path) -> None:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium (Debian: apt-get install chromium)")
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_in_a_browser(width: int, folder: Path) -> None:
     with Page(width) as page:
