@@ -15,7 +15,19 @@ pytest.importorskip("sklearn")
 
 @pytest.mark.timeout(120)
 def test_a_run_is_done_once_and_says_what_came_out(tmp_path: Path) -> None:
-    line = ("ddp", "--task", "digits-mlp", "--nodes", "2", "--rate", "1gbit", "--more-rates", "50mbit", "--steps", "4")
+    line = (
+        "ddp",
+        "--task",
+        "digits-mlp",
+        "--nodes",
+        "2",
+        "--rate",
+        "200mbit",
+        "--more-rates",
+        "50mbit",
+        "--steps",
+        "4",
+    )
     comparison = parse_arguments([*line, "--seeds", "1", "--out", str(tmp_path)])
     task = tasks(comparison)[-2]
     assert str(task) == "ddp, seed 0, 50mbit" and not task.done
