@@ -13,7 +13,6 @@ pytest.importorskip("jinja2")
 pytest.importorskip("sklearn")
 
 
-@pytest.mark.timeout(120)
 def test_a_run_is_done_once_and_says_what_came_out(tmp_path: Path) -> None:
     line = (
         "ddp",

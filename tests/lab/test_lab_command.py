@@ -54,7 +54,6 @@ def watcher_of(process: "subprocess.Popen[str]") -> int:
     return int(said.stdout)
 
 
-@pytest.mark.timeout(120)
 def test_the_bytes_of_an_all_reduce_are_those_of_the_ring(tmp_path: Path) -> None:
     process = start("--nodes", "4", "--out", "out", "--", str(ALLREDUCE), cwd=tmp_path)
     said, errors = process.communicate()
@@ -73,7 +72,6 @@ def test_the_bytes_of_an_all_reduce_are_those_of_the_ring(tmp_path: Path) -> Non
     assert left_of(process.pid) == []
 
 
-@pytest.mark.timeout(120)
 def test_the_exit_code_is_that_of_the_worker_that_failed_first(tmp_path: Path) -> None:
     (tmp_path / "fail.py").write_text(
         "import sys\nimport torch, torch.distributed as dist\n"
@@ -88,7 +86,6 @@ def test_the_exit_code_is_that_of_the_worker_that_failed_first(tmp_path: Path) -
     assert left_of(process.pid) == []
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_on_request(number: signal.Signals, tmp_path: Path) -> None:
     process = start_sleepers(tmp_path)
@@ -98,7 +95,6 @@ def test_stopped_on_request(number: signal.Signals, tmp_path: Path) -> None:
     assert left_of(process.pid) == []
 
 
-@pytest.mark.timeout(120)
 def test_nothing_is_left_of_a_lab_that_is_killed(tmp_path: Path) -> None:
     process = start_sleepers(tmp_path)
     inside = namespaces.processes_in(left_of(process.pid))
@@ -112,7 +108,6 @@ def test_nothing_is_left_of_a_lab_that_is_killed(tmp_path: Path) -> None:
     assert not any(runs(pid) for pid in inside)
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("by", ["another lab", "--clean"])
 def test_what_is_left_is_removed_later(by: str, tmp_path: Path) -> None:
     process = start_sleepers(tmp_path)

@@ -26,5 +26,5 @@ def parse_rate(text: str) -> int:
 
 def format_rate(rate: float) -> str:
     """Bits per second in the unit that suits them, in at most four digits: 95.6mbit."""
-    unit = next((unit for unit in ("gbit", "mbit") if rate >= 0.9995 * _UNITS[unit]), "kbit")
+    unit = next((unit for unit in ("gbit", "mbit") if rate >= 0.99995 * _UNITS[unit]), "kbit")
     return f"{rate / _UNITS[unit]:.4g}{unit}"
