@@ -7,7 +7,7 @@ setup: .venv/.installed
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[vision,data,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[vision,data,report,dev]'
 	touch $@
 
 demo: setup
