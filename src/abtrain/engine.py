@@ -305,6 +305,9 @@ class ABTraining:
         if upcoming is None:
             return None
         if upcoming.first and isinstance(upcoming.phase.sync, GradientSync):
+            if phase.trains == "a_then_b":
+                # Every worker has trained both factors, so the state of the one whose turn it is not is levelled too.
+                self._model.train_only("all")
             reset = {} if self._model.projects else self._model.factors()
             kept = [p for name, p in self._model.trained(self._treatments).items() if name not in reset]
             level_optimizer_state(self.optimizer, kept, self.communicator)

@@ -8,6 +8,9 @@ weights that all started the round from, W_i those of worker i at its end, s_i i
     weighted        s_i ~ exp(-loss_i / T) of those that trained it   W = W_0 + D
     outer           s_i = 1 / workers      M = mu M + D ;  W = W_0 + lr (D + mu M)      (DiLoCo, arXiv 2311.08105)
 
+While a hidden merge is under way, a worker trains on from what the rule would make of its own change alone, and the
+difference to the outcome is made up when that arrives (eager updates: Kale, Douillard, Donchev, arXiv 2502.12996).
+
 A worker whose part is not finite has no share: the others share what it would have had.
 """
 
@@ -115,6 +118,9 @@ class Merger:
         deltas = {name: t.to(self.anchors[name].dtype) - _seen(self.anchors[name], t) for name, t in tensors.items()}
         buffers = buffers or {}
         held = {**tensors, **buffers}
+        if sync.delay:
+            for name, tensor in tensors.items():
+                tensor.copy_(self.anchors[name] + self._stepped(sync.merge, name, deltas[name])[0])
         started = {name: t.clone() for name, t in held.items()} if sync.delay else held
         tell = _tell(self._comm, [*deltas.values(), *buffers.values()], deltas, loss)
         _, parts = yield from together(check or _nothing(), tell)
@@ -136,7 +142,10 @@ class Merger:
         """What all workers hold next, by name; what the wire still owes is kept."""
         for name, D in averages.mean.items():
             self.residuals.pop(name, None)
-            self.anchors[name].add_(self._step(rule, name, D))
+            step, momentum = self._stepped(rule, name, D)
+            self.anchors[name].add_(step)
+            if momentum is not None:
+                self.momentum[name] = momentum
         self.residuals |= averages.error
         return {name: self.anchors[name] for name in averages.mean}
 
@@ -220,13 +229,12 @@ class Merger:
             )
         return alive
 
-    def _step(self, rule: Any, name: str, D: Tensor) -> Tensor:
-        """What is added to the weights for an average change D."""
+    def _stepped(self, rule: Any, name: str, D: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is added to the weights for a change D, and the momentum then, if the rule has one."""
         if not isinstance(rule, Outer):
-            return D
-        M = self.momentum.setdefault(name, torch.zeros_like(D))
-        M.mul_(rule.momentum).add_(D)
-        return rule.lr * (D + rule.momentum * M)
+            return D, None
+        M = rule.momentum * self.momentum[name] + D if name in self.momentum else D
+        return rule.lr * (D + rule.momentum * M), M
 
 
 def _equal(rule: Mean | Outer, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]) -> list[float]:

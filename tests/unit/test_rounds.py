@@ -333,3 +333,16 @@ def test_all_ranks_hold_the_same_bits_after_every_merge(merge: Merge, wire: str,
         return merges
 
     assert run_in_process(3, work) == [5, 5, 5]
+
+
+@pytest.mark.parametrize("optimizer_state", ["reset", "project"])
+def test_workers_that_took_turns_stay_equal_while_they_share_gradients(optimizer_state: str) -> None:
+    models = [build("mlp") for _ in range(2)]
+    options = {"warmup_steps": 2, "ab_steps": 8, "every": 4, "rebound_steps": 4, "trains": "a_then_b"}
+    results = run_in_process(
+        2,
+        lambda comm: train(
+            comm, models[comm.rank], "mlp", steps=26, rank_rule=FixedRank(3), optimizer_state=optimizer_state, **options
+        ),
+    )
+    assert largest_difference(results[0], results[1]) == 0

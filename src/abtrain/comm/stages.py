@@ -41,6 +41,14 @@ def together(first: Stages[T], second: Stages[U]) -> Stages[tuple[T, U]]:
     return results[0], results[1]
 
 
+def stages_due(count: int, steps: int, passed: int) -> int:
+    """How many of `count` stages, to be done in `steps` steps, are due after `passed` of them.
+
+    The first stage, a few bytes, gets one step; the others share what is left.
+    """
+    return count if passed >= steps else min(1, count - 1) + (count - 1) * (passed - 1) // (steps - 1)
+
+
 class Background(Generic[T]):
     """Stages that are spread over some steps of training. The first begins here and now.
 
@@ -61,7 +69,7 @@ class Background(Generic[T]):
     def advance(self) -> bool:
         """One step has passed: as many stages as are due by now. True once all is done."""
         self._passed += 1
-        due = self._count * self._passed // max(self._steps, 1)
+        due = stages_due(self._count, self._steps, self._passed)
         while not self._ended and (self._done < due or self._passed >= self._steps):
             self._next()
             self._done += 1
