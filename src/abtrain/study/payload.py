@@ -200,7 +200,8 @@ class _Walk:
 
     def _merge(self, position: Position, held: Sequence[_Held], sync: WeightSync) -> tuple[Traffic, ...]:
         """Fingerprint, all that some worker trained, and buffers: numbers are averaged, counters follow rank 0."""
-        tensors = [one.tensor for one in held if one.part not in self._trained_by_nobody(position)]
+        nobody = self._trained_by_nobody(position)
+        tensors = [one.tensor for one in held if one.part not in nobody]
         buffers = self._model.buffers.values()
         numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
         counters = [buffer for buffer in buffers if not buffer.is_floating_point()]
@@ -210,7 +211,7 @@ class _Walk:
     def _trained_by_nobody(self, position: Position) -> set[str]:
         """Parts that no worker trains in this phase."""
         topology = self._topology
-        roles: set[str] = {topology.role(rank, position.cycle) for rank in range(topology.world_size)}
+        roles: set[str] = {topology.role(group[0], position.cycle) for group in topology.groups}
         return {"frozen"} | _idle(position.phase.trains, roles)
 
     def _level(self, position: Position, held: Sequence[_Held]) -> tuple[Traffic, ...]:
