@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +19,6 @@ from abtrain.study.shapes import ranks_for
 from abtrain.study.words import phases_in_words, purpose_of
 from abtrain.train.progress import human_bytes
 
-
 _NEXT_TO_NOTHING = 1e-7
 
 
@@ -30,7 +31,7 @@ def list_recipes(config: RecipesConfig, console: Console | None = None) -> None:
     problems = model_problems(config) + topology_problems(config.workers, config.group_size)
     if not problems:
         for name in chosen(config):
-            problems += problem_of(lambda name=name: recipes.build(name, config.steps))  # type: ignore[misc]
+            problems += problem_of(partial(recipes.build, name, config.steps))
     if problems:
         raise ConfigurationError(problems)
     console = console or Console()
@@ -60,7 +61,7 @@ def _table(config: RecipesConfig) -> Table:
     for name in chosen(config):
         recipe = recipes.build(name, config.steps)
         _, ratio, _ = _predicted(config, recipe)
-        phases = "".join(f"\n{line}" for line in phases_in_words(recipe))
+        phases = "".join(f"\n- {line}" for line in phases_in_words(recipe))
         words = Text.assemble((purpose_of(name), "bold"), phases)
         table.add_row(name, words, ratio_in_words(ratio), end_section=True)
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from rich import box
@@ -11,6 +12,7 @@ from rich.table import Table
 from abtrain import recipes
 from abtrain.comm.topology import topology_problems
 from abtrain.errors import ConfigurationError, nearest
+from abtrain.recipe import Recipe
 from abtrain.study.cost import ALL_REDUCES, Cluster, Link
 from abtrain.study.forecast import PhaseForecast
 from abtrain.study.listing import ratio_in_words
@@ -47,8 +49,8 @@ def plan(config: PlanConfig, console: Console | None = None) -> None:
         advice = recommend(setting, [config.recipe] if "every" in recipes.options_of(config.recipe) else RARE)
     console.print(f"Recommended: {advice}", highlight=False)
     console.print(
-        "These are bytes and seconds. What a recipe costs in accuracy, only training tells: fewer merges and narrower "
-        "wires are further from data parallel training.",
+        "Forecast are bytes and seconds; computing a step is taken to be as long in every recipe. What a recipe costs "
+        "in accuracy, only training tells: rarer merges and narrower wires are further from data parallel training.",
         highlight=False,
     )
 
@@ -67,16 +69,21 @@ def _problems(config: PlanConfig) -> list[str]:
         found.append("a model that is only a number cannot be measured: give --step-time, such as 80ms, or a --task")
     if config.rates is not None and len(_rates(config)) != config.nodes:
         found.append(f"--rates has {len(_rates(config))} links for {config.nodes} nodes: give one for each node")
+    # The rest is looked at as far as what it is built from is right.
     if not found:
         found += problem_of(lambda: _cluster(config))
-    if not found:
-        workers = config.nodes * config.workers_per_node
-        found += topology_problems(workers, config.group_size) + problem_of(lambda: _speeds(config))
+    workers = config.nodes * config.workers_per_node
+    found += topology_problems(workers, config.group_size)
+    if workers >= 1:
+        found += problem_of(lambda: _speeds(config))
+    if config.steps >= 1 and (config.recipe == ALL or config.recipe in recipes.RECIPES):
         for name in chosen(config):
-            found += problem_of(
-                lambda name=name: recipes.build(name, config.steps, **_options(config, name))  # type: ignore[misc]
-            )
+            found += problem_of(partial(_build, config, name))
     return found
+
+
+def _build(config: PlanConfig, name: str) -> Recipe:
+    return recipes.build(name, config.steps, **_options(config, name))
 
 
 def _rates(config: PlanConfig) -> list[str]:
@@ -123,8 +130,8 @@ def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
     source = "measured here" if config.step_time is None else "as given"
     for line in (
         f"{model_in_words(config, setting.shapes(None))}; {setting.steps:,} steps of "
-        f"{1000 * setting.step_seconds:.3g} ms ({source})",
-        f"{config.nodes:,} nodes x {config.workers_per_node} workers, groups of {config.group_size}, "
+        f"{1000 * setting.step_seconds:,.4g} ms ({source})",
+        f"{config.nodes:,} nodes, workers on each: {config.workers_per_node}, groups of {config.group_size}, "
         f"{link.rate / 1e6:g} Mbit/s{unlike}, latency {1000 * link.latency:g} ms, all-reduce by {config.algorithm}",
     ):
         console.print(line, highlight=False)
@@ -133,7 +140,7 @@ def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
 def _comparison(offers: list[Offer], ddp: Offer) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("recipe", overflow="fold")
-    for heading in ("payload", "of ddp", "wire", "time", "computing", "ddp bf16 is"):
+    for heading in ("payload", "of ddp", "wire", "time", "computing", "x ddp bf16"):
         table.add_column(heading, justify="right", no_wrap=True)
     for offer in offers:
         expected = offer.forecast
@@ -144,7 +151,7 @@ def _comparison(offers: list[Offer], ddp: Offer) -> Table:
             human_bytes(expected.wire),
             duration(expected.seconds),
             f"{expected.utilisation:.0%}",
-            f"{ddp.forecast.seconds / expected.seconds:.1f} x",
+            f"{ddp.forecast.seconds / expected.seconds:.1f}",
         )
     return table
 

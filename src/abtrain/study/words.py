@@ -10,9 +10,9 @@ from abtrain.recipe import Phase, Recipe
 from abtrain.sync import GradientSync, Mean, Outer, Sync, TrainedOnly
 
 TRAINS = {
-    "all": "all groups train A and B",
-    "a_or_b": "half of the groups train A, the others B",
-    "b": "all train B, A stays",
+    "all": "all train A and B",
+    "a_or_b": "half train A, half B",
+    "b": "all train B",
 }
 MERGES: dict[type, str] = {
     Mean: "mean",
@@ -39,7 +39,7 @@ def phases_in_words(recipe: Recipe) -> list[str]:
     for index, phase in enumerate(recipe.phases):
         if runs[index]:
             times = f"{runs[index]} x " if runs[index] > 1 else ""
-            lines.append(f"{phase.name}, {times}{lengths[index]:,} steps: {_what(phase)}; {sync_in_words(phase.sync)}")
+            lines.append(f"{phase.name}, {times}{lengths[index]:,} steps: {_what(phase)}, {sync_in_words(phase.sync)}")
     return lines
 
 
@@ -50,8 +50,8 @@ def sync_in_words(sync: Sync) -> str:
     if isinstance(sync, GradientSync):
         return GRADIENT_WIRES[sync.wire].format(rank=sync.rank)
     often = "at every step" if sync.every == 1 else f"every {sync.every:,} steps"
-    return f"merged {often}: {MERGES[type(sync.merge)]}, sent as {sync.wire}"
+    return f"merged {often} ({MERGES[type(sync.merge)]}, {sync.wire})"
 
 
 def _what(phase: Phase) -> str:
-    return "full weights" if phase.weights == "full" else TRAINS[phase.trains]
+    return "full" if phase.weights == "full" else TRAINS[phase.trains]
