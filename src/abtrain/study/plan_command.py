@@ -130,7 +130,7 @@ def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
     source = "measured here" if config.step_time is None else "as given"
     for line in (
         f"{model_in_words(config, setting.shapes(None))}; {setting.steps:,} steps of "
-        f"{1000 * setting.step_seconds:,.4g} ms ({source})",
+        f"{_exactly(setting.step_seconds)} ({source})",
         f"{config.nodes:,} nodes, workers on each: {config.workers_per_node}, groups of {config.group_size}, "
         f"{link.rate / 1e6:g} Mbit/s{unlike}, latency {1000 * link.latency:g} ms, all-reduce by {config.algorithm}",
     ):
@@ -173,6 +173,10 @@ def _by_phase(offer: Offer) -> Table:
 
 def _figures(part: PhaseForecast) -> list[float]:
     return [part.payload, part.wire, part.compute, part.waiting, part.communication]
+
+
+def _exactly(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:,.2f} s"
 
 
 def duration(seconds: float) -> str:

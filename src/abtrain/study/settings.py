@@ -33,8 +33,8 @@ class ModelSettings:
     """digits-mlp, fashion-cnn, fashion-vit or pysrc-gpt: takes that model's own shapes."""
     parameters: float | None = None
     """Of a model in square weights, in place of a task's; 25e6 by default."""
-    width: int = 1024
-    """Of those square weights."""
+    width: int | None = None
+    """Of those square weights; by default 1,024, more for very large models."""
     compression: float = 4
     """Parameters of the full model over those of the factored one, where a recipe factors."""
 
@@ -108,8 +108,9 @@ def model_problems(config: RecipesConfig | PlanConfig) -> list[str]:
         found.append(f"--parameters {config.parameters:g} is out of range: use a number from 1 to {_MOST_PARAMETERS:g}")
     if not (math.isfinite(config.compression) and config.compression >= 1):
         found.append(f"--compression {config.compression:g} is not a finite number of at least 1: use one")
-    for name in ("width", "steps"):
-        found += whole_number_problems(f"--{name}", getattr(config, name), least=1)
+    found += whole_number_problems("--steps", config.steps, least=1)
+    if not found and config.task is None:
+        found += problem_of(lambda: shapes_for(config))
     return found
 
 
@@ -148,9 +149,8 @@ def chosen(config: RecipesConfig | PlanConfig) -> list[str]:
 
 def model_in_words(config: ModelSettings, model: ModelShapes) -> str:
     """What was assumed of the model, in a line."""
+    compression = f"compression {config.compression:g} : 1 where factored"
     if config.task is not None:
-        return f"{config.task}: {model.numel:,} parameters, compression {config.compression:g} : 1 where factored"
-    return (
-        f"{model.numel:,} parameters in square weights of {config.width:,} or less, "
-        f"compression {config.compression:g} : 1 where factored"
-    )
+        return f"{config.task}: {model.numel:,} parameters, {compression}"
+    width = max(parameter.shape[0] for parameter in model.parameters.values())
+    return f"{model.numel:,} parameters in square weights of {width:,} or less, {compression}"

@@ -18,7 +18,10 @@ from abtrain.lowrank.matrix import MatrixShape
 from abtrain.recipe import Factoring
 from abtrain.sync import number_problems, whole_number_problems
 
-DEFAULT_WIDTH = 1024
+_WIDTH = 1024
+_COUNT = 1000
+"""Weights of an assumed model, unless a width is given: more would make predictions slow, and not better."""
+_MOST = 20_000
 
 
 @dataclass(frozen=True)
@@ -67,19 +70,28 @@ def shapes_of(model: nn.Module, factoring: Factoring | None = None) -> ModelShap
     )
 
 
-def assumed_shapes(parameters: int, width: int = DEFAULT_WIDTH) -> ModelShapes:
+def assumed_shapes(parameters: int, width: int | None = None) -> ModelShapes:
     """A model of `parameters` float32 numbers in square weights of `width`, all of which may be factored.
 
     What is left over is one narrower weight and one vector. A model too small for a weight of that width has one
     that is as wide as fits.
 
+    Args:
+        parameters: how many.
+        width: of the weights; default 1,024, or so much more that there are about 1,000 weights.
+
     Raises:
-        ConfigurationError: a number below 1.
+        ConfigurationError: numbers below 1, or a width that makes too many weights.
     """
-    problems = whole_number_problems("parameters", parameters, 1) + whole_number_problems("width", width, 1)
+    problems = whole_number_problems("parameters", parameters, 1)
+    if width is not None:
+        problems += whole_number_problems("width", width, 1)
+        if not problems and parameters // width**2 > _MOST:
+            least = math.isqrt(parameters // _MOST) + 1
+            problems.append(f"width={width} makes {parameters // width**2:,} weights: use one of at least {least:,}")
     if problems:
         raise ConfigurationError(problems)
-    width = min(width, math.isqrt(parameters))
+    width = min(width or max(_WIDTH, math.isqrt(parameters // _COUNT)), math.isqrt(parameters))
     count, rest = divmod(parameters, width * width)
     shapes: dict[str, tuple[int, ...]] = {f"weight{i}": (width, width) for i in range(count)}
     if rest >= width:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -10,6 +10,7 @@ from abtrain.study.shapes import assumed_shapes, ranks_for, shapes_of
 from tests.cases import build
 
 
+@settings(deadline=None)
 @given(parameters=st.integers(1, 10**7), width=st.integers(1, 2000))
 def test_an_assumed_model_has_all_its_parameters(parameters: int, width: int) -> None:
     # So many weights would only take time.
@@ -19,10 +20,22 @@ def test_an_assumed_model_has_all_its_parameters(parameters: int, width: int) ->
     assert all(parameter.device.type == "meta" for parameter in model.parameters.values())
 
 
+@settings(deadline=None)
 @given(compression=st.floats(1, 12))
 def test_ranks_give_the_compression_asked_for(compression: float) -> None:
     model = assumed_shapes(4 * 512 * 512 + 300, 512)
     assert model.compression(ranks_for(model, compression)) == pytest.approx(compression, rel=0.05)
+
+
+def test_large_models_have_wide_weights() -> None:
+    model = assumed_shapes(10**12)
+    assert model.numel == 10**12
+    assert len(model.parameters) < 1100
+
+
+def test_a_width_that_makes_too_many_weights() -> None:
+    with pytest.raises(ConfigurationError, match="at least 708"):
+        assumed_shapes(10**10, 16)
 
 
 def test_compression_by_hand() -> None:
