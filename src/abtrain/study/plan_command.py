@@ -21,8 +21,11 @@ from abtrain.study.plan import RARE, Offer, Setting, recommend
 from abtrain.study.settings import ALL, PlanConfig, chosen, model_in_words, model_problems, problem_of, shapes_for
 from abtrain.study.simulate import Speeds
 from abtrain.study.units import rate_of, seconds_of
+from abtrain.sync import whole_number_problems
 from abtrain.train.progress import human_bytes
 from abtrain.train.tasks import TASKS
+
+_MOST_WORKERS = 10**6
 
 
 def plan(config: PlanConfig, console: Console | None = None) -> None:
@@ -63,6 +66,10 @@ def _problems(config: PlanConfig) -> list[str]:
         lambda: config.step_time is None or seconds_of(config.step_time),
     ):
         found += problem_of(attempt)
+    if not found and config.step_time is not None and seconds_of(config.step_time) == 0:
+        found.append(f"--step-time {config.step_time} is too short: use a time above 0")
+    if config.batch_size is not None:
+        found += whole_number_problems("--batch-size", config.batch_size, least=1)
     if config.algorithm not in ALL_REDUCES:
         found.append(f"unknown algorithm {config.algorithm!r}: {nearest(config.algorithm, ALL_REDUCES)}")
     if config.task is None and config.step_time is None:
@@ -74,7 +81,9 @@ def _problems(config: PlanConfig) -> list[str]:
         found += problem_of(lambda: _cluster(config))
     workers = config.nodes * config.workers_per_node
     found += topology_problems(workers, config.group_size)
-    if workers >= 1:
+    if workers > _MOST_WORKERS:
+        found.append(f"{workers:,} workers are too many to simulate: use at most {_MOST_WORKERS:,}")
+    elif workers >= 1:
         found += problem_of(lambda: _speeds(config))
     if config.steps >= 1 and (config.recipe == ALL or config.recipe in recipes.RECIPES):
         for name in chosen(config):

@@ -53,6 +53,8 @@ class Speeds:
             found.append(f"slow_factor={self.slow_factor} makes slow workers faster: use a number of at least 1")
         if not (math.isfinite(self.jitter) and self.jitter >= 0):
             found.append(f"jitter={self.jitter} is not a finite number of at least 0: 0.1 is a tenth of a step")
+        if not 0 <= self.seed < 2**32:
+            found.append(f"seed={self.seed} is out of range: use a number from 0 to {2**32 - 1}")
         if found:
             raise ConfigurationError(found)
 

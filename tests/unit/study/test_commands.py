@@ -107,6 +107,26 @@ def test_all_that_is_wrong_with_a_plan(capsys: pytest.CaptureFixture[str]) -> No
     assert [part for part in expected if part not in text] == []
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ("--step-time", "0s"),
+        ("--nodes", "0"),
+        ("--nodes", "100000000"),
+        ("--workers-per-node", "3", "--group-size", "5"),
+        ("--seed", "-1"),
+        ("--batch-size", "0"),
+        ("--compression", "1e9"),
+        ("--width", "0"),
+        ("--task", "digits"),
+    ],
+)
+def test_numbers_that_cannot_be(capsys: pytest.CaptureFixture[str], bad: tuple[str, ...]) -> None:
+    code, _, errors = typed(capsys, "plan", "--step-time", "1s", *bad)
+    assert code == 2
+    assert errors[0].startswith("abtrain: error: ")
+
+
 def test_an_option_that_the_recipe_has_not(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, errors = typed(capsys, "plan", "ab", *GIVEN, "--wire", "int8")
     assert (code, len(errors)) == (2, 1)

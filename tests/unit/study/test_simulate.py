@@ -45,7 +45,7 @@ def test_thousands_of_workers() -> None:
 
 def test_speeds_that_cannot_be() -> None:
     with pytest.raises(ConfigurationError) as error:
-        Speeds(0, jitter=-1, slow_share=2, slow_factor=0)
-    assert len(error.value.problems) == 4
+        Speeds(0, jitter=-1, slow_share=2, slow_factor=0, seed=-1)
+    assert len(error.value.problems) == 5
     with pytest.raises(ConfigurationError, match="faster"):
         Speeds(4, slow_factor=0.5)
