@@ -124,7 +124,7 @@ def _gradient_wire(comm: Communicator, wire: str) -> Any:
 def test_gradients_of_every_wire(wire: GradientWire) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(72, 40), nn.Linear(40, 5), nn.BatchNorm1d(5))
     recipe = Recipe("one", 5, cycle=(Phase("full", 5, sync=GradientSync(wire, rank=3)),))
-    counted = run_gloo(2, _gradient_wire, wire)[0]
+    counted = run_gloo(2, _gradient_wire, wire, timeout=240)[0]
     assert counted["by_phase"]["full"] > 0
     predicted = payload(predict(recipe, shapes_of(model), Topology(2)), Topology(2))
     assert predicted["by_phase"]["full"] == counted["by_phase"]["full"]
