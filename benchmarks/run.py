@@ -1,8 +1,9 @@
-"""Runs a benchmark and prints its table: python benchmarks/run.py fashion-cnn [--steps 2000] [--seeds 0 1 2] [--out
-DIR]
+"""Runs a benchmark and prints its table: python benchmarks/run.py fashion-cnn [--steps 2000] [--seeds 0 1 2]
 
-Each line of a benchmark is one `abtrain train` command, run once for every seed. A run whose result is there already is
-not run again, so a benchmark that was stopped goes on where it was. Runs go one after the other: they share the cores.
+A benchmark is a list of `abtrain train` commands (see `lines.py`), each run once for every seed, one after the other:
+runs share the cores. What came of a run is a line of benchmarks/results/BENCHMARK.jsonl, with the commit and the
+versions that it was made with; a run that has a line there is not run again, so a benchmark that was stopped goes on
+where it was. `--table` prints what is there and runs nothing.
 """
 
 from __future__ import annotations
@@ -13,29 +14,15 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
-# name: (task, {label: arguments of `abtrain train`})
-BENCHMARKS: dict[str, tuple[str, dict[str, str]]] = {
-    "fashion-cnn": (
-        "fashion-cnn",
-        {
-            "ddp": "ddp --lr 2e-3",
-            "ab": "ab --lr 4e-3",
-            "local_sgd": "local_sgd --lr 2e-3",
-            "diloco": "diloco --lr 2e-3",
-            "ab_outer": "ab_outer --lr 2e-3",
-        },
-    ),
-    "learning-rates": (
-        "fashion-cnn",
-        {
-            f"{recipe} {lr}": f"{recipe} --lr {lr}"
-            for recipe in ("ddp", "ab", "diloco", "ab_outer")
-            for lr in ("1e-3", "2e-3", "4e-3")
-        },
-    ),
-}
+from lines import BENCHMARKS
+
+RESULTS = Path(__file__).parent / "results"
+KEPT = ("top1", "loss", "payload_ratio", "payload_bytes", "compression", "seconds", "decisions", "weights_digest")
+Result = dict[str, Any]
 
 
 def main() -> None:
@@ -45,52 +32,72 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--only", nargs="+", help="labels to run; all by default")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--table", action="store_true", help="print the results that there are, run nothing")
     options = parser.parse_args()
     task, lines = BENCHMARKS[options.benchmark]
-    print(f"{task}, {options.steps} steps, {options.workers} workers, seeds {options.seeds}\n")
-    print("| | top-1 (std) | loss | of DDP's payload | compression | seconds |\n|---|---|---|---|---|---|")
-    for label, arguments in lines.items():
-        if options.only and label not in options.only:
-            continue
-        common = f"--task {task} --steps {options.steps} --workers {options.workers}"
-        results = [_result(f"{arguments} {common} --seed {seed}", label, seed, options.out) for seed in options.seeds]
-        print(_row(label, results), flush=True)
+    chosen = {label: arguments for label, arguments in lines.items() if not options.only or label in options.only}
+    file = RESULTS / f"{options.benchmark}.jsonl"
+    rows = []
+    for label, arguments in chosen.items():
+        common = f"{arguments} --task {task} --steps {options.steps} --workers {options.workers}"
+        results = []
+        for seed in options.seeds:
+            result = _recorded(file, f"{common} --seed {seed}")
+            if result is None and not options.table:
+                result = _run(file, f"{common} --seed {seed}")
+            if result is not None:
+                results.append(result)
+        if results:
+            rows.append(_row(label, results))
+    seeds = ", ".join(map(str, options.seeds))
+    print(f"\n{task}, {options.steps} steps, {options.workers} workers, seeds {seeds}\n")
+    print("| | runs | top-1 (std) | loss (std) | of DDP's payload | compression |\n|---|---|---|---|---|---|")
+    print("\n".join(rows))
 
 
-def _result(arguments: str, label: str, seed: int, out: Path) -> dict:
-    folder = out / f"{'_'.join(arguments.replace('/', '_').split())}"
-    done = folder / "result.json"
-    if not done.exists():
-        command = [
-            sys.executable,
-            "-m",
-            "abtrain",
-            "train",
-            *shlex.split(arguments),
-            "--out",
-            str(folder),
-            "--overwrite",
-        ]
+def _recorded(file: Path, arguments: str) -> Result | None:
+    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return next((record for record in reversed(records) if record["arguments"] == arguments), None)
+
+
+def _run(file: Path, arguments: str) -> Result:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        command = [sys.executable, "-m", "abtrain", "train", *shlex.split(arguments), "--out", str(out)]
+        print(f"abtrain train {arguments}", file=sys.stderr, flush=True)
         ended = subprocess.run(command, capture_output=True, text=True)
         if ended.returncode:
-            sys.exit(f"{label}, seed {seed}: {shlex.join(command)}\n{ended.stderr}")
-    return json.loads(done.read_text())
+            sys.exit(f"exit code {ended.returncode}: {shlex.join(command)}\n{ended.stderr}")
+        result = json.loads((out / "result.json").read_text())
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=file.parent.parent
+    )
+    ranks = [entry["ranks"] for entry in result["ranks"]]
+    record = {
+        "arguments": arguments,
+        **{name: result[name] for name in KEPT},
+        "last_ranks": ranks[-1] if ranks else {},
+        "commit": commit.stdout.strip(),
+        "versions": result["versions"],
+        "hardware": result["hardware"],
+    }
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(record) + "\n")
+    return record
 
 
-def _row(label: str, results: list[dict]) -> str:
-    def mean(values: list[float]) -> float:
-        return statistics.fmean(values)
-
+def _row(label: str, results: list[Result]) -> str:
     tops = [result["top1"] for result in results if result["top1"] is not None]
-    ratio = mean([result["payload_ratio"] for result in results])
+    losses = [result["loss"] for result in results]
+    ratio = statistics.fmean(result["payload_ratio"] for result in results)
     cells = (
         label,
-        f"{mean(tops):.2f} ({statistics.pstdev(tops):.2f})" if tops else "-",
-        f"{mean([result['loss'] for result in results]):.4f}",
+        str(len(results)),
+        f"{statistics.fmean(tops):.2f} ({statistics.pstdev(tops):.2f})" if tops else "-",
+        f"{statistics.fmean(losses):.4f} ({statistics.pstdev(losses):.4f})",
         f"{ratio:.3%} (1/{1 / max(ratio, 1e-9):.0f})",
-        f"{mean([result['compression'] for result in results]):.2f}",
-        f"{mean([result['seconds']['total'] for result in results]):.0f}",
+        f"{statistics.fmean(result['compression'] for result in results):.2f}",
     )
     return f"| {' | '.join(cells)} |"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -49,12 +50,14 @@ def _conv() -> nn.Module:
     )
 
 
+_GENERATOR = threading.Lock()  # torch's own is one for all threads
+
 MODELS = {"mlp": (_mlp, (10,)), "conv": (_conv, (2, 6, 6)), "attention": (Attention, (4, 6))}
 
 
 def build(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    """The model of that kind, the same in every process. Not for threads that run at once: the generator is global."""
-    with torch.random.fork_rng():
+    """The model of that kind, the same in every process and thread."""
+    with _GENERATOR, torch.random.fork_rng():
         torch.manual_seed(seed)
         return MODELS[kind][0]().to(dtype)
 

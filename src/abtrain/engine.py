@@ -8,7 +8,8 @@ The loop of every recipe:
         backward                           gradients averaged over that scope
         optimizer.step                     learning rates times the LR rebound factor
         ab.step():
-            if position.merges:            merge factors, dense parameters and buffers over the world
+            if position.merges:            merge factors, dense parameters and buffers over the world, now or
+                                           hidden behind the next steps; decide whether the phase ends
             if the next step is another phase:
                 restore or factorize       the parameters change shape, the optimizer's with them
                 start the LR rebound       if they did
@@ -21,7 +22,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,13 @@ from abtrain.factors import agree_on_factors
 from abtrain.level import level_grad_scaler, level_optimizer_state
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.model import FactoredModel, TrainedFactors
-from abtrain.lowrank.precondition import precondition_
-from abtrain.merge import Merger
+from abtrain.lowrank.precondition import Preconditioner
+from abtrain.merge import Merger, OnNonFinite
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
+from abtrain.rounds import Rounds
 from abtrain.state import SharedState
+from abtrain.switch import Switch
 from abtrain.sync import GradientSync, Trains, WeightSync
 from abtrain.validate import problems_here, problems_of
 
@@ -65,6 +68,13 @@ class ABTraining:
         group_size: workers a group; default the number of ranks per node under torchrun, else 1.
         grad_scaler: the loop's GradScaler, if it has one: groups adapt their loss scales apart, so merges level them.
         find_unused_parameters: for models whose backward pass leaves some parameters without a gradient, as in DDP.
+        on_nonfinite: where what a worker brings to a merge holds NaN or infinity, `stop` on all workers before anything
+            is averaged, or `drop_worker`: leave its part out, give it what the others agree on, and go on.
+
+    Attributes:
+        recipe: as given, or with the lengths that were decided by measurement.
+        decisions: what was decided at which step, from which measure.
+        rank_history: of every factoring, the step and k of each weight.
 
     Raises:
         ConfigurationError: all that is wrong with the arguments, at once.
@@ -81,8 +91,11 @@ class ABTraining:
         group_size: int | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         find_unused_parameters: bool = False,
+        on_nonfinite: OnNonFinite = "stop",
     ) -> None:
         problems = problems_of(model, optimizer, recipe)
+        if on_nonfinite not in get_args(OnNonFinite):
+            problems.append(f"on_nonfinite={on_nonfinite!r} is unknown: use 'stop' or 'drop_worker'")
         if communicator is not None and group_size is not None:
             problems.append("group_size is the communicator's own: give one of the two")
         if problems:
@@ -97,6 +110,7 @@ class ABTraining:
         self.communicator = comm
         self.steps_done = 0
         self.rank_history: list[dict[str, Any]] = []
+        self.decisions: list[dict[str, Any]] = []
         self.seconds = {"svd": 0.0}
         self._grad_scaler = grad_scaler
         self._find_unused_parameters = find_unused_parameters
@@ -109,7 +123,10 @@ class ABTraining:
         self._model = FactoredModel(model, optimizer, names, state)
         self._dense_this_cycle: dict[str, str] = {}
         self._state = SharedState(self._model, self._treatments, comm)
-        self._merger = Merger(comm)
+        self._merger = Merger(comm, on_nonfinite)
+        self._rounds = Rounds(self._state, self._merger, comm)
+        self._switch = Switch(comm, recipe)
+        self._preconditioner, self._round_began = Preconditioner(optimizer, damping=0), True
         self._optimizer_steps = self._forwards = 0
         self._workers_equal = True
         self._state.agree()
@@ -119,8 +136,8 @@ class ABTraining:
         # From here on the optimizer is changed: what can be refused has been.
         self._rebound = LRRebound(optimizer)
         self._step_hooks = (
-            optimizer.register_step_pre_hook(self._precondition),
-            optimizer.register_step_post_hook(self._count_optimizer_step),
+            optimizer.register_step_pre_hook(self._before_optimizer_step),
+            optimizer.register_step_post_hook(self._after_optimizer_step),
         )
         self._enter(self._position)
 
@@ -165,8 +182,11 @@ class ABTraining:
         """Gradient accumulation: forward and backward passes inside it do not communicate, as with DDP."""
         return self._parallel.no_sync()
 
-    def step(self) -> None:
+    def step(self, loss: float | Tensor | None = None) -> None:
         """One training step is done: merges, and phase changes, happen here. Call it after `optimizer.step()`.
+
+        Args:
+            loss: this worker's training loss in the step, for merges that weight workers by it.
 
         Also after a step that a GradScaler skipped, so that all workers stay at the same step, and after
         `scaler.update()`, so that merges level the scales that the next step uses.
@@ -185,9 +205,11 @@ class ABTraining:
         self.steps_done += 1
         upcoming = self.recipe.at(self.steps_done) if self.steps_done < self.recipe.total_steps else None
         self._workers_equal = isinstance(position.phase.sync, GradientSync)
-        if position.merges:
-            self._merge(position, upcoming)
+        if isinstance(position.phase.sync, WeightSync):
+            upcoming = self._sync_weights(position, upcoming, loss.item() if isinstance(loss, Tensor) else loss)
         self._position = upcoming
+        # A step that a gradient scaler skips calls no hook: what is due is remembered.
+        self._round_began = self._round_began or upcoming is None or upcoming.starts_round
         if upcoming is None:
             self._rebound.start(0)
             self._wrap(None)
@@ -231,18 +253,17 @@ class ABTraining:
         # The old wrapper holds gradient buffers as large as the model: they go before new parameters come.
         self._wrap(None)
         reshaped = bool(self._model.records) or phase.weights == "factored"
-        self._merger.forget(self._model.factors())
+        self._merger.to_weights(self._model.records.values(), momentum=self._model.projects)
         self._model.restore()
         if phase.weights == "factored":
             self._factorize(position)
+            self._merger.to_factors(self._model.records.values(), momentum=self._model.projects)
         if reshaped:
             self._rebound.start(self.recipe.lr_rebound_steps)
         if phase.weights == "factored":
-            role = comm.topology.role(comm.rank, position.cycle)
-            trained: dict[Trains, TrainedFactors] = {"all": "all", "b": "B", "a_or_b": role}
-            self._model.train_only(trained[phase.trains])
+            self._model.train_only(self._trained_factors(position, comm.rank))
         if isinstance(phase.sync, WeightSync):
-            self._merger.begin(self._state.parameters())
+            self._rounds.begin()
             self._wrap("group")
         elif phase.sync is not None:
             self._wrap("world", phase.sync)
@@ -257,51 +278,86 @@ class ABTraining:
     def _factorize(self, position: Position) -> None:
         assert self.recipe.factoring is not None
         start, waited = time.perf_counter(), self.communicator.meter.sync_seconds
-        agreed = agree_on_factors(self.communicator, self._model.matrices(), self.recipe.factoring)
+        matrices, unsettled = self._model.matrices(), {}
+        if self.recipe.factoring.settled:
+            unsettled = self._switch.unsettled(list(matrices), self.recipe.factoring.settled)
+        settled = {name: W for name, W in matrices.items() if name not in unsettled}
+        agreed = agree_on_factors(self.communicator, settled, self.recipe.factoring)
         waited = self.communicator.meter.sync_seconds - waited
         self.seconds["svd"] += time.perf_counter() - start - waited
-        self._model.factorize(agreed.factors)
-        self._dense_this_cycle = agreed.dense
+        self._model.factorize(agreed.factors, position.phase.damping)
+        self._dense_this_cycle = unsettled | agreed.dense
         ranks = {name: pair.k for name, pair in agreed.factors.items()}
         self.rank_history.append({"cycle": position.cycle, "step": position.step, "ranks": ranks})
 
-    def _merge(self, position: Position, upcoming: Position | None) -> None:
-        """All groups become one: parameters, buffers, and what else must be alike where gradients are shared next."""
-        assert isinstance(position.phase.sync, WeightSync)
-        self._state.check(self.steps_done, position.phase_index)
-        trainers = self._trainers(position)
-        trained = {name: t for name, t in self._state.parameters().items() if trainers.get(name) != 0}
-        self._merger.merge(trained, position.phase.sync, trainers)
-        self._state.set_to_average(self._state.buffers())
-        self._workers_equal = True
-        if self._grad_scaler is not None:
+    def _sync_weights(self, position: Position, upcoming: Position | None, loss: float | None) -> Position | None:
+        """What a phase of rounds does after a step; where the next step stands then."""
+        topology, phase = self.communicator.topology, position.phase
+        trained = [self._trained_factors(position, rank) for rank in range(topology.world_size)]
+        factors = self._model.factors() if phase.trains != "all" else {}
+        trained_by = {name: [which in ("all", name[-1]) for which in trained] for name in factors}
+        self._workers_equal = self._rounds.step(position, self.steps_done, loss, trained_by)
+        if position.merges and self._grad_scaler is not None:
             level_grad_scaler(self._grad_scaler, self.communicator)
-        if upcoming is not None and isinstance(upcoming.phase.sync, GradientSync):
-            factors = {} if self._model.projects else self._model.factors()
-            kept = [p for name, p in self._model.trained(self._treatments).items() if name not in factors]
+        if self._workers_equal and phase.weights == "full":
+            self._switch.observe(self._model.matrices)
+            upcoming = self._decide(position) or upcoming
+        if upcoming is None:
+            return None
+        if position.last and isinstance(upcoming.phase.sync, GradientSync):
+            reset = {} if self._model.projects else self._model.factors()
+            kept = [p for name, p in self._model.trained(self._treatments).items() if name not in reset]
             level_optimizer_state(self.optimizer, kept, self.communicator)
+        if phase.trains == "a_then_b" and upcoming.turn != position.turn and not upcoming.first:
+            self._wrap(None)
+            self._model.train_only(upcoming.turn)
+            self._wrap("group")
+        return upcoming
 
-    def _trainers(self, position: Position) -> dict[str, int]:
-        """How many workers train a factor, by its name, where that is not all of them."""
-        topology, trains = self.communicator.topology, position.phase.trains
-        roles = [topology.role(rank, position.cycle) for rank in range(topology.world_size)]
-        count = {"A": roles.count("A"), "B": roles.count("B")} if trains == "a_or_b" else {"A": 0}
-        factors = self._model.factors() if trains != "all" else {}
-        return {name: count[name[-1]] for name in factors if name[-1] in count}
+    def _decide(self, position: Position) -> Position | None:
+        """If what was measured ends the phase here: where the next step stands, in the recipe as it is from now on."""
+        until, outcome = position.phase.until, self._rounds.outcome
+        if until is None or position.last or outcome is None:
+            return None
+        ended, value = self._switch.ends(until, outcome.agreement)
+        if not ended:
+            return None
+        self.recipe = self.recipe.cut_after(position)
+        self.decisions.append(
+            {"step": self.steps_done, "ended": position.phase.name, "measure": until.measure, "value": value}
+        )
+        log.info("step %d: %s is %.3g: phase %s ends", self.steps_done, until.measure, value, position.phase.name)
+        return self.recipe.at(self.steps_done)
 
-    def _precondition(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _trained_factors(self, position: Position, rank: int) -> TrainedFactors:
+        """The factors that a worker trains at this position."""
+        by_role: dict[Trains, TrainedFactors] = {
+            "all": "all",
+            "b": "B",
+            "a_or_b": self.communicator.topology.role(rank, position.cycle),
+            "a_then_b": position.turn,
+        }
+        return by_role[position.phase.trains]
+
+    def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         position = self._position
-        if position is not None and position.phase.damping:
-            # PyTorch hands over the arguments of optimizer.step, the optimizer itself the first of them.
-            if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
-                raise UsageError(
-                    "optimizer.step(closure) makes gradients after they ought to be preconditioned: "
-                    "call backward before optimizer.step(), or set damping=0"
-                )
-            precondition_(self._model.records.values(), position.phase.damping)
+        if position is None or not position.phase.damping:
+            return
+        # PyTorch hands over the arguments of optimizer.step, the optimizer itself the first of them.
+        if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
+            raise UsageError(
+                "optimizer.step(closure) makes gradients after they ought to be preconditioned: "
+                "call backward before optimizer.step(), or set damping=0"
+            )
+        if self._round_began:
+            self._preconditioner = Preconditioner(optimizer, position.phase.damping, position.phase.factor_lr)
+            self._preconditioner.refresh(self._model.records.values())
+            self._round_began = False
+        self._preconditioner.before_step(self._model.records.values())
 
-    def _count_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._optimizer_steps += 1
+        self._preconditioner.after_step()
 
     def _ended(self) -> str:
         return (

@@ -1,82 +1,279 @@
 """How groups become one again.
 
 A merge averages what changed in a round, and a rule makes of the average what all workers hold next. With W_0 the
-weights that all started the round from, W_i those of worker i at its end, and D = mean_i(W_i - W_0):
+weights that all started the round from, W_i those of worker i at its end, s_i its share, and D = sum_i s_i (W_i - W_0):
 
-    mean            W = W_0 + D
-    trained_only    W = W_0 + D * workers / (workers that trained it)
-    outer           M = mu M + D ;  W = W_0 + lr (D + mu M)          (Nesterov; DiLoCo, arXiv 2311.08105)
+    mean            s_i = 1 / workers                                 W = W_0 + D
+    trained_only    s_i = 1 / (workers that trained it)               W = W_0 + D
+    weighted        s_i ~ exp(-loss_i / T) of those that trained it   W = W_0 + D
+    outer           s_i = 1 / workers      M = mu M + D ;  W = W_0 + lr (D + mu M)      (DiLoCo, arXiv 2311.08105)
+
+A worker whose part is not finite has no share: the others share what it would have had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from abtrain.comm.communicator import Communicator
-from abtrain.comm.wire import Wire
-from abtrain.sync import Mean, Outer, TrainedOnly, WeightSync
+from abtrain.comm.stages import Stages, together
+from abtrain.comm.wire import Wire, average_exactly
+from abtrain.comm.wires import make_wire
+from abtrain.errors import NonFiniteError
+from abtrain.lowrank.surgery import FactoredWeight
+from abtrain.lowrank.tangent import to_factors, to_weight
+from abtrain.sync import Mean, Outer, TrainedOnly, Weighted, WeightSync
+
+OnNonFinite = Literal["stop", "drop_worker"]
+Tensors = dict[str, Tensor]
+
+
+class Part(NamedTuple):
+    """What one worker tells of its part of a merge.
+
+    Attributes:
+        square: squared length of all that changed; not finite if anything is not.
+        loss: its mean training loss in the round; NaN where none is known.
+    """
+
+    square: float
+    loss: float
+
+
+class Outcome(NamedTuple):
+    """What came of a merge, alike on all workers.
+
+    Attributes:
+        agreement: the mean cosine between what any two workers changed, weighted by how much.
+        dropped: ranks of the workers whose part was left out.
+    """
+
+    agreement: float
+    dropped: tuple[int, ...]
 
 
 class Merger:
-    """Merges of one run: what the rounds started from, and the outer momentum.
+    """Merges of one run: what the rounds started from, the outer momentum, and what wires still owe.
 
     Attributes:
         anchors: by name, what all workers held at the start of the round; halves in float32.
-        momentum: by name, of `Outer` merges.
+        momentum: by name, of `Outer` merges; alike on all workers.
+        residuals: by name, float32: what narrow wires have taken from this worker's changes and not sent yet.
     """
 
-    def __init__(self, comm: Communicator) -> None:
+    def __init__(self, comm: Communicator, on_nonfinite: OnNonFinite = "stop") -> None:
         self._comm = comm
+        self._on_nonfinite = on_nonfinite
         self._wires: dict[str, Wire] = {}
-        self.anchors: dict[str, Tensor] = {}
-        self.momentum: dict[str, Tensor] = {}
+        self.anchors: Tensors = {}
+        self.momentum: Tensors = {}
+        self.residuals: Tensors = {}
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
-        """A round starts from these tensors, which all workers hold alike."""
+        """A phase of rounds starts from these tensors, which all workers hold alike."""
         self.anchors = {name: tensor.to(_wide(tensor.dtype), copy=True) for name, tensor in tensors.items()}
-        self.momentum = {name: M for name, M in self.momentum.items() if name in tensors}
-        for wire in self._wires.values():
-            wire.residuals = {name: error for name, error in wire.residuals.items() if name in tensors}
+        for store in (self.momentum, self.residuals):
+            for name in store.keys() - tensors.keys():
+                del store[name]
 
-    def forget(self, names: Iterable[str]) -> None:
-        """These tensors are about to change their shape or their basis: what was known of them no longer holds."""
-        for name in names:
-            self.anchors.pop(name, None)
-            self.momentum.pop(name, None)
-            for wire in self._wires.values():
-                wire.forget(name)
+    def wire(self, name: str) -> Wire:
+        """The wire of that name, the same at every call."""
+        if name not in self._wires:
+            self._wires[name] = make_wire(name)
+        return self._wires[name]
 
-    def merge(self, tensors: Mapping[str, Tensor], sync: WeightSync, trainers: Mapping[str, int]) -> None:
-        """Ends a round and begins the next: all workers hold the same tensors afterwards, in place.
+    def merge(
+        self,
+        tensors: Mapping[str, Tensor],
+        sync: WeightSync,
+        trained_by: Mapping[str, Sequence[bool]],
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        loss: float | None = None,
+        check: Stages[None] | None = None,
+    ) -> Stages[Outcome]:
+        """Merges, in stages: what changed is read now, and the outcome written, in place, at the end.
+
+        What this worker has changed in the meantime is kept, on top of the outcome.
 
         Args:
-            tensors: what this worker holds, by the names that `begin` got.
+            tensors: what this worker holds, by names that `begin` got.
             sync: by which rule, over which wire.
-            trainers: by name, how many workers trained a tensor, where that is not all of them.
-        """
-        workers, rule = self._comm.topology.world_size, sync.merge
-        wire = self._wires.setdefault(sync.wire, Wire(sync.wire))
-        deltas = {name: t.to(self.anchors[name].dtype) - _seen(self.anchors[name], t) for name, t in tensors.items()}
-        for name, D in wire.average(deltas, self._comm).items():
-            n = workers / trainers.get(name, workers)
-            self.anchors[name].add_(RULES[type(rule)](self, rule, name, D, n))
-            tensors[name].copy_(self.anchors[name])
+            trained_by: by name, for each worker whether it trained the tensor, where not all did.
+            buffers: floating-point tensors that are averaged as they are.
+            loss: this worker's mean training loss in the round, if it is known.
+            check: proves, in the first stage, that all workers merge the same.
 
-    def nesterov(self, rule: Outer, name: str, D: Tensor, n: float) -> Tensor:
+        Raises:
+            NonFiniteError: a part is not finite, and parts are not to be dropped; or none is finite. On all workers.
+        """
+        deltas = {name: t.to(self.anchors[name].dtype) - _seen(self.anchors[name], t) for name, t in tensors.items()}
+        buffers = buffers or {}
+        held = {**tensors, **buffers}
+        started = {name: t.clone() for name, t in held.items()} if sync.delay else held
+        tell = _tell(self._comm, [*deltas.values(), *buffers.values()], deltas, loss)
+        _, parts = yield from together(check or _nothing(), tell)
+        alive = self._alive(parts)
+        numbers = self._contribution(sync.merge, deltas, alive, trained_by, parts)
+        averages, means = yield from together(
+            self.wire(sync.wire).average(numbers, self._comm),
+            average_exactly(self._equal_parts({name: started[name] for name in buffers}, alive), self._comm),
+        )
+        for name in numbers:
+            self.residuals.pop(name, None)
+        self.residuals |= averages.error
+        for name, D in averages.mean.items():
+            self.anchors[name].add_(self._step(sync.merge, name, D))
+        outcome = {name: self.anchors[name] for name in tensors} | dict(zip(buffers, means, strict=True))
+        for name, tensor in held.items():
+            # What a worker without a share has is not finite.
+            moved = tensor.to(outcome[name].dtype) - started[name] if alive[self._comm.rank] else 0
+            tensor.copy_(outcome[name] + moved)
+        well = [part for part, is_well in zip(parts, alive, strict=True) if is_well]
+        return Outcome(_agreement(well, averages.mean), tuple(r for r, is_well in enumerate(alive) if not is_well))
+
+    def _contribution(
+        self,
+        rule: Any,
+        deltas: Mapping[str, Tensor],
+        alive: Sequence[bool],
+        trained_by: Mapping[str, Sequence[bool]],
+        parts: Sequence[Part],
+    ) -> Tensors:
+        """What this worker brings to the plain average over all workers: its share, and what the wire still owes."""
+        rank, workers = self._comm.rank, self._comm.topology.world_size
+        numbers = {}
+        for name, delta in deltas.items():
+            trained = [a and t for a, t in zip(alive, trained_by.get(name, [True] * workers), strict=True)]
+            share = SHARES[type(rule)](rule, alive, trained, parts)[rank]
+            numbers[name] = delta * (share * workers) if alive[rank] else torch.zeros_like(delta)
+            if name in self.residuals:
+                numbers[name] += self.residuals[name]
+        return numbers
+
+    def _equal_parts(self, tensors: Mapping[str, Tensor], alive: Sequence[bool]) -> list[Tensor]:
+        """Likewise, for a plain average over those who are alive."""
+        scale = len(alive) / sum(alive)
+        mine = alive[self._comm.rank]
+        return [tensor * scale if mine else torch.zeros_like(tensor) for tensor in tensors.values()]
+
+    def to_weights(self, records: Iterable[FactoredWeight], momentum: bool) -> None:
+        """The factors are about to become weights again: what is known of their changes follows.
+
+        Args:
+            records: the factored weights, their factors still in place.
+            momentum: whether outer momentum follows too, or starts anew.
+        """
+        for record, store, (name_A, name_B) in self._followed(records, momentum):
+            E_A, E_B = store.pop(name_A, None), store.pop(name_B, None)
+            if E_A is not None and E_B is not None:
+                A, B = record.A.detach().to(E_A.dtype), record.B.detach().to(E_B.dtype)
+                store[record.name] = record.matrix_shape.to_tensor(to_weight(E_A, E_B, A, B)).contiguous()
+
+    def to_factors(self, records: Iterable[FactoredWeight], momentum: bool) -> None:
+        """Weights have become factors: what is known of their changes follows, as far as factors can say it."""
+        for record, store, (name_A, name_B) in self._followed(records, momentum):
+            E = store.pop(record.name, None)
+            if E is not None:
+                matrix = record.matrix_shape.to_matrix(E)
+                store[name_A], store[name_B] = to_factors(matrix, record.A.data, record.B.data)
+
+    def _followed(
+        self, records: Iterable[FactoredWeight], momentum: bool
+    ) -> Iterator[tuple[FactoredWeight, Tensors, tuple[str, str]]]:
+        for record in records:
+            names = (f"{record.name}.A", f"{record.name}.B")
+            for wire in self._wires.values():
+                wire.forget([record.name, *names])
+            if momentum:
+                yield record, self.momentum, names
+            else:
+                for name in (record.name, *names):
+                    self.momentum.pop(name, None)
+            yield record, self.residuals, names
+
+    def _alive(self, parts: Sequence[Part]) -> list[bool]:
+        """Which workers' parts are finite.
+
+        Raises:
+            NonFiniteError: as `merge` says.
+        """
+        alive = [math.isfinite(part.square) and not math.isinf(part.loss) for part in parts]
+        broken = [rank for rank, well in enumerate(alive) if not well]
+        if broken and (self._on_nonfinite == "stop" or not any(alive)):
+            remedy = ", or leave such parts out: on_nonfinite='drop_worker'" if any(alive) else ""
+            raise NonFiniteError(
+                f"NaN or infinity in what rank {', '.join(map(str, broken))} brought to the merge: nothing was "
+                f"averaged. Lower the learning rate, or clip gradients{remedy}"
+            )
+        return alive
+
+    def _step(self, rule: Any, name: str, D: Tensor) -> Tensor:
+        """What is added to the weights for an average change D."""
+        if not isinstance(rule, Outer):
+            return D
         M = self.momentum.setdefault(name, torch.zeros_like(D))
         M.mul_(rule.momentum).add_(D)
         return rule.lr * (D + rule.momentum * M)
 
 
-RULES: dict[type, Callable[[Merger, Any, str, Tensor, float], Tensor]] = {
-    Mean: lambda merger, rule, name, D, n: D,
-    TrainedOnly: lambda merger, rule, name, D, n: D * n,
-    Outer: Merger.nesterov,
-}
+def _equal(rule: Mean | Outer, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]) -> list[float]:
+    return [well / sum(alive) for well in alive]
+
+
+def _of_trained(
+    rule: TrainedOnly, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]
+) -> list[float]:
+    return [did / max(sum(trained), 1) for did in trained]
+
+
+def _by_loss(rule: Weighted, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]) -> list[float]:
+    best = min((part.loss for part, did in zip(parts, trained, strict=True) if did), default=0.0)
+    weights = [
+        math.exp((best - part.loss) / rule.temperature) if did else 0.0
+        for part, did in zip(parts, trained, strict=True)
+    ]
+    return [weight / max(sum(weights), 1e-300) for weight in weights]
+
+
+Shares = Callable[[Any, Sequence[bool], Sequence[bool], Sequence[Part]], list[float]]
+SHARES: dict[type, Shares] = {Mean: _equal, TrainedOnly: _of_trained, Weighted: _by_loss, Outer: _equal}
+"""By rule: from who is alive, who trained the tensor, and what each tells, the share of every worker."""
+
+
+def _tell(
+    comm: Communicator, all_tensors: Sequence[Tensor], deltas: Mapping[str, Tensor], loss: float | None
+) -> Stages[list[Part]]:
+    """Tells all workers how large this one's changes are, and its loss."""
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in all_tensors)
+    square = _square(deltas) if finite else math.nan
+    known = math.nan if loss is None else loss if math.isfinite(loss) else math.inf
+    row = torch.tensor([square, known], dtype=torch.float64).to(comm.device)
+    under_way = comm.launch_all_gather(row)
+    yield
+    return [Part(*values) for values in under_way.wait().tolist()]
+
+
+def _square(tensors: Mapping[str, Tensor]) -> float:
+    return math.fsum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors.values())
+
+
+def _nothing() -> Stages[None]:
+    return
+    yield
+
+
+def _agreement(parts: Sequence[Part], mean: Tensors) -> float:
+    n, total = len(parts), math.fsum(part.square for part in parts)
+    if n == 1 or total == 0:
+        return 1.0
+    # |sum of changes|^2 = the sum of squares + n (n - 1) times the mean product of two.
+    return (n * n * _square(mean) / total - 1) / (n - 1)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -8,15 +8,38 @@ so a resumed run needs nothing but its step number.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, get_args
 
 from abtrain.errors import ConfigurationError, UsageError
-from abtrain.sync import GradientSync, Sync, Trains, WeightSync, share_problems, whole_number_problems
+from abtrain.sync import GradientSync, Sync, Trains, WeightSync, number_problems, share_problems, whole_number_problems
 
 Weights = Literal["full", "factored"]
 OptimizerState = Literal["reset", "project"]
 SVDMode = Literal["each", "shared"]
+Measure = Literal["spectrum_drift", "agreement"]
+
+
+@dataclass(frozen=True)
+class Until:
+    """Ends a phase at the first merge after which a measure is below a limit; its `steps` at the latest.
+
+    Args:
+        measure: `spectrum_drift`, how much the singular values of weights that may be factored, over the largest,
+            changed in the last round (relative, averaged over the weights by their size); or `agreement`, the mean
+            cosine between what any two workers changed in the round, from about 0 (noise) to 1 (all the same).
+        below: the limit.
+    """
+
+    measure: Measure
+    below: float
+
+    def problems(self) -> list[str]:
+        """What is wrong with these settings; empty if nothing is."""
+        found = number_problems(f"until: {self.measure} below", self.below, above=0)
+        if self.measure not in get_args(Measure):
+            found.append(f"until: measure={self.measure!r} is unknown: use {' or '.join(map(repr, get_args(Measure)))}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -27,11 +50,13 @@ class Phase:
         name: how the phase is called in logs, metrics and payload counts.
         steps: its length; the last phase of a run is cut off where the steps are spent.
         weights: `full` matrices W, or `factored` into A and B.
-        trains: `all` parameters, one factor by the group's role (`a_or_b`), or B only (`b`). Parameters that are not
-            factored are always trained.
+        trains: `all` parameters, one factor by the group's role (`a_or_b`), the same factor in all groups, another
+            in each round (`a_then_b`), or B only (`b`). Parameters that are not factored are always trained.
         sync: how workers agree.
-        damping: precondition the gradients of factors by each other, with this damping (see
+        damping: take the steps of factors in coordinates of the weight, with this damping (see
             `abtrain.lowrank.precondition`); 0: leave them as they are.
+        factor_lr: multiplies those steps.
+        until: what is measured at merges may end the phase before its steps are spent. In the prologue only.
     """
 
     name: str
@@ -40,6 +65,8 @@ class Phase:
     trains: Trains = "all"
     sync: Sync = GradientSync()
     damping: float = 0.0
+    factor_lr: float = 1.0
+    until: Until | None = None
 
     def problems(self) -> list[str]:
         """What is wrong with the phase; empty if nothing is."""
@@ -47,13 +74,18 @@ class Phase:
         found = whole_number_problems(f"{where}: steps", self.steps, least=1)
         if self.weights not in ("full", "factored"):
             found.append(f"{where}: weights={self.weights!r} is unknown: use 'full' or 'factored'")
-        if self.trains not in ("all", "a_or_b", "b"):
-            found.append(f"{where}: trains={self.trains!r} is unknown: use 'all', 'a_or_b' or 'b'")
+        if self.trains not in get_args(Trains):
+            found.append(f"{where}: trains={self.trains!r} is unknown: use {', '.join(map(repr, get_args(Trains)))}")
         if self.trains != "all" and self.weights == "full":
             found.append(f"{where}: trains={self.trains!r} needs factors: use weights='factored'")
-        if self.trains == "a_or_b" and not isinstance(self.sync, WeightSync):
-            found.append(f"{where}: groups that train different factors have no common gradient: use a WeightSync")
+        if self.trains in ("a_or_b", "a_then_b") and not isinstance(self.sync, WeightSync):
+            found.append(f"{where}: trains={self.trains!r} goes by groups and rounds: use a WeightSync")
         found += share_problems(f"{where}: damping", self.damping)
+        found += number_problems(f"{where}: factor_lr", self.factor_lr, above=0)
+        if self.factor_lr != 1 and self.damping == 0:
+            found.append(
+                f"{where}: factor_lr={self.factor_lr} scales preconditioned steps: give damping, or leave it at 1"
+            )
         if not isinstance(self.sync, Sync):
             found.append(f"{where}: sync={self.sync!r} is unknown: use GradientSync(), WeightSync(every) or None")
         elif self.sync is not None:
@@ -61,6 +93,16 @@ class Phase:
             if not wrong and isinstance(self.sync, WeightSync) and self.sync.every > self.steps:
                 wrong = [f"every={self.sync.every} is longer than the phase: use at most its {self.steps} steps"]
             found += [f"{where}: {problem}" for problem in wrong]
+        return found or [f"{where}: {problem}" for problem in self._merge_problems()]
+
+    def _merge_problems(self) -> list[str]:
+        """What merges of this phase cannot be; of settings that are well by themselves."""
+        at_once = isinstance(self.sync, WeightSync) and not self.sync.delay and self.sync.fragments == 1
+        found = [] if self.until is None else self.until.problems()
+        if self.until is not None and not at_once:
+            found.append("until is decided at merges of the whole model: use a WeightSync without delay and fragments")
+        if self.trains == "a_then_b" and not at_once:
+            found.append("trains='a_then_b' changes the factor at merges of the whole model: use no delay or fragments")
         return found
 
 
@@ -87,6 +129,10 @@ class Factoring:
         exclude: globs of parameter names that stay dense, such as `head.*`.
         optimizer_state: at a change of shape, `reset` the optimizer's state of the weight, or `project` it.
         svd: `each` worker decomposes every weight, or the work is `shared`: one owner a weight sends its factors.
+        settled: leave a weight dense, until weights are factored the next time, whose spectrum drifted by more than
+            this in the round before (see `Until`); 0: factor all. Measured at merges of the full-rank phase before.
+        min_share: leave a weight dense that has less than this share of the elements of all weights that may be
+            factored: small weights save little, and lose most by being cut.
     """
 
     rank_rule: RankRule
@@ -95,6 +141,8 @@ class Factoring:
     exclude: tuple[str, ...] = ()
     optimizer_state: OptimizerState = "reset"
     svd: SVDMode = "each"
+    settled: float = 0.0
+    min_share: float = 0.0
 
     def problems(self) -> list[str]:
         """What is wrong with these settings; empty if nothing is."""
@@ -108,7 +156,8 @@ class Factoring:
             found.append(f"optimizer_state={self.optimizer_state!r} is unknown: use 'reset' or 'project'")
         if self.svd not in ("each", "shared"):
             found.append(f"svd={self.svd!r} is unknown: use 'each' or 'shared'")
-        return found
+        found += share_problems("settled", self.settled)
+        return found + share_problems("min_share", self.min_share, below=1)
 
 
 @dataclass(frozen=True)
@@ -140,10 +189,30 @@ class Position:
         return self.step_in_phase == self.steps_in_phase - 1
 
     @property
-    def merges(self) -> bool:
-        """Whether the groups merge after this step."""
+    def merging(self) -> tuple[int, ...]:
+        """The fragments of the model that begin to merge after this step; all of them after the last one."""
         sync = self.phase.sync
-        return isinstance(sync, WeightSync) and (self.last or (self.step_in_phase + 1) % sync.every == 0)
+        if not isinstance(sync, WeightSync):
+            return ()
+        return tuple(range(sync.fragments)) if self.last else sync.fragments_after(self.step_in_phase)
+
+    @property
+    def merges(self) -> bool:
+        """Whether any part of the model begins to merge after this step."""
+        return bool(self.merging)
+
+    @property
+    def starts_round(self) -> bool:
+        """Whether a round begins with this step; where gradients are shared, every step is a round."""
+        sync = self.phase.sync
+        return not isinstance(sync, WeightSync) or self.step_in_phase % sync.every == 0
+
+    @property
+    def turn(self) -> Literal["A", "B"]:
+        """The factor that all groups train in this round, where they take turns: A first, counted over all cycles."""
+        every = self.phase.sync.every if isinstance(self.phase.sync, WeightSync) else self.phase.steps
+        rounds = self.cycle * -(-self.phase.steps // every) + self.step_in_phase // every
+        return "A" if rounds % 2 == 0 else "B"
 
 
 @dataclass(frozen=True)
@@ -207,6 +276,16 @@ class Recipe:
         steps_left = self.total_steps - (step - into)
         return Position(step, phase, index, cycle, into, min(phase.steps, steps_left))
 
+    def cut_after(self, position: Position) -> Recipe:
+        """The recipe in which the position's phase, one of the prologue, ends with its step.
+
+        What was decided by measurement is data from then on: the new recipe is a function of the step again.
+        """
+        ended = replace(position.phase, steps=position.step_in_phase + 1, until=None)
+        prologue = list(self.prologue)
+        prologue[position.phase_index] = ended
+        return replace(self, prologue=tuple(prologue))
+
     def runs(self) -> Iterator[Position]:
         """The first position of every run of a phase, from the start to the end."""
         step = 0
@@ -228,6 +307,8 @@ class Recipe:
             found.append("a factored phase needs a rank rule: give factoring=Factoring(...)")
         if len(self.phases) > 1 and any(phase.sync is None for phase in self.phases):
             found.append("a phase without sync leaves workers apart for good: it must be the only phase")
+        if any(phase.until is not None for phase in self.cycle):
+            found.append("a phase that is repeated has a fixed length: use until in the prologue only")
         prologue_steps = sum(phase.steps for phase in self.prologue) if not found else 0
         if prologue_steps and prologue_steps >= self.total_steps:
             found.append(

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from abtrain.comm.agreement import agree_on_tensors, check_fingerprint, fingerprint, share
+from abtrain.comm.agreement import agree_on_tensors, checking_fingerprint, fingerprint, share
 from abtrain.comm.communicator import Communicator
+from abtrain.comm.stages import Stages, finish
 from abtrain.comm.wire import exact_average
 from abtrain.errors import UsageError
 from abtrain.lowrank.classify import Treatment
@@ -41,6 +42,10 @@ class SharedState:
         """The model's buffers by name, likewise."""
         return _as_real(dict(self._model.model.named_buffers()))
 
+    def float_buffers(self) -> dict[str, Tensor]:
+        """Those of the buffers that can be averaged."""
+        return {name: buffer for name, buffer in self.buffers().items() if buffer.is_floating_point()}
+
     def agree(self) -> None:
         """Makes all parameters and buffers, frozen ones too, the same on all workers: where they differ, rank 0's."""
         model = self._model.model
@@ -50,7 +55,16 @@ class SharedState:
             log.info("initial values of %d tensors differed between workers: rank 0's were taken", len(differed))
 
     def check(self, step: int, phase: int) -> None:
+        """`checking` at once."""
+        finish(self.checking(step, phase))
+
+    def checking(self, step: int, phase: int, **more: int) -> Stages[None]:
         """Proves that all workers are about to average the same things, and all that is trained.
+
+        Args:
+            step: how many steps are done.
+            phase: which of the recipe's phases this is.
+            more: what else has to be alike.
 
         Raises:
             RanksDisagreeError: workers are at different steps, in different phases, or hold different shapes.
@@ -66,7 +80,7 @@ class SharedState:
             )
         tensors = self.parameters() | self.buffers()
         layout = fingerprint(*((name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()))
-        check_fingerprint(self._comm, step=step, phase=phase, shapes=layout)
+        yield from checking_fingerprint(self._comm, step=step, phase=phase, shapes=layout, **more)
 
     def set_to_average(self, tensors: dict[str, Tensor]) -> None:
         """Averages real numbers over all workers, in place; counters follow rank 0."""
@@ -75,6 +89,19 @@ class SharedState:
             tensor.copy_(value)
         counters = [tensor for tensor in tensors.values() if not tensor.is_floating_point()]
         share(self._comm, counters, [0] * len(counters))
+
+    def share_counters(self, source: int) -> None:
+        """Buffers that cannot be averaged follow rank `source`."""
+        counters = [buffer for buffer in self.buffers().values() if not buffer.is_floating_point()]
+        share(self._comm, counters, [source] * len(counters))
+
+    def forget_nonfinite(self) -> None:
+        """Drops this worker's optimizer state of every parameter for which it holds NaN or infinity."""
+        state = self._model.optimizer.state
+        for parameter, held in list(state.items()):
+            numbers = [value for value in held.values() if isinstance(value, Tensor) and value.is_floating_point()]
+            if not all(bool(torch.isfinite(value).all()) for value in numbers):
+                del state[parameter]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from abtrain.errors import nearest
+from abtrain.errors import ConfigurationError, nearest
 
 GradientWire = Literal["fp32", "bf16", "powersgd"]
 
@@ -42,6 +42,17 @@ class TrainedOnly:
 
 
 @dataclass(frozen=True)
+class Weighted:
+    """The average over those who trained it, a worker weighted by exp(-loss / temperature), its mean loss in the round.
+
+    Args:
+        temperature: in the units of the loss; the larger it is, the nearer to equal weights.
+    """
+
+    temperature: float = 0.1
+
+
+@dataclass(frozen=True)
 class Outer:
     """The average change of a round is the gradient of an outer Nesterov optimizer (DiLoCo, arXiv 2311.08105).
 
@@ -54,8 +65,41 @@ class Outer:
     momentum: float = 0.9
 
 
-Merge = Mean | TrainedOnly | Outer
-Wire = Literal["fp32", "bf16", "int8", "int4"]
+Merge = Mean | TrainedOnly | Weighted | Outer
+Code = Literal["fp32", "bf16", "int8", "int4"]
+LOW_RANK = "lowrank"
+
+
+@dataclass(frozen=True)
+class WireName:
+    """A wire as its parts: `CODE`, or `lowrank:RANK` or `lowrank:RANK:CODE`.
+
+    Attributes:
+        code: in which numbers are sent.
+        rank: of the factors that changes of matrices are sent as; 0: they are sent as they are.
+    """
+
+    code: str
+    rank: int = 0
+
+    @classmethod
+    def parse(cls, name: str) -> WireName:
+        """The parts of a wire's name.
+
+        Raises:
+            ConfigurationError: no wire is called so.
+        """
+        kind, *rest = str(name).split(":")
+        if kind == LOW_RANK and 1 <= len(rest) <= 2 and rest[0].isdecimal() and int(rest[0]) >= 1:
+            code, rank = (rest[1] if len(rest) == 2 else "fp32"), int(rest[0])
+        else:
+            code, rank = str(name), 0
+        if code not in get_args(Code):
+            raise ConfigurationError(f"unknown wire {name!r}: {nearest(str(name), _WIRES)}")
+        return cls(code, rank)
+
+
+_WIRES = (*get_args(Code), f"{LOW_RANK}:RANK", f"{LOW_RANK}:RANK:CODE")
 
 
 @dataclass(frozen=True)
@@ -67,12 +111,18 @@ class WeightSync:
     Args:
         every: steps between merges, a round.
         merge: how the groups become one.
-        wire: in which code a merge is sent: fp32, bf16, int8 or int4 (see `abtrain.comm.wire`).
+        wire: how a merge is sent: fp32, bf16, int8 or int4 (see `abtrain.comm.wire`), or as low-rank factors,
+            lowrank:RANK or lowrank:RANK:CODE (see `abtrain.comm.low_rank_wire`).
+        delay: steps that a merge has to arrive in, while training goes on: its outcome is then added to what was
+            trained meanwhile. 0: training waits for it.
+        fragments: parts of the model that merge in turns, evenly over a round, so that less is sent at once.
     """
 
     every: int
     merge: Merge = Mean()
-    wire: Wire = "fp32"
+    wire: str = "fp32"
+    delay: int = 0
+    fragments: int = 1
 
     def problems(self) -> list[str]:
         """What is wrong with these settings; empty if nothing is."""
@@ -80,17 +130,37 @@ class WeightSync:
         if isinstance(self.merge, Outer):
             found += number_problems("outer_lr", self.merge.lr, above=0)
             found += share_problems("outer_momentum", self.merge.momentum, below=1)
+        elif isinstance(self.merge, Weighted):
+            found += number_problems("temperature", self.merge.temperature, above=0)
         elif not isinstance(self.merge, Mean | TrainedOnly):
-            found.append(f"merge={self.merge!r} is unknown: use Mean(), TrainedOnly() or Outer()")
-        if self.wire not in get_args(Wire):
-            found.append(f"unknown wire {self.wire!r}: {nearest(str(self.wire), get_args(Wire))}")
+            found.append(f"merge={self.merge!r} is unknown: use Mean(), TrainedOnly(), Weighted() or Outer()")
+        try:
+            WireName.parse(self.wire)
+        except ConfigurationError as error:
+            found += error.problems
+        return found or self._pace_problems()
+
+    def _pace_problems(self) -> list[str]:
+        found = whole_number_problems("delay", self.delay, least=0)
+        found += whole_number_problems("fragments", self.fragments, least=1)
+        if not found and self.delay >= self.every:
+            found.append(f"delay={self.delay} is not smaller than every={self.every}: a merge must end before the next")
+        if not found and self.fragments > self.every:
+            found.append(f"fragments={self.fragments} do not fit in a round: use at most every={self.every}")
         return found
+
+    def fragments_after(self, step: int) -> tuple[int, ...]:
+        """The fragments that begin to merge after step `step` of the phase, from 0."""
+        done = step + 1
+        return tuple(
+            f for f in range(self.fragments) if (done - (f + 1) * self.every // self.fragments) % self.every == 0
+        )
 
 
 Sync = GradientSync | WeightSync | None
 """None: workers never agree (the limit without communication)."""
 
-Trains = Literal["all", "a_or_b", "b"]
+Trains = Literal["all", "a_or_b", "a_then_b", "b"]
 
 
 def whole_number_problems(name: str, value: object, least: int) -> list[str]:

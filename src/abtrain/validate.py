@@ -86,6 +86,8 @@ def problems_here(model: nn.Module, recipe: Recipe, comm: Communicator) -> list[
             f"the model lies on {device}, but this worker's backend carries tensors of {comm.device} only: "
             f"move the model there, or use the backend gloo"
         )
+    refused = [comm.cannot_carry(phase.sync) for phase in recipe.phases] if comm.topology.world_size > 1 else []
+    problems += list(dict.fromkeys(filter(None, refused)))
     topology = comm.topology
     alone = [
         phase.name

@@ -92,7 +92,7 @@ def test_all_problems_come_at_once() -> None:
     ("phase", "message"),
     [
         (Phase("p", 10, trains="b"), "needs factors"),
-        (Phase("p", 10, weights="factored", trains="a_or_b", sync=GradientSync()), "no common gradient"),
+        (Phase("p", 10, weights="factored", trains="a_or_b", sync=GradientSync()), "use a WeightSync"),
         (Phase("p", 10, sync=WeightSync(11)), "every=11 is longer than the phase: use at most its 10 steps"),
         (Phase("p", 10, sync=WeightSync(0)), "every=0 is too small"),
         (Phase("p", 10, weights="thin"), "'full' or 'factored'"),  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from abtrain.comm.buckets import pack, unpack
 from abtrain.comm.communicator import Communicator
+from abtrain.comm.stages import Stages, finish
 from abtrain.errors import RanksDisagreeError
 
 # One int64 MAX finds both ends of a range if -v can be sent beside v. 62 bits leave that room to spare.
@@ -51,7 +52,7 @@ def disagreeing(comm: Communicator, values: Sequence[int]) -> list[int]:
         comm: over whose world to compare.
         values: from 0 to 2**62 - 1, as many on every rank.
     """
-    lowest, highest = _ranges(comm, values)
+    lowest, highest = finish(_ranges(comm, values))
     return [i for i, (low, high) in enumerate(zip(lowest, highest, strict=True)) if low != high]
 
 
@@ -68,10 +69,15 @@ def check_fingerprint(comm: Communicator, **fields: int) -> None:
     Raises:
         RanksDisagreeError: on every rank, if any field differs.
     """
+    finish(checking_fingerprint(comm, **fields))
+
+
+def checking_fingerprint(comm: Communicator, **fields: int) -> Stages[None]:
+    """`check_fingerprint` in stages."""
     if len(fields) > _MAX_FIELDS:
         raise ValueError(f"{len(fields)} fields to compare, at most {_MAX_FIELDS}: combine some with fingerprint()")
     padding = [0] * (_MAX_FIELDS - len(fields))
-    lowest, highest = _ranges(comm, [fingerprint(*fields), *fields.values(), *padding])
+    lowest, highest = yield from _ranges(comm, [fingerprint(*fields), *fields.values(), *padding])
     if lowest[0] != highest[0]:
         raise RanksDisagreeError(
             f"ranks are at different places of the program: this one compares {', '.join(fields) or 'nothing'}, "
@@ -127,7 +133,7 @@ def agree_on_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[st
     return differing
 
 
-def _ranges(comm: Communicator, values: Sequence[int]) -> tuple[list[int], list[int]]:
+def _ranges(comm: Communicator, values: Sequence[int]) -> Stages[tuple[list[int], list[int]]]:
     """The lowest and the highest value that any rank holds, at each index."""
     outside = [value for value in values if not 0 <= value < _LIMIT]
     if outside:
@@ -136,7 +142,9 @@ def _ranges(comm: Communicator, values: Sequence[int]) -> tuple[list[int], list[
         return [], []
     mine = torch.tensor(values, dtype=torch.int64, device=comm.device)
     ends = torch.cat([mine, -mine])
-    comm.all_reduce(ends, "max")
+    under_way = comm.launch_all_reduce(ends, "max")
+    yield
+    under_way.wait()
     highest, lowest = ends.split(len(values))
     return (-lowest).tolist(), highest.tolist()
 

@@ -7,20 +7,33 @@ here). Every collective is counted in the communicator's `meter`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from abtrain.comm.meter import Meter, Spans
 from abtrain.comm.topology import Topology
-from abtrain.sync import GradientSync
+from abtrain.sync import GradientSync, Sync
 
 Scope = Literal["world", "group"]
 Reduction = Literal["sum", "max"]
 PLAIN = GradientSync()
 Module = TypeVar("Module", bound=nn.Module)
+T = TypeVar("T")
+
+
+class Pending(Generic[T]):
+    """A collective under way. Until `wait` has returned, what was handed over must not change."""
+
+    def __init__(self, finish: Callable[[], T]) -> None:
+        self._finish = finish
+
+    def wait(self) -> T:
+        """Its outcome, once it is there. To be called once, on all ranks in the order of the launches."""
+        return self._finish()
 
 
 class DataParallel(Protocol):
@@ -45,7 +58,8 @@ class Communicator(Protocol):
     """What one worker can do with the others.
 
     Every call is collective over its scope: all of its ranks make it, in the same order. A scope of one rank does
-    nothing and counts nothing. `device` is where tensors must live for the backend to carry them; they are contiguous.
+    nothing and counts nothing. What `launch_...` starts goes on while the caller computes. `device` is where tensors
+    must live for the backend to carry them; they are contiguous.
 
     Raises:
         ValueError: a tensor that is not contiguous.
@@ -66,8 +80,20 @@ class Communicator(Protocol):
         """Returns (ranks in scope, *tensor.shape), in rank order, for any dtype."""
         ...
 
-    def exchange(self, rows: Tensor) -> Tensor:
-        """Sends row i of (world size, ...) to rank i; returns the rows that came, in rank order. For any dtype.
+    def cannot_carry(self, sync: Sync) -> str:
+        """Why this way of agreeing is out of reach of the backend; empty if it is not. Talks to nobody."""
+        ...
+
+    def launch_all_reduce(self, tensor: Tensor, op: Reduction = "sum") -> Pending[None]:
+        """Starts an `all_reduce` over the world."""
+        ...
+
+    def launch_all_gather(self, tensor: Tensor) -> Pending[Tensor]:
+        """Starts an `all_gather` over the world."""
+        ...
+
+    def launch_exchange(self, rows: Tensor) -> Pending[Tensor]:
+        """Sends row i of (world size, ...) to rank i; the outcome is the rows that came, in rank order. For any dtype.
 
         The own row stays where it is, and is not counted.
         """
@@ -130,9 +156,18 @@ class SingleProcess:
         check_contiguous(tensor)
         return tensor.detach()[None].clone()
 
-    def exchange(self, rows: Tensor) -> Tensor:
+    def launch_all_reduce(self, tensor: Tensor, op: Reduction = "sum") -> Pending[None]:
+        check_reducible(tensor, op)
+        return Pending(lambda: None)
+
+    def launch_all_gather(self, tensor: Tensor) -> Pending[Tensor]:
+        gathered = self.all_gather(tensor)
+        return Pending(lambda: gathered)
+
+    def launch_exchange(self, rows: Tensor) -> Pending[Tensor]:
         check_rows(rows, self.topology)
-        return rows.detach().clone()
+        received = rows.detach().clone()
+        return Pending(lambda: received)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         check_source(source, self.topology)
@@ -140,6 +175,9 @@ class SingleProcess:
 
     def barrier(self) -> None:
         pass
+
+    def cannot_carry(self, sync: Sync) -> str:
+        return ""
 
     def data_parallel(
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN

@@ -21,6 +21,7 @@ from abtrain.comm.communicator import (
     PLAIN,
     Communicator,
     DataParallel,
+    Pending,
     Reduction,
     Scope,
     Unsynchronized,
@@ -36,7 +37,7 @@ from abtrain.comm.meter import Meter
 from abtrain.comm.rendezvous import Combine, Rendezvous
 from abtrain.comm.topology import Topology
 from abtrain.errors import ConfigurationError, UsageError
-from abtrain.sync import GradientSync
+from abtrain.sync import GradientSync, Sync
 
 T = TypeVar("T")
 
@@ -126,8 +127,19 @@ class InProcessCommunicator:
             return tensor.detach()[None].clone()
         return self.meet("all_gather", [tensor], scope, _stack)[0].clone()
 
-    def exchange(self, rows: Tensor) -> Tensor:
+    # Threads meet when they wait: what was launched before goes on in name only.
+
+    def launch_all_reduce(self, tensor: Tensor, op: Reduction = "sum") -> Pending[None]:
+        return Pending(lambda: self.all_reduce(tensor, op))
+
+    def launch_all_gather(self, tensor: Tensor) -> Pending[Tensor]:
+        return Pending(lambda: self.all_gather(tensor))
+
+    def launch_exchange(self, rows: Tensor) -> Pending[Tensor]:
         check_rows(rows, self.topology)
+        return Pending(lambda: self._exchange(rows))
+
+    def _exchange(self, rows: Tensor) -> Tensor:
         workers = self.topology.world_size
         if workers == 1:
             return rows.detach().clone()
@@ -146,15 +158,19 @@ class InProcessCommunicator:
         if self.topology.world_size > 1:
             self.meet("barrier", [], "world", lambda of: [])
 
+    def cannot_carry(self, sync: Sync) -> str:
+        if not isinstance(sync, GradientSync) or sync.wire == "fp32":
+            return ""
+        return f"threads cannot send gradients as {sync.wire!r}: PyTorch's hooks need torch.distributed. Use 'fp32'"
+
     def data_parallel(
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
     ) -> DataParallel:
         if len(self.ranks(scope)) == 1 or not any(p.requires_grad for p in module.parameters()):
             return Unsynchronized(module)
-        if sync.wire != "fp32":
-            raise ConfigurationError(
-                f"threads cannot send gradients as {sync.wire!r}: PyTorch's hooks need torch.distributed. Use 'fp32'"
-            )
+        refused = self.cannot_carry(sync)
+        if refused:
+            raise ConfigurationError(refused)
         return InProcessDataParallel(module, self, scope, find_unused_parameters)
 
     def ranks(self, scope: Scope) -> tuple[int, ...]:

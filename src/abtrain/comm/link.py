@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from abtrain.comm.communicator import Pending
 from abtrain.comm.meter import Meter, Spans
 from abtrain.errors import PeerLostError
 
@@ -26,11 +27,20 @@ class Link:
 
     def carry(self, name: str, nbytes: int, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Runs one collective to its end, timed, and counts `nbytes`; skips it if there is nothing to do."""
+        self.start(name, nbytes, collective, *args, **kwargs).wait()
+
+    def start(self, name: str, nbytes: int, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Pending[None]:
+        """As `carry`, but only what is left to wait for at the end is waited for, and timed."""
         if len(self.ranks) == 1 or nbytes == 0:
-            return
+            return Pending(lambda: None)
         self.meter.count(nbytes, self.spans)
-        with self.meter.waiting():
-            self.wait(name, self.launch(name, collective, *args, **kwargs))
+        work = self.launch(name, collective, *args, **kwargs)
+
+        def finish() -> None:
+            with self.meter.waiting():
+                self.wait(name, work)
+
+        return Pending(finish)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Overwrites a contiguous tensor of any dtype with that of world rank `source`."""

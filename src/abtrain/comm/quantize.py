@@ -29,6 +29,11 @@ class Code:
     block: int = 0
 
     @property
+    def exact(self) -> bool:
+        """Whether float32 comes back as it went in."""
+        return self.bits == 32
+
+    @property
     def granule(self) -> int:
         """Only a multiple of so many numbers can be written."""
         return self.block or 1

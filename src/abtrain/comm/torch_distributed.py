@@ -17,6 +17,7 @@ from abtrain.comm.communicator import (
     PLAIN,
     Communicator,
     DataParallel,
+    Pending,
     Reduction,
     Scope,
     SingleProcess,
@@ -34,8 +35,10 @@ from abtrain.comm.link import Link, as_bytes
 from abtrain.comm.meter import Meter
 from abtrain.comm.topology import Topology
 from abtrain.errors import ConfigurationError
-from abtrain.sync import GradientSync
+from abtrain.sync import GradientSync, Sync
 
+# "undefined": init_process_group was given no backend, and takes NCCL for CUDA tensors and Gloo for the rest.
+_NARROW_BACKENDS = ("gloo", "nccl", "undefined")
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -84,23 +87,36 @@ class TorchCommunicator:
         self._hooks: dict[tuple[GradientSync, Scope, tuple[torch.Size, ...]], GradientHook] = {}
 
     def all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> None:
-        check_reducible(tensor, op)
-        self._link(scope).carry(f"all_reduce({op})", tensor.nbytes, dist.all_reduce, tensor.detach(), op=_OPS[op])
+        self._launch_all_reduce(tensor, op, scope).wait()
 
     def all_gather(self, tensor: Tensor, scope: Scope = "world") -> Tensor:
+        return self._launch_all_gather(tensor, scope).wait()
+
+    def launch_all_reduce(self, tensor: Tensor, op: Reduction = "sum") -> Pending[None]:
+        return self._launch_all_reduce(tensor, op, "world")
+
+    def launch_all_gather(self, tensor: Tensor) -> Pending[Tensor]:
+        return self._launch_all_gather(tensor, "world")
+
+    def launch_exchange(self, rows: Tensor) -> Pending[Tensor]:
+        check_rows(rows, self.topology)
+        received, link = rows.detach().clone(), self._link("world")
+        others = rows.nbytes - rows.nbytes // len(link.ranks)
+        sent = link.start("exchange", others, dist.all_to_all_single, as_bytes(received), as_bytes(rows))
+        return _with_outcome(sent, received)
+
+    def _launch_all_reduce(self, tensor: Tensor, op: Reduction, scope: Scope) -> Pending[None]:
+        check_reducible(tensor, op)
+        name, link = f"all_reduce({op})", self._link(scope)
+        return link.start(name, tensor.nbytes, dist.all_reduce, tensor.detach(), op=_OPS[op])
+
+    def _launch_all_gather(self, tensor: Tensor, scope: Scope) -> Pending[Tensor]:
         check_contiguous(tensor)
         link = self._link(scope)
         gathered = torch.stack([tensor.detach()] * len(link.ranks))
         rows = list(as_bytes(gathered).view(len(link.ranks), tensor.nbytes))
-        link.carry("all_gather", tensor.nbytes, dist.all_gather, rows, as_bytes(tensor))
-        return gathered
-
-    def exchange(self, rows: Tensor) -> Tensor:
-        check_rows(rows, self.topology)
-        received, link = rows.detach().clone(), self._link("world")
-        others = rows.nbytes - rows.nbytes // len(link.ranks)
-        link.carry("exchange", others, dist.all_to_all_single, as_bytes(received), as_bytes(rows))
-        return received
+        sent = link.start("all_gather", tensor.nbytes, dist.all_gather, rows, as_bytes(tensor))
+        return _with_outcome(sent, gathered)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         check_source(source, self.topology)
@@ -113,6 +129,15 @@ class TorchCommunicator:
         if len(link.ranks) > 1:
             with self.meter.waiting():
                 link.wait("barrier", link.launch("barrier", dist.barrier, device_ids=device_ids))
+
+    def cannot_carry(self, sync: Sync) -> str:
+        backend = str(dist.get_backend())
+        if sync is None or sync.wire == "fp32" or any(known in backend for known in _NARROW_BACKENDS):
+            return ""
+        return (
+            f"wire {sync.wire!r} exchanges bytes and bfloat16, which the backend {backend!r} is not known to carry: "
+            "use the wire 'fp32', or the backend gloo or nccl"
+        )
 
     def data_parallel(
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
@@ -155,6 +180,14 @@ class TorchCommunicator:
         return mine
 
 
+def _with_outcome(sent: Pending[None], outcome: Tensor) -> Pending[Tensor]:
+    def finish() -> Tensor:
+        sent.wait()
+        return outcome
+
+    return Pending(finish)
+
+
 def _check_world(topology: Topology) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         raise ConfigurationError(
@@ -175,7 +208,6 @@ def _world_group() -> dist.ProcessGroup:
 
 
 def _device_of_backend() -> torch.device:
-    # "undefined": init_process_group was given no backend, and takes NCCL for CUDA tensors and Gloo for the rest.
     backend = str(dist.get_backend())
     if "nccl" in backend or (backend == "undefined" and torch.cuda.is_available()):
         return torch.device("cuda", torch.cuda.current_device())

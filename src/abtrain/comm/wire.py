@@ -3,73 +3,94 @@
 A narrow merge is narrow both ways: each worker sends every other one its chunk of the numbers, adds up the chunks that
 it gets in float32, and sends the average back, encoded again. So what crosses the network shrinks, not only a counter.
 
-What rounding takes from a number is kept and added to it the next time (error feedback, Seide et al. 2014; Karimireddy
-et al., arXiv 1901.09847). The worker that averages a chunk keeps what its own rounding took from the average as well.
-Over all merges, what workers received and what they kept sum to the truth.
+What rounding takes from a number is handed back, for the caller to add it the next time (error feedback, Seide et al.
+2014; Karimireddy et al., arXiv 1901.09847). The worker that averages a chunk keeps what its own rounding took from the
+average as well. Over all merges, what workers received and what they kept sum to the truth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from abtrain.comm.buckets import pack, unpack
+from abtrain.comm.buckets import Bucket, pack, unpack
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.quantize import CODES, Code
+from abtrain.comm.stages import Stages, finish
 
 CAPACITY = 64 * 2**20
 """Bytes of float32 that are encoded and sent at once: what a merge needs beside the weights."""
 
+Tensors = dict[str, Tensor]
 
-class Wire:
-    """Averages over all workers, in one code, and the errors that are still to be sent.
+
+class Averages(NamedTuple):
+    """The outcome of one merge on the wire.
 
     Attributes:
-        residuals: by name, float32: what rounding has taken from this worker's numbers so far.
+        mean: by name, the average over all workers: the same bits on all of them.
+        error: by name, what the wire took from this worker's own numbers; the average of it over all workers is what
+            `mean` lacks. Empty where the wire is exact.
     """
 
-    def __init__(self, code: str) -> None:
-        self.code = CODES[code]
-        self.residuals: dict[str, Tensor] = {}
+    mean: Tensors
+    error: Tensors
 
-    def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> dict[str, Tensor]:
-        """The average over all workers, the same bits on all of them. Collective over the world.
+
+class Wire(Protocol):
+    """A way to average over all workers.
+
+    Attributes:
+        stages: how often `average` yields.
+    """
+
+    stages: int
+
+    def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
+        """The average over all workers, in stages. Collective over the world.
 
         Args:
             numbers: finite tensors by name, with the same names, shapes and dtypes in the same order on all workers.
             comm: of this worker.
 
         Returns:
-            New tensors of the same shapes and dtypes.
+            New tensors of the same shapes and dtypes; errors in float32.
         """
-        if self.code.name == "fp32" or comm.topology.world_size == 1:
-            return dict(zip(numbers, exact_average(list(numbers.values()), comm), strict=True))
-        wanted = [self._with_residual(name, tensor) for name, tensor in numbers.items()]
-        buckets = pack(wanted, CAPACITY)
-        errors = []
-        for bucket in buckets:
-            # Gloo exchanges tensors on the CPU only.
-            mean, error = _narrow(bucket.flat.to(comm.device), self.code, comm)
-            bucket.flat.copy_(mean)
-            errors.append(error)
-        averages = [mean.clone() for mean in unpack(buckets, wanted)]
-        for bucket, error in zip(buckets, errors, strict=True):
-            bucket.flat.copy_(error)
-        self.residuals |= zip(numbers, unpack(buckets, wanted), strict=True)
-        return {name: mean.to(numbers[name].dtype) for name, mean in zip(numbers, averages, strict=True)}
+        ...
 
-    def forget(self, name: str) -> None:
-        """What is still to be sent of a tensor no longer holds: its shape or its basis changes."""
-        self.residuals.pop(name, None)
+    def forget(self, names: Iterable[str]) -> None:
+        """What the wire has learnt about these tensors no longer holds: their shape or their basis changes."""
+        ...
 
-    def _with_residual(self, name: str, tensor: Tensor) -> Tensor:
-        residual = self.residuals.get(name)
-        return tensor.float() if residual is None else tensor.float() + residual
+
+class DirectWire:
+    """Sends every number, in one code."""
+
+    def __init__(self, code: str) -> None:
+        self._code = CODES[code]
+        self.stages = 1 if self._code.exact else 2
+
+    def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
+        tensors = list(numbers.values())
+        if self._code.exact or comm.topology.world_size == 1:
+            mean = yield from average_exactly(tensors, comm)
+            return Averages(dict(zip(numbers, mean, strict=True)), {})
+        mean, error = yield from _average_narrowly(tensors, self._code, comm)
+        return Averages(dict(zip(numbers, mean, strict=True)), dict(zip(numbers, error, strict=True)))
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Nothing is learnt."""
 
 
 def exact_average(tensors: Sequence[Tensor], comm: Communicator) -> list[Tensor]:
+    """The average of each tensor over all workers, at once; see `average_exactly`."""
+    return finish(average_exactly(tensors, comm))
+
+
+def average_exactly(tensors: Sequence[Tensor], comm: Communicator) -> Stages[list[Tensor]]:
     """The average of each tensor over all workers, the same bits on all of them. Halves are summed in float32.
 
     Args:
@@ -80,28 +101,67 @@ def exact_average(tensors: Sequence[Tensor], comm: Communicator) -> list[Tensor]
         New tensors of the same shapes and dtypes.
     """
     buckets = pack(tensors)
-    for bucket in buckets:
-        comm.all_reduce(bucket.flat)
+    launched = [comm.launch_all_reduce(bucket.flat) for bucket in buckets]
+    yield
+    for bucket, pending in zip(buckets, launched, strict=True):
+        pending.wait()
         bucket.flat.div_(comm.topology.world_size)
     return unpack(buckets, tensors)
 
 
-def _narrow(flat: Tensor, code: Code, comm: Communicator) -> tuple[Tensor, Tensor]:
-    """The average of `flat` (count,) over all workers, and what rounding took from this worker's part of it."""
-    count, workers = flat.numel(), comm.topology.world_size
-    chunk = -(-count // (workers * code.granule)) * code.granule
-    mine = torch.nn.functional.pad(flat, (0, chunk * workers - count)).view(workers, chunk)
-    sent = torch.stack([code.encode(row) for row in mine])
-    error = mine - torch.stack([code.decode(row, chunk) for row in sent])
+def _average_narrowly(
+    tensors: Sequence[Tensor], code: Code, comm: Communicator
+) -> Stages[tuple[list[Tensor], list[Tensor]]]:
+    """Averages and this worker's errors, in float32."""
+    wanted = [tensor.float() for tensor in tensors]
+    buckets = pack(wanted, CAPACITY)
+    # Gloo exchanges tensors on the CPU only.
+    exchanges = [_Exchange(bucket.flat.to(comm.device), code, comm) for bucket in buckets]
+    yield
+    for exchange in exchanges:
+        exchange.reply()
+    yield
+    outcomes = [exchange.outcome() for exchange in exchanges]
+    means = unpack([_refilled(bucket, mean) for bucket, (mean, _) in zip(buckets, outcomes, strict=True)], tensors)
+    errors = unpack([_refilled(bucket, error) for bucket, (_, error) in zip(buckets, outcomes, strict=True)], wanted)
+    return means, errors
 
-    received = comm.exchange(sent)
-    # In rank order and in float32; every other worker takes over these very bits.
-    total = torch.zeros_like(mine[0])
-    for row in received:
-        total += code.decode(row, chunk)
-    total /= workers
-    reply = code.encode(total)
-    # The average is divided by the number of workers: what its rounding took is that much larger in one worker's part.
-    error[comm.rank] += workers * (total - code.decode(reply, chunk))
-    mean = torch.cat([code.decode(row, chunk) for row in comm.all_gather(reply)])
-    return mean[:count], error.view(-1)[:count]
+
+class _Exchange:
+    """One bucket's way: chunks are sent on construction, `reply` sends averages back, `outcome` gathers them.
+
+    Args:
+        flat: (count,) float32.
+        code: in which it is sent.
+        comm: of this worker.
+    """
+
+    def __init__(self, flat: Tensor, code: Code, comm: Communicator) -> None:
+        self._code, self._comm, self._count = code, comm, flat.numel()
+        workers = comm.topology.world_size
+        self._chunk = -(-self._count // (workers * code.granule)) * code.granule
+        mine = torch.nn.functional.pad(flat, (0, self._chunk * workers - self._count)).view(workers, self._chunk)
+        sent = torch.stack([code.encode(row) for row in mine])
+        self._error = mine - torch.stack([code.decode(row, self._chunk) for row in sent])
+        self._chunks = comm.launch_exchange(sent)
+
+    def reply(self) -> None:
+        workers, code = self._comm.topology.world_size, self._code
+        # In rank order and in float32; every other worker takes over these very bits.
+        total = self._error.new_zeros(self._chunk)
+        for row in self._chunks.wait():
+            total += code.decode(row, self._chunk)
+        total /= workers
+        reply = code.encode(total)
+        # The average is divided by the number of workers: what its rounding took is that much larger in one's part.
+        self._error[self._comm.rank] += workers * (total - code.decode(reply, self._chunk))
+        self._replies = self._comm.launch_all_gather(reply)
+
+    def outcome(self) -> tuple[Tensor, Tensor]:
+        """The average (count,), and what rounding took from this worker's part of it."""
+        mean = torch.cat([self._code.decode(row, self._chunk) for row in self._replies.wait()])
+        return mean[: self._count], self._error.view(-1)[: self._count]
+
+
+def _refilled(bucket: Bucket, flat: Tensor) -> Bucket:
+    return Bucket(flat.to(bucket.flat.device), bucket.indices)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.optimizer import project_to_factors, project_to_weight, replace_
+from abtrain.lowrank.precondition import seen_through
 from abtrain.lowrank.surgery import FactoredWeight, factorize_, restore_
 from abtrain.lowrank.svd import Factors
 from abtrain.recipe import OptimizerState
@@ -42,6 +43,7 @@ class FactoredModel:
         self.projects = optimizer_state == "project"
         self._full_numel = sum(parameter.numel() for parameter in model.parameters())
         self._compression = 1.0
+        self._damping = 0.0
 
     @property
     def compression(self) -> float:
@@ -70,13 +72,19 @@ class FactoredModel:
         weights = {name: self.model.get_parameter(name).detach() for name in self._names}
         return {name: MatrixShape(weight.shape).to_matrix(weight) for name, weight in weights.items()}
 
-    def factorize(self, factors: Mapping[str, Factors]) -> None:
-        """Puts the factors in the place of the weights that they are named after."""
+    def factorize(self, factors: Mapping[str, Factors], damping: float = 0.0) -> None:
+        """Puts the factors in the place of the weights that they are named after.
+
+        Args:
+            factors: by name.
+            damping: of the preconditioner that will surround the optimizer's steps; 0: there is none.
+        """
+        self._damping = damping
         for name, pair in factors.items():
             record = factorize_(self.model, name, pair)
             (state,) = replace_(self.optimizer, [record.dense], [record.A, record.B])
             if self.projects and state:
-                state_A, state_B = project_to_factors(state, record)
+                state_A, state_B = project_to_factors(state, record, *seen_through(record, damping))
                 self.optimizer.state[record.A], self.optimizer.state[record.B] = state_A, state_B
             self.records[name] = record
         self._compression = self._full_numel / sum(parameter.numel() for parameter in self.model.parameters())
@@ -85,9 +93,10 @@ class FactoredModel:
         """Makes every weight W = A B again."""
         for record in reversed(self.records.values()):
             state_A, state_B = replace_(self.optimizer, [record.A, record.B], [record.dense])
+            seen = seen_through(record, self._damping) if self.projects else None
             restore_(record)
-            if self.projects and (state_A or state_B):
-                self.optimizer.state[record.dense] = project_to_weight(state_A, state_B, record)
+            if seen is not None and (state_A or state_B):
+                self.optimizer.state[record.dense] = project_to_weight(state_A, state_B, record, *seen)
         self.records = {}
 
     def train_only(self, which: TrainedFactors) -> None:

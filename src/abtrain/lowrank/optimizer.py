@@ -60,33 +60,37 @@ def replace_(optimizer: Optimizer, old: Sequence[nn.Parameter], new: Sequence[nn
     return [optimizer.state.pop(parameter, {}) for parameter in old]
 
 
-def project_to_factors(state: State, record: FactoredWeight) -> tuple[State, State]:
+def project_to_factors(state: State, record: FactoredWeight, A: Tensor, B: Tensor) -> tuple[State, State]:
     """State of W -> states of A and B.
 
     The gradients are G_A = G B^T and G_B = A^T G, so running means map the same way. Running means of squares map
     through the squared factors, which is exact where the entries of G are uncorrelated.
+
+    Args:
+        state: of the dense weight.
+        record: of the factored one.
+        A, B: through which the optimizer sees the weight's gradients: the factors, or what a preconditioner makes of
+            them (see `abtrain.lowrank.precondition.seen_through`).
     """
     shape = record.matrix_shape
-    A, B = record.A.detach(), record.B.detach()
 
     def to_A(M: Tensor, squared: bool) -> Tensor:
-        return shape.to_matrix(M) @ ((B * B).T if squared else B.T)
+        return (shape.to_matrix(M).to(B.dtype) @ ((B * B).T if squared else B.T)).to(M.dtype)
 
     def to_B(M: Tensor, squared: bool) -> Tensor:
-        return ((A * A).T if squared else A.T) @ shape.to_matrix(M)
+        return (((A * A).T if squared else A.T) @ shape.to_matrix(M).to(A.dtype)).to(M.dtype)
 
     return _mapped(state, to_A), _mapped(state, to_B)
 
 
-def project_to_weight(state_A: State, state_B: State, record: FactoredWeight) -> State:
-    """States of A and B -> state of W; either may be empty.
+def project_to_weight(state_A: State, state_B: State, record: FactoredWeight, A: Tensor, B: Tensor) -> State:
+    """States of A and B -> state of W; either may be empty. The arguments are those of `project_to_factors`.
 
     Of a mean M_A of G B^T and a mean M_B of A^T G, the smallest G that explains both is taken: with P the projector on
     the columns of A, G = A (A^T A)^-1 M_B + (I - P) M_A (B B^T)^-1 B. A mean of squares is spread evenly over the
     entries that it was summed over, which keeps it positive.
     """
-    shape = record.matrix_shape
-    A, B = record.A.detach().double(), record.B.detach().double()
+    shape, A, B = record.matrix_shape, A.double(), B.double()
     A_plus, B_plus = torch.linalg.pinv(A), torch.linalg.pinv(B)
     # Step counts and the like come from the factor that was trained: the frozen one's stood still.
     further = state_A if float(state_A.get("step", 0)) >= float(state_B.get("step", 0)) else state_B

@@ -6,11 +6,14 @@ A rule is called with the singular values in descending order, as floats, and re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from abtrain.sync import share_problems, whole_number_problems
+from abtrain.errors import ConfigurationError
+from abtrain.recipe import RankRule
+from abtrain.sync import number_problems, share_problems, whole_number_problems
 
 
 def _bounded(k: int, multiple: int, m: int, n: int) -> int:
@@ -62,6 +65,48 @@ class FixedRank:
 
     def __call__(self, singular_values: Sequence[float], m: int, n: int) -> int:
         return _bounded(self.k, self.rank_multiple, m, n)
+
+
+@dataclass(frozen=True)
+class StableRank:
+    """Keeps `factor` times the stable rank, the sum of all squares over the largest one, rounded up.
+
+    The stable rank says how many directions as strong as the strongest there are; it moves little when a matrix does
+    (Rudelson and Vershynin, arXiv math/0503442).
+    """
+
+    factor: float = 4.0
+    rank_multiple: int = 1
+
+    def problems(self) -> list[str]:
+        return number_problems("stable rank factor", self.factor, above=0) + _multiple_problems(self.rank_multiple)
+
+    def __call__(self, singular_values: Sequence[float], m: int, n: int) -> int:
+        stable = sum(s * s for s in singular_values) / singular_values[0] ** 2
+        return _bounded(math.ceil(self.factor * stable), self.rank_multiple, m, n)
+
+
+_RULES: dict[str, Callable[[str], RankRule]] = {
+    "sigma": lambda text: SigmaCutoff(float(text)),
+    "energy": lambda text: Energy(float(text)),
+    "stable": lambda text: StableRank(float(text)),
+    "fixed": lambda text: FixedRank(int(text)),
+}
+
+
+def parse_rule(text: str) -> RankRule:
+    """The rank rule that `KIND:NUMBER` names, such as `energy:0.95`.
+
+    Raises:
+        ConfigurationError: no rule is called so, or what follows is no number.
+    """
+    kind, _, number = text.partition(":")
+    try:
+        return _RULES[kind](number)
+    except (KeyError, ValueError):
+        raise ConfigurationError(
+            f"rank rule {text!r} is unknown: use sigma:CUTOFF, energy:SHARE, stable:FACTOR or fixed:K"
+        ) from None
 
 
 def _multiple_problems(rank_multiple: int) -> list[str]:

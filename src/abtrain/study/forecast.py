@@ -1,9 +1,9 @@
 """Seconds and wire bytes of a run, phase by phase: traffic meets links, and workers of unlike speed.
 
-Computing a step takes the same time in every phase; decompositions and the arithmetic of wires are left out. Merges
-and broadcasts hold everybody up. DDP's gradients go while backward, two thirds of a step, goes on: a bucket is sent
-once it is ready and the one before is through, and the optimizer waits for the last (Li et al., PyTorch Distributed,
-VLDB 2020).
+Computing a step takes the same time in every phase; decompositions and the arithmetic of wires are left out. Broadcasts
+hold everybody up, and so do merges, but for what steps hide of them: the links are taken to be theirs meanwhile. DDP's
+gradients go while backward, two thirds of a step, goes on: a bucket is sent once it is ready and the one before is
+through, and the optimizer waits for the last (Li et al., PyTorch Distributed, VLDB 2020).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cache
 
 from abtrain.study.cost import Cluster, Cost, cost_of
 from abtrain.study.simulate import Speeds
-from abtrain.study.traffic import Stretch, Traffic
+from abtrain.study.traffic import Calls, Merging, Stretch, Traffic
 
 BACKWARD = 2 / 3
 """Of a step's time: a backward pass computes about twice what a forward pass does."""
@@ -111,8 +111,10 @@ class _Road:
         compute = stretch.steps * self._step_seconds
         slowest = self._slowest(stretch)
         exposed = stretch.steps * self._exposed(stretch.step, self._step_seconds * slowest)
-        for calls, times in ((stretch.entry, 1), (stretch.merge, stretch.merges), (stretch.exit, 1)):
-            exposed += times * sum(self._cost(traffic).seconds for traffic in calls)
+        exposed += self._seconds(stretch.entry) + self._seconds(stretch.exit)
+        exposed += sum(
+            merging.times * self._stalled(merging, self._step_seconds * slowest) for merging in stretch.merges
+        )
         payload = sum(traffic.nbytes * times for traffic, times in stretch.all())
         wire = sum(self._cost(traffic).wire * times for traffic, times in stretch.all())
         return PhaseForecast(stretch.phase, stretch.steps, payload, wire, compute, compute * (slowest - 1), exposed)
@@ -123,11 +125,23 @@ class _Road:
             return 1.0
         if stretch.scope == "world":
             return self._speeds.stretch(1, self._cluster.workers)
-        return self._speeds.stretch(-(-stretch.steps // max(stretch.merges, 1)), self._group_size)
+        return self._speeds.stretch(-(-stretch.steps // max(stretch.meetings, 1)), self._group_size)
+
+    def _stalled(self, merging: Merging, step_seconds: float) -> float:
+        """Seconds that one merge adds: a stage is waited for as soon as the next one is due."""
+        stages, hidden = len(merging.stages), merging.hidden
+        stalled = self._seconds(merging.after)
+        for place, calls in enumerate(merging.stages):
+            begun, due = (math.ceil(hidden * stage / stages) for stage in (place, place + 1))
+            stalled += max(self._seconds(calls) - (due - begun) * step_seconds, 0.0)
+        return stalled
+
+    def _seconds(self, calls: Calls) -> float:
+        return sum(self._cost(traffic).seconds for traffic in calls)
 
     def _exposed(self, calls: Sequence[Traffic], step_seconds: float) -> float:
         """Seconds that the calls of a step add to it."""
-        before = sum(self._cost(traffic).seconds for traffic in calls if traffic.call != "gradients")
+        before = self._seconds(tuple(traffic for traffic in calls if traffic.call != "gradients"))
         forward, backward = (1 - BACKWARD) * step_seconds, BACKWARD * step_seconds
         free_at = 0.0
         for traffic in calls:

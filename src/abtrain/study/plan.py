@@ -1,14 +1,17 @@
 """Which recipe suits a cluster: forecasts of many, and the one closest to plain data parallel training that is fast.
 
-Nothing here knows what a recipe costs in accuracy. What is known is the order: the fewer steps between merges and the
-wider the wire, the closer to data parallel training. So recipes are tried in that order, data parallel training in
-bfloat16 first, and the first that takes at most a ninth longer than the fastest of all is recommended.
+Nothing here knows what a recipe costs in accuracy. What is known is the order: the fewer steps between merges, the
+sooner a merge is there and the wider the wire, the closer to data parallel training. So recipes are tried in that
+order, data parallel training in bfloat16 first, and the first that takes at most a ninth longer than the fastest of all
+is recommended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 from abtrain import recipes
@@ -17,6 +20,7 @@ from abtrain.recipe import Factoring, Recipe
 from abtrain.study.cost import Cluster
 from abtrain.study.forecast import Forecast, forecast
 from abtrain.study.payload import payload_ratio, predict
+from abtrain.study.settings import problem_of
 from abtrain.study.shapes import ModelShapes, ranks_for
 from abtrain.study.simulate import Speeds
 
@@ -26,6 +30,8 @@ ROUNDS = (10, 20, 40, 80, 160, 320)
 """Steps between merges that are tried."""
 WIRES = ("fp32", "bf16", "int8", "int4")
 """Wires that are tried, widest first."""
+HIDDEN = 0.5
+"""Share of a round that merges are hidden behind where that is tried; merges that are waited for are tried before."""
 RARE = ("diloco", "ab_outer")
 """Recipes that are tried with all of those: full weights before factors."""
 
@@ -157,7 +163,10 @@ def _ladder(setting: Setting, names: Sequence[str]) -> Iterator[Offer]:
             # A recipe needs room for a round of its first phase, and one behind it.
             if "every" not in known or 2 * every > setting.steps:
                 continue
-            for wire in WIRES if "wire" in known else ():
-                yield setting.offer(name, every=every, wire=wire)
-            if "wire" not in known:
-                yield setting.offer(name, every=every)
+            wires = [{"wire": wire} for wire in WIRES] if "wire" in known else [{}]
+            delays = [{}, {"delay": round(HIDDEN * every)}] if "delay" in known else [{}]
+            for delay, wire in product(delays, wires):
+                options = {"every": every, **wire, **delay}
+                # A phase may be shorter than a round.
+                if not problem_of(partial(recipes.build, name, setting.steps, **options)):
+                    yield setting.offer(name, **options)

@@ -26,6 +26,8 @@ from abtrain.train.progress import human_bytes
 from abtrain.train.tasks import TASKS
 
 _MOST_WORKERS = 10**6
+_OPTIONS = ("every", "wire", "delay", "fragments")
+"""Settings that are options of recipes."""
 
 
 def plan(config: PlanConfig, console: Console | None = None) -> None:
@@ -53,7 +55,7 @@ def plan(config: PlanConfig, console: Console | None = None) -> None:
     console.print(f"Recommended: {advice}", highlight=False)
     console.print(
         "Forecast are bytes and seconds; computing a step is taken to be as long in every recipe. What a recipe costs "
-        "in accuracy, only training tells: rarer merges and narrower wires are further from data parallel training.",
+        "in accuracy, only training tells: rarer, narrower and hidden merges are further from data parallel training.",
         highlight=False,
     )
 
@@ -129,7 +131,7 @@ def _setting(config: PlanConfig) -> Setting:
 
 def _options(config: PlanConfig, name: str) -> dict[str, Any]:
     """Of the options given, those that a recipe takes; all of them where one recipe was asked for."""
-    given = {key: value for key in ("every", "wire") if (value := getattr(config, key)) is not None}
+    given = {key: value for key in _OPTIONS if (value := getattr(config, key)) is not None}
     known = recipes.options_of(name)
     return {key: value for key, value in given.items() if config.recipe == name or key in known}
 

@@ -82,7 +82,11 @@ class PlanConfig(ModelSettings):
     every: int | None = None
     """Steps between merges; by default the recipe's."""
     wire: str | None = None
-    """Code in which the recipe sends; by default the recipe's."""
+    """How the recipe sends: fp32, bf16, int8, int4, lowrank:RANK or lowrank:RANK:CODE; by default the recipe's."""
+    delay: int | None = None
+    """Steps that a merge is hidden behind; by default the recipe's."""
+    fragments: int | None = None
+    """Parts of the model that merge in turns; by default the recipe's."""
     jitter: float = 0.0
     """Spread of a step's time: standard deviation over mean."""
     slow_share: float = 0.0

@@ -1,4 +1,4 @@
-"""Words for what a worker sends: a call of a collective, and a stretch of steps that repeats the same calls."""
+"""Words for what a worker sends: a call of a collective, a merge, and a stretch of steps with the same calls."""
 
 from __future__ import annotations
 
@@ -30,6 +30,30 @@ class Traffic:
     ready: float = 1.0
 
 
+Calls = tuple[Traffic, ...]
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Merges that are alike.
+
+    Attributes:
+        times: how often one begins.
+        stages: what is sent at once, then what waits for that to arrive, and so on.
+        after: once all of it is there; training waits.
+        hidden: steps that go on meanwhile, evenly over the stages; 0: training waits.
+    """
+
+    times: int
+    stages: tuple[Calls, ...]
+    after: Calls = ()
+    hidden: int = 0
+
+    @property
+    def calls(self) -> Calls:
+        return (*(traffic for stage in self.stages for traffic in stage), *self.after)
+
+
 @dataclass(frozen=True)
 class Stretch:
     """Steps of one phase, and what a worker sends in them.
@@ -37,25 +61,29 @@ class Stretch:
     Attributes:
         phase: its name.
         steps: how many.
-        merges: how many rounds they are cut into.
         scope: over whom workers wait for each other at every step; None: over nobody.
         entry: once, before the first step.
         step: at each step.
-        merge: at each merge.
+        merges: whenever a part of the model, or all of it, merges.
         exit: once, after the last merge.
     """
 
     phase: str
     steps: int
-    merges: int = 0
     scope: Scope | None = None
-    entry: tuple[Traffic, ...] = ()
-    step: tuple[Traffic, ...] = ()
-    merge: tuple[Traffic, ...] = ()
-    exit: tuple[Traffic, ...] = ()
+    entry: Calls = ()
+    step: Calls = ()
+    merges: tuple[Merging, ...] = ()
+    exit: Calls = ()
+
+    @property
+    def meetings(self) -> int:
+        """How often all workers meet to merge."""
+        return sum(merging.times for merging in self.merges)
 
     def all(self) -> Iterator[tuple[Traffic, int]]:
         """Every call with how often it is made."""
-        for calls, times in ((self.entry, 1), (self.step, self.steps), (self.merge, self.merges), (self.exit, 1)):
+        merges = ((merging.calls, merging.times) for merging in self.merges)
+        for calls, times in ((self.entry, 1), (self.step, self.steps), *merges, (self.exit, 1)):
             for traffic in calls:
                 yield traffic, times

@@ -1,6 +1,6 @@
 """What tensors become on each wire: the collectives and their payload, as `abtrain.comm` makes and counts them.
 
-A wire of merges is one entry in `MERGE_WIRES`, a wire of gradients one in `GRADIENT_WIRES`.
+`merge_stages` knows the wires of merges; a wire of gradients is one entry in `GRADIENT_WIRES`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from abtrain.comm.buckets import MIB, pack
 from abtrain.comm.communicator import Scope
+from abtrain.comm.low_rank_wire import pays
 from abtrain.comm.quantize import CODES, Code
 from abtrain.comm.wire import CAPACITY
-from abtrain.study.traffic import Traffic
-from abtrain.sync import GradientSync
+from abtrain.study.traffic import Calls, Traffic
+from abtrain.sync import GradientSync, WireName
 
 _FIRST_BUCKET, _BUCKET = 1 * MIB, 25 * MIB
 """Where DDP closes its first bucket, and the others (its defaults)."""
@@ -25,36 +26,49 @@ _MIN_SAVING = 2
 _NUMBER = 8
 
 
-def compared(count: int) -> tuple[Traffic, ...]:
+def compared(count: int) -> Calls:
     """What workers send to find out whether they hold the same `count` numbers: int64, both ends of their range."""
     return (Traffic("all_reduce", "world", 2 * count * _NUMBER),) if count else ()
 
 
-def broadcast(tensors: Sequence[Tensor], scope: Scope = "world") -> tuple[Traffic, ...]:
+def broadcast(tensors: Sequence[Tensor], scope: Scope = "world") -> Calls:
     """Tensors that one worker sends to all, bit by bit."""
     return tuple(Traffic("broadcast", scope, bucket.flat.nbytes) for bucket in pack(tensors, widen=False))
 
 
-def exact(tensors: Sequence[Tensor]) -> tuple[Traffic, ...]:
+def exact(tensors: Sequence[Tensor]) -> Calls:
     """An average in full precision (see `abtrain.comm.wire.exact_average`)."""
     return tuple(Traffic("all_reduce", "world", bucket.flat.nbytes) for bucket in pack(tensors))
 
 
-def _narrow(code: Code, tensors: Sequence[Tensor], workers: int) -> tuple[Traffic, ...]:
-    """An average in few bits: each worker sends the others their chunks, and the average of its own to all."""
-    traffic = []
+def merge_stages(wire: str, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
+    """What a merge of these tensors sends over a wire, stage by stage (see `abtrain.comm.wire.Wire`)."""
+    name = WireName.parse(wire)
+    direct = partial(_direct, CODES[name.code], workers=workers)
+    if not name.rank:
+        return direct(tensors)
+    matrices, rest = [], []
+    for tensor in tensors:
+        if pays(tensor, name.rank):
+            matrices.append(tensor.float().flatten(1))
+        else:
+            rest.append(tensor)
+    P = [M.new_empty(M.shape[0], name.rank) for M in matrices]
+    Q = [M.new_empty(M.shape[1], name.rank) for M in matrices]
+    return (*direct(P + rest), *direct(Q))
+
+
+def _direct(code: Code, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
+    """Every number in one code. In few bits each worker sends the others their chunks, then its average to all."""
+    if code.exact:
+        return (exact(tensors),)
+    chunks, replies = [], []
     for bucket in pack([tensor.to(torch.float32) for tensor in tensors], CAPACITY):
         chunk = -(-bucket.flat.numel() // (workers * code.granule)) * code.granule
         row = code.nbytes(chunk)
-        traffic += [Traffic("exchange", "world", (workers - 1) * row), Traffic("all_gather", "world", row)]
-    return tuple(traffic)
-
-
-MERGE_WIRES: dict[str, Callable[[Sequence[Tensor], int], tuple[Traffic, ...]]] = {
-    "fp32": lambda tensors, workers: exact(tensors),
-    **{name: partial(_narrow, code) for name, code in CODES.items() if name != "fp32"},
-}
-"""By wire: (tensors, workers) -> what a merge of them sends."""
+        chunks.append(Traffic("exchange", "world", (workers - 1) * row))
+        replies.append(Traffic("all_gather", "world", row))
+    return tuple(chunks), tuple(replies)
 
 
 def _powersgd_bytes(tensors: Sequence[Tensor], rank: int) -> int:
@@ -78,7 +92,7 @@ GRADIENT_WIRES: dict[str, tuple[Callable[[Sequence[Tensor], GradientSync], int],
 """By wire: (gradients of a bucket, sync) -> bytes, and in how many collectives they go."""
 
 
-def gradients(tensors: Sequence[Tensor], scope: Scope, sync: GradientSync) -> tuple[Traffic, ...]:
+def gradients(tensors: Sequence[Tensor], scope: Scope, sync: GradientSync) -> Calls:
     """The buckets of one backward pass over these parameters, in the order in which they become ready.
 
     A bucket is ready once as much of the backward pass is done as it and those before it hold of all gradients.

@@ -18,6 +18,7 @@ from abtrain.errors import ConfigurationError, nearest
 # torch takes seconds to import: what needs it is imported where it is used, so that `--help` answers at once.
 
 Init = Literal["default", "orthogonal"]
+OnNonFinite = Literal["stop", "drop_worker"]
 DEVICES = ("auto", "cpu", "cuda")
 _LONGEST_TIMEOUT = 10**7  # seconds; what is longer does not fit into every clock that it is given to
 
@@ -47,26 +48,58 @@ class TrainConfig:
     """Initial weights: PyTorch's own, or every matrix orthogonal."""
     sigma_cutoff: float | None = None
     """Singular values below this share of the largest are dropped; by default the recipe's."""
+    rank_rule: str | None = None
+    """In place of the cutoff: energy:SHARE, stable:FACTOR or fixed:K (see abtrain.lowrank.rank)."""
     warmup_steps: int | None = None
-    """Full-rank data parallel steps at the start; by default the recipe's."""
+    """Full-rank steps at the start; by default the recipe's."""
+    warmup_every: int | None = None
+    """Steps between merges there; 0: gradients are averaged at every step; by default the recipe's."""
+    warmup_wire: str | None = None
+    """How merges are sent there; by default as elsewhere."""
+    mean_steps: int | None = None
+    """Steps at the start in which merges are plain means; by default the recipe's."""
+    mean_every: int | None = None
+    """Steps between merges there; 0: gradients are averaged at every step; by default the recipe's."""
+    agreement_below: float | None = None
+    """End the plain means once workers agree less than this; by default the recipe's."""
+    drift_below: float | None = None
+    """End the warm-up once spectra drift less than this in a round; by default the recipe's."""
+    settled: float | None = None
+    """Leave a weight dense while its spectrum drifts by more than this in a round; by default the recipe's."""
     ab_steps: int | None = None
     """Steps of a group phase; by default the recipe's."""
+    refactor_every: int | None = None
+    """Rounds after which weights are factored anew; by default the recipe's."""
     rebound_steps: int | None = None
-    """Full-rank data parallel steps after each group phase; by default the recipe's."""
+    """Full-rank steps after each group phase; by default the recipe's."""
+    rebound_every: int | None = None
+    """Steps between merges there; 0: gradients are averaged at every step; by default the recipe's."""
     lr_rebound_steps: int | None = None
     """Steps in which the learning rate climbs back after a change of shapes; by default the recipe's."""
     every: int | None = None
     """Steps between merges; by default the recipe's."""
+    delay: int | None = None
+    """Steps that a merge is hidden behind; by default the recipe's."""
+    fragments: int | None = None
+    """Parts of the model that merge in turns; by default the recipe's."""
+    trains: str | None = None
+    """Factors that a group trains: a_or_b by its role, a_then_b in turns, all or b; by default the recipe's."""
+    merge: str | None = None
+    """Rule of merges: mean, trained_only or weighted; by default the recipe's."""
+    temperature: float | None = None
+    """Of weighted merges, in the units of the loss; by default the recipe's."""
     outer_lr: float | None = None
     """Learning rate of the outer optimizer; by default the recipe's."""
     outer_momentum: float | None = None
     """Momentum of the outer optimizer; by default the recipe's."""
     wire: str | None = None
-    """Code in which merges are sent: fp32, bf16, int8 or int4; by default the recipe's."""
+    """How merges are sent: fp32, bf16, int8, int4, lowrank:RANK or lowrank:RANK:CODE; by default the recipe's."""
     rank: int | None = None
     """Rank of the factors that gradients are sent as; by default the recipe's."""
     damping: float | None = None
     """Damping of the factors' preconditioner; by default the recipe's."""
+    factor_lr: float | None = None
+    """Multiplies preconditioned steps of factors; by default the recipe's."""
     svd: Literal["each", "shared"] | None = None
     """Each worker decomposes every weight, or they share the work; by default the recipe's."""
     optimizer_state: Literal["reset", "project"] | None = None
@@ -75,6 +108,8 @@ class TrainConfig:
     """Leave a weight dense where its factors would be no smaller."""
     min_dim: int | None = None
     """Leave a weight dense whose smaller matrix dimension is below this; by default the recipe's."""
+    min_share: float | None = None
+    """Leave a weight dense that has less than this share of all that are factored; by default the recipe's."""
     exclude: tuple[str, ...] = ()
     """Globs of parameter names that stay dense."""
     data: Path | None = None
@@ -89,6 +124,8 @@ class TrainConfig:
     """cpu, cuda, or auto: cuda where every worker has a GPU of its own."""
     timeout: float = 600
     """Seconds that a worker waits for the others before it gives up."""
+    on_nonfinite: OnNonFinite = "stop"
+    """Where a worker's part of a merge is not finite: stop, or leave its part out and go on."""
     log_every: int = 20
     """Steps between two lines of metrics."""
 
@@ -159,6 +196,9 @@ def _value_problems(config: TrainConfig) -> list[str]:
     problems = []
     if config.init not in typing.get_args(Init):
         problems.append(f"unknown init {config.init!r}: {nearest(config.init, typing.get_args(Init))}")
+    if config.on_nonfinite not in typing.get_args(OnNonFinite):
+        known = typing.get_args(OnNonFinite)
+        problems.append(f"unknown on_nonfinite {config.on_nonfinite!r}: {nearest(config.on_nonfinite, known)}")
     for name in ("steps", "batch_size", "log_every"):
         value = getattr(config, name)
         if value is not None and value < 1:

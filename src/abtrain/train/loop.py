@@ -20,6 +20,7 @@ from abtrain.comm.communicator import Communicator
 from abtrain.engine import ABTraining
 from abtrain.errors import NonFiniteError
 from abtrain.export import weights_digest
+from abtrain.sync import GradientSync
 from abtrain.train.config import TrainConfig, used_options
 from abtrain.train.progress import Display
 from abtrain.train.run_folder import RunFolder
@@ -51,7 +52,7 @@ def train(config: TrainConfig, communicator: Communicator) -> dict[str, Any]:
     schedule = build_schedule(optimizer, config.steps)
     recipe = recipes.build(config.recipe, config.steps, **used_options(config))
     started = time.perf_counter()
-    ab = ABTraining(model, optimizer, recipe, communicator=communicator)
+    ab = ABTraining(model, optimizer, recipe, communicator=communicator, on_nonfinite=config.on_nonfinite)
     with contextlib.ExitStack() as stack:
         recorder = stack.enter_context(_Recorder(config, parameters)) if rank == 0 else None
         _run(config, task, ab, schedule, stream, recorder)
@@ -124,7 +125,8 @@ def _run(
         lr = float(schedule.get_last_lr()[0]) * ab.rebound_factor
         loss = task.loss(ab(x), y)
         value = loss.item()
-        if not math.isfinite(value):
+        gradients_travel = isinstance(ab.position.phase.sync, GradientSync)
+        if not math.isfinite(value) and (gradients_travel or config.on_nonfinite == "stop"):
             # Before the gradients of this worker reach the others; the launcher ends those.
             raise NonFiniteError(
                 f"the loss of worker {ab.communicator.rank} is {value} at step {ab.steps_done} ({phase}), "
@@ -134,7 +136,7 @@ def _run(
         ab.optimizer.step()
         schedule.step()
         ab.optimizer.zero_grad()
-        ab.step()
+        ab.step(value)
         if recorder is not None:
             recorder.step(ab.steps_done, phase, value, lr, meter.payload()["total"])
 
@@ -165,6 +167,7 @@ def _result(
         "parameters": parameters,
         "compression": ab.compression,
         "ranks": ab.rank_history,
+        "decisions": ab.decisions,
         "weights_digest": weights_digest(ab.dense_state_dict()),
         "schedule": repr(ab.recipe),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "abtrain": __version__},

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
-from abtrain.comm.wire import Wire
+from abtrain.comm.low_rank_wire import orthonormal
+from abtrain.comm.stages import finish
+from abtrain.comm.wires import make_wire
 from tests.gloo import run_gloo
 
 SHAPES = {"weight": (40, 33), "bias": (7,), "empty": (0, 3), "scalar": ()}
-CODES = ["fp32", "bf16", "int8", "int4"]
+CODES = ["fp32", "bf16", "int8", "int4", "lowrank:2", "lowrank:3:int8", "lowrank:2:int4"]
 
 
 def numbers(rank: int, turn: int) -> dict[str, Tensor]:
@@ -20,11 +22,16 @@ def numbers(rank: int, turn: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def several_turns(comm: Communicator, code: str, turns: int) -> tuple[list[dict[str, Tensor]], dict[str, Tensor], int]:
-    wire = Wire(code)
+def several_turns(comm: Communicator, name: str, turns: int) -> tuple[list[dict[str, Tensor]], dict[str, Tensor], int]:
+    """The averages, what this worker kept, and what it handed over."""
+    wire, kept = make_wire(name), dict[str, Tensor]()
     before = comm.meter.payload()["total"]
-    averages = [wire.average(numbers(comm.rank, turn), comm) for turn in range(turns)]
-    return averages, wire.residuals, comm.meter.payload()["total"] - before
+    averages = []
+    for turn in range(turns):
+        owed = {n: t + kept[n] if n in kept else t for n, t in numbers(comm.rank, turn).items()}
+        mean, kept = finish(wire.average(owed, comm))
+        averages.append(mean)
+    return averages, kept, comm.meter.payload()["total"] - before
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -54,7 +61,7 @@ def test_one_average_is_close(code: str, error: float) -> None:
 )
 def test_payload_is_that_share_of_float32(code: str, share: float, tolerance: float) -> None:
     def work(comm: Communicator) -> int:
-        Wire(code).average({"weight": torch.ones(400, 500)}, comm)
+        finish(make_wire(code).average({"weight": torch.ones(400, 500)}, comm))
         return int(comm.meter.payload()["total"])
 
     assert run_in_process(4, work)[0] / (4 * 200_000) == pytest.approx(share, rel=tolerance)
@@ -69,14 +76,68 @@ def test_gloo_ranks_get_the_bits_of_threads(code: str) -> None:
         assert all(torch.equal(mine[name], other[name]) for name in SHAPES)
 
 
-def test_dtypes_come_back_and_forgetting_drops_the_residual() -> None:
-    def work(comm: Communicator) -> tuple[Tensor, list[str]]:
-        wire = Wire("int8")
-        average = wire.average({"half": torch.full((4,), 0.5, dtype=torch.bfloat16), "w": torch.randn(3)}, comm)
-        wire.forget("w")
-        return average["half"], list(wire.residuals)
+def test_dtypes_come_back() -> None:
+    def work(comm: Communicator) -> Tensor:
+        halves = {"half": torch.full((4,), 0.5, dtype=torch.bfloat16), "w": torch.randn(3)}
+        return finish(make_wire("int8").average(halves, comm)).mean["half"]
 
-    half, kept = run_in_process(2, work)[0]
+    half = run_in_process(2, work)[0]
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half, torch.full((4,), 0.5, dtype=torch.bfloat16))
-    assert kept == ["half"]
+
+
+def test_a_low_rank_change_arrives_whole() -> None:
+    """Two workers' changes share a column space: rank 2 holds their mean, and nothing is left to be sent."""
+    columns = torch.linalg.qr(torch.randn(30, 2, generator=torch.Generator().manual_seed(1)))[0]
+
+    def work(comm: Communicator) -> tuple[Tensor, Tensor, Tensor]:
+        M = columns @ torch.randn(2, 20, generator=torch.Generator().manual_seed(10 + comm.rank))
+        mean, error = finish(make_wire("lowrank:2").average({"M": M}, comm))
+        return M, mean["M"], error["M"]
+
+    (M0, mean, error), (M1, other, _) = run_in_process(2, work)
+    torch.testing.assert_close(mean, (M0 + M1) / 2, atol=1e-5, rtol=1e-4)
+    assert torch.equal(mean, other)
+    assert error.abs().max() < 1e-5
+
+
+def test_warm_starts_find_the_leading_directions_of_a_lasting_change() -> None:
+    U, _, V = torch.linalg.svd(torch.randn(40, 40, generator=torch.Generator().manual_seed(0)))
+    M = U @ torch.diag(2.0 ** -torch.arange(40)) @ V
+
+    def work(comm: Communicator) -> list[float]:
+        wire = make_wire("lowrank:3")
+        return [float((finish(wire.average({"M": M}, comm)).mean["M"] - M).norm()) for _ in range(8)]
+
+    errors = run_in_process(2, work)[0]
+    best = float((2.0 ** -torch.arange(3, 40)).norm())
+    assert errors[0] > errors[-1]
+    assert errors[-1] == pytest.approx(best, rel=1e-3)
+
+
+def test_low_rank_payload_is_that_of_the_factors() -> None:
+    def work(comm: Communicator, name: str) -> int:
+        finish(
+            make_wire(name).average({"M": torch.randn(400, 500), "small": torch.randn(3, 4), "b": torch.ones(9)}, comm)
+        )
+        return int(comm.meter.payload()["total"])
+
+    exact = run_in_process(4, lambda comm: work(comm, "lowrank:4"))[0]
+    assert exact == 4 * (4 * (400 + 500) + 12 + 9)
+    assert run_in_process(4, lambda comm: work(comm, "lowrank:4:int8"))[0] == pytest.approx(exact / 4, rel=0.35)
+
+
+def test_a_dependent_column_becomes_zero_and_comes_back_later() -> None:
+    P = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    Q = orthonormal(P)
+    torch.testing.assert_close(Q.T @ Q, torch.diag(torch.tensor([1.0, 0.0, 1.0])))
+
+    def work(comm: Communicator) -> float:
+        wire = make_wire("lowrank:2")
+        finish(wire.average({"M": torch.zeros(6, 6)}, comm))
+        M = torch.diag(torch.tensor([3.0, 2.0, 0, 0, 0, 0]))
+        for _ in range(12):
+            mean = finish(wire.average({"M": M}, comm)).mean["M"]
+        return float((mean - M).norm())
+
+    assert run_in_process(2, work)[0] < 1e-3

@@ -8,8 +8,9 @@ import pytest
 
 from abtrain import cli, recipes
 from abtrain.errors import ConfigurationError
+from abtrain.recipe import Measure
 from abtrain.study.units import rate_of, seconds_of
-from abtrain.study.words import GRADIENT_WIRES, MERGES, TRAINS, phases_in_words, purpose_of
+from abtrain.study.words import GRADIENT_WIRES, MEASURES, MERGES, TRAINS, phases_in_words, purpose_of
 from abtrain.sync import GradientWire, Merge, Trains
 
 GIVEN = ("--parameters", "1e6", "--step-time", "50ms")
@@ -74,7 +75,7 @@ def test_plan_compares_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, lines)) <= 100
     text = "\n".join(lines)
     assert all(name in text for name in recipes.RECIPES)
-    assert "Recommended: ab_outer --every" in text
+    assert "Recommended: diloco --every" in text
 
 
 def test_plan_says_when_data_parallel_training_is_better(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +85,9 @@ def test_plan_says_when_data_parallel_training_is_better(capsys: pytest.CaptureF
 
 def test_plan_of_one_recipe_by_phase_on_unlike_links(capsys: pytest.CaptureFixture[str]) -> None:
     unlike = ("--nodes", "2", "--rates", "1gbit,20mbit", "--jitter", "0.2", "--workers-per-node", "2")
-    code, lines, _ = typed(capsys, "plan", "ab_outer", *GIVEN, *unlike, "--every", "50", "--wire", "int8")
+    code, lines, _ = typed(
+        capsys, "plan", "ab_outer", *GIVEN, *unlike, "--every", "50", "--wire", "int8", "--delay", "20"
+    )
     assert code == 0
     text = "\n".join(lines)
     assert "20 Mbit/s" in text
@@ -128,14 +131,15 @@ def test_numbers_that_cannot_be(capsys: pytest.CaptureFixture[str], bad: tuple[s
 
 
 def test_an_option_that_the_recipe_has_not(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, errors = typed(capsys, "plan", "ab", *GIVEN, "--wire", "int8")
+    code, _, errors = typed(capsys, "plan", "ab", *GIVEN, "--delay", "5")
     assert (code, len(errors)) == (2, 1)
-    assert "has no option 'wire'" in errors[0]
+    assert "has no option 'delay'" in errors[0]
 
 
 def test_everything_that_a_recipe_may_hold_has_words() -> None:
     assert set(TRAINS) == set(get_args(Trains))
     assert set(MERGES) == set(get_args(Merge))
+    assert set(MEASURES) == set(get_args(Measure))
     assert set(GRADIENT_WIRES) == set(get_args(GradientWire))
     for name in recipes.RECIPES:
         assert purpose_of(name).endswith(".")
@@ -147,6 +151,18 @@ def test_phases_in_words() -> None:
         "warmup, 10 steps: full, gradients averaged at every step",
         "group, 4 x 20 steps: half train A, half B, merged every 20 steps (mean, fp32)",
         "rebound, 3 x 5 steps: full, gradients averaged at every step",
+    ]
+
+
+def test_phases_of_ones_own_in_words() -> None:
+    options = {"mean_steps": 20, "agreement_below": 0.1, "warmup_steps": 100, "warmup_every": 50, "drift_below": 0.01}
+    assert phases_in_words(recipes.ab_outer(500, **options, delay=5, fragments=2, wire="lowrank:4:int8")) == [
+        "mean, up to 20 steps: full, merged every 5 steps (mean, factors of rank 4 in int8), until workers agree less "
+        "than 0.1",
+        "warmup, up to 100 steps: full, merged every 50 steps (outer Nesterov, factors of rank 4 in int8), until "
+        "spectra drift by less than 0.01 a round",
+        "factors, 380 steps: all train A and B, steps preconditioned (damping 0.1, times 2), merged every 20 steps "
+        "(outer Nesterov, factors of rank 4 in int8, 2 fragments in turns, hidden behind 5 steps)",
     ]
 
 

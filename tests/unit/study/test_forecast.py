@@ -7,7 +7,7 @@ from abtrain.study.forecast import Forecast, forecast
 from abtrain.study.payload import predict
 from abtrain.study.shapes import ModelShapes, assumed_shapes
 from abtrain.study.simulate import Speeds
-from abtrain.study.traffic import Stretch, Traffic
+from abtrain.study.traffic import Merging, Stretch, Traffic
 from abtrain.sync import GradientSync
 
 LINK = Link(100e6, 1e-3)
@@ -44,8 +44,38 @@ def test_merges_are_not_hidden() -> None:
     model = assumed_shapes(10**6, 1000)
     expected = of_recipe("diloco", model, every=10)
     once = ring(CLUSTER, 4e6).seconds + cost_of("all_reduce", CLUSTER, 256).seconds
+    once += cost_of("all_gather", CLUSTER, 16).seconds
     assert expected.phases[-1].communication == pytest.approx(10 * once)
     assert expected.payload == pytest.approx(10 * 4e6, rel=1e-3)
+
+
+def test_a_merge_hides_behind_the_steps_of_its_delay() -> None:
+    """Two stages in 5 steps of 0.1 s: the second is begun after 3 of them, and has 2 to arrive in."""
+    stages = ((Traffic("all_reduce", "world", 256),), (Traffic("all_reduce", "world", 4_000_000),))
+    after = (Traffic("broadcast", "world", 8),)
+    stretch = Stretch("local", 10, "group", merges=(Merging(1, stages, after, hidden=5),))
+    expected = forecast([stretch], CLUSTER, 0.1)
+    left = ring(CLUSTER, 4e6).seconds - 0.2 + cost_of("broadcast", CLUSTER, 8).seconds
+    assert expected.phases[0].communication == pytest.approx(left)
+    # A step of a second hides all but what comes afterwards.
+    assert forecast([stretch], CLUSTER, 1).phases[0].communication == cost_of("broadcast", CLUSTER, 8).seconds
+
+
+def test_hidden_merges_use_a_slow_link_better() -> None:
+    model = assumed_shapes(10**6, 1000)
+    waited, hidden = (of_recipe("diloco", model, step=0.05, every=20, delay=delay) for delay in (0, 19))
+    assert hidden.payload == waited.payload
+    assert hidden.wire == waited.wire
+    assert hidden.utilisation > waited.utilisation + 0.1
+
+
+def test_fragments_merge_in_turns() -> None:
+    model = assumed_shapes(4 * 10**6, 1000)
+    stretch = predict(recipes.diloco(40, every=20, fragments=4), model, Topology(4))[-1]
+    # Four times in the first round, three times in the second, and all that is left, which is all, at the end.
+    assert stretch.meetings == 8
+    assert sum(merging.times for merging in stretch.merges if len(merging.calls) == 3) == 8
+    assert sum(t.nbytes * n for t, n in stretch.all()) == 7 * 4_000_000 + 16_000_000 + 8 * (256 + 16)
 
 
 def test_rounds_of_powersgd_take_their_latency() -> None:

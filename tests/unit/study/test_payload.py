@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, get_args
 
 import pytest
@@ -13,29 +14,67 @@ from abtrain import ABTraining, Energy, FixedRank, GradientSync, Phase, Recipe, 
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.topology import Topology
-from abtrain.recipe import Factoring
+from abtrain.comm.wires import make_wire
+from abtrain.recipe import Factoring, Position
 from abtrain.study.payload import OptimizerShape, payload, payload_ratio, predict
+from abtrain.study.rounds import turns
 from abtrain.study.shapes import assumed_shapes, ranks_for, shapes_of
-from abtrain.study.wires import GRADIENT_WIRES, MERGE_WIRES
-from abtrain.sync import GradientWire, Wire
+from abtrain.study.wires import GRADIENT_WIRES, merge_stages
+from abtrain.sync import Code, GradientWire, Mean, Trains
 from tests.cases import SCHEDULE, adamw, sgd
 from tests.gloo import run_gloo
 
 RANK_2 = {"rank_rule": FixedRank(2)}
+RANK_4 = {"rank_rule": FixedRank(4)}
+"""Factors that are large enough to be sent as factors of their own."""
 LOCAL = {"every": 4}
+SHORT = {**SCHEDULE, **RANK_4}
+OUTER = {**LOCAL, **RANK_4, "warmup_steps": 8}
+WIRES = (*get_args(Code), "lowrank:2", "lowrank:2:int8")
+AROUND = {"every": 4, "warmup_steps": 3, "rebound_steps": 2}
+BASES: dict[str, dict[str, Any]] = {"local_sgd": AROUND, "diloco": LOCAL, "ab": SHORT, "ab_outer": OUTER}
+PACES = ({"delay": 1}, {"delay": 3}, {"fragments": 2}, {"fragments": 4}, {"delay": 3, "fragments": 3})
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {}),
     "solo": ("solo", {}),
     "local_sgd": ("local_sgd", LOCAL),
-    "local_sgd around": ("local_sgd", {"every": 4, "warmup_steps": 3, "rebound_steps": 2}),
-    **{f"diloco {wire}": ("diloco", {**LOCAL, "wire": wire}) for wire in ("fp32", "bf16", "int8", "int4")},
+    "local_sgd around": ("local_sgd", AROUND),
+    **{f"{name} {wire}": (name, {**base, "wire": wire}) for name, base in BASES.items() for wire in WIRES},
+    **{
+        f"{name} {wire} {pace}": (name, {**BASES[name], **pace, "wire": wire})
+        for name, wire in (("local_sgd", "fp32"), ("diloco", "int8"), ("ab_outer", "lowrank:2:int8"))
+        for pace in PACES
+    },
+    "local_sgd weighted": ("local_sgd", {**LOCAL, "merge": "weighted", "delay": 2}),
+    "local_sgd around in merges": ("local_sgd", {**AROUND, "warmup_every": 2, "rebound_every": 1}),
+    "diloco after means": ("diloco", {**LOCAL, "mean_steps": 5, "mean_every": 2}),
+    "diloco measured": ("diloco", {**LOCAL, "mean_steps": 4, "mean_every": 2, "agreement_below": 1e-9}),
     "ab": ("ab", {**SCHEDULE, **RANK_2}),
     "ab projecting": ("ab", {**SCHEDULE, **RANK_2, "optimizer_state": "project"}),
     "ab shared": ("ab", {**SCHEDULE, **RANK_2, "svd": "shared"}),
     "ab by cutoff": ("ab", {**SCHEDULE, "sigma_cutoff": 0.4}),
     "ab with dense weights": ("ab", {**SCHEDULE, "rank_rule": Energy(0.8), "keep_dense_if_larger": True}),
     "ab_no_groups": ("ab_no_groups", {**SCHEDULE, **RANK_2}),
-    **{f"ab_outer {w}": ("ab_outer", {**LOCAL, **RANK_2, "warmup_steps": 8, "wire": w}) for w in ("fp32", "int4")},
+    "ab in turns": ("ab", {**SHORT, "ab_steps": 5, "every": 2, "trains": "a_then_b"}),
+    "ab in turns projecting": (
+        "ab",
+        {**SHORT, "ab_steps": 12, "every": 2, "trains": "a_then_b", "optimizer_state": "project", "wire": "int8"},
+    ),
+    "ab of those who trained": ("ab", {**SHORT, "merge": "trained_only", "every": 3}),
+    "ab in merges": ("ab", {**SHORT, "warmup_every": 2, "rebound_every": 1, "wire": "lowrank:2"}),
+    "ab_no_groups in merges": ("ab_no_groups", {**SHORT, "warmup_every": 2, "rebound_every": 2, "wire": "bf16"}),
+    "ab_outer anew": ("ab_outer", {**OUTER, "refactor_every": 1}),
+    "ab_outer anew after merges": (
+        "ab_outer",
+        {**OUTER, "warmup_steps": 4, "refactor_every": 1, "rebound_steps": 2, "rebound_every": 1},
+    ),
+    "ab_outer anew after ddp": (
+        "ab_outer",
+        {**OUTER, "warmup_steps": 4, "refactor_every": 1, "rebound_steps": 2, "rebound_every": 0, "delay": 2},
+    ),
+    "ab_outer after means": ("ab_outer", {**OUTER, "mean_steps": 3, "mean_every": 1, "warmup_every": 0}),
+    "ab_outer measured": ("ab_outer", {**OUTER, "drift_below": 1e-9, "settled": 1.0, "warmup_wire": "bf16"}),
+    "ab_outer without a preconditioner": ("ab_outer", {**OUTER, "damping": 0.0, "min_share": 0.2}),
     "ab_outer excluding": ("ab_outer", {**LOCAL, **RANK_2, "exclude": ("0.*",), "wire": "int8"}),
 }
 
@@ -51,17 +90,19 @@ def norm_net(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def run(comm: Communicator, model: nn.Module, recipe: Recipe, optimizer: Any = adamw) -> tuple[Any, Any]:
-    """What the meter of a whole run says, and the ranks of every decomposition."""
+    """What the meter of a whole run says, and the ranks of every decomposition; no phase has ended early."""
     opt = optimizer([p for p in model.parameters() if p.requires_grad])
     ab = ABTraining(model, opt, recipe, communicator=comm)
     dtype = next(model.parameters()).dtype
     for step in range(recipe.total_steps):
         generator = torch.Generator().manual_seed(100 * step + comm.rank)
         x = torch.randn(6, 2, 6, 6, generator=generator).to(dtype)
-        F.cross_entropy(ab(x).float(), torch.randint(0, 5, (6,), generator=generator)).backward()
+        loss = F.cross_entropy(ab(x).float(), torch.randint(0, 5, (6,), generator=generator))
+        loss.backward()
         opt.step()
         opt.zero_grad()
-        ab.step()
+        ab.step(loss)
+    assert ab.recipe == recipe
     return comm.meter.payload(), [entry["ranks"] for entry in ab.rank_history]
 
 
@@ -84,7 +125,13 @@ def test_every_recipe_sends_what_is_predicted(case: str) -> None:
     compare(recipes.build(name, 17, **options), 3)
 
 
-@pytest.mark.parametrize("case", ["ddp", "local_sgd around", "diloco int4", "ab", "ab projecting", "ab_outer int4"])
+GROUPED = (
+    *("ddp", "local_sgd around", "diloco int4", f"diloco int8 {PACES[-1]}", "ab", "ab projecting"),
+    *("ab in turns projecting", "ab_outer int4"),
+)
+
+
+@pytest.mark.parametrize("case", GROUPED)
 @pytest.mark.parametrize(("workers", "group_size"), [(4, 2), (2, 2), (1, 1)])
 def test_groups_too(case: str, workers: int, group_size: int) -> None:
     name, options = CASES[case]
@@ -92,7 +139,7 @@ def test_groups_too(case: str, workers: int, group_size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("case", ["ddp", "local_sgd around", "ab", "diloco int8", "ab_outer fp32"])
+@pytest.mark.parametrize("case", ["ddp", "local_sgd around", "ab", "diloco int8", "diloco lowrank:2", "ab_outer fp32"])
 def test_other_dtypes_too(case: str, dtype: torch.dtype) -> None:
     name, options = CASES[case]
     compare(recipes.build(name, 13, **options), 2, make=lambda: norm_net(dtype))
@@ -131,7 +178,8 @@ def test_gradients_of_every_wire(wire: GradientWire) -> None:
 
 
 def test_every_wire_is_known() -> None:
-    assert set(MERGE_WIRES) == set(get_args(Wire))
+    for wire in WIRES:
+        assert len(merge_stages(wire, [torch.empty(8, 8, device="meta")], workers=2)) == make_wire(wire).stages
     assert set(GRADIENT_WIRES) == set(get_args(GradientWire))
 
 
@@ -142,7 +190,7 @@ def test_by_hand() -> None:
     assert full["by_phase"] == {"setup": 256 + 16, "full": 100 * 4_000_000}
     # 250,000 numbers a chunk, rounded up to blocks of 128, 1 byte each and a scale of 2 bytes a block.
     chunk = 250_112
-    merge = 4 * (chunk + 2 * chunk // 128) + 256
+    merge = 4 * (chunk + 2 * chunk // 128) + 256 + 16
     rare = payload(predict(recipes.diloco(100, every=20, wire="int8"), model, topology), topology)
     assert rare["by_phase"]["local"] == 5 * merge
     assert payload_ratio(rare["total"], model, 100) == pytest.approx(1 / 80, rel=0.02)
@@ -154,8 +202,52 @@ def test_ab_outer_by_hand() -> None:
     assert ranks == {"weight0": 50}
     recipe = recipes.ab_outer(1000, every=20, warmup_steps=200, wire="fp32")
     by_phase = payload(predict(recipe, model, topology, ranks), topology)["by_phase"]
-    assert by_phase["warmup"] == 10 * (4_000_000 + 256)
-    assert by_phase["factors"] == 16 + 16 + 40 * (400_000 + 256)
+    assert by_phase["warmup"] == 10 * (4_000_000 + 256 + 16)
+    assert by_phase["factors"] == 16 + 16 + 40 * (400_000 + 256 + 16)
+
+
+def test_low_rank_by_hand() -> None:
+    """A weight of 1000 x 1000 as two factors of rank 4, 8 bits and a scale of 2 bytes for every 128 numbers."""
+    model, topology = assumed_shapes(1_000_000, 1000), Topology(4)
+    # 4,000 numbers make chunks of 1,000, rounded up to 1,024.
+    factor = 4 * (1024 + 2 * 8)
+    sent = payload(predict(recipes.diloco(100, every=20, wire="lowrank:4:int8"), model, topology), topology)
+    assert sent["by_phase"]["local"] == 5 * (2 * factor + 256 + 16)
+
+
+def test_a_phase_that_ends_early_sends_less_than_is_predicted() -> None:
+    recipe = recipes.ab_outer(17, **{**OUTER, "warmup_steps": 12}, drift_below=10)
+
+    def ended(comm: Communicator) -> Any:
+        model = norm_net()
+        opt = adamw([p for p in model.parameters() if p.requires_grad])
+        ab = ABTraining(model, opt, recipe, communicator=comm)
+        for _ in range(9):
+            ab(torch.ones(2, 2, 6, 6)).sum().backward()
+            opt.step()
+            ab.step()
+        return comm.meter.payload()["by_phase"], ab.decisions
+
+    by_phase, decisions = run_in_process(2, ended)[0]
+    assert len(decisions) == 1
+    predicted = payload(predict(recipe, shapes_of(norm_net(), recipe.factoring), Topology(2)), Topology(2))
+    assert by_phase["warmup"] < predicted["by_phase"]["warmup"]
+
+
+@pytest.mark.parametrize("trains", ["all", "a_then_b"])
+@pytest.mark.parametrize("fragments", [1, 2, 3])
+def test_merges_of_a_run_are_those_of_its_steps(trains: Trains, fragments: int) -> None:
+    for every, steps in ((3, 3), (3, 11), (4, 13), (5, 20), (5, 29)):
+        sync = WeightSync(every, Mean(), fragments=fragments if trains == "all" else 1)
+        phase = Phase("p", steps, "factored", trains, sync)
+        positions = [Position(s, phase, 0, 1, s, steps) for s in range(steps)]
+        found = list(turns(positions[0], sync))
+        for turn in found:
+            same = [p for p in positions if trains == "all" or p.turn == turn.position.turn]
+            assert turn.steps == len(same)
+            assert turn.merging == Counter(p.merging for p in same if p.merging and not p.last)
+            assert turn.last == same[-1].last
+        assert sum(turn.steps for turn in found) == steps
 
 
 def test_build_is_not_needed_to_predict_a_large_model() -> None:

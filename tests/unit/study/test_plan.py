@@ -34,10 +34,20 @@ def test_no_other_is_much_faster_than_the_choice() -> None:
         assert advice.choice.forecast.seconds <= advice.fastest.forecast.seconds / 0.9
 
 
+def test_merges_are_hidden_where_rounds_need_not_be_longer_then() -> None:
+    choices = [recommend(setting(rate)).choice for rate in (1e7, 3e7, 1e8, 3e8, 1e9)]
+    assert any("--delay" in str(choice) for choice in choices)
+
+
 def test_a_recipe_of_choice() -> None:
     advice = recommend(setting(20e6), ["diloco"])
     assert advice.choice.name == "diloco"
     assert advice.smaller is None
+
+
+def test_rounds_that_are_longer_than_a_phase_are_not_tried() -> None:
+    """Group phases of `ab` have 67 of 2,000 steps."""
+    assert recommend(setting(20e6), ["ab"]).fastest.options.get("every", 10) <= 67
 
 
 def test_full_weights_come_with_a_hint_at_a_smaller_model() -> None:

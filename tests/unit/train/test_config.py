@@ -25,7 +25,7 @@ def test_the_defaults_are_valid_with_every_recipe_and_task() -> None:
 
 def test_every_option_of_a_recipe_is_a_setting() -> None:
     taken = frozenset().union(*map(recipes.options_of, recipes.RECIPES))
-    assert set(RECIPE_OPTIONS) == taken - {"rank_rule"}  # an object has no place on a command line
+    assert set(RECIPE_OPTIONS) == taken
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""The commands of the benchmarks: name -> (task, {label: arguments of `abtrain train`})."""
+
+from __future__ import annotations
+
+RATES = ("0.5e-3", "1e-3", "2e-3", "4e-3")
+
+RECIPES = {
+    "ddp": "ddp",
+    "ddp, bf16": "ddp --wire bf16",
+    "powersgd": "powersgd",
+    "ab": "ab --sigma-cutoff 0.3",
+    "local_sgd": "local_sgd",
+    "diloco": "diloco",
+    "diloco, int4": "diloco --wire int4",
+    "ab_outer": "ab_outer",
+}
+"""Every recipe with its shipped defaults, at the task's learning rate."""
+
+TUNED = ("ddp", "powersgd", "ab", "local_sgd", "diloco", "ab_outer")
+
+MERGES = {
+    "ab_outer": "ab_outer",
+    "wire int8": "ab_outer --wire int8",
+    "wire fp32": "ab_outer --wire fp32",
+    "delay 5": "ab_outer --delay 5",
+    "delay 5, 4 fragments": "ab_outer --delay 5 --fragments 4",
+    "every 40": "ab_outer --every 40",
+    "every 40, warm-up 10 %": "ab_outer --every 40 --warmup-steps 200",
+    "every 80, warm-up every 20": "ab_outer --every 80 --warmup-every 20",
+    "warm-up lowrank:4:int8": "ab_outer --warmup-wire lowrank:4:int8",
+    "no preconditioner": "ab_outer --damping 0",
+    "factor_lr 1": "ab_outer --factor-lr 1",
+    "factor_lr 3": "ab_outer --factor-lr 3",
+    "optimizer state reset": "ab_outer --optimizer-state reset",
+    "factored anew every 20 rounds": "ab_outer --refactor-every 20",
+    "energy:0.95": "ab_outer --rank-rule energy:0.95",
+    "stable:4": "ab_outer --rank-rule stable:4",
+}
+"""`ab_outer` with one thing changed at a time."""
+
+ROLES = {
+    "mean (the paper)": "ab --sigma-cutoff 0.3",
+    "trained_only": "ab --sigma-cutoff 0.3 --merge trained_only",
+    "weighted": "ab --sigma-cutoff 0.3 --merge weighted",
+    "a_then_b": "ab --sigma-cutoff 0.3 --trains a_then_b",
+    "all": "ab --sigma-cutoff 0.3 --trains all",
+    "warm-up and rebound local": "ab --sigma-cutoff 0.3 --warmup-every 10 --rebound-every 5",
+}
+"""The paper's recipe with other merges and other splits of the work."""
+
+BENCHMARKS: dict[str, tuple[str, dict[str, str]]] = {
+    "fashion-cnn": ("fashion-cnn", RECIPES),
+    "fashion-cnn-rates": (
+        "fashion-cnn",
+        {f"{recipe}, {lr}": f"{RECIPES[recipe]} --lr {lr}" for recipe in TUNED for lr in RATES},
+    ),
+    "fashion-cnn-merges": ("fashion-cnn", MERGES),
+    "fashion-cnn-roles": ("fashion-cnn", ROLES),
+    "fashion-vit": ("fashion-vit", RECIPES),
+    "pysrc-gpt": ("pysrc-gpt", RECIPES),
+}

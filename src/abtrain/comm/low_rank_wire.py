@@ -1,0 +1,101 @@
+"""Changes of whole matrices, sent as low-rank factors: PowerSGD's algorithm, on what a round changed.
+
+Vogels, Karimireddy, Jaggi, "PowerSGD" (arXiv 1905.13727), algorithm 1, with the change of a weight in the place of its
+gradient. One step of a power iteration a merge, started from where the last one ended:
+
+    P = mean(M_i) Q ;  P orthonormal ;  Q = mean(M_i)^T P ;  mean(M_i) ~ P Q^T ;  E_i = M_i - P (M_i^T P)^T
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from abtrain.comm.communicator import Communicator
+from abtrain.comm.stages import Stages
+from abtrain.comm.wire import Averages, DirectWire, Tensors
+
+# What is left of a column after its projection on the others, below this share of it, is rounding.
+_DEPENDENT = 1e-4
+
+
+class LowRankWire:
+    """Sends a tensor of two or more dimensions, seen as (first dimension, rest), as two factors of rank `rank`.
+
+    Tensors whose factors would be no smaller, and all others, are sent as they are. The factors themselves are sent in
+    `code`.
+
+    Attributes:
+        starts: by name, the (n, rank) factor that the next merge's iteration starts from; the same on all workers.
+    """
+
+    def __init__(self, rank: int, code: str = "fp32") -> None:
+        self._rank = rank
+        self._direct = DirectWire(code)
+        self.stages = 2 * self._direct.stages
+        self.starts: Tensors = {}
+
+    def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
+        matrices = {name: t.float().flatten(1) for name, t in numbers.items() if pays(t, self._rank)}
+        rest = {name: tensor for name, tensor in numbers.items() if name not in matrices}
+        P = {name: M @ self._start(name, M) for name, M in matrices.items()}
+        # What rounding takes from P only tilts the subspace: Q, made with the P that all share, makes up for it.
+        averages = yield from self._direct.average(P | rest, comm)
+        P = {name: orthonormal(averages.mean[name]) for name in matrices}
+        Q = {name: M.T @ P[name] for name, M in matrices.items()}
+        second = yield from self._direct.average(Q, comm)
+        self.starts |= second.mean
+        mean, error = {}, {}
+        for name, tensor in numbers.items():
+            if name in rest:
+                mean[name] = averages.mean[name]
+                error[name] = averages.error.get(name, torch.zeros_like(tensor, dtype=torch.float32))
+                continue
+            mean[name] = (P[name] @ second.mean[name].T).view(tensor.shape).to(tensor.dtype)
+            arrived = Q[name] - second.error[name] if name in second.error else Q[name]
+            error[name] = (matrices[name] - P[name] @ arrived.T).view(tensor.shape)
+        return Averages(mean, error)
+
+    def forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.starts.pop(name, None)
+
+    def _start(self, name: str, M: Tensor) -> Tensor:
+        # All workers draw the same, wherever they are.
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        drawn = torch.randn(M.shape[1], self._rank, generator=generator).to(M.device)
+        known = self.starts.get(name)
+        if known is None or known.shape != drawn.shape:
+            return drawn
+        # A column that had nothing to send would have nothing ever after.
+        return torch.where(known.any(dim=0), known, drawn)
+
+
+def pays(tensor: Tensor, rank: int) -> bool:
+    """Whether factors of that rank are smaller than the tensor."""
+    if tensor.ndim < 2 or not tensor.numel():
+        return False
+    m = tensor.shape[0]
+    n = tensor.numel() // m
+    return rank * (m + n) < m * n
+
+
+def orthonormal(P: Tensor) -> Tensor:
+    """Columns of P (m, r) made orthonormal, one after the other (Gram-Schmidt, twice, in float64).
+
+    A column that depends on those before it becomes zero. QR would put an arbitrary direction there, which rounding
+    picks, and workers on unlike machines would not pick the same.
+    """
+    columns: list[Tensor] = []
+    for column in P.double().unbind(1):
+        before = column.norm()
+        for _ in range(2):
+            for done in columns:
+                column = column - (done @ column) * done
+        after = column.norm()
+        dependent = after <= _DEPENDENT * before
+        columns.append(torch.zeros_like(column) if dependent else column / after)
+    return torch.stack(columns, dim=1).to(P.dtype)

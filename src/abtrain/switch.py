@@ -1,0 +1,73 @@
+"""When to switch: what is measured at merges, and what is decided from it, alike on all workers.
+
+The first worker measures and decides; the others take its word, since the last bits of an SVD differ between machines.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from abtrain.comm.communicator import Communicator
+from abtrain.recipe import Recipe, Until
+
+log = logging.getLogger("abtrain")
+
+_NEVER = math.inf
+
+
+class Switch:
+    """Watches the spectra of full-rank weights from merge to merge, and decides.
+
+    Args:
+        comm: of this worker.
+        recipe: asks for decisions, or does not: then nothing is measured.
+    """
+
+    def __init__(self, comm: Communicator, recipe: Recipe) -> None:
+        self._comm = comm
+        settled = recipe.factoring is not None and recipe.factoring.settled > 0
+        self._watches = settled or any(
+            phase.until is not None and phase.until.measure == "spectrum_drift" for phase in recipe.phases
+        )
+        self._spectra: dict[str, Tensor] = {}
+        self._drift: dict[str, float] = {}
+        self._sizes: dict[str, int] = {}
+
+    def observe(self, matrices: Callable[[], Mapping[str, Tensor]]) -> None:
+        """A merge of full-rank weights has ended; `matrices` gives them, (m, n) by name."""
+        if not self._watches or self._comm.rank != 0:
+            return
+        for name, W in matrices().items():
+            S = torch.linalg.svdvals(W.float()).cpu()
+            S = S / S[0].clamp_min(torch.finfo(S.dtype).tiny)
+            before = self._spectra.get(name)
+            self._drift[name] = _NEVER if before is None else float((S - before).norm() / S.norm())
+            self._spectra[name], self._sizes[name] = S, W.numel()
+
+    def ends(self, until: Until, agreement: float) -> tuple[bool, float]:
+        """Whether the phase ends with this merge, and the measure. Collective over the world."""
+        value = agreement if until.measure == "agreement" else self._mean_drift()
+        verdict = torch.tensor([float(value < until.below), value], dtype=torch.float64).to(self._comm.device)
+        self._comm.broadcast(verdict, source=0)
+        ended, value = verdict.tolist()
+        return bool(ended), value
+
+    def unsettled(self, names: Sequence[str], tolerance: float) -> dict[str, str]:
+        """Of the weights, those whose spectrum drifted by more than `tolerance`, with the reason. Collective."""
+        drift = torch.tensor([self._drift.get(name, _NEVER) for name in names], dtype=torch.float64)
+        drift = drift.to(self._comm.device)
+        self._comm.broadcast(drift, source=0)
+        return {
+            name: f"its spectrum still drifts by {value:.3g} a round, more than settled={tolerance}"
+            for name, value in zip(names, drift.tolist(), strict=True)
+            if value > tolerance
+        }
+
+    def _mean_drift(self) -> float:
+        total = sum(self._sizes.values())
+        return sum(self._drift[name] * size for name, size in self._sizes.items()) / total if total else _NEVER

@@ -1,0 +1,102 @@
+"""Steps of factors in coordinates of the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from abtrain.lowrank.precondition import Preconditioner
+from abtrain.lowrank.rank import FixedRank
+from abtrain.lowrank.surgery import FactoredWeight, factorize_
+from abtrain.lowrank.svd import Factors, decompose
+
+Optim = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def record_of(split: Tensor | None = None) -> FactoredWeight:
+    """A factored 12 x 8 weight of rank 3; with `split` T its factors are A T and T^-1 B."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12, bias=False, dtype=torch.float64))
+    A, B = decompose(model[0].weight.detach(), FixedRank(3))
+    if split is not None:
+        A, B = A @ split, torch.linalg.solve(split, B)
+    return factorize_(model, "0.weight", Factors(A, B))
+
+
+def step(record: FactoredWeight, make: Optim, damping: float, steps: int = 1) -> Tensor:
+    """The change of W in steps along a fixed gradient G of W."""
+    G = torch.randn(12, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    before = record.weight()
+    optimizer = make([record.A, record.B])
+    preconditioner = Preconditioner(optimizer, damping)
+    preconditioner.refresh([record])
+    for _ in range(steps):
+        record.A.grad, record.B.grad = G @ record.B.detach().T, record.A.detach().T @ G
+        preconditioner.before_step([record])
+        optimizer.step()
+        preconditioner.after_step()
+    return record.weight() - before
+
+
+def test_with_gradient_descent_it_is_scaled_gd() -> None:
+    record = record_of()
+    A, B = record.A.detach().clone(), record.B.detach().clone()
+    step(record, lambda p: torch.optim.SGD(p, lr=0.1), damping=0.2)
+    G = torch.randn(12, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for factor, start, gradient, gram in (
+        (record.A, A, (G @ B.T).T, B @ B.T),
+        (record.B, B, A.T @ G, A.T @ A),
+    ):
+        damped = gram + 0.2 * gram.diagonal().mean() * torch.eye(3)
+        moved = torch.linalg.solve(damped, gradient)
+        torch.testing.assert_close(factor.detach(), start - 0.1 * (moved.T if factor is record.A else moved))
+
+
+def test_a_step_of_the_weight_does_not_depend_on_the_split() -> None:
+    """Rotations keep Adam from it, since it goes by single numbers; lengths of columns do not."""
+    split = torch.diag(torch.tensor([0.1, 3.0, 20.0], dtype=torch.float64))
+    for make in (lambda p: torch.optim.SGD(p, lr=1e-4), lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.0)):
+        plain, other = (step(record_of(T), make, damping=1e-9, steps=3) for T in (None, split))
+        torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-7)
+
+
+def test_the_weight_decays_at_the_rate_of_a_dense_one() -> None:
+    record = record_of()
+    W = record.weight()
+    optimizer = torch.optim.AdamW([record.A, record.B], lr=0.01, weight_decay=0.1)
+    preconditioner = Preconditioner(optimizer, 0.1)
+    preconditioner.refresh([record])
+    record.A.grad, record.B.grad = torch.zeros_like(record.A), torch.zeros_like(record.B)
+    preconditioner.before_step([record])
+    optimizer.step()
+    preconditioner.after_step()
+    torch.testing.assert_close(record.weight(), W * (1 - 0.01 * 0.1), rtol=1e-6, atol=0)
+
+
+def test_a_factor_of_zeros_and_a_missing_gradient_are_left_alone() -> None:
+    record = record_of()
+    with torch.no_grad():
+        record.B.zero_()
+    preconditioner = Preconditioner(torch.optim.SGD([record.A, record.B], lr=0.1), 0.1)
+    preconditioner.refresh([record])
+    record.A.grad = torch.ones_like(record.A)
+    preconditioner.before_step([record])
+    preconditioner.after_step()
+    torch.testing.assert_close(record.A.grad, torch.ones_like(record.A))
+    assert record.B.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_preconditioned_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12, bias=False, dtype=dtype))
+    record = factorize_(model, "0.weight", decompose(model[0].weight.detach(), FixedRank(3)))
+    preconditioner = Preconditioner(torch.optim.SGD([record.A, record.B], lr=0.1), 0.1)
+    preconditioner.refresh([record])
+    record.A.grad, record.B.grad = torch.ones_like(record.A), torch.ones_like(record.B)
+    preconditioner.before_step([record])
+    assert torch.isfinite(record.A.grad).all() and record.A.grad.dtype == dtype
+    preconditioner.after_step()

@@ -1,0 +1,167 @@
+"""Phases that end by measurement, weights that are factored once they have settled, and factoring anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from abtrain import ABTraining, Energy, FixedRank, Phase, Recipe, WeightSync, recipes
+from abtrain.comm.communicator import Communicator
+from abtrain.comm.in_process import run_in_process
+from abtrain.errors import ConfigurationError
+from abtrain.lowrank.tangent import to_factors, to_weight
+from abtrain.recipe import Until
+from tests.cases import adamw, batch, build
+
+
+def run(comm: Communicator, recipe: Recipe) -> ABTraining:
+    model = build("mlp")
+    optimizer = adamw(model.parameters())
+    ab = ABTraining(model, optimizer, recipe, communicator=comm)
+    ab.phases = []  # type: ignore[attr-defined]
+    while not ab.finished:
+        x, y = batch("mlp", comm.rank, ab.steps_done)
+        ab.phases.append(ab.position.phase.name)  # type: ignore[attr-defined,union-attr]
+        F.cross_entropy(ab(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ab.step()
+    return ab
+
+
+def options(**more: Any) -> dict[str, Any]:
+    return {"every": 4, "mean_steps": 12, "mean_every": 2, "warmup_steps": 12, "rank_rule": FixedRank(3), **more}
+
+
+def test_phases_end_at_the_first_merge_that_measures_little_enough() -> None:
+    def work(comm: Communicator) -> tuple[list[str], list[dict[str, Any]], Recipe]:
+        ab = run(comm, recipes.ab_outer(60, **options(agreement_below=2.0, drift_below=10.0)))
+        return ab.phases, ab.decisions, ab.recipe  # type: ignore[attr-defined]
+
+    results = run_in_process(3, work)
+    phases, decisions, recipe = results[0]
+    # The agreement is always below 2; a drift needs two merges to be known.
+    assert phases == ["mean"] * 2 + ["warmup"] * 4 + ["factors"] * 54
+    assert [(d["step"], d["ended"], d["measure"]) for d in decisions] == [
+        (2, "mean", "agreement"),
+        (6, "warmup", "spectrum_drift"),
+    ]
+    assert all(result == results[0] for result in results)
+    # What was decided is data: the same recipe without measurement.
+    assert [recipe.at(step).phase.name for step in range(60)] == phases
+    assert not any(phase.until for phase in recipe.phases)
+
+
+def test_a_measure_that_never_falls_leaves_the_lengths_as_they_were() -> None:
+    def work(comm: Communicator) -> list[str]:
+        return run(comm, recipes.ab_outer(60, **options(drift_below=1e-9))).phases  # type: ignore[attr-defined,no-any-return]
+
+    assert run_in_process(2, work)[0] == ["mean"] * 12 + ["warmup"] * 12 + ["factors"] * 36
+
+
+def test_workers_that_do_the_same_agree_wholly() -> None:
+    def work(comm: Communicator, same: bool) -> float:
+        model = build("mlp")
+        optimizer = adamw(model.parameters())
+        ab = ABTraining(model, optimizer, recipes.diloco(4, every=4), communicator=comm)
+        while not ab.finished:
+            x, y = batch("mlp", 0 if same else comm.rank, ab.steps_done)
+            F.cross_entropy(ab(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ab.step()
+        assert ab._rounds.outcome is not None
+        return ab._rounds.outcome.agreement
+
+    assert run_in_process(3, lambda comm: work(comm, True))[0] == pytest.approx(1.0)
+    assert 0 < run_in_process(3, lambda comm: work(comm, False))[0] < 0.9
+
+
+def test_a_weight_stays_dense_until_its_spectrum_has_settled() -> None:
+    def work(comm: Communicator, settled: float) -> tuple[list[int], str]:
+        recipe = recipes.ab_outer(24, **options(mean_steps=0, settled=settled))
+        ab = run(comm, recipe)
+        return [len(entry["ranks"]) for entry in ab.rank_history], str(ab.describe())
+
+    few, text = run_in_process(2, lambda comm: work(comm, 1e-9))[0]
+    assert few == [0]
+    assert "its spectrum still drifts" in text
+    assert run_in_process(2, lambda comm: work(comm, 1.0))[0][0] == [3]
+
+
+def test_factoring_anew_lets_ranks_fall_and_keeps_what_is_owed_and_the_outer_momentum() -> None:
+    def work(comm: Communicator) -> tuple[list[dict[str, int]], set[str], set[str]]:
+        recipe = recipes.ab_outer(
+            41, every=4, warmup_steps=8, refactor_every=2, rank_rule=Energy(0.9), optimizer_state="project", wire="int8"
+        )
+        ab = run(comm, recipe)
+        return [entry["ranks"] for entry in ab.rank_history], set(ab._merger.momentum), set(ab._merger.residuals)
+
+    ranks, momentum, residuals = run_in_process(2, work)[0]
+    assert len(ranks) == 5
+    of_first = [entry["0.weight"] for entry in ranks]
+    assert of_first == sorted(of_first, reverse=True) and of_first[-1] < of_first[0]
+    assert {"0.weight.A", "0.weight.B"} <= momentum
+    assert {"0.weight.A", "0.weight.B"} <= residuals
+
+
+def test_a_reset_starts_outer_momentum_anew_but_forgets_no_residual() -> None:
+    def work(comm: Communicator) -> None:
+        model = build("mlp")
+        optimizer = adamw(model.parameters())
+        recipe = recipes.ab_outer(20, every=4, warmup_steps=8, rank_rule=FixedRank(3), wire="int4")
+        ab = ABTraining(model, optimizer, recipe, communicator=comm)
+        while ab.steps_done < 8:
+            before = dict(ab._merger.residuals)
+            x, y = batch("mlp", comm.rank, ab.steps_done)
+            F.cross_entropy(ab(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ab.step()
+        assert "0.weight" not in ab._merger.momentum and "0.weight.A" not in ab._merger.momentum
+        assert "0.weight" in before or ab._merger.residuals
+        A, B = model[0].A.detach(), model[0].B.detach()
+        owed = to_weight(ab._merger.residuals["0.weight.A"], ab._merger.residuals["0.weight.B"], A.float(), B.float())
+        assert owed.norm() > 0
+
+    run_in_process(2, work)
+
+
+@given(st.integers(0, 2**16), st.integers(1, 4))
+def test_factors_say_the_part_of_a_change_that_they_can(seed: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    A, B = draw(9, k), draw(k, 6)
+    sayable = to_weight(draw(9, k), draw(k, 6), A, B)
+    torch.testing.assert_close(to_weight(*to_factors(sayable, A, B), A, B), sayable, rtol=1e-6, atol=1e-6)
+    E = draw(9, 6)
+    said = to_weight(*to_factors(E, A, B), A, B)
+    # A projection: what is left over is orthogonal to all that factors can say.
+    assert abs(((E - said) * sayable).sum()) < 1e-6 * E.norm() * sayable.norm()
+
+
+def test_until_needs_the_prologue_and_whole_merges() -> None:
+    until = Until("agreement", 0.5)
+    with pytest.raises(ConfigurationError, match="use until in the prologue only"):
+        Recipe("r", 40, cycle=(Phase("p", 20, sync=WeightSync(5), until=until),))
+    with pytest.raises(ConfigurationError, match="use a WeightSync without delay and fragments"):
+        Recipe("r", 40, (Phase("q", 10, until=until),), (Phase("p", 20, sync=WeightSync(5)),))
+    with pytest.raises(ConfigurationError, match="agreement below=-1 is not a finite number above 0"):
+        recipes.diloco(40, mean_steps=10, mean_every=5, agreement_below=-1)
+    with pytest.raises(ConfigurationError, match="give refactor_every"):
+        recipes.ab_outer(100, rebound_steps=10)
+
+
+def test_small_weights_stay_dense_by_their_share() -> None:
+    recipe = recipes.ab(30, warmup_steps=2, ab_steps=4, min_share=0.2)
+    text = str(ABTraining(model := build("mlp"), adamw(model.parameters()), recipe).describe())
+    assert "14.25%" not in text and "below min_share=0.2" in text
