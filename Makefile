@@ -7,11 +7,11 @@ setup: .venv/.installed
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[vision,data,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[vision,data,report,dev]'
 	touch $@
 
 demo: setup
-	$(BIN)/abtrain train ab --task digits-mlp --workers 4
+	$(BIN)/abtrain train ab_outer --task digits-mlp --workers 4
 
 test: setup
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""The same loop with abtrain: torchrun --nproc-per-node 4 examples/with_abtrain.py --recipe ab"""
+"""The same loop with abtrain: torchrun --nproc-per-node 4 examples/with_abtrain.py --recipe ab_outer"""
 
 import argparse
 
@@ -12,7 +12,7 @@ parser.add_argument("--task", default="digits-mlp", choices=sorted(TASKS))
 parser.add_argument("--steps", type=int, default=600)
 parser.add_argument("--lr", type=float, default=1e-3)
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--recipe", default="ab", choices=sorted(recipes.RECIPES))
+parser.add_argument("--recipe", default="ab_outer", choices=sorted(recipes.RECIPES))
 parser.add_argument("--group-size", type=int, default=1)
 args = parser.parse_args()
 

@@ -24,9 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, (purpose, _) in COMMANDS.items():
         # The command parses its own arguments, --help among them.
         commands.add_parser(name, help=purpose, add_help=False)
-    chosen, rest = parser.parse_known_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    # What stands behind -- belongs to another program, and is handed on as it is.
+    own = given.index("--") if "--" in given else len(given)
+    chosen, rest = parser.parse_known_args(given[:own])
     _, command = COMMANDS[chosen.command]
-    sys.exit(_run(command, rest))
+    sys.exit(_run(command, [*rest, *given[own:]]))
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -70,10 +73,24 @@ def _plan(arguments: Sequence[str]) -> None:
     plan(config)
 
 
+def _lab(arguments: Sequence[str]) -> None:
+    from abtrain.lab.command import main
+
+    main(arguments)
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    from abtrain.study.compare import main
+
+    main(arguments)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "train": ("train a task by a recipe", _train),
     "recipes": ("list the recipes, and what each would send", _recipes),
     "plan": ("predict bytes and seconds on given links, and recommend a recipe", _plan),
+    "compare": ("train a task by several recipes on an emulated cluster, and report (Linux, root)", _compare),
+    "lab": ("run a script on an emulated cluster with slow links (Linux, root)", _lab),
 }
 
 

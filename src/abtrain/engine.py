@@ -304,7 +304,7 @@ class ABTraining:
             upcoming = self._decide(position) or upcoming
         if upcoming is None:
             return None
-        if position.last and isinstance(upcoming.phase.sync, GradientSync):
+        if upcoming.first and isinstance(upcoming.phase.sync, GradientSync):
             reset = {} if self._model.projects else self._model.factors()
             kept = [p for name, p in self._model.trained(self._treatments).items() if name not in reset]
             level_optimizer_state(self.optimizer, kept, self.communicator)

@@ -8,6 +8,8 @@ AbtrainError                 1
 ├── RanksDisagreeError       5   workers that ought to agree do not
 ├── PeerLostError            6   a worker died, or did not answer in time
 ├── NonFiniteError           7   NaN or infinity where a number is needed
+├── LabError                 8   an emulated cluster that cannot be built, or is not as fast as it should be
+│   └── HostFailedError          a command failed on a host of it; the exit code is the command's
 └── StoppedError            75   stopped on request (sysexits' EX_TEMPFAIL: run again to go on)
 
 A message gives the value, the constraint that it breaks, and the remedy.
@@ -17,13 +19,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
 
 
 class AbtrainError(Exception):
     """Base of all errors that abtrain raises on purpose."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
 
 class ConfigurationError(AbtrainError):
@@ -72,6 +73,25 @@ class NonFiniteError(AbtrainError):
     """NaN or infinity where training cannot go on with it."""
 
     exit_code = 7
+
+
+class LabError(AbtrainError):
+    """An emulated cluster that cannot be built, or whose links do not carry what they should."""
+
+    exit_code = 8
+
+
+class HostFailedError(LabError):
+    """A command failed on a host of an emulated cluster.
+
+    Args:
+        message: which host, and how.
+        exit_code: that of the command.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class StoppedError(AbtrainError):

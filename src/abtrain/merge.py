@@ -22,7 +22,7 @@ from torch import Tensor
 
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Stages, together
-from abtrain.comm.wire import Wire, average_exactly
+from abtrain.comm.wire import Averages, Wire, average_exactly
 from abtrain.comm.wires import make_wire
 from abtrain.errors import NonFiniteError
 from abtrain.lowrank.surgery import FactoredWeight
@@ -124,18 +124,21 @@ class Merger:
             self.wire(sync.wire).average(numbers, self._comm),
             average_exactly(self._equal_parts({name: started[name] for name in buffers}, alive), self._comm),
         )
-        for name in numbers:
-            self.residuals.pop(name, None)
-        self.residuals |= averages.error
-        for name, D in averages.mean.items():
-            self.anchors[name].add_(self._step(sync.merge, name, D))
-        outcome = {name: self.anchors[name] for name in tensors} | dict(zip(buffers, means, strict=True))
+        outcome = self._arrive(sync.merge, averages) | dict(zip(buffers, means, strict=True))
         for name, tensor in held.items():
             # What a worker without a share has is not finite.
             moved = tensor.to(outcome[name].dtype) - started[name] if alive[self._comm.rank] else 0
             tensor.copy_(outcome[name] + moved)
         well = [part for part, is_well in zip(parts, alive, strict=True) if is_well]
         return Outcome(_agreement(well, averages.mean), tuple(r for r, is_well in enumerate(alive) if not is_well))
+
+    def _arrive(self, rule: Any, averages: Averages) -> Tensors:
+        """What all workers hold next, by name; what the wire still owes is kept."""
+        for name, D in averages.mean.items():
+            self.residuals.pop(name, None)
+            self.anchors[name].add_(self._step(rule, name, D))
+        self.residuals |= averages.error
+        return {name: self.anchors[name] for name in averages.mean}
 
     def _contribution(
         self,
@@ -171,9 +174,13 @@ class Merger:
         """
         for record, store, (name_A, name_B) in self._followed(records, momentum):
             E_A, E_B = store.pop(name_A, None), store.pop(name_B, None)
-            if E_A is not None and E_B is not None:
-                A, B = record.A.detach().to(E_A.dtype), record.B.detach().to(E_B.dtype)
-                store[record.name] = record.matrix_shape.to_tensor(to_weight(E_A, E_B, A, B)).contiguous()
+            if E_A is None and E_B is None:
+                continue
+            dtype = (E_A if E_A is not None else E_B).dtype  # type: ignore[union-attr]  # one of them is there
+            A, B = record.A.detach().to(dtype), record.B.detach().to(dtype)
+            # A factor that nobody trained has no change.
+            E_A, E_B = torch.zeros_like(A) if E_A is None else E_A, torch.zeros_like(B) if E_B is None else E_B
+            store[record.name] = record.matrix_shape.to_tensor(to_weight(E_A, E_B, A, B)).contiguous()
 
     def to_factors(self, records: Iterable[FactoredWeight], momentum: bool) -> None:
         """Weights have become factors: what is known of their changes follows, as far as factors can say it."""

@@ -291,7 +291,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "powersgd": powersgd,
     "solo": solo,
 }
-DEFAULT = "ab"
+DEFAULT = "ab_outer"
 
 
 def options_of(name: str) -> frozenset[str]:

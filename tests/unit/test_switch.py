@@ -16,7 +16,7 @@ from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import ConfigurationError
 from abtrain.lowrank.tangent import to_factors, to_weight
-from abtrain.recipe import Until
+from abtrain.recipe import Factoring, Until
 from tests.cases import adamw, batch, build
 
 
@@ -115,17 +115,16 @@ def test_a_reset_starts_outer_momentum_anew_but_forgets_no_residual() -> None:
     def work(comm: Communicator) -> None:
         model = build("mlp")
         optimizer = adamw(model.parameters())
-        recipe = recipes.ab_outer(20, every=4, warmup_steps=8, rank_rule=FixedRank(3), wire="int4")
+        settings = {"rank_rule": FixedRank(3), "wire": "int4", "optimizer_state": "reset"}
+        recipe = recipes.ab_outer(20, every=4, warmup_steps=8, **settings)
         ab = ABTraining(model, optimizer, recipe, communicator=comm)
         while ab.steps_done < 8:
-            before = dict(ab._merger.residuals)
             x, y = batch("mlp", comm.rank, ab.steps_done)
             F.cross_entropy(ab(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
             ab.step()
         assert "0.weight" not in ab._merger.momentum and "0.weight.A" not in ab._merger.momentum
-        assert "0.weight" in before or ab._merger.residuals
         A, B = model[0].A.detach(), model[0].B.detach()
         owed = to_weight(ab._merger.residuals["0.weight.A"], ab._merger.residuals["0.weight.B"], A.float(), B.float())
         assert owed.norm() > 0
@@ -165,3 +164,25 @@ def test_small_weights_stay_dense_by_their_share() -> None:
     recipe = recipes.ab(30, warmup_steps=2, ab_steps=4, min_share=0.2)
     text = str(ABTraining(model := build("mlp"), adamw(model.parameters()), recipe).describe())
     assert "14.25%" not in text and "below min_share=0.2" in text
+
+
+def test_what_is_owed_of_one_factor_alone_follows_the_weight() -> None:
+    """B alone is trained, so A has no residual when the two become a weight again."""
+
+    def work(comm: Communicator) -> float:
+        low = Phase("low", 4, "factored", "b", WeightSync(2, wire="int4"))
+        full = Phase("full", 4, sync=WeightSync(4, wire="int4"))
+        recipe = Recipe("r", 12, (Phase("start", 4),), (low, full), Factoring(FixedRank(3)))
+        model = build("mlp")
+        optimizer = adamw(model.parameters())
+        ab = ABTraining(model, optimizer, recipe, communicator=comm)
+        while ab.steps_done < 8:
+            x, y = batch("mlp", comm.rank, ab.steps_done)
+            F.cross_entropy(ab(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ab.step()
+        assert ab._merger.residuals["0.weight"].shape == model[0].weight.shape
+        return float(ab._merger.residuals["0.weight"].norm())
+
+    assert all(owed > 0 for owed in run_in_process(2, work))

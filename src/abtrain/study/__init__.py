@@ -1,1 +1,1 @@
-"""What recipes cost on which links, worked out instead of run: payload, wire bytes, seconds, a recommendation."""
+"""Studies: several recipes under the same conditions, run or worked out beforehand, side by side."""

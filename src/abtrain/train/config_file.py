@@ -7,6 +7,7 @@ import json
 import tomllib
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -24,14 +25,27 @@ def from_toml(path: Path) -> TrainConfig:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigurationError(f"--config {path} cannot be read: {error}") from error
+    return from_values(content, str(path))
+
+
+def from_values(content: Mapping[str, Any], source: str) -> TrainConfig:
+    """The settings of a table as TOML has it, defaults for the rest.
+
+    Args:
+        content: values by the names of `TrainConfig`'s fields.
+        source: where they are from, for messages.
+
+    Raises:
+        ConfigurationError: every unknown key and value of a wrong type, at once.
+    """
     known = typing.get_type_hints(TrainConfig)
     del known["config"]  # a file does not name another
     problems = []
     for key, value in content.items():
         if key not in known:
-            problems.append(f"{path}: unknown key {key!r}: {nearest(key, known)}")
+            problems.append(f"{source}: unknown key {key!r}: {nearest(key, known)}")
         elif not _fits(value, known[key]):
-            problems.append(f"{path}: {key} = {value!r} is of the wrong type: use {_type_name(known[key])}")
+            problems.append(f"{source}: {key} = {value!r} is of the wrong type: use {_type_name(known[key])}")
     if problems:
         raise ConfigurationError(problems)
     return TrainConfig(**{key: _convert(value, known[key]) for key, value in content.items()})

@@ -1,0 +1,38 @@
+"""All-reduces floats over all workers, and says what a ring all-reduce ought to send: for `abtrain lab`.
+
+abtrain lab --nodes 4 --rate 100mbit -- benchmarks/allreduce.py --megabytes 10
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=10.0)
+    parser.add_argument("--rounds", type=int, default=1)
+    options = parser.parse_args()
+    dist.init_process_group("gloo")
+    workers = dist.get_world_size()
+    values = torch.ones(int(options.megabytes * 1e6) // 4)
+    dist.barrier()
+    started = time.perf_counter()
+    for _ in range(options.rounds):
+        dist.all_reduce(values)
+    seconds = time.perf_counter() - started
+    assert values[0].item() == values[-1].item() == workers**options.rounds
+    # A ring sends every worker's share around twice, but for its own.
+    ring = options.rounds * 2 * (workers - 1) / workers * 4 * values.numel()
+    if os.environ["RANK"] == "0":
+        print(f"seconds={seconds:.3f} ring_bytes={ring:.0f} rate={8 * ring / seconds:.0f}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""One run of a job in a lab: followed until the last host has ended, with faults in time and bytes counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from abtrain.lab.counters import Sampler
+from abtrain.lab.faults import Action, timeline
+from abtrain.lab.job import Job, host_command, host_environment
+from abtrain.lab.network import Network
+from abtrain.lab.processes import HostProcesses, Show
+from abtrain.lab.result import FILE, HostResult, LabResult, as_record, write_json
+
+_POLL_SECONDS = 0.02
+
+
+class Run:
+    """A job that has been started on all hosts.
+
+    Args:
+        network: the lab's, built.
+        job: valid.
+        measured: for each host what its link carries up and down, in bits per second.
+        act: carries out the actions of faults.
+        show: gets each line that a host prints.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        job: Job,
+        measured: list[tuple[float, float]],
+        act: Callable[[Action], None],
+        show: Show,
+    ) -> None:
+        self._network, self._job, self._measured, self._act = network, job, measured, act
+        self._rates = list(network.rates)
+        self._events: list[tuple[float, str]] = []
+        hosts = range(network.config.nodes)
+        job.out.mkdir(parents=True, exist_ok=True)
+        self._sampler = Sampler([network.open_counters(host) for host in hosts], time.monotonic())
+        self._started = time.monotonic()
+        self.processes = HostProcesses(network.hosts, job.out, show)
+        try:
+            for host in hosts:
+                self.processes.start(host_command(job, network.config, host), host_environment(job, host))
+        except BaseException:
+            self.close()
+            raise
+
+    def finish(self) -> LabResult:
+        """Waits for the end of all hosts, of the first that fails, or of the job's time; writes lab.json."""
+        complete = self._follow()
+        seconds = self._elapsed()
+        self.processes.stop()
+        result = self._result(seconds, complete)
+        write_json(self._job.out / FILE, as_record(result, self._network.config))
+        return result
+
+    def close(self) -> None:
+        """Ends everything that the job may have left."""
+        self.processes.stop()
+        self._sampler.close()
+
+    def _follow(self) -> bool:
+        """Follows the job until it has ended, one way or another; False if it took too long."""
+        actions = timeline(self._job.faults)
+        while self.processes.running() and not self.processes.failed():
+            elapsed = self._elapsed()
+            if self._job.timeout is not None and elapsed > self._job.timeout:
+                return False
+            while actions and actions[0].at <= elapsed:
+                action = actions.pop(0)
+                self._act(action)
+                self._events.append((self._elapsed(), f"{action.verb} {action.fault.host}"))
+            self._sampler.sample(time.monotonic())
+            time.sleep(_POLL_SECONDS)
+        return True
+
+    def _result(self, seconds: float, complete: bool) -> LabResult:
+        hosts = [
+            HostResult(
+                host=host,
+                address=self._network.config.address(host),
+                rate=self._rates[host],
+                measured_up=self._measured[host][0],
+                measured_down=self._measured[host][1],
+                traffic=traffic,
+                exit_code=self.processes.exit_code(host),
+                killed=host in self.processes.killed,
+            )
+            for host, traffic in enumerate(self._sampler.totals())
+        ]
+        return LabResult(
+            command=self._job.command,
+            out=self._job.out,
+            seconds=seconds,
+            timed_out=not complete,
+            hosts=tuple(hosts),
+            events=tuple(self._events),
+            failed_host=self.processes.first_failed(),
+        )
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started

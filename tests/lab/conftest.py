@@ -1,0 +1,34 @@
+"""Labs need root, Linux and iproute2, and a kernel that lets them be: without these the tests are skipped."""
+
+from pathlib import Path
+
+import pytest
+
+from abtrain.errors import AbtrainError
+from abtrain.lab import Lab, LabConfig
+from abtrain.lab.config import system_problems
+
+
+@pytest.fixture(scope="session")
+def _lab_works() -> str:
+    """Why there can be no labs here; empty if there can."""
+    if problems := system_problems():
+        return "; ".join(problems)
+    try:
+        with Lab(LabConfig(nodes=1)):
+            return ""
+    except AbtrainError as error:
+        # Anything else that goes wrong here is for the tests to find.
+        return str(error) if "Operation not permitted" in str(error) or "not supported" in str(error) else ""
+
+
+@pytest.fixture(autouse=True)
+def _needs_lab(_lab_works: str) -> None:
+    if _lab_works:
+        pytest.skip(_lab_works)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """Where a test may put the script that hosts run."""
+    return tmp_path / "script.py"
