@@ -49,6 +49,30 @@ def _train(arguments: Sequence[str]) -> None:
     run(config)
 
 
+def _recipes(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from abtrain.study.settings import RecipesConfig
+
+    config = tyro.cli(RecipesConfig, prog="abtrain recipes", args=arguments)
+
+    from abtrain.study.listing import list_recipes
+
+    list_recipes(config)
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from abtrain.study.settings import PlanConfig
+
+    config = tyro.cli(PlanConfig, prog="abtrain plan", args=arguments)
+
+    from abtrain.study.plan_command import plan
+
+    plan(config)
+
+
 def _lab(arguments: Sequence[str]) -> None:
     from abtrain.lab.command import main
 
@@ -63,6 +87,8 @@ def _compare(arguments: Sequence[str]) -> None:
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "train": ("train a task by a recipe", _train),
+    "recipes": ("list the recipes, and what each would send", _recipes),
+    "plan": ("predict bytes and seconds on given links, and recommend a recipe", _plan),
     "compare": ("train a task by several recipes on an emulated cluster, and report (Linux, root)", _compare),
     "lab": ("run a script on an emulated cluster with slow links (Linux, root)", _lab),
 }

@@ -39,7 +39,7 @@ class LowRankWire:
         self.starts: Tensors = {}
 
     def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
-        matrices = {name: t.float().flatten(1) for name, t in numbers.items() if self._pays(t)}
+        matrices = {name: t.float().flatten(1) for name, t in numbers.items() if pays(t, self._rank)}
         rest = {name: tensor for name, tensor in numbers.items() if name not in matrices}
         P = {name: M @ self._start(name, M) for name, M in matrices.items()}
         # What rounding takes from P only tilts the subspace: Q, made with the P that all share, makes up for it.
@@ -63,13 +63,6 @@ class LowRankWire:
         for name in names:
             self.starts.pop(name, None)
 
-    def _pays(self, tensor: Tensor) -> bool:
-        if tensor.ndim < 2 or not tensor.numel():
-            return False
-        m = tensor.shape[0]
-        n = tensor.numel() // m
-        return self._rank * (m + n) < m * n
-
     def _start(self, name: str, M: Tensor) -> Tensor:
         # All workers draw the same, wherever they are.
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -79,6 +72,15 @@ class LowRankWire:
             return drawn
         # A column that had nothing to send would have nothing ever after.
         return torch.where(known.any(dim=0), known, drawn)
+
+
+def pays(tensor: Tensor, rank: int) -> bool:
+    """Whether factors of that rank are smaller than the tensor."""
+    if tensor.ndim < 2 or not tensor.numel():
+        return False
+    m = tensor.shape[0]
+    n = tensor.numel() // m
+    return rank * (m + n) < m * n
 
 
 def orthonormal(P: Tensor) -> Tensor:

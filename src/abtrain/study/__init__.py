@@ -1,1 +1,1 @@
-"""Studies: several recipes under the same conditions, and what came out side by side."""
+"""Studies: several recipes under the same conditions, run or worked out beforehand, side by side."""

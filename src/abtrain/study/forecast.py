@@ -1,0 +1,163 @@
+"""Seconds and wire bytes of a run, phase by phase: traffic meets links, and workers of unlike speed.
+
+Computing a step takes the same time in every phase; decompositions and the arithmetic of wires are left out. Broadcasts
+hold everybody up, and so do merges, but for what steps hide of them: the links are taken to be theirs meanwhile. DDP's
+gradients go while backward, two thirds of a step, goes on: a bucket is sent once it is ready and the one before is
+through, and the optimizer waits for the last (Li et al., PyTorch Distributed, VLDB 2020).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from abtrain.study.cost import Cluster, Cost, cost_of
+from abtrain.study.simulate import Speeds
+from abtrain.study.traffic import Calls, Merging, Stretch, Traffic
+
+BACKWARD = 2 / 3
+"""Of a step's time: a backward pass computes about twice what a forward pass does."""
+
+
+@dataclass(frozen=True)
+class PhaseForecast:
+    """Of all steps of one phase.
+
+    Attributes:
+        phase: its name.
+        steps: how many.
+        payload: bytes of one worker.
+        wire: bytes that a node puts on its link, headers included.
+        compute: seconds of the nominal steps.
+        waiting: seconds more until the slowest worker is done.
+        communication: seconds that no computation hides.
+    """
+
+    phase: str
+    steps: int
+    payload: float
+    wire: float
+    compute: float
+    waiting: float
+    communication: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.waiting + self.communication
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of a run; the phases sum to it."""
+
+    phases: tuple[PhaseForecast, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def payload(self) -> float:
+        return sum(phase.payload for phase in self.phases)
+
+    @property
+    def wire(self) -> float:
+        return sum(phase.wire for phase in self.phases)
+
+    @property
+    def utilisation(self) -> float:
+        """Seconds of computation over all seconds: what a worker alone would take over what it takes here."""
+        return sum(phase.compute for phase in self.phases) / self.seconds if self.seconds else 1.0
+
+
+def forecast(
+    stretches: Sequence[Stretch],
+    cluster: Cluster,
+    step_seconds: float,
+    *,
+    group_size: int = 1,
+    speeds: Speeds | None = None,
+    algorithm: str = "ring",
+) -> Forecast:
+    """What the run of `stretches` takes on a cluster.
+
+    Args:
+        stretches: of one worker, from `abtrain.study.payload.predict`.
+        cluster: with as many workers as they were predicted for.
+        step_seconds: of one worker alone, without any communication.
+        group_size: workers a group.
+        speeds: of the workers; default all alike.
+        algorithm: of all-reduces (see `abtrain.study.cost`).
+    """
+    road = _Road(cluster, step_seconds, group_size, speeds or Speeds(cluster.workers), algorithm)
+    by_phase: dict[str, list[PhaseForecast]] = {}
+    for stretch in stretches:
+        by_phase.setdefault(stretch.phase, []).append(road.travel(stretch))
+    return Forecast(tuple(_sum(name, parts) for name, parts in by_phase.items()))
+
+
+class _Road:
+    """A cluster on which stretches are travelled."""
+
+    def __init__(self, cluster: Cluster, step_seconds: float, group_size: int, speeds: Speeds, algorithm: str) -> None:
+        self._cluster, self._step_seconds, self._speeds = cluster, step_seconds, speeds
+        self._group_size, self._algorithm = group_size, algorithm
+        # Runs of a phase repeat, and so do their calls.
+        self._cost = cache(self._cost_of)
+
+    def travel(self, stretch: Stretch) -> PhaseForecast:
+        compute = stretch.steps * self._step_seconds
+        slowest = self._slowest(stretch)
+        exposed = stretch.steps * self._exposed(stretch.step, self._step_seconds * slowest)
+        exposed += self._seconds(stretch.entry) + self._seconds(stretch.exit)
+        exposed += sum(
+            merging.times * self._stalled(merging, self._step_seconds * slowest) for merging in stretch.merges
+        )
+        payload = sum(traffic.nbytes * times for traffic, times in stretch.all())
+        wire = sum(self._cost(traffic).wire * times for traffic, times in stretch.all())
+        return PhaseForecast(stretch.phase, stretch.steps, payload, wire, compute, compute * (slowest - 1), exposed)
+
+    def _slowest(self, stretch: Stretch) -> float:
+        """How many times longer than nominal the steps take until the last worker is done with them."""
+        if not stretch.steps or stretch.scope is None:
+            return 1.0
+        if stretch.scope == "world":
+            return self._speeds.stretch(1, self._cluster.workers)
+        return self._speeds.stretch(-(-stretch.steps // max(stretch.meetings, 1)), self._group_size)
+
+    def _stalled(self, merging: Merging, step_seconds: float) -> float:
+        """Seconds that one merge adds: a stage is waited for as soon as the next one is due."""
+        stages, hidden = len(merging.stages), merging.hidden
+        stalled = self._seconds(merging.after)
+        for place, calls in enumerate(merging.stages):
+            begun, due = (math.ceil(hidden * stage / stages) for stage in (place, place + 1))
+            stalled += max(self._seconds(calls) - (due - begun) * step_seconds, 0.0)
+        return stalled
+
+    def _seconds(self, calls: Calls) -> float:
+        return sum(self._cost(traffic).seconds for traffic in calls)
+
+    def _exposed(self, calls: Sequence[Traffic], step_seconds: float) -> float:
+        """Seconds that the calls of a step add to it."""
+        before = self._seconds(tuple(traffic for traffic in calls if traffic.call != "gradients"))
+        forward, backward = (1 - BACKWARD) * step_seconds, BACKWARD * step_seconds
+        free_at = 0.0
+        for traffic in calls:
+            if traffic.call == "gradients":
+                free_at = max(free_at, forward + backward * traffic.ready) + self._cost(traffic).seconds
+        return before + max(free_at - step_seconds, 0.0)
+
+    def _cost_of(self, traffic: Traffic) -> Cost:
+        cluster = self._cluster if traffic.scope == "world" else self._cluster.part(self._group_size)
+        once = cost_of(traffic.call, cluster, traffic.nbytes / traffic.rounds, self._algorithm)
+        return Cost(traffic.rounds * once.seconds, traffic.rounds * once.wire)
+
+
+def _sum(name: str, parts: Sequence[PhaseForecast]) -> PhaseForecast:
+    def total(attribute: str) -> float:
+        return math.fsum(getattr(part, attribute) for part in parts)
+
+    steps = sum(part.steps for part in parts)
+    return PhaseForecast(name, steps, *(total(a) for a in ("payload", "wire", "compute", "waiting", "communication")))

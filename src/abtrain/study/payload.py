@@ -1,0 +1,279 @@
+"""Payload, predicted: what `abtrain.comm.meter` will count, worked out from shapes alone.
+
+`predict` follows the engine through a recipe, and says for each stretch of steps what a worker hands to collectives.
+Counts are exact where nothing differs between workers that ought not to (initial weights, factors), every parameter
+gets a gradient, no GradScaler is used, and `merged()` is not entered inside a round. What is decided by measurement is
+taken at its most: phases that may end early go on to their last step, and all weights are taken to have settled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from abtrain.comm.communicator import PLAIN, Scope, scope_spans
+from abtrain.comm.topology import Topology
+from abtrain.recipe import Position, Recipe
+from abtrain.rounds import cut_into_fragments
+from abtrain.study.rounds import Turn, turns
+from abtrain.study.shapes import ModelShapes
+from abtrain.study.traffic import Calls, Merging, Stretch, Traffic
+from abtrain.study.wires import broadcast, compared, exact, gradients, merge_stages
+from abtrain.sync import GradientSync, Trains, WeightSync
+
+_FIELDS = 16
+"""Numbers in a fingerprint of where a worker is (see `abtrain.comm.agreement`)."""
+_PART_BYTES = 16
+"""In which a worker tells of its part of a merge: two numbers in float64 (see `abtrain.merge.Part`)."""
+_VERDICT_BYTES = 16
+"""Whether a phase ends, and the measure: two numbers in float64 (see `abtrain.switch`)."""
+_DRIFT_BYTES = 8
+"""Of a weight whose drift is told before it is factored: float64."""
+_KEY_BYTES = 512
+"""In which workers compare the names of their optimizers' state (see `abtrain.level`)."""
+_SLOT_BYTES = 8
+"""Of a number in the table of optimizer state: float64, or int64."""
+_PLAIN_STEPS = 2
+"""Steps before PowerSGD starts (see `abtrain.comm.hooks`)."""
+
+
+@dataclass(frozen=True)
+class OptimizerShape:
+    """What an optimizer keeps for each parameter.
+
+    Args:
+        tensors: of the parameter's shape; AdamW's are its two moments.
+        numbers: single ones; AdamW's is its step count.
+    """
+
+    tensors: int = 2
+    numbers: int = 1
+
+
+ADAMW = OptimizerShape()
+
+
+def predict(
+    recipe: Recipe,
+    model: ModelShapes,
+    topology: Topology,
+    ranks: Mapping[str, int] | Sequence[Mapping[str, int]] = (),
+    optimizer: OptimizerShape = ADAMW,
+    rank: int = 0,
+) -> list[Stretch]:
+    """All that one worker hands to collectives in a run, stretch by stretch.
+
+    Args:
+        recipe: which is followed to its end.
+        model: shapes by the recipe's own `factoring`.
+        topology: workers and groups.
+        ranks: k of each weight that is factored (others stay dense); a sequence has one mapping for each
+            decomposition of the run, the last one for all that follow.
+        optimizer: what it keeps, as merges before gradient syncs level it.
+        rank: of the worker in its world: roles differ, and with them what is sent inside groups.
+    """
+    history = [ranks] if isinstance(ranks, Mapping) else list(ranks)
+    if topology.world_size == 1:
+        return [Stretch(position.phase.name, position.steps_in_phase) for position in recipe.runs()]
+    return list(_Walk(recipe, model, topology, history or [{}], optimizer, rank).stretches())
+
+
+def payload(stretches: Sequence[Stretch], topology: Topology) -> dict[str, Any]:
+    """Bytes in the form of `Meter.payload()`: total, between_groups, within_groups, by_phase."""
+    by_scope, by_phase = {"between_groups": 0, "within_groups": 0}, dict[str, int]()
+    for stretch in stretches:
+        for traffic, times in stretch.all():
+            nbytes = traffic.nbytes * times
+            if nbytes:
+                by_scope[scope_spans(topology, traffic.scope)] += nbytes
+                by_phase[stretch.phase] = by_phase.get(stretch.phase, 0) + nbytes
+    return {"total": sum(by_scope.values()), **by_scope, "by_phase": by_phase}
+
+
+def payload_ratio(total: float, model: ModelShapes, steps: int) -> float:
+    """Payload over what DDP hands over: one float32 gradient of every parameter at every step."""
+    return total / (4 * model.numel * steps)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A parameter as it lives at present."""
+
+    name: str
+    tensor: Tensor
+    part: Literal["whole", "A", "B", "frozen"]
+    has_gradient: bool = True
+
+
+class _Walk:
+    """One way of one of several workers through a recipe."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: ModelShapes,
+        topology: Topology,
+        history: Sequence[Mapping[str, int]],
+        optimizer: OptimizerShape,
+        rank: int,
+    ) -> None:
+        self._recipe, self._model, self._topology = recipe, model, topology
+        self._history, self._optimizer, self._rank = history, optimizer, rank
+        self._matrices = model.matrices()
+        self._factorings = 0
+        self._powersgd_steps: dict[object, int] = {}
+
+    def stretches(self) -> Iterator[Stretch]:
+        tensors = len(self._model.parameters) + len(self._model.buffers)
+        yield Stretch("setup", 0, entry=(*compared(_FIELDS), *compared(tensors)))
+        for position in self._recipe.runs():
+            yield from self._phase(position)
+
+    def _phase(self, position: Position) -> Iterator[Stretch]:
+        phase = position.phase
+        ranks: Mapping[str, int] = {}
+        entry: Calls = ()
+        if phase.weights == "factored":
+            ranks = self._history[min(self._factorings, len(self._history) - 1)]
+            self._factorings += 1
+            entry = self._factor(ranks)
+        held = self._held(ranks)
+        if isinstance(phase.sync, GradientSync):
+            yield from self._synchronous(position, held, phase.sync, entry)
+        elif isinstance(phase.sync, WeightSync):
+            yield from self._rounds(position, held, phase.sync, entry)
+        else:
+            yield Stretch(phase.name, position.steps_in_phase, entry=entry)
+
+    def _rounds(self, position: Position, held: Sequence[_Held], sync: WeightSync, entry: Calls) -> Iterator[Stretch]:
+        """Steps of groups that run alone, and merges between them."""
+        level = self._level(position, held)
+        *before, last = turns(position, sync)
+        for turn in (*before, last):
+            inside = self._gradients(turn.position, held, "group", PLAIN)
+            merges, leaving = self._merges(turn, held, sync), level if turn is last else ()
+            yield Stretch(position.phase.name, turn.steps, "group", entry, inside, merges, leaving)
+            entry = ()
+
+    def _synchronous(
+        self, position: Position, held: Sequence[_Held], sync: GradientSync, entry: Calls
+    ) -> Iterator[Stretch]:
+        """Steps that share gradients; PowerSGD's first ones share them as they are."""
+        steps, plain = position.steps_in_phase, 0
+        if sync.wire == "powersgd":
+            # The hook outlives the phase: it serves all phases in which the same shapes are trained.
+            shapes = (sync, tuple(one.tensor.shape for one in held))
+            done = self._powersgd_steps.get(shapes, 0)
+            self._powersgd_steps[shapes] = done + steps
+            plain = min(max(_PLAIN_STEPS - done, 0), steps)
+        for count, wire in ((plain, PLAIN), (steps - plain, sync)):
+            if count:
+                step = self._gradients(position, held, "world", wire)
+                yield Stretch(position.phase.name, count, scope="world", entry=entry, step=step)
+                entry = ()
+
+    def _held(self, ranks: Mapping[str, int]) -> list[_Held]:
+        """All parameters at present, in the model's order; weights in `ranks` as factors."""
+        held = []
+        for name, W in self._model.parameters.items():
+            if name in self._matrices and name in ranks:
+                A, B = self._factors(name, ranks)
+                held += [_Held(f"{name}.A", A, "A"), _Held(f"{name}.B", B, "B")]
+            else:
+                part: Literal["whole", "frozen"] = "frozen" if self._model.kinds[name] == "frozen" else "whole"
+                held.append(_Held(name, W, part, name not in self._model.without_gradient))
+        return held
+
+    def _factors(self, name: str, ranks: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+        shape, W, k = self._matrices[name], self._model.parameters[name], ranks[name]
+        return W.new_empty(shape.m, k), W.new_empty(k, shape.n)
+
+    def _factor(self, ranks: Mapping[str, int]) -> Calls:
+        """What comes before factors live: drifts, outcomes and ranks, then digests of the factors, or the factors."""
+        assert self._recipe.factoring is not None
+        before = compared(len(self._matrices))
+        if self._recipe.factoring.settled:
+            before = (Traffic("broadcast", "world", _DRIFT_BYTES * len(self._matrices)), *before)
+        if self._recipe.factoring.svd == "each":
+            return (*before, *compared(sum(name in ranks for name in self._matrices)))
+        owned: dict[int, list[Tensor]] = {}
+        for i, name in enumerate(self._matrices):
+            if name in ranks:
+                owned.setdefault(i % self._topology.world_size, []).extend(self._factors(name, ranks))
+        return (*before, *(one for factors in owned.values() for one in broadcast(factors)))
+
+    def _gradients(self, position: Position, held: Sequence[_Held], scope: Scope, sync: GradientSync) -> Calls:
+        """What DDP sends at a step: buffers before the forward pass, then the gradients of what this worker trains."""
+        if scope == "group" and self._topology.group_size == 1:
+            return ()
+        idle = _idle(position, {self._topology.role(self._rank, position.cycle)})
+        tensors = [one.tensor for one in held if one.has_gradient and one.part not in idle]
+        if not tensors:
+            return ()
+        return (*broadcast(list(self._model.buffers.values()), scope), *gradients(tensors, scope, sync))
+
+    def _merges(self, turn: Turn, held: Sequence[_Held], sync: WeightSync) -> tuple[Merging, ...]:
+        """All merges of a turn; a run's last one is waited for, and decides nothing."""
+        phase = turn.position.phase
+        decides = phase.until is not None and phase.weights == "full"
+        verdict = (Traffic("broadcast", "world", _VERDICT_BYTES),) if decides else ()
+        # Of those under way at once, each has the links to itself for its part of the time.
+        hidden = min(sync.delay, sync.every // sync.fragments)
+        merges = []
+        for fragments, times in turn.merging.items():
+            stages, counters = self._merge(turn.position, held, sync, fragments)
+            merges.append(Merging(times, stages, (*counters, *verdict), hidden))
+        if turn.last:
+            merges.append(Merging(1, *self._merge(turn.position, held, sync, tuple(range(sync.fragments)))))
+        return tuple(merges)
+
+    def _merge(
+        self, position: Position, held: Sequence[_Held], sync: WeightSync, fragments: Sequence[int]
+    ) -> tuple[tuple[Calls, ...], Calls]:
+        """One merge in its stages, and what follows it.
+
+        At first all prove that they merge the same, and tell of their parts. Then come parameters that some worker
+        trained, beside the last fragment numbers of buffers, and after it counters, which follow one worker.
+        """
+        nobody = self._trained_by_nobody(position)
+        idle = {one.name for one in held if one.part in nobody}
+        parts = cut_into_fragments({one.name: one.tensor for one in held if one.part != "frozen"}, sync.fragments)
+        tensors = [tensor for place in fragments for name, tensor in parts[place].items() if name not in idle]
+        buffers = list(self._model.buffers.values()) if sync.fragments - 1 in fragments else []
+        numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
+        counters = [buffer for buffer in buffers if not buffer.is_floating_point()]
+        told = (*compared(_FIELDS), Traffic("all_gather", "world", _PART_BYTES))
+        first, *more = merge_stages(sync.wire, tensors, self._topology.world_size)
+        return (told, (*first, *exact(numbers)), *more), broadcast(counters)
+
+    def _trained_by_nobody(self, position: Position) -> set[str]:
+        """Parts that no worker trains here."""
+        topology = self._topology
+        roles: set[str] = {topology.role(group[0], position.cycle) for group in topology.groups}
+        return {"frozen"} | _idle(position, roles)
+
+    def _level(self, position: Position, held: Sequence[_Held]) -> Calls:
+        """Optimizer state, levelled where gradients are shared next: of all that keeps its shape, or its moments."""
+        after = position.step + position.steps_in_phase
+        if after >= self._recipe.total_steps or not isinstance(self._recipe.at(after).phase.sync, GradientSync):
+            return ()
+        factoring = self._recipe.factoring
+        projects = factoring is not None and factoring.optimizer_state == "project"
+        kept = [one for one in held if one.part == "whole" or (projects and one.part != "frozen")]
+        if not kept:
+            return ()
+        table = len(kept) * (self._optimizer.tensors + self._optimizer.numbers) * _SLOT_BYTES
+        nobody = self._trained_by_nobody(self._recipe.at(after - 1))
+        moments = [one.tensor for one in kept if one.part not in nobody for _ in range(self._optimizer.tensors)]
+        # Which worker has what, and the single numbers.
+        slots = (Traffic("all_reduce", "world", table),) * 2 if table else ()
+        return (Traffic("all_gather", "world", _KEY_BYTES), *slots, *exact(moments))
+
+
+def _idle(position: Position, roles: set[str]) -> set[str]:
+    """The factors that workers of these roles leave as they are."""
+    trained: dict[Trains, set[str]] = {"all": {"A", "B"}, "b": {"B"}, "a_or_b": roles, "a_then_b": {position.turn}}
+    return {"A", "B"} - trained[position.phase.trains]

@@ -1,0 +1,198 @@
+"""`abtrain plan`: bytes and seconds of recipes on given links, and which to take."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from abtrain import recipes
+from abtrain.comm.topology import topology_problems
+from abtrain.errors import ConfigurationError, nearest
+from abtrain.recipe import Recipe
+from abtrain.study.cost import ALL_REDUCES, Cluster, Link
+from abtrain.study.forecast import PhaseForecast
+from abtrain.study.listing import ratio_in_words
+from abtrain.study.measure import measure_step
+from abtrain.study.plan import RARE, Offer, Setting, recommend
+from abtrain.study.settings import ALL, PlanConfig, chosen, model_in_words, model_problems, problem_of, shapes_for
+from abtrain.study.simulate import Speeds
+from abtrain.study.units import rate_of, seconds_of
+from abtrain.sync import whole_number_problems
+from abtrain.train.progress import human_bytes
+from abtrain.train.tasks import TASKS
+
+_MOST_WORKERS = 10**6
+_OPTIONS = ("every", "wire", "delay", "fragments")
+"""Settings that are options of recipes."""
+
+
+def plan(config: PlanConfig, console: Console | None = None) -> None:
+    """Prints the forecasts and the recommendation.
+
+    Raises:
+        ConfigurationError: all that is wrong with the settings, at once.
+        DataError: a step is to be measured, and the task's data is not to be had.
+    """
+    problems = _problems(config)
+    if problems:
+        raise ConfigurationError(problems)
+    console = console or Console()
+    setting = _setting(config)
+    _heading(config, setting, console)
+    if config.recipe == ALL:
+        ddp = setting.offer("ddp", wire="bf16")
+        offers = [setting.offer(name, **_options(config, name)) for name in chosen(config)]
+        console.print(_comparison([ddp, *offers], ddp))
+        advice = recommend(setting)
+    else:
+        offer = setting.offer(config.recipe, **_options(config, config.recipe))
+        console.print(_by_phase(offer))
+        advice = recommend(setting, [config.recipe] if "every" in recipes.options_of(config.recipe) else RARE)
+    console.print(f"Recommended: {advice}", highlight=False)
+    console.print(
+        "Forecast are bytes and seconds; computing a step is taken to be as long in every recipe. What a recipe costs "
+        "in accuracy, only training tells: rarer, narrower and hidden merges are further from data parallel training.",
+        highlight=False,
+    )
+
+
+def _problems(config: PlanConfig) -> list[str]:
+    found = model_problems(config)
+    for attempt in (
+        lambda: [rate_of(rate) for rate in _rates(config)],
+        lambda: seconds_of(config.latency),
+        lambda: config.step_time is None or seconds_of(config.step_time),
+    ):
+        found += problem_of(attempt)
+    if not found and config.step_time is not None and seconds_of(config.step_time) == 0:
+        found.append(f"--step-time {config.step_time} is too short: use a time above 0")
+    if config.batch_size is not None:
+        found += whole_number_problems("--batch-size", config.batch_size, least=1)
+    if config.algorithm not in ALL_REDUCES:
+        found.append(f"unknown algorithm {config.algorithm!r}: {nearest(config.algorithm, ALL_REDUCES)}")
+    if config.task is None and config.step_time is None:
+        found.append("a model that is only a number cannot be measured: give --step-time, such as 80ms, or a --task")
+    if config.rates is not None and len(_rates(config)) != config.nodes:
+        found.append(f"--rates has {len(_rates(config))} links for {config.nodes} nodes: give one for each node")
+    # The rest is looked at as far as what it is built from is right.
+    if not found:
+        found += problem_of(lambda: _cluster(config))
+    workers = config.nodes * config.workers_per_node
+    found += topology_problems(workers, config.group_size)
+    if workers > _MOST_WORKERS:
+        found.append(f"{workers:,} workers are too many to simulate: use at most {_MOST_WORKERS:,}")
+    elif workers >= 1:
+        found += problem_of(lambda: _speeds(config))
+    if config.steps >= 1 and (config.recipe == ALL or config.recipe in recipes.RECIPES):
+        for name in chosen(config):
+            found += problem_of(partial(_build, config, name))
+    return found
+
+
+def _build(config: PlanConfig, name: str) -> Recipe:
+    return recipes.build(name, config.steps, **_options(config, name))
+
+
+def _rates(config: PlanConfig) -> list[str]:
+    return [config.rate] if config.rates is None else config.rates.split(",")
+
+
+def _cluster(config: PlanConfig) -> Cluster:
+    slowest = min(rate_of(rate) for rate in _rates(config))
+    return Cluster(config.nodes, Link(slowest, seconds_of(config.latency)), config.workers_per_node)
+
+
+def _speeds(config: PlanConfig) -> Speeds:
+    workers = config.nodes * config.workers_per_node
+    return Speeds(workers, config.jitter, config.slow_share, config.slow_factor, config.seed)
+
+
+def _setting(config: PlanConfig) -> Setting:
+    if config.step_time is not None:
+        step_seconds = seconds_of(config.step_time)
+    else:
+        assert config.task is not None
+        step_seconds = measure_step(TASKS[config.task], config.data, config.batch_size)
+    return Setting(
+        shapes_for(config),
+        config.compression,
+        config.steps,
+        step_seconds,
+        _cluster(config),
+        config.group_size,
+        _speeds(config),
+        config.algorithm,
+    )
+
+
+def _options(config: PlanConfig, name: str) -> dict[str, Any]:
+    """Of the options given, those that a recipe takes; all of them where one recipe was asked for."""
+    given = {key: value for key in _OPTIONS if (value := getattr(config, key)) is not None}
+    known = recipes.options_of(name)
+    return {key: value for key, value in given.items() if config.recipe == name or key in known}
+
+
+def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
+    link, unlike = setting.cluster.link, "" if config.rates is None else ", the slowest of unlike links"
+    source = "measured here" if config.step_time is None else "as given"
+    for line in (
+        f"{model_in_words(config, setting.shapes(None))}; {setting.steps:,} steps of "
+        f"{_exactly(setting.step_seconds)} ({source})",
+        f"{config.nodes:,} nodes, workers on each: {config.workers_per_node}, groups of {config.group_size}, "
+        f"{link.rate / 1e6:g} Mbit/s{unlike}, latency {1000 * link.latency:g} ms, all-reduce by {config.algorithm}",
+    ):
+        console.print(line, highlight=False)
+
+
+def _comparison(offers: list[Offer], ddp: Offer) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("recipe", overflow="fold")
+    for heading in ("payload", "of ddp", "wire", "time", "computing", "x ddp bf16"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for offer in offers:
+        expected = offer.forecast
+        table.add_row(
+            str(offer),
+            human_bytes(expected.payload),
+            ratio_in_words(offer.ratio),
+            human_bytes(expected.wire),
+            duration(expected.seconds),
+            f"{expected.utilisation:.0%}",
+            f"{ddp.forecast.seconds / expected.seconds:.1f}",
+        )
+    return table
+
+
+def _by_phase(offer: Offer) -> Table:
+    expected = offer.forecast
+    table = Table(box=box.SIMPLE_HEAD, title=f"{offer}: {ratio_in_words(offer.ratio)} of ddp's payload")
+    table.add_column("phase")
+    for heading in ("steps", "payload", "wire", "computing", "waiting", "sending", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    # The last line is the run as a whole.
+    totals = [sum(column) for column in zip(*map(_figures, expected.phases), strict=True)]
+    lines = [(part.phase, part.steps, _figures(part)) for part in expected.phases]
+    for name, steps, (payload, wire, *seconds) in [*lines, ("all", offer.recipe.total_steps, totals)]:
+        times = [duration(part) for part in (*seconds, sum(seconds))]
+        table.add_row(name, f"{steps:,}", human_bytes(payload), human_bytes(wire), *times)
+    return table
+
+
+def _figures(part: PhaseForecast) -> list[float]:
+    return [part.payload, part.wire, part.compute, part.waiting, part.communication]
+
+
+def _exactly(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:,.2f} s"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2f} s" if seconds else "0 s"

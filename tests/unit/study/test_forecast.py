@@ -1,0 +1,122 @@
+import pytest
+
+from abtrain import recipes
+from abtrain.comm.topology import Topology
+from abtrain.study.cost import Cluster, Link, cost_of, ring
+from abtrain.study.forecast import Forecast, forecast
+from abtrain.study.payload import predict
+from abtrain.study.shapes import ModelShapes, assumed_shapes
+from abtrain.study.simulate import Speeds
+from abtrain.study.traffic import Merging, Stretch, Traffic
+from abtrain.sync import GradientSync
+
+LINK = Link(100e6, 1e-3)
+CLUSTER = Cluster(4, LINK)
+MIB = 2**20
+
+
+def of_recipe(name: str, model: ModelShapes, steps: int = 100, step: float = 0.1, **options: object) -> Forecast:
+    recipe = recipes.build(name, steps, **options)
+    return forecast(predict(recipe, model, Topology(4)), CLUSTER, step)
+
+
+def test_solo_only_computes() -> None:
+    expected = of_recipe("solo", assumed_shapes(10**6))
+    assert expected.utilisation == pytest.approx(1, abs=0.01)
+    assert expected.seconds == pytest.approx(10, rel=0.01)
+
+
+def test_gradients_are_hidden_as_far_as_backward_goes_on() -> None:
+    """Forward 1 s, backward 2 s. The first bucket is ready at 2 s, the last at 3 s, when the first has been through."""
+    sizes = (1_000_000, 1_000_000)
+    buckets = tuple(
+        Traffic("gradients", "world", size, ready=share) for size, share in zip(sizes, (0.5, 1), strict=True)
+    )
+    expected = forecast([Stretch("full", 1, scope="world", step=buckets)], CLUSTER, 3)
+    assert expected.phases[0].communication == pytest.approx(ring(CLUSTER, 1e6).seconds)
+    # Ten times as much: the first, sent at 2 s, is not through at 3 s, and the last waits for it.
+    buckets = tuple(Traffic("gradients", "world", 10_000_000, ready=one.ready) for one in buckets)
+    expected = forecast([Stretch("full", 1, scope="world", step=buckets)], CLUSTER, 3)
+    assert expected.phases[0].communication == pytest.approx(2 * ring(CLUSTER, 10e6).seconds - 1)
+
+
+def test_merges_are_not_hidden() -> None:
+    model = assumed_shapes(10**6, 1000)
+    expected = of_recipe("diloco", model, every=10)
+    once = ring(CLUSTER, 4e6).seconds + cost_of("all_reduce", CLUSTER, 256).seconds
+    once += cost_of("all_gather", CLUSTER, 16).seconds
+    assert expected.phases[-1].communication == pytest.approx(10 * once)
+    assert expected.payload == pytest.approx(10 * 4e6, rel=1e-3)
+
+
+def test_a_merge_hides_behind_the_steps_of_its_delay() -> None:
+    """Two stages in 5 steps of 0.1 s: the second is begun after 3 of them, and has 2 to arrive in."""
+    stages = ((Traffic("all_reduce", "world", 256),), (Traffic("all_reduce", "world", 4_000_000),))
+    after = (Traffic("broadcast", "world", 8),)
+    stretch = Stretch("local", 10, "group", merges=(Merging(1, stages, after, hidden=5),))
+    expected = forecast([stretch], CLUSTER, 0.1)
+    left = ring(CLUSTER, 4e6).seconds - 0.2 + cost_of("broadcast", CLUSTER, 8).seconds
+    assert expected.phases[0].communication == pytest.approx(left)
+    # A step of a second hides all but what comes afterwards.
+    assert forecast([stretch], CLUSTER, 1).phases[0].communication == cost_of("broadcast", CLUSTER, 8).seconds
+
+
+def test_hidden_merges_use_a_slow_link_better() -> None:
+    model = assumed_shapes(10**6, 1000)
+    waited, hidden = (of_recipe("diloco", model, step=0.05, every=20, delay=delay) for delay in (0, 19))
+    assert hidden.payload == waited.payload
+    assert hidden.wire == waited.wire
+    assert hidden.utilisation > waited.utilisation + 0.1
+
+
+def test_fragments_merge_in_turns() -> None:
+    model = assumed_shapes(4 * 10**6, 1000)
+    stretch = predict(recipes.diloco(40, every=20, fragments=4), model, Topology(4))[-1]
+    # Four times in the first round, three times in the second, and all that is left, which is all, at the end.
+    assert stretch.meetings == 8
+    assert sum(merging.times for merging in stretch.merges if len(merging.calls) == 3) == 8
+    assert sum(t.nbytes * n for t, n in stretch.all()) == 7 * 4_000_000 + 16_000_000 + 8 * (256 + 16)
+
+
+def test_rounds_of_powersgd_take_their_latency() -> None:
+    step = (Traffic("gradients", "world", 300, rounds=3),)
+    expected = forecast([Stretch("full", 10, scope="world", step=step)], CLUSTER, 0.1)
+    assert expected.seconds == pytest.approx(10 * (0.1 + 3 * ring(CLUSTER, 100).seconds))
+
+
+def test_ddp_fills_its_buckets_from_the_models_end() -> None:
+    model = assumed_shapes(30 * MIB // 4, 512)  # weights of 1 MiB
+    stretch = predict(recipes.ddp(1), model, Topology(2))[-1]
+    assert [traffic.nbytes // MIB for traffic in stretch.step] == [1, 25, 4]
+    assert [traffic.ready for traffic in stretch.step] == pytest.approx([1 / 30, 26 / 30, 1])
+    low_rank = recipes.powersgd(3, rank=4)
+    assert isinstance(low_rank.phases[0].sync, GradientSync)
+    assert [one.rounds for one in predict(low_rank, model, Topology(2))[-1].step] == [3, 3, 3]
+
+
+def test_groups_keep_their_gradients_inside_a_node() -> None:
+    model, topology = assumed_shapes(10**6, 1000), Topology(8, 4)
+    stretches = predict(recipes.diloco(20, every=20), model, topology)
+    cluster = Cluster(2, LINK, per_node=4)
+    expected = forecast(stretches, cluster, 0.1, group_size=4)
+    flat = forecast(predict(recipes.diloco(20, every=20), model, Topology(8)), cluster, 0.1)
+    assert expected.payload > 5 * flat.payload
+    assert expected.wire == flat.wire
+
+
+def test_those_who_meet_rarely_wait_less_for_jitter() -> None:
+    model, speeds = assumed_shapes(10**5), Speeds(4, jitter=0.3)
+
+    def waiting(name: str) -> float:
+        stretches = predict(recipes.build(name, 100), model, Topology(4))
+        return sum(phase.waiting for phase in forecast(stretches, CLUSTER, 0.1, speeds=speeds).phases)
+
+    assert 0 < waiting("diloco") < 0.5 * waiting("ddp")
+
+
+def test_phases_sum_to_the_run() -> None:
+    expected = of_recipe("ab", assumed_shapes(10**6, 1000), steps=300)
+    assert [phase.phase for phase in expected.phases] == ["setup", "warmup", "group", "rebound"]
+    assert sum(phase.steps for phase in expected.phases) == 300
+    assert expected.seconds == pytest.approx(sum(phase.seconds for phase in expected.phases))
+    assert expected.wire > expected.payload
