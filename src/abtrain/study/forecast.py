@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from abtrain.comm.stages import stages_due
 from abtrain.study.cost import Cluster, Cost, cost_of
 from abtrain.study.simulate import Speeds
 from abtrain.study.traffic import Calls, Merging, Stretch, Traffic
@@ -129,11 +130,13 @@ class _Road:
 
     def _stalled(self, merging: Merging, step_seconds: float) -> float:
         """Seconds that one merge adds: a stage is waited for as soon as the next one is due."""
-        stages, hidden = len(merging.stages), merging.hidden
+        count, hidden = len(merging.stages), merging.hidden
+        # How many stages are done after each step; the next one is under way then.
+        done = [stages_due(count, hidden, passed) for passed in range(1, hidden + 1)]
         stalled = self._seconds(merging.after)
         for place, calls in enumerate(merging.stages):
-            begun, due = (math.ceil(hidden * stage / stages) for stage in (place, place + 1))
-            stalled += max(self._seconds(calls) - (due - begun) * step_seconds, 0.0)
+            steps = sum(before == place for before in (0, *done[:-1])) if hidden else 0
+            stalled += max(self._seconds(calls) - steps * step_seconds, 0.0)
         return stalled
 
     def _seconds(self, calls: Calls) -> float:

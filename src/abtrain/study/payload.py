@@ -266,7 +266,9 @@ class _Walk:
         if not kept:
             return ()
         table = len(kept) * (self._optimizer.tensors + self._optimizer.numbers) * _SLOT_BYTES
-        nobody = self._trained_by_nobody(self._recipe.at(after - 1))
+        left = self._recipe.at(after - 1)
+        # Where factors took turns, every worker has a state of both.
+        nobody = {"frozen"} if left.phase.trains == "a_then_b" else self._trained_by_nobody(left)
         moments = [one.tensor for one in kept if one.part not in nobody for _ in range(self._optimizer.tensors)]
         # Which worker has what, and the single numbers.
         slots = (Traffic("all_reduce", "world", table),) * 2 if table else ()
