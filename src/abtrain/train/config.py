@@ -14,12 +14,10 @@ from tyro.conf import Positional, arg
 
 from abtrain import recipes
 from abtrain.errors import ConfigurationError, nearest
+from abtrain.train.choices import DEVICES, Init, OnNonFinite
 
 # torch takes seconds to import: what needs it is imported where it is used, so that `--help` answers at once.
 
-Init = Literal["default", "orthogonal"]
-OnNonFinite = Literal["stop", "drop_worker"]
-DEVICES = ("auto", "cpu", "cuda")
 _LONGEST_TIMEOUT = 10**7  # seconds; what is longer does not fit into every clock that it is given to
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import BatchSampler, DistributedSampler
 from abtrain.errors import ConfigurationError
 from abtrain.train import data as sources
 from abtrain.train import models
-from abtrain.train.config import Init
+from abtrain.train.choices import Init
 from abtrain.train.data import Data
 
 WARMUP_SHARE = 0.05

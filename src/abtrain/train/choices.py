@@ -1,0 +1,9 @@
+"""What settings can be chosen from. Pure: the command's help is built from it, and should not wait for torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Init = Literal["default", "orthogonal"]
+OnNonFinite = Literal["stop", "drop_worker"]
+DEVICES = ("auto", "cpu", "cuda")
