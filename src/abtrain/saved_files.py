@@ -14,6 +14,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -136,13 +137,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], sync: Callable[[Bin
 
 def _write(path: Path, pieces: list[bytes | Tensor], sync: Callable[[BinaryIO], None]) -> Written:
     sha, size = hashlib.sha256(), 0
-    with path.open("xb") as file:
+    # Digests are made while the disk is busy.
+    with path.open("xb") as file, ThreadPoolExecutor(1) as beside:
         for piece in pieces:
             # One tensor at a time is on the CPU and contiguous, and it is written from where it lies.
             held = piece.cpu().contiguous() if isinstance(piece, Tensor) else piece
             data = _bytes_of(held) if isinstance(held, Tensor) else held
+            digested = beside.submit(sha.update, data)
             file.write(data)
-            sha.update(data)
+            digested.result()
             size += len(data)
         file.flush()
         sync(file)

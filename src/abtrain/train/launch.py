@@ -73,6 +73,8 @@ def _take_world_size(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     said = []
     if config.workers not in (world_size, TrainConfig.workers):
         said.append(f"--workers {config.workers} plays no part: torchrun started {world_size}")
+    if config.out is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        said.append("without --out every restart begins anew, in a folder of its own: name one")
     return dataclasses.replace(config, workers=world_size), said
 
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import platform
 import signal
 import time
@@ -23,11 +22,11 @@ from abtrain.comm.agreement import gather_json
 from abtrain.comm.communicator import Communicator
 from abtrain.engine import ABTraining
 from abtrain.errors import ConfigurationError, NonFiniteError, PeerLostError, RanksDisagreeError, StoppedError
-from abtrain.export import weights_digest
 from abtrain.recipe import Position
-from abtrain.sync import GradientSync
+from abtrain.sync import GradientSync, WeightSync
 from abtrain.train.config import TrainConfig, used_options
 from abtrain.train.progress import Display
+from abtrain.train.result import result_of
 from abtrain.train.run_folder import CHECKPOINTS, RunFolder
 from abtrain.train.saving import Saving
 from abtrain.train.stopping import Stopping
@@ -81,7 +80,7 @@ def train(config: TrainConfig, communicator: Communicator) -> dict[str, Any]:
         result = {}
         with ab.merged():
             if recorder is not None:
-                result = _result(config, ab, parameters, seconds, evaluate(model, task, data))
+                result = result_of(config, ab, parameters, seconds, evaluate(model, task, data))
                 recorder.finish(result)
             communicator.barrier()
     return result
@@ -247,57 +246,14 @@ class _Run:
         self._save_or_stop(position, gradients_travel)
 
     def _save_or_stop(self, position: Position, gradients_travel: bool) -> None:
-        ab, due = self.ab, self.saving.due(self.ab.steps_done)
-        # Where only gradients meet, the answer may come a step later, and cost no time.
+        ab, due, sync = self.ab, self.saving.due(self.ab.steps_done), position.phase.sync
+        # Beside gradients and hidden merges the answer may come at the next meeting, and costs no time.
+        waits_anyway = isinstance(sync, WeightSync) and position.merges and (position.last or not sync.delay)
         number = self.stopping.agreed(
-            meets=gradients_travel or position.merges or due, wait=position.merges or due or ab.finished
+            meets=gradients_travel or position.merges or due, wait=waits_anyway or due or ab.finished
         )
         stops = number != 0 and not ab.finished
         saved = self.saving.save() if due or stops else None
         if stops:
             kept = f"step {ab.steps_done} is saved: run again to go on" if saved else "no checkpoint was written"
             raise StoppedError(f"stopped on request ({signal.Signals(number).name}), {kept}")
-
-
-def _result(
-    config: TrainConfig, ab: ABTraining, parameters: int, total: float, scores: dict[str, float | None]
-) -> dict[str, Any]:
-    """The content of result.json."""
-    meter, topology = ab.communicator.meter, ab.communicator.topology
-    payload, svd = meter.payload(), ab.seconds["svd"]
-    return {
-        "recipe": config.recipe,
-        "task": config.task,
-        "seed": config.seed,
-        "world_size": topology.world_size,
-        "group_size": topology.group_size,
-        "steps": ab.steps_done,
-        **scores,
-        "seconds": {
-            "total": total,
-            "compute": total - meter.sync_seconds - svd,
-            "sync": meter.sync_seconds,
-            "svd": svd,
-        },
-        "payload_bytes": payload,
-        # DDP hands over every parameter's gradient, 4 bytes each, at every step.
-        "payload_ratio": payload["total"] / (4 * parameters * ab.steps_done),
-        "parameters": parameters,
-        "compression": ab.compression,
-        "ranks": ab.rank_history,
-        "decisions": ab.decisions,
-        "weights_digest": weights_digest(ab.dense_state_dict()),
-        "schedule": repr(ab.recipe),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "abtrain": __version__},
-        "hardware": {
-            "platform": platform.platform(),
-            "device": _device_name(ab.communicator.device),
-            "cores": os.cpu_count(),
-            "threads_per_worker": torch.get_num_threads(),
-        },
-        "config": dataclasses.asdict(config),
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
