@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, get_args
 
@@ -33,13 +33,16 @@ from abtrain.comm.communicator import PLAIN, Communicator, DataParallel, Scope, 
 from abtrain.describe import Description
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.factors import agree_on_factors
+from abtrain.faults import fail_at
 from abtrain.level import level_grad_scaler, level_optimizer_state
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.model import FactoredModel, TrainedFactors
 from abtrain.lowrank.precondition import Preconditioner
+from abtrain.lowrank.saved import check_model_state
 from abtrain.merge import Merger, OnNonFinite
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
+from abtrain.resume import VERSION, Parts, check_run, decided, recipe_fingerprint
 from abtrain.rounds import Rounds
 from abtrain.state import SharedState
 from abtrain.switch import Switch
@@ -106,7 +109,7 @@ class ABTraining:
             raise ConfigurationError(problems)
         self.module = model
         self.optimizer = optimizer
-        self.recipe = recipe
+        self.recipe = self._given_recipe = recipe
         self.communicator = comm
         self.steps_done = 0
         self.rank_history: list[dict[str, Any]] = []
@@ -198,6 +201,7 @@ class ABTraining:
         position = self._position
         if position is None:
             raise UsageError(self._ended())
+        fail_at(self.communicator.rank, self.steps_done, "step")
         if self._optimizer_steps and not self._forwards and self.communicator.topology.world_size > 1:
             raise UsageError("the optimizer stepped, but no ab(...) call came before: call ab(x) in place of model(x)")
         self._optimizer_steps = self._forwards = 0
@@ -240,6 +244,66 @@ class ABTraining:
         """The full-rank state dict, loadable into the model as it was built; factored weights as W = A B."""
         return self._model.dense_state_dict()
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on from here, in any phase: tensors and JSON values by name.
+
+        It is this worker's own: groups, and workers of a group, hold different things between merges. Tensors are those
+        that are trained: save or copy them before the next step. Gradients are not in it, nor what belongs to the loop:
+        scheduler, sampler, generators. Talks to nobody.
+
+        Raises:
+            UsageError: `ab.step()` was not called after the last optimizer step.
+        """
+        if self._optimizer_steps:
+            raise UsageError("the state between optimizer.step() and ab.step() cannot be saved: call ab.step() first")
+        return {
+            "version": VERSION,
+            "recipe": recipe_fingerprint(self._given_recipe),
+            "step": self.steps_done,
+            "decisions": list(self.decisions),
+            "rank_history": list(self.rank_history),
+            "dense_this_cycle": dict(self._dense_this_cycle),
+            "seconds": dict(self.seconds),
+            "workers_equal": self._workers_equal,
+            "round_began": self._round_began,
+            **self._parts().state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict` of the same recipe, model and optimizer: to the last bit, on the same machine.
+
+        Collective: all workers load, each what it saved. Two things are not in it. PyTorch's PowerSGD hook starts
+        anew; and DDP lays its buckets out anew, so that three or more workers may add up gradients in another order.
+
+        Raises:
+            CheckpointError: the state is of another recipe, model or optimizer. Nothing has changed then.
+        """
+        check_run(state, self._given_recipe)
+        check_model_state(self._model, state["model"])
+        self._wrap(None)
+        self.recipe, self.steps_done = decided(self._given_recipe, state), int(state["step"])
+        ended = self.steps_done == self.recipe.total_steps
+        self._position = None if ended else self.recipe.at(self.steps_done)
+        self.decisions, self.rank_history = list(state["decisions"]), list(state["rank_history"])
+        self.seconds, self._dense_this_cycle = dict(state["seconds"]), dict(state["dense_this_cycle"])
+        self._workers_equal, self._round_began = bool(state["workers_equal"]), bool(state["round_began"])
+        self._optimizer_steps = self._forwards = 0
+        self._parts().load_state_dict(state, self.recipe.at, self._trained_by)
+        if self._position is not None:
+            self._train(self._position)
+
+    def _parts(self) -> Parts:
+        return Parts(
+            self._model,
+            self._merger,
+            self._rounds,
+            self._switch,
+            self._rebound,
+            self._preconditioner,
+            self._grad_scaler,
+            self.communicator.meter,
+        )
+
     def close(self) -> None:
         """Takes abtrain's hooks off the optimizer. The model stays as it is."""
         self._rebound.close()
@@ -260,10 +324,16 @@ class ABTraining:
             self._merger.to_factors(self._model.records.values(), momentum=self._model.projects)
         if reshaped:
             self._rebound.start(self.recipe.lr_rebound_steps)
-        if phase.weights == "factored":
-            self._model.train_only(self._trained_factors(position, comm.rank))
         if isinstance(phase.sync, WeightSync):
             self._rounds.begin()
+        self._train(position)
+
+    def _train(self, position: Position) -> None:
+        """Lets train what is trained at this position, its gradients averaged over the scope of the phase."""
+        phase = position.phase
+        if phase.weights == "factored":
+            self._model.train_only(self._trained_factors(position, self.communicator.rank))
+        if isinstance(phase.sync, WeightSync):
             self._wrap("group")
         elif phase.sync is not None:
             self._wrap("world", phase.sync)
@@ -292,11 +362,8 @@ class ABTraining:
 
     def _sync_weights(self, position: Position, upcoming: Position | None, loss: float | None) -> Position | None:
         """What a phase of rounds does after a step; where the next step stands then."""
-        topology, phase = self.communicator.topology, position.phase
-        trained = [self._trained_factors(position, rank) for rank in range(topology.world_size)]
-        factors = self._model.factors() if phase.trains != "all" else {}
-        trained_by = {name: [which in ("all", name[-1]) for which in trained] for name in factors}
-        self._workers_equal = self._rounds.step(position, self.steps_done, loss, trained_by)
+        phase = position.phase
+        self._workers_equal = self._rounds.step(position, self.steps_done, loss, self._trained_by(position))
         if position.merges and self._grad_scaler is not None:
             level_grad_scaler(self._grad_scaler, self.communicator)
         if self._workers_equal and phase.weights == "full":
@@ -313,8 +380,7 @@ class ABTraining:
             level_optimizer_state(self.optimizer, kept, self.communicator)
         if phase.trains == "a_then_b" and upcoming.turn != position.turn and not upcoming.first:
             self._wrap(None)
-            self._model.train_only(upcoming.turn)
-            self._wrap("group")
+            self._train(upcoming)
         return upcoming
 
     def _decide(self, position: Position) -> Position | None:
@@ -341,6 +407,13 @@ class ABTraining:
             "a_then_b": position.turn,
         }
         return by_role[position.phase.trains]
+
+    def _trained_by(self, position: Position) -> dict[str, list[bool]]:
+        """By the name of a factor, for each worker whether it trains it here; empty where all train all."""
+        workers = range(self.communicator.topology.world_size)
+        trained = [self._trained_factors(position, rank) for rank in workers]
+        factors = self._model.factors() if position.phase.trains != "all" else {}
+        return {name: [which in ("all", name[-1]) for which in trained] for name in factors}
 
     def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         position = self._position

@@ -17,35 +17,25 @@ A worker whose part is not finite has no share: the others share what it would h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from abtrain.comm.communicator import Communicator
+from abtrain.comm.low_rank_wire import LowRankWire
 from abtrain.comm.stages import Stages, together
 from abtrain.comm.wire import Averages, Wire, average_exactly
 from abtrain.comm.wires import make_wire
 from abtrain.errors import NonFiniteError
 from abtrain.lowrank.surgery import FactoredWeight
 from abtrain.lowrank.tangent import to_factors, to_weight
-from abtrain.sync import Mean, Outer, TrainedOnly, Weighted, WeightSync
+from abtrain.shares import SHARES, Part
+from abtrain.sync import Outer, WeightSync
 
 OnNonFinite = Literal["stop", "drop_worker"]
 Tensors = dict[str, Tensor]
-
-
-class Part(NamedTuple):
-    """What one worker tells of its part of a merge.
-
-    Attributes:
-        square: squared length of all that changed; not finite if anything is not.
-        loss: its mean training loss in the round; NaN where none is known.
-    """
-
-    square: float
-    loss: float
 
 
 class Outcome(NamedTuple):
@@ -84,6 +74,25 @@ class Merger:
             for name in store.keys() - tensors.keys():
                 del store[name]
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on from here."""
+        starts = {name: dict(wire.starts) for name, wire in self._wires.items() if isinstance(wire, LowRankWire)}
+        stores = {"anchors": self.anchors, "momentum": self.momentum, "residuals": self.residuals}
+        return {"starts": starts, **{name: dict(store) for name, store in stores.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Replaces all that is held by copies of what a `state_dict` holds, on `device`."""
+
+        def copies(store: Mapping[str, Tensor]) -> Tensors:
+            return {name: tensor.to(device, copy=True) for name, tensor in store.items()}
+
+        self.anchors, self.momentum = copies(state["anchors"]), copies(state["momentum"])
+        self.residuals, self._wires = copies(state["residuals"]), {}
+        for name, starts in state["starts"].items():
+            wire = self.wire(name)
+            assert isinstance(wire, LowRankWire)
+            wire.starts = copies(starts)
+
     def wire(self, name: str) -> Wire:
         """The wire of that name, the same at every call."""
         if name not in self._wires:
@@ -97,10 +106,14 @@ class Merger:
         trained_by: Mapping[str, Sequence[bool]],
         *,
         buffers: Mapping[str, Tensor] | None = None,
+        started: Mapping[str, Tensor] | None = None,
         loss: float | None = None,
         check: Stages[None] | None = None,
     ) -> Stages[Outcome]:
         """Merges, in stages: what changed is read now, and the outcome written, in place, at the end.
+
+        Nothing of the merger itself changes before that: a merge that is begun again from the same `started` comes to
+        the same end.
 
         What this worker has changed in the meantime is kept, on top of the outcome.
 
@@ -109,19 +122,19 @@ class Merger:
             sync: by which rule, over which wire.
             trained_by: by name, for each worker whether it trained the tensor, where not all did.
             buffers: floating-point tensors that are averaged as they are.
+            started: copies of `tensors` and `buffers` as they were when the merge began; None: as they are now, and
+                nothing is trained before the merge ends.
             loss: this worker's mean training loss in the round, if it is known.
             check: proves, in the first stage, that all workers merge the same.
 
         Raises:
             NonFiniteError: a part is not finite, and parts are not to be dropped; or none is finite. On all workers.
         """
-        deltas = {name: t.to(self.anchors[name].dtype) - _seen(self.anchors[name], t) for name, t in tensors.items()}
         buffers = buffers or {}
         held = {**tensors, **buffers}
-        if sync.delay:
-            for name, tensor in tensors.items():
-                tensor.copy_(self.anchors[name] + self._stepped(sync.merge, name, deltas[name])[0])
-        started = {name: t.clone() for name, t in held.items()} if sync.delay else held
+        at_once = started is None
+        started = held if started is None else started
+        deltas = {name: _change(self.anchors[name], started[name]) for name in tensors}
         tell = _tell(self._comm, [*deltas.values(), *buffers.values()], deltas, loss)
         _, parts = yield from together(check or _nothing(), tell)
         alive = self._alive(parts)
@@ -130,13 +143,24 @@ class Merger:
             self.wire(sync.wire).average(numbers, self._comm),
             average_exactly(self._equal_parts({name: started[name] for name in buffers}, alive), self._comm),
         )
+        # What was trained meanwhile began from there; said before the anchors move on.
+        base = (
+            held if at_once else {**started, **{name: self.eager(sync.merge, name, started[name]) for name in tensors}}
+        )
         outcome = self._arrive(sync.merge, averages) | dict(zip(buffers, means, strict=True))
         for name, tensor in held.items():
             # What a worker without a share has is not finite.
-            moved = tensor.to(outcome[name].dtype) - started[name] if alive[self._comm.rank] else 0
+            moved = tensor.to(outcome[name].dtype) - base[name] if alive[self._comm.rank] else 0
             tensor.copy_(outcome[name] + moved)
         well = [part for part, is_well in zip(parts, alive, strict=True) if is_well]
         return Outcome(_agreement(well, averages.mean), tuple(r for r, is_well in enumerate(alive) if not is_well))
+
+    def eager(self, rule: Any, name: str, started: Tensor) -> Tensor:
+        """What a worker trains on from while its merge is hidden, given what it held when that began."""
+        if not isinstance(rule, Outer):
+            return started
+        anchor = self.anchors[name]
+        return (anchor + self._stepped(rule, name, _change(anchor, started))[0]).to(started.dtype)
 
     def _arrive(self, rule: Any, averages: Averages) -> Tensors:
         """What all workers hold next, by name; what the wire still owes is kept."""
@@ -237,30 +261,6 @@ class Merger:
         return rule.lr * (D + rule.momentum * M), M
 
 
-def _equal(rule: Mean | Outer, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]) -> list[float]:
-    return [well / sum(alive) for well in alive]
-
-
-def _of_trained(
-    rule: TrainedOnly, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]
-) -> list[float]:
-    return [did / max(sum(trained), 1) for did in trained]
-
-
-def _by_loss(rule: Weighted, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]) -> list[float]:
-    best = min((part.loss for part, did in zip(parts, trained, strict=True) if did), default=0.0)
-    weights = [
-        math.exp((best - part.loss) / rule.temperature) if did else 0.0
-        for part, did in zip(parts, trained, strict=True)
-    ]
-    return [weight / max(sum(weights), 1e-300) for weight in weights]
-
-
-Shares = Callable[[Any, Sequence[bool], Sequence[bool], Sequence[Part]], list[float]]
-SHARES: dict[type, Shares] = {Mean: _equal, TrainedOnly: _of_trained, Weighted: _by_loss, Outer: _equal}
-"""By rule: from who is alive, who trained the tensor, and what each tells, the share of every worker."""
-
-
 def _tell(
     comm: Communicator, all_tensors: Sequence[Tensor], deltas: Mapping[str, Tensor], loss: float | None
 ) -> Stages[list[Part]]:
@@ -296,6 +296,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize else dtype
 
 
-def _seen(anchor: Tensor, tensor: Tensor) -> Tensor:
-    """The anchor as the worker saw it, in its own precision."""
-    return anchor.to(tensor.dtype).to(anchor.dtype)
+def _change(anchor: Tensor, tensor: Tensor) -> Tensor:
+    """What a worker has added to the anchor as it saw it, in its own precision."""
+    return tensor.to(anchor.dtype) - anchor.to(tensor.dtype).to(anchor.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +39,15 @@ class LRRebound:
         """One training step is done, whether the optimizer took it or a gradient scaler skipped it."""
         self._put_back()
         self._done = min(self._done + 1, self._length)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the climb stands; JSON can hold it."""
+        return {"length": self._length, "done": self._done}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on with the climb of a `state_dict`."""
+        self._put_back()
+        self._length, self._done = int(state["length"]), int(state["done"])
 
     def close(self) -> None:
         """Takes the hooks off the optimizer."""

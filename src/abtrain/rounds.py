@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from abtrain.comm.agreement import fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Background, Stages, finish
 from abtrain.errors import UsageError
+from abtrain.faults import fail_at
 from abtrain.merge import Merger, Outcome
 from abtrain.recipe import Position
 from abtrain.state import SharedState
@@ -21,6 +24,25 @@ log = logging.getLogger("abtrain")
 
 # Before the wire's own stages: all workers prove that they merge the same, and tell what they bring.
 _CHECKING = 1
+
+TrainedBy = Mapping[str, Sequence[bool]]
+"""By name, for each worker whether it trains the parameter, where not all do."""
+
+
+class _UnderWay(NamedTuple):
+    """A merge that is hidden behind training, and what it takes to begin it again.
+
+    Attributes:
+        stages: its rest.
+        step: how many steps were done when it began.
+        loss: this worker's mean training loss in the round before.
+        started: what it merges, as it was when it began.
+    """
+
+    stages: Background[None]
+    step: int
+    loss: float | None
+    started: dict[str, Tensor]
 
 
 class Rounds:
@@ -34,7 +56,7 @@ class Rounds:
         self._state = state
         self._merger = merger
         self._comm = comm
-        self._under_way: list[Background[None]] = []
+        self._under_way: list[_UnderWay] = []
         self._losses: list[float] = []
         self.outcome: Outcome | None = None
 
@@ -43,7 +65,7 @@ class Rounds:
         self._merger.begin(self._state.parameters())
         self._losses = []
 
-    def step(self, position: Position, step: int, loss: float | None, trained_by: Mapping[str, Sequence[bool]]) -> bool:
+    def step(self, position: Position, step: int, loss: float | None, trained_by: TrainedBy) -> bool:
         """A training step is done. Goes on with merges that are under way, and begins those that are due.
 
         Args:
@@ -69,45 +91,128 @@ class Rounds:
                 f"phase {position.phase.name!r} weights workers by their training loss, but ab.step() was called "
                 "without one: call ab.step(loss)"
             )
-        self._under_way = [merge for merge in self._under_way if not merge.advance()]
+        self._under_way = [merge for merge in self._under_way if not merge.stages.advance()]
         if position.last:
             for merge in self._under_way:
-                merge.finish()
+                merge.stages.finish()
             self._under_way = []
         if not position.merging:
             return False
-        stages = self._merge(position, sync, step, trained_by)
+        mean_loss = math.fsum(self._losses) / len(self._losses) if self._losses else None
+        if _whole_round(position):
+            self._losses = []
         if sync.delay and not position.last:
-            count = _CHECKING + self._merger.wire(sync.wire).stages
-            self._under_way.append(Background(stages, count, sync.delay))
+            tensors, buffers = self._merging(position, trained_by)
+            started = {name: tensor.clone() for name, tensor in (tensors | buffers).items()}
+            self._under_way.append(self._launch(position, step, mean_loss, started, trained_by))
+            for name, tensor in tensors.items():
+                tensor.copy_(self._merger.eager(sync.merge, name, started[name]))
             return False
-        finish(stages)
+        finish(self._merge(position, step, mean_loss, None, trained_by))
         return len(position.merging) == sync.fragments
 
-    def _merge(
-        self, position: Position, sync: WeightSync, step: int, trained_by: Mapping[str, Sequence[bool]]
-    ) -> Stages[None]:
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on from here, merges under way included."""
+        under_way = [
+            {
+                "step": merge.step,
+                "progress": list(merge.stages.progress),
+                "loss": None if merge.loss is None else torch.tensor(merge.loss, dtype=torch.float64),
+                "started": dict(merge.started),
+            }
+            for merge in self._under_way
+        ]
+        outcome = None if self.outcome is None else [self.outcome.agreement, list(self.outcome.dropped)]
+        return {
+            "losses": torch.tensor(self._losses, dtype=torch.float64),
+            "outcome": outcome,
+            "under_way": under_way,
+        }
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        at: Callable[[int], Position],
+        trained_by: Callable[[Position], TrainedBy],
+        device: torch.device,
+    ) -> None:
+        """Goes on from a `state_dict`, once the merger and the model have. Collective if merges are under way.
+
+        Those are begun again from what they began with, and come to where they were.
+
+        Args:
+            state: of this worker.
+            at: the position of a step in the recipe.
+            trained_by: as `step` takes it, at a position.
+            device: of the model.
+        """
+        self._losses = state["losses"].tolist()
+        self.outcome = None if state["outcome"] is None else Outcome(state["outcome"][0], tuple(state["outcome"][1]))
+        self._under_way = []
+        for entry in state["under_way"]:
+            position = at(entry["step"] - 1)
+            started = {name: tensor.to(device, copy=True) for name, tensor in entry["started"].items()}
+            loss = None if entry["loss"] is None else float(entry["loss"])
+            merge = self._launch(position, entry["step"], loss, started, trained_by(position))
+            merge.stages.catch_up(*entry["progress"])
+            self._under_way.append(merge)
+
+    def _launch(
+        self, position: Position, step: int, loss: float | None, started: dict[str, Tensor], trained_by: TrainedBy
+    ) -> _UnderWay:
+        sync = position.phase.sync
+        assert isinstance(sync, WeightSync)
+        count = _CHECKING + self._merger.wire(sync.wire).stages
+        stages = self._merge(position, step, loss, started, trained_by)
+        return _UnderWay(Background(stages, count, sync.delay), step, loss, started)
+
+    def _merging(self, position: Position, trained_by: TrainedBy) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The parameters and the buffers that merge after a step."""
+        sync = position.phase.sync
+        assert isinstance(sync, WeightSync)
         tensors: dict[str, Tensor] = {}
         parts = cut_into_fragments(self._state.parameters(), sync.fragments)
         for fragment in position.merging:
             tensors |= parts[fragment]
         # A factor that nobody trained is what it was.
         tensors = {name: tensor for name, tensor in tensors.items() if any(trained_by.get(name, (True,)))}
-        whole_round = sync.fragments - 1 in position.merging
-        buffers = self._state.float_buffers() if whole_round else {}
-        loss = math.fsum(self._losses) / len(self._losses) if self._losses else None
-        if whole_round:
-            self._losses = []
-        check = self._state.checking(step, position.phase_index, merging=fingerprint(*tensors, sync))
-        outcome = yield from self._merger.merge(tensors, sync, trained_by, buffers=buffers, loss=loss, check=check)
+        return tensors, self._state.float_buffers() if _whole_round(position) else {}
+
+    def _merge(
+        self,
+        position: Position,
+        step: int,
+        loss: float | None,
+        started: Mapping[str, Tensor] | None,
+        trained_by: TrainedBy,
+    ) -> Stages[None]:
+        sync = position.phase.sync
+        assert isinstance(sync, WeightSync)
+        tensors, buffers = self._merging(position, trained_by)
+        fail_at(self._comm.rank, step, "merge.begin")
+        check = self._checking(position, step, fingerprint(*tensors, sync))
+        outcome = yield from self._merger.merge(
+            tensors, sync, trained_by, buffers=buffers, started=started, loss=loss, check=check
+        )
         if outcome.dropped:
             log.warning("step %d: the part of rank %s was not finite, and left out", step, list(outcome.dropped))
         if self._comm.rank in outcome.dropped:
             self._state.forget_nonfinite()
-        if whole_round:
+        fail_at(self._comm.rank, step, "merge.end")
+        if _whole_round(position):
             well = set(range(self._comm.topology.world_size)) - set(outcome.dropped)
             self._state.share_counters(source=min(well))
         self.outcome = outcome
+
+    def _checking(self, position: Position, step: int, merging: int) -> Stages[None]:
+        yield from self._state.checking(step, position.phase_index, merging=merging)
+        fail_at(self._comm.rank, step, "merge.agreed")
+
+
+def _whole_round(position: Position) -> bool:
+    """Whether the last of the fragments begins to merge: what is merged once a round goes with it."""
+    sync = position.phase.sync
+    return isinstance(sync, WeightSync) and sync.fragments - 1 in position.merging
 
 
 def cut_into_fragments(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,17 @@ class Switch:
             before = self._spectra.get(name)
             self._drift[name] = _NEVER if before is None else float((S - before).norm() / S.norm())
             self._spectra[name], self._sizes[name] = S, W.numel()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far; empty on all workers but the first."""
+        drift = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._drift.items()}
+        return {"spectra": dict(self._spectra), "drift": drift, "sizes": dict(self._sizes)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replaces what was measured by the content of a `state_dict`."""
+        self._spectra = {name: S.clone() for name, S in state["spectra"].items()}
+        self._drift = {name: float(value) for name, value in state["drift"].items()}
+        self._sizes = {name: int(size) for name, size in state["sizes"].items()}
 
     def ends(self, until: Until, agreement: float) -> tuple[bool, float]:
         """Whether the phase ends with this merge, and the measure. Collective over the world."""

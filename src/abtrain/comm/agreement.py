@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,6 +133,23 @@ def agree_on_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[st
     differing = [names[i] for i in disagreeing(comm, [digest(tensor) for tensor in named.values()])]
     share(comm, [named[name] for name in differing], owners=[0] * len(differing))
     return differing
+
+
+def gather_json(comm: Communicator, value: Any) -> list[Any]:
+    """What every rank brings, in rank order. It travels as JSON: no bytes from another rank are ever executed.
+
+    Args:
+        comm: over whose world.
+        value: anything that JSON can hold.
+    """
+    if comm.topology.world_size == 1:
+        return [json.loads(json.dumps(value))]
+    text = json.dumps(value).encode()
+    sizes = comm.all_gather(torch.tensor([len(text)], dtype=torch.int64, device=comm.device)).flatten().tolist()
+    row = torch.zeros(max(sizes), dtype=torch.uint8)
+    row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    rows = comm.all_gather(row.to(comm.device)).cpu()
+    return [json.loads(bytes(row[:size].numpy())) for row, size in zip(rows, sizes, strict=True)]
 
 
 def _ranges(comm: Communicator, values: Sequence[int]) -> Stages[tuple[list[int], list[int]]]:

@@ -75,6 +75,18 @@ class Background(Generic[T]):
             self._done += 1
         return self._ended
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How many steps have passed, and how many stages were gone on with since the first."""
+        return self._passed, self._done
+
+    def catch_up(self, passed: int, done: int) -> None:
+        """Goes on, at once, to where stages were that had this `progress`."""
+        while self._done < done and not self._ended:
+            self._next()
+            self._done += 1
+        self._passed = passed
+
     def finish(self) -> None:
         """All that is left, now."""
         while not self._ended:

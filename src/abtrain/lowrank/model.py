@@ -39,11 +39,16 @@ class FactoredModel:
         self.model = model
         self.optimizer = optimizer
         self.records: dict[str, FactoredWeight] = {}
-        self._names = tuple(names)
+        self.names = tuple(names)
         self.projects = optimizer_state == "project"
         self._full_numel = sum(parameter.numel() for parameter in model.parameters())
         self._compression = 1.0
         self._damping = 0.0
+
+    @property
+    def damping(self) -> float:
+        """Of the preconditioner, as `factorize` got it last."""
+        return self._damping
 
     @property
     def compression(self) -> float:
@@ -69,7 +74,7 @@ class FactoredModel:
 
     def matrices(self) -> dict[str, Tensor]:
         """The weights that may be factored, as (m, n) matrices, without gradients. They must be dense."""
-        weights = {name: self.model.get_parameter(name).detach() for name in self._names}
+        weights = {name: self.model.get_parameter(name).detach() for name in self.names}
         return {name: MatrixShape(weight.shape).to_matrix(weight) for name, weight in weights.items()}
 
     def factorize(self, factors: Mapping[str, Factors], damping: float = 0.0) -> None:
@@ -98,6 +103,17 @@ class FactoredModel:
             if seen is not None and (state_A or state_B):
                 self.optimizer.state[record.dense] = project_to_weight(state_A, state_B, record, *seen)
         self.records = {}
+
+    def reshape(self, factors: Mapping[str, Factors], damping: float, compression: float) -> None:
+        """Puts factors in the place of just these weights, whatever is factored now; for values that are loaded.
+
+        What the optimizer knew of the weights is gone, and weights that become dense have values of no meaning.
+        """
+        self.optimizer.state.clear()
+        self._damping = 0.0
+        self.restore()
+        self.factorize(factors, damping)
+        self._compression = compression
 
     def train_only(self, which: TrainedFactors) -> None:
         """Freezes the factors that are not trained."""

@@ -17,7 +17,7 @@ it is taken out of the step, and half of it goes to each factor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +62,18 @@ class Preconditioner:
         self._scale = scale
         self._roots: dict[str, _Roots] = {}
         self._starts: list[tuple[_Roots, _Start, _Start]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The damping, and by name the coordinates, R_A and R_B (k, k), that were taken last."""
+        return {"damping": self._damping, "roots": {name: list(roots) for name, roots in self._roots.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Takes the coordinates of a `state_dict`, on `device`."""
+        self._damping = float(state["damping"])
+        self._roots = {
+            name: _Roots(R_A.to(device, copy=True), R_B.to(device, copy=True))
+            for name, (R_A, R_B) in state["roots"].items()
+        }
 
     @torch.no_grad()
     def refresh(self, records: Iterable[FactoredWeight]) -> None:

@@ -6,4 +6,5 @@ from typing import Literal
 
 Init = Literal["default", "orthogonal"]
 OnNonFinite = Literal["stop", "drop_worker"]
+OnCheckpointError = Literal["warn", "stop"]
 DEVICES = ("auto", "cpu", "cuda")

@@ -14,10 +14,11 @@ from tyro.conf import Positional, arg
 
 from abtrain import recipes
 from abtrain.errors import ConfigurationError, nearest
-from abtrain.train.choices import DEVICES, Init, OnNonFinite
+from abtrain.train.choices import DEVICES, Init, OnCheckpointError, OnNonFinite
 
 # torch takes seconds to import: what needs it is imported where it is used, so that `--help` answers at once.
 
+_LEAST = {"steps": 1, "batch_size": 1, "log_every": 1, "keep": 1, "checkpoint_every": 0, "max_restarts": 0}
 _LONGEST_TIMEOUT = 10**7  # seconds; what is longer does not fit into every clock that it is given to
 
 
@@ -126,7 +127,23 @@ class TrainConfig:
     """Where a worker's part of a merge is not finite: stop, or leave its part out and go on."""
     log_every: int = 20
     """Steps between two lines of metrics."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0: one only where the run is stopped on request."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest ones."""
+    resume: bool = True
+    """Go on with an unfinished run of the same settings that the folder holds."""
+    max_restarts: int = 0
+    """How often the workers of a run that failed are started again, to go on from the last checkpoint."""
+    on_checkpoint_error: OnCheckpointError = "warn"
+    """Where a checkpoint cannot be written: warn and go on with the older ones, or stop."""
 
+
+NOT_OF_THE_METHOD = frozenset(
+    {"workers", "data", "out", "overwrite", "config", "device", "timeout", "log_every"}
+    | {"checkpoint_every", "keep", "resume", "max_restarts", "on_checkpoint_error"}
+)
+"""Settings that may change when a run goes on: they do not say what is computed."""
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 RECIPE_OPTIONS = tuple(
@@ -197,10 +214,13 @@ def _value_problems(config: TrainConfig) -> list[str]:
     if config.on_nonfinite not in typing.get_args(OnNonFinite):
         known = typing.get_args(OnNonFinite)
         problems.append(f"unknown on_nonfinite {config.on_nonfinite!r}: {nearest(config.on_nonfinite, known)}")
-    for name in ("steps", "batch_size", "log_every"):
+    if config.on_checkpoint_error not in typing.get_args(OnCheckpointError):
+        known = typing.get_args(OnCheckpointError)
+        problems.append(f"unknown on_checkpoint_error {config.on_checkpoint_error!r}: use {' or '.join(known)}")
+    for name, least in _LEAST.items():
         value = getattr(config, name)
-        if value is not None and value < 1:
-            problems.append(f"--{name.replace('_', '-')} {value} is too small: use at least 1")
+        if value is not None and value < least:
+            problems.append(f"--{name.replace('_', '-')} {value} is too small: use at least {least}")
     if not 0 <= config.seed < 2**32:
         problems.append(f"--seed {config.seed} is out of range: use a number from 0 to {2**32 - 1}")
     if config.lr is not None and not (math.isfinite(config.lr) and config.lr > 0):
@@ -236,11 +256,22 @@ def _folder_problems(config: TrainConfig) -> list[str]:
             return []
         if not out.is_dir():
             return [f"--out {out} is a file: name a folder that is empty or does not exist yet"]
-        if any(out.iterdir()) and not config.overwrite:
+        if any(out.iterdir()) and not config.overwrite and not (config.resume and holds_unfinished_run(out)):
             return [f"--out {out} is not empty: name another folder, or add --overwrite to replace its run"]
     except OSError as error:
         return [f"--out {out} cannot be looked into: {error}"]
     return []
+
+
+def restarted(config: TrainConfig) -> TrainConfig:
+    """The settings of this attempt at the run: one after the first does not replace what the first has left."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return dataclasses.replace(config, overwrite=False) if again and config.resume else config
+
+
+def holds_unfinished_run(folder: Path) -> bool:
+    """Whether a run began in the folder, and did not come to its end."""
+    return (folder / "config.toml").is_file() and not (folder / "result.json").exists()
 
 
 def _device_problems(config: TrainConfig) -> list[str]:

@@ -25,14 +25,15 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from abtrain.errors import AbtrainError, ConfigurationError, PeerLostError, StoppedError
 from abtrain.train import worker
-from abtrain.train.config import TrainConfig, notices, resolve, validate
+from abtrain.train.config import TrainConfig, notices, resolve, restarted, validate
 from abtrain.train.config_file import to_toml
+from abtrain.train.run_folder import default_folder
 from abtrain.train.tasks import TASKS
 
 log = logging.getLogger("abtrain")
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_SHUTDOWN_SECONDS = 10  # that workers have to end by themselves
+_SHUTDOWN_SECONDS = 30  # that workers have to save and to end by themselves; as with torchrun
 
 
 def run(config: TrainConfig) -> None:
@@ -47,7 +48,7 @@ def run(config: TrainConfig) -> None:
     joined = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     said: list[str] = []
     if joined:
-        config, said = _take_world_size(config)
+        config, said = _take_world_size(restarted(config))
     problems = validate(config)
     if problems:
         raise ConfigurationError(problems)
@@ -72,10 +73,14 @@ def _take_world_size(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     said = []
     if config.workers not in (world_size, TrainConfig.workers):
         said.append(f"--workers {config.workers} plays no part: torchrun started {world_size}")
+    if config.out is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        said.append("without --out every restart begins anew, in a folder of its own: name one")
     return dataclasses.replace(config, workers=world_size), said
 
 
 def _start_workers(config: TrainConfig) -> None:
+    # The same for all attempts.
+    config = dataclasses.replace(config, out=config.out or default_folder(config))
     # The launcher's own log repeats, at length, what is raised here.
     launcher_log = logging.getLogger("torch.distributed.elastic")
     launcher_log.propagate = False
@@ -108,7 +113,7 @@ def _launch_config(config: TrainConfig, folder: Path) -> LaunchConfig:
         rdzv_backend="c10d",
         rdzv_endpoint=str(folder / "rendezvous"),
         rdzv_configs={"store_type": "file"},
-        max_restarts=0,
+        max_restarts=config.max_restarts,
         local_addr="127.0.0.1",
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
         # The others are ours to handle, see `_stop_workers`.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-import os
 import platform
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +18,23 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from abtrain import __version__, recipes
+from abtrain.comm.agreement import gather_json
 from abtrain.comm.communicator import Communicator
 from abtrain.engine import ABTraining
-from abtrain.errors import NonFiniteError
-from abtrain.export import weights_digest
-from abtrain.sync import GradientSync
+from abtrain.errors import ConfigurationError, NonFiniteError, PeerLostError, RanksDisagreeError, StoppedError
+from abtrain.recipe import Position
+from abtrain.sync import GradientSync, WeightSync
 from abtrain.train.config import TrainConfig, used_options
 from abtrain.train.progress import Display
-from abtrain.train.run_folder import RunFolder
+from abtrain.train.result import result_of
+from abtrain.train.run_folder import CHECKPOINTS, RunFolder
+from abtrain.train.saving import Saving
+from abtrain.train.stopping import Stopping
 from abtrain.train.tasks import TASKS, Task, batches, build_model, build_optimizer, build_schedule, evaluate
+from abtrain.train.watchdog import Watchdog
+
+# Settings that may differ between workers: where each finds and puts things.
+_OWN = frozenset({"out", "data", "config"})
 
 
 def train(config: TrainConfig, communicator: Communicator) -> dict[str, Any]:
@@ -43,52 +53,126 @@ def train(config: TrainConfig, communicator: Communicator) -> dict[str, Any]:
         NonFiniteError: the loss is NaN or infinite.
     """
     assert config.steps is not None and config.batch_size is not None and config.lr is not None
+    agree_on_start(config, communicator)
     task, rank = TASKS[config.task], communicator.rank
     data = task.load(config.data).to(communicator.device)
-    stream = batches(task, data, seed=config.seed, rank=rank, world_size=config.workers, batch_size=config.batch_size)
+    dealt = functools.partial(
+        batches, task, data, seed=config.seed, rank=rank, world_size=config.workers, batch_size=config.batch_size
+    )
+    dealt()  # what does not fit is found out before a folder is made
     model = build_model(task, config.seed, config.init).to(communicator.device)
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = build_optimizer(model, config.lr, config.weight_decay)
     schedule = build_schedule(optimizer, config.steps)
     recipe = recipes.build(config.recipe, config.steps, **used_options(config))
-    started = time.perf_counter()
     ab = ABTraining(model, optimizer, recipe, communicator=communicator, on_nonfinite=config.on_nonfinite)
     with contextlib.ExitStack() as stack:
-        recorder = stack.enter_context(_Recorder(config, parameters)) if rank == 0 else None
-        _run(config, task, ab, schedule, stream, recorder)
+        folder, path, goes_on = _open_folder(config, communicator, stack)
+        recorder = stack.enter_context(_Recorder(config, folder, parameters)) if folder is not None else None
+        saving = Saving(config, ab, schedule, recorder, path / CHECKPOINTS)
+        step = saving.resume() if goes_on else 0
+        if recorder is not None:
+            recorder.begin(step)
+        started = time.perf_counter() - (recorder.seconds if recorder is not None else 0)
+        run = _Run(config, task, ab, schedule, recorder, saving, stack.enter_context(Stopping(communicator)))
+        run.train(dealt(start=step), path)
         seconds = time.perf_counter() - started
         result = {}
         with ab.merged():
             if recorder is not None:
-                result = _result(config, ab, parameters, seconds, evaluate(model, task, data))
+                result = result_of(config, ab, parameters, seconds, evaluate(model, task, data))
                 recorder.finish(result)
             communicator.barrier()
     return result
 
 
+def agree_on_start(config: TrainConfig, communicator: Communicator) -> None:
+    """Makes sure that all workers run the same. Collective over the world.
+
+    Raises:
+        RanksDisagreeError: on all, with what differs and where.
+    """
+    settings = {name: str(value) for name, value in dataclasses.asdict(config).items() if name not in _OWN}
+    versions = {"abtrain": __version__, "torch": torch.__version__}
+    everyone = gather_json(communicator, versions | settings)
+    first = everyone[0]
+    differing = [
+        f"{name} is {held.get(name)} on rank {rank} and {first.get(name)} on rank 0"
+        for rank, held in enumerate(everyone)
+        for name in sorted(first.keys() | held.keys())
+        if held.get(name) != first.get(name)
+    ]
+    if differing:
+        raise RanksDisagreeError(
+            f"workers were started with different software or settings: {'; '.join(differing[:5])}. Start all of them "
+            "with the same command and the same versions"
+        )
+
+
+def _open_folder(
+    config: TrainConfig, communicator: Communicator, stack: contextlib.ExitStack
+) -> tuple[RunFolder | None, Path, bool]:
+    """On rank 0 the run folder; on all, where it is, and whether it holds a run that goes on. Collective."""
+    folder, answer = None, (["no rank 0"], "", False)
+    if communicator.rank == 0:
+        try:
+            folder = stack.enter_context(RunFolder(config))
+            answer = ([], str(folder.path.absolute()), folder.goes_on)
+        except ConfigurationError as error:
+            answer = (list(error.problems), "", False)
+    problems, path, goes_on = gather_json(communicator, answer)[0]
+    if problems:
+        raise ConfigurationError(problems)
+    return folder, Path(path), goes_on
+
+
 class _Recorder:
     """What rank 0 alone does: the run folder and the display."""
 
-    def __init__(self, config: TrainConfig, parameters: int) -> None:
+    def __init__(self, config: TrainConfig, folder: RunFolder, parameters: int) -> None:
         assert config.steps is not None
         self._last_step, self._every = config.steps, config.log_every
         self._started = time.perf_counter()
         self._losses: list[float] = []
-        self._folder = RunFolder(config)
+        self._step = 0
+        self._folder = folder
         self._display = Display(config.steps)
-        self._display.heading(config, parameters)
+        self._heading = config, parameters
 
     def __enter__(self) -> _Recorder:
-        self._display.__enter__()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self._display.__exit__(*exception)
-        self._folder.__exit__(*exception)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._display.__exit__(kind, error, trace)
+        if isinstance(error, StoppedError):
+            outcome = {"outcome": "stopped", "exit_code": error.exit_code, "step": self._step, "message": str(error)}
+            self._folder.stop(outcome)
+
+    @property
+    def seconds(self) -> float:
+        """That the run has taken so far, earlier attempts included."""
+        return time.perf_counter() - self._started
+
+    def begin(self, step: int) -> None:
+        """The run begins, or goes on after so many steps."""
+        self._step = step
+        self._folder.begin(step)
+        self._display.heading(*self._heading)
+        self._display.__enter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on recording."""
+        return {"losses": torch.tensor(self._losses, dtype=torch.float64), "seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict`."""
+        self._losses = state["losses"].tolist()
+        self._started = time.perf_counter() - float(state["seconds"])
 
     def step(self, step: int, phase: str, loss: float, lr: float, payload_bytes: int) -> None:
         """Every so many steps: a line of metrics, the loss averaged since the last."""
         self._losses.append(loss)
+        self._step = step
         if step % self._every and step != self._last_step:
             return
         record = {
@@ -97,7 +181,7 @@ class _Recorder:
             "loss": math.fsum(self._losses) / len(self._losses),
             "lr": lr,
             "payload_bytes": payload_bytes,
-            "seconds": round(time.perf_counter() - self._started, 3),
+            "seconds": round(self.seconds, 3),
         }
         self._losses.clear()
         self._folder.log(record)
@@ -110,76 +194,66 @@ class _Recorder:
         self._display.summary(result, self._folder.path)
 
 
-def _run(
-    config: TrainConfig,
-    task: Task,
-    ab: ABTraining,
-    schedule: LRScheduler,
-    stream: Iterator[tuple[Tensor, Tensor]],
-    recorder: _Recorder | None,
-) -> None:
-    meter = ab.communicator.meter
-    while ab.position is not None:
-        x, y = next(stream)
-        phase = ab.position.phase.name
-        lr = float(schedule.get_last_lr()[0]) * ab.rebound_factor
-        loss = task.loss(ab(x), y)
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The loop, with all that takes part in it."""
+
+    config: TrainConfig
+    task: Task
+    ab: ABTraining
+    schedule: LRScheduler
+    recorder: _Recorder | None
+    saving: Saving
+    stopping: Stopping
+
+    def train(self, stream: Iterator[tuple[Tensor, Tensor]], folder: Path) -> None:
+        """Trains to the end of the recipe.
+
+        Args:
+            stream: batches from the first step that is left.
+            folder: where stacks go if the run hangs.
+        """
+        comm = self.ab.communicator
+        who = f"rank {comm.rank} on {platform.node()}"
+        watchdog = Watchdog(self.config.timeout, who, folder / f"stacks-rank{comm.rank}.txt")
+        with watchdog if comm.topology.world_size > 1 else contextlib.nullcontext():
+            try:
+                while self.ab.position is not None:
+                    watchdog.beat(f"step {self.ab.steps_done}, phase {self.ab.position.phase.name}")
+                    self._step(self.ab.position, *next(stream))
+            except PeerLostError as error:
+                raise PeerLostError(f"{error} ({who}, step {self.ab.steps_done})") from error
+
+    def _step(self, position: Position, x: Tensor, y: Tensor) -> None:
+        ab, phase = self.ab, position.phase.name
+        lr = float(self.schedule.get_last_lr()[0]) * ab.rebound_factor
+        loss = self.task.loss(ab(x), y)
         value = loss.item()
-        gradients_travel = isinstance(ab.position.phase.sync, GradientSync)
-        if not math.isfinite(value) and (gradients_travel or config.on_nonfinite == "stop"):
+        gradients_travel = isinstance(position.phase.sync, GradientSync)
+        if not math.isfinite(value) and (gradients_travel or self.config.on_nonfinite == "stop"):
             # Before the gradients of this worker reach the others; the launcher ends those.
             raise NonFiniteError(
                 f"the loss of worker {ab.communicator.rank} is {value} at step {ab.steps_done} ({phase}), "
-                f"learning rate {lr:.3g}: lower --lr (now {config.lr}), or try another --seed"
+                f"learning rate {lr:.3g}: lower --lr (now {self.config.lr}), or try another --seed"
             )
         loss.backward()
         ab.optimizer.step()
-        schedule.step()
+        self.schedule.step()
         ab.optimizer.zero_grad()
         ab.step(value)
-        if recorder is not None:
-            recorder.step(ab.steps_done, phase, value, lr, meter.payload()["total"])
+        if self.recorder is not None:
+            self.recorder.step(ab.steps_done, phase, value, lr, ab.communicator.meter.payload()["total"])
+        self._save_or_stop(position, gradients_travel)
 
-
-def _result(
-    config: TrainConfig, ab: ABTraining, parameters: int, total: float, scores: dict[str, float | None]
-) -> dict[str, Any]:
-    """The content of result.json."""
-    meter, topology = ab.communicator.meter, ab.communicator.topology
-    payload, svd = meter.payload(), ab.seconds["svd"]
-    return {
-        "recipe": config.recipe,
-        "task": config.task,
-        "seed": config.seed,
-        "world_size": topology.world_size,
-        "group_size": topology.group_size,
-        "steps": ab.steps_done,
-        **scores,
-        "seconds": {
-            "total": total,
-            "compute": total - meter.sync_seconds - svd,
-            "sync": meter.sync_seconds,
-            "svd": svd,
-        },
-        "payload_bytes": payload,
-        # DDP hands over every parameter's gradient, 4 bytes each, at every step.
-        "payload_ratio": payload["total"] / (4 * parameters * ab.steps_done),
-        "parameters": parameters,
-        "compression": ab.compression,
-        "ranks": ab.rank_history,
-        "decisions": ab.decisions,
-        "weights_digest": weights_digest(ab.dense_state_dict()),
-        "schedule": repr(ab.recipe),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "abtrain": __version__},
-        "hardware": {
-            "platform": platform.platform(),
-            "device": _device_name(ab.communicator.device),
-            "cores": os.cpu_count(),
-            "threads_per_worker": torch.get_num_threads(),
-        },
-        "config": dataclasses.asdict(config),
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    def _save_or_stop(self, position: Position, gradients_travel: bool) -> None:
+        ab, due, sync = self.ab, self.saving.due(self.ab.steps_done), position.phase.sync
+        # Beside gradients and hidden merges the answer may come at the next meeting, and costs no time.
+        waits_anyway = isinstance(sync, WeightSync) and position.merges and (position.last or not sync.delay)
+        number = self.stopping.agreed(
+            meets=gradients_travel or position.merges or due, wait=waits_anyway or due or ab.finished
+        )
+        stops = number != 0 and not ab.finished
+        saved = self.saving.save() if due or stops else None
+        if stops:
+            kept = f"step {ab.steps_done} is saved: run again to go on" if saved else "no checkpoint was written"
+            raise StoppedError(f"stopped on request ({signal.Signals(number).name}), {kept}")

@@ -3,23 +3,30 @@
 config.toml      the settings, with all defaults filled in; `abtrain train --config` repeats the run
 metrics.jsonl    one JSON object per line: step, phase, loss, lr, payload_bytes, seconds
 result.json      appears complete, at the end, or not at all
+checkpoints/     what the run goes on from (see `abtrain.checkpoint`)
+outcome.json     how a run ended that was stopped on request
+.lock            held while a process writes here
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from abtrain.errors import ConfigurationError
-from abtrain.train.config import TrainConfig
-from abtrain.train.config_file import to_toml
+from abtrain.train.config import NOT_OF_THE_METHOD, TrainConfig, holds_unfinished_run
+from abtrain.train.config_file import from_toml, to_toml
+
+CHECKPOINTS = "checkpoints"
 
 
 def default_folder(config: TrainConfig) -> Path:
@@ -32,21 +39,51 @@ class RunFolder:
     """The folder of one run, written by one process.
 
     Args:
-        config: valid and resolved; a run that the folder already holds is replaced.
+        config: valid and resolved.
+
+    Attributes:
+        path: of the folder.
+        goes_on: whether it holds an unfinished run that is to go on; any other run is replaced.
 
     Raises:
-        ConfigurationError: the folder cannot be written.
+        ConfigurationError: the folder cannot be written, another process is writing it, or the unfinished run has other
+            settings.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = config.out or default_folder(config)
         # Neither the folder nor the permission to overwrite belong to the run that the file describes.
-        settings = to_toml(dataclasses.replace(config, out=None, overwrite=False))
+        self._settings = dataclasses.replace(config, out=None, overwrite=False, config=None)
+        self._metrics: TextIO | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path / ".lock")
+            self.goes_on = config.resume and not config.overwrite and holds_unfinished_run(self.path)
+        except OSError as error:
+            raise ConfigurationError(f"--out {self.path} cannot be written: {error}") from error
+        if self.goes_on:
+            try:
+                self._check_settings()
+            except ConfigurationError:
+                self._release()
+                raise
+
+    def begin(self, step: int) -> None:
+        """The run begins (0), or goes on where so many steps are done: what was recorded after them goes.
+
+        Raises:
+            ConfigurationError: the folder cannot be written.
+        """
+        metrics = self.path / "metrics.jsonl"
+        try:
+            kept = _lines_until(metrics, step) if step else []
             (self.path / "result.json").unlink(missing_ok=True)
-            (self.path / "config.toml").write_text(settings, encoding="utf-8")
-            self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
+            (self.path / "outcome.json").unlink(missing_ok=True)
+            if not step and (self.path / CHECKPOINTS).is_dir():
+                shutil.rmtree(self.path / CHECKPOINTS)
+            (self.path / "config.toml").write_text(to_toml(self._settings), encoding="utf-8")
+            metrics.write_text("".join(kept), encoding="utf-8")
+            self._metrics = metrics.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigurationError(f"--out {self.path} cannot be written: {error}") from error
 
@@ -56,21 +93,83 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._release()
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
+        assert self._metrics is not None
         self._metrics.write(_json(record) + "\n")
         self._metrics.flush()  # a run that dies keeps the lines written so far
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Writes result.json: whole or not at all, even if the machine goes down."""
-        partial = self.path / "result.json.partial"
+        """Writes result.json."""
+        self._write("result.json", result)
+
+    def stop(self, outcome: Mapping[str, Any]) -> None:
+        """Writes outcome.json."""
+        self._write("outcome.json", outcome)
+
+    def _release(self) -> None:
+        (self.path / ".lock").unlink(missing_ok=True)
+        self._lock.close()
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a file whole or not at all, even if the machine goes down."""
+        partial = self.path / f"{name}.partial"
         with partial.open("w", encoding="utf-8") as file:
-            file.write(_json(result, indent=2) + "\n")
+            file.write(_json(content, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(self.path / "result.json")
+        partial.replace(self.path / name)
+
+    def _check_settings(self) -> None:
+        before = dataclasses.asdict(from_toml(self.path / "config.toml"))
+        now = dataclasses.asdict(self._settings)
+        differing = [
+            f"{name} is {before[name]!r} there and {now[name]!r} here"
+            for name in now
+            if name not in NOT_OF_THE_METHOD and before[name] != now[name]
+        ]
+        if differing:
+            raise ConfigurationError(
+                f"--out {self.path} holds an unfinished run with other settings ({'; '.join(differing)}): use the same "
+                "to go on with it, name another folder, or add --overwrite to replace it"
+            )
+
+
+def _lock(path: Path) -> TextIO:
+    """The lock file, locked.
+
+    Raises:
+        ConfigurationError: another process holds it.
+    """
+    while True:
+        file = path.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ConfigurationError(
+                f"--out {path.parent} is in use by another run: wait for its end, or name another folder"
+            ) from None
+        # The one who held it before may have removed it in between: then this is not the file that others see.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
+
+
+def _lines_until(metrics: Path, step: int) -> list[str]:
+    """The lines of metrics up to a step; one that a crash tore is not among them."""
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
 
 
 def _json(value: Any, indent: int | None = None) -> str:

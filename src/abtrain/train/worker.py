@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from abtrain.comm.torch_distributed import default_communicator
 from abtrain.errors import AbtrainError, StoppedError
-from abtrain.train.config import TrainConfig
+from abtrain.train.config import TrainConfig, restarted
 from abtrain.train.config_file import from_toml
 from abtrain.train.loop import train
 
@@ -78,12 +78,14 @@ def main(folder: Path) -> int:
     Returns:
         The exit code.
     """
-    # SIGTERM keeps its default here: it ends a worker at once, also where it waits for others in native code.
+    # Until training begins SIGTERM keeps its default: it ends a worker at once, also where it waits in native code.
     threading.Thread(target=_end_with_parent, args=(os.getppid(), folder), daemon=True).start()
     set_up_log()
-    config = from_toml(folder / SETTINGS_FILE)
+    config = restarted(from_toml(folder / SETTINGS_FILE))
+    # Each attempt meets in a file of its own.
+    store = folder / f"{STORE_FILE}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
-        train_together(config, FileStore(str(folder / STORE_FILE), config.workers))
+        train_together(config, FileStore(str(store), config.workers))
     except Exception as error:
         get_error_handler().record_exception(error)
         return error.exit_code if isinstance(error, AbtrainError) else AbtrainError.exit_code

@@ -1,0 +1,45 @@
+"""Rules of merges: the share that every worker has in an average, alike on all workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from abtrain.sync import Mean, Outer, TrainedOnly, Weighted
+
+
+class Part(NamedTuple):
+    """What one worker tells of its part of a merge.
+
+    Attributes:
+        square: squared length of all that changed; not finite if anything is not.
+        loss: its mean training loss in the round; NaN where none is known.
+    """
+
+    square: float
+    loss: float
+
+
+def _equal(rule: Mean | Outer, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]) -> list[float]:
+    return [well / sum(alive) for well in alive]
+
+
+def _of_trained(
+    rule: TrainedOnly, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]
+) -> list[float]:
+    return [did / max(sum(trained), 1) for did in trained]
+
+
+def _by_loss(rule: Weighted, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]) -> list[float]:
+    best = min((part.loss for part, did in zip(parts, trained, strict=True) if did), default=0.0)
+    weights = [
+        math.exp((best - part.loss) / rule.temperature) if did else 0.0
+        for part, did in zip(parts, trained, strict=True)
+    ]
+    return [weight / max(sum(weights), 1e-300) for weight in weights]
+
+
+Shares = Callable[[Any, Sequence[bool], Sequence[bool], Sequence[Part]], list[float]]
+SHARES: dict[type, Shares] = {Mean: _equal, TrainedOnly: _of_trained, Weighted: _by_loss, Outer: _equal}
+"""By rule: from who is alive, who trained the tensor, and what each tells, the share of every worker."""

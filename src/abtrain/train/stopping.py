@@ -1,0 +1,70 @@
+"""A request to stop, which all workers obey at the same step: SIGTERM, SIGINT or SIGHUP, at any of them."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from abtrain.comm.communicator import Communicator, Pending
+from abtrain.errors import StoppedError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Stopping:
+    """Inside it, a first signal asks for a stop at the next step at which workers meet; a second one stops at once.
+
+    Workers find out about each other's signals by a number that they add up where they meet anyway: at merges, and
+    beside the gradients, hidden behind the next step.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        self._asked = 0
+        self._before: dict[int, Any] = {}
+        self._under_way: tuple[torch.Tensor, Pending[None]] | None = None
+
+    def __enter__(self) -> Stopping:
+        # Only the main thread may set handlers, and only it is interrupted.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agreed(self, meets: bool, wait: bool) -> int:
+        """The signal by which a worker was asked to stop, the same on all; 0 if none was. Collective where they meet.
+
+        Args:
+            meets: whether this is a step at which workers meet; where they do not, the answer is 0.
+            wait: for the newest answer; otherwise it is the one of the last meeting.
+        """
+        if self._comm.topology.world_size == 1:
+            return self._asked
+        if not meets:
+            return 0
+        answer = self._answer()
+        asked = torch.tensor([self._asked], dtype=torch.int32, device=self._comm.device)
+        self._under_way = asked, self._comm.launch_all_reduce(asked, "max")
+        return answer or (self._answer() if wait else 0)
+
+    def _answer(self) -> int:
+        if self._under_way is None:
+            return 0
+        asked, pending = self._under_way
+        self._under_way = None
+        pending.wait()
+        return int(asked.item())
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise StoppedError(f"stopped at once on a second request ({signal.Signals(number).name})")
+        self._asked = number

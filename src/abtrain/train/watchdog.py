@@ -1,0 +1,77 @@
+"""What helps where a run hangs: the stacks of all threads, and an end."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+from abtrain.errors import PeerLostError
+
+# What collectives that time out get to raise their own error, which says more.
+_MARGIN_SECONDS = 10.0
+
+
+class Watchdog:
+    """Inside it, a worker that makes no step for longer than the others wait writes its stacks to a file and ends.
+
+    Collectives have time-outs of their own; this is for hangs elsewhere, and for backends that wait in silence.
+
+    Args:
+        seconds: that workers wait for each other.
+        who: the worker, for the message.
+        file: where stacks go; None: to standard error.
+    """
+
+    def __init__(self, seconds: float, who: str, file: Path | None) -> None:
+        self._seconds = seconds
+        self._who = who
+        self._file = file
+        self._place = "at the start"
+        self._last = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="abtrain watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if isinstance(error, PeerLostError):
+            self.dump()
+
+    def beat(self, place: str) -> None:
+        """The worker is alive, and about to do what `place` says."""
+        self._place, self._last = place, time.monotonic()
+
+    def dump(self) -> str:
+        """Writes the stacks of all threads; says where."""
+        if self._file is None:
+            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
+            return "standard error"
+        try:
+            with self._file.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            return f"nowhere ({error})"
+        return str(self._file)
+
+    def _watch(self) -> None:
+        limit = self._seconds + _MARGIN_SECONDS
+        while not self._over.wait(min(1.0, limit / 4)):
+            if time.monotonic() - self._last > limit:
+                where = self.dump()
+                print(
+                    f"abtrain: error: {self._who} made no step for {limit:g} s, {self._place}: it ends. "
+                    f"Stacks of its threads: {where}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(PeerLostError.exit_code)

@@ -1,0 +1,21 @@
+"""What a run of the tests says at its end about the table of faults."""
+
+from __future__ import annotations
+
+import pytest
+
+FOLDER = "tests/faults/"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counts = {
+        outcome: sum(
+            report.nodeid.startswith(FOLDER) and (report.when == "call" or outcome == "error")
+            for report in terminalreporter.getreports(outcome)
+            if isinstance(report, pytest.TestReport)
+        )
+        for outcome in ("passed", "failed", "error")
+    }
+    total = sum(counts.values())
+    if total:
+        terminalreporter.write_line(f"faults: {counts['passed']} of {total} ended as they ought to")

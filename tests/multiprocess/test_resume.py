@@ -1,0 +1,23 @@
+"""Resumed on real Gloo ranks: the bits of the run that was never stopped."""
+
+from __future__ import annotations
+
+import pytest
+
+from abtrain.comm.communicator import Communicator
+from tests.gloo import run_gloo
+from tests.unit.test_resume import RECIPES, stopped_and_resumed
+
+
+def digest(comm: Communicator, name: str, stops: tuple[int, ...]) -> str:
+    return str(stopped_and_resumed(comm, RECIPES[name], "adamw", stops)[0])
+
+
+@pytest.mark.parametrize("name", ["ab", "ab_outer", "ab_outer anew"])
+@pytest.mark.parametrize("workers", [2, 3])
+def test_resumed_in_every_phase(name: str, workers: int) -> None:
+    steps = RECIPES[name].total_steps
+    whole = run_gloo(workers, digest, name, (), timeout=240)
+    for first in (1, 2):
+        resumed = run_gloo(workers, digest, name, tuple(range(first, steps, 4)), timeout=240)
+        assert resumed == whole
