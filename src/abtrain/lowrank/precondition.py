@@ -64,12 +64,13 @@ class Preconditioner:
         self._starts: list[tuple[_Roots, _Start, _Start]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The damping, and by name the coordinates, R_A and R_B (k, k), that were taken last."""
-        return {"damping": self._damping, "roots": {name: list(roots) for name, roots in self._roots.items()}}
+        """Damping and scale, and by name the coordinates, R_A and R_B (k, k), that were taken last."""
+        roots = {name: list(pair) for name, pair in self._roots.items()}
+        return {"damping": self._damping, "scale": self._scale, "roots": roots}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Takes the coordinates of a `state_dict`, on `device`."""
-        self._damping = float(state["damping"])
+        self._damping, self._scale = float(state["damping"]), float(state["scale"])
         self._roots = {
             name: _Roots(R_A.to(device, copy=True), R_B.to(device, copy=True))
             for name, (R_A, R_B) in state["roots"].items()
