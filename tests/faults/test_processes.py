@@ -76,7 +76,7 @@ def test_one_worker_that_is_asked_to_stop_stops_all(whole: str, tmp_path: Path) 
     stopped = run(tmp_path, *ABTRAIN, *SETTINGS, plan="term 1 6 step")
     assert stopped.returncode == 75, stopped.stderr
     outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
-    assert outcome["exit_code"] == 75 and outcome["step"] == 10  # the end of the round
+    assert outcome["exit_code"] == 75 and outcome["step"] == 8  # where they meet for a checkpoint
     assert run(tmp_path, *ABTRAIN, *SETTINGS).returncode == 0
     assert digest(tmp_path) == whole
 
@@ -86,7 +86,7 @@ def test_a_worker_that_is_frozen_ends_the_run(tmp_path: Path) -> None:
     ended = run(tmp_path, *ABTRAIN, *SETTINGS, "--timeout", "20", plan="freeze 1 9 step")
     assert ended.returncode == 6
     message = ended.stderr.splitlines()[-1]
-    assert "rank 0" in message and os.uname().nodename in message and "step 9" in message and "'group'" in message
+    assert "rank 0" in message and os.uname().nodename in message and "step 10" in message and "'group'" in message
     assert "Current thread" in (tmp_path / "run" / "stacks-rank0.txt").read_text()
     # The frozen one is given the grace before it is killed.
     assert time.monotonic() - began < 20 + 30 + 120

@@ -63,7 +63,11 @@ def run(config: TrainConfig) -> None:
         return
     signal.signal(signal.SIGTERM, _stop)
     if joined:
-        worker.train_together(config)
+        try:
+            worker.train_together(config)
+        finally:
+            # This process is at its end anyway: torchrun, which now ends its workers, need not interrupt that.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
         worker.train_alone(config)
 
@@ -160,7 +164,11 @@ def _stopped_by(signal_number: int) -> str:
 def _first_error(failures: list[ProcessFailure]) -> AbtrainError:
     """What made the run fail, as the error that it was in the worker."""
     consequences = (PeerLostError.exit_code, -signal.SIGTERM)
-    first = min(failures, key=lambda failure: (failure.exitcode in consequences, failure.timestamp))
+    # Who had to be killed although others had failed long before did not obey: it was frozen, or out of reach.
+    long_before = min(failure.timestamp for failure in failures) + _SHUTDOWN_SECONDS - 1
+    deaf = [f for f in failures if f.exitcode == -signal.SIGKILL and f.timestamp >= long_before]
+    rest = [failure for failure in failures if failure not in deaf] or failures
+    first = min(rest, key=lambda failure: (failure.exitcode in consequences, failure.timestamp))
     if first.exitcode < 0:
         return PeerLostError(
             f"worker {first.local_rank} was killed by {first.signal_name()}: if the machine ran out of memory, use "
@@ -173,4 +181,7 @@ def _first_error(failures: list[ProcessFailure]) -> AbtrainError:
     if kind is None:  # an error that nobody foresaw: where it happened is what helps
         return AbtrainError(f"worker {first.local_rank} failed\n{content['extraInfo']['py_callstack']}")
     message = content["message"].partition(": ")[2]
+    if deaf and kind is PeerLostError:
+        ranks = ", ".join(str(failure.local_rank) for failure in deaf)
+        message += f". Worker {ranks} did not obey SIGTERM for {_SHUTDOWN_SECONDS} s and was killed: it was frozen"
     return ConfigurationError(message.splitlines()) if kind is ConfigurationError else kind(message)

@@ -19,12 +19,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.rendezvous import rendezvous
 
 from abtrain.comm.torch_distributed import default_communicator
 from abtrain.errors import AbtrainError, StoppedError
 from abtrain.train.config import TrainConfig, restarted
 from abtrain.train.config_file import from_toml
 from abtrain.train.loop import train
+from abtrain.train.meeting import meet
 
 SETTINGS_FILE = "config.toml"
 STORE_FILE = "store"
@@ -56,12 +58,16 @@ def train_together(config: TrainConfig, store: Store | None = None) -> None:
     """
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    rank, timeout = int(os.environ["RANK"]), timedelta(seconds=config.timeout)
+    if store is None:
+        store, _, _ = next(rendezvous("env://", rank, config.workers, timeout=timeout))
+    store.set_timeout(timeout)
     dist.init_process_group(
         "nccl" if config.device == "cuda" else "gloo",
-        store=store,
-        rank=int(os.environ["RANK"]),
+        store=meet(store, rank, config.workers, config.timeout),
+        rank=rank,
         world_size=config.workers,
-        timeout=timedelta(seconds=config.timeout),
+        timeout=timeout,
     )
     try:
         communicator = default_communicator(config.group_size)
@@ -82,10 +88,8 @@ def main(folder: Path) -> int:
     threading.Thread(target=_end_with_parent, args=(os.getppid(), folder), daemon=True).start()
     set_up_log()
     config = restarted(from_toml(folder / SETTINGS_FILE))
-    # Each attempt meets in a file of its own.
-    store = folder / f"{STORE_FILE}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
-        train_together(config, FileStore(str(store), config.workers))
+        train_together(config, FileStore(str(folder / STORE_FILE), config.workers))
     except Exception as error:
         get_error_handler().record_exception(error)
         return error.exit_code if isinstance(error, AbtrainError) else AbtrainError.exit_code

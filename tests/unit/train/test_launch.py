@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,17 @@ def test_a_configuration_error_keeps_its_problems(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_was_killed(tmp_path: Path) -> None:
-    error = launch._first_error([failure(tmp_path, 1, -signal.SIGKILL), failure(tmp_path, 0, 6, "PeerLostError: x", 1)])
+    error = launch._first_error(
+        [failure(tmp_path, 1, -signal.SIGKILL), failure(tmp_path, 0, 6, "PeerLostError: x", int(time.time()))]
+    )
     assert type(error) is errors.PeerLostError and "worker 1 was killed by SIGKILL" in str(error)
+
+
+def test_a_worker_that_was_frozen(tmp_path: Path) -> None:
+    frozen = failure(tmp_path, 1, -signal.SIGKILL)  # found dead now, long after the other one failed
+    error = launch._first_error([frozen, failure(tmp_path, 0, 6, "PeerLostError: rank 0 lost a peer", when=100)])
+    assert type(error) is errors.PeerLostError
+    assert str(error).startswith("rank 0 lost a peer. Worker 1 did not obey SIGTERM for 30 s")
 
 
 def test_an_error_that_nobody_foresaw(tmp_path: Path) -> None:
