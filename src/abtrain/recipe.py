@@ -90,7 +90,7 @@ class Phase:
             found.append(f"{where}: sync={self.sync!r} is unknown: use GradientSync(), WeightSync(every) or None")
         elif self.sync is not None:
             wrong = self.sync.problems()
-            if not wrong and isinstance(self.sync, WeightSync) and self.sync.every > self.steps:
+            if not (wrong or found) and isinstance(self.sync, WeightSync) and self.sync.every > self.steps:
                 wrong = [f"every={self.sync.every} is longer than the phase: use at most its {self.steps} steps"]
             found += [f"{where}: {problem}" for problem in wrong]
         return found or [f"{where}: {problem}" for problem in self._merge_problems()]

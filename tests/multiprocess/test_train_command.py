@@ -108,7 +108,7 @@ def test_missing_data_is_found_out_before_anything_starts(tmp_path: Path) -> Non
 
 
 def test_a_workers_error_is_the_runs_error(tmp_path: Path) -> None:
-    ended = run(*ABTRAIN, "--lr", "1e30", "--out", "run", "--workers", "2", *SHORT, cwd=tmp_path)
+    ended = run(*ABTRAIN, "ab", "--lr", "1e30", "--out", "run", "--workers", "2", *SHORT, cwd=tmp_path)
     assert ended.returncode == 7
     assert ended.stderr.startswith("abtrain: error: the loss of worker ")
     assert len(ended.stderr.splitlines()) == 1

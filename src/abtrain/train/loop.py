@@ -249,9 +249,9 @@ class _Run:
         ab, due, sync = self.ab, self.saving.due(self.ab.steps_done), position.phase.sync
         # Beside gradients and hidden merges the answer may come at the next meeting, and costs no time.
         waits_anyway = isinstance(sync, WeightSync) and position.merges and (position.last or not sync.delay)
-        number = self.stopping.agreed(
-            meets=gradients_travel or position.merges or due, wait=waits_anyway or due or ab.finished
-        )
+        # After the last step there is nothing left to stop.
+        meets = not ab.finished and (gradients_travel or position.merges or due)
+        number = self.stopping.agreed(meets, wait=waits_anyway or due or ab.finished)
         stops = number != 0 and not ab.finished
         saved = self.saving.save() if due or stops else None
         if stops:

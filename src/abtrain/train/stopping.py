@@ -44,13 +44,13 @@ class Stopping:
         """The signal by which a worker was asked to stop, the same on all; 0 if none was. Collective where they meet.
 
         Args:
-            meets: whether this is a step at which workers meet; where they do not, the answer is 0.
-            wait: for the newest answer; otherwise it is the one of the last meeting.
+            meets: whether this is a step at which workers meet; where they do not, nothing new is asked.
+            wait: for the newest answer; otherwise it is the one of the last meeting, and 0 where workers do not meet.
         """
         if self._comm.topology.world_size == 1:
             return self._asked
         if not meets:
-            return 0
+            return self._answer() if wait else 0
         answer = self._answer()
         asked = torch.tensor([self._asked], dtype=torch.int32, device=self._comm.device)
         self._under_way = asked, self._comm.launch_all_reduce(asked, "max")

@@ -24,7 +24,7 @@ RESULT = {
 def shown(result: dict[str, object], terminal: bool = False) -> str:
     out = io.StringIO()
     with Display(100, Console(file=out, force_terminal=terminal, width=100)) as display:
-        display.heading(TrainConfig(steps=100, batch_size=8, device="cpu"), 85_002)
+        display.heading(TrainConfig(recipe="ab", steps=100, batch_size=8, device="cpu"), 85_002)
         display.show(RECORD)
         display.summary(result, "runs/[x]/" + "y" * 200)  # type: ignore[arg-type]
     return out.getvalue()
