@@ -84,7 +84,9 @@ def flip_and_shift(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _standardize_fashion(images: Tensor) -> Tensor:
-    return (images.float() / 255 - 0.286) / 0.353  # mean and standard deviation of the training pixels
+    # Activations keep the input's memory format, and convolutions on CPUs are a third faster with channels last.
+    pixels = images.to(torch.float32, memory_format=torch.channels_last)
+    return (pixels / 255 - 0.286) / 0.353  # mean and standard deviation of the training pixels
 
 
 def _fashion(name: str, model: Callable[[], nn.Module], lr: float) -> Task:
@@ -145,7 +147,7 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.05) -> 
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return AdamW([group for group in groups if group["params"]], lr=lr)
+    return AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 
 def build_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
