@@ -6,6 +6,7 @@ RATES = ("0.5e-3", "1e-3", "2e-3", "4e-3")
 
 RECIPES = {
     "ddp": "ddp",
+    "ddp, 4e-3": "ddp --lr 4e-3",
     "ddp, bf16": "ddp --wire bf16",
     "powersgd": "powersgd",
     "ab": "ab --sigma-cutoff 0.3",
@@ -14,7 +15,7 @@ RECIPES = {
     "diloco, int4": "diloco --wire int4",
     "ab_outer": "ab_outer",
 }
-"""Every recipe with its shipped defaults, at the task's learning rate."""
+"""Every recipe with its shipped defaults, at the task's learning rate; DDP also at the best one of `RATES` for it."""
 
 TUNED = ("ddp", "powersgd", "ab", "local_sgd", "diloco", "ab_outer")
 
@@ -25,6 +26,7 @@ MERGES = {
     "outer 0.7, 0.9": "ab_outer --outer-lr 0.7 --outer-momentum 0.9",
     "outer 0.7, 0.9, wire int8": "ab_outer --outer-lr 0.7 --outer-momentum 0.9 --wire int8",
     "outer 0.7, 0.9, wire fp32": "ab_outer --outer-lr 0.7 --outer-momentum 0.9 --wire fp32",
+    "delay 2": "ab_outer --delay 2",
     "delay 5": "ab_outer --delay 5",
     "delay 5, 4 fragments": "ab_outer --delay 5 --fragments 4",
     "every 40": "ab_outer --every 40",

@@ -148,6 +148,27 @@ def reordered(comm: Communicator) -> dict[str, Tensor]:
     return ab.dense_state_dict()
 
 
+def several_buckets(comm: Communicator) -> dict[str, Tensor]:
+    """PowerSGD on 5 MB of gradients: DDP sends the first MB apart from the rest."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(4) for layer in (nn.Linear(560, 560), nn.ReLU())]
+    model = nn.Sequential(*layers)
+    optimizer = adamw(model.parameters())
+    ab = ABTraining(model, optimizer, recipes.build("powersgd", 10, rank=1), communicator=comm)
+    generator = torch.Generator().manual_seed(comm.rank)
+    for _ in range(10):
+        ab(torch.randn(4, 560, generator=generator)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ab.step()
+    return ab.dense_state_dict()
+
+
+def test_powersgd_takes_buckets_in_turn() -> None:
+    one, other = run_gloo(2, several_buckets)
+    assert largest_difference(one, other) == 0
+
+
 def test_powersgd_goes_on_after_a_phase_of_another_kind() -> None:
     one, other = run_gloo(2, reordered)
     assert largest_difference(one, other) == 0

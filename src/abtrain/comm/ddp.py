@@ -89,6 +89,8 @@ class _Averaging:
             nbytes, work = buffer.nbytes, self.link.launch("all_reduce of gradients", dist.all_reduce, buffer)
             future = work.get_future().then(lambda future: future.value()[0])
         else:
+            if self._hook.in_turn:
+                self._wait()
             future, nbytes = self._hook(bucket)
             work = future
         self.link.meter.count(nbytes + (self._extra_bytes if bucket.is_last() else 0), self.link.spans)

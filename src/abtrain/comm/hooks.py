@@ -17,7 +17,13 @@ Bucket = Any
 
 
 class GradientHook(Protocol):
-    """Averages one bucket of gradients over a process group."""
+    """Averages one bucket of gradients over a process group.
+
+    Attributes:
+        in_turn: whether a bucket has to wait until the one before it is averaged.
+    """
+
+    in_turn: bool
 
     def __call__(self, bucket: Bucket) -> tuple[torch.futures.Future[Tensor], int]:
         """Starts the average; returns its future, and the bytes handed over."""
@@ -26,6 +32,8 @@ class GradientHook(Protocol):
 
 class BFloat16:
     """Gradients rounded to bfloat16: half the bytes (PyTorch's `bf16_compress_hook`)."""
+
+    in_turn = False
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -41,6 +49,9 @@ class PowerSGD:
     The state outlives the DDP wrapper that it serves, so errors and warm starts go over from phase to phase.
     """
 
+    # The hook goes on in threads of the backend's, and sends from there. Two buckets under way at once would send in
+    # another order on every rank, and on Gloo, which has two such threads, wait for each other.
+    in_turn = True
     # DDP lays its buckets out anew after the first backward pass: errors of the first layout would fit no more.
     _PLAIN_STEPS = 2
 

@@ -84,9 +84,7 @@ def flip_and_shift(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _standardize_fashion(images: Tensor) -> Tensor:
-    # Activations keep the input's memory format, and convolutions on CPUs are a third faster with channels last.
-    pixels = images.to(torch.float32, memory_format=torch.channels_last)
-    return (pixels / 255 - 0.286) / 0.353  # mean and standard deviation of the training pixels
+    return (images.float() / 255 - 0.286) / 0.353  # mean and standard deviation of the training pixels
 
 
 def _fashion(name: str, model: Callable[[], nn.Module], lr: float) -> Task:
