@@ -266,14 +266,14 @@ class ABTraining:
             "seconds": dict(self.seconds),
             "workers_equal": self._workers_equal,
             "round_began": self._round_began,
+            "arrivals": self._parallel.arrivals(),
             **self._parts().state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a `state_dict` of the same recipe, model and optimizer: to the last bit, on the same machine.
 
-        Collective: all workers load, each what it saved. Two things are not in it. PyTorch's PowerSGD hook starts
-        anew; and DDP lays its buckets out anew, so that three or more workers may add up gradients in another order.
+        Collective: all workers load, each what it saved. PyTorch's PowerSGD hook is not in it, and starts anew.
 
         Raises:
             CheckpointError: the state is of another recipe, model or optimizer. Nothing has changed then.
@@ -291,6 +291,7 @@ class ABTraining:
         self._parts().load_state_dict(state, self.recipe.at, self._trained_by)
         if self._position is not None:
             self._train(self._position)
+            self._parallel.follow(state["arrivals"])
 
     def _parts(self) -> Parts:
         return Parts(
