@@ -164,6 +164,8 @@ class ABTraining:
                 )
             if self.finished:
                 raise UsageError(self._ended())
+            if self._shares_gradients:
+                fail_at(self.communicator.rank, self.steps_done, "sync.begin")
             self._forwards += 1
         return self._parallel(*args, **kwargs)
 
@@ -307,6 +309,12 @@ class ABTraining:
             self._train(self._position)
             self._parallel.follow(state["arrivals"])
 
+    @property
+    def _shares_gradients(self) -> bool:
+        """Whether all workers step by the same gradients now."""
+        alone, position = self.communicator.topology.world_size == 1, self._position
+        return not alone and position is not None and isinstance(position.phase.sync, GradientSync)
+
     def _parts(self) -> Parts:
         return Parts(
             self._model,
@@ -434,8 +442,9 @@ class ABTraining:
         position = self._position
         if position is None:
             return
-        alone = self.communicator.topology.world_size == 1
-        self._guard.look(self.steps_done, shared=not alone and isinstance(position.phase.sync, GradientSync))
+        if self._shares_gradients:
+            fail_at(self.communicator.rank, self.steps_done, "sync.end")
+        self._guard.look(self.steps_done, self._shares_gradients)
         if not position.phase.damping:
             return
         # PyTorch hands over the arguments of optimizer.step, the optimizer itself the first of them.

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from abtrain.comm.torch_distributed import default_communicator
-from abtrain.errors import AbtrainError, ConfigurationError, PeerLostError, StoppedError
+from abtrain.errors import AbtrainError, ConfigurationError, OutOfMemoryError, PeerLostError, StoppedError
 from abtrain.train.config import TrainConfig, restarted
 from abtrain.train.config_file import from_toml
 from abtrain.train.loop import train
@@ -111,7 +111,7 @@ def memory_named(rank: int) -> Iterator[None]:
     """What torch and Python say in many words, if memory runs out, becomes one message.
 
     Raises:
-        PeerLostError: it did; to the others this worker is lost.
+        OutOfMemoryError: it did.
     """
     try:
         yield
@@ -119,7 +119,7 @@ def memory_named(rank: int) -> Iterator[None]:
         told = str(error)
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and _NO_MEMORY not in told:
             raise
-        raise PeerLostError(
+        raise OutOfMemoryError(
             f"rank {rank} ran out of memory ({told.splitlines()[0] if told else type(error).__name__}): use a smaller "
             "--batch-size, or fewer --workers on this machine"
         ) from error
