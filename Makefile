@@ -1,13 +1,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# A file of exact versions, such as constraints.txt: those that continuous integration runs with.
+CONSTRAINTS ?=
 
 .PHONY: setup demo test check format clean
 
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[vision,data,report,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %) -e '.[vision,data,report,dev]'
 	touch $@
 
 demo: setup

@@ -1,4 +1,4 @@
-"""Real Gloo ranks for tests: spawned processes that stay alive from test to test, as importing torch takes seconds.
+"""Real Gloo ranks for tests: processes that stay alive from test to test.
 
     results = run_gloo(2, worker, "an argument", group_size=1)
 
@@ -27,6 +27,7 @@ from typing import Any
 import torch.distributed as dist
 
 from abtrain.comm import Meter, Topology, TorchCommunicator
+from tests import forks
 
 RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
@@ -55,8 +56,9 @@ def run_gloo(
         args: what it gets beside its communicator.
         group_size: ranks in a group.
         timeout: seconds after which the ranks are killed.
-        environments: for each rank, variables to set before it starts. Its process is then a fresh one.
-        may_die: ranks whose process may end; their result is then None. All processes are then fresh ones.
+        environments: for each rank, variables to set before it starts. Its process is then a fresh one, which imports
+            torch by itself, so that variables count that are read then.
+        may_die: ranks whose process may end; their result is then None. All processes are then new ones.
 
     Raises:
         RankFailed: a rank raised an error, died or did not end in time.
@@ -118,9 +120,9 @@ class _Crew:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self, environment: Mapping[str, str]) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn") if environment else forks.context()
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there,), daemon=True)
+        process = context.Process(target=_serve, args=(there, RANK_ENVIRONMENT), daemon=True)
         with _environment({**RANK_ENVIRONMENT, **environment}):
             process.start()
         there.close()
@@ -177,8 +179,9 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, environment: Mapping[str, str]) -> None:
     """The life of a rank: one worker after another, until the pipe closes."""
+    os.environ.update(environment)
     warnings.simplefilter("error")
     joined = ""
     communicators: dict[int, TorchCommunicator] = {}

@@ -39,9 +39,11 @@ from abtrain.lowrank.classify import classify
 from abtrain.lowrank.model import FactoredModel, TrainedFactors
 from abtrain.lowrank.precondition import Preconditioner
 from abtrain.lowrank.saved import check_model_state
-from abtrain.merge import Merger, OnNonFinite
+from abtrain.merge import Merger
+from abtrain.nonfinite import GradientGuard, OnNonFinite
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
+from abtrain.replicas import check_replicas
 from abtrain.resume import VERSION, Parts, check_run, decided, recipe_fingerprint
 from abtrain.rounds import Rounds
 from abtrain.state import SharedState
@@ -71,12 +73,14 @@ class ABTraining:
         group_size: workers a group; default the number of ranks per node under torchrun, else 1.
         grad_scaler: the loop's GradScaler, if it has one: groups adapt their loss scales apart, so merges level them.
         find_unused_parameters: for models whose backward pass leaves some parameters without a gradient, as in DDP.
-        on_nonfinite: where what a worker brings to a merge holds NaN or infinity, `stop` on all workers before anything
-            is averaged, or `drop_worker`: leave its part out, give it what the others agree on, and go on.
+        on_nonfinite: where NaN or infinity turn up, `stop` on all workers before anything is averaged or changed;
+            `drop_worker`: leave a worker's part of a merge out, and give it what the others agree on; `skip`: leave out
+            optimizer steps by such gradients, on all who share them. What cannot be left out so stops.
 
     Attributes:
         recipe: as given, or with the lengths that were decided by measurement.
         decisions: what was decided at which step, from which measure.
+        skipped_steps: indexes of the steps that were left out for their gradients (`on_nonfinite="skip"`).
         rank_history: of every factoring, the step and k of each weight.
 
     Raises:
@@ -98,7 +102,7 @@ class ABTraining:
     ) -> None:
         problems = problems_of(model, optimizer, recipe)
         if on_nonfinite not in get_args(OnNonFinite):
-            problems.append(f"on_nonfinite={on_nonfinite!r} is unknown: use 'stop' or 'drop_worker'")
+            problems.append(f"on_nonfinite={on_nonfinite!r} is unknown: use {', '.join(get_args(OnNonFinite))}")
         if communicator is not None and group_size is not None:
             problems.append("group_size is the communicator's own: give one of the two")
         if problems:
@@ -127,6 +131,7 @@ class ABTraining:
         self._dense_this_cycle: dict[str, str] = {}
         self._state = SharedState(self._model, self._treatments, comm)
         self._merger = Merger(comm, on_nonfinite)
+        self._guard = GradientGuard(optimizer, on_nonfinite)
         self._rounds = Rounds(self._state, self._merger, comm)
         self._switch = Switch(comm, recipe)
         self._preconditioner, self._round_began = Preconditioner(optimizer, damping=0), True
@@ -159,6 +164,8 @@ class ABTraining:
                 )
             if self.finished:
                 raise UsageError(self._ended())
+            if self._shares_gradients:
+                fail_at(self.communicator.rank, self.steps_done, "sync.begin")
             self._forwards += 1
         return self._parallel(*args, **kwargs)
 
@@ -180,6 +187,10 @@ class ABTraining:
     def compression(self) -> float:
         """Parameters of the full model over parameters as last factored."""
         return self._model.compression
+
+    @property
+    def skipped_steps(self) -> list[int]:
+        return self._guard.skipped
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Gradient accumulation: forward and backward passes inside it do not communicate, as with DDP."""
@@ -211,6 +222,9 @@ class ABTraining:
         self._workers_equal = isinstance(position.phase.sync, GradientSync)
         if isinstance(position.phase.sync, WeightSync):
             upcoming = self._sync_weights(position, upcoming, loss.item() if isinstance(loss, Tensor) else loss)
+        if position.phase.sync is not None and (upcoming is None or upcoming.first):
+            where = f"step {self.steps_done}, end of phase {position.phase.name}"
+            check_replicas(self.communicator, self._state.parameters(), "world", where)
         self._position = upcoming
         # A step that a gradient scaler skips calls no hook: what is due is remembered.
         self._round_began = self._round_began or upcoming is None or upcoming.starts_round
@@ -266,14 +280,15 @@ class ABTraining:
             "seconds": dict(self.seconds),
             "workers_equal": self._workers_equal,
             "round_began": self._round_began,
+            "arrivals": self._parallel.arrivals(),
+            "skipped_steps": list(self.skipped_steps),
             **self._parts().state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a `state_dict` of the same recipe, model and optimizer: to the last bit, on the same machine.
 
-        Collective: all workers load, each what it saved. Two things are not in it. PyTorch's PowerSGD hook starts
-        anew; and DDP lays its buckets out anew, so that three or more workers may add up gradients in another order.
+        Collective: all workers load, each what it saved. PyTorch's PowerSGD hook is not in it, and starts anew.
 
         Raises:
             CheckpointError: the state is of another recipe, model or optimizer. Nothing has changed then.
@@ -287,10 +302,18 @@ class ABTraining:
         self.decisions, self.rank_history = list(state["decisions"]), list(state["rank_history"])
         self.seconds, self._dense_this_cycle = dict(state["seconds"]), dict(state["dense_this_cycle"])
         self._workers_equal, self._round_began = bool(state["workers_equal"]), bool(state["round_began"])
+        self._guard.skipped = list(state["skipped_steps"])
         self._optimizer_steps = self._forwards = 0
         self._parts().load_state_dict(state, self.recipe.at, self._trained_by)
         if self._position is not None:
             self._train(self._position)
+            self._parallel.follow(state["arrivals"])
+
+    @property
+    def _shares_gradients(self) -> bool:
+        """Whether all workers step by the same gradients now."""
+        alone, position = self.communicator.topology.world_size == 1, self._position
+        return not alone and position is not None and isinstance(position.phase.sync, GradientSync)
 
     def _parts(self) -> Parts:
         return Parts(
@@ -417,7 +440,12 @@ class ABTraining:
 
     def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         position = self._position
-        if position is None or not position.phase.damping:
+        if position is None:
+            return
+        if self._shares_gradients:
+            fail_at(self.communicator.rank, self.steps_done, "sync.end")
+        self._guard.look(self.steps_done, self._shares_gradients)
+        if not position.phase.damping:
             return
         # PyTorch hands over the arguments of optimizer.step, the optimizer itself the first of them.
         if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:

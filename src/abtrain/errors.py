@@ -7,6 +7,7 @@ AbtrainError                 1
 ├── CheckpointError          4   a checkpoint that is missing, incomplete or does not fit
 ├── RanksDisagreeError       5   workers that ought to agree do not
 ├── PeerLostError            6   a worker died, or did not answer in time
+│   └── OutOfMemoryError     6   this worker has no memory left: to the others it is lost
 ├── NonFiniteError           7   NaN or infinity where a number is needed
 ├── LabError                 8   an emulated cluster that cannot be built, or is not as fast as it should be
 │   └── HostFailedError          a command failed on a host of it; the exit code is the command's
@@ -67,6 +68,10 @@ class PeerLostError(AbtrainError):
     """Another worker died or did not answer in time."""
 
     exit_code = 6
+
+
+class OutOfMemoryError(PeerLostError):
+    """This worker has no memory left."""
 
 
 class NonFiniteError(AbtrainError):

@@ -3,13 +3,16 @@
     ABTRAIN_FAULTS="kill 1 12 merge.begin; ENOSPC 0 20 checkpoint.write"
 
 kills rank 1 at the point `merge.begin` of step 12, and lets rank 0's disk be full at step 20. Step `*` is any step. Of
-a run that was restarted (torchrun's TORCHELASTIC_RESTART_COUNT), only the first attempt has faults.
+a run that is started again (torchrun's TORCHELASTIC_RESTART_COUNT), the first attempt has the faults before the first
+`|`, the second those behind it, and so on.
 
-Actions: `kill` (SIGKILL), `freeze` (SIGSTOP), `term` and `int` (the signals, at this worker), `fail` (a RuntimeError),
-and the names of system errors, such as ENOSPC and EIO (an OSError).
+Actions: `kill` (SIGKILL), `freeze` (SIGSTOP), `term` and `int` (the signals, at this worker), `slow` (it sleeps for a
+second), `memory` (a limit leaves it no more of it), `fail` (a RuntimeError), and the names of system errors, such as
+ENOSPC and EIO (an OSError).
 
-Points: `step` (`ABTraining.step` begins; STEP is how many are done), `merge.begin`, `merge.agreed` (all have proven
-that they merge the same, nothing is averaged yet), `merge.end`, and `checkpoint.prepare`, `checkpoint.write`,
+Points: `sync.begin` and `sync.end` (before a forward pass whose gradients are shared, and before the optimizer steps by
+them), `step` (`ABTraining.step` begins; STEP is how many are done), `merge.begin`, `merge.agreed` (all have proven that
+they merge the same, nothing is averaged yet), `merge.end`, and `checkpoint.prepare`, `checkpoint.write`,
 `checkpoint.fsync`, `checkpoint.manifest`, `checkpoint.rename`, `checkpoint.prune`.
 """
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from typing import NamedTuple
 
 VARIABLE = "ABTRAIN_FAULTS"
@@ -46,8 +50,16 @@ def parse(plan: str) -> list[Fault]:
     return faults
 
 
-_first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-_planned = parse(os.environ.get(VARIABLE, "")) if _first_attempt else []
+_planned: list[Fault] = []
+
+
+def load() -> None:
+    """Plans what the variable says for this attempt."""
+    plans, attempt = os.environ.get(VARIABLE, "").split("|"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    _planned[:] = parse(plans[attempt]) if attempt < len(plans) else []
+
+
+load()
 
 
 def fail_at(rank: int, step: int, point: str) -> None:
@@ -62,8 +74,22 @@ def fail_at(rank: int, step: int, point: str) -> None:
 def _act(fault: Fault) -> None:
     if fault.action in _SIGNALS:
         os.kill(os.getpid(), getattr(signal, _SIGNALS[fault.action]))
+    elif fault.action == "slow":
+        time.sleep(1)
+    elif fault.action == "memory":
+        _exhaust_memory()
     elif hasattr(errno, fault.action):
         number = getattr(errno, fault.action)
         raise OSError(number, os.strerror(number), fault.point)
     else:
         raise RuntimeError(f"a fault was asked for: {fault}")
+
+
+def _exhaust_memory() -> None:
+    import resource
+
+    import torch
+
+    limit = 2**40
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    torch.empty(2 * limit, dtype=torch.uint8)

@@ -54,8 +54,10 @@ def level_optimizer_state(optimizer: Optimizer, parameters: Sequence[nn.Paramete
     numbers = dict(zip(slots, values.tolist(), strict=True))
     for (place, key), _ in held:
         if kinds[key] == _NUMBER:
-            like = next(state[key] for state in optimizer.state.values() if key in state)
-            _set_number(optimizer.state[parameters[place]], key, numbers[place, key], like)
+            parameter = parameters[place]
+            like = next((s[key] for s in optimizer.state.values() if key in s), None)
+            like = _new_number(optimizer, parameter) if like is None else like
+            _set_number(optimizer.state[parameter], key, numbers[place, key], like)
 
 
 def level_grad_scaler(scaler: torch.amp.GradScaler, comm: Communicator) -> None:
@@ -111,6 +113,15 @@ def _set(state: State, key: str, value: Tensor, parameter: nn.Parameter) -> None
     else:
         # Laid out as the parameter is: fused optimizers go by it.
         state[key] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+
+
+def _new_number(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor:
+    """What PyTorch's optimizers keep a number in, for a worker that has none to go by: its state was dropped."""
+    for group in optimizer.param_groups:
+        if any(held is parameter for held in group["params"]):
+            beside = group.get("fused") or group.get("capturable")
+            return torch.zeros((), device=parameter.device if beside else "cpu")
+    return torch.zeros(())
 
 
 def _set_number(state: State, key: str, value: float, like: object) -> None:

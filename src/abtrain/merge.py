@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,10 +31,10 @@ from abtrain.comm.wires import make_wire
 from abtrain.errors import NonFiniteError
 from abtrain.lowrank.surgery import FactoredWeight
 from abtrain.lowrank.tangent import to_factors, to_weight
+from abtrain.nonfinite import OnNonFinite
 from abtrain.shares import SHARES, Part
 from abtrain.sync import Outer, WeightSync
 
-OnNonFinite = Literal["stop", "drop_worker"]
 Tensors = dict[str, Tensor]
 
 
@@ -54,6 +54,7 @@ class Merger:
     """Merges of one run: what the rounds started from, the outer momentum, and what wires still owe.
 
     Attributes:
+        on_nonfinite: `drop_worker` leaves out parts that are not finite; otherwise they stop all.
         anchors: by name, what all workers held at the start of the round; halves in float32.
         momentum: by name, of `Outer` merges; alike on all workers.
         residuals: by name, float32: what narrow wires have taken from this worker's changes and not sent yet.
@@ -61,7 +62,7 @@ class Merger:
 
     def __init__(self, comm: Communicator, on_nonfinite: OnNonFinite = "stop") -> None:
         self._comm = comm
-        self._on_nonfinite = on_nonfinite
+        self.on_nonfinite = on_nonfinite
         self._wires: dict[str, Wire] = {}
         self.anchors: Tensors = {}
         self.momentum: Tensors = {}
@@ -245,7 +246,7 @@ class Merger:
         """
         alive = [math.isfinite(part.square) and not math.isinf(part.loss) for part in parts]
         broken = [rank for rank, well in enumerate(alive) if not well]
-        if broken and (self._on_nonfinite == "stop" or not any(alive)):
+        if broken and (self.on_nonfinite != "drop_worker" or not any(alive)):
             remedy = ", or leave such parts out: on_nonfinite='drop_worker'" if any(alive) else ""
             raise NonFiniteError(
                 f"NaN or infinity in what rank {', '.join(map(str, broken))} brought to the merge: nothing was "

@@ -21,7 +21,7 @@ from abtrain.recipe import Position, Recipe
 from abtrain.rounds import Rounds, TrainedBy
 from abtrain.switch import Switch
 
-VERSION = 1
+VERSION = 2
 """Of the content of `ABTraining.state_dict`: other content, another number."""
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of a rank rule that is no dataclass

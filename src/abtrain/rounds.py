@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from abtrain.comm.agreement import fingerprint
+from abtrain.comm.agreement import checksum, fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Background, Stages, finish
 from abtrain.errors import UsageError
 from abtrain.faults import fail_at
 from abtrain.merge import Merger, Outcome
 from abtrain.recipe import Position
+from abtrain.replicas import check_replicas
 from abtrain.state import SharedState
 from abtrain.sync import Weighted, WeightSync
 
@@ -84,13 +85,14 @@ class Rounds:
         """
         sync = position.phase.sync
         assert isinstance(sync, WeightSync)
-        if loss is not None:
-            self._losses.append(loss)
-        elif isinstance(sync.merge, Weighted):
+        if loss is None and isinstance(sync.merge, Weighted):
             raise UsageError(
                 f"phase {position.phase.name!r} weights workers by their training loss, but ab.step() was called "
                 "without one: call ab.step(loss)"
             )
+        # The loss of a step that is left out says nothing of the weights.
+        if loss is not None and (math.isfinite(loss) or self._merger.on_nonfinite != "skip"):
+            self._losses.append(loss)
         self._under_way = [merge for merge in self._under_way if not merge.stages.advance()]
         if position.last:
             for merge in self._under_way:
@@ -98,6 +100,8 @@ class Rounds:
             self._under_way = []
         if not position.merging:
             return False
+        where = f"step {step}, phase {position.phase.name}"
+        check_replicas(self._comm, self._state.parameters(), "group", where)
         mean_loss = math.fsum(self._losses) / len(self._losses) if self._losses else None
         if _whole_round(position):
             self._losses = []
@@ -190,7 +194,9 @@ class Rounds:
         assert isinstance(sync, WeightSync)
         tensors, buffers = self._merging(position, trained_by)
         fail_at(self._comm.rank, step, "merge.begin")
-        check = self._checking(position, step, fingerprint(*tensors, sync))
+        # All have held the same since the round before, or else the average would be of unlike things.
+        anchors = fingerprint(*(checksum(self._merger.anchors[name]) for name in tensors))
+        check = self._checking(position, step, merging=fingerprint(*tensors, sync), anchors=anchors)
         outcome = yield from self._merger.merge(
             tensors, sync, trained_by, buffers=buffers, started=started, loss=loss, check=check
         )
@@ -204,8 +210,8 @@ class Rounds:
             self._state.share_counters(source=min(well))
         self.outcome = outcome
 
-    def _checking(self, position: Position, step: int, merging: int) -> Stages[None]:
-        yield from self._state.checking(step, position.phase_index, merging=merging)
+    def _checking(self, position: Position, step: int, **more: int) -> Stages[None]:
+        yield from self._state.checking(step, position.phase_index, **more)
         fail_at(self._comm.rank, step, "merge.agreed")
 
 

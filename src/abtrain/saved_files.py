@@ -13,8 +13,9 @@ import json
 import math
 import os
 import stat
+from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -32,6 +33,9 @@ MAX_JSON_BYTES = 64 * _MEBI
 """Of a JSON file; checked before it is read."""
 MAX_HEADER_BYTES = 64 * _MEBI
 """Of a safetensors file's header, likewise."""
+
+# Copies of tensors of a GPU are kept until they are digested: more than these wait for that.
+_MOST_UNDIGESTED_BYTES = 256 * _MEBI
 
 _DTYPES = {
     torch.float64: "F64",
@@ -137,23 +141,34 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], sync: Callable[[Bin
 
 def _write(path: Path, pieces: list[bytes | Tensor], sync: Callable[[BinaryIO], None]) -> Written:
     sha, size = hashlib.sha256(), 0
-    # Digests are made while the disk is busy.
+    undigested: deque[tuple[Future[None], int]] = deque()
+    # The digest is made while the disk is busy, and may still be behind when the disk has all of it.
     with path.open("xb") as file, ThreadPoolExecutor(1) as beside:
         for piece in pieces:
-            # One tensor at a time is on the CPU and contiguous, and it is written from where it lies.
+            # One tensor at a time is brought to the CPU, and it is written from where it lies.
             held = piece.cpu().contiguous() if isinstance(piece, Tensor) else piece
-            data = _bytes_of(held) if isinstance(held, Tensor) else held
-            digested = beside.submit(sha.update, data)
-            file.write(data)
-            digested.result()
-            size += len(data)
+            nbytes = held.nbytes if isinstance(held, Tensor) else len(held)
+            undigested.append((beside.submit(_digest, sha, held), nbytes))
+            file.write(_bytes_of(held))
+            size += nbytes
+            while sum(waiting for _, waiting in undigested) > _MOST_UNDIGESTED_BYTES:
+                undigested.popleft()[0].result()
         file.flush()
         sync(file)
+        for digested, _ in undigested:
+            digested.result()
     return Written(size, sha.hexdigest())
 
 
-def _bytes_of(tensor: Tensor) -> Any:
-    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b""
+def _digest(sha: Any, held: bytes | Tensor) -> None:
+    sha.update(_bytes_of(held))
+
+
+def _bytes_of(held: bytes | Tensor) -> Any:
+    """The bytes of a contiguous tensor on the CPU, without a copy."""
+    if not isinstance(held, Tensor):
+        return held
+    return (ctypes.c_char * held.nbytes).from_address(held.data_ptr()) if held.nbytes else b""
 
 
 def open_regular(path: Path) -> BufferedReader:

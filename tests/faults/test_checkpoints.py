@@ -90,21 +90,28 @@ class Crash(BaseException):
     """As if the process had ended here."""
 
 
-@pytest.mark.parametrize("point", POINTS)
+# One after another: two files are synced.
+MOMENTS = ("prepare", "write", "fsync", "fsync", "manifest", "rename", "prune", "prune")
+
+
+@pytest.mark.parametrize("moment", range(len(MOMENTS)), ids=[f"{i} {point}" for i, point in enumerate(MOMENTS)])
 def test_a_crash_at_any_moment_leaves_a_complete_checkpoint(
-    point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_alone(tmp_path, 1, 2)
+    passed: list[str] = []
 
     def crash(rank: int, step: int, name: str) -> None:
-        if name == f"checkpoint.{point}":
+        passed.append(name.removeprefix("checkpoint."))
+        if len(passed) == moment + 1:
             raise Crash
 
     monkeypatch.setattr(checkpoint, "fail_at", crash)
     with pytest.raises(Crash):
         checkpoint.save(tmp_path, 3, content(0, 3), SingleProcess(), keep=1)
     monkeypatch.undo()
-    assert latest_step(tmp_path) == (3 if point == "prune" else 2)
+    assert tuple(passed) == MOMENTS[: moment + 1]
+    assert latest_step(tmp_path) == (3 if MOMENTS[moment] == "prune" else 2)
     checkpoint.save(tmp_path, 4, content(0, 4), SingleProcess(), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000000004"]
 

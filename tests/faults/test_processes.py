@@ -1,92 +1,245 @@
-"""Workers that are processes: killed, frozen, stopped, and started again."""
+"""Workers that are processes: killed, frozen, slow, out of memory, alone, stopped, and started again."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import re
+import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from abtrain import faults
+from abtrain import checkpoint, faults, recipes
+from abtrain.comm.in_process import run_in_process
+from abtrain.recipe import Recipe
+from abtrain.sync import GradientSync
+from tests.faults.processes import Running, start
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs the signals of a POSIX system"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(300),
 ]
 
-ABTRAIN = ("-m", "abtrain", "train", "ab", "--workers", "2", "--steps", "24", "--warmup-steps", "4", "--ab-steps", "6")
-SETTINGS = ("--rebound-steps", "3", "--log-every", "1", "--checkpoint-every", "4", "--out", "run")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
-
-
-def run(folder: Path, *command: str, plan: str = "") -> subprocess.CompletedProcess[str]:
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    environment = {name: value for name, value in os.environ.items() if name not in launched}
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=environment | {faults.VARIABLE: plan, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+AB = ("--warmup-steps", "4", "--ab-steps", "6", "--rebound-steps", "3")
+OUTER = ("--warmup-steps", "20", "--every", "5", "--delay", "2", "--fragments", "2", "--wire", "int8")
+COMMON = ("--workers", "2", "--log-every", "1", "--checkpoint-every", "4", "--out", "run", "--rank-rule", "fixed:4")
+TRAIN = ("train", "ab", "--steps", "24", *AB, *COMMON)
 
 
 def digest(folder: Path) -> str:
     return str(json.loads((folder / "run" / "result.json").read_text())["weights_digest"])
 
 
+def running(marker: str) -> list[str]:
+    """The processes whose working folder names `marker`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if marker in str((entry / "cwd").readlink()):  # one that has ended has none
+                    found.append(entry.name)
+            except OSError:
+                continue
+    return found
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of a run that nothing happens to."""
     folder = tmp_path_factory.mktemp("whole")
-    ended = run(folder, *ABTRAIN, *SETTINGS)
-    assert ended.returncode == 0, ended.stderr
+    ended = start(folder, *TRAIN).wait()
+    assert ended.code == 0, ended.err
     return digest(folder)
 
 
-@pytest.mark.parametrize("place", ["1 2 step", "1 7 step", "0 10 merge.agreed", "0 8 checkpoint.rename"])
+IN_TRAINING = ["1 2 sync.begin", "0 2 sync.end", "1 7 step", "1 12 step"]
+IN_MERGES = ["1 10 merge.begin", "0 10 merge.agreed", "1 10 merge.end"]
+IN_CHECKPOINTS = [
+    *(f"0 12 checkpoint.{point}" for point in ("prepare", "write", "fsync", "manifest", "rename", "prune")),
+    *(f"1 12 checkpoint.{point}" for point in ("write", "fsync")),
+]
+
+
+@pytest.mark.parametrize("place", [*IN_TRAINING, *IN_MERGES, *IN_CHECKPOINTS])
 def test_a_worker_that_is_killed_is_started_again(place: str, whole: str, tmp_path: Path) -> None:
-    ended = run(tmp_path, *ABTRAIN, *SETTINGS, "--max-restarts", "1", plan=f"kill {place}")
-    assert ended.returncode == 0, ended.stderr
+    ended = start(tmp_path, *TRAIN, "--max-restarts", "1", plan=f"kill {place}").wait()
+    assert ended.code == 0, ended.err
     assert digest(tmp_path) == whole
+    step = int(place.split()[1])
+    if step > 4:
+        committed = 12 if "prune" in place or place == "1 12 step" else (step - 1) // 4 * 4
+        assert f"going on from the checkpoint of step {committed}\n" in ended.err
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
 def test_torchrun_starts_it_again(whole: str, tmp_path: Path) -> None:
-    ended = run(tmp_path, *TORCHRUN, *ABTRAIN, *SETTINGS, "--overwrite", plan="kill 1 9 step")
+    """As users start it: every process imports torch for itself."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    environment = {name: value for name, value in os.environ.items() if name not in launched}
+    ended = subprocess.run(
+        [sys.executable, *torchrun, "-m", "abtrain", *TRAIN, "--overwrite"],
+        cwd=tmp_path,
+        env=environment | {faults.VARIABLE: "kill 1 9 step", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
     assert ended.returncode == 0, ended.stderr
     assert "going on from the checkpoint of step 8" in ended.stderr
     assert digest(tmp_path) == whole
 
 
 def test_a_run_that_was_killed_goes_on_when_it_is_run_again(whole: str, tmp_path: Path) -> None:
-    killed = run(tmp_path, *ABTRAIN, *SETTINGS, plan="kill 1 10 merge.begin")
-    assert killed.returncode == 6
-    assert killed.stderr.splitlines()[-1].startswith("abtrain: error: worker 1 was killed by SIGKILL")
-    again = run(tmp_path, *ABTRAIN, *SETTINGS)
-    assert again.returncode == 0 and "going on from the checkpoint of step 8" in again.stderr
+    killed = start(tmp_path, *TRAIN, plan="kill 1 10 merge.begin").wait()
+    assert killed.code == 6
+    assert killed.err.splitlines()[-1].startswith("abtrain: error: worker 1 was killed by SIGKILL")
+    again = start(tmp_path, *TRAIN).wait()
+    assert again.code == 0 and "going on from the checkpoint of step 8" in again.err
     assert digest(tmp_path) == whole
+
+
+def places(recipe: Recipe, step: int, every: int) -> list[tuple[str, int]]:
+    """The points that a run passes at a step, and the checkpoint from which it goes on if it ends there."""
+    before = (step - 1) // every * every
+    committed = step if step % every == 0 else before
+    points = [("step", committed)]
+    if isinstance(recipe.at(step).phase.sync, GradientSync):
+        points += [("sync.begin", committed), ("sync.end", committed)]
+    # A hidden merge is agreed on, and ends, at later steps.
+    if recipe.at(step - 1).merges:
+        points += [("merge.begin", before)]
+    if step % every == 0:
+        points += [(f"checkpoint.{point}", before) for point in ("write", "fsync")]
+    return points
+
+
+@pytest.mark.parametrize("name", ["ab", "ab_outer"])
+def test_twenty_kills_at_random_places(name: str, tmp_path: Path) -> None:
+    """Of either worker, in a seeded order; the launcher starts them again each time."""
+    steps, every, dice = 60, 2, random.Random(11)
+    options = {"ab": AB, "ab_outer": OUTER}[name]
+    settings = {option[2:].replace("-", "_"): value for option, value in zip(options[::2], options[1::2], strict=True)}
+    recipe = recipes.build(name, steps, **{k: int(v) if v.isdecimal() else v for k, v in settings.items()})
+    kills, commits = [], []
+    for step in sorted(dice.sample(range(1, steps), 20)):
+        point, commit = dice.choice(places(recipe, step, every))
+        kills.append(f"kill {dice.randrange(2)} {step} {point}")
+        commits.append(commit)
+    train = ("train", name, "--steps", str(steps), *options, *COMMON, "--checkpoint-every", str(every))
+    for folder in ("run", "soak"):
+        (tmp_path / folder).mkdir()
+    whole = start(tmp_path / "run", *train)
+    ended = start(tmp_path / "soak", *train, "--max-restarts", "20", plan="|".join(kills)).wait()
+    assert ended.code == 0 == whole.wait().code, ended.err
+    gone_on = [int(step) for step in re.findall(r"going on from the checkpoint of step (\d+)", ended.err)]
+    assert gone_on == [commit for commit in commits if commit]
+    assert digest(tmp_path / "soak") == digest(tmp_path / "run")
+
+
+FROZEN = {
+    "sharing gradients": ("1 2 step", "rank 0", "'warmup'"),
+    "in a group of its own": ("1 7 step", "rank 0", "'group'"),
+    "after a merge": ("1 11 step", "rank 0", "'rebound'"),
+    "in a checkpoint": ("0 8 checkpoint.fsync", "rank 1", "'checkpoint'"),
+}
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Running, Path]]]:
+    """Runs in which a worker freezes. All that they do is to wait, so they do it at the same time."""
+    runs = {}
+    for when, (place, _, _) in FROZEN.items():
+        folder = tmp_path_factory.mktemp("frozen")
+        runs[when] = start(folder, *TRAIN, "--timeout", "8", plan=f"freeze {place}"), folder
+    yield runs
+    for run, _ in runs.values():
+        run.process.kill()
+
+
+@pytest.mark.parametrize("when", FROZEN)
+def test_a_worker_that_is_frozen_ends_the_run(when: str, frozen: dict[str, tuple[Running, Path]]) -> None:
+    run, folder = frozen[when]
+    ended = run.wait()
+    assert ended.code == 6
+    message = ended.err.splitlines()[-1]
+    _, who, phase = FROZEN[when]
+    assert who in message and os.uname().nodename in message and "step " in message and phase in message
+    assert "Current thread" in (folder / "run" / f"stacks-{who.replace(' ', '')}.txt").read_text()
+
+
+def test_a_slow_worker_is_waited_for(whole: str, tmp_path: Path) -> None:
+    slow = "slow 1 2 sync.begin; slow 0 7 step; slow 1 8 checkpoint.fsync; slow 1 10 merge.agreed"
+    ended = start(tmp_path, *TRAIN, plan=slow).wait()
+    assert ended.code == 0, ended.err
+    assert digest(tmp_path) == whole
+
+
+def test_a_worker_without_memory(tmp_path: Path) -> None:
+    ended = start(tmp_path, *TRAIN, plan="memory 1 7 step").wait()
+    assert ended.code == 6
+    assert ended.err.splitlines()[-1].startswith("abtrain: error: rank 1 ran out of memory (")
+    assert "use a smaller --batch-size, or fewer --workers" in ended.err
+
+
+def joining(rank: int, port: int) -> dict[str, str]:
+    """The variables by which a launcher tells a worker of two where to go."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", **place}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_whose_peer_does_not_come(rank: int, tmp_path: Path) -> None:
+    ended = start(tmp_path, *TRAIN, "--timeout", "3", environment=joining(rank, free_port())).wait()
+    assert ended.code == 6
+    told = ended.err.splitlines()[-1]
+    assert told.startswith(f"abtrain: error: rank {rank} waited 3 s at 127.0.0.1:") and "others of 2 in vain" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as server:
+        ended = start(tmp_path, *TRAIN, environment=joining(0, server.getsockname()[1])).wait()
+    assert ended.code == 2
+    assert "another program listens at 127.0.0.1:" in ended.err and "--master-port" in ended.err
 
 
 def test_one_worker_that_is_asked_to_stop_stops_all(whole: str, tmp_path: Path) -> None:
-    stopped = run(tmp_path, *ABTRAIN, *SETTINGS, plan="term 1 6 step")
-    assert stopped.returncode == 75, stopped.stderr
+    stopped = start(tmp_path, *TRAIN, plan="term 1 6 step").wait()
+    assert stopped.code == 75, stopped.err
     outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
     assert outcome["exit_code"] == 75 and outcome["step"] == 8  # where they meet for a checkpoint
-    assert run(tmp_path, *ABTRAIN, *SETTINGS).returncode == 0
+    assert start(tmp_path, *TRAIN).wait().code == 0
     assert digest(tmp_path) == whole
 
 
-def test_a_worker_that_is_frozen_ends_the_run(tmp_path: Path) -> None:
-    began = time.monotonic()
-    ended = run(tmp_path, *ABTRAIN, *SETTINGS, "--timeout", "20", plan="freeze 1 9 step")
-    assert ended.returncode == 6
-    message = ended.stderr.splitlines()[-1]
-    assert "rank 0" in message and os.uname().nodename in message and "step 10" in message and "'group'" in message
-    assert "Current thread" in (tmp_path / "run" / "stacks-rank0.txt").read_text()
-    # The frozen one is given the grace before it is killed.
-    assert time.monotonic() - began < 20 + 30 + 120
+@pytest.mark.parametrize("numbers", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGTERM", "SIGINT")], ids="-".join)
+def test_a_run_that_is_told_to_stop_twice(numbers: tuple[str, str], tmp_path: Path) -> None:
+    """The second signal comes at once, while the first is being obeyed."""
+    run = start(tmp_path, *TRAIN[:2], "--steps", "100000", *COMMON)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100
+    while not (metrics.exists() and metrics.stat().st_size > 500):
+        assert run.process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.05)
+    for number in numbers:
+        run.signal(signal.Signals[number])
+    ended = run.wait()
+    assert ended.code == 75, ended.err
+    (told,) = ended.err.splitlines()
+    assert told in {f"abtrain: error: stopped on request ({number})" for number in numbers}
+    assert running(str(tmp_path)) == []
+    # Whatever was begun, what is there is whole.
+    for saved in run_in_process(2, lambda comm: checkpoint.latest(tmp_path / "run" / "checkpoints", comm)):
+        assert saved is None or saved.step > 0

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from abtrain import ABTraining, GradientSync, Phase, Recipe, WeightSync, recipes
 from abtrain.comm.communicator import Communicator
-from tests.cases import SCHEDULE, THREE_CYCLES, adamw, batch, build, largest_difference, train, train_by_reference
+from tests.cases import THREE_CYCLES, adamw, batch, build, largest_difference, train, train_by_reference
 from tests.gloo import run_gloo
 
 
@@ -76,35 +76,6 @@ def test_ddp_through_abtrain_has_the_bits_of_plain_ddp(workers: int) -> None:
     ours, plain = run_gloo(workers, by_abtrain), run_gloo(workers, by_ddp)
     for rank in range(workers):
         assert all(torch.equal(ours[rank][name], plain[rank][name]) for name in plain[rank])
-
-
-def orthogonal_run(comm: Communicator, svd: str) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
-    """Orthogonal weights have repeated singular values: every basis is a right one, and threads choose among them."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(256, 256, bias=False), nn.Tanh(), nn.Linear(256, 256, bias=False))
-    for layer in (model[0], model[2]):
-        nn.init.orthogonal_(layer.weight)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    options = {**SCHEDULE, "warmup_steps": 1}
-    ab = ABTraining(model, optimizer, recipes.ab(7, **options, svd=svd), communicator=comm)
-    start = {name: value.clone() for name, value in model.state_dict().items()}
-    for _ in range(7):
-        ab(torch.randn(4, 256)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        ab.step()
-    return torch.get_num_threads(), start, ab.dense_state_dict()
-
-
-@pytest.mark.parametrize("svd", ["each", "shared"])
-def test_ranks_with_unlike_thread_counts_merge_correctly(svd: str) -> None:
-    environments = [{"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}]
-    results = run_gloo(2, orthogonal_run, svd, environments=environments)
-    assert [threads for threads, _, _ in results] == [1, 2]
-    (_, start, end), (_, _, other) = results
-    assert largest_difference(end, other) == 0
-    # Nothing was learned (lr = 0), so whatever differs came from the merge.
-    assert largest_difference(start, end) < 1e-4
 
 
 def odd_worlds(comm: Communicator) -> dict[str, Tensor]:

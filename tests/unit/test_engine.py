@@ -14,7 +14,7 @@ from torch import nn
 from abtrain import ABTraining, FixedRank, Recipe, recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
-from abtrain.errors import ConfigurationError, NonFiniteError, RanksDisagreeError, UsageError
+from abtrain.errors import ConfigurationError, RanksDisagreeError, UsageError
 from tests.cases import SCHEDULE, adamw, batch, build, largest_difference, sgd, train
 
 
@@ -125,11 +125,12 @@ def test_payload_of_ab_is_gradients_plus_merges() -> None:
     biases = 16 + 12 + 5
     full = 10 * 16 + 16 * 12 + 12 * 5 + biases
     factors = 2 * (10 + 16 + 16 + 12 + 12 + 5)
-    assert payload["by_phase"]["warmup"] == 3 * full * 8
+    proof = 16  # that all hold the same, at the end of each phase
+    assert payload["by_phase"]["warmup"] == 3 * full * 8 + proof
     moments = 2 * biases
     merge = (factors + biases + moments) * 8
     assert merge <= payload["by_phase"]["group"] < merge + 2500
-    assert payload["by_phase"]["rebound"] == 2 * full * 8
+    assert payload["by_phase"]["rebound"] == 2 * full * 8 + proof
     assert payload["between_groups"] == payload["total"]
     assert history[0]["ranks"] == {"0.weight": 2, "2.weight": 2, "4.weight": 2}
 
@@ -144,24 +145,6 @@ def test_payload_within_groups_is_counted_apart() -> None:
     apart = run_in_process(4, work, group_size=2)[0]
     assert apart["within_groups"] > 0
     assert apart["total"] == apart["within_groups"] + apart["between_groups"] == sum(apart["by_phase"].values())
-
-
-def test_unlike_initial_weights_become_rank_0s() -> None:
-    models = [build("mlp", seed=rank) for rank in range(3)]
-    expected = copy.deepcopy(models[0].state_dict())
-
-    def work(comm: Communicator) -> Any:
-        mlp_run(comm, recipes.ddp(5), models[comm.rank])
-        return {name: value.clone() for name, value in models[comm.rank].state_dict().items()}
-
-    for state in run_in_process(3, work):
-        assert largest_difference(state, dict(expected)) == 0
-
-
-def test_unlike_models_are_refused_by_all() -> None:
-    models = [nn.Linear(4, 4), nn.Linear(4, 5)]
-    with pytest.raises(RanksDisagreeError):
-        run_in_process(2, lambda comm: mlp_run(comm, recipes.ddp(5), models[comm.rank]))
 
 
 def test_a_worker_at_another_step_is_found_before_the_merge() -> None:
@@ -534,43 +517,6 @@ class TestWhatIsRefused:
         optimizer = torch.optim.Adadelta(model.parameters())
         with pytest.raises(ConfigurationError, match="does not know the state of Adadelta"):
             ABTraining(model, optimizer, recipes.ab(9, **SCHEDULE, optimizer_state="project"))
-
-    def test_a_non_finite_weight_stops_all_workers(self) -> None:
-        models = [build("mlp") for _ in range(2)]
-
-        def work(comm: Communicator) -> None:
-            _, optimizer, ab = mlp_run(comm, recipes.ab(9, **SCHEDULE), models[comm.rank])
-            while ab.steps_done < 2:
-                one_step(ab, optimizer, comm.rank)
-            with torch.no_grad():
-                models[comm.rank][2].weight[0, 0] = float("nan")
-            one_step(ab, optimizer, comm.rank)
-
-        with pytest.raises(NonFiniteError, match=r"cannot factor .*2\.weight"):
-            run_in_process(2, work)
-
-
-def test_a_failing_svd_leaves_the_weight_dense_on_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    svd = torch.linalg.svd
-
-    def stubborn(W: torch.Tensor, **options: Any) -> Any:
-        if W.shape == (16, 12):
-            raise torch.linalg.LinAlgError("did not converge")
-        return svd(W, **options)
-
-    monkeypatch.setattr(torch.linalg, "svd", stubborn)
-    models = [build("mlp") for _ in range(2)]
-
-    def work(comm: Communicator) -> Any:
-        _, optimizer, ab = mlp_run(comm, recipes.ab(9, **SCHEDULE), models[comm.rank])
-        while not ab.finished:
-            one_step(ab, optimizer, comm.rank)
-        return ab.rank_history, str(ab.describe()), ab.dense_state_dict()
-
-    (history, text, one), (_, _, other) = run_in_process(2, work)
-    assert set(history[0]["ranks"]) == {"0.weight", "4.weight"}
-    assert "dense in this cycle: its SVD did not converge" in text
-    assert largest_difference(one, other) == 0
 
 
 def test_all_zero_and_no_smaller_weights_stay_dense() -> None:

@@ -270,7 +270,7 @@ def test_a_merge_on_one_rank_only_is_an_error_on_all() -> None:
         model = Slope()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         ab = ABTraining(model, optimizer, recipes.diloco(12, every=4), communicator=comm)
-        with pytest.raises(RanksDisagreeError, match="step is from 4 to 8"):
+        with pytest.raises(RanksDisagreeError, match="step is 4 on rank 0 and 8 on rank 1"):
             for step in range(8):
                 ab(slopes(comm.rank)).backward()
                 optimizer.step()

@@ -7,7 +7,7 @@ here). Every collective is counted in the communicator's `meter`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -47,6 +47,22 @@ class DataParallel(Protocol):
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Gradients made by forward passes inside this context accumulate locally."""
+        ...
+
+    def arrivals(self) -> list[int]:
+        """The order in which the first shared backward pass completed gradients, by the places of trained parameters.
+
+        Buckets follow it from then on, and with them the order in which three or more ranks add up numbers. Empty
+        before that pass, and where there are no buckets.
+        """
+        ...
+
+    def follow(self, arrivals: Sequence[int]) -> None:
+        """Lays out buckets as a wrapper that had these `arrivals` did. Sends nothing, and leaves no gradients.
+
+        Raises:
+            ValueError: arrivals of another number of parameters.
+        """
         ...
 
     def close(self) -> None:
@@ -135,6 +151,12 @@ class Unsynchronized:
 
     def no_sync(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def arrivals(self) -> list[int]:
+        return []
+
+    def follow(self, arrivals: Sequence[int]) -> None:
+        pass
 
     def close(self) -> None:
         self._module = None

@@ -2,8 +2,9 @@
 
 # No `from __future__ import annotations` here: DDP compares the annotations of a communication hook with classes.
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,22 +28,25 @@ class TorchDataParallel:
 
     def __init__(self, module: nn.Module, link: Link, find_unused_parameters: bool, hook: GradientHook | None) -> None:
         self._link = link
+        self._rebuilds = not find_unused_parameters  # or else buckets stay as they are laid out at first
+        self._trained = [p for p in module.parameters() if p.requires_grad]
+        self._arrivals = _Arrivals(self._trained)
         self._ddp: DistributedDataParallel | None = DistributedDataParallel(
             module,
             process_group=link.group,
             find_unused_parameters=find_unused_parameters,
             init_sync=False,
         )
-        trained = sum(p.requires_grad for p in module.parameters())
         # To find unused parameters, DDP adds up one int32 for each parameter.
-        averaging = _Averaging(link, 4 * trained if find_unused_parameters else 0, hook)
-        self._ddp.register_comm_hook(averaging, _average_gradients)
-        self._ddp._register_buffer_comm_hook(link, _follow_first_rank, _BufferCommHookLocation.PRE_FORWARD)
+        self._averaging = _Averaging(link, 4 * len(self._trained) if find_unused_parameters else 0, hook)
+        self._ddp.register_comm_hook(self._averaging, _average_gradients)
+        self._ddp._register_buffer_comm_hook(self._averaging, _follow_first_rank, _BufferCommHookLocation.PRE_FORWARD)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         ddp = still_open(self._ddp)
         if not torch.is_grad_enabled():
             return ddp.module(*args, **kwargs)
+        self._arrivals.listen(ddp.require_backward_grad_sync)
         try:
             return ddp(*args, **kwargs)
         except RuntimeError as error:
@@ -67,8 +71,76 @@ class TorchDataParallel:
             return self._link.peer_lost("DDP's forward pass")
         return None
 
+    def arrivals(self) -> list[int]:
+        return list(self._arrivals.order) if self._rebuilds else []
+
+    def follow(self, arrivals: Sequence[int]) -> None:
+        if not arrivals or not self._rebuilds:
+            return
+        if sorted(arrivals) != list(range(len(self._trained))):
+            raise ValueError(f"gradients of {len(arrivals)} parameters came, but {len(self._trained)} are trained")
+        ddp = still_open(self._ddp)
+        model = ddp.module
+        ddp.module = _Rehearsal(model, [self._trained[place] for place in arrivals])
+        self._averaging.rehearses = True
+        try:
+            ddp().backward()
+        finally:
+            ddp.module, self._averaging.rehearses = model, False
+        for parameter in self._trained:
+            parameter.grad = None
+        self._arrivals.order = list(arrivals)
+
     def close(self) -> None:
         self._ddp = None
+        self._arrivals.stop()
+
+
+class _Arrivals:
+    """Listens to the order in which gradients are completed, until each has come once.
+
+    DDP lays its buckets out by this order after its first backward pass, but does not tell it.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.order: list[int] = []
+        self._count = len(parameters)
+        self._listens = False
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, place))
+            for place, parameter in enumerate(parameters)
+        ]
+
+    def listen(self, shares: bool) -> None:
+        """A forward pass begins, whose gradients are shared or not."""
+        self._listens = shares
+        if len(self.order) == self._count:
+            self.stop()
+
+    def stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _arrived(self, place: int, parameter: Tensor) -> None:
+        if self._listens and place not in self.order:
+            self.order.append(place)
+
+
+class _Rehearsal(nn.Module):
+    """In the model's place: a pass in which parameters get gradients of zero, in the order in which they are given."""
+
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.model = model  # DDP looks for its buffers
+        self._order = tuple(parameters)
+
+    def forward(self) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self._order[0].device)
+        # Autograd goes back the way that it came.
+        for parameter in reversed(self._order):
+            total = total + parameter.real.sum().double() * 0
+        return total
 
 
 class _Averaging:
@@ -78,10 +150,17 @@ class _Averaging:
         self.link = link
         self._extra_bytes = extra_bytes
         self._hook = hook
+        self.rehearses = False
         self._works: list[dist.Work | torch.futures.Future[Tensor]] = []
 
     def launch(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         buffer = bucket.buffer()
+        if self.rehearses:
+            done: torch.futures.Future[Tensor] = torch.futures.Future(
+                devices=[buffer.device] if buffer.device.type == "cuda" else []
+            )
+            done.set_result(buffer)
+            return done
         work: dist.Work | torch.futures.Future[Tensor]
         if self._hook is None:
             # DDP without a hook multiplies by the reciprocal too; for three ranks, a division gives other bits.
@@ -116,7 +195,10 @@ def _average_gradients(
     return averaging.launch(bucket)
 
 
-def _follow_first_rank(link: Link, named_buffers: Mapping[str, Tensor]) -> None:
+def _follow_first_rank(averaging: _Averaging, named_buffers: Mapping[str, Tensor]) -> None:
+    if averaging.rehearses:
+        return
+    link = averaging.link
     buffers = list(named_buffers.values())
     buckets = pack(buffers, widen=False)
     for bucket in buckets:

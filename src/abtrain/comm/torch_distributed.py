@@ -84,6 +84,12 @@ class TorchCommunicator:
         self.device = _device_of_backend()
         self.meter = meter or Meter()
         self._group = self._make_groups()
+        if self._group is not None:
+            # Whoever cannot be reached is found now, and not in the first phase that needs the group.
+            link = self._link("group")
+            link.wait(
+                "first meeting", link.launch("first meeting", dist.all_reduce, torch.zeros(1, device=self.device))
+            )
         self._hooks: dict[tuple[GradientSync, Scope, tuple[torch.Size, ...]], GradientHook] = {}
 
     def all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> None:

@@ -154,7 +154,7 @@ class _Walk:
         *before, last = turns(position, sync)
         for turn in (*before, last):
             inside = self._gradients(turn.position, held, "group", PLAIN)
-            merges, leaving = self._merges(turn, held, sync), level if turn is last else ()
+            merges, leaving = self._merges(turn, held, sync), (*level, *compared(1)) if turn is last else ()
             yield Stretch(position.phase.name, turn.steps, "group", entry, inside, merges, leaving)
             entry = ()
 
@@ -169,11 +169,12 @@ class _Walk:
             done = self._powersgd_steps.get(shapes, 0)
             self._powersgd_steps[shapes] = done + steps
             plain = min(max(_PLAIN_STEPS - done, 0), steps)
-        for count, wire in ((plain, PLAIN), (steps - plain, sync)):
-            if count:
-                step = self._gradients(position, held, "world", wire)
-                yield Stretch(position.phase.name, count, scope="world", entry=entry, step=step)
-                entry = ()
+        parts = [(count, wire) for count, wire in ((plain, PLAIN), (steps - plain, sync)) if count]
+        for count, wire in parts:
+            step = self._gradients(position, held, "world", wire)
+            leaving = compared(1) if (count, wire) == parts[-1] else ()
+            yield Stretch(position.phase.name, count, "world", entry, step, exit=leaving)
+            entry = ()
 
     def _held(self, ranks: Mapping[str, int]) -> list[_Held]:
         """All parameters at present, in the model's order; weights in `ranks` as factors."""
@@ -235,8 +236,9 @@ class _Walk:
     ) -> tuple[tuple[Calls, ...], Calls]:
         """One merge in its stages, and what follows it.
 
-        At first all prove that they merge the same, and tell of their parts. Then come parameters that some worker
-        trained, beside the last fragment numbers of buffers, and after it counters, which follow one worker.
+        At first groups prove that each holds one model, and all that they merge the same, and tell of their parts. Then
+        come parameters that some worker trained, beside the last fragment numbers of buffers, and after it counters,
+        which follow one worker.
         """
         nobody = self._trained_by_nobody(position)
         idle = {one.name for one in held if one.part in nobody}
@@ -245,7 +247,8 @@ class _Walk:
         buffers = list(self._model.buffers.values()) if sync.fragments - 1 in fragments else []
         numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
         counters = [buffer for buffer in buffers if not buffer.is_floating_point()]
-        told = (*compared(_FIELDS), Traffic("all_gather", "world", _PART_BYTES))
+        replicas = compared(1, "group") if self._topology.group_size > 1 else ()
+        told = (*replicas, *compared(_FIELDS), Traffic("all_gather", "world", _PART_BYTES))
         first, *more = merge_stages(sync.wire, tensors, self._topology.world_size)
         return (told, (*first, *exact(numbers)), *more), broadcast(counters)
 

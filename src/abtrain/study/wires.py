@@ -26,9 +26,9 @@ _MIN_SAVING = 2
 _NUMBER = 8
 
 
-def compared(count: int) -> Calls:
+def compared(count: int, scope: Scope = "world") -> Calls:
     """What workers send to find out whether they hold the same `count` numbers: int64, both ends of their range."""
-    return (Traffic("all_reduce", "world", 2 * count * _NUMBER),) if count else ()
+    return (Traffic("all_reduce", scope, 2 * count * _NUMBER),) if count else ()
 
 
 def broadcast(tensors: Sequence[Tensor], scope: Scope = "world") -> Calls:

@@ -5,6 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 Init = Literal["default", "orthogonal"]
-OnNonFinite = Literal["stop", "drop_worker"]
+OnNonFinite = Literal["stop", "drop_worker", "skip"]
 OnCheckpointError = Literal["warn", "stop"]
 DEVICES = ("auto", "cpu", "cuda")

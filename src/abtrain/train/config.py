@@ -124,7 +124,7 @@ class TrainConfig:
     timeout: float = 600
     """Seconds that a worker waits for the others before it gives up."""
     on_nonfinite: OnNonFinite = "stop"
-    """Where a worker's part of a merge is not finite: stop, or leave its part out and go on."""
+    """At NaN or infinity stop; or drop_worker, leave a worker's part of a merge out; or skip, leave a step out."""
     log_every: int = 20
     """Steps between two lines of metrics."""
     checkpoint_every: int = 0

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from abtrain.errors import AbtrainError, ConfigurationError, PeerLostError, StoppedError
+from abtrain.errors import AbtrainError, ConfigurationError, OutOfMemoryError, PeerLostError, StoppedError
 from abtrain.train import worker
 from abtrain.train.config import TrainConfig, notices, resolve, restarted, validate
 from abtrain.train.config_file import to_toml
@@ -67,7 +67,7 @@ def run(config: TrainConfig) -> None:
             worker.train_together(config)
         finally:
             # This process is at its end anyway: torchrun, which now ends its workers, need not interrupt that.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, _ignore)
     else:
         worker.train_alone(config)
 
@@ -153,8 +153,12 @@ def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:
 def _stop_workers(signal_number: int, frame: FrameType | None) -> NoReturn:
     """Has the launcher end its workers by SIGTERM, which they obey at any time, importing or training."""
     for stop in _STOP_SIGNALS:
-        signal.signal(stop, signal.SIG_IGN)  # the end takes a moment, and must not be cut short
+        signal.signal(stop, _ignore)  # the end takes a moment, and must not be cut short
     raise SignalException(_stopped_by(signal_number), signal.SIGTERM)
+
+
+def _ignore(signal_number: int, frame: FrameType | None) -> None:
+    """In place of SIG_IGN, of which Python complains if the signal has come already and waits to be handled."""
 
 
 def _stopped_by(signal_number: int) -> str:
@@ -163,12 +167,11 @@ def _stopped_by(signal_number: int) -> str:
 
 def _first_error(failures: list[ProcessFailure]) -> AbtrainError:
     """What made the run fail, as the error that it was in the worker."""
-    consequences = (PeerLostError.exit_code, -signal.SIGTERM)
     # Who had to be killed although others had failed long before did not obey: it was frozen, or out of reach.
     long_before = min(failure.timestamp for failure in failures) + _SHUTDOWN_SECONDS - 1
     deaf = [f for f in failures if f.exitcode == -signal.SIGKILL and f.timestamp >= long_before]
     rest = [failure for failure in failures if failure not in deaf] or failures
-    first = min(rest, key=lambda failure: (failure.exitcode in consequences, failure.timestamp))
+    first = min(rest, key=lambda failure: (_is_consequence(failure), failure.timestamp))
     if first.exitcode < 0:
         return PeerLostError(
             f"worker {first.local_rank} was killed by {first.signal_name()}: if the machine ran out of memory, use "
@@ -185,3 +188,10 @@ def _first_error(failures: list[ProcessFailure]) -> AbtrainError:
         ranks = ", ".join(str(failure.local_rank) for failure in deaf)
         message += f". Worker {ranks} did not obey SIGTERM for {_SHUTDOWN_SECONDS} s and was killed: it was frozen"
     return ConfigurationError(message.splitlines()) if kind is ConfigurationError else kind(message)
+
+
+def _is_consequence(failure: ProcessFailure) -> bool:
+    """Whether a worker ended because another one had."""
+    content = failure.error_file_data.get("message", "")
+    own = isinstance(content, dict) and content["message"].startswith(f"{OutOfMemoryError.__name__}: ")
+    return failure.exitcode == -signal.SIGTERM or (failure.exitcode == PeerLostError.exit_code and not own)

@@ -21,10 +21,19 @@ from abtrain import __version__, recipes
 from abtrain.comm.agreement import gather_json
 from abtrain.comm.communicator import Communicator
 from abtrain.engine import ABTraining
-from abtrain.errors import ConfigurationError, NonFiniteError, PeerLostError, RanksDisagreeError, StoppedError
+from abtrain.errors import (
+    ConfigurationError,
+    DataError,
+    NonFiniteError,
+    PeerLostError,
+    RanksDisagreeError,
+    StoppedError,
+)
 from abtrain.recipe import Position
 from abtrain.sync import GradientSync, WeightSync
+from abtrain.train.aside import Aside
 from abtrain.train.config import TrainConfig, used_options
+from abtrain.train.data import Data
 from abtrain.train.progress import Display
 from abtrain.train.result import result_of
 from abtrain.train.run_folder import CHECKPOINTS, RunFolder
@@ -56,6 +65,7 @@ def train(config: TrainConfig, communicator: Communicator) -> dict[str, Any]:
     agree_on_start(config, communicator)
     task, rank = TASKS[config.task], communicator.rank
     data = task.load(config.data).to(communicator.device)
+    _check_data(task, data, config.workers)
     dealt = functools.partial(
         batches, task, data, seed=config.seed, rank=rank, world_size=config.workers, batch_size=config.batch_size
     )
@@ -109,6 +119,25 @@ def agree_on_start(config: TrainConfig, communicator: Communicator) -> None:
         )
 
 
+def _check_data(task: Task, data: Data, workers: int) -> None:
+    """Makes sure that there is something for everybody.
+
+    Raises:
+        DataError: there are no samples.
+        ConfigurationError: there are fewer than workers.
+    """
+    samples = len(data.train)
+    if not samples or not len(data.test):
+        raise DataError(
+            f"task {task.name} has {samples} samples to train on and {len(data.test)} to be judged by: it needs both. "
+            "Look at what --data names"
+        )
+    if samples < workers:
+        raise ConfigurationError(
+            f"{samples} samples are too few for {workers} workers: use at most {samples} --workers"
+        )
+
+
 def _open_folder(
     config: TrainConfig, communicator: Communicator, stack: contextlib.ExitStack
 ) -> tuple[RunFolder | None, Path, bool]:
@@ -137,13 +166,14 @@ class _Recorder:
         self._step = 0
         self._folder = folder
         self._display = Display(config.steps)
+        self._aside = Aside()
         self._heading = config, parameters
 
     def __enter__(self) -> _Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._display.__exit__(kind, error, trace)
+        self._aside("the display", self._display.__exit__, kind, error, trace)
         if isinstance(error, StoppedError):
             outcome = {"outcome": "stopped", "exit_code": error.exit_code, "step": self._step, "message": str(error)}
             self._folder.stop(outcome)
@@ -157,8 +187,8 @@ class _Recorder:
         """The run begins, or goes on after so many steps."""
         self._step = step
         self._folder.begin(step)
-        self._display.heading(*self._heading)
-        self._display.__enter__()
+        self._aside("the display", self._display.heading, *self._heading)
+        self._aside("the display", self._display.__enter__)
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on recording."""
@@ -184,14 +214,14 @@ class _Recorder:
             "seconds": round(self.seconds, 3),
         }
         self._losses.clear()
-        self._folder.log(record)
-        self._display.show(record)
+        self._aside("metrics.jsonl", self._folder.log, record)
+        self._aside("the display", self._display.show, record)
 
     def finish(self, result: dict[str, Any]) -> None:
         """The end of a run that went well."""
         self._folder.finish(result)
-        self._display.__exit__(None, None, None)
-        self._display.summary(result, self._folder.path)
+        self._aside("the display", self._display.__exit__, None, None, None)
+        self._aside("the display", self._display.summary, result, self._folder.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +260,8 @@ class _Run:
         loss = self.task.loss(ab(x), y)
         value = loss.item()
         gradients_travel = isinstance(position.phase.sync, GradientSync)
-        if not math.isfinite(value) and (gradients_travel or self.config.on_nonfinite == "stop"):
+        policy = self.config.on_nonfinite
+        if not math.isfinite(value) and (policy == "stop" or (gradients_travel and policy != "skip")):
             # Before the gradients of this worker reach the others; the launcher ends those.
             raise NonFiniteError(
                 f"the loss of worker {ab.communicator.rank} is {value} at step {ab.steps_done} ({phase}), "

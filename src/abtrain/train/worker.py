@@ -6,12 +6,14 @@ settings and the file through which the workers find each other.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,12 +24,13 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from abtrain.comm.torch_distributed import default_communicator
-from abtrain.errors import AbtrainError, StoppedError
+from abtrain.errors import AbtrainError, ConfigurationError, OutOfMemoryError, PeerLostError, StoppedError
 from abtrain.train.config import TrainConfig, restarted
 from abtrain.train.config_file import from_toml
 from abtrain.train.loop import train
 from abtrain.train.meeting import meet
 
+_NO_MEMORY = "DefaultCPUAllocator: "  # it has no error of its own
 SETTINGS_FILE = "config.toml"
 STORE_FILE = "store"
 
@@ -46,7 +49,8 @@ def train_alone(config: TrainConfig) -> None:
     communicator = default_communicator(config.group_size)
     # Nothing has to be carried anywhere, so the model may be where it is fastest.
     communicator.device = torch.device(config.device)
-    train(config, communicator)
+    with memory_named(rank=0):
+        train(config, communicator)
 
 
 def train_together(config: TrainConfig, store: Store | None = None) -> None:
@@ -60,7 +64,7 @@ def train_together(config: TrainConfig, store: Store | None = None) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     rank, timeout = int(os.environ["RANK"]), timedelta(seconds=config.timeout)
     if store is None:
-        store, _, _ = next(rendezvous("env://", rank, config.workers, timeout=timeout))
+        store = _announced_store(rank, config.workers, timeout)
     store.set_timeout(timeout)
     dist.init_process_group(
         "nccl" if config.device == "cuda" else "gloo",
@@ -73,9 +77,52 @@ def train_together(config: TrainConfig, store: Store | None = None) -> None:
         communicator = default_communicator(config.group_size)
         # Once all workers are here, all have found the settings valid: only then rank 0 may make a run folder.
         communicator.barrier()
-        train(config, communicator)
+        with memory_named(rank):
+            train(config, communicator)
     finally:
         dist.destroy_process_group()
+
+
+def _announced_store(rank: int, world_size: int, timeout: timedelta) -> Store:
+    """The store at MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        ConfigurationError: another program listens there.
+        PeerLostError: who holds it, or those who ought to join it, did not come in time.
+    """
+    try:
+        store: Store
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise ConfigurationError(
+                f"another program listens at {place}, where workers are to meet: give torchrun another --master-port"
+            ) from error
+        raise PeerLostError(
+            f"rank {rank} waited {timeout.total_seconds():g} s at {place} for the others of {world_size} in vain: look "
+            "at their output, or give more time with --timeout"
+        ) from error
+    return store
+
+
+@contextlib.contextmanager
+def memory_named(rank: int) -> Iterator[None]:
+    """What torch and Python say in many words, if memory runs out, becomes one message.
+
+    Raises:
+        OutOfMemoryError: it did.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = str(error)
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and _NO_MEMORY not in told:
+            raise
+        raise OutOfMemoryError(
+            f"rank {rank} ran out of memory ({told.splitlines()[0] if told else type(error).__name__}): use a smaller "
+            "--batch-size, or fewer --workers on this machine"
+        ) from error
 
 
 def main(folder: Path) -> int:

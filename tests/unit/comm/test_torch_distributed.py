@@ -91,7 +91,7 @@ def test_groups_have_the_timeout_of_the_world() -> None:
 
 
 def lose_rank_1(comm: Communicator) -> dict[str, str]:
-    comm.meter.phase = os.environ.get("NAMED", "")
+    comm.meter.phase = "warm-up"
     once, twice = (comm.data_parallel(nn.Linear(1, 1), "world") for _ in range(2))
     loss = once(torch.ones(1))
     twice(torch.ones(1)).backward()
@@ -119,7 +119,7 @@ def lose_rank_1(comm: Communicator) -> dict[str, str]:
 
 
 def test_a_dead_worker_is_noticed_at_once() -> None:
-    messages, dead = run_gloo(2, lose_rank_1, environments=[{"NAMED": "warm-up"}, {}], may_die=[1])
+    messages, dead = run_gloo(2, lose_rank_1, may_die=[1])
     assert dead is None
     for name, message in messages.items():
         assert message.startswith(f"rank 0 lost a peer in {name} over ranks [0, 1], phase 'warm-up': ")
@@ -131,4 +131,4 @@ def fail(comm: Communicator) -> None:
 
 def test_errors_of_ranks_come_back_with_their_traceback() -> None:
     with pytest.raises(RankFailed, match=r"(?s)rank 0 raised\nTraceback.*in fail\n.*the weights of rank 0 are gone"):
-        run_gloo(1, fail, environments=[{}])
+        run_gloo(1, fail)

@@ -1,0 +1,77 @@
+"""NaN and infinity in gradients, found before an optimizer steps by them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from abtrain.errors import NonFiniteError
+
+log = logging.getLogger("abtrain")
+
+OnNonFinite = Literal["stop", "drop_worker", "skip"]
+
+_MOST_IN_A_ROW = 50
+"""Steps left out, after which a run has diverged."""
+
+
+class GradientGuard:
+    """Looks at all gradients before each step of an optimizer.
+
+    Gradients that workers share are the same on all of them, and so is what becomes of the step, without a word sent.
+
+    Args:
+        optimizer: whose gradients they are.
+        policy: `skip` leaves the step out; otherwise it is an error where gradients are shared, and left for the next
+            merge to find where they are a worker's own.
+
+    Attributes:
+        skipped: indexes of the steps that were left out.
+    """
+
+    def __init__(self, optimizer: Optimizer, policy: OnNonFinite) -> None:
+        self._optimizer = optimizer
+        self._policy = policy
+        self.skipped: list[int] = []
+
+    def look(self, step: int, shared: bool) -> None:
+        """Drops the gradients of a step that is to be left out: optimizers pass over parameters without.
+
+        Args:
+            step: its index.
+            shared: whether all workers have these gradients.
+
+        Raises:
+            NonFiniteError: the step cannot be made, or too many in a row were left out.
+        """
+        # A GradScaler that leaves it to the optimizer to skip has looked already.
+        if not (shared or self._policy == "skip") or getattr(self._optimizer, "found_inf", None) is not None:
+            return
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if _finite([p.grad for p in parameters]):
+            return
+        if self._policy != "skip":
+            raise NonFiniteError(
+                f"NaN or infinity in the gradients that workers share at step {step}: no weight was changed by them. "
+                "Lower the learning rate, clip gradients, or leave such steps out: on_nonfinite='skip'"
+            )
+        self.skipped.append(step)
+        if self.skipped[-_MOST_IN_A_ROW:] == list(range(step - _MOST_IN_A_ROW + 1, step + 1)):
+            raise NonFiniteError(
+                f"the gradients of the last {_MOST_IN_A_ROW} steps up to {step} were all NaN or infinite: training has "
+                "diverged. Lower the learning rate, or go on from an earlier checkpoint"
+            )
+        log.warning("step %d: its gradient is not finite, and the step is left out", step)
+        for parameter in parameters:
+            parameter.grad = None
+
+
+def _finite(gradients: list[Tensor]) -> bool:
+    # A norm is read at the speed of memory. One that overflows says nothing yet.
+    if not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+        return True
+    return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)

@@ -1,0 +1,84 @@
+"""Proof that workers that ought to hold the same weights do: after every phase, and inside groups before every merge.
+
+Workers that share gradients apply the same changes to what they believe to be the same weights; nothing else would tell
+that one of them has drifted away. On unlike processors the last bits may part by themselves: these are levelled.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from abtrain.comm.agreement import checksum, fingerprint
+from abtrain.comm.communicator import Communicator, Scope, scope_ranks
+from abtrain.errors import RanksDisagreeError
+
+log = logging.getLogger("abtrain")
+
+_ROUNDING = 1e-5
+"""Of the largest number of a tensor: what comes of rounding on unlike processors stays below."""
+_ULPS = 4
+"""Of a dtype whose own rounding is coarser."""
+
+
+def check_replicas(comm: Communicator, tensors: Mapping[str, Tensor], scope: Scope, where: str) -> None:
+    """Compares what the ranks of a scope hold. Collective over it; 16 bytes, until something differs.
+
+    Args:
+        comm: of this worker.
+        tensors: by name, the same names and shapes on all ranks; where they differ by rounding alone, they become
+            those of the scope's first rank, in place.
+        scope: whose ranks ought to hold the same.
+        where: for the message, such as `step 120, phase warmup`.
+
+    Raises:
+        RanksDisagreeError: a rank has drifted, with its number; on all ranks of the scope.
+    """
+    ranks = scope_ranks(comm.topology, comm.rank, scope)
+    if len(ranks) == 1:
+        return
+    sums = [checksum(tensor) for tensor in tensors.values()]
+    mine = fingerprint(*sums)
+    ends = torch.tensor([mine, -mine], dtype=torch.int64, device=comm.device)
+    comm.all_reduce(ends, "max", scope)
+    if int(ends.sum()):
+        _level(comm, tensors, [mine, *sums], scope, where)
+
+
+def _level(comm: Communicator, tensors: Mapping[str, Tensor], sums: Sequence[int], scope: Scope, where: str) -> None:
+    """Takes the first rank's tensors where others differ by rounding.
+
+    Raises:
+        RanksDisagreeError: they differ by more.
+    """
+    ranks = scope_ranks(comm.topology, comm.rank, scope)
+    rows = comm.all_gather(torch.tensor(sums, dtype=torch.int64, device=comm.device), scope).tolist()
+    largest = 0.0
+    for place, (name, tensor) in enumerate(tensors.items(), start=1):
+        if len({row[place] for row in rows}) == 1:
+            continue
+        held = comm.all_gather(tensor.detach().contiguous().to(comm.device), scope)
+        wide = held.double().flatten(1)
+        apart = ((wide - wide[0]).abs().max() / wide.abs().max()).nan_to_num(nan=torch.inf).item()
+        if apart > max(_ROUNDING, _ULPS * torch.finfo(tensor.dtype).eps):
+            raise RanksDisagreeError(
+                f"{_odd([row[0] for row in rows], ranks)}: {where}, where all ought to be equal, {name} is up to "
+                f"{(wide - wide[0]).abs().max().item():.1e} apart. What was not shared is lost: go on from the last "
+                "checkpoint, and look for what changes weights on one worker alone (a hook, its memory, its optimizer)"
+            )
+        largest = max(largest, apart)
+        tensor.copy_(held[0])
+    log.info("%s: weights differed between workers by rounding (%.1e): rank %d's were taken", where, largest, ranks[0])
+
+
+def _odd(digests: Sequence[int], ranks: Sequence[int]) -> str:
+    """Who has drifted: the few against the many; of two, nobody can tell."""
+    common, count = Counter(digests).most_common(1)[0]
+    kept = common if 2 * count > len(digests) else digests[0]
+    odd = [rank for rank, value in zip(ranks, digests, strict=True) if value != kept]
+    rest = [rank for rank in ranks if rank not in odd]
+    return f"rank {', '.join(map(str, odd))} holds other weights than rank {', '.join(map(str, rest))}"

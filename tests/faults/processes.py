@@ -1,0 +1,130 @@
+"""Runs of the command as real processes, which can be killed and frozen, without the seconds that imports take.
+
+    ended = start(folder, "train", "ab", "--workers", "2", plan="kill 1 7 step").wait()
+
+The command and its workers are forked from a process that has imported everything. All else is as for users: the
+launcher starts, watches and restarts its workers, which meet through files and talk over the loopback device.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import NamedTuple
+
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+from abtrain import faults
+from abtrain.cli import main
+from abtrain.train import launch, worker
+from tests import forks
+
+GRACE_SECONDS = 3
+"""What workers get to end by themselves before they are killed; users give them more."""
+
+
+class Ended(NamedTuple):
+    """What came of a command."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Running:
+    """A command that runs in a folder."""
+
+    def __init__(self, process: BaseProcess, folder: Path) -> None:
+        self.process = process
+        self._folder = folder
+
+    def wait(self, seconds: float = 240) -> Ended:
+        """Waits for its end, and kills it if that does not come."""
+        self.process.join(seconds)
+        late = self.process.exitcode is None
+        if late:
+            self.process.kill()
+            self.process.join()
+        out, err = ((self._folder / name).read_text() for name in ("stdout", "stderr"))
+        assert not late, f"it did not end in {seconds} s: {out}{err}"
+        assert self.process.exitcode is not None
+        return Ended(self.process.exitcode, out, err)
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to the command's session, as a terminal does; workers have sessions of their own."""
+        assert self.process.pid is not None
+        os.killpg(self.process.pid, number)
+
+
+def start(folder: Path, *arguments: str, plan: str = "", environment: Mapping[str, str] | None = None) -> Running:
+    """Starts `abtrain` with these arguments.
+
+    Args:
+        folder: where it runs; its output goes to the files stdout and stderr there.
+        arguments: of the command.
+        plan: of faults.
+        environment: variables beside those of this process.
+    """
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
+    variables = {name: value for name, value in os.environ.items() if name not in launched}
+    variables |= {faults.VARIABLE: plan, "OMP_NUM_THREADS": "1", **(environment or {})}
+    process = forks.context().Process(target=_command, args=(folder, arguments, variables))
+    process.start()
+    return Running(process, folder)
+
+
+def _command(folder: Path, arguments: tuple[str, ...], variables: dict[str, str]) -> None:
+    os.setsid()
+    os.chdir(folder)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644), descriptor)
+    os.environ.clear()
+    os.environ.update(variables)
+    faults.load()
+    SubprocessHandler._popen = lambda handler, program, variables: _Worker(program, variables)  # type: ignore[method-assign]
+    launch._SHUTDOWN_SECONDS = GRACE_SECONDS
+    main(arguments)
+
+
+class _Worker:
+    """What the launcher needs of subprocess.Popen, for a worker that is its fork and no program of its own."""
+
+    def __init__(self, program: tuple[str, ...], variables: dict[str, str]) -> None:
+        self._process = multiprocessing.get_context("fork").Process(target=_work, args=(program[-1], variables))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+        while os.getpgid(self.pid) != self.pid:
+            time.sleep(0.001)  # the launcher signals all of a worker's session
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("worker", timeout or 0)
+        return self._process.exitcode
+
+
+def _work(folder: str, variables: dict[str, str]) -> None:
+    # A program that is started has none of the launcher's handlers, of signals and of logs.
+    logging.getLogger("abtrain").handlers.clear()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(variables)
+    faults.load()
+    code = worker.main(Path(folder))
+    if code:
+        sys.exit(code)

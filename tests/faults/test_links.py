@@ -1,0 +1,65 @@
+"""Links that are cut, and links that are slow, between workers on hosts of an emulated cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from abtrain.errors import HostFailedError
+from abtrain.lab import Fault, Job, Lab, LabConfig
+from tests.lab.conftest import _lab_works, _needs_lab  # noqa: F401  they skip these tests where there can be no labs
+
+# A worker on each host, as torchrun would start it, without the time that torchrun takes.
+WORKER = """
+import os, sys
+from abtrain.cli import main
+rank = os.environ["LAB_HOST"]
+os.environ |= {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+os.environ |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500"}
+main(sys.argv[1:])
+"""
+# Gradients of 85,002 numbers at every step: 2.7 Mbit.
+TRAIN = ("train", "ddp", "--out", "run", "--log-every", "1", "--checkpoint-every", "2")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with Lab(LabConfig(nodes=2, rates=(1_000_000,), name="links", tolerance=0.5)) as lab:
+        yield lab
+
+
+def run(lab: Lab, folder: Path, *arguments: str, faults: tuple[Fault, ...] = ()) -> str:
+    """The digest of a run on both hosts, in a folder that they share."""
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    command = (str(script), *TRAIN, "--out", str(folder / "run"), *arguments)
+    lab.run(Job(command, folder / "lab", faults=faults, launcher="python", timeout=200))
+    return str(json.loads((folder / "run" / "result.json").read_text())["weights_digest"])
+
+
+@pytest.fixture(scope="module")
+def at_one_mbit(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return run(lab, tmp_path_factory.mktemp("slow"), "--steps", "2", "--timeout", "30")
+
+
+def test_a_link_of_one_mbit_is_no_lost_peer(at_one_mbit: str) -> None:
+    """A step takes seconds, and none of them counts as silence."""
+    assert len(at_one_mbit) == 64
+
+
+def test_a_link_that_is_cut_for_a_moment_changes_nothing(lab: Lab, at_one_mbit: str, tmp_path: Path) -> None:
+    cut = Fault("cut", host=1, at=6, duration=2)
+    assert run(lab, tmp_path, "--steps", "2", "--timeout", "30", faults=(cut,)) == at_one_mbit
+
+
+def test_a_link_that_is_cut_for_good_ends_the_run(lab: Lab, tmp_path: Path) -> None:
+    with pytest.raises(HostFailedError) as failed:
+        run(lab, tmp_path, "--steps", "1000", "--timeout", "10", faults=(Fault("cut", host=1, at=12),))
+    assert failed.value.exit_code == 6
+    said = "".join(log.read_text() for log in (tmp_path / "lab").glob("host-*.log"))
+    # On a machine that is slow itself, the link may be gone before the workers have met.
+    assert ("lost a peer in" in said and "did not answer in time" in said) or "in vain" in said
+    assert not (tmp_path / "run" / "result.json").exists()

@@ -1,0 +1,162 @@
+"""Workers that differ where they ought to agree, and workers that are gone. Workers are threads here, but for some."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from abtrain import recipes
+from abtrain.comm.communicator import Communicator
+from abtrain.comm.in_process import run_in_process
+from abtrain.errors import CheckpointError, PeerLostError, RanksDisagreeError
+from abtrain.recipe import Recipe
+from tests.cases import build, largest_difference, train
+from tests.faults.loops import AB, HIDDEN, OUTER, Loop, told
+from tests.gloo import run_gloo
+
+
+def swapped() -> nn.Module:
+    return nn.ModuleDict({name: nn.Linear(4, 4) for name in ("second", "first")})
+
+
+def named() -> nn.Module:
+    return nn.ModuleDict({name: nn.Linear(4, 4) for name in ("first", "second")})
+
+
+@pytest.mark.parametrize(
+    ("models", "field"),
+    [
+        ((named, swapped), "names"),
+        ((lambda: nn.Linear(4, 4), lambda: nn.Linear(4, 5)), "shapes"),
+        ((lambda: nn.Linear(4, 4), lambda: nn.Linear(4, 4).double()), "dtypes"),
+        ((named, lambda: nn.ModuleDict({"first": nn.Linear(4, 4)})), "tensors"),
+    ],
+    ids=["order", "shapes", "dtypes", "layers"],
+)
+def test_models_that_differ(models: Any, field: str) -> None:
+    errors = told(3, lambda comm: Loop(comm, recipes.ddp(5), models[comm.rank == 1]()))
+    assert {type(error) for error in errors} == {RanksDisagreeError} and errors[0].exit_code == 5
+    assert all(field in str(error) and "rank 1" in str(error) for error in errors)
+
+
+def test_initial_weights_that_differ() -> None:
+    expected = copy.deepcopy(build("mlp").state_dict())
+
+    def work(comm: Communicator) -> dict[str, Tensor]:
+        loop = Loop(comm, recipes.ddp(5), build("mlp", seed=comm.rank))
+        return {name: value.clone() for name, value in loop.model.state_dict().items()}
+
+    for state in run_in_process(3, work):
+        assert largest_difference(state, dict(expected)) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("recipe", ["ab", "ab_outer"])
+def test_any_number_of_workers(recipe: str, workers: int) -> None:
+    options = {} if recipe == "ab" else {"every": 4, "warmup_steps": 5, "wire": "int4", "delay": 1}
+    states = run_in_process(workers, lambda comm: train(comm, build("mlp"), "mlp", recipe, steps=15, **options))
+    assert all(largest_difference(states[0], state) == 0 for state in states)
+    assert all(torch.isfinite(value).all() for value in states[0].values())
+
+
+def drifting(comm: Communicator, recipe: Recipe, step: int, odd: int, part: str) -> None:
+    """A worker whose weights, or what it takes for those of the last merge, change by 1e-3 behind abtrain's back."""
+    loop = Loop(comm, recipe, build("mlp", torch.float32))
+    loop.run(step)
+    if comm.rank == odd:
+        tensors = loop.ab._merger.anchors if part == "anchors" else dict(loop.model.named_parameters())
+        next(iter(tensors.values())).data.view(-1)[0] += 1e-3
+    loop.run()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "step", "group_size", "part"),
+    [(AB, 1, 1, "weights"), (AB, 8, 1, "weights"), (AB, 4, 2, "weights"), (OUTER, 2, 2, "weights")]
+    + [(recipe, 9, 1, "anchors") for recipe in (OUTER, HIDDEN)],
+    ids=["warm-up", "rebound", "group on factors", "group", "between merges", "between hidden merges"],
+)
+def test_a_replica_that_drifts(recipe: Recipe, step: int, group_size: int, part: str) -> None:
+    errors = told(4, lambda comm: drifting(comm, recipe, step, 3, part), group_size=group_size)
+    found = [error for error in errors if isinstance(error, RanksDisagreeError)]
+    # In a group its own workers find out, and the others lose them.
+    assert len(found) == (2 if group_size == 2 and part == "weights" else 4)
+    assert all(error.exit_code == 5 for error in found)
+    assert all("rank 3" in str(error) for error in found) or group_size == 2
+    assert all(isinstance(error, PeerLostError) for error in errors if error not in found)
+
+
+def test_rounding_on_unlike_processors_is_levelled() -> None:
+    def work(comm: Communicator) -> dict[str, Tensor]:
+        loop = Loop(comm, AB, build("mlp", torch.float32))
+        loop.run(2)
+        if comm.rank == 1:
+            loop.model.get_parameter("0.weight").data.mul_(1 + 1e-7)
+        return loop.run()
+
+    states = run_in_process(3, work)
+    assert all(largest_difference(states[0], state) == 0 for state in states)
+
+
+@pytest.mark.parametrize("recipe", [recipes.ddp(9), AB, OUTER], ids=["ddp", "ab", "ab_outer"])
+def test_batches_that_run_out_on_one_worker(recipe: Recipe) -> None:
+    def work(comm: Communicator) -> None:
+        Loop(comm, recipe).run(3 if comm.rank == 1 else None)
+
+    with pytest.raises(PeerLostError, match="rank 1 has finished its work") as lost:
+        run_in_process(2, work)
+    assert lost.value.exit_code == 6
+
+
+def uneven(comm: Communicator, batches: tuple[int, ...]) -> str:
+    loop = Loop(comm, recipes.ddp(20))
+    loop.run(batches[comm.rank])
+    if comm.rank == 1:
+        os._exit(0)  # as a script that has come to its end
+    with pytest.raises(PeerLostError) as lost:
+        loop.run()
+    return str(lost.value)
+
+
+def test_batches_that_run_out_in_a_process() -> None:
+    message, _ = run_gloo(2, uneven, (3, 3), may_die=[1])
+    assert message.startswith("rank 0 lost a peer in ")
+
+
+def leave(comm: Communicator, folder: Path) -> None:
+    """Processes that end with their error, as those of users do: whoever waits for them learns of it."""
+    if comm.rank != 3:
+        with pytest.raises(PeerLostError) as lost:
+            Loop(comm, recipes.ab_outer(20, every=4, warmup_steps=8)).run()
+        (folder / str(comm.rank)).write_text(str(lost.value))
+    os._exit(lost.value.exit_code if comm.rank != 3 else 1)
+
+
+def test_a_peer_that_dies_before_the_first_collective_of_its_group(tmp_path: Path) -> None:
+    run_gloo(4, leave, tmp_path, group_size=2, may_die=range(4))
+    messages = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert sorted(messages) == ["0", "1", "2"]
+    assert all(message.startswith(f"rank {rank} lost a peer in ") for rank, message in messages.items())
+
+
+def test_an_optimizer_state_of_another_phase() -> None:
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, AB)
+        full = copy.deepcopy(loop.ab.state_dict())
+        loop.run(5)
+        state = copy.deepcopy(loop.ab.state_dict())
+        state["model"]["optimizer"] = full["model"]["optimizer"]
+        state["model"]["optimizer"]["state"] = {"0.weight": {"exp_avg": torch.zeros(16, 10)}}
+        before = copy.deepcopy(loop.ab.dense_state_dict())
+        try:
+            loop.ab.load_state_dict(state)
+        finally:
+            assert largest_difference(before, loop.ab.dense_state_dict()) == 0
+
+    errors = told(2, work)
+    assert {type(error) for error in errors} == {CheckpointError} and errors[0].exit_code == 4
