@@ -15,14 +15,19 @@ import os
 import sysconfig
 import tempfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from abtrain.errors import DataError
+
+if TYPE_CHECKING:
+    from abtrain.train.image_data import Images, Reading
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_MNIST_FILES = {
@@ -109,17 +114,34 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
         """The same samples on `device`."""
         return Split(self.x.to(device), self.y.to(device))
 
+    def stream(self, plan: Iterator[tuple[int, list[int]]], seed: int, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of samples and targets, given the number of each step and which samples it takes."""
+        for _, indices in plan:
+            chosen = torch.tensor(indices, device=self.x.device)
+            yield self.x[chosen], self.y[chosen]
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All samples once."""
+        return zip(self.x.split(batch_size), self.y.split(batch_size), strict=True)
+
 
 @dataclass(frozen=True)
 class Data:
     """What a task trains on, and what it is judged by."""
 
-    train: Split
-    test: Split
+    train: Split | Images
+    test: Split | Images
 
     def to(self, device: torch.device) -> Data:
         """The same data on `device`."""
         return Data(self.train.to(device), self.test.to(device))
+
+    def read_by(self, reading: Reading) -> Data:
+        """The same data; what is not in memory is read so."""
+        parts = (
+            part if isinstance(part, Split) else replace(part, reading=reading) for part in (self.train, self.test)
+        )
+        return Data(*parts)
 
 
 def check_digits(folder: Path | None) -> None:

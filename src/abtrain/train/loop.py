@@ -25,10 +25,12 @@ from abtrain.errors import ConfigurationError, NonFiniteError, PeerLostError, Ra
 from abtrain.recipe import Position
 from abtrain.sync import GradientSync, WeightSync
 from abtrain.train.config import TrainConfig, used_options
+from abtrain.train.image_data import Reading
 from abtrain.train.progress import Display
 from abtrain.train.result import result_of
 from abtrain.train.run_folder import CHECKPOINTS, RunFolder
 from abtrain.train.saving import Saving
+from abtrain.train.step import clip_gradients, loss_of
 from abtrain.train.stopping import Stopping
 from abtrain.train.tasks import TASKS, Task, batches, build_model, build_optimizer, build_schedule, evaluate
 from abtrain.train.watchdog import Watchdog
@@ -55,15 +57,17 @@ def train(config: TrainConfig, communicator: Communicator) -> dict[str, Any]:
     assert config.steps is not None and config.batch_size is not None and config.lr is not None
     agree_on_start(config, communicator)
     task, rank = TASKS[config.task], communicator.rank
-    data = task.load(config.data).to(communicator.device)
+    reading = Reading(config.loaders, config.on_bad_image)
+    data = task.load(config.data).read_by(reading).to(communicator.device)
     dealt = functools.partial(
         batches, task, data, seed=config.seed, rank=rank, world_size=config.workers, batch_size=config.batch_size
     )
     dealt()  # what does not fit is found out before a folder is made
-    model = build_model(task, config.seed, config.init).to(communicator.device)
+    model = build_model(task, config.seed, config.init or task.init).to(communicator.device)
     parameters = sum(p.numel() for p in model.parameters())
-    optimizer = build_optimizer(model, config.lr, config.weight_decay)
-    schedule = build_schedule(optimizer, config.steps)
+    decay = task.weight_decay if config.weight_decay is None else config.weight_decay
+    optimizer = build_optimizer(model, config.lr, decay)
+    schedule = build_schedule(optimizer, config.steps, task.lr_warmup)
     recipe = recipes.build(config.recipe, config.steps, **used_options(config))
     ab = ABTraining(model, optimizer, recipe, communicator=communicator, on_nonfinite=config.on_nonfinite)
     with contextlib.ExitStack() as stack:
@@ -227,7 +231,7 @@ class _Run:
     def _step(self, position: Position, x: Tensor, y: Tensor) -> None:
         ab, phase = self.ab, position.phase.name
         lr = float(self.schedule.get_last_lr()[0]) * ab.rebound_factor
-        loss = self.task.loss(ab(x), y)
+        loss = loss_of(ab, self.task, x, y, self.config.precision)
         value = loss.item()
         gradients_travel = isinstance(position.phase.sync, GradientSync)
         if not math.isfinite(value) and (gradients_travel or self.config.on_nonfinite == "stop"):
@@ -237,6 +241,7 @@ class _Run:
                 f"learning rate {lr:.3g}: lower --lr (now {self.config.lr}), or try another --seed"
             )
         loss.backward()
+        clip_gradients(ab.optimizer, self.config.clip)
         ab.optimizer.step()
         self.schedule.step()
         ab.optimizer.zero_grad()
