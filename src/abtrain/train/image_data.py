@@ -115,6 +115,8 @@ class Images(Dataset[Any]):
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=_PREFETCHED if loaders else None,
+            # Or else it would draw from torch's own generator, which belongs to the model's dropout.
+            generator=torch.Generator(),
         )
         told: set[str] = set()
         for x, y, notes in loader:
