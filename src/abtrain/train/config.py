@@ -144,6 +144,10 @@ class TrainConfig:
     """Where a worker's part of a merge is not finite: stop, or leave its part out and go on."""
     log_every: int = 20
     """Steps between two lines of metrics."""
+    divergence: bool = False
+    """Measure, at merges, how far workers have come apart, layer by layer: in metrics.jsonl."""
+    track: tuple[str, ...] = ()
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb (offline with WANDB_MODE=offline), mlflow."""
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0: one only where the run is stopped on request."""
     keep: int = 2
@@ -157,7 +161,19 @@ class TrainConfig:
 
 
 NOT_OF_THE_METHOD = frozenset(
-    {"workers", "data", "out", "overwrite", "config", "device", "timeout", "log_every", "loaders"}
+    {
+        "workers",
+        "data",
+        "out",
+        "overwrite",
+        "config",
+        "device",
+        "timeout",
+        "log_every",
+        "loaders",
+        "track",
+        "divergence",
+    }
     | {"checkpoint_every", "keep", "resume", "max_restarts", "on_checkpoint_error"}
 )
 """Settings that may change when a run goes on: they do not say what is computed."""
@@ -199,9 +215,11 @@ def notices(config: TrainConfig) -> list[str]:
 def validate(config: TrainConfig) -> list[str]:
     """Everything that is wrong with the settings, a message each; empty if nothing is."""
     from abtrain.comm.topology import topology_problems
+    from abtrain.train.trackers import tracker_problems
 
     return [
         *_value_problems(config),
+        *tracker_problems(config.track),
         *topology_problems(config.workers, config.group_size),
         *_task_and_recipe_problems(config),
         *_folder_problems(config),

@@ -9,7 +9,7 @@ import math
 import platform
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from abtrain.train.saving import Saving
 from abtrain.train.step import clip_gradients, loss_of
 from abtrain.train.stopping import Stopping
 from abtrain.train.tasks import TASKS, Task, batches, build_model, build_optimizer, build_schedule, evaluate
+from abtrain.train.trackers import Trackers
 from abtrain.train.watchdog import Watchdog
 
 # Settings that may differ between workers: where each finds and puts things.
@@ -69,7 +70,14 @@ def train(config: TrainConfig, communicator: Communicator) -> dict[str, Any]:
     optimizer = build_optimizer(model, config.lr, decay)
     schedule = build_schedule(optimizer, config.steps, task.lr_warmup)
     recipe = recipes.build(config.recipe, config.steps, **used_options(config))
-    ab = ABTraining(model, optimizer, recipe, communicator=communicator, on_nonfinite=config.on_nonfinite)
+    ab = ABTraining(
+        model,
+        optimizer,
+        recipe,
+        communicator=communicator,
+        on_nonfinite=config.on_nonfinite,
+        measure_divergence=config.divergence,
+    )
     with contextlib.ExitStack() as stack:
         folder, path, goes_on = _open_folder(config, communicator, stack)
         recorder = stack.enter_context(_Recorder(config, folder, parameters)) if folder is not None else None
@@ -142,6 +150,7 @@ class _Recorder:
         self._folder = folder
         self._display = Display(config.steps)
         self._heading = config, parameters
+        self._trackers: Trackers | None = None
 
     def __enter__(self) -> _Recorder:
         return self
@@ -161,6 +170,7 @@ class _Recorder:
         """The run begins, or goes on after so many steps."""
         self._step = step
         self._folder.begin(step)
+        self._trackers = Trackers(self._heading[0], self._folder.path)
         self._display.heading(*self._heading)
         self._display.__enter__()
 
@@ -173,8 +183,10 @@ class _Recorder:
         self._losses = state["losses"].tolist()
         self._started = time.perf_counter() - float(state["seconds"])
 
-    def step(self, step: int, phase: str, loss: float, lr: float, payload_bytes: int) -> None:
-        """Every so many steps: a line of metrics, the loss averaged since the last."""
+    def step(
+        self, step: int, phase: str, loss: float, lr: float, payload_bytes: int, divergence: Sequence[Any] = ()
+    ) -> None:
+        """Every so many steps: a line of metrics, the loss averaged since the last, and the last merge's divergence."""
         self._losses.append(loss)
         self._step = step
         if step % self._every and step != self._last_step:
@@ -187,13 +199,19 @@ class _Recorder:
             "payload_bytes": payload_bytes,
             "seconds": round(self.seconds, 3),
         }
+        if divergence:
+            record["divergence"] = divergence[-1]
         self._losses.clear()
         self._folder.log(record)
+        if self._trackers is not None:
+            self._trackers.log(step, record)
         self._display.show(record)
 
     def finish(self, result: dict[str, Any]) -> None:
         """The end of a run that went well."""
         self._folder.finish(result)
+        if self._trackers is not None:
+            self._trackers.finish(result)
         self._display.__exit__(None, None, None)
         self._display.summary(result, self._folder.path)
 
@@ -247,7 +265,7 @@ class _Run:
         ab.optimizer.zero_grad()
         ab.step(value)
         if self.recorder is not None:
-            self.recorder.step(ab.steps_done, phase, value, lr, ab.communicator.meter.payload()["total"])
+            self.recorder.step(ab.steps_done, phase, value, lr, ab.communicator.meter.payload()["total"], ab.divergence)
         self._save_or_stop(position, gradients_travel)
 
     def _save_or_stop(self, position: Position, gradients_travel: bool) -> None:

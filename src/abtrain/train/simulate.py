@@ -66,7 +66,14 @@ def _worker(config: TrainConfig, data: Data, first: nn.Module, communicator: Com
     optimizer = build_optimizer(model, config.lr, decay)
     schedule = build_schedule(optimizer, config.steps, task.lr_warmup)
     recipe = recipes.build(config.recipe, config.steps, **used_options(config))
-    ab = ABTraining(model, optimizer, recipe, communicator=communicator, on_nonfinite=config.on_nonfinite)
+    ab = ABTraining(
+        model,
+        optimizer,
+        recipe,
+        communicator=communicator,
+        on_nonfinite=config.on_nonfinite,
+        measure_divergence=config.divergence,
+    )
     stream = batches(task, data, seed=config.seed, rank=rank, world_size=config.workers, batch_size=config.batch_size)
     started, cpu = time.perf_counter(), time.thread_time()
     for x, y in itertools.islice(stream, config.steps):
@@ -87,6 +94,6 @@ def _worker(config: TrainConfig, data: Data, first: nn.Module, communicator: Com
     with ab.merged():
         if rank == 0:
             result = result_of(config, ab, parameters, seconds, evaluate(model, task, data))
-            result["cpu_seconds_per_step"] = cpu / config.steps
+            result |= {"cpu_seconds_per_step": cpu / config.steps, "divergence": ab.divergence}
         communicator.barrier()
     return result
