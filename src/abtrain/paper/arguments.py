@@ -11,15 +11,17 @@ from pathlib import Path
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.paper.experiments import FIGURES, METHODS, SCALES, TABLES, Scale
 from abtrain.paper.runs import LAUNCHER
+from abtrain.paper.studies import STUDIES
 
 ECR, HPO = "ecr", "hpo"
-EXPERIMENTS = (*TABLES, *FIGURES, HPO, ECR)
+EXPERIMENTS = (*TABLES, *FIGURES, HPO, ECR, *STUDIES)
 _EXAMPLES = """\
 tables run their experiments, figures draw what the tables have run (or, with --run, run it too):
   abtrain paper table2-local --scale tiny
   abtrain paper fig2 --scale tiny
   abtrain paper table2-local --scale full --dry-run
   abtrain paper ecr
+  abtrain paper large-batch --nodes 64 --seeds 1
 
 What is done is not run again: the same command goes on where it was stopped. The small scale takes minutes a run on
 two cores; the full one needs the cluster that its launcher starts on."""
@@ -73,12 +75,13 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
         if getattr(given, name) < 1:
             problems.append(f"--{name} {getattr(given, name)} is too small: use at least 1")
     nodes = _nodes(given.nodes, problems)
-    methods = tuple(filter(None, given.methods.split(",")))
-    problems += [
-        f"unknown method {method!r}: {nearest(method, METHODS)}" for method in methods if method not in METHODS
-    ]
+    methods = tuple(filter(None, given.methods.split(";")))
     if given.arithmetic and not given.experiment.startswith("table2"):
         problems.append(f"--arithmetic is about table2-local and table2-global, not {given.experiment}: leave it out")
+    if given.experiment in STUDIES and given.scale != "tiny":
+        problems.append(f"{given.experiment} is a study of the small scale: leave out --scale {given.scale}")
+    labels = [label for study in STUDIES.values() for label in study.variants] + list(METHODS)
+    problems += [f"unknown method {m!r}: {nearest(m, METHODS)}" for m in methods if m not in labels]
     try:
         given.launcher.format(nodes=1, workers_per_node=1)
     except (KeyError, IndexError, ValueError) as error:
@@ -132,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", choices=sorted(SCALES), default="tiny", help="default %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every cell (default %(default)s)")
     parser.add_argument("--nodes", default="", help="such as 4,8,16; by default the experiment's")
-    parser.add_argument("--methods", default="", help=f"some of: {','.join(METHODS)}")
+    parser.add_argument("--methods", default="", help=f"some of: {';'.join(METHODS)}")
     parser.add_argument("--out", type=Path, help="folder for everything (default runs/paper-SCALE)")
     parser.add_argument("--data", type=Path, help="folder with the task's data; by default its usual place")
     parser.add_argument("--launcher", default=LAUNCHER, help="starts real runs (default '%(default)s')")

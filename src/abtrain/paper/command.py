@@ -20,6 +20,8 @@ from abtrain.paper.figures import draw
 from abtrain.paper.listing import ecr_table, plan_tables, traffic_table
 from abtrain.paper.page import write_page
 from abtrain.paper.runs import Outcome, Run, outcome, plan_runs, run_all
+from abtrain.paper.studies import STUDIES, study_cells
+from abtrain.paper.study_page import write_study
 from abtrain.paper.tables import Table, comparison_table, rows, scaling_table
 from abtrain.train.tasks import TASKS
 
@@ -52,7 +54,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _experiment(request: Request, console: Console, command: str) -> None:
-    chosen = cells(request.experiment, request.scale, request.nodes, request.methods)
+    if request.experiment in STUDIES:
+        chosen = study_cells(request.experiment, request.nodes, request.methods)
+    else:
+        chosen = cells(request.experiment, request.scale, request.nodes, request.methods)
+    if not chosen:
+        raise ConfigurationError(f"no run is left of {request.experiment}: name other --methods or --nodes")
     if request.dry_run:
         for table in plan_tables(chosen, request.seeds):
             _print(console, table)
@@ -66,7 +73,11 @@ def _experiment(request: Request, console: Console, command: str) -> None:
     with stopped_by_signals():
         run_all(runs, request.scale.name, request.launcher, request.data, console.print)
     found = _outcomes(chosen, runs)
-    for table in _write(request, found, command):
+    if request.experiment in STUDIES:
+        tables = write_study(request.experiment, rows(found), runs, request.out, command)
+    else:
+        tables = _write(request, found, command)
+    for table in tables:
         _print(console, table)
     console.print(f"written to {request.out / request.experiment}.html")
 

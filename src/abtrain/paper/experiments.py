@@ -132,6 +132,7 @@ class Cell:
         method: its name in the paper, or ours.
         nodes: that take part.
         config: settings of its runs, but for the seed.
+        variant: tells runs apart that differ in options alone; empty for those of the tables.
     """
 
     scaling: Scaling
@@ -139,6 +140,7 @@ class Cell:
     method: str
     nodes: int
     config: TrainConfig
+    variant: str = ""
 
     @property
     def global_batch(self) -> int:

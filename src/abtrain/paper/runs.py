@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shlex
 import shutil
 import subprocess
@@ -100,7 +101,7 @@ class Outcome:
 def plan_runs(cells: Iterable[Cell], seeds: int, out: Path) -> list[Run]:
     """All runs, each once: first one seed of every cell, so that a picture is there early."""
     chosen = list(cells)
-    runs = [Run(cell, seed, out / "runs" / _name(cell.config, seed)) for seed in range(seeds) for cell in chosen]
+    runs = [Run(cell, seed, out / "runs" / _name(cell, seed)) for seed in range(seeds) for cell in chosen]
     return list({run.folder: run for run in runs}.values())
 
 
@@ -213,5 +214,8 @@ def _forecast(config: TrainConfig, result: Mapping[str, Any]) -> float:
     return forecast(stretches, cluster, result["cpu_seconds_per_step"], group_size=config.group_size).seconds
 
 
-def _name(config: TrainConfig, seed: int) -> str:
-    return f"{config.task}-{config.recipe}-{config.workers}x{config.batch_size}-{config.steps}-seed{seed}"
+def _name(cell: Cell, seed: int) -> str:
+    config = cell.config
+    size = f"{config.workers}x{config.batch_size}-{config.steps}"
+    variant = f"-{re.sub('[^A-Za-z0-9.]+', '-', cell.variant).strip('-')}" if cell.variant else ""
+    return f"{config.task}-{config.recipe}-{size}{variant}-seed{seed}"

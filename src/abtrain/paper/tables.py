@@ -131,6 +131,30 @@ def _scaling_note(scale: Scale) -> str:
     return note
 
 
+def study_table(found: Sequence[Row], title: str) -> Table:
+    """A row for each cell, without the paper's."""
+    lines = [
+        (
+            row.cell.method,
+            "local batch constant" if row.cell.scaling == "local" else "global batch constant",
+            str(row.cell.nodes),
+            f"{row.cell.global_batch:,}",
+            spread(row.top1, 2, row.seeds),
+            signed(row.gain),
+            f"{100 * row.payload_ratio:.2f} %",
+            spread(row.compression, 2, row.seeds),
+            str(row.seeds),
+        )
+        for row in found
+    ]
+    header = ("method", "scaling", "nodes", "batch", "top-1 %", "to DDP", "bytes of DDP", "compression", "seeds")
+    note = (
+        "Fashion-MNIST, the small CNN, one epoch. Mean ± standard deviation over seeds; bytes are those that a worker "
+        "hands to collectives between nodes, over one float32 gradient of every parameter at every step."
+    )
+    return Table(title, header, tuple(lines), note)
+
+
 def paper_text(label: str, cell: Cell, scaling: Scaling) -> str:
     """What the paper has in the place of a cell, for one of its models."""
     table = TABLE2_LOCAL if scaling == "local" else TABLE2_GLOBAL

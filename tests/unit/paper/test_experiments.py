@@ -11,23 +11,12 @@ import pytest
 
 from abtrain import cli
 from abtrain.errors import AbtrainError, ConfigurationError
-from abtrain.paper import experiments
 from abtrain.paper.arguments import parse_arguments
-from abtrain.paper.experiments import FIGURES, METHODS, SCALES, TABLES, Cell, Model, Scale, cells
-from abtrain.paper.published import AB, DDP, NO_GROUPS, RESNET, VGG
+from abtrain.paper.experiments import FIGURES, METHODS, SCALES, TABLES, Cell, Scale, cells
+from abtrain.paper.published import AB, DDP, RESNET, VGG
 from abtrain.paper.runs import LAUNCHER, launch_command, outcome, plan_runs, run_all
 from abtrain.train.config import validate
 from abtrain.train.config_file import from_toml
-
-MINUTE = Scale(
-    "tiny",
-    {"MLP": Model("digits-mlp", 1437, 1, 16, 32)},
-    {"MLP": (Model("digits-mlp", 1437, 1, 16, 32), 2)},
-    local=(2, 4),
-    global_=(2, 4),
-    workers_per_node=1,
-    options={AB: {"sigma_cutoff": 0.3, "svd": "shared"}, NO_GROUPS: {"sigma_cutoff": 0.3}},
-)
 
 
 def typed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, list[str]]:
@@ -35,12 +24,6 @@ def typed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
         cli.main(("paper", *arguments))
     out, err = capsys.readouterr()
     return int(ended.value.code or 0), out, err.splitlines()
-
-
-@pytest.fixture
-def minute(monkeypatch: pytest.MonkeyPatch) -> Scale:
-    monkeypatch.setitem(experiments.SCALES, "tiny", MINUTE)
-    return MINUTE
 
 
 @pytest.mark.parametrize("scale", SCALES)
