@@ -21,6 +21,7 @@ tables run their experiments, figures draw what the tables have run (or, with --
   abtrain paper fig2 --scale tiny
   abtrain paper table2-local --scale full --dry-run
   abtrain paper ecr
+  abtrain paper table1 --scale full --launcher "srun -N {nodes} my-torchrun --nproc-per-node {workers_per_node}"
   abtrain paper large-batch --nodes 64 --seeds 1
 
 What is done is not run again: the same command goes on where it was stopped. The small scale takes minutes a run on
@@ -41,6 +42,7 @@ class Request:
         data: folder with the data; by default its usual place.
         launcher: starts the workers of a real run.
         dry_run: only say what would be run.
+        write: only write the settings of real runs, and say how each is started.
         arithmetic: only the paper's formulas.
         run: a figure may run what it lacks.
         trials: of the search.
@@ -55,6 +57,7 @@ class Request:
     data: Path | None
     launcher: str
     dry_run: bool
+    write: bool
     arithmetic: bool
     run: bool
     trials: int
@@ -88,7 +91,9 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
         problems.append(
             f"--launcher {given.launcher!r} cannot be filled in ({error}): use {{nodes}}, {{workers_per_node}}"
         )
-    if not (given.arithmetic or given.dry_run or given.experiment == ECR):
+    if given.write and given.scale == "tiny":
+        problems.append("--write is for runs that a launcher starts: add --scale full")
+    if not (given.arithmetic or given.dry_run or given.write or given.experiment == ECR):
         problems += _missing_packages()
     if problems:
         raise ConfigurationError(problems)
@@ -102,6 +107,7 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
         data=given.data,
         launcher=given.launcher,
         dry_run=given.dry_run,
+        write=given.write,
         arithmetic=given.arithmetic,
         run=given.run,
         trials=given.trials,
@@ -140,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="folder with the task's data; by default its usual place")
     parser.add_argument("--launcher", default=LAUNCHER, help="starts real runs (default '%(default)s')")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run and sent, and run nothing")
+    parser.add_argument(
+        "--write", action="store_true", help="write the settings of all real runs, and print how to start them"
+    )
     parser.add_argument("--arithmetic", action="store_true", help="of table2: the paper's formula beside its values")
     parser.add_argument("--run", action="store_true", help="of a figure: run what it lacks")
     parser.add_argument("--trials", type=int, default=40, help="of the search (default %(default)s)")

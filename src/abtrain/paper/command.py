@@ -19,14 +19,14 @@ from abtrain.paper.experiments import FIGURES, SCALING_TABLES, Cell, cells
 from abtrain.paper.figures import draw
 from abtrain.paper.listing import ecr_table, plan_tables, traffic_table
 from abtrain.paper.page import write_page
-from abtrain.paper.runs import Outcome, Run, outcome, plan_runs, run_all
+from abtrain.paper.runs import Outcome, Run, launch_command, outcome, plan_runs, run_all, write_request
 from abtrain.paper.studies import STUDIES, study_cells
 from abtrain.paper.study_page import write_study
 from abtrain.paper.tables import Table, comparison_table, rows, scaling_table
 from abtrain.train.tasks import TASKS
 
-_WIDTH = 160
-_TINY_NOTE = "Simulated workers, one a node; times and traffic are forecast for links of 100 Mbit/s."
+_WIDTH = 200
+_TINY_NOTE = "Simulated workers, one a node; times and traffic are forecast for links of 1 Gbit/s."
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -65,6 +65,11 @@ def _experiment(request: Request, console: Console, command: str) -> None:
             _print(console, table)
         return
     runs = plan_runs(chosen, request.seeds, request.out)
+    if request.write:
+        for run in runs:
+            write_request(run)
+            console.print(shlex.join(launch_command(run, request.launcher, request.data)))
+        return
     if request.experiment in FIGURES and not request.run:
         _require(runs, request)
     if not all(run.done for run in runs):

@@ -122,7 +122,7 @@ def draw(figure: str, found: Sequence[Row], folder: Path, note: str) -> list[Fig
             file = f"{panel.name}-{re.sub('[^a-z0-9]+', '-', model.lower())}.png"
             save(folder / file, _HEIGHT, lambda axes, here=here, panel=panel: _draw(axes, here, panel))  # type: ignore[misc]
             seeds = min(row.seeds for row in here)
-            bars = f"means over {seeds} seeds, bars one standard deviation" if seeds > 1 else "one seed"
+            bars = f"means over {seeds} seeds, bars one standard deviation" if seeds > 1 else "of one seed"
             dashed = " Dashed: the paper's values." if _published(here[0].cell) else ""
             drawn.append(Figure(file, f"{panel.title}: {model}", f"Dots are {bars}.{dashed} {note}"))
     return drawn

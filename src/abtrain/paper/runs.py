@@ -34,8 +34,8 @@ from abtrain.train.tasks import TASKS
 log = logging.getLogger("abtrain")
 
 REQUEST_FILE, RESULT_FILE, TRAIN_FOLDER = "request.toml", "result.json", "train"
-TINY_LINK = Link(rate=100e6, latency=1e-4)
-"""Of the cluster that seconds of simulated runs are forecast for: 100 Mbit/s, 0.1 ms."""
+TINY_LINK = Link(rate=1e9, latency=1e-4)
+"""Of the cluster that seconds of simulated runs are forecast for: 1 Gbit/s, 0.1 ms."""
 LAUNCHER = "torchrun --nnodes {nodes} --nproc-per-node {workers_per_node}"
 """How a real run is started by default; the module and its arguments follow."""
 
@@ -137,7 +137,7 @@ def run_all(
 def _simulate(run: Run, data: Any) -> None:
     from abtrain.train.simulate import simulate
 
-    _request(run)
+    write_request(run)
     result = simulate(resolve(dataclasses.replace(run.config, device="cpu")), data)
     partial = run.folder / f"{RESULT_FILE}.partial"
     partial.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
@@ -150,7 +150,7 @@ def _launch(run: Run, launcher: str, data: Path | None) -> None:
     Raises:
         AbtrainError: it failed; the exit code is the command's.
     """
-    _request(run)
+    write_request(run)
     command = launch_command(run, launcher, data)
     try:
         code = subprocess.run(command, check=False).returncode
@@ -170,7 +170,7 @@ def launch_command(run: Run, launcher: str, data: Path | None) -> list[str]:
     return [*start, "-m", "abtrain", "train", "--config", str(run.folder / REQUEST_FILE), *place]
 
 
-def _request(run: Run) -> None:
+def write_request(run: Run) -> None:
     """Writes the settings; what was run with others goes."""
     request = run.folder / REQUEST_FILE
     if run.folder.exists() and not (request.exists() and request.read_text() == run.request):

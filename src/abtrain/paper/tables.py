@@ -118,15 +118,15 @@ def scaling_table(found: Sequence[Row], scaling: Scaling, scale: Scale) -> Table
 
 def _scaling_note(scale: Scale) -> str:
     note = (
-        "Mean ± standard deviation over seeds. `to DDP`: points of top-1 over DDP's on as many nodes; `bytes of DDP`: "
+        "Mean ± standard deviation over seeds. To DDP: points of top-1 over DDP's on as many nodes; bytes of DDP: "
         "what a worker hands to collectives between nodes, over one float32 gradient of every parameter at every step; "
-        "`traffic`: scaled as in the paper. The paper's columns say top-1 (its difference to DDP), traffic over DDP's, "
+        "traffic: scaled as in the paper. The paper's columns say top-1 (its difference to DDP), traffic over DDP's, "
         "and compression, for the same number of nodes."
     )
     if scale.name == "tiny":
         note += (
-            " Workers are simulated in one process, one a node; minutes and traffic are forecast for links of 100 "
-            "Mbit/s, from the CPU time of a worker's step."
+            " Workers are simulated in one process, one a node; minutes and traffic are forecast for links of 1 "
+            "Gbit/s, from the CPU time of a worker's step."
         )
     return note
 
