@@ -91,6 +91,8 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
         problems.append(
             f"--launcher {given.launcher!r} cannot be filled in ({error}): use {{nodes}}, {{workers_per_node}}"
         )
+    if given.experiment == HPO and (given.dry_run or given.write):
+        problems.append("hpo chooses its runs as it goes: leave out --dry-run and --write")
     if given.write and given.scale == "tiny":
         problems.append("--write is for runs that a launcher starts: add --scale full")
     if not (given.arithmetic or given.dry_run or given.write or given.experiment == ECR):

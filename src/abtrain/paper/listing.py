@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import torch
 
@@ -23,7 +24,7 @@ from abtrain.paper.published import (
 from abtrain.paper.published import Scaling as PaperCell
 from abtrain.paper.runs import LAUNCHER
 from abtrain.paper.tables import Table
-from abtrain.recipe import Recipe
+from abtrain.recipe import Factoring, Recipe
 from abtrain.study.payload import payload, predict
 from abtrain.study.plots import size_text
 from abtrain.study.shapes import ModelShapes, ranks_for, shapes_of
@@ -152,8 +153,14 @@ def _recipe(cell: Cell) -> Recipe:
 
 
 def _shapes(cell: Cell, recipe: Recipe) -> ModelShapes:
+    return _task_shapes(cell.config.task, recipe.factoring)
+
+
+@cache
+def _task_shapes(task: str, factoring: Factoring | None) -> ModelShapes:
+    """Building a large model takes a while, also without its storage."""
     with torch.device("meta"):
-        return shapes_of(TASKS[cell.config.task].model(), recipe.factoring)
+        return shapes_of(TASKS[task].model(), factoring)
 
 
 def _model_numel(cell: Cell) -> int:

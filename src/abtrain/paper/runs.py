@@ -164,7 +164,7 @@ def _launch(run: Run, launcher: str, data: Path | None) -> None:
 
 def launch_command(run: Run, launcher: str, data: Path | None) -> list[str]:
     """The command line of a real run."""
-    per_node = run.config.group_size
+    per_node = run.config.workers // run.cell.nodes
     start = shlex.split(launcher.format(nodes=run.cell.nodes, workers_per_node=per_node))
     place = ["--out", str(run.folder / TRAIN_FOLDER), *(["--data", str(data)] if data is not None else [])]
     return [*start, "-m", "abtrain", "train", "--config", str(run.folder / REQUEST_FILE), *place]

@@ -1,7 +1,7 @@
 """The search for hyperparameters (Section IV.C): the paper's four, or those of the outer merges, with optuna.
 
-Trials are simulated runs (`abtrain.train.simulate`); what is bad after a part of its steps is pruned. The study is kept
-in a file, so that the same command adds trials to it.
+Trials are simulated runs (`abtrain.train.simulate`), or real ones on a node at full scale; what is bad in a short run
+is pruned before a long one. The study is kept in a file, so that the same command adds trials to it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from rich.console import Console
 from abtrain.errors import ConfigurationError, NonFiniteError
 from abtrain.lab.result import write_json
 from abtrain.paper.arguments import Request
+from abtrain.paper.experiments import Cell
 from abtrain.paper.page import write_page
+from abtrain.paper.runs import Run, outcome, run_all
 from abtrain.paper.tables import Table
 from abtrain.recipes import AB_SHARE
 from abtrain.study.plots import COLOURS, Figure, save
 from abtrain.train.config import TrainConfig, resolve
-from abtrain.train.data import Data
 from abtrain.train.simulate import simulate
 from abtrain.train.tasks import TASKS
 
@@ -73,7 +74,7 @@ def search(request: Request, console: Console) -> None:
     optuna = _optuna()
     request.out.mkdir(parents=True, exist_ok=True)
     base = _base(request)
-    data = TASKS[base.task].load(request.data)
+    train = _trainer(request, base)
     tables, figures = [], []
     for recipe in _RECIPES:
         study = optuna.create_study(
@@ -86,7 +87,7 @@ def search(request: Request, console: Console) -> None:
         )
         finished = [trial for trial in study.trials if trial.state.is_finished()]
         console.print(f"{recipe}: {len(finished)} of {request.trials} trials done before")
-        objective = functools.partial(_objective, recipe=recipe, base=base, data=data, say=console.print)
+        objective = functools.partial(_objective, recipe=recipe, base=base, train=train, say=console.print)
         study.optimize(objective, n_trials=max(request.trials - len(finished), 0))
         table, figure = _written(study, recipe, request.out)
         tables.append(table)
@@ -99,10 +100,29 @@ def _base(request: Request) -> TrainConfig:
     """What all trials have alike: the mini ViT on CIFAR-100 as in the paper, or the small CNN."""
     task, batch = ("fashion-cnn", _BATCH) if request.scale.name == "tiny" else ("cifar100-mini-vit", _FULL_BATCH)
     steps = 240 if request.scale.name == "tiny" else TASKS[task].steps
-    return TrainConfig(task=task, workers=_WORKERS, batch_size=batch, steps=steps, device="cpu")
+    device = "cpu" if request.scale.name == "tiny" else "auto"
+    return TrainConfig(task=task, workers=_WORKERS, batch_size=batch, steps=steps, device=device)
 
 
-def _objective(trial: Any, recipe: str, base: TrainConfig, data: Data, say: Callable[[str], None]) -> float:
+def _trainer(request: Request, base: TrainConfig) -> Callable[[TrainConfig, int], float]:
+    """What trains by given settings for a trial of that number, and returns its top-1."""
+    if request.scale.name == "tiny":
+        data = TASKS[base.task].load(request.data)
+        return lambda config, trial: float(simulate(resolve(config), data)["top1"])
+    TASKS[base.task].find(request.data)
+
+    def on_a_node(config: TrainConfig, trial: int) -> float:
+        folder = request.out / "trials" / f"{config.recipe}-{trial}-{config.steps}"
+        run = Run(Cell("global", config.task, config.recipe, 1, config), config.seed, folder)
+        run_all([run], "full", request.launcher, request.data, lambda line: None)
+        return outcome(run).top1
+
+    return on_a_node
+
+
+def _objective(
+    trial: Any, recipe: str, base: TrainConfig, train: Callable[[TrainConfig, int], float], say: Callable[[str], None]
+) -> float:
     """Top-1 at the end; pruned where a shorter run of the same shares is worse than the median of those before."""
     import optuna
 
@@ -112,7 +132,7 @@ def _objective(trial: Any, recipe: str, base: TrainConfig, data: Data, say: Call
         steps = max(round(share * base.steps), 10)
         config = dataclasses.replace(base, recipe=recipe, steps=steps, **suggested(recipe, trial, steps))
         try:
-            top1 = simulate(resolve(config), data)["top1"]
+            top1 = train(config, trial.number)
         except NonFiniteError as error:
             raise optuna.TrialPruned(str(error)) from error
         trial.report(top1, round(100 * share))

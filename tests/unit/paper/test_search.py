@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from abtrain import cli, recipes
-from abtrain.errors import NonFiniteError
+from abtrain.errors import DataError, NonFiniteError
 from abtrain.paper import search
+from abtrain.paper.arguments import parse_arguments
 from abtrain.train.config import TrainConfig, validate
+from abtrain.train.tasks import TASKS
 
 optuna = pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
@@ -73,6 +77,25 @@ def test_a_search_goes_on_and_says_what_matters(
     done = len(asked)
     run(tmp_path, 12)
     assert len(asked) == done and "12 of 12 trials done before" in capsys.readouterr().out
+
+
+def test_real_trials_are_started_by_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = tmp_path / "launch.py"
+    stand_in.write_text(
+        "import json, sys, pathlib\n"
+        "assert sys.argv[1:3] == ['1', '4']\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1]); out.mkdir()\n"
+        "result = {'payload_bytes': {'between_groups': 0}, 'seconds': {'total': 1.0}, 'top1': 75.0,\n"
+        "          'compression': 2.0, 'parameters': 10, 'steps': 10}\n"
+        "(out / 'result.json').write_text(json.dumps(result))\n"
+    )
+    launcher = f"{sys.executable} {stand_in} {{nodes}} {{workers_per_node}}"
+    request = parse_arguments(["hpo", "--scale", "full", "--out", str(tmp_path), "--launcher", launcher])
+    base = search._base(request)
+    with pytest.raises(DataError, match="CIFAR100 has no usual place"):
+        search._trainer(request, base)
+    monkeypatch.setitem(TASKS, base.task, dataclasses.replace(TASKS[base.task], find=lambda folder: None))
+    assert search._trainer(request, base)(base, 0) == 75.0
 
 
 def test_without_optuna(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
