@@ -74,8 +74,8 @@ def traffic_table(scaling: Scaling) -> Table:
         "ViT B/16 are those of A and B together, F + (1 - F) / compression. Time is the job's own. In the row of ViT "
         "B/16, DDP, 4 nodes, constant local batch, it varies by 12 % while traffic varies by 1 %, so that the one does "
         "not give the other; with the 224.97 minutes of the same job in the other half of the table it would be 8.58. "
-        "ResNet-50's traffic under DDP cannot be reached from the formula: the paper's is higher everywhere, by 20 to 60 "
-        "%."
+        "ResNet-50's traffic under DDP cannot be reached from the formula: the paper's is higher everywhere, by 20 "
+        "to 60 %."
     )
     header = ("model", "method", "nodes", "minutes", "bytes of DDP", "paper", "formula", "differs by")
     return Table(f"Scaled traffic, constant {scaling} batch (Table II)", header, tuple(lines), note)
