@@ -106,20 +106,22 @@ PANELS: dict[str, tuple[_Panel, ...]] = {
 }
 
 
-def draw(figure: str, found: Sequence[Row], folder: Path, note: str) -> list[Figure]:
-    """Draws all panels of a figure, one PNG file for each of its models.
+def draw(figure: str, found: Sequence[Row], folder: Path, note: str, prefix: str = "") -> list[Figure]:
+    """Draws the panels of a figure that there are rows for, one PNG file for each of its models.
 
     Args:
         figure: a key of PANELS.
         found: rows of all its cells.
         folder: that gets the files.
         note: how the numbers were made.
+        prefix: of the files' names.
     """
     drawn = []
     for panel in PANELS[figure]:
-        for model in dict.fromkeys(row.cell.model for row in found):
-            here = [row for row in found if row.cell.model == model and row.cell.scaling == panel.scaling]
-            file = f"{panel.name}-{re.sub('[^a-z0-9]+', '-', model.lower())}.png"
+        shown = [row for row in found if row.cell.scaling == panel.scaling]
+        for model in dict.fromkeys(row.cell.model for row in shown):
+            here = [row for row in shown if row.cell.model == model]
+            file = f"{prefix}{panel.name}-{re.sub('[^a-z0-9]+', '-', model.lower())}.png"
             save(folder / file, _HEIGHT, lambda axes, here=here, panel=panel: _draw(axes, here, panel))  # type: ignore[misc]
             seeds = min(row.seeds for row in here)
             bars = f"means over {seeds} seeds, bars one standard deviation" if seeds > 1 else "of one seed"

@@ -66,7 +66,7 @@ STUDIES: dict[str, Study] = {
     ),
     "ablation": Study(
         "What do low-rank factors add to local training on the same schedule?",
-        "bytes",
+        "batch",
         {},
         nodes=(4, 8, 16),
         methods=(DDP, AB, LOCAL_SGD),

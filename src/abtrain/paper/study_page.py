@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MARKERS = "os^Dvp*XPh"
-_NOTE = "Simulated workers, one a node, constant global batch unless said otherwise."
+_NOTE = "Simulated workers, one a node."
 _AXES: dict[str, tuple[str, Callable[[Row], float]]] = {
     "bytes": ("bytes between nodes, % of DDP's", lambda row: 100 * row.payload_ratio),
     "compression": ("compression", lambda row: row.compression.mean),
@@ -42,7 +42,7 @@ def write_study(name: str, found: Sequence[Row], runs: Sequence[Run], folder: Pa
         figures = _divergence_figures(name, runs, folder)
         tables.append(_divergence_table(runs))
     elif study.shown == "batch":
-        figures = draw("fig2", found, folder, _NOTE) + draw("fig3", found, folder, _NOTE)
+        figures = [panel for figure in ("fig2", "fig3") for panel in draw(figure, found, folder, _NOTE, f"{name}-")]
     else:
         figures = [_scatter_figure(name, found, folder)]
     write_page(name, study.question, tables, figures, folder, command)

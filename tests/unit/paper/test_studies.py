@@ -32,7 +32,7 @@ def test_every_run_of_a_study_can_be_trained_and_has_a_folder(name: str, tmp_pat
     [
         ("merges", "AB, mean;outer Nesterov;Traditional DDP", {"merges.png"}),
         ("divergence", "AB", {"divergence-ab-2.png"}),
-        ("large-batch", "Traditional DDP", {"fig2-mlp.png", "fig3-mlp.png"}),
+        ("large-batch", "Traditional DDP", {"large-batch-fig2-mlp.png", "large-batch-fig3-mlp.png"}),
     ],
 )
 def test_a_page(name: str, picked: str, figures: set[str], tmp_path: Path, minute: Scale) -> None:
