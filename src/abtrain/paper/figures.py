@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from abtrain.paper.experiments import METHODS, Cell, Scaling
-from abtrain.paper.published import DDP, TABLE2_GLOBAL, TABLE2_LOCAL, Value
-from abtrain.paper.published import Scaling as PaperCell
+from abtrain.paper.published import DDP, TABLE2_GLOBAL, TABLE2_LOCAL, PaperCell, Value
 from abtrain.paper.tables import Row
 from abtrain.study.plots import COLOURS, Figure, legend_below, save
 

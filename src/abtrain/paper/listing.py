@@ -19,9 +19,9 @@ from abtrain.paper.published import (
     TABLE1,
     TABLE2_GLOBAL,
     TABLE2_LOCAL,
+    PaperCell,
     Value,
 )
-from abtrain.paper.published import Scaling as PaperCell
 from abtrain.paper.runs import LAUNCHER
 from abtrain.paper.tables import Table
 from abtrain.recipe import Factoring, Recipe
@@ -86,7 +86,7 @@ def _traffic_line(
 ) -> tuple[str, ...]:
     model, method, nodes = key
     if there.traffic is None or there.minutes is None:
-        return (model, method, str(nodes), "-", f"{100 * share:.1f} %", "-", "-", "not legible in the copy at hand")
+        return (model, method, str(nodes), "-", f"{100 * share:.1f} %", "-", "-", "not legible in our copy")
     syncs = iterations(nodes) if scaling == "local" else float(ITERATIONS_4K)
     value = scaled_traffic(_model_numel(cell), syncs, epoch_seconds(there.minutes.mean), share)
     return (

@@ -52,8 +52,8 @@ class Value(NamedTuple):
     std: float
 
 
-class Scaling(NamedTuple):
-    """A cell of Table II; None where the copy at hand cannot be read.
+class PaperCell(NamedTuple):
+    """A cell of Table II; None where our copy of it is not legible.
 
     Attributes:
         traffic: scaled traffic in GB/s.
@@ -68,13 +68,15 @@ class Scaling(NamedTuple):
     top1: Value | None
 
 
-def _cell(traffic: float, _t: float, compression: float, minutes: float, _m: float, top1: float, _a: float) -> Scaling:
-    return Scaling(Value(traffic, _t), compression, Value(minutes, _m), Value(top1, _a))
+def _cell(*numbers: float) -> PaperCell:
+    """A cell from its numbers in the paper's order, each mean followed by its deviation but that of compression."""
+    traffic, traffic_std, compression, minutes, minutes_std, top1, top1_std = numbers
+    return PaperCell(Value(traffic, traffic_std), compression, Value(minutes, minutes_std), Value(top1, top1_std))
 
 
-_UNREADABLE = Scaling(None, None, None, None)
+_UNREADABLE = PaperCell(None, None, None, None)
 
-TABLE2_LOCAL: dict[tuple[str, str, int], Scaling] = {
+TABLE2_LOCAL: dict[tuple[str, str, int], PaperCell] = {
     (VIT, AB, 2): _cell(2.81, 0.08, 2.52, 435.80, 7.36, 70.24, 0.36),
     (VIT, NO_GROUPS, 2): _cell(5.14, 0.19, 2.83, 442.94, 8.52, 68.31, 0.07),
     (VIT, DDP, 2): _cell(8.87, 0.00, 1, 436.38, 0.35, 70.73, 0.44),
@@ -108,7 +110,7 @@ TABLE2_LOCAL: dict[tuple[str, str, int], Scaling] = {
 }
 """Constant local batch (256 a GPU), by model, method and nodes of four GPUs."""
 
-TABLE2_GLOBAL: dict[tuple[str, str, int], Scaling] = {
+TABLE2_GLOBAL: dict[tuple[str, str, int], PaperCell] = {
     (VIT, AB, 4): _cell(2.49, 0.49, 2.09, 259.44, 49.68, 70.68, 0.56),
     (VIT, NO_GROUPS, 4): _cell(5.61, 0.16, 2.21, 227.99, 5.29, 68.66, 0.22),
     (VIT, DDP, 4): _cell(8.93, 0.09, 1, 224.97, 1.79, 69.26, 0.18),

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from abtrain.errors import DataError
 from abtrain.train.choices import OnBadImage
-from abtrain.train.data import Data, Split
+from abtrain.train.split import Data, Split
 
 log = logging.getLogger("abtrain")
 

@@ -20,8 +20,8 @@ from abtrain.comm.in_process import run_in_process
 from abtrain.engine import ABTraining
 from abtrain.errors import NonFiniteError
 from abtrain.train.config import TrainConfig, used_options
-from abtrain.train.data import Data
 from abtrain.train.result import result_of
+from abtrain.train.split import Data
 from abtrain.train.step import clip_gradients, loss_of
 from abtrain.train.tasks import TASKS, batches, build_model, build_optimizer, build_schedule, evaluate
 

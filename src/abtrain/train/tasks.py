@@ -6,7 +6,6 @@ the same weights and sees the same batches as `abtrain train` does.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import math
@@ -27,10 +26,17 @@ from abtrain.train import data as sources
 from abtrain.train import image_data as images
 from abtrain.train import models, vision_models
 from abtrain.train.choices import Init, Precision
-from abtrain.train.data import Data
+from abtrain.train.pixels import (
+    flip_and_shift,
+    shift_by_four,
+    standardize_cifar10,
+    standardize_cifar100,
+    standardize_fashion,
+    standardize_imagenet,
+)
+from abtrain.train.split import Data
 
 WARMUP_SHARE = 0.05
-_MAX_SHIFT = 1  # pixel; in the few epochs that these tasks run for, more only slows learning
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -81,46 +87,9 @@ class Task:
     lr_warmup: float = WARMUP_SHARE
 
 
-def flip_and_shift(images: Tensor, generator: torch.Generator, most: int = _MAX_SHIFT) -> Tensor:
-    """Mirrors half of the images (N, C, H, W) and moves each by up to `most` pixels, zeros moving in."""
-    count, _, height, width = images.shape
-    device = images.device
-    mirrored = (torch.rand(count, generator=generator) < 0.5).to(device)
-    shift = torch.randint(0, 2 * most + 1, (2, count, 1, 1), generator=generator).to(device)
-    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-    padded = F.pad(images, (most,) * 4)
-    rows = torch.arange(height, device=device).view(1, -1, 1) + shift[0]
-    columns = torch.arange(width, device=device).view(1, 1, -1) + shift[1]
-    samples = torch.arange(count, device=device).view(-1, 1, 1)
-    return padded[samples, :, rows, columns].permute(0, 3, 1, 2)
-
-
-def shift_by_four(images: Tensor, generator: torch.Generator) -> Tensor:
-    """CIFAR's usual augmentation: padded by 4 pixels, cropped, half of them mirrored."""
-    return flip_and_shift(images, generator, most=4)
-
-
 def smoothed_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy with labels smoothed by 0.1, as in all runs of the paper."""
     return F.cross_entropy(logits, y, label_smoothing=0.1)
-
-
-def _standardize_fashion(images: Tensor) -> Tensor:
-    # Activations keep the input's memory format, and convolutions on CPUs are a third faster with channels last.
-    pixels = images.to(torch.float32, memory_format=torch.channels_last)
-    return (pixels / 255 - 0.286) / 0.353  # mean and standard deviation of the training pixels
-
-
-def _standardize(mean: tuple[float, ...], deviation: tuple[float, ...], pixels: Tensor) -> Tensor:
-    """Stored pixels (N, 3, H, W), 0 to 255, as real numbers of about mean 0 and deviation 1, by channel."""
-    x = pixels.to(torch.float32, memory_format=torch.channels_last) / 255
-    shape = (1, -1, 1, 1)
-    return (x - x.new_tensor(mean).view(shape)) / x.new_tensor(deviation).view(shape)
-
-
-_IMAGENET = functools.partial(_standardize, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_CIFAR10 = functools.partial(_standardize, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-_CIFAR100 = functools.partial(_standardize, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
 def _papers(name: str, model: Callable[[], nn.Module], **settings: Any) -> Task:
@@ -141,7 +110,7 @@ def _papers(name: str, model: Callable[[], nn.Module], **settings: Any) -> Task:
 _IMAGENET_DATA: dict[str, Any] = {
     "find": images.find_imagenet,
     "load": images.load_imagenet,
-    "prepare": _IMAGENET,
+    "prepare": standardize_imagenet,
     "steps": 150 * 312,
     "batch_size": 256,
     "lr": 3.5e-3,
@@ -156,7 +125,7 @@ def _fashion(name: str, model: Callable[[], nn.Module], lr: float) -> Task:
         model=model,
         find=sources.find_fashion_mnist,
         load=sources.load_fashion_mnist,
-        prepare=_standardize_fashion,
+        prepare=standardize_fashion,
         steps=2000,
         lr=lr,
         augment=flip_and_shift,
@@ -196,7 +165,7 @@ TASKS: dict[str, Task] = {
             vision_models.vgg16,
             find=_FIND_CIFAR10,
             load=_LOAD_CIFAR10,
-            prepare=_CIFAR10,
+            prepare=standardize_cifar10,
             augment=shift_by_four,
             steps=150 * 48,
             batch_size=64,
@@ -208,7 +177,7 @@ TASKS: dict[str, Task] = {
             vision_models.mini_vit,
             find=_FIND_CIFAR100,
             load=_LOAD_CIFAR100,
-            prepare=_CIFAR100,
+            prepare=standardize_cifar100,
             augment=shift_by_four,
             steps=150 * 48,
             batch_size=256,
