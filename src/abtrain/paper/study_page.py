@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,11 +91,13 @@ def _divergence_figures(name: str, runs: Sequence[Run], folder: Path) -> list[Fi
         histories = _histories(run)
 
         def lines(axes: Axes, histories: dict[str, Any] = histories) -> None:
-            for i, (layer, history) in enumerate(histories.items()):
+            weights = list(dict.fromkeys(_weight(layer) for layer in histories))
+            for layer, history in histories.items():
                 steps = [step for step, _ in history]
                 values = [distances["distance"] for _, distances in history]
                 dash = "--" if layer.endswith(".B") else "-"
-                axes.plot(steps, values, dash, color=COLOURS[i // 2 % len(COLOURS)], label=layer)
+                colour = COLOURS[weights.index(_weight(layer)) % len(COLOURS)]
+                axes.plot(steps, values, dash, color=colour, label=layer)
             axes.set_yscale("log")
             axes.set_xlabel("step")
             axes.set_ylabel("distance of workers at merges")
@@ -107,16 +110,22 @@ def _divergence_figures(name: str, runs: Sequence[Run], folder: Path) -> list[Fi
     return figures
 
 
+def _weight(layer: str) -> str:
+    """The weight that a layer's name is of: its own, or that of its factors."""
+    return layer.removesuffix(".A").removesuffix(".B")
+
+
 def _divergence_table(runs: Sequence[Run]) -> Table:
-    """Of each layer, the distances at the first and the last merge in which it took part."""
+    """Of each layer, the distances over all merges of a run, whose learning rate ends at zero."""
     lines = []
     for run in (run for run in runs if run.seed == 0):
         for layer, history in _histories(run).items():
-            first, last = history[0][1], history[-1][1]
-            numbers = [f"{end['distance']:.3f}" for end in (first, last)]
-            numbers += [f"{end['subspace']:.3f}" if "subspace" in end else "-" for end in (first, last)]
-            lines.append((run.cell.method, str(run.cell.nodes), layer, *numbers))
-    header = ("method", "nodes", "layer", "distance, first", "last", "subspace, first", "last")
+            numbers: list[str] = []
+            for name in ("distance", "subspace"):
+                values = [distances[name] for _, distances in history if name in distances]
+                numbers += [f"{statistics.fmean(values):.3f}", f"{max(values):.3f}"] if values else ["-", "-"]
+            lines.append((run.cell.method, str(run.cell.nodes), layer, str(len(history)), *numbers))
+    header = ("method", "nodes", "layer", "merges", "distance, mean", "largest", "subspace, mean", "largest")
     note = "Seed 0. Distance: of workers to their average, over its norm. Subspace: 0 the same, 1 nothing in common."
     return Table("Divergence by layer", header, tuple(lines), note)
 
