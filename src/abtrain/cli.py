@@ -85,11 +85,18 @@ def _compare(arguments: Sequence[str]) -> None:
     main(arguments)
 
 
+def _paper(arguments: Sequence[str]) -> None:
+    from abtrain.paper.command import main
+
+    main(arguments)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "train": ("train a task by a recipe", _train),
     "recipes": ("list the recipes, and what each would send", _recipes),
     "plan": ("predict bytes and seconds on given links, and recommend a recipe", _plan),
     "compare": ("train a task by several recipes on an emulated cluster, and report (Linux, root)", _compare),
+    "paper": ("the paper's experiments, tables, figures and arithmetic", _paper),
     "lab": ("run a script on an emulated cluster with slow links (Linux, root)", _lab),
 }
 

@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from abtrain.comm import default_communicator
 from abtrain.comm.communicator import PLAIN, Communicator, DataParallel, Scope, Unsynchronized
 from abtrain.describe import Description
+from abtrain.divergence import Divergence
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.factors import agree_on_factors
 from abtrain.faults import fail_at
@@ -82,6 +83,7 @@ class ABTraining:
         decisions: what was decided at which step, from which measure.
         skipped_steps: indexes of the steps that were left out for their gradients (`on_nonfinite="skip"`).
         rank_history: of every factoring, the step and k of each weight.
+        divergence: of every merge in this process, where it is measured: step, phase, and by layer the distances.
 
     Raises:
         ConfigurationError: all that is wrong with the arguments, at once.
@@ -99,6 +101,7 @@ class ABTraining:
         grad_scaler: torch.amp.GradScaler | None = None,
         find_unused_parameters: bool = False,
         on_nonfinite: OnNonFinite = "stop",
+        measure_divergence: bool = False,
     ) -> None:
         problems = problems_of(model, optimizer, recipe)
         if on_nonfinite not in get_args(OnNonFinite):
@@ -132,6 +135,10 @@ class ABTraining:
         self._state = SharedState(self._model, self._treatments, comm)
         self._merger = Merger(comm, on_nonfinite)
         self._guard = GradientGuard(optimizer, on_nonfinite)
+        self.divergence: list[dict[str, Any]] = []
+        self._divergence = Divergence(comm)
+        if measure_divergence and comm.topology.world_size > 1:
+            self._merger.observer = self._divergence.observe
         self._rounds = Rounds(self._state, self._merger, comm)
         self._switch = Switch(comm, recipe)
         self._preconditioner, self._round_began = Preconditioner(optimizer, damping=0), True
@@ -387,6 +394,9 @@ class ABTraining:
         """What a phase of rounds does after a step; where the next step stands then."""
         phase = position.phase
         self._workers_equal = self._rounds.step(position, self.steps_done, loss, self._trained_by(position))
+        layers = self._divergence.take()
+        if layers is not None:
+            self.divergence.append({"step": self.steps_done, "phase": phase.name, "layers": layers})
         if position.merges and self._grad_scaler is not None:
             level_grad_scaler(self._grad_scaler, self.communicator)
         if self._workers_equal and phase.weights == "full":

@@ -17,7 +17,7 @@ A worker whose part is not finite has no share: the others share what it would h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ from abtrain.shares import SHARES, Part
 from abtrain.sync import Outer, WeightSync
 
 Tensors = dict[str, Tensor]
+Observer = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]], None]
 
 
 class Outcome(NamedTuple):
@@ -58,6 +59,8 @@ class Merger:
         anchors: by name, what all workers held at the start of the round; halves in float32.
         momentum: by name, of `Outer` merges; alike on all workers.
         residuals: by name, float32: what narrow wires have taken from this worker's changes and not sent yet.
+        observer: told of each merge to which all workers bring a part: changes, their average, and the anchors. Called
+            on all workers alike.
     """
 
     def __init__(self, comm: Communicator, on_nonfinite: OnNonFinite = "stop") -> None:
@@ -67,6 +70,7 @@ class Merger:
         self.anchors: Tensors = {}
         self.momentum: Tensors = {}
         self.residuals: Tensors = {}
+        self.observer: Observer | None = None
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         """A phase of rounds starts from these tensors, which all workers hold alike."""
@@ -144,6 +148,8 @@ class Merger:
             self.wire(sync.wire).average(numbers, self._comm),
             average_exactly(self._equal_parts({name: started[name] for name in buffers}, alive), self._comm),
         )
+        if self.observer is not None and all(alive):
+            self.observer(deltas, averages.mean, self.anchors)
         # What was trained meanwhile began from there; said before the anchors move on.
         base = (
             held if at_once else {**started, **{name: self.eager(sync.merge, name, started[name]) for name in tensors}}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _INK, _GREY = "#1f2933", "#8a94a0"
 # Told apart by people who see colours differently, too (Okabe and Ito).
-_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#7f4f24")
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#7f4f24")
 _SHADES = ("#123f5a", "#2f7ea8", "#8cc5e3", "#f0b46c", "#d55e00", "#7a3b69", "#9aa5b1")
 _STYLE: Any = {
     "figure.dpi": 200,
@@ -68,7 +68,7 @@ def draw_all(rows: Sequence[Row], outcomes: Sequence[Outcome], rate: int, folder
     def over_bytes(axes: Axes) -> None:
         axes.set_xlabel("MB sent by each host, at its interface")
         axes.set_xscale("log")
-        _plain_numbers(axes.xaxis, decades=True)
+        plain_numbers(axes.xaxis, decades=True)
         _points(axes, rows, colours, lambda row: row.wire_bytes / 1e6)
 
     def over_seconds(axes: Axes) -> None:
@@ -84,7 +84,7 @@ def draw_all(rows: Sequence[Row], outcomes: Sequence[Outcome], rate: int, folder
         (_UTILISATION, 4.4, lambda axes: _utilisation(axes, rows, outcomes, colours, rate)),
     ]
     for figure, height, draw in drawings:
-        _save(folder / figure.file, height, draw)
+        save(folder / figure.file, height, draw)
     return [figure for figure, _, _ in drawings]
 
 
@@ -118,7 +118,8 @@ _UTILISATION = Figure(
 )
 
 
-def _save(path: Path, height: float, draw: Callable[[Axes], None]) -> None:
+def save(path: Path, height: float, draw: Callable[[Axes], None]) -> None:
+    """Draws one figure into a PNG file, `height` inches high."""
     # A figure of its own, without pyplot: that would keep it, and want a display.
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -134,7 +135,7 @@ def _colours(labels: Sequence[str]) -> dict[str, str]:
     """A colour for each contestant; the references are grey, as they are there to be compared with."""
     greys = dict(zip(REFERENCES, ("#8a94a0", "#1f2933", "#616e7c"), strict=True))
     others = [label for label in labels if label not in greys]
-    return greys | {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(others)}
+    return greys | {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(others)}
 
 
 def _score(row: Row) -> tuple[float, float]:
@@ -183,11 +184,11 @@ def _curves(axes: Axes, outcomes: Sequence[Outcome], colours: Mapping[str, str])
                 seconds, losses, color=colours[outcome.label], linestyle=_line(outcome.label), label=outcome.label
             )
     axes.set_yscale("log")
-    _plain_numbers(axes.yaxis)
+    plain_numbers(axes.yaxis)
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("training loss")
-    _legend_below(axes)
+    legend_below(axes)
 
 
 def _phases(axes: Axes, rows: Sequence[Row]) -> None:
@@ -226,7 +227,7 @@ def _utilisation(
     axes.set_ylim(bottom=0)
     axes.set_xlabel("rate of every link")
     axes.set_ylabel("utilisation in %")
-    _legend_below(axes)
+    legend_below(axes)
 
 
 def _line(label: str) -> str:
@@ -234,12 +235,13 @@ def _line(label: str) -> str:
     return dict(zip(REFERENCES, (":", "-", "--"), strict=True)).get(label, "-")
 
 
-def _legend_below(axes: Axes) -> None:
+def legend_below(axes: Axes) -> None:
+    """The legend, under the axes."""
     # Beside the axes it would leave them little room on a phone.
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.46, -0.16), fontsize=9.5)
 
 
-def _plain_numbers(axis: Axis, decades: bool = False) -> None:
+def plain_numbers(axis: Axis, decades: bool = False) -> None:
     """Ticks of a logarithmic axis, as people write numbers: 1, 2, 5, 10; only 1, 10, 100 where it spans decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

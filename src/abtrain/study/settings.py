@@ -30,7 +30,7 @@ class ModelSettings:
     """What both commands are told of a model."""
 
     task: str | None = None
-    """digits-mlp, fashion-cnn, fashion-vit or pysrc-gpt: takes that model's own shapes."""
+    """One of `abtrain train`, such as fashion-cnn: takes that model's own shapes."""
     parameters: float | None = None
     """Of a model in square weights, in place of a task's; 25e6 by default."""
     width: int | None = None

@@ -7,4 +7,6 @@ from typing import Literal
 Init = Literal["default", "orthogonal"]
 OnNonFinite = Literal["stop", "drop_worker", "skip"]
 OnCheckpointError = Literal["warn", "stop"]
+Precision = Literal["fp32", "bf16"]
+OnBadImage = Literal["stop", "skip"]
 DEVICES = ("auto", "cpu", "cuda")

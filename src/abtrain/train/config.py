@@ -14,11 +14,19 @@ from tyro.conf import Positional, arg
 
 from abtrain import recipes
 from abtrain.errors import ConfigurationError, nearest
-from abtrain.train.choices import DEVICES, Init, OnCheckpointError, OnNonFinite
+from abtrain.train.choices import DEVICES, Init, OnBadImage, OnCheckpointError, OnNonFinite, Precision
 
 # torch takes seconds to import: what needs it is imported where it is used, so that `--help` answers at once.
 
-_LEAST = {"steps": 1, "batch_size": 1, "log_every": 1, "keep": 1, "checkpoint_every": 0, "max_restarts": 0}
+_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "log_every": 1,
+    "keep": 1,
+    "checkpoint_every": 0,
+    "max_restarts": 0,
+    "loaders": 0,
+}
 _LONGEST_TIMEOUT = 10**7  # seconds; what is longer does not fit into every clock that it is given to
 
 
@@ -28,7 +36,8 @@ class TrainConfig:
 
     recipe: Annotated[Positional[str], arg(help=f"One of {', '.join(recipes.RECIPES)}.")] = recipes.DEFAULT
     task: str = "digits-mlp"
-    """digits-mlp, fashion-cnn, fashion-vit or pysrc-gpt."""
+    """digits-mlp, fashion-cnn, fashion-vit, pysrc-gpt, or one of the paper's: imagenet-vit-b16, imagenet-resnet50,
+    cifar10-vgg16, cifar100-mini-vit."""
     workers: int = 4
     """Processes to start on this machine; under torchrun it is torchrun that says."""
     group_size: int = 1
@@ -39,12 +48,16 @@ class TrainConfig:
     """Samples per worker and step; by default the task's."""
     lr: float | None = None
     """Highest learning rate: reached after 5 % of the steps, then a cosine to zero; by default the task's."""
-    weight_decay: float = 0.05
-    """AdamW's, on matrices only."""
+    weight_decay: float | None = None
+    """AdamW's, on matrices only; by default the task's."""
+    clip: float | None = None
+    """Largest norm of all gradients together, longer ones are shortened to it; 0: any; by default the task's."""
+    precision: Precision | None = None
+    """Of forward and backward passes: fp32, or bf16 where autocast finds that safe; by default the task's."""
     seed: int = 0
     """Of the initial weights, the order of the samples, and their augmentation."""
-    init: Init = "default"
-    """Initial weights: PyTorch's own, or every matrix orthogonal."""
+    init: Init | None = None
+    """Initial weights: PyTorch's own (default), or every matrix orthogonal; by default the task's."""
     sigma_cutoff: float | None = None
     """Singular values below this share of the largest are dropped; by default the recipe's."""
     rank_rule: str | None = None
@@ -113,6 +126,10 @@ class TrainConfig:
     """Globs of parameter names that stay dense."""
     data: Path | None = None
     """Folder with the task's data; by default its usual place."""
+    loaders: int = 4
+    """Processes that read images for each worker, where they are not held in memory; 0: the worker itself."""
+    on_bad_image: OnBadImage = "stop"
+    """Where an image cannot be read: stop, or name it and take the next one in its place (skip)."""
     out: Path | None = None
     """Run folder; by default runs/TASK-RECIPE-seedSEED-TIME."""
     overwrite: bool = False
@@ -127,6 +144,10 @@ class TrainConfig:
     """At NaN or infinity stop; or drop_worker, leave a worker's part of a merge out; or skip, leave a step out."""
     log_every: int = 20
     """Steps between two lines of metrics."""
+    divergence: bool = False
+    """Measure, at merges, how far workers have come apart, layer by layer: in metrics.jsonl."""
+    track: tuple[str, ...] = ()
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb (offline with WANDB_MODE=offline), mlflow."""
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0: one only where the run is stopped on request."""
     keep: int = 2
@@ -140,7 +161,19 @@ class TrainConfig:
 
 
 NOT_OF_THE_METHOD = frozenset(
-    {"workers", "data", "out", "overwrite", "config", "device", "timeout", "log_every"}
+    {
+        "workers",
+        "data",
+        "out",
+        "overwrite",
+        "config",
+        "device",
+        "timeout",
+        "log_every",
+        "loaders",
+        "track",
+        "divergence",
+    }
     | {"checkpoint_every", "keep", "resume", "max_restarts", "on_checkpoint_error"}
 )
 """Settings that may change when a run goes on: they do not say what is computed."""
@@ -182,9 +215,11 @@ def notices(config: TrainConfig) -> list[str]:
 def validate(config: TrainConfig) -> list[str]:
     """Everything that is wrong with the settings, a message each; empty if nothing is."""
     from abtrain.comm.topology import topology_problems
+    from abtrain.train.trackers import tracker_problems
 
     return [
         *_value_problems(config),
+        *tracker_problems(config.track),
         *topology_problems(config.workers, config.group_size),
         *_task_and_recipe_problems(config),
         *_folder_problems(config),
@@ -202,6 +237,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
         steps=task.steps if config.steps is None else config.steps,
         batch_size=task.batch_size if config.batch_size is None else config.batch_size,
         lr=task.lr if config.lr is None else config.lr,
+        weight_decay=task.weight_decay if config.weight_decay is None else config.weight_decay,
+        clip=task.clip if config.clip is None else config.clip,
+        precision=config.precision or task.precision,
+        init=config.init or task.init,
         device=_choose_device(config),
         config=None,
     )
@@ -209,8 +248,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 def _value_problems(config: TrainConfig) -> list[str]:
     problems = []
-    if config.init not in typing.get_args(Init):
-        problems.append(f"unknown init {config.init!r}: {nearest(config.init, typing.get_args(Init))}")
+    choices = {"init": Init, "precision": Precision, "on_bad_image": OnBadImage}
+    for name, kind in choices.items():
+        value, known = getattr(config, name), typing.get_args(kind)
+        if value is not None and value not in known:
+            problems.append(f"unknown {name} {value!r}: {nearest(value, known)}")
     if config.on_nonfinite not in typing.get_args(OnNonFinite):
         known = typing.get_args(OnNonFinite)
         problems.append(f"unknown on_nonfinite {config.on_nonfinite!r}: {nearest(config.on_nonfinite, known)}")
@@ -227,8 +269,10 @@ def _value_problems(config: TrainConfig) -> list[str]:
         problems.append(f"--lr {config.lr} is not a finite number above 0: use one")
     if not 0 < config.timeout <= _LONGEST_TIMEOUT:
         problems.append(f"--timeout {config.timeout} is out of range: use a number above 0, up to {_LONGEST_TIMEOUT}")
-    if not (math.isfinite(config.weight_decay) and config.weight_decay >= 0):
-        problems.append(f"--weight-decay {config.weight_decay} is not a finite number of at least 0: use one")
+    for name in ("weight_decay", "clip"):
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            problems.append(f"--{name.replace('_', '-')} {value} is not a finite number of at least 0: use one")
     return problems
 
 

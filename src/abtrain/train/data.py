@@ -15,14 +15,13 @@ import os
 import sysconfig
 import tempfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from abtrain.errors import DataError
+from abtrain.train.split import Data, Split
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_MNIST_FILES = {
@@ -86,40 +85,6 @@ _PYSRC_MODULES = {
 PYSRC_FILES = sorted(
     f"{package}/{module}.py".lstrip("/") for package, modules in _PYSRC_MODULES.items() for module in modules.split()
 )
-
-
-@dataclass(frozen=True)
-class Split(Dataset[tuple[Tensor, Tensor]]):
-    """Samples `x` and their targets `y`, alike in their first dimension."""
-
-    x: Tensor
-    y: Tensor
-
-    def __post_init__(self) -> None:
-        if len(self.x) != len(self.y):
-            raise DataError(f"{len(self.x)} samples with {len(self.y)} targets: each sample needs exactly one")
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.x[index], self.y[index]
-
-    def to(self, device: torch.device) -> Split:
-        """The same samples on `device`."""
-        return Split(self.x.to(device), self.y.to(device))
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a task trains on, and what it is judged by."""
-
-    train: Split
-    test: Split
-
-    def to(self, device: torch.device) -> Data:
-        """The same data on `device`."""
-        return Data(self.train.to(device), self.test.to(device))
 
 
 def check_digits(folder: Path | None) -> None:

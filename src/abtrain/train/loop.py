@@ -9,7 +9,7 @@ import math
 import platform
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,16 @@ from abtrain.recipe import Position
 from abtrain.sync import GradientSync, WeightSync
 from abtrain.train.aside import Aside
 from abtrain.train.config import TrainConfig, used_options
-from abtrain.train.data import Data
+from abtrain.train.image_data import Reading
 from abtrain.train.progress import Display
 from abtrain.train.result import result_of
 from abtrain.train.run_folder import CHECKPOINTS, RunFolder
 from abtrain.train.saving import Saving
+from abtrain.train.split import Data
+from abtrain.train.step import clip_gradients, loss_of
 from abtrain.train.stopping import Stopping
 from abtrain.train.tasks import TASKS, Task, batches, build_model, build_optimizer, build_schedule, evaluate
+from abtrain.train.trackers import Trackers
 from abtrain.train.watchdog import Watchdog
 
 # Settings that may differ between workers: where each finds and puts things.
@@ -64,18 +67,27 @@ def train(config: TrainConfig, communicator: Communicator) -> dict[str, Any]:
     assert config.steps is not None and config.batch_size is not None and config.lr is not None
     agree_on_start(config, communicator)
     task, rank = TASKS[config.task], communicator.rank
-    data = task.load(config.data).to(communicator.device)
+    reading = Reading(config.loaders, config.on_bad_image)
+    data = task.load(config.data).read_by(reading).to(communicator.device)
     _check_data(task, data, config.workers)
     dealt = functools.partial(
         batches, task, data, seed=config.seed, rank=rank, world_size=config.workers, batch_size=config.batch_size
     )
     dealt()  # what does not fit is found out before a folder is made
-    model = build_model(task, config.seed, config.init).to(communicator.device)
+    model = build_model(task, config.seed, config.init or task.init).to(communicator.device)
     parameters = sum(p.numel() for p in model.parameters())
-    optimizer = build_optimizer(model, config.lr, config.weight_decay)
-    schedule = build_schedule(optimizer, config.steps)
+    decay = task.weight_decay if config.weight_decay is None else config.weight_decay
+    optimizer = build_optimizer(model, config.lr, decay)
+    schedule = build_schedule(optimizer, config.steps, task.lr_warmup)
     recipe = recipes.build(config.recipe, config.steps, **used_options(config))
-    ab = ABTraining(model, optimizer, recipe, communicator=communicator, on_nonfinite=config.on_nonfinite)
+    ab = ABTraining(
+        model,
+        optimizer,
+        recipe,
+        communicator=communicator,
+        on_nonfinite=config.on_nonfinite,
+        measure_divergence=config.divergence,
+    )
     with contextlib.ExitStack() as stack:
         folder, path, goes_on = _open_folder(config, communicator, stack)
         recorder = stack.enter_context(_Recorder(config, folder, parameters)) if folder is not None else None
@@ -168,6 +180,7 @@ class _Recorder:
         self._display = Display(config.steps)
         self._aside = Aside()
         self._heading = config, parameters
+        self._trackers: Trackers | None = None
 
     def __enter__(self) -> _Recorder:
         return self
@@ -187,6 +200,7 @@ class _Recorder:
         """The run begins, or goes on after so many steps."""
         self._step = step
         self._folder.begin(step)
+        self._trackers = Trackers(self._heading[0], self._folder.path)
         self._aside("the display", self._display.heading, *self._heading)
         self._aside("the display", self._display.__enter__)
 
@@ -199,8 +213,10 @@ class _Recorder:
         self._losses = state["losses"].tolist()
         self._started = time.perf_counter() - float(state["seconds"])
 
-    def step(self, step: int, phase: str, loss: float, lr: float, payload_bytes: int) -> None:
-        """Every so many steps: a line of metrics, the loss averaged since the last."""
+    def step(
+        self, step: int, phase: str, loss: float, lr: float, payload_bytes: int, divergence: Sequence[Any] = ()
+    ) -> None:
+        """Every so many steps: a line of metrics, the loss averaged since the last, and the last merge's divergence."""
         self._losses.append(loss)
         self._step = step
         if step % self._every and step != self._last_step:
@@ -213,13 +229,19 @@ class _Recorder:
             "payload_bytes": payload_bytes,
             "seconds": round(self.seconds, 3),
         }
+        if divergence:
+            record["divergence"] = divergence[-1]
         self._losses.clear()
         self._aside("metrics.jsonl", self._folder.log, record)
+        if self._trackers is not None:
+            self._trackers.log(step, record)
         self._aside("the display", self._display.show, record)
 
     def finish(self, result: dict[str, Any]) -> None:
         """The end of a run that went well."""
         self._folder.finish(result)
+        if self._trackers is not None:
+            self._trackers.finish(result)
         self._aside("the display", self._display.__exit__, None, None, None)
         self._aside("the display", self._display.summary, result, self._folder.path)
 
@@ -257,7 +279,7 @@ class _Run:
     def _step(self, position: Position, x: Tensor, y: Tensor) -> None:
         ab, phase = self.ab, position.phase.name
         lr = float(self.schedule.get_last_lr()[0]) * ab.rebound_factor
-        loss = self.task.loss(ab(x), y)
+        loss = loss_of(ab, self.task, x, y, self.config.precision)
         value = loss.item()
         gradients_travel = isinstance(position.phase.sync, GradientSync)
         policy = self.config.on_nonfinite
@@ -268,12 +290,13 @@ class _Run:
                 f"learning rate {lr:.3g}: lower --lr (now {self.config.lr}), or try another --seed"
             )
         loss.backward()
+        clip_gradients(ab.optimizer, self.config.clip)
         ab.optimizer.step()
         self.schedule.step()
         ab.optimizer.zero_grad()
         ab.step(value)
         if self.recorder is not None:
-            self.recorder.step(ab.steps_done, phase, value, lr, ab.communicator.meter.payload()["total"])
+            self.recorder.step(ab.steps_done, phase, value, lr, ab.communicator.meter.payload()["total"], ab.divergence)
         self._save_or_stop(position, gradients_travel)
 
     def _save_or_stop(self, position: Position, gradients_travel: bool) -> None:

@@ -23,12 +23,20 @@ from torch.utils.data import BatchSampler, DistributedSampler
 
 from abtrain.errors import ConfigurationError
 from abtrain.train import data as sources
-from abtrain.train import models
-from abtrain.train.choices import Init
-from abtrain.train.data import Data
+from abtrain.train import image_data as images
+from abtrain.train import models, vision_models
+from abtrain.train.choices import Init, Precision
+from abtrain.train.pixels import (
+    flip_and_shift,
+    shift_by_four,
+    standardize_cifar10,
+    standardize_cifar100,
+    standardize_fashion,
+    standardize_imagenet,
+)
+from abtrain.train.split import Data
 
 WARMUP_SHARE = 0.05
-_MAX_SHIFT = 1  # pixel; in the few epochs that these tasks run for, more only slows learning
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -50,9 +58,14 @@ class Task:
         batch_size: default samples per worker and step.
         lr: default learning rate.
         augment: changes a batch of stored samples at random, in training.
-        loss: mean loss of the model's output against the targets.
+        loss: mean loss of the model's output against the targets, in training; validation takes plain cross-entropy.
         classifies: whether top-1 says how good the model is; the mean loss alone does otherwise.
         reads_folder: whether `--data` plays a part.
+        weight_decay: default of AdamW's.
+        clip: default largest norm of all gradients together; 0: any.
+        init: default initial weights.
+        precision: default of forward and backward passes.
+        lr_warmup: share of the steps in which the learning rate climbs.
     """
 
     name: str
@@ -67,24 +80,43 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     classifies: bool = True
     reads_folder: bool = False
+    weight_decay: float = 0.05
+    clip: float = 0.0
+    init: Init = "default"
+    precision: Precision = "fp32"
+    lr_warmup: float = WARMUP_SHARE
 
 
-def flip_and_shift(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirrors half of the images (N, 1, H, W) and moves each by up to 1 pixel, zeros moving in."""
-    count, _, height, width = images.shape
-    device = images.device
-    mirrored = (torch.rand(count, generator=generator) < 0.5).to(device)
-    shift = torch.randint(0, 2 * _MAX_SHIFT + 1, (2, count, 1, 1), generator=generator).to(device)
-    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-    padded = F.pad(images, (_MAX_SHIFT,) * 4)
-    rows = torch.arange(height, device=device).view(1, -1, 1) + shift[0]
-    columns = torch.arange(width, device=device).view(1, 1, -1) + shift[1]
-    samples = torch.arange(count, device=device).view(-1, 1, 1)
-    return padded[samples, 0, rows, columns].unsqueeze(1)
+def smoothed_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy with labels smoothed by 0.1, as in all runs of the paper."""
+    return F.cross_entropy(logits, y, label_smoothing=0.1)
 
 
-def _standardize_fashion(images: Tensor) -> Tensor:
-    return (images.float() / 255 - 0.286) / 0.353  # mean and standard deviation of the training pixels
+def _papers(name: str, model: Callable[[], nn.Module], **settings: Any) -> Task:
+    """A task of the paper, with what its runs have alike: 150 epochs, 10 of them until the learning rate is up."""
+    return Task(
+        name=name,
+        model=model,
+        loss=smoothed_cross_entropy,
+        reads_folder=True,
+        clip=1.0,
+        init="orthogonal",
+        precision="bf16",
+        lr_warmup=10 / 150,
+        **settings,
+    )
+
+
+_IMAGENET_DATA: dict[str, Any] = {
+    "find": images.find_imagenet,
+    "load": images.load_imagenet,
+    "prepare": standardize_imagenet,
+    "steps": 150 * 312,
+    "batch_size": 256,
+    "lr": 3.5e-3,
+}
+_FIND_CIFAR10, _LOAD_CIFAR10 = images.cifar("CIFAR10")
+_FIND_CIFAR100, _LOAD_CIFAR100 = images.cifar("CIFAR100")
 
 
 def _fashion(name: str, model: Callable[[], nn.Module], lr: float) -> Task:
@@ -93,7 +125,7 @@ def _fashion(name: str, model: Callable[[], nn.Module], lr: float) -> Task:
         model=model,
         find=sources.find_fashion_mnist,
         load=sources.load_fashion_mnist,
-        prepare=_standardize_fashion,
+        prepare=standardize_fashion,
         steps=2000,
         lr=lr,
         augment=flip_and_shift,
@@ -126,6 +158,32 @@ TASKS: dict[str, Task] = {
             lr=1e-3,
             classifies=False,
         ),
+        _papers("imagenet-vit-b16", vision_models.vit_b_16, weight_decay=0.1, **_IMAGENET_DATA),
+        _papers("imagenet-resnet50", vision_models.resnet50, weight_decay=0.01, **_IMAGENET_DATA),
+        _papers(
+            "cifar10-vgg16",
+            vision_models.vgg16,
+            find=_FIND_CIFAR10,
+            load=_LOAD_CIFAR10,
+            prepare=standardize_cifar10,
+            augment=shift_by_four,
+            steps=150 * 48,
+            batch_size=64,
+            lr=3e-3,
+            weight_decay=0.1,
+        ),
+        _papers(
+            "cifar100-mini-vit",
+            vision_models.mini_vit,
+            find=_FIND_CIFAR100,
+            load=_LOAD_CIFAR100,
+            prepare=standardize_cifar100,
+            augment=shift_by_four,
+            steps=150 * 48,
+            batch_size=256,
+            lr=1e-3,
+            weight_decay=0.1,
+        ),
     )
 }
 
@@ -148,9 +206,9 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.05) -> 
     return AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 
-def build_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """A linear climb over the first 5 % of the steps, then half a cosine down to zero."""
-    climb = max(1, round(WARMUP_SHARE * steps))
+def build_schedule(optimizer: Optimizer, steps: int, warmup: float = WARMUP_SHARE) -> LambdaLR:
+    """A linear climb over the first steps, a share `warmup` of all, then half a cosine down to zero."""
+    climb = max(1, round(warmup * steps))
 
     def factor(step: int) -> float:
         if step < climb:
@@ -188,18 +246,23 @@ def _batches(
     sampler: DistributedSampler[Any] = DistributedSampler(
         data.train, num_replicas=world_size, rank=rank, shuffle=True, seed=seed, drop_last=True
     )
+    stream = data.train.stream(_plan(sampler, batch_size, start), seed, rank)
+    for step, (x, y) in zip(itertools.count(start), stream, strict=False):
+        if task.augment is not None:
+            x = task.augment(x, _generator(seed, rank, step))
+        yield task.prepare(x), y.long()
+
+
+def _plan(sampler: DistributedSampler[Any], batch_size: int, start: int) -> Iterator[tuple[int, list[int]]]:
+    """Of each step from `start` on, its number and which samples it takes."""
     batch_sampler = BatchSampler(sampler, batch_size, drop_last=True)
     first_epoch, skip = divmod(start, len(batch_sampler))
-    step = start
+    steps = itertools.count(start)
     for epoch in itertools.count(first_epoch):
         sampler.set_epoch(epoch)
+        # The sampler draws an epoch's order when it is asked first: nothing of it is read ahead into the next one.
         for indices in itertools.islice(batch_sampler, skip, None):
-            chosen = torch.tensor(indices, device=data.train.x.device)
-            x, y = data.train.x[chosen], data.train.y[chosen]
-            if task.augment is not None:
-                x = task.augment(x, _generator(seed, rank, step))
-            yield task.prepare(x), y.long()
-            step += 1
+            yield next(steps), indices
         skip = 0
 
 
@@ -219,10 +282,10 @@ def evaluate(model: nn.Module, task: Task, data: Data, batch_size: int = 100) ->
     was_training = model.training
     model.eval()
     loss, correct, seen = 0.0, 0, 0
-    for x, y in zip(data.test.x.split(batch_size), data.test.y.split(batch_size), strict=True):
+    for x, y in data.test.in_order(batch_size):
         targets = y.long()
         output = model(task.prepare(x))
-        loss += float(task.loss(output, targets)) * len(x)
+        loss += float(cross_entropy(output, targets)) * len(x)
         if task.classifies:
             correct += int((output.argmax(dim=-1) == targets).sum())
         seen += len(x)

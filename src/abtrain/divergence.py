@@ -1,0 +1,80 @@
+"""How far groups have come apart when they merge, layer by layer.
+
+With X_i what worker i holds of a weight or factor at the end of a round, and X their average:
+
+    distance = sqrt(mean_i |X_i - X|^2) / |X|
+    subspace = sqrt(mean_i (1 - |Q_i^T Q|^2 / k)),    Q_i, Q orthonormal bases of the k columns of A_i and A (rows of B)
+
+so that 0 is no difference; subspaces are at 1 where they have no direction in common. The paper suspects that groups
+come apart in the small singular values (Section V), where a distance of factors shows little and one of subspaces much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abtrain.comm.communicator import Communicator
+
+
+class Divergence:
+    """Measures at merges, from what workers hold anyway: two numbers a layer are added up over them.
+
+    Reads tensors and changes none, so that training is the same with it and without.
+
+    Args:
+        comm: of this worker.
+
+    Attributes:
+        last: of the last merge, by layer, `distance` and for factors `subspace`; None before the first.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        self.last: dict[str, dict[str, float]] | None = None
+
+    @torch.no_grad()
+    def observe(self, changes: Mapping[str, Tensor], mean: Mapping[str, Tensor], anchors: Mapping[str, Tensor]) -> None:
+        """A merge is about to be made of these changes. Collective over the world.
+
+        Args:
+            changes: what this worker has changed since the anchors, by name.
+            mean: the average of all workers' changes.
+            anchors: what all workers began the round from.
+        """
+        names = [name for name in changes if changes[name].ndim > 1 and name in mean]
+        if not names:
+            return
+        sums = torch.tensor(
+            [_local(name, anchors[name], changes[name], mean[name]) for name in names], dtype=torch.float64
+        ).to(self._comm.device)
+        self._comm.all_reduce(sums)
+        roots = (sums / self._comm.topology.world_size).clamp(min=0).sqrt().tolist()
+        found = {}
+        for name, (distance, subspace) in zip(names, roots, strict=True):
+            found[name] = {"distance": distance} | ({"subspace": subspace} if _is_factor(name) else {})
+        self.last = found
+
+    def take(self) -> dict[str, Any] | None:
+        """What was measured since it was last asked for."""
+        taken, self.last = self.last, None
+        return taken
+
+
+def _is_factor(name: str) -> bool:
+    return name.endswith((".A", ".B"))
+
+
+def _local(name: str, anchor: Tensor, change: Tensor, mean: Tensor) -> tuple[float, float]:
+    """This worker's part of the two: |X_i - X|^2 / |X|^2, and 1 - |Q_i^T Q|^2 / k."""
+    X_i, X = (anchor + change).double(), (anchor + mean).double()
+    square = float(torch.linalg.vector_norm(X_i - X) ** 2 / torch.linalg.vector_norm(X).clamp(min=1e-30) ** 2)
+    if not _is_factor(name) or torch.equal(X_i, X):
+        return square, 0.0
+    if name.endswith(".B"):
+        X_i, X = X_i.T, X.T
+    Q_i, Q = torch.linalg.qr(X_i)[0], torch.linalg.qr(X)[0]
+    return square, float(1 - torch.linalg.matrix_norm(Q_i.T @ Q) ** 2 / Q.shape[1])

@@ -1,0 +1,221 @@
+"""The runs of an experiment: what there is to do, what is done, and what came out.
+
+Each has a folder of its own, named by its settings, so that experiments share the runs that they have in common:
+request.toml (settings) and result.json, beside what `abtrain train` writes where that ran it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abtrain import recipes
+from abtrain.comm.topology import Topology
+from abtrain.errors import AbtrainError
+from abtrain.paper.experiments import Cell, ScaleName
+from abtrain.paper.published import BACKWARD_SHARE
+from abtrain.study.cost import Cluster, Link
+from abtrain.study.forecast import forecast
+from abtrain.study.payload import predict
+from abtrain.study.shapes import shapes_of
+from abtrain.train.config import TrainConfig, resolve, used_options
+from abtrain.train.config_file import to_toml
+from abtrain.train.tasks import TASKS
+
+log = logging.getLogger("abtrain")
+
+REQUEST_FILE, RESULT_FILE, TRAIN_FOLDER = "request.toml", "result.json", "train"
+TINY_LINK = Link(rate=1e9, latency=1e-4)
+"""Of the cluster that seconds of simulated runs are forecast for: 1 Gbit/s, 0.1 ms."""
+LAUNCHER = "torchrun --nnodes {nodes} --nproc-per-node {workers_per_node}"
+"""How a real run is started by default; the module and its arguments follow."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell with a seed, and where it lives."""
+
+    cell: Cell
+    seed: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.cell}, seed {self.seed}"
+
+    @property
+    def config(self) -> TrainConfig:
+        return dataclasses.replace(self.cell.config, seed=self.seed)
+
+    @property
+    def request(self) -> str:
+        """Its settings as TOML, but for defaults: a setting that comes to be does not make it another run."""
+        defaults = set(to_toml(TrainConfig()).splitlines())
+        return "".join(f"{line}\n" for line in to_toml(self.config).splitlines() if line not in defaults)
+
+    @property
+    def result_file(self) -> Path:
+        """Where its result is, or will be: simulated runs write it themselves."""
+        trained = self.folder / TRAIN_FOLDER / RESULT_FILE
+        return trained if trained.exists() else self.folder / RESULT_FILE
+
+    @property
+    def done(self) -> bool:
+        """Whether it was run with these settings, to its end."""
+        request = self.folder / REQUEST_FILE
+        return request.exists() and request.read_text() == self.request and self.result_file.exists()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of one run.
+
+    Attributes:
+        cell, seed: which run it was.
+        top1: in per cent.
+        compression: full parameters over factored ones.
+        payload: bytes that a worker handed to collectives between nodes, in the whole run.
+        payload_ratio: of that to one float32 gradient of every parameter at every step.
+        seconds: of training; of a simulated run, what it would take on a cluster (`TINY_LINK`).
+        traffic: scaled traffic of a node in GB/s, as Table II has it.
+    """
+
+    cell: Cell
+    seed: int
+    top1: float
+    compression: float
+    payload: float
+    payload_ratio: float
+    seconds: float
+    traffic: float
+
+
+def plan_runs(cells: Iterable[Cell], seeds: int, out: Path) -> list[Run]:
+    """All runs, each once: first one seed of every cell, so that a picture is there early."""
+    chosen = list(cells)
+    runs = [Run(cell, seed, out / "runs" / _name(cell, seed)) for seed in range(seeds) for cell in chosen]
+    return list({run.folder: run for run in runs}.values())
+
+
+def run_all(
+    runs: Sequence[Run], scale: ScaleName, launcher: str, data: Path | None, say: Callable[[str], None]
+) -> None:
+    """Runs what is not done, one after the other; what is done is kept, however this ends.
+
+    Args:
+        runs: of an experiment.
+        scale: `tiny` runs are simulated in this process, `full` ones started by the launcher.
+        launcher: command line that starts the workers, with {nodes} and {workers_per_node}.
+        data: folder with the data; by default its usual place.
+        say: takes a line for each run.
+    """
+    missing = [run for run in runs if not run.done]
+    say(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before")
+    loaded: dict[str, Any] = {}
+    for number, run in enumerate(missing, 1):
+        if scale == "tiny":
+            task = run.config.task
+            if task not in loaded:
+                loaded[task] = TASKS[task].load(data)
+            _simulate(run, loaded[task])
+        else:
+            _launch(run, launcher, data)
+        result = outcome(run)
+        say(
+            f"{number}/{len(missing)} {run}: top-1 {result.top1:.2f}, {100 * result.payload_ratio:.2f} % of DDP's bytes"
+        )
+
+
+def _simulate(run: Run, data: Any) -> None:
+    from abtrain.train.simulate import simulate
+
+    write_request(run)
+    result = simulate(resolve(dataclasses.replace(run.config, device="cpu")), data)
+    partial = run.folder / f"{RESULT_FILE}.partial"
+    partial.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+    partial.replace(run.folder / RESULT_FILE)
+
+
+def _launch(run: Run, launcher: str, data: Path | None) -> None:
+    """Starts a real run, which goes on where a stopped one left its checkpoint.
+
+    Raises:
+        AbtrainError: it failed; the exit code is the command's.
+    """
+    write_request(run)
+    command = launch_command(run, launcher, data)
+    try:
+        code = subprocess.run(command, check=False).returncode
+    except OSError as error:
+        raise AbtrainError(f"{run}: {command[0]} cannot be started: {error}. Name another --launcher") from error
+    if code:
+        failure = AbtrainError(f"{run}: `{shlex.join(command)}` ended with exit code {code}: run again to go on")
+        failure.exit_code = code if code > 0 else AbtrainError.exit_code
+        raise failure
+
+
+def launch_command(run: Run, launcher: str, data: Path | None) -> list[str]:
+    """The command line of a real run."""
+    per_node = run.config.workers // run.cell.nodes
+    start = shlex.split(launcher.format(nodes=run.cell.nodes, workers_per_node=per_node))
+    place = ["--out", str(run.folder / TRAIN_FOLDER), *(["--data", str(data)] if data is not None else [])]
+    return [*start, "-m", "abtrain", "train", "--config", str(run.folder / REQUEST_FILE), *place]
+
+
+def write_request(run: Run) -> None:
+    """Writes the settings; what was run with others goes."""
+    request = run.folder / REQUEST_FILE
+    if run.folder.exists() and not (request.exists() and request.read_text() == run.request):
+        log.warning("%s holds a run with other settings: it is replaced", run.folder)
+        shutil.rmtree(run.folder)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    request.write_text(run.request, encoding="utf-8")
+
+
+def outcome(run: Run) -> Outcome:
+    """What came out of a run that is done."""
+    result = json.loads(run.result_file.read_text(encoding="utf-8"))
+    payload = result["payload_bytes"]["between_groups"]
+    seconds = result["seconds"]["total"]
+    if "cpu_seconds_per_step" in result:
+        seconds = _forecast(run.config, result)
+    return Outcome(
+        cell=run.cell,
+        seed=run.seed,
+        top1=result["top1"],
+        compression=result["compression"],
+        payload=payload,
+        payload_ratio=payload / (4 * result["parameters"] * result["steps"]),
+        seconds=seconds,
+        traffic=payload * run.config.group_size / (BACKWARD_SHARE * seconds) / 1e9,
+    )
+
+
+def _forecast(config: TrainConfig, result: Mapping[str, Any]) -> float:
+    """Seconds of a simulated run on a cluster of as many nodes, with the ranks that it had."""
+    assert config.steps is not None
+    import torch
+
+    recipe = recipes.build(config.recipe, config.steps, **used_options(config))
+    with torch.device("meta"):
+        shapes = shapes_of(TASKS[config.task].model(), recipe.factoring)
+    topology = Topology(config.workers, config.group_size)
+    ranks = [entry["ranks"] for entry in result["ranks"]]
+    stretches = predict(recipe, shapes, topology, ranks)
+    cluster = Cluster(config.workers // config.group_size, TINY_LINK, config.group_size)
+    return forecast(stretches, cluster, result["cpu_seconds_per_step"], group_size=config.group_size).seconds
+
+
+def _name(cell: Cell, seed: int) -> str:
+    config = cell.config
+    size = f"{config.workers}x{config.batch_size}-{config.steps}"
+    variant = f"-{re.sub('[^A-Za-z0-9.]+', '-', cell.variant).strip('-')}" if cell.variant else ""
+    return f"{config.task}-{config.recipe}-{size}{variant}-seed{seed}"

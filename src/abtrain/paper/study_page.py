@@ -1,0 +1,142 @@
+"""What a study leaves: its table, its figures, and a page in HTML and Markdown."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from abtrain.paper.figures import draw
+from abtrain.paper.page import write_page
+from abtrain.paper.runs import Run
+from abtrain.paper.studies import STUDIES
+from abtrain.paper.tables import Row, Table, study_table
+from abtrain.study.plots import COLOURS, Figure, legend_below, plain_numbers, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MARKERS = "os^Dvp*XPh"
+_NOTE = "Simulated workers, one a node."
+_AXES: dict[str, tuple[str, Callable[[Row], float]]] = {
+    "bytes": ("bytes between nodes, % of DDP's", lambda row: 100 * row.payload_ratio),
+    "compression": ("compression", lambda row: row.compression.mean),
+}
+
+
+def write_study(name: str, found: Sequence[Row], runs: Sequence[Run], folder: Path, command: str) -> list[Table]:
+    """Writes NAME.html, NAME.md and the figures; returns the tables.
+
+    Args:
+        name: a key of STUDIES.
+        found: rows of its cells.
+        runs: that they are of, all done.
+        folder: of the experiments.
+        command: that made it.
+    """
+    study = STUDIES[name]
+    tables = [study_table(found, study.question)]
+    if study.shown == "divergence":
+        figures = _divergence_figures(name, runs, folder)
+        tables.append(_divergence_table(runs))
+    elif study.shown == "batch":
+        figures = [panel for figure in ("fig2", "fig3") for panel in draw(figure, found, folder, _NOTE, f"{name}-")]
+    else:
+        figures = [_scatter_figure(name, found, folder)]
+    write_page(name, study.question, tables, figures, folder, command)
+    (folder / f"{name}.md").write_text(_markdown(study.question, tables, figures, command), encoding="utf-8")
+    return tables
+
+
+def _scatter_figure(name: str, found: Sequence[Row], folder: Path) -> Figure:
+    study = STUDIES[name]
+    axis, value = _AXES[study.shown]
+
+    def scatter(axes: Axes) -> None:
+        labels = list(dict.fromkeys(row.cell.method for row in found))
+        for row in found:
+            i = labels.index(row.cell.method)
+            style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
+            first = next(other for other in found if other.cell.method == row.cell.method) is row
+            label = row.cell.method if first else None
+            axes.errorbar(value(row), row.top1.mean, row.top1.std, capsize=3, linestyle="", label=label, **style)
+        axes.set_xscale("log")
+        plain_numbers(axes.xaxis)
+        axes.set_xlabel(axis)
+        axes.set_ylabel("top-1 in %")
+        legend_below(axes)
+
+    save(folder / f"{name}.png", 5.2, scatter)
+    seeds = min(row.seeds for row in found)
+    bars = f"Means over {seeds} seeds, bars one standard deviation." if seeds > 1 else "One seed."
+    return Figure(f"{name}.png", f"Accuracy over {study.shown}", f"{bars} {_NOTE}")
+
+
+def _histories(run: Run) -> dict[str, list[tuple[int, dict[str, float]]]]:
+    """By layer, (step, distances) of every merge of the run."""
+    result: dict[str, Any] = json.loads(run.result_file.read_text(encoding="utf-8"))
+    found: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    for entry in result["divergence"]:
+        for layer, distances in entry["layers"].items():
+            found.setdefault(layer, []).append((entry["step"], distances))
+    return found
+
+
+def _divergence_figures(name: str, runs: Sequence[Run], folder: Path) -> list[Figure]:
+    figures = []
+    for run in (run for run in runs if run.seed == 0):
+        histories = _histories(run)
+
+        def lines(axes: Axes, histories: dict[str, Any] = histories) -> None:
+            weights = list(dict.fromkeys(_weight(layer) for layer in histories))
+            for layer, history in histories.items():
+                steps = [step for step, _ in history]
+                values = [distances["distance"] for _, distances in history]
+                dash = "--" if layer.endswith(".B") else "-"
+                colour = COLOURS[weights.index(_weight(layer)) % len(COLOURS)]
+                axes.plot(steps, values, dash, color=colour, label=layer)
+            axes.set_yscale("log")
+            axes.set_xlabel("step")
+            axes.set_ylabel("distance of workers at merges")
+            axes.legend(frameon=False, fontsize=7.5, ncols=2, loc="upper center", bbox_to_anchor=(0.46, -0.16))
+
+        file = f"{name}-{re.sub('[^a-z0-9]+', '-', f'{run.cell.method} {run.cell.nodes}'.lower())}.png"
+        save(folder / file, 5.6, lines)
+        title = f"{run.cell.method}, {run.cell.nodes} nodes"
+        figures.append(Figure(file, title, f"Each merge of seed 0: sqrt(mean |X_i - X|^2) / |X|, by layer. {_NOTE}"))
+    return figures
+
+
+def _weight(layer: str) -> str:
+    """The weight that a layer's name is of: its own, or that of its factors."""
+    return layer.removesuffix(".A").removesuffix(".B")
+
+
+def _divergence_table(runs: Sequence[Run]) -> Table:
+    """Of each layer, the distances over all merges of a run, whose learning rate ends at zero."""
+    lines = []
+    for run in (run for run in runs if run.seed == 0):
+        for layer, history in _histories(run).items():
+            numbers: list[str] = []
+            for name in ("distance", "subspace"):
+                values = [distances[name] for _, distances in history if name in distances]
+                numbers += [f"{statistics.fmean(values):.3f}", f"{max(values):.3f}"] if values else ["-", "-"]
+            lines.append((run.cell.method, str(run.cell.nodes), layer, str(len(history)), *numbers))
+    header = ("method", "nodes", "layer", "merges", "distance, mean", "largest", "subspace, mean", "largest")
+    note = "Seed 0. Distance: of workers to their average, over its norm. Subspace: 0 the same, 1 nothing in common."
+    return Table("Divergence by layer", header, tuple(lines), note)
+
+
+def _markdown(question: str, tables: Sequence[Table], figures: Sequence[Figure], command: str) -> str:
+    """The same page for a repository."""
+    parts = [f"# {question}", f"    {command}", _NOTE]
+    for table in tables:
+        rule = "|".join("---" for _ in table.header)
+        body = "\n".join(f"| {' | '.join(line)} |" for line in table.lines)
+        parts += [f"## {table.title}", f"| {' | '.join(table.header)} |\n|{rule}|\n{body}", table.note]
+    for figure in figures:
+        parts += [f"![{figure.title}]({figure.file})", figure.caption]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,49 @@
+"""Batches of images on their way to the model: moved and mirrored at random, then of about mean 0 and deviation 1."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MAX_SHIFT = 1  # pixel; in the few epochs that the small tasks run for, more only slows learning
+
+
+def flip_and_shift(images: Tensor, generator: torch.Generator, most: int = _MAX_SHIFT) -> Tensor:
+    """Mirrors half of the images (N, C, H, W) and moves each by up to `most` pixels, zeros moving in."""
+    count, _, height, width = images.shape
+    device = images.device
+    mirrored = (torch.rand(count, generator=generator) < 0.5).to(device)
+    shift = torch.randint(0, 2 * most + 1, (2, count, 1, 1), generator=generator).to(device)
+    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+    padded = F.pad(images, (most,) * 4)
+    rows = torch.arange(height, device=device).view(1, -1, 1) + shift[0]
+    columns = torch.arange(width, device=device).view(1, 1, -1) + shift[1]
+    samples = torch.arange(count, device=device).view(-1, 1, 1)
+    return padded[samples, :, rows, columns].permute(0, 3, 1, 2)
+
+
+def shift_by_four(images: Tensor, generator: torch.Generator) -> Tensor:
+    """CIFAR's usual augmentation: padded by 4 pixels, cropped, half of them mirrored."""
+    return flip_and_shift(images, generator, most=4)
+
+
+def _standardize(mean: tuple[float, ...], deviation: tuple[float, ...], pixels: Tensor) -> Tensor:
+    """Stored pixels (N, 3, H, W), 0 to 255, as real numbers of about mean 0 and deviation 1, by channel."""
+    x = pixels.to(torch.float32, memory_format=torch.channels_last) / 255
+    shape = (1, -1, 1, 1)
+    return (x - x.new_tensor(mean).view(shape)) / x.new_tensor(deviation).view(shape)
+
+
+standardize_imagenet = functools.partial(_standardize, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+standardize_cifar10 = functools.partial(_standardize, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+standardize_cifar100 = functools.partial(_standardize, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+
+
+def standardize_fashion(images: Tensor) -> Tensor:
+    """Fashion-MNIST's stored pixels (N, 1, 28, 28), likewise."""
+    # One channel can be last in memory or first: last, gradients would get strides that DDP warns of.
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return (pixels / 255 - 0.286) / 0.353  # mean and standard deviation of the training pixels
