@@ -16,13 +16,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from lines import BENCHMARKS
+from records import FOLDER, Record, keep, recorded
 
-RESULTS = Path(__file__).parent / "results"
 KEPT = ("top1", "loss", "payload_ratio", "payload_bytes", "compression", "seconds", "decisions", "weights_digest")
-Result = dict[str, Any]
 
 
 def main() -> None:
@@ -36,13 +34,13 @@ def main() -> None:
     options = parser.parse_args()
     task, lines = BENCHMARKS[options.benchmark]
     chosen = {label: arguments for label, arguments in lines.items() if not options.only or label in options.only}
-    file = RESULTS / f"{options.benchmark}.jsonl"
+    file = FOLDER / f"{options.benchmark}.jsonl"
     rows = []
     for label, arguments in chosen.items():
         common = f"{arguments} --task {task} --steps {options.steps} --workers {options.workers}"
         results = []
         for seed in options.seeds:
-            result = _recorded(file, f"{common} --seed {seed}")
+            result = recorded(file, f"{common} --seed {seed}")
             if result is None and not options.table:
                 result = _run(file, f"{common} --seed {seed}")
             if result is not None:
@@ -55,12 +53,7 @@ def main() -> None:
     print("\n".join(rows))
 
 
-def _recorded(file: Path, arguments: str) -> Result | None:
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return next((record for record in reversed(records) if record["arguments"] == arguments), None)
-
-
-def _run(file: Path, arguments: str) -> Result:
+def _run(file: Path, arguments: str) -> Record:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [sys.executable, "-m", "abtrain", "train", *shlex.split(arguments), "--out", str(out)]
@@ -69,25 +62,18 @@ def _run(file: Path, arguments: str) -> Result:
         if ended.returncode:
             sys.exit(f"exit code {ended.returncode}: {shlex.join(command)}\n{ended.stderr}")
         result = json.loads((out / "result.json").read_text())
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=file.parent.parent
-    )
     ranks = [entry["ranks"] for entry in result["ranks"]]
     record = {
         "arguments": arguments,
         **{name: result[name] for name in KEPT},
         "last_ranks": ranks[-1] if ranks else {},
-        "commit": commit.stdout.strip(),
         "versions": result["versions"],
         "hardware": result["hardware"],
     }
-    file.parent.mkdir(exist_ok=True)
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(record) + "\n")
-    return record
+    return keep(file, record)
 
 
-def _row(label: str, results: list[Result]) -> str:
+def _row(label: str, results: list[Record]) -> str:
     tops = [result["top1"] for result in results if result["top1"] is not None]
     losses = [result["loss"] for result in results]
     ratio = statistics.fmean(result["payload_ratio"] for result in results)

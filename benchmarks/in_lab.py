@@ -1,0 +1,134 @@
+"""Methods of other libraries and of this one, on the same links: python benchmarks/in_lab.py --rate 100mbit (as root)
+
+Every host of the lab has one worker; bytes are read off its interface, start-up and the first broadcast of the weights
+included. Seconds are those of the training loop. A run is kept as a line of benchmarks/results/in-lab.jsonl, and not
+run again while it is there; `--table` prints what is there and runs nothing. `--speed STEPS` runs so many steps, which
+is enough for the seconds of a step where a whole run would take hours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from records import FOLDER, Record, keep, recorded
+
+from abtrain.lab import Job, Lab, LabConfig, parse_rate
+
+FILE = FOLDER / "in-lab.jsonl"
+PEER_LOOPS = Path(__file__).parent / "peers" / "loops.py"
+LINES = {
+    "solo": "abtrain solo",
+    "DDP": "peer ddp",
+    "DDP, bf16 hook": "peer ddp-bf16",
+    "DDP, PowerSGD hook, rank 1": "peer powersgd --rank 1",
+    "DDP, PowerSGD hook, rank 2": "peer powersgd --rank 2",
+    "PostLocalSGDOptimizer, every 20": "peer post-local-sgd --every 20",
+    "Accelerate LocalSGD, every 20": "peer accelerate-local-sgd --every 20",
+    "Accelerate LocalSGD, every 50": "peer accelerate-local-sgd --every 50",
+    "Accelerate LocalSGD, every 100": "peer accelerate-local-sgd --every 100",
+    "diloco, int4": "abtrain diloco --wire int4",
+    "ab_outer": "abtrain ab_outer",
+}
+REFERENCE_BYTES, REFERENCE_SECONDS, LIMIT = "DDP", "DDP, bf16 hook", "solo"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", default="100mbit")
+    parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--task", default="fashion-cnn")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--speed", type=int, default=None, metavar="STEPS", help="run only so many, for their seconds")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--lr", default="2e-3")
+    parser.add_argument("--only", nargs="+", help="labels to run; all by default")
+    parser.add_argument("--table", action="store_true", help="print the results that there are, run nothing")
+    options = parser.parse_args()
+    steps = options.speed or options.steps
+    wanted = {
+        (label, seed): f"{command} --task {options.task} --steps {steps} --lr {options.lr} --seed {seed}"
+        for label, command in LINES.items()
+        if not options.only or label in options.only
+        for seed in options.seeds
+    }
+    place = f"--nodes {options.nodes} --rate {options.rate}"
+    missing = [command for command in wanted.values() if recorded(FILE, f"{command} {place}") is None]
+    if missing and not options.table:
+        with Lab(LabConfig(nodes=options.nodes, rates=(parse_rate(options.rate),))) as lab:
+            for command in missing:
+                _run(lab, command, place)
+    print(f"\n{options.task}, {steps} steps, learning rate {options.lr}, {options.nodes} hosts at {options.rate}\n")
+    print("| | runs | top-1 | MB a host | of DDP's | ms a step | DDP bf16's over it | used |")
+    print("|---|---|---|---|---|---|---|---|")
+    print("\n".join(_rows({key: recorded(FILE, f"{command} {place}") for key, command in wanted.items()}, steps)))
+
+
+def _run(lab: Lab, command: str, place: str) -> None:
+    print(command, file=sys.stderr, flush=True)
+    owner, *arguments = shlex.split(command)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        if owner == "peer":
+            program, file = [str(PEER_LOOPS), *arguments, "--out", str(out / "result.json")], out / "result.json"
+        else:
+            program = ["-m", "abtrain", "train", *arguments, "--out", str(out / "run")]
+            file = out / "run" / "result.json"
+        result = lab.run(Job(tuple(program), out / "lab"))
+        came = json.loads(file.read_text())
+    seconds = came["seconds"]["total"] if owner == "abtrain" else came["seconds"]
+    keep(
+        FILE,
+        {
+            "arguments": f"{command} {place}",
+            "top1": came["top1"],
+            "loss": came["loss"],
+            "seconds": seconds,
+            "wire_bytes": result.wire_bytes,
+            "lab_seconds": result.seconds,
+            "versions": came["versions"],
+            "hardware": {"cores": os.cpu_count()},
+        },
+    )
+
+
+def _rows(found: dict[tuple[str, int], Record | None], steps: int) -> list[str]:
+    runs: dict[str, list[Record]] = {}
+    for (label, _), record in found.items():
+        if record is not None:
+            runs.setdefault(label, []).append(record)
+    size = {label: _mean(records, "wire_bytes") for label, records in runs.items()}
+    step = {label: 1000 * _mean(records, "seconds") / steps for label, records in runs.items()}
+    rows = []
+    for label, records in runs.items():
+        cells = (
+            label,
+            str(len(records)),
+            f"{_mean(records, 'top1'):.2f}",
+            f"{size[label] / 1e6:.1f}",
+            _over(size.get(REFERENCE_BYTES), size[label], "1/{:.0f}"),
+            f"{step[label]:.1f}",
+            _over(step.get(REFERENCE_SECONDS), step[label], "{:.2f}"),
+            _over(step.get(LIMIT), step[label], "{:.0%}"),
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def _mean(records: Sequence[Record], name: str) -> float:
+    return statistics.fmean(record[name] for record in records)
+
+
+def _over(one: float | None, other: float, text: str) -> str:
+    return "-" if one is None else text.format(one / other)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What `abtrain plan` forecasts beside what the lab measured: benchmarks/plan_against_lab.py FOLDER/compare.json...
+
+Each file is of one `abtrain compare RECIPE... --nodes N --rate RATE --out FOLDER`. The forecast gets what a user would
+measure or guess beforehand: the seconds of a step without communication (the comparison's `solo`, so that workers that
+share cores are slow in both), and the compression. Bytes of starting up, which `solo` sends too, are none of a recipe's
+and are taken off what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abtrain.lab import format_rate
+from abtrain.study.contestant import contestants
+from abtrain.study.cost import Cluster, Link
+from abtrain.study.plan import Setting
+from abtrain.study.shapes import shapes_of
+from abtrain.train.config import used_options
+from abtrain.train.tasks import TASKS
+
+LATENCY = 0.1e-3  # seconds; what `abtrain plan` assumes
+
+
+def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    print("| hosts | rate | recipe | MB forecast | MB measured | off | s forecast | s measured | off |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for file in sys.argv[1:]:
+        compared = json.loads(Path(file).read_text())
+        for row in compared["rows"]:
+            if row["label"] != "solo":
+                print(_line(compared["settings"], row, compared["rows"]))
+
+
+def _line(settings: dict[str, Any], row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    solo = next(other for other in rows if other["label"] == "solo")
+    with torch.device("meta"):
+        model = TASKS[settings["task"]].model()
+    setting = Setting(
+        shapes=lambda factoring: shapes_of(model, factoring),
+        compression=max(1.0, row["compression"]),
+        steps=settings["steps"],
+        step_seconds=solo["seconds"] / settings["steps"],
+        cluster=Cluster(settings["nodes"], Link(settings["rate"], LATENCY), settings["workers_per_node"]),
+    )
+    workers = settings["nodes"] * settings["workers_per_node"]
+    common = {"task": settings["task"], "steps": settings["steps"], "workers": workers}
+    entry = next(found for found in contestants([row["label"]], {}, common) if found.label == row["label"])
+    expected = setting.offer(entry.config.recipe, **used_options(entry.config)).forecast
+    measured = row["wire_bytes"] - row["start_bytes"]
+    cells = (
+        str(settings["nodes"]),
+        format_rate(settings["rate"]),
+        row["label"],
+        f"{expected.wire / 1e6:.2f}",
+        f"{measured / 1e6:.2f}",
+        f"{expected.wire / measured - 1:+.1%}",
+        f"{expected.seconds:.1f}",
+        f"{row['seconds']:.1f}",
+        f"{expected.seconds / row['seconds'] - 1:+.1%}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
