@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate", default="100mbit", help="of every link (default %(default)s)")
     parser.add_argument("--more-rates", default="", help="rates at which seed 0 is run too: 20mbit,1gbit")
     parser.add_argument("--workers-per-node", type=int, default=lab.workers_per_node, help="default %(default)s")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of every recipe (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of every recipe (default %(default)s)")
     parser.add_argument("--steps", type=int, help="of each run; by default the task's")
     parser.add_argument("--lr", action="append", default=[], metavar="RECIPE=VALUE", help="by default the task's")
     parser.add_argument("--out", type=Path, help="folder for everything (default runs/compare-TASK)")

@@ -98,7 +98,7 @@ def _record(comparison: Comparison, found: Sequence[Row], outcomes: Sequence[Out
 def _table(found: Sequence[Row]) -> Table:
     score = "loss" if found[0].top1 is None else "top-1"
     table = Table(box=SIMPLE, padding=(0, 1))
-    for column in ("recipe", score, "wire", "of ddp", "seconds", "of bf16", "used", "compr."):
+    for column in ("recipe", score, "wire", "of ddp", "seconds", "of bf16", "used", "comp."):
         table.add_column(column, justify="left" if column == "recipe" else "right", no_wrap=True)
     for row in found:
         mean, deviation = (row.loss, row.loss_std) if row.top1 is None else (row.top1, row.top1_std)
