@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _INK, _GREY = "#1f2933", "#8a94a0"
 # Told apart by people who see colours differently, too (Okabe and Ito).
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#7f4f24")
-_SHADES = ("#123f5a", "#2f7ea8", "#8cc5e3", "#f0b46c", "#d55e00", "#7a3b69", "#9aa5b1")
+_SHADES = ("#123f5a", "#2f7ea8", "#8cc5e3", "#f0b46c", "#d55e00", "#7a3b69", "#9aa5b1", "#4b8b3b", "#e3d26f", "#e58fb1")
 _STYLE: Any = {
     "figure.dpi": 200,
     "font.size": 11,
@@ -160,19 +160,26 @@ def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours
     """Writes names beside points, each on the side and at the height where it is least in the way of others."""
     axes.get_xlim(), axes.get_ylim()  # settles the scales, which the places of names depend on
     placed: list[tuple[float, float]] = []
+    dots = [tuple(axes.transData.transform((x, y))) for _, x, y in points]
     for label, x, y in sorted(points, key=lambda point: -point[2]):
         at = axes.transData.transform((x, y))
         offsets = [(0, 9), (0, -15), (0, 21), (0, -27), (0, 33), (0, -39)]
-        across, up = max(offsets, key=lambda offset: (_room((at[0], at[1] + 2.8 * offset[1]), placed), -abs(offset[1])))
+        across, up = max(
+            offsets, key=lambda offset: (_room((at[0], at[1] + 2.8 * offset[1]), placed, dots), -abs(offset[1]))
+        )
         placed.append((at[0], at[1] + 2.8 * up))
         axes.annotate(
             label, (x, y), (across, up), textcoords="offset points", ha="center", color=colours[label], fontsize=9.5
         )
 
 
-def _room(place: tuple[float, float], placed: Sequence[tuple[float, float]]) -> bool:
-    """Whether a name here would stand clear of those that are there; in pixels."""
-    return all(abs(place[0] - x) > 190 or abs(place[1] - y) > 28 for x, y in placed)
+def _room(
+    place: tuple[float, float], placed: Sequence[tuple[float, float]], dots: Sequence[tuple[float, float]]
+) -> bool:
+    """Whether a name here would stand clear of those that are there, and of the points; in pixels."""
+    middle = place[1] + 13
+    off_names = all(abs(place[0] - x) > 190 or abs(place[1] - y) > 28 for x, y in placed)
+    return off_names and all(abs(place[0] - x) > 110 or abs(middle - y) > 24 for x, y in dots)
 
 
 def _curves(axes: Axes, outcomes: Sequence[Outcome], colours: Mapping[str, str]) -> None:

@@ -63,8 +63,8 @@ def test_an_offer_by_hand() -> None:
     offer = setting(1e8).offer("diloco", every=20)
     assert str(offer) == "diloco --every 20"
     assert offer.ratio == pytest.approx(1 / 20, rel=1e-3)
-    assert offer.forecast.wire == pytest.approx(100 * 60e6 * 1.0684, rel=2e-3)
-    assert offer.forecast.seconds == pytest.approx(2000 * 0.1 + 100 * 4.8 * 1.0684, rel=2e-3)
+    assert offer.forecast.wire == pytest.approx(100 * 60e6 * 1.0484, rel=2e-3)
+    assert offer.forecast.seconds == pytest.approx(2000 * 0.1 + 100 * 4.8 * 1.0484, rel=2e-3)
 
 
 def test_thousands_of_nodes() -> None:
