@@ -90,7 +90,8 @@ def _ddp_bf16(task: Task, model: nn.Module, options: argparse.Namespace) -> tupl
 
 def _powersgd(task: Task, model: nn.Module, options: argparse.Namespace) -> tuple[Step, Finish]:
     """DistributedDataParallel with PyTorch's PowerSGD hook, error feedback and warm start on (arXiv 1905.13727)."""
-    parallel = DistributedDataParallel(model)
+    # On Gloo the hook hangs or aborts with more than one bucket: its messages get another order on every rank.
+    parallel = DistributedDataParallel(model, bucket_cap_mb=1024)
     state = powerSGD_hook.PowerSGDState(
         process_group=None,
         matrix_approximation_rank=options.rank,
