@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from abtrain import __version__, recipes
+from abtrain import __version__
 from abtrain.comm.agreement import gather_json
 from abtrain.comm.communicator import Communicator
 from abtrain.engine import ABTraining
@@ -32,16 +32,17 @@ from abtrain.errors import (
 from abtrain.recipe import Position
 from abtrain.sync import GradientSync, WeightSync
 from abtrain.train.aside import Aside
-from abtrain.train.config import TrainConfig, used_options
+from abtrain.train.config import TrainConfig
 from abtrain.train.image_data import Reading
 from abtrain.train.progress import Display
 from abtrain.train.result import result_of
 from abtrain.train.run_folder import CHECKPOINTS, RunFolder
 from abtrain.train.saving import Saving
+from abtrain.train.setup import set_up
 from abtrain.train.split import Data
 from abtrain.train.step import clip_gradients, loss_of
 from abtrain.train.stopping import Stopping
-from abtrain.train.tasks import TASKS, Task, batches, build_model, build_optimizer, build_schedule, evaluate
+from abtrain.train.tasks import TASKS, Task, batches, build_model, evaluate
 from abtrain.train.trackers import Trackers
 from abtrain.train.watchdog import Watchdog
 
@@ -76,18 +77,7 @@ def train(config: TrainConfig, communicator: Communicator) -> dict[str, Any]:
     dealt()  # what does not fit is found out before a folder is made
     model = build_model(task, config.seed, config.init or task.init).to(communicator.device)
     parameters = sum(p.numel() for p in model.parameters())
-    decay = task.weight_decay if config.weight_decay is None else config.weight_decay
-    optimizer = build_optimizer(model, config.lr, decay)
-    schedule = build_schedule(optimizer, config.steps, task.lr_warmup)
-    recipe = recipes.build(config.recipe, config.steps, **used_options(config))
-    ab = ABTraining(
-        model,
-        optimizer,
-        recipe,
-        communicator=communicator,
-        on_nonfinite=config.on_nonfinite,
-        measure_divergence=config.divergence,
-    )
+    ab, schedule = set_up(config, model, communicator)
     with contextlib.ExitStack() as stack:
         folder, path, goes_on = _open_folder(config, communicator, stack)
         recorder = stack.enter_context(_Recorder(config, folder, parameters)) if folder is not None else None

@@ -14,16 +14,15 @@ from typing import Any
 
 from torch import nn
 
-from abtrain import recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
-from abtrain.engine import ABTraining
 from abtrain.errors import NonFiniteError
-from abtrain.train.config import TrainConfig, used_options
+from abtrain.train.config import TrainConfig
 from abtrain.train.result import result_of
+from abtrain.train.setup import set_up
 from abtrain.train.split import Data
 from abtrain.train.step import clip_gradients, loss_of
-from abtrain.train.tasks import TASKS, batches, build_model, build_optimizer, build_schedule, evaluate
+from abtrain.train.tasks import TASKS, batches, build_model, evaluate
 
 # Seconds that a thread waits for the last one: all of them share a few cores.
 _PATIENCE = 3600.0
@@ -62,18 +61,7 @@ def _worker(config: TrainConfig, data: Data, first: nn.Module, communicator: Com
     task, rank = TASKS[config.task], communicator.rank
     model = copy.deepcopy(first)
     parameters = sum(p.numel() for p in model.parameters())
-    decay = task.weight_decay if config.weight_decay is None else config.weight_decay
-    optimizer = build_optimizer(model, config.lr, decay)
-    schedule = build_schedule(optimizer, config.steps, task.lr_warmup)
-    recipe = recipes.build(config.recipe, config.steps, **used_options(config))
-    ab = ABTraining(
-        model,
-        optimizer,
-        recipe,
-        communicator=communicator,
-        on_nonfinite=config.on_nonfinite,
-        measure_divergence=config.divergence,
-    )
+    ab, schedule = set_up(config, model, communicator)
     stream = batches(task, data, seed=config.seed, rank=rank, world_size=config.workers, batch_size=config.batch_size)
     started, cpu = time.perf_counter(), time.thread_time()
     for x, y in itertools.islice(stream, config.steps):
@@ -84,10 +72,10 @@ def _worker(config: TrainConfig, data: Data, first: nn.Module, communicator: Com
                 f"the loss of worker {rank} is {value} at step {ab.steps_done}: lower the learning rate ({config.lr})"
             )
         loss.backward()
-        clip_gradients(optimizer, config.clip)
-        optimizer.step()
+        clip_gradients(ab.optimizer, config.clip)
+        ab.optimizer.step()
         schedule.step()
-        optimizer.zero_grad()
+        ab.optimizer.zero_grad()
         ab.step(value)
     cpu, seconds = time.thread_time() - cpu, time.perf_counter() - started
     result: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from abtrain.errors import nearest
+from abtrain.errors import AbtrainError, nearest
 from abtrain.train.config import TrainConfig
 
 log = logging.getLogger("abtrain")
@@ -142,6 +142,8 @@ class Trackers:
     def _guarded(self, name: str, call: Callable[[], Any]) -> Any:
         try:
             return call()
+        except AbtrainError:
+            raise  # a request to stop may come at any time, and is none of the tracker's own errors
         except Exception as error:
             self._live.pop(name, None)
             log.warning("%s failed (%s: %s): the run goes on without it", name, type(error).__name__, error)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from abtrain.comm.communicator import SingleProcess
+from abtrain.errors import StoppedError
 from abtrain.train import trackers
 from abtrain.train.config import TrainConfig, resolve, validate
 from abtrain.train.loop import train
@@ -108,6 +110,21 @@ def test_a_tracker_that_fails_is_told_once_and_left_alone(
     assert [record.message for record in caplog.records] == [
         "failing failed (RuntimeError: no network): the run goes on without it"
     ]
+
+
+def test_a_request_to_stop_is_no_failure_of_the_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal may come while a tracker is at work."""
+
+    class Interrupted:
+        def log(self, step: int, numbers: Mapping[str, float]) -> None:
+            raise StoppedError("stopped on request")
+
+        def finish(self, numbers: Mapping[str, float]) -> None: ...
+
+    monkeypatch.setitem(trackers.TRACKERS, "interrupted", ("json", lambda folder, config: Interrupted()))
+    live = Trackers(TrainConfig(track=("interrupted",)), tmp_path)
+    with pytest.raises(StoppedError, match="on request"):
+        live.log(1, {"loss": 1.0})
 
 
 def test_no_trackers(tmp_path: Path) -> None:
