@@ -38,16 +38,16 @@ from abtrain.faults import fail_at
 from abtrain.level import level_grad_scaler, level_optimizer_state
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.model import FactoredModel, TrainedFactors
-from abtrain.lowrank.precondition import Preconditioner
 from abtrain.lowrank.saved import check_model_state
 from abtrain.merge import Merger
-from abtrain.nonfinite import GradientGuard, OnNonFinite
+from abtrain.nonfinite import OnNonFinite
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.replicas import check_replicas
 from abtrain.resume import VERSION, Parts, check_run, decided, recipe_fingerprint
 from abtrain.rounds import Rounds
 from abtrain.state import SharedState
+from abtrain.step_hooks import Coming, StepHooks
 from abtrain.switch import Switch
 from abtrain.sync import GradientSync, Trains, WeightSync
 from abtrain.validate import problems_here, problems_of
@@ -134,15 +134,13 @@ class ABTraining:
         self._dense_this_cycle: dict[str, str] = {}
         self._state = SharedState(self._model, self._treatments, comm)
         self._merger = Merger(comm, on_nonfinite)
-        self._guard = GradientGuard(optimizer, on_nonfinite)
         self.divergence: list[dict[str, Any]] = []
         self._divergence = Divergence(comm)
         if measure_divergence and comm.topology.world_size > 1:
             self._merger.observer = self._divergence.observe
         self._rounds = Rounds(self._state, self._merger, comm)
         self._switch = Switch(comm, recipe)
-        self._preconditioner, self._round_began = Preconditioner(optimizer, damping=0), True
-        self._optimizer_steps = self._forwards = 0
+        self._forwards = 0
         self._workers_equal = True
         self._state.agree()
         if comm.topology.n_groups == 1 and any(p.trains == "a_or_b" for p in recipe.phases):
@@ -150,10 +148,7 @@ class ABTraining:
         self._position: Position | None = recipe.at(0)
         # From here on the optimizer is changed: what can be refused has been.
         self._rebound = LRRebound(optimizer)
-        self._step_hooks = (
-            optimizer.register_step_pre_hook(self._before_optimizer_step),
-            optimizer.register_step_post_hook(self._after_optimizer_step),
-        )
+        self._hooks = StepHooks(optimizer, self._model, on_nonfinite, self._coming)
         self._enter(self._position)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -164,7 +159,7 @@ class ABTraining:
             has ended.
         """
         if torch.is_grad_enabled():
-            if self._optimizer_steps:
+            if self._hooks.count:
                 raise UsageError(
                     f"a forward pass with gradients began, but ab.step() was not called after optimizer.step() of step "
                     f"{self.steps_done}: call ab.step() once after every optimizer.step(), and validate under no_grad"
@@ -197,7 +192,7 @@ class ABTraining:
 
     @property
     def skipped_steps(self) -> list[int]:
-        return self._guard.skipped
+        return self._hooks.guard.skipped
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Gradient accumulation: forward and backward passes inside it do not communicate, as with DDP."""
@@ -220,9 +215,9 @@ class ABTraining:
         if position is None:
             raise UsageError(self._ended())
         fail_at(self.communicator.rank, self.steps_done, "step")
-        if self._optimizer_steps and not self._forwards and self.communicator.topology.world_size > 1:
+        if self._hooks.count and not self._forwards and self.communicator.topology.world_size > 1:
             raise UsageError("the optimizer stepped, but no ab(...) call came before: call ab(x) in place of model(x)")
-        self._optimizer_steps = self._forwards = 0
+        self._hooks.count = self._forwards = 0
         self._rebound.advance()
         self.steps_done += 1
         upcoming = self.recipe.at(self.steps_done) if self.steps_done < self.recipe.total_steps else None
@@ -233,8 +228,8 @@ class ABTraining:
             where = f"step {self.steps_done}, end of phase {position.phase.name}"
             check_replicas(self.communicator, self._state.parameters(), "world", where)
         self._position = upcoming
-        # A step that a gradient scaler skips calls no hook: what is due is remembered.
-        self._round_began = self._round_began or upcoming is None or upcoming.starts_round
+        if upcoming is None or upcoming.starts_round:
+            self._hooks.round_began = True
         if upcoming is None:
             self._rebound.start(0)
             self._wrap(None)
@@ -275,7 +270,7 @@ class ABTraining:
         Raises:
             UsageError: `ab.step()` was not called after the last optimizer step.
         """
-        if self._optimizer_steps:
+        if self._hooks.count:
             raise UsageError("the state between optimizer.step() and ab.step() cannot be saved: call ab.step() first")
         return {
             "version": VERSION,
@@ -286,7 +281,7 @@ class ABTraining:
             "dense_this_cycle": dict(self._dense_this_cycle),
             "seconds": dict(self.seconds),
             "workers_equal": self._workers_equal,
-            "round_began": self._round_began,
+            "round_began": self._hooks.round_began,
             "arrivals": self._parallel.arrivals(),
             "skipped_steps": list(self.skipped_steps),
             **self._parts().state_dict(),
@@ -308,9 +303,9 @@ class ABTraining:
         self._position = None if ended else self.recipe.at(self.steps_done)
         self.decisions, self.rank_history = list(state["decisions"]), list(state["rank_history"])
         self.seconds, self._dense_this_cycle = dict(state["seconds"]), dict(state["dense_this_cycle"])
-        self._workers_equal, self._round_began = bool(state["workers_equal"]), bool(state["round_began"])
-        self._guard.skipped = list(state["skipped_steps"])
-        self._optimizer_steps = self._forwards = 0
+        self._workers_equal, self._hooks.round_began = bool(state["workers_equal"]), bool(state["round_began"])
+        self._hooks.guard.skipped = list(state["skipped_steps"])
+        self._hooks.count = self._forwards = 0
         self._parts().load_state_dict(state, self.recipe.at, self._trained_by)
         if self._position is not None:
             self._train(self._position)
@@ -329,7 +324,7 @@ class ABTraining:
             self._rounds,
             self._switch,
             self._rebound,
-            self._preconditioner,
+            self._hooks.preconditioner,
             self._grad_scaler,
             self.communicator.meter,
         )
@@ -337,8 +332,7 @@ class ABTraining:
     def close(self) -> None:
         """Takes abtrain's hooks off the optimizer. The model stays as it is."""
         self._rebound.close()
-        for hook in self._step_hooks:
-            hook.remove()
+        self._hooks.close()
 
     def _enter(self, position: Position) -> None:
         """Makes model, optimizer and wrapper what the phase says."""
@@ -448,30 +442,13 @@ class ABTraining:
         factors = self._model.factors() if position.phase.trains != "all" else {}
         return {name: [which in ("all", name[-1]) for which in trained] for name in factors}
 
-    def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        position = self._position
-        if position is None:
-            return
+    def _coming(self) -> Coming | None:
+        """The step that the optimizer is about to make; None past the end of the recipe."""
+        if self._position is None:
+            return None
         if self._shares_gradients:
             fail_at(self.communicator.rank, self.steps_done, "sync.end")
-        self._guard.look(self.steps_done, self._shares_gradients)
-        if not position.phase.damping:
-            return
-        # PyTorch hands over the arguments of optimizer.step, the optimizer itself the first of them.
-        if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
-            raise UsageError(
-                "optimizer.step(closure) makes gradients after they ought to be preconditioned: "
-                "call backward before optimizer.step(), or set damping=0"
-            )
-        if self._round_began:
-            self._preconditioner = Preconditioner(optimizer, position.phase.damping, position.phase.factor_lr)
-            self._preconditioner.refresh(self._model.records.values())
-            self._round_began = False
-        self._preconditioner.before_step(self._model.records.values())
-
-    def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._optimizer_steps += 1
-        self._preconditioner.after_step()
+        return Coming(self.steps_done, self._position.phase, self._shares_gradients)
 
     def _ended(self) -> str:
         return (

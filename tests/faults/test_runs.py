@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
+import math
+import os
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +21,23 @@ import torch
 from abtrain import checkpoint, faults
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
-from abtrain.errors import CheckpointError, ConfigurationError, DataError, RanksDisagreeError, StoppedError
-from abtrain.train import loop
+from abtrain.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    NonFiniteError,
+    RanksDisagreeError,
+    StoppedError,
+)
+from abtrain.study import arguments, plots
+from abtrain.study.compare import write_results
+from abtrain.train import loop, trackers
 from abtrain.train.config import TrainConfig, resolve, validate
 from abtrain.train.config_file import from_toml
 from abtrain.train.data import Data, Split
 from abtrain.train.loop import agree_on_start, train
 from abtrain.train.run_folder import RunFolder
+from tests.unit.study.made_up import outcomes
 
 STEPS = 24
 RECIPES: dict[str, dict[str, Any]] = {
@@ -102,6 +117,91 @@ def test_a_disk_that_fails_ends_the_run_where_that_is_wanted(tmp_path: Path, mon
         run(config, "ENOSPC 1 12 checkpoint.write", monkeypatch)
     assert told.value.exit_code == 4
     assert sorted(path.name[-2:] for path in (tmp_path / "checkpoints").iterdir()) == ["04", "08"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 2.5 MB, which is room for some checkpoints and not for all."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small file system needs root and mount")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_full_ends_the_run_where_that_is_wanted(small_disk: Path, whole: dict[str, str]) -> None:
+    config = settings(small_disk / "run", keep=10, on_checkpoint_error="stop")
+    with pytest.raises(CheckpointError, match="No space left on device") as told:
+        run(config)
+    assert told.value.exit_code == 4
+    kept = sorted((small_disk / "run" / "checkpoints").iterdir())
+    assert kept and all((folder / "manifest.json").exists() for folder in kept)
+    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
+    assert run(config)["weights_digest"] == whole["ab"]
+
+
+def test_a_disk_that_stays_full_costs_no_weights(small_disk: Path, whole: dict[str, str]) -> None:
+    """Not even the outcome can be written: the run says so at its end, and is finished once there is room."""
+    config = settings(small_disk / "run", keep=10)
+    filler, log_step = small_disk / "filler", RunFolder.log
+
+    def fill(folder: RunFolder, record: Any) -> None:
+        if record["step"] == 10:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        log_step(folder, record)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(CheckpointError, match=r"result\.json cannot be written") as told,
+    ):
+        patch.setattr(RunFolder, "log", fill)
+        run(config)
+    assert told.value.exit_code == 4
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
+    assert run(config)["weights_digest"] == whole["ab"]
+    assert recorded(small_disk / "run") == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("step", "policy", "ends"),
+    [
+        (2, "stop", "the loss of worker 1 is"),
+        (2, "drop_worker", "the loss of worker 1 is"),
+        (2, "skip", ""),
+        (7, "stop", "the loss of worker 1 is"),
+        (7, "drop_worker", ""),
+        (7, "skip", ""),
+    ],
+    ids=lambda value: str(value) or "goes on",
+)
+def test_a_loss_that_is_not_finite(
+    loss: float, step: int, policy: str, ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one worker, where gradients are shared (step 2) and where groups are alone (step 7)."""
+    calls, loss_of = {0: 0, 1: 0}, loop.loss_of
+
+    def spoilt(model: Any, *arguments: Any) -> torch.Tensor:
+        rank = model.communicator.rank
+        calls[rank] += 1
+        value = loss_of(model, *arguments)
+        return value * loss if (rank, calls[rank]) == (1, step + 1) else value
+
+    monkeypatch.setattr(loop, "loss_of", spoilt)
+    config = settings(tmp_path / "run", on_nonfinite=policy)
+    if ends:
+        with pytest.raises(NonFiniteError, match=f"{ends} {loss} at step {step} .*lower --lr") as told:
+            run(config)
+        assert told.value.exit_code == 7
+    else:
+        assert math.isfinite(run(config)["loss"])
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
@@ -188,7 +288,13 @@ def broken(*arguments: Any, **options: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("part", ["heading", "__enter__", "show", "__exit__", "summary", "metrics"])
+class Broken:
+    """A tracker that fails where it is called for the first time."""
+
+    log = finish = broken
+
+
+@pytest.mark.parametrize("part", ["heading", "__enter__", "show", "__exit__", "summary", "metrics", "tracker"])
 def test_what_only_shows_a_run_cannot_end_it(
     part: str,
     tmp_path: Path,
@@ -197,8 +303,12 @@ def test_what_only_shows_a_run_cannot_end_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     owner, name = (RunFolder, "log") if part == "metrics" else (loop.Display, part)
-    monkeypatch.setattr(owner, name, broken)
-    assert run(settings(tmp_path))["weights_digest"] == whole["ab"]
+    if part == "tracker":
+        monkeypatch.setitem(trackers.TRACKERS, "broken", ("json", lambda folder, config: Broken()))
+    else:
+        monkeypatch.setattr(owner, name, broken)
+    track = ("broken",) if part == "tracker" else ()
+    assert run(settings(tmp_path, track=track))["weights_digest"] == whole["ab"]
     assert json.loads((tmp_path / "result.json").read_text())["weights_digest"] == whole["ab"]
     told = [record.getMessage() for record in caplog.records if "the run goes on without it" in record.getMessage()]
     assert len(told) == 1 and "No space left on device" in told[0]
@@ -275,3 +385,17 @@ def test_a_second_signal_does_not_wait_and_tears_nothing(tmp_path: Path, monkeyp
     saved = checkpoint.latest(tmp_path / "checkpoints", SingleProcess())
     assert saved is not None and saved.step == 6
     assert json.loads((tmp_path / "outcome.json").read_text())["exit_code"] == 75
+
+
+def test_a_plot_that_fails_costs_no_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(arguments, "system_problems", list)
+    comparison = arguments.parse_arguments(["ab_outer", "ab:sigma_cutoff=0.3", "--steps", "50", "--out", str(tmp_path)])
+    monkeypatch.setattr(plots, "_phases", broken)
+    assert len(write_results(comparison, outcomes(), "abtrain compare")) == 5
+    assert len(json.loads((tmp_path / "compare.json").read_text())["runs"]) == 10
+    assert "bytes-by-phase.png failed (OSError: [Errno 28] No space left on device)" in caplog.text
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<figure>") == 4 and "Accuracy over wire bytes" in page

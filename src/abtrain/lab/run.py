@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from abtrain.files import write_json
 from abtrain.lab.counters import Sampler
 from abtrain.lab.faults import Action, timeline
 from abtrain.lab.job import Job, host_command, host_environment
 from abtrain.lab.network import Network
 from abtrain.lab.processes import HostProcesses, Show
-from abtrain.lab.result import FILE, HostResult, LabResult, as_record, write_json
+from abtrain.lab.result import FILE, HostResult, LabResult, as_record
 
 _POLL_SECONDS = 0.02
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table as Printed
 
 from abtrain.errors import ConfigurationError
+from abtrain.files import write_json
 from abtrain.lab.command import stopped_by_signals
-from abtrain.lab.result import write_json
 from abtrain.paper.arguments import ECR, HPO, Request, parse_arguments
 from abtrain.paper.experiments import FIGURES, SCALING_TABLES, Cell, cells
 from abtrain.paper.figures import draw

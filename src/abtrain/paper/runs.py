@@ -21,6 +21,7 @@ from typing import Any
 from abtrain import recipes
 from abtrain.comm.topology import Topology
 from abtrain.errors import AbtrainError
+from abtrain.files import write_whole
 from abtrain.paper.experiments import Cell, ScaleName
 from abtrain.paper.published import BACKWARD_SHARE
 from abtrain.study.cost import Cluster, Link
@@ -139,9 +140,7 @@ def _simulate(run: Run, data: Any) -> None:
 
     write_request(run)
     result = simulate(resolve(dataclasses.replace(run.config, device="cpu")), data)
-    partial = run.folder / f"{RESULT_FILE}.partial"
-    partial.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
-    partial.replace(run.folder / RESULT_FILE)
+    write_whole(run.folder / RESULT_FILE, json.dumps(result, indent=2, default=str) + "\n")
 
 
 def _launch(run: Run, launcher: str, data: Path | None) -> None:

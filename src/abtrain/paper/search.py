@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from abtrain.errors import ConfigurationError, NonFiniteError
-from abtrain.lab.result import write_json
+from abtrain.files import write_json
 from abtrain.paper.arguments import Request
 from abtrain.paper.experiments import Cell
 from abtrain.paper.page import write_page

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from abtrain.errors import ConfigurationError, nearest
+from abtrain.files import write_json
 from abtrain.lab.config import LabConfig, config_problems, system_problems
 from abtrain.lab.rates import parse_rate
-from abtrain.lab.result import write_json
 from abtrain.study.contestant import Contestant, contestants
 from abtrain.train.tasks import TASKS
 

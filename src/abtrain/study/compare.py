@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from abtrain import __version__
+from abtrain.files import write_json
 from abtrain.lab import Lab, format_rate
 from abtrain.lab.command import stopped_by_signals
-from abtrain.lab.result import write_json
 from abtrain.study.arguments import Comparison, parse_arguments
 from abtrain.study.plots import draw_all, size_text
 from abtrain.study.report import FILE as REPORT_FILE

@@ -12,6 +12,7 @@ from abtrain.lab.rates import format_rate
 from abtrain.study.contestant import REFERENCES
 from abtrain.study.runs import Outcome
 from abtrain.study.summary import Row, expected_utilisation, utilisations
+from abtrain.train.aside import Aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +55,7 @@ class Figure:
 
 
 def draw_all(rows: Sequence[Row], outcomes: Sequence[Outcome], rate: int, folder: Path) -> list[Figure]:
-    """Draws all figures.
+    """Draws all figures, and returns those that could be: the numbers are not to be lost over a picture.
 
     Args:
         rows: of the table.
@@ -83,9 +84,8 @@ def draw_all(rows: Sequence[Row], outcomes: Sequence[Outcome], rate: int, folder
         (_PHASES, 1.7 + 0.34 * len(rows), lambda axes: _phases(axes, rows)),
         (_UTILISATION, 4.4, lambda axes: _utilisation(axes, rows, outcomes, colours, rate)),
     ]
-    for figure, height, draw in drawings:
-        save(folder / figure.file, height, draw)
-    return [figure for figure, _, _ in drawings]
+    aside = Aside()
+    return [figure for figure, height, draw in drawings if aside(figure.file, save, folder / figure.file, height, draw)]
 
 
 _WIRE = Figure(

@@ -16,8 +16,8 @@ class Aside:
     def __init__(self) -> None:
         self._told: set[str] = set()
 
-    def __call__(self, what: str, call: Callable[..., object], *args: object) -> None:
-        """Calls.
+    def __call__(self, what: str, call: Callable[..., object], *args: object) -> bool:
+        """Calls, and says whether that went well.
 
         Args:
             what: fails, for the message.
@@ -31,3 +31,5 @@ class Aside:
             if what not in self._told:
                 self._told.add(what)
                 log.warning("%s failed (%s: %s): the run goes on without it", what, type(error).__name__, error)
+            return False
+        return True

@@ -179,7 +179,7 @@ class _Recorder:
         self._aside("the display", self._display.__exit__, kind, error, trace)
         if isinstance(error, StoppedError):
             outcome = {"outcome": "stopped", "exit_code": error.exit_code, "step": self._step, "message": str(error)}
-            self._folder.stop(outcome)
+            self._aside("outcome.json", self._folder.stop, outcome)
 
     @property
     def seconds(self) -> float:

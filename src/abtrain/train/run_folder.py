@@ -10,6 +10,7 @@ outcome.json     how a run ended that was stopped on request
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -22,7 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from abtrain.errors import ConfigurationError
+from abtrain.errors import CheckpointError, ConfigurationError
+from abtrain.files import write_whole
 from abtrain.train.config import NOT_OF_THE_METHOD, TrainConfig, holds_unfinished_run
 from abtrain.train.config_file import from_toml, to_toml
 
@@ -81,8 +83,8 @@ class RunFolder:
             (self.path / "outcome.json").unlink(missing_ok=True)
             if not step and (self.path / CHECKPOINTS).is_dir():
                 shutil.rmtree(self.path / CHECKPOINTS)
-            (self.path / "config.toml").write_text(to_toml(self._settings), encoding="utf-8")
-            metrics.write_text("".join(kept), encoding="utf-8")
+            write_whole(self.path / "config.toml", to_toml(self._settings))
+            write_whole(metrics, "".join(kept))
             self._metrics = metrics.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigurationError(f"--out {self.path} cannot be written: {error}") from error
@@ -94,7 +96,8 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._metrics is not None:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # told when the lines that it still holds could not be written
+                self._metrics.close()
         self._release()
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -104,8 +107,18 @@ class RunFolder:
         self._metrics.flush()  # a run that dies keeps the lines written so far
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Writes result.json."""
-        self._write("result.json", result)
+        """Writes result.json.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        try:
+            self._write("result.json", result)
+        except OSError as error:
+            raise CheckpointError(
+                f"the run has come to its end, but {self.path / 'result.json'} cannot be written: {error}. Make room "
+                "for it, and run again: the run goes on from its last checkpoint"
+            ) from error
 
     def stop(self, outcome: Mapping[str, Any]) -> None:
         """Writes outcome.json."""
@@ -116,13 +129,7 @@ class RunFolder:
         self._lock.close()
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        """Writes a file whole or not at all, even if the machine goes down."""
-        partial = self.path / f"{name}.partial"
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(_json(content, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path / name)
+        write_whole(self.path / name, _json(content, indent=2) + "\n")
 
     def _check_settings(self) -> None:
         before = dataclasses.asdict(from_toml(self.path / "config.toml"))

@@ -8,16 +8,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from abtrain.errors import AbtrainError, nearest
+from abtrain.errors import nearest
+from abtrain.train.aside import Aside
 from abtrain.train.config import TrainConfig
-
-log = logging.getLogger("abtrain")
 
 Numbers = Mapping[str, float]
 
@@ -122,10 +120,13 @@ class Trackers:
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         self._live: dict[str, Tracker] = {}
+        self._aside = Aside()
+
+        def begin(name: str) -> None:
+            self._live[name] = TRACKERS[name][1](folder, config)
+
         for name in config.track:
-            begun = self._guarded(name, lambda name=name: TRACKERS[name][1](folder, config))  # type: ignore[misc]
-            if begun is not None:
-                self._live[name] = begun
+            self._aside(name, begin, name)
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
         """Records those values of a step that are numbers."""
@@ -137,17 +138,8 @@ class Trackers:
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._live.items()):
-            self._guarded(name, lambda tracker=tracker: call(tracker))  # type: ignore[misc]
-
-    def _guarded(self, name: str, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except AbtrainError:
-            raise  # a request to stop may come at any time, and is none of the tracker's own errors
-        except Exception as error:
-            self._live.pop(name, None)
-            log.warning("%s failed (%s: %s): the run goes on without it", name, type(error).__name__, error)
-            return None
+            if not self._aside(name, call, tracker):
+                del self._live[name]
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
