@@ -146,8 +146,8 @@ def _open(path: Path, comm: Communicator) -> tuple[str, Saved]:
         ranks = list(range(workers))
     else:
         raise CheckpointError(
-            f"{path} was saved by {workers} workers amid a round, and there are {comm.topology.world_size} now: only "
-            "from a merge can another number go on"
+            f"{path} was saved by {workers} workers, and there are {comm.topology.world_size} now: only as many can go "
+            "on from it"
         )
     files = {name: Written(*entry) for name, entry in body["files"].items()}
     opened: dict[str, TensorFile] = {}
@@ -245,9 +245,14 @@ def _names(folder: Path) -> list[str]:
 
 
 def _prune(folder: Path, keep: int, comm: Communicator, step: int) -> None:
-    """Removes all but the newest checkpoints. What cannot be removed is left, and said."""
+    """Removes all but the newest checkpoints. What cannot be removed is left, and said.
+
+    Those of later steps are damaged, or of a run that has gone back since: they go first.
+    """
+    names = sorted(_names(folder), reverse=True)
+    later = [name for name in names if name > f"step-{step:012d}"]
     try:
-        for name in sorted(_names(folder), reverse=True)[max(keep, 1) :]:
+        for name in [*later, *names[len(later) + max(keep, 1) :]]:
             fail_at(comm.rank, step, "checkpoint.prune")
             # Under another name first: what is half removed must not be taken for damaged.
             (folder / name).rename(folder / f"{_TEMPORARY[1]}{name}")

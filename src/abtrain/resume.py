@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from abtrain.comm.meter import Meter
 from abtrain.errors import CheckpointError
@@ -20,6 +21,7 @@ from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.rounds import Rounds, TrainedBy
 from abtrain.switch import Switch
+from abtrain.sync import WeightSync
 
 VERSION = 2
 """Of the content of `ABTraining.state_dict`: other content, another number."""
@@ -111,16 +113,28 @@ def decided(recipe: Recipe, state: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def can_be_resized(state: Mapping[str, Any]) -> bool:
-    """Whether another number of workers may go on from a state: all held the same model, and no merge was under way."""
-    return bool(state["workers_equal"]) and not state["rounds"]["under_way"]
+def can_be_resized(state: Mapping[str, Any], position: Position | None) -> bool:
+    """Whether another number of workers may go on from a state: all hold the same model, or did so at their last merge.
+
+    Args:
+        state: of a worker.
+        position: of the step that comes next; None at the end.
+    """
+    merges = position is not None and isinstance(position.phase.sync, WeightSync)
+    return bool(state["workers_equal"]) or merges
 
 
-def resized(states: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Any]:
-    """The state of worker `rank` of another number of workers, from those of all workers at a merge.
+def resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> dict[str, Any]:
+    """The state of worker `rank` of another number of workers, from those of all workers.
 
-    A worker takes over the inner optimizer of one of the former ones. What wires owe is owed by all together: each
-    takes the average, so that the average over all stays what it was.
+    Amid a round, that is the state of its start: what all held after their last merge. A worker takes over the inner
+    optimizer of one of the former ones. What wires owe is owed by all together: each takes the average, so that the
+    average over all stays what it was.
+
+    Args:
+        states: of all former workers, at the same step.
+        rank: of the worker, now.
+        recipe: of the run, as it was given.
     """
     state = dict(states[rank % len(states)])
     residuals = [other["merger"]["residuals"] for other in states]
@@ -128,4 +142,52 @@ def resized(states: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Any]:
     state["merger"] = {**state["merger"], "residuals": owed}
     # The first worker alone measures.
     state["switch"] = states[0]["switch"] if rank == 0 else {"spectra": {}, "drift": {}, "sizes": {}}
+    if not state["workers_equal"] or state["rounds"]["under_way"]:
+        state |= _at_last_merge(states, state, decided(recipe, state))
     return state
+
+
+def _at_last_merge(states: Sequence[Mapping[str, Any]], state: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """What of a state changes when its worker goes back to what all workers held alike."""
+    position = _last_merge(state, recipe)
+    back, climb = state["step"] - position.step, state["rebound"]
+    anchors = state["merger"]["anchors"]
+    weights = {
+        name: _as_parameter(anchors[name], weight) if name in anchors else weight
+        for name, weight in state["model"]["weights"].items()
+    }
+    buffers = {
+        name: torch.stack([other["model"]["buffers"][name] for other in states]).mean(0)
+        if buffer.is_floating_point()
+        else buffer
+        for name, buffer in states[0]["model"]["buffers"].items()
+    }
+    # The climb may have ended since, or have begun in an earlier phase.
+    done = max(climb["done"] - back, min(climb["length"], position.step_in_phase))
+    return {
+        "step": position.step,
+        "model": {**state["model"], "weights": weights, "buffers": buffers},
+        "rounds": {**state["rounds"], "losses": torch.zeros(0, dtype=torch.float64), "under_way": []},
+        "rebound": {"length": climb["length"], "done": done},
+        "skipped_steps": [step for step in state["skipped_steps"] if step < position.step],
+        "workers_equal": True,
+        "round_began": True,
+    }
+
+
+def _last_merge(state: Mapping[str, Any], recipe: Recipe) -> Position:
+    """Where the round began after whose last merge all held the same: of a merge under way, the outcome is not known."""
+    step = state["step"] - (1 if state["step"] == recipe.total_steps else 0)
+    rounds = 2 if state["rounds"]["under_way"] else 1
+    while True:
+        position = recipe.at(step)
+        rounds -= position.starts_round
+        if position.first or rounds <= 0:
+            return position
+        step -= 1
+
+
+def _as_parameter(anchor: Tensor, parameter: Tensor) -> Tensor:
+    """An anchor, which is real and wide, in the dtype of its parameter."""
+    held = torch.view_as_complex(anchor) if parameter.is_complex() else anchor
+    return held.to(parameter.dtype)

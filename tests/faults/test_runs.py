@@ -228,17 +228,41 @@ def test_nothing_is_begun_anew_where_all_checkpoints_are_damaged(
 
 
 @pytest.mark.parametrize(("before", "workers"), [(2, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize(
+    ("recipe", "every", "stop", "saved", "goes_on"),
+    [
+        ("ab", 5, 12, 10, "step 10"),
+        ("ab", 3, 17, 15, "step 15, back at the merge of step 13"),
+        ("ab_outer", 4, 18, 16, "step 16, back at the merge of step 10"),
+    ],
+    ids=["at a merge", "amid a round", "a merge under way"],
+)
 def test_another_number_of_workers(
-    before: int, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    before: int,
+    workers: int,
+    recipe: str,
+    every: int,
+    stop: int,
+    saved: int,
+    goes_on: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The checkpoint of step 10 is one of a merge, those of the steps after it are not."""
+    """They go on from the newest checkpoint: from its last merge, if workers were alone when it was written."""
     caplog.set_level(logging.INFO)
     with pytest.raises(RuntimeError):
-        run(settings(tmp_path, workers=before, checkpoint_every=5, keep=3), "fail 0 17 step", monkeypatch)
-    result = run(settings(tmp_path, workers=workers, checkpoint_every=5))
-    assert f"step-000000000015 was saved by {before} workers amid a round" in caplog.text
-    assert "going on from the checkpoint of step 10" in caplog.text and "samples are dealt out anew" in caplog.text
+        run(
+            settings(tmp_path, recipe, workers=before, checkpoint_every=every, keep=1),
+            f"fail 0 {stop} step",
+            monkeypatch,
+        )
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{saved:012d}"]
+    result = run(settings(tmp_path, recipe, workers=workers, checkpoint_every=every, keep=1))
+    assert f"going on from the checkpoint of {goes_on}" in caplog.text and "samples are dealt out anew" in caplog.text
     assert result["steps"] == STEPS and result["world_size"] == workers
+    assert recorded(tmp_path) == list(range(1, STEPS + 1))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{STEPS // every * every:012d}"]
 
 
 def test_a_finished_run_is_not_touched(tmp_path: Path) -> None:

@@ -67,7 +67,12 @@ class Saving:
         phase, comm.meter.phase = comm.meter.phase, "checkpoint"
         try:
             return checkpoint.save(
-                self._folder, ab.steps_done, state, comm, keep=self._config.keep, resizable=can_be_resized(engine)
+                self._folder,
+                ab.steps_done,
+                state,
+                comm,
+                keep=self._config.keep,
+                resizable=can_be_resized(engine, ab.position),
             )
         except CheckpointError as error:
             if self._config.on_checkpoint_error == "stop":
@@ -96,7 +101,8 @@ class Saving:
                 "a new run"
             ) from error
         if comm.rank == 0:
-            log.info("going on from the checkpoint of step %d", saved.step)
+            back = f", back at the merge of step {self._ab.steps_done}" if self._ab.steps_done != saved.step else ""
+            log.info("going on from the checkpoint of step %d%s", saved.step, back)
             if saved.workers != comm.topology.world_size:
                 log.info(
                     "%d workers go on with what %d left: samples are dealt out anew",
@@ -107,12 +113,18 @@ class Saving:
 
     def _load(self, saved: checkpoint.Saved) -> None:
         comm, states = self._ab.communicator, saved.states
-        own = states[comm.rank % len(states)]
-        engine = (
-            own["ab"] if saved.workers == comm.topology.world_size else resized([s["ab"] for s in states], comm.rank)
-        )
+        own, engine = states[comm.rank % len(states)], states[0]["ab"]
+        if saved.workers == comm.topology.world_size:
+            engine = own["ab"]
+        else:
+            engine = resized([state["ab"] for state in states], comm.rank, self._ab.recipe)
         self._ab.load_state_dict(engine)
         self._schedule.load_state_dict(own["schedule"])
+        record = states[0]["record"]
+        if engine["step"] != saved.step:
+            self._schedule.last_epoch = engine["step"] - 1
+            self._schedule.step()
+            record = {**record, "losses": record["losses"][:0]} if record else record
         load_generators_state(own["generators"], comm.device)
         if self._record is not None:
-            self._record.load_state_dict(states[0]["record"])
+            self._record.load_state_dict(record)
