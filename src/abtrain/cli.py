@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from abtrain import __version__
 from abtrain.errors import AbtrainError, ConfigurationError, StoppedError
@@ -29,7 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own = given.index("--") if "--" in given else len(given)
     chosen, rest = parser.parse_known_args(given[:own])
     _, command = COMMANDS[chosen.command]
-    sys.exit(_run(command, [*rest, *given[own:]]))
+    code = _run(command, [*rest, *given[own:]])
+    if chosen.command == "train" and "RANK" in os.environ:
+        from abtrain.train.leaving import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -103,13 +111,22 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
 
 def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     """Runs a command; its exit code."""
+    # What a command does about signals itself comes later, behind imports that take seconds.
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         command(arguments)
     except AbtrainError as error:
         return _fail(error)
     except KeyboardInterrupt:
         return _fail(StoppedError("stopped on request (SIGINT)"))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise StoppedError(f"stopped on request ({signal.Signals(number).name})")
 
 
 def _fail(error: AbtrainError) -> int:

@@ -3,8 +3,8 @@
     ABTRAIN_FAULTS="kill 1 12 merge.begin; ENOSPC 0 20 checkpoint.write"
 
 kills rank 1 at the point `merge.begin` of step 12, and lets rank 0's disk be full at step 20. Step `*` is any step. Of
-a run that is started again (torchrun's TORCHELASTIC_RESTART_COUNT), the first attempt has the faults before the first
-`|`, the second those behind it, and so on.
+a run that is started again (see `attempt`), the first attempt has the faults before the first `|`, the second those
+behind it, and so on.
 
 Actions: `kill` (SIGKILL), `freeze` (SIGSTOP), `term` and `int` (the signals, at this worker), `slow` (it sleeps for a
 second), `memory` (a limit leaves it no more of it), `fail` (a RuntimeError), and the names of system errors, such as
@@ -25,6 +25,8 @@ import time
 from typing import NamedTuple
 
 VARIABLE = "ABTRAIN_FAULTS"
+ATTEMPT = "ABTRAIN_ATTEMPT"
+"""How often our own launcher has started the workers again."""
 _SIGNALS = {"kill": "SIGKILL", "freeze": "SIGSTOP", "term": "SIGTERM", "int": "SIGINT"}
 
 
@@ -55,8 +57,13 @@ _planned: list[Fault] = []
 
 def load() -> None:
     """Plans what the variable says for this attempt."""
-    plans, attempt = os.environ.get(VARIABLE, "").split("|"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    _planned[:] = parse(plans[attempt]) if attempt < len(plans) else []
+    plans = os.environ.get(VARIABLE, "").split("|")
+    _planned[:] = parse(plans[attempt()]) if attempt() < len(plans) else []
+
+
+def attempt() -> int:
+    """How often the workers of this run have been started again, by torchrun or by our own launcher."""
+    return sum(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", ATTEMPT))
 
 
 load()

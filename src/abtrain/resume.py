@@ -176,7 +176,7 @@ def _at_last_merge(states: Sequence[Mapping[str, Any]], state: Mapping[str, Any]
 
 
 def _last_merge(state: Mapping[str, Any], recipe: Recipe) -> Position:
-    """Where the round began after whose last merge all held the same: of a merge under way, the outcome is not known."""
+    """Where the round began at whose start all held the same: of a merge under way, nobody knows the outcome yet."""
     step = state["step"] - (1 if state["step"] == recipe.total_steps else 0)
     rounds = 2 if state["rounds"]["under_way"] else 1
     while True:

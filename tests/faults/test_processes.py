@@ -225,6 +225,36 @@ def test_one_worker_that_is_asked_to_stop_stops_all(whole: str, tmp_path: Path) 
     assert digest(tmp_path) == whole
 
 
+def test_a_request_to_stop_is_no_reason_to_start_again(whole: str, tmp_path: Path) -> None:
+    stopped = start(tmp_path, *TRAIN, "--max-restarts", "2", plan="term 1 6 step").wait()
+    assert stopped.code == 75 and "started again" not in stopped.err
+    assert start(tmp_path, *TRAIN, "--max-restarts", "2").wait().code == 0
+    assert digest(tmp_path) == whole
+
+
+LONG_ROUND = ("--steps", "200000", "--warmup-steps", "4", "--ab-steps", "150000", "--rank-rule", "fixed:4")
+
+
+@pytest.mark.parametrize("everybody", [True, False], ids=["all workers", "one worker"])
+def test_a_stop_does_not_wait_for_a_merge_that_is_far_away(everybody: bool, tmp_path: Path) -> None:
+    """Workers that train alone agree on a step, save there, and go on from it."""
+    arguments = ("train", "ab", *LONG_ROUND, "--workers", "2", "--log-every", "1", "--out", "run")
+    run = start(tmp_path, *arguments, plan="" if everybody else "term 1 9 step")
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100
+    while everybody and not (metrics.exists() and '"group"' in metrics.read_text()):
+        assert run.process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.05)
+    if everybody:
+        run.signal(signal.SIGTERM)
+    ended = run.wait(60)
+    assert ended.code == 75, ended.err
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert outcome["step"] > 4 and saved == [f"step-{outcome['step']:012d}"]
+    again = start(tmp_path, *arguments, plan=f"kill 0 {outcome['step'] + 1} step").wait()
+    assert f"going on from the checkpoint of step {outcome['step']}\n" in again.err
+
+
 @pytest.mark.parametrize("numbers", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGTERM", "SIGINT")], ids="-".join)
 def test_a_run_that_is_told_to_stop_twice(numbers: tuple[str, str], tmp_path: Path) -> None:
     """The second signal comes at once, while the first is being obeyed."""

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,49 @@ def test_a_finished_run_is_not_touched(tmp_path: Path) -> None:
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     with RunFolder(settings(tmp_path)), pytest.raises(ConfigurationError, match="in use by another run"):
         run(settings(tmp_path))
+
+
+def test_files_of_a_run_that_are_damaged(
+    tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the metrics the readable lines stay; settings that cannot be read are said to be so."""
+    with pytest.raises(RuntimeError):
+        run(settings(tmp_path), "fail 0 7 step", monkeypatch)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\n{")
+    kept = (tmp_path / "config.toml").read_text()
+    (tmp_path / "config.toml").write_text(kept[: len(kept) // 2] + "[")
+    with pytest.raises(ConfigurationError, match=r"--out .* holds a run whose config\.toml is damaged"):
+        run(settings(tmp_path))
+    (tmp_path / "config.toml").write_text(kept)
+    assert run(settings(tmp_path))["weights_digest"] == whole["ab"]
+    assert recorded(tmp_path) == list(range(1, STEPS + 1))
+
+
+def test_an_evaluation_that_takes_longer_than_workers_wait(
+    tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, config = loop.evaluate, settings(tmp_path)
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(6)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", slowly)
+    result = run_in_process(config.workers, lambda comm: train(config, comm), timeout=4)[0]
+    assert result["weights_digest"] == whole["ab"]
+
+
+def test_a_stopped_run_whose_workers_are_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun does so, whatever made them end; the next start by a person goes on."""
+    monkeypatch.setattr(faults, "_planned", faults.parse("term 0 7 step"))
+    with pytest.raises(StoppedError):
+        train(alone(tmp_path), SingleProcess())
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(StoppedError, match="was stopped on request: run again to go on"):
+        train(alone(tmp_path), SingleProcess())
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    assert train(alone(tmp_path), SingleProcess())["steps"] == STEPS
 
 
 def test_an_unfinished_run_of_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from tyro.conf import Positional, arg
 
 from abtrain import recipes
 from abtrain.errors import ConfigurationError, nearest
+from abtrain.faults import attempt
 from abtrain.train.choices import DEVICES, Init, OnBadImage, OnCheckpointError, OnNonFinite, Precision
 
 # torch takes seconds to import: what needs it is imported where it is used, so that `--help` answers at once.
@@ -309,8 +310,7 @@ def _folder_problems(config: TrainConfig) -> list[str]:
 
 def restarted(config: TrainConfig) -> TrainConfig:
     """The settings of this attempt at the run: one after the first does not replace what the first has left."""
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return dataclasses.replace(config, overwrite=False) if again and config.resume else config
+    return dataclasses.replace(config, overwrite=False) if attempt() and config.resume else config
 
 
 def holds_unfinished_run(folder: Path) -> bool:

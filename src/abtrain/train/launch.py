@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -24,16 +26,19 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from abtrain.errors import AbtrainError, ConfigurationError, OutOfMemoryError, PeerLostError, StoppedError
+from abtrain.faults import ATTEMPT
 from abtrain.train import worker
 from abtrain.train.config import TrainConfig, notices, resolve, restarted, validate
 from abtrain.train.config_file import to_toml
-from abtrain.train.run_folder import default_folder
+from abtrain.train.run_folder import RESULT_FILE, default_folder
 from abtrain.train.tasks import TASKS
 
 log = logging.getLogger("abtrain")
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHUTDOWN_SECONDS = 30  # that workers have to save and to end by themselves; as with torchrun
+_STARTED_AGAIN = frozenset({AbtrainError.exit_code, PeerLostError.exit_code})
+"""Exit codes of runs that may go well the next time: a worker died, or something happened that nobody foresaw."""
 
 
 def run(config: TrainConfig) -> None:
@@ -89,22 +94,44 @@ def _start_workers(config: TrainConfig) -> None:
     launcher_log = logging.getLogger("torch.distributed.elastic")
     launcher_log.propagate = False
     launcher_log.addHandler(logging.NullHandler())
-    with tempfile.TemporaryDirectory(prefix="abtrain-") as name, _worker_environment():
-        folder = Path(name)
-        (folder / worker.SETTINGS_FILE).write_text(to_toml(config), encoding="utf-8")
-        launcher = elastic_launch(_launch_config(config, folder), sys.executable)
-        previous = {stop: signal.signal(stop, _stop_workers) for stop in _STOP_SIGNALS}
-        try:
-            launcher("-m", worker.__name__, name)
-        except SignalException as stopped:
+    started = time.time()
+    previous = {stop: signal.signal(stop, _stop_workers) for stop in _STOP_SIGNALS}
+    try:
+        _start_until_done(config)
+    except SignalException as stopped:
+        # They end what they are at, and where that is the evaluation there is nothing left to stop.
+        assert config.out is not None
+        result = config.out / RESULT_FILE
+        if not (result.exists() and result.stat().st_mtime >= started):
             raise StoppedError(str(stopped)) from None
-        except ChildFailedError as failed:
-            raise _first_error(list(failed.failures.values())) from None
-        finally:
-            for stop, handler in previous.items():
-                signal.signal(stop, handler)
-            # A worker that was killed could not bring the cursor back that its progress bar hid.
-            Console().show_cursor()
+    finally:
+        for stop, handler in previous.items():
+            signal.signal(stop, handler)
+        # A worker that was killed could not bring the cursor back that its progress bar hid.
+        Console().show_cursor()
+
+
+def _start_until_done(config: TrainConfig) -> None:
+    """Starts workers, and starts them again where one of them died, as often as the settings allow.
+
+    Raises:
+        AbtrainError: what made the first worker fail, in the last attempt. Errors that would come again, and a request
+            to stop, leave no other attempt.
+        SignalException: this process was asked to stop.
+    """
+    for attempt in itertools.count():
+        with tempfile.TemporaryDirectory(prefix="abtrain-") as name, _worker_environment(attempt):
+            folder = Path(name)
+            (folder / worker.SETTINGS_FILE).write_text(to_toml(config), encoding="utf-8")
+            try:
+                elastic_launch(_launch_config(config, folder), sys.executable)("-m", worker.__name__, name)
+                return
+            except ChildFailedError as failed:
+                error = _first_error(list(failed.failures.values()))
+        if error.exit_code not in _STARTED_AGAIN or attempt == config.max_restarts:
+            raise error
+        log.info("%s", error)
+        log.info("workers are started again, for the %d. of %d times", attempt + 1, config.max_restarts)
 
 
 def _launch_config(config: TrainConfig, folder: Path) -> LaunchConfig:
@@ -117,7 +144,7 @@ def _launch_config(config: TrainConfig, folder: Path) -> LaunchConfig:
         rdzv_backend="c10d",
         rdzv_endpoint=str(folder / "rendezvous"),
         rdzv_configs={"store_type": "file"},
-        max_restarts=config.max_restarts,
+        max_restarts=0,  # it would start workers again whatever ended them
         local_addr="127.0.0.1",
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
         # The others are ours to handle, see `_stop_workers`.
@@ -127,8 +154,8 @@ def _launch_config(config: TrainConfig, folder: Path) -> LaunchConfig:
 
 
 @contextlib.contextmanager
-def _worker_environment() -> Iterator[None]:
-    """The variables that workers inherit from this process while they start."""
+def _worker_environment(attempt: int = 0) -> Iterator[None]:
+    """The variables that workers inherit from this process while they start, for the `attempt`th time again."""
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     before = dict(os.environ)
     os.environ |= {
@@ -136,6 +163,7 @@ def _worker_environment() -> Iterator[None]:
         "NCCL_SOCKET_IFNAME": loopback,
         # Or else the launcher opens a TCPStore for the workers, on all interfaces.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        ATTEMPT: str(attempt),
     }
     # As torchrun does: workers that each take all cores are slower together.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -172,11 +200,12 @@ def _first_error(failures: list[ProcessFailure]) -> AbtrainError:
     deaf = [f for f in failures if f.exitcode == -signal.SIGKILL and f.timestamp >= long_before]
     rest = [failure for failure in failures if failure not in deaf] or failures
     first = min(rest, key=lambda failure: (_is_consequence(failure), failure.timestamp))
+    if first.exitcode == -signal.SIGTERM:
+        return StoppedError(f"stopped on request (SIGTERM at worker {first.local_rank}, before training began)")
     if first.exitcode < 0:
-        return PeerLostError(
-            f"worker {first.local_rank} was killed by {first.signal_name()}: if the machine ran out of memory, use "
-            "fewer --workers or a smaller --batch-size"
-        )
+        why = "if the machine ran out of memory, use fewer --workers or a smaller --batch-size"
+        remedy = f": {why}" if first.exitcode == -signal.SIGKILL else ""
+        return PeerLostError(f"worker {first.local_rank} was killed by {first.signal_name()}{remedy}")
     content = first.error_file_data.get("message", "")
     if not isinstance(content, dict):
         return AbtrainError(f"worker {first.local_rank} ended with exit code {first.exitcode} and left no message")
@@ -194,4 +223,6 @@ def _is_consequence(failure: ProcessFailure) -> bool:
     """Whether a worker ended because another one had."""
     content = failure.error_file_data.get("message", "")
     own = isinstance(content, dict) and content["message"].startswith(f"{OutOfMemoryError.__name__}: ")
-    return failure.exitcode == -signal.SIGTERM or (failure.exitcode == PeerLostError.exit_code and not own)
+    # A worker that loses its peers in the midst of its end aborts.
+    ended = failure.exitcode in (-signal.SIGTERM, -signal.SIGABRT)
+    return ended or (failure.exitcode == PeerLostError.exit_code and not own)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.optim.lr_scheduler import LRScheduler
 
 from abtrain import __version__
@@ -50,12 +51,13 @@ from abtrain.train.watchdog import Watchdog
 _OWN = frozenset({"out", "data", "config"})
 
 
-def train(config: TrainConfig, communicator: Communicator) -> dict[str, Any]:
+def train(config: TrainConfig, communicator: Communicator, store: Store | None = None) -> dict[str, Any]:
     """Trains, and on rank 0 evaluates, shows and records. Collective: every worker calls it.
 
     Args:
         config: valid and resolved; `workers` and `group_size` are the communicator's.
         communicator: how to reach the other workers; the model trains on its device.
+        store: that all workers reach, for a request to stop between merges; None: it waits for the next one.
 
     Returns:
         On rank 0 the content of result.json, elsewhere nothing.
@@ -86,7 +88,7 @@ def train(config: TrainConfig, communicator: Communicator) -> dict[str, Any]:
         if recorder is not None:
             recorder.begin(step)
         started = time.perf_counter() - (recorder.seconds if recorder is not None else 0)
-        run = _Run(config, task, ab, schedule, recorder, saving, stack.enter_context(Stopping(communicator)))
+        run = _Run(config, task, ab, schedule, recorder, saving, stack.enter_context(Stopping(communicator, store)))
         run.train(dealt(start=step), path)
         seconds = time.perf_counter() - started
         result = {}
@@ -94,7 +96,6 @@ def train(config: TrainConfig, communicator: Communicator) -> dict[str, Any]:
             if recorder is not None:
                 result = result_of(config, ab, parameters, seconds, evaluate(model, task, data))
                 recorder.finish(result)
-            communicator.barrier()
     return result
 
 
@@ -144,14 +145,18 @@ def _open_folder(
     config: TrainConfig, communicator: Communicator, stack: contextlib.ExitStack
 ) -> tuple[RunFolder | None, Path, bool]:
     """On rank 0 the run folder; on all, where it is, and whether it holds a run that goes on. Collective."""
-    folder, answer = None, (["no rank 0"], "", False)
+    folder, problems, stopped, path, goes_on = None, list[str](), "", "", False
     if communicator.rank == 0:
         try:
             folder = stack.enter_context(RunFolder(config))
-            answer = ([], str(folder.path.absolute()), folder.goes_on)
+            path, goes_on = str(folder.path.absolute()), folder.goes_on
         except ConfigurationError as error:
-            answer = (list(error.problems), "", False)
-    problems, path, goes_on = gather_json(communicator, answer)[0]
+            problems = list(error.problems)
+        except StoppedError as error:
+            stopped = str(error)
+    problems, stopped, path, goes_on = gather_json(communicator, (problems, stopped, path, goes_on))[0]
+    if stopped:
+        raise StoppedError(stopped)
     if problems:
         raise ConfigurationError(problems)
     return folder, Path(path), goes_on
@@ -296,6 +301,8 @@ class _Run:
         # After the last step there is nothing left to stop.
         meets = not ab.finished and (gradients_travel or position.merges or due)
         number = self.stopping.agreed(meets, wait=waits_anyway or due or ab.finished)
+        if not (meets or ab.finished):
+            number = self.stopping.agreed_between(ab.steps_done)
         stops = number != 0 and not ab.finished
         saved = self.saving.save() if due or stops else None
         if stops:

@@ -23,12 +23,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from abtrain.errors import CheckpointError, ConfigurationError
+from abtrain.errors import CheckpointError, ConfigurationError, StoppedError
+from abtrain.faults import attempt
 from abtrain.files import write_whole
 from abtrain.train.config import NOT_OF_THE_METHOD, TrainConfig, holds_unfinished_run
 from abtrain.train.config_file import from_toml, to_toml
 
 CHECKPOINTS = "checkpoints"
+RESULT_FILE, OUTCOME_FILE = "result.json", "outcome.json"
 
 
 def default_folder(config: TrainConfig) -> Path:
@@ -50,6 +52,7 @@ class RunFolder:
     Raises:
         ConfigurationError: the folder cannot be written, another process is writing it, or the unfinished run has other
             settings.
+        StoppedError: the run was stopped on request, and its workers have been started again nevertheless.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -66,7 +69,8 @@ class RunFolder:
         if self.goes_on:
             try:
                 self._check_settings()
-            except ConfigurationError:
+                self._check_outcome()
+            except (ConfigurationError, StoppedError):
                 self._release()
                 raise
 
@@ -79,8 +83,8 @@ class RunFolder:
         metrics = self.path / "metrics.jsonl"
         try:
             kept = _lines_until(metrics, step) if step else []
-            (self.path / "result.json").unlink(missing_ok=True)
-            (self.path / "outcome.json").unlink(missing_ok=True)
+            (self.path / RESULT_FILE).unlink(missing_ok=True)
+            (self.path / OUTCOME_FILE).unlink(missing_ok=True)
             if not step and (self.path / CHECKPOINTS).is_dir():
                 shutil.rmtree(self.path / CHECKPOINTS)
             write_whole(self.path / "config.toml", to_toml(self._settings))
@@ -113,16 +117,16 @@ class RunFolder:
             CheckpointError: it cannot be written.
         """
         try:
-            self._write("result.json", result)
+            self._write(RESULT_FILE, result)
         except OSError as error:
             raise CheckpointError(
-                f"the run has come to its end, but {self.path / 'result.json'} cannot be written: {error}. Make room "
+                f"the run has come to its end, but {self.path / RESULT_FILE} cannot be written: {error}. Make room "
                 "for it, and run again: the run goes on from its last checkpoint"
             ) from error
 
     def stop(self, outcome: Mapping[str, Any]) -> None:
         """Writes outcome.json."""
-        self._write("outcome.json", outcome)
+        self._write(OUTCOME_FILE, outcome)
 
     def _release(self) -> None:
         (self.path / ".lock").unlink(missing_ok=True)
@@ -131,8 +135,19 @@ class RunFolder:
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         write_whole(self.path / name, _json(content, indent=2) + "\n")
 
+    def _check_outcome(self) -> None:
+        # torchrun starts workers again whatever ended them.
+        if attempt() and (self.path / OUTCOME_FILE).exists():
+            raise StoppedError(f"--out {self.path} holds a run that was stopped on request: run again to go on")
+
     def _check_settings(self) -> None:
-        before = dataclasses.asdict(from_toml(self.path / "config.toml"))
+        try:
+            before = dataclasses.asdict(from_toml(self.path / "config.toml"))
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"--out {self.path} holds a run whose config.toml is damaged ({'; '.join(error.problems)}): put it in "
+                "order, name another folder, or add --overwrite to replace it"
+            ) from error
         now = dataclasses.asdict(self._settings)
         differing = [
             f"{name} is {before[name]!r} there and {now[name]!r} here"
@@ -170,7 +185,9 @@ def _lock(path: Path) -> TextIO:
 def _lines_until(metrics: Path, step: int) -> list[str]:
     """The lines of metrics up to a step; one that a crash tore is not among them."""
     kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []:
+    for line in (
+        metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if metrics.exists() else []
+    ):
         try:
             if json.loads(line)["step"] <= step and line.endswith("\n"):
                 kept.append(line)

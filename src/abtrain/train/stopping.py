@@ -8,9 +8,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from abtrain.comm.communicator import Communicator, Pending
 from abtrain.errors import StoppedError
+from abtrain.train.between import Between
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -19,11 +21,17 @@ class Stopping:
     """Inside it, a first signal asks for a stop at the next step at which workers meet; a second one stops at once.
 
     Workers find out about each other's signals by a number that they add up where they meet anyway: at merges, and
-    beside the gradients, hidden behind the next step.
+    beside the gradients, hidden behind the next step. Where the next merge is far away, they agree on a step through
+    the store, which they look into about once a second.
+
+    Args:
+        comm: of this worker.
+        store: that all workers reach; None: they agree where they meet only.
     """
 
-    def __init__(self, comm: Communicator) -> None:
+    def __init__(self, comm: Communicator, store: Store | None = None) -> None:
         self._comm = comm
+        self._between = None if store is None else Between(store, comm.topology.world_size)
         self._asked = 0
         self._before: dict[int, Any] = {}
         self._under_way: tuple[torch.Tensor, Pending[None]] | None = None
@@ -55,6 +63,16 @@ class Stopping:
         asked = torch.tensor([self._asked], dtype=torch.int32, device=self._comm.device)
         self._under_way = asked, self._comm.launch_all_reduce(asked, "max")
         return answer or (self._answer() if wait else 0)
+
+    def agreed_between(self, step: int) -> int:
+        """Likewise, amid a round, where workers do not meet. Stops within seconds, if all workers are amid that round.
+
+        Args:
+            step: how many steps this worker has done.
+        """
+        if self._comm.topology.world_size == 1:
+            return self._asked
+        return 0 if self._between is None else self._between.agreed(self._asked, step)
 
     def _answer(self) -> int:
         if self._under_way is None:

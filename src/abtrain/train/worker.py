@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
+from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
@@ -27,6 +27,7 @@ from abtrain.comm.torch_distributed import default_communicator
 from abtrain.errors import AbtrainError, ConfigurationError, OutOfMemoryError, PeerLostError, StoppedError
 from abtrain.train.config import TrainConfig, restarted
 from abtrain.train.config_file import from_toml
+from abtrain.train.leaving import leave
 from abtrain.train.loop import train
 from abtrain.train.meeting import meet
 
@@ -66,9 +67,10 @@ def train_together(config: TrainConfig, store: Store | None = None) -> None:
     if store is None:
         store = _announced_store(rank, config.workers, timeout)
     store.set_timeout(timeout)
+    store = meet(store, rank, config.workers, config.timeout)
     dist.init_process_group(
         "nccl" if config.device == "cuda" else "gloo",
-        store=meet(store, rank, config.workers, config.timeout),
+        store=store,
         rank=rank,
         world_size=config.workers,
         timeout=timeout,
@@ -78,7 +80,7 @@ def train_together(config: TrainConfig, store: Store | None = None) -> None:
         # Once all workers are here, all have found the settings valid: only then rank 0 may make a run folder.
         communicator.barrier()
         with memory_named(rank):
-            train(config, communicator)
+            train(config, communicator, PrefixStore("stopping", store))
     finally:
         dist.destroy_process_group()
 
@@ -152,4 +154,4 @@ def _end_with_parent(parent: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    leave(main(Path(sys.argv[1])))

@@ -3,13 +3,14 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from abtrain import errors
 from abtrain.train import launch
-from abtrain.train.config import TrainConfig
+from abtrain.train.config import TrainConfig, resolve
 
 
 def failure(folder: Path, rank: int, code: int, message: str | None = None, when: int = 100) -> ProcessFailure:
@@ -48,6 +49,49 @@ def test_a_worker_that_was_frozen(tmp_path: Path) -> None:
     error = launch._first_error([frozen, failure(tmp_path, 0, 6, "PeerLostError: rank 0 lost a peer", when=100)])
     assert type(error) is errors.PeerLostError
     assert str(error).startswith("rank 0 lost a peer. Worker 1 did not obey SIGTERM for 30 s")
+
+
+def test_a_worker_that_aborted_while_it_ended(tmp_path: Path) -> None:
+    aborted = failure(tmp_path, 1, -signal.SIGABRT)
+    error = launch._first_error([aborted, failure(tmp_path, 0, 2, "ConfigurationError: no", int(time.time()) + 9)])
+    assert type(error) is errors.ConfigurationError
+    alone = launch._first_error([aborted])
+    assert type(alone) is errors.PeerLostError and str(alone) == "worker 1 was killed by SIGABRT"
+
+
+def test_a_worker_that_was_stopped_before_it_trained(tmp_path: Path) -> None:
+    error = launch._first_error([failure(tmp_path, 1, -signal.SIGTERM), failure(tmp_path, 0, -signal.SIGTERM)])
+    assert type(error) is errors.StoppedError and "SIGTERM at worker" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "attempts"),
+    [
+        (6, errors.PeerLostError, 3),
+        (1, errors.AbtrainError, 3),
+        (2, errors.ConfigurationError, 1),
+        (4, errors.CheckpointError, 1),
+        (5, errors.RanksDisagreeError, 1),
+        (7, errors.NonFiniteError, 1),
+        (75, errors.StoppedError, 1),
+    ],
+)
+def test_only_what_may_go_well_the_next_time_is_started_again(
+    code: int, kind: type[errors.AbtrainError], attempts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    def launcher(config: object, program: str) -> Any:
+        def fail(*arguments: str) -> None:
+            begun.append(os.environ["ABTRAIN_ATTEMPT"])
+            raise ChildFailedError("worker", {0: failure(tmp_path, 0, code, f"{kind.__name__}: told")})
+
+        return fail
+
+    monkeypatch.setattr(launch, "elastic_launch", launcher)
+    with pytest.raises(kind):
+        launch._start_until_done(resolve(TrainConfig(workers=2, max_restarts=2)))
+    assert begun == [str(attempt) for attempt in range(attempts)]
 
 
 def test_an_error_that_nobody_foresaw(tmp_path: Path) -> None:
