@@ -56,13 +56,20 @@ def _scatter_figure(name: str, found: Sequence[Row], folder: Path) -> Figure:
     axis, value = _AXES[study.shown]
 
     def scatter(axes: Axes) -> None:
-        labels = list(dict.fromkeys(row.cell.method for row in found))
+        series: dict[str, list[Row]] = {}
         for row in found:
-            i = labels.index(row.cell.method)
+            series.setdefault(_series(row.cell.method)[0], []).append(row)
+        for i, (label, rows) in enumerate(series.items()):
+            rows.sort(key=value)
             style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
-            first = next(other for other in found if other.cell.method == row.cell.method) is row
-            label = row.cell.method if first else None
-            axes.errorbar(value(row), row.top1.mean, row.top1.std, capsize=3, linestyle="", label=label, **style)
+            means, deviations = [row.top1.mean for row in rows], [row.top1.std for row in rows]
+            axes.errorbar([*map(value, rows)], means, deviations, capsize=3, linewidth=1.2, label=label, **style)
+            settings: dict[tuple[float, float], list[str]] = {}
+            for row in rows:
+                settings.setdefault((value(row), row.top1.mean), []).append(_series(row.cell.method)[1])
+            for place, names in settings.items():
+                offset = (0, 7 if i % 2 else -15)
+                axes.annotate(", ".join(names), place, offset, textcoords="offset points", ha="center", fontsize=8)
         axes.set_xscale("log")
         plain_numbers(axes.xaxis)
         axes.set_xlabel(axis)
@@ -73,6 +80,12 @@ def _scatter_figure(name: str, found: Sequence[Row], folder: Path) -> Figure:
     seeds = min(row.seeds for row in found)
     bars = f"Means over {seeds} seeds, bars one standard deviation." if seeds > 1 else "One seed."
     return Figure(f"{name}.png", f"Accuracy over {study.shown}", f"{bars} {_NOTE}")
+
+
+def _series(label: str) -> tuple[str, str]:
+    """Which line a method's point is on, and the setting that tells it from the line's others."""
+    found = re.fullmatch(r"(.+)[ :]([0-9.]+)", label)
+    return (found[1], found[2]) if found else (label, "")
 
 
 def _histories(run: Run) -> dict[str, list[tuple[int, dict[str, float]]]]:
