@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -190,11 +191,7 @@ def _write_part(
     folder: Path, structure: Any, tensors: Mapping[str, Tensor], comm: Communicator, step: int
 ) -> dict[str, Written]:
     """This worker's files, with what the manifest says about them."""
-
-    def sync(file: BinaryIO) -> None:
-        fail_at(comm.rank, step, "checkpoint.fsync")
-        os.fsync(file.fileno())
-
+    sync = partial(_sync, comm, step)
     names = f"part-{comm.rank}.safetensors", f"part-{comm.rank}.json"
     fail_at(comm.rank, step, "checkpoint.write")
     return {
@@ -210,13 +207,18 @@ def _commit(temporary: Path, final: Path, content: Mapping[str, Any], comm: Comm
         if (temporary / name).stat().st_size != size:
             raise OSError(0, "other workers' parts are not there: they need a folder that they share", str(name))
     fail_at(comm.rank, step, "checkpoint.manifest")
-    write_json(temporary / MANIFEST, content, lambda file: os.fsync(file.fileno()))
+    write_json(temporary / MANIFEST, content, partial(_sync, comm, step))
     _sync_folder(temporary)
     if final.exists():  # damaged, or else the run would have gone on from it
         final.rename(final.with_name(f"{_TEMPORARY[1]}{final.name}"))
     fail_at(comm.rank, step, "checkpoint.rename")
     temporary.rename(final)
     _sync_folder(final.parent)
+
+
+def _sync(comm: Communicator, step: int, file: BinaryIO) -> None:
+    fail_at(comm.rank, step, "checkpoint.fsync")
+    os.fsync(file.fileno())
 
 
 def _together(comm: Communicator, step: int, work: Callable[[], Any]) -> list[Any]:

@@ -90,8 +90,8 @@ class Crash(BaseException):
     """As if the process had ended here."""
 
 
-# One after another: two files are synced.
-MOMENTS = ("prepare", "write", "fsync", "fsync", "manifest", "rename", "prune", "prune")
+# One after another: two files are synced, and the manifest.
+MOMENTS = ("prepare", "write", "fsync", "fsync", "manifest", "fsync", "rename", "prune", "prune")
 
 
 @pytest.mark.parametrize("moment", range(len(MOMENTS)), ids=[f"{i} {point}" for i, point in enumerate(MOMENTS)])

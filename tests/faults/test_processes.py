@@ -66,10 +66,18 @@ IN_CHECKPOINTS = [
     *(f"1 12 checkpoint.{point}" for point in ("write", "fsync")),
 ]
 
+# The second file of a part, and the manifest: at the points before, a worker is only slow.
+LATER_FSYNCS = {
+    f"{rank} 12 checkpoint.fsync {count + 1}": f"slow {rank} 12 checkpoint.fsync; " * count
+    for rank, count in ((0, 1), (0, 2), (1, 1))
+}
 
-@pytest.mark.parametrize("place", [*IN_TRAINING, *IN_MERGES, *IN_CHECKPOINTS])
+
+@pytest.mark.parametrize("place", [*IN_TRAINING, *IN_MERGES, *IN_CHECKPOINTS, *LATER_FSYNCS])
 def test_a_worker_that_is_killed_is_started_again(place: str, whole: str, tmp_path: Path) -> None:
-    ended = start(tmp_path, *TRAIN, "--max-restarts", "1", plan=f"kill {place}").wait()
+    kill = f"kill {' '.join(place.split()[:3])}"
+    plan = LATER_FSYNCS.get(place, "") + kill
+    ended = start(tmp_path, *TRAIN, "--max-restarts", "1", plan=plan).wait()
     assert ended.code == 0, ended.err
     assert digest(tmp_path) == whole
     step = int(place.split()[1])
