@@ -17,5 +17,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for outcome in ("passed", "failed", "error")
     }
     total = sum(counts.values())
-    if total:
-        terminalreporter.write_line(f"faults: {counts['passed']} of {total} ended as they ought to")
+    skipped = sum(report.nodeid.startswith(FOLDER) for report in terminalreporter.getreports("skipped"))
+    if total or skipped:
+        note = f", {skipped} skipped" if skipped else ""
+        terminalreporter.write_line(f"faults: {counts['passed']} of {total} ended as they ought to{note}")

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from abtrain import __version__
 from abtrain.comm import default_communicator
 from abtrain.comm.communicator import PLAIN, Communicator, DataParallel, Scope, Unsynchronized
 from abtrain.describe import Description
@@ -46,6 +47,7 @@ from abtrain.recipe import Position, Recipe
 from abtrain.replicas import check_replicas
 from abtrain.resume import VERSION, Parts, check_run, decided, recipe_fingerprint
 from abtrain.rounds import Rounds
+from abtrain.start import check_loaded, check_start
 from abtrain.state import SharedState
 from abtrain.step_hooks import Coming, StepHooks
 from abtrain.switch import Switch
@@ -87,7 +89,7 @@ class ABTraining:
 
     Raises:
         ConfigurationError: all that is wrong with the arguments, at once.
-        RanksDisagreeError: the workers' models differ in names, shapes or dtypes.
+        RanksDisagreeError: the workers' recipes or options differ, or their models in names, shapes or dtypes.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class ABTraining:
         self.optimizer = optimizer
         self.recipe = self._given_recipe = recipe
         self.communicator = comm
-        self.steps_done = 0
+        self.steps_done = comm.meter.step = 0
         self.rank_history: list[dict[str, Any]] = []
         self.decisions: list[dict[str, Any]] = []
         self.seconds = {"svd": 0.0}
@@ -142,6 +144,17 @@ class ABTraining:
         self._switch = Switch(comm, recipe)
         self._forwards = 0
         self._workers_equal = True
+        check_start(
+            comm,
+            recipe,
+            abtrain=__version__,
+            torch=torch.__version__,
+            optimizer=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+            grad_scaler=grad_scaler is not None and grad_scaler.is_enabled(),
+            find_unused_parameters=find_unused_parameters,
+            on_nonfinite=on_nonfinite,
+            measure_divergence=measure_divergence,
+        )
         self._state.agree()
         if comm.topology.n_groups == 1 and any(p.trains == "a_or_b" for p in recipe.phases):
             log.warning("one group alone: it trains A and B in turn, cycle by cycle")
@@ -220,6 +233,7 @@ class ABTraining:
         self._hooks.count = self._forwards = 0
         self._rebound.advance()
         self.steps_done += 1
+        self.communicator.meter.step = self.steps_done
         upcoming = self.recipe.at(self.steps_done) if self.steps_done < self.recipe.total_steps else None
         self._workers_equal = isinstance(position.phase.sync, GradientSync)
         if isinstance(position.phase.sync, WeightSync):
@@ -294,11 +308,16 @@ class ABTraining:
 
         Raises:
             CheckpointError: the state is of another recipe, model or optimizer. Nothing has changed then.
+            RanksDisagreeError: workers load states of different steps, and nothing has changed; or those who ought to
+                hold the same weights do not, and the model must not be trained.
         """
         check_run(state, self._given_recipe)
         check_model_state(self._model, state["model"])
+        comm, recipe = self.communicator, decided(self._given_recipe, state)
+        check_loaded(comm, recipe, state)
         self._wrap(None)
-        self.recipe, self.steps_done = decided(self._given_recipe, state), int(state["step"])
+        self.recipe, self.steps_done = recipe, int(state["step"])
+        comm.meter.step, comm.meter.phase = self.steps_done, str(state["meter"]["phase"])
         ended = self.steps_done == self.recipe.total_steps
         self._position = None if ended else self.recipe.at(self.steps_done)
         self.decisions, self.rank_history = list(state["decisions"]), list(state["rank_history"])
@@ -307,9 +326,20 @@ class ABTraining:
         self._hooks.guard.skipped = list(state["skipped_steps"])
         self._hooks.count = self._forwards = 0
         self._parts().load_state_dict(state, self.recipe.at, self._trained_by)
+        self._check_loaded_weights()
         if self._position is not None:
             self._train(self._position)
             self._parallel.follow(state["arrivals"])
+        # Last: what is sent to load was not sent by the run that goes on.
+        comm.meter.load_state_dict(state["meter"])
+
+    def _check_loaded_weights(self) -> None:
+        """All workers ought to hold the same, or amid a round those of each group."""
+        amid_round = self._position is not None and isinstance(self._position.phase.sync, WeightSync)
+        if self._workers_equal or amid_round:
+            scope: Scope = "world" if self._workers_equal else "group"
+            where = f"step {self.steps_done} of the states that were loaded"
+            check_replicas(self.communicator, self._state.parameters(), scope, where)
 
     @property
     def _shares_gradients(self) -> bool:

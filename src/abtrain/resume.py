@@ -61,7 +61,7 @@ class Parts:
         at: Callable[[int], Position],
         trained_by: Callable[[Position], TrainedBy],
     ) -> None:
-        """Every part goes on from its state. Collective if merges were under way.
+        """Every part but the meter goes on from its state. Collective if merges were under way.
 
         Args:
             state: a `state_dict` that fits the model.
@@ -77,13 +77,16 @@ class Parts:
         self.preconditioner.load_state_dict(state["preconditioner"], device)
         if self.grad_scaler is not None and state["grad_scaler"]:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
-        # Last: merges that are begun again count what they send.
-        self.meter.load_state_dict(state["meter"])
+
+
+def stable_repr(value: object) -> str:
+    """Its `repr`, the same in every process."""
+    return _ADDRESS.sub("", repr(value))
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:
     """64 hexadecimal digits, the same for the same recipe in every process."""
-    return hashlib.sha256(_ADDRESS.sub("", repr(recipe)).encode()).hexdigest()
+    return hashlib.sha256(stable_repr(recipe).encode()).hexdigest()
 
 
 def check_run(state: Mapping[str, Any], recipe: Recipe) -> None:

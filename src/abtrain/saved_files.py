@@ -212,7 +212,7 @@ class TensorFile:
     """A safetensors file whose bytes are those that were written.
 
     Raises:
-        CheckpointError: it is missing or damaged, or its header is.
+        CheckpointError: it is missing or damaged, or its header is; or there is no /dev/fd.
     """
 
     def __init__(self, path: Path, expected: Written) -> None:
@@ -227,10 +227,13 @@ class TensorFile:
             file.seek(0)
             if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
                 raise CheckpointError(f"{path} is damaged: it has not the bytes that were written")
-        try:
-            self._file = safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
+            try:
+                # By its descriptor, what is read is what was verified: at the path there may be another file by now.
+                self._file = safe_open(f"/dev/fd/{file.fileno()}", framework="pt", device="cpu")
+            except SafetensorError as error:
+                raise CheckpointError(f"{path} is damaged: {error}") from error
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read by its descriptor: {error}") from error
 
     def tensor(self, key: str) -> Tensor:
         """The tensor called `key`.

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from abtrain import checkpoint, faults
+from abtrain import checkpoint, faults, saved_files
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import CheckpointError
@@ -181,6 +181,43 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "a folder": replace_by_folder,
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path))[1],
 }
+
+
+@pytest.mark.parametrize(
+    "swap", [os.replace, lambda new, path: (path.unlink(), path.symlink_to(new))], ids=["file", "link"]
+)
+def test_a_file_that_is_swapped_once_it_is_verified_is_not_read(
+    swap: Callable[[Path, Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / "verified", tmp_path / "other"
+    written = saved_files.write_tensors(path, {"a": torch.ones(3)}, lambda file: None)
+    saved_files.write_tensors(other, {"a": torch.zeros(3)}, lambda file: None)
+    open_verified = saved_files.safe_open
+
+    def swap_before(*args: Any, **options: Any) -> Any:
+        swap(other, path)
+        return open_verified(*args, **options)
+
+    monkeypatch.setattr(saved_files, "safe_open", swap_before)
+    file = saved_files.TensorFile(path, written)
+    # Descriptors are used again: by now another file has that of the one that was verified.
+    with path.open("rb") as again:
+        assert again.read()
+        assert torch.equal(file.tensor("a"), torch.ones(3))
+
+
+def test_a_file_that_cannot_be_opened_by_its_descriptor_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_descriptors(path: str, **options: Any) -> Any:
+        raise FileNotFoundError(f"No such file or directory: {path}")
+
+    save_alone(tmp_path, 1)
+    monkeypatch.setattr(saved_files, "safe_open", no_descriptors)
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read by its descriptor: No such file or directory: /dev/fd/\d+"
+    ):
+        latest_step(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "part-0.json", "part-0.safetensors"])

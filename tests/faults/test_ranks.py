@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import platform
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from abtrain import recipes
+from abtrain import ABTraining, FixedRank, recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
+from abtrain.comm.topology import Topology
 from abtrain.errors import CheckpointError, PeerLostError, RanksDisagreeError
 from abtrain.recipe import Recipe
-from tests.cases import build, largest_difference, train
+from tests.cases import SCHEDULE, adamw, build, largest_difference, sgd, train
 from tests.faults.loops import AB, HIDDEN, OUTER, Loop, told
 from tests.gloo import run_gloo
 
@@ -43,6 +47,131 @@ def test_models_that_differ(models: Any, field: str) -> None:
     errors = told(3, lambda comm: Loop(comm, recipes.ddp(5), models[comm.rank == 1]()))
     assert {type(error) for error in errors} == {RanksDisagreeError} and errors[0].exit_code == 5
     assert all(field in str(error) and "rank 1" in str(error) for error in errors)
+
+
+UNLIKE_RECIPES = {
+    "cutoff": (
+        AB,
+        recipes.ab(15, **SCHEDULE, sigma_cutoff=0.3),
+        "recipe.factoring.rank_rule.cutoff is 0.2 on rank 0, 2 and 0.3 on rank 1",
+    ),
+    "outer lr": (
+        OUTER,
+        recipes.ab_outer(20, every=4, warmup_steps=8, rank_rule=FixedRank(3), wire="int8", outer_lr=0.5),
+        "recipe.cycle[0].sync.merge.lr is 0.9 on rank 0, 2 and 0.5 on rank 1",
+    ),
+    "warm-up": (
+        AB,
+        recipes.ab(15, **SCHEDULE | {"warmup_steps": 4}, sigma_cutoff=0.2),
+        "recipe.prologue[0].steps is 3 on rank 0, 2 and 4 on rank 1",
+    ),
+    "name": (AB, replace(AB, name="mine"), "recipe.name is 'ab' on rank 0, 2 and 'mine' on rank 1"),
+    "length": (recipes.ddp(9), recipes.ddp(8), "recipe.total_steps is 9 on rank 0, 2 and 8 on rank 1"),
+    "damping": (
+        AB,
+        replace(AB, cycle=(replace(AB.cycle[0], damping=0.01), *AB.cycle[1:])),
+        "recipe.cycle[0].damping is 0.0 on rank 0, 2 and 0.01 on rank 1",
+    ),
+    "merge": (
+        OUTER,
+        replace(OUTER, cycle=AB.cycle[:1]),
+        "recipe.cycle[0].sync.merge is Outer on rank 0, 2 and Mean on",
+    ),
+    "phase": (AB, replace(AB, cycle=AB.cycle[:1]), "recipe.cycle[1] is Phase on rank 0, 2 and absent on rank 1"),
+}
+
+
+@pytest.mark.parametrize("unlike", UNLIKE_RECIPES)
+def test_recipes_that_differ(unlike: str) -> None:
+    most, odd, words = UNLIKE_RECIPES[unlike]
+    errors = told(3, lambda comm: Loop(comm, odd if comm.rank == 1 else most))
+    assert {type(error) for error in errors} == {RanksDisagreeError} and errors[0].exit_code == 5
+    assert all(words in str(error) for error in errors)
+    assert all("Build ABTraining with the same recipe" in str(error) for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("on_nonfinite", "skip", "on_nonfinite is 'stop' on rank 0, 2 and 'skip' on rank 1"),
+        ("find_unused_parameters", True, "find_unused_parameters is False on rank 0, 2 and True on rank 1"),
+        ("grad_scaler", torch.amp.GradScaler("cpu"), "grad_scaler is False on rank 0, 2 and True on rank 1"),
+        ("measure_divergence", True, "measure_divergence is False on rank 0, 2 and True on rank 1"),
+    ],
+    ids=["on_nonfinite", "find_unused_parameters", "grad_scaler", "measure_divergence"],
+)
+def test_options_that_differ(option: str, value: Any, words: str) -> None:
+    errors = told(3, lambda comm: Loop(comm, AB, **({option: value} if comm.rank == 1 else {})))
+    assert {type(error) for error in errors} == {RanksDisagreeError} and errors[0].exit_code == 5
+    assert all(words in str(error) for error in errors)
+
+
+def test_optimizers_and_groups_that_differ() -> None:
+    def work(comm: Communicator) -> None:
+        model = build("mlp")
+        if comm.rank == 3:
+            comm.topology = Topology(4, 2)
+        ABTraining(model, (sgd if comm.rank == 3 else adamw)(model.parameters()), AB, communicator=comm)
+
+    for error in told(4, work):
+        assert type(error) is RanksDisagreeError
+        assert "AdamW' on rank 0, 1, 2 and 'torch.optim.sgd.SGD' on rank 3" in str(error)
+        assert "topology.group_size is 1 on rank 0, 1, 2 and 2 on rank 3" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps", "words"),
+    [
+        (AB, (2, 1), "step is 2 on rank 0, 2 and 1 on rank 1"),
+        (AB, (4, 3), "step is 4 on rank 0, 2 and 3 on rank 1"),
+        (AB, (8, 5), "phase is 'rebound' on rank 0, 2 and 'group' on rank 1"),
+        (HIDDEN, (13, 14), "step is 13 on rank 0, 2 and 14 on rank 1"),
+        (HIDDEN, (13, 11), "merges_since_step[0] is 12 on rank 0, 2 and absent on rank 1"),
+        (OUTER, (20, 18), "phase is 'none, the recipe has ended' on rank 0, 2 and "),
+    ],
+    ids=["warm-up", "round", "phases", "hidden merge", "no merge", "end"],
+)
+def test_states_of_different_steps(recipe: Recipe, steps: tuple[int, int], words: str) -> None:
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, recipe)
+        states = []
+        for step in sorted(steps):
+            loop.run(step)
+            states.append(copy.deepcopy(loop.ab.state_dict()))
+        before = copy.deepcopy(loop.ab.dense_state_dict())
+        try:
+            loop.ab.load_state_dict(states[(steps[0] > steps[1]) != (comm.rank == 1)])
+        finally:
+            assert loop.ab.steps_done == max(steps)
+            assert largest_difference(before, loop.ab.dense_state_dict()) == 0
+
+    errors = told(3, work)
+    assert {type(error) for error in errors} == {RanksDisagreeError} and errors[0].exit_code == 5
+    assert all(words in str(error) and f"step is {steps[0]} on rank 0, 2" in str(error) for error in errors)
+    assert all("what was saved at the same step" in str(error) for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "step", "group_size"), [(AB, 2, 1), (AB, 4, 2), (HIDDEN, 13, 2)], ids=["world", "group", "hidden merge"]
+)
+def test_states_of_weights_that_differ(recipe: Recipe, step: int, group_size: int) -> None:
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, recipe)
+        loop.run(step)
+        state = copy.deepcopy(loop.ab.state_dict())
+        if comm.rank == 3:
+            next(iter(state["model"]["weights"].values())).view(-1)[0] += 1e-3
+        loop.ab.load_state_dict(state)
+        comm.barrier()
+
+    errors = told(4, work, group_size=group_size)
+    found = [error for error in errors if isinstance(error, RanksDisagreeError)]
+    # In a group its own workers find out, and the others lose them.
+    assert len(found) == (4 if group_size == 1 else 2)
+    words = f"rank 3 holds other weights than rank {'0, 1, 2' if group_size == 1 else '2'}: step {step} of the states"
+    assert all(words in str(error) for error in found) or group_size == 2
+    assert all(f"step {step} of the states that were loaded" in str(error) for error in found)
+    assert all(isinstance(error, PeerLostError) for error in errors if error not in found)
 
 
 def test_initial_weights_that_differ() -> None:
@@ -108,7 +237,10 @@ def test_batches_that_run_out_on_one_worker(recipe: Recipe) -> None:
     def work(comm: Communicator) -> None:
         Loop(comm, recipe).run(3 if comm.rank == 1 else None)
 
-    with pytest.raises(PeerLostError, match="rank 1 has finished its work") as lost:
+    host = re.escape(platform.node())
+    with pytest.raises(
+        PeerLostError, match=rf"step \d, phase '\w+', host {host}: rank 1 has finished its work"
+    ) as lost:
         run_in_process(2, work)
     assert lost.value.exit_code == 6
 
@@ -126,6 +258,7 @@ def uneven(comm: Communicator, batches: tuple[int, ...]) -> str:
 def test_batches_that_run_out_in_a_process() -> None:
     message, _ = run_gloo(2, uneven, (3, 3), may_die=[1])
     assert message.startswith("rank 0 lost a peer in ")
+    assert f"over ranks [0, 1], step 3, phase 'full', host {platform.node()}: a worker died" in message
 
 
 def leave(comm: Communicator, folder: Path) -> None:

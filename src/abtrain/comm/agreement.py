@@ -87,8 +87,30 @@ def check_fingerprint(comm: Communicator, **fields: int) -> None:
     finish(checking_fingerprint(comm, **fields))
 
 
+def differing_fields(comm: Communicator, **fields: int) -> list[str]:
+    """As `check_fingerprint`, with the same bytes, for callers who can say more of a difference than two numbers.
+
+    Returns:
+        The names of the fields that differ; the same on every rank.
+
+    Raises:
+        RanksDisagreeError: another rank compares other fields.
+    """
+    return finish(_comparing(comm, fields))
+
+
 def checking_fingerprint(comm: Communicator, **fields: int) -> Stages[None]:
     """`check_fingerprint` in stages."""
+    differing = yield from _comparing(comm, fields)
+    if differing:
+        # All ranks are here, since all have seen it.
+        everyone = gather_json(comm, [fields[name] for name in differing])
+        told = [_by_rank(name, [row[i] for row in everyone]) for i, name in enumerate(differing)]
+        raise RanksDisagreeError(f"ranks disagree: {'; '.join(told)}. {_REMEDY}")
+
+
+def _comparing(comm: Communicator, fields: Mapping[str, int]) -> Stages[list[str]]:
+    """The names of the fields that differ. Every rank sends the same few bytes, whatever it compares."""
     if len(fields) > _MAX_FIELDS:
         raise ValueError(f"{len(fields)} fields to compare, at most {_MAX_FIELDS}: combine some with fingerprint()")
     padding = [0] * (_MAX_FIELDS - len(fields))
@@ -99,23 +121,27 @@ def checking_fingerprint(comm: Communicator, **fields: int) -> Stages[None]:
             f"another one does not. {_REMEDY}"
         )
     ranges = zip(fields, lowest[1:], highest[1:], strict=False)
-    differing = [name for name, low, high in ranges if low != high]
-    if differing:
-        # All ranks are here, since all have seen it.
-        everyone = gather_json(comm, [fields[name] for name in differing])
-        told = [_by_rank(name, [row[i] for row in everyone]) for i, name in enumerate(differing)]
-        raise RanksDisagreeError(f"ranks disagree: {'; '.join(told)}. {_REMEDY}")
+    return [name for name, low, high in ranges if low != high]
 
 
 def _by_rank(name: str, values: Sequence[int]) -> str:
     """Who holds what; of digests, who holds the same."""
-    holders: dict[int, list[str]] = {}
+    if max(values) < _READABLE:
+        return values_by_rank(name, values)
+    return f"{name} of rank " + " and of rank ".join(ranks for _, ranks in _holders(values)[::-1]) + " are unlike"
+
+
+def values_by_rank(name: str, values: Sequence[int | str]) -> str:
+    """Words for what each rank holds of something: what most hold comes first."""
+    return f"{name} is " + " and ".join(f"{value} on rank {ranks}" for value, ranks in _holders(values))
+
+
+def _holders(values: Sequence[int | str]) -> list[tuple[int | str, str]]:
+    """Every value with the ranks that hold it, most of them first."""
+    holders: dict[int | str, list[str]] = {}
     for rank, value in enumerate(values):
         holders.setdefault(value, []).append(str(rank))
-    most = sorted(holders.items(), key=lambda item: -len(item[1]))
-    if max(values) < _READABLE:
-        return f"{name} is " + " and ".join(f"{value} on rank {', '.join(ranks)}" for value, ranks in most)
-    return f"{name} of rank " + " and of rank ".join(", ".join(ranks) for _, ranks in most[::-1]) + " are unlike"
+    return [(value, ", ".join(ranks)) for value, ranks in sorted(holders.items(), key=lambda item: -len(item[1]))]
 
 
 def share(comm: Communicator, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:

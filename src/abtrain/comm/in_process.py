@@ -183,8 +183,9 @@ class InProcessCommunicator:
         """Brings `tensors` to the other ranks of the scope; see `Rendezvous.meet`. Counts `nbytes`, or all of them."""
         counted = sum(t.nbytes for t in tensors) if nbytes is None else nbytes
         self.meter.count(counted, scope_spans(self.topology, scope))
+        brought = [t.detach() for t in tensors]
         with self.meter.waiting():
-            return self._rendezvous.meet(self.rank, self.ranks(scope), call, [t.detach() for t in tensors], combine)
+            return self._rendezvous.meet(self.rank, self.ranks(scope), call, brought, combine, self.meter.where)
 
 
 class InProcessDataParallel:

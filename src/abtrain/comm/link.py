@@ -64,7 +64,7 @@ class Link:
     def peer_lost(self, name: str) -> PeerLostError:
         """The error to raise when a collective failed because of another worker."""
         return PeerLostError(
-            f"rank {self.rank} lost a peer in {name} over ranks {list(self.ranks)}, phase {self.meter.phase!r}: "
+            f"rank {self.rank} lost a peer in {name} over ranks {list(self.ranks)}, {self.meter.where}: "
             "a worker died or did not answer in time. The first error in the other workers' output tells why"
         )
 

@@ -6,6 +6,7 @@ crosses the network interface (wire bytes) differs by the algorithm, the headers
 
 from __future__ import annotations
 
+import platform
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -18,18 +19,24 @@ Spans = Literal["between_groups", "within_groups"]
 class Meter:
     """Payload by phase and by scope, and the seconds spent waiting, of one worker.
 
-    `phase` is the name under which the next payload is counted; the engine sets it. Counting is safe from any
-    thread: autograd may run a hook in one of its own.
+    `phase` is the name under which the next payload is counted, and `step` says how many steps are done; the engine
+    sets both. Counting is safe from any thread: autograd may run a hook in one of its own.
     """
 
     def __init__(self) -> None:
         self.phase = "setup"
+        self.step = 0
         self.sync_seconds = 0.0
         self._by_scope: dict[str, int] = {"between_groups": 0, "within_groups": 0}
         self._by_phase: dict[str, int] = {}
         self._waits = 0
         self._waiting_since = 0.0
         self._lock = threading.Lock()
+
+    @property
+    def where(self) -> str:
+        """At which step, in which phase and on which host this worker is, for messages."""
+        return f"step {self.step}, phase {self.phase!r}, host {platform.node()}"
 
     def count(self, nbytes: int, spans: Spans) -> None:
         """Adds payload to the current phase; `spans` says whether it is for other groups as well."""

@@ -23,6 +23,7 @@ class _Post:
     ranks: tuple[int, ...]
     call: str
     tensors: Sequence[Tensor]
+    where: str
     layout: list[str] = field(init=False)
     outcome: list[Tensor] | None = None
     disagreement: str | None = None
@@ -49,17 +50,24 @@ class Rendezvous:
         self._changed = threading.Condition()
 
     def meet(
-        self, rank: int, ranks: tuple[int, ...], call: str, tensors: Sequence[Tensor], combine: Combine
+        self,
+        rank: int,
+        ranks: tuple[int, ...],
+        call: str,
+        tensors: Sequence[Tensor],
+        combine: Combine,
+        where: str,
     ) -> list[Tensor]:
         """Brings `tensors` to a collective of `ranks`; returns what `combine` makes of everyone's.
 
-        What is returned is shared by all the ranks: copy it before writing to it.
+        What is returned is shared by all the ranks: copy it before writing to it. `where` the rank is goes into the
+        message if a peer is lost.
 
         Raises:
             RanksDisagreeError: another rank made another call, or brought other shapes or dtypes.
             PeerLostError: another rank left, or did not come in time.
         """
-        post = _Post(rank, ranks, call, tensors)
+        post = _Post(rank, ranks, call, tensors, where)
         with self._changed:
             self._posts[rank] = post
             try:
@@ -122,7 +130,7 @@ class Rendezvous:
             here = {post.rank, *(p.rank for p in self._waiting(post.ranks))}
             late = [r for r in post.ranks if r not in here]
             why = f"ranks {late} did not come within {self._timeout:g} s"
-        return f"rank {post.rank} lost a peer in {post.call} over ranks {list(post.ranks)}: {why}"
+        return f"rank {post.rank} lost a peer in {post.call} over ranks {list(post.ranks)}, {post.where}: {why}"
 
 
 def _tell(post: _Post, other: _Post) -> str:

@@ -74,7 +74,7 @@ def _phases(config: RecipesConfig, name: str) -> Table:
     table.add_column("phase")
     table.add_column("payload", justify="right", no_wrap=True)
     table.add_column("of all", justify="right", no_wrap=True)
-    words = {"setup": "setup: initial weights compared"} if "setup" in by_phase else {}
+    words = {"setup": "setup: recipe and initial weights compared"} if "setup" in by_phase else {}
     words |= dict(zip((phase.name for phase in recipe.phases), phases_in_words(recipe), strict=False))
     for phase, line in words.items():
         sent = by_phase.get(phase, 0)

@@ -128,7 +128,8 @@ class _Walk:
 
     def stretches(self) -> Iterator[Stretch]:
         tensors = len(self._model.parameters) + len(self._model.buffers)
-        yield Stretch("setup", 0, entry=(*compared(_FIELDS), *compared(tensors)))
+        # Recipe and options are compared first, then the layout of the model, then the values of its tensors.
+        yield Stretch("setup", 0, entry=(*compared(_FIELDS), *compared(_FIELDS), *compared(tensors)))
         for position in self._recipe.runs():
             yield from self._phase(position)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 import time
 from collections.abc import Callable
@@ -104,7 +105,10 @@ def test_a_rank_that_dies_before_backward_frees_those_in_it() -> None:
 
     with pytest.raises(KeyError, match="gone"):
         run_in_process(2, die)
-    assert lost == ["rank 1 lost a peer in average of gradients over ranks [0, 1]: rank 0 died of KeyError: 'gone'"]
+    assert lost == [
+        f"rank 1 lost a peer in average of gradients over ranks [0, 1], step 0, phase 'setup', host {platform.node()}: "
+        "rank 0 died of KeyError: 'gone'"
+    ]
 
 
 def test_other_groups_go_on_without_the_dead() -> None:

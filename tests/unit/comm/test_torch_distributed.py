@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -91,7 +92,7 @@ def test_groups_have_the_timeout_of_the_world() -> None:
 
 
 def lose_rank_1(comm: Communicator) -> dict[str, str]:
-    comm.meter.phase = "warm-up"
+    comm.meter.phase, comm.meter.step = "warm-up", 7
     once, twice = (comm.data_parallel(nn.Linear(1, 1), "world") for _ in range(2))
     loss = once(torch.ones(1))
     twice(torch.ones(1)).backward()
@@ -122,7 +123,8 @@ def test_a_dead_worker_is_noticed_at_once() -> None:
     messages, dead = run_gloo(2, lose_rank_1, may_die=[1])
     assert dead is None
     for name, message in messages.items():
-        assert message.startswith(f"rank 0 lost a peer in {name} over ranks [0, 1], phase 'warm-up': ")
+        where = f"step 7, phase 'warm-up', host {platform.node()}"
+        assert message.startswith(f"rank 0 lost a peer in {name} over ranks [0, 1], {where}: ")
 
 
 def fail(comm: Communicator) -> None:
