@@ -169,7 +169,8 @@ def _open(path: Path, comm: Communicator) -> tuple[str, Saved]:
             raise CheckpointError(f"{path}/part-{rank}.json is malformed: {error!r}") from error
         # Its own tensors too, even if none is referred to: every file is verified by somebody.
         own = f"part-{rank}.safetensors"
-        opened.setdefault(own, TensorFile(path / own, files[own]))
+        if own not in opened:
+            opened[own] = TensorFile(path / own, files[own])
     return sha, Saved(body["step"], workers, states)
 
 

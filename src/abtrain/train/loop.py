@@ -26,7 +26,6 @@ from abtrain.errors import (
     ConfigurationError,
     DataError,
     NonFiniteError,
-    PeerLostError,
     RanksDisagreeError,
     StoppedError,
 )
@@ -264,12 +263,9 @@ class _Run:
         who = f"rank {comm.rank} on {platform.node()}"
         watchdog = Watchdog(self.config.timeout, who, folder / f"stacks-rank{comm.rank}.txt")
         with watchdog if comm.topology.world_size > 1 else contextlib.nullcontext():
-            try:
-                while self.ab.position is not None:
-                    watchdog.beat(f"step {self.ab.steps_done}, phase {self.ab.position.phase.name}")
-                    self._step(self.ab.position, *next(stream))
-            except PeerLostError as error:
-                raise PeerLostError(f"{error} ({who}, step {self.ab.steps_done})") from error
+            while self.ab.position is not None:
+                watchdog.beat(f"step {self.ab.steps_done}, phase {self.ab.position.phase.name}")
+                self._step(self.ab.position, *next(stream))
 
     def _step(self, position: Position, x: Tensor, y: Tensor) -> None:
         ab, phase = self.ab, position.phase.name
