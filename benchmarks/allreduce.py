@@ -1,6 +1,10 @@
 """All-reduces floats over all workers, and says what a ring all-reduce ought to send: for `abtrain lab`.
 
 abtrain lab --nodes 4 --rate 100mbit -- benchmarks/allreduce.py --megabytes 10
+abtrain lab --nodes 4 --rate 1gbit -- benchmarks/allreduce.py --megabytes 0.0004 --rounds 200
+
+Of few bytes, the time of a hop is the latency that `abtrain plan --latency` asks for: of a message between two
+workers, with all that their software and their processors add to it.
 """
 
 from __future__ import annotations
@@ -25,12 +29,15 @@ def main() -> None:
     started = time.perf_counter()
     for _ in range(options.rounds):
         dist.all_reduce(values)
+        values /= workers
     seconds = time.perf_counter() - started
-    assert values[0].item() == values[-1].item() == workers**options.rounds
+    assert values[0].item() == values[-1].item() == 1
     # A ring sends every worker's share around twice, but for its own.
     ring = options.rounds * 2 * (workers - 1) / workers * 4 * values.numel()
+    hop = 1000 * seconds / options.rounds / (2 * (workers - 1))
     if os.environ["RANK"] == "0":
-        print(f"seconds={seconds:.3f} ring_bytes={ring:.0f} rate={8 * ring / seconds:.0f}", flush=True)
+        rate = 8 * ring / seconds
+        print(f"seconds={seconds:.3f} ring_bytes={ring:.0f} rate={rate:.0f} ms_a_hop={hop:.2f}", flush=True)
     dist.destroy_process_group()
 
 

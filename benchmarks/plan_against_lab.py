@@ -1,8 +1,9 @@
-"""What `abtrain plan` forecasts beside what the lab measured: benchmarks/plan_against_lab.py FOLDER/compare.json...
+"""What `abtrain plan` forecasts beside what the lab measured: benchmarks/plan_against_lab.py MS FOLDER/compare.json...
 
 Each file is of one `abtrain compare RECIPE... --nodes N --rate RATE --out FOLDER`. The forecast gets what a user would
 measure or guess beforehand: the seconds of a step without communication (the comparison's `solo`, so that workers that
-share cores are slow in both), and the compression. Bytes of starting up, which `solo` sends too, are none of a recipe's
+share cores are slow in both), the compression, and the latency of a hop in milliseconds, which `allreduce.py` measures
+in the lab (MS). Bytes of starting up, which `solo` sends too, are none of a recipe's
 and are taken off what was measured.
 """
 
@@ -23,22 +24,21 @@ from abtrain.study.shapes import shapes_of
 from abtrain.train.config import used_options
 from abtrain.train.tasks import TASKS
 
-LATENCY = 0.1e-3  # seconds; what `abtrain plan` assumes
-
 
 def main() -> None:
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
+    latency = float(sys.argv[1]) / 1000
     print("| hosts | rate | recipe | MB forecast | MB measured | off | s forecast | s measured | off |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for file in sys.argv[1:]:
+    for file in sys.argv[2:]:
         compared = json.loads(Path(file).read_text())
         for row in compared["rows"]:
             if row["label"] != "solo":
-                print(_line(compared["settings"], row, compared["rows"]))
+                print(_line(compared["settings"], row, compared["rows"], latency))
 
 
-def _line(settings: dict[str, Any], row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def _line(settings: dict[str, Any], row: dict[str, Any], rows: list[dict[str, Any]], latency: float) -> str:
     solo = next(other for other in rows if other["label"] == "solo")
     with torch.device("meta"):
         model = TASKS[settings["task"]].model()
@@ -47,7 +47,7 @@ def _line(settings: dict[str, Any], row: dict[str, Any], rows: list[dict[str, An
         compression=max(1.0, row["compression"]),
         steps=settings["steps"],
         step_seconds=solo["seconds"] / settings["steps"],
-        cluster=Cluster(settings["nodes"], Link(settings["rate"], LATENCY), settings["workers_per_node"]),
+        cluster=Cluster(settings["nodes"], Link(settings["rate"], latency), settings["workers_per_node"]),
     )
     workers = settings["nodes"] * settings["workers_per_node"]
     common = {"task": settings["task"], "steps": settings["steps"], "workers": workers}
