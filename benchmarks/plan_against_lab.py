@@ -2,23 +2,28 @@
 
 Each file is of one `abtrain compare RECIPE... --nodes N --rate RATE --out FOLDER`. The forecast gets what a user would
 measure or guess beforehand: the seconds of a step without communication (the comparison's `solo`, so that workers that
-share cores are slow in both), the compression, and the latency of a hop in milliseconds, which `allreduce.py` measures
-in the lab (MS). Bytes of starting up, which `solo` sends too, are none of a recipe's
-and are taken off what was measured.
+share cores are slow in both), the compression, the latency of a hop in milliseconds, which `allreduce.py` measures in
+the lab (MS), and the time of decompositions, which is measured here, on an idle machine, and is longer by as much as a
+step is where workers share cores. Bytes of starting up, which `solo` sends too, are none of a recipe's and are taken
+off what was measured.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from abtrain.lab import format_rate
+from abtrain.lowrank.rank import FixedRank
+from abtrain.recipe import Factoring
 from abtrain.study.contestant import contestants
 from abtrain.study.cost import Cluster, Link
+from abtrain.study.measure import measure_decompositions, measure_step
 from abtrain.study.plan import Setting
 from abtrain.study.shapes import shapes_of
 from abtrain.train.config import used_options
@@ -29,6 +34,7 @@ def main() -> None:
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     latency = float(sys.argv[1]) / 1000
+    torch.set_num_threads(1)  # as the lab's workers
     print("| hosts | rate | recipe | MB forecast | MB measured | off | s forecast | s measured | off |")
     print("|---|---|---|---|---|---|---|---|---|")
     for file in sys.argv[2:]:
@@ -38,16 +44,26 @@ def main() -> None:
                 print(_line(compared["settings"], row, compared["rows"], latency))
 
 
+@cache
+def _alone(task: str) -> tuple[float, float]:
+    """Seconds of a step, and of the decompositions of all weights, in one process that has a core to itself."""
+    with torch.device("meta"):
+        shapes = shapes_of(TASKS[task].model(), Factoring(FixedRank(1)))
+    return measure_step(TASKS[task]), measure_decompositions(shapes)
+
+
 def _line(settings: dict[str, Any], row: dict[str, Any], rows: list[dict[str, Any]], latency: float) -> str:
     solo = next(other for other in rows if other["label"] == "solo")
     with torch.device("meta"):
         model = TASKS[settings["task"]].model()
+    step_seconds, (step_alone, decompositions_alone) = solo["seconds"] / settings["steps"], _alone(settings["task"])
     setting = Setting(
         shapes=lambda factoring: shapes_of(model, factoring),
         compression=max(1.0, row["compression"]),
         steps=settings["steps"],
-        step_seconds=solo["seconds"] / settings["steps"],
+        step_seconds=step_seconds,
         cluster=Cluster(settings["nodes"], Link(settings["rate"], latency), settings["workers_per_node"]),
+        decomposition_seconds=decompositions_alone * max(step_seconds / step_alone, 1.0),
     )
     workers = settings["nodes"] * settings["workers_per_node"]
     common = {"task": settings["task"], "steps": settings["steps"], "workers": workers}

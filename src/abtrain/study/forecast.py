@@ -1,6 +1,6 @@
 """Seconds and wire bytes of a run, phase by phase: traffic meets links, and workers of unlike speed.
 
-Computing a step takes the same time in every phase; decompositions and the arithmetic of wires are left out. Broadcasts
+Computing a step takes the same time in every phase; the arithmetic of wires is left out. Broadcasts
 hold everybody up, and so do merges, but for what steps hide of them: the links are taken to be theirs meanwhile. DDP's
 gradients go while backward, two thirds of a step, goes on: a bucket is sent once it is ready and the one before is
 through, and the optimizer waits for the last (Li et al., PyTorch Distributed, VLDB 2020).
@@ -34,6 +34,7 @@ class PhaseForecast:
         compute: seconds of the nominal steps.
         waiting: seconds more until the slowest worker is done.
         communication: seconds that no computation hides.
+        decomposing: seconds of decompositions, before the factors are there.
     """
 
     phase: str
@@ -43,10 +44,11 @@ class PhaseForecast:
     compute: float
     waiting: float
     communication: float
+    decomposing: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.waiting + self.communication
+        return self.compute + self.waiting + self.communication + self.decomposing
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def forecast(
     group_size: int = 1,
     speeds: Speeds | None = None,
     algorithm: str = "ring",
+    decomposition_seconds: float = 0.0,
 ) -> Forecast:
     """What the run of `stretches` takes on a cluster.
 
@@ -91,8 +94,9 @@ def forecast(
         group_size: workers a group.
         speeds: of the workers; default all alike.
         algorithm: of all-reduces (see `abtrain.study.cost`).
+        decomposition_seconds: of one worker alone, for all weights that are factored.
     """
-    road = _Road(cluster, step_seconds, group_size, speeds or Speeds(cluster.workers), algorithm)
+    road = _Road(cluster, step_seconds, decomposition_seconds, group_size, speeds or Speeds(cluster.workers), algorithm)
     by_phase: dict[str, list[PhaseForecast]] = {}
     for stretch in stretches:
         by_phase.setdefault(stretch.phase, []).append(road.travel(stretch))
@@ -102,8 +106,17 @@ def forecast(
 class _Road:
     """A cluster on which stretches are travelled."""
 
-    def __init__(self, cluster: Cluster, step_seconds: float, group_size: int, speeds: Speeds, algorithm: str) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        step_seconds: float,
+        decomposition_seconds: float,
+        group_size: int,
+        speeds: Speeds,
+        algorithm: str,
+    ) -> None:
         self._cluster, self._step_seconds, self._speeds = cluster, step_seconds, speeds
+        self._decomposition_seconds = decomposition_seconds
         self._group_size, self._algorithm = group_size, algorithm
         # Runs of a phase repeat, and so do their calls.
         self._cost = cache(self._cost_of)
@@ -118,7 +131,8 @@ class _Road:
         )
         payload = sum(traffic.nbytes * times for traffic, times in stretch.all())
         wire = sum(self._cost(traffic).wire * times for traffic, times in stretch.all())
-        return PhaseForecast(stretch.phase, stretch.steps, payload, wire, compute, compute * (slowest - 1), exposed)
+        waiting, decomposing = compute * (slowest - 1), stretch.decompositions * self._decomposition_seconds
+        return PhaseForecast(stretch.phase, stretch.steps, payload, wire, compute, waiting, exposed, decomposing)
 
     def _slowest(self, stretch: Stretch) -> float:
         """How many times longer than nominal the steps take until the last worker is done with them."""
@@ -163,4 +177,5 @@ def _sum(name: str, parts: Sequence[PhaseForecast]) -> PhaseForecast:
         return math.fsum(getattr(part, attribute) for part in parts)
 
     steps = sum(part.steps for part in parts)
-    return PhaseForecast(name, steps, *(total(a) for a in ("payload", "wire", "compute", "waiting", "communication")))
+    summed = ("payload", "wire", "compute", "waiting", "communication", "decomposing")
+    return PhaseForecast(name, steps, *map(total, summed))

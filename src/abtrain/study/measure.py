@@ -1,11 +1,17 @@
-"""How long a step of a task takes on this machine."""
+"""How long a step of a task takes on this machine, and the decompositions of its weights."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 
+import torch
+
+from abtrain.lowrank.rank import FixedRank
+from abtrain.lowrank.svd import decompose
+from abtrain.study.shapes import ModelShapes
 from abtrain.train.tasks import Task, batches, build_model, build_optimizer
 
 _UNTIMED = 3
@@ -36,3 +42,22 @@ def measure_step(task: Task, data: Path | None = None, batch_size: int | None = 
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[_UNTIMED:])
+
+
+def measure_decompositions(model: ModelShapes) -> float:
+    """Seconds in which one worker alone decomposes all weights that may be factored; each shape is timed once.
+
+    Args:
+        model: by the shapes of its weights; their values play no part.
+    """
+    counts = Counter((matrix.m, matrix.n) for matrix in model.matrices().values())
+    return sum(count * _seconds_of_one(m, n) for (m, n), count in counts.items())
+
+
+def _seconds_of_one(m: int, n: int) -> float:
+    W = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
+    # The first one of a process sets things up.
+    decompose(W[:2, :2].contiguous(), FixedRank(1))
+    started = time.perf_counter()
+    decompose(W, FixedRank(1))
+    return time.perf_counter() - started

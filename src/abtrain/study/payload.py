@@ -9,7 +9,7 @@ taken at its most: phases that may end early go on to their last step, and all w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -143,11 +143,20 @@ class _Walk:
             entry = self._factor(ranks)
         held = self._held(ranks)
         if isinstance(phase.sync, GradientSync):
-            yield from self._synchronous(position, held, phase.sync, entry)
+            stretches = self._synchronous(position, held, phase.sync, entry)
         elif isinstance(phase.sync, WeightSync):
-            yield from self._rounds(position, held, phase.sync, entry)
+            stretches = self._rounds(position, held, phase.sync, entry)
         else:
-            yield Stretch(phase.name, position.steps_in_phase, entry=entry)
+            stretches = iter([Stretch(phase.name, position.steps_in_phase, entry=entry)])
+        yield replace(next(stretches), decompositions=self._decompositions(position))
+        yield from stretches
+
+    def _decompositions(self, position: Position) -> float:
+        """How much of the decompositions of a factoring this worker computes, about."""
+        factoring = self._recipe.factoring
+        if position.phase.weights == "full" or factoring is None:
+            return 0.0
+        return 1.0 if factoring.svd == "each" else 1 / self._topology.world_size
 
     def _rounds(self, position: Position, held: Sequence[_Held], sync: WeightSync, entry: Calls) -> Iterator[Stretch]:
         """Steps of groups that run alone, and merges between them."""

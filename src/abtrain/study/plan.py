@@ -71,6 +71,7 @@ class Setting:
         group_size: workers a group.
         speeds: of the workers; None: all alike.
         algorithm: of all-reduces.
+        decomposition_seconds: of one worker alone, for all weights that are factored.
     """
 
     shapes: Callable[[Factoring | None], ModelShapes]
@@ -81,6 +82,7 @@ class Setting:
     group_size: int = 1
     speeds: Speeds | None = None
     algorithm: str = "ring"
+    decomposition_seconds: float = 0.0
 
     def offer(self, name: str, **options: Any) -> Offer:
         """What a recipe would take here.
@@ -99,6 +101,7 @@ class Setting:
             group_size=self.group_size,
             speeds=self.speeds,
             algorithm=self.algorithm,
+            decomposition_seconds=self.decomposition_seconds,
         )
         return Offer(name, options, recipe, expected, payload_ratio(expected.payload, model, self.steps))
 

@@ -12,11 +12,12 @@ from rich.table import Table
 from abtrain import recipes
 from abtrain.comm.topology import topology_problems
 from abtrain.errors import ConfigurationError, nearest
-from abtrain.recipe import Recipe
+from abtrain.lowrank.rank import FixedRank
+from abtrain.recipe import Factoring, Recipe
 from abtrain.study.cost import ALL_REDUCES, Cluster, Link
 from abtrain.study.forecast import PhaseForecast
 from abtrain.study.listing import ratio_in_words
-from abtrain.study.measure import measure_step
+from abtrain.study.measure import measure_decompositions, measure_step
 from abtrain.study.plan import RARE, Offer, Setting, recommend
 from abtrain.study.settings import ALL, PlanConfig, chosen, model_in_words, model_problems, problem_of, shapes_for
 from abtrain.study.simulate import Speeds
@@ -112,13 +113,16 @@ def _speeds(config: PlanConfig) -> Speeds:
 
 
 def _setting(config: PlanConfig) -> Setting:
+    shapes, decomposition_seconds = shapes_for(config), 0.0
     if config.step_time is not None:
+        # Decompositions are left out: how long they take there, a step's time does not say.
         step_seconds = seconds_of(config.step_time)
     else:
         assert config.task is not None
         step_seconds = measure_step(TASKS[config.task], config.data, config.batch_size)
+        decomposition_seconds = measure_decompositions(shapes(Factoring(FixedRank(1))))
     return Setting(
-        shapes_for(config),
+        shapes,
         config.compression,
         config.steps,
         step_seconds,
@@ -126,6 +130,7 @@ def _setting(config: PlanConfig) -> Setting:
         config.group_size,
         _speeds(config),
         config.algorithm,
+        decomposition_seconds,
     )
 
 
@@ -171,7 +176,7 @@ def _by_phase(offer: Offer) -> Table:
     expected = offer.forecast
     table = Table(box=box.SIMPLE_HEAD, title=f"{offer}: {ratio_in_words(offer.ratio)} of ddp's payload")
     table.add_column("phase")
-    for heading in ("steps", "payload", "wire", "computing", "waiting", "sending", "time"):
+    for heading in ("steps", "payload", "wire", "computing", "waiting", "sending", "factoring", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     # The last line is the run as a whole.
     totals = [sum(column) for column in zip(*map(_figures, expected.phases), strict=True)]
@@ -183,7 +188,7 @@ def _by_phase(offer: Offer) -> Table:
 
 
 def _figures(part: PhaseForecast) -> list[float]:
-    return [part.payload, part.wire, part.compute, part.waiting, part.communication]
+    return [part.payload, part.wire, part.compute, part.waiting, part.communication, part.decomposing]
 
 
 def _exactly(seconds: float) -> str:

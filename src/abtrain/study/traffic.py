@@ -66,6 +66,7 @@ class Stretch:
         step: at each step.
         merges: whenever a part of the model, or all of it, merges.
         exit: once, after the last merge.
+        decompositions: before the first step, in those of all weights that are factored: 1, or this worker's share.
     """
 
     phase: str
@@ -75,6 +76,7 @@ class Stretch:
     step: Calls = ()
     merges: tuple[Merging, ...] = ()
     exit: Calls = ()
+    decompositions: float = 0.0
 
     @property
     def meetings(self) -> int:

@@ -4,6 +4,7 @@ from abtrain import recipes
 from abtrain.comm.topology import Topology
 from abtrain.study.cost import Cluster, Link, cost_of, ring
 from abtrain.study.forecast import Forecast, forecast
+from abtrain.study.measure import measure_decompositions
 from abtrain.study.payload import predict
 from abtrain.study.shapes import ModelShapes, assumed_shapes
 from abtrain.study.simulate import Speeds
@@ -121,3 +122,20 @@ def test_phases_sum_to_the_run() -> None:
     assert sum(phase.steps for phase in expected.phases) == 300
     assert expected.seconds == pytest.approx(sum(phase.seconds for phase in expected.phases))
     assert expected.wire > expected.payload
+
+
+def test_decompositions_take_their_time() -> None:
+    """Once for every group phase, by every worker; or shared by all."""
+    model = assumed_shapes(10**6, 1000)
+    for svd, each in (("each", 2.0), ("shared", 0.5)):
+        recipe = recipes.ab(100, warmup_steps=20, ab_steps=16, rebound_steps=4, svd=svd)
+        stretches = predict(recipe, model, Topology(4))
+        with_them = forecast(stretches, CLUSTER, 0.1, decomposition_seconds=2.0)
+        without = forecast(stretches, CLUSTER, 0.1)
+        assert with_them.seconds - without.seconds == pytest.approx(4 * each)
+        assert {phase.phase for phase in with_them.phases if phase.decomposing} == {"group"}
+
+
+def test_decompositions_are_measured() -> None:
+    small, large = (measure_decompositions(assumed_shapes(2 * n * n, n)) for n in (64, 512))
+    assert 0 < small < large
