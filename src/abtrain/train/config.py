@@ -156,7 +156,7 @@ class TrainConfig:
     resume: bool = True
     """Go on with an unfinished run of the same settings that the folder holds."""
     max_restarts: int = 0
-    """How often the workers of a run that failed are started again, to go on from the last checkpoint."""
+    """How often workers are started again where one of them died, to go on from the last checkpoint."""
     on_checkpoint_error: OnCheckpointError = "warn"
     """Where a checkpoint cannot be written: warn and go on with the older ones, or stop."""
 
