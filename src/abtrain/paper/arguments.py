@@ -20,7 +20,7 @@ tables run their experiments, figures draw what the tables have run (or, with --
   abtrain paper table2-local --scale tiny
   abtrain paper fig2 --scale tiny
   abtrain paper table2-local --scale full --dry-run
-  abtrain paper ecr
+  abtrain paper ecr [--out FOLDER, for its figure]
   abtrain paper table1 --scale full --launcher "srun -N {nodes} my-torchrun --nproc-per-node {workers_per_node}"
   abtrain paper large-batch --nodes 64 --seeds 1
 
@@ -46,6 +46,7 @@ class Request:
         arithmetic: only the paper's formulas.
         run: a figure may run what it lacks.
         trials: of the search.
+        draws: whether arithmetic is to be drawn into `out` too.
     """
 
     experiment: str
@@ -61,6 +62,7 @@ class Request:
     arithmetic: bool
     run: bool
     trials: int
+    draws: bool
 
 
 def parse_arguments(arguments: Sequence[str]) -> Request:
@@ -95,7 +97,7 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
         problems.append("hpo chooses its runs as it goes: leave out --dry-run and --write")
     if given.write and given.scale == "tiny":
         problems.append("--write is for runs that a launcher starts: add --scale full")
-    if not (given.arithmetic or given.dry_run or given.write or given.experiment == ECR):
+    if not (given.arithmetic or given.dry_run or given.write or (given.experiment == ECR and given.out is None)):
         problems += _missing_packages()
     if problems:
         raise ConfigurationError(problems)
@@ -113,6 +115,7 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
         arithmetic=given.arithmetic,
         run=given.run,
         trials=given.trials,
+        draws=given.out is not None,
     )
 
 

@@ -16,7 +16,7 @@ from abtrain.files import write_json
 from abtrain.lab.command import stopped_by_signals
 from abtrain.paper.arguments import ECR, HPO, Request, parse_arguments
 from abtrain.paper.experiments import FIGURES, SCALING_TABLES, Cell, cells
-from abtrain.paper.figures import draw
+from abtrain.paper.figures import draw, draw_ecr
 from abtrain.paper.listing import ecr_table, plan_tables, traffic_table
 from abtrain.paper.page import write_page
 from abtrain.paper.runs import Outcome, Run, launch_command, outcome, plan_runs, run_all, write_request
@@ -42,6 +42,9 @@ def main(arguments: Sequence[str]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     if request.experiment == ECR:
         _print(console, ecr_table())
+        if request.draws:
+            request.out.mkdir(parents=True, exist_ok=True)
+            console.print(f"written to {request.out / draw_ecr(request.out).file}")
     elif request.arithmetic:
         _print(console, traffic_table("local" if request.experiment == "table2-local" else "global"))
     elif request.experiment == HPO:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from abtrain.paper.arithmetic import ecr_rows
 from abtrain.paper.experiments import METHODS, Cell, Scaling
 from abtrain.paper.published import DDP, TABLE2_GLOBAL, TABLE2_LOCAL, PaperCell, Value
 from abtrain.paper.tables import Row
@@ -127,6 +128,28 @@ def draw(figure: str, found: Sequence[Row], folder: Path, note: str, prefix: str
             dashed = " Dashed: the paper's values." if _published(here[0].cell) else ""
             drawn.append(Figure(file, f"{panel.title}: {model}", f"Dots are {bars}.{dashed} {note}"))
     return drawn
+
+
+def draw_ecr(folder: Path) -> Figure:
+    """Draws the estimated communication reduction of Table I, the paper's value beside that of eq. 4: ecr.png."""
+    found = ecr_rows()[::-1]  # the first one on top
+    labels = [f"{row.method.model}, {row.method.name}" for row in found]
+
+    def dots(axes: Axes) -> None:
+        for place, row in enumerate(found):
+            if row.computed is not None:
+                axes.plot([row.method.ecr, row.computed], [place, place], "-", color="#c3cad1", zorder=1)
+        computed = [(row.computed, place) for place, row in enumerate(found) if row.computed is not None]
+        axes.plot(*zip(*computed, strict=True), "o", color=COLOURS[0], markersize=7, label="eq. 4")
+        axes.plot(
+            [row.method.ecr for row in found], range(len(found)), "|", color="black", markersize=13, label="paper"
+        )
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_xlabel("estimated communication reduction in %")
+        legend_below(axes)
+
+    save(folder / "ecr.png", 5.2, dots)
+    return Figure("ecr.png", "Estimated communication reduction", "Dots: eq. 4. Bars: the paper's Table I.")
 
 
 def _draw(axes: Axes, here: Sequence[Row], panel: _Panel) -> None:

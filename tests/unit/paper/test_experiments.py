@@ -132,6 +132,13 @@ def test_missing_data_is_said_before_anything_runs(tmp_path: Path, capsys: pytes
     assert not (tmp_path / "out").exists()
 
 
+def test_the_figure_of_the_ecr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    code, said, _ = typed(capsys, "ecr", "--out", str(tmp_path / "arithmetic"))
+    assert code == 0 and "ecr.png" in said
+    assert (tmp_path / "arithmetic" / "ecr.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_ecr_and_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchvision")
     code, said, _ = typed(capsys, "ecr")
