@@ -259,7 +259,8 @@ def test_a_stop_does_not_wait_for_a_merge_that_is_far_away(everybody: bool, tmp_
     outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
     saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert outcome["step"] > 4 and saved == [f"step-{outcome['step']:012d}"]
-    again = start(tmp_path, *arguments, plan=f"kill 0 {outcome['step'] + 1} step").wait()
+    at = f"{outcome['step'] + 1} step"
+    again = start(tmp_path, *arguments, plan=f"kill 0 {at}; kill 1 {at}").wait()
     assert f"going on from the checkpoint of step {outcome['step']}\n" in again.err
 
 
