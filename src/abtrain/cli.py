@@ -121,7 +121,9 @@ def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> 
         return _fail(StoppedError("stopped on request (SIGINT)"))
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # A worker at its end ignores signals from here on, and has to.
+            if signal.getsignal(number) is _stop:
+                signal.signal(number, handler)
     return 0
 
 

@@ -66,7 +66,6 @@ def run(config: TrainConfig) -> None:
     if config.workers > 1 and not joined:
         _start_workers(config)
         return
-    signal.signal(signal.SIGTERM, _stop)
     if joined:
         try:
             worker.train_together(config)
@@ -174,23 +173,15 @@ def _worker_environment(attempt: int = 0) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:
-    raise StoppedError(_stopped_by(signal_number))
-
-
 def _stop_workers(signal_number: int, frame: FrameType | None) -> NoReturn:
     """Has the launcher end its workers by SIGTERM, which they obey at any time, importing or training."""
     for stop in _STOP_SIGNALS:
         signal.signal(stop, _ignore)  # the end takes a moment, and must not be cut short
-    raise SignalException(_stopped_by(signal_number), signal.SIGTERM)
+    raise SignalException(f"stopped on request ({signal.Signals(signal_number).name})", signal.SIGTERM)
 
 
 def _ignore(signal_number: int, frame: FrameType | None) -> None:
     """In place of SIG_IGN, of which Python complains if the signal has come already and waits to be handled."""
-
-
-def _stopped_by(signal_number: int) -> str:
-    return f"stopped on request ({signal.Signals(signal_number).name})"
 
 
 def _first_error(failures: list[ProcessFailure]) -> AbtrainError:

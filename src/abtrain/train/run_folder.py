@@ -185,9 +185,8 @@ def _lock(path: Path) -> TextIO:
 def _lines_until(metrics: Path, step: int) -> list[str]:
     """The lines of metrics up to a step; one that a crash tore is not among them."""
     kept = []
-    for line in (
-        metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if metrics.exists() else []
-    ):
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
+    for line in text.splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step and line.endswith("\n"):
                 kept.append(line)

@@ -113,10 +113,9 @@ class Saving:
 
     def _load(self, saved: checkpoint.Saved) -> None:
         comm, states = self._ab.communicator, saved.states
-        own, engine = states[comm.rank % len(states)], states[0]["ab"]
-        if saved.workers == comm.topology.world_size:
-            engine = own["ab"]
-        else:
+        own = states[comm.rank % len(states)]
+        engine = own["ab"]
+        if saved.workers != comm.topology.world_size:
             engine = resized([state["ab"] for state in states], comm.rank, self._ab.recipe)
         self._ab.load_state_dict(engine)
         self._schedule.load_state_dict(own["schedule"])
