@@ -86,6 +86,13 @@ def test_another_number_of_workers_reads_all_parts_of_a_merge(tmp_path: Path) ->
         assert same(saved.states, [content(rank, 1) for rank in range(3)])
 
 
+def test_a_run_that_has_gone_back_keeps_its_new_checkpoints(tmp_path: Path) -> None:
+    """Not those of later steps, which it has left behind."""
+    save_alone(tmp_path, 5, 6)
+    checkpoint.save(tmp_path, 4, content(0, 4), SingleProcess(), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000000004"]
+
+
 class Crash(BaseException):
     """As if the process had ended here."""
 
