@@ -22,6 +22,7 @@ TUNED = ("ddp", "powersgd", "ab", "local_sgd", "diloco", "ab_outer")
 MERGES = {
     "ab_outer": "ab_outer",
     "wire int8": "ab_outer --wire int8",
+    "wire ternary": "ab_outer --wire ternary",
     "wire fp32": "ab_outer --wire fp32",
     "outer 0.7, 0.9": "ab_outer --outer-lr 0.7 --outer-momentum 0.9",
     "outer 0.7, 0.9, wire int8": "ab_outer --outer-lr 0.7 --outer-momentum 0.9 --wire int8",
@@ -53,6 +54,19 @@ ROLES = {
 }
 """The paper's recipe with other merges and other splits of the work."""
 
+VIT = {
+    "ddp": "ddp",
+    "mean5": "local_sgd --every 5 --wire int4",
+    "mean20": "local_sgd --every 20 --wire int4",
+    "mean5 ternary": "local_sgd --every 5 --wire ternary",
+    "mean10 ternary": "local_sgd --every 10 --wire ternary",
+    "outer10": "ab_outer --every 10 --rank-rule energy:0.95",
+    "mean10": "ab_outer --every 10 --outer-lr 1 --outer-momentum 0 --rank-rule energy:0.95",
+}
+VIT_RATES = {
+    f"{label}, {lr}": f"{arguments} --lr {lr}" for lr in ("1e-3", "2e-3", "4e-3") for label, arguments in VIT.items()
+}
+
 BENCHMARKS: dict[str, tuple[str, dict[str, str]]] = {
     "fashion-cnn": ("fashion-cnn", RECIPES),
     "fashion-cnn-rates": (
@@ -62,5 +76,6 @@ BENCHMARKS: dict[str, tuple[str, dict[str, str]]] = {
     "fashion-cnn-merges": ("fashion-cnn", MERGES),
     "fashion-cnn-roles": ("fashion-cnn", ROLES),
     "fashion-vit": ("fashion-vit", RECIPES),
+    "fashion-vit-rates": ("fashion-vit", VIT_RATES),
     "pysrc-gpt": ("pysrc-gpt", RECIPES),
 }

@@ -66,7 +66,7 @@ class Outer:
 
 
 Merge = Mean | TrainedOnly | Weighted | Outer
-Code = Literal["fp32", "bf16", "int8", "int4"]
+Code = Literal["fp32", "bf16", "int8", "int4", "ternary"]
 LOW_RANK = "lowrank"
 
 
@@ -111,7 +111,7 @@ class WeightSync:
     Args:
         every: steps between merges, a round.
         merge: how the groups become one.
-        wire: how a merge is sent: fp32, bf16, int8 or int4 (see `abtrain.comm.wire`), or as low-rank factors,
+        wire: how a merge is sent: fp32, bf16, int8, int4 or ternary (see `abtrain.comm.wire`), or as low-rank factors,
             lowrank:RANK or lowrank:RANK:CODE (see `abtrain.comm.low_rank_wire`).
         delay: steps that a merge has to arrive in, while training goes on: its outcome is then added to what was
             trained meanwhile. 0: training waits for it.

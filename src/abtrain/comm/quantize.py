@@ -1,7 +1,9 @@
 """Numbers in few bits: a 1-D float32 tensor <-> a 1-D tensor of bytes. Pure: no communication.
 
-Integers are block-scaled: every block of numbers has a scale of its own, its largest magnitude over the largest
-integer, sent as bfloat16. A number is off by at most half a scale.
+Integers are block-scaled: every block of numbers has a scale of its own, sent as bfloat16. That of int8 and int4 is
+the block's largest magnitude over the largest integer, so a number is off by at most half a scale. That of ternary
+numbers (-1, 0, 1) is the mean magnitude of those that do not become 0 (Li et al., arXiv 1605.04711): a block loses less
+than it holds, which is all that error feedback asks for (Karimireddy et al., arXiv 1901.09847).
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ class Code:
 
     Attributes:
         name: what it is called.
-        bits: of one number.
+        bits: of one number; five ternary ones share a byte.
         block: how many numbers share a scale; 0: no scales.
     """
 
     name: str
-    bits: int
+    bits: float
     block: int = 0
 
     @property
@@ -40,24 +42,22 @@ class Code:
 
     def nbytes(self, count: int) -> int:
         """Bytes that `count` numbers take, scales included."""
-        return count * self.bits // 8 + (count // self.block * _SCALE.itemsize if self.block else 0)
+        scales = count // self.block * _SCALE.itemsize if self.block else 0
+        return round(count * self.bits / 8) + scales
 
     def encode(self, numbers: Tensor) -> Tensor:
         """(count,) finite float32 -> (nbytes(count),) uint8; count a multiple of `granule`."""
         if not self.block:
-            return numbers.to(_FLOATS[self.bits]).view(torch.uint8)
+            return numbers.to(_FLOATS[self.name]).view(torch.uint8)
         blocks = numbers.view(-1, self.block)
-        limit = 2 ** (self.bits - 1) - 1
-        # The scale as the receiver will read it decides; rounded up, so that no number is cut off.
-        scales = _rounded_up(blocks.abs().amax(dim=1) / limit)
-        safe = torch.where(scales > 0, scales, 1).float()
-        integers = (blocks / safe[:, None]).round_().clamp_(-limit, limit).to(torch.int8)
+        ternary = self.bits == _TERNARY
+        scales, integers = _ternary(blocks) if ternary else _uniform(blocks, round(2 ** (self.bits - 1)) - 1)
         return torch.cat([scales.view(torch.uint8), _packed(integers, self.bits)])
 
     def decode(self, data: Tensor, count: int) -> Tensor:
         """(nbytes(count),) uint8 -> (count,) float32."""
         if not self.block:
-            return data.view(_FLOATS[self.bits]).float()
+            return data.view(_FLOATS[self.name]).float()
         split = count // self.block * _SCALE.itemsize
         # A copy, since the integers start where a bfloat16 need not.
         scales = data[:split].clone().view(_SCALE).float()
@@ -65,12 +65,42 @@ class Code:
         return (integers * scales[:, None]).view(-1)
 
 
+_TERNARY = 8 / 5
 CODES = {
     code.name: code
-    for code in (Code("fp32", 32), Code("bf16", 16), Code("int8", 8, block=128), Code("int4", 4, block=64))
+    for code in (
+        Code("fp32", 32),
+        Code("bf16", 16),
+        Code("int8", 8, block=128),
+        Code("int4", 4, block=64),
+        Code("ternary", _TERNARY, block=80),
+    )
 }
 
-_FLOATS = {32: torch.float32, 16: torch.bfloat16}
+_FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_POWERS = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)
+
+
+def _uniform(blocks: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Scales (blocks,) and integers from -limit to limit, of the shape of `blocks`."""
+    # The scale as the receiver will read it decides; rounded up, so that no number is cut off.
+    scales = _rounded_up(blocks.abs().amax(dim=1) / limit)
+    safe = torch.where(scales > 0, scales, 1).float()
+    return scales, (blocks / safe[:, None]).round_().clamp_(-limit, limit).to(torch.int8)
+
+
+def _ternary(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales (blocks,) and the signs of what is above 0.7 of the mean magnitude, 0 elsewhere: of the shape of `blocks`.
+
+    0.7 is near the least error for normal and uniform numbers alike (Li et al., section 2.2); the scale is then the
+    one of the least error.
+    """
+    largest = blocks.abs().amax(dim=1, keepdim=True)
+    # Shares of the largest, since a sum of large numbers may be infinite.
+    shares = blocks.abs() / torch.where(largest > 0, largest, 1)
+    kept = shares > 0.7 * shares.mean(dim=1, keepdim=True)
+    mean = torch.where(kept, shares, 0).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
+    return (largest[:, 0] * mean).to(_SCALE), blocks.sign().mul_(kept).to(torch.int8)
 
 
 def _rounded_up(scales: Tensor) -> Tensor:
@@ -79,16 +109,20 @@ def _rounded_up(scales: Tensor) -> Tensor:
     return torch.where(rounded.float() < scales, up, rounded)
 
 
-def _packed(integers: Tensor, bits: int) -> Tensor:
+def _packed(integers: Tensor, bits: float) -> Tensor:
     flat = integers.view(-1)
     if bits == 8:
         return flat.view(torch.uint8)
+    if bits == _TERNARY:
+        return ((flat + 1).view(torch.uint8).view(-1, 5) * _POWERS.to(flat.device)).sum(dim=1, dtype=torch.uint8)
     nibbles = (flat + 8).view(torch.uint8)
     return nibbles[0::2] | (nibbles[1::2] << 4)
 
 
-def _unpacked(data: Tensor, bits: int) -> Tensor:
+def _unpacked(data: Tensor, bits: float) -> Tensor:
     if bits == 8:
         return data.view(torch.int8).float()
+    if bits == _TERNARY:
+        return (data[:, None] // _POWERS.to(data.device) % 3).view(-1).float() - 1
     nibbles = torch.stack([data & 0xF, data >> 4], dim=1).view(-1)
     return nibbles.float() - 8

@@ -33,6 +33,28 @@ def test_a_number_is_off_by_half_a_scale_at_most(name: str, blocks: int, seed: i
     assert (error <= 0.5 * largest / limit * (1 + 2**-7) + 1e-38).all()
 
 
+@given(blocks=st.integers(1, 20), seed=st.integers(0, 2**31), scale=st.sampled_from([1e-30, 1e-6, 1.0, 1e20, 1e35]))
+def test_ternary_numbers_lose_less_than_they_hold(blocks: int, seed: int, scale: float) -> None:
+    code = CODES["ternary"]
+    x = numbers(blocks * code.block, seed, scale)
+    data = code.encode(x)
+    assert data.numel() == code.nbytes(x.numel())
+    decoded = code.decode(data, x.numel()).double().view(-1, code.block)
+    exact = x.double().view(-1, code.block)
+    for mine, wanted in zip(decoded, exact, strict=True):
+        assert mine.unique().numel() <= 3
+        assert (mine * wanted >= 0).all()
+        # What is kept has the signs of the larger ones and their mean size, so it explains part of them: at least
+        # the share of the largest number alone.
+        assert (mine - wanted).square().sum() <= (1 - 0.9 / code.block) * wanted.square().sum()
+
+
+def test_ternary_numbers_of_a_normal_distribution_lose_a_fifth() -> None:
+    x = torch.randn(80_000, generator=torch.Generator().manual_seed(0))
+    code = CODES["ternary"]
+    assert (code.decode(code.encode(x), x.numel()) - x).square().mean() == pytest.approx(0.19, abs=0.01)
+
+
 @pytest.mark.parametrize("name", CODES)
 def test_zeros_stay_zeros_also_beside_other_numbers(name: str) -> None:
     code = CODES[name]
@@ -54,3 +76,4 @@ def test_bytes_of_a_million_numbers() -> None:
     count = 2**20
     assert CODES["int8"].nbytes(count) / (4 * count) == pytest.approx(1 / 4, rel=0.02)
     assert CODES["int4"].nbytes(count) / (4 * count) == pytest.approx(1 / 8, rel=0.07)
+    assert CODES["ternary"].nbytes(80_000) / (4 * 80_000) == pytest.approx(1.8 / 32)
