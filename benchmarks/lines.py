@@ -23,6 +23,7 @@ MERGES = {
     "ab_outer": "ab_outer",
     "wire int8": "ab_outer --wire int8",
     "wire ternary": "ab_outer --wire ternary",
+    "wire ternary:int4": "ab_outer --wire ternary:int4",
     "wire fp32": "ab_outer --wire fp32",
     "outer 0.7, 0.9": "ab_outer --outer-lr 0.7 --outer-momentum 0.9",
     "outer 0.7, 0.9, wire int8": "ab_outer --outer-lr 0.7 --outer-momentum 0.9 --wire int8",

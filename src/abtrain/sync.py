@@ -72,14 +72,16 @@ LOW_RANK = "lowrank"
 
 @dataclass(frozen=True)
 class WireName:
-    """A wire as its parts: `CODE`, or `lowrank:RANK` or `lowrank:RANK:CODE`.
+    """A wire as its parts: `CODE`, `CODE:REPLY`, `lowrank:RANK` or `lowrank:RANK:CODE`.
 
     Attributes:
         code: in which numbers are sent.
+        reply: in which their averages come back.
         rank: of the factors that changes of matrices are sent as; 0: they are sent as they are.
     """
 
     code: str
+    reply: str
     rank: int = 0
 
     @classmethod
@@ -91,15 +93,17 @@ class WireName:
         """
         kind, *rest = str(name).split(":")
         if kind == LOW_RANK and 1 <= len(rest) <= 2 and rest[0].isdecimal() and int(rest[0]) >= 1:
-            code, rank = (rest[1] if len(rest) == 2 else "fp32"), int(rest[0])
+            code = rest[1] if len(rest) == 2 else "fp32"
+            parts = cls(code, code, int(rest[0]))
         else:
-            code, rank = str(name), 0
-        if code not in get_args(Code):
+            # A sum of exact numbers is exact: it has no way back of its own.
+            parts = cls(kind, rest[0] if len(rest) == 1 and kind != "fp32" else ":".join((kind, *rest)))
+        if not {parts.code, parts.reply} <= set(get_args(Code)):
             raise ConfigurationError(f"unknown wire {name!r}: {nearest(str(name), _WIRES)}")
-        return cls(code, rank)
+        return parts
 
 
-_WIRES = (*get_args(Code), f"{LOW_RANK}:RANK", f"{LOW_RANK}:RANK:CODE")
+_WIRES = (*get_args(Code), "CODE:REPLY", f"{LOW_RANK}:RANK", f"{LOW_RANK}:RANK:CODE")
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,9 @@ class WeightSync:
     Args:
         every: steps between merges, a round.
         merge: how the groups become one.
-        wire: how a merge is sent: fp32, bf16, int8, int4 or ternary (see `abtrain.comm.wire`), or as low-rank factors,
-            lowrank:RANK or lowrank:RANK:CODE (see `abtrain.comm.low_rank_wire`).
+        wire: how a merge is sent: fp32, bf16, int8, int4 or ternary, with averages in the same code or in another one
+            as in ternary:int4 (see `abtrain.comm.wire`), or as low-rank factors, lowrank:RANK or lowrank:RANK:CODE (see
+            `abtrain.comm.low_rank_wire`).
         delay: steps that a merge has to arrive in, while training goes on: its outcome is then added to what was
             trained meanwhile. 0: training waits for it.
         fragments: parts of the model that merge in turns, evenly over a round, so that less is sent at once.

@@ -14,4 +14,4 @@ def make_wire(name: str) -> Wire:
         ConfigurationError: no wire is called so.
     """
     parts = WireName.parse(name)
-    return LowRankWire(parts.rank, parts.code) if parts.rank else DirectWire(parts.code)
+    return LowRankWire(parts.rank, parts.code) if parts.rank else DirectWire(parts.code, parts.reply)

@@ -15,7 +15,7 @@ from abtrain.comm.buckets import MIB, pack
 from abtrain.comm.communicator import Scope
 from abtrain.comm.low_rank_wire import pays
 from abtrain.comm.quantize import CODES, Code
-from abtrain.comm.wire import CAPACITY
+from abtrain.comm.wire import CAPACITY, chunk_of
 from abtrain.study.traffic import Calls, Traffic
 from abtrain.sync import GradientSync, WireName
 
@@ -44,7 +44,7 @@ def exact(tensors: Sequence[Tensor]) -> Calls:
 def merge_stages(wire: str, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
     """What a merge of these tensors sends over a wire, stage by stage (see `abtrain.comm.wire.Wire`)."""
     name = WireName.parse(wire)
-    direct = partial(_direct, CODES[name.code], workers=workers)
+    direct = partial(_direct, CODES[name.code], CODES[name.reply], workers=workers)
     if not name.rank:
         return direct(tensors)
     matrices, rest = [], []
@@ -58,16 +58,18 @@ def merge_stages(wire: str, tensors: Sequence[Tensor], workers: int) -> tuple[Ca
     return (*direct(P + rest), *direct(Q))
 
 
-def _direct(code: Code, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
-    """Every number in one code. In few bits each worker sends the others their chunks, then its average to all."""
+def _direct(code: Code, reply: Code, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
+    """Every number in one code, averages perhaps in another.
+
+    In few bits each worker sends the others their chunks, then its average to all.
+    """
     if code.exact:
         return (exact(tensors),)
     chunks, replies = [], []
     for bucket in pack([tensor.to(torch.float32) for tensor in tensors], CAPACITY):
-        chunk = -(-bucket.flat.numel() // (workers * code.granule)) * code.granule
-        row = code.nbytes(chunk)
-        chunks.append(Traffic("exchange", "world", (workers - 1) * row))
-        replies.append(Traffic("all_gather", "world", row))
+        chunk = chunk_of(bucket.flat.numel(), workers, code, reply)
+        chunks.append(Traffic("exchange", "world", (workers - 1) * code.nbytes(chunk)))
+        replies.append(Traffic("all_gather", "world", reply.nbytes(chunk)))
     return tuple(chunks), tuple(replies)
 
 

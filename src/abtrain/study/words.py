@@ -65,7 +65,8 @@ def _manner(sync: WeightSync) -> Iterator[str]:
     """How a merge is made and sent."""
     yield MERGES[type(sync.merge)]
     wire = WireName.parse(sync.wire)
-    yield f"factors of rank {wire.rank} in {wire.code}" if wire.rank else wire.code
+    back = "" if wire.reply == wire.code else f", back in {wire.reply}"
+    yield (f"factors of rank {wire.rank} in {wire.code}" if wire.rank else wire.code) + back
     if sync.fragments > 1:
         yield f"{sync.fragments} fragments in turns"
     if sync.delay:
