@@ -52,7 +52,7 @@ from abtrain.state import SharedState
 from abtrain.step_hooks import Coming, StepHooks
 from abtrain.switch import Switch
 from abtrain.sync import GradientSync, Trains, WeightSync
-from abtrain.validate import problems_here, problems_of
+from abtrain.validate import doubts_about, problems_here, problems_of
 
 log = logging.getLogger("abtrain")
 
@@ -156,8 +156,8 @@ class ABTraining:
             measure_divergence=measure_divergence,
         )
         self._state.agree()
-        if comm.topology.n_groups == 1 and any(p.trains == "a_or_b" for p in recipe.phases):
-            log.warning("one group alone: it trains A and B in turn, cycle by cycle")
+        for doubt in doubts_about(recipe, comm):
+            log.warning(doubt)
         self._position: Position | None = recipe.at(0)
         # From here on the optimizer is changed: what can be refused has been.
         self._rebound = LRRebound(optimizer)

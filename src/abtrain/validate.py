@@ -15,6 +15,9 @@ from abtrain.lowrank.optimizer import PROJECTABLE
 from abtrain.recipe import Recipe
 from abtrain.sync import WeightSync
 
+_FEW_STEPS = 100
+"""Before weights are factored. Measured: docs/studies/large-batch.md, where 24 steps cost 11 points and 48 cost 4."""
+
 
 def problems_of(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> list[str]:
     """One message for each thing that cannot be; empty if all is well."""
@@ -101,3 +104,19 @@ def problems_here(model: nn.Module, recipe: Recipe, comm: Communicator) -> list[
             "synchronize with: use BatchNorm, or a group size of at least 2"
         )
     return problems
+
+
+def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
+    """What is allowed, but may not be what is meant; alike on all workers."""
+    doubts = []
+    if comm.topology.n_groups == 1 and any(phase.trains == "a_or_b" for phase in recipe.phases):
+        doubts.append("one group alone: it trains A and B in turn, cycle by cycle")
+    # A recipe that factors at once is for weights that were trained before.
+    steps = next((position.step for position in recipe.runs() if position.phase.weights == "factored"), 0)
+    if 0 < steps < _FEW_STEPS:
+        doubts.append(
+            f"weights are factored after {steps} steps, when a model that is trained from scratch has not found its "
+            f"directions, and what is cut off then is lost: give a warm-up of at least {_FEW_STEPS} steps, or take "
+            "local_sgd"
+        )
+    return doubts

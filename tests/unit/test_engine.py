@@ -46,6 +46,14 @@ def test_alone_without_init_process_group() -> None:
     assert dict(model.named_parameters()).get("0.weight", before) is before
 
 
+@pytest.mark.parametrize(("warmup_steps", "warned"), [(0, False), (20, True), (99, True), (100, False)])
+def test_weights_that_are_factored_early_draw_a_warning(
+    warmup_steps: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    mlp_run(None, recipes.ab_outer(1000, every=20, warmup_steps=warmup_steps))
+    assert (f"factored after {warmup_steps} steps" in caplog.text) is warned
+
+
 def test_one_group_alone_takes_turns(caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer, ab = mlp_run(None, recipes.ab(15, **SCHEDULE))
     assert "trains A and B in turn" in caplog.text
