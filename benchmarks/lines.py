@@ -55,28 +55,36 @@ ROLES = {
 }
 """The paper's recipe with other merges and other splits of the work."""
 
-VIT = {
+_OFTEN = "ab_outer --wire ternary --outer-lr 1 --outer-momentum 0"
+TRANSFORMERS = {
     "ddp": "ddp",
-    "mean5": "local_sgd --every 5 --wire int4",
-    "mean20": "local_sgd --every 20 --wire int4",
-    "mean5 ternary": "local_sgd --every 5 --wire ternary",
-    "mean10 ternary": "local_sgd --every 10 --wire ternary",
-    "outer10": "ab_outer --every 10 --rank-rule energy:0.95",
-    "mean10": "ab_outer --every 10 --outer-lr 1 --outer-momentum 0 --rank-rule energy:0.95",
+    "local_sgd, every 5, int4": "local_sgd --every 5 --wire int4",
+    "local_sgd, every 5, ternary": "local_sgd --every 5 --wire ternary",
+    "every 10, outer 0.9, 0.8": "ab_outer --every 10 --rank-rule energy:0.95",
+    "every 10, outer 1, 0.5": "ab_outer --every 10 --outer-lr 1 --outer-momentum 0.5 --rank-rule energy:0.95",
+    "every 10, means": "ab_outer --every 10 --outer-lr 1 --outer-momentum 0 --rank-rule energy:0.95",
+    "every 6, means, ternary": "ab_outer --wire ternary --every 6 --outer-lr 1 --outer-momentum 0",
+    "every 4, then 12, means, ternary": f"{_OFTEN} --warmup-steps 1000 --warmup-every 4 --every 12",
+    "every 4, then rank 24 every 3, means, ternary": f"{_OFTEN} --warmup-steps 600 --warmup-every 4 --every 3 "
+    "--rank-rule fixed:24",
 }
-VIT_RATES = {
-    f"{label}, {lr}": f"{arguments} --lr {lr}" for lr in ("1e-3", "2e-3", "4e-3") for label, arguments in VIT.items()
-}
+"""Settings for transformers, as they were tried on the small ViT; means are merges with outer 1, 0."""
+
+
+def _at_rates(lines: dict[str, str], rates: tuple[str, ...]) -> dict[str, str]:
+    return {f"{label}, {lr}": f"{arguments} --lr {lr}" for label, arguments in lines.items() for lr in rates}
+
 
 BENCHMARKS: dict[str, tuple[str, dict[str, str]]] = {
     "fashion-cnn": ("fashion-cnn", RECIPES),
     "fashion-cnn-rates": (
         "fashion-cnn",
-        {f"{recipe}, {lr}": f"{RECIPES[recipe]} --lr {lr}" for recipe in TUNED for lr in RATES},
+        _at_rates({recipe: RECIPES[recipe] for recipe in TUNED}, RATES),
     ),
     "fashion-cnn-merges": ("fashion-cnn", MERGES),
     "fashion-cnn-roles": ("fashion-cnn", ROLES),
     "fashion-vit": ("fashion-vit", RECIPES),
-    "fashion-vit-rates": ("fashion-vit", VIT_RATES),
+    "fashion-vit-settings": ("fashion-vit", _at_rates(TRANSFORMERS, ("1e-3", "2e-3", "4e-3"))),
     "pysrc-gpt": ("pysrc-gpt", RECIPES),
+    "pysrc-gpt-settings": ("pysrc-gpt", _at_rates(TRANSFORMERS, ("1e-3", "2e-3"))),
 }
