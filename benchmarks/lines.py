@@ -60,10 +60,14 @@ TRANSFORMERS = {
     "ddp": "ddp",
     "local_sgd, every 5, int4": "local_sgd --every 5 --wire int4",
     "local_sgd, every 5, ternary": "local_sgd --every 5 --wire ternary",
+    "local_sgd, every 6, ternary": "local_sgd --every 6 --wire ternary",
     "every 10, outer 0.9, 0.8": "ab_outer --every 10 --rank-rule energy:0.95",
     "every 10, outer 1, 0.5": "ab_outer --every 10 --outer-lr 1 --outer-momentum 0.5 --rank-rule energy:0.95",
     "every 10, means": "ab_outer --every 10 --outer-lr 1 --outer-momentum 0 --rank-rule energy:0.95",
     "every 6, means, ternary": "ab_outer --wire ternary --every 6 --outer-lr 1 --outer-momentum 0",
+    "every 6, means, ternary, head dense": f"{_OFTEN} --every 6 --exclude head.weight",
+    "every 4, then 12, means, ternary, head dense": f"{_OFTEN} --warmup-steps 1000 --warmup-every 4 --every 12 "
+    "--exclude head.weight",
     "every 4, then 12, means, ternary": f"{_OFTEN} --warmup-steps 1000 --warmup-every 4 --every 12",
     "every 4, then rank 24 every 3, means, ternary": f"{_OFTEN} --warmup-steps 600 --warmup-every 4 --every 3 "
     "--rank-rule fixed:24",
@@ -86,5 +90,5 @@ BENCHMARKS: dict[str, tuple[str, dict[str, str]]] = {
     "fashion-vit": ("fashion-vit", RECIPES),
     "fashion-vit-settings": ("fashion-vit", _at_rates(TRANSFORMERS, ("1e-3", "2e-3", "4e-3"))),
     "pysrc-gpt": ("pysrc-gpt", RECIPES),
-    "pysrc-gpt-settings": ("pysrc-gpt", _at_rates(TRANSFORMERS, ("1e-3", "2e-3"))),
+    "pysrc-gpt-settings": ("pysrc-gpt", _at_rates(TRANSFORMERS, ("1e-3", "2e-3", "4e-3"))),
 }

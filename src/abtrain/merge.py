@@ -33,7 +33,7 @@ from abtrain.lowrank.surgery import FactoredWeight
 from abtrain.lowrank.tangent import to_factors, to_weight
 from abtrain.nonfinite import OnNonFinite
 from abtrain.shares import SHARES, Part
-from abtrain.sync import Outer, WeightSync
+from abtrain.sync import Outer, WeightSync, wire_between
 
 Tensors = dict[str, Tensor]
 Observer = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]], None]
@@ -101,7 +101,7 @@ class Merger:
     def wire(self, name: str) -> Wire:
         """The wire of that name, the same at every call."""
         if name not in self._wires:
-            self._wires[name] = make_wire(name)
+            self._wires[name] = make_wire(wire_between(self._comm.topology.world_size, name))
         return self._wires[name]
 
     def merge(

@@ -242,7 +242,8 @@ def ab_outer(
         rebound_steps: full-rank steps before weights are factored anew.
         rebound_every: steps between merges there; default `every`; 0: gradients are averaged at every step.
         lr_rebound_steps: steps over which the learning rate climbs back after factoring; default `every`.
-        sigma_cutoff: singular values below this share of the largest are dropped.
+        sigma_cutoff: singular values below this share of the largest are dropped, unless that is an outlier
+            (`SigmaCutoff(outliers=False)`).
         damping: of the preconditioner of the factors' steps; 0: no preconditioner.
         factor_lr: multiplies preconditioned steps; default 2, which suits optimizers that normalize gradients (Adam).
         rank_rule: in place of `SigmaCutoff(sigma_cutoff)`: a rule, or its name such as `energy:0.95`.
@@ -276,7 +277,7 @@ def ab_outer(
     )
     if rebound_steps:
         cycle += _full("rebound", rebound_steps, every if rebound_every is None else rebound_every, wire, merge=merge)
-    settings = Factoring(_rule(rank_rule, sigma_cutoff), **{**AB_OUTER, **factoring})
+    settings = Factoring(_rule(rank_rule, sigma_cutoff, outliers=False), **{**AB_OUTER, **factoring})
     climb = every if lr_rebound_steps is None else lr_rebound_steps
     return Recipe("ab_outer", total_steps, prologue, cycle, settings, climb)
 
@@ -367,10 +368,10 @@ def _merge(name: MergeName, temperature: float) -> Merge:
     return merges[name]
 
 
-def _rule(rule: RankRule | str | None, sigma_cutoff: float) -> RankRule:
+def _rule(rule: RankRule | str | None, sigma_cutoff: float, outliers: bool = True) -> RankRule:
     if isinstance(rule, str):
         return parse_rule(rule)
-    return SigmaCutoff(sigma_cutoff) if rule is None else rule
+    return SigmaCutoff(sigma_cutoff, outliers=outliers) if rule is None else rule
 
 
 def _until(measure: Measure, below: float) -> Until | None:

@@ -68,6 +68,7 @@ class Outer:
 Merge = Mean | TrainedOnly | Weighted | Outer
 Code = Literal["fp32", "bf16", "int8", "int4", "ternary"]
 LOW_RANK = "lowrank"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,19 @@ class WireName:
         return parts
 
 
-_WIRES = (*get_args(Code), "CODE:REPLY", f"{LOW_RANK}:RANK", f"{LOW_RANK}:RANK:CODE")
+_WIRES = (AUTO, *get_args(Code), "CODE:REPLY", f"{LOW_RANK}:RANK", f"{LOW_RANK}:RANK:CODE")
+
+
+def wire_between(workers: int, name: str) -> str:
+    """`name`, or what `auto` stands for among so many workers: int4 for two, ternary:int4 for more.
+
+    What rounding takes on the way there is averaged over the workers, so the more they are, the coarser it may be. Each
+    of n workers sends (n - 1) / n of the numbers and as many averages: in these codes one of eight sends a quarter more
+    bytes than one of two, where in one code for all it would be three quarters.
+    """
+    if name != AUTO:
+        return name
+    return "int4" if workers <= 2 else "ternary:int4"
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,7 @@ class WeightSync:
         merge: how the groups become one.
         wire: how a merge is sent: fp32, bf16, int8, int4 or ternary, with averages in the same code or in another one
             as in ternary:int4 (see `abtrain.comm.wire`), or as low-rank factors, lowrank:RANK or lowrank:RANK:CODE (see
-            `abtrain.comm.low_rank_wire`).
+            `abtrain.comm.low_rank_wire`); or auto, which `wire_between` chooses by the number of workers.
         delay: steps that a merge has to arrive in, while training goes on: its outcome is then added to what was
             trained meanwhile. 0: training waits for it.
         fragments: parts of the model that merge in turns, evenly over a round, so that less is sent at once.
@@ -140,7 +153,7 @@ class WeightSync:
         elif not isinstance(self.merge, Mean | TrainedOnly):
             found.append(f"merge={self.merge!r} is unknown: use Mean(), TrainedOnly(), Weighted() or Outer()")
         try:
-            WireName.parse(self.wire)
+            WireName.parse(wire_between(1, self.wire))
         except ConfigurationError as error:
             found += error.problems
         return found or self._pace_problems()

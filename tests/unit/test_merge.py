@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -33,6 +35,20 @@ def both(rule: Merge, count: int = 1, trainers: dict[str, list[bool]] | None = N
     one, other = run_in_process(2, lambda comm: rounds(comm, rule, count, trainers or {}))
     assert torch.equal(one, other)
     return one
+
+
+@pytest.mark.parametrize(("workers", "wire"), [(2, "int4"), (3, "ternary:int4"), (4, "ternary:int4")])
+def test_the_number_of_workers_chooses_the_wire(workers: int, wire: str) -> None:
+    def merged(wire: str, comm: Communicator) -> Tensor:
+        w = torch.zeros(100)
+        merger = Merger(comm)
+        merger.begin({"w": w})
+        w += torch.randn(100, generator=torch.Generator().manual_seed(comm.rank))
+        finish(merger.merge({"w": w}, WeightSync(1, wire=wire), {}))
+        return w
+
+    chosen, named = (run_in_process(workers, partial(merged, name))[0] for name in ("auto", wire))
+    assert torch.equal(chosen, named)
 
 
 def test_mean() -> None:

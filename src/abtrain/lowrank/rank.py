@@ -24,17 +24,33 @@ def _bounded(k: int, multiple: int, m: int, n: int) -> int:
 
 @dataclass(frozen=True)
 class SigmaCutoff:
-    """Keeps the singular values of at least `cutoff` times the largest (Section III of the paper, `sigmaCutoff`)."""
+    """Keeps the singular values of at least `cutoff` times the largest (Section III of the paper, `sigmaCutoff`).
+
+    Attributes:
+        cutoff: share of the largest.
+        rank_multiple: k is rounded up to a multiple of it.
+        outliers: whether one direction far above the others may decide what is kept of them, as in the paper. A
+            language model's output layer has such a direction, the frequencies of its words, and would be left with
+            two or three others. False: all are kept where the largest holds over a quarter of all squares, and more
+            than half of the squares would be cut off.
+    """
 
     cutoff: float = 0.15
     rank_multiple: int = 1
+    outliers: bool = True
 
     def problems(self) -> list[str]:
         return share_problems("sigma_cutoff", self.cutoff) + _multiple_problems(self.rank_multiple)
 
     def __call__(self, singular_values: Sequence[float], m: int, n: int) -> int:
         threshold = self.cutoff * singular_values[0]
-        return _bounded(sum(s >= threshold for s in singular_values), self.rank_multiple, m, n)
+        k = sum(s >= threshold for s in singular_values)
+        if not self.outliers:
+            squares = [s * s for s in singular_values]
+            total = sum(squares)
+            if squares[0] > total / 4 and sum(squares[:k]) < total / 2:
+                k = len(singular_values)
+        return _bounded(k, self.rank_multiple, m, n)
 
 
 @dataclass(frozen=True)

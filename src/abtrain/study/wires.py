@@ -17,7 +17,7 @@ from abtrain.comm.low_rank_wire import pays
 from abtrain.comm.quantize import CODES, Code
 from abtrain.comm.wire import CAPACITY, chunk_of
 from abtrain.study.traffic import Calls, Traffic
-from abtrain.sync import GradientSync, WireName
+from abtrain.sync import GradientSync, WireName, wire_between
 
 _FIRST_BUCKET, _BUCKET = 1 * MIB, 25 * MIB
 """Where DDP closes its first bucket, and the others (its defaults)."""
@@ -43,7 +43,7 @@ def exact(tensors: Sequence[Tensor]) -> Calls:
 
 def merge_stages(wire: str, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
     """What a merge of these tensors sends over a wire, stage by stage (see `abtrain.comm.wire.Wire`)."""
-    name = WireName.parse(wire)
+    name = WireName.parse(wire_between(workers, wire))
     direct = partial(_direct, CODES[name.code], CODES[name.reply], workers=workers)
     if not name.rank:
         return direct(tensors)

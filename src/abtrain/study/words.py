@@ -8,7 +8,18 @@ from collections.abc import Iterator
 
 from abtrain import recipes
 from abtrain.recipe import Phase, Recipe, Until
-from abtrain.sync import GradientSync, Mean, Outer, Sync, TrainedOnly, Weighted, WeightSync, WireName
+from abtrain.sync import (
+    AUTO,
+    GradientSync,
+    Mean,
+    Outer,
+    Sync,
+    TrainedOnly,
+    Weighted,
+    WeightSync,
+    WireName,
+    wire_between,
+)
 
 TRAINS = {
     "all": "all train A and B",
@@ -64,13 +75,20 @@ def sync_in_words(sync: Sync) -> str:
 def _manner(sync: WeightSync) -> Iterator[str]:
     """How a merge is made and sent."""
     yield MERGES[type(sync.merge)]
-    wire = WireName.parse(sync.wire)
-    back = "" if wire.reply == wire.code else f", back in {wire.reply}"
-    yield (f"factors of rank {wire.rank} in {wire.code}" if wire.rank else wire.code) + back
+    yield _sent(sync.wire)
     if sync.fragments > 1:
         yield f"{sync.fragments} fragments in turns"
     if sync.delay:
         yield f"hidden behind {sync.delay:,} steps"
+
+
+def _sent(name: str) -> str:
+    """In which numbers."""
+    if name == AUTO:
+        return f"{_sent(wire_between(2, name))} between two workers, {_sent(wire_between(3, name))} between more"
+    wire = WireName.parse(name)
+    back = "" if wire.reply == wire.code else f", back in {wire.reply}"
+    return (f"factors of rank {wire.rank} in {wire.code}" if wire.rank else wire.code) + back
 
 
 def _clauses(phase: Phase) -> Iterator[str]:

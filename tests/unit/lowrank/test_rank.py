@@ -13,6 +13,18 @@ def test_sigma_cutoff_keeps_values_at_the_cutoff() -> None:
     assert SigmaCutoff(1.0)([4.0, 4.0, 2.0], 10, 3) == 2
 
 
+def test_an_outlier_need_not_decide_what_is_kept_of_the_others() -> None:
+    flat = [1.0] * 40
+    spiked = [5.0, *flat]
+    assert SigmaCutoff(0.22)(spiked, 50, 41) == 1
+    assert SigmaCutoff(0.22, outliers=False)(spiked, 50, 41) == 41
+    # A matrix of low rank, and one with a floor of noise, are cut.
+    low, noisy = [5.0, 4.0, *[0.1] * 40], [5.0, 4.0, 4.0, *flat]
+    for values, k in ((low, 2), (noisy, 3)):
+        rules = (SigmaCutoff(0.22), SigmaCutoff(0.22, outliers=False))
+        assert [rule(values, 50, len(values)) for rule in rules] == [k, k]
+
+
 def test_energy_keeps_the_fewest_that_reach_the_share() -> None:
     assert Energy(0.5)([3.0, 3.0, 1.0], 5, 3) == 2
     assert Energy(0.9)([3.0, 1.0], 5, 2) == 1

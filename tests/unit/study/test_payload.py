@@ -20,7 +20,7 @@ from abtrain.study.payload import OptimizerShape, payload, payload_ratio, predic
 from abtrain.study.rounds import turns
 from abtrain.study.shapes import assumed_shapes, ranks_for, shapes_of
 from abtrain.study.wires import GRADIENT_WIRES, merge_stages
-from abtrain.sync import Code, GradientWire, Mean, Trains
+from abtrain.sync import Code, GradientWire, Mean, Trains, wire_between
 from tests.cases import SCHEDULE, adamw, sgd
 from tests.gloo import run_gloo
 
@@ -30,7 +30,7 @@ RANK_4 = {"rank_rule": FixedRank(4)}
 LOCAL = {"every": 4}
 SHORT = {**SCHEDULE, **RANK_4}
 OUTER = {**LOCAL, **RANK_4, "warmup_steps": 8}
-WIRES = (*get_args(Code), "ternary:int4", "lowrank:2", "lowrank:2:int8")
+WIRES = (*get_args(Code), "ternary:int4", "auto", "lowrank:2", "lowrank:2:int8")
 AROUND = {"every": 4, "warmup_steps": 3, "rebound_steps": 2}
 BASES: dict[str, dict[str, Any]] = {"local_sgd": AROUND, "diloco": LOCAL, "ab": SHORT, "ab_outer": OUTER}
 PACES = ({"delay": 1}, {"delay": 3}, {"fragments": 2}, {"fragments": 4}, {"delay": 3, "fragments": 3})
@@ -179,8 +179,23 @@ def test_gradients_of_every_wire(wire: GradientWire) -> None:
 
 def test_every_wire_is_known() -> None:
     for wire in WIRES:
-        assert len(merge_stages(wire, [torch.empty(8, 8, device="meta")], workers=2)) == make_wire(wire).stages
+        assert (
+            len(merge_stages(wire, [torch.empty(8, 8, device="meta")], workers=2))
+            == make_wire(wire_between(2, wire)).stages
+        )
     assert set(GRADIENT_WIRES) == set(get_args(GradientWire))
+
+
+def test_a_worker_sends_about_as_much_however_many_they_are() -> None:
+    numbers = [torch.empty(1_000_000, device="meta")]
+
+    def sent(workers: int) -> int:
+        """With its own average passed on to each of the others."""
+        (chunks,), (reply,) = merge_stages("auto", numbers, workers)
+        return chunks.nbytes + (workers - 1) * reply.nbytes
+
+    two = sent(2)
+    assert [sent(workers) / two for workers in (4, 8)] == pytest.approx([1.07, 1.25], abs=0.01)
 
 
 def test_by_hand() -> None:
