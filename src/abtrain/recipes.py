@@ -199,7 +199,7 @@ def ab_outer(
     every: int = 20,
     outer_lr: float = 0.9,
     outer_momentum: float = 0.8,
-    wire: str = "int4",
+    wire: str = "auto",
     delay: int = 0,
     fragments: int = 1,
     mean_steps: int = 0,

@@ -66,7 +66,7 @@ class Outer:
 
 
 Merge = Mean | TrainedOnly | Weighted | Outer
-Code = Literal["fp32", "bf16", "int8", "int4", "ternary"]
+Code = Literal["fp32", "bf16", "int8", "int4", "int3", "ternary"]
 LOW_RANK = "lowrank"
 AUTO = "auto"
 
@@ -104,19 +104,22 @@ class WireName:
         return parts
 
 
+AUTO_WIRES = ((2, "int4"), (5, "int3"), (math.inf, "ternary:int3"))
+"""What `auto` stands for up to how many workers."""
 _WIRES = (AUTO, *get_args(Code), "CODE:REPLY", f"{LOW_RANK}:RANK", f"{LOW_RANK}:RANK:CODE")
 
 
 def wire_between(workers: int, name: str) -> str:
-    """`name`, or what `auto` stands for among so many workers: int4 for two, ternary:int4 for more.
+    """`name`, or what `auto` stands for among so many workers: int4, int3, or ternary:int3.
 
-    What rounding takes on the way there is averaged over the workers, so the more they are, the coarser it may be. Each
-    of n workers sends (n - 1) / n of the numbers and as many averages: in these codes one of eight sends a quarter more
-    bytes than one of two, where in one code for all it would be three quarters.
+    Each of n workers sends (n - 1) / n of the numbers and as many averages, so in one code for all, one of eight would
+    send three quarters more bytes than one of two. What rounding takes on the way there is averaged over the workers:
+    the more they are, the coarser it may be. In these codes a worker sends 4.2 to 5.2 bits of a number and its average,
+    however many they are.
     """
     if name != AUTO:
         return name
-    return "int4" if workers <= 2 else "ternary:int4"
+    return next(wire for most, wire in AUTO_WIRES if workers <= most)
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,9 @@ class WeightSync:
     Args:
         every: steps between merges, a round.
         merge: how the groups become one.
-        wire: how a merge is sent: fp32, bf16, int8, int4 or ternary, with averages in the same code or in another one
-            as in ternary:int4 (see `abtrain.comm.wire`), or as low-rank factors, lowrank:RANK or lowrank:RANK:CODE (see
-            `abtrain.comm.low_rank_wire`); or auto, which `wire_between` chooses by the number of workers.
+        wire: how a merge is sent: fp32, bf16, int8, int4, int3 or ternary, with averages in the same code or in another
+            one as in ternary:int4 (see `abtrain.comm.wire`), or as low-rank factors, lowrank:RANK or lowrank:RANK:CODE
+            (see `abtrain.comm.low_rank_wire`); or auto, which `wire_between` chooses by the number of workers.
         delay: steps that a merge has to arrive in, while training goes on: its outcome is then added to what was
             trained meanwhile. 0: training waits for it.
         fragments: parts of the model that merge in turns, evenly over a round, so that less is sent at once.

@@ -37,7 +37,7 @@ def both(rule: Merge, count: int = 1, trainers: dict[str, list[bool]] | None = N
     return one
 
 
-@pytest.mark.parametrize(("workers", "wire"), [(2, "int4"), (3, "ternary:int4"), (4, "ternary:int4")])
+@pytest.mark.parametrize(("workers", "wire"), [(2, "int4"), (3, "int3"), (5, "int3"), (6, "ternary:int3")])
 def test_the_number_of_workers_chooses_the_wire(workers: int, wire: str) -> None:
     def merged(wire: str, comm: Communicator) -> Tensor:
         w = torch.zeros(100)

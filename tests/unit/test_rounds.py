@@ -248,9 +248,9 @@ def test_only_the_factor_whose_turn_it_is_travels() -> None:
         (WeightSync(10, wire="int5"), "unknown wire 'int5': did you mean 'int"),
         (WeightSync(10, wire="lowrank"), "Known: .*lowrank:RANK"),
         (WeightSync(10, wire="fp32:int4"), "unknown wire 'fp32:int4'"),
-        (WeightSync(10, wire="int4:int3"), "unknown wire 'int4:int3'"),
+        (WeightSync(10, wire="int4:int5"), "unknown wire 'int4:int5'"),
         (WeightSync(10, wire="lowrank:0"), "unknown wire 'lowrank:0'"),
-        (WeightSync(10, wire="lowrank:4:int3"), "unknown wire 'lowrank:4:int3'"),
+        (WeightSync(10, wire="lowrank:4:int5"), "unknown wire 'lowrank:4:int5'"),
     ],
     ids=str,
 )

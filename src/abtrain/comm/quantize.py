@@ -1,7 +1,7 @@
 """Numbers in few bits: a 1-D float32 tensor <-> a 1-D tensor of bytes. Pure: no communication.
 
-Integers are block-scaled: every block of numbers has a scale of its own, sent as bfloat16. That of int8 and int4 is
-the block's largest magnitude over the largest integer, so a number is off by at most half a scale. That of ternary
+Integers are block-scaled: every block of numbers has a scale of its own, sent as bfloat16. That of int8, int4 and int3
+is the block's largest magnitude over the largest integer, so a number is off by at most half a scale. That of ternary
 numbers (-1, 0, 1) is the mean magnitude of those that do not become 0 (Li et al., arXiv 1605.04711): a block loses less
 than it holds, which is all that error feedback asks for (Karimireddy et al., arXiv 1901.09847).
 """
@@ -22,7 +22,7 @@ class Code:
 
     Attributes:
         name: what it is called.
-        bits: of one number; five ternary ones share a byte.
+        bits: of one number; five ternary ones share a byte, and eight of three bits share three.
         block: how many numbers share a scale; 0: no scales.
     """
 
@@ -73,12 +73,15 @@ CODES = {
         Code("bf16", 16),
         Code("int8", 8, block=128),
         Code("int4", 4, block=64),
+        Code("int3", 3, block=64),
         Code("ternary", _TERNARY, block=80),
     )
 }
 
 _FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _POWERS = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)
+_OCTAL_SHIFTS = torch.arange(0, 24, 3, dtype=torch.int32)
+_BYTE_SHIFTS = torch.arange(0, 24, 8, dtype=torch.int32)
 
 
 def _uniform(blocks: Tensor, limit: int) -> tuple[Tensor, Tensor]:
@@ -115,6 +118,9 @@ def _packed(integers: Tensor, bits: float) -> Tensor:
         return flat.view(torch.uint8)
     if bits == _TERNARY:
         return ((flat + 1).view(torch.uint8).view(-1, 5) * _POWERS.to(flat.device)).sum(dim=1, dtype=torch.uint8)
+    if bits == 3:
+        octal = ((flat + 4).int().view(-1, 8) << _OCTAL_SHIFTS.to(flat.device)).sum(dim=1, dtype=torch.int32)
+        return (octal[:, None] >> _BYTE_SHIFTS.to(flat.device)).to(torch.uint8).view(-1)
     nibbles = (flat + 8).view(torch.uint8)
     return nibbles[0::2] | (nibbles[1::2] << 4)
 
@@ -124,5 +130,8 @@ def _unpacked(data: Tensor, bits: float) -> Tensor:
         return data.view(torch.int8).float()
     if bits == _TERNARY:
         return (data[:, None] // _POWERS.to(data.device) % 3).view(-1).float() - 1
+    if bits == 3:
+        octal = (data.view(-1, 3).int() << _BYTE_SHIFTS.to(data.device)).sum(dim=1, dtype=torch.int32)
+        return (octal[:, None] >> _OCTAL_SHIFTS.to(data.device) & 7).view(-1).float() - 4
     nibbles = torch.stack([data & 0xF, data >> 4], dim=1).view(-1)
     return nibbles.float() - 8

@@ -10,6 +10,7 @@ from abtrain import recipes
 from abtrain.recipe import Phase, Recipe, Until
 from abtrain.sync import (
     AUTO,
+    AUTO_WIRES,
     GradientSync,
     Mean,
     Outer,
@@ -18,7 +19,6 @@ from abtrain.sync import (
     Weighted,
     WeightSync,
     WireName,
-    wire_between,
 )
 
 TRAINS = {
@@ -85,7 +85,8 @@ def _manner(sync: WeightSync) -> Iterator[str]:
 def _sent(name: str) -> str:
     """In which numbers."""
     if name == AUTO:
-        return f"{_sent(wire_between(2, name))} between two workers, {_sent(wire_between(3, name))} between more"
+        *some, last = (wire for _, wire in AUTO_WIRES)
+        return f"{', '.join(some)} or {last}, by the number of workers"
     wire = WireName.parse(name)
     back = "" if wire.reply == wire.code else f", back in {wire.reply}"
     return (f"factors of rank {wire.rank} in {wire.code}" if wire.rank else wire.code) + back

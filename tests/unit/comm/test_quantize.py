@@ -15,7 +15,7 @@ def numbers(count: int, seed: int, scale: float) -> torch.Tensor:
 
 
 @given(
-    name=st.sampled_from(["int8", "int4"]),
+    name=st.sampled_from(["int8", "int4", "int3"]),
     blocks=st.integers(1, 20),
     seed=st.integers(0, 2**31),
     scale=st.sampled_from([1e-30, 1e-6, 1.0, 1e20]),
@@ -76,4 +76,5 @@ def test_bytes_of_a_million_numbers() -> None:
     count = 2**20
     assert CODES["int8"].nbytes(count) / (4 * count) == pytest.approx(1 / 4, rel=0.02)
     assert CODES["int4"].nbytes(count) / (4 * count) == pytest.approx(1 / 8, rel=0.07)
+    assert CODES["int3"].nbytes(count) / (4 * count) == pytest.approx(3.25 / 32)
     assert CODES["ternary"].nbytes(80_000) / (4 * 80_000) == pytest.approx(1.8 / 32)

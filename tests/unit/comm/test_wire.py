@@ -14,7 +14,18 @@ from abtrain.comm.wires import make_wire
 from tests.gloo import run_gloo
 
 SHAPES = {"weight": (40, 33), "bias": (7,), "empty": (0, 3), "scalar": ()}
-CODES = ["fp32", "bf16", "int8", "int4", "ternary", "ternary:int4", "lowrank:2", "lowrank:3:int8", "lowrank:2:int4"]
+CODES = [
+    "fp32",
+    "bf16",
+    "int8",
+    "int4",
+    "int3",
+    "ternary",
+    "ternary:int3",
+    "lowrank:2",
+    "lowrank:3:int8",
+    "lowrank:2:int4",
+]
 
 
 def numbers(rank: int, turn: int) -> dict[str, Tensor]:
@@ -62,6 +73,7 @@ def test_one_average_is_close(code: str, error: float) -> None:
         ("bf16", 1 / 2, 0.01),
         ("int8", 1 / 4, 0.05),
         ("int4", 1 / 8, 0.15),
+        ("int3", 1 / 10, 0.05),
         ("ternary", 1 / 20, 0.15),
         ("ternary:int4", 1 / 13, 0.1),
     ],
