@@ -19,31 +19,33 @@ RECIPES = {
 
 TUNED = ("ddp", "powersgd", "ab", "local_sgd", "diloco", "ab_outer")
 
+_INT4 = "ab_outer --wire int4"
 MERGES = {
     "ab_outer": "ab_outer",
+    "wire int4": _INT4,
     "wire int8": "ab_outer --wire int8",
     "wire ternary": "ab_outer --wire ternary",
     "wire ternary:int4": "ab_outer --wire ternary:int4",
     "wire fp32": "ab_outer --wire fp32",
-    "outer 0.7, 0.9": "ab_outer --outer-lr 0.7 --outer-momentum 0.9",
+    "outer 0.7, 0.9": f"{_INT4} --outer-lr 0.7 --outer-momentum 0.9",
     "outer 0.7, 0.9, wire int8": "ab_outer --outer-lr 0.7 --outer-momentum 0.9 --wire int8",
     "outer 0.7, 0.9, wire fp32": "ab_outer --outer-lr 0.7 --outer-momentum 0.9 --wire fp32",
-    "delay 2": "ab_outer --delay 2",
-    "delay 5": "ab_outer --delay 5",
-    "delay 5, 4 fragments": "ab_outer --delay 5 --fragments 4",
-    "every 40": "ab_outer --every 40",
-    "every 40, warm-up 10 %": "ab_outer --every 40 --warmup-steps 200",
-    "every 80, warm-up every 20": "ab_outer --every 80 --warmup-every 20",
-    "warm-up lowrank:4:int8": "ab_outer --warmup-wire lowrank:4:int8",
-    "no preconditioner": "ab_outer --damping 0",
-    "factor_lr 1": "ab_outer --factor-lr 1",
-    "factor_lr 3": "ab_outer --factor-lr 3",
-    "optimizer state reset": "ab_outer --optimizer-state reset",
-    "factored anew every 20 rounds": "ab_outer --refactor-every 20",
-    "energy:0.95": "ab_outer --rank-rule energy:0.95",
-    "stable:4": "ab_outer --rank-rule stable:4",
+    "delay 2": f"{_INT4} --delay 2",
+    "delay 5": f"{_INT4} --delay 5",
+    "delay 5, 4 fragments": f"{_INT4} --delay 5 --fragments 4",
+    "every 40": f"{_INT4} --every 40",
+    "every 40, warm-up 10 %": f"{_INT4} --every 40 --warmup-steps 200",
+    "every 80, warm-up every 20": f"{_INT4} --every 80 --warmup-every 20",
+    "warm-up lowrank:4:int8": f"{_INT4} --warmup-wire lowrank:4:int8",
+    "no preconditioner": f"{_INT4} --damping 0",
+    "factor_lr 1": f"{_INT4} --factor-lr 1",
+    "factor_lr 3": f"{_INT4} --factor-lr 3",
+    "optimizer state reset": f"{_INT4} --optimizer-state reset",
+    "factored anew every 20 rounds": f"{_INT4} --refactor-every 20",
+    "energy:0.95": f"{_INT4} --rank-rule energy:0.95",
+    "stable:4": f"{_INT4} --rank-rule stable:4",
 }
-"""`ab_outer` with one thing changed at a time."""
+"""`ab_outer` with its own wire, and in int4 with one thing changed at a time."""
 
 ROLES = {
     "mean (the paper)": "ab --sigma-cutoff 0.3",
@@ -61,10 +63,12 @@ TRANSFORMERS = {
     "local_sgd, every 5, int4": "local_sgd --every 5 --wire int4",
     "local_sgd, every 5, ternary": "local_sgd --every 5 --wire ternary",
     "local_sgd, every 6, ternary": "local_sgd --every 6 --wire ternary",
-    "every 10, outer 0.9, 0.8": "ab_outer --every 10 --rank-rule energy:0.95",
-    "every 10, outer 1, 0.5": "ab_outer --every 10 --outer-lr 1 --outer-momentum 0.5 --rank-rule energy:0.95",
-    "every 10, means": "ab_outer --every 10 --outer-lr 1 --outer-momentum 0 --rank-rule energy:0.95",
-    "every 6, means, ternary": "ab_outer --wire ternary --every 6 --outer-lr 1 --outer-momentum 0",
+    "every 10, outer 0.9, 0.8": f"{_INT4} --every 10 --rank-rule energy:0.95",
+    "every 10, outer 1, 0.5": f"{_INT4} --every 10 --outer-lr 1 --outer-momentum 0.5 --rank-rule energy:0.95",
+    "every 10, means": f"{_INT4} --every 10 --outer-lr 1 --outer-momentum 0 --rank-rule energy:0.95",
+    "diloco, every 5": "diloco --every 5",
+    "every 5, means, ternary": f"{_OFTEN} --every 5",
+    "every 6, means, ternary": f"{_OFTEN} --every 6",
     "every 6, means, ternary, head dense": f"{_OFTEN} --every 6 --exclude head.weight",
     "every 4, then 12, means, ternary, head dense": f"{_OFTEN} --warmup-steps 1000 --warmup-every 4 --every 12 "
     "--exclude head.weight",
@@ -83,7 +87,7 @@ BENCHMARKS: dict[str, tuple[str, dict[str, str]]] = {
     "fashion-cnn": ("fashion-cnn", RECIPES),
     "fashion-cnn-rates": (
         "fashion-cnn",
-        _at_rates({recipe: RECIPES[recipe] for recipe in TUNED}, RATES),
+        _at_rates({recipe: RECIPES[recipe] for recipe in TUNED} | {"ab_outer": _INT4}, RATES),
     ),
     "fashion-cnn-merges": ("fashion-cnn", MERGES),
     "fashion-cnn-roles": ("fashion-cnn", ROLES),
