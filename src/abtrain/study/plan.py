@@ -28,8 +28,8 @@ GOOD_ENOUGH = 0.9
 """Speed over that of the fastest recipe, from which a recipe closer to data parallel training is worth more."""
 ROUNDS = (10, 20, 40, 80, 160, 320)
 """Steps between merges that are tried."""
-WIRES = ("fp32", "bf16", "int8", "int4")
-"""Wires that are tried, widest first."""
+WIRES = ("fp32", "bf16", "int8", "int4", "auto")
+"""Wires that are tried, widest first; `auto` is narrower than int4 among more than two workers."""
 HIDDEN = 0.5
 """Share of a round that merges are hidden behind where that is tried; merges that are waited for are tried before."""
 RARE = ("diloco", "ab_outer")
