@@ -23,12 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from abtrain.comm.agreement import roll_call
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.low_rank_wire import LowRankWire
 from abtrain.comm.stages import Stages, together
 from abtrain.comm.wire import Averages, Wire, average_exactly
 from abtrain.comm.wires import make_wire
 from abtrain.errors import NonFiniteError
+from abtrain.faults import fail_at
 from abtrain.lowrank.surgery import FactoredWeight
 from abtrain.lowrank.tangent import to_factors, to_weight
 from abtrain.nonfinite import OnNonFinite
@@ -113,7 +115,7 @@ class Merger:
         buffers: Mapping[str, Tensor] | None = None,
         started: Mapping[str, Tensor] | None = None,
         loss: float | None = None,
-        check: Stages[None] | None = None,
+        place: Mapping[str, int] | None = None,
     ) -> Stages[Outcome]:
         """Merges, in stages: what changed is read now, and the outcome written, in place, at the end.
 
@@ -130,18 +132,20 @@ class Merger:
             started: copies of `tensors` and `buffers` as they were when the merge began; None: as they are now, and
                 nothing is trained before the merge ends.
             loss: this worker's mean training loss in the round, if it is known.
-            check: proves, in the first stage, that all workers merge the same.
+            place: what has to be alike on all workers that merge, such as `step`.
 
         Raises:
+            RanksDisagreeError: it is not. On all workers.
             NonFiniteError: a part is not finite, and parts are not to be dropped; or none is finite. On all workers.
         """
-        buffers = buffers or {}
+        buffers, place = buffers or {}, place or {}
         held = {**tensors, **buffers}
         at_once = started is None
         started = held if started is None else started
         deltas = {name: _change(self.anchors[name], started[name]) for name in tensors}
-        tell = _tell(self._comm, [*deltas.values(), *buffers.values()], deltas, loss)
-        _, parts = yield from together(check or _nothing(), tell)
+        rows = yield from roll_call(self._comm, place, _told([*deltas.values(), *buffers.values()], deltas, loss))
+        parts = [Part(*row) for row in rows]
+        fail_at(self._comm.rank, place.get("step", 0), "merge.agreed")
         alive = self._alive(parts)
         numbers = self._contribution(sync.merge, deltas, alive, trained_by, parts)
         averages, means = yield from together(
@@ -268,26 +272,15 @@ class Merger:
         return rule.lr * (D + rule.momentum * M), M
 
 
-def _tell(
-    comm: Communicator, all_tensors: Sequence[Tensor], deltas: Mapping[str, Tensor], loss: float | None
-) -> Stages[list[Part]]:
-    """Tells all workers how large this one's changes are, and its loss."""
+def _told(all_tensors: Sequence[Tensor], deltas: Mapping[str, Tensor], loss: float | None) -> tuple[float, float]:
+    """What a worker tells all others: the two numbers of a `Part`."""
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in all_tensors)
     square = _square(deltas) if finite else math.nan
-    known = math.nan if loss is None else loss if math.isfinite(loss) else math.inf
-    row = torch.tensor([square, known], dtype=torch.float64).to(comm.device)
-    under_way = comm.launch_all_gather(row)
-    yield
-    return [Part(*values) for values in under_way.wait().tolist()]
+    return square, math.nan if loss is None else loss if math.isfinite(loss) else math.inf
 
 
 def _square(tensors: Mapping[str, Tensor]) -> float:
     return math.fsum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors.values())
-
-
-def _nothing() -> Stages[None]:
-    return
-    yield
 
 
 def _agreement(parts: Sequence[Part], mean: Tensors) -> float:

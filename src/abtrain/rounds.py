@@ -196,9 +196,9 @@ class Rounds:
         fail_at(self._comm.rank, step, "merge.begin")
         # All have held the same since the round before, or else the average would be of unlike things.
         anchors = fingerprint(*(checksum(self._merger.anchors[name]) for name in tensors))
-        check = self._checking(position, step, merging=fingerprint(*tensors, sync), anchors=anchors)
+        place = self._state.place(step, position.phase_index, merging=fingerprint(*tensors, sync), anchors=anchors)
         outcome = yield from self._merger.merge(
-            tensors, sync, trained_by, buffers=buffers, started=started, loss=loss, check=check
+            tensors, sync, trained_by, buffers=buffers, started=started, loss=loss, place=place
         )
         if outcome.dropped:
             log.warning("step %d: the part of rank %s was not finite, and left out", step, list(outcome.dropped))
@@ -209,10 +209,6 @@ class Rounds:
             well = set(range(self._comm.topology.world_size)) - set(outcome.dropped)
             self._state.share_counters(source=min(well))
         self.outcome = outcome
-
-    def _checking(self, position: Position, step: int, **more: int) -> Stages[None]:
-        yield from self._state.checking(step, position.phase_index, **more)
-        fail_at(self._comm.rank, step, "merge.agreed")
 
 
 def _whole_round(position: Position) -> bool:

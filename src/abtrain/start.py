@@ -21,7 +21,7 @@ _ABSENT = "absent"
 
 
 def check_start(comm: Communicator, recipe: Recipe, **options: object) -> None:
-    """Compares recipe, groups and options. Collective over the world; 256 bytes, until something differs.
+    """Compares recipe, groups and options. Collective over the world; 24 bytes, until something differs.
 
     Args:
         comm: of this worker.
@@ -40,7 +40,7 @@ def check_start(comm: Communicator, recipe: Recipe, **options: object) -> None:
 
 
 def check_loaded(comm: Communicator, recipe: Recipe, state: Mapping[str, Any]) -> None:
-    """Compares where workers go on. Collective over the world; 256 bytes, until something differs.
+    """Compares where workers go on. Collective over the world; 24 bytes, until something differs.
 
     Args:
         comm: of this worker.
@@ -67,7 +67,7 @@ def check_loaded(comm: Communicator, recipe: Recipe, state: Mapping[str, Any]) -
 
 
 def _compare(comm: Communicator, values: Mapping[str, object], what: str, remedy: str) -> None:
-    """Makes sure that all ranks hold the same values, at most 15.
+    """Makes sure that all ranks hold the same values.
 
     Raises:
         RanksDisagreeError: they do not; `what` is wrong, the first differences, and the `remedy`.

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from abtrain.comm.agreement import agree_on_tensors, checking_fingerprint, fingerprint, share
+from abtrain.comm.agreement import agree_on_tensors, check_fingerprint, fingerprint, share
 from abtrain.comm.communicator import Communicator
-from abtrain.comm.stages import Stages, finish
 from abtrain.comm.wire import exact_average
 from abtrain.errors import UsageError
 from abtrain.lowrank.classify import Treatment
@@ -55,11 +54,16 @@ class SharedState:
             log.info("initial values of %d tensors differed between workers: rank 0's were taken", len(differed))
 
     def check(self, step: int, phase: int) -> None:
-        """`checking` at once."""
-        finish(self.checking(step, phase))
-
-    def checking(self, step: int, phase: int, **more: int) -> Stages[None]:
         """Proves that all workers are about to average the same things, and all that is trained.
+
+        Raises:
+            RanksDisagreeError: workers are at different steps, in different phases, or hold different shapes.
+            UsageError: a parameter is trained that was frozen at first.
+        """
+        check_fingerprint(self._comm, **self.place(step, phase))
+
+    def place(self, step: int, phase: int, **more: int) -> dict[str, int]:
+        """What has to be alike on all workers that are about to average.
 
         Args:
             step: how many steps are done.
@@ -67,7 +71,6 @@ class SharedState:
             more: what else has to be alike.
 
         Raises:
-            RanksDisagreeError: workers are at different steps, in different phases, or hold different shapes.
             UsageError: a parameter is trained that was frozen at first.
         """
         held = {id(p) for group in self._model.optimizer.param_groups for p in group["params"]}
@@ -80,7 +83,7 @@ class SharedState:
             )
         tensors = self.parameters() | self.buffers()
         layout = fingerprint(*((name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()))
-        yield from checking_fingerprint(self._comm, step=step, phase=phase, shapes=layout, **more)
+        return {"step": step, "phase": phase, "shapes": layout, **more}
 
     def set_to_average(self, tensors: dict[str, Tensor]) -> None:
         """Averages real numbers over all workers, in place; counters follow rank 0."""

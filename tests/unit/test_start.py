@@ -27,14 +27,14 @@ class OwnRule:
         return []
 
 
-def test_equal_settings_cost_256_bytes() -> None:
+def test_equal_settings_cost_24_bytes() -> None:
     def work(comm: Communicator) -> int:
         # Neither an address nor the kind of a sequence is a difference.
         exclude: Any = ("0.*",) if comm.rank else ["0.*"]
         check_start(comm, replace(AB, factoring=Factoring(OwnRule(), exclude=exclude)), on_nonfinite="stop")
         return int(comm.meter.payload()["total"])
 
-    assert run_in_process(3, work) == [256] * 3
+    assert run_in_process(3, work) == [24] * 3
 
 
 def test_one_worker_alone_agrees_with_itself() -> None:

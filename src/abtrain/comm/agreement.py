@@ -1,6 +1,6 @@
 """How workers find out whether they hold the same, and how they come to. Built on the contract alone.
 
-All of it costs a few hundred bytes, and 16 for each tensor compared, until something differs.
+All of it costs a few dozen bytes, and 16 for each tensor compared, until something differs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _LIMIT: int = 2**_BITS
 # Larger numbers are digests, of which only says something who holds which.
 _READABLE = 10**9
 
-# Ranks at different places in the program, with other fields to compare, still send vectors of one length.
-_MAX_FIELDS = 15
+# What a rank tells that has nothing to tell.
+_NOTHING = (0.0, 0.0)
 
 _REMEDY = (
     "Every rank needs the same model and the same recipe, and one ab.step() for each optimizer step, "
@@ -67,7 +67,7 @@ def disagreeing(comm: Communicator, values: Sequence[int]) -> list[int]:
         comm: over whose world to compare.
         values: from 0 to 2**62 - 1, as many on every rank.
     """
-    lowest, highest = finish(_ranges(comm, values))
+    lowest, highest = _ranges(comm, values)
     return [i for i, (low, high) in enumerate(zip(lowest, highest, strict=True)) if low != high]
 
 
@@ -79,12 +79,12 @@ def check_fingerprint(comm: Communicator, **fields: int) -> None:
 
     Args:
         comm: over whose world to compare.
-        fields: up to 15 numbers from 0 to 2**62 - 1 that say where this rank is, such as `step=120`.
+        fields: whole numbers that say where this rank is, such as `step=120`.
 
     Raises:
         RanksDisagreeError: on every rank, if any field differs.
     """
-    finish(checking_fingerprint(comm, **fields))
+    finish(roll_call(comm, fields))
 
 
 def differing_fields(comm: Communicator, **fields: int) -> list[str]:
@@ -96,32 +96,52 @@ def differing_fields(comm: Communicator, **fields: int) -> list[str]:
     Raises:
         RanksDisagreeError: another rank compares other fields.
     """
-    return finish(_comparing(comm, fields))
+    return _differing(fields, finish(_meet(comm, fields, _NOTHING))[1])
 
 
-def checking_fingerprint(comm: Communicator, **fields: int) -> Stages[None]:
-    """`check_fingerprint` in stages."""
-    differing = yield from _comparing(comm, fields)
+def roll_call(
+    comm: Communicator, place: Mapping[str, int], told: tuple[float, float] = _NOTHING
+) -> Stages[list[tuple[float, float]]]:
+    """`check_fingerprint` of a place, in stages, at which every rank tells all others two numbers.
+
+    Returns:
+        What each rank told, in rank order.
+
+    Raises:
+        RanksDisagreeError: on every rank, if they are not all at the same place.
+    """
+    rows, places = yield from _meet(comm, place, told)
+    differing = _differing(place, places)
     if differing:
-        # All ranks are here, since all have seen it.
-        everyone = gather_json(comm, [fields[name] for name in differing])
-        told = [_by_rank(name, [row[i] for row in everyone]) for i, name in enumerate(differing)]
-        raise RanksDisagreeError(f"ranks disagree: {'; '.join(told)}. {_REMEDY}")
+        held = [_by_rank(name, [one[name] for one in places]) for name in differing]
+        raise RanksDisagreeError(f"ranks disagree: {'; '.join(held)}. {_REMEDY}")
+    return rows
 
 
-def _comparing(comm: Communicator, fields: Mapping[str, int]) -> Stages[list[str]]:
-    """The names of the fields that differ. Every rank sends the same few bytes, whatever it compares."""
-    if len(fields) > _MAX_FIELDS:
-        raise ValueError(f"{len(fields)} fields to compare, at most {_MAX_FIELDS}: combine some with fingerprint()")
-    padding = [0] * (_MAX_FIELDS - len(fields))
-    lowest, highest = yield from _ranges(comm, [fingerprint(*fields), *fields.values(), *padding])
-    if lowest[0] != highest[0]:
+def _meet(
+    comm: Communicator, place: Mapping[str, int], told: tuple[float, float]
+) -> Stages[tuple[list[tuple[float, float]], list[dict[str, int]]]]:
+    """What every rank tells; and, if not all are at the same place, where each is, or else nothing."""
+    mine = torch.tensor([fingerprint(*place.items())], dtype=torch.int64)
+    row = torch.cat([mine, torch.tensor(told, dtype=torch.float64).view(torch.int64)])
+    under_way = comm.launch_all_gather(row.to(comm.device))
+    yield
+    rows = under_way.wait().cpu()
+    numbers = [(float(one), float(other)) for one, other in rows[:, 1:].contiguous().view(torch.float64)]
+    if bool((rows[:, 0] == rows[0, 0]).all()):
+        return numbers, []
+    # All ranks are here, since all have seen it.
+    return numbers, gather_json(comm, dict(place))
+
+
+def _differing(place: Mapping[str, int], places: Sequence[Mapping[str, int]]) -> list[str]:
+    """The names of the fields of which not all places have the same."""
+    if any(one.keys() != place.keys() for one in places):
         raise RanksDisagreeError(
-            f"ranks are at different places of the program: this one compares {', '.join(fields) or 'nothing'}, "
+            f"ranks are at different places of the program: this one compares {', '.join(place) or 'nothing'}, "
             f"another one does not. {_REMEDY}"
         )
-    ranges = zip(fields, lowest[1:], highest[1:], strict=False)
-    return [name for name, low, high in ranges if low != high]
+    return [name for name in place if len({one[name] for one in places}) > 1]
 
 
 def _by_rank(name: str, values: Sequence[int]) -> str:
@@ -205,7 +225,7 @@ def gather_json(comm: Communicator, value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size].numpy())) for row, size in zip(rows, sizes, strict=True)]
 
 
-def _ranges(comm: Communicator, values: Sequence[int]) -> Stages[tuple[list[int], list[int]]]:
+def _ranges(comm: Communicator, values: Sequence[int]) -> tuple[list[int], list[int]]:
     """The lowest and the highest value that any rank holds, at each index."""
     outside = [value for value in values if not 0 <= value < _LIMIT]
     if outside:
@@ -214,9 +234,7 @@ def _ranges(comm: Communicator, values: Sequence[int]) -> Stages[tuple[list[int]
         return [], []
     mine = torch.tensor(values, dtype=torch.int64, device=comm.device)
     ends = torch.cat([mine, -mine])
-    under_way = comm.launch_all_reduce(ends, "max")
-    yield
-    under_way.wait()
+    comm.all_reduce(ends, "max")
     highest, lowest = ends.split(len(values))
     return (-lowest).tolist(), highest.tolist()
 

@@ -24,10 +24,8 @@ from abtrain.study.traffic import Calls, Merging, Stretch, Traffic
 from abtrain.study.wires import broadcast, compared, exact, gradients, merge_stages
 from abtrain.sync import GradientSync, Trains, WeightSync
 
-_FIELDS = 16
-"""Numbers in a fingerprint of where a worker is (see `abtrain.comm.agreement`)."""
-_PART_BYTES = 16
-"""In which a worker tells of its part of a merge: two numbers in float64 (see `abtrain.merge.Part`)."""
+_ROLL_CALL = Traffic("all_gather", "world", 24)
+"""Where a worker is, and two numbers that it tells (see `abtrain.comm.agreement.roll_call`)."""
 _VERDICT_BYTES = 16
 """Whether a phase ends, and the measure: two numbers in float64 (see `abtrain.switch`)."""
 _DRIFT_BYTES = 8
@@ -129,7 +127,7 @@ class _Walk:
     def stretches(self) -> Iterator[Stretch]:
         tensors = len(self._model.parameters) + len(self._model.buffers)
         # Recipe and options are compared first, then the layout of the model, then the values of its tensors.
-        yield Stretch("setup", 0, entry=(*compared(_FIELDS), *compared(_FIELDS), *compared(tensors)))
+        yield Stretch("setup", 0, entry=(_ROLL_CALL, _ROLL_CALL, *compared(tensors)))
         for position in self._recipe.runs():
             yield from self._phase(position)
 
@@ -258,7 +256,7 @@ class _Walk:
         numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
         counters = [buffer for buffer in buffers if not buffer.is_floating_point()]
         replicas = compared(1, "group") if self._topology.group_size > 1 else ()
-        told = (*replicas, *compared(_FIELDS), Traffic("all_gather", "world", _PART_BYTES))
+        told = (*replicas, _ROLL_CALL)
         first, *more = merge_stages(sync.wire, tensors, self._topology.world_size)
         return (told, (*first, *exact(numbers)), *more), broadcast(counters)
 
