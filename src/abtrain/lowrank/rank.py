@@ -31,8 +31,8 @@ class SigmaCutoff:
         rank_multiple: k is rounded up to a multiple of it.
         outliers: whether one direction far above the others may decide what is kept of them, as in the paper. A
             language model's output layer has such a direction, the frequencies of its words, and would be left with
-            two or three others. False: all are kept where the largest holds over a quarter of all squares, and more
-            than half of the squares would be cut off.
+            two or three others. False: all are kept where the largest holds over a quarter of all squares, the others
+            over a hundredth, and less than a third of theirs would be kept.
     """
 
     cutoff: float = 0.15
@@ -45,12 +45,16 @@ class SigmaCutoff:
     def __call__(self, singular_values: Sequence[float], m: int, n: int) -> int:
         threshold = self.cutoff * singular_values[0]
         k = sum(s >= threshold for s in singular_values)
-        if not self.outliers:
-            squares = [s * s for s in singular_values]
-            total = sum(squares)
-            if squares[0] > total / 4 and sum(squares[:k]) < total / 2:
-                k = len(singular_values)
+        if not self.outliers and self._outlier_decides(singular_values, k):
+            k = len(singular_values)
         return _bounded(k, self.rank_multiple, m, n)
+
+    @staticmethod
+    def _outlier_decides(singular_values: Sequence[float], k: int) -> bool:
+        largest, *others = (s * s for s in singular_values)
+        rest = sum(others)
+        total = largest + rest
+        return largest > total / 4 and rest > total / 100 and sum(others[: k - 1]) < rest / 3
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,11 @@ def test_an_outlier_need_not_decide_what_is_kept_of_the_others() -> None:
     spiked = [5.0, *flat]
     assert SigmaCutoff(0.22)(spiked, 50, 41) == 1
     assert SigmaCutoff(0.22, outliers=False)(spiked, 50, 41) == 41
-    # A matrix of low rank, and one with a floor of noise, are cut.
-    low, noisy = [5.0, 4.0, *[0.1] * 40], [5.0, 4.0, 4.0, *flat]
-    for values, k in ((low, 2), (noisy, 3)):
+    # However much the outlier alone holds of all.
+    assert SigmaCutoff(0.22, outliers=False)([8.0, 2.0, *flat], 50, 42) == 42
+    # A matrix of low rank, one with a floor of noise, and one of a single direction are cut.
+    low, noisy, single = [5.0, 4.0, *[0.1] * 40], [5.0, 4.0, 4.0, *flat], [5.0, *[1e-3] * 40]
+    for values, k in ((low, 2), (noisy, 3), (single, 1)):
         rules = (SigmaCutoff(0.22), SigmaCutoff(0.22, outliers=False))
         assert [rule(values, 50, len(values)) for rule in rules] == [k, k]
 
