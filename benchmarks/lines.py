@@ -70,6 +70,7 @@ TRANSFORMERS = {
     "every 5, means, ternary": f"{_OFTEN} --every 5",
     "every 6, means, ternary": f"{_OFTEN} --every 6",
     "every 5, means, ternary, head dense": f"{_OFTEN} --every 5 --exclude head.weight",
+    "every 4, then 5, means, ternary, head dense": f"{_OFTEN} --warmup-every 4 --every 5 --exclude head.weight",
     "every 6, means, ternary, head dense": f"{_OFTEN} --every 6 --exclude head.weight",
     "every 4, then 12, means, ternary, head dense": f"{_OFTEN} --warmup-steps 1000 --warmup-every 4 --every 12 "
     "--exclude head.weight",
