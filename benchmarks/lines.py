@@ -58,6 +58,7 @@ ROLES = {
 """The paper's recipe with other merges and other splits of the work."""
 
 _OFTEN = "ab_outer --wire ternary --outer-lr 1 --outer-momentum 0"
+_LOCAL_RATE = "--local-lr 2 --factor-lr 1"
 TRANSFORMERS = {
     "ddp": "ddp",
     "local_sgd, every 5, int4": "local_sgd --every 5 --wire int4",
@@ -72,6 +73,10 @@ TRANSFORMERS = {
     "every 5, means, ternary, head dense": f"{_OFTEN} --every 5 --exclude head.weight",
     "every 4, then 5, means, ternary, head dense": f"{_OFTEN} --warmup-every 4 --every 5 --exclude head.weight",
     "every 6, means, ternary, head dense": f"{_OFTEN} --every 6 --exclude head.weight",
+    "every 4, means, ternary, local rate 2": f"{_OFTEN} --every 4 {_LOCAL_RATE}",
+    "every 5, means, ternary, local rate 2": f"{_OFTEN} --every 5 {_LOCAL_RATE}",
+    "every 6, means, ternary, local rate 2": f"{_OFTEN} --every 6 {_LOCAL_RATE}",
+    "local_sgd, every 5, ternary, local rate 2": "local_sgd --every 5 --wire ternary --local-lr 2",
     "every 4, then 12, means, ternary, head dense": f"{_OFTEN} --warmup-steps 1000 --warmup-every 4 --every 12 "
     "--exclude head.weight",
     "every 4, then 12, means, ternary": f"{_OFTEN} --warmup-steps 1000 --warmup-every 4 --every 12",
@@ -96,5 +101,5 @@ BENCHMARKS: dict[str, tuple[str, dict[str, str]]] = {
     "fashion-vit": ("fashion-vit", RECIPES),
     "fashion-vit-settings": ("fashion-vit", _at_rates(TRANSFORMERS, ("1e-3", "2e-3", "4e-3"))),
     "pysrc-gpt": ("pysrc-gpt", RECIPES),
-    "pysrc-gpt-settings": ("pysrc-gpt", _at_rates(TRANSFORMERS, ("1e-3", "2e-3", "4e-3"))),
+    "pysrc-gpt-settings": ("pysrc-gpt", _at_rates(TRANSFORMERS, (*RATES[1:], "8e-3"))),
 }

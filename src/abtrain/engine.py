@@ -6,7 +6,7 @@ The loop of every recipe:
     for each training step:
         forward through ab(...)            DDP over the world, over the group, or the bare module
         backward                           gradients averaged over that scope
-        optimizer.step                     learning rates times the LR rebound factor
+        optimizer.step                     learning rates times the phase's, and the LR rebound's
         ab.step():
             if position.merges:            merge factors, dense parameters and buffers over the world, now or
                                            hidden behind the next steps; decide whether the phase ends
@@ -194,8 +194,8 @@ class ABTraining:
         return self._position is None
 
     @property
-    def rebound_factor(self) -> float:
-        """What the LR rebound multiplies the learning rate of the next optimizer step by."""
+    def lr_factor(self) -> float:
+        """What the learning rate of the next optimizer step is multiplied by: `Phase.local_lr`, and the LR rebound."""
         return self._rebound.factor
 
     @property
@@ -246,6 +246,7 @@ class ABTraining:
             self._hooks.round_began = True
         if upcoming is None:
             self._rebound.start(0)
+            self._rebound.target = 1.0
             self._wrap(None)
         elif upcoming.first:
             self._enter(upcoming)
@@ -385,6 +386,7 @@ class ABTraining:
     def _train(self, position: Position) -> None:
         """Lets train what is trained at this position, its gradients averaged over the scope of the phase."""
         phase = position.phase
+        self._rebound.target = phase.local_lr
         if phase.weights == "factored":
             self._model.train_only(self._trained_factors(position, self.communicator.rank))
         if isinstance(phase.sync, WeightSync):

@@ -1,4 +1,4 @@
-"""LR rebound: after a change of parameter shapes the learning rate starts near zero and climbs back (Section III)."""
+"""What learning rates are multiplied by: a factor of the phase, and after a change of shapes a climb (Section III)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ class LRRebound:
     """Scales the learning rates of an optimizer while it steps, and only then.
 
     A scheduler beside it reads and writes the values that it knows: the factor is applied when `optimizer.step` begins
-    and taken back when it ends. In step j = 0, 1, ... after `start(N)` the factor is (j + 1) / (N + 1), and 1 from j =
-    N on.
+    and taken back when it ends. In step j = 0, 1, ... after `start(N)` the factor is (j + 1) / (N + 1) of `target`, and
+    `target` from j = N on.
+
+    Attributes:
+        target: what the phase multiplies learning rates by.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
+        self.target = 1.0
         self._length = 0
         self._done = 0
         self._scheduled: list[tuple[dict[str, Any], float | Tensor, float | Tensor]] = []
@@ -29,7 +33,7 @@ class LRRebound:
     @property
     def factor(self) -> float:
         """What the next optimizer step multiplies its learning rates by."""
-        return min(1.0, (self._done + 1) / (self._length + 1))
+        return self.target * min(1.0, (self._done + 1) / (self._length + 1))
 
     def start(self, steps: int) -> None:
         """Begins a climb of `steps` steps; 0 ends any climb."""

@@ -56,6 +56,9 @@ class Phase:
         damping: take the steps of factors in coordinates of the weight, with this damping (see
             `abtrain.lowrank.precondition`); 0: leave them as they are.
         factor_lr: multiplies those steps.
+        local_lr: multiplies the learning rate where workers train alone, between merges. Adam divides by the noise of
+            the gradients, which in a worker's share of a batch is sqrt(workers) times that of the whole: with this it
+            takes the steps it would take there.
         until: what is measured at merges may end the phase before its steps are spent. In the prologue only.
     """
 
@@ -66,6 +69,7 @@ class Phase:
     sync: Sync = GradientSync()
     damping: float = 0.0
     factor_lr: float = 1.0
+    local_lr: float = 1.0
     until: Until | None = None
 
     def problems(self) -> list[str]:
@@ -82,6 +86,9 @@ class Phase:
             found.append(f"{where}: trains={self.trains!r} goes by groups and rounds: use a WeightSync")
         found += share_problems(f"{where}: damping", self.damping)
         found += number_problems(f"{where}: factor_lr", self.factor_lr, above=0)
+        found += number_problems(f"{where}: local_lr", self.local_lr, above=0)
+        if self.local_lr != 1 and not isinstance(self.sync, WeightSync):
+            found.append(f"{where}: local_lr={self.local_lr} is for training alone: use a WeightSync, or leave it at 1")
         if self.factor_lr != 1 and self.damping == 0:
             found.append(
                 f"{where}: factor_lr={self.factor_lr} scales preconditioned steps: give damping, or leave it at 1"

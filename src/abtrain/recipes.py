@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from abtrain.errors import ConfigurationError, nearest
@@ -65,6 +66,7 @@ def local_sgd(
     warmup_every: int = 0,
     rebound_steps: int = 0,
     rebound_every: int = 0,
+    local_lr: float = 1.0,
 ) -> Recipe:
     """Full-rank local training: groups run alone for `every` steps, then their weights are averaged.
 
@@ -83,11 +85,13 @@ def local_sgd(
         warmup_every: steps between merges there; 0: gradients are averaged at every step.
         rebound_steps: steps after every merge with a sync of their own.
         rebound_every: steps between merges there; 0: gradients are averaged at every step.
+        local_lr: multiplies the learning rate between merges (see `abtrain.recipe.Phase`).
     """
     sync = WeightSync(every, _merge(merge, temperature), wire, delay, fragments)
     local = Phase("local", every if rebound_steps else total_steps, sync=sync)
     cycle = (local, *_full("rebound", rebound_steps, rebound_every, wire))
-    return Recipe("local_sgd", total_steps, _full("warmup", warmup_steps, warmup_every, wire), cycle)
+    prologue = _full("warmup", warmup_steps, warmup_every, wire)
+    return Recipe("local_sgd", total_steps, _alone(prologue, local_lr), _alone(cycle, local_lr))
 
 
 def ab(
@@ -173,6 +177,7 @@ def diloco(
     mean_steps: int = 0,
     mean_every: int = 0,
     agreement_below: float = 0.0,
+    local_lr: float = 1.0,
 ) -> Recipe:
     """Full-rank local training with outer Nesterov merges (DiLoCo, arXiv 2311.08105).
 
@@ -187,10 +192,12 @@ def diloco(
         mean_steps: steps at the start in which merges are plain means.
         mean_every: steps between merges there; 0: gradients are averaged at every step.
         agreement_below: end them as soon as workers agree less than this (see `abtrain.recipe.Until`); 0: never.
+        local_lr: multiplies the learning rate between merges (see `abtrain.recipe.Phase`).
     """
     sync = WeightSync(every, Outer(outer_lr, outer_momentum), wire, delay, fragments)
     prologue = _full("mean", mean_steps, mean_every, wire, _until("agreement", agreement_below))
-    return Recipe("diloco", total_steps, prologue, (Phase("local", total_steps, sync=sync),))
+    cycle = (Phase("local", total_steps, sync=sync),)
+    return Recipe("diloco", total_steps, _alone(prologue, local_lr), _alone(cycle, local_lr))
 
 
 def ab_outer(
@@ -216,6 +223,7 @@ def ab_outer(
     sigma_cutoff: float = 0.22,
     damping: float = 0.1,
     factor_lr: float | None = None,
+    local_lr: float = 1.0,
     rank_rule: RankRule | str | None = None,
     **factoring: Any,
 ) -> Recipe:
@@ -246,6 +254,7 @@ def ab_outer(
             (`SigmaCutoff(outliers=False)`).
         damping: of the preconditioner of the factors' steps; 0: no preconditioner.
         factor_lr: multiplies preconditioned steps; default 2, which suits optimizers that normalize gradients (Adam).
+        local_lr: multiplies the learning rate between merges (see `abtrain.recipe.Phase`).
         rank_rule: in place of `SigmaCutoff(sigma_cutoff)`: a rule, or its name such as `energy:0.95`.
         factoring: the other settings of `abtrain.recipe.Factoring`.
 
@@ -279,7 +288,7 @@ def ab_outer(
         cycle += _full("rebound", rebound_steps, every if rebound_every is None else rebound_every, wire, merge=merge)
     settings = Factoring(_rule(rank_rule, sigma_cutoff, outliers=False), **{**AB_OUTER, **factoring})
     climb = every if lr_rebound_steps is None else lr_rebound_steps
-    return Recipe("ab_outer", total_steps, prologue, cycle, settings, climb)
+    return Recipe("ab_outer", total_steps, _alone(prologue, local_lr), _alone(cycle, local_lr), settings, climb)
 
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
@@ -359,6 +368,11 @@ def _full(
         return ()
     sync: Sync = GradientSync() if every == 0 else WeightSync(every, merge, wire)
     return (Phase(name, steps, sync=sync, until=until),)
+
+
+def _alone(phases: tuple[Phase, ...], local_lr: float) -> tuple[Phase, ...]:
+    """The phases with this `Phase.local_lr` where workers train alone between merges."""
+    return tuple(replace(p, local_lr=local_lr) if isinstance(p.sync, WeightSync) else p for p in phases)
 
 
 def _merge(name: MergeName, temperature: float) -> Merge:

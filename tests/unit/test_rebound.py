@@ -29,6 +29,21 @@ def test_steps_are_scaled_and_the_schedule_is_not(lr: float | torch.Tensor) -> N
     assert lr == 0.5
 
 
+def test_a_climb_goes_up_to_what_the_phase_multiplies_rates_by() -> None:
+    model, optimizer, rebound = make(0.5)
+    rebound.target = 2.0
+    rebound.start(1)
+    moves = []
+    for _ in range(3):
+        before = model.weight.item()
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+        moves.append(before - model.weight.item())
+        rebound.advance()
+    assert moves == pytest.approx([0.5, 1.0, 1.0])
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
 def test_a_scheduler_beside_it_sees_its_own_values() -> None:
     plain_model, plain, _ = make(1.0)
     model, optimizer, rebound = make(1.0)

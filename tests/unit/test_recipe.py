@@ -44,6 +44,16 @@ def test_local_sgd_on_the_schedule_of_ab() -> None:
     assert [step for step in range(1200) if ab.at(step).merges] == [s for s in range(1200) if same.at(s).merges]
 
 
+@pytest.mark.parametrize("name", ["local_sgd", "diloco", "ab_outer"])
+def test_learning_rates_are_multiplied_where_workers_train_alone(name: str) -> None:
+    shared = {"local_sgd": "warmup_steps", "diloco": "mean_steps", "ab_outer": "mean_steps"}[name]
+    together = {"local_sgd": {"warmup_every": 0}}.get(name, {"mean_every": 0})
+    recipe = recipes.build(name, 100, every=10, **{shared: 20}, **together, local_lr=3.0)
+    first, *others = recipe.phases
+    assert first.sync == GradientSync() and first.local_lr == 1
+    assert others and all(phase.local_lr == 3 for phase in others)
+
+
 def test_a_recipe_of_groups_alone_repeats_its_phase() -> None:
     recipe = recipes.ab(9, warmup_steps=0, ab_steps=3, rebound_steps=0)
     assert [p.cycle for p in recipe.runs()] == [0, 1, 2]
@@ -95,6 +105,8 @@ def test_all_problems_come_at_once() -> None:
         (Phase("p", 10, weights="factored", trains="a_or_b", sync=GradientSync()), "use a WeightSync"),
         (Phase("p", 10, sync=WeightSync(11)), "every=11 is longer than the phase: use at most its 10 steps"),
         (Phase("p", 10, sync=WeightSync(0)), "every=0 is too small"),
+        (Phase("p", 10, sync=WeightSync(2), local_lr=0), "local_lr=0 is not a finite number above 0"),
+        (Phase("p", 10, local_lr=2), "local_lr=2 is for training alone: use a WeightSync, or leave it at 1"),
         (Phase("p", 10, weights="thin"), "'full' or 'factored'"),  # type: ignore[arg-type]
     ],
 )

@@ -113,6 +113,8 @@ class TrainConfig:
     """Damping of the factors' preconditioner; by default the recipe's."""
     factor_lr: float | None = None
     """Multiplies preconditioned steps of factors; by default the recipe's."""
+    local_lr: float | None = None
+    """Multiplies the learning rate where workers train alone; by default the recipe's."""
     svd: Literal["each", "shared"] | None = None
     """Each worker decomposes every weight, or they share the work; by default the recipe's."""
     optimizer_state: Literal["reset", "project"] | None = None

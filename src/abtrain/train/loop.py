@@ -269,7 +269,7 @@ class _Run:
 
     def _step(self, position: Position, x: Tensor, y: Tensor) -> None:
         ab, phase = self.ab, position.phase.name
-        lr = float(self.schedule.get_last_lr()[0]) * ab.rebound_factor
+        lr = float(self.schedule.get_last_lr()[0]) * ab.lr_factor
         loss = loss_of(ab, self.task, x, y, self.config.precision)
         value = loss.item()
         gradients_travel = isinstance(position.phase.sync, GradientSync)

@@ -166,6 +166,12 @@ def test_phases_of_ones_own_in_words() -> None:
     ]
 
 
+def test_a_local_learning_rate_in_words() -> None:
+    assert phases_in_words(recipes.local_sgd(100, every=10, local_lr=2.0)) == [
+        "local, 100 steps: full, learning rate times 2, merged every 10 steps (mean, fp32)"
+    ]
+
+
 @pytest.mark.parametrize(("text", "value"), [("100mbit", 1e8), ("1.5GBIT", 1.5e9), ("56 kbit", 56e3), ("1e3bit", 1e3)])
 def test_rates(text: str, value: float) -> None:
     assert rate_of(text) == value
