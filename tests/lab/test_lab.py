@@ -12,6 +12,7 @@ import pytest
 from abtrain.errors import ConfigurationError, HostFailedError, LabError
 from abtrain.lab import Fault, Job, Lab, LabConfig, namespaces
 from abtrain.lab.namespaces import lab_prefix
+from abtrain.lab.network import CONGESTION_CONTROLS
 
 RATES = (100 * 10**6, 20 * 10**6)
 
@@ -99,7 +100,8 @@ def test_bytes_are_those_that_were_sent(lab: Lab, script: Path, tmp_path: Path) 
         Job((str(script),), tmp_path / "out", launcher="python"), show=lambda host, line: lines.append((host, line))
     )
     sender, receiver = (host.traffic for host in result.hosts)
-    assert sender.tx_bytes == pytest.approx(1e6, rel=0.02) and receiver.rx_bytes == pytest.approx(1e6, rel=0.02)
+    # Headers are at most 66 of 1,514 bytes; few packets are sent twice, where the slower link's queue was full.
+    assert 1e6 < receiver.rx_bytes <= sender.tx_bytes * 1.001 and sender.tx_bytes < 1.06e6
     assert max(sender.rx_bytes, receiver.tx_bytes) < 0.02 * 1e6
     # The slower of the two links sets the pace, once a burst has passed.
     ((host, line),) = lines
@@ -108,6 +110,7 @@ def test_bytes_are_those_that_were_sent(lab: Lab, script: Path, tmp_path: Path) 
     record = json.loads((tmp_path / "out/lab.json").read_text())
     assert [host["tx_bytes"] for host in record["hosts"]] == [sender.tx_bytes, receiver.tx_bytes]
     assert record["hosts"][1]["rate"] == RATES[1] and record["versions"].keys() >= {"abtrain", "torch", "kernel"}
+    assert record["link"]["congestion_control"] in CONGESTION_CONTROLS
     assert (tmp_path / "out/host-1.log").read_text() == f"{line}\n"
 
 

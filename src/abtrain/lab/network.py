@@ -17,7 +17,14 @@ from abtrain.lab.config import LabConfig
 
 INTERFACE = "eth0"
 LATENCY = "200ms"  # that a packet may queue for at most before it is dropped
+CONGESTION_CONTROLS = ("cubic", "reno")
+"""The first that the kernel lets a namespace take: Linux's own choice, and one that is never refused.
+
+A machine may have another by default, whose pace would be measured with the method's: BBR, which sends by its estimate
+of the rate, leaves a sixth of a link of 20 Mbit idle under a ring all-reduce.
+"""
 _BURST_SECONDS = 0.01
+_CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 _BURST_LEAST, _BURST_MOST = 16 * 1024, 128 * 1024
 
 
@@ -60,6 +67,7 @@ class Network:
         for name in (self.switch, *self.hosts):
             _run("ip", "netns", "add", name)
             namespaces.inside(name, _disable_ipv6)
+            namespaces.inside(name, _set_congestion_control)
             _run("ip", "-n", name, "link", "set", "lo", "up")
         _run("ip", "-n", self.switch, "link", "add", "bridge", "type", "bridge")
         # The switch's own interface is not shaped: links are measured against it, one by one.
@@ -79,6 +87,10 @@ class Network:
     def set_link(self, host: int, up: bool) -> None:
         """Cuts a host's link, or joins it again."""
         _run("ip", "-n", self.switch, "link", "set", _port(host), "up" if up else "down")
+
+    def congestion_control(self) -> str:
+        """What senders of the hosts keep their pace by."""
+        return namespaces.inside(self.hosts[0], _CONGESTION_CONTROL.read_text).strip()
 
     def open_counters(self, host: int) -> FileIO:
         """The file with the counters of a host's interfaces, as the kernel counts them."""
@@ -112,6 +124,13 @@ def _disable_ipv6() -> None:
     with contextlib.suppress(OSError):  # a kernel without IPv6
         for scope in ("all", "default"):
             Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6").write_text("1")
+
+
+def _set_congestion_control() -> None:
+    for name in CONGESTION_CONTROLS:
+        with contextlib.suppress(OSError):
+            _CONGESTION_CONTROL.write_text(name)
+            return
 
 
 def _run(*command: str) -> None:

@@ -59,6 +59,7 @@ class LabResult:
         hosts: in the order of their numbers.
         events: faults as they happened: (seconds, what).
         failed_host: the host that failed first, if any did.
+        congestion_control: by which senders kept their pace.
     """
 
     command: tuple[str, ...]
@@ -68,6 +69,7 @@ class LabResult:
     hosts: tuple[HostResult, ...]
     events: tuple[tuple[float, str], ...]
     failed_host: int | None
+    congestion_control: str
 
     def error(self) -> LabError | None:
         """Why this is no success, if it is none."""
@@ -98,6 +100,7 @@ def as_record(result: LabResult, config: LabConfig) -> dict[str, Any]:
         "events": [{"seconds": round(seconds, 3), "event": event} for seconds, event in result.events],
         "link": {
             "shaping": f"tbf at both ends, latency {LATENCY}",
+            "congestion_control": result.congestion_control,
             "burst_bytes": [burst_bytes(host.rate) for host in result.hosts],
             "payload_share": round(WIRE_SHARE, 4),
             "tolerance": config.tolerance,

@@ -101,6 +101,7 @@ class Run:
             hosts=tuple(hosts),
             events=tuple(self._events),
             failed_host=self.processes.first_failed(),
+            congestion_control=self._network.congestion_control(),
         )
 
     def _elapsed(self) -> float:
