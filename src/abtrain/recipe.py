@@ -57,8 +57,8 @@ class Phase:
             `abtrain.lowrank.precondition`); 0: leave them as they are.
         factor_lr: multiplies those steps.
         local_lr: multiplies the learning rate where workers train alone, between merges. Adam divides by the noise of
-            the gradients, which in a worker's share of a batch is sqrt(workers) times that of the whole: with this it
-            takes the steps it would take there.
+            the gradients, which in a worker's share of a batch is sqrt(workers) times that of the whole: times as much,
+            its steps are as long as they would be there.
         until: what is measured at merges may end the phase before its steps are spent. In the prologue only.
     """
 
