@@ -6,13 +6,15 @@ abtrain lab --nodes 4 --rate 1gbit -- benchmarks/allreduce.py --megabytes 0.0004
 Of few bytes, the time of a hop is the latency that `abtrain plan --latency` asks for: of a message between two
 workers, with all that their software and their processors add to it. With `--work`, each worker computes for about so
 many milliseconds before every round, as it does in training: where workers share cores, they answer later then. That
-computing itself, timed without all-reduces, is taken off.
+computing itself, timed without an all-reduce before every round with one, is taken off. Seconds are those of the median
+round, times the rounds: what else the machine does in between is not the link's.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import time
 from collections.abc import Callable
 
@@ -32,14 +34,17 @@ def main() -> None:
     workers = dist.get_world_size()
     values = torch.ones(int(options.megabytes * 1e6) // 4)
     products = _products(options.work)
-    alone = _seconds(options.rounds, lambda: _work(products))
 
     def reduce() -> None:
         _work(products)
         dist.all_reduce(values)
         values.div_(workers)
 
-    seconds = _seconds(options.rounds, reduce) - alone
+    alone, reducing = [], []
+    for _ in range(options.rounds):
+        alone.append(_seconds(lambda: _work(products)))
+        reducing.append(_seconds(reduce))
+    seconds = options.rounds * (statistics.median(reducing) - statistics.median(alone))
     assert values[0].item() == values[-1].item() == 1
     # A ring sends every worker's share around twice, but for its own.
     ring = options.rounds * 2 * (workers - 1) / workers * 4 * values.numel()
@@ -50,19 +55,18 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def _seconds(rounds: int, act: Callable[[], None]) -> float:
-    """Of so many rounds, from a barrier on."""
+def _seconds(act: Callable[[], None]) -> float:
+    """From a barrier on."""
     dist.barrier()
     started = time.perf_counter()
-    for _ in range(rounds):
-        act()
+    act()
     return time.perf_counter() - started
 
 
 def _products(milliseconds: float) -> int:
     """How many matrix products take a worker so long, next to all the others."""
     tried = 200
-    return round(tried * milliseconds / (1000 * _seconds(1, lambda: _work(tried))))
+    return round(tried * milliseconds / (1000 * _seconds(lambda: _work(tried))))
 
 
 def _work(products: int) -> None:

@@ -59,7 +59,7 @@ def _line(settings: dict[str, Any], row: dict[str, Any], rows: list[dict[str, An
     step_seconds, (step_alone, decompositions_alone) = solo["seconds"] / settings["steps"], _alone(settings["task"])
     setting = Setting(
         shapes=lambda factoring: shapes_of(model, factoring),
-        compression=max(1.0, row["compression"]),
+        compression=row["compression"],
         steps=settings["steps"],
         step_seconds=step_seconds,
         cluster=Cluster(settings["nodes"], Link(settings["rate"], latency), settings["workers_per_node"]),

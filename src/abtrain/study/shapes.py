@@ -105,12 +105,15 @@ def assumed_shapes(parameters: int, width: int | None = None) -> ModelShapes:
 def ranks_for(model: ModelShapes, compression: float) -> dict[str, int]:
     """Ranks k by weight that together give the whole model about this compression, each weight cut alike.
 
+    Args:
+        model: whose weights are factored.
+        compression: full parameters over factored ones; below 1 for factors that are larger than their weights, whose
+            ranks end at full rank.
+
     Raises:
-        ConfigurationError: a compression that is no number from 1 up, or that ranks of 1 do not reach.
+        ConfigurationError: a compression that is no number above 0, or that ranks of 1 do not reach.
     """
     problems = number_problems("compression", compression, above=0)
-    if not problems and compression < 1:
-        problems = [f"compression={compression} would make the model larger: use a number of at least 1"]
     if problems:
         raise ConfigurationError(problems)
     matrices = model.matrices()

@@ -21,10 +21,14 @@ def test_an_assumed_model_has_all_its_parameters(parameters: int, width: int) ->
 
 
 @settings(deadline=None)
-@given(compression=st.floats(1, 12))
+@given(compression=st.floats(0.55, 12))
 def test_ranks_give_the_compression_asked_for(compression: float) -> None:
     model = assumed_shapes(4 * 512 * 512 + 300, 512)
     assert model.compression(ranks_for(model, compression)) == pytest.approx(compression, rel=0.05)
+
+
+def test_ranks_end_at_full_rank() -> None:
+    assert ranks_for(assumed_shapes(512 * 512, 512), 0.1) == {"weight0": 512}
 
 
 def test_large_models_have_wide_weights() -> None:
@@ -46,7 +50,7 @@ def test_compression_by_hand() -> None:
     assert model.compression({}) == 1
 
 
-@pytest.mark.parametrize("compression", [0.5, 0, float("nan"), 1e6])
+@pytest.mark.parametrize("compression", [-1, 0, float("nan"), 1e6])
 def test_a_compression_that_cannot_be(compression: float) -> None:
     with pytest.raises(ConfigurationError, match="compression"):
         ranks_for(assumed_shapes(10**6), compression)
