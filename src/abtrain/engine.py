@@ -160,7 +160,7 @@ class ABTraining:
             log.warning(doubt)
         self._position: Position | None = recipe.at(0)
         # From here on the optimizer is changed: what can be refused has been.
-        self._rebound = LRRebound(optimizer)
+        self._rebound = LRRebound(optimizer, lambda: 1.0 if self._position is None else self._position.phase.local_lr)
         self._hooks = StepHooks(optimizer, self._model, on_nonfinite, self._coming)
         self._enter(self._position)
 
@@ -246,7 +246,6 @@ class ABTraining:
             self._hooks.round_began = True
         if upcoming is None:
             self._rebound.start(0)
-            self._rebound.target = 1.0
             self._wrap(None)
         elif upcoming.first:
             self._enter(upcoming)
@@ -386,7 +385,6 @@ class ABTraining:
     def _train(self, position: Position) -> None:
         """Lets train what is trained at this position, its gradients averaged over the scope of the phase."""
         phase = position.phase
-        self._rebound.target = phase.local_lr
         if phase.weights == "factored":
             self._model.train_only(self._trained_factors(position, self.communicator.rank))
         if isinstance(phase.sync, WeightSync):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,15 +13,16 @@ class LRRebound:
     """Scales the learning rates of an optimizer while it steps, and only then.
 
     A scheduler beside it reads and writes the values that it knows: the factor is applied when `optimizer.step` begins
-    and taken back when it ends. In step j = 0, 1, ... after `start(N)` the factor is (j + 1) / (N + 1) of `target`, and
-    `target` from j = N on.
+    and taken back when it ends. In step j = 0, 1, ... after `start(N)` the factor is (j + 1) / (N + 1) of the
+    target, and the target from j = N on.
 
-    Attributes:
-        target: what the phase multiplies learning rates by.
+    Args:
+        optimizer: whose rates they are.
+        target: tells what the phase of the coming step multiplies them by.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.target = 1.0
+    def __init__(self, optimizer: Optimizer, target: Callable[[], float]) -> None:
+        self._target = target
         self._length = 0
         self._done = 0
         self._scheduled: list[tuple[dict[str, Any], float | Tensor, float | Tensor]] = []
@@ -33,7 +34,7 @@ class LRRebound:
     @property
     def factor(self) -> float:
         """What the next optimizer step multiplies its learning rates by."""
-        return self.target * min(1.0, (self._done + 1) / (self._length + 1))
+        return self._target() * min(1.0, (self._done + 1) / (self._length + 1))
 
     def start(self, steps: int) -> None:
         """Begins a climb of `steps` steps; 0 ends any climb."""

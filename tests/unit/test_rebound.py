@@ -7,41 +7,37 @@ from torch import nn
 from abtrain.rebound import LRRebound
 
 
-def make(lr: float | torch.Tensor) -> tuple[nn.Linear, torch.optim.Optimizer, LRRebound]:
+def make(lr: float | torch.Tensor, target: float = 1.0) -> tuple[nn.Linear, torch.optim.Optimizer, LRRebound]:
     model = nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    return model, optimizer, LRRebound(optimizer)
+    return model, optimizer, LRRebound(optimizer, lambda: target)
+
+
+def moves(model: nn.Linear, optimizer: torch.optim.Optimizer, rebound: LRRebound, steps: int) -> list[float]:
+    """How far steps of gradient 1 go, while the schedule's rate of 0.5 is left alone."""
+    gone = []
+    for _ in range(steps):
+        before = model.weight.item()
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+        assert float(optimizer.param_groups[0]["lr"]) == 0.5
+        gone.append(before - model.weight.item())
+        rebound.advance()
+    return gone
 
 
 @pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)])
 def test_steps_are_scaled_and_the_schedule_is_not(lr: float | torch.Tensor) -> None:
     model, optimizer, rebound = make(lr)
     rebound.start(3)
-    moves = []
-    for _ in range(5):
-        before = model.weight.item()
-        model.weight.grad = torch.ones_like(model.weight)
-        optimizer.step()
-        assert float(optimizer.param_groups[0]["lr"]) == 0.5
-        moves.append(before - model.weight.item())
-        rebound.advance()
-    assert moves == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5], abs=1e-6)
+    assert moves(model, optimizer, rebound, 5) == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5], abs=1e-6)
     assert lr == 0.5
 
 
 def test_a_climb_goes_up_to_what_the_phase_multiplies_rates_by() -> None:
-    model, optimizer, rebound = make(0.5)
-    rebound.target = 2.0
+    model, optimizer, rebound = make(0.5, target=2.0)
     rebound.start(1)
-    moves = []
-    for _ in range(3):
-        before = model.weight.item()
-        model.weight.grad = torch.ones_like(model.weight)
-        optimizer.step()
-        moves.append(before - model.weight.item())
-        rebound.advance()
-    assert moves == pytest.approx([0.5, 1.0, 1.0])
-    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert moves(model, optimizer, rebound, 3) == pytest.approx([0.5, 1.0, 1.0])
 
 
 def test_a_scheduler_beside_it_sees_its_own_values() -> None:
