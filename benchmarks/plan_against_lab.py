@@ -2,10 +2,10 @@
 
 Each file is of one `abtrain compare RECIPE... --nodes N --rate RATE --out FOLDER`. The forecast gets what a user would
 measure or guess beforehand: the seconds of a step without communication (the comparison's `solo`, so that workers that
-share cores are slow in both), the compression, the latency of a hop in milliseconds, which `allreduce.py` measures in
-the lab (MS), and the time of decompositions, which is measured here, on an idle machine, and is longer by as much as a
-step is where workers share cores. Bytes of starting up, which `solo` sends too, are none of a recipe's and are taken
-off what was measured.
+share cores are slow in both), the compression, and the latency of a hop in milliseconds, which `allreduce.py` measures
+in the lab (MS). What decompositions take, and what averaging gradients adds to a step beside sending them, is measured
+here, on an idle machine, and is longer by as much as a step is where workers share cores. Bytes of starting up, which
+`solo` sends too, are none of a recipe's and are taken off what was measured.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from abtrain.lowrank.rank import FixedRank
 from abtrain.recipe import Factoring
 from abtrain.study.contestant import contestants
 from abtrain.study.cost import Cluster, Link
-from abtrain.study.measure import measure_decompositions, measure_step
+from abtrain.study.measure import measure_averaging, measure_decompositions, measure_step
 from abtrain.study.plan import Setting
 from abtrain.study.shapes import shapes_of
+from abtrain.sync import GradientWire
 from abtrain.train.config import used_options
 from abtrain.train.tasks import TASKS
 
@@ -45,25 +46,28 @@ def main() -> None:
 
 
 @cache
-def _alone(task: str) -> tuple[float, float]:
-    """Seconds of a step, and of the decompositions of all weights, in one process that has a core to itself."""
+def _alone(task: str) -> tuple[float, float, dict[GradientWire, float]]:
+    """Seconds in one process that has a core to itself: of a step, of decomposing all weights, of averaging by wire."""
     with torch.device("meta"):
         shapes = shapes_of(TASKS[task].model(), Factoring(FixedRank(1)))
-    return measure_step(TASKS[task]), measure_decompositions(shapes)
+    return measure_step(TASKS[task]), measure_decompositions(shapes), measure_averaging(TASKS[task])
 
 
 def _line(settings: dict[str, Any], row: dict[str, Any], rows: list[dict[str, Any]], latency: float) -> str:
     solo = next(other for other in rows if other["label"] == "solo")
     with torch.device("meta"):
         model = TASKS[settings["task"]].model()
-    step_seconds, (step_alone, decompositions_alone) = solo["seconds"] / settings["steps"], _alone(settings["task"])
+    step_alone, decompositions_alone, averaging_alone = _alone(settings["task"])
+    step_seconds = solo["seconds"] / settings["steps"]
+    shared = max(step_seconds / step_alone, 1.0)
     setting = Setting(
         shapes=lambda factoring: shapes_of(model, factoring),
         compression=row["compression"],
         steps=settings["steps"],
         step_seconds=step_seconds,
         cluster=Cluster(settings["nodes"], Link(settings["rate"], latency), settings["workers_per_node"]),
-        decomposition_seconds=decompositions_alone * max(step_seconds / step_alone, 1.0),
+        decomposition_seconds=shared * decompositions_alone,
+        averaging_seconds={wire: shared * seconds for wire, seconds in averaging_alone.items()},
     )
     workers = settings["nodes"] * settings["workers_per_node"]
     common = {"task": settings["task"], "steps": settings["steps"], "workers": workers}

@@ -1,21 +1,30 @@
-"""How long a step of a task takes on this machine, and the decompositions of its weights."""
+"""How long a step of a task takes on this machine, what averaging gradients adds, and decompositions of weights."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
+from torch import nn
 
+from abtrain.comm.alone import world_of_one
+from abtrain.comm.communicator import DataParallel, Unsynchronized
 from abtrain.lowrank.rank import FixedRank
 from abtrain.lowrank.svd import decompose
 from abtrain.study.shapes import ModelShapes
+from abtrain.sync import GradientSync, GradientWire
 from abtrain.train.tasks import Task, batches, build_model, build_optimizer
 
 _UNTIMED = 3
 _TIMED = 10
+_TURNS = 4
+"""In which ways of averaging are timed side by side: what else a machine does slows all of them."""
 
 
 def measure_step(task: Task, data: Path | None = None, batch_size: int | None = None) -> float:
@@ -29,19 +38,60 @@ def measure_step(task: Task, data: Path | None = None, batch_size: int | None = 
     Raises:
         DataError: the task's data is not to be had.
     """
-    size = task.batch_size if batch_size is None else batch_size
-    stream = batches(task, task.load(data), seed=0, rank=0, world_size=1, batch_size=size)
-    model = build_model(task, seed=0)
-    optimizer = build_optimizer(model, task.lr)
-    seconds = []
-    for _ in range(_UNTIMED + _TIMED):
+    trainer = _Trainer(task, data, batch_size, Unsynchronized)
+    return statistics.median(trainer.seconds(_UNTIMED, _TIMED))
+
+
+def measure_averaging(task: Task, data: Path | None = None, batch_size: int | None = None) -> dict[GradientWire, float]:
+    """Seconds that averaging gradients adds to a step of one worker, beside sending them, by their wire.
+
+    DDP copies gradients into its buckets and back, rounds or factors them, and hands them to threads of its own: in a
+    world of one worker it does all of this, and sends nothing.
+
+    Raises:
+        DataError: the task's data is not to be had.
+    """
+    with world_of_one() as wrap:
+        alone = _Trainer(task, data, batch_size, Unsynchronized)
+        trainers = {
+            wire: _Trainer(task, data, batch_size, partial(wrap, GradientSync(wire))) for wire in get_args(GradientWire)
+        }
+        bare, averaged = list[float](), {wire: list[float]() for wire in trainers}
+        for _ in range(_TURNS):
+            bare += alone.seconds(_UNTIMED, _TIMED)
+            for wire, trainer in trainers.items():
+                averaged[wire] += trainer.seconds(_UNTIMED, _TIMED)
+        for trainer in trainers.values():
+            trainer.close()
+    return {wire: max(statistics.median(seconds) - statistics.median(bare), 0.0) for wire, seconds in averaged.items()}
+
+
+class _Trainer:
+    """A model of a task, and steps of its training."""
+
+    def __init__(
+        self, task: Task, data: Path | None, batch_size: int | None, wrap: Callable[[nn.Module], DataParallel]
+    ) -> None:
+        size = task.batch_size if batch_size is None else batch_size
+        self._task = task
+        self._stream = batches(task, task.load(data), seed=0, rank=0, world_size=1, batch_size=size)
+        model = build_model(task, seed=0)
+        self._parallel, self._optimizer = wrap(model), build_optimizer(model, task.lr)
+
+    def seconds(self, untimed: int, timed: int) -> list[float]:
+        """Of each of `timed` steps, after some that only warm up."""
+        return [self._step() for _ in range(untimed + timed)][untimed:]
+
+    def close(self) -> None:
+        self._parallel.close()
+
+    def _step(self) -> float:
         started = time.perf_counter()
-        x, y = next(stream)
-        task.loss(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[_UNTIMED:])
+        x, y = next(self._stream)
+        self._task.loss(self._parallel(x), y).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return time.perf_counter() - started
 
 
 def measure_decompositions(model: ModelShapes) -> float:

@@ -163,7 +163,8 @@ class _Walk:
         for turn in (*before, last):
             inside = self._gradients(turn.position, held, "group", PLAIN)
             merges, leaving = self._merges(turn, held, sync), (*level, *compared(1)) if turn is last else ()
-            yield Stretch(position.phase.name, turn.steps, "group", entry, inside, merges, leaving)
+            averages = PLAIN.wire if inside else None
+            yield Stretch(position.phase.name, turn.steps, "group", entry, inside, merges, leaving, averages)
             entry = ()
 
     def _synchronous(
@@ -181,7 +182,7 @@ class _Walk:
         for count, wire in parts:
             step = self._gradients(position, held, "world", wire)
             leaving = compared(1) if (count, wire) == parts[-1] else ()
-            yield Stretch(position.phase.name, count, "world", entry, step, exit=leaving)
+            yield Stretch(position.phase.name, count, "world", entry, step, exit=leaving, averages=wire.wire)
             entry = ()
 
     def _held(self, ranks: Mapping[str, int]) -> list[_Held]:

@@ -8,8 +8,8 @@ is recommended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from typing import Any
@@ -23,6 +23,7 @@ from abtrain.study.payload import payload_ratio, predict
 from abtrain.study.settings import problem_of
 from abtrain.study.shapes import ModelShapes, ranks_for
 from abtrain.study.simulate import Speeds
+from abtrain.sync import GradientWire
 
 GOOD_ENOUGH = 0.9
 """Speed over that of the fastest recipe, from which a recipe closer to data parallel training is worth more."""
@@ -72,6 +73,7 @@ class Setting:
         speeds: of the workers; None: all alike.
         algorithm: of all-reduces.
         decomposition_seconds: of one worker alone, for all weights that are factored.
+        averaging_seconds: that averaging gradients adds to a step of one worker beside sending them, by their wire.
     """
 
     shapes: Callable[[Factoring | None], ModelShapes]
@@ -83,6 +85,7 @@ class Setting:
     speeds: Speeds | None = None
     algorithm: str = "ring"
     decomposition_seconds: float = 0.0
+    averaging_seconds: Mapping[GradientWire, float] = field(default_factory=dict)
 
     def offer(self, name: str, **options: Any) -> Offer:
         """What a recipe would take here.
@@ -102,6 +105,7 @@ class Setting:
             speeds=self.speeds,
             algorithm=self.algorithm,
             decomposition_seconds=self.decomposition_seconds,
+            averaging_seconds=self.averaging_seconds,
         )
         return Offer(name, options, recipe, expected, payload_ratio(expected.payload, model, self.steps))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from abtrain.recipe import Factoring, Recipe
 from abtrain.study.cost import ALL_REDUCES, Cluster, Link
 from abtrain.study.forecast import PhaseForecast
 from abtrain.study.listing import ratio_in_words
-from abtrain.study.measure import measure_decompositions, measure_step
+from abtrain.study.measure import measure_averaging, measure_decompositions, measure_step
 from abtrain.study.plan import RARE, Offer, Setting, recommend
 from abtrain.study.settings import ALL, PlanConfig, chosen, model_in_words, model_problems, problem_of, shapes_for
 from abtrain.study.simulate import Speeds
@@ -113,24 +114,27 @@ def _speeds(config: PlanConfig) -> Speeds:
 
 
 def _setting(config: PlanConfig) -> Setting:
-    shapes, decomposition_seconds = shapes_for(config), 0.0
-    if config.step_time is not None:
-        # Decompositions are left out: how long they take there, a step's time does not say.
-        step_seconds = seconds_of(config.step_time)
-    else:
-        assert config.task is not None
-        step_seconds = measure_step(TASKS[config.task], config.data, config.batch_size)
-        decomposition_seconds = measure_decompositions(shapes(Factoring(FixedRank(1))))
-    return Setting(
+    shapes = shapes_for(config)
+    setting = Setting(
         shapes,
         config.compression,
         config.steps,
-        step_seconds,
+        1.0,
         _cluster(config),
         config.group_size,
         _speeds(config),
         config.algorithm,
-        decomposition_seconds,
+    )
+    if config.step_time is not None:
+        # The rest is left out: how long decompositions take there, a step's time does not say.
+        return replace(setting, step_seconds=seconds_of(config.step_time))
+    assert config.task is not None
+    measured = TASKS[config.task], config.data, config.batch_size
+    return replace(
+        setting,
+        step_seconds=measure_step(*measured),
+        averaging_seconds=measure_averaging(*measured),
+        decomposition_seconds=measure_decompositions(shapes(Factoring(FixedRank(1)))),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from abtrain.comm.communicator import Scope
+from abtrain.sync import GradientWire
 
 Call = Literal["all_reduce", "all_gather", "exchange", "broadcast", "gradients"]
 
@@ -66,6 +67,7 @@ class Stretch:
         step: at each step.
         merges: whenever a part of the model, or all of it, merges.
         exit: once, after the last merge.
+        averages: the wire in which gradients are averaged at each step; None: they are not.
         decompositions: before the first step, in those of all weights that are factored: 1, or this worker's share.
     """
 
@@ -76,6 +78,7 @@ class Stretch:
     step: Calls = ()
     merges: tuple[Merging, ...] = ()
     exit: Calls = ()
+    averages: GradientWire | None = None
     decompositions: float = 0.0
 
     @property

@@ -1,15 +1,18 @@
+from typing import get_args
+
 import pytest
 
-from abtrain import recipes
+from abtrain import Recipe, recipes
 from abtrain.comm.topology import Topology
 from abtrain.study.cost import Cluster, Link, cost_of, ring
 from abtrain.study.forecast import Forecast, forecast
-from abtrain.study.measure import measure_decompositions
+from abtrain.study.measure import measure_averaging, measure_decompositions
 from abtrain.study.payload import predict
 from abtrain.study.shapes import ModelShapes, assumed_shapes
 from abtrain.study.simulate import Speeds
 from abtrain.study.traffic import Merging, Stretch, Traffic
-from abtrain.sync import GradientSync
+from abtrain.sync import GradientSync, GradientWire
+from abtrain.train.tasks import TASKS
 
 LINK = Link(100e6, 1e-3)
 CLUSTER = Cluster(4, LINK)
@@ -133,6 +136,35 @@ def test_decompositions_take_their_time() -> None:
         without = forecast(stretches, CLUSTER, 0.1)
         assert with_them.seconds - without.seconds == pytest.approx(4 * each)
         assert {phase.phase for phase in with_them.phases if phase.decomposing} == {"group"}
+
+
+def test_averaging_gradients_takes_its_time_beside_sending_them() -> None:
+    """In steps that share gradients, by their wire: among all workers, or inside a group."""
+    model, averaging = assumed_shapes(10**6, 1000), {"fp32": 0.01, "bf16": 0.02, "powersgd": 0.05}
+
+    def added(recipe: Recipe, topology: Topology) -> float:
+        cluster = Cluster(topology.n_groups, LINK, topology.group_size)
+        stretches = predict(recipe, model, topology)
+        with_it, without = (
+            forecast(stretches, cluster, 0.1, group_size=topology.group_size, averaging_seconds=seconds).seconds
+            for seconds in (averaging, {})
+        )
+        return with_it - without
+
+    flat = Topology(4)
+    assert added(recipes.ddp(100), flat) == pytest.approx(100 * 0.01)
+    assert added(recipes.ddp(100, wire="bf16"), flat) == pytest.approx(100 * 0.02)
+    # The first two steps of PowerSGD's share gradients as they are.
+    assert added(recipes.powersgd(100), flat) == pytest.approx(2 * 0.01 + 98 * 0.05)
+    assert added(recipes.local_sgd(100, warmup_steps=20), flat) == pytest.approx(20 * 0.01)
+    assert added(recipes.diloco(100), flat) == pytest.approx(0)
+    assert added(recipes.diloco(100), Topology(8, 4)) == pytest.approx(100 * 0.01)
+
+
+def test_averaging_is_measured() -> None:
+    measured = measure_averaging(TASKS["digits-mlp"])
+    assert set(measured) == set(get_args(GradientWire))
+    assert all(0 <= seconds < 1 for seconds in measured.values())
 
 
 def test_decompositions_are_measured() -> None:

@@ -1,0 +1,39 @@
+"""A world of one worker: DDP in all its motions, with nobody to send to."""
+
+from typing import get_args
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from abtrain.comm.alone import world_of_one
+from abtrain.errors import UsageError
+from abtrain.sync import GradientSync, GradientWire
+from tests.cases import batch, build
+
+
+@pytest.mark.parametrize("wire", get_args(GradientWire))
+def test_gradients_are_averaged_over_one_worker(wire: GradientWire) -> None:
+    bare, wrapped = build("mlp", torch.float32), build("mlp", torch.float32)
+    with world_of_one() as wrap:
+        parallel = wrap(GradientSync(wire, rank=16), wrapped)
+        for step in range(4):
+            x, y = batch("mlp", 0, step)
+            for model in (bare, parallel):
+                F.cross_entropy(model(x.float()), y).backward()
+            for mine, theirs in zip(bare.parameters(), wrapped.parameters(), strict=True):
+                torch.testing.assert_close(theirs.grad, mine.grad, atol=2e-2, rtol=2e-2)
+        parallel.close()
+    assert not dist.is_initialized()
+
+
+def test_it_is_left_also_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), world_of_one():
+        raise ZeroDivisionError
+    assert not dist.is_initialized()
+
+
+def test_not_in_a_process_that_has_joined_others() -> None:
+    with world_of_one(), pytest.raises(UsageError, match="use a process of its own"), world_of_one():
+        pass
