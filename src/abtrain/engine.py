@@ -161,7 +161,7 @@ class ABTraining:
         self._position: Position | None = recipe.at(0)
         # From here on the optimizer is changed: what can be refused has been.
         self._rebound = LRRebound(optimizer, lambda: 1.0 if self._position is None else self._position.phase.local_lr)
-        self._hooks = StepHooks(optimizer, self._model, comm.topology.n_groups, on_nonfinite, self._coming)
+        self._hooks = StepHooks(optimizer, self._model, on_nonfinite, self._coming)
         self._enter(self._position)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

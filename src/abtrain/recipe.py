@@ -59,8 +59,6 @@ class Phase:
         local_lr: multiplies the learning rate where workers train alone, between merges. Adam divides by the noise of
             the gradients, which in a worker's share of a batch is sqrt(workers) times that of the whole: times as much,
             its steps are as long as they would be there.
-        noise_correction: make steps of Adam on a worker's share of the batch as long as the whole batch would make
-            them, element by element (see `abtrain.noise`).
         until: what is measured at merges may end the phase before its steps are spent. In the prologue only.
     """
 
@@ -72,7 +70,6 @@ class Phase:
     damping: float = 0.0
     factor_lr: float = 1.0
     local_lr: float = 1.0
-    noise_correction: bool = False
     until: Until | None = None
 
     def problems(self) -> list[str]:
@@ -92,8 +89,6 @@ class Phase:
         found += number_problems(f"{where}: local_lr", self.local_lr, above=0)
         if self.local_lr != 1 and not isinstance(self.sync, WeightSync):
             found.append(f"{where}: local_lr={self.local_lr} is for training alone: use a WeightSync, or leave it at 1")
-        if self.noise_correction and not isinstance(self.sync, WeightSync):
-            found.append(f"{where}: noise_correction is for training alone: use a WeightSync, or leave it out")
         if self.factor_lr != 1 and self.damping == 0:
             found.append(
                 f"{where}: factor_lr={self.factor_lr} scales preconditioned steps: give damping, or leave it at 1"

@@ -67,7 +67,6 @@ def local_sgd(
     rebound_steps: int = 0,
     rebound_every: int = 0,
     local_lr: float = 1.0,
-    noise_correction: bool = False,
 ) -> Recipe:
     """Full-rank local training: groups run alone for `every` steps, then their weights are averaged.
 
@@ -87,18 +86,12 @@ def local_sgd(
         rebound_steps: steps after every merge with a sync of their own.
         rebound_every: steps between merges there; 0: gradients are averaged at every step.
         local_lr: multiplies the learning rate between merges (see `abtrain.recipe.Phase`).
-        noise_correction: of Adam's steps between merges (see `abtrain.noise`).
     """
     sync = WeightSync(every, _merge(merge, temperature), wire, delay, fragments)
     local = Phase("local", every if rebound_steps else total_steps, sync=sync)
     cycle = (local, *_full("rebound", rebound_steps, rebound_every, wire))
     prologue = _full("warmup", warmup_steps, warmup_every, wire)
-    return Recipe(
-        "local_sgd",
-        total_steps,
-        _alone(prologue, local_lr, noise_correction),
-        _alone(cycle, local_lr, noise_correction),
-    )
+    return Recipe("local_sgd", total_steps, _alone(prologue, local_lr), _alone(cycle, local_lr))
 
 
 def ab(
@@ -185,7 +178,6 @@ def diloco(
     mean_every: int = 0,
     agreement_below: float = 0.0,
     local_lr: float = 1.0,
-    noise_correction: bool = False,
 ) -> Recipe:
     """Full-rank local training with outer Nesterov merges (DiLoCo, arXiv 2311.08105).
 
@@ -201,14 +193,11 @@ def diloco(
         mean_every: steps between merges there; 0: gradients are averaged at every step.
         agreement_below: end them as soon as workers agree less than this (see `abtrain.recipe.Until`); 0: never.
         local_lr: multiplies the learning rate between merges (see `abtrain.recipe.Phase`).
-        noise_correction: of Adam's steps between merges (see `abtrain.noise`).
     """
     sync = WeightSync(every, Outer(outer_lr, outer_momentum), wire, delay, fragments)
     prologue = _full("mean", mean_steps, mean_every, wire, _until("agreement", agreement_below))
     cycle = (Phase("local", total_steps, sync=sync),)
-    return Recipe(
-        "diloco", total_steps, _alone(prologue, local_lr, noise_correction), _alone(cycle, local_lr, noise_correction)
-    )
+    return Recipe("diloco", total_steps, _alone(prologue, local_lr), _alone(cycle, local_lr))
 
 
 def ab_outer(
@@ -235,7 +224,6 @@ def ab_outer(
     damping: float = 0.1,
     factor_lr: float | None = None,
     local_lr: float = 1.0,
-    noise_correction: bool = False,
     rank_rule: RankRule | str | None = None,
     **factoring: Any,
 ) -> Recipe:
@@ -267,7 +255,6 @@ def ab_outer(
         damping: of the preconditioner of the factors' steps; 0: no preconditioner.
         factor_lr: multiplies preconditioned steps; default 2, which suits optimizers that normalize gradients (Adam).
         local_lr: multiplies the learning rate between merges (see `abtrain.recipe.Phase`).
-        noise_correction: of Adam's steps between merges (see `abtrain.noise`).
         rank_rule: in place of `SigmaCutoff(sigma_cutoff)`: a rule, or its name such as `energy:0.95`.
         factoring: the other settings of `abtrain.recipe.Factoring`.
 
@@ -301,14 +288,7 @@ def ab_outer(
         cycle += _full("rebound", rebound_steps, every if rebound_every is None else rebound_every, wire, merge=merge)
     settings = Factoring(_rule(rank_rule, sigma_cutoff, outliers=False), **{**AB_OUTER, **factoring})
     climb = every if lr_rebound_steps is None else lr_rebound_steps
-    return Recipe(
-        "ab_outer",
-        total_steps,
-        _alone(prologue, local_lr, noise_correction),
-        _alone(cycle, local_lr, noise_correction),
-        settings,
-        climb,
-    )
+    return Recipe("ab_outer", total_steps, _alone(prologue, local_lr), _alone(cycle, local_lr), settings, climb)
 
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
@@ -390,12 +370,9 @@ def _full(
     return (Phase(name, steps, sync=sync, until=until),)
 
 
-def _alone(phases: tuple[Phase, ...], local_lr: float, noise_correction: bool) -> tuple[Phase, ...]:
-    """The phases with these settings where workers train alone between merges."""
-    return tuple(
-        replace(p, local_lr=local_lr, noise_correction=noise_correction) if isinstance(p.sync, WeightSync) else p
-        for p in phases
-    )
+def _alone(phases: tuple[Phase, ...], local_lr: float) -> tuple[Phase, ...]:
+    """The phases with this `Phase.local_lr` where workers train alone between merges."""
+    return tuple(replace(p, local_lr=local_lr) if isinstance(p.sync, WeightSync) else p for p in phases)
 
 
 def _merge(name: MergeName, temperature: float) -> Merge:

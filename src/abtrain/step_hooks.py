@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 from abtrain.errors import UsageError
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.precondition import Preconditioner
-from abtrain.noise import NoiseCorrection
 from abtrain.nonfinite import GradientGuard, OnNonFinite
 from abtrain.recipe import Phase
 
@@ -35,7 +34,6 @@ class StepHooks:
     Args:
         optimizer: over the model's parameters.
         model: whose factors are preconditioned.
-        groups: how many train apart between merges.
         on_nonfinite: what becomes of gradients that are not finite.
         coming: tells of the step that is about to be made; None: of none that a recipe knows.
 
@@ -51,7 +49,6 @@ class StepHooks:
         self,
         optimizer: Optimizer,
         model: FactoredModel,
-        groups: int,
         on_nonfinite: OnNonFinite,
         coming: Callable[[], Coming | None],
     ) -> None:
@@ -59,7 +56,6 @@ class StepHooks:
         self.round_began = True
         self.preconditioner = Preconditioner(optimizer, damping=0)
         self.guard = GradientGuard(optimizer, on_nonfinite)
-        self._noise = NoiseCorrection(optimizer, groups)
         self._model = model
         self._coming = coming
         self._handles = (
@@ -77,12 +73,8 @@ class StepHooks:
         if coming is None:
             return
         self.guard.look(coming.step, coming.shared)
-        if coming.phase.noise_correction:
-            self._noise.before_step()
-        if coming.phase.damping:
-            self._precondition(optimizer, coming.phase, args, kwargs)
-
-    def _precondition(self, optimizer: Optimizer, phase: Phase, args: Any, kwargs: Any) -> None:
+        if not coming.phase.damping:
+            return
         # PyTorch hands over the arguments of optimizer.step, the optimizer itself the first of them.
         if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
             raise UsageError(
@@ -91,13 +83,11 @@ class StepHooks:
             )
         records = self._model.records
         if self.round_began:
-            self.preconditioner = Preconditioner(optimizer, phase.damping, phase.factor_lr)
+            self.preconditioner = Preconditioner(optimizer, coming.phase.damping, coming.phase.factor_lr)
             self.preconditioner.refresh(records.values())
             self.round_began = False
         self.preconditioner.before_step(records.values())
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.count += 1
-        # The other way round: a preconditioned step is what the optimizer made of moments in the weight's coordinates.
-        self._noise.after_step()
         self.preconditioner.after_step()

@@ -107,10 +107,6 @@ def test_all_problems_come_at_once() -> None:
         (Phase("p", 10, sync=WeightSync(0)), "every=0 is too small"),
         (Phase("p", 10, sync=WeightSync(2), local_lr=0), "local_lr=0 is not a finite number above 0"),
         (Phase("p", 10, local_lr=2), "local_lr=2 is for training alone: use a WeightSync, or leave it at 1"),
-        (
-            Phase("p", 10, noise_correction=True),
-            "noise_correction is for training alone: use a WeightSync, or leave it out",
-        ),
         (Phase("p", 10, weights="thin"), "'full' or 'factored'"),  # type: ignore[arg-type]
     ],
 )

@@ -36,7 +36,7 @@ RECIPES = {
         rank_rule=FixedRank(3),
         optimizer_state="project",
     ),
-    "diloco": recipes.diloco(17, **{**HIDDEN, "wire": "int4"}, local_lr=2.0, noise_correction=True),
+    "diloco": recipes.diloco(17, **{**HIDDEN, "wire": "int4"}, local_lr=2.0),
     "weighted": recipes.local_sgd(16, every=4, delay=2, merge="weighted", rebound_steps=0),
 }
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd}

@@ -89,7 +89,7 @@ class Preconditioner:
     @torch.no_grad()
     def before_step(self, records: Iterable[FactoredWeight]) -> None:
         """Replaces the gradients of the factors in place; those that have none are left alone."""
-        decays = {id(p): decoupled_decay(group) for group in self._optimizer.param_groups for p in group["params"]}
+        decays = {id(p): _decay(group) for group in self._optimizer.param_groups for p in group["params"]}
         self._starts = []
         for record in records:
             roots, A, B = self._roots[record.name], record.A, record.B
@@ -111,7 +111,7 @@ class Preconditioner:
         self._starts = []
 
 
-def decoupled_decay(group: dict[str, Any]) -> float:
+def _decay(group: dict[str, Any]) -> float:
     """The share by which a step of the optimizer shrinks the parameters of a group, whatever their gradients."""
     return float(group["lr"] * group["weight_decay"]) if group.get("decoupled_weight_decay") else 0.0
 

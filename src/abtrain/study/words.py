@@ -99,8 +99,6 @@ def _clauses(phase: Phase) -> Iterator[str]:
         yield f"steps preconditioned (damping {phase.damping:g}, times {phase.factor_lr:g})"
     if phase.local_lr != 1:
         yield f"learning rate times {phase.local_lr:g}"
-    if phase.noise_correction:
-        yield "steps corrected for noise"
     yield sync_in_words(phase.sync)
     if phase.until is not None:
         yield f"until {_limit(phase.until)}"

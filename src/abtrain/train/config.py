@@ -115,8 +115,6 @@ class TrainConfig:
     """Multiplies preconditioned steps of factors; by default the recipe's."""
     local_lr: float | None = None
     """Multiplies the learning rate where workers train alone; by default the recipe's."""
-    noise_correction: bool | None = None
-    """Correct Adam's steps for the noise of a worker's share of the batch; by default the recipe's."""
     svd: Literal["each", "shared"] | None = None
     """Each worker decomposes every weight, or they share the work; by default the recipe's."""
     optimizer_state: Literal["reset", "project"] | None = None

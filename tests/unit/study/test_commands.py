@@ -167,8 +167,8 @@ def test_phases_of_ones_own_in_words() -> None:
 
 
 def test_a_local_learning_rate_in_words() -> None:
-    assert phases_in_words(recipes.local_sgd(100, every=10, local_lr=2.0, noise_correction=True)) == [
-        "local, 100 steps: full, learning rate times 2, steps corrected for noise, merged every 10 steps (mean, fp32)"
+    assert phases_in_words(recipes.local_sgd(100, every=10, local_lr=2.0)) == [
+        "local, 100 steps: full, learning rate times 2, merged every 10 steps (mean, fp32)"
     ]
 
 
