@@ -3,8 +3,8 @@
 Each file is of one `abtrain compare RECIPE... --nodes N --rate RATE --out FOLDER`. The forecast gets what a user would
 measure or guess beforehand: the seconds of a step without communication (the comparison's `solo`, so that workers that
 share cores are slow in both), the compression, and the latency of a hop in milliseconds, which `allreduce.py` measures
-in the lab (MS). What decompositions take, and what averaging gradients adds to a step beside sending them, is measured
-here, on an idle machine, and is longer by as much as a step is where workers share cores. Bytes of starting up, which
+in the lab (MS). What decompositions take, and what factors and averaging gradients add, is measured here, on an idle
+machine, and is longer by as much as a step is where workers share cores. Bytes of starting up, which
 `solo` sends too, are none of a recipe's and are taken off what was measured.
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,10 @@ from abtrain.lowrank.rank import FixedRank
 from abtrain.recipe import Factoring
 from abtrain.study.contestant import contestants
 from abtrain.study.cost import Cluster, Link
-from abtrain.study.measure import measure_averaging, measure_decompositions, measure_step
+from abtrain.study.measure import measure_averaging, measure_decompositions, measure_factors, measure_step
 from abtrain.study.plan import Setting
+from abtrain.study.seconds import FactorSeconds, WorkerSeconds
 from abtrain.study.shapes import shapes_of
-from abtrain.sync import GradientWire
 from abtrain.train.config import used_options
 from abtrain.train.tasks import TASKS
 
@@ -46,28 +48,36 @@ def main() -> None:
 
 
 @cache
-def _alone(task: str) -> tuple[float, float, dict[GradientWire, float]]:
-    """Seconds in one process that has a core to itself: of a step, of decomposing all weights, of averaging by wire."""
+def _alone(task: str) -> WorkerSeconds:
+    """Of one process that has a core to itself."""
     with torch.device("meta"):
         shapes = shapes_of(TASKS[task].model(), Factoring(FixedRank(1)))
-    return measure_step(TASKS[task]), measure_decompositions(shapes), measure_averaging(TASKS[task])
+    return WorkerSeconds(measure_step(TASKS[task]), measure_averaging(TASKS[task]), measure_decompositions(shapes))
+
+
+@cache
+def _factors(task: str, ranks: tuple[tuple[str, int], ...]) -> FactorSeconds:
+    return measure_factors(TASKS[task], dict(ranks))
 
 
 def _line(settings: dict[str, Any], row: dict[str, Any], rows: list[dict[str, Any]], latency: float) -> str:
-    solo = next(other for other in rows if other["label"] == "solo")
+    task = settings["task"]
     with torch.device("meta"):
-        model = TASKS[settings["task"]].model()
-    step_alone, decompositions_alone, averaging_alone = _alone(settings["task"])
+        model = TASKS[task].model()
+    solo, alone = next(other for other in rows if other["label"] == "solo"), _alone(task)
     step_seconds = solo["seconds"] / settings["steps"]
-    shared = max(step_seconds / step_alone, 1.0)
+    slower = max(step_seconds / alone.step, 1.0)
+
+    def factors(ranks: Mapping[str, int]) -> FactorSeconds:
+        return _factors(task, tuple(ranks.items())).times(slower)
+
     setting = Setting(
         shapes=lambda factoring: shapes_of(model, factoring),
         compression=row["compression"],
         steps=settings["steps"],
-        step_seconds=step_seconds,
+        alone=replace(alone.times(slower), step=step_seconds),
         cluster=Cluster(settings["nodes"], Link(settings["rate"], latency), settings["workers_per_node"]),
-        decomposition_seconds=shared * decompositions_alone,
-        averaging_seconds={wire: shared * seconds for wire, seconds in averaging_alone.items()},
+        measure_factors=factors,
     )
     workers = settings["nodes"] * settings["workers_per_node"]
     common = {"task": settings["task"], "steps": settings["steps"], "workers": workers}

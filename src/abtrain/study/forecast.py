@@ -1,25 +1,24 @@
 """Seconds and wire bytes of a run, phase by phase: traffic meets links, and workers of unlike speed.
 
-Computing a step takes the same time in every phase, but for what averaging gradients adds; the arithmetic of merges'
-wires is left out. Broadcasts hold everybody up, and so do merges, but for what steps hide of them: the links are taken
-to be theirs meanwhile. DDP's gradients go while backward, two thirds of a step, goes on: a bucket is sent once it is
-ready and the one before is through, and the optimizer waits for the last (Li et al., PyTorch Distributed, VLDB 2020).
+Computing a step takes the same time in every phase, but for what factors and averaging gradients add; the arithmetic
+of merges' wires is left out. Broadcasts hold everybody up, and so do merges, but for what steps hide of them: the links
+are taken to be theirs meanwhile. DDP's gradients go while backward, two thirds of a step, goes on: a bucket is sent
+once it is ready and the one before is through, and the optimizer waits for the last (Li et al., PyTorch Distributed,
+VLDB 2020).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from types import MappingProxyType
-from typing import NamedTuple
 
 from abtrain.comm.stages import stages_due
 from abtrain.study.cost import Cluster, Cost, cost_of
+from abtrain.study.seconds import WorkerSeconds
 from abtrain.study.simulate import Speeds
 from abtrain.study.traffic import Calls, Merging, Stretch, Traffic
-from abtrain.sync import GradientWire
 
 BACKWARD = 2 / 3
 """Of a step's time: a backward pass computes about twice what a forward pass does."""
@@ -37,7 +36,7 @@ class PhaseForecast:
         compute: seconds of the nominal steps.
         waiting: seconds more until the slowest worker is done.
         communication: seconds that no computation hides, those in which gradients are made ready to be sent with them.
-        decomposing: seconds of decompositions, before the factors are there.
+        decomposing: seconds of decompositions, and of putting factors in the weights' place and back.
     """
 
     phase: str
@@ -81,61 +80,51 @@ class Forecast:
 def forecast(
     stretches: Sequence[Stretch],
     cluster: Cluster,
-    step_seconds: float,
+    alone: WorkerSeconds,
     *,
     group_size: int = 1,
     speeds: Speeds | None = None,
     algorithm: str = "ring",
-    decomposition_seconds: float = 0.0,
-    averaging_seconds: Mapping[GradientWire, float] = MappingProxyType({}),
 ) -> Forecast:
     """What the run of `stretches` takes on a cluster.
 
     Args:
         stretches: of one worker, from `abtrain.study.payload.predict`.
         cluster: with as many workers as they were predicted for.
-        step_seconds: of one worker alone, without any communication.
+        alone: what each worker takes for its own work.
         group_size: workers a group.
         speeds: of the workers; default all alike.
         algorithm: of all-reduces (see `abtrain.study.cost`).
-        decomposition_seconds: of one worker alone, for all weights that are factored.
-        averaging_seconds: that averaging gradients adds to a step beside sending them, by their wire.
     """
-    costs = _Costs(step_seconds, decomposition_seconds, averaging_seconds)
-    road = _Road(cluster, costs, group_size, speeds or Speeds(cluster.workers), algorithm)
+    road = _Road(cluster, alone, group_size, speeds or Speeds(cluster.workers), algorithm)
     by_phase: dict[str, list[PhaseForecast]] = {}
     for stretch in stretches:
         by_phase.setdefault(stretch.phase, []).append(road.travel(stretch))
     return Forecast(tuple(_sum(name, parts) for name, parts in by_phase.items()))
 
 
-class _Costs(NamedTuple):
-    """Seconds of what one worker does alone."""
-
-    step: float
-    decompositions: float
-    averaging: Mapping[GradientWire, float]
-
-
 class _Road:
     """A cluster on which stretches are travelled."""
 
-    def __init__(self, cluster: Cluster, costs: _Costs, group_size: int, speeds: Speeds, algorithm: str) -> None:
-        self._cluster, self._costs, self._speeds = cluster, costs, speeds
+    def __init__(self, cluster: Cluster, alone: WorkerSeconds, group_size: int, speeds: Speeds, algorithm: str) -> None:
+        self._cluster, self._alone, self._speeds = cluster, alone, speeds
         self._group_size, self._algorithm = group_size, algorithm
         # Runs of a phase repeat, and so do their calls.
         self._cost = cache(self._cost_of)
 
     def travel(self, stretch: Stretch) -> PhaseForecast:
-        compute = stretch.steps * self._costs.step
-        slowest = self._slowest(stretch)
-        averaging = self._costs.averaging.get(stretch.averages, 0.0) if stretch.averages else 0.0
-        exposed = stretch.steps * (averaging + self._exposed(stretch.step, self._costs.step * slowest))
+        alone = self._alone
+        step = alone.step + (alone.factors.step if stretch.factored else 0.0)
+        compute, slowest = stretch.steps * step, self._slowest(stretch)
+        averaging = alone.averaging.get(stretch.averages, 0.0) if stretch.averages else 0.0
+        exposed = stretch.steps * (averaging + self._exposed(stretch.step, step * slowest))
         exposed += self._seconds(stretch.entry) + self._seconds(stretch.exit)
-        exposed += sum(merging.times * self._stalled(merging, self._costs.step * slowest) for merging in stretch.merges)
+        exposed += sum(merging.times * self._stalled(merging, step * slowest) for merging in stretch.merges)
         payload = sum(traffic.nbytes * times for traffic, times in stretch.all())
         wire = sum(self._cost(traffic).wire * times for traffic, times in stretch.all())
-        waiting, decomposing = compute * (slowest - 1), stretch.decompositions * self._costs.decompositions
+        waiting, decomposing = compute * (slowest - 1), stretch.decompositions * alone.decompositions
+        if stretch.decompositions:
+            decomposing += alone.factors.reshaping
         return PhaseForecast(stretch.phase, stretch.steps, payload, wire, compute, waiting, exposed, decomposing)
 
     def _slowest(self, stretch: Stretch) -> float:

@@ -1,11 +1,11 @@
-"""How long a step of a task takes on this machine, what averaging gradients adds, and decompositions of weights."""
+"""What one worker takes for a task on this machine: its steps, what averaging and factors add, and decompositions."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -15,8 +15,10 @@ from torch import nn
 
 from abtrain.comm.alone import world_of_one
 from abtrain.comm.communicator import DataParallel, Unsynchronized
+from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.rank import FixedRank
 from abtrain.lowrank.svd import decompose
+from abtrain.study.seconds import FactorSeconds
 from abtrain.study.shapes import ModelShapes
 from abtrain.sync import GradientSync, GradientWire
 from abtrain.train.tasks import Task, batches, build_model, build_optimizer
@@ -24,7 +26,7 @@ from abtrain.train.tasks import Task, batches, build_model, build_optimizer
 _UNTIMED = 3
 _TIMED = 10
 _TURNS = 4
-"""In which ways of averaging are timed side by side: what else a machine does slows all of them."""
+"""In which steps of two kinds are timed side by side: what else a machine does slows both."""
 
 
 def measure_step(task: Task, data: Path | None = None, batch_size: int | None = None) -> float:
@@ -66,32 +68,34 @@ def measure_averaging(task: Task, data: Path | None = None, batch_size: int | No
     return {wire: max(statistics.median(seconds) - statistics.median(bare), 0.0) for wire, seconds in averaged.items()}
 
 
-class _Trainer:
-    """A model of a task, and steps of its training."""
+def measure_factors(
+    task: Task, ranks: Mapping[str, int], data: Path | None = None, batch_size: int | None = None
+) -> FactorSeconds:
+    """What factors add to the training of one worker: to a step, and whenever they take the weights' place.
 
-    def __init__(
-        self, task: Task, data: Path | None, batch_size: int | None, wrap: Callable[[nn.Module], DataParallel]
-    ) -> None:
-        size = task.batch_size if batch_size is None else batch_size
-        self._task = task
-        self._stream = batches(task, task.load(data), seed=0, rank=0, world_size=1, batch_size=size)
-        model = build_model(task, seed=0)
-        self._parallel, self._optimizer = wrap(model), build_optimizer(model, task.lr)
+    Args:
+        task: whose model is trained for a few steps.
+        ranks: of the weights that are factored, by name.
+        data: folder with the task's data.
+        batch_size: samples a step; default the task's.
 
-    def seconds(self, untimed: int, timed: int) -> list[float]:
-        """Of each of `timed` steps, after some that only warm up."""
-        return [self._step() for _ in range(untimed + timed)][untimed:]
-
-    def close(self) -> None:
-        self._parallel.close()
-
-    def _step(self) -> float:
-        started = time.perf_counter()
-        x, y = next(self._stream)
-        self._task.loss(self._parallel(x), y).backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return time.perf_counter() - started
+    Raises:
+        DataError: the task's data is not to be had.
+    """
+    bare, factored = (_Trainer(task, data, batch_size, Unsynchronized) for _ in range(2))
+    weights = FactoredModel(factored.model, factored.optimizer, list(ranks))
+    factors = {name: decompose(W, FixedRank(ranks[name])) for name, W in weights.matrices().items()}
+    plain, of_factors, first = list[float](), list[float](), list[float]()
+    for _ in range(_TURNS):
+        plain += bare.seconds(_UNTIMED, _TIMED)
+        # The first steps in another shape are slow: the optimizer's state is made anew, and memory is.
+        into = _timed(partial(weights.factorize, factors)) + factored.first()
+        of_factors += factored.seconds(_UNTIMED, _TIMED)
+        first.append(into + _timed(weights.restore) + factored.first())
+    of_plain, of_factored = statistics.median(plain), statistics.median(of_factors)
+    # Ranks are a guess: factors that turn out to be those of a few large weights alone save no time.
+    more, reshaping = of_factored - of_plain, statistics.median(first) - of_factored - of_plain
+    return FactorSeconds(max(more, 0.0), max(reshaping, 0.0))
 
 
 def measure_decompositions(model: ModelShapes) -> float:
@@ -108,6 +112,41 @@ def _seconds_of_one(m: int, n: int) -> float:
     W = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
     # The first one of a process sets things up.
     decompose(W[:2, :2].contiguous(), FixedRank(1))
+    return _timed(lambda: decompose(W, FixedRank(1)))
+
+
+def _timed(act: Callable[[], object]) -> float:
     started = time.perf_counter()
-    decompose(W, FixedRank(1))
+    act()
     return time.perf_counter() - started
+
+
+class _Trainer:
+    """A model of a task, and steps of its training."""
+
+    def __init__(
+        self, task: Task, data: Path | None, batch_size: int | None, wrap: Callable[[nn.Module], DataParallel]
+    ) -> None:
+        size = task.batch_size if batch_size is None else batch_size
+        self._task = task
+        self._stream = batches(task, task.load(data), seed=0, rank=0, world_size=1, batch_size=size)
+        self.model = build_model(task, seed=0)
+        self.optimizer = build_optimizer(self.model, task.lr)
+        self._parallel = wrap(self.model)
+
+    def seconds(self, untimed: int, timed: int) -> list[float]:
+        """Of each of `timed` steps, after some that only warm up."""
+        return [_timed(self._step) for _ in range(untimed + timed)][untimed:]
+
+    def first(self) -> float:
+        """Of a single step."""
+        return self.seconds(untimed=0, timed=1)[0]
+
+    def close(self) -> None:
+        self._parallel.close()
+
+    def _step(self) -> None:
+        x, y = next(self._stream)
+        self._task.loss(self._parallel(x), y).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()

@@ -146,8 +146,9 @@ class _Walk:
             stretches = self._rounds(position, held, phase.sync, entry)
         else:
             stretches = iter([Stretch(phase.name, position.steps_in_phase, entry=entry)])
-        yield replace(next(stretches), decompositions=self._decompositions(position))
-        yield from stretches
+        factored = phase.weights == "factored"
+        yield replace(next(stretches), factored=factored, decompositions=self._decompositions(position))
+        yield from (replace(stretch, factored=factored) for stretch in stretches)
 
     def _decompositions(self, position: Position) -> float:
         """How much of the decompositions of a factoring this worker computes, about."""

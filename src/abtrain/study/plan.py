@@ -9,7 +9,7 @@ is recommended.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -20,10 +20,10 @@ from abtrain.recipe import Factoring, Recipe
 from abtrain.study.cost import Cluster
 from abtrain.study.forecast import Forecast, forecast
 from abtrain.study.payload import payload_ratio, predict
+from abtrain.study.seconds import FactorSeconds, WorkerSeconds
 from abtrain.study.settings import problem_of
 from abtrain.study.shapes import ModelShapes, ranks_for
 from abtrain.study.simulate import Speeds
-from abtrain.sync import GradientWire
 
 GOOD_ENOUGH = 0.9
 """Speed over that of the fastest recipe, from which a recipe closer to data parallel training is worth more."""
@@ -67,25 +67,23 @@ class Setting:
         shapes: the model's shapes, given a recipe's factoring.
         compression: of the model while it is factored.
         steps: of the run.
-        step_seconds: of one worker alone.
+        alone: what a worker takes for its own work.
         cluster: nodes and links.
         group_size: workers a group.
         speeds: of the workers; None: all alike.
         algorithm: of all-reduces.
-        decomposition_seconds: of one worker alone, for all weights that are factored.
-        averaging_seconds: that averaging gradients adds to a step of one worker beside sending them, by their wire.
+        measure_factors: tells what factors of these ranks add to that, by the name of the weight; None: nothing.
     """
 
     shapes: Callable[[Factoring | None], ModelShapes]
     compression: float
     steps: int
-    step_seconds: float
+    alone: WorkerSeconds
     cluster: Cluster
     group_size: int = 1
     speeds: Speeds | None = None
     algorithm: str = "ring"
-    decomposition_seconds: float = 0.0
-    averaging_seconds: Mapping[GradientWire, float] = field(default_factory=dict)
+    measure_factors: Callable[[Mapping[str, int]], FactorSeconds] | None = None
 
     def offer(self, name: str, **options: Any) -> Offer:
         """What a recipe would take here.
@@ -96,16 +94,17 @@ class Setting:
         recipe = recipes.build(name, self.steps, **options)
         model = self.shapes(recipe.factoring)
         ranks = ranks_for(model, self.compression) if recipe.factored else {}
+        alone = self.alone
+        if ranks and self.measure_factors is not None:
+            alone = replace(alone, factors=self.measure_factors(ranks))
         stretches = predict(recipe, model, Topology(self.cluster.workers, self.group_size), ranks)
         expected = forecast(
             stretches,
             self.cluster,
-            self.step_seconds,
+            alone,
             group_size=self.group_size,
             speeds=self.speeds,
             algorithm=self.algorithm,
-            decomposition_seconds=self.decomposition_seconds,
-            averaging_seconds=self.averaging_seconds,
         )
         return Offer(name, options, recipe, expected, payload_ratio(expected.payload, model, self.steps))
 

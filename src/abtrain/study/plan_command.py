@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from rich import box
@@ -18,8 +18,9 @@ from abtrain.recipe import Factoring, Recipe
 from abtrain.study.cost import ALL_REDUCES, Cluster, Link
 from abtrain.study.forecast import PhaseForecast
 from abtrain.study.listing import ratio_in_words
-from abtrain.study.measure import measure_averaging, measure_decompositions, measure_step
+from abtrain.study.measure import measure_averaging, measure_decompositions, measure_factors, measure_step
 from abtrain.study.plan import RARE, Offer, Setting, recommend
+from abtrain.study.seconds import FactorSeconds, WorkerSeconds
 from abtrain.study.settings import ALL, PlanConfig, chosen, model_in_words, model_problems, problem_of, shapes_for
 from abtrain.study.simulate import Speeds
 from abtrain.study.units import rate_of, seconds_of
@@ -57,8 +58,8 @@ def plan(config: PlanConfig, console: Console | None = None) -> None:
     console.print(f"Recommended: {advice}", highlight=False)
     console.print(
         "Forecast are bytes and seconds; computing a step is taken to be as long in every recipe, but for what "
-        "averaging gradients adds where a step was measured. What a recipe costs in accuracy, only training tells: "
-        "rarer, narrower and hidden merges are further from data parallel training.",
+        "factors and averaging gradients add where a step was measured. What a recipe costs in accuracy, only "
+        "training tells: rarer, narrower and hidden merges are further from data parallel training.",
         highlight=False,
     )
 
@@ -120,23 +121,28 @@ def _setting(config: PlanConfig) -> Setting:
         shapes,
         config.compression,
         config.steps,
-        1.0,
+        WorkerSeconds(1.0),
         _cluster(config),
         config.group_size,
         _speeds(config),
         config.algorithm,
     )
     if config.step_time is not None:
-        # The rest is left out: how long decompositions take there, a step's time does not say.
-        return replace(setting, step_seconds=seconds_of(config.step_time))
+        # The rest is left out: how long it takes there, a step's time does not say.
+        return replace(setting, alone=WorkerSeconds(seconds_of(config.step_time)))
     assert config.task is not None
-    measured = TASKS[config.task], config.data, config.batch_size
-    return replace(
-        setting,
-        step_seconds=measure_step(*measured),
-        averaging_seconds=measure_averaging(*measured),
-        decomposition_seconds=measure_decompositions(shapes(Factoring(FixedRank(1)))),
+    task, data, batch_size = TASKS[config.task], config.data, config.batch_size
+    alone = WorkerSeconds(
+        measure_step(task, data, batch_size),
+        measure_averaging(task, data, batch_size),
+        measure_decompositions(shapes(Factoring(FixedRank(1)))),
     )
+
+    @cache
+    def of_factors(ranks: tuple[tuple[str, int], ...]) -> FactorSeconds:
+        return measure_factors(task, dict(ranks), data, batch_size)
+
+    return replace(setting, alone=alone, measure_factors=lambda ranks: of_factors(tuple(ranks.items())))
 
 
 def _options(config: PlanConfig, name: str) -> dict[str, Any]:
@@ -151,7 +157,7 @@ def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
     source = "measured here" if config.step_time is None else "as given"
     for line in (
         f"{model_in_words(config, setting.shapes(None))}; {setting.steps:,} steps of "
-        f"{_exactly(setting.step_seconds)} ({source})",
+        f"{_exactly(setting.alone.step)} ({source})",
         f"{config.nodes:,} nodes, workers on each: {config.workers_per_node}, groups of {config.group_size}, "
         f"{link.rate / 1e6:g} Mbit/s{unlike}, latency {1000 * link.latency:g} ms, all-reduce by {config.algorithm}",
     ):

@@ -68,6 +68,7 @@ class Stretch:
         merges: whenever a part of the model, or all of it, merges.
         exit: once, after the last merge.
         averages: the wire in which gradients are averaged at each step; None: they are not.
+        factored: whether its steps are those of factors.
         decompositions: before the first step, in those of all weights that are factored: 1, or this worker's share.
     """
 
@@ -79,6 +80,7 @@ class Stretch:
     merges: tuple[Merging, ...] = ()
     exit: Calls = ()
     averages: GradientWire | None = None
+    factored: bool = False
     decompositions: float = 0.0
 
     @property

@@ -6,8 +6,9 @@ from abtrain import Recipe, recipes
 from abtrain.comm.topology import Topology
 from abtrain.study.cost import Cluster, Link, cost_of, ring
 from abtrain.study.forecast import Forecast, forecast
-from abtrain.study.measure import measure_averaging, measure_decompositions
+from abtrain.study.measure import measure_averaging, measure_decompositions, measure_factors
 from abtrain.study.payload import predict
+from abtrain.study.seconds import FactorSeconds, WorkerSeconds
 from abtrain.study.shapes import ModelShapes, assumed_shapes
 from abtrain.study.simulate import Speeds
 from abtrain.study.traffic import Merging, Stretch, Traffic
@@ -21,7 +22,7 @@ MIB = 2**20
 
 def of_recipe(name: str, model: ModelShapes, steps: int = 100, step: float = 0.1, **options: object) -> Forecast:
     recipe = recipes.build(name, steps, **options)
-    return forecast(predict(recipe, model, Topology(4)), CLUSTER, step)
+    return forecast(predict(recipe, model, Topology(4)), CLUSTER, WorkerSeconds(step))
 
 
 def test_solo_only_computes() -> None:
@@ -36,11 +37,11 @@ def test_gradients_are_hidden_as_far_as_backward_goes_on() -> None:
     buckets = tuple(
         Traffic("gradients", "world", size, ready=share) for size, share in zip(sizes, (0.5, 1), strict=True)
     )
-    expected = forecast([Stretch("full", 1, scope="world", step=buckets)], CLUSTER, 3)
+    expected = forecast([Stretch("full", 1, scope="world", step=buckets)], CLUSTER, WorkerSeconds(3))
     assert expected.phases[0].communication == pytest.approx(ring(CLUSTER, 1e6).seconds)
     # Ten times as much: the first, sent at 2 s, is not through at 3 s, and the last waits for it.
     buckets = tuple(Traffic("gradients", "world", 10_000_000, ready=one.ready) for one in buckets)
-    expected = forecast([Stretch("full", 1, scope="world", step=buckets)], CLUSTER, 3)
+    expected = forecast([Stretch("full", 1, scope="world", step=buckets)], CLUSTER, WorkerSeconds(3))
     assert expected.phases[0].communication == pytest.approx(2 * ring(CLUSTER, 10e6).seconds - 1)
 
 
@@ -58,11 +59,14 @@ def test_a_merge_hides_behind_the_steps_of_its_delay() -> None:
     stages = ((Traffic("all_reduce", "world", 256),), (Traffic("all_reduce", "world", 6_000_000),))
     after = (Traffic("broadcast", "world", 8),)
     stretch = Stretch("local", 10, "group", merges=(Merging(1, stages, after, hidden=5),))
-    expected = forecast([stretch], CLUSTER, 0.1)
+    expected = forecast([stretch], CLUSTER, WorkerSeconds(0.1))
     left = ring(CLUSTER, 6e6).seconds - 0.4 + cost_of("broadcast", CLUSTER, 8).seconds
     assert expected.phases[0].communication == pytest.approx(left)
     # A step of a second hides all but what comes afterwards.
-    assert forecast([stretch], CLUSTER, 1).phases[0].communication == cost_of("broadcast", CLUSTER, 8).seconds
+    assert (
+        forecast([stretch], CLUSTER, WorkerSeconds(1)).phases[0].communication
+        == cost_of("broadcast", CLUSTER, 8).seconds
+    )
 
 
 def test_hidden_merges_use_a_slow_link_better() -> None:
@@ -84,7 +88,7 @@ def test_fragments_merge_in_turns() -> None:
 
 def test_rounds_of_powersgd_take_their_latency() -> None:
     step = (Traffic("gradients", "world", 300, rounds=3),)
-    expected = forecast([Stretch("full", 10, scope="world", step=step)], CLUSTER, 0.1)
+    expected = forecast([Stretch("full", 10, scope="world", step=step)], CLUSTER, WorkerSeconds(0.1))
     assert expected.seconds == pytest.approx(10 * (0.1 + 3 * ring(CLUSTER, 100).seconds))
 
 
@@ -102,8 +106,8 @@ def test_groups_keep_their_gradients_inside_a_node() -> None:
     model, topology = assumed_shapes(10**6, 1000), Topology(8, 4)
     stretches = predict(recipes.diloco(20, every=20), model, topology)
     cluster = Cluster(2, LINK, per_node=4)
-    expected = forecast(stretches, cluster, 0.1, group_size=4)
-    flat = forecast(predict(recipes.diloco(20, every=20), model, Topology(8)), cluster, 0.1)
+    expected = forecast(stretches, cluster, WorkerSeconds(0.1), group_size=4)
+    flat = forecast(predict(recipes.diloco(20, every=20), model, Topology(8)), cluster, WorkerSeconds(0.1))
     assert expected.payload > 5 * flat.payload
     assert expected.wire == flat.wire
 
@@ -113,7 +117,7 @@ def test_those_who_meet_rarely_wait_less_for_jitter() -> None:
 
     def waiting(name: str) -> float:
         stretches = predict(recipes.build(name, 100), model, Topology(4))
-        return sum(phase.waiting for phase in forecast(stretches, CLUSTER, 0.1, speeds=speeds).phases)
+        return sum(phase.waiting for phase in forecast(stretches, CLUSTER, WorkerSeconds(0.1), speeds=speeds).phases)
 
     assert 0 < waiting("diloco") < 0.5 * waiting("ddp")
 
@@ -132,8 +136,8 @@ def test_decompositions_take_their_time() -> None:
     for svd, each in (("each", 2.0), ("shared", 0.5)):
         recipe = recipes.ab(100, warmup_steps=20, ab_steps=16, rebound_steps=4, svd=svd)
         stretches = predict(recipe, model, Topology(4))
-        with_them = forecast(stretches, CLUSTER, 0.1, decomposition_seconds=2.0)
-        without = forecast(stretches, CLUSTER, 0.1)
+        with_them = forecast(stretches, CLUSTER, WorkerSeconds(0.1, decompositions=2.0))
+        without = forecast(stretches, CLUSTER, WorkerSeconds(0.1))
         assert with_them.seconds - without.seconds == pytest.approx(4 * each)
         assert {phase.phase for phase in with_them.phases if phase.decomposing} == {"group"}
 
@@ -146,7 +150,7 @@ def test_averaging_gradients_takes_its_time_beside_sending_them() -> None:
         cluster = Cluster(topology.n_groups, LINK, topology.group_size)
         stretches = predict(recipe, model, topology)
         with_it, without = (
-            forecast(stretches, cluster, 0.1, group_size=topology.group_size, averaging_seconds=seconds).seconds
+            forecast(stretches, cluster, WorkerSeconds(0.1, seconds), group_size=topology.group_size).seconds
             for seconds in (averaging, {})
         )
         return with_it - without
@@ -159,6 +163,33 @@ def test_averaging_gradients_takes_its_time_beside_sending_them() -> None:
     assert added(recipes.local_sgd(100, warmup_steps=20), flat) == pytest.approx(20 * 0.01)
     assert added(recipes.diloco(100), flat) == pytest.approx(0)
     assert added(recipes.diloco(100), Topology(8, 4)) == pytest.approx(100 * 0.01)
+
+
+def test_factors_add_to_their_steps_and_whenever_they_come() -> None:
+    model = assumed_shapes(10**6, 1000)
+    recipe = recipes.ab(100, warmup_steps=20, ab_steps=16, rebound_steps=4)
+    stretches = predict(recipe, model, Topology(4))
+
+    def phases(factors: FactorSeconds) -> dict[str, float]:
+        alone = WorkerSeconds(0.1, factors=factors)
+        return {phase.phase: phase.seconds for phase in forecast(stretches, CLUSTER, alone).phases}
+
+    plain = phases(FactorSeconds())
+    for factors in (FactorSeconds(0.03), FactorSeconds(0.03, 0.5)):
+        added = {name: seconds - plain[name] for name, seconds in phases(factors).items()}
+        assert added.pop("group") == pytest.approx(64 * factors.step + 4 * factors.reshaping)
+        assert list(added.values()) == pytest.approx([0, 0, 0], abs=1e-12)
+
+
+def test_slower_workers_take_longer_for_everything() -> None:
+    alone = WorkerSeconds(1.0, {"fp32": 0.1}, 2.0, FactorSeconds(0.5, 0.25))
+    assert alone.times(2) == WorkerSeconds(2.0, {"fp32": 0.2}, 4.0, FactorSeconds(1.0, 0.5))
+
+
+def test_what_factors_add_is_measured() -> None:
+    added = measure_factors(TASKS["digits-mlp"], {"2.weight": 4})
+    assert 0 <= added.step < 1
+    assert 0 <= added.reshaping < 1
 
 
 def test_averaging_is_measured() -> None:

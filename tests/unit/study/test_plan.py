@@ -2,12 +2,13 @@ import pytest
 
 from abtrain.study.cost import Cluster, Link
 from abtrain.study.plan import Setting, recommend
+from abtrain.study.seconds import WorkerSeconds
 from abtrain.study.shapes import assumed_shapes
 
 
 def setting(rate: float, step: float = 0.1, nodes: int = 4, parameters: int = 10**7) -> Setting:
     model = assumed_shapes(parameters, 1000)
-    return Setting(lambda factoring: model, 4, 2000, step, Cluster(nodes, Link(rate, 1e-4)))
+    return Setting(lambda factoring: model, 4, 2000, WorkerSeconds(step), Cluster(nodes, Link(rate, 1e-4)))
 
 
 def test_on_a_fast_link_data_parallel_training_is_the_better_choice() -> None:
