@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -25,8 +25,12 @@ from abtrain.train.tasks import Task, batches, build_model, build_optimizer
 
 _UNTIMED = 3
 _TIMED = 10
-_TURNS = 4
-"""In which steps of two kinds are timed side by side: what else a machine does slows both."""
+_TURNS = 10
+"""In which steps of several kinds are timed side by side, at most: what else a machine does slows all of them."""
+_TURN = 4
+"""Steps of each kind in a turn."""
+_TURNS_SECONDS = 10.0
+"""After which there is no further turn: of long steps one is enough."""
 
 
 def measure_step(task: Task, data: Path | None = None, batch_size: int | None = None) -> float:
@@ -58,11 +62,13 @@ def measure_averaging(task: Task, data: Path | None = None, batch_size: int | No
         trainers = {
             wire: _Trainer(task, data, batch_size, partial(wrap, GradientSync(wire))) for wire in get_args(GradientWire)
         }
+        for trainer in (alone, *trainers.values()):
+            trainer.seconds(_UNTIMED, 0)
         bare, averaged = list[float](), {wire: list[float]() for wire in trainers}
-        for _ in range(_TURNS):
-            bare += alone.seconds(_UNTIMED, _TIMED)
+        for _ in _turns():
+            bare += alone.seconds(1, _TURN)
             for wire, trainer in trainers.items():
-                averaged[wire] += trainer.seconds(_UNTIMED, _TIMED)
+                averaged[wire] += trainer.seconds(1, _TURN)
         for trainer in trainers.values():
             trainer.close()
     return {wire: max(statistics.median(seconds) - statistics.median(bare), 0.0) for wire, seconds in averaged.items()}
@@ -86,11 +92,12 @@ def measure_factors(
     weights = FactoredModel(factored.model, factored.optimizer, list(ranks))
     factors = {name: decompose(W, FixedRank(ranks[name])) for name, W in weights.matrices().items()}
     plain, of_factors, first = list[float](), list[float](), list[float]()
-    for _ in range(_TURNS):
-        plain += bare.seconds(_UNTIMED, _TIMED)
+    bare.seconds(_UNTIMED, 0)
+    for _ in _turns():
+        plain += bare.seconds(1, _TURN)
         # The first steps in another shape are slow: the optimizer's state is made anew, and memory is.
         into = _timed(partial(weights.factorize, factors)) + factored.first()
-        of_factors += factored.seconds(_UNTIMED, _TIMED)
+        of_factors += factored.seconds(1, _TURN)
         first.append(into + _timed(weights.restore) + factored.first())
     of_plain, of_factored = statistics.median(plain), statistics.median(of_factors)
     # Ranks are a guess: factors that turn out to be those of a few large weights alone save no time.
@@ -113,6 +120,15 @@ def _seconds_of_one(m: int, n: int) -> float:
     # The first one of a process sets things up.
     decompose(W[:2, :2].contiguous(), FixedRank(1))
     return _timed(lambda: decompose(W, FixedRank(1)))
+
+
+def _turns() -> Iterator[int]:
+    """At least one turn."""
+    end = time.perf_counter() + _TURNS_SECONDS
+    for turn in range(_TURNS):
+        if turn and time.perf_counter() > end:
+            return
+        yield turn
 
 
 def _timed(act: Callable[[], object]) -> float:
