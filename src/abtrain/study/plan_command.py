@@ -17,7 +17,7 @@ from abtrain.lowrank.rank import FixedRank
 from abtrain.recipe import Factoring, Recipe
 from abtrain.study.cost import ALL_REDUCES, Cluster, Link
 from abtrain.study.forecast import PhaseForecast
-from abtrain.study.listing import ratio_in_words
+from abtrain.study.listing import ratio_in_short, ratio_in_words
 from abtrain.study.measure import measure_averaging, measure_decompositions, measure_factors, measure_step
 from abtrain.study.plan import RARE, Offer, Setting, recommend
 from abtrain.study.seconds import FactorSeconds, WorkerSeconds
@@ -165,8 +165,8 @@ def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
 
 
 def _comparison(offers: list[Offer], ddp: Offer) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("recipe", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.add_column("recipe", overflow="fold", min_width=max(map(len, recipes.RECIPES)) + 1)
     for heading in ("payload", "of ddp", "wire", "time", "computing", "x ddp bf16"):
         table.add_column(heading, justify="right", no_wrap=True)
     for offer in offers:
@@ -174,7 +174,7 @@ def _comparison(offers: list[Offer], ddp: Offer) -> Table:
         table.add_row(
             str(offer),
             human_bytes(expected.payload),
-            ratio_in_words(offer.ratio),
+            ratio_in_short(offer.ratio),
             human_bytes(expected.wire),
             duration(expected.seconds),
             f"{expected.utilisation:.0%}",

@@ -69,10 +69,13 @@ def test_recipes_that_do_not_fit_the_steps(capsys: pytest.CaptureFixture[str]) -
     assert "longer than the phase" in errors[0]
 
 
-def test_plan_compares_all(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("columns", [80, 100])
+def test_plan_compares_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     code, lines, _ = typed(capsys, "plan", *GIVEN, "--rate", "100mbit", "--steps", "1000")
     assert code == 0
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= columns
+    assert any("x ddp bf16" in line for line in lines)
     text = "\n".join(lines)
     assert all(name in text for name in recipes.RECIPES)
     assert "Recommended: diloco --every" in text
