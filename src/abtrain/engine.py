@@ -38,7 +38,7 @@ from abtrain.factors import agree_on_factors
 from abtrain.faults import fail_at
 from abtrain.level import level_grad_scaler, level_optimizer_state
 from abtrain.lowrank.classify import classify
-from abtrain.lowrank.model import FactoredModel, TrainedFactors
+from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.saved import check_model_state
 from abtrain.merge import Merger
 from abtrain.nonfinite import OnNonFinite
@@ -46,12 +46,13 @@ from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.replicas import check_replicas
 from abtrain.resume import VERSION, Parts, check_run, decided, recipe_fingerprint
+from abtrain.roles import trained_by, trained_factors
 from abtrain.rounds import Rounds
 from abtrain.start import check_loaded, check_start
 from abtrain.state import SharedState
 from abtrain.step_hooks import Coming, StepHooks
 from abtrain.switch import Switch
-from abtrain.sync import GradientSync, Trains, WeightSync
+from abtrain.sync import GradientSync, WeightSync
 from abtrain.validate import doubts_about, problems_here, problems_of
 
 log = logging.getLogger("abtrain")
@@ -386,7 +387,7 @@ class ABTraining:
         """Lets train what is trained at this position, its gradients averaged over the scope of the phase."""
         phase = position.phase
         if phase.weights == "factored":
-            self._model.train_only(self._trained_factors(position, self.communicator.rank))
+            self._model.train_only(trained_factors(position, self.communicator.topology, self.communicator.rank))
         if isinstance(phase.sync, WeightSync):
             self._wrap("group")
         elif phase.sync is not None:
@@ -455,22 +456,9 @@ class ABTraining:
         log.info("step %d: %s is %.3g: phase %s ends", self.steps_done, until.measure, value, position.phase.name)
         return self.recipe.at(self.steps_done)
 
-    def _trained_factors(self, position: Position, rank: int) -> TrainedFactors:
-        """The factors that a worker trains at this position."""
-        by_role: dict[Trains, TrainedFactors] = {
-            "all": "all",
-            "b": "B",
-            "a_or_b": self.communicator.topology.role(rank, position.cycle),
-            "a_then_b": position.turn,
-        }
-        return by_role[position.phase.trains]
-
     def _trained_by(self, position: Position) -> dict[str, list[bool]]:
         """By the name of a factor, for each worker whether it trains it here; empty where all train all."""
-        workers = range(self.communicator.topology.world_size)
-        trained = [self._trained_factors(position, rank) for rank in workers]
-        factors = self._model.factors() if position.phase.trains != "all" else {}
-        return {name: [which in ("all", name[-1]) for which in trained] for name in factors}
+        return trained_by(position, self.communicator.topology, self._model.factors())
 
     def _coming(self) -> Coming | None:
         """The step that the optimizer is about to make; None past the end of the recipe."""

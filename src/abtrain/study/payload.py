@@ -17,12 +17,13 @@ from torch import Tensor
 from abtrain.comm.communicator import PLAIN, Scope, scope_spans
 from abtrain.comm.topology import Topology
 from abtrain.recipe import Position, Recipe
+from abtrain.roles import idle_factors
 from abtrain.rounds import cut_into_fragments
 from abtrain.study.rounds import Turn, turns
 from abtrain.study.shapes import ModelShapes
 from abtrain.study.traffic import Calls, Merging, Stretch, Traffic
 from abtrain.study.wires import broadcast, compared, exact, gradients, merge_stages
-from abtrain.sync import GradientSync, Trains, WeightSync
+from abtrain.sync import GradientSync, WeightSync
 
 _ROLL_CALL = Traffic("all_gather", "world", 24)
 """Where a worker is, and two numbers that it tells (see `abtrain.comm.agreement.roll_call`)."""
@@ -220,7 +221,7 @@ class _Walk:
         """What DDP sends at a step: buffers before the forward pass, then the gradients of what this worker trains."""
         if scope == "group" and self._topology.group_size == 1:
             return ()
-        idle = _idle(position, {self._topology.role(self._rank, position.cycle)})
+        idle = idle_factors(position, self._topology, [self._rank])
         tensors = [one.tensor for one in held if one.has_gradient and one.part not in idle]
         if not tensors:
             return ()
@@ -264,9 +265,8 @@ class _Walk:
 
     def _trained_by_nobody(self, position: Position) -> set[str]:
         """Parts that no worker trains here."""
-        topology = self._topology
-        roles: set[str] = {topology.role(group[0], position.cycle) for group in topology.groups}
-        return {"frozen"} | _idle(position, roles)
+        one_of_each_group = (group[0] for group in self._topology.groups)
+        return {"frozen"} | idle_factors(position, self._topology, one_of_each_group)
 
     def _level(self, position: Position, held: Sequence[_Held]) -> Calls:
         """Optimizer state, levelled where gradients are shared next: of all that keeps its shape, or its moments."""
@@ -286,9 +286,3 @@ class _Walk:
         # Which worker has what, and the single numbers.
         slots = (Traffic("all_reduce", "world", table),) * 2 if table else ()
         return (Traffic("all_gather", "world", _KEY_BYTES), *slots, *exact(moments))
-
-
-def _idle(position: Position, roles: set[str]) -> set[str]:
-    """The factors that workers of these roles leave as they are."""
-    trained: dict[Trains, set[str]] = {"all": {"A", "B"}, "b": {"B"}, "a_or_b": roles, "a_then_b": {position.turn}}
-    return {"A", "B"} - trained[position.phase.trains]
