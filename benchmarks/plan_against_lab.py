@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -25,9 +24,9 @@ from abtrain.lowrank.rank import FixedRank
 from abtrain.recipe import Factoring
 from abtrain.study.contestant import contestants
 from abtrain.study.cost import Cluster, Link
-from abtrain.study.measure import measure_averaging, measure_decompositions, measure_factors, measure_step
+from abtrain.study.measure import Bench, measure_decompositions
 from abtrain.study.plan import Setting
-from abtrain.study.seconds import FactorSeconds, WorkerSeconds
+from abtrain.study.seconds import WorkerSeconds
 from abtrain.study.shapes import shapes_of
 from abtrain.train.config import used_options
 from abtrain.train.tasks import TASKS
@@ -48,28 +47,21 @@ def main() -> None:
 
 
 @cache
-def _alone(task: str) -> WorkerSeconds:
+def _bench(task: str) -> tuple[Bench, WorkerSeconds]:
     """Of one process that has a core to itself."""
     with torch.device("meta"):
         shapes = shapes_of(TASKS[task].model(), Factoring(FixedRank(1)))
-    return WorkerSeconds(measure_step(TASKS[task]), measure_averaging(TASKS[task]), measure_decompositions(shapes))
-
-
-@cache
-def _factors(task: str, ranks: tuple[tuple[str, int], ...]) -> FactorSeconds:
-    return measure_factors(TASKS[task], dict(ranks))
+    bench = Bench(TASKS[task])
+    return bench, WorkerSeconds(bench.step(), bench.averaging(), measure_decompositions(shapes))
 
 
 def _line(settings: dict[str, Any], row: dict[str, Any], rows: list[dict[str, Any]], latency: float) -> str:
     task = settings["task"]
     with torch.device("meta"):
         model = TASKS[task].model()
-    solo, alone = next(other for other in rows if other["label"] == "solo"), _alone(task)
+    solo, (bench, alone) = next(other for other in rows if other["label"] == "solo"), _bench(task)
     step_seconds = solo["seconds"] / settings["steps"]
     slower = max(step_seconds / alone.step, 1.0)
-
-    def factors(ranks: Mapping[str, int]) -> FactorSeconds:
-        return _factors(task, tuple(ranks.items())).times(slower)
 
     setting = Setting(
         shapes=lambda factoring: shapes_of(model, factoring),
@@ -77,7 +69,7 @@ def _line(settings: dict[str, Any], row: dict[str, Any], rows: list[dict[str, An
         steps=settings["steps"],
         alone=replace(alone.times(slower), step=step_seconds),
         cluster=Cluster(settings["nodes"], Link(settings["rate"], latency), settings["workers_per_node"]),
-        measure_factors=factors,
+        measure_factors=lambda ranks: bench.factors(ranks).times(slower),
     )
     workers = settings["nodes"] * settings["workers_per_node"]
     common = {"task": settings["task"], "steps": settings["steps"], "workers": workers}

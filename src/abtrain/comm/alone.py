@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,8 @@ def world_of_one() -> Iterator[Callable[[GradientSync, nn.Module], DataParallel]
     """
     if dist.is_initialized():
         raise UsageError("this process has joined other workers already: use a process of its own for a world of one")
+    # Joining makes uncaught errors begin with the rank; leaving does not undo that.
+    shown = sys.excepthook
     store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -40,3 +43,4 @@ def world_of_one() -> Iterator[Callable[[GradientSync, nn.Module], DataParallel]
         yield wrap
     finally:
         dist.destroy_process_group()
+        sys.excepthook = shown

@@ -35,7 +35,7 @@ class PhaseForecast:
         wire: bytes that a node puts on its link, headers included.
         compute: seconds of the nominal steps.
         waiting: seconds more until the slowest worker is done.
-        communication: seconds that no computation hides, those in which gradients are made ready to be sent with them.
+        communication: seconds of it that no computation hides, and of making gradients ready to be sent.
         decomposing: seconds of decompositions, and of putting factors in the weights' place and back.
     """
 
@@ -117,7 +117,7 @@ class _Road:
         step = alone.step + (alone.factors.step if stretch.factored else 0.0)
         compute, slowest = stretch.steps * step, self._slowest(stretch)
         averaging = alone.averaging.get(stretch.averages, 0.0) if stretch.averages else 0.0
-        exposed = stretch.steps * (averaging + self._exposed(stretch.step, step * slowest))
+        exposed = stretch.steps * (averaging * slowest + self._exposed(stretch.step, step * slowest))
         exposed += self._seconds(stretch.entry) + self._seconds(stretch.exit)
         exposed += sum(merging.times * self._stalled(merging, step * slowest) for merging in stretch.merges)
         payload = sum(traffic.nbytes * times for traffic, times in stretch.all())

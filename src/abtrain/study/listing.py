@@ -20,6 +20,7 @@ from abtrain.study.words import phases_in_words, purpose_of
 from abtrain.train.progress import human_bytes
 
 _NEXT_TO_NOTHING = 1e-6
+_SMALL = 0.1
 
 
 def list_recipes(config: RecipesConfig, console: Console | None = None) -> None:
@@ -49,14 +50,14 @@ def list_recipes(config: RecipesConfig, console: Console | None = None) -> None:
 def ratio_in_words(ratio: float) -> str:
     """A ratio of payloads: in percent, and as a fraction where it is small."""
     short = ratio_in_short(ratio)
-    return f"{ratio:.2%} ({short})" if short.startswith("1/") else short
+    return f"{ratio:.2%} ({short})" if _NEXT_TO_NOTHING <= ratio < _SMALL else short
 
 
 def ratio_in_short(ratio: float) -> str:
     """A ratio of payloads: in percent, or as a fraction where it is small."""
     if ratio < _NEXT_TO_NOTHING:
         return "nothing"
-    return f"{ratio:.1%}" if ratio >= 0.1 else f"1/{1 / ratio:,.0f}"
+    return f"{ratio:.1%}" if ratio >= _SMALL else f"1/{1 / ratio:,.0f}"
 
 
 def _table(config: RecipesConfig) -> Table:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from abtrain.comm.alone import world_of_one
 from abtrain.comm.communicator import DataParallel, Unsynchronized
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.rank import FixedRank
-from abtrain.lowrank.svd import decompose
+from abtrain.lowrank.svd import Factors, decompose
 from abtrain.study.seconds import FactorSeconds
 from abtrain.study.shapes import ModelShapes
 from abtrain.sync import GradientSync, GradientWire
@@ -26,83 +26,93 @@ from abtrain.train.tasks import Task, batches, build_model, build_optimizer
 _UNTIMED = 3
 _TIMED = 10
 _TURNS = 10
-"""In which steps of several kinds are timed side by side, at most: what else a machine does slows all of them."""
+"""In which steps of two kinds and more are timed side by side, at most: what else a machine does slows all of them."""
 _TURN = 4
 """Steps of each kind in a turn."""
 _TURNS_SECONDS = 10.0
 """After which there is no further turn: of long steps one is enough."""
 
 
-def measure_step(task: Task, data: Path | None = None, batch_size: int | None = None) -> float:
-    """Median seconds of a training step of one worker alone, on the CPU, as this process may use it.
+class Bench:
+    """Times a task in this process, on the CPU: what one worker takes that has as many cores as this process.
 
     Args:
-        task: whose model is trained for a few steps.
-        data: folder with the task's data.
+        task: whose models are trained for a few steps.
+        folder: with the task's data.
         batch_size: samples a step; default the task's.
 
     Raises:
         DataError: the task's data is not to be had.
     """
-    trainer = _Trainer(task, data, batch_size, Unsynchronized)
-    return statistics.median(trainer.seconds(_UNTIMED, _TIMED))
 
+    def __init__(self, task: Task, folder: Path | None = None, batch_size: int | None = None) -> None:
+        self._task, self._data = task, task.load(folder)
+        self._batch_size = task.batch_size if batch_size is None else batch_size
+        self._factors: dict[tuple[tuple[str, int], ...], FactorSeconds] = {}
 
-def measure_averaging(task: Task, data: Path | None = None, batch_size: int | None = None) -> dict[GradientWire, float]:
-    """Seconds that averaging gradients adds to a step of one worker, beside sending them, by their wire.
+    def step(self) -> float:
+        """Median seconds of a training step."""
+        return statistics.median(self._trainer().seconds(_UNTIMED, _TIMED))
 
-    DDP copies gradients into its buckets and back, rounds or factors them, and hands them to threads of its own: in a
-    world of one worker it does all of this, and sends nothing.
+    def averaging(self) -> dict[GradientWire, float]:
+        """Seconds that averaging gradients adds to a step beside sending them, by their wire (PowerSGD's default rank).
 
-    Raises:
-        DataError: the task's data is not to be had.
-    """
-    with world_of_one() as wrap:
-        alone = _Trainer(task, data, batch_size, Unsynchronized)
-        trainers = {
-            wire: _Trainer(task, data, batch_size, partial(wrap, GradientSync(wire))) for wire in get_args(GradientWire)
+        DDP copies gradients into its buckets and back, rounds or factors them, and hands them to threads of its own: in
+        a world of one worker it does all of this, and sends nothing.
+        """
+        with world_of_one() as wrap:
+            plain = self._trainer()
+            averaging = {wire: self._trainer(partial(wrap, GradientSync(wire))) for wire in get_args(GradientWire)}
+            for trainer in (plain, *averaging.values()):
+                trainer.seconds(_UNTIMED, 0)
+            plain_steps, steps = list[float](), {wire: list[float]() for wire in averaging}
+            for _ in _turns():
+                plain_steps += plain.seconds(1, _TURN)
+                for wire, trainer in averaging.items():
+                    steps[wire] += trainer.seconds(1, _TURN)
+            for trainer in averaging.values():
+                trainer.close()
+        of_plain = statistics.median(plain_steps)
+        return {wire: max(statistics.median(seconds) - of_plain, 0.0) for wire, seconds in steps.items()}
+
+    def factors(self, ranks: Mapping[str, int]) -> FactorSeconds:
+        """What factors add to a step in which both are trained, and whenever they take the weights' place.
+
+        A preconditioner, and the optimizer's state where a recipe projects it, are not in it. Ranks are a guess, and
+        those of a few large weights may be all that there are in the end: factors that save time here count as adding
+        none.
+
+        Args:
+            ranks: of the weights that are factored, by name.
+        """
+        key = tuple(ranks.items())
+        if key not in self._factors:
+            self._factors[key] = self._time_factors(ranks)
+        return self._factors[key]
+
+    def _time_factors(self, ranks: Mapping[str, int]) -> FactorSeconds:
+        plain, factored = self._trainer(), self._trainer()
+        weights = FactoredModel(factored.model, factored.optimizer, list(ranks))
+        # Of the right shapes and about the right size; no decomposition, which is timed elsewhere.
+        factors = {
+            name: Factors(W[:, : ranks[name]].clone(), torch.eye(ranks[name], W.shape[1], dtype=W.dtype))
+            for name, W in weights.matrices().items()
         }
-        for trainer in (alone, *trainers.values()):
-            trainer.seconds(_UNTIMED, 0)
-        bare, averaged = list[float](), {wire: list[float]() for wire in trainers}
+        plain_steps, steps, changes = list[float](), list[float](), list[float]()
+        plain.seconds(_UNTIMED, 0)
         for _ in _turns():
-            bare += alone.seconds(1, _TURN)
-            for wire, trainer in trainers.items():
-                averaged[wire] += trainer.seconds(1, _TURN)
-        for trainer in trainers.values():
-            trainer.close()
-    return {wire: max(statistics.median(seconds) - statistics.median(bare), 0.0) for wire, seconds in averaged.items()}
+            plain_steps += plain.seconds(1, _TURN)
+            # The first step in another shape is slow: the optimizer's state is made anew, and so is memory.
+            change = _timed(partial(weights.factorize, factors)) + factored.single()
+            steps += factored.seconds(1, _TURN)
+            changes.append(change + _timed(weights.restore) + factored.single())
+        of_plain, of_factors = statistics.median(plain_steps), statistics.median(steps)
+        reshaping = statistics.median(changes) - of_factors - of_plain
+        return FactorSeconds(max(of_factors - of_plain, 0.0), max(reshaping, 0.0))
 
-
-def measure_factors(
-    task: Task, ranks: Mapping[str, int], data: Path | None = None, batch_size: int | None = None
-) -> FactorSeconds:
-    """What factors add to the training of one worker: to a step, and whenever they take the weights' place.
-
-    Args:
-        task: whose model is trained for a few steps.
-        ranks: of the weights that are factored, by name.
-        data: folder with the task's data.
-        batch_size: samples a step; default the task's.
-
-    Raises:
-        DataError: the task's data is not to be had.
-    """
-    bare, factored = (_Trainer(task, data, batch_size, Unsynchronized) for _ in range(2))
-    weights = FactoredModel(factored.model, factored.optimizer, list(ranks))
-    factors = {name: decompose(W, FixedRank(ranks[name])) for name, W in weights.matrices().items()}
-    plain, of_factors, first = list[float](), list[float](), list[float]()
-    bare.seconds(_UNTIMED, 0)
-    for _ in _turns():
-        plain += bare.seconds(1, _TURN)
-        # The first steps in another shape are slow: the optimizer's state is made anew, and memory is.
-        into = _timed(partial(weights.factorize, factors)) + factored.first()
-        of_factors += factored.seconds(1, _TURN)
-        first.append(into + _timed(weights.restore) + factored.first())
-    of_plain, of_factored = statistics.median(plain), statistics.median(of_factors)
-    # Ranks are a guess: factors that turn out to be those of a few large weights alone save no time.
-    more, reshaping = of_factored - of_plain, statistics.median(first) - of_factored - of_plain
-    return FactorSeconds(max(more, 0.0), max(reshaping, 0.0))
+    def _trainer(self, wrap: Callable[[nn.Module], DataParallel] = Unsynchronized) -> _Trainer:
+        stream = batches(self._task, self._data, seed=0, rank=0, world_size=1, batch_size=self._batch_size)
+        return _Trainer(self._task, stream, wrap)
 
 
 def measure_decompositions(model: ModelShapes) -> float:
@@ -141,11 +151,9 @@ class _Trainer:
     """A model of a task, and steps of its training."""
 
     def __init__(
-        self, task: Task, data: Path | None, batch_size: int | None, wrap: Callable[[nn.Module], DataParallel]
+        self, task: Task, stream: Iterator[tuple[Tensor, Tensor]], wrap: Callable[[nn.Module], DataParallel]
     ) -> None:
-        size = task.batch_size if batch_size is None else batch_size
-        self._task = task
-        self._stream = batches(task, task.load(data), seed=0, rank=0, world_size=1, batch_size=size)
+        self._task, self._stream = task, stream
         self.model = build_model(task, seed=0)
         self.optimizer = build_optimizer(self.model, task.lr)
         self._parallel = wrap(self.model)
@@ -154,9 +162,9 @@ class _Trainer:
         """Of each of `timed` steps, after some that only warm up."""
         return [_timed(self._step) for _ in range(untimed + timed)][untimed:]
 
-    def first(self) -> float:
-        """Of a single step."""
-        return self.seconds(untimed=0, timed=1)[0]
+    def single(self) -> float:
+        """Of the next step."""
+        return _timed(self._step)
 
     def close(self) -> None:
         self._parallel.close()

@@ -76,7 +76,7 @@ def predict(
     """
     history = [ranks] if isinstance(ranks, Mapping) else list(ranks)
     if topology.world_size == 1:
-        return [Stretch(position.phase.name, position.steps_in_phase) for position in recipe.runs()]
+        return [_alone(position) for position in recipe.runs()]
     return list(_Walk(recipe, model, topology, history or [{}], optimizer, rank).stretches())
 
 
@@ -95,6 +95,14 @@ def payload(stretches: Sequence[Stretch], topology: Topology) -> dict[str, Any]:
 def payload_ratio(total: float, model: ModelShapes, steps: int) -> float:
     """Payload over what DDP hands over: one float32 gradient of every parameter at every step."""
     return total / (4 * model.numel * steps)
+
+
+def _alone(position: Position) -> Stretch:
+    """What a worker without others does: it factors all by itself, and sends nothing."""
+    factored = position.phase.weights == "factored"
+    return Stretch(
+        position.phase.name, position.steps_in_phase, factored=factored, decompositions=1.0 if factored else 0.0
+    )
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from rich import box
@@ -18,10 +17,11 @@ from abtrain.recipe import Factoring, Recipe
 from abtrain.study.cost import ALL_REDUCES, Cluster, Link
 from abtrain.study.forecast import PhaseForecast
 from abtrain.study.listing import ratio_in_short, ratio_in_words
-from abtrain.study.measure import measure_averaging, measure_decompositions, measure_factors, measure_step
+from abtrain.study.measure import Bench, measure_decompositions
 from abtrain.study.plan import RARE, Offer, Setting, recommend
-from abtrain.study.seconds import FactorSeconds, WorkerSeconds
+from abtrain.study.seconds import WorkerSeconds
 from abtrain.study.settings import ALL, PlanConfig, chosen, model_in_words, model_problems, problem_of, shapes_for
+from abtrain.study.shapes import ranks_for
 from abtrain.study.simulate import Speeds
 from abtrain.study.units import rate_of, seconds_of
 from abtrain.sync import whole_number_problems
@@ -85,6 +85,7 @@ def _problems(config: PlanConfig) -> list[str]:
     # The rest is looked at as far as what it is built from is right.
     if not found:
         found += problem_of(lambda: _cluster(config))
+        found += problem_of(lambda: ranks_for(shapes_for(config)(Factoring(FixedRank(1))), config.compression))
     workers = config.nodes * config.workers_per_node
     found += topology_problems(workers, config.group_size)
     if workers > _MOST_WORKERS:
@@ -116,33 +117,26 @@ def _speeds(config: PlanConfig) -> Speeds:
 
 
 def _setting(config: PlanConfig) -> Setting:
-    shapes = shapes_for(config)
-    setting = Setting(
+    shapes, measure_factors = shapes_for(config), None
+    if config.step_time is not None:
+        # The rest is left out: how long it takes there, a step's time does not say.
+        alone = WorkerSeconds(seconds_of(config.step_time))
+    else:
+        assert config.task is not None
+        bench = Bench(TASKS[config.task], config.data, config.batch_size)
+        decompositions = measure_decompositions(shapes(Factoring(FixedRank(1))))
+        alone, measure_factors = WorkerSeconds(bench.step(), bench.averaging(), decompositions), bench.factors
+    return Setting(
         shapes,
         config.compression,
         config.steps,
-        WorkerSeconds(1.0),
+        alone,
         _cluster(config),
         config.group_size,
         _speeds(config),
         config.algorithm,
+        measure_factors,
     )
-    if config.step_time is not None:
-        # The rest is left out: how long it takes there, a step's time does not say.
-        return replace(setting, alone=WorkerSeconds(seconds_of(config.step_time)))
-    assert config.task is not None
-    task, data, batch_size = TASKS[config.task], config.data, config.batch_size
-    alone = WorkerSeconds(
-        measure_step(task, data, batch_size),
-        measure_averaging(task, data, batch_size),
-        measure_decompositions(shapes(Factoring(FixedRank(1)))),
-    )
-
-    @cache
-    def of_factors(ranks: tuple[tuple[str, int], ...]) -> FactorSeconds:
-        return measure_factors(task, dict(ranks), data, batch_size)
-
-    return replace(setting, alone=alone, measure_factors=lambda ranks: of_factors(tuple(ranks.items())))
 
 
 def _options(config: PlanConfig, name: str) -> dict[str, Any]:
@@ -166,6 +160,7 @@ def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
 
 def _comparison(offers: list[Offer], ddp: Offer) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    # In a narrow terminal the other columns would squeeze it away; its padding is one of its columns.
     table.add_column("recipe", overflow="fold", min_width=max(map(len, recipes.RECIPES)) + 1)
     for heading in ("payload", "of ddp", "wire", "time", "computing", "x ddp bf16"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -32,7 +32,7 @@ class WorkerSeconds:
 
     Args:
         step: of a training step without any communication.
-        averaging: that averaging gradients adds to a step beside sending them, by their wire.
+        averaging: that averaging gradients adds to a step beside sending them, by their wire; PowerSGD's of any rank.
         decompositions: of all weights that are factored.
         factors: what else factors add.
     """

@@ -1,5 +1,6 @@
 """A world of one worker: DDP in all its motions, with nobody to send to."""
 
+import sys
 from typing import get_args
 
 import pytest
@@ -29,9 +30,25 @@ def test_gradients_are_averaged_over_one_worker(wire: GradientWire) -> None:
 
 
 def test_it_is_left_also_after_an_error() -> None:
+    shown = sys.excepthook
     with pytest.raises(ZeroDivisionError), world_of_one():
         raise ZeroDivisionError
     assert not dist.is_initialized()
+    assert sys.excepthook is shown
+
+
+def test_powersgd_factors_what_is_large_enough() -> None:
+    torch.manual_seed(0)
+    wide = torch.nn.Linear(64, 64)
+    with world_of_one() as wrap:
+        parallel = wrap(GradientSync("powersgd", rank=1), wide)
+        for _ in range(4):
+            wide.zero_grad()
+            parallel(torch.randn(8, 64)).square().mean().backward()
+        parallel.close()
+    assert wide.weight.grad is not None
+    # After two steps that share gradients as they are, what comes back is of rank 1.
+    assert torch.linalg.matrix_rank(wide.weight.grad, rtol=1e-4) == 1
 
 
 def test_not_in_a_process_that_has_joined_others() -> None:

@@ -6,7 +6,7 @@ from abtrain import Recipe, recipes
 from abtrain.comm.topology import Topology
 from abtrain.study.cost import Cluster, Link, cost_of, ring
 from abtrain.study.forecast import Forecast, forecast
-from abtrain.study.measure import measure_averaging, measure_decompositions, measure_factors
+from abtrain.study.measure import Bench, measure_decompositions
 from abtrain.study.payload import predict
 from abtrain.study.seconds import FactorSeconds, WorkerSeconds
 from abtrain.study.shapes import ModelShapes, assumed_shapes
@@ -186,16 +186,23 @@ def test_slower_workers_take_longer_for_everything() -> None:
     assert alone.times(2) == WorkerSeconds(2.0, {"fp32": 0.2}, 4.0, FactorSeconds(1.0, 0.5))
 
 
-def test_what_factors_add_is_measured() -> None:
-    added = measure_factors(TASKS["digits-mlp"], {"2.weight": 4})
-    assert 0 <= added.step < 1
-    assert 0 <= added.reshaping < 1
+def test_what_a_worker_does_is_measured() -> None:
+    bench = Bench(TASKS["digits-mlp"])
+    averaging, factors = bench.averaging(), bench.factors({"0.weight": 64, "2.weight": 64})
+    assert 0 < bench.step() < 1
+    assert set(averaging) == set(get_args(GradientWire))
+    # PowerSGD factors every gradient, which no machine does for nothing.
+    assert 0 < averaging["powersgd"] < 1
+    assert 0 <= factors.step < 1
+    assert 0 < factors.reshaping < 1
+    assert bench.factors({"0.weight": 64, "2.weight": 64}) is factors
 
 
-def test_averaging_is_measured() -> None:
-    measured = measure_averaging(TASKS["digits-mlp"])
-    assert set(measured) == set(get_args(GradientWire))
-    assert all(0 <= seconds < 1 for seconds in measured.values())
+def test_a_worker_alone_factors_too() -> None:
+    recipe = recipes.ab(100, warmup_steps=20, ab_steps=16, rebound_steps=4)
+    alone = WorkerSeconds(0.1, decompositions=2.0, factors=FactorSeconds(0.03, 0.5))
+    expected = forecast(predict(recipe, assumed_shapes(10**6, 1000), Topology(1)), Cluster(1, LINK), alone)
+    assert expected.seconds == pytest.approx(100 * 0.1 + 64 * 0.03 + 4 * (2.0 + 0.5))
 
 
 def test_decompositions_are_measured() -> None:
