@@ -158,9 +158,13 @@ def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
         console.print(line, highlight=False)
 
 
+def _narrow_table(title: str | None = None) -> Table:
+    """Of few blanks. Its first column needs a least width, padding included, or others squeeze it away."""
+    return Table(box=box.SIMPLE_HEAD, title=title, show_edge=False, pad_edge=False, collapse_padding=True)
+
+
 def _comparison(offers: list[Offer], ddp: Offer) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    # In a narrow terminal the other columns would squeeze it away; its padding is one of its columns.
+    table = _narrow_table()
     table.add_column("recipe", overflow="fold", min_width=max(map(len, recipes.RECIPES)) + 1)
     for heading in ("payload", "of ddp", "wire", "time", "computing", "x ddp bf16"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -180,9 +184,9 @@ def _comparison(offers: list[Offer], ddp: Offer) -> Table:
 
 def _by_phase(offer: Offer) -> Table:
     expected = offer.forecast
-    table = Table(box=box.SIMPLE_HEAD, title=f"{offer}: {ratio_in_words(offer.ratio)} of ddp's payload")
-    table.add_column("phase")
-    for heading in ("steps", "payload", "wire", "computing", "waiting", "sending", "factoring", "time"):
+    table = _narrow_table(title=f"{offer}: {ratio_in_words(offer.ratio)} of ddp's payload")
+    table.add_column("phase", min_width=max(len(part.phase) for part in expected.phases) + 1)
+    for heading in ("steps", "payload", "wire", "compute", "wait", "send", "factor", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     # The last line is the run as a whole.
     totals = [sum(column) for column in zip(*map(_figures, expected.phases), strict=True)]

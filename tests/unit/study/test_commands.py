@@ -86,7 +86,11 @@ def test_plan_says_when_data_parallel_training_is_better(capsys: pytest.CaptureF
     assert any(line.startswith("Recommended: ddp --wire bf16 is the better choice") for line in lines)
 
 
-def test_plan_of_one_recipe_by_phase_on_unlike_links(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("columns", [80, 100])
+def test_plan_of_one_recipe_by_phase_on_unlike_links(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     unlike = ("--nodes", "2", "--rates", "1gbit,20mbit", "--jitter", "0.2", "--workers-per-node", "2")
     code, lines, _ = typed(
         capsys, "plan", "ab_outer", *GIVEN, *unlike, "--every", "50", "--wire", "int8", "--delay", "20"
