@@ -68,6 +68,7 @@ TRANSFORMERS = {
     "every 10, outer 1, 0.5": f"{_INT4} --every 10 --outer-lr 1 --outer-momentum 0.5 --rank-rule energy:0.95",
     "every 10, means": f"{_INT4} --every 10 --outer-lr 1 --outer-momentum 0 --rank-rule energy:0.95",
     "diloco, every 5": "diloco --every 5",
+    "diloco, every 6": "diloco --every 6",
     "every 5, means, ternary": f"{_OFTEN} --every 5",
     "every 6, means, ternary": f"{_OFTEN} --every 6",
     "every 5, means, ternary, head dense": f"{_OFTEN} --every 5 --exclude head.weight",
