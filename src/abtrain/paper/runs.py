@@ -27,6 +27,7 @@ from abtrain.paper.published import BACKWARD_SHARE
 from abtrain.study.cost import Cluster, Link
 from abtrain.study.forecast import forecast
 from abtrain.study.payload import predict
+from abtrain.study.seconds import WorkerSeconds
 from abtrain.study.shapes import shapes_of
 from abtrain.train.config import TrainConfig, resolve, used_options
 from abtrain.train.config_file import to_toml
@@ -210,7 +211,8 @@ def _forecast(config: TrainConfig, result: Mapping[str, Any]) -> float:
     ranks = [entry["ranks"] for entry in result["ranks"]]
     stretches = predict(recipe, shapes, topology, ranks)
     cluster = Cluster(config.workers // config.group_size, TINY_LINK, config.group_size)
-    return forecast(stretches, cluster, result["cpu_seconds_per_step"], group_size=config.group_size).seconds
+    alone = WorkerSeconds(result["cpu_seconds_per_step"])
+    return forecast(stretches, cluster, alone, group_size=config.group_size).seconds
 
 
 def _name(cell: Cell, seed: int) -> str:
