@@ -77,7 +77,7 @@ class PlanConfig(ModelSettings):
     """Unlike links, one for each node: 1gbit,1gbit,100mbit,100mbit."""
     latency: str = "0.1ms"
     """Until a message arrives from the worker before it in the ring, but for its bytes; what software and
-    processors add is in it: 0.5ms, 80us. benchmarks/allreduce.py measures it (--rounds 200 --pause 10)."""
+    processors add is in it: 0.5ms, 80us. benchmarks/allreduce.py --megabytes 0.0004 --rounds 200 --pause 10 tells."""
     algorithm: str = "ring"
     """How numbers are added up over all workers: ring (Gloo's way), tree, halving or hierarchical."""
     every: int | None = None
