@@ -58,9 +58,15 @@ ROLES = {
 """The paper's recipe with other merges and other splits of the work."""
 
 _OFTEN = "ab_outer --wire ternary --outer-lr 1 --outer-momentum 0"
+_MEANS = "ab_outer --outer-lr 1 --outer-momentum 0"
 _LOCAL_RATE = "--local-lr 2 --factor-lr 1"
+_RULES = ("energy:0.9", "stable:4", "fixed:24")
 TRANSFORMERS = {
     "ddp": "ddp",
+    "ddp, bf16": "ddp --wire bf16",
+    "powersgd": "powersgd",
+    "ab": "ab",
+    "ab_outer": "ab_outer",
     "local_sgd, every 5, int4": "local_sgd --every 5 --wire int4",
     "local_sgd, every 5, ternary": "local_sgd --every 5 --wire ternary",
     "local_sgd, every 6, ternary": "local_sgd --every 6 --wire ternary",
@@ -69,14 +75,22 @@ TRANSFORMERS = {
     "every 10, means": f"{_INT4} --every 10 --outer-lr 1 --outer-momentum 0 --rank-rule energy:0.95",
     "diloco, every 5": "diloco --every 5",
     "diloco, every 6": "diloco --every 6",
+    "diloco, every 6, ternary": "diloco --every 6 --wire ternary",
     "every 5, means, ternary": f"{_OFTEN} --every 5",
     "every 6, means, ternary": f"{_OFTEN} --every 6",
     "every 5, means, ternary, head dense": f"{_OFTEN} --every 5 --exclude head.weight",
     "every 4, then 5, means, ternary, head dense": f"{_OFTEN} --warmup-every 4 --every 5 --exclude head.weight",
     "every 6, means, ternary, head dense": f"{_OFTEN} --every 6 --exclude head.weight",
-    "every 4, means, ternary, local rate 2": f"{_OFTEN} --every 4 {_LOCAL_RATE}",
-    "every 5, means, ternary, local rate 2": f"{_OFTEN} --every 5 {_LOCAL_RATE}",
-    "every 6, means, ternary, local rate 2": f"{_OFTEN} --every 6 {_LOCAL_RATE}",
+    **{f"every {n}, means, ternary, local rate 2": f"{_OFTEN} --every {n} {_LOCAL_RATE}" for n in (2, 4, 5, 6, 10, 20)},
+    **{
+        f"every 5, means, {wire}, local rate 2": f"{_MEANS} --wire {wire} --every 5 {_LOCAL_RATE}"
+        for wire in ("fp32", "bf16", "int8", "int4", "int3")
+    },
+    **{f"every 6, means, ternary, {rule}": f"{_OFTEN} --every 6 --rank-rule {rule}" for rule in _RULES},
+    **{
+        f"every 5, means, ternary, local rate 2, {rule}": f"{_OFTEN} --every 5 {_LOCAL_RATE} --rank-rule {rule}"
+        for rule in _RULES
+    },
     "local_sgd, every 5, ternary, local rate 2": "local_sgd --every 5 --wire ternary --local-lr 2",
     "every 4, then 12, means, ternary, head dense": f"{_OFTEN} --warmup-steps 1000 --warmup-every 4 --every 12 "
     "--exclude head.weight",
@@ -84,7 +98,7 @@ TRANSFORMERS = {
     "every 4, then rank 24 every 3, means, ternary": f"{_OFTEN} --warmup-steps 600 --warmup-every 4 --every 3 "
     "--rank-rule fixed:24",
 }
-"""Settings for transformers, as they were tried on the small ViT; means are merges with outer 1, 0."""
+"""Settings for transformers from scratch; means are merges with outer 1, 0."""
 
 
 def _at_rates(lines: dict[str, str], rates: tuple[str, ...]) -> dict[str, str]:

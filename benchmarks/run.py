@@ -3,7 +3,8 @@
 A benchmark is a list of `abtrain train` commands (see `lines.py`), each run once for every seed, one after the other:
 runs share the cores. What came of a run is a line of benchmarks/results/BENCHMARK.jsonl, with the commit and the
 versions that it was made with; a run that has a line there is not run again, so a benchmark that was stopped goes on
-where it was. `--table` prints what is there and runs nothing.
+where it was. `--table` prints what is there and runs nothing. `--frontier` orders the table by payload, and sets those
+labels in bold that nothing of less payload has a lower loss than.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--only", nargs="+", help="labels to run; all by default")
     parser.add_argument("--table", action="store_true", help="print the results that there are, run nothing")
+    parser.add_argument("--frontier", action="store_true", help="order by payload, with the best at each in bold")
     options = parser.parse_args()
     task, lines = BENCHMARKS[options.benchmark]
     chosen = {label: arguments for label, arguments in lines.items() if not options.only or label in options.only}
     file = FOLDER / f"{options.benchmark}.jsonl"
-    rows = []
+    found: dict[str, list[Record]] = {}
     for label, arguments in chosen.items():
         common = f"{arguments} --task {task} --steps {options.steps} --workers {options.workers}"
         results = []
@@ -46,11 +48,13 @@ def main() -> None:
             if result is not None:
                 results.append(result)
         if results:
-            rows.append(_row(label, results))
+            found[label] = results
+    if options.frontier:
+        found = _frontier(found)
     seeds = ", ".join(map(str, options.seeds))
     print(f"\n{task}, {options.steps} steps, {options.workers} workers, seeds {seeds}\n")
     print("| | runs | top-1 (std) | loss (std) | of DDP's payload | compression |\n|---|---|---|---|---|---|")
-    print("\n".join(rows))
+    print("\n".join(_row(label, results) for label, results in found.items()))
 
 
 def _run(file: Path, arguments: str) -> Record:
@@ -73,17 +77,31 @@ def _run(file: Path, arguments: str) -> Record:
     return keep(file, record)
 
 
+def _frontier(found: dict[str, list[Record]]) -> dict[str, list[Record]]:
+    """From the largest payload to the smallest, with a bold label where nothing of less payload has a lower loss."""
+    lowest, ordered = float("inf"), {}
+    for label, results in sorted(found.items(), key=lambda entry: _mean(entry[1], "payload_ratio")):
+        loss = _mean(results, "loss")
+        ordered[f"**{label}**" if loss < lowest else label] = results
+        lowest = min(lowest, loss)
+    return dict(reversed(ordered.items()))
+
+
+def _mean(results: list[Record], name: str) -> float:
+    return statistics.fmean(result[name] for result in results)
+
+
 def _row(label: str, results: list[Record]) -> str:
     tops = [result["top1"] for result in results if result["top1"] is not None]
     losses = [result["loss"] for result in results]
-    ratio = statistics.fmean(result["payload_ratio"] for result in results)
+    ratio = _mean(results, "payload_ratio")
     cells = (
         label,
         str(len(results)),
         f"{statistics.fmean(tops):.2f} ({statistics.pstdev(tops):.2f})" if tops else "-",
-        f"{statistics.fmean(losses):.4f} ({statistics.pstdev(losses):.4f})",
+        f"{_mean(results, 'loss'):.4f} ({statistics.pstdev(losses):.4f})",
         f"{ratio:.3%} (1/{1 / max(ratio, 1e-9):.0f})",
-        f"{statistics.fmean(result['compression'] for result in results):.2f}",
+        f"{_mean(results, 'compression'):.2f}",
     )
     return f"| {' | '.join(cells)} |"
 
