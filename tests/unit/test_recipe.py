@@ -1,5 +1,6 @@
 """A recipe is data: where a step stands, and what cannot be."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -10,7 +11,7 @@ from abtrain import recipes
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.lowrank.rank import SigmaCutoff
 from abtrain.recipe import Factoring, Phase, Recipe
-from abtrain.sync import GradientSync, WeightSync
+from abtrain.sync import GradientSync, Mean, WeightSync
 
 
 def names(recipe: Recipe) -> list[str]:
@@ -136,3 +137,11 @@ def test_unknown_names_come_with_the_nearest() -> None:
 def test_every_named_recipe_builds() -> None:
     for name in recipes.RECIPES:
         assert recipes.build(name, 600).name == name
+
+
+def test_ab_local_is_ab_outer_with_means_after_short_rounds() -> None:
+    recipe = recipes.ab_local(600)
+    options = {"every": 6, "wire": "ternary", "outer_lr": 1.0, "outer_momentum": 0.0, "local_lr": 2.0, "factor_lr": 1.0}
+    assert recipe == dataclasses.replace(recipes.build("ab_outer", 600, **options), name="ab_local")
+    assert [phase.sync for phase in recipe.phases] == [WeightSync(6, Mean(), "ternary")] * 2
+    assert [phase.name for phase in recipes.ab_local(600, warmup_steps=0, every=3).phases] == ["factors"]

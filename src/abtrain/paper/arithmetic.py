@@ -17,7 +17,8 @@ from abtrain.paper.published import (
     Method,
     Schedule,
 )
-from abtrain.recipes import AB_SHARE, REBOUND_SHARE, WARMUP_SHARE
+from abtrain.recipes.paper import AB_SHARE, REBOUND_SHARE
+from abtrain.recipes.parts import WARMUP_SHARE
 
 NEAR_FULL, NEAR_COMPRESSED = 25.0, 75.0
 """F and L of methods that shrink step by step, in per cent: the paper's assumption (Section V)."""

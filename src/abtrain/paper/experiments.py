@@ -8,7 +8,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from abtrain.paper.published import AB, DDP, GPUS, NO_GROUPS, RESNET, VGG, VIT
-from abtrain.recipes import AB_SHARE, REBOUND_SHARE, WARMUP_SHARE
+from abtrain.recipes.paper import AB_SHARE, REBOUND_SHARE
+from abtrain.recipes.parts import WARMUP_SHARE
 from abtrain.train.config import TrainConfig
 
 LOCAL_SGD, AB_OUTER = "local SGD", "ab_outer"

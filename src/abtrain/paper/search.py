@@ -21,7 +21,7 @@ from abtrain.paper.experiments import Cell
 from abtrain.paper.page import write_page
 from abtrain.paper.runs import Run, outcome, run_all
 from abtrain.paper.tables import Table
-from abtrain.recipes import AB_SHARE
+from abtrain.recipes.paper import AB_SHARE
 from abtrain.study.plots import COLOURS, Figure, save
 from abtrain.train.config import TrainConfig, resolve
 from abtrain.train.simulate import simulate

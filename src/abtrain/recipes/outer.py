@@ -1,0 +1,170 @@
+"""Beyond the paper: factors kept from round to round, all trained by all groups."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from abtrain.errors import ConfigurationError
+from abtrain.recipe import Factoring, Phase, RankRule, Recipe
+from abtrain.recipes.parts import at_local_lr, full_phase, rank_rule_of, until, whole_rounds
+from abtrain.sync import GradientSync, Mean, Merge, Outer, Sync, WeightSync
+
+AB_OUTER = {"keep_dense_if_larger": True, "optimizer_state": "project"}
+"""What `ab_outer` changes of `Factoring`'s defaults."""
+FACTOR_LR = 2.0
+"""Of `ab_outer`, with a preconditioner. Measured: benchmarks/merges.md."""
+LOCAL_LR = 2.0
+"""Of `ab_local`: the root of four groups, by as much as a batch of one has more noise than that of all together."""
+
+
+def ab_outer(
+    total_steps: int,
+    *,
+    every: int = 20,
+    outer_lr: float = 0.9,
+    outer_momentum: float = 0.8,
+    wire: str = "auto",
+    delay: int = 0,
+    fragments: int = 1,
+    mean_steps: int = 0,
+    mean_every: int = 5,
+    agreement_below: float = 0.0,
+    warmup_steps: int | None = None,
+    warmup_every: int | None = None,
+    warmup_wire: str | None = None,
+    drift_below: float = 0.0,
+    refactor_every: int = 0,
+    rebound_steps: int = 0,
+    rebound_every: int | None = None,
+    lr_rebound_steps: int | None = None,
+    sigma_cutoff: float = 0.22,
+    damping: float = 0.1,
+    factor_lr: float | None = None,
+    local_lr: float = 1.0,
+    rank_rule: RankRule | str | None = None,
+    **factoring: Any,
+) -> Recipe:
+    """Beyond the paper: full-rank local warm-up, then all groups train both factors, with outer Nesterov merges.
+
+    Rounds keep the inner optimizer's state, and merges keep the outer one's.
+
+    Args:
+        total_steps: of the run.
+        every: steps between merges.
+        outer_lr: learning rate of the outer optimizer.
+        outer_momentum: its momentum.
+        wire: how merges are sent (see `abtrain.sync.WeightSync`).
+        delay: steps that a merge is hidden behind.
+        fragments: parts of the model that merge in turns.
+        mean_steps: steps at the start in which merges are plain means, before the warm-up.
+        mean_every: steps between merges there; 0: gradients are averaged at every step.
+        agreement_below: end them as soon as workers agree less than this (see `abtrain.recipe.Until`); 0: never.
+        warmup_steps: full-rank steps with outer merges; default 20 % of all, less `mean_steps`, in whole rounds.
+        warmup_every: steps between merges there; default `every`; 0: gradients are averaged at every step.
+        warmup_wire: how merges are sent there; default `wire`.
+        drift_below: end them as soon as spectra drift less than this (see `abtrain.recipe.Until`); 0: never.
+        refactor_every: rounds after which weights are factored anew, so that ranks can fall; 0: factor once.
+        rebound_steps: full-rank steps before weights are factored anew.
+        rebound_every: steps between merges there; default `every`; 0: gradients are averaged at every step.
+        lr_rebound_steps: steps over which the learning rate climbs back after factoring; default `every`.
+        sigma_cutoff: singular values below this share of the largest are dropped, unless that is an outlier
+            (`SigmaCutoff(outliers=False)`).
+        damping: of the preconditioner of the factors' steps; 0: no preconditioner.
+        factor_lr: multiplies preconditioned steps; default 2, which suits optimizers that normalize gradients (Adam).
+        local_lr: multiplies the learning rate between merges (see `abtrain.recipe.Phase`).
+        rank_rule: in place of `SigmaCutoff(sigma_cutoff)`: a rule, or its name such as `energy:0.95`.
+        factoring: the other settings of `abtrain.recipe.Factoring`.
+
+    Raises:
+        ConfigurationError: values that cannot be; `rebound_steps` without `refactor_every`.
+    """
+    if rebound_steps and not refactor_every:
+        raise ConfigurationError(
+            f"rebound_steps={rebound_steps} come before weights are factored anew, and refactor_every=0 factors them "
+            "once: give refactor_every, or leave rebound_steps out"
+        )
+    if warmup_steps is None:
+        warmup_steps = max(whole_rounds(total_steps, every) - mean_steps, 0)
+    # The same without momentum, which would be kept for nothing.
+    merge: Merge = Mean() if (outer_lr, outer_momentum) == (1, 0) else Outer(outer_lr, outer_momentum)
+    warmup: Sync = GradientSync()
+    if warmup_every != 0:
+        warmup = WeightSync(every if warmup_every is None else warmup_every, merge, warmup_wire or wire)
+    prologue = full_phase("mean", mean_steps, mean_every, warmup_wire or wire, until("agreement", agreement_below))
+    if warmup_steps != 0:
+        prologue += (Phase("warmup", warmup_steps, sync=warmup, until=until("spectrum_drift", drift_below)),)
+    # A phase that ends early leaves more to the factors, which are not to begin a second cycle then.
+    numbers = all(isinstance(steps, int) for steps in (total_steps, mean_steps, warmup_steps))
+    rest = max(total_steps - mean_steps - warmup_steps, 1) if numbers else total_steps
+    steps = refactor_every * every if refactor_every else total_steps if agreement_below or drift_below else rest
+    factors = WeightSync(every, merge, wire, delay, fragments)
+    scale = factor_lr if factor_lr is not None else FACTOR_LR if damping else 1.0
+    cycle: tuple[Phase, ...] = (
+        Phase("factors", steps, weights="factored", sync=factors, damping=damping, factor_lr=scale),
+    )
+    if rebound_steps:
+        cycle += full_phase(
+            "rebound", rebound_steps, every if rebound_every is None else rebound_every, wire, merge=merge
+        )
+    settings = Factoring(rank_rule_of(rank_rule, sigma_cutoff, outliers=False), **{**AB_OUTER, **factoring})
+    climb = every if lr_rebound_steps is None else lr_rebound_steps
+    return Recipe(
+        "ab_outer", total_steps, at_local_lr(prologue, local_lr), at_local_lr(cycle, local_lr), settings, climb
+    )
+
+
+def ab_local(
+    total_steps: int,
+    *,
+    every: int = 6,
+    wire: str = "ternary",
+    delay: int = 0,
+    fragments: int = 1,
+    warmup_steps: int | None = None,
+    warmup_every: int | None = None,
+    warmup_wire: str | None = None,
+    drift_below: float = 0.0,
+    refactor_every: int = 0,
+    rebound_steps: int = 0,
+    rebound_every: int | None = None,
+    lr_rebound_steps: int | None = None,
+    sigma_cutoff: float = 0.22,
+    damping: float = 0.1,
+    factor_lr: float = 1.0,
+    local_lr: float = LOCAL_LR,
+    rank_rule: RankRule | str | None = None,
+    **factoring: Any,
+) -> Recipe:
+    """`ab_outer` with plain means after short rounds, and longer local steps: for transformers from scratch.
+
+    Outer momentum pays after many rounds, and where workers' changes agree; early in the training of a transformer
+    they do not. Means of short rounds in 1.8 bits cost as much payload as outer merges of long ones in more bits.
+
+    Takes what `ab_outer` takes, as far as that is not about outer merges. `local_lr` suits four groups, and optimizers
+    that divide by the noise of gradients, as Adam does.
+    """
+    recipe = ab_outer(
+        total_steps,
+        every=every,
+        outer_lr=1.0,
+        outer_momentum=0.0,
+        wire=wire,
+        delay=delay,
+        fragments=fragments,
+        warmup_steps=warmup_steps,
+        warmup_every=warmup_every,
+        warmup_wire=warmup_wire,
+        drift_below=drift_below,
+        refactor_every=refactor_every,
+        rebound_steps=rebound_steps,
+        rebound_every=rebound_every,
+        lr_rebound_steps=lr_rebound_steps,
+        sigma_cutoff=sigma_cutoff,
+        damping=damping,
+        factor_lr=factor_lr,
+        local_lr=local_lr,
+        rank_rule=rank_rule,
+        **factoring,
+    )
+    return replace(recipe, name="ab_local")
