@@ -14,6 +14,7 @@ RECIPES = {
     "diloco": "diloco",
     "diloco, int4": "diloco --wire int4",
     "ab_outer": "ab_outer",
+    "ab_local": "ab_local",
 }
 """Every recipe with its shipped defaults, at the task's learning rate; DDP also at the best one of `RATES` for it."""
 
@@ -67,6 +68,7 @@ TRANSFORMERS = {
     "powersgd": "powersgd",
     "ab": "ab",
     "ab_outer": "ab_outer",
+    "ab_local": "ab_local",
     "local_sgd, every 5, int4": "local_sgd --every 5 --wire int4",
     "local_sgd, every 5, ternary": "local_sgd --every 5 --wire ternary",
     "local_sgd, every 6, ternary": "local_sgd --every 6 --wire ternary",
