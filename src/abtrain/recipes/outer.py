@@ -136,7 +136,9 @@ def ab_local(
     rank_rule: RankRule | str | None = None,
     **factoring: Any,
 ) -> Recipe:
-    """`ab_outer` with plain means after short rounds, and longer local steps: for transformers from scratch.
+    """Beyond the paper: `ab_outer` with plain means after short rounds, for transformers from scratch.
+
+    Workers take longer steps between merges, since a small batch alone has more noise to divide by.
 
     Outer momentum pays after many rounds, and where workers' changes agree; early in the training of a transformer
     they do not. Means of short rounds in 1.8 bits cost as much payload as outer merges of long ones in more bits.
