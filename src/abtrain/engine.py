@@ -222,12 +222,18 @@ class ABTraining:
         `scaler.update()`, so that merges level the scales that the next step uses.
 
         Raises:
-            UsageError: the recipe has ended, or the model was called past `ab(...)`.
+            UsageError: the recipe has ended, the model was called past `ab(...)`, or a rule needs a loss.
             RanksDisagreeError: the workers are at different steps, in different phases, or hold different shapes.
         """
         position = self._position
         if position is None:
             raise UsageError(self._ended())
+        weighted = None if loss is not None else self.recipe.phase_weighted_by_loss
+        if weighted is not None:
+            raise UsageError(
+                f"phase {weighted!r} weights workers by their training loss, but ab.step() was called without one: "
+                "call ab.step(loss) at every step"
+            )
         fail_at(self.communicator.rank, self.steps_done, "step")
         if self._hooks.count and not self._forwards and self.communicator.topology.world_size > 1:
             raise UsageError("the optimizer stepped, but no ab(...) call came before: call ab(x) in place of model(x)")
@@ -430,8 +436,8 @@ class ABTraining:
         if upcoming is None:
             return None
         if upcoming.first and isinstance(upcoming.phase.sync, GradientSync):
-            if phase.trains == "a_then_b":
-                # Every worker has trained both factors, so the state of the one whose turn it is not is levelled too.
+            if phase.trains in ("a_then_b", "b"):
+                # Every worker has a state of its own for both factors: that of the frozen one is levelled too.
                 self._model.train_only("all")
             reset = {} if self._model.projects else self._model.factors()
             kept = [p for name, p in self._model.trained(self._treatments).items() if name not in reset]

@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 from abtrain.errors import ConfigurationError, UsageError
-from abtrain.sync import GradientSync, Sync, Trains, WeightSync, number_problems, share_problems, whole_number_problems
+from abtrain.sync import (
+    GradientSync,
+    Sync,
+    Trains,
+    Weighted,
+    WeightSync,
+    number_problems,
+    share_problems,
+    whole_number_problems,
+)
 
 Weights = Literal["full", "factored"]
 OptimizerState = Literal["reset", "project"]
@@ -258,6 +267,13 @@ class Recipe:
     def factored(self) -> bool:
         """Whether any phase is factored."""
         return any(phase.weights == "factored" for phase in self.phases)
+
+    @property
+    def phase_weighted_by_loss(self) -> str | None:
+        """The first phase whose merges need workers' training losses; None if none does."""
+        syncs = {phase.name: phase.sync for phase in reversed(self.phases)}
+        weighted = [n for n, sync in syncs.items() if isinstance(sync, WeightSync) and isinstance(sync.merge, Weighted)]
+        return weighted[-1] if weighted else None
 
     def at(self, step: int) -> Position:
         """The position of step `step`.

@@ -13,13 +13,12 @@ from torch import Tensor
 from abtrain.comm.agreement import checksum, fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Background, Stages, finish
-from abtrain.errors import UsageError
 from abtrain.faults import fail_at
 from abtrain.merge import Merger, Outcome
 from abtrain.recipe import Position
 from abtrain.replicas import check_replicas
 from abtrain.state import SharedState
-from abtrain.sync import Weighted, WeightSync
+from abtrain.sync import WeightSync
 
 log = logging.getLogger("abtrain")
 
@@ -79,17 +78,11 @@ class Rounds:
             Whether all workers hold the same now.
 
         Raises:
-            UsageError: the rule needs losses, and there is none.
             RanksDisagreeError: workers are at different steps, in different phases, or hold different shapes.
             NonFiniteError: see `Merger.merge`.
         """
         sync = position.phase.sync
         assert isinstance(sync, WeightSync)
-        if loss is None and isinstance(sync.merge, Weighted):
-            raise UsageError(
-                f"phase {position.phase.name!r} weights workers by their training loss, but ab.step() was called "
-                "without one: call ab.step(loss)"
-            )
         # The loss of a step that is left out says nothing of the weights.
         if loss is not None and (math.isfinite(loss) or self._merger.on_nonfinite != "skip"):
             self._losses.append(loss)
@@ -114,6 +107,14 @@ class Rounds:
             return False
         finish(self._merge(position, step, mean_loss, None, trained_by))
         return len(position.merging) == sync.fragments
+
+    def _begin_anew(self) -> None:
+        """Drops what is not finite here, in other fragments too: a worker is not left out of the next merge for it."""
+        self._state.forget_nonfinite()
+        for name, tensor in self._state.parameters().items():
+            if not bool(torch.isfinite(tensor).all()):
+                tensor.copy_(self._merger.anchors[name])
+        self._losses = [loss for loss in self._losses if math.isfinite(loss)]
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on from here, merges under way included."""
@@ -203,7 +204,7 @@ class Rounds:
         if outcome.dropped:
             log.warning("step %d: the part of rank %s was not finite, and left out", step, list(outcome.dropped))
         if self._comm.rank in outcome.dropped:
-            self._state.forget_nonfinite()
+            self._begin_anew()
         fail_at(self._comm.rank, step, "merge.end")
         if _whole_round(position):
             well = set(range(self._comm.topology.world_size)) - set(outcome.dropped)

@@ -32,10 +32,13 @@ def _of_trained(
 
 
 def _by_loss(rule: Weighted, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]) -> list[float]:
-    best = min((part.loss for part, did in zip(parts, trained, strict=True) if did), default=0.0)
+    # Who left out all steps of a round has no loss, and nothing to bring.
+    known = [did and not math.isnan(part.loss) for part, did in zip(parts, trained, strict=True)]
+    if not any(known):
+        return _of_trained(TrainedOnly(), alive, trained, parts)
+    best = min(part.loss for part, has in zip(parts, known, strict=True) if has)
     weights = [
-        math.exp((best - part.loss) / rule.temperature) if did else 0.0
-        for part, did in zip(parts, trained, strict=True)
+        math.exp((best - part.loss) / rule.temperature) if has else 0.0 for part, has in zip(parts, known, strict=True)
     ]
     return [weight / max(sum(weights), 1e-300) for weight in weights]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 from abtrain.errors import ConfigurationError, nearest
 
@@ -93,7 +93,7 @@ class WireName:
             ConfigurationError: no wire is called so.
         """
         kind, *rest = str(name).split(":")
-        if kind == LOW_RANK and 1 <= len(rest) <= 2 and rest[0].isdecimal() and int(rest[0]) >= 1:
+        if kind == LOW_RANK and 1 <= len(rest) <= 2 and _is_rank(rest[0]):
             code = rest[1] if len(rest) == 2 else "fp32"
             parts = cls(code, code, int(rest[0]))
         else:
@@ -107,6 +107,10 @@ class WireName:
 AUTO_WIRES = ((2, "int4"), (5, "int3"), (math.inf, "ternary:int3"))
 """What `auto` stands for up to how many workers."""
 _WIRES = (AUTO, *get_args(Code), "CODE:REPLY", f"{LOW_RANK}:RANK", f"{LOW_RANK}:RANK:CODE")
+
+
+def _is_rank(text: str) -> bool:
+    return text.isdecimal() and len(text) <= len(str(MOST)) and int(text) >= 1
 
 
 def wire_between(workers: int, name: str) -> str:
@@ -184,16 +188,29 @@ Sync = GradientSync | WeightSync | None
 Trains = Literal["all", "a_or_b", "a_then_b", "b"]
 
 
+MOST = 2**53
+"""Up to which whole numbers are floating-point numbers too."""
+
+
 def whole_number_problems(name: str, value: object, least: int) -> list[str]:
     """The message for a setting that is not a whole number of at least `least`; empty if it is one."""
     if isinstance(value, bool) or not isinstance(value, int):
         return [f"{name}={value!r} is not a whole number: use one of at least {least}"]
+    if value > MOST:
+        return [f"{name} is a number of {len(str(abs(value)))} digits: use at most {MOST}"]
     return [] if value >= least else [f"{name}={value} is too small: use at least {least}"]
+
+
+def is_finite_number(value: object) -> TypeGuard[int | float]:
+    """Whether this is a number that floating-point numbers can say."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= MOST if isinstance(value, int) else math.isfinite(value)
 
 
 def number_problems(name: str, value: object, above: float) -> list[str]:
     """The message for a setting that is not a finite number above `above`; empty if it is one."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= above:
+    if not is_finite_number(value) or value <= above:
         return [f"{name}={value!r} is not a finite number above {above}: use one"]
     return []
 
@@ -201,7 +218,7 @@ def number_problems(name: str, value: object, above: float) -> list[str]:
 def share_problems(name: str, value: object, below: float | None = None) -> list[str]:
     """The message for a setting that is not a number from 0 to 1 (from 0 and less than `below`, if that is given)."""
     range_ = "from 0 to 1" if below is None else f"from 0 to less than {below}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_finite_number(value):
         return [f"{name}={value!r} is not a finite number: use one {range_}"]
     inside = 0 <= value <= 1 if below is None else 0 <= value < below
     return [] if inside else [f"{name}={value} is out of range: use a number {range_}"]

@@ -52,7 +52,12 @@ def decompose(W: Tensor, rank_rule: RankRule) -> Factors:
     # eq. 3: W = (U sqrt(S)) (sqrt(S) Vh)
     A = U[:, :k] * root
     B = root[:, None] * Vh[:k]
-    return Factors(A.to(W.dtype).contiguous(), B.to(W.dtype).contiguous())
+    return Factors(_laid_out(A.to(W.dtype)), _laid_out(B.to(W.dtype)))
+
+
+def _laid_out(factor: Tensor) -> Tensor:
+    """A copy by rows: a column of `U` counts as contiguous with strides by which its products are rounded otherwise."""
+    return factor.clone(memory_format=torch.contiguous_format)
 
 
 def _svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:

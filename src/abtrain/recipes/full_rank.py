@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipe import Phase, Recipe
 from abtrain.recipes.parts import MergeName, at_local_lr, full_phase, merge_rule, until
 from abtrain.sync import GradientSync, Outer, WeightSync
@@ -16,6 +17,8 @@ def ddp(total_steps: int, *, wire: Literal["fp32", "bf16"] = "fp32") -> Recipe:
         total_steps: of the run.
         wire: gradients as they are, or rounded to bfloat16.
     """
+    if wire not in ("fp32", "bf16"):
+        raise ConfigurationError(f"unknown wire {wire!r} of gradients: {nearest(str(wire), ('fp32', 'bf16'))}")
     return Recipe("ddp", total_steps, cycle=(Phase("full", total_steps, sync=GradientSync(wire)),))
 
 

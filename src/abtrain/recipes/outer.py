@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from abtrain.errors import ConfigurationError
 from abtrain.recipe import Factoring, Phase, RankRule, Recipe
-from abtrain.recipes.parts import at_local_lr, full_phase, rank_rule_of, until, whole_rounds
-from abtrain.sync import GradientSync, Mean, Merge, Outer, Sync, WeightSync
+from abtrain.recipes.parts import are_counts, at_local_lr, full_phase, rank_rule_of, until, whole_rounds
+from abtrain.sync import Mean, Merge, Outer, WeightSync, whole_number_problems
 
 AB_OUTER = {"keep_dense_if_larger": True, "optimizer_state": "project"}
-"""What `ab_outer` changes of `Factoring`'s defaults."""
+"""What both recipes here change of `Factoring`'s defaults."""
 FACTOR_LR = 2.0
 """Of `ab_outer`, with a preconditioner. Measured: benchmarks/merges.md."""
 LOCAL_LR = 2.0
@@ -55,8 +54,8 @@ def ab_outer(
         outer_lr: learning rate of the outer optimizer.
         outer_momentum: its momentum.
         wire: how merges are sent (see `abtrain.sync.WeightSync`).
-        delay: steps that a merge is hidden behind.
-        fragments: parts of the model that merge in turns.
+        delay: steps that a merge of factors is hidden behind; merges of full weights are waited for.
+        fragments: parts of the model that merge in turns, while it is factored.
         mean_steps: steps at the start in which merges are plain means, before the warm-up.
         mean_every: steps between merges there; 0: gradients are averaged at every step.
         agreement_below: end them as soon as workers agree less than this (see `abtrain.recipe.Until`); 0: never.
@@ -79,39 +78,18 @@ def ab_outer(
     Raises:
         ConfigurationError: values that cannot be; `rebound_steps` without `refactor_every`.
     """
-    if rebound_steps and not refactor_every:
-        raise ConfigurationError(
-            f"rebound_steps={rebound_steps} come before weights are factored anew, and refactor_every=0 factors them "
-            "once: give refactor_every, or leave rebound_steps out"
-        )
-    if warmup_steps is None:
-        warmup_steps = max(whole_rounds(total_steps, every) - mean_steps, 0)
     # The same without momentum, which would be kept for nothing.
     merge: Merge = Mean() if (outer_lr, outer_momentum) == (1, 0) else Outer(outer_lr, outer_momentum)
-    warmup: Sync = GradientSync()
-    if warmup_every != 0:
-        warmup = WeightSync(every if warmup_every is None else warmup_every, merge, warmup_wire or wire)
-    prologue = full_phase("mean", mean_steps, mean_every, warmup_wire or wire, until("agreement", agreement_below))
-    if warmup_steps != 0:
-        prologue += (Phase("warmup", warmup_steps, sync=warmup, until=until("spectrum_drift", drift_below)),)
-    # A phase that ends early leaves more to the factors, which are not to begin a second cycle then.
-    numbers = all(isinstance(steps, int) for steps in (total_steps, mean_steps, warmup_steps))
-    rest = max(total_steps - mean_steps - warmup_steps, 1) if numbers else total_steps
-    steps = refactor_every * every if refactor_every else total_steps if agreement_below or drift_below else rest
-    factors = WeightSync(every, merge, wire, delay, fragments)
-    scale = factor_lr if factor_lr is not None else FACTOR_LR if damping else 1.0
-    cycle: tuple[Phase, ...] = (
-        Phase("factors", steps, weights="factored", sync=factors, damping=damping, factor_lr=scale),
+    rounds = _Rounds(WeightSync(every, merge, wire, delay, fragments), refactor_every, damping, factor_lr, local_lr)
+    if warmup_steps is None and are_counts(mean_steps):
+        warmup_steps = max(whole_rounds(total_steps, every) - mean_steps, 0)
+    prologue = (
+        *full_phase("mean", mean_steps, mean_every, warmup_wire or wire, until("agreement", agreement_below)),
+        *_warmup(rounds, total_steps, warmup_steps, warmup_every, warmup_wire, drift_below),
     )
-    if rebound_steps:
-        cycle += full_phase(
-            "rebound", rebound_steps, every if rebound_every is None else rebound_every, wire, merge=merge
-        )
+    rebound = _rebound(rounds, rebound_steps, rebound_every)
     settings = Factoring(rank_rule_of(rank_rule, sigma_cutoff, outliers=False), **{**AB_OUTER, **factoring})
-    climb = every if lr_rebound_steps is None else lr_rebound_steps
-    return Recipe(
-        "ab_outer", total_steps, at_local_lr(prologue, local_lr), at_local_lr(cycle, local_lr), settings, climb
-    )
+    return _recipe("ab_outer", total_steps, prologue, rounds, rebound, settings, lr_rebound_steps)
 
 
 def ab_local(
@@ -146,27 +124,73 @@ def ab_local(
     Takes what `ab_outer` takes, as far as that is not about outer merges. `local_lr` suits four groups, and optimizers
     that divide by the noise of gradients, as Adam does.
     """
-    recipe = ab_outer(
-        total_steps,
-        every=every,
-        outer_lr=1.0,
-        outer_momentum=0.0,
-        wire=wire,
-        delay=delay,
-        fragments=fragments,
-        warmup_steps=warmup_steps,
-        warmup_every=warmup_every,
-        warmup_wire=warmup_wire,
-        drift_below=drift_below,
-        refactor_every=refactor_every,
-        rebound_steps=rebound_steps,
-        rebound_every=rebound_every,
-        lr_rebound_steps=lr_rebound_steps,
-        sigma_cutoff=sigma_cutoff,
-        damping=damping,
-        factor_lr=factor_lr,
-        local_lr=local_lr,
-        rank_rule=rank_rule,
-        **factoring,
+    rounds = _Rounds(WeightSync(every, Mean(), wire, delay, fragments), refactor_every, damping, factor_lr, local_lr)
+    prologue = _warmup(rounds, total_steps, warmup_steps, warmup_every, warmup_wire, drift_below)
+    rebound = _rebound(rounds, rebound_steps, rebound_every)
+    settings = Factoring(rank_rule_of(rank_rule, sigma_cutoff, outliers=False), **{**AB_OUTER, **factoring})
+    return _recipe("ab_local", total_steps, prologue, rounds, rebound, settings, lr_rebound_steps)
+
+
+class _Rounds(NamedTuple):
+    """How factors are trained: their rounds, the rounds until they are made anew (0: never), and how they step."""
+
+    sync: WeightSync
+    refactor_every: int
+    damping: float
+    factor_lr: float | None
+    local_lr: float
+
+
+def _warmup(
+    rounds: _Rounds, total_steps: int, steps: int | None, every: int | None, wire: str | None, drift_below: float
+) -> tuple[Phase, ...]:
+    """The full-rank phase before the factors, merged as they are where nothing else is said."""
+    sync = rounds.sync
+    return full_phase(
+        "warmup",
+        whole_rounds(total_steps, sync.every) if steps is None else steps,
+        sync.every if every is None else every,
+        wire or sync.wire,
+        until("spectrum_drift", drift_below),
+        sync.merge,
     )
-    return replace(recipe, name="ab_local")
+
+
+def _rebound(rounds: _Rounds, steps: int, every: int | None) -> tuple[Phase, ...]:
+    """The full-rank phase before factors are made anew."""
+    if steps and not rounds.refactor_every:
+        raise ConfigurationError(
+            f"rebound_steps={steps} come before weights are factored anew, and refactor_every=0 factors them "
+            "once: give refactor_every, or leave rebound_steps out"
+        )
+    sync = rounds.sync
+    return full_phase("rebound", steps, sync.every if every is None else every, sync.wire, merge=sync.merge)
+
+
+def _recipe(
+    name: str,
+    total_steps: int,
+    prologue: tuple[Phase, ...],
+    rounds: _Rounds,
+    rebound: tuple[Phase, ...],
+    factoring: Factoring,
+    lr_rebound_steps: int | None,
+) -> Recipe:
+    """The phases around the factors, which have the steps that are left, or so many rounds."""
+    sync, anew, damping, scale, local_lr = rounds
+    found = whole_number_problems("refactor_every", anew, least=0)
+    if found:
+        raise ConfigurationError(found)
+    before = [phase.steps for phase in prologue]
+    # A phase that ends early leaves more to the factors, which are not to begin a second cycle then.
+    steps = total_steps
+    if anew and are_counts(sync.every):
+        steps = anew * sync.every
+    elif are_counts(total_steps, *before) and sum(before) < total_steps and not any(p.until for p in prologue):
+        steps = total_steps - sum(before)
+    if scale is None:
+        scale = FACTOR_LR if damping else 1.0
+    factors = Phase("factors", steps, weights="factored", sync=sync, damping=damping, factor_lr=scale)
+    cycle = (factors, *rebound)
+    climb = sync.every if lr_rebound_steps is None else lr_rebound_steps
+    return Recipe(name, total_steps, at_local_lr(prologue, local_lr), at_local_lr(cycle, local_lr), factoring, climb)

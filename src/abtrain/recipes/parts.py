@@ -8,7 +8,7 @@ from typing import Literal
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.lowrank.rank import SigmaCutoff, parse_rule
 from abtrain.recipe import Measure, Phase, RankRule, Until
-from abtrain.sync import GradientSync, Mean, Merge, Sync, TrainedOnly, Weighted, WeightSync
+from abtrain.sync import MOST, GradientSync, Mean, Merge, TrainedOnly, Weighted, WeightSync, number_problems
 
 MergeName = Literal["mean", "trained_only", "weighted"]
 
@@ -19,11 +19,20 @@ WARMUP_SHARE = 0.2
 def full_phase(
     name: str, steps: int, every: int, wire: str, until: Until | None = None, merge: Merge = Mean()
 ) -> tuple[Phase, ...]:
-    """A full-rank phase, or none if it has no steps: with merges every so many steps, or with shared gradients (0)."""
+    """A full-rank phase, or none if it has no steps: with merges every so many steps, or with shared gradients (0).
+
+    Raises:
+        ConfigurationError: settings that play no part here cannot be; the phase itself tells of those that do.
+    """
+    merging = WeightSync(1 if every == 0 else every, merge, wire)
+    unused = [] if steps != 0 and every != 0 else merging.problems()
+    if steps == 0 and until is not None:
+        unused += until.problems()
+    if unused:
+        raise ConfigurationError([f"phase {name!r}: {problem}" for problem in unused])
     if steps == 0:
         return ()
-    sync: Sync = GradientSync() if every == 0 else WeightSync(every, merge, wire)
-    return (Phase(name, steps, sync=sync, until=until),)
+    return (Phase(name, steps, sync=GradientSync() if every == 0 else merging, until=until),)
 
 
 def at_local_lr(phases: tuple[Phase, ...], local_lr: float) -> tuple[Phase, ...]:
@@ -32,16 +41,24 @@ def at_local_lr(phases: tuple[Phase, ...], local_lr: float) -> tuple[Phase, ...]
 
 
 def merge_rule(name: MergeName, temperature: float) -> Merge:
+    """The rule of that name; the temperature is looked at whether or not it plays a part."""
     merges: dict[str, Merge] = {"mean": Mean(), "trained_only": TrainedOnly(), "weighted": Weighted(temperature)}
-    if name not in merges:
-        raise ConfigurationError(f"unknown merge {name!r}: {nearest(str(name), merges)}")
-    return merges[name]
+    found = number_problems("temperature", temperature, above=0)
+    if str(name) not in merges:
+        found.append(f"unknown merge {name!r}: {nearest(str(name), merges)}")
+    if found:
+        raise ConfigurationError(found)
+    return merges[str(name)]
 
 
 def rank_rule_of(rule: RankRule | str | None, sigma_cutoff: float, outliers: bool = True) -> RankRule:
+    """The rule that was given, or the cutoff, which is looked at whether or not it plays a part."""
+    cutoff = SigmaCutoff(sigma_cutoff, outliers=outliers)
+    if rule is not None and cutoff.problems():
+        raise ConfigurationError(cutoff.problems())
     if isinstance(rule, str):
         return parse_rule(rule)
-    return SigmaCutoff(sigma_cutoff, outliers=outliers) if rule is None else rule
+    return cutoff if rule is None else rule
 
 
 def until(measure: Measure, below: float) -> Until | None:
@@ -50,11 +67,15 @@ def until(measure: Measure, below: float) -> Until | None:
 
 def whole_rounds(total_steps: int, every: int) -> int:
     """The guideline's warm-up in whole rounds, at least one where another one fits behind it."""
-    if not (isinstance(total_steps, int) and isinstance(every, int) and 0 < every <= total_steps // 2):
+    if not (are_counts(total_steps, every) and 0 < every <= total_steps // 2):
         return 0
     return max(1, round(WARMUP_SHARE * total_steps / every)) * every
 
 
 def share_of(steps: int, share: float, least: int = 1) -> int:
-    # What is no number of steps is reported with the phase that has it, together with everything else.
-    return max(least, round(share * steps)) if isinstance(steps, int) else least
+    return max(least, round(share * steps)) if are_counts(steps) else least
+
+
+def are_counts(*values: object) -> bool:
+    """Whether all can be calculated with; those that cannot are reported with the phase that has them."""
+    return all(isinstance(value, int) and abs(value) <= MOST for value in values)

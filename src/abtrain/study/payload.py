@@ -276,6 +276,13 @@ class _Walk:
         one_of_each_group = (group[0] for group in self._topology.groups)
         return {"frozen"} | idle_factors(position, self._topology, one_of_each_group)
 
+    def _all_have_both(self, position: Position) -> bool:
+        """Whether every worker leaves with optimizer state of its own for both factors, frozen ones included."""
+        trains, sync = position.phase.trains, position.phase.sync
+        in_turns = trains == "a_then_b" and isinstance(sync, WeightSync) and position.steps_in_phase > sync.every
+        # A phase that others came before has what is left of theirs.
+        return in_turns or (trains in ("a_then_b", "b") and position.step > 0)
+
     def _level(self, position: Position, held: Sequence[_Held]) -> Calls:
         """Optimizer state, levelled where gradients are shared next: of all that keeps its shape, or its moments."""
         after = position.step + position.steps_in_phase
@@ -288,8 +295,7 @@ class _Walk:
             return ()
         table = len(kept) * (self._optimizer.tensors + self._optimizer.numbers) * _SLOT_BYTES
         left = self._recipe.at(after - 1)
-        # Where factors took turns, every worker has a state of both.
-        nobody = {"frozen"} if left.phase.trains == "a_then_b" else self._trained_by_nobody(left)
+        nobody = {"frozen"} if self._all_have_both(position) else self._trained_by_nobody(left)
         moments = [one.tensor for one in kept if one.part not in nobody for _ in range(self._optimizer.tensors)]
         # Which worker has what, and the single numbers.
         slots = (Traffic("all_reduce", "world", table),) * 2 if table else ()

@@ -57,7 +57,7 @@ def plan(config: PlanConfig, console: Console | None = None) -> None:
         advice = recommend(setting, [config.recipe] if "every" in recipes.options_of(config.recipe) else RARE)
     console.print(f"Recommended: {advice}", highlight=False)
     console.print(
-        "Forecast are bytes and seconds; computing a step is taken to be as long in every recipe, but for what "
+        "Bytes and seconds are forecast; computing a step is taken to be as long in every recipe, but for what "
         "factors and averaging gradients add where a step was measured. What a recipe costs in accuracy, only "
         "training tells: rarer, narrower and hidden merges are further from data parallel training.",
         highlight=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import typing
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from tyro.conf import Positional, arg
 from abtrain import recipes
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.faults import attempt
+from abtrain.sync import is_finite_number
 from abtrain.train.choices import DEVICES, Init, OnBadImage, OnCheckpointError, OnNonFinite, Precision
 
 # torch takes seconds to import: what needs it is imported where it is used, so that `--help` answers at once.
@@ -268,13 +268,13 @@ def _value_problems(config: TrainConfig) -> list[str]:
             problems.append(f"--{name.replace('_', '-')} {value} is too small: use at least {least}")
     if not 0 <= config.seed < 2**32:
         problems.append(f"--seed {config.seed} is out of range: use a number from 0 to {2**32 - 1}")
-    if config.lr is not None and not (math.isfinite(config.lr) and config.lr > 0):
+    if config.lr is not None and not (is_finite_number(config.lr) and config.lr > 0):
         problems.append(f"--lr {config.lr} is not a finite number above 0: use one")
     if not 0 < config.timeout <= _LONGEST_TIMEOUT:
         problems.append(f"--timeout {config.timeout} is out of range: use a number above 0, up to {_LONGEST_TIMEOUT}")
     for name in ("weight_decay", "clip"):
         value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value >= 0):
+        if value is not None and not (is_finite_number(value) and value >= 0):
             problems.append(f"--{name.replace('_', '-')} {value} is not a finite number of at least 0: use one")
     return problems
 
@@ -297,6 +297,12 @@ def _task_and_recipe_problems(config: TrainConfig) -> list[str]:
 
 
 def _folder_problems(config: TrainConfig) -> list[str]:
+    paths = {"out": config.out, "data": config.data}
+    broken = [
+        f"--{name} {str(path)!r} holds a null byte: name a path" for name, path in paths.items() if "\0" in str(path)
+    ]
+    if broken:
+        return broken
     out = config.out
     try:
         if out is None or not out.exists():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from abtrain.errors import ConfigurationError, nearest
+from abtrain.sync import is_finite_number
 from abtrain.train.config import TrainConfig
 
 
@@ -23,7 +24,7 @@ def from_toml(path: Path) -> TrainConfig:
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"--config {path} cannot be read: {error}") from error
     return from_values(content, str(path))
 
@@ -81,7 +82,7 @@ def _fits(value: object, expected: Any) -> bool:
     if expected is Path:
         return isinstance(value, str)
     if expected is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, float) or is_finite_number(value)
     if expected is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, expected)
