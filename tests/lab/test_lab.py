@@ -100,8 +100,8 @@ def test_bytes_are_those_that_were_sent(lab: Lab, script: Path, tmp_path: Path) 
         Job((str(script),), tmp_path / "out", launcher="python"), show=lambda host, line: lines.append((host, line))
     )
     sender, receiver = (host.traffic for host in result.hosts)
-    # Headers are at most 66 of 1,514 bytes; few packets are sent twice, where the slower link's queue was full. Either end
-    # may count more: the faster link passes, and counts, larger packets with fewer headers.
+    # Headers are at most 66 of 1,514 bytes; few packets are sent twice, where the slower link's queue was full.
+    # Either end may count more: the faster link passes, and counts, larger packets with fewer headers.
     assert 1e6 < receiver.rx_bytes < 1.06e6 and 1e6 < sender.tx_bytes < 1.06e6
     assert max(sender.rx_bytes, receiver.tx_bytes) < 0.02 * 1e6
     # The slower of the two links sets the pace, once a burst has passed.

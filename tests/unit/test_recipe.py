@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -145,3 +147,48 @@ def test_ab_local_is_ab_outer_with_means_after_short_rounds() -> None:
     assert recipe == dataclasses.replace(recipes.build("ab_outer", 600, **options), name="ab_local")
     assert [phase.sync for phase in recipe.phases] == [WeightSync(6, Mean(), "ternary")] * 2
     assert [phase.name for phase in recipes.ab_local(600, warmup_steps=0, every=3).phases] == ["factors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ab_no_groups", {"wire": "bogus"}, "unknown wire 'bogus'"),
+        ("ab_outer", {"warmup_wire": "lowrank:0", "warmup_every": 0}, "unknown wire 'lowrank:0'"),
+        ("ab_outer", {"wire": f"lowrank:{'9' * 5000}"}, "unknown wire 'lowrank:9"),
+        ("ab_outer", {"mean_every": -3}, "mean_every=-3 is too small"),
+        ("ab_outer", {"refactor_every": -1}, "refactor_every=-1 is too small"),
+        ("ab_local", {"rebound_every": -1}, "rebound_every=-1 is too small"),
+        ("ab_local", {"drift_below": math.nan, "warmup_steps": 0}, "below=nan is not a finite number"),
+        ("ab_local", {"every": 0}, "recipe 'ab_local': phase 'factors': every=0 is too small"),
+        ("ab_local", {"warmup_steps": 9999}, "leaves nothing of the 600 total_steps"),
+        ("local_sgd", {"temperature": -1.0}, "temperature=-1.0 is not a finite number above 0"),
+        ("local_sgd", {"merge": []}, r"unknown merge \[\]"),
+        ("local_sgd", {"warmup_every": -3}, "warmup_every=-3 is too small"),
+        ("diloco", {"agreement_below": -5.0}, "below=-5.0 is not a finite number above 0"),
+        ("diloco", {"outer_lr": 10**400}, "outer_lr=1000+ is not a finite number"),
+        ("ab", {"sigma_cutoff": math.nan, "rank_rule": "fixed:2"}, "sigma_cutoff=nan is not a finite number"),
+        ("ddp", {"wire": "powersgd"}, "unknown wire 'powersgd' of gradients"),
+    ],
+)
+def test_bad_values_are_told_of_also_where_they_play_no_part(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        recipes.build(name, 600, **options)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("steps", [10**400, None, "5", 0, -1, 2.5])
+def test_what_is_no_number_of_steps_is_told_of(name: str, steps: Any) -> None:
+    with pytest.raises(ConfigurationError, match="total_steps"):
+        recipes.build(name, steps)
+
+
+@pytest.mark.parametrize("option", ["every", "mean_steps", "warmup_steps", "refactor_every", "rebound_steps"])
+@pytest.mark.parametrize("value", ["5", 10**400, 2.5])
+def test_what_is_no_number_is_told_of(option: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError):
+        recipes.ab_outer(600, **{option: value})
+
+
+def test_the_phase_that_needs_losses_is_known() -> None:
+    assert recipes.ab(600, merge="weighted").phase_weighted_by_loss == "group"
+    assert recipes.ab(600).phase_weighted_by_loss is None

@@ -142,6 +142,30 @@ def test_a_part_that_is_not_finite_is_left_out_by_option(sync: WeightSync, caplo
     assert "the part of rank [1] was not finite" in caplog.text
 
 
+@pytest.mark.parametrize("sync", [WeightSync(4, fragments=2), WeightSync(4, delay=2)], ids=str)
+def test_a_worker_is_left_out_once_for_one_bad_step(sync: WeightSync) -> None:
+    def work(comm: Communicator) -> list[int]:
+        model = Slope()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        recipe = Recipe("r", 16, cycle=(Phase("p", 16, sync=sync),))
+        ab = ABTraining(model, optimizer, recipe, communicator=comm, on_nonfinite="drop_worker")
+        left_out = []
+        while not ab.finished:
+            bad = comm.rank == 1 and ab.steps_done == 2
+            loss = ab(slopes(comm.rank) * (math.nan if bad else 1.0))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            before = ab._rounds.outcome
+            ab.step(loss)
+            if ab._rounds.outcome is not before and ab._rounds.outcome is not None and ab._rounds.outcome.dropped:
+                left_out.append(ab.steps_done)
+        assert all(torch.isfinite(part).all() for part in model.parts)
+        return left_out
+
+    assert [len(left_out) for left_out in run_in_process(2, work)] == [1, 1]
+
+
 def test_a_part_that_is_not_finite_stops_all_before_anything_is_averaged() -> None:
     def work(comm: Communicator) -> str:
         with pytest.raises(NonFiniteError, match="rank 1 brought to the merge: nothing was averaged") as error:
@@ -186,8 +210,36 @@ def test_weighted_without_losses_is_refused_before_anything_is_sent() -> None:
     def work(comm: Communicator) -> None:
         with pytest.raises(UsageError, match=r"call ab.step\(loss\)"):
             weighted_run(comm, None)
+        # In the warm-up too, that is at the first step.
+        model = build("mlp")
+        optimizer = adamw(model.parameters())
+        ab = ABTraining(model, optimizer, recipes.ab(20, warmup_steps=8, merge="weighted"), communicator=comm)
+        ab(batch("mlp", comm.rank, 0)[0]).sum().backward()
+        optimizer.step()
+        with pytest.raises(UsageError, match="phase 'group' weights workers by their training loss"):
+            ab.step()
 
     run_in_process(2, work)
+
+
+def test_a_worker_that_left_out_a_whole_round_has_no_weight_in_it() -> None:
+    def work(comm: Communicator) -> list[Tensor]:
+        model = Slope()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        recipe = Recipe("r", 4, cycle=(Phase("p", 4, sync=WeightSync(2, Weighted())),))
+        ab = ABTraining(model, optimizer, recipe, communicator=comm, on_nonfinite="skip")
+        while not ab.finished:
+            # Worker 1 has a bad first round, and both a bad second one.
+            bad = comm.rank == 1 or ab.steps_done >= 2
+            loss = ab(slopes(comm.rank) * (math.nan if bad else 1.0))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ab.step(loss)
+        return [part.detach() for part in model.parts]
+
+    for parts in run_in_process(2, work):
+        torch.testing.assert_close(parts[0], -2 * slopes(0), rtol=1e-6, atol=1e-6)
 
 
 def test_in_turns_the_average_of_the_products_is_the_product_of_the_averages() -> None:

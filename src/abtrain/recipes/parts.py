@@ -8,7 +8,18 @@ from typing import Literal
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.lowrank.rank import SigmaCutoff, parse_rule
 from abtrain.recipe import Measure, Phase, RankRule, Until
-from abtrain.sync import MOST, GradientSync, Mean, Merge, TrainedOnly, Weighted, WeightSync, number_problems
+from abtrain.sync import (
+    MOST,
+    GradientSync,
+    Mean,
+    Merge,
+    Sync,
+    TrainedOnly,
+    Weighted,
+    WeightSync,
+    number_problems,
+    whole_number_problems,
+)
 
 MergeName = Literal["mean", "trained_only", "weighted"]
 
@@ -24,15 +35,16 @@ def full_phase(
     Raises:
         ConfigurationError: settings that play no part here cannot be; the phase itself tells of those that do.
     """
-    merging = WeightSync(1 if every == 0 else every, merge, wire)
-    unused = [] if steps != 0 and every != 0 else merging.problems()
-    if steps == 0 and until is not None:
-        unused += until.problems()
-    if unused:
-        raise ConfigurationError([f"phase {name!r}: {problem}" for problem in unused])
+    if steps == 0 or every == 0:
+        found = whole_number_problems(f"{name}_every", every, least=0) + WeightSync(1, merge, wire).problems()
+        if steps == 0 and until is not None:
+            found += until.problems()
+        if found:
+            raise ConfigurationError(found)
     if steps == 0:
         return ()
-    return (Phase(name, steps, sync=GradientSync() if every == 0 else merging, until=until),)
+    sync: Sync = GradientSync() if every == 0 else WeightSync(every, merge, wire)
+    return (Phase(name, steps, sync=sync, until=until),)
 
 
 def at_local_lr(phases: tuple[Phase, ...], local_lr: float) -> tuple[Phase, ...]:

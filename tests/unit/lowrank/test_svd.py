@@ -88,3 +88,9 @@ def test_a_failing_svd_is_tried_again_in_float64(monkeypatch: pytest.MonkeyPatch
     assert tried == [torch.float32, torch.float64]
     assert A.dtype == torch.float32
     torch.testing.assert_close(A @ B, W)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_factors_are_laid_out_by_rows(k: int) -> None:
+    A, B = decompose(torch.randn(18, 6), FixedRank(k))
+    assert (A.stride(), B.stride()) == (torch.empty(18, k).stride(), torch.empty(k, 6).stride())

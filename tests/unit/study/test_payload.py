@@ -60,6 +60,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "ab",
         {**SHORT, "ab_steps": 12, "every": 2, "trains": "a_then_b", "optimizer_state": "project", "wire": "int8"},
     ),
+    "ab in turns from the start": (
+        "ab",
+        {**SHORT, "warmup_steps": 0, "ab_steps": 3, "trains": "a_then_b", "optimizer_state": "project"},
+    ),
+    "ab of B alone projecting": ("ab", {**SHORT, "warmup_every": 2, "trains": "b", "optimizer_state": "project"}),
+    "ab of B alone from the start": (
+        "ab",
+        {**SHORT, "warmup_steps": 0, "ab_steps": 3, "trains": "b", "optimizer_state": "project"},
+    ),
+    "ab_local": ("ab_local", {**OUTER, "refactor_every": 2}),
     "ab of those who trained": ("ab", {**SHORT, "merge": "trained_only", "every": 3}),
     "ab in merges": ("ab", {**SHORT, "warmup_every": 2, "rebound_every": 1, "wire": "lowrank:2"}),
     "ab_no_groups in merges": ("ab_no_groups", {**SHORT, "warmup_every": 2, "rebound_every": 2, "wire": "bf16"}),

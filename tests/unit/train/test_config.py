@@ -66,6 +66,12 @@ def test_all_problems_are_told_at_once() -> None:
     assert len(validate(wrong)) == 6
 
 
+def test_numbers_that_are_no_floating_point_numbers_are_told_of() -> None:
+    huge = TrainConfig(lr=10**400, clip=10**400, weight_decay=10**400)
+    assert len(validate(huge)) == 3
+    assert "null byte" in validate(TrainConfig(out=Path("a\0b")))[0]
+
+
 def test_a_run_folder_is_never_mixed_with_what_is_there(tmp_path: Path) -> None:
     assert validate(TrainConfig(out=tmp_path)) == []
     assert validate(TrainConfig(out=tmp_path / "new")) == []
