@@ -157,7 +157,10 @@ def test_toml_problems_are_told_at_once(tmp_path: Path) -> None:
         assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"steps = ", b"\xff\xfe"])
+DEEP = b"exclude = " + b"[" * 3000 + b"]" * 3000
+
+
+@pytest.mark.parametrize("content", [b"steps = ", b"\xff\xfe", b"steps = " + b"9" * 5000, DEEP], ids=len)
 def test_a_toml_file_that_cannot_be_read(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "config.toml"
     file.write_bytes(content)
