@@ -32,6 +32,7 @@ MERGES = {
     "outer 0.7, 0.9, wire int8": "ab_outer --outer-lr 0.7 --outer-momentum 0.9 --wire int8",
     "outer 0.7, 0.9, wire fp32": "ab_outer --outer-lr 0.7 --outer-momentum 0.9 --wire fp32",
     "delay 2": f"{_INT4} --delay 2",
+    "delay 2, in the warm-up too": f"{_INT4} --delay 2 --warmup-delay 2",
     "delay 5": f"{_INT4} --delay 5",
     "delay 5, 4 fragments": f"{_INT4} --delay 5 --fragments 4",
     "every 40": f"{_INT4} --every 40",

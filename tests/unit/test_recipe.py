@@ -157,6 +157,8 @@ def test_ab_local_is_ab_outer_with_means_after_short_rounds() -> None:
         ("ab_outer", {"wire": f"lowrank:{'9' * 5000}"}, "unknown wire 'lowrank:9"),
         ("ab_outer", {"mean_every": -3}, "mean_every=-3 is too small"),
         ("ab_outer", {"refactor_every": -1}, "refactor_every=-1 is too small"),
+        ("ab_local", {"warmup_delay": 6}, "phase 'warmup': delay=6 is not smaller than every=6"),
+        ("ab_local", {"warmup_delay": -1, "warmup_steps": 0}, "warmup_delay=-1 is too small"),
         ("ab_local", {"rebound_every": -1}, "rebound_every=-1 is too small"),
         ("ab_local", {"drift_below": math.nan, "warmup_steps": 0}, "below=nan is not a finite number"),
         ("ab_local", {"every": 0}, "recipe 'ab_local': phase 'factors': every=0 is too small"),

@@ -63,8 +63,8 @@ def local_sgd(
         merge: the mean over all, over those who trained, or weighted by training loss.
         temperature: of `weighted`, in the units of the loss.
         wire: how merges are sent (see `abtrain.sync.WeightSync`).
-        delay: steps that a merge is hidden behind.
-        fragments: parts of the model that merge in turns.
+        delay: steps that a merge is hidden behind; the last one of a phase, so each before a rebound, is waited for.
+        fragments: parts of the model that merge in turns; all at once where the phase ends.
         warmup_steps: steps at the start with a sync of their own.
         warmup_every: steps between merges there; 0: gradients are averaged at every step.
         rebound_steps: steps after every merge with a sync of their own.

@@ -32,6 +32,7 @@ def ab_outer(
     warmup_steps: int | None = None,
     warmup_every: int | None = None,
     warmup_wire: str | None = None,
+    warmup_delay: int = 0,
     drift_below: float = 0.0,
     refactor_every: int = 0,
     rebound_steps: int = 0,
@@ -54,7 +55,7 @@ def ab_outer(
         outer_lr: learning rate of the outer optimizer.
         outer_momentum: its momentum.
         wire: how merges are sent (see `abtrain.sync.WeightSync`).
-        delay: steps that a merge of factors is hidden behind; merges of full weights are waited for.
+        delay: steps that a merge of factors is hidden behind.
         fragments: parts of the model that merge in turns, while it is factored.
         mean_steps: steps at the start in which merges are plain means, before the warm-up.
         mean_every: steps between merges there; 0: gradients are averaged at every step.
@@ -62,6 +63,7 @@ def ab_outer(
         warmup_steps: full-rank steps with outer merges; default 20 % of all, less `mean_steps`, in whole rounds.
         warmup_every: steps between merges there; default `every`; 0: gradients are averaged at every step.
         warmup_wire: how merges are sent there; default `wire`.
+        warmup_delay: steps that a merge is hidden behind there.
         drift_below: end them as soon as spectra drift less than this (see `abtrain.recipe.Until`); 0: never.
         refactor_every: rounds after which weights are factored anew, so that ranks can fall; 0: factor once.
         rebound_steps: full-rank steps before weights are factored anew.
@@ -85,7 +87,7 @@ def ab_outer(
         warmup_steps = max(whole_rounds(total_steps, every) - mean_steps, 0)
     prologue = (
         *full_phase("mean", mean_steps, mean_every, warmup_wire or wire, until("agreement", agreement_below)),
-        *_warmup(rounds, total_steps, warmup_steps, warmup_every, warmup_wire, drift_below),
+        *_warmup(rounds, total_steps, warmup_steps, warmup_every, warmup_wire, warmup_delay, drift_below),
     )
     rebound = _rebound(rounds, rebound_steps, rebound_every)
     settings = Factoring(rank_rule_of(rank_rule, sigma_cutoff, outliers=False), **{**AB_OUTER, **factoring})
@@ -102,6 +104,7 @@ def ab_local(
     warmup_steps: int | None = None,
     warmup_every: int | None = None,
     warmup_wire: str | None = None,
+    warmup_delay: int = 0,
     drift_below: float = 0.0,
     refactor_every: int = 0,
     rebound_steps: int = 0,
@@ -125,7 +128,7 @@ def ab_local(
     that divide by the noise of gradients, as Adam does.
     """
     rounds = _Rounds(WeightSync(every, Mean(), wire, delay, fragments), refactor_every, damping, factor_lr, local_lr)
-    prologue = _warmup(rounds, total_steps, warmup_steps, warmup_every, warmup_wire, drift_below)
+    prologue = _warmup(rounds, total_steps, warmup_steps, warmup_every, warmup_wire, warmup_delay, drift_below)
     rebound = _rebound(rounds, rebound_steps, rebound_every)
     settings = Factoring(rank_rule_of(rank_rule, sigma_cutoff, outliers=False), **{**AB_OUTER, **factoring})
     return _recipe("ab_local", total_steps, prologue, rounds, rebound, settings, lr_rebound_steps)
@@ -142,7 +145,13 @@ class _Rounds(NamedTuple):
 
 
 def _warmup(
-    rounds: _Rounds, total_steps: int, steps: int | None, every: int | None, wire: str | None, drift_below: float
+    rounds: _Rounds,
+    total_steps: int,
+    steps: int | None,
+    every: int | None,
+    wire: str | None,
+    delay: int,
+    drift_below: float,
 ) -> tuple[Phase, ...]:
     """The full-rank phase before the factors, merged as they are where nothing else is said."""
     sync = rounds.sync
@@ -153,6 +162,7 @@ def _warmup(
         wire or sync.wire,
         until("spectrum_drift", drift_below),
         sync.merge,
+        delay,
     )
 
 

@@ -28,7 +28,13 @@ WARMUP_SHARE = 0.2
 
 
 def full_phase(
-    name: str, steps: int, every: int, wire: str, until: Until | None = None, merge: Merge = Mean()
+    name: str,
+    steps: int,
+    every: int,
+    wire: str,
+    until: Until | None = None,
+    merge: Merge = Mean(),
+    delay: int = 0,
 ) -> tuple[Phase, ...]:
     """A full-rank phase, or none if it has no steps: with merges every so many steps, or with shared gradients (0).
 
@@ -37,13 +43,14 @@ def full_phase(
     """
     if steps == 0 or every == 0:
         found = whole_number_problems(f"{name}_every", every, least=0) + WeightSync(1, merge, wire).problems()
+        found += whole_number_problems(f"{name}_delay", delay, least=0)
         if steps == 0 and until is not None:
             found += until.problems()
         if found:
             raise ConfigurationError(found)
     if steps == 0:
         return ()
-    sync: Sync = GradientSync() if every == 0 else WeightSync(every, merge, wire)
+    sync: Sync = GradientSync() if every == 0 else WeightSync(every, merge, wire, delay)
     return (Phase(name, steps, sync=sync, until=until),)
 
 

@@ -33,6 +33,8 @@ WIRES = ("fp32", "bf16", "int8", "int4", "auto")
 """Wires that are tried, widest first; `auto` is narrower than int4 among more than two workers."""
 HIDDEN = 0.5
 """Share of a round that merges are hidden behind where that is tried; merges that are waited for are tried before."""
+DELAYS = ("delay", "warmup_delay")
+"""Options that hide merges."""
 RARE = ("diloco", "ab_outer")
 """Recipes that are tried with all of those: full weights before factors."""
 
@@ -170,7 +172,8 @@ def _ladder(setting: Setting, names: Sequence[str]) -> Iterator[Offer]:
             if "every" not in known or 2 * every > setting.steps:
                 continue
             wires = [{"wire": wire} for wire in WIRES] if "wire" in known else [{}]
-            delays = [{}, {"delay": round(HIDDEN * every)}] if "delay" in known else [{}]
+            hidden = {option: round(HIDDEN * every) for option in DELAYS if option in known}
+            delays = [{}, hidden] if hidden else [{}]
             for delay, wire in product(delays, wires):
                 options = {"every": every, **wire, **delay}
                 # A phase may be shorter than a round.

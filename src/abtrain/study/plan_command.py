@@ -29,7 +29,7 @@ from abtrain.train.progress import human_bytes
 from abtrain.train.tasks import TASKS
 
 _MOST_WORKERS = 10**6
-_OPTIONS = ("every", "wire", "delay", "fragments")
+_OPTIONS = ("every", "wire", "delay", "warmup_delay", "fragments")
 """Settings that are options of recipes."""
 
 

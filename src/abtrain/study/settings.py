@@ -85,7 +85,9 @@ class PlanConfig(ModelSettings):
     wire: str | None = None
     """Wire: fp32, bf16, int8, int4, int3, ternary, CODE:REPLY, lowrank:R[:CODE], auto (else the recipe's)."""
     delay: int | None = None
-    """Steps that a merge is hidden behind; by default the recipe's."""
+    """Steps that a merge is hidden behind, in the main phase; by default the recipe's."""
+    warmup_delay: int | None = None
+    """Steps that a merge of the warm-up is hidden behind; by default the recipe's."""
     fragments: int | None = None
     """Parts of the model that merge in turns; by default the recipe's."""
     jitter: float = 0.0

@@ -69,6 +69,8 @@ class TrainConfig:
     """Steps between merges there; 0: gradients are averaged at every step; by default the recipe's."""
     warmup_wire: str | None = None
     """How merges are sent there; by default as elsewhere."""
+    warmup_delay: int | None = None
+    """Steps that a merge is hidden behind there; by default the recipe's."""
     mean_steps: int | None = None
     """Steps at the start in which merges are plain means; by default the recipe's."""
     mean_every: int | None = None
@@ -92,7 +94,7 @@ class TrainConfig:
     every: int | None = None
     """Steps between merges; by default the recipe's."""
     delay: int | None = None
-    """Steps that a merge is hidden behind; by default the recipe's."""
+    """Steps that a merge is hidden behind, in the main phase; by default the recipe's."""
     fragments: int | None = None
     """Parts of the model that merge in turns; by default the recipe's."""
     trains: str | None = None

@@ -83,6 +83,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**OUTER, "warmup_steps": 4, "refactor_every": 1, "rebound_steps": 2, "rebound_every": 0, "delay": 2},
     ),
     "ab_outer after means": ("ab_outer", {**OUTER, "mean_steps": 3, "mean_every": 1, "warmup_every": 0}),
+    "ab_outer all hidden": ("ab_outer", {**OUTER, "delay": 2, "warmup_delay": 3, "warmup_every": 4}),
     "ab_outer measured": ("ab_outer", {**OUTER, "drift_below": 1e-9, "settled": 1.0, "warmup_wire": "bf16"}),
     "ab_outer without a preconditioner": ("ab_outer", {**OUTER, "damping": 0.0, "min_share": 0.2}),
     "ab_outer excluding": ("ab_outer", {**LOCAL, **RANK_2, "exclude": ("0.*",), "wire": "int8"}),
