@@ -158,7 +158,9 @@ class WeightSync:
         elif isinstance(self.merge, Weighted):
             found += number_problems("temperature", self.merge.temperature, above=0)
         elif not isinstance(self.merge, Mean | TrainedOnly):
-            found.append(f"merge={self.merge!r} is unknown: use Mean(), TrainedOnly(), Weighted() or Outer()")
+            found.append(
+                f"merge={self.merge!r} is unknown: use Mean(), TrainedOnly(), Weighted() or Outer() of abtrain.sync"
+            )
         try:
             WireName.parse(wire_between(1, self.wire))
         except ConfigurationError as error:
