@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from abtrain.errors import ConfigurationError
@@ -115,6 +115,11 @@ class Cluster:
     def pace(self) -> Link:
         """The link that holds up a round in which everybody sends as much."""
         return self.link if self.nodes > 1 else self.local
+
+    @property
+    def swift(self) -> Cluster:
+        """The same without latency: what bytes alone take."""
+        return replace(self, link=Link(self.link.rate), local=Link(self.local.rate))
 
     def part(self, workers: int) -> Cluster:
         """As many of its workers as sit side by side: those of one node, or of several whole nodes."""

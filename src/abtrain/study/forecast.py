@@ -151,16 +151,30 @@ class _Road:
 
     def _exposed(self, calls: Sequence[Traffic], step_seconds: float) -> float:
         """Seconds that the calls of a step add to it."""
-        before = self._seconds(tuple(traffic for traffic in calls if traffic.call != "gradients"))
+        # DDP has all of its buffers' broadcasts under way at once.
+        buffers = [traffic for traffic in calls if traffic.call != "gradients"]
+        before = math.fsum(map(self._sending, buffers)) + max(map(self._latency, buffers), default=0.0)
         forward, backward = (1 - BACKWARD) * step_seconds, BACKWARD * step_seconds
-        free_at = 0.0
+        # A bucket's messages are on their way while the bytes of the one before fill the link.
+        away, arrived = 0.0, 0.0
         for traffic in calls:
             if traffic.call == "gradients":
-                free_at = max(free_at, forward + backward * traffic.ready) + self._cost(traffic).seconds
-        return before + max(free_at - step_seconds, 0.0)
+                away = max(away, forward + backward * traffic.ready) + self._latency(traffic)
+                arrived = max(arrived, away) + self._sending(traffic)
+        return before + max(arrived - step_seconds, 0.0)
 
-    def _cost_of(self, traffic: Traffic) -> Cost:
+    def _sending(self, traffic: Traffic) -> float:
+        """Seconds in which the bytes of a call fill the links."""
+        return self._cost(traffic, swift=True).seconds
+
+    def _latency(self, traffic: Traffic) -> float:
+        """Seconds in which a call waits for messages that are on their way."""
+        return self._cost(traffic).seconds - self._sending(traffic)
+
+    def _cost_of(self, traffic: Traffic, swift: bool = False) -> Cost:
+        """Of one call; `swift`: on a cluster without latency."""
         cluster = self._cluster if traffic.scope == "world" else self._cluster.part(self._group_size)
+        cluster = cluster.swift if swift else cluster
         once = cost_of(traffic.call, cluster, traffic.nbytes / traffic.rounds, self._algorithm)
         return Cost(traffic.rounds * once.seconds, traffic.rounds * once.wire)
 

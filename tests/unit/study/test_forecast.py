@@ -17,6 +17,7 @@ from abtrain.train.tasks import TASKS
 
 LINK = Link(100e6, 1e-3)
 CLUSTER = Cluster(4, LINK)
+LATENCY = 6 * LINK.latency  # of the messages of one all-reduce
 MIB = 2**20
 
 
@@ -39,10 +40,18 @@ def test_gradients_are_hidden_as_far_as_backward_goes_on() -> None:
     )
     expected = forecast([Stretch("full", 1, scope="world", step=buckets)], CLUSTER, WorkerSeconds(3))
     assert expected.phases[0].communication == pytest.approx(ring(CLUSTER, 1e6).seconds)
-    # Ten times as much: the first, sent at 2 s, is not through at 3 s, and the last waits for it.
+    # Ten times as much: the first, sent at 2 s, is not through at 3 s, and the last waits for it, on its way already.
     buckets = tuple(Traffic("gradients", "world", 10_000_000, ready=one.ready) for one in buckets)
     expected = forecast([Stretch("full", 1, scope="world", step=buckets)], CLUSTER, WorkerSeconds(3))
-    assert expected.phases[0].communication == pytest.approx(2 * ring(CLUSTER, 10e6).seconds - 1)
+    assert expected.phases[0].communication == pytest.approx(2 * ring(CLUSTER, 10e6).seconds - 1 - LATENCY)
+
+
+def test_broadcasts_of_buffers_are_under_way_at_once() -> None:
+    step = tuple(Traffic("broadcast", "world", size) for size in (1000, 2000))
+    expected = forecast([Stretch("full", 1, scope="world", step=step)], CLUSTER, WorkerSeconds(0.1))
+    each = [cost_of("broadcast", CLUSTER, size).seconds for size in (1000, 2000)]
+    hops = cost_of("broadcast", CLUSTER, 1000).seconds - cost_of("broadcast", CLUSTER.swift, 1000).seconds
+    assert expected.phases[0].communication == pytest.approx(sum(each) - hops)
 
 
 def test_merges_are_not_hidden() -> None:
