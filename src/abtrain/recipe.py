@@ -271,9 +271,10 @@ class Recipe:
     @property
     def phase_weighted_by_loss(self) -> str | None:
         """The first phase whose merges need workers' training losses; None if none does."""
-        syncs = {phase.name: phase.sync for phase in reversed(self.phases)}
-        weighted = [n for n, sync in syncs.items() if isinstance(sync, WeightSync) and isinstance(sync.merge, Weighted)]
-        return weighted[-1] if weighted else None
+        for phase in self.phases:
+            if isinstance(phase.sync, WeightSync) and isinstance(phase.sync.merge, Weighted):
+                return phase.name
+        return None
 
     def at(self, step: int) -> Position:
         """The position of step `step`.
