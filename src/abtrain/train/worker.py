@@ -34,6 +34,7 @@ from abtrain.train.meeting import meet
 _NO_MEMORY = "DefaultCPUAllocator: "  # it has no error of its own
 SETTINGS_FILE = "config.toml"
 STORE_FILE = "store"
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the name that torch gives it
 
 
 def set_up_log() -> None:
@@ -140,9 +141,20 @@ def main(folder: Path) -> int:
     try:
         train_together(config, FileStore(str(folder / STORE_FILE), config.workers))
     except Exception as error:
-        get_error_handler().record_exception(error)
+        tell_launcher(error)
         return error.exit_code if isinstance(error, AbtrainError) else AbtrainError.exit_code
     return 0
+
+
+def tell_launcher(error: Exception) -> None:
+    """Writes the launcher's error file, whole or not at all.
+
+    The launcher ends workers as soon as another one has failed, and itself fails at a file that was begun.
+    """
+    file = os.environ[_ERROR_FILE]
+    os.environ[_ERROR_FILE] = begun = f"{file}.begun"
+    get_error_handler().record_exception(error)
+    Path(begun).replace(file)
 
 
 def _end_with_parent(parent: int, folder: Path) -> None:

@@ -3,13 +3,13 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from abtrain import errors
-from abtrain.train import launch
+from abtrain.train import launch, worker
 from abtrain.train.config import TrainConfig, resolve
 
 
@@ -118,3 +118,19 @@ def test_torchruns_world_is_the_one_that_counts(monkeypatch: pytest.MonkeyPatch)
     config, said = launch._take_world_size(TrainConfig(workers=3))
     assert config.workers == 2 and said == ["--workers 3 plays no part: torchrun started 2"]
     assert launch._take_world_size(TrainConfig())[1] == []
+
+
+def test_the_launchers_error_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    written = []
+
+    def seen(content: object, begun: TextIO) -> None:
+        written.append(file.exists())
+        begun.write(json.dumps(content))
+
+    monkeypatch.setattr("torch.distributed.elastic.multiprocessing.errors.error_handler.json.dump", seen)
+    worker.tell_launcher(errors.PeerLostError("rank 1 is gone"))
+    assert written == [False]
+    assert json.loads(file.read_text())["message"]["message"] == "PeerLostError: rank 1 is gone"
+    assert list(tmp_path.iterdir()) == [file]
