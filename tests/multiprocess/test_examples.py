@@ -16,13 +16,19 @@ pytest.importorskip("sklearn", reason="the examples' data needs the extra 'data'
 
 ROOT = Path(__file__).parents[2]
 STEPS = "40"
+# A thread of Gloo that lets go of a tensor while Python takes itself apart aborts any script that ends as scripts do,
+# with plain DDP too; workers of the command end otherwise (`abtrain.train.leaving`).
+GLOO_ABORTED = "terminate called without an active exception"
 
 
 def example(name: str, *arguments: str) -> str:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     command = [*launcher, str(ROOT / "examples" / name), "--steps", STEPS, "--seed", "7", "--lr", "2e-3", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    for _ in range(2):
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+        if GLOO_ABORTED not in ended.stderr:
+            break
     assert ended.returncode == 0, ended.stderr
     found = re.search(r"weights_digest=([0-9a-f]{64})", ended.stdout)
     assert found, ended.stdout
