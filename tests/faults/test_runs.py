@@ -33,8 +33,9 @@ from abtrain.errors import (
 from abtrain.study import arguments, plots
 from abtrain.study.compare import write_results
 from abtrain.train import loop, trackers
-from abtrain.train.config import TrainConfig, resolve, validate
+from abtrain.train.config import TrainConfig, resolve
 from abtrain.train.config_file import from_toml
+from abtrain.train.config_problems import validate
 from abtrain.train.data import Data, Split
 from abtrain.train.loop import agree_on_start, train
 from abtrain.train.run_folder import RunFolder

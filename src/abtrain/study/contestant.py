@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from abtrain.errors import ConfigurationError
-from abtrain.train.config import TrainConfig, notices, validate
+from abtrain.train.config import TrainConfig, notices
 from abtrain.train.config_file import from_values
+from abtrain.train.config_problems import validate
 
 SOLO, DDP, DDP_BF16 = "solo", "ddp", "ddp:wire=bf16"
 REFERENCES = (SOLO, DDP, DDP_BF16)

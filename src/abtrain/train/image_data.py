@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from abtrain.errors import DataError
-from abtrain.train.choices import OnBadImage
-from abtrain.train.split import Data, Split
+from abtrain.train.split import Data, Reading, Samples, Split
 
 log = logging.getLogger("abtrain")
 
@@ -32,19 +31,6 @@ _MOST_IN_A_ROW = 100
 _PREFETCHED = 4
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How images are read.
-
-    Attributes:
-        loaders: processes that read for one worker; 0: the worker itself.
-        on_bad_image: where one cannot be read: `stop`, or take the next one in its place (`skip`).
-    """
-
-    loaders: int = 0
-    on_bad_image: OnBadImage = "stop"
-
-
 class Bad(NamedTuple):
     """An image that could not be read. It travels as data: an error would lose its name between processes."""
 
@@ -52,7 +38,7 @@ class Bad(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Images(Dataset[Any]):
+class Images(Samples):
     """Images in files with their labels, in place of a `Split` that would not fit into memory.
 
     Samples are uint8 (3, 224, 224): of the training set a random crop, resized and perhaps mirrored, of the test set
@@ -61,7 +47,7 @@ class Images(Dataset[Any]):
 
     files: tuple[tuple[str, int], ...]
     random: bool
-    reading: Reading = Reading()
+    reading: Reading = field(default_factory=Reading)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __len__(self) -> int:
@@ -85,24 +71,16 @@ class Images(Dataset[Any]):
         return Bad(f"{_MOST_IN_A_ROW} images in a row cannot be read, the last of them {passed[-1]}")
 
     def to(self, device: torch.device) -> Images:
-        """The same images, whose batches go to `device`."""
         return replace(self, device=device)
 
+    def read_by(self, reading: Reading) -> Images:
+        return replace(self, reading=reading)
+
     def stream(self, plan: Iterator[tuple[int, list[int]]], seed: int, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of (images, labels) on the device.
-
-        Args:
-            plan: of each step, its number and which samples it takes.
-            seed, rank: what is drawn depends on.
-
-        Raises:
-            DataError: an image cannot be read, and is not to be passed over.
-        """
         keys = ([(i, _draw(seed, rank, step, place)) for place, i in enumerate(of)] for step, of in plan)
         return self._load(keys)
 
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All samples once; raises likewise."""
         starts = range(0, len(self), batch_size)
         return self._load([(i, 0) for i in range(start, min(start + batch_size, len(self)))] for start in starts)
 

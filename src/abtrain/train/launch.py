@@ -28,8 +28,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from abtrain.errors import AbtrainError, ConfigurationError, OutOfMemoryError, PeerLostError, StoppedError
 from abtrain.faults import ATTEMPT
 from abtrain.train import worker
-from abtrain.train.config import TrainConfig, notices, resolve, restarted, validate
+from abtrain.train.config import TrainConfig, notices, resolve, restarted
 from abtrain.train.config_file import to_toml
+from abtrain.train.config_problems import validate
 from abtrain.train.run_folder import RESULT_FILE, default_folder
 from abtrain.train.tasks import TASKS
 

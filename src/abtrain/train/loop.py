@@ -33,13 +33,12 @@ from abtrain.recipe import Position
 from abtrain.sync import GradientSync, WeightSync
 from abtrain.train.aside import Aside
 from abtrain.train.config import TrainConfig
-from abtrain.train.image_data import Reading
 from abtrain.train.progress import Display
 from abtrain.train.result import result_of
 from abtrain.train.run_folder import CHECKPOINTS, RunFolder
 from abtrain.train.saving import Saving
 from abtrain.train.setup import set_up
-from abtrain.train.split import Data
+from abtrain.train.split import Data, Reading
 from abtrain.train.step import clip_gradients, loss_of
 from abtrain.train.stopping import Stopping
 from abtrain.train.tasks import TASKS, Task, batches, build_model, evaluate

@@ -15,8 +15,8 @@ from abtrain.paper.arguments import parse_arguments
 from abtrain.paper.experiments import FIGURES, METHODS, SCALES, TABLES, Cell, Scale, cells
 from abtrain.paper.published import AB, DDP, RESNET, VGG
 from abtrain.paper.runs import LAUNCHER, launch_command, outcome, plan_runs, run_all
-from abtrain.train.config import validate
 from abtrain.train.config_file import from_toml
+from abtrain.train.config_problems import validate
 
 
 def typed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, list[str]]:

@@ -14,7 +14,8 @@ from abtrain import cli, recipes
 from abtrain.errors import DataError, NonFiniteError
 from abtrain.paper import search
 from abtrain.paper.arguments import parse_arguments
-from abtrain.train.config import TrainConfig, validate
+from abtrain.train.config import TrainConfig
+from abtrain.train.config_problems import validate
 from abtrain.train.tasks import TASKS
 
 optuna = pytest.importorskip("optuna")

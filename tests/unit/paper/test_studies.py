@@ -12,7 +12,8 @@ from abtrain import cli
 from abtrain.paper.experiments import Scale
 from abtrain.paper.runs import plan_runs
 from abtrain.paper.studies import STUDIES, study_cells
-from abtrain.train.config import notices, validate
+from abtrain.train.config import notices
+from abtrain.train.config_problems import validate
 
 pytest.importorskip("matplotlib")
 

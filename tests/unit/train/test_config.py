@@ -5,8 +5,9 @@ import pytest
 
 from abtrain import recipes
 from abtrain.errors import ConfigurationError
-from abtrain.train.config import RECIPE_OPTIONS, TrainConfig, notices, recipe_options, resolve, used_options, validate
+from abtrain.train.config import RECIPE_OPTIONS, TrainConfig, notices, recipe_options, resolve, used_options
 from abtrain.train.config_file import from_toml, to_toml
+from abtrain.train.config_problems import validate
 from abtrain.train.tasks import TASKS
 
 

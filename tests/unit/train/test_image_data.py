@@ -13,7 +13,8 @@ import torch
 
 from abtrain.errors import DataError
 from abtrain.train.data import Data, Split
-from abtrain.train.image_data import Images, Reading, find_cifar, load_cifar, load_imagenet
+from abtrain.train.image_data import Images, find_cifar, load_cifar, load_imagenet
+from abtrain.train.split import Reading
 from abtrain.train.tasks import TASKS, batches, evaluate, shift_by_four
 
 pytest.importorskip("torchvision")

@@ -12,7 +12,8 @@ import torch
 
 from abtrain.comm.communicator import SingleProcess
 from abtrain.errors import ConfigurationError
-from abtrain.train.config import TrainConfig, resolve, validate
+from abtrain.train.config import TrainConfig, resolve
+from abtrain.train.config_problems import validate
 from abtrain.train.data import Data, Split
 from abtrain.train.loop import train
 from abtrain.train.step import clip_gradients, loss_of

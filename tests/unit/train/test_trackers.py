@@ -14,7 +14,8 @@ import pytest
 from abtrain.comm.communicator import SingleProcess
 from abtrain.errors import StoppedError
 from abtrain.train import trackers
-from abtrain.train.config import TrainConfig, resolve, validate
+from abtrain.train.config import TrainConfig, resolve
+from abtrain.train.config_problems import validate
 from abtrain.train.loop import train
 from abtrain.train.trackers import Trackers
 
