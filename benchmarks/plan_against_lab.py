@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from abtrain.factoring import Factoring
 from abtrain.lab import format_rate
 from abtrain.lowrank.rank import FixedRank
-from abtrain.recipe import Factoring
 from abtrain.study.contestant import contestants
 from abtrain.study.cost import Cluster, Link
 from abtrain.study.measure import Bench, measure_decompositions

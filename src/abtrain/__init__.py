@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from abtrain.engine import ABTraining
     from abtrain.errors import AbtrainError
     from abtrain.export import weights_digest
+    from abtrain.factoring import Factoring
     from abtrain.lowrank.rank import Energy, FixedRank, SigmaCutoff
-    from abtrain.recipe import Factoring, Phase, Recipe
+    from abtrain.recipe import Phase, Recipe
     from abtrain.sync import GradientSync, Mean, Outer, TrainedOnly, WeightSync
 
 __version__ = "0.1.0"
@@ -42,7 +43,8 @@ _HOMES = {
     "AbtrainError": "errors",
     "weights_digest": "export",
     **dict.fromkeys(("Energy", "FixedRank", "SigmaCutoff"), "lowrank.rank"),
-    **dict.fromkeys(("Factoring", "Phase", "Recipe"), "recipe"),
+    "Factoring": "factoring",
+    **dict.fromkeys(("Phase", "Recipe"), "recipe"),
     **dict.fromkeys(("GradientSync", "Mean", "Outer", "TrainedOnly", "WeightSync"), "sync"),
 }
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from abtrain.comm.agreement import digest, disagreeing, fingerprint, share
 from abtrain.comm.communicator import Communicator
 from abtrain.errors import NonFiniteError
+from abtrain.factoring import Factoring
 from abtrain.lowrank.svd import Factors, decompose
-from abtrain.recipe import Factoring
 
 
 class _Outcome(IntEnum):

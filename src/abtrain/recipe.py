@@ -7,11 +7,12 @@ so a resumed run needs nothing but its step number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 from abtrain.errors import ConfigurationError, UsageError
+from abtrain.factoring import Factoring
 from abtrain.sync import (
     GradientSync,
     Sync,
@@ -24,8 +25,6 @@ from abtrain.sync import (
 )
 
 Weights = Literal["full", "factored"]
-OptimizerState = Literal["reset", "project"]
-SVDMode = Literal["each", "shared"]
 Measure = Literal["spectrum_drift", "agreement"]
 
 
@@ -120,60 +119,6 @@ class Phase:
         if self.trains == "a_then_b" and not at_once:
             found.append("trains='a_then_b' changes the factor at merges of the whole model: use no delay or fragments")
         return found
-
-
-class RankRule(Protocol):
-    """How many singular values to keep. The rules themselves are in `abtrain.lowrank.rank`."""
-
-    def __call__(self, singular_values: Sequence[float], m: int, n: int) -> int:
-        """Returns k >= 1, given min(m, n) singular values in descending order of an m x n matrix."""
-        ...
-
-    def problems(self) -> list[str]:
-        """What is wrong with the rule's settings; empty if nothing is."""
-        ...
-
-
-@dataclass(frozen=True)
-class Factoring:
-    """Which weights are factored, and how.
-
-    Args:
-        rank_rule: how many singular values each weight keeps.
-        keep_dense_if_larger: leave a weight dense where its factors would be no smaller, k (m + n) >= m n.
-        min_dim: leave a weight dense whose smaller matrix dimension is below this.
-        exclude: globs of parameter names that stay dense, such as `head.*`.
-        optimizer_state: at a change of shape, `reset` the optimizer's state of the weight, or `project` it.
-        svd: `each` worker decomposes every weight, or the work is `shared`: one owner a weight sends its factors.
-        settled: leave a weight dense, until weights are factored the next time, whose spectrum drifted by more than
-            this in the round before (see `Until`); 0: factor all. Measured at merges of the full-rank phase before.
-        min_share: leave a weight dense that has less than this share of the elements of all weights that may be
-            factored: small weights save little, and lose most by being cut.
-    """
-
-    rank_rule: RankRule
-    keep_dense_if_larger: bool = False
-    min_dim: int = 2
-    exclude: tuple[str, ...] = ()
-    optimizer_state: OptimizerState = "reset"
-    svd: SVDMode = "each"
-    settled: float = 0.0
-    min_share: float = 0.0
-
-    def problems(self) -> list[str]:
-        """What is wrong with these settings; empty if nothing is."""
-        rule = self.rank_rule
-        known = hasattr(rule, "problems")
-        found = rule.problems() if known else [f"rank_rule={rule!r} is no rank rule: use SigmaCutoff(0.15), for one"]
-        found += whole_number_problems("min_dim", self.min_dim, least=1)
-        if not isinstance(self.exclude, tuple | list) or not all(isinstance(glob, str) for glob in self.exclude):
-            found.append(f"exclude={self.exclude!r} is not a list of globs: use one, such as ('head.*',)")
-        if self.optimizer_state not in ("reset", "project"):
-            found.append(f"optimizer_state={self.optimizer_state!r} is unknown: use 'reset' or 'project'")
-        if self.svd not in ("each", "shared"):
-            found.append(f"svd={self.svd!r} is unknown: use 'each' or 'shared'")
-        found += share_problems("settled", self.settled)
-        return found + share_problems("min_share", self.min_share, below=1)
 
 
 @dataclass(frozen=True)

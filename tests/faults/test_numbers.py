@@ -16,8 +16,9 @@ from abtrain import ABTraining, SigmaCutoff, recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import NonFiniteError
+from abtrain.factoring import Factoring
 from abtrain.factors import agree_on_factors
-from abtrain.recipe import Factoring, Recipe
+from abtrain.recipe import Recipe
 from tests.cases import SCHEDULE, build, largest_difference, sgd
 from tests.faults.loops import AB, HIDDEN, OUTER, Loop, told
 from tests.gloo import run_gloo

@@ -8,9 +8,9 @@ from torch import Tensor
 from abtrain import SigmaCutoff
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
+from abtrain.factoring import Factoring
 from abtrain.factors import _exchange, agree_on_factors
 from abtrain.lowrank.svd import Factors
-from abtrain.recipe import Factoring
 
 
 def test_two_right_decompositions_become_one() -> None:

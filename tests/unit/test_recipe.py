@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from abtrain import recipes
 from abtrain.errors import ConfigurationError, UsageError
+from abtrain.factoring import Factoring
 from abtrain.lowrank.rank import SigmaCutoff
-from abtrain.recipe import Factoring, Phase, Recipe
+from abtrain.recipe import Phase, Recipe
 from abtrain.sync import GradientSync, Mean, WeightSync
 
 

@@ -15,7 +15,7 @@ from abtrain.comm.agreement import digest, disagreeing
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import ConfigurationError, NonFiniteError, RanksDisagreeError, UsageError
-from abtrain.recipe import Factoring
+from abtrain.factoring import Factoring
 from abtrain.rounds import cut_into_fragments
 from abtrain.sync import Mean, Merge, Outer, TrainedOnly, Weighted
 from tests.cases import adamw, batch, build, largest_difference, sgd, train

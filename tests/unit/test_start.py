@@ -12,7 +12,7 @@ from abtrain import recipes
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import RanksDisagreeError
-from abtrain.recipe import Factoring
+from abtrain.factoring import Factoring
 from abtrain.start import check_loaded, check_start
 from tests.faults.loops import AB, told
 

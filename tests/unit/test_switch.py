@@ -15,8 +15,9 @@ from abtrain import ABTraining, Energy, FixedRank, Phase, Recipe, WeightSync, re
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import ConfigurationError
+from abtrain.factoring import Factoring
 from abtrain.lowrank.tangent import to_factors, to_weight
-from abtrain.recipe import Factoring, Until
+from abtrain.recipe import Until
 from tests.cases import adamw, batch, build
 
 

@@ -9,9 +9,9 @@ from typing import Literal
 
 from torch import nn
 
+from abtrain.factoring import Factoring
 from abtrain.lowrank.layers import FACTORED_LAYERS
 from abtrain.lowrank.matrix import MatrixShape
-from abtrain.recipe import Factoring
 
 Kind = Literal["factored", "averaged", "frozen"]
 

@@ -8,13 +8,13 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from abtrain.factoring import OptimizerState
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.optimizer import project_to_factors, project_to_weight, replace_
 from abtrain.lowrank.precondition import seen_through
 from abtrain.lowrank.surgery import FactoredWeight, factorize_, restore_
 from abtrain.lowrank.svd import Factors
-from abtrain.recipe import OptimizerState
 
 TrainedFactors = Literal["all", "A", "B"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from abtrain.errors import ConfigurationError
-from abtrain.recipe import RankRule
+from abtrain.factoring import RankRule
 from abtrain.sync import number_problems, share_problems, whole_number_problems
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from abtrain.errors import NonFiniteError
-from abtrain.recipe import RankRule
+from abtrain.factoring import RankRule
 
 
 class Factors(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 
 from abtrain import recipes
 from abtrain.comm.topology import Topology
+from abtrain.factoring import Factoring
 from abtrain.paper.arithmetic import ecr_rows, epoch_seconds, iterations, scaled_traffic
 from abtrain.paper.experiments import AB_OUTER, SCALES, Cell, Scaling, cells
 from abtrain.paper.published import (
@@ -24,7 +25,7 @@ from abtrain.paper.published import (
 )
 from abtrain.paper.runs import LAUNCHER
 from abtrain.paper.tables import Table
-from abtrain.recipe import Factoring, Recipe
+from abtrain.recipe import Recipe
 from abtrain.study.payload import payload, predict
 from abtrain.study.plots import size_text
 from abtrain.study.shapes import ModelShapes, ranks_for, shapes_of

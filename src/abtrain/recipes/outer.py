@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from abtrain.errors import ConfigurationError
-from abtrain.recipe import Factoring, Phase, RankRule, Recipe
+from abtrain.factoring import Factoring, RankRule
+from abtrain.recipe import Phase, Recipe
 from abtrain.recipes.parts import are_counts, at_local_lr, full_phase, rank_rule_of, until, whole_rounds
 from abtrain.sync import Mean, Merge, Outer, WeightSync, whole_number_problems
 
@@ -75,7 +76,7 @@ def ab_outer(
         factor_lr: multiplies preconditioned steps; default 2, which suits optimizers that normalize gradients (Adam).
         local_lr: multiplies the learning rate between merges (see `abtrain.recipe.Phase`).
         rank_rule: in place of `SigmaCutoff(sigma_cutoff)`: a rule, or its name such as `energy:0.95`.
-        factoring: the other settings of `abtrain.recipe.Factoring`.
+        factoring: the other settings of `abtrain.factoring.Factoring`.
 
     Raises:
         ConfigurationError: values that cannot be; `rebound_steps` without `refactor_every`.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from abtrain.recipe import Factoring, Phase, RankRule, Recipe
+from abtrain.factoring import Factoring, RankRule
+from abtrain.recipe import Phase, Recipe
 from abtrain.recipes.parts import WARMUP_SHARE, MergeName, full_phase, merge_rule, rank_rule_of, share_of
 from abtrain.sync import GradientSync, Trains, WeightSync
 
@@ -52,7 +53,7 @@ def ab(
         rebound_every: steps between merges there; 0, as in the paper: gradients are averaged at every step.
         lr_rebound_steps: steps over which the learning rate climbs back; default half of `ab_steps`.
         rank_rule: in place of `SigmaCutoff(sigma_cutoff)`: a rule, or its name such as `energy:0.95`.
-        factoring: the other settings of `abtrain.recipe.Factoring`.
+        factoring: the other settings of `abtrain.factoring.Factoring`.
     """
     ab_steps = share_of(total_steps, AB_SHARE) if ab_steps is None else ab_steps
     sync = WeightSync(ab_steps if every is None else every, merge_rule(merge, temperature), wire)

@@ -16,7 +16,8 @@ from typing import Any
 
 from abtrain import recipes
 from abtrain.comm.topology import Topology
-from abtrain.recipe import Factoring, Recipe
+from abtrain.factoring import Factoring
+from abtrain.recipe import Recipe
 from abtrain.study.cost import Cluster
 from abtrain.study.forecast import Forecast, forecast
 from abtrain.study.payload import payload_ratio, predict

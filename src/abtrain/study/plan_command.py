@@ -12,8 +12,9 @@ from rich.table import Table
 from abtrain import recipes
 from abtrain.comm.topology import topology_problems
 from abtrain.errors import ConfigurationError, nearest
+from abtrain.factoring import Factoring
 from abtrain.lowrank.rank import FixedRank
-from abtrain.recipe import Factoring, Recipe
+from abtrain.recipe import Recipe
 from abtrain.study.cost import ALL_REDUCES, Cluster, Link
 from abtrain.study.forecast import PhaseForecast
 from abtrain.study.listing import ratio_in_short, ratio_in_words

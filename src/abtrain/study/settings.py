@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from abtrain import recipes
 from abtrain.errors import ConfigurationError, nearest
-from abtrain.recipe import Factoring
+from abtrain.factoring import Factoring
 from abtrain.sync import whole_number_problems
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from abtrain.errors import ConfigurationError
+from abtrain.factoring import Factoring
 from abtrain.lowrank.classify import Kind, classify
 from abtrain.lowrank.matrix import MatrixShape
-from abtrain.recipe import Factoring
 from abtrain.sync import number_problems, whole_number_problems
 
 _WIDTH = 1024

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from abtrain import SigmaCutoff
+from abtrain.factoring import OptimizerState
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.svd import decompose
-from abtrain.recipe import OptimizerState
 
 RULE = SigmaCutoff(0.0)
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from abtrain import FixedRank, SigmaCutoff
+from abtrain.factoring import RankRule
 from abtrain.lowrank.classify import owner
 from abtrain.lowrank.layers import LowRankConv2d, LowRankLinear
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.surgery import FactoredWeight, factorize_, restore_
 from abtrain.lowrank.svd import decompose
-from abtrain.recipe import RankRule
 
 ALL = SigmaCutoff(0.0)
 

@@ -15,7 +15,8 @@ from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.topology import Topology
 from abtrain.comm.wires import make_wire
-from abtrain.recipe import Factoring, Position
+from abtrain.factoring import Factoring
+from abtrain.recipe import Position
 from abtrain.study.payload import OptimizerShape, payload, payload_ratio, predict
 from abtrain.study.rounds import turns
 from abtrain.study.shapes import assumed_shapes, ranks_for, shapes_of
