@@ -138,3 +138,17 @@ def _tell(post: _Post, other: _Post) -> str:
     pairs = list(zip_longest(post.layout, other.layout, fillvalue="nothing"))
     mine = next((a for a, b in pairs if a != b), pairs[0][0] if pairs else "nothing")
     return f"rank {post.rank} called {post.call} over ranks {list(post.ranks)} with {mine}"
+
+
+def add(of_ranks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Sums over the ranks, in rank order."""
+    sums = copied(of_ranks[0])
+    for tensors in of_ranks[1:]:
+        for total, tensor in zip(sums, tensors, strict=True):
+            total += tensor
+    return sums
+
+
+def copied(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies, for all ranks to read."""
+    return [tensor.clone() for tensor in tensors]

@@ -1,0 +1,140 @@
+"""Data parallelism of threads: the rules of DDP, without DDP."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+from abtrain.comm.communicator import still_open
+from abtrain.comm.rendezvous import add, copied
+from abtrain.errors import UsageError
+
+
+class InProcessDataParallel:
+    """The `DataParallel` of threads. It follows DDP's rules, and counts the same bytes.
+
+    A forward pass in training takes the first rank's buffers, unless the pass before it was inside `no_sync`, and arms
+    the hooks on the parameters. When backward has given all of them a gradient, the gradients are averaged.
+
+    Args:
+        module: what is trained.
+        meet: brings tensors to the other workers, given the name of the call and how they are combined.
+        workers: how many bring them.
+        find_unused_parameters: see `Communicator.data_parallel`.
+    """
+
+    def __init__(
+        self, module: nn.Module, meet: Callable[..., list[Tensor]], workers: int, find_unused_parameters: bool
+    ) -> None:
+        self._module: nn.Module | None = module
+        self._meet = meet
+        self._share = 1.0 / workers
+        self._find_unused = find_unused_parameters
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._ready: set[str] = set()  # have their gradient from the backward pass to be averaged
+        self._used: set[str] = set()  # have had one since the last average, be it inside no_sync
+        self._synchronizing = self._buffers_due = True
+        self._armed = self._queued = False
+        # A hook that held this object would keep it, and through it the model, alive.
+        me = weakref.ref(self)
+        handles = [
+            p.register_post_accumulate_grad_hook(partial(_gradient_ready, me, name))
+            for name, p in self._parameters.items()
+        ]
+        self._detach = weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = still_open(self._module)
+        if not torch.is_grad_enabled():
+            return module(*args, **kwargs)
+        self._check_last_backward()
+        if self._buffers_due:
+            self._follow_first_rank(list(module.buffers()))
+        self._buffers_due = self._synchronizing
+        output = module(*args, **kwargs)
+        self._armed = self._armed or self._synchronizing
+        return output
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        still_open(self._module)
+        before, self._synchronizing = self._synchronizing, False
+        try:
+            yield
+        finally:
+            self._synchronizing = before
+
+    def arrivals(self) -> list[int]:
+        return []  # sums are taken in rank order, whatever the order of gradients
+
+    def follow(self, arrivals: Sequence[int]) -> None:
+        pass
+
+    def close(self) -> None:
+        self._detach()
+        self._module = None
+        self._parameters = {}
+
+    def note_gradient(self, name: str) -> None:
+        """Called by autograd when the gradient of a parameter is complete for this backward pass."""
+        self._used.add(name)
+        if not self._armed:
+            return
+        self._ready.add(name)
+        if not self._queued:
+            self._queued = True
+            # Runs when this backward pass has nothing left to compute, as DDP's own last step does.
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
+
+    def _finish_backward(self) -> None:
+        self._queued = False
+        if self._find_unused or len(self._ready) == len(self._parameters):
+            self._average_gradients()
+            self._ready.clear()
+            self._used.clear()
+            self._armed = False
+
+    @torch.no_grad()
+    def _average_gradients(self) -> None:
+        parameters = list(self._parameters.values())
+        shares = [torch.zeros_like(p) if p.grad is None else p.grad * self._share for p in parameters]
+        if self._find_unused:
+            shares.append(torch.tensor([name in self._used for name in self._parameters], dtype=torch.int32))
+        sums = self._meet("average of gradients", shares, combine=add)
+        used = sums[-1].tolist() if self._find_unused else [1] * len(parameters)
+        for p, average, users in zip(parameters, sums, used, strict=False):
+            # Unused by all ranks: what is in .grad, or that there is none, is left alone.
+            if p.grad is not None and users:
+                p.grad.copy_(average)
+            elif users:
+                p.grad = average.clone()
+
+    def _check_last_backward(self) -> None:
+        missing = [name for name in self._parameters if name not in self._ready]
+        if self._ready and missing:
+            raise UsageError(
+                f"the last backward pass left {len(missing)} parameters without a gradient ({missing[0]} is one): "
+                "freeze them (requires_grad_(False)), or set find_unused_parameters=True"
+            )
+
+    def _follow_first_rank(self, buffers: list[Tensor]) -> None:
+        if not buffers:
+            return
+        first = self._meet("broadcast of buffers", buffers, combine=lambda of: copied(of[0]))
+        # As DDP does: a pass whose backward is still to come must not mind that its buffers moved on.
+        with torch.no_grad(), _unsafe_preserve_version_counter(tuple(buffers)):
+            for buffer, received in zip(buffers, first, strict=True):
+                buffer.copy_(received)
+
+
+def _gradient_ready(wrapper: weakref.ref[InProcessDataParallel], name: str, _: Tensor) -> None:
+    alive = wrapper()
+    if alive is not None:
+        alive.note_gradient(name)
