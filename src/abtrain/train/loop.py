@@ -9,7 +9,7 @@ import math
 import platform
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,8 @@ from abtrain.errors import (
 )
 from abtrain.recipe import Position
 from abtrain.sync import GradientSync, WeightSync
-from abtrain.train.aside import Aside
 from abtrain.train.config import TrainConfig
-from abtrain.train.progress import Display
+from abtrain.train.recorder import Recorder
 from abtrain.train.result import result_of
 from abtrain.train.run_folder import CHECKPOINTS, RunFolder
 from abtrain.train.saving import Saving
@@ -42,7 +41,6 @@ from abtrain.train.split import Data, Reading
 from abtrain.train.step import clip_gradients, loss_of
 from abtrain.train.stopping import Stopping
 from abtrain.train.tasks import TASKS, Task, batches, build_model, evaluate
-from abtrain.train.trackers import Trackers
 from abtrain.train.watchdog import Watchdog
 
 # Settings that may differ between workers: where each finds and puts things.
@@ -80,7 +78,7 @@ def train(config: TrainConfig, communicator: Communicator, store: Store | None =
     ab, schedule = set_up(config, model, communicator)
     with contextlib.ExitStack() as stack:
         folder, path, goes_on = _open_folder(config, communicator, stack)
-        recorder = stack.enter_context(_Recorder(config, folder, parameters)) if folder is not None else None
+        recorder = stack.enter_context(Recorder(config, folder, parameters)) if folder is not None else None
         saving = Saving(config, ab, schedule, recorder, path / CHECKPOINTS)
         step = saving.resume() if goes_on else 0
         if recorder is not None:
@@ -160,85 +158,6 @@ def _open_folder(
     return folder, Path(path), goes_on
 
 
-class _Recorder:
-    """What rank 0 alone does: the run folder and the display."""
-
-    def __init__(self, config: TrainConfig, folder: RunFolder, parameters: int) -> None:
-        assert config.steps is not None
-        self._last_step, self._every = config.steps, config.log_every
-        self._started = time.perf_counter()
-        self._losses: list[float] = []
-        self._step = 0
-        self._folder = folder
-        self._display = Display(config.steps)
-        self._aside = Aside()
-        self._heading = config, parameters
-        self._trackers: Trackers | None = None
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._aside("the display", self._display.__exit__, kind, error, trace)
-        if isinstance(error, StoppedError):
-            outcome = {"outcome": "stopped", "exit_code": error.exit_code, "step": self._step, "message": str(error)}
-            self._aside("outcome.json", self._folder.stop, outcome)
-
-    @property
-    def seconds(self) -> float:
-        """That the run has taken so far, earlier attempts included."""
-        return time.perf_counter() - self._started
-
-    def begin(self, step: int) -> None:
-        """The run begins, or goes on after so many steps."""
-        self._step = step
-        self._folder.begin(step)
-        self._trackers = Trackers(self._heading[0], self._folder.path)
-        self._aside("the display", self._display.heading, *self._heading)
-        self._aside("the display", self._display.__enter__)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on recording."""
-        return {"losses": torch.tensor(self._losses, dtype=torch.float64), "seconds": self.seconds}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`."""
-        self._losses = state["losses"].tolist()
-        self._started = time.perf_counter() - float(state["seconds"])
-
-    def step(
-        self, step: int, phase: str, loss: float, lr: float, payload_bytes: int, divergence: Sequence[Any] = ()
-    ) -> None:
-        """Every so many steps: a line of metrics, the loss averaged since the last, and the last merge's divergence."""
-        self._losses.append(loss)
-        self._step = step
-        if step % self._every and step != self._last_step:
-            return
-        record = {
-            "step": step,
-            "phase": phase,
-            "loss": math.fsum(self._losses) / len(self._losses),
-            "lr": lr,
-            "payload_bytes": payload_bytes,
-            "seconds": round(self.seconds, 3),
-        }
-        if divergence:
-            record["divergence"] = divergence[-1]
-        self._losses.clear()
-        self._aside("metrics.jsonl", self._folder.log, record)
-        if self._trackers is not None:
-            self._trackers.log(step, record)
-        self._aside("the display", self._display.show, record)
-
-    def finish(self, result: dict[str, Any]) -> None:
-        """The end of a run that went well."""
-        self._folder.finish(result)
-        if self._trackers is not None:
-            self._trackers.finish(result)
-        self._aside("the display", self._display.__exit__, None, None, None)
-        self._aside("the display", self._display.summary, result, self._folder.path)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """The loop, with all that takes part in it."""
@@ -247,7 +166,7 @@ class _Run:
     task: Task
     ab: ABTraining
     schedule: LRScheduler
-    recorder: _Recorder | None
+    recorder: Recorder | None
     saving: Saving
     stopping: Stopping
 
