@@ -179,6 +179,12 @@ def test_a_local_learning_rate_in_words() -> None:
     ]
 
 
+def test_the_largest_numbers_in_words() -> None:
+    assert phases_in_words(recipes.local_sgd(100, every=10, wire="topk:8")) == [
+        "local, 100 steps: full, merged every 10 steps (mean, the 8 largest of 128 numbers)"
+    ]
+
+
 @pytest.mark.parametrize(("text", "value"), [("100mbit", 1e8), ("1.5GBIT", 1.5e9), ("56 kbit", 56e3), ("1e3bit", 1e3)])
 def test_rates(text: str, value: float) -> None:
     assert rate_of(text) == value
