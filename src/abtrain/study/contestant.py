@@ -62,17 +62,26 @@ def contestants(texts: Sequence[str], rates: Mapping[str, float], common: Mappin
 
 
 def _contestant(text: str, rates: Mapping[str, float], common: Mapping[str, Any]) -> Contestant:
-    recipe, _, options = text.partition(":")
-    values: dict[str, Any] = {**common, "recipe": recipe}
+    recipe, options = recipe_and_options(text)
     rate = rates.get(text, rates.get(recipe))
-    if rate is not None:
-        values["lr"] = rate
+    own = {} if rate is None else {"lr": rate}
+    return Contestant(text, from_values({**common, "recipe": recipe, **own, **options}, text))
+
+
+def recipe_and_options(text: str) -> tuple[str, dict[str, Any]]:
+    """The parts of RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE.
+
+    Raises:
+        ConfigurationError: an option has no value.
+    """
+    recipe, _, options = text.partition(":")
+    values = {}
     for option in filter(None, options.split(",")):
         name, equals, value = option.partition("=")
         if not equals:
             raise ConfigurationError(f"{text}: {option!r} cannot be read: use OPTION=VALUE, such as ddp:wire=bf16")
         values[name.strip().replace("-", "_")] = _value(value.strip())
-    return Contestant(text, from_values(values, text))
+    return recipe, values
 
 
 def _value(text: str) -> Any:

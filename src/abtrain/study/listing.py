@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from rich import box
@@ -13,6 +14,7 @@ from abtrain import recipes
 from abtrain.comm.topology import Topology, topology_problems
 from abtrain.errors import ConfigurationError
 from abtrain.recipe import Recipe
+from abtrain.study.contestant import recipe_and_options
 from abtrain.study.payload import payload, payload_ratio, predict
 from abtrain.study.settings import ALL, RecipesConfig, chosen, model_in_words, model_problems, problem_of, shapes_for
 from abtrain.study.shapes import ranks_for
@@ -29,10 +31,14 @@ def list_recipes(config: RecipesConfig, console: Console | None = None) -> None:
     Raises:
         ConfigurationError: all that is wrong with the settings, at once.
     """
+    name, options = recipe_and_options(config.recipe)
+    config = replace(config, recipe=name)
     problems = model_problems(config) + topology_problems(config.workers, config.group_size)
+    if name == ALL and options:
+        problems.append(f"options belong to one recipe: name it in place of {ALL}, as in ab_outer:every=10")
     if not problems:
-        for name in chosen(config):
-            problems += problem_of(partial(recipes.build, name, config.steps))
+        for each in chosen(config):
+            problems += problem_of(partial(recipes.build, each, config.steps, **options))
     if problems:
         raise ConfigurationError(problems)
     console = console or Console()
@@ -42,9 +48,9 @@ def list_recipes(config: RecipesConfig, console: Console | None = None) -> None:
     if config.recipe == ALL:
         console.print(_table(config))
     else:
-        console.print(_phases(config, config.recipe))
-        options = ", ".join(sorted(recipes.options_of(config.recipe))) or "none"
-        console.print(f"\n{purpose_of(config.recipe)}\noptions: {options}", highlight=False)
+        console.print(_phases(config, recipes.build(name, config.steps, **options)))
+        known = ", ".join(sorted(recipes.options_of(name))) or "none"
+        console.print(f"\n{purpose_of(name)}\noptions: {known}", highlight=False)
 
 
 def ratio_in_words(ratio: float) -> str:
@@ -74,10 +80,9 @@ def _table(config: RecipesConfig) -> Table:
     return table
 
 
-def _phases(config: RecipesConfig, name: str) -> Table:
-    recipe = recipes.build(name, config.steps)
+def _phases(config: RecipesConfig, recipe: Recipe) -> Table:
     total, ratio, by_phase = _predicted(config, recipe)
-    table = Table(box=box.SIMPLE_HEAD, title=name)
+    table = Table(box=box.SIMPLE_HEAD, title=recipe.name)
     table.add_column("phase")
     table.add_column("payload", justify="right", no_wrap=True)
     table.add_column("of all", justify="right", no_wrap=True)

@@ -43,7 +43,10 @@ class ModelSettings:
 class RecipesConfig(ModelSettings):
     """Lists the recipes: what each phase does, and its predicted payload against DDP in float32."""
 
-    recipe: Annotated[Positional[str], arg(help=f"One of {', '.join(recipes.RECIPES)}, or all.")] = ALL
+    recipe: Annotated[
+        Positional[str],
+        arg(help=f"One of {', '.join(recipes.RECIPES)}, also with options (ab_outer:every=10,wire=int8); or all."),
+    ] = ALL
     steps: int = 10_000
     """Optimizer steps of the run."""
     workers: int = 4

@@ -50,6 +50,23 @@ def test_one_recipe_with_the_payload_of_each_phase(capsys: pytest.CaptureFixture
     assert sum("merged every 20 steps" in line for line in lines) == 2
 
 
+def test_one_recipe_with_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, lines, _ = typed(capsys, "recipes", "ab_outer:every=10,wire=topk:8,outer-momentum=0.5", "--steps", "2000")
+    assert code == 0
+    assert sum("merged every 10 steps (outer Nesterov, the 8 largest of 128 numbers)" in line for line in lines) == 2
+    bad = {
+        "ab_outer:every=0": "every=0",
+        "ab:evry=3": "did you mean",
+        "ab:every": "OPTION=VALUE",
+        "all:every=3": "one",
+    }
+    for text, message in bad.items():
+        code, _, errors = typed(capsys, "recipes", text)
+        assert (code, len(errors)) == (2, 1)
+        assert message in errors[0]
+
+
 def test_recipes_of_workers_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
     assert typed(capsys, "recipes", "diloco", "--group-size", "2", "--steps", "100")[0] == 0
 
