@@ -39,12 +39,6 @@ MERGES = {
     "every 40, warm-up 10 %": f"{_INT4} --every 40 --warmup-steps 200",
     "every 80, warm-up every 20": f"{_INT4} --every 80 --warmup-every 20",
     "warm-up lowrank:4:int8": f"{_INT4} --warmup-wire lowrank:4:int8",
-    **{
-        f"every {every}, outer 1, 0.5, topk:{k}": f"ab_outer --wire topk:{k} --every {every} --outer-lr 1 "
-        "--outer-momentum 0.5"
-        for every, k in ((5, 2), (10, 4), (10, 6), (10, 8))
-    },
-    "every 10, outer 1, 0.5, int3": "ab_outer --wire int3 --every 10 --outer-lr 1 --outer-momentum 0.5",
     "no preconditioner": f"{_INT4} --damping 0",
     "factor_lr 1": f"{_INT4} --factor-lr 1",
     "factor_lr 3": f"{_INT4} --factor-lr 3",
@@ -76,6 +70,7 @@ TRANSFORMERS = {
     "ab": "ab",
     "ab_outer": "ab_outer",
     "ab_local": "ab_local",
+    "ab_local, warm-up half": "ab_local --warmup-steps 1000",
     "local_sgd, every 5, int4": "local_sgd --every 5 --wire int4",
     "local_sgd, every 5, ternary": "local_sgd --every 5 --wire ternary",
     "local_sgd, every 6, ternary": "local_sgd --every 6 --wire ternary",
@@ -93,10 +88,8 @@ TRANSFORMERS = {
     **{f"every {n}, means, ternary, local rate 2": f"{_OFTEN} --every {n} {_LOCAL_RATE}" for n in (2, 4, 5, 6, 10, 20)},
     **{
         f"every 5, means, {wire}, local rate 2": f"{_MEANS} --wire {wire} --every 5 {_LOCAL_RATE}"
-        for wire in ("fp32", "bf16", "int8", "int4", "int3", "topk:8")
+        for wire in ("fp32", "bf16", "int8", "int4", "int3")
     },
-    "every 5, outer 1, 0.5, topk:8, local rate 2": f"ab_outer --wire topk:8 --every 5 --outer-lr 1 "
-    f"--outer-momentum 0.5 {_LOCAL_RATE}",
     **{f"every 6, means, ternary, {rule}": f"{_OFTEN} --every 6 --rank-rule {rule}" for rule in _RULES},
     **{
         f"every 5, means, ternary, local rate 2, {rule}": f"{_OFTEN} --every 5 {_LOCAL_RATE} --rank-rule {rule}"

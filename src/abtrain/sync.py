@@ -68,27 +68,22 @@ class Outer:
 Merge = Mean | TrainedOnly | Weighted | Outer
 Code = Literal["fp32", "bf16", "int8", "int4", "int3", "ternary"]
 LOW_RANK = "lowrank"
-TOP_K = "topk"
-TOP_RANGE = (2, 64)
-"""Of 128 numbers: with one alone, nothing could not be sent; more are best sent in few bits each."""
 AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class WireName:
-    """A wire as its parts: `CODE`, `CODE:REPLY`, `lowrank:RANK`, `lowrank:RANK:CODE` or `topk:K`.
+    """A wire as its parts: `CODE`, `CODE:REPLY`, `lowrank:RANK` or `lowrank:RANK:CODE`.
 
     Attributes:
         code: in which numbers are sent.
         reply: in which their averages come back.
         rank: of the factors that changes of matrices are sent as; 0: they are sent as they are.
-        top: how many of 128 numbers are sent, by sign alone; 0: all, in `code`.
     """
 
     code: str
     reply: str
     rank: int = 0
-    top: int = 0
 
     @classmethod
     def parse(cls, name: str) -> WireName:
@@ -98,11 +93,6 @@ class WireName:
             ConfigurationError: no wire is called so.
         """
         kind, *rest = str(name).split(":")
-        if kind == TOP_K and len(rest) == 1 and _is_rank(rest[0]):
-            least, most = TOP_RANGE
-            if not least <= int(rest[0]) <= most:
-                raise ConfigurationError(f"wire {name!r} is out of range: use {TOP_K}:{least} to {TOP_K}:{most}")
-            return cls(kind, kind, top=int(rest[0]))
         if kind == LOW_RANK and 1 <= len(rest) <= 2 and _is_rank(rest[0]):
             code = rest[1] if len(rest) == 2 else "fp32"
             parts = cls(code, code, int(rest[0]))
@@ -116,7 +106,7 @@ class WireName:
 
 AUTO_WIRES = ((2, "int4"), (5, "int3"), (math.inf, "ternary:int3"))
 """What `auto` stands for up to how many workers."""
-_WIRES = (AUTO, *get_args(Code), "CODE:REPLY", f"{LOW_RANK}:RANK", f"{LOW_RANK}:RANK:CODE", f"{TOP_K}:K")
+_WIRES = (AUTO, *get_args(Code), "CODE:REPLY", f"{LOW_RANK}:RANK", f"{LOW_RANK}:RANK:CODE")
 
 
 def _is_rank(text: str) -> bool:
@@ -147,8 +137,7 @@ class WeightSync:
         merge: how the groups become one.
         wire: how a merge is sent: fp32, bf16, int8, int4, int3 or ternary, with averages in the same code or in another
             one as in ternary:int4 (see `abtrain.comm.wire`), or as low-rank factors, lowrank:RANK or lowrank:RANK:CODE
-            (see `abtrain.comm.low_rank_wire`), or the K largest of every 128 numbers, topk:K (see
-            `abtrain.comm.top_k_wire`); or auto, which `wire_between` chooses by the number of workers.
+            (see `abtrain.comm.low_rank_wire`); or auto, which `wire_between` chooses by the number of workers.
         delay: steps that a merge has to arrive in, while training goes on: its outcome is then added to what was
             trained meanwhile. 0: training waits for it.
         fragments: parts of the model that merge in turns, evenly over a round, so that less is sent at once.

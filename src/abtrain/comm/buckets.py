@@ -71,11 +71,6 @@ def unpack(buckets: Sequence[Bucket], like: Sequence[Tensor]) -> list[Tensor]:
     return [tensors[i] for i in range(len(like))]
 
 
-def refilled(bucket: Bucket, flat: Tensor) -> Bucket:
-    """A bucket for the same tensors, with other numbers: the first of `flat`, as many as it held."""
-    return Bucket(flat[: bucket.flat.numel()].to(bucket.flat.device), bucket.indices)
-
-
 def _dtype_in_bucket(dtype: torch.dtype, widen: bool) -> torch.dtype:
     narrow = dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize
     return torch.float32 if widen and narrow else dtype

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from abtrain.comm.buckets import pack, refilled, unpack
+from abtrain.comm.buckets import Bucket, pack, unpack
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.quantize import CODES, Code
 from abtrain.comm.stages import Stages, finish
@@ -130,8 +130,8 @@ def _average_narrowly(
         exchange.reply()
     yield
     outcomes = [exchange.outcome() for exchange in exchanges]
-    means = unpack([refilled(bucket, mean) for bucket, (mean, _) in zip(buckets, outcomes, strict=True)], tensors)
-    errors = unpack([refilled(bucket, error) for bucket, (_, error) in zip(buckets, outcomes, strict=True)], wanted)
+    means = unpack([_refilled(bucket, mean) for bucket, (mean, _) in zip(buckets, outcomes, strict=True)], tensors)
+    errors = unpack([_refilled(bucket, error) for bucket, (_, error) in zip(buckets, outcomes, strict=True)], wanted)
     return means, errors
 
 
@@ -152,10 +152,10 @@ class _Exchange:
     """
 
     def __init__(self, flat: Tensor, code: Code, reply: Code, comm: Communicator) -> None:
-        self._code, self._reply_code, self._comm = code, reply, comm
+        self._code, self._reply_code, self._comm, self._count = code, reply, comm, flat.numel()
         workers = comm.topology.world_size
-        self._chunk = chunk_of(flat.numel(), workers, code, reply)
-        mine = torch.nn.functional.pad(flat, (0, self._chunk * workers - flat.numel())).view(workers, self._chunk)
+        self._chunk = chunk_of(self._count, workers, code, reply)
+        mine = torch.nn.functional.pad(flat, (0, self._chunk * workers - self._count)).view(workers, self._chunk)
         sent = torch.stack([code.encode(row) for row in mine])
         self._error = mine - torch.stack([code.decode(row, self._chunk) for row in sent])
         self._chunks = comm.launch_exchange(sent)
@@ -173,6 +173,10 @@ class _Exchange:
         self._replies = self._comm.launch_all_gather(reply)
 
     def outcome(self) -> tuple[Tensor, Tensor]:
-        """The average, and what rounding took from this worker's part of it, both padded."""
+        """The average (count,), and what rounding took from this worker's part of it."""
         mean = torch.cat([self._reply_code.decode(row, self._chunk) for row in self._replies.wait()])
-        return mean, self._error.view(-1)
+        return mean[: self._count], self._error.view(-1)[: self._count]
+
+
+def _refilled(bucket: Bucket, flat: Tensor) -> Bucket:
+    return Bucket(flat.to(bucket.flat.device), bucket.indices)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abtrain.comm.low_rank_wire import LowRankWire
-from abtrain.comm.top_k_wire import TopKWire
 from abtrain.comm.wire import DirectWire, Wire
 from abtrain.sync import WireName
 
@@ -15,6 +14,4 @@ def make_wire(name: str) -> Wire:
         ConfigurationError: no wire is called so.
     """
     parts = WireName.parse(name)
-    if parts.top:
-        return TopKWire(parts.top)
     return LowRankWire(parts.rank, parts.code) if parts.rank else DirectWire(parts.code, parts.reply)

@@ -86,7 +86,7 @@ class PlanConfig(ModelSettings):
     every: int | None = None
     """Steps between merges; by default the recipe's."""
     wire: str | None = None
-    """Wire: fp32, bf16, int8, int4, int3, ternary, CODE:REPLY, lowrank:R[:CODE], topk:K, auto (else the recipe's)."""
+    """Wire: fp32, bf16, int8, int4, int3, ternary, CODE:REPLY, lowrank:R[:CODE], auto (else the recipe's)."""
     delay: int | None = None
     """Steps that a merge is hidden behind, in the main phase; by default the recipe's."""
     warmup_delay: int | None = None

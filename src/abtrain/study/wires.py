@@ -15,7 +15,6 @@ from abtrain.comm.buckets import MIB, pack
 from abtrain.comm.communicator import Scope
 from abtrain.comm.low_rank_wire import pays
 from abtrain.comm.quantize import CODES, Code
-from abtrain.comm.top_k import GRANULE, top_nbytes
 from abtrain.comm.wire import CAPACITY, chunk_of
 from abtrain.study.traffic import Calls, Traffic
 from abtrain.sync import GradientSync, WireName, wire_between
@@ -45,8 +44,6 @@ def exact(tensors: Sequence[Tensor]) -> Calls:
 def merge_stages(wire: str, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
     """What a merge of these tensors sends over a wire, stage by stage (see `abtrain.comm.wire.Wire`)."""
     name = WireName.parse(wire_between(workers, wire))
-    if name.top:
-        return _top(name.top, tensors, workers)
     direct = partial(_direct, CODES[name.code], CODES[name.reply], workers=workers)
     if not name.rank:
         return direct(tensors)
@@ -74,17 +71,6 @@ def _direct(code: Code, reply: Code, tensors: Sequence[Tensor], workers: int) ->
         chunks.append(Traffic("exchange", "world", (workers - 1) * code.nbytes(chunk)))
         replies.append(Traffic("all_gather", "world", reply.nbytes(chunk)))
     return tuple(chunks), tuple(replies)
-
-
-def _top(k: int, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
-    """The largest numbers of each worker, to all."""
-    if workers == 1:
-        return (exact(tensors),)
-    sent = []
-    for bucket in pack([tensor.to(torch.float32) for tensor in tensors], CAPACITY):
-        padded = -(-bucket.flat.numel() // GRANULE) * GRANULE
-        sent.append(Traffic("all_gather", "world", top_nbytes(padded, k)))
-    return (tuple(sent),)
 
 
 def _powersgd_bytes(tensors: Sequence[Tensor], rank: int) -> int:

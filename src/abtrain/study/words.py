@@ -88,8 +88,6 @@ def _sent(name: str) -> str:
         *some, last = (wire for _, wire in AUTO_WIRES)
         return f"{', '.join(some)} or {last}, by the number of workers"
     wire = WireName.parse(name)
-    if wire.top:
-        return f"the {wire.top} largest of 128 numbers"
     back = "" if wire.reply == wire.code else f", back in {wire.reply}"
     return (f"factors of rank {wire.rank} in {wire.code}" if wire.rank else wire.code) + back
 

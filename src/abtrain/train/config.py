@@ -94,8 +94,8 @@ class TrainConfig:
     outer_momentum: float | None = None
     """Momentum of the outer optimizer; by default the recipe's."""
     wire: str | None = None
-    """Wire of merges: fp32, bf16, int8, int4, int3, ternary, CODE:REPLY, lowrank:R[:CODE], topk:K, auto; of gradients
-    for ddp: fp32, bf16; by default the recipe's."""
+    """Wire of merges: fp32, bf16, int8, int4, int3, ternary, CODE:REPLY, lowrank:R[:CODE], auto; of gradients for ddp:
+    fp32, bf16; by default the recipe's."""
     rank: int | None = None
     """Rank of the factors that gradients are sent as; by default the recipe's."""
     damping: float | None = None

@@ -22,7 +22,6 @@ CODES = [
     "int3",
     "ternary",
     "ternary:int3",
-    "topk:8",
     "lowrank:2",
     "lowrank:3:int8",
     "lowrank:2:int4",
@@ -77,7 +76,6 @@ def test_one_average_is_close(code: str, error: float) -> None:
         ("int3", 1 / 10, 0.05),
         ("ternary", 1 / 20, 0.15),
         ("ternary:int4", 1 / 13, 0.1),
-        ("topk:8", 1 / 60, 0.05),
     ],
 )
 def test_payload_is_that_share_of_float32(code: str, share: float, tolerance: float) -> None:

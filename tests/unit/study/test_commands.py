@@ -52,9 +52,11 @@ def test_one_recipe_with_the_payload_of_each_phase(capsys: pytest.CaptureFixture
 
 def test_one_recipe_with_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    code, lines, _ = typed(capsys, "recipes", "ab_outer:every=10,wire=topk:8,outer-momentum=0.5", "--steps", "2000")
+    code, lines, _ = typed(
+        capsys, "recipes", "ab_outer:every=10,wire=lowrank:8:int8,outer-momentum=0.5", "--steps", "2000"
+    )
     assert code == 0
-    assert sum("merged every 10 steps (outer Nesterov, the 8 largest of 128 numbers)" in line for line in lines) == 2
+    assert sum("merged every 10 steps (outer Nesterov, factors of rank 8 in int8)" in line for line in lines) == 2
     bad = {
         "ab_outer:every=0": "every=0",
         "ab:evry=3": "did you mean",
@@ -193,12 +195,6 @@ def test_phases_of_ones_own_in_words() -> None:
 def test_a_local_learning_rate_in_words() -> None:
     assert phases_in_words(recipes.local_sgd(100, every=10, local_lr=2.0)) == [
         "local, 100 steps: full, learning rate times 2, merged every 10 steps (mean, fp32)"
-    ]
-
-
-def test_the_largest_numbers_in_words() -> None:
-    assert phases_in_words(recipes.local_sgd(100, every=10, wire="topk:8")) == [
-        "local, 100 steps: full, merged every 10 steps (mean, the 8 largest of 128 numbers)"
     ]
 
 
