@@ -44,7 +44,7 @@ def options_of(name: str) -> frozenset[str]:
     return frozenset(options)
 
 
-def build(name: str, total_steps: int, **options: Any) -> Recipe:
+def build(name: str, total_steps: int, /, **options: Any) -> Recipe:
     """The recipe called `name`.
 
     Raises:
