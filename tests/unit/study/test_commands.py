@@ -61,7 +61,9 @@ def test_one_recipe_with_options(capsys: pytest.CaptureFixture[str], monkeypatch
         "ab_outer:every=0": "every=0",
         "ab:evry=3": "did you mean",
         "ab:every": "OPTION=VALUE",
-        "all:every=3": "one",
+        "ab:total_steps=3": "no option 'total_steps'",
+        "ab:name=3": "no option 'name'",
+        "all:every=3": "name it in place of all",
     }
     for text, message in bad.items():
         code, _, errors = typed(capsys, "recipes", text)
