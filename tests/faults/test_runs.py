@@ -38,6 +38,7 @@ from abtrain.train.config_file import from_toml
 from abtrain.train.config_problems import validate
 from abtrain.train.data import Data, Split
 from abtrain.train.loop import agree_on_start, train
+from abtrain.train.progress import Display
 from abtrain.train.run_folder import RunFolder
 from tests.unit.study.made_up import outcomes
 
@@ -371,7 +372,7 @@ def test_what_only_shows_a_run_cannot_end_it(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    owner, name = (RunFolder, "log") if part == "metrics" else (loop.Display, part)
+    owner, name = (RunFolder, "log") if part == "metrics" else (Display, part)
     if part == "tracker":
         monkeypatch.setitem(trackers.TRACKERS, "broken", ("json", lambda folder, config: Broken()))
     else:
