@@ -70,7 +70,7 @@ TRANSFORMERS = {
     "ab": "ab",
     "ab_outer": "ab_outer",
     "ab_local": "ab_local",
-    "ab_local, warm-up half": "ab_local --warmup-steps 1000",
+    "ab_local, warm-up 1,000": "ab_local --warmup-steps 1000",
     "local_sgd, every 5, int4": "local_sgd --every 5 --wire int4",
     "local_sgd, every 5, ternary": "local_sgd --every 5 --wire ternary",
     "local_sgd, every 6, ternary": "local_sgd --every 6 --wire ternary",
