@@ -88,7 +88,7 @@ TRANSFORMERS = {
     **{f"every {n}, means, ternary, local rate 2": f"{_OFTEN} --every {n} {_LOCAL_RATE}" for n in (2, 4, 5, 6, 10, 20)},
     **{
         f"every 5, means, {wire}, local rate 2": f"{_MEANS} --wire {wire} --every 5 {_LOCAL_RATE}"
-        for wire in ("fp32", "bf16", "int8", "int4", "int3")
+        for wire in ("fp32", "bf16", "int8", "int4", "int3", "lowrank:4:int8")
     },
     **{f"every 6, means, ternary, {rule}": f"{_OFTEN} --every 6 --rank-rule {rule}" for rule in _RULES},
     **{

@@ -19,7 +19,6 @@ The loop of every recipe:
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, get_args
@@ -29,14 +28,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from abtrain import __version__
+from abtrain.arrangement import Arrangement
 from abtrain.comm import default_communicator
-from abtrain.comm.communicator import PLAIN, Communicator, DataParallel, Scope, Unsynchronized
+from abtrain.comm.communicator import Communicator, Scope
 from abtrain.describe import Description
 from abtrain.divergence import Divergence
 from abtrain.errors import ConfigurationError, UsageError
-from abtrain.factors import agree_on_factors
 from abtrain.faults import fail_at
-from abtrain.level import level_grad_scaler, level_optimizer_state
+from abtrain.level import level_grad_scaler
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.saved import check_model_state
@@ -46,7 +45,7 @@ from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.replicas import check_replicas
 from abtrain.resume import VERSION, Parts, check_run, decided, recipe_fingerprint
-from abtrain.roles import trained_by, trained_factors
+from abtrain.roles import trained_by
 from abtrain.rounds import Rounds
 from abtrain.start import check_loaded, check_start
 from abtrain.state import SharedState
@@ -80,12 +79,14 @@ class ABTraining:
         on_nonfinite: where NaN or infinity turn up, `stop` on all workers before anything is averaged or changed;
             `drop_worker`: leave a worker's part of a merge out, and give it what the others agree on; `skip`: leave out
             optimizer steps by such gradients, on all who share them. What cannot be left out so stops.
+        measure_divergence: at every merge, how far workers have come apart in each layer, for two numbers a layer.
 
     Attributes:
         recipe: as given, or with the lengths that were decided by measurement.
         decisions: what was decided at which step, from which measure.
         skipped_steps: indexes of the steps that were left out for their gradients (`on_nonfinite="skip"`).
         rank_history: of every factoring, the step and k of each weight.
+        seconds: spent on decompositions (`svd`) in this run.
         divergence: of every merge in this process, where it is measured: step, phase, and by layer the distances.
 
     Raises:
@@ -106,35 +107,20 @@ class ABTraining:
         on_nonfinite: OnNonFinite = "stop",
         measure_divergence: bool = False,
     ) -> None:
-        problems = problems_of(model, optimizer, recipe)
-        if on_nonfinite not in get_args(OnNonFinite):
-            problems.append(f"on_nonfinite={on_nonfinite!r} is unknown: use {', '.join(get_args(OnNonFinite))}")
-        if communicator is not None and group_size is not None:
-            problems.append("group_size is the communicator's own: give one of the two")
-        if problems:
-            raise ConfigurationError(problems)
-        comm = default_communicator(group_size) if communicator is None else communicator
-        problems = problems_here(model, recipe, comm)
-        if problems:
-            raise ConfigurationError(problems)
+        comm = _checked(model, optimizer, recipe, communicator, group_size, on_nonfinite)
         self.module = model
         self.optimizer = optimizer
         self.recipe = self._given_recipe = recipe
         self.communicator = comm
         self.steps_done = comm.meter.step = 0
-        self.rank_history: list[dict[str, Any]] = []
         self.decisions: list[dict[str, Any]] = []
-        self.seconds = {"svd": 0.0}
         self._grad_scaler = grad_scaler
-        self._find_unused_parameters = find_unused_parameters
-        self._parallel: DataParallel = Unsynchronized(model)
         self._treatments = classify(
             model, recipe.factoring, {id(p) for g in optimizer.param_groups for p in g["params"]}
         )
         names = [treatment.name for treatment in self._treatments if treatment.kind == "factored"]
         state = recipe.factoring.optimizer_state if recipe.factoring else "reset"
         self._model = FactoredModel(model, optimizer, names, state)
-        self._dense_this_cycle: dict[str, str] = {}
         self._state = SharedState(self._model, self._treatments, comm)
         self._merger = Merger(comm, on_nonfinite)
         self.divergence: list[dict[str, Any]] = []
@@ -163,7 +149,17 @@ class ABTraining:
         # From here on the optimizer is changed: what can be refused has been.
         self._rebound = LRRebound(optimizer, lambda: 1.0 if self._position is None else self._position.phase.local_lr)
         self._hooks = StepHooks(optimizer, self._model, on_nonfinite, self._coming)
-        self._enter(self._position)
+        self._arrangement = Arrangement(
+            self._model,
+            self._treatments,
+            comm,
+            self._merger,
+            self._rounds,
+            self._switch,
+            self._rebound,
+            find_unused_parameters,
+        )
+        self._arrangement.enter(self._position, recipe)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass; gradients will be averaged as the phase says. To validate, disable them.
@@ -183,7 +179,7 @@ class ABTraining:
             if self._shares_gradients:
                 fail_at(self.communicator.rank, self.steps_done, "sync.begin")
             self._forwards += 1
-        return self._parallel(*args, **kwargs)
+        return self._arrangement.parallel(*args, **kwargs)
 
     @property
     def position(self) -> Position | None:
@@ -205,12 +201,20 @@ class ABTraining:
         return self._model.compression
 
     @property
+    def rank_history(self) -> list[dict[str, Any]]:
+        return self._arrangement.rank_history
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return self._arrangement.seconds
+
+    @property
     def skipped_steps(self) -> list[int]:
         return self._hooks.guard.skipped
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Gradient accumulation: forward and backward passes inside it do not communicate, as with DDP."""
-        return self._parallel.no_sync()
+        return self._arrangement.parallel.no_sync()
 
     def step(self, loss: float | Tensor | None = None) -> None:
         """One training step is done: merges, and phase changes, happen here. Call it after `optimizer.step()`.
@@ -253,9 +257,9 @@ class ABTraining:
             self._hooks.round_began = True
         if upcoming is None:
             self._rebound.start(0)
-            self._wrap(None)
+            self._arrangement.unwrap()
         elif upcoming.first:
-            self._enter(upcoming)
+            self._arrangement.enter(upcoming, self.recipe)
 
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
@@ -273,9 +277,8 @@ class ABTraining:
 
     def describe(self) -> Description:
         """Every parameter with what becomes of it and why, the phases, and the groups."""
-        return Description(
-            self.recipe, self.communicator.topology, tuple(self._treatments), dict(self._dense_this_cycle)
-        )
+        dense_this_cycle = dict(self._arrangement.dense_this_cycle)
+        return Description(self.recipe, self.communicator.topology, tuple(self._treatments), dense_this_cycle)
 
     def dense_state_dict(self) -> dict[str, Tensor]:
         """The full-rank state dict, loadable into the model as it was built; factored weights as W = A B."""
@@ -298,13 +301,10 @@ class ABTraining:
             "recipe": recipe_fingerprint(self._given_recipe),
             "step": self.steps_done,
             "decisions": list(self.decisions),
-            "rank_history": list(self.rank_history),
-            "dense_this_cycle": dict(self._dense_this_cycle),
-            "seconds": dict(self.seconds),
             "workers_equal": self._workers_equal,
             "round_began": self._hooks.round_began,
-            "arrivals": self._parallel.arrivals(),
             "skipped_steps": list(self.skipped_steps),
+            **self._arrangement.state_dict(),
             **self._parts().state_dict(),
         }
 
@@ -322,21 +322,18 @@ class ABTraining:
         check_model_state(self._model, state["model"])
         comm, recipe = self.communicator, decided(self._given_recipe, state)
         check_loaded(comm, recipe, state)
-        self._wrap(None)
+        self._arrangement.unwrap()
         self.recipe, self.steps_done = recipe, int(state["step"])
         comm.meter.step, comm.meter.phase = self.steps_done, str(state["meter"]["phase"])
         ended = self.steps_done == self.recipe.total_steps
         self._position = None if ended else self.recipe.at(self.steps_done)
-        self.decisions, self.rank_history = list(state["decisions"]), list(state["rank_history"])
-        self.seconds, self._dense_this_cycle = dict(state["seconds"]), dict(state["dense_this_cycle"])
+        self.decisions = list(state["decisions"])
         self._workers_equal, self._hooks.round_began = bool(state["workers_equal"]), bool(state["round_began"])
         self._hooks.guard.skipped = list(state["skipped_steps"])
         self._hooks.count = self._forwards = 0
         self._parts().load_state_dict(state, self.recipe.at, self._trained_by)
         self._check_loaded_weights()
-        if self._position is not None:
-            self._train(self._position)
-            self._parallel.follow(state["arrivals"])
+        self._arrangement.load_state_dict(state, self._position)
         # Last: what is sent to load was not sent by the run that goes on.
         comm.meter.load_state_dict(state["meter"])
 
@@ -371,56 +368,6 @@ class ABTraining:
         self._rebound.close()
         self._hooks.close()
 
-    def _enter(self, position: Position) -> None:
-        """Makes model, optimizer and wrapper what the phase says."""
-        comm, phase = self.communicator, position.phase
-        comm.meter.phase = phase.name
-        # The old wrapper holds gradient buffers as large as the model: they go before new parameters come.
-        self._wrap(None)
-        reshaped = bool(self._model.records) or phase.weights == "factored"
-        self._merger.to_weights(self._model.records.values(), momentum=self._model.projects)
-        self._model.restore()
-        if phase.weights == "factored":
-            self._factorize(position)
-            self._merger.to_factors(self._model.records.values(), momentum=self._model.projects)
-        if reshaped:
-            self._rebound.start(self.recipe.lr_rebound_steps)
-        if isinstance(phase.sync, WeightSync):
-            self._rounds.begin()
-        self._train(position)
-
-    def _train(self, position: Position) -> None:
-        """Lets train what is trained at this position, its gradients averaged over the scope of the phase."""
-        phase = position.phase
-        if phase.weights == "factored":
-            self._model.train_only(trained_factors(position, self.communicator.topology, self.communicator.rank))
-        if isinstance(phase.sync, WeightSync):
-            self._wrap("group")
-        elif phase.sync is not None:
-            self._wrap("world", phase.sync)
-
-    def _wrap(self, scope: Scope | None, sync: GradientSync = PLAIN) -> None:
-        """Lets gradients be averaged over a scope, or not at all (None)."""
-        self._parallel.close()
-        self._parallel = Unsynchronized(self.module)
-        if scope is not None:
-            self._parallel = self.communicator.data_parallel(self.module, scope, self._find_unused_parameters, sync)
-
-    def _factorize(self, position: Position) -> None:
-        assert self.recipe.factoring is not None
-        start, waited = time.perf_counter(), self.communicator.meter.sync_seconds
-        matrices, unsettled = self._model.matrices(), {}
-        if self.recipe.factoring.settled:
-            unsettled = self._switch.unsettled(list(matrices), self.recipe.factoring.settled)
-        settled = {name: W for name, W in matrices.items() if name not in unsettled}
-        agreed = agree_on_factors(self.communicator, settled, self.recipe.factoring)
-        waited = self.communicator.meter.sync_seconds - waited
-        self.seconds["svd"] += time.perf_counter() - start - waited
-        self._model.factorize(agreed.factors, position.phase.damping)
-        self._dense_this_cycle = unsettled | agreed.dense
-        ranks = {name: pair.k for name, pair in agreed.factors.items()}
-        self.rank_history.append({"cycle": position.cycle, "step": position.step, "ranks": ranks})
-
     def _sync_weights(self, position: Position, upcoming: Position | None, loss: float | None) -> Position | None:
         """What a phase of rounds does after a step; where the next step stands then."""
         phase = position.phase
@@ -436,15 +383,9 @@ class ABTraining:
         if upcoming is None:
             return None
         if upcoming.first and isinstance(upcoming.phase.sync, GradientSync):
-            if phase.trains in ("a_then_b", "b"):
-                # Every worker has a state of its own for both factors: that of the frozen one is levelled too.
-                self._model.train_only("all")
-            reset = {} if self._model.projects else self._model.factors()
-            kept = [p for name, p in self._model.trained(self._treatments).items() if name not in reset]
-            level_optimizer_state(self.optimizer, kept, self.communicator)
+            self._arrangement.level(position)
         if phase.trains == "a_then_b" and upcoming.turn != position.turn and not upcoming.first:
-            self._wrap(None)
-            self._train(upcoming)
+            self._arrangement.train(upcoming)
         return upcoming
 
     def _decide(self, position: Position) -> Position | None:
@@ -479,3 +420,30 @@ class ABTraining:
             f"recipe {self.recipe.name!r} ended after its {self.recipe.total_steps} steps: "
             "stop the loop there, or build the recipe with more total_steps"
         )
+
+
+def _checked(
+    model: nn.Module,
+    optimizer: Optimizer,
+    recipe: Recipe,
+    communicator: Communicator | None,
+    group_size: int | None,
+    on_nonfinite: OnNonFinite,
+) -> Communicator:
+    """The communicator to use, if nothing is wrong with these arguments of `ABTraining`.
+
+    Raises:
+        ConfigurationError: all that is wrong.
+    """
+    problems = problems_of(model, optimizer, recipe)
+    if on_nonfinite not in get_args(OnNonFinite):
+        problems.append(f"on_nonfinite={on_nonfinite!r} is unknown: use {', '.join(get_args(OnNonFinite))}")
+    if communicator is not None and group_size is not None:
+        problems.append("group_size is the communicator's own: give one of the two")
+    if problems:
+        raise ConfigurationError(problems)
+    comm = default_communicator(group_size) if communicator is None else communicator
+    problems = problems_here(model, recipe, comm)
+    if problems:
+        raise ConfigurationError(problems)
+    return comm

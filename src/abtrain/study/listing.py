@@ -28,6 +28,8 @@ _SMALL = 0.1
 def list_recipes(config: RecipesConfig, console: Console | None = None) -> None:
     """Prints the table; of a single recipe, its phases with the payload of each, and its options.
 
+    In the table a recipe that so few steps have no room for stands with the reason.
+
     Raises:
         ConfigurationError: all that is wrong with the settings, at once.
     """
@@ -37,8 +39,8 @@ def list_recipes(config: RecipesConfig, console: Console | None = None) -> None:
     if name == ALL and options:
         problems.append(f"options belong to one recipe: name it in place of {ALL}, as in ab_outer:every=10")
     if not problems:
-        for each in chosen(config):
-            problems += problem_of(partial(recipes.build, each, config.steps, **options))
+        refused = [problem_of(partial(recipes.build, each, config.steps, **options)) for each in chosen(config)]
+        problems += [problem for each in refused for problem in each] if all(refused) else []
     if problems:
         raise ConfigurationError(problems)
     console = console or Console()
@@ -72,6 +74,10 @@ def _table(config: RecipesConfig) -> Table:
     table.add_column("what it does, phase by phase")
     table.add_column("of ddp's payload", justify="right", no_wrap=True)
     for name in chosen(config):
+        refused = problem_of(partial(recipes.build, name, config.steps))
+        if refused:
+            table.add_row(name, "\n".join(refused), "-", end_section=True, style="dim")
+            continue
         recipe = recipes.build(name, config.steps)
         _, ratio, _ = _predicted(config, recipe)
         phases = "".join(f"\n- {line}" for line in phases_in_words(recipe))

@@ -88,6 +88,12 @@ def test_recipes_that_do_not_fit_the_steps(capsys: pytest.CaptureFixture[str]) -
     code, _, errors = typed(capsys, "recipes", "diloco", "--steps", "5")
     assert (code, len(errors)) == (2, 1)
     assert "longer than the phase" in errors[0]
+    code, lines, _ = typed(capsys, "recipes", "--steps", "5")
+    text = "\n".join(lines)
+    assert code == 0
+    # Those that fit are worth seeing all the same.
+    assert "100.0%" in text
+    assert "phase 'factors': every=20" in text
 
 
 @pytest.mark.parametrize("columns", [80, 100])

@@ -1,0 +1,146 @@
+"""What changes with a phase: the form of the weights, the optimizer with them, what is trained, and the wrapper."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from abtrain.comm.communicator import PLAIN, Communicator, DataParallel, Scope, Unsynchronized
+from abtrain.factors import agree_on_factors
+from abtrain.level import level_optimizer_state
+from abtrain.lowrank.classify import Treatment
+from abtrain.lowrank.model import FactoredModel
+from abtrain.merge import Merger
+from abtrain.rebound import LRRebound
+from abtrain.recipe import Position, Recipe
+from abtrain.roles import trained_factors
+from abtrain.rounds import Rounds
+from abtrain.switch import Switch
+from abtrain.sync import GradientSync, WeightSync
+
+
+class Arrangement:
+    """Model, optimizer and wrapper, as the phase of a recipe wants them.
+
+    Args:
+        model: with its optimizer.
+        treatments: what becomes of each parameter.
+        comm: of this worker.
+        merger: whose anchors and momentum follow the form of the weights.
+        rounds: which begin with a phase that merges.
+        switch: tells which spectra have settled.
+        rebound: climbs after a change of shapes.
+        find_unused_parameters: as in DDP.
+
+    Attributes:
+        parallel: through which forward passes go, so that gradients are averaged as the phase says.
+        rank_history: of every factoring, the step and k of each weight.
+        dense_this_cycle: weights that could be factored but are not at present, with the reason.
+        seconds: spent on decompositions (`svd`), without what was waited for others.
+    """
+
+    def __init__(
+        self,
+        model: FactoredModel,
+        treatments: Sequence[Treatment],
+        comm: Communicator,
+        merger: Merger,
+        rounds: Rounds,
+        switch: Switch,
+        rebound: LRRebound,
+        find_unused_parameters: bool,
+    ) -> None:
+        self.parallel: DataParallel = Unsynchronized(model.model)
+        self.rank_history: list[dict[str, Any]] = []
+        self.dense_this_cycle: dict[str, str] = {}
+        self.seconds = {"svd": 0.0}
+        self._model, self._treatments, self._comm = model, treatments, comm
+        self._merger, self._rounds, self._switch, self._rebound = merger, rounds, switch, rebound
+        self._find_unused_parameters = find_unused_parameters
+
+    def enter(self, position: Position, recipe: Recipe) -> None:
+        """A phase begins. Collective over the world.
+
+        Args:
+            position: of its first step.
+            recipe: that it belongs to.
+        """
+        phase, records = position.phase, self._model.records
+        self._comm.meter.phase = phase.name
+        # The old wrapper holds gradient buffers as large as the model: they go before new parameters come.
+        self.unwrap()
+        reshaped = bool(records) or phase.weights == "factored"
+        self._merger.to_weights(records.values(), momentum=self._model.projects)
+        self._model.restore()
+        if phase.weights == "factored":
+            self._factorize(position, recipe)
+            self._merger.to_factors(self._model.records.values(), momentum=self._model.projects)
+        if reshaped:
+            self._rebound.start(recipe.lr_rebound_steps)
+        if isinstance(phase.sync, WeightSync):
+            self._rounds.begin()
+        self.train(position)
+
+    def train(self, position: Position) -> None:
+        """Lets train what is trained at this position, its gradients averaged over the scope of the phase."""
+        self.unwrap()
+        phase = position.phase
+        if phase.weights == "factored":
+            self._model.train_only(trained_factors(position, self._comm.topology, self._comm.rank))
+        if isinstance(phase.sync, WeightSync):
+            self._wrap("group", PLAIN)
+        elif phase.sync is not None:
+            self._wrap("world", phase.sync)
+
+    def unwrap(self) -> None:
+        """Gradients are averaged no more."""
+        self.parallel.close()
+        self.parallel = Unsynchronized(self._model.model)
+
+    def _wrap(self, scope: Scope, sync: GradientSync) -> None:
+        self.parallel = self._comm.data_parallel(self._model.model, scope, self._find_unused_parameters, sync)
+
+    def level(self, position: Position) -> None:
+        """Groups ran alone up to this position, and gradients are shared from here on: optimizers become alike.
+
+        Collective over the world.
+        """
+        if position.phase.trains in ("a_then_b", "b"):
+            # Every worker has a state of its own for both factors: that of the frozen one is levelled too.
+            self._model.train_only("all")
+        reset = {} if self._model.projects else self._model.factors()
+        kept = [p for name, p in self._model.trained(self._treatments).items() if name not in reset]
+        level_optimizer_state(self._model.optimizer, kept, self._comm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What tells of the factorings so far, and what the wrapper has learnt."""
+        return {
+            "rank_history": list(self.rank_history),
+            "dense_this_cycle": dict(self.dense_this_cycle),
+            "seconds": dict(self.seconds),
+            "arrivals": self.parallel.arrivals(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], position: Position | None) -> None:
+        """Goes on from a `state_dict` at a position, or at the recipe's end; the model has its form and values."""
+        self.rank_history, self.dense_this_cycle = list(state["rank_history"]), dict(state["dense_this_cycle"])
+        self.seconds = dict(state["seconds"])
+        if position is not None:
+            self.train(position)
+            self.parallel.follow(state["arrivals"])
+
+    def _factorize(self, position: Position, recipe: Recipe) -> None:
+        assert recipe.factoring is not None
+        start, waited = time.perf_counter(), self._comm.meter.sync_seconds
+        matrices, unsettled = self._model.matrices(), {}
+        if recipe.factoring.settled:
+            unsettled = self._switch.unsettled(list(matrices), recipe.factoring.settled)
+        settled = {name: W for name, W in matrices.items() if name not in unsettled}
+        agreed = agree_on_factors(self._comm, settled, recipe.factoring)
+        waited = self._comm.meter.sync_seconds - waited
+        self.seconds["svd"] += time.perf_counter() - start - waited
+        self._model.factorize(agreed.factors, position.phase.damping)
+        self.dense_this_cycle = unsettled | agreed.dense
+        ranks = {name: pair.k for name, pair in agreed.factors.items()}
+        self.rank_history.append({"cycle": position.cycle, "step": position.step, "ranks": ranks})
