@@ -59,6 +59,9 @@ ROLES = {
 }
 """The paper's recipe with other merges and other splits of the work."""
 
+EIGHT = {f"wire {wire}": f"ab_outer --batch-size 16 --wire {wire}" for wire in ("auto", "int3", "int4")}
+"""For `--workers 8`: half as many samples a worker, so that the global batch stays 128."""
+
 _OFTEN = "ab_outer --wire ternary --outer-lr 1 --outer-momentum 0"
 _MEANS = "ab_outer --outer-lr 1 --outer-momentum 0"
 _LOCAL_RATE = "--local-lr 2 --factor-lr 1"
@@ -117,6 +120,7 @@ BENCHMARKS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "fashion-cnn-merges": ("fashion-cnn", MERGES),
     "fashion-cnn-roles": ("fashion-cnn", ROLES),
+    "fashion-cnn-eight": ("fashion-cnn", EIGHT),
     "fashion-vit": ("fashion-vit", RECIPES),
     "fashion-vit-settings": ("fashion-vit", _at_rates(TRANSFORMERS, ("1e-3", "2e-3", "4e-3"))),
     "pysrc-gpt": ("pysrc-gpt", RECIPES),
