@@ -65,7 +65,7 @@ EIGHT = {f"wire {wire}": f"ab_outer --batch-size 16 --wire {wire}" for wire in (
 _OFTEN = "ab_outer --wire ternary --outer-lr 1 --outer-momentum 0"
 _MEANS = "ab_outer --outer-lr 1 --outer-momentum 0"
 _LOCAL_RATE = "--local-lr 2 --factor-lr 1"
-_RULES = ("energy:0.9", "stable:4", "fixed:24")
+_RULES = ("sigma:0.22", "energy:0.9", "stable:4", "fixed:24")
 TRANSFORMERS = {
     "ddp": "ddp",
     "ddp, bf16": "ddp --wire bf16",

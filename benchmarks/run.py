@@ -93,17 +93,22 @@ def _mean(results: list[Record], name: str) -> float:
 
 def _row(label: str, results: list[Record]) -> str:
     tops = [result["top1"] for result in results if result["top1"] is not None]
-    losses = [result["loss"] for result in results]
     ratio = _mean(results, "payload_ratio")
     cells = (
         label,
         str(len(results)),
-        f"{statistics.fmean(tops):.2f} ({statistics.pstdev(tops):.2f})" if tops else "-",
-        f"{_mean(results, 'loss'):.4f} ({statistics.pstdev(losses):.4f})",
+        _spread(tops, 2) if tops else "-",
+        _spread([result["loss"] for result in results], 4),
         f"{ratio:.3%} (1/{1 / max(ratio, 1e-9):.0f})",
         f"{_mean(results, 'compression'):.2f}",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _spread(values: list[float], digits: int) -> str:
+    """The mean, and the sample's standard deviation where there is one."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ({statistics.stdev(values):.{digits}f})" if len(values) > 1 else mean
 
 
 if __name__ == "__main__":
