@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from abtrain.comm.agreement import take_first
 from abtrain.comm.communicator import PLAIN, Communicator, DataParallel, Scope, Unsynchronized
 from abtrain.factors import agree_on_factors
 from abtrain.level import level_optimizer_state
@@ -18,6 +20,8 @@ from abtrain.roles import trained_factors
 from abtrain.rounds import Rounds
 from abtrain.switch import Switch
 from abtrain.sync import GradientSync, WeightSync
+
+log = logging.getLogger("abtrain")
 
 
 class Arrangement:
@@ -67,6 +71,7 @@ class Arrangement:
             recipe: that it belongs to.
         """
         phase, records = position.phase, self._model.records
+        restored = list(records)
         self._comm.meter.phase = phase.name
         # The old wrapper holds gradient buffers as large as the model: they go before new parameters come.
         self.unwrap()
@@ -77,10 +82,20 @@ class Arrangement:
             self._factorize(position, recipe)
             self._merger.to_factors(self._model.records.values(), momentum=self._model.projects)
         if reshaped:
+            self._level(restored)
             self._rebound.start(recipe.lr_rebound_steps)
         if isinstance(phase.sync, WeightSync):
             self._rounds.begin()
         self.train(position)
+
+    def _level(self, restored: Sequence[str]) -> None:
+        """What each worker has multiplied out for itself, and all are to hold alike, becomes so to the last bit."""
+        dense = [name for name in restored if name not in self._model.records]
+        weights = {name: self._model.model.get_parameter(name).data for name in dense}
+        momentum = {f"momentum of {name}": tensor for name, tensor in self._merger.momentum.items()}
+        differed = take_first(self._comm, weights | momentum)
+        if differed:
+            log.info("%d tensors differed between workers by rounding: rank 0's were taken", len(differed))
 
     def train(self, position: Position) -> None:
         """Lets train what is trained at this position, its gradients averaged over the scope of the phase."""

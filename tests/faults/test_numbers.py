@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from abtrain import ABTraining, SigmaCutoff, recipes
+from abtrain import ABTraining, FixedRank, SigmaCutoff, recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import NonFiniteError
@@ -175,6 +175,45 @@ def test_processors_and_threads_that_differ(svd: str) -> None:
     assert largest_difference(end, other) == 0
     # Nothing was learned (lr = 0), so whatever differs came from the merge.
     assert largest_difference(start, end) < 1e-4
+
+
+UNLIKE: dict[str, Recipe] = {
+    "lowrank": recipes.diloco(12, every=3, wire="lowrank:4"),
+    "lowrank int8": recipes.diloco(12, every=3, wire="lowrank:4:int8"),
+    "factored anew": recipes.ab_outer(30, every=3, warmup_steps=6, rank_rule=FixedRank(8), refactor_every=2),
+    "rebound": recipes.ab_outer(30, every=3, warmup_steps=6, rank_rule=FixedRank(8), refactor_every=2, rebound_steps=3),
+    "the paper's, rebound merged": recipes.ab(
+        24, warmup_steps=6, ab_steps=6, rebound_steps=4, rebound_every=2, rank_rule=FixedRank(8)
+    ),
+}
+
+
+def trained(comm: Communicator, case: str) -> dict[str, Tensor]:
+    """A model large enough for matrix products to be rounded in more than one way."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 80), nn.Tanh(), nn.Linear(80, 5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ab = ABTraining(model, optimizer, UNLIKE[case], communicator=comm)
+    generator = torch.Generator().manual_seed(comm.rank)
+    while not ab.finished:
+        x, y = torch.randn(16, 64, generator=generator), torch.randint(0, 5, (16,), generator=generator)
+        F.cross_entropy(ab(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ab.step()
+    return dict(model.state_dict())
+
+
+def all_trained(comm: Communicator) -> dict[str, dict[str, Tensor]]:
+    return {case: trained(comm, case) for case in UNLIKE}
+
+
+def test_what_each_multiplies_out_for_itself_is_alike_on_unlike_processors() -> None:
+    other = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}
+    one, two = run_gloo(2, all_trained, environments=[{"OMP_NUM_THREADS": "1"}, other])
+    for case in UNLIKE:
+        assert one[case].keys() == two[case].keys()
+        assert all(torch.equal(one[case][name], two[case][name]) for name in one[case]), case
 
 
 class Odd(nn.Module):

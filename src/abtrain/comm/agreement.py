@@ -208,6 +208,26 @@ def agree_on_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[st
     return differing
 
 
+def take_first(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
+    """Of named tensors that every rank worked out from the same numbers, all take rank 0's where the last bits differ.
+
+    On unlike processors they do. Collective over the world; 16 bytes, until something differs.
+
+    Args:
+        comm: of this worker.
+        named: the same names, shapes and dtypes on all ranks.
+
+    Returns:
+        The names that differed, in order; the same list on every rank.
+    """
+    names, sums = list(named), [checksum(tensor) for tensor in named.values()]
+    if not disagreeing(comm, [fingerprint(*sums)]):
+        return []
+    differing = [names[i] for i in disagreeing(comm, sums)]
+    share(comm, [named[name] for name in differing], owners=[0] * len(differing))
+    return differing
+
+
 def gather_json(comm: Communicator, value: Any) -> list[Any]:
     """What every rank brings, in rank order. It travels as JSON: no bytes from another rank are ever executed.
 

@@ -4,6 +4,10 @@ Vogels, Karimireddy, Jaggi, "PowerSGD" (arXiv 1905.13727), algorithm 1, with the
 gradient. One step of a power iteration a merge, started from where the last one ended:
 
     P = mean(M_i) Q ;  P orthonormal ;  Q = mean(M_i)^T P ;  mean(M_i) ~ P Q^T ;  E_i = M_i - P (M_i^T P)^T
+
+What all workers are to hold, P and P Q^T, each computes for itself, and to the same bits whatever its processor: by
+sums and products of single numbers in a fixed order, which IEEE 754 rounds in one way. Those of a matrix product or a
+norm depend on the instruction set.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ class LowRankWire:
                 mean[name] = averages.mean[name]
                 error[name] = averages.error.get(name, torch.zeros_like(tensor, dtype=torch.float32))
                 continue
-            mean[name] = (P[name] @ second.mean[name].T).view(tensor.shape).to(tensor.dtype)
+            mean[name] = product(P[name], second.mean[name]).view(tensor.shape).to(tensor.dtype)
             arrived = Q[name] - second.error[name] if name in second.error else Q[name]
             error[name] = (matrices[name] - P[name] @ arrived.T).view(tensor.shape)
         return Averages(mean, error)
@@ -89,13 +93,35 @@ def orthonormal(P: Tensor) -> Tensor:
     A column that depends on those before it becomes zero. QR would put an arbitrary direction there, which rounding
     picks, and workers on unlike machines would not pick the same.
     """
-    columns: list[Tensor] = []
+    columns = P.new_empty(P.shape[0], 0, dtype=torch.float64)
     for column in P.double().unbind(1):
-        before = column.norm()
+        before = _norm(column)
         for _ in range(2):
-            for done in columns:
-                column = column - (done @ column) * done
-        after = column.norm()
+            parts = columns * _total(columns * column[:, None])
+            column = column - _total(parts.T)
+        after = _norm(column)
         dependent = after <= _DEPENDENT * before
-        columns.append(torch.zeros_like(column) if dependent else column / after)
-    return torch.stack(columns, dim=1).to(P.dtype)
+        column = torch.zeros_like(column) if dependent else column / after
+        columns = torch.cat([columns, column[:, None]], dim=1)
+    return columns.to(P.dtype)
+
+
+def product(P: Tensor, Q: Tensor) -> Tensor:
+    """P Q^T (m, n) of P (m, r) and Q (n, r), column after column."""
+    result = P[:, :1] * Q[:, 0]
+    for p, q in zip(P.unbind(1)[1:], Q.unbind(1)[1:], strict=True):
+        result += p[:, None] * q
+    return result
+
+
+def _norm(column: Tensor) -> Tensor:
+    return _total(column * column).sqrt()
+
+
+def _total(terms: Tensor) -> Tensor:
+    """Their sum over the first dimension, half added to half until one is left."""
+    while len(terms) > 1:
+        half = len(terms) // 2
+        folded = terms[:half] + terms[half : 2 * half]
+        terms = torch.cat([folded, terms[2 * half :]]) if len(terms) % 2 else folded
+    return terms.sum(0)

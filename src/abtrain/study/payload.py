@@ -131,6 +131,7 @@ class _Walk:
         self._history, self._optimizer, self._rank = history, optimizer, rank
         self._matrices = model.matrices()
         self._factorings = 0
+        self._factored = False
         self._powersgd_steps: dict[object, int] = {}
 
     def stretches(self) -> Iterator[Stretch]:
@@ -148,6 +149,10 @@ class _Walk:
             ranks = self._history[min(self._factorings, len(self._history) - 1)]
             self._factorings += 1
             entry = self._factor(ranks)
+        if self._factored or phase.weights == "factored":
+            # What each worker multiplied out for itself.
+            entry = (*entry, *compared(1))
+        self._factored = bool(ranks)
         held = self._held(ranks)
         if isinstance(phase.sync, GradientSync):
             stretches = self._synchronous(position, held, phase.sync, entry)

@@ -230,7 +230,8 @@ def test_ab_outer_by_hand() -> None:
     recipe = recipes.ab_outer(1000, every=20, warmup_steps=200, wire="fp32")
     by_phase = payload(predict(recipe, model, topology, ranks), topology)["by_phase"]
     assert by_phase["warmup"] == 10 * (4_000_000 + 24) + 16
-    assert by_phase["factors"] == 16 + 16 + 40 * (400_000 + 24) + 16
+    # Ranks, digests, and what each worker multiplied out for itself.
+    assert by_phase["factors"] == 3 * 16 + 40 * (400_000 + 24) + 16
 
 
 def test_low_rank_by_hand() -> None:
