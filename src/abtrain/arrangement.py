@@ -39,7 +39,7 @@ class Arrangement:
 
     Attributes:
         parallel: through which forward passes go, so that gradients are averaged as the phase says.
-        rank_history: of every factoring, the step and k of each weight.
+        rank_history: of every factoring, the step, k of each weight, and why others stay dense.
         dense_this_cycle: weights that could be factored but are not at present, with the reason.
         seconds: spent on decompositions (`svd`), without what was waited for others.
     """
@@ -157,5 +157,8 @@ class Arrangement:
         self.seconds["svd"] += time.perf_counter() - start - waited
         self._model.factorize(agreed.factors, position.phase.damping)
         self.dense_this_cycle = unsettled | agreed.dense
+        for name, why in unsettled.items():
+            log.info("step %d: %s stays dense: %s", position.step, name, why)
         ranks = {name: pair.k for name, pair in agreed.factors.items()}
-        self.rank_history.append({"cycle": position.cycle, "step": position.step, "ranks": ranks})
+        entry = {"cycle": position.cycle, "step": position.step, "ranks": ranks, "dense": dict(self.dense_this_cycle)}
+        self.rank_history.append(entry)

@@ -85,7 +85,7 @@ class ABTraining:
         recipe: as given, or with the lengths that were decided by measurement.
         decisions: what was decided at which step, from which measure.
         skipped_steps: indexes of the steps that were left out for their gradients (`on_nonfinite="skip"`).
-        rank_history: of every factoring, the step and k of each weight.
+        rank_history: of every factoring, the step, k of each weight, and why others stay dense.
         seconds: spent on decompositions (`svd`) in this run.
         divergence: of every merge in this process, where it is measured: step, phase, and by layer the distances.
 
@@ -377,9 +377,10 @@ class ABTraining:
             self.divergence.append({"step": self.steps_done, "phase": phase.name, "layers": layers})
         if position.merges and self._grad_scaler is not None:
             level_grad_scaler(self._grad_scaler, self.communicator)
-        if self._workers_equal and phase.weights == "full":
-            self._switch.observe(self._model.matrices)
-            upcoming = self._decide(position) or upcoming
+        if self._workers_equal:
+            self._switch.observe(self._model.matrices, phase.weights == "factored")
+            if phase.weights == "full":
+                upcoming = self._decide(position) or upcoming
         if upcoming is None:
             return None
         if upcoming.first and isinstance(upcoming.phase.sync, GradientSync):

@@ -37,7 +37,7 @@ class Factoring:
         svd: `each` worker decomposes every weight, or the work is `shared`: one owner a weight sends its factors.
         settled: leave a weight dense, until weights are factored the next time, whose spectrum drifted by more than
             this in the round before (`abtrain.recipe.Until` says how it is measured); 0: factor all. Measured at
-            merges of the full-rank phase before.
+            merges of weights while they are dense.
         min_share: leave a weight dense that has less than this share of the elements of all weights that may be
             factored: small weights save little, and lose most by being cut.
     """

@@ -80,6 +80,11 @@ class Phase:
     local_lr: float = 1.0
     until: Until | None = None
 
+    @property
+    def merges_at_once(self) -> bool:
+        """Whether it merges the whole model now and then, waited for."""
+        return isinstance(self.sync, WeightSync) and not self.sync.delay and self.sync.fragments == 1
+
     def problems(self) -> list[str]:
         """What is wrong with the phase; empty if nothing is."""
         where = f"phase {self.name!r}"
@@ -112,7 +117,7 @@ class Phase:
 
     def _merge_problems(self) -> list[str]:
         """What merges of this phase cannot be; of settings that are well by themselves."""
-        at_once = isinstance(self.sync, WeightSync) and not self.sync.delay and self.sync.fragments == 1
+        at_once = self.merges_at_once
         found = [] if self.until is None else self.until.problems()
         if self.until is not None and not at_once:
             found.append("until is decided at merges of the whole model: use a WeightSync without delay and fragments")
@@ -284,4 +289,27 @@ class Recipe:
                 f"the prologue ({prologue_steps} steps) leaves nothing of the {self.total_steps} total_steps "
                 "to its cycle: shorten it or lengthen the run"
             )
+        return found or self._round_problems() + self._settled_problems()
+
+    def _round_problems(self) -> list[str]:
+        """Phases of rounds of which the run's end cuts off the first one. A phase that is one round merges at any end."""
+        found, start = [], sum(phase.steps for phase in self.prologue)
+        for phase in self.cycle:
+            left = self.total_steps - start
+            if isinstance(phase.sync, WeightSync) and 0 < left < phase.sync.every < phase.steps:
+                found.append(
+                    f"phase {phase.name!r}: every={phase.sync.every} is longer than the {left} steps that are left to "
+                    f"it of {self.total_steps}: use at most {left}, shorten what comes before, or lengthen the run"
+                )
+            start += phase.steps
         return found
+
+    def _settled_problems(self) -> list[str]:
+        if self.factoring is None or not self.factoring.settled:
+            return []
+        if any(phase.weights == "full" and phase.merges_at_once for phase in self.phases):
+            return []
+        return [
+            f"settled={self.factoring.settled} is measured at merges of full-rank weights, and no phase has such: give "
+            "the warm-up or the rebound rounds, without delay (warmup_every, rebound_every), or leave settled at 0"
+        ]

@@ -31,17 +31,23 @@ class Switch:
 
     def __init__(self, comm: Communicator, recipe: Recipe) -> None:
         self._comm = comm
-        settled = recipe.factoring is not None and recipe.factoring.settled > 0
-        self._watches = settled or any(
+        self._for_factoring = recipe.factoring is not None and recipe.factoring.settled > 0
+        self._for_phases = any(
             phase.until is not None and phase.until.measure == "spectrum_drift" for phase in recipe.phases
         )
         self._spectra: dict[str, Tensor] = {}
         self._drift: dict[str, float] = {}
         self._sizes: dict[str, int] = {}
 
-    def observe(self, matrices: Callable[[], Mapping[str, Tensor]]) -> None:
-        """A merge of full-rank weights has ended; `matrices` gives them, (m, n) by name."""
-        if not self._watches or self._comm.rank != 0:
+    def observe(self, matrices: Callable[[], Mapping[str, Tensor]], factored: bool) -> None:
+        """A merge has ended.
+
+        Args:
+            matrices: gives the weights that may be factored and are not at present, (m, n) by name.
+            factored: whether others are.
+        """
+        asked = self._for_factoring or (self._for_phases and not factored)
+        if not asked or self._comm.rank != 0:
             return
         for name, W in matrices().items():
             S = torch.linalg.svdvals(W.float()).cpu()

@@ -103,6 +103,21 @@ def test_all_problems_come_at_once() -> None:
 
 
 @pytest.mark.parametrize(
+    "build_recipe",
+    [
+        lambda: recipes.diloco(100, mean_steps=90, every=20),
+        lambda: recipes.local_sgd(100, warmup_steps=90, every=20),
+        lambda: recipes.ab_outer(100, warmup_steps=90, every=20, refactor_every=3),
+        lambda: recipes.ab_outer(100, warmup_steps=90, every=20, drift_below=0.1),
+        lambda: Recipe("x", 10, cycle=(Phase("p", 100, sync=WeightSync(50)),)),
+    ],
+)
+def test_a_round_that_the_end_of_the_run_cuts_off(build_recipe: Any) -> None:
+    with pytest.raises(ConfigurationError, match="is longer than the 10 steps that are left to it"):
+        build_recipe()
+
+
+@pytest.mark.parametrize(
     ("phase", "message"),
     [
         (Phase("p", 10, trains="b"), "needs factors"),

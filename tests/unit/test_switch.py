@@ -96,6 +96,39 @@ def test_a_weight_stays_dense_until_its_spectrum_has_settled() -> None:
     assert run_in_process(2, lambda comm: work(comm, 1.0))[0][0] == [3]
 
 
+def test_a_weight_that_stayed_dense_is_factored_once_it_has_settled(caplog: pytest.LogCaptureFixture) -> None:
+    """Its spectrum is followed from merge to merge also while others are factors."""
+    caplog.set_level("INFO", logger="abtrain")
+
+    def work(comm: Communicator, settled: float) -> Any:
+        settings = options(mean_steps=0, settled=settled, refactor_every=2, keep_dense_if_larger=False)
+        return run(comm, recipes.ab_outer(60, **settings)).rank_history
+
+    never = run_in_process(2, lambda comm: work(comm, 1e-9))[0]
+    assert [entry["ranks"] for entry in never] == [{}] * len(never)
+    drifts = [float(entry["dense"]["0.weight"].split(" by ")[1].split()[0]) for entry in never]
+    assert len(set(drifts)) == len(drifts) > 2
+    # Between the first drift and the smallest: dense at first, and factors later.
+    then = run_in_process(2, lambda comm: work(comm, (drifts[0] + min(drifts)) / 2))[0]
+    assert "0.weight" in then[0]["dense"]
+    assert any("0.weight" in entry["ranks"] for entry in then)
+    assert "step 12: 0.weight stays dense: its spectrum still drifts" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "build_recipe",
+    [
+        lambda: recipes.ab(300, settled=0.1),
+        lambda: recipes.ab_outer(300, settled=0.1, warmup_every=0),
+        lambda: recipes.ab_outer(300, settled=0.1, warmup_delay=3),
+    ],
+)
+def test_settled_needs_merges_to_be_measured_at(build_recipe: Any) -> None:
+    with pytest.raises(ConfigurationError, match="settled=0.1 is measured at merges of full-rank weights"):
+        build_recipe()
+    recipes.ab(300, settled=0.1, warmup_every=10)
+
+
 def test_factoring_anew_lets_ranks_fall_and_keeps_what_is_owed_and_the_outer_momentum() -> None:
     def work(comm: Communicator) -> tuple[list[dict[str, int]], set[str], set[str]]:
         recipe = recipes.ab_outer(

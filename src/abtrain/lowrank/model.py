@@ -73,8 +73,9 @@ class FactoredModel:
         return trained
 
     def matrices(self) -> dict[str, Tensor]:
-        """The weights that may be factored, as (m, n) matrices, without gradients. They must be dense."""
-        weights = {name: self.model.get_parameter(name).detach() for name in self.names}
+        """The weights that may be factored and are dense at present, as (m, n) matrices, without gradients."""
+        dense = [name for name in self.names if name not in self.records]
+        weights = {name: self.model.get_parameter(name).detach() for name in dense}
         return {name: MatrixShape(weight.shape).to_matrix(weight) for name, weight in weights.items()}
 
     def factorize(self, factors: Mapping[str, Factors], damping: float = 0.0) -> None:
