@@ -84,6 +84,7 @@ class ABTraining:
     Attributes:
         recipe: as given, or with the lengths that were decided by measurement.
         decisions: what was decided at which step, from which measure.
+        dropped_parts: of merges that left workers' parts out, the step and their ranks (`on_nonfinite="drop_worker"`).
         skipped_steps: indexes of the steps that were left out for their gradients (`on_nonfinite="skip"`).
         rank_history: of every factoring, the step, k of each weight, and why others stay dense.
         seconds: spent on decompositions (`svd`) in this run.
@@ -209,6 +210,10 @@ class ABTraining:
         return self._arrangement.seconds
 
     @property
+    def dropped_parts(self) -> list[dict[str, Any]]:
+        return self._rounds.dropped
+
+    @property
     def skipped_steps(self) -> list[int]:
         return self._hooks.guard.skipped
 
@@ -226,7 +231,8 @@ class ABTraining:
         `scaler.update()`, so that merges level the scales that the next step uses.
 
         Raises:
-            UsageError: the recipe has ended, the model was called past `ab(...)`, or a rule needs a loss.
+            UsageError: the recipe has ended, the model was called past `ab(...)`, no training step came before, or a
+            rule needs a loss.
             RanksDisagreeError: the workers are at different steps, in different phases, or hold different shapes.
         """
         position = self._position
@@ -239,8 +245,13 @@ class ABTraining:
                 "call ab.step(loss) at every step"
             )
         fail_at(self.communicator.rank, self.steps_done, "step")
-        if self._hooks.count and not self._forwards and self.communicator.topology.world_size > 1:
-            raise UsageError("the optimizer stepped, but no ab(...) call came before: call ab(x) in place of model(x)")
+        if not self._forwards and self.communicator.topology.world_size > 1:
+            raise UsageError(
+                "the optimizer stepped, but no ab(...) call came before: call ab(x) in place of model(x)"
+                if self._hooks.count
+                else "no ab(...) call came since the last ab.step(): call it once for each optimizer step, on every "
+                "worker as often, and ab.merged() to look at the average amid a round"
+            )
         self._hooks.count = self._forwards = 0
         self._rebound.advance()
         self.steps_done += 1

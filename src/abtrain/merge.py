@@ -35,6 +35,7 @@ from abtrain.lowrank.surgery import FactoredWeight
 from abtrain.lowrank.tangent import to_factors, to_weight
 from abtrain.nonfinite import OnNonFinite
 from abtrain.shares import SHARES, Part
+from abtrain.sketch import agreement_in, sketch_of
 from abtrain.sync import Outer, WeightSync, wire_between
 
 Tensors = dict[str, Tensor]
@@ -45,11 +46,11 @@ class Outcome(NamedTuple):
     """What came of a merge, alike on all workers.
 
     Attributes:
-        agreement: the mean cosine between what any two workers changed, weighted by how much.
+        agreement: the mean cosine between what any two workers changed, weighted by how much; None if nobody asked.
         dropped: ranks of the workers whose part was left out.
     """
 
-    agreement: float
+    agreement: float | None
     dropped: tuple[int, ...]
 
 
@@ -116,6 +117,7 @@ class Merger:
         started: Mapping[str, Tensor] | None = None,
         loss: float | None = None,
         place: Mapping[str, int] | None = None,
+        measure: bool = False,
     ) -> Stages[Outcome]:
         """Merges, in stages: what changed is read now, and the outcome written, in place, at the end.
 
@@ -133,10 +135,12 @@ class Merger:
                 nothing is trained before the merge ends.
             loss: this worker's mean training loss in the round, if it is known.
             place: what has to be alike on all workers that merge, such as `step`.
+            measure: whether the outcome is to tell how far workers agree; by 16 KiB more.
 
         Raises:
             RanksDisagreeError: it is not. On all workers.
-            NonFiniteError: a part is not finite, and parts are not to be dropped; or none is finite. On all workers.
+            NonFiniteError: a part is not finite, and parts are not to be dropped; or none is finite, or their average
+                is not. On all workers.
         """
         buffers, place = buffers or {}, place or {}
         held = {**tensors, **buffers}
@@ -148,23 +152,25 @@ class Merger:
         fail_at(self._comm.rank, place.get("step", 0), "merge.agreed")
         alive = self._alive(parts)
         numbers = self._contribution(sync.merge, deltas, alive, trained_by, parts)
+        beside = [started[name] for name in buffers] + ([sketch_of(deltas)] if measure else [])
         averages, means = yield from together(
             self.wire(sync.wire).average(numbers, self._comm),
-            average_exactly(self._equal_parts({name: started[name] for name in buffers}, alive), self._comm),
+            average_exactly(self._equal_parts(beside, alive), self._comm),
         )
+        _check_finite([*averages.mean.values(), *means])
         if self.observer is not None and all(alive):
             self.observer(deltas, averages.mean, self.anchors)
         # What was trained meanwhile began from there; said before the anchors move on.
         base = (
             held if at_once else {**started, **{name: self.eager(sync.merge, name, started[name]) for name in tensors}}
         )
+        agreement = agreement_in(means.pop(), sum(alive)) if measure else None
         outcome = self._arrive(sync.merge, averages) | dict(zip(buffers, means, strict=True))
         for name, tensor in held.items():
             # What a worker without a share has is not finite.
             moved = tensor.to(outcome[name].dtype) - base[name] if alive[self._comm.rank] else 0
             tensor.copy_(outcome[name] + moved)
-        well = [part for part, is_well in zip(parts, alive, strict=True) if is_well]
-        return Outcome(_agreement(well, averages.mean), tuple(r for r, is_well in enumerate(alive) if not is_well))
+        return Outcome(agreement, tuple(rank for rank, is_well in enumerate(alive) if not is_well))
 
     def eager(self, rule: Any, name: str, started: Tensor) -> Tensor:
         """What a worker trains on from while its merge is hidden, given what it held when that began."""
@@ -203,11 +209,11 @@ class Merger:
                 numbers[name] += self.residuals[name]
         return numbers
 
-    def _equal_parts(self, tensors: Mapping[str, Tensor], alive: Sequence[bool]) -> list[Tensor]:
+    def _equal_parts(self, tensors: Sequence[Tensor], alive: Sequence[bool]) -> list[Tensor]:
         """Likewise, for a plain average over those who are alive."""
         scale = len(alive) / sum(alive)
         mine = alive[self._comm.rank]
-        return [tensor * scale if mine else torch.zeros_like(tensor) for tensor in tensors.values()]
+        return [tensor * scale if mine else torch.zeros_like(tensor) for tensor in tensors]
 
     def to_weights(self, records: Iterable[FactoredWeight], momentum: bool) -> None:
         """The factors are about to become weights again: what is known of their changes follows.
@@ -283,12 +289,13 @@ def _square(tensors: Mapping[str, Tensor]) -> float:
     return math.fsum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors.values())
 
 
-def _agreement(parts: Sequence[Part], mean: Tensors) -> float:
-    n, total = len(parts), math.fsum(part.square for part in parts)
-    if n == 1 or total == 0:
-        return 1.0
-    # |sum of changes|^2 = the sum of squares + n (n - 1) times the mean product of two.
-    return (n * n * _square(mean) / total - 1) / (n - 1)
+def _check_finite(averages: Sequence[Tensor]) -> None:
+    """All workers hold the same averages, and so all raise or none."""
+    if not all(bool(torch.isfinite(average).all()) for average in averages):
+        raise NonFiniteError(
+            "what workers brought to the merge is finite, but its average is not: numbers are near the largest that "
+            "the wire or float32 can hold, and no weight was changed. Lower the learning rate, or clip gradients"
+        )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -35,7 +35,8 @@ class Until:
     Args:
         measure: `spectrum_drift`, how much the singular values of weights that may be factored, over the largest,
             changed in the last round (relative, averaged over the weights by their size); or `agreement`, the mean
-            cosine between what any two workers changed in the round, from about 0 (noise) to 1 (all the same).
+            cosine between what any two workers changed in the round, from about 0 (noise) to 1 (all the same),
+            whatever the wire makes of it.
         below: the limit.
     """
 
@@ -292,7 +293,7 @@ class Recipe:
         return found or self._round_problems() + self._settled_problems()
 
     def _round_problems(self) -> list[str]:
-        """Phases of rounds of which the run's end cuts off the first one. A phase that is one round merges at any end."""
+        """Phases of which the run's end cuts off the first of several rounds; a single round ends with its phase."""
         found, start = [], sum(phase.steps for phase in self.prologue)
         for phase in self.cycle:
             left = self.total_steps - start

@@ -50,6 +50,7 @@ class Rounds:
 
     Attributes:
         outcome: of the last merge that ended; None before the first.
+        dropped: of every merge that left workers' parts out, the step and their ranks; alike on all workers.
     """
 
     def __init__(self, state: SharedState, merger: Merger, comm: Communicator) -> None:
@@ -59,6 +60,7 @@ class Rounds:
         self._under_way: list[_UnderWay] = []
         self._losses: list[float] = []
         self.outcome: Outcome | None = None
+        self.dropped: list[dict[str, Any]] = []
 
     def begin(self) -> None:
         """A phase of rounds begins; all workers hold the same."""
@@ -131,6 +133,7 @@ class Rounds:
         return {
             "losses": torch.tensor(self._losses, dtype=torch.float64),
             "outcome": outcome,
+            "dropped": list(self.dropped),
             "under_way": under_way,
         }
 
@@ -153,6 +156,7 @@ class Rounds:
         """
         self._losses = state["losses"].tolist()
         self.outcome = None if state["outcome"] is None else Outcome(state["outcome"][0], tuple(state["outcome"][1]))
+        self.dropped = list(state.get("dropped", []))
         self._under_way = []
         for entry in state["under_way"]:
             position = at(entry["step"] - 1)
@@ -198,10 +202,19 @@ class Rounds:
         # All have held the same since the round before, or else the average would be of unlike things.
         anchors = fingerprint(*(checksum(self._merger.anchors[name]) for name in tensors))
         place = self._state.place(step, position.phase_index, merging=fingerprint(*tensors, sync), anchors=anchors)
+        until = position.phase.until
         outcome = yield from self._merger.merge(
-            tensors, sync, trained_by, buffers=buffers, started=started, loss=loss, place=place
+            tensors,
+            sync,
+            trained_by,
+            buffers=buffers,
+            started=started,
+            loss=loss,
+            place=place,
+            measure=until is not None and until.measure == "agreement",
         )
         if outcome.dropped:
+            self.dropped.append({"step": step, "ranks": list(outcome.dropped)})
             log.warning("step %d: the part of rank %s was not finite, and left out", step, list(outcome.dropped))
         if self._comm.rank in outcome.dropped:
             self._begin_anew()

@@ -67,9 +67,15 @@ class Switch:
         self._drift = {name: float(value) for name, value in state["drift"].items()}
         self._sizes = {name: int(size) for name, size in state["sizes"].items()}
 
-    def ends(self, until: Until, agreement: float) -> tuple[bool, float]:
-        """Whether the phase ends with this merge, and the measure. Collective over the world."""
-        value = agreement if until.measure == "agreement" else self._mean_drift()
+    def ends(self, until: Until, agreement: float | None) -> tuple[bool, float]:
+        """Whether the phase ends with this merge, and the measure. Collective over the world.
+
+        Args:
+            until: what ends the phase.
+            agreement: of the merge, if it was measured.
+        """
+        value = self._mean_drift() if until.measure == "spectrum_drift" else agreement
+        assert value is not None
         verdict = torch.tensor([float(value < until.below), value], dtype=torch.float64).to(self._comm.device)
         self._comm.broadcast(verdict, source=0)
         ended, value = verdict.tolist()

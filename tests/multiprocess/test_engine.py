@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from abtrain import ABTraining, GradientSync, Phase, Recipe, WeightSync, recipes
 from abtrain.comm.communicator import Communicator
-from tests.cases import THREE_CYCLES, adamw, batch, build, largest_difference, train, train_by_reference
+from abtrain.comm.hooks import PowerSGD
+from tests.cases import THREE_CYCLES, adamw, batch, build, largest_difference, sgd, train, train_by_reference
 from tests.gloo import run_gloo
 
 
@@ -117,6 +118,50 @@ def reordered(comm: Communicator) -> dict[str, Tensor]:
         optimizer.zero_grad()
         ab.step()
     return ab.dense_state_dict()
+
+
+class Backwards(nn.Module):
+    """Registered in another order than it is run in, so that DDP lays its buckets out anew after the first pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.first = nn.Linear(96, 8), nn.Linear(64, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+def layouts_where_errors_are_kept(comm: Communicator) -> list[list[tuple[int, ...]]]:
+    """Of every step that PowerSGD compressed, the shapes in its bucket."""
+    torch.manual_seed(0)
+    model = Backwards()
+    optimizer = sgd(model.parameters())
+    phases = (Phase("shared", 5, sync=GradientSync("powersgd", 1)), Phase("alone", 2, sync=WeightSync(2)))
+    found: list[list[tuple[int, ...]]] = []
+    inner = PowerSGD.__call__
+
+    def spy(self: PowerSGD, bucket: Any) -> Any:
+        if bucket.index() in self._state.error_dict:
+            found.append([tuple(p.shape) for p in bucket.parameters()])
+        return inner(self, bucket)
+
+    PowerSGD.__call__ = spy  # type: ignore[method-assign]
+    try:
+        ab = ABTraining(model, optimizer, Recipe("mixed", 19, cycle=phases), communicator=comm)
+        while not ab.finished:
+            ab(torch.randn(8, 64)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ab.step()
+    finally:
+        PowerSGD.__call__ = inner  # type: ignore[method-assign]
+    return found
+
+
+def test_powersgd_finds_its_errors_in_the_places_where_it_left_them() -> None:
+    found = run_gloo(2, layouts_where_errors_are_kept)[0]
+    assert len(found) > 8
+    assert all(layout == found[0] for layout in found)
 
 
 def several_buckets(comm: Communicator) -> dict[str, Tensor]:

@@ -173,7 +173,8 @@ def test_payload_of_ab_is_gradients_plus_merges() -> None:
     moments = 2 * biases
     merge = (factors + biases + moments) * 8
     assert merge <= payload["by_phase"]["group"] < merge + 2500
-    assert payload["by_phase"]["rebound"] == 2 * full * 8 + proof
+    # And that weights multiplied out are alike, at its start.
+    assert payload["by_phase"]["rebound"] == 2 * full * 8 + 2 * proof
     assert payload["between_groups"] == payload["total"]
     assert history[0]["ranks"] == {"0.weight": 2, "2.weight": 2, "4.weight": 2}
 

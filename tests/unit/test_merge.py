@@ -12,6 +12,7 @@ from abtrain import WeightSync
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.stages import finish
+from abtrain.errors import NonFiniteError
 from abtrain.merge import Merger
 from abtrain.sync import Mean, Merge, Outer, TrainedOnly
 
@@ -69,6 +70,21 @@ def test_outer_is_pytorchs_nesterov_sgd_on_the_average_move() -> None:
         optimizer.step()
     torch.testing.assert_close(both(Outer(0.7, 0.9), 4), parameter.detach())
     torch.testing.assert_close(both(Outer(1.0, 0.0), 4), START + 4 * D)
+
+
+@pytest.mark.parametrize(("wire", "change"), [("fp32", 1.5e38), ("bf16", 3.4e38)])
+def test_an_average_that_overflows_stops_all_and_changes_nothing(wire: str, change: float) -> None:
+    def work(comm: Communicator) -> tuple[Tensor, Tensor]:
+        w = torch.zeros(4)
+        merger = Merger(comm, on_nonfinite="drop_worker")
+        merger.begin({"w": w})
+        w += change
+        with pytest.raises(NonFiniteError, match="its average is not"):
+            finish(merger.merge({"w": w}, WeightSync(1, wire=wire), {}))
+        return w, merger.anchors["w"]
+
+    for w, anchor in run_in_process(3, work):
+        assert torch.equal(w, torch.full((4,), change)) and not anchor.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -160,6 +160,8 @@ def test_a_worker_is_left_out_once_for_one_bad_step(sync: WeightSync) -> None:
             ab.step(loss)
             if ab._rounds.outcome is not before and ab._rounds.outcome is not None and ab._rounds.outcome.dropped:
                 left_out.append(ab.steps_done)
+        assert [entry["ranks"] for entry in ab.dropped_parts] == [[1]]
+        assert ab.dropped_parts[0]["step"] <= left_out[0]
         assert all(torch.isfinite(part).all() for part in model.parts)
         return left_out
 

@@ -66,22 +66,33 @@ def test_a_measure_that_never_falls_leaves_the_lengths_as_they_were() -> None:
     assert run_in_process(2, work)[0] == ["mean"] * 12 + ["warmup"] * 12 + ["factors"] * 36
 
 
-def test_workers_that_do_the_same_agree_wholly() -> None:
-    def work(comm: Communicator, same: bool) -> float:
+@pytest.mark.parametrize("wire", ["fp32", "int3", "ternary", "lowrank:2", "lowrank:2:int8"])
+def test_the_agreement_is_that_of_the_changes_whatever_the_wire(wire: str) -> None:
+    def work(comm: Communicator, same: bool) -> tuple[float, float]:
+        """As measured, and the mean cosine of the workers' own changes."""
         model = build("mlp")
         optimizer = adamw(model.parameters())
-        ab = ABTraining(model, optimizer, recipes.diloco(4, every=4), communicator=comm)
-        while not ab.finished:
+        recipe = recipes.diloco(8, every=4, mean_steps=4, mean_every=4, agreement_below=1e-9, wire=wire)
+        ab = ABTraining(model, optimizer, recipe, communicator=comm)
+        start = torch.cat([p.detach().flatten() for p in model.parameters()])
+        while ab.steps_done < 4:
             x, y = batch("mlp", 0 if same else comm.rank, ab.steps_done)
             F.cross_entropy(ab(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
+            changed = torch.cat([p.detach().flatten() for p in model.parameters()]) - start
             ab.step()
-        assert ab._rounds.outcome is not None
-        return ab._rounds.outcome.agreement
+        assert ab._rounds.outcome is not None and ab._rounds.outcome.agreement is not None
+        changes = comm.all_gather(changed)
+        products = changes @ changes.T
+        n = len(changes)
+        truth = (products.sum() - products.trace()) / ((n - 1) * products.trace())
+        return ab._rounds.outcome.agreement, float(truth)
 
-    assert run_in_process(3, lambda comm: work(comm, True))[0] == pytest.approx(1.0)
-    assert 0 < run_in_process(3, lambda comm: work(comm, False))[0] < 0.9
+    assert run_in_process(3, lambda comm: work(comm, True))[0][0] == pytest.approx(1.0)
+    measured, truth = run_in_process(3, lambda comm: work(comm, False))[0]
+    assert 0 < truth < 0.9
+    assert measured == pytest.approx(truth, abs=0.05)
 
 
 def test_a_weight_stays_dense_until_its_spectrum_has_settled() -> None:
@@ -124,7 +135,7 @@ def test_a_weight_that_stayed_dense_is_factored_once_it_has_settled(caplog: pyte
     ],
 )
 def test_settled_needs_merges_to_be_measured_at(build_recipe: Any) -> None:
-    with pytest.raises(ConfigurationError, match="settled=0.1 is measured at merges of full-rank weights"):
+    with pytest.raises(ConfigurationError, match=r"settled=0\.1 is measured at merges of full-rank weights"):
         build_recipe()
     recipes.ab(300, settled=0.1, warmup_every=10)
 

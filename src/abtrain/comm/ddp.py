@@ -28,6 +28,7 @@ class TorchDataParallel:
 
     def __init__(self, module: nn.Module, link: Link, find_unused_parameters: bool, hook: GradientHook | None) -> None:
         self._link = link
+        self._hook = hook
         self._rebuilds = not find_unused_parameters  # or else buckets stay as they are laid out at first
         self._trained = [p for p in module.parameters() if p.requires_grad]
         self._arrivals = _Arrivals(self._trained)
@@ -41,6 +42,8 @@ class TorchDataParallel:
         self._averaging = _Averaging(link, 4 * len(self._trained) if find_unused_parameters else 0, hook)
         self._ddp.register_comm_hook(self._averaging, _average_gradients)
         self._ddp._register_buffer_comm_hook(self._averaging, _follow_first_rank, _BufferCommHookLocation.PRE_FORWARD)
+        if hook is not None and hook.arrivals:
+            self.follow(hook.arrivals)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         ddp = still_open(self._ddp)
@@ -92,6 +95,8 @@ class TorchDataParallel:
         self._arrivals.order = list(arrivals)
 
     def close(self) -> None:
+        if self._hook is not None and self._hook.arrivals is not None and len(self.arrivals()) == len(self._trained):
+            self._hook.arrivals = self.arrivals()
         self._ddp = None
         self._arrivals.stop()
 

@@ -21,9 +21,12 @@ class GradientHook(Protocol):
 
     Attributes:
         in_turn: whether a bucket has to wait until the one before it is averaged.
+        arrivals: the order of gradients whose buckets its state fits, empty as long as there is none; None if it has no
+            state.
     """
 
     in_turn: bool
+    arrivals: list[int] | None
 
     def __call__(self, bucket: Bucket) -> tuple[torch.futures.Future[Tensor], int]:
         """Starts the average; returns its future, and the bytes handed over."""
@@ -37,6 +40,7 @@ class BFloat16:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
+        self.arrivals: list[int] | None = None
 
     def __call__(self, bucket: Bucket) -> tuple[torch.futures.Future[Tensor], int]:
         nbytes = bucket.buffer().numel() * torch.bfloat16.itemsize
@@ -46,7 +50,8 @@ class BFloat16:
 class PowerSGD:
     """Gradients as rank-r factors with error feedback (Vogels et al., arXiv 1905.13727; PyTorch's `powerSGD_hook`).
 
-    The state outlives the DDP wrapper that it serves, so errors and warm starts go over from phase to phase.
+    The state outlives the DDP wrapper that it serves, so errors and warm starts go over from phase to phase. It goes by
+    buckets, and so the next wrapper has to lay them out as this one does: by `arrivals`.
     """
 
     # The hook goes on in threads of the backend's, and sends from there. Two buckets under way at once would send in
@@ -59,6 +64,7 @@ class PowerSGD:
         self._state = PowerSGDState(
             process_group=group, matrix_approximation_rank=rank, start_powerSGD_iter=self._PLAIN_STEPS
         )
+        self.arrivals: list[int] | None = []
 
     def __call__(self, bucket: Bucket) -> tuple[torch.futures.Future[Tensor], int]:
         state, buffer = self._state, bucket.buffer()

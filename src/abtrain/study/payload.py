@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from abtrain.comm.communicator import PLAIN, Scope, scope_spans
@@ -19,6 +20,7 @@ from abtrain.comm.topology import Topology
 from abtrain.recipe import Position, Recipe
 from abtrain.roles import idle_factors
 from abtrain.rounds import cut_into_fragments
+from abtrain.sketch import WIDTH
 from abtrain.study.rounds import Turn, turns
 from abtrain.study.shapes import ModelShapes
 from abtrain.study.traffic import Calls, Merging, Stretch, Traffic
@@ -270,6 +272,9 @@ class _Walk:
         tensors = [tensor for place in fragments for name, tensor in parts[place].items() if name not in idle]
         buffers = list(self._model.buffers.values()) if sync.fragments - 1 in fragments else []
         numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
+        until = position.phase.until
+        if until is not None and until.measure == "agreement":
+            numbers.append(torch.empty(WIDTH + 1, device="meta"))
         counters = [buffer for buffer in buffers if not buffer.is_floating_point()]
         replicas = compared(1, "group") if self._topology.group_size > 1 else ()
         told = (*replicas, _ROLL_CALL)

@@ -41,6 +41,7 @@ def result_of(
         "parameters": parameters,
         "compression": ab.compression,
         "ranks": ab.rank_history,
+        "dropped_parts": ab.dropped_parts,
         "decisions": ab.decisions,
         "weights_digest": weights_digest(ab.dense_state_dict()),
         "schedule": repr(ab.recipe),
