@@ -108,8 +108,8 @@ class TrainConfig:
     """Each worker decomposes every weight, or they share the work; by default the recipe's."""
     optimizer_state: Literal["reset", "project"] | None = None
     """What becomes of the optimizer's state when shapes change; by default the recipe's."""
-    keep_dense_if_larger: bool = False
-    """Leave a weight dense where its factors would be no smaller."""
+    keep_dense_if_larger: bool | None = None
+    """Leave a weight dense where its factors would be no smaller; by default the recipe's."""
     min_dim: int | None = None
     """Leave a weight dense whose smaller matrix dimension is below this; by default the recipe's."""
     min_share: float | None = None

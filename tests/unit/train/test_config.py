@@ -168,3 +168,9 @@ def test_a_toml_file_that_cannot_be_read(tmp_path: Path, content: bytes) -> None
     for path in (file, tmp_path / "nowhere.toml"):
         with pytest.raises(ConfigurationError, match="cannot be read"):
             from_toml(path)
+
+
+def test_a_setting_that_takes_back_what_its_recipe_does() -> None:
+    given = TrainConfig(recipe="ab_outer", keep_dense_if_larger=False)
+    assert used_options(given) == {"keep_dense_if_larger": False}
+    assert used_options(TrainConfig(recipe="ab_outer")) == {}
