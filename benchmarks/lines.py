@@ -71,6 +71,7 @@ TRANSFORMERS = {
     "ddp, bf16": "ddp --wire bf16",
     "powersgd": "powersgd",
     "ab": "ab",
+    "ab, head dense": "ab --exclude head.weight",
     "ab_outer": "ab_outer",
     "ab_local": "ab_local",
     "ab_local, warm-up 1,000": "ab_local --warmup-steps 1000",
