@@ -82,13 +82,13 @@ class Arrangement:
             self._factorize(position, recipe)
             self._merger.to_factors(self._model.records.values(), momentum=self._model.projects)
         if reshaped:
-            self._level(restored)
+            self._make_alike(restored)
             self._rebound.start(recipe.lr_rebound_steps)
         if isinstance(phase.sync, WeightSync):
             self._rounds.begin()
         self.train(position)
 
-    def _level(self, restored: Sequence[str]) -> None:
+    def _make_alike(self, restored: Sequence[str]) -> None:
         """What each worker has multiplied out for itself, and all are to hold alike, becomes so to the last bit."""
         dense = [name for name in restored if name not in self._model.records]
         weights = {name: self._model.model.get_parameter(name).data for name in dense}
