@@ -113,6 +113,14 @@ def test_plan_says_when_data_parallel_training_is_better(capsys: pytest.CaptureF
     assert any(line.startswith("Recommended: ddp --wire bf16 is the better choice") for line in lines)
 
 
+def test_plan_tries_the_wire_that_follows_the_number_of_workers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    _, lines, _ = typed(capsys, "plan", *GIVEN, "--rate", "5mbit")
+    assert any("The fastest that was tried" in line and "--wire auto" in line for line in lines)
+
+
 @pytest.mark.parametrize("columns", [80, 100])
 def test_plan_of_one_recipe_by_phase_on_unlike_links(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
