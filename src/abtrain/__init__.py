@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from abtrain.export import weights_digest
     from abtrain.factoring import Factoring
     from abtrain.lowrank.rank import Energy, FixedRank, SigmaCutoff
-    from abtrain.recipe import Phase, Recipe
+    from abtrain.phase import Phase
+    from abtrain.recipe import Recipe
     from abtrain.sync import GradientSync, Mean, Outer, TrainedOnly, WeightSync
 
 __version__ = "0.1.0"
@@ -44,7 +45,8 @@ _HOMES = {
     "weights_digest": "export",
     **dict.fromkeys(("Energy", "FixedRank", "SigmaCutoff"), "lowrank.rank"),
     "Factoring": "factoring",
-    **dict.fromkeys(("Phase", "Recipe"), "recipe"),
+    "Phase": "phase",
+    "Recipe": "recipe",
     **dict.fromkeys(("GradientSync", "Mean", "Outer", "TrainedOnly", "WeightSync"), "sync"),
 }
 

@@ -83,6 +83,7 @@ class Arrangement:
             self._merger.to_factors(self._model.records.values(), momentum=self._model.projects)
         if reshaped:
             self._make_alike(restored)
+            self._switch.restored(lambda: self._model.matrices(restored))
             self._rebound.start(recipe.lr_rebound_steps)
         if isinstance(phase.sync, WeightSync):
             self._rounds.begin()

@@ -144,6 +144,7 @@ class ABTraining:
             measure_divergence=measure_divergence,
         )
         self._state.agree()
+        comm.begin_run()
         for doubt in doubts_about(recipe, comm):
             log.warning(doubt)
         self._position: Position | None = recipe.at(0)
@@ -334,6 +335,7 @@ class ABTraining:
         comm, recipe = self.communicator, decided(self._given_recipe, state)
         check_loaded(comm, recipe, state)
         self._arrangement.unwrap()
+        comm.begin_run()
         self.recipe, self.steps_done = recipe, int(state["step"])
         comm.meter.step, comm.meter.phase = self.steps_done, str(state["meter"]["phase"])
         ended = self.steps_done == self.recipe.total_steps
@@ -389,7 +391,7 @@ class ABTraining:
         if position.merges and self._grad_scaler is not None:
             level_grad_scaler(self._grad_scaler, self.communicator)
         if self._workers_equal:
-            self._switch.observe(self._model.matrices, phase.weights == "factored")
+            self._switch.observe(self._model.matrices, self.recipe, upcoming, phase.weights == "factored")
             if phase.weights == "full":
                 upcoming = self._decide(position) or upcoming
         if upcoming is None:

@@ -36,7 +36,7 @@ class Factoring:
         optimizer_state: at a change of shape, `reset` the optimizer's state of the weight, or `project` it.
         svd: `each` worker decomposes every weight, or the work is `shared`: one owner a weight sends its factors.
         settled: leave a weight dense, until weights are factored the next time, whose spectrum drifted by more than
-            this in the round before (`abtrain.recipe.Until` says how it is measured); 0: factor all. Measured at
+            this in the round before (`abtrain.phase.Until` says how it is measured); 0: factor all. Measured at
             merges of weights while they are dense.
         min_share: leave a weight dense that has less than this share of the elements of all weights that may be
             factored: small weights save little, and lose most by being cut.

@@ -23,7 +23,7 @@ from abtrain.rounds import Rounds, TrainedBy
 from abtrain.switch import Switch
 from abtrain.sync import WeightSync
 
-VERSION = 2
+VERSION = 3
 """Of the content of `ABTraining.state_dict`: other content, another number."""
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of a rank rule that is no dataclass
@@ -167,10 +167,15 @@ def _at_last_merge(states: Sequence[Mapping[str, Any]], state: Mapping[str, Any]
     }
     # The climb may have ended since, or have begun in an earlier phase.
     done = max(climb["done"] - back, min(climb["length"], position.step_in_phase))
+    rounds = {
+        "losses": torch.zeros(0, dtype=torch.float64),
+        "under_way": [],
+        "dropped": [entry for entry in state["rounds"]["dropped"] if entry["step"] <= position.step],
+    }
     return {
         "step": position.step,
         "model": {**state["model"], "weights": weights, "buffers": buffers},
-        "rounds": {**state["rounds"], "losses": torch.zeros(0, dtype=torch.float64), "under_way": []},
+        "rounds": {**state["rounds"], **rounds},
         "rebound": {"length": climb["length"], "done": done},
         "skipped_steps": [step for step in state["skipped_steps"] if step < position.step],
         "workers_equal": True,

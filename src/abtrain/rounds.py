@@ -156,7 +156,7 @@ class Rounds:
         """
         self._losses = state["losses"].tolist()
         self.outcome = None if state["outcome"] is None else Outcome(state["outcome"][0], tuple(state["outcome"][1]))
-        self.dropped = list(state.get("dropped", []))
+        self.dropped = list(state["dropped"])
         self._under_way = []
         for entry in state["under_way"]:
             position = at(entry["step"] - 1)

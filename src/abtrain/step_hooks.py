@@ -11,7 +11,7 @@ from abtrain.errors import UsageError
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.precondition import Preconditioner
 from abtrain.nonfinite import GradientGuard, OnNonFinite
-from abtrain.recipe import Phase
+from abtrain.phase import Phase
 
 
 class Coming(NamedTuple):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from abtrain.comm.communicator import Communicator
-from abtrain.recipe import Recipe, Until
+from abtrain.phase import Until
+from abtrain.recipe import Position, Recipe
 
 log = logging.getLogger("abtrain")
 
@@ -39,22 +40,29 @@ class Switch:
         self._drift: dict[str, float] = {}
         self._sizes: dict[str, int] = {}
 
-    def observe(self, matrices: Callable[[], Mapping[str, Tensor]], factored: bool) -> None:
+    def observe(
+        self, matrices: Callable[[], Mapping[str, Tensor]], recipe: Recipe, upcoming: Position | None, factored: bool
+    ) -> None:
         """A merge has ended.
 
         Args:
             matrices: gives the weights that may be factored and are not at present, (m, n) by name.
-            factored: whether others are.
+            recipe: as it is now.
+            upcoming: where the next step stands.
+            factored: whether other weights are factors.
         """
-        asked = self._for_factoring or (self._for_phases and not factored)
-        if not asked or self._comm.rank != 0:
+        if self._comm.rank != 0 or upcoming is None:
             return
-        for name, W in matrices().items():
-            S = torch.linalg.svdvals(W.float()).cpu()
-            S = S / S[0].clamp_min(torch.finfo(S.dtype).tiny)
-            before = self._spectra.get(name)
-            self._drift[name] = _NEVER if before is None else float((S - before).norm() / S.norm())
-            self._spectra[name], self._sizes[name] = S, W.numel()
+        if (self._for_phases and not factored) or (self._for_factoring and recipe.factors_from(upcoming.step)):
+            for name, W in matrices().items():
+                S, before = _spectrum(W), self._spectra.get(name)
+                self._drift[name] = _NEVER if before is None else float((S - before).norm() / S.norm())
+                self._spectra[name], self._sizes[name] = S, W.numel()
+
+    def restored(self, matrices: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Weights are dense again: their next round begins with what factors have made of them."""
+        if self._comm.rank == 0 and self._for_factoring:
+            self._spectra |= {name: _spectrum(W) for name, W in matrices().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far; empty on all workers but the first."""
@@ -88,6 +96,8 @@ class Switch:
         self._comm.broadcast(drift, source=0)
         return {
             name: f"its spectrum still drifts by {value:.3g} a round, more than settled={tolerance}"
+            if math.isfinite(value)
+            else f"its spectrum was measured less than twice: settled={tolerance} asks how it drifts"
             for name, value in zip(names, drift.tolist(), strict=True)
             if value > tolerance
         }
@@ -95,3 +105,9 @@ class Switch:
     def _mean_drift(self) -> float:
         total = sum(self._sizes.values())
         return sum(self._drift[name] * size for name, size in self._sizes.items()) / total if total else _NEVER
+
+
+def _spectrum(W: Tensor) -> Tensor:
+    """Singular values over the largest."""
+    S: Tensor = torch.linalg.svdvals(W.float()).cpu()
+    return S / S[0].clamp_min(torch.finfo(S.dtype).tiny)

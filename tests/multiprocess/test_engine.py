@@ -164,6 +164,29 @@ def test_powersgd_finds_its_errors_in_the_places_where_it_left_them() -> None:
     assert all(layout == found[0] for layout in found)
 
 
+def two_runs(comm: Communicator) -> list[dict[str, Tensor]]:
+    """One after the other, on the same communicator."""
+    ended = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = Backwards()
+        optimizer = sgd(model.parameters())
+        ab = ABTraining(model, optimizer, recipes.powersgd(6, rank=1), communicator=comm)
+        generator = torch.Generator().manual_seed(comm.rank)
+        while not ab.finished:
+            ab(torch.randn(8, 64, generator=generator)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ab.step()
+        ended.append(ab.dense_state_dict())
+    return ended
+
+
+def test_a_second_run_inherits_nothing_of_powersgds_first() -> None:
+    first, second = run_gloo(2, two_runs)[0]
+    assert largest_difference(first, second) == 0
+
+
 def several_buckets(comm: Communicator) -> dict[str, Tensor]:
     """PowerSGD on 5 MB of gradients: DDP sends the first MB apart from the rest."""
     torch.manual_seed(0)

@@ -13,7 +13,8 @@ from abtrain import recipes
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.factoring import Factoring
 from abtrain.lowrank.rank import SigmaCutoff
-from abtrain.recipe import Phase, Recipe
+from abtrain.phase import Phase, Until
+from abtrain.recipe import Recipe
 from abtrain.sync import GradientSync, Mean, WeightSync
 
 
@@ -122,6 +123,10 @@ def test_a_round_that_the_end_of_the_run_cuts_off(build_recipe: Any) -> None:
     [
         (Phase("p", 10, trains="b"), "needs factors"),
         (Phase("p", 10, weights="factored", trains="a_or_b", sync=GradientSync()), "use a WeightSync"),
+        (
+            Phase("p", 10, weights="factored", sync=WeightSync(2), until=Until("agreement", 0.5)),
+            "until is measured on full-rank weights",
+        ),
         (Phase("p", 10, sync=WeightSync(11)), "every=11 is longer than the phase: use at most its 10 steps"),
         (Phase("p", 10, sync=WeightSync(0)), "every=0 is too small"),
         (Phase("p", 10, sync=WeightSync(2), local_lr=0), "local_lr=0 is not a finite number above 0"),

@@ -17,7 +17,8 @@ from abtrain.comm.in_process import run_in_process
 from abtrain.errors import ConfigurationError
 from abtrain.factoring import Factoring
 from abtrain.lowrank.tangent import to_factors, to_weight
-from abtrain.recipe import Until
+from abtrain.phase import Until
+from abtrain.switch import Switch
 from tests.cases import adamw, batch, build
 
 
@@ -132,12 +133,57 @@ def test_a_weight_that_stayed_dense_is_factored_once_it_has_settled(caplog: pyte
         lambda: recipes.ab(300, settled=0.1),
         lambda: recipes.ab_outer(300, settled=0.1, warmup_every=0),
         lambda: recipes.ab_outer(300, settled=0.1, warmup_delay=3),
+        lambda: recipes.ab_outer(300, settled=0.1, warmup_steps=20),
     ],
 )
 def test_settled_needs_merges_to_be_measured_at(build_recipe: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"settled=0\.1 is measured at merges of full-rank weights"):
+    with pytest.raises(ConfigurationError, match=r"settled=0\.1 is measured from one merge"):
         build_recipe()
     recipes.ab(300, settled=0.1, warmup_every=10)
+
+
+def test_a_weight_that_was_factored_is_measured_from_what_its_factors_made_of_it() -> None:
+    """What the cut took from its spectrum is no drift."""
+
+    def work(comm: Communicator) -> list[dict[str, Any]]:
+        recipe = recipes.ab_outer(
+            72, every=4, warmup_steps=12, refactor_every=2, rebound_steps=4, rank_rule=FixedRank(2), settled=0.5
+        )
+        return run(comm, recipe).rank_history
+
+    history = run_in_process(2, work)[0]
+    assert len(history) == 5
+    assert all(set(entry["ranks"]) == set(history[0]["ranks"]) for entry in history)
+    assert history[0]["ranks"]
+
+
+def test_nothing_is_measured_once_no_weight_will_be_factored(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    observe = Switch.observe
+
+    def spy(self: Switch, matrices: Any, *rest: Any) -> None:
+        observe(self, lambda: measured.append(rest[1].step) or matrices(), *rest)  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(Switch, "observe", spy)
+    recipe = recipes.ab_outer(40, **options(mean_steps=0, settled=1e-9))
+    run_in_process(2, lambda comm: run(comm, recipe).steps_done)
+    assert measured == [4, 8, 12]
+
+
+def test_a_phase_that_ends_early_may_leave_a_later_one_less_than_a_round() -> None:
+    recipe = recipes.ab_outer(
+        65,
+        every=5,
+        warmup_steps=40,
+        drift_below=1e9,
+        refactor_every=10,
+        rebound_steps=20,
+        rebound_every=10,
+        rank_rule=FixedRank(3),
+    )
+    ab = run_in_process(2, lambda comm: run(comm, recipe))[0]
+    assert ab.decisions[0]["step"] == 10
+    assert ab.phases[-5:] == ["rebound"] * 5
 
 
 def test_factoring_anew_lets_ranks_fall_and_keeps_what_is_owed_and_the_outer_momentum() -> None:

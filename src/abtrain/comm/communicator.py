@@ -123,6 +123,10 @@ class Communicator(Protocol):
         """Returns once every worker is here."""
         ...
 
+    def begin_run(self) -> None:
+        """What narrow gradients of an earlier run have left behind, such as PowerSGD's errors, is forgotten."""
+        ...
+
     def data_parallel(
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
     ) -> DataParallel:
@@ -200,6 +204,8 @@ class SingleProcess:
 
     def cannot_carry(self, sync: Sync) -> str:
         return ""
+
+    def begin_run(self) -> None: ...
 
     def data_parallel(
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN

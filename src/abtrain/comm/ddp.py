@@ -87,7 +87,8 @@ class TorchDataParallel:
         ddp.module = _Rehearsal(model, [self._trained[place] for place in arrivals])
         self._averaging.rehearses = True
         try:
-            ddp().backward()
+            with torch.enable_grad():
+                ddp().backward()
         finally:
             ddp.module, self._averaging.rehearses = model, False
         for parameter in self._trained:

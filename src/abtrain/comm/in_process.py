@@ -160,6 +160,8 @@ class InProcessCommunicator:
             return ""
         return f"threads cannot send gradients as {sync.wire!r}: PyTorch's hooks need torch.distributed. Use 'fp32'"
 
+    def begin_run(self) -> None: ...
+
     def data_parallel(
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
     ) -> DataParallel:

@@ -25,6 +25,9 @@ from abtrain.comm.wire import Averages, DirectWire, Tensors
 # What is left of a column after its projection on the others, below this share of it, is rounding.
 _DEPENDENT = 1e-4
 
+_CACHED = 2**17
+"""Numbers of a product that are worked on at once."""
+
 
 class LowRankWire:
     """Sends a tensor of two or more dimensions, seen as (first dimension, rest), as two factors of rank `rank`.
@@ -101,16 +104,23 @@ def orthonormal(P: Tensor) -> Tensor:
             column = column - _total(parts.T)
         after = _norm(column)
         dependent = after <= _DEPENDENT * before
-        column = torch.zeros_like(column) if dependent else column / after
+        column = torch.where(dependent, torch.zeros_like(column), column / after)
         columns = torch.cat([columns, column[:, None]], dim=1)
     return columns.to(P.dtype)
 
 
 def product(P: Tensor, Q: Tensor) -> Tensor:
     """P Q^T (m, n) of P (m, r) and Q (n, r), column after column."""
-    result = P[:, :1] * Q[:, 0]
-    for p, q in zip(P.unbind(1)[1:], Q.unbind(1)[1:], strict=True):
-        result += p[:, None] * q
+    m, n = len(P), len(Q)
+    result, columns = P.new_empty(m, n), Q.T.contiguous()
+    # On a CPU, so many rows at once as its cache holds.
+    rows = m if P.is_cuda else max(1, _CACHED // n)
+    term = P.new_empty(min(rows, m), n)
+    for start in range(0, m, rows):
+        part, block = P[start : start + rows], result[start : start + rows]
+        torch.mul(part[:, :1], columns[0], out=block)
+        for p, q in zip(part.unbind(1)[1:], columns[1:], strict=True):
+            block += torch.mul(p[:, None], q, out=term[: len(part)])
     return result
 
 

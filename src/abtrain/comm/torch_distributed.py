@@ -145,6 +145,9 @@ class TorchCommunicator:
             "use the wire 'fp32', or the backend gloo or nccl"
         )
 
+    def begin_run(self) -> None:
+        self._hooks.clear()
+
     def data_parallel(
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
     ) -> DataParallel:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from abtrain.errors import ConfigurationError, nearest
-from abtrain.recipe import Phase, Recipe
+from abtrain.phase import Phase
+from abtrain.recipe import Recipe
 from abtrain.recipes.parts import MergeName, at_local_lr, full_phase, merge_rule, until
 from abtrain.sync import GradientSync, Outer, WeightSync
 
@@ -69,7 +70,7 @@ def local_sgd(
         warmup_every: steps between merges there; 0: gradients are averaged at every step.
         rebound_steps: steps after every merge with a sync of their own.
         rebound_every: steps between merges there; 0: gradients are averaged at every step.
-        local_lr: multiplies the learning rate between merges (see `abtrain.recipe.Phase`).
+        local_lr: multiplies the learning rate between merges (see `abtrain.phase.Phase`).
     """
     sync = WeightSync(every, merge_rule(merge, temperature), wire, delay, fragments)
     local = Phase("local", every if rebound_steps else total_steps, sync=sync)
@@ -104,8 +105,8 @@ def diloco(
         fragments: parts of the model that merge in turns.
         mean_steps: steps at the start in which merges are plain means.
         mean_every: steps between merges there; 0: gradients are averaged at every step.
-        agreement_below: end them as soon as workers agree less than this (see `abtrain.recipe.Until`); 0: never.
-        local_lr: multiplies the learning rate between merges (see `abtrain.recipe.Phase`).
+        agreement_below: end them as soon as workers agree less than this (see `abtrain.phase.Until`); 0: never.
+        local_lr: multiplies the learning rate between merges (see `abtrain.phase.Phase`).
     """
     sync = WeightSync(every, Outer(outer_lr, outer_momentum), wire, delay, fragments)
     prologue = full_phase("mean", mean_steps, mean_every, wire, until("agreement", agreement_below))

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from abtrain.errors import ConfigurationError
 from abtrain.factoring import Factoring, RankRule
-from abtrain.recipe import Phase, Recipe
+from abtrain.phase import Phase
+from abtrain.recipe import Recipe
 from abtrain.recipes.parts import are_counts, at_local_lr, full_phase, rank_rule_of, until, whole_rounds
 from abtrain.sync import Mean, Merge, Outer, WeightSync, whole_number_problems
 
@@ -60,12 +61,12 @@ def ab_outer(
         fragments: parts of the model that merge in turns, while it is factored.
         mean_steps: steps at the start in which merges are plain means, before the warm-up.
         mean_every: steps between merges there; 0: gradients are averaged at every step.
-        agreement_below: end them as soon as workers agree less than this (see `abtrain.recipe.Until`); 0: never.
+        agreement_below: end them as soon as workers agree less than this (see `abtrain.phase.Until`); 0: never.
         warmup_steps: full-rank steps with outer merges; default 20 % of all, less `mean_steps`, in whole rounds.
         warmup_every: steps between merges there; default `every`; 0: gradients are averaged at every step.
         warmup_wire: how merges are sent there; default `wire`.
         warmup_delay: steps that a merge is hidden behind there.
-        drift_below: end them as soon as spectra drift less than this (see `abtrain.recipe.Until`); 0: never.
+        drift_below: end them as soon as spectra drift less than this (see `abtrain.phase.Until`); 0: never.
         refactor_every: rounds after which weights are factored anew, so that ranks can fall; 0: factor once.
         rebound_steps: full-rank steps before weights are factored anew.
         rebound_every: steps between merges there; default `every`; 0: gradients are averaged at every step.
@@ -74,7 +75,7 @@ def ab_outer(
             (`SigmaCutoff(outliers=False)`).
         damping: of the preconditioner of the factors' steps; 0: no preconditioner.
         factor_lr: multiplies preconditioned steps; default 2, which suits optimizers that normalize gradients (Adam).
-        local_lr: multiplies the learning rate between merges (see `abtrain.recipe.Phase`).
+        local_lr: multiplies the learning rate between merges (see `abtrain.phase.Phase`).
         rank_rule: in place of `SigmaCutoff(sigma_cutoff)`: a rule, or its name such as `energy:0.95`.
         factoring: the other settings of `abtrain.factoring.Factoring`.
 

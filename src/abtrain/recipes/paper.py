@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from abtrain.factoring import Factoring, RankRule
-from abtrain.recipe import Phase, Recipe
+from abtrain.phase import Phase
+from abtrain.recipe import Recipe
 from abtrain.recipes.parts import WARMUP_SHARE, MergeName, full_phase, merge_rule, rank_rule_of, share_of
 from abtrain.sync import GradientSync, Trains, WeightSync
 

@@ -8,7 +8,7 @@ from typing import Literal
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.factoring import RankRule
 from abtrain.lowrank.rank import SigmaCutoff, parse_rule
-from abtrain.recipe import Measure, Phase, Until
+from abtrain.phase import Measure, Phase, Until
 from abtrain.sync import (
     MOST,
     GradientSync,

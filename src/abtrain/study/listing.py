@@ -74,11 +74,11 @@ def _table(config: RecipesConfig) -> Table:
     table.add_column("what it does, phase by phase")
     table.add_column("of ddp's payload", justify="right", no_wrap=True)
     for name in chosen(config):
-        refused = problem_of(partial(recipes.build, name, config.steps))
-        if refused:
-            table.add_row(name, "\n".join(refused), "-", end_section=True, style="dim")
+        try:
+            recipe = recipes.build(name, config.steps)
+        except ConfigurationError as error:
+            table.add_row(name, "\n".join(error.problems), "-", end_section=True, style="dim")
             continue
-        recipe = recipes.build(name, config.steps)
         _, ratio, _ = _predicted(config, recipe)
         phases = "".join(f"\n- {line}" for line in phases_in_words(recipe))
         words = Text.assemble((purpose_of(name), "bold"), phases)

@@ -274,7 +274,7 @@ class _Walk:
         numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
         until = position.phase.until
         if until is not None and until.measure == "agreement":
-            numbers.append(torch.empty(WIDTH + 1, device="meta"))
+            numbers.append(torch.empty(WIDTH + 1, dtype=torch.float64, device="meta"))
         counters = [buffer for buffer in buffers if not buffer.is_floating_point()]
         replicas = compared(1, "group") if self._topology.group_size > 1 else ()
         told = (*replicas, _ROLL_CALL)

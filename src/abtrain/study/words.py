@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from abtrain import recipes
-from abtrain.recipe import Phase, Recipe, Until
+from abtrain.phase import Phase, Until
+from abtrain.recipe import Recipe
 from abtrain.sync import (
     AUTO,
     AUTO_WIRES,

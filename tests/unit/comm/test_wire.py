@@ -8,7 +8,7 @@ from torch import Tensor
 
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
-from abtrain.comm.low_rank_wire import orthonormal
+from abtrain.comm.low_rank_wire import orthonormal, product
 from abtrain.comm.stages import finish
 from abtrain.comm.wires import make_wire
 from tests.gloo import run_gloo
@@ -160,3 +160,14 @@ def test_a_dependent_column_becomes_zero_and_comes_back_later() -> None:
         return float((mean - M).norm())
 
     assert run_in_process(2, work)[0] < 1e-3
+
+
+@pytest.mark.parametrize(("m", "n", "r"), [(1, 1, 1), (7, 5, 3), (300, 1000, 4)])
+def test_a_product_is_summed_column_after_column_whatever_its_size(m: int, n: int, r: int) -> None:
+    generator = torch.Generator().manual_seed(m)
+    P, Q = torch.randn(m, r, generator=generator), torch.randn(n, r, generator=generator)
+    expected = P[:, :1] * Q[:, 0]
+    for i in range(1, r):
+        expected = expected + P[:, i : i + 1] * Q[:, i]
+    assert torch.equal(product(P, Q), expected)
+    torch.testing.assert_close(expected, P @ Q.T)

@@ -8,7 +8,7 @@ import pytest
 
 from abtrain import cli, recipes
 from abtrain.errors import ConfigurationError
-from abtrain.recipe import Measure
+from abtrain.phase import Measure
 from abtrain.study.units import rate_of, seconds_of
 from abtrain.study.words import GRADIENT_WIRES, MEASURES, MERGES, TRAINS, phases_in_words, purpose_of
 from abtrain.sync import GradientWire, Merge, Trains
