@@ -106,6 +106,23 @@ def test_options_that_differ(option: str, value: Any, words: str) -> None:
     assert all(words in str(error) for error in errors)
 
 
+@pytest.mark.parametrize(
+    ("asks_at", "words"),
+    [((2, 3), "step is 2 on rank 0 and 3 on rank 1"), ((None, 3), "ranks are at different places of the program")],
+    ids=["at another step", "alone"],
+)
+def test_an_average_that_not_all_ask_for_at_the_same_step(asks_at: tuple[int | None, int], words: str) -> None:
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, recipes.local_sgd(20, every=5))
+        loop.run(asks_at[comm.rank] or 5)
+        with loop.ab.merged():
+            raise AssertionError("an average of unlike steps was shown")
+
+    errors = told(2, work)
+    assert {type(error) for error in errors} == {RanksDisagreeError} and errors[0].exit_code == 5
+    assert all(words in str(error) for error in errors)
+
+
 def test_optimizers_and_groups_that_differ() -> None:
     def work(comm: Communicator) -> None:
         model = build("mlp")

@@ -14,7 +14,7 @@ from torch import nn
 from abtrain import ABTraining, FixedRank, Recipe, recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
-from abtrain.errors import ConfigurationError, RanksDisagreeError, UsageError
+from abtrain.errors import ConfigurationError, UsageError
 from tests.cases import SCHEDULE, adamw, batch, build, largest_difference, sgd, train
 
 
@@ -189,28 +189,6 @@ def test_payload_within_groups_is_counted_apart() -> None:
     apart = run_in_process(4, work, group_size=2)[0]
     assert apart["within_groups"] > 0
     assert apart["total"] == apart["within_groups"] + apart["between_groups"] == sum(apart["by_phase"].values())
-
-
-def test_a_worker_at_another_step_is_found_before_the_merge() -> None:
-    models = [build("mlp") for _ in range(2)]
-
-    def work(comm: Communicator) -> None:
-        _, optimizer, ab = mlp_run(comm, recipes.local_sgd(20, every=5), models[comm.rank])
-        for _ in range(4 + comm.rank):
-            one_step(ab, optimizer)
-            if comm.rank == 0 and ab.steps_done == 2:
-                ab.step()  # one too many
-
-    with pytest.raises(RanksDisagreeError):
-        run_in_process(2, lambda comm: work_to_merge(comm, models))
-
-
-def work_to_merge(comm: Communicator, models: list[nn.Module]) -> None:
-    """Rank 0 has another schedule, so both merge at the same time but at unlike steps."""
-    recipe = recipes.local_sgd(20, every=4 + comm.rank)
-    _, optimizer, ab = mlp_run(comm, recipe, models[comm.rank])
-    for _ in range(10):
-        one_step(ab, optimizer)
 
 
 def test_merged_shows_the_average_and_puts_back_what_was_there() -> None:
@@ -511,6 +489,16 @@ class TestRulesOfTheLoop:
 
         with pytest.raises(UsageError, match=r"call ab\(x\) in place of model\(x\)"):
             run_in_process(2, work)
+
+    def test_one_ab_step_too_many(self) -> None:
+        def work(comm: Communicator) -> None:
+            _, optimizer, ab = mlp_run(comm, recipes.local_sgd(20, every=5), build("mlp"))
+            one_step(ab, optimizer, comm.rank)
+            with pytest.raises(UsageError, match=r"no ab\(\.\.\.\) call came since the last ab\.step\(\)"):
+                ab.step()
+            assert ab.steps_done == 1
+
+        run_in_process(2, work)
 
 
 class TestWhatIsRefused:
