@@ -99,7 +99,10 @@ TRANSFORMERS = {
         f"every 5, means, ternary, local rate 2, {rule}": f"{_OFTEN} --every 5 {_LOCAL_RATE} --rank-rule {rule}"
         for rule in _RULES
     },
-    "local_sgd, every 5, ternary, local rate 2": "local_sgd --every 5 --wire ternary --local-lr 2",
+    **{
+        f"local_sgd, every {n}, ternary, local rate 2": f"local_sgd --every {n} --wire ternary --local-lr 2"
+        for n in (5, 6)
+    },
     "every 4, then 12, means, ternary, head dense": f"{_OFTEN} --warmup-steps 1000 --warmup-every 4 --every 12 "
     "--exclude head.weight",
     "every 4, then 12, means, ternary": f"{_OFTEN} --warmup-steps 1000 --warmup-every 4 --every 12",
