@@ -283,7 +283,7 @@ class ABTraining:
         if position is None or self._workers_equal or not isinstance(position.phase.sync, WeightSync):
             yield self.module
             return
-        self._state.check(self.steps_done, position.phase_index)
+        self._rounds.roll_call(self.steps_done, position.phase_index, self.recipe.at)
         with self._state.averaged():
             yield self.module
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from abtrain.comm.agreement import roll_call
+from abtrain.comm.agreement import roll_call, share
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.low_rank_wire import LowRankWire
 from abtrain.comm.stages import Stages, together
@@ -114,6 +114,7 @@ class Merger:
         trained_by: Mapping[str, Sequence[bool]],
         *,
         buffers: Mapping[str, Tensor] | None = None,
+        counters: Sequence[Tensor] = (),
         started: Mapping[str, Tensor] | None = None,
         loss: float | None = None,
         place: Mapping[str, int] | None = None,
@@ -131,6 +132,7 @@ class Merger:
             sync: by which rule, over which wire.
             trained_by: by name, for each worker whether it trained the tensor, where not all did.
             buffers: floating-point tensors that are averaged as they are.
+            counters: what cannot be averaged: they follow the first worker whose part is finite, once that is known.
             started: copies of `tensors` and `buffers` as they were when the merge began; None: as they are now, and
                 nothing is trained before the merge ends.
             loss: this worker's mean training loss in the round, if it is known.
@@ -151,6 +153,7 @@ class Merger:
         parts = [Part(*row) for row in rows]
         fail_at(self._comm.rank, place.get("step", 0), "merge.agreed")
         alive = self._alive(parts)
+        share(self._comm, counters, [alive.index(True)] * len(counters))
         numbers = self._contribution(sync.merge, deltas, alive, trained_by, parts)
         beside = [started[name] for name in buffers] + ([sketch_of(deltas)] if measure else [])
         averages, means = yield from together(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from abtrain.comm.agreement import checksum, fingerprint
+from abtrain.comm.agreement import checksum, fingerprint, roll_call
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Background, Stages, finish
 from abtrain.faults import fail_at
@@ -110,6 +110,42 @@ class Rounds:
         finish(self._merge(position, step, mean_loss, None, trained_by))
         return len(position.merging) == sync.fragments
 
+    def roll_call(self, step: int, phase: int, at: Callable[[int], Position]) -> None:
+        """All workers prove that they are about to average the same things, amid a round.
+
+        What merges under way have still to send is sent first, in the order of the steps to come, up to where the next
+        merge begins: a worker that comes here alone meets the others there, and all are told.
+
+        Args:
+            step: how many steps are done.
+            phase: which of the recipe's phases this is.
+            at: the position of a step in the recipe.
+
+        Raises:
+            RanksDisagreeError: workers are at different steps, in different phases, or hold different shapes.
+            UsageError: a parameter is trained that was frozen at first.
+        """
+        ahead = 1
+        while not self._go_ahead(ahead):
+            position = at(step + ahead - 1)
+            if position.last:
+                self._go_ahead(position.steps_in_phase)
+            if position.merges:
+                break
+            ahead += 1
+        calling = roll_call(self._comm, self._state.place(step, phase))
+        next(calling)
+        # The others wait for a roll call one step after it began, and go on with older merges before.
+        self._go_ahead(ahead + 1)
+        finish(calling)
+
+    def _go_ahead(self, steps: int) -> bool:
+        """Sends what merges under way are to send within so many steps; whether that is all of it."""
+        if self._comm.topology.world_size == 1:
+            return True
+        sent = [merge.stages.go_ahead(steps) for merge in self._under_way]
+        return all(sent)
+
     def _begin_anew(self) -> None:
         """Drops what is not finite here, in other fragments too: a worker is not left out of the next merge for it."""
         self._state.forget_nonfinite()
@@ -162,17 +198,25 @@ class Rounds:
             position = at(entry["step"] - 1)
             started = {name: tensor.to(device, copy=True) for name, tensor in entry["started"].items()}
             loss = None if entry["loss"] is None else float(entry["loss"])
-            merge = self._launch(position, entry["step"], loss, started, trained_by(position))
-            merge.stages.catch_up(*entry["progress"])
+            passed, done = entry["progress"]
+            # Counters have followed in its first stage: what was counted since is not to be lost.
+            merge = self._launch(position, entry["step"], loss, started, trained_by(position), counting=not done)
+            merge.stages.catch_up(passed, done)
             self._under_way.append(merge)
 
     def _launch(
-        self, position: Position, step: int, loss: float | None, started: dict[str, Tensor], trained_by: TrainedBy
+        self,
+        position: Position,
+        step: int,
+        loss: float | None,
+        started: dict[str, Tensor],
+        trained_by: TrainedBy,
+        counting: bool = True,
     ) -> _UnderWay:
         sync = position.phase.sync
         assert isinstance(sync, WeightSync)
         count = _CHECKING + self._merger.wire(sync.wire).stages
-        stages = self._merge(position, step, loss, started, trained_by)
+        stages = self._merge(position, step, loss, started, trained_by, counting)
         return _UnderWay(Background(stages, count, sync.delay), step, loss, started)
 
     def _merging(self, position: Position, trained_by: TrainedBy) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -194,6 +238,7 @@ class Rounds:
         loss: float | None,
         started: Mapping[str, Tensor] | None,
         trained_by: TrainedBy,
+        counting: bool = True,
     ) -> Stages[None]:
         sync = position.phase.sync
         assert isinstance(sync, WeightSync)
@@ -208,6 +253,7 @@ class Rounds:
             sync,
             trained_by,
             buffers=buffers,
+            counters=self._state.counters() if counting and _whole_round(position) else [],
             started=started,
             loss=loss,
             place=place,
@@ -219,9 +265,6 @@ class Rounds:
         if self._comm.rank in outcome.dropped:
             self._begin_anew()
         fail_at(self._comm.rank, step, "merge.end")
-        if _whole_round(position):
-            well = set(range(self._comm.topology.world_size)) - set(outcome.dropped)
-            self._state.share_counters(source=min(well))
         self.outcome = outcome
 
 

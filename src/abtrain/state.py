@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from abtrain.comm.agreement import agree_on_tensors, check_fingerprint, fingerprint, share
+from abtrain.comm.agreement import agree_on_tensors, fingerprint, share
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.wire import exact_average
 from abtrain.errors import UsageError
@@ -45,6 +45,10 @@ class SharedState:
         """Those of the buffers that can be averaged."""
         return {name: buffer for name, buffer in self.buffers().items() if buffer.is_floating_point()}
 
+    def counters(self) -> list[Tensor]:
+        """Those that cannot."""
+        return [buffer for buffer in self.buffers().values() if not buffer.is_floating_point()]
+
     def agree(self) -> None:
         """Makes all parameters and buffers, frozen ones too, the same on all workers: where they differ, rank 0's."""
         model = self._model.model
@@ -52,15 +56,6 @@ class SharedState:
         differed = agree_on_tensors(self._comm, tensors)
         if differed:
             log.info("initial values of %d tensors differed between workers: rank 0's were taken", len(differed))
-
-    def check(self, step: int, phase: int) -> None:
-        """Proves that all workers are about to average the same things, and all that is trained.
-
-        Raises:
-            RanksDisagreeError: workers are at different steps, in different phases, or hold different shapes.
-            UsageError: a parameter is trained that was frozen at first.
-        """
-        check_fingerprint(self._comm, **self.place(step, phase))
 
     def place(self, step: int, phase: int, **more: int) -> dict[str, int]:
         """What has to be alike on all workers that are about to average.
@@ -92,11 +87,6 @@ class SharedState:
             tensor.copy_(value)
         counters = [tensor for tensor in tensors.values() if not tensor.is_floating_point()]
         share(self._comm, counters, [0] * len(counters))
-
-    def share_counters(self, source: int) -> None:
-        """Buffers that cannot be averaged follow rank `source`."""
-        counters = [buffer for buffer in self.buffers().values() if not buffer.is_floating_point()]
-        share(self._comm, counters, [source] * len(counters))
 
     def forget_nonfinite(self) -> None:
         """Drops this worker's optimizer state of every parameter for which it holds NaN or infinity."""

@@ -74,10 +74,16 @@ class Loop:
         return weights_digest(self.ab.dense_state_dict()), payload, (self.ab.rank_history, self.ab.decisions)
 
 
-def stopped_and_resumed(comm: Communicator, recipe: Recipe, optimizer: str, stops: tuple[int, ...]) -> Any:
+def stopped_and_resumed(
+    comm: Communicator, recipe: Recipe, optimizer: str, stops: tuple[int, ...], validate: bool = False
+) -> Any:
     loop = Loop(comm, recipe, optimizer)
     for stop in stops:
         loop.run(stop)
+        if validate:
+            with loop.ab.merged() as model, torch.no_grad():
+                model.eval()(torch.zeros(2, 10))
+            model.train()
         saved = copy.deepcopy((loop.ab.state_dict(), loop.schedule.state_dict()))
         # The meter is the communicator's: what the state holds has to replace whatever was counted since.
         loop = Loop(comm, recipe, optimizer, seed=9)
@@ -96,6 +102,17 @@ def test_resumed_in_every_phase(name: str) -> None:
     for stops in (steps[::3], steps[1::3]):
         resumed = run_in_process(3, lambda comm, at=tuple(stops): stopped_and_resumed(comm, recipe, optimizer, at))
         assert resumed == expected, f"stopped at {stops}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_resumed_after_a_look_at_the_average(name: str) -> None:
+    """It sends ahead what merges under way are still to send, and changes nothing."""
+    recipe = RECIPES[name]
+    expected = run_in_process(3, lambda comm: stopped_and_resumed(comm, recipe, "adamw", ()))
+    stops = tuple(range(recipe.total_steps + 1))[2::3]
+    looked = run_in_process(3, lambda comm: stopped_and_resumed(comm, recipe, "adamw", stops, validate=True))
+    # All but the payload: what was sent to look is counted.
+    assert [(outcome[0], outcome[2]) for outcome in looked] == [(outcome[0], outcome[2]) for outcome in expected]
 
 
 def saved(recipe: Recipe, steps: int, **options: Any) -> tuple[Loop, dict[str, Any]]:

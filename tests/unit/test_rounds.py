@@ -108,6 +108,40 @@ def test_validation_while_a_merge_is_under_way_sees_the_average_and_changes_noth
     assert largest_difference(once[0], seen[0]) == 0
 
 
+@pytest.mark.parametrize(
+    ("sync", "step"),
+    [
+        (WeightSync(4, delay=3, wire="int8"), 4),
+        (WeightSync(4, delay=3, wire="int8"), 6),
+        (WeightSync(4, delay=1, wire="lowrank:1"), 4),
+        (WeightSync(6, Outer(0.9, 0.8), delay=5, fragments=3, wire="int8"), 5),
+        (WeightSync(6, Outer(0.9, 0.8), delay=5, fragments=3), 8),
+        (WeightSync(6, Outer(0.9, 0.8), delay=5, fragments=3, wire="int4"), 17),
+    ],
+    ids=["just begun", "half way", "short", "fragments", "fragments in full", "the last merge"],
+)
+def test_an_average_that_one_worker_asks_for_amid_hidden_merges(sync: WeightSync, step: int) -> None:
+    told = run_gloo(3, one_looks_at_the_average, sync, step)
+    assert all("ranks are at different places of the program" in words for words in told)
+
+
+def one_looks_at_the_average(comm: Communicator, sync: WeightSync, step: int) -> str:
+    model = nn.Sequential(nn.Linear(10, 16), nn.BatchNorm1d(16), nn.Linear(16, 5))
+    optimizer = adamw(model.parameters())
+    ab = ABTraining(model, optimizer, Recipe("r", 18, cycle=(Phase("p", 18, sync=sync),)), communicator=comm)
+    with pytest.raises(RanksDisagreeError) as error:
+        while True:
+            x, y = batch("mlp", comm.rank, ab.steps_done, torch.float32)
+            F.cross_entropy(ab(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ab.step()
+            if comm.rank == 1 and ab.steps_done == step:
+                with ab.merged():
+                    raise AssertionError("an average of unlike steps was shown")
+    return str(error.value)
+
+
 def test_fragments_are_even_and_keep_factors_together() -> None:
     tensors = {"a.A": torch.zeros(40), "a.B": torch.zeros(20), "b": torch.zeros(60), "c": torch.zeros(30)}
     assert [list(part) for part in cut_into_fragments(tensors, 2)] == [["a.A", "a.B", "b"], ["c"]]

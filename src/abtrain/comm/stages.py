@@ -75,6 +75,14 @@ class Background(Generic[T]):
             self._done += 1
         return self._ended
 
+    def go_ahead(self, steps: int) -> bool:
+        """Begins now what would be begun in the next steps. True once all has begun, and is only to be waited for."""
+        due = min(stages_due(self._count, self._steps, self._passed + steps), self._count - 1)
+        while self._done < due:
+            self._next()
+            self._done += 1
+        return self._done >= self._count - 1
+
     @property
     def progress(self) -> tuple[int, int]:
         """How many steps have passed, and how many stages were gone on with since the first."""
