@@ -46,7 +46,7 @@ class SharedState:
         return {name: buffer for name, buffer in self.buffers().items() if buffer.is_floating_point()}
 
     def counters(self) -> list[Tensor]:
-        """Those that cannot."""
+        """Those that cannot: they follow one worker."""
         return [buffer for buffer in self.buffers().values() if not buffer.is_floating_point()]
 
     def agree(self) -> None:
