@@ -24,7 +24,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from torch import Tensor
 
-from abtrain.comm.agreement import digest, gather_json
+from abtrain.comm.agreement import gather_json
+from abtrain.comm.checksums import digest
 from abtrain.comm.communicator import Communicator
 from abtrain.errors import CheckpointError
 from abtrain.faults import fail_at

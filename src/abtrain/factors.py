@@ -2,7 +2,7 @@
 
 Two processes may compute different decompositions of the same matrix: the number of threads and the instruction set
 change the rounding, and where singular values repeat, the rounding picks the basis. Averaging factors of different
-bases destroys the weight. So factors are compared by digest, and where they differ everybody takes those of one owner.
+bases destroys the weight. So factors are compared by checksum, and where they differ all take those of one owner.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from abtrain.comm.agreement import digest, disagreeing, fingerprint, share
+from abtrain.comm.agreement import disagreeing, share
+from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.errors import NonFiniteError
 from abtrain.factoring import Factoring
@@ -125,7 +126,7 @@ def _exchange(
     if shared:
         unlike = wanted
     else:
-        digests = [fingerprint(digest(factors[i].A), digest(factors[i].B)) for i in wanted]
+        digests = [fingerprint(checksum(factors[i].A), checksum(factors[i].B)) for i in wanted]
         unlike = [wanted[place] for place in disagreeing(comm, digests)]
     final = {i: factors[i] for i in wanted if i not in unlike}
     tensors: list[Tensor] = []

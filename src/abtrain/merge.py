@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from abtrain.comm.agreement import roll_call, share
+from abtrain.comm.agreement import Told, roll_call, share
+from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.low_rank_wire import LowRankWire
 from abtrain.comm.stages import Stages, together
@@ -52,6 +53,18 @@ class Outcome(NamedTuple):
 
     agreement: float | None
     dropped: tuple[int, ...]
+
+
+class _Buffers(NamedTuple):
+    """How the buffers of workers compare.
+
+    Attributes:
+        differing: names of those that workers hold differently.
+        broken: of these, by name, the ranks on which they are not finite.
+    """
+
+    differing: list[str]
+    broken: dict[str, list[int]]
 
 
 class Merger:
@@ -114,7 +127,6 @@ class Merger:
         trained_by: Mapping[str, Sequence[bool]],
         *,
         buffers: Mapping[str, Tensor] | None = None,
-        counters: Sequence[Tensor] = (),
         started: Mapping[str, Tensor] | None = None,
         loss: float | None = None,
         place: Mapping[str, int] | None = None,
@@ -131,8 +143,9 @@ class Merger:
             tensors: what this worker holds, by names that `begin` got.
             sync: by which rule, over which wire.
             trained_by: by name, for each worker whether it trained the tensor, where not all did.
-            buffers: floating-point tensors that are averaged as they are.
-            counters: what cannot be averaged: they follow the first worker whose part is finite, once that is known.
+            buffers: real tensors of any dtype, by name. One that all workers hold the same stays as it is, whatever it
+                holds. Of the others, floating-point numbers are averaged, and all else follows the first worker whose
+                part is finite.
             started: copies of `tensors` and `buffers` as they were when the merge began; None: as they are now, and
                 nothing is trained before the merge ends.
             loss: this worker's mean training loss in the round, if it is known.
@@ -149,13 +162,16 @@ class Merger:
         at_once = started is None
         started = held if started is None else started
         deltas = {name: _change(self.anchors[name], started[name]) for name in tensors}
-        rows = yield from roll_call(self._comm, place, _told([*deltas.values(), *buffers.values()], deltas, loss))
+        sums = {name: checksum(started[name]) for name in buffers}
+        rows = yield from roll_call(self._comm, place, _told(deltas, sums, loss))
         parts = [Part(*row) for row in rows]
         fail_at(self._comm.rank, place.get("step", 0), "merge.agreed")
-        alive = self._alive(parts)
-        share(self._comm, counters, [alive.index(True)] * len(counters))
+        compared = self._compare_buffers({name: started[name] for name in buffers}, sums, parts)
+        alive = self._alive(parts, compared)
+        followed = self._follow_first(compared, started, alive)
+        floats = [name for name in compared.differing if name not in followed]
         numbers = self._contribution(sync.merge, deltas, alive, trained_by, parts)
-        beside = [started[name] for name in buffers] + ([sketch_of(deltas)] if measure else [])
+        beside = [started[name] for name in floats] + ([sketch_of(deltas)] if measure else [])
         averages, means = yield from together(
             self.wire(sync.wire).average(numbers, self._comm),
             average_exactly(self._equal_parts(beside, alive), self._comm),
@@ -168,12 +184,31 @@ class Merger:
             held if at_once else {**started, **{name: self.eager(sync.merge, name, started[name]) for name in tensors}}
         )
         agreement = agreement_in(means.pop(), sum(alive)) if measure else None
-        outcome = self._arrive(sync.merge, averages) | dict(zip(buffers, means, strict=True))
-        for name, tensor in held.items():
-            # What a worker without a share has is not finite.
-            moved = tensor.to(outcome[name].dtype) - base[name] if alive[self._comm.rank] else 0
-            tensor.copy_(outcome[name] + moved)
+        outcome = self._arrive(sync.merge, averages) | dict(zip(floats, means, strict=True)) | followed
+        for name, value in outcome.items():
+            # A worker without a share has nothing finite to keep.
+            held[name].copy_(_moved(value, held[name], base[name]) if alive[self._comm.rank] else value)
         return Outcome(agreement, tuple(rank for rank, is_well in enumerate(alive) if not is_well))
+
+    def _compare_buffers(
+        self, buffers: Mapping[str, Tensor], sums: Mapping[str, int], parts: Sequence[Part]
+    ) -> _Buffers:
+        """Finds the buffers that workers hold differently. Collective where any is."""
+        if not buffers or len({part.buffers for part in parts}) == 1:
+            return _Buffers([], {})
+        # One number a buffer: its checksum, and in the lowest bit whether it holds anything that is not finite.
+        row = [2 * sums[name] + (not _is_finite(buffer)) for name, buffer in buffers.items()]
+        rows = self._comm.all_gather(torch.tensor(row, dtype=torch.int64, device=self._comm.device)).tolist()
+        columns = dict(zip(buffers, zip(*rows, strict=True), strict=True))
+        differing = [name for name, column in columns.items() if len(set(column)) > 1]
+        broken = {name: [rank for rank, value in enumerate(columns[name]) if value % 2] for name in differing}
+        return _Buffers(differing, {name: ranks for name, ranks in broken.items() if ranks})
+
+    def _follow_first(self, compared: _Buffers, started: Mapping[str, Tensor], alive: Sequence[bool]) -> Tensors:
+        """Of the differing buffers that cannot be averaged, copies of what the first finite worker holds."""
+        copies = {name: started[name].clone() for name in compared.differing if not started[name].is_floating_point()}
+        share(self._comm, list(copies.values()), [alive.index(True)] * len(copies))
+        return copies
 
     def eager(self, rule: Any, name: str, started: Tensor) -> Tensor:
         """What a worker trains on from while its merge is hidden, given what it held when that began."""
@@ -257,18 +292,20 @@ class Merger:
                     self.momentum.pop(name, None)
             yield record, self.residuals, names
 
-    def _alive(self, parts: Sequence[Part]) -> list[bool]:
+    def _alive(self, parts: Sequence[Part], compared: _Buffers) -> list[bool]:
         """Which workers' parts are finite.
 
         Raises:
             NonFiniteError: as `merge` says.
         """
-        alive = [math.isfinite(part.square) and not math.isinf(part.loss) for part in parts]
+        spoiled = {rank for ranks in compared.broken.values() for rank in ranks}
+        alive = [part.finite and rank not in spoiled for rank, part in enumerate(parts)]
         broken = [rank for rank, well in enumerate(alive) if not well]
         if broken and (self.on_nonfinite != "drop_worker" or not any(alive)):
             remedy = ", or leave such parts out: on_nonfinite='drop_worker'" if any(alive) else ""
+            where = f" (buffer {', '.join(compared.broken)})" if compared.broken else ""
             raise NonFiniteError(
-                f"NaN or infinity in what rank {', '.join(map(str, broken))} brought to the merge: nothing was "
+                f"NaN or infinity in what rank {', '.join(map(str, broken))} brought to the merge{where}: nothing was "
                 f"averaged. Lower the learning rate, or clip gradients{remedy}"
             )
         return alive
@@ -281,15 +318,21 @@ class Merger:
         return rule.lr * (D + rule.momentum * M), M
 
 
-def _told(all_tensors: Sequence[Tensor], deltas: Mapping[str, Tensor], loss: float | None) -> tuple[float, float]:
+def _told(deltas: Mapping[str, Tensor], sums: Mapping[str, int], loss: float | None) -> Told:
     """What a worker tells all others: the two numbers of a `Part`."""
-    finite = all(bool(torch.isfinite(tensor).all()) for tensor in all_tensors)
-    square = _square(deltas) if finite else math.nan
-    return square, math.nan if loss is None else loss if math.isfinite(loss) else math.inf
+    buffers = fingerprint(*sums.values()) if all(map(_is_finite, deltas.values())) else -1
+    return buffers, math.nan if loss is None else loss if math.isfinite(loss) else math.inf
 
 
-def _square(tensors: Mapping[str, Tensor]) -> float:
-    return math.fsum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors.values())
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _moved(outcome: Tensor, tensor: Tensor, base: Tensor) -> Tensor:
+    """The outcome of a merge, with what `tensor` has changed since it was `base` on top."""
+    if outcome.dtype == torch.bool:
+        return torch.where(tensor == base, outcome, tensor)
+    return outcome + (tensor.to(outcome.dtype) - base)
 
 
 def _check_finite(averages: Sequence[Tensor]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from abtrain.comm.agreement import checksum, fingerprint
+from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Communicator, Scope, scope_ranks
 from abtrain.errors import RanksDisagreeError
 
@@ -62,14 +62,16 @@ def _level(comm: Communicator, tensors: Mapping[str, Tensor], sums: Sequence[int
         if len({row[place] for row in rows}) == 1:
             continue
         held = comm.all_gather(tensor.detach().contiguous().to(comm.device), scope)
-        wide = held.double().flatten(1)
-        apart = ((wide - wide[0]).abs().max() / wide.abs().max()).nan_to_num(nan=torch.inf).item()
-        if apart > max(_ROUNDING, _ULPS * torch.finfo(tensor.dtype).eps):
+        wide = held.double().view(len(ranks), -1)
+        distance, size = (wide - wide[0]).abs().max().item(), wide.abs().max().item()
+        # Zeros of unlike signs are no distance apart, whatever their size. NaN compares as false, and is no rounding.
+        if not distance <= max(_ROUNDING, _ULPS * torch.finfo(tensor.dtype).eps) * size:
             raise RanksDisagreeError(
                 f"{_odd([row[0] for row in rows], ranks)}: {where}, where all ought to be equal, {name} is up to "
-                f"{(wide - wide[0]).abs().max().item():.1e} apart. What was not shared is lost: go on from the last "
-                "checkpoint, and look for what changes weights on one worker alone (a hook, its memory, its optimizer)"
+                f"{distance:.1e} apart. What was not shared is lost: go on from the last checkpoint, and look for what "
+                "changes weights on one worker alone (a hook, its memory, its optimizer)"
             )
+        apart = distance / max(size, torch.finfo(torch.float64).tiny)
         largest = max(largest, apart)
         tensor.copy_(held[0])
     log.info("%s: weights differed between workers by rounding (%.1e): rank %d's were taken", where, largest, ranks[0])

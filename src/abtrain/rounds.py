@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from abtrain.comm.agreement import checksum, fingerprint, roll_call
+from abtrain.comm.agreement import roll_call
+from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Background, Stages, finish
 from abtrain.faults import fail_at
@@ -198,10 +199,8 @@ class Rounds:
             position = at(entry["step"] - 1)
             started = {name: tensor.to(device, copy=True) for name, tensor in entry["started"].items()}
             loss = None if entry["loss"] is None else float(entry["loss"])
-            passed, done = entry["progress"]
-            # Counters have followed in its first stage: what was counted since is not to be lost.
-            merge = self._launch(position, entry["step"], loss, started, trained_by(position), counting=not done)
-            merge.stages.catch_up(passed, done)
+            merge = self._launch(position, entry["step"], loss, started, trained_by(position))
+            merge.stages.catch_up(*entry["progress"])
             self._under_way.append(merge)
 
     def _launch(
@@ -211,12 +210,11 @@ class Rounds:
         loss: float | None,
         started: dict[str, Tensor],
         trained_by: TrainedBy,
-        counting: bool = True,
     ) -> _UnderWay:
         sync = position.phase.sync
         assert isinstance(sync, WeightSync)
         count = _CHECKING + self._merger.wire(sync.wire).stages
-        stages = self._merge(position, step, loss, started, trained_by, counting)
+        stages = self._merge(position, step, loss, started, trained_by)
         return _UnderWay(Background(stages, count, sync.delay), step, loss, started)
 
     def _merging(self, position: Position, trained_by: TrainedBy) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -229,7 +227,7 @@ class Rounds:
             tensors |= parts[fragment]
         # A factor that nobody trained is what it was.
         tensors = {name: tensor for name, tensor in tensors.items() if any(trained_by.get(name, (True,)))}
-        return tensors, self._state.float_buffers() if _whole_round(position) else {}
+        return tensors, self._state.buffers() if _whole_round(position) else {}
 
     def _merge(
         self,
@@ -238,7 +236,6 @@ class Rounds:
         loss: float | None,
         started: Mapping[str, Tensor] | None,
         trained_by: TrainedBy,
-        counting: bool = True,
     ) -> Stages[None]:
         sync = position.phase.sync
         assert isinstance(sync, WeightSync)
@@ -253,7 +250,6 @@ class Rounds:
             sync,
             trained_by,
             buffers=buffers,
-            counters=self._state.counters() if counting and _whole_round(position) else [],
             started=started,
             loss=loss,
             place=place,

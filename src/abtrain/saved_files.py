@@ -7,7 +7,6 @@ tensors go to a safetensors file, the rest to a JSON file in which every tensor 
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
@@ -24,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from abtrain.comm.checksums import bytes_of
 from abtrain.errors import CheckpointError
 
 _REFERENCE = "$tensor"
@@ -165,10 +165,7 @@ def _digest(sha: Any, held: bytes | Tensor) -> None:
 
 
 def _bytes_of(held: bytes | Tensor) -> Any:
-    """The bytes of a contiguous tensor on the CPU, without a copy."""
-    if not isinstance(held, Tensor):
-        return held
-    return (ctypes.c_char * held.nbytes).from_address(held.data_ptr()) if held.nbytes else b""
+    return bytes_of(held) if isinstance(held, Tensor) else held
 
 
 def open_regular(path: Path) -> BufferedReader:

@@ -13,12 +13,16 @@ class Part(NamedTuple):
     """What one worker tells of its part of a merge.
 
     Attributes:
-        square: squared length of all that changed; not finite if anything is not.
-        loss: its mean training loss in the round; NaN where none is known.
+        buffers: fingerprint of its buffers; -1 if what it has trained is not finite.
+        loss: its mean training loss in the round; NaN where none is known, infinite where it is not finite.
     """
 
-    square: float
+    buffers: int
     loss: float
+
+    @property
+    def finite(self) -> bool:
+        return self.buffers >= 0 and not math.isinf(self.loss)
 
 
 def _equal(rule: Mean | Outer, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]) -> list[float]:

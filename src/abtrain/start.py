@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from abtrain.comm.agreement import differing_fields, fingerprint, gather_json, values_by_rank
+from abtrain.comm.agreement import differing_fields, gather_json, values_by_rank
+from abtrain.comm.checksums import fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.errors import RanksDisagreeError
 from abtrain.recipe import Recipe

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from abtrain.comm.agreement import agree_on_tensors, fingerprint, share
+from abtrain.comm.agreement import agree_on_tensors, differing_tensors, share
+from abtrain.comm.checksums import fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.wire import exact_average
 from abtrain.errors import UsageError
@@ -40,14 +41,6 @@ class SharedState:
     def buffers(self) -> dict[str, Tensor]:
         """The model's buffers by name, likewise."""
         return _as_real(dict(self._model.model.named_buffers()))
-
-    def float_buffers(self) -> dict[str, Tensor]:
-        """Those of the buffers that can be averaged."""
-        return {name: buffer for name, buffer in self.buffers().items() if buffer.is_floating_point()}
-
-    def counters(self) -> list[Tensor]:
-        """Those that cannot: they follow one worker."""
-        return [buffer for buffer in self.buffers().values() if not buffer.is_floating_point()]
 
     def agree(self) -> None:
         """Makes all parameters and buffers, frozen ones too, the same on all workers: where they differ, rank 0's."""
@@ -80,33 +73,45 @@ class SharedState:
         layout = fingerprint(*((name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()))
         return {"step": step, "phase": phase, "shapes": layout, **more}
 
-    def set_to_average(self, tensors: dict[str, Tensor]) -> None:
-        """Averages real numbers over all workers, in place; counters follow rank 0."""
+    def forget_nonfinite(self) -> None:
+        """Drops this worker's optimizer state of every parameter for which it holds NaN or infinity."""
+        state = self._model.optimizer.state
+        for parameter, held in list(state.items()):
+            if not all(bool(torch.isfinite(value).all()) for value in _tensors_in(held)):
+                del state[parameter]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside it the model holds the average of all workers. Collective on entry, not on exit.
+
+        Buffers are treated as in a merge: what all hold the same stays, and what cannot be averaged follows rank 0.
+        """
+        buffers = self.buffers()
+        differing = {name: buffers[name] for name in differing_tensors(self._comm, buffers)}
+        tensors = self.parameters() | differing
+        own = {name: tensor.clone() for name, tensor in tensors.items()}
         numbers = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
         for tensor, value in zip(numbers, exact_average(numbers, self._comm), strict=True):
             tensor.copy_(value)
         counters = [tensor for tensor in tensors.values() if not tensor.is_floating_point()]
         share(self._comm, counters, [0] * len(counters))
-
-    def forget_nonfinite(self) -> None:
-        """Drops this worker's optimizer state of every parameter for which it holds NaN or infinity."""
-        state = self._model.optimizer.state
-        for parameter, held in list(state.items()):
-            numbers = [value for value in held.values() if isinstance(value, Tensor) and value.is_floating_point()]
-            if not all(bool(torch.isfinite(value).all()) for value in numbers):
-                del state[parameter]
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside it the model holds the average of all workers. Collective on entry, not on exit."""
-        tensors = self.parameters() | self.buffers()
-        own = {name: tensor.clone() for name, tensor in tensors.items()}
-        self.set_to_average(tensors)
         try:
             yield
         finally:
             for name, tensor in tensors.items():
                 tensor.copy_(own[name])
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """All tensors of a parameter's optimizer state, complex ones and those in lists and dicts included."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item)
 
 
 def _as_real(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,8 +5,6 @@ All of it costs a few dozen bytes, and 16 for each tensor compared, until someth
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,49 +13,22 @@ import torch
 from torch import Tensor
 
 from abtrain.comm.buckets import pack, unpack
+from abtrain.comm.checksums import BITS, LIMIT, checksum, fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Stages, finish
 from abtrain.errors import RanksDisagreeError
 
-# One int64 MAX finds both ends of a range if -v can be sent beside v. 62 bits leave that room to spare.
-_BITS = 62
-_LIMIT: int = 2**_BITS
-
 # Larger numbers are digests, of which only says something who holds which.
 _READABLE = 10**9
 
-# What a rank tells that has nothing to tell.
-_NOTHING = (0.0, 0.0)
+Told = tuple[int, float]
+"""What a rank tells all others in a roll call: a whole number below 2**63, and a real one."""
+_NOTHING: Told = (0, 0.0)
 
 _REMEDY = (
     "Every rank needs the same model and the same recipe, and one ab.step() for each optimizer step, "
     "on every rank the same number of times"
 )
-
-
-def digest(tensor: Tensor) -> int:
-    """62 bits of the SHA-256 of a tensor's dtype, shape and bytes; on whatever device it lies."""
-    held = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    sha = hashlib.sha256(f"{held.dtype} {list(held.shape)} ".encode())
-    if held.nbytes:
-        # Read where it lies: numpy has no bfloat16, and a copy of every weight would be a waste.
-        sha.update((ctypes.c_char * held.nbytes).from_address(held.data_ptr()))
-    return _leading_bits(sha.digest())
-
-
-def checksum(tensor: Tensor) -> int:
-    """62 bits of the sum of a tensor's bits: as fast as memory, wherever it lies. Finds what drifts, not who forges."""
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    whole = flat.numel() // 8 * 8
-    words, rest = flat[:whole], flat[whole:]
-    if words.storage_offset() % 8:
-        words = words.clone()
-    return int(words.view(torch.int64).sum() + rest.sum()) % _LIMIT
-
-
-def fingerprint(*parts: object) -> int:
-    """62 bits of the SHA-256 of the parts' `repr`, which has to be the same in every process."""
-    return _leading_bits(hashlib.sha256(repr(parts).encode()).digest())
 
 
 def disagreeing(comm: Communicator, values: Sequence[int]) -> list[int]:
@@ -99,9 +70,7 @@ def differing_fields(comm: Communicator, **fields: int) -> list[str]:
     return _differing(fields, finish(_meet(comm, fields, _NOTHING))[1])
 
 
-def roll_call(
-    comm: Communicator, place: Mapping[str, int], told: tuple[float, float] = _NOTHING
-) -> Stages[list[tuple[float, float]]]:
+def roll_call(comm: Communicator, place: Mapping[str, int], told: Told = _NOTHING) -> Stages[list[Told]]:
     """`check_fingerprint` of a place, in stages, at which every rank tells all others two numbers.
 
     Returns:
@@ -118,16 +87,15 @@ def roll_call(
     return rows
 
 
-def _meet(
-    comm: Communicator, place: Mapping[str, int], told: tuple[float, float]
-) -> Stages[tuple[list[tuple[float, float]], list[dict[str, int]]]]:
+def _meet(comm: Communicator, place: Mapping[str, int], told: Told) -> Stages[tuple[list[Told], list[dict[str, int]]]]:
     """What every rank tells; and, if not all are at the same place, where each is, or else nothing."""
-    mine = torch.tensor([fingerprint(*place.items())], dtype=torch.int64)
-    row = torch.cat([mine, torch.tensor(told, dtype=torch.float64).view(torch.int64)])
+    whole = torch.tensor([fingerprint(*place.items()), told[0]], dtype=torch.int64)
+    row = torch.cat([whole, torch.tensor([told[1]], dtype=torch.float64).view(torch.int64)])
     under_way = comm.launch_all_gather(row.to(comm.device))
     yield
     rows = under_way.wait().cpu()
-    numbers = [(float(one), float(other)) for one, other in rows[:, 1:].contiguous().view(torch.float64)]
+    reals = rows[:, 2].contiguous().view(torch.float64)
+    numbers = [(int(one), float(other)) for one, other in zip(rows[:, 1], reals, strict=True)]
     if bool((rows[:, 0] == rows[0, 0]).all()):
         return numbers, []
     # All ranks are here, since all have seen it.
@@ -202,10 +170,20 @@ def agree_on_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[st
         shapes=fingerprint(*(tuple(t.shape) for t in named.values())),
         dtypes=fingerprint(*(t.dtype for t in named.values())),
     )
-    names = list(named)
-    differing = [names[i] for i in disagreeing(comm, [digest(tensor) for tensor in named.values()])]
+    differing = differing_tensors(comm, named)
     share(comm, [named[name] for name in differing], owners=[0] * len(differing))
     return differing
+
+
+def differing_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that ranks hold differently, in order; the same list on every rank.
+
+    Args:
+        comm: over whose world to compare; 16 bytes a tensor.
+        named: the same names, shapes and dtypes on all ranks.
+    """
+    names = list(named)
+    return [names[i] for i in disagreeing(comm, [checksum(tensor) for tensor in named.values()])]
 
 
 def take_first(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
@@ -247,9 +225,9 @@ def gather_json(comm: Communicator, value: Any) -> list[Any]:
 
 def _ranges(comm: Communicator, values: Sequence[int]) -> tuple[list[int], list[int]]:
     """The lowest and the highest value that any rank holds, at each index."""
-    outside = [value for value in values if not 0 <= value < _LIMIT]
+    outside = [value for value in values if not 0 <= value < LIMIT]
     if outside:
-        raise ValueError(f"{outside[0]} cannot be compared between ranks: values go from 0 to 2**{_BITS} - 1")
+        raise ValueError(f"{outside[0]} cannot be compared between ranks: values go from 0 to 2**{BITS} - 1")
     if not values:
         return [], []
     mine = torch.tensor(values, dtype=torch.int64, device=comm.device)
@@ -257,7 +235,3 @@ def _ranges(comm: Communicator, values: Sequence[int]) -> tuple[list[int], list[
     comm.all_reduce(ends, "max")
     highest, lowest = ends.split(len(values))
     return (-lowest).tolist(), highest.tolist()
-
-
-def _leading_bits(sha256: bytes) -> int:
-    return int.from_bytes(sha256[:8], "big") >> (64 - _BITS)

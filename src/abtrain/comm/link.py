@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from abtrain.comm.checksums import as_bytes
 from abtrain.comm.communicator import Pending
 from abtrain.comm.meter import Meter, Spans
 from abtrain.errors import PeerLostError
@@ -67,8 +68,3 @@ class Link:
             f"rank {self.rank} lost a peer in {name} over ranks {list(self.ranks)}, {self.meter.where}: "
             "a worker died or did not answer in time. The first error in the other workers' output tells why"
         )
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """A 1-D view of a contiguous tensor's bytes: Gloo cannot move every dtype, but it can move bits."""
-    return tensor.detach().view(-1).view(torch.uint8)

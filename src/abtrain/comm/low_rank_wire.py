@@ -46,6 +46,8 @@ class LowRankWire:
         self.starts: Tensors = {}
 
     def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
+        if comm.topology.world_size == 1:
+            return Averages(dict(numbers), {})
         matrices = {name: t.float().flatten(1) for name, t in numbers.items() if pays(t, self._rank)}
         rest = {name: tensor for name, tensor in numbers.items() if name not in matrices}
         P = {name: M @ self._start(name, M) for name, M in matrices.items()}
@@ -78,7 +80,17 @@ class LowRankWire:
         if known is None or known.shape != drawn.shape:
             return drawn
         # A column that had nothing to send would have nothing ever after.
-        return torch.where(known.any(dim=0), known, drawn)
+        return _scaled(torch.where(known.any(dim=0), known, drawn))
+
+
+def _scaled(Q: Tensor) -> Tensor:
+    """Columns scaled to absolute sums between 1/2 and 1, so that M Q overflows for no finite M.
+
+    Scaling by powers of two is exact, and the iteration depends on the columns' directions alone: its outcome has the
+    same bits.
+    """
+    exponents = torch.frexp(Q.double().abs().sum(0)).exponent
+    return torch.ldexp(Q.double(), -exponents).to(Q.dtype)
 
 
 def pays(tensor: Tensor, rank: int) -> bool:

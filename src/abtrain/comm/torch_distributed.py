@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from abtrain.comm.checksums import as_bytes
 from abtrain.comm.communicator import (
     PLAIN,
     Communicator,
@@ -31,7 +32,7 @@ from abtrain.comm.communicator import (
 )
 from abtrain.comm.ddp import TorchDataParallel, point_sync_batch_norm
 from abtrain.comm.hooks import GradientHook, make_hook
-from abtrain.comm.link import Link, as_bytes
+from abtrain.comm.link import Link
 from abtrain.comm.meter import Meter
 from abtrain.comm.topology import Topology
 from abtrain.errors import ConfigurationError

@@ -105,15 +105,25 @@ class Preconditioner:
         """Replaces the steps that the factors have made since `before_step`, in place."""
         for roots, A, B in self._starts:
             if A.factor.grad is not None:
-                A.factor.copy_(_half_decayed(A) + self._scale * (_step(A).to(roots.of_B.dtype) @ roots.of_B))
+                _replace(A, _half_decayed(A) + self._scale * (_step(A).to(roots.of_B.dtype) @ roots.of_B))
             if B.factor.grad is not None:
-                B.factor.copy_(_half_decayed(B) + self._scale * (roots.of_A @ _step(B).to(roots.of_A.dtype)))
+                _replace(B, _half_decayed(B) + self._scale * (roots.of_A @ _step(B).to(roots.of_A.dtype)))
         self._starts = []
 
 
 def _decay(group: dict[str, Any]) -> float:
     """The share by which a step of the optimizer shrinks the parameters of a group, whatever their gradients."""
     return float(group["lr"] * group["weight_decay"]) if group.get("decoupled_weight_decay") else 0.0
+
+
+def _replace(start: _Start, value: Tensor) -> None:
+    """Sets a factor to `value` if the optimizer moved it.
+
+    A step that the optimizer skips, as fused ones do where a GradScaler found infinity, decays nothing either: what the
+    decay would have been must not be taken for a step. The choice is made on the device, without waiting for it.
+    """
+    moved = (start.factor != start.value).any()
+    start.factor.copy_(torch.where(moved, value.to(start.factor.dtype), start.factor))
 
 
 def _step(start: _Start) -> Tensor:

@@ -1,0 +1,67 @@
+"""Hashes by which workers compare tensors and settings without sending them.
+
+A checksum is XXH3 over a tensor's bytes. It depends on every bit and on its place, and reads memory at several GB/s. It
+detects drift and damage; it is no protection against forgery. Rank-local hashes are compared across processes, so none
+of them may depend on the device, the memory layout, or the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+BITS = 62
+"""One int64 MAX finds both ends of a range if -v can be sent beside v. 62 bits leave that room to spare."""
+LIMIT: int = 2**BITS
+
+_CHUNK_BYTES = 64 * 2**20
+
+
+def checksum(tensor: Tensor) -> int:
+    """62 bits of the XXH3 hash of a tensor's elements, in row-major order.
+
+    Args:
+        tensor: of any dtype, layout and device; shape and dtype are not part of the hash (see `digest`).
+    """
+    held = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    hashed = xxhash.xxh3_64()
+    for chunk in _chunks(as_bytes(held)):
+        hashed.update(bytes_of(chunk))
+    return int(hashed.intdigest()) >> (64 - BITS)
+
+
+def digest(tensor: Tensor) -> int:
+    """62 bits that depend on a tensor's dtype, shape and elements."""
+    return fingerprint(tensor.dtype, tuple(tensor.shape), checksum(tensor))
+
+
+def fingerprint(*parts: object) -> int:
+    """62 bits of the SHA-256 of the parts' `repr`, which has to be the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> (64 - BITS)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A 1-D view of a contiguous tensor's bytes: Gloo cannot move every dtype, but it can move bits."""
+    # A single element is contiguous whatever its stride, and only stride 1 can be seen as bytes.
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def bytes_of(held: Tensor) -> Any:
+    """A contiguous CPU tensor's memory as a buffer, without a copy; numpy knows fewer dtypes."""
+    return (ctypes.c_char * held.nbytes).from_address(held.data_ptr()) if held.nbytes else b""
+
+
+def _chunks(flat: Tensor) -> Iterator[Tensor]:
+    """The bytes of a flat tensor on the CPU; those of an accelerator come piece by piece through one small buffer."""
+    if flat.device.type == "cpu":
+        yield flat
+        return
+    staging = torch.empty(min(_CHUNK_BYTES, flat.numel()), dtype=torch.uint8, pin_memory=flat.is_cuda)
+    for piece in flat.split(_CHUNK_BYTES):
+        yield staging[: piece.numel()].copy_(piece)
