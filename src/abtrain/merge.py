@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from abtrain.buffers import Buffers, Compared, is_finite
 from abtrain.comm.agreement import Told, roll_call, share
-from abtrain.comm.checksums import checksum, fingerprint
+from abtrain.comm.checksums import checksum
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.low_rank_wire import LowRankWire
 from abtrain.comm.stages import Stages, together
@@ -55,18 +56,6 @@ class Outcome(NamedTuple):
     dropped: tuple[int, ...]
 
 
-class _Buffers(NamedTuple):
-    """How the buffers of workers compare.
-
-    Attributes:
-        differing: names of those that workers hold differently.
-        broken: of these, by name, the ranks on which they are not finite.
-    """
-
-    differing: list[str]
-    broken: dict[str, list[int]]
-
-
 class Merger:
     """Merges of one run: what the rounds started from, the outer momentum, and what wires still owe.
 
@@ -86,6 +75,7 @@ class Merger:
         self.anchors: Tensors = {}
         self.momentum: Tensors = {}
         self.residuals: Tensors = {}
+        self._buffers = Buffers(comm)
         self.observer: Observer | None = None
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
@@ -99,7 +89,8 @@ class Merger:
         """All that `load_state_dict` needs to go on from here."""
         starts = {name: dict(wire.starts) for name, wire in self._wires.items() if isinstance(wire, LowRankWire)}
         stores = {"anchors": self.anchors, "momentum": self.momentum, "residuals": self.residuals}
-        return {"starts": starts, **{name: dict(store) for name, store in stores.items()}}
+        stored = {name: dict(store) for name, store in stores.items()}
+        return {"starts": starts, "buffers": self._buffers.state_dict(), **stored}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Replaces all that is held by copies of what a `state_dict` holds, on `device`."""
@@ -109,6 +100,7 @@ class Merger:
 
         self.anchors, self.momentum = copies(state["anchors"]), copies(state["momentum"])
         self.residuals, self._wires = copies(state["residuals"]), {}
+        self._buffers.load_state_dict(state["buffers"])
         for name, starts in state["starts"].items():
             wire = self.wire(name)
             assert isinstance(wire, LowRankWire)
@@ -163,10 +155,13 @@ class Merger:
         started = held if started is None else started
         deltas = {name: _change(self.anchors[name], started[name]) for name in tensors}
         sums = {name: checksum(started[name]) for name in buffers}
-        rows = yield from roll_call(self._comm, place, _told(deltas, sums, loss))
+        told = self._buffers.told({name: started[name] for name in buffers}, sums)
+        rows = yield from roll_call(self._comm, place, _told(deltas, told, loss))
         parts = [Part(*row) for row in rows]
         fail_at(self._comm.rank, place.get("step", 0), "merge.agreed")
-        compared = self._compare_buffers({name: started[name] for name in buffers}, sums, parts)
+        compared = self._buffers.compare(
+            {name: started[name] for name in buffers}, sums, [part.buffers for part in parts]
+        )
         alive = self._alive(parts, compared)
         followed = self._follow_first(compared, started, alive)
         floats = [name for name in compared.differing if name not in followed]
@@ -184,27 +179,15 @@ class Merger:
             held if at_once else {**started, **{name: self.eager(sync.merge, name, started[name]) for name in tensors}}
         )
         agreement = agreement_in(means.pop(), sum(alive)) if measure else None
-        outcome = self._arrive(sync.merge, averages) | dict(zip(floats, means, strict=True)) | followed
+        merged = dict(zip(floats, means, strict=True)) | followed
+        self._buffers.merged(merged)
+        outcome = self._arrive(sync.merge, averages) | merged
         for name, value in outcome.items():
             # A worker without a share has nothing finite to keep.
             held[name].copy_(_moved(value, held[name], base[name]) if alive[self._comm.rank] else value)
         return Outcome(agreement, tuple(rank for rank, is_well in enumerate(alive) if not is_well))
 
-    def _compare_buffers(
-        self, buffers: Mapping[str, Tensor], sums: Mapping[str, int], parts: Sequence[Part]
-    ) -> _Buffers:
-        """Finds the buffers that workers hold differently. Collective where any is."""
-        if not buffers or len({part.buffers for part in parts}) == 1:
-            return _Buffers([], {})
-        # One number a buffer: its checksum, and in the lowest bit whether it holds anything that is not finite.
-        row = [2 * sums[name] + (not _is_finite(buffer)) for name, buffer in buffers.items()]
-        rows = self._comm.all_gather(torch.tensor(row, dtype=torch.int64, device=self._comm.device)).tolist()
-        columns = dict(zip(buffers, zip(*rows, strict=True), strict=True))
-        differing = [name for name, column in columns.items() if len(set(column)) > 1]
-        broken = {name: [rank for rank, value in enumerate(columns[name]) if value % 2] for name in differing}
-        return _Buffers(differing, {name: ranks for name, ranks in broken.items() if ranks})
-
-    def _follow_first(self, compared: _Buffers, started: Mapping[str, Tensor], alive: Sequence[bool]) -> Tensors:
+    def _follow_first(self, compared: Compared, started: Mapping[str, Tensor], alive: Sequence[bool]) -> Tensors:
         """Of the differing buffers that cannot be averaged, copies of what the first finite worker holds."""
         copies = {name: started[name].clone() for name in compared.differing if not started[name].is_floating_point()}
         share(self._comm, list(copies.values()), [alive.index(True)] * len(copies))
@@ -292,7 +275,7 @@ class Merger:
                     self.momentum.pop(name, None)
             yield record, self.residuals, names
 
-    def _alive(self, parts: Sequence[Part], compared: _Buffers) -> list[bool]:
+    def _alive(self, parts: Sequence[Part], compared: Compared) -> list[bool]:
         """Which workers' parts are finite.
 
         Raises:
@@ -318,14 +301,10 @@ class Merger:
         return rule.lr * (D + rule.momentum * M), M
 
 
-def _told(deltas: Mapping[str, Tensor], sums: Mapping[str, int], loss: float | None) -> Told:
+def _told(deltas: Mapping[str, Tensor], buffers: int, loss: float | None) -> Told:
     """What a worker tells all others: the two numbers of a `Part`."""
-    buffers = fingerprint(*sums.values()) if all(map(_is_finite, deltas.values())) else -1
-    return buffers, math.nan if loss is None else loss if math.isfinite(loss) else math.inf
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+    content = buffers if all(map(is_finite, deltas.values())) else -1
+    return content, math.nan if loss is None else loss if math.isfinite(loss) else math.inf
 
 
 def _moved(outcome: Tensor, tensor: Tensor, base: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ class Part(NamedTuple):
     """What one worker tells of its part of a merge.
 
     Attributes:
-        buffers: fingerprint of its buffers; -1 if what it has trained is not finite.
+        buffers: what it tells of its buffers (see `abtrain.buffers`); -1 if what it has trained is not finite.
         loss: its mean training loss in the round; NaN where none is known, infinite where it is not finite.
     """
 

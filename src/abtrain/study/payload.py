@@ -3,7 +3,8 @@
 `predict` follows the engine through a recipe, and says for each stretch of steps what a worker hands to collectives.
 Counts are exact where nothing differs between workers that ought not to (initial weights, factors), every parameter
 gets a gradient, no GradScaler is used, and `merged()` is not entered inside a round. What is decided by measurement is
-taken at its most: phases that may end early go on to their last step, and all weights are taken to have settled.
+taken at its most: phases that may end early go on to their last step, and all weights are taken to have settled. Of
+buffers, floating-point ones are taken to differ between workers, and all others to be equal.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ class _Walk:
         self._matrices = model.matrices()
         self._factorings = 0
         self._factored = False
+        self._buffers_compared = False
         self._powersgd_steps: dict[object, int] = {}
 
     def stretches(self) -> Iterator[Stretch]:
@@ -175,7 +177,7 @@ class _Walk:
 
     def _rounds(self, position: Position, held: Sequence[_Held], sync: WeightSync, entry: Calls) -> Iterator[Stretch]:
         """Steps of groups that run alone, and merges between them."""
-        level = self._level(position, held)
+        level, entry = self._level(position, held), (*entry, *self._compare_buffers())
         *before, last = turns(position, sync)
         for turn in (*before, last):
             inside = self._gradients(turn.position, held, "group", PLAIN)
@@ -251,20 +253,25 @@ class _Walk:
         hidden = min(sync.delay, sync.every // sync.fragments)
         merges = []
         for fragments, times in turn.merging.items():
-            stages, counters = self._merge(turn.position, held, sync, fragments)
-            merges.append(Merging(times, stages, (*counters, *verdict), hidden))
+            merges.append(Merging(times, self._merge(turn.position, held, sync, fragments), verdict, hidden))
         if turn.last:
-            merges.append(Merging(1, *self._merge(turn.position, held, sync, tuple(range(sync.fragments)))))
+            merges.append(Merging(1, self._merge(turn.position, held, sync, tuple(range(sync.fragments)))))
         return tuple(merges)
+
+    def _compare_buffers(self) -> Calls:
+        """At the first merge of a run, workers learn which buffers differ (see `abtrain.buffers`)."""
+        if self._buffers_compared or not any(one.is_floating_point() for one in self._model.buffers.values()):
+            return ()
+        self._buffers_compared = True
+        return (Traffic("all_gather", "world", _SLOT_BYTES * len(self._model.buffers)),)
 
     def _merge(
         self, position: Position, held: Sequence[_Held], sync: WeightSync, fragments: Sequence[int]
-    ) -> tuple[tuple[Calls, ...], Calls]:
-        """One merge in its stages, and what follows it.
+    ) -> tuple[Calls, ...]:
+        """One merge in its stages.
 
         At first groups prove that each holds one model, and all that they merge the same, and tell of their parts. Then
-        come parameters that some worker trained, beside the last fragment numbers of buffers, and after it counters,
-        which follow one worker.
+        come parameters that some worker trained, beside the last fragment those buffers that differ.
         """
         nobody = self._trained_by_nobody(position)
         idle = {one.name for one in held if one.part in nobody}
@@ -275,11 +282,10 @@ class _Walk:
         until = position.phase.until
         if until is not None and until.measure == "agreement":
             numbers.append(torch.empty(WIDTH + 1, dtype=torch.float64, device="meta"))
-        counters = [buffer for buffer in buffers if not buffer.is_floating_point()]
         replicas = compared(1, "group") if self._topology.group_size > 1 else ()
         told = (*replicas, _ROLL_CALL)
         first, *more = merge_stages(sync.wire, tensors, self._topology.world_size)
-        return (told, (*first, *exact(numbers)), *more), broadcast(counters)
+        return (told, (*first, *exact(numbers)), *more)
 
     def _trained_by_nobody(self, position: Position) -> set[str]:
         """Parts that no worker trains here."""

@@ -1,0 +1,104 @@
+"""Which buffers take part in a merge.
+
+A buffer that all workers hold the same stays as it is, to the bit, whatever it holds: constants, masks of -inf, counters
+that all have counted alike. Averaging it would round it, or refuse the infinities in it. The others differ as a rule at
+every merge, as running statistics do. So workers remember which differed, and prove with one number in the roll call
+that nothing else does. Only where that fails, they compare buffer by buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from abtrain.comm.checksums import checksum, fingerprint
+from abtrain.comm.communicator import Communicator
+
+_COMPARE = 0
+"""Told in the place of a fingerprint: a buffer that differed before is not finite here."""
+
+
+class Compared(NamedTuple):
+    """How the buffers of workers compare.
+
+    Attributes:
+        differing: names of those that workers hold differently.
+        broken: of these, by name, the ranks on which they are not finite.
+    """
+
+    differing: list[str]
+    broken: dict[str, list[int]]
+
+
+class Buffers:
+    """Compares the buffers of workers, merge by merge.
+
+    Args:
+        comm: of this worker.
+
+    Attributes:
+        differed: by name, the checksum of what the last merge left in each buffer that differed then; the same on all
+            workers.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        self.differed: dict[str, int] = {}
+
+    def told(self, buffers: Mapping[str, Tensor], sums: Mapping[str, int]) -> int:
+        """What this worker tells of its buffers in the roll call: 62 bits, equal on all workers if nothing new differs.
+
+        Args:
+            buffers: by name.
+            sums: their checksums.
+        """
+        still = self._still(sums)
+        changed = [buffers[name] for name in sums if name in self.differed and name not in still]
+        if not all(map(is_finite, changed)):
+            return _COMPARE
+        return fingerprint(*((name, total) for name, total in sums.items() if name not in self.differed), *still)
+
+    def compare(self, buffers: Mapping[str, Tensor], sums: Mapping[str, int], told: Sequence[int]) -> Compared:
+        """Finds the buffers that workers hold differently. Collective where the roll call did not tell.
+
+        Args:
+            buffers: by name, the same names on all workers.
+            sums: their checksums.
+            told: by all workers.
+        """
+        if not buffers:
+            return Compared([], {})
+        if len(set(told)) == 1 and told[0] != _COMPARE:
+            still = self._still(sums)
+            return Compared([name for name in sums if name in self.differed and name not in still], {})
+        # One number a buffer: its checksum, and in the lowest bit whether it holds anything that is not finite.
+        row = [2 * sums[name] + (not is_finite(buffer)) for name, buffer in buffers.items()]
+        rows = self._comm.all_gather(torch.tensor(row, dtype=torch.int64, device=self._comm.device)).tolist()
+        columns = dict(zip(buffers, zip(*rows, strict=True), strict=True))
+        differing = [name for name, column in columns.items() if len(set(column)) > 1]
+        broken = {name: [rank for rank, value in enumerate(columns[name]) if value % 2] for name in differing}
+        self.differed = dict.fromkeys(differing, -1)
+        return Compared(differing, {name: ranks for name, ranks in broken.items() if ranks})
+
+    def merged(self, outcome: Mapping[str, Tensor]) -> None:
+        """A merge has left these values, by name, in the buffers that differed."""
+        self.differed |= {name: checksum(tensor) for name, tensor in outcome.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs; JSON can hold it."""
+        return dict(self.differed)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a `state_dict`."""
+        self.differed = {str(name): int(total) for name, total in state.items()}
+
+    def _still(self, sums: Mapping[str, int]) -> list[str]:
+        """The buffers that differed before, and that nobody has changed here since they were merged."""
+        return [name for name, total in sums.items() if self.differed.get(name) == total]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
