@@ -18,6 +18,7 @@ from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.roles import trained_factors
 from abtrain.rounds import Rounds
+from abtrain.start import check_phase
 from abtrain.switch import Switch
 from abtrain.sync import GradientSync, WeightSync
 
@@ -87,7 +88,13 @@ class Arrangement:
             self._rebound.start(recipe.lr_rebound_steps)
         if isinstance(phase.sync, WeightSync):
             self._rounds.begin()
+        self._check(position)
         self.train(position)
+
+    def _check(self, position: Position) -> None:
+        """DDP adds up elements by their place in memory, and hangs or aborts where parameters differ in number."""
+        if position.phase.sync is not None:
+            check_phase(self._comm, self._model, f"step {position.step}, phase {position.phase.name}")
 
     def _make_alike(self, restored: Sequence[str]) -> None:
         """What each worker has multiplied out for itself, and all are to hold alike, becomes so to the last bit."""
@@ -143,6 +150,7 @@ class Arrangement:
         self.rank_history, self.dense_this_cycle = list(state["rank_history"]), dict(state["dense_this_cycle"])
         self.seconds = dict(state["seconds"])
         if position is not None:
+            self._check(position)
             self.train(position)
             self.parallel.follow(state["arrivals"])
 

@@ -1,9 +1,9 @@
 """Which buffers take part in a merge.
 
-A buffer that all workers hold the same stays as it is, to the bit, whatever it holds: constants, masks of -inf, counters
-that all have counted alike. Averaging it would round it, or refuse the infinities in it. The others differ as a rule at
-every merge, as running statistics do. So workers remember which differed, and prove with one number in the roll call
-that nothing else does. Only where that fails, they compare buffer by buffer.
+A buffer that all workers hold the same stays as it is, to the bit, whatever it holds: constants, masks of -inf, equal
+counters. An average would round it, or be refused for its infinities. Other buffers, such as running statistics, differ
+at every merge. So workers remember which buffers differed, and prove with one number in the roll call that nothing else
+does. Only where that fails, they compare buffer by buffer.
 """
 
 from __future__ import annotations

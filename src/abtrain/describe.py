@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from abtrain.comm.topology import Topology
 from abtrain.lowrank.classify import Kind, Treatment
 from abtrain.recipe import Recipe
+from abtrain.sync import GradientSync, WeightSync
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,16 @@ class Description:
             return f"{line}: one group alone trains A and B in turn, cycle by cycle"
         roles = [topology.role(group[0], cycle=0) for group in topology.groups]
         return f"{line}: {roles.count('A')} train A, {roles.count('B')} train B"
+
+    def beginning(self) -> str:
+        """One line for the start of a run: who belongs together, and what travels between groups."""
+        topology, phases = self.topology, self.recipe.phases
+        shared = [phase.name for phase in phases if isinstance(phase.sync, GradientSync)]
+        merged = [f"every {p.sync.every} steps ({p.name})" for p in phases if isinstance(p.sync, WeightSync)]
+        travels = [f"gradients at every step ({', '.join(shared)})"] if shared else []
+        travels += [f"merges {', '.join(dict.fromkeys(merged))}"] if merged else []
+        groups = f"{topology.n_groups} group{'s' * (topology.n_groups > 1)} of {topology.group_size}"
+        return f"{topology.world_size} workers in {groups}; between groups travel {' and '.join(travels) or 'nothing'}"
 
     def _parameter_lines(self) -> list[str]:
         width = max((len(treatment.name) for treatment in self.treatments), default=0)

@@ -19,6 +19,7 @@ The loop of every recipe:
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, get_args
@@ -47,7 +48,7 @@ from abtrain.replicas import check_replicas
 from abtrain.resume import VERSION, Parts, check_run, decided, recipe_fingerprint
 from abtrain.roles import trained_by
 from abtrain.rounds import Rounds
-from abtrain.start import check_loaded, check_start
+from abtrain.start import check_loaded, check_start, optimizer_settings
 from abtrain.state import SharedState
 from abtrain.step_hooks import Coming, StepHooks
 from abtrain.switch import Switch
@@ -142,15 +143,21 @@ class ABTraining:
             find_unused_parameters=find_unused_parameters,
             on_nonfinite=on_nonfinite,
             measure_divergence=measure_divergence,
+            names=list(self._state.layout()),
+            model=self._state.layout(),
+            param_groups=optimizer_settings(optimizer, self._model.parameters()),
         )
         self._state.agree()
         comm.begin_run()
-        for doubt in doubts_about(recipe, comm):
-            log.warning(doubt)
+        if comm.rank == 0 and comm.topology.world_size > 1:
+            _announce(Description(recipe, comm.topology, tuple(self._treatments), {}).beginning())
+        if comm.rank == 0:
+            for doubt in doubts_about(recipe, comm):
+                log.warning(doubt)
         self._position: Position | None = recipe.at(0)
         # From here on the optimizer is changed: what can be refused has been.
         self._rebound = LRRebound(optimizer, lambda: 1.0 if self._position is None else self._position.phase.local_lr)
-        self._hooks = StepHooks(optimizer, self._model, on_nonfinite, self._coming)
+        self._hooks = StepHooks(optimizer, self._model, self._state.frozen(), on_nonfinite, self._coming)
         self._arrangement = Arrangement(
             self._model,
             self._treatments,
@@ -434,6 +441,14 @@ class ABTraining:
             f"recipe {self.recipe.name!r} ended after its {self.recipe.total_steps} steps: "
             "stop the loop there, or build the recipe with more total_steps"
         )
+
+
+def _announce(text: str) -> None:
+    """Tells what everybody needs to know, also in a program that has not set up logging."""
+    if log.isEnabledFor(logging.INFO):
+        log.info(text)
+    else:
+        print(f"abtrain: {text}", file=sys.stderr, flush=True)
 
 
 def _checked(

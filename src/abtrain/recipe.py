@@ -144,9 +144,31 @@ class Recipe:
         steps_left = self.total_steps - (step - into)
         return Position(step, phase, index, cycle, into, min(phase.steps, steps_left))
 
+    @property
+    def first_factored_step(self) -> int | None:
+        """The first step of a factored phase; None if no step of the run is factored."""
+        step = 0
+        for phase in self.phases:
+            if step >= self.total_steps:
+                break
+            if phase.weights == "factored":
+                return step
+            step += phase.steps
+        return None
+
     def factors_from(self, step: int) -> bool:
-        """Whether weights are factored at this step or later."""
-        return any(run.step >= step and run.phase.weights == "factored" for run in self.runs())
+        """Whether a factored phase begins at this step or later."""
+        # A cycle repeats, so that one full turn of it after the prologue shows all that is to come.
+        turns = sum(phase.steps for phase in self.cycle)
+        horizon = min(self.total_steps, max(step, sum(phase.steps for phase in self.prologue)) + turns + 1)
+        position = self.at(step)
+        begins = step if position.first else step - position.step_in_phase + position.steps_in_phase
+        while begins < horizon:
+            position = self.at(begins)
+            if position.phase.weights == "factored":
+                return True
+            begins += position.steps_in_phase
+        return False
 
     def cut_after(self, position: Position) -> Recipe:
         """The recipe in which the position's phase, one of the prologue, ends with its step.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abtrain.comm.checksums import stable_repr
 from abtrain.comm.meter import Meter
 from abtrain.errors import CheckpointError
 from abtrain.lowrank.model import FactoredModel
@@ -25,8 +25,6 @@ from abtrain.sync import WeightSync
 
 VERSION = 3
 """Of the content of `ABTraining.state_dict`: other content, another number."""
-
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of a rank rule that is no dataclass
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,6 @@ class Parts:
         self.preconditioner.load_state_dict(state["preconditioner"], device)
         if self.grad_scaler is not None and state["grad_scaler"]:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
-
-
-def stable_repr(value: object) -> str:
-    """Its `repr`, the same in every process."""
-    return _ADDRESS.sub("", repr(value))
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:

@@ -124,7 +124,6 @@ class Rounds:
 
         Raises:
             RanksDisagreeError: workers are at different steps, in different phases, or hold different shapes.
-            UsageError: a parameter is trained that was frozen at first.
         """
         ahead = 1
         while not self._go_ahead(ahead):

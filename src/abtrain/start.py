@@ -1,21 +1,24 @@
-"""Proof that all workers train alike: before they begin, and before they go on from saved states.
+"""Workers compare their settings: before they begin, at each phase, and before they continue from saved states.
 
-A recipe or an option that differs on one worker would hang the others at best. At worst it changes what is averaged,
-and nobody learns of it.
+A recipe, an option, a memory format or a learning rate that differs on one worker would hang the others at best. At
+worst it changes what is averaged, and nobody learns of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
 from abtrain.comm.agreement import differing_fields, gather_json, values_by_rank
-from abtrain.comm.checksums import fingerprint
+from abtrain.comm.checksums import fingerprint, stable_repr
 from abtrain.comm.communicator import Communicator
 from abtrain.errors import RanksDisagreeError
+from abtrain.lowrank.model import FactoredModel
 from abtrain.recipe import Recipe
-from abtrain.resume import stable_repr
 
 _MOST_TOLD = 5
 _ABSENT = "absent"
@@ -34,10 +37,74 @@ def check_start(comm: Communicator, recipe: Recipe, **options: object) -> None:
     """
     _compare(
         comm,
-        {**options, "topology": comm.topology, "recipe": recipe},
+        {"topology": comm.topology, "recipe": recipe, **options},
         "workers were started with different software or settings",
-        "Build ABTraining with the same recipe and the same options on every worker, under the same versions",
+        "Build ABTraining with the same recipe, options, model and optimizer on every worker, under the same versions",
     )
+
+
+def check_phase(comm: Communicator, model: FactoredModel, where: str) -> None:
+    """Compares what DDP is about to be built on, and the optimizer. Collective over the world; 24 bytes.
+
+    Args:
+        comm: of this worker.
+        model: with its optimizer, in the form of the phase that begins.
+        where: for the message, such as `step 120, phase rebound`.
+
+    Raises:
+        RanksDisagreeError: on all ranks, with what differs and where.
+    """
+    names = model.parameters()
+    factors = model.factors().keys()
+    # Which factors require gradients is a matter of roles.
+    layouts = {
+        name: layout(p) if name in factors else layout(p, requires_grad=p.requires_grad) for name, p in names.items()
+    }
+    _compare(
+        comm,
+        {"model": layouts, "optimizer": optimizer_settings(model.optimizer, names, HYPERPARAMETERS)},
+        f"workers differ at {where}",
+        "Change memory formats, requires_grad and the optimizer's settings on all workers, at the same step",
+    )
+
+
+HYPERPARAMETERS = frozenset(
+    {"lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha", "rho", "amsgrad", "maximize"}
+)
+"""Settings of param groups that no optimizer changes by itself. Others may be state, such as a count of steps."""
+
+
+def layout(tensor: Tensor, **more: object) -> dict[str, object]:
+    """What has to be equal before elements at the same place in memory are added up, and `more`.
+
+    Strides of dimensions of one element say nothing: they are left out.
+    """
+    strides = tuple(stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return {"shape": str(tuple(tensor.shape)), "dtype": str(tensor.dtype), "strides": str(strides), **more}
+
+
+def optimizer_settings(
+    optimizer: Optimizer, names: Mapping[str, nn.Parameter], keys: Collection[str] | None = None
+) -> list[dict[str, object]]:
+    """The settings of an optimizer's param groups, and whose they are.
+
+    Args:
+        optimizer: over the parameters.
+        names: of these.
+        keys: settings of interest; None: all.
+    """
+    known = {id(parameter): name for name, parameter in names.items()}
+    groups = []
+    for group in optimizer.param_groups:
+        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        chosen = {key: _plain(value) for key, value in settings.items() if keys is None or key in keys}
+        groups.append({**chosen, "parameters": sorted(known.get(id(p), "a stranger") for p in group["params"])})
+    return groups
+
+
+def _plain(value: object) -> object:
+    """A learning rate may be a tensor on any device."""
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def check_loaded(comm: Communicator, recipe: Recipe, state: Mapping[str, Any]) -> None:
@@ -90,6 +157,9 @@ def _leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
         yield place, type(value).__name__
         for field in dataclasses.fields(value):
             yield from _leaves(f"{place}.{field.name}", getattr(value, field.name))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(f"{place}.{key}", item)
     elif isinstance(value, tuple | list):
         for i, item in enumerate(value):
             yield from _leaves(f"{place}[{i}]", item)

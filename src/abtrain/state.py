@@ -13,9 +13,9 @@ from abtrain.comm.agreement import agree_on_tensors, differing_tensors, share
 from abtrain.comm.checksums import fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.wire import exact_average
-from abtrain.errors import UsageError
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.model import FactoredModel
+from abtrain.start import layout
 
 log = logging.getLogger("abtrain")
 
@@ -42,6 +42,20 @@ class SharedState:
         """The model's buffers by name, likewise."""
         return _as_real(dict(self._model.model.named_buffers()))
 
+    def layout(self) -> dict[str, dict[str, object]]:
+        """What has to be equal on all workers before they train, by the names of parameters and buffers."""
+        kinds = {treatment.name: treatment.kind for treatment in self._treatments}
+        model = self._model.model
+        parameters = {
+            name: layout(p, requires_grad=p.requires_grad, treatment=kinds[name])
+            for name, p in model.named_parameters()
+        }
+        return parameters | {name: layout(buffer) for name, buffer in model.named_buffers()}
+
+    def frozen(self) -> list[str]:
+        """Names of the parameters that nobody trains, and no merge shares."""
+        return [treatment.name for treatment in self._treatments if treatment.kind == "frozen"]
+
     def agree(self) -> None:
         """Makes all parameters and buffers, frozen ones too, the same on all workers: where they differ, rank 0's."""
         model = self._model.model
@@ -57,21 +71,10 @@ class SharedState:
             step: how many steps are done.
             phase: which of the recipe's phases this is.
             more: what else has to be alike.
-
-        Raises:
-            UsageError: a parameter is trained that was frozen at first.
         """
-        held = {id(p) for group in self._model.optimizer.param_groups for p in group["params"]}
-        frozen = {t.name: self._model.model.get_parameter(t.name) for t in self._treatments if t.kind == "frozen"}
-        thawed = [name for name, p in frozen.items() if p.requires_grad and id(p) in held]
-        if thawed:
-            raise UsageError(
-                f"{', '.join(thawed)} was frozen when ABTraining was built and is not merged, but is trained now: "
-                "build ABTraining with every parameter that is to be trained"
-            )
         tensors = self.parameters() | self.buffers()
-        layout = fingerprint(*((name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()))
-        return {"step": step, "phase": phase, "shapes": layout, **more}
+        shapes = fingerprint(*((name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()))
+        return {"step": step, "phase": phase, "shapes": shapes, **more}
 
     def forget_nonfinite(self) -> None:
         """Drops this worker's optimizer state of every parameter for which it holds NaN or infinity."""

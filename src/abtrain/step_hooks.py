@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
@@ -28,12 +28,58 @@ class Coming(NamedTuple):
     shared: bool
 
 
+class Ownership:
+    """Makes sure that an optimizer trains the parameters that workers share, and no others.
+
+    Args:
+        model: with all parameters that were there when training began.
+        frozen: names of those that were not trained then.
+    """
+
+    def __init__(self, model: FactoredModel, frozen: Sequence[str]) -> None:
+        self._model = model
+        self._frozen = {name: model.model.get_parameter(name) for name in frozen}
+        self._checked: list[int] = []
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Looks at the optimizer's parameters, before it steps.
+
+        Raises:
+            UsageError: it holds a parameter that no merge knows, or lacks one that workers share.
+        """
+        held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        thawed = [name for name, p in self._frozen.items() if p.requires_grad and id(p) in held] if self._frozen else []
+        if thawed:
+            raise UsageError(
+                f"{', '.join(thawed)} was frozen when ABTraining was built and is not shared, but is trained now: "
+                "build ABTraining with every parameter that is to be trained"
+            )
+        if held == self._checked:
+            return
+        known = {id(p): name for name, p in self._model.parameters().items()}
+        shapes = [str(tuple(p.shape)) for g in optimizer.param_groups for p in g["params"] if id(p) not in known]
+        if shapes:
+            raise UsageError(
+                f"the optimizer holds {len(shapes)} parameters that the model did not have when ABTraining was built "
+                f"(shapes {', '.join(shapes[:4])}): no worker would share them. Build the model and the optimizer with "
+                "every parameter that is to be trained, and ABTraining after them"
+            )
+        lost = [name for key, name in known.items() if name not in self._frozen and key not in held]
+        if lost:
+            raise UsageError(
+                f"the optimizer no longer holds {', '.join(lost[:4])}, which workers share: leave the param groups as "
+                "they were when ABTraining was built, and freeze parameters by a learning rate of 0"
+            )
+        self._checked = held
+
+
 class StepHooks:
     """Hooks on an optimizer, from here until `close`.
 
     Args:
         optimizer: over the model's parameters.
         model: whose factors are preconditioned.
+        frozen: names of the parameters that were not trained when training began.
         on_nonfinite: what becomes of gradients that are not finite.
         coming: tells of the step that is about to be made; None: of none that a recipe knows.
 
@@ -49,6 +95,7 @@ class StepHooks:
         self,
         optimizer: Optimizer,
         model: FactoredModel,
+        frozen: Sequence[str],
         on_nonfinite: OnNonFinite,
         coming: Callable[[], Coming | None],
     ) -> None:
@@ -57,6 +104,7 @@ class StepHooks:
         self.preconditioner = Preconditioner(optimizer, damping=0)
         self.guard = GradientGuard(optimizer, on_nonfinite)
         self._model = model
+        self._ownership = Ownership(model, frozen)
         self._coming = coming
         self._handles = (
             optimizer.register_step_pre_hook(self._before),
@@ -72,6 +120,12 @@ class StepHooks:
         coming = self._coming()
         if coming is None:
             return
+        if self.count:
+            raise UsageError(
+                f"optimizer.step() was called again before ab.step(), after step {coming.step}: call ab.step() once "
+                "after every optimizer.step(), and accumulate gradients under ab.no_sync()"
+            )
+        self._ownership.check(optimizer)
         self.guard.look(coming.step, coming.shared)
         if not coming.phase.damping:
             return

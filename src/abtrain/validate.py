@@ -109,10 +109,18 @@ def problems_here(model: nn.Module, recipe: Recipe, comm: Communicator) -> list[
 def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
     """What is allowed, but may not be what is meant; alike on all workers."""
     doubts = []
-    if comm.topology.n_groups == 1 and any(phase.trains == "a_or_b" for phase in recipe.phases):
+    topology = comm.topology
+    merges = any(isinstance(phase.sync, WeightSync) for phase in recipe.phases)
+    if topology.n_groups == 1 and any(phase.trains == "a_or_b" for phase in recipe.phases):
         doubts.append("one group alone: it trains A and B in turn, cycle by cycle")
+    if topology.n_groups == 1 and topology.world_size > 1 and merges:
+        doubts.append(
+            f"group_size={topology.group_size} makes one group of all {topology.world_size} workers: they average "
+            "gradients at every step, as with ddp, and send merges beside that, so that nothing is saved. Use "
+            "group_size=1, the workers of one machine, or the recipe ddp"
+        )
     # A recipe that factors at once is for weights that were trained before.
-    steps = next((position.step for position in recipe.runs() if position.phase.weights == "factored"), 0)
+    steps = recipe.first_factored_step or 0
     if 0 < steps < _FEW_STEPS:
         doubts.append(
             f"weights are factored after {steps} steps, when a model that is trained from scratch has not found its "

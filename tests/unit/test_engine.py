@@ -169,12 +169,13 @@ def test_payload_of_ab_is_gradients_plus_merges() -> None:
     full = 10 * 16 + 16 * 12 + 12 * 5 + biases
     factors = 2 * (10 + 16 + 16 + 12 + 12 + 5)
     proof = 16  # that all hold the same, at the end of each phase
-    assert payload["by_phase"]["warmup"] == 3 * full * 8 + proof
+    settings = 24  # are compared at the start of each phase
+    assert payload["by_phase"]["warmup"] == settings + 3 * full * 8 + proof
     moments = 2 * biases
     merge = (factors + biases + moments) * 8
     assert merge <= payload["by_phase"]["group"] < merge + 2500
     # And that weights multiplied out are alike, at its start.
-    assert payload["by_phase"]["rebound"] == 2 * full * 8 + 2 * proof
+    assert payload["by_phase"]["rebound"] == settings + 2 * full * 8 + 2 * proof
     assert payload["between_groups"] == payload["total"]
     assert history[0]["ranks"] == {"0.weight": 2, "2.weight": 2, "4.weight": 2}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ BITS = 62
 """One int64 MAX finds both ends of a range if -v can be sent beside v. 62 bits leave that room to spare."""
 LIMIT: int = 2**BITS
 
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of an object without one of its own
 _CHUNK_BYTES = 64 * 2**20
 
 
@@ -44,6 +46,11 @@ def digest(tensor: Tensor) -> int:
 def fingerprint(*parts: object) -> int:
     """62 bits of the SHA-256 of the parts' `repr`, which has to be the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> (64 - BITS)
+
+
+def stable_repr(value: object) -> str:
+    """Its `repr`, the same in every process."""
+    return _ADDRESS.sub("", repr(value))
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from abtrain.errors import ConfigurationError
@@ -50,6 +53,32 @@ class Topology:
         if self.n_groups == 1:
             return "A" if cycle % 2 == 0 else "B"
         return "A" if self.group_of(rank) < (self.n_groups + 1) // 2 else "B"
+
+
+def default_group_size(machines: Sequence[int]) -> int:
+    """Workers in a group, where nobody says: the workers of a machine, or one worker if there is one machine only.
+
+    On one machine a group of all workers would average every gradient, and there would be nobody to merge with.
+
+    Args:
+        machines: for each rank, an identifier of the machine that it runs on.
+
+    Raises:
+        ConfigurationError: machines have unlike numbers of workers.
+    """
+    workers = Counter(machines)
+    runs = sum(1 for before, after in pairwise(machines) if before != after) + 1
+    # Groups are made of consecutive ranks: where ranks are dealt out over machines in turn, no machine is a group.
+    if len(workers) == 1 or runs > len(workers):
+        return 1
+    if len(set(workers.values())) > 1:
+        sizes = ", ".join(f"{size} on that of rank {machines.index(machine)}" for machine, size in workers.items())
+        common = [d for d in range(1, min(workers.values()) + 1) if all(size % d == 0 for size in workers.values())]
+        raise ConfigurationError(
+            f"machines have unlike numbers of workers ({sizes}), and all groups need the same: give group_size, which "
+            f"may be {' or '.join(map(str, common))} here, or start as many workers on every machine"
+        )
+    return workers[machines[0]]
 
 
 def topology_problems(world_size: int, group_size: int) -> list[str]:

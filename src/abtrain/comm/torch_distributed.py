@@ -7,6 +7,8 @@ then sees are those of the queueing, and a lost peer ends the process through NC
 from __future__ import annotations
 
 import os
+import platform
+import zlib
 from datetime import timedelta
 
 import torch
@@ -34,7 +36,7 @@ from abtrain.comm.ddp import TorchDataParallel, point_sync_batch_norm
 from abtrain.comm.hooks import GradientHook, make_hook
 from abtrain.comm.link import Link
 from abtrain.comm.meter import Meter
-from abtrain.comm.topology import Topology
+from abtrain.comm.topology import Topology, default_group_size
 from abtrain.errors import ConfigurationError
 from abtrain.sync import GradientSync, Sync
 
@@ -47,16 +49,16 @@ def default_communicator(group_size: int | None = None) -> Communicator:
     """The communicator that fits how this process was started.
 
     Args:
-        group_size: workers in a group; if None, those of one machine (torchrun's LOCAL_WORLD_SIZE) where every machine
-            has as many, else 1.
+        group_size: workers in a group, the same on all workers; if None, those of one machine, or 1 if all workers run
+            on one (see `default_group_size`).
 
     Raises:
-        ConfigurationError: a group size that does not fit the world, or a launcher that announced other workers to a
-            process that has not joined them.
+        ConfigurationError: a group size that does not fit the world or differs between workers, machines with unlike
+            numbers of workers and no group size, or a launcher that announced other workers to a process that has not
+            joined them.
     """
     if dist.is_available() and dist.is_initialized():
-        world_size = dist.get_world_size()
-        return TorchCommunicator(Topology(world_size, _local_size(world_size) if group_size is None else group_size))
+        return TorchCommunicator(Topology(dist.get_world_size(), _agreed_group_size(group_size)))
     announced = os.environ.get("WORLD_SIZE", "1")
     if announced.isdecimal() and int(announced) > 1:
         raise ConfigurationError(
@@ -231,7 +233,23 @@ def _world_timeout(device: torch.device) -> timedelta | None:
     return timeout
 
 
-def _local_size(world_size: int) -> int:
-    announced = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    local = int(announced) if announced.isdecimal() else 1
-    return local if local > 0 and world_size % local == 0 else 1
+def _agreed_group_size(group_size: int | None) -> int:
+    """What all workers ask for, or the default. Collective over the world, before any group is made."""
+    # A group size may be any number that a caller gives: what it cannot be is told by `Topology`.
+    asked = -1 if group_size is None else max(-1, min(int(group_size), 2**62))
+    meeting = TorchCommunicator(Topology(dist.get_world_size()))
+    row = torch.tensor([asked, _machine(meeting.rank)], dtype=torch.int64, device=meeting.device)
+    sizes, machines = meeting.all_gather(row).cpu().unbind(1)
+    if len(set(sizes.tolist())) > 1:
+        told = ", ".join(f"{'none' if size < 0 else size} on rank {rank}" for rank, size in enumerate(sizes.tolist()))
+        raise ConfigurationError(f"group_size differs between workers ({told}): give all of them the same")
+    return default_group_size(machines.tolist()) if group_size is None else group_size
+
+
+def _machine(rank: int) -> int:
+    """An identifier of this machine: its first rank where the launcher tells, otherwise a hash of its name."""
+    local_rank, local_size = (os.environ.get(name, "") for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    # Hosts in containers and network namespaces may share a name, so the launcher is asked first.
+    if local_size.isdecimal() and int(local_size) and local_rank.isdecimal() and int(local_rank) <= rank:
+        return rank - int(local_rank)
+    return 2**32 + zlib.crc32(platform.node().encode())

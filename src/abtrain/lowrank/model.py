@@ -60,6 +60,12 @@ class FactoredModel:
         pairs = ((f"{name}.{letter}", record, letter) for name, record in self.records.items() for letter in "AB")
         return {key: getattr(record, letter) for key, record, letter in pairs}
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters as they are at present, frozen ones too: factors as `NAME.A` and `NAME.B`."""
+        factors = self.factors()
+        known = {id(parameter) for parameter in factors.values()}
+        return factors | {name: p for name, p in self.model.named_parameters() if id(p) not in known}
+
     def trained(self, treatments: Sequence[Treatment]) -> dict[str, nn.Parameter]:
         """All parameters that some worker trains, as they are at present, in the order of `treatments`."""
         factors = self.factors()

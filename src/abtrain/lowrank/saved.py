@@ -29,7 +29,7 @@ def model_state(model: FactoredModel) -> dict[str, Any]:
     `weights` are all parameters by name, frozen ones too; a weight NAME that is factored is NAME.A (m, k) and NAME.B
     (k, n).
     """
-    names = _names(model)
+    names = model.parameters()
     return {
         "factored": list(model.records),
         "damping": model.damping,
@@ -63,21 +63,13 @@ def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
         for name in state["factored"]
     }
     model.reshape(pairs, float(state["damping"]), float(state["compression"]))
-    names = _names(model)
+    names = model.parameters()
     with torch.no_grad():
         for name, parameter in names.items():
             parameter.copy_(weights[name])
         for name, buffer in model.model.named_buffers():
             buffer.copy_(state["buffers"][name])
     _load_optimizer_state(model.optimizer, names, state["optimizer"])
-
-
-def _names(model: FactoredModel) -> dict[str, nn.Parameter]:
-    """All parameters as they are at present: factors by the name of their weight, the others by their own."""
-    factors = model.factors()
-    known = {id(parameter) for parameter in factors.values()}
-    others = {name: p for name, p in model.model.named_parameters() if id(p) not in known}
-    return factors | others
 
 
 def _optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter]) -> dict[str, Any]:

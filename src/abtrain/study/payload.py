@@ -156,6 +156,9 @@ class _Walk:
         if self._factored or phase.weights == "factored":
             # What each worker multiplied out for itself.
             entry = (*entry, *compared(1))
+        if phase.sync is not None:
+            # Memory formats, what requires a gradient, and the optimizer's settings.
+            entry = (*entry, _ROLL_CALL)
         self._factored = bool(ranks)
         held = self._held(ranks)
         if isinstance(phase.sync, GradientSync):

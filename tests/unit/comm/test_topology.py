@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abtrain.comm.topology import Topology, topology_problems
+from abtrain.comm.topology import Topology, default_group_size, topology_problems
 from abtrain.errors import ConfigurationError
 
 sizes = st.tuples(st.integers(1, 8), st.integers(1, 8))
@@ -41,3 +41,18 @@ def test_impossible_sizes_are_refused_with_a_remedy(world_size: int, group_size:
     assert len(topology_problems(world_size, group_size)) == 1
     with pytest.raises(ConfigurationError, match=says):
         Topology(world_size, group_size)
+
+
+@pytest.mark.parametrize(
+    ("machines", "size"),
+    [([7], 1), ([7, 7, 7, 7], 1), ([7, 8, 9], 1), ([7, 7, 9, 9], 2), ([9, 9, 7, 7, 8, 8], 2), ([7, 9, 7, 9], 1)],
+    ids=["alone", "one machine", "a worker each", "two each", "in any order", "dealt out in turn"],
+)
+def test_a_group_is_a_machine_where_there_are_several(machines: list[int], size: int) -> None:
+    assert default_group_size(machines) == size
+
+
+@pytest.mark.parametrize(("machines", "sizes"), [([1, 1, 2], "1 here"), ([1, 1, 1, 1, 2, 2], "1 or 2 here")])
+def test_machines_with_unlike_numbers_of_workers(machines: list[int], sizes: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"give group_size, which may be {sizes}"):
+        default_group_size(machines)

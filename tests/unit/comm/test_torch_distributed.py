@@ -69,16 +69,42 @@ def test_a_torch_world_of_one_is_not_held_up_by_anything() -> None:
 
 
 def default_group_sizes(comm: Communicator) -> list[int]:
+    """By the workers that a launcher announces on each machine: 1, 2, 4, nothing it can say, and nothing at all."""
     sizes = []
-    for announced in ("2", "3", "0", "many"):
-        os.environ["LOCAL_WORLD_SIZE"] = announced
+    for local_size in (1, 2, 4, "many"):
+        os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
+        os.environ["LOCAL_RANK"] = str(comm.rank % local_size) if isinstance(local_size, int) else "none"
         sizes.append(default_communicator().topology.group_size)
-    del os.environ["LOCAL_WORLD_SIZE"]
+    del os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"]
     return [*sizes, default_communicator().topology.group_size, default_communicator(4).topology.group_size]
 
 
-def test_by_default_the_workers_of_a_machine_are_a_group() -> None:
-    assert run_gloo(4, default_group_sizes) == [[2, 1, 1, 1, 1, 4]] * 4
+def test_by_default_a_group_is_a_machine_and_on_one_machine_a_worker() -> None:
+    assert run_gloo(4, default_group_sizes) == [[1, 2, 1, 1, 1, 4]] * 4
+
+
+def unlike_machines(comm: Communicator) -> tuple[str, int]:
+    """Ranks 0, 1 on one machine, and 2 on another."""
+    os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"] = ("1", "0") if comm.rank == 2 else ("2", str(comm.rank))
+    with pytest.raises(ConfigurationError) as error:
+        default_communicator()
+    return str(error.value), default_communicator(1).topology.group_size
+
+
+def test_machines_with_unlike_numbers_of_workers_need_a_group_size() -> None:
+    told = run_gloo(3, unlike_machines)
+    assert [size for _, size in told] == [1] * 3
+    assert all("2 on that of rank 0, 1 on that of rank 2" in text and "give group_size" in text for text, _ in told)
+
+
+def unlike_group_sizes(comm: Communicator) -> str:
+    with pytest.raises(ConfigurationError) as error:
+        default_communicator([None, 2, 1, 2][comm.rank])
+    return str(error.value)
+
+
+def test_group_sizes_that_differ_are_told_on_all_workers() -> None:
+    assert all("(none on rank 0, 2 on rank 1, 1 on rank 2, " in text for text in run_gloo(4, unlike_group_sizes))
 
 
 def timeouts(comm: TorchCommunicator) -> timedelta:

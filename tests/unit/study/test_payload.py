@@ -214,12 +214,12 @@ def test_by_hand() -> None:
     """1,000,000 numbers, 4 workers: DDP's is the measure, and a merge in 8 bits every 20 steps is an 80th of it."""
     model, topology = assumed_shapes(1_000_000, 1000), Topology(4)
     full = payload(predict(recipes.ddp(100), model, topology), topology)
-    assert full["by_phase"] == {"setup": 2 * 24 + 16, "full": 100 * 4_000_000 + 16}
+    assert full["by_phase"] == {"setup": 2 * 24 + 16, "full": 24 + 100 * 4_000_000 + 16}
     # 250,000 numbers a chunk, rounded up to blocks of 128, 1 byte each and a scale of 2 bytes a block.
     chunk = 250_112
     merge = 4 * (chunk + 2 * chunk // 128) + 24
     rare = payload(predict(recipes.diloco(100, every=20, wire="int8"), model, topology), topology)
-    assert rare["by_phase"]["local"] == 5 * merge + 16
+    assert rare["by_phase"]["local"] == 24 + 5 * merge + 16
     assert payload_ratio(rare["total"], model, 100) == pytest.approx(1 / 80, rel=0.02)
 
 
@@ -229,9 +229,9 @@ def test_ab_outer_by_hand() -> None:
     assert ranks == {"weight0": 50}
     recipe = recipes.ab_outer(1000, every=20, warmup_steps=200, wire="fp32")
     by_phase = payload(predict(recipe, model, topology, ranks), topology)["by_phase"]
-    assert by_phase["warmup"] == 10 * (4_000_000 + 24) + 16
-    # Ranks, digests, and what each worker multiplied out for itself.
-    assert by_phase["factors"] == 3 * 16 + 40 * (400_000 + 24) + 16
+    assert by_phase["warmup"] == 24 + 10 * (4_000_000 + 24) + 16
+    # Ranks, checksums, what each worker multiplied out for itself, and settings.
+    assert by_phase["factors"] == 3 * 16 + 24 + 40 * (400_000 + 24) + 16
 
 
 def test_low_rank_by_hand() -> None:
@@ -240,7 +240,7 @@ def test_low_rank_by_hand() -> None:
     # 4,000 numbers make chunks of 1,000, rounded up to 1,024.
     factor = 4 * (1024 + 2 * 8)
     sent = payload(predict(recipes.diloco(100, every=20, wire="lowrank:4:int8"), model, topology), topology)
-    assert sent["by_phase"]["local"] == 5 * (2 * factor + 24) + 16
+    assert sent["by_phase"]["local"] == 24 + 5 * (2 * factor + 24) + 16
 
 
 def test_a_phase_that_ends_early_sends_less_than_is_predicted() -> None:
