@@ -5,7 +5,8 @@
                          part-0.safetensors     the tensors that rank 0 is the first to hold; other parts refer to them
 
 They are written to a temporary folder, synced to the disk and renamed. A crash at any moment leaves the older ones and
-at most a temporary folder, which the next one removes. All workers write to and read from one folder, so it has to be
+at most a temporary folder, which the next one removes. A step that is saved again is complete as step-...120.new before
+the old one goes. All workers write to and read from one folder, so it has to be
 on a file system that they share. A lost write is found by its digest. Who can write to the folder can replace its
 content, digests and all; what they cannot do is to have code executed by it.
 """
@@ -27,14 +28,16 @@ from torch import Tensor
 from abtrain.comm.agreement import gather_json
 from abtrain.comm.checksums import digest
 from abtrain.comm.communicator import Communicator
-from abtrain.errors import CheckpointError
+from abtrain.errors import CheckpointError, RanksDisagreeError
 from abtrain.faults import fail_at
 from abtrain.manifest import MANIFEST, manifest, read_manifest
+from abtrain.same import Marks, check_same, drifted, marks, same_in
 from abtrain.saved_files import TensorFile, Written, join, read_json, refer, split, write_json, write_tensors
 
 log = logging.getLogger("abtrain")
 
-_NAME = re.compile(r"step-\d{12}")
+_AGAIN = ".new"
+_NAME = re.compile(rf"step-\d{{12}}({re.escape(_AGAIN)})?")
 _TEMPORARY = (".writing-", ".old-")
 
 
@@ -70,20 +73,24 @@ def save(
 
     Raises:
         CheckpointError: it cannot be written, on all workers. Older checkpoints are as they were.
+        RanksDisagreeError: workers have drifted apart that ought to hold the same, on all workers; likewise.
+        TypeError: the state holds something that cannot be saved, with its place; on the workers whose state it is.
     """
     final, temporary = folder / f"step-{step:012d}", folder / f"{_TEMPORARY[0]}step-{step:012d}"
-    structure, tensors = split(state)
+    structure, tensors = _split_together(state, comm, step)
+    check_same(state, comm, f"a checkpoint of step {step}")
 
     def prepare() -> None:
         if comm.rank == 0:
             fail_at(comm.rank, step, "checkpoint.prepare")
             folder.mkdir(parents=True, exist_ok=True)
             _sweep(folder)
+            _settle(folder, comm, step)
             temporary.mkdir()
 
     def commit() -> None:
         if comm.rank == 0:
-            _commit(temporary, final, manifest(step, resizable, comm.topology.world_size, written), comm)
+            _commit(temporary, final, manifest(step, resizable, comm.topology.world_size, written), comm, step)
 
     try:
         _together(comm, step, prepare)
@@ -100,10 +107,34 @@ def save(
     return final
 
 
+def _split_together(state: Mapping[str, Any], comm: Communicator, step: int) -> tuple[Any, dict[str, Tensor]]:
+    """`split` of this worker's state, and whose state cannot be saved: a worker alone must not leave the others."""
+    problem, parts = "", None
+    try:
+        parts = split(state)
+    except TypeError as error:
+        problem = str(error)
+    places = [[place, same.scope] for place, same in same_in(state)] if parts is not None else []
+    answers = gather_json(comm, [problem, step, places])
+    if problem:
+        raise TypeError(problem)
+    for rank, (told, other, marked) in enumerate(answers):
+        if told:
+            raise CheckpointError(f"the checkpoint of step {step} could not be written: on rank {rank}, {told}")
+        if (other, marked) != (step, places):
+            raise RanksDisagreeError(
+                f"rank {rank} saves a checkpoint of step {other}, and rank {comm.rank} one of step {step}: save on all "
+                "workers, at the same step, what the same loop holds"
+            )
+    assert parts is not None
+    return parts
+
+
 def latest(folder: Path, comm: Communicator) -> Saved | None:
     """The newest checkpoint that is complete and undamaged for all workers, verified. Collective over the world.
 
-    Where the newest is damaged, an older one is taken, with a warning that names the file. Where there are more or
+    Where the newest is damaged, or workers saved unlike weights that ought to be the same, an older one is taken, with
+    a warning that names it. Where there are more or
     fewer workers than before, it is the newest from which another number of workers may go on.
 
     Returns:
@@ -116,15 +147,18 @@ def latest(folder: Path, comm: Communicator) -> Saved | None:
     problems = []
     for name in sorted(names, reverse=True):
         saved: Saved | None = None
-        problem = sha = ""
+        problem, sha, held = "", "", list[Marks]()
         try:
-            sha, saved = _open(folder / name, comm)
+            sha, saved, held = _open(folder / name, comm)
         except CheckpointError as error:
             problem = str(error)
-        answers = gather_json(comm, [problem, sha])
-        found = next((f"{told} (rank {rank})" for rank, (told, _) in enumerate(answers) if told), "")
-        if not found and len({sha for _, sha in answers}) > 1:
+        answers = gather_json(comm, [problem, sha, held])
+        found = next((f"{told} (rank {rank})" for rank, (told, _, _) in enumerate(answers) if told), "")
+        if not found and len({sha for _, sha, _ in answers}) > 1:
             found = f"{folder / name} is not the same on all workers: they need a folder that they share"
+        if not found:
+            found = drifted([held for _, _, held in answers], comm.topology)
+            found = found and f"{folder / name}: {found}"
         if not found and saved is not None:
             return saved
         problems.append(found)
@@ -138,8 +172,12 @@ def latest(folder: Path, comm: Communicator) -> Saved | None:
     return None
 
 
-def _open(path: Path, comm: Communicator) -> tuple[str, Saved]:
-    """The digest of a checkpoint's manifest, and what this worker needs of it, verified."""
+def _open(path: Path, comm: Communicator) -> tuple[str, Saved, list[Marks]]:
+    """A checkpoint's part that this worker needs, verified.
+
+    Returns:
+        The digest of the manifest, the states, and for each of these what has to be the same on all workers.
+    """
     body, sha = read_manifest(path)
     workers = body["workers"]
     if workers == comm.topology.world_size:
@@ -161,18 +199,19 @@ def _open(path: Path, comm: Communicator) -> tuple[str, Saved]:
             opened[file] = TensorFile(path / file, files[file])
         return opened[file].tensor(key)
 
-    states = []
+    states, held = [], list[Marks]()
     for rank in ranks:
         structure = read_json(path / f"part-{rank}.json", files[f"part-{rank}.json"])
         try:
             states.append(join(structure, tensor))
+            held.append(marks(structure))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}/part-{rank}.json is malformed: {error!r}") from error
         # Its own tensors too, even if none is referred to: every file is verified by somebody.
         own = f"part-{rank}.safetensors"
         if own not in opened:
             opened[own] = TensorFile(path / own, files[own])
-    return sha, Saved(body["step"], workers, states)
+    return sha, Saved(body["step"], workers, states), held
 
 
 def _divide(tensors: Mapping[str, Tensor], comm: Communicator) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -202,20 +241,31 @@ def _write_part(
     }
 
 
-def _commit(temporary: Path, final: Path, content: Mapping[str, Any], comm: Communicator) -> None:
+def _commit(temporary: Path, final: Path, content: Mapping[str, Any], comm: Communicator, step: int) -> None:
     """All parts are written: from here on, it is a matter of names."""
-    step = content["manifest"]["step"]
     for name, (size, _) in content["manifest"]["files"].items():
         if (temporary / name).stat().st_size != size:
             raise OSError(0, "other workers' parts are not there: they need a folder that they share", str(name))
     fail_at(comm.rank, step, "checkpoint.manifest")
     write_json(temporary / MANIFEST, content, partial(_sync, comm, step))
     _sync_folder(temporary)
-    if final.exists():  # damaged, or else the run would have gone on from it
-        final.rename(final.with_name(f"{_TEMPORARY[1]}{final.name}"))
     fail_at(comm.rank, step, "checkpoint.rename")
-    temporary.rename(final)
+    again = final.exists()
+    temporary.rename(final.with_name(f"{final.name}{_AGAIN}") if again else final)
     _sync_folder(final.parent)
+    if again:
+        _settle(final.parent, comm, step)
+
+
+def _settle(folder: Path, comm: Communicator, step: int) -> None:
+    """Lets steps that were saved again take the place of what was saved before."""
+    for path in [folder / name for name in _names(folder) if name.endswith(_AGAIN)]:
+        final = path.with_name(path.name.removesuffix(_AGAIN))
+        if final.exists():
+            final.rename(final.with_name(f"{_TEMPORARY[1]}{final.name}"))
+        fail_at(comm.rank, step, "checkpoint.replace")
+        path.rename(final)
+        _sync_folder(folder)
 
 
 def _sync(comm: Communicator, step: int, file: BinaryIO) -> None:

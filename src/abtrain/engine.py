@@ -324,7 +324,7 @@ class ABTraining:
             "round_began": self._hooks.round_began,
             "skipped_steps": list(self.skipped_steps),
             **self._arrangement.state_dict(),
-            **self._parts().state_dict(),
+            **self._parts().state_dict(self._equal_scope),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -359,11 +359,18 @@ class ABTraining:
 
     def _check_loaded_weights(self) -> None:
         """All workers ought to hold the same, or amid a round those of each group."""
-        amid_round = self._position is not None and isinstance(self._position.phase.sync, WeightSync)
-        if self._workers_equal or amid_round:
-            scope: Scope = "world" if self._workers_equal else "group"
+        scope = self._equal_scope
+        if scope is not None:
             where = f"step {self.steps_done} of the states that were loaded"
             check_replicas(self.communicator, self._state.parameters(), scope, where)
+
+    @property
+    def _equal_scope(self) -> Scope | None:
+        """Whose workers hold the same weights now; None if each worker has its own."""
+        if self._workers_equal:
+            return "world"
+        amid_round = self._position is not None and isinstance(self._position.phase.sync, WeightSync)
+        return "group" if amid_round else None
 
     @property
     def _shares_gradients(self) -> bool:

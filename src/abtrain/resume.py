@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abtrain.comm.checksums import stable_repr
+from abtrain.comm.checksums import checksum, stable_repr
+from abtrain.comm.communicator import Scope
 from abtrain.comm.meter import Meter
 from abtrain.errors import CheckpointError
 from abtrain.lowrank.model import FactoredModel
@@ -20,10 +21,11 @@ from abtrain.merge import Merger
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.rounds import Rounds, TrainedBy
+from abtrain.same import Same
 from abtrain.switch import Switch
 from abtrain.sync import WeightSync
 
-VERSION = 3
+VERSION = 4
 """Of the content of `ABTraining.state_dict`: other content, another number."""
 
 
@@ -40,10 +42,17 @@ class Parts:
     grad_scaler: torch.amp.GradScaler | None
     meter: Meter
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of every part, by its name."""
+    def state_dict(self, equal: Scope | None) -> dict[str, Any]:
+        """The state of every part, by its name.
+
+        Args:
+            equal: whose workers hold the same weights, if any do.
+        """
+        model = model_state(self.model)
+        if equal is not None:
+            model["weights"] = Same(model["weights"], equal)
         return {
-            "model": model_state(self.model),
+            "model": model,
             "merger": self.merger.state_dict(),
             "rounds": self.rounds.state_dict(),
             "switch": self.switch.state_dict(),
@@ -152,12 +161,8 @@ def _at_last_merge(states: Sequence[Mapping[str, Any]], state: Mapping[str, Any]
         name: _as_parameter(anchors[name], weight) if name in anchors else weight
         for name, weight in state["model"]["weights"].items()
     }
-    buffers = {
-        name: torch.stack([other["model"]["buffers"][name] for other in states]).mean(0)
-        if buffer.is_floating_point()
-        else buffer
-        for name, buffer in states[0]["model"]["buffers"].items()
-    }
+    names = states[0]["model"]["buffers"]
+    buffers = {name: _merged([other["model"]["buffers"][name] for other in states]) for name in names}
     # The climb may have ended since, or have begun in an earlier phase.
     done = max(climb["done"] - back, min(climb["length"], position.step_in_phase))
     rounds = {
@@ -174,6 +179,14 @@ def _at_last_merge(states: Sequence[Mapping[str, Any]], state: Mapping[str, Any]
         "workers_equal": True,
         "round_began": True,
     }
+
+
+def _merged(buffers: Sequence[Tensor]) -> Tensor:
+    """One buffer of all workers as a merge would leave it (see `abtrain.buffers`)."""
+    first = buffers[0]
+    if not first.is_floating_point() or all(checksum(buffer) == checksum(first) for buffer in buffers):
+        return first
+    return torch.stack(list(buffers)).mean(0)
 
 
 def _last_merge(state: Mapping[str, Any], recipe: Recipe) -> Position:

@@ -1,8 +1,8 @@
 """Trees of tensors and JSON values <-> files, written so that they last and read so that nothing in them is trusted.
 
-A tree is made of dicts with string keys, lists, tensors, strings, numbers, booleans and None; tuples become lists. Its
-tensors go to a safetensors file, the rest to a JSON file in which every tensor is a reference,
-{"$tensor": KEY, "file": NAME}. No pickle anywhere.
+A tree is made of dicts, lists, tensors, strings, numbers, booleans and None. Tuples become lists, and numpy's scalars
+become Python's. Keys of dicts are strings, numbers, booleans or None. Tensors go to a safetensors file, the rest to a
+JSON file in which every tensor is a reference, {"$tensor": KEY, "file": NAME}. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader
@@ -25,9 +25,14 @@ from torch import Tensor
 
 from abtrain.comm.checksums import bytes_of
 from abtrain.errors import CheckpointError
+from abtrain.same import SAME, Same
 
 _REFERENCE = "$tensor"
 _NUMBER = "$number"
+_ITEMS = "$items"
+_MOST_DIGITS = 4000
+"""Of a whole number: Python refuses to read many more from a file."""
+_DEEPEST = 200
 _MEBI = 2**20
 MAX_JSON_BYTES = 64 * _MEBI
 """Of a JSON file; checked before it is read."""
@@ -62,29 +67,66 @@ def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     """A tree without its tensors, references in their place, and the tensors by key.
 
     Raises:
-        TypeError: something that is neither a tensor nor JSON, with its place.
+        TypeError: something that cannot be saved, with its place.
     """
     tensors: dict[str, Tensor] = {}
+    return _cut(tree, "", 0, tensors), tensors
 
-    def cut(value: Any, place: str) -> Any:
-        if isinstance(value, Tensor):
-            real = torch.view_as_real(value.detach()) if value.is_complex() else value.detach()
-            tensors[place] = real
-            return {_REFERENCE: place, **({"complex": True} if value.is_complex() else {})}
-        if isinstance(value, Mapping):
-            odd = [key for key in value if not isinstance(key, str) or key.startswith("$") or "/" in key]
-            if odd:
-                raise TypeError(f"{place or 'the tree'} has the key {odd[0]!r}: use strings without '/' and '$'")
-            return {key: cut(item, f"{place}/{key}" if place else key) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [cut(item, f"{place}/{i}" if place else str(i)) for i, item in enumerate(value)]
-        if isinstance(value, float) and not math.isfinite(value):
-            return {_NUMBER: repr(value)}  # JSON has no word for it
-        if value is None or isinstance(value, str | int | float | bool):
-            return value
-        raise TypeError(f"{place or 'the tree'} is a {type(value).__name__}, which cannot be saved")
 
-    return cut(tree, ""), tensors
+def _cut(value: Any, place: str, depth: int, tensors: dict[str, Tensor]) -> Any:
+    if depth > _DEEPEST:
+        raise TypeError(f"{place[:80]}... is nested more than {_DEEPEST} levels deep, which cannot be saved")
+    if isinstance(value, Tensor):
+        return _refer_to(value, place, tensors)
+    if isinstance(value, Same):
+        return {SAME: value.scope, "tensors": _cut(dict(value), place, depth + 1, tensors)}
+    if isinstance(value, Mapping):
+        plain = all(isinstance(key, str) and not key.startswith("$") and "/" not in key for key in value)
+        if plain and not isinstance(value, Counter):
+            return {
+                key: _cut(item, f"{place}/{key}" if place else key, depth + 1, tensors) for key, item in value.items()
+            }
+        items = enumerate(value.items())
+        pairs = [[_key(key, place), _cut(item, f"{place}/{i}", depth + 1, tensors)] for i, (key, item) in items]
+        return {_ITEMS: pairs, "counter": isinstance(value, Counter)}
+    if isinstance(value, list | tuple):
+        return [_cut(item, f"{place}/{i}" if place else str(i), depth + 1, tensors) for i, item in enumerate(value)]
+    return _scalar(value, place)
+
+
+def _refer_to(value: Tensor, place: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    # Views that are conjugate or negative hold other bits than they show.
+    held = value.detach().resolve_conj().resolve_neg()
+    if held.layout != torch.strided or held.device.type == "meta":
+        kind = "meta" if held.device.type == "meta" else str(held.layout)
+        raise TypeError(f"{place} is a {kind} tensor, which cannot be saved: make it a dense one with values")
+    real = torch.view_as_real(held) if held.is_complex() else held
+    if real.dtype not in _DTYPES:
+        raise TypeError(f"{place} is of {real.dtype}, which cannot be saved")
+    tensors[place] = real
+    return {_REFERENCE: place, **({"complex": True} if held.is_complex() else {})}
+
+
+def _key(key: object, place: str) -> Any:
+    if key is None or isinstance(key, str | int | float | bool):
+        return _scalar(key, place)
+    raise TypeError(
+        f"{place or 'the tree'} has the key {key!r}, which cannot be saved: use strings, numbers, booleans or None"
+    )
+
+
+def _scalar(value: Any, place: str) -> Any:
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_NUMBER: repr(value)}  # JSON has no word for it
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_MOST_DIGITS:
+        raise TypeError(f"{place or 'the tree'} is a number of more than {_MOST_DIGITS} digits, which cannot be saved")
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    kind = type(value).__name__
+    hint = ": save torch.from_numpy(...) of it" if kind == "ndarray" else ""
+    raise TypeError(f"{place or 'the tree'} is a {kind}, which cannot be saved{hint}")
 
 
 def join(structure: Any, tensor: Callable[[str, str], Tensor]) -> Any:
@@ -98,6 +140,11 @@ def join(structure: Any, tensor: Callable[[str, str], Tensor]) -> Any:
         return torch.view_as_complex(found) if structure.get("complex") else found
     if _NUMBER in structure:
         return float(structure[_NUMBER])
+    if _ITEMS in structure:
+        items = {join(key, tensor): join(item, tensor) for key, item in structure[_ITEMS]}
+        return Counter(items) if structure.get("counter") else items
+    if SAME in structure:
+        return Same(join(structure["tensors"], tensor), str(structure[SAME]))
     return {key: join(item, tensor) for key, item in structure.items()}
 
 

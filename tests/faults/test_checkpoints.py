@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -349,8 +351,12 @@ def test_what_cannot_be_saved_is_told_with_its_place(tmp_path: Path, caplog: pyt
     caplog.set_level(logging.WARNING)
     for state, why in (
         ({"a": {"b": [object()]}}, "a/b/0 is a object"),
-        ({"a": {1: 2}}, "a has the key 1"),
-        ({"a": {"b/c": 2}}, "a has the key 'b/c'"),
+        ({"a": {(1, 2): 2}}, r"a has the key \(1, 2\)"),
+        ({"a": {"b": np.zeros(2)}}, "a/b is a ndarray, which cannot be saved: save torch.from_numpy"),
+        ({"a": torch.eye(2).to_sparse()}, "a is a torch.sparse_coo tensor"),
+        ({"a": torch.zeros(2, device="meta")}, "a is a meta tensor"),
+        ({"a": functools.reduce(lambda inner, _: [inner], range(300), 1)}, "more than 200 levels deep"),
+        ({"a": 10**5000}, "a is a number of more than 4000 digits"),
         ({"a": torch.zeros(2, dtype=torch.uint16)}, "torch.uint16, which cannot be saved"),
     ):
         with pytest.raises(TypeError, match=why):

@@ -106,7 +106,7 @@ def _like(parameter: nn.Parameter, value: Tensor, moved: bool) -> Tensor:
 
 def _problems(model: FactoredModel, state: Mapping[str, Any]) -> list[str]:
     """Why a state cannot be this model's; empty if it can."""
-    wanted = _dense_shapes(model)
+    wanted, dtypes = _dense_shapes(model), _dense_dtypes(model)
     factored, weights = set(state["factored"]), state["weights"]
     problems = [f"{name} is factored there, but cannot be here" for name in sorted(factored - set(model.names))]
     expected = {name for name in wanted if name not in factored}
@@ -117,9 +117,13 @@ def _problems(model: FactoredModel, state: Mapping[str, Any]) -> list[str]:
     for name, shape in wanted.items():
         if name in weights and tuple(weights[name].shape) != shape:
             problems.append(f"{name} has shape {tuple(weights[name].shape)} there and {shape} here")
-    buffers = {name: tuple(buffer.shape) for name, buffer in model.model.named_buffers()}
-    if buffers != {name: tuple(buffer.shape) for name, buffer in state["buffers"].items()}:
-        problems.append("buffers differ in names or shapes")
+    for name, weight in weights.items():
+        dtype = dtypes.get(name.removesuffix(".A").removesuffix(".B") if name not in wanted else name)
+        if dtype is not None and weight.dtype != dtype:
+            problems.append(f"{name} is of {weight.dtype} there and of {dtype} here")
+    buffers = {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in model.model.named_buffers()}
+    if buffers != {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in state["buffers"].items()}:
+        problems.append("buffers differ in names, shapes or dtypes")
     return problems or _factor_problems(wanted, state) + _optimizer_problems(model.optimizer, state)
 
 
@@ -130,6 +134,11 @@ def _dense_shapes(model: FactoredModel) -> dict[str, tuple[int, ...]]:
             del shapes[key]
         shapes[record.name] = tuple(record.matrix_shape.tensor)
     return shapes
+
+
+def _dense_dtypes(model: FactoredModel) -> dict[str, torch.dtype]:
+    dtypes = {name: p.dtype for name, p in model.model.named_parameters()}
+    return dtypes | {name: record.A.dtype for name, record in model.records.items()}
 
 
 def _factor_problems(wanted: Mapping[str, tuple[int, ...]], state: Mapping[str, Any]) -> list[str]:
@@ -155,8 +164,15 @@ def _optimizer_problems(optimizer: Optimizer, state: Mapping[str, Any]) -> list[
         if weight is None:
             problems.append(f"the optimizer's state of {name} belongs to another phase")
             continue
-        # State of a wrong shape would be taken without a word, and fail later, in the optimizer's step.
-        wrong = [k for k, t in held.items() if isinstance(t, Tensor) and t.ndim > 1 and t.shape != weight.shape]
+        # State of a wrong shape would be taken without a word, and fail later, in the optimizer's step. Adafactor keeps
+        # means of rows and of columns, with 1 in the place of a dimension.
+        wrong = [key for key, t in held.items() if isinstance(t, Tensor) and t.ndim > 1 and not _fits(t, weight)]
         if wrong and type(optimizer).__module__.startswith("torch.optim"):
             problems.append(f"the optimizer's {', '.join(wrong)} of {name} are not of its shape {tuple(weight.shape)}")
     return problems
+
+
+def _fits(held: Tensor, weight: Tensor) -> bool:
+    """Whether an item of optimizer state can belong to a weight."""
+    pairs = zip(held.shape, weight.shape, strict=False)
+    return held.ndim == weight.ndim and all(size in (1, whole) for size, whole in pairs)
