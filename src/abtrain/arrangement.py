@@ -102,7 +102,7 @@ class Arrangement:
         weights = {name: self._model.model.get_parameter(name).data for name in dense}
         momentum = {f"momentum of {name}": tensor for name, tensor in self._merger.momentum.items()}
         differed = take_first(self._comm, weights | momentum)
-        if differed:
+        if differed and self._comm.rank == 0:
             log.info("%d tensors differed between workers by rounding: rank 0's were taken", len(differed))
 
     def train(self, position: Position) -> None:
@@ -166,7 +166,7 @@ class Arrangement:
         self.seconds["svd"] += time.perf_counter() - start - waited
         self._model.factorize(agreed.factors, position.phase.damping)
         self.dense_this_cycle = unsettled | agreed.dense
-        for name, why in unsettled.items():
+        for name, why in unsettled.items() if self._comm.rank == 0 else ():
             log.info("step %d: %s stays dense: %s", position.step, name, why)
         ranks = {name: pair.k for name, pair in agreed.factors.items()}
         entry = {"cycle": position.cycle, "step": position.step, "ranks": ranks, "dense": dict(self.dense_this_cycle)}

@@ -157,7 +157,9 @@ class ABTraining:
         self._position: Position | None = recipe.at(0)
         # From here on the optimizer is changed: what can be refused has been.
         self._rebound = LRRebound(optimizer, lambda: 1.0 if self._position is None else self._position.phase.local_lr)
-        self._hooks = StepHooks(optimizer, self._model, self._state.frozen(), on_nonfinite, self._coming)
+        self._hooks = StepHooks(
+            optimizer, self._model, self._state.frozen(), on_nonfinite, comm.rank == 0, self._coming
+        )
         self._arrangement = Arrangement(
             self._model,
             self._treatments,
@@ -428,7 +430,8 @@ class ABTraining:
         self.decisions.append(
             {"step": self.steps_done, "ended": position.phase.name, "measure": until.measure, "value": value}
         )
-        log.info("step %d: %s is %.3g: phase %s ends", self.steps_done, until.measure, value, position.phase.name)
+        if self.communicator.rank == 0:
+            log.info("step %d: %s is %.3g: phase %s ends", self.steps_done, until.measure, value, position.phase.name)
         return self.recipe.at(self.steps_done)
 
     def _trained_by(self, position: Position) -> dict[str, list[bool]]:
@@ -452,7 +455,7 @@ class ABTraining:
 
 def _announce(text: str) -> None:
     """Tells what everybody needs to know, also in a program that has not set up logging."""
-    if log.isEnabledFor(logging.INFO):
+    if log.hasHandlers() or logging.root.manager.disable >= logging.INFO:
         log.info(text)
     else:
         print(f"abtrain: {text}", file=sys.stderr, flush=True)

@@ -28,14 +28,16 @@ class GradientGuard:
         optimizer: whose gradients they are.
         policy: `skip` leaves the step out; otherwise it is an error where gradients are shared, and left for the next
             merge to find where they are a worker's own.
+        speaks: whether this worker logs what happens on all workers.
 
     Attributes:
         skipped: indexes of the steps that were left out.
     """
 
-    def __init__(self, optimizer: Optimizer, policy: OnNonFinite) -> None:
+    def __init__(self, optimizer: Optimizer, policy: OnNonFinite, speaks: bool) -> None:
         self._optimizer = optimizer
         self._policy = policy
+        self._speaks = speaks
         self.skipped: list[int] = []
 
     def look(self, step: int, shared: bool) -> None:
@@ -65,7 +67,8 @@ class GradientGuard:
                 f"the gradients of the last {_MOST_IN_A_ROW} steps up to {step} were all NaN or infinite: training has "
                 "diverged. Lower the learning rate, or go on from an earlier checkpoint"
             )
-        log.warning("step %d: its gradient is not finite, and the step is left out", step)
+        if not shared or self._speaks:
+            log.warning("step %d: its gradient is not finite, and the step is left out", step)
         for parameter in parameters:
             parameter.grad = None
 

@@ -74,7 +74,10 @@ def _level(comm: Communicator, tensors: Mapping[str, Tensor], sums: Sequence[int
         apart = distance / max(size, torch.finfo(torch.float64).tiny)
         largest = max(largest, apart)
         tensor.copy_(held[0])
-    log.info("%s: weights differed between workers by rounding (%.1e): rank %d's were taken", where, largest, ranks[0])
+    if comm.rank == ranks[0]:
+        log.info(
+            "%s: weights differed between workers by rounding (%.1e): rank %d's were taken", where, largest, ranks[0]
+        )
 
 
 def _odd(digests: Sequence[int], ranks: Sequence[int]) -> str:

@@ -256,7 +256,8 @@ class Rounds:
         )
         if outcome.dropped:
             self.dropped.append({"step": step, "ranks": list(outcome.dropped)})
-            log.warning("step %d: the part of rank %s was not finite, and left out", step, list(outcome.dropped))
+            if self._comm.rank == 0:
+                log.warning("step %d: the part of rank %s was not finite, and left out", step, list(outcome.dropped))
         if self._comm.rank in outcome.dropped:
             self._begin_anew()
         fail_at(self._comm.rank, step, "merge.end")

@@ -62,7 +62,7 @@ def check_phase(comm: Communicator, model: FactoredModel, where: str) -> None:
     }
     _compare(
         comm,
-        {"model": layouts, "optimizer": optimizer_settings(model.optimizer, names, HYPERPARAMETERS)},
+        {"model": layouts, "param_groups": optimizer_settings(model.optimizer, names, HYPERPARAMETERS)},
         f"workers differ at {where}",
         "Change memory formats, requires_grad and the optimizer's settings on all workers, at the same step",
     )

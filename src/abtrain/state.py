@@ -61,7 +61,7 @@ class SharedState:
         model = self._model.model
         tensors = {name: p.data for name, p in model.named_parameters()} | dict(model.named_buffers())
         differed = agree_on_tensors(self._comm, tensors)
-        if differed:
+        if differed and self._comm.rank == 0:
             log.info("initial values of %d tensors differed between workers: rank 0's were taken", len(differed))
 
     def place(self, step: int, phase: int, **more: int) -> dict[str, int]:

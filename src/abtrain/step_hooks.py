@@ -81,6 +81,7 @@ class StepHooks:
         model: whose factors are preconditioned.
         frozen: names of the parameters that were not trained when training began.
         on_nonfinite: what becomes of gradients that are not finite.
+        speaks: whether this worker logs what happens on all workers.
         coming: tells of the step that is about to be made; None: of none that a recipe knows.
 
     Attributes:
@@ -97,12 +98,13 @@ class StepHooks:
         model: FactoredModel,
         frozen: Sequence[str],
         on_nonfinite: OnNonFinite,
+        speaks: bool,
         coming: Callable[[], Coming | None],
     ) -> None:
         self.count = 0
         self.round_began = True
         self.preconditioner = Preconditioner(optimizer, damping=0)
-        self.guard = GradientGuard(optimizer, on_nonfinite)
+        self.guard = GradientGuard(optimizer, on_nonfinite, speaks)
         self._model = model
         self._ownership = Ownership(model, frozen)
         self._coming = coming
