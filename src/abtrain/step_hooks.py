@@ -38,6 +38,7 @@ class Ownership:
 
     def __init__(self, model: FactoredModel, frozen: Sequence[str]) -> None:
         self._model = model
+        self._names = model.parameters().keys()
         self._frozen = {name: model.model.get_parameter(name) for name in frozen}
         self._checked: list[int] = []
 
@@ -56,7 +57,8 @@ class Ownership:
             )
         if held == self._checked:
             return
-        known = {id(p): name for name, p in self._model.parameters().items()}
+        names = self._names | self._model.factors().keys()
+        known = {id(p): name for name, p in self._model.parameters().items() if name in names}
         shapes = [str(tuple(p.shape)) for g in optimizer.param_groups for p in g["params"] if id(p) not in known]
         if shapes:
             raise UsageError(

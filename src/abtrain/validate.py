@@ -59,6 +59,15 @@ def _model_problems(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> l
     if any(parameter.device != next(model.parameters()).device for parameter in model.parameters()):
         devices = sorted({str(parameter.device) for parameter in model.parameters()})
         return [f"the model lies on several devices ({', '.join(devices)}): move it to one"]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    expanded = [
+        name for name, t in tensors.items() if any(s == 0 < n - 1 for s, n in zip(t.stride(), t.shape, strict=True))
+    ]
+    if expanded:
+        return [
+            f"{', '.join(expanded)}: several elements share one place in memory (an expanded tensor), and cannot be "
+            "written one by one: use a copy, made by .clone()"
+        ]
     sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
     if sparse:
         return [f"{', '.join(sparse)}: sparse gradients cannot be averaged in buckets. Build it with sparse=False"]

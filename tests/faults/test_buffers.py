@@ -1,0 +1,266 @@
+"""Buffers at merges: what all workers hold the same stays as it is, to the bit, whatever it holds."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from abtrain import ABTraining, recipes
+from abtrain.comm.communicator import Communicator
+from abtrain.comm.in_process import run_in_process
+from abtrain.errors import NonFiniteError
+from abtrain.recipe import Recipe
+from tests.cases import batch, build
+from tests.faults.loops import told
+from tests.gloo import run_gloo
+
+RECIPES = {
+    "local_sgd": recipes.local_sgd(24, every=4),
+    "diloco hidden": recipes.diloco(24, every=8, delay=4, fragments=2, wire="int8"),
+    "ab_outer": recipes.ab_outer(24, every=4, warmup_steps=8),
+    "ab_local": recipes.ab_local(24, every=4, warmup_steps=8),
+    "ab": recipes.ab(24, warmup_steps=4, ab_steps=4, rebound_steps=2),
+}
+
+CONSTANTS: dict[str, Callable[[], Tensor]] = {
+    "mask": lambda: torch.triu(torch.full((4, 4), -math.inf), 1),
+    "frequencies": lambda: torch.logspace(-4, 1, 333),
+    "nan": lambda: torch.full((3,), math.nan),
+    "halves": lambda: torch.logspace(-3, 1, 33).half(),
+    "flags": lambda: torch.tensor([True, False]),
+    "codes": lambda: torch.arange(5, dtype=torch.uint8),
+    "complex": lambda: torch.polar(torch.ones(7), torch.arange(7.0)),
+    "scalar": lambda: torch.tensor(0.1),
+    "zeros": lambda: torch.tensor([0.0, -0.0]),
+    "strided": lambda: torch.arange(12.0).view(3, 4).T,
+    "empty": lambda: torch.zeros(0, 3),
+}
+
+
+class WithBuffers(nn.Module):
+    def __init__(self, buffers: dict[str, Tensor], norm: bool = False) -> None:
+        super().__init__()
+        self.net = build("mlp", torch.float32)
+        self.norm = nn.BatchNorm1d(10) if norm else nn.Identity()
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(self.norm(x))
+        return y
+
+
+def train(
+    comm: Communicator,
+    model: nn.Module,
+    recipe: Recipe,
+    each: Callable[[ABTraining], None] | None = None,
+    **options: Any,
+) -> ABTraining:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ab = ABTraining(model, optimizer, recipe, communicator=comm, **options)
+    while not ab.finished:
+        x, y = batch("mlp", comm.rank, ab.steps_done, torch.float32)
+        F.cross_entropy(ab(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if each is not None:
+            each(ab)
+        ab.step()
+    return ab
+
+
+def bits(tensor: Tensor) -> bytes:
+    flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return flat.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def constants_after(comm: Communicator, name: str) -> dict[str, bytes]:
+    model = WithBuffers({key: make() for key, make in CONSTANTS.items()}, norm=True)
+
+    def look(ab: ABTraining) -> None:
+        if ab.steps_done % 5 == 2:
+            with ab.merged():
+                pass
+
+    train(comm, model, RECIPES[name], look)
+    return {key: bits(model.get_buffer(key)) for key in CONSTANTS}
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5])
+@pytest.mark.parametrize("name", RECIPES)
+def test_constants_stay_as_they_are(name: str, workers: int) -> None:
+    wanted = {key: bits(make()) for key, make in CONSTANTS.items()}
+    assert run_in_process(workers, lambda comm: constants_after(comm, name)) == [wanted] * workers
+
+
+def test_constants_stay_as_they_are_in_processes() -> None:
+    wanted = {key: bits(make()) for key, make in CONSTANTS.items()}
+    assert run_gloo(3, constants_after, "diloco hidden") == [wanted] * 3
+
+
+@pytest.mark.parametrize("workers", [3, 7])
+@pytest.mark.parametrize("delay", [0, 2])
+def test_what_changes_everywhere_in_the_same_way_stays_too(delay: int, workers: int) -> None:
+    """A schedule in a buffer, and a mask that is made anew."""
+
+    def work(comm: Communicator) -> list[tuple[bytes, bytes]]:
+        model = WithBuffers({"decay": torch.tensor(0.1), "mask": torch.zeros(5)})
+        seen = []
+
+        def change(ab: ABTraining) -> None:
+            model.get_buffer("decay").mul_(0.97)
+            model.get_buffer("mask").copy_(torch.where(torch.arange(5) < ab.steps_done % 5, -math.inf, 0.0))
+            seen.append((bits(model.get_buffer("decay")), bits(model.get_buffer("mask"))))
+
+        train(comm, model, recipes.local_sgd(30, every=3, delay=delay), change)
+        assert seen[-1] == (bits(model.get_buffer("decay")), bits(model.get_buffer("mask")))
+        return seen
+
+    decay, wanted = torch.tensor(0.1), []
+    for _ in range(30):
+        decay.mul_(0.97)
+        wanted.append(bits(decay))
+    for seen in run_in_process(workers, work):
+        assert [one for one, _ in seen] == wanted
+
+
+def test_equal_buffers_cost_no_bytes() -> None:
+    def sent(buffers: dict[str, Tensor]) -> int:
+        def work(comm: Communicator) -> int:
+            train(comm, WithBuffers(buffers), RECIPES["local_sgd"])
+            return int(comm.meter.payload()["by_phase"]["local"])
+
+        return run_in_process(3, work)[0]
+
+    assert sent({"pe": torch.randn(1000), "mask": torch.full((9,), -math.inf)}) == sent({})
+
+
+def test_running_statistics_are_averaged_until_they_are_frozen() -> None:
+    """Then they stay as the last merge has left them."""
+
+    def work(comm: Communicator) -> tuple[list[bytes], int]:
+        model = WithBuffers({}, norm=True)
+        seen: list[bytes] = []
+
+        def freeze(ab: ABTraining) -> None:
+            if ab.steps_done == 7:
+                model.norm.eval()
+            if ab.steps_done % 4 == 0 and ab.steps_done:
+                seen.append(bits(model.get_buffer("norm.running_mean")))
+
+        train(comm, model, recipes.local_sgd(40, every=4), freeze)
+        return seen, int(model.get_buffer("norm.num_batches_tracked"))
+
+    for seen, count in run_in_process(3, work):
+        assert len(set(seen[2:])) == 1 and seen[0] != seen[2]
+        assert count == 8
+    together = [seen for seen, _ in run_in_process(3, work)]
+    assert together[0][2:] == together[1][2:] == together[2][2:]
+
+
+@pytest.mark.parametrize("policy", ["stop", "drop_worker"])
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("before", [0, 6])
+def test_a_buffer_that_is_not_finite_on_one_worker(policy: Any, delay: int, before: int) -> None:
+    """Before buffers were ever compared, and after; it is named."""
+
+    def work(comm: Communicator) -> list[float]:
+        model = WithBuffers({"mask": torch.full((2,), -math.inf)}, norm=True)
+
+        def spoil(ab: ABTraining) -> None:
+            if ab.steps_done == before and comm.rank == 1:
+                model.get_buffer("norm.running_var")[0] = math.nan
+
+        train(comm, model, recipes.local_sgd(16, every=4, delay=delay), spoil, on_nonfinite=policy)
+        return [*model.get_buffer("norm.running_var").tolist(), *model.get_buffer("mask").tolist()]
+
+    if policy == "stop":
+        for error in told(3, work):
+            assert isinstance(error, NonFiniteError)
+            assert "what rank 1 brought to the merge (buffer norm.running_var)" in str(error)
+        return
+    first, second, third = run_in_process(3, work)
+    assert (
+        first == second == third and all(math.isfinite(value) for value in first[:-2]) and first[-2:] == [-math.inf] * 2
+    )
+
+
+def test_what_cannot_be_averaged_follows_the_first_finite_worker() -> None:
+    def work(comm: Communicator) -> tuple[list[bool], list[int]]:
+        model = WithBuffers({"flags": torch.tensor([True, False]), "codes": torch.arange(3)})
+
+        def change(ab: ABTraining) -> None:
+            if ab.steps_done == 5:
+                model.get_buffer("flags")[1] = comm.rank == 1
+                model.get_buffer("codes").add_(comm.rank)
+                if comm.rank == 0:
+                    model.get_parameter("net.0.weight").data[0] = math.nan
+
+        train(comm, model, recipes.local_sgd(8, every=4), change, on_nonfinite="drop_worker")
+        return model.get_buffer("flags").tolist(), model.get_buffer("codes").tolist()
+
+    assert run_in_process(3, work) == [([True, True], [1, 2, 3])] * 3
+
+
+@pytest.mark.parametrize("spoil", [False, True], ids=["changed", "spoilt"])
+def test_a_hidden_merge_that_is_begun_again_merges_what_it_began_with(spoil: bool) -> None:
+    """Whatever has become of the buffers since."""
+
+    def run(comm: Communicator, resumes: bool) -> list[float]:
+        model = WithBuffers({}, norm=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        ab = ABTraining(model, optimizer, recipes.local_sgd(16, every=8, delay=6), communicator=comm)
+        while not ab.finished:
+            if ab.steps_done == 9 and spoil and comm.rank == 1:
+                model.get_buffer("norm.running_mean").fill_(math.nan)
+            if ab.steps_done == 10 and resumes:
+                ab.load_state_dict(copy.deepcopy(ab.state_dict()))
+            if ab.steps_done == 12 and spoil and comm.rank == 1:
+                model.get_buffer("norm.running_mean").zero_()
+            x, y = batch("mlp", comm.rank, ab.steps_done, torch.float32)
+            F.cross_entropy(ab(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ab.step()
+        return [*model.get_buffer("norm.running_mean").tolist(), *model.get_buffer("norm.running_var").tolist()]
+
+    assert run_in_process(2, lambda comm: run(comm, True)) == run_in_process(2, lambda comm: run(comm, False))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.complex64], ids=str)
+def test_a_gradient_that_is_not_finite_once_drops_its_worker_once(kind: torch.dtype) -> None:
+    """Complex numbers in the optimizer's state are looked at too."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.scale = build("mlp", torch.float32), nn.Parameter(torch.ones(5, dtype=kind))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.net(x) * self.scale.abs()
+            return y
+
+    def work(comm: Communicator) -> list[dict[str, Any]]:
+        model = Scaled()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        ab = ABTraining(model, optimizer, recipes.local_sgd(24, every=4), communicator=comm, on_nonfinite="drop_worker")
+        while not ab.finished:
+            x, y = batch("mlp", comm.rank, ab.steps_done, torch.float32)
+            F.cross_entropy(ab(x), y).backward()
+            if ab.steps_done == 5 and comm.rank == 1:
+                assert model.scale.grad is not None
+                model.scale.grad *= math.nan
+            optimizer.step()
+            optimizer.zero_grad()
+            ab.step()
+        return ab.dropped_parts
+
+    assert run_in_process(2, work) == [[{"step": 8, "ranks": [1]}]] * 2

@@ -1,0 +1,342 @@
+"""Models, optimizers and loops that differ between workers or change: told before anything is averaged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from abtrain import ABTraining, recipes
+from abtrain.comm.communicator import Communicator
+from abtrain.comm.in_process import run_in_process
+from abtrain.errors import ConfigurationError, RanksDisagreeError, UsageError
+from abtrain.recipe import Recipe
+from tests.cases import SCHEDULE, batch, build
+from tests.faults.loops import Loop, told
+from tests.gloo import run_gloo
+
+AB = recipes.ab(15, **SCHEDULE, sigma_cutoff=0.2)
+RECIPES = {"ddp": recipes.ddp(12), "local_sgd": recipes.local_sgd(12, every=4), "ab": AB}
+
+
+def freeze_another(model: nn.Module, rank: int) -> None:
+    model.get_parameter("0.bias" if rank == 1 else "2.bias").requires_grad_(False)
+
+
+def freeze_one_more(model: nn.Module, rank: int) -> None:
+    model.get_parameter("5.weight").requires_grad_(rank != 1)
+
+
+def channels_last(model: nn.Module, rank: int) -> None:
+    if rank == 1:
+        model.to(memory_format=torch.channels_last)
+
+
+def transposed(model: nn.Module, rank: int) -> None:
+    if rank == 1:
+        weight = model.get_parameter("5.weight")
+        weight.data = weight.data.T.contiguous().T
+
+
+UNLIKE: dict[str, tuple[Callable[[nn.Module, int], None], str]] = {
+    "unlike ones frozen": (freeze_another, "model.0.bias.requires_grad is True on rank 0"),
+    "one more frozen": (freeze_one_more, "model.5.weight.requires_grad is True on rank 0"),
+    "channels last": (channels_last, "model.0.weight.strides is '(18, 9, 3, 1)' on rank 0"),
+    "a transposed weight": (transposed, "model.5.weight.strides is '(24, 1)' on rank 0"),
+}
+
+
+def build_unlike(comm: Communicator, recipe: str, kind: str) -> str:
+    """The message that this worker gets."""
+    model = build("conv", torch.float32)
+    UNLIKE[kind][0](model, comm.rank)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(RanksDisagreeError) as error:
+        ABTraining(model, optimizer, RECIPES[recipe], communicator=comm)
+    assert not optimizer._optimizer_step_pre_hooks  # nothing is left on it
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_models_that_lie_or_train_unlike(recipe: str, kind: str) -> None:
+    messages = run_in_process(3, lambda comm: build_unlike(comm, recipe, kind))
+    assert len(set(messages)) == 1 and UNLIKE[kind][1] in messages[0] and "on rank 1" in messages[0]
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_models_that_lie_or_train_unlike_in_processes(kind: str) -> None:
+    """Where DDP would abort, or average elements that do not belong together."""
+    messages = run_gloo(3, build_unlike, "ddp", kind)
+    assert len(set(messages)) == 1 and UNLIKE[kind][1] in messages[0] and "on rank 1" in messages[0]
+
+
+def test_memory_formats_that_differ_in_name_only() -> None:
+    """The strides of dimensions of one element say nothing about the order of elements."""
+
+    def work(comm: Communicator) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 2))
+        if comm.rank == 1:
+            model.to(memory_format=torch.channels_last)
+        ABTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), recipes.ddp(4), communicator=comm)
+
+    run_in_process(2, work)
+
+
+OPTIMIZERS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], Callable[[Any], torch.optim.Optimizer], str]] = {
+    "learning rate": (
+        lambda p: torch.optim.AdamW(p, lr=1e-2),
+        lambda p: torch.optim.AdamW(p, lr=2e-2),
+        "param_groups[0].lr is 0.01 on rank 0 and 0.02 on rank 1",
+    ),
+    "learning rate as a tensor": (
+        lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.5)),
+        lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.25)),
+        "param_groups[0].lr is 0.5 on rank 0 and 0.25 on rank 1",
+    ),
+    "decay": (
+        lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.0),
+        lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1),
+        "param_groups[0].weight_decay is 0.0 on rank 0 and 0.1 on rank 1",
+    ),
+    "betas": (
+        lambda p: torch.optim.Adam(p, betas=(0.9, 0.999)),
+        lambda p: torch.optim.Adam(p, betas=(0.9, 0.99)),
+        "param_groups[0].betas[1] is 0.999 on rank 0 and 0.99 on rank 1",
+    ),
+    "momentum of the second group": (
+        lambda p: torch.optim.SGD([{"params": p[:2]}, {"params": p[2:], "momentum": 0.9}], lr=0.1),
+        lambda p: torch.optim.SGD([{"params": p[:2]}, {"params": p[2:], "momentum": 0.8}], lr=0.1),
+        "param_groups[1].momentum is 0.9 on rank 0 and 0.8 on rank 1",
+    ),
+    "who belongs to which group": (
+        lambda p: torch.optim.SGD([{"params": p[:2]}, {"params": p[2:]}], lr=0.1),
+        lambda p: torch.optim.SGD([{"params": p[:3]}, {"params": p[3:]}], lr=0.1),
+        "param_groups[0].parameters",
+    ),
+    "a flag": (
+        lambda p: torch.optim.Adam(p, amsgrad=False),
+        lambda p: torch.optim.Adam(p, amsgrad=True),
+        "param_groups[0].amsgrad is False on rank 0 and True on rank 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_optimizers_with_unlike_settings(recipe: str, kind: str) -> None:
+    most, odd, words = OPTIMIZERS[kind]
+
+    def work(comm: Communicator) -> None:
+        model = build("mlp", torch.float32)
+        make = odd if comm.rank == 1 else most
+        ABTraining(model, make(list(model.parameters())), RECIPES[recipe], communicator=comm)
+
+    for error in told(2, work):
+        assert isinstance(error, RanksDisagreeError) and words in str(error)
+
+
+def test_the_order_of_an_optimizers_parameters_does_not_matter() -> None:
+    def work(comm: Communicator) -> None:
+        model = build("mlp", torch.float32)
+        parameters = list(model.parameters())
+        optimizer = torch.optim.SGD(parameters[::-1] if comm.rank else parameters, lr=0.1)
+        ABTraining(model, optimizer, AB, communicator=comm)
+
+    run_in_process(2, work)
+
+
+def lower_the_rate(loop: Loop) -> None:
+    loop.optimizer.param_groups[0]["lr"] *= 0.5
+
+
+def freeze_a_bias(loop: Loop) -> None:
+    loop.model.get_parameter("2.bias").requires_grad_(False)
+
+
+def change_betas(loop: Loop) -> None:
+    loop.optimizer.param_groups[0]["betas"] = (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lower_the_rate, "param_groups[0].lr is 0.01 on rank 0 and 0.005 on rank 1"),
+        (freeze_a_bias, "model.2.bias.requires_grad is True on rank 0 and False on rank 1"),
+        (change_betas, "param_groups[0].betas[0] is 0.9 on rank 0 and 0.8 on rank 1"),
+    ],
+)
+def test_what_changes_on_one_worker_is_told_at_the_next_phase(change: Callable[[Loop], None], words: str) -> None:
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, AB)
+        loop.run(6)  # amid the group phase, which ends after step 7
+        if comm.rank == 1:
+            change(loop)
+        loop.run()
+
+    for error in told(2, work):
+        assert isinstance(error, RanksDisagreeError)
+        assert "workers differ at step 7, phase rebound" in str(error) and words in str(error)
+
+
+def test_settings_that_an_optimizer_changes_itself_are_no_difference() -> None:
+    """A step that a gradient scaler skips on one worker leaves such a count behind there."""
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
+            return super().step(closure)
+
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, AB)
+        loop.optimizer.param_groups[0]["k"] = comm.rank
+        loop.run()
+
+    run_in_process(2, work)
+
+
+def stranger(loop: Loop) -> None:
+    loop.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 3, dtype=torch.float64))]})
+
+
+def registered_later(loop: Loop) -> None:
+    loop.model.register_parameter("late", nn.Parameter(torch.ones(2, 3, dtype=torch.float64)))
+    loop.optimizer.add_param_group({"params": [loop.model.get_parameter("late")]})
+
+
+def thawed(loop: Loop) -> None:
+    loop.model.get_parameter("0.bias").requires_grad_(True)
+
+
+def taken_out(loop: Loop) -> None:
+    del loop.optimizer.param_groups[0]["params"][-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (stranger, r"1 parameters that the model did not have .*shapes \(2, 3\)\): no worker would share them"),
+        (registered_later, r"1 parameters that the model did not have .*shapes \(2, 3\)\)"),
+        (thawed, "0.bias was frozen when ABTraining was built"),
+        (taken_out, "no longer holds .*, which workers share"),
+    ],
+)
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_optimizer_that_trains_other_parameters_than_workers_share(
+    recipe: str, change: Callable[[Loop], None], words: str, workers: int
+) -> None:
+    def work(comm: Communicator) -> None:
+        model = build("mlp")
+        model.get_parameter("0.bias").requires_grad_(False)
+        loop = Loop(comm, RECIPES[recipe], model)
+        loop.run(5)
+        change(loop)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        with pytest.raises(UsageError, match=words):
+            loop.step()
+        # It is told before the step, on every worker that it happens to.
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+    run_in_process(workers, work)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_optimizer_step_without_a_training_step(recipe: str, workers: int) -> None:
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, RECIPES[recipe])
+        x, y = batch("mlp", comm.rank, 0)
+        F.cross_entropy(loop.ab(x), y).backward()
+        loop.optimizer.step()
+        before = [p.detach().clone() for p in loop.model.parameters()]
+        with pytest.raises(UsageError, match=r"optimizer.step\(\) was called again before ab.step\(\)"):
+            loop.optimizer.step()
+        assert all(map(torch.equal, loop.model.parameters(), before))
+
+    run_in_process(workers, work)
+
+
+def expanded_buffer(model: nn.Module) -> None:
+    model.register_buffer("x", torch.ones(1).expand(6))
+
+
+def expanded_parameter(model: nn.Module) -> None:
+    model.register_parameter("x", nn.Parameter(torch.ones(1).expand(6)))
+
+
+@pytest.mark.parametrize("change", [expanded_buffer, expanded_parameter])
+def test_expanded_tensors_are_refused(change: Callable[[nn.Module], None]) -> None:
+    def work(comm: Communicator) -> None:
+        model = build("mlp")
+        change(model)
+        Loop(comm, recipes.ddp(3), model)
+
+    for error in told(2, work):
+        assert isinstance(error, ConfigurationError) and "x: several elements share one place" in str(error)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_that_a_gradient_scaler_skips_moves_nothing(kind: Any, fused: bool) -> None:
+    """Nor does it decay factors under the preconditioner."""
+    model = build("mlp", torch.float32)
+    optimizer = kind(model.parameters(), lr=1e-2, weight_decay=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    recipe = recipes.ab_outer(20, every=4, warmup_steps=4, sigma_cutoff=0.3, damping=0.1)
+    ab = ABTraining(model, optimizer, recipe, grad_scaler=scaler)
+    for step in range(10):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        x, y = batch("mlp", 0, step, torch.float32)
+        bad = step in (6, 9)
+        scaler.scale(F.cross_entropy(ab(x), y) * (math.inf if bad else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if bad:
+            assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        ab.step()
+    assert ab.rank_history
+
+
+def long_recipes() -> list[Recipe]:
+    steps = 10**7
+    return [
+        recipes.local_sgd(steps, every=20, rebound_steps=5),
+        recipes.ab(steps, warmup_steps=10, ab_steps=6, rebound_steps=3),
+        recipes.ab_outer(steps, refactor_every=1),
+    ]
+
+
+@pytest.mark.parametrize("recipe", long_recipes(), ids=lambda recipe: recipe.name)
+@pytest.mark.timeout(20)
+def test_a_long_recipe_is_built_at_once(recipe: Recipe) -> None:
+    model = build("mlp", torch.float32)
+    ABTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), recipe)
+
+
+def test_what_is_doubtful_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    run_in_process(4, lambda comm: Loop(comm, recipes.local_sgd(8, every=4)) and None, group_size=4)
+    assert caplog.text.count("group_size=4 makes one group of all 4 workers") == 1
+    assert "Use group_size=1" in caplog.text
+
+
+@pytest.mark.parametrize("logged", [True, False], ids=["logging", "no logging"])
+def test_the_start_says_who_belongs_together(
+    logged: bool, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from abtrain import engine
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(engine.log, "hasHandlers", lambda: logged)
+    run_in_process(4, lambda comm: Loop(comm, AB) and None, group_size=2)
+    line = (
+        "4 workers in 2 groups of 2; between groups travel gradients at every step (warmup, rebound) and merges every "
+        "4 steps (group)"
+    )
+    assert (caplog.text.count(line), capsys.readouterr().err.count(line)) == ((1, 0) if logged else (0, 1))
