@@ -1,9 +1,9 @@
 """What it costs that workers compare what they hold: python benchmarks/comparing.py [--layers 12] [--rounds 2]
 
 Two processes on this machine train a GPT of GPT-2's shapes (124 M parameters, context 64, batch 1) with AdamW. They
-merge every 20 steps. Measured are the seconds that a worker spends in comparing (settings, memory formats, initial weights,
-replicas, what a round started from, buffers): their share of a round, and their number at the start of the run. Prints
-one line of JSON; `--keep` adds it to results/comparing.jsonl.
+merge every 20 steps. Measured are the seconds that a worker spends in comparing (settings, memory formats, initial
+weights, replicas, what a round started from, buffers): their share of a round, and their number at the start.
+Prints one line of JSON; `--keep` adds it to results/comparing.jsonl.
 """
 
 from __future__ import annotations

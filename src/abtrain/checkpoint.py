@@ -114,7 +114,7 @@ def _split_together(state: Mapping[str, Any], comm: Communicator, step: int) -> 
         parts = split(state)
     except TypeError as error:
         problem = str(error)
-    places = [[place, same.scope] for place, same in same_in(state)] if parts is not None else []
+    places = [[place, scope] for place, scope, _ in same_in(state)] if parts is not None else []
     answers = gather_json(comm, [problem, step, places])
     if problem:
         raise TypeError(problem)

@@ -21,7 +21,7 @@ from abtrain.merge import Merger
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.rounds import Rounds, TrainedBy
-from abtrain.same import Same
+from abtrain.same import marked
 from abtrain.switch import Switch
 from abtrain.sync import WeightSync
 
@@ -49,10 +49,8 @@ class Parts:
             equal: whose workers hold the same weights, if any do.
         """
         model = model_state(self.model)
-        if equal is not None:
-            model["weights"] = Same(model["weights"], equal)
         return {
-            "model": model,
+            "model": model | marked("weights", model["weights"], equal),
             "merger": self.merger.state_dict(),
             "rounds": self.rounds.state_dict(),
             "switch": self.switch.state_dict(),

@@ -19,37 +19,31 @@ from abtrain.comm.topology import Topology
 from abtrain.errors import RanksDisagreeError
 from abtrain.replicas import check_replicas
 
-SAME = "$same"
-"""In a structure, marks what has to be the same on all workers, and names the scope."""
+_SCOPE_OF = "_same_on"
+"""In a tree, `NAME_same_on: SCOPE` beside `NAME` says that all workers of a scope hold the same tensors there."""
 
 Marks = list[list[str]]
 """Of one worker's state: place, scope and fingerprint of everything that has to be the same."""
 
 
-class Same(dict[str, Tensor]):
-    """Tensors by name that all workers of a scope hold the same.
-
-    Args:
-        tensors: by name.
-        scope: `world`, or `group`.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], scope: str) -> None:
-        super().__init__(tensors)
-        self.scope = scope
+def marked(name: str, tensors: Mapping[str, Tensor], scope: str | None) -> dict[str, Any]:
+    """Tensors by name as an entry `name` of a tree, marked as the same on all workers of a scope; None: of no scope."""
+    return {name: tensors} if scope is None else {name: tensors, f"{name}{_SCOPE_OF}": scope}
 
 
-def same_in(tree: Any, place: str = "") -> Iterator[tuple[str, Same]]:
-    """All `Same` of a tree, each with its place."""
-    if isinstance(tree, Same):
-        yield place, tree
-    elif isinstance(tree, Mapping):
-        for key, item in tree.items():
-            yield from same_in(item, f"{place}/{key}")
+def same_in(tree: Any, place: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Place, scope and content of everything in a tree that is marked."""
+    if not isinstance(tree, Mapping):
+        return
+    for key, item in tree.items():
+        name = key.removesuffix(_SCOPE_OF) if isinstance(key, str) else key
+        if name != key and name in tree:
+            yield f"{place}/{name}", str(item), tree[name]
+        yield from same_in(item, f"{place}/{key}")
 
 
 def check_same(tree: Any, comm: Communicator, where: str) -> None:
-    """Compares all `Same` of a tree. Differences that rounding makes are levelled, in place. Collective over the world.
+    """Compares all that is marked. Differences that rounding makes are levelled, in place. Collective over the world.
 
     Args:
         tree: of this worker; on all workers with the same places and scopes.
@@ -60,10 +54,10 @@ def check_same(tree: Any, comm: Communicator, where: str) -> None:
         RanksDisagreeError: a worker has drifted apart; on all workers.
     """
     problem = ""
-    for _, same in same_in(tree):
-        real = {name: torch.view_as_real(t) if t.is_complex() else t for name, t in same.items()}
+    for _, scope, tensors in same_in(tree):
+        real = {name: torch.view_as_real(t) if t.is_complex() else t for name, t in tensors.items()}
         try:
-            check_replicas(comm, real, "group" if same.scope == "group" else "world", where)
+            check_replicas(comm, real, "group" if scope == "group" else "world", where)
         except RanksDisagreeError as error:
             problem = problem or str(error)
     for told in gather_json(comm, problem):
@@ -71,14 +65,9 @@ def check_same(tree: Any, comm: Communicator, where: str) -> None:
             raise RanksDisagreeError(told)
 
 
-def marks(structure: Any, place: str = "") -> Marks:
-    """What has to be the same, as a structure of references tells it: equal references are equal tensors."""
-    if not isinstance(structure, dict):
-        return []
-    found = [row for key, item in structure.items() for row in marks(item, f"{place}/{key}")]
-    if SAME in structure:
-        found.append([place, str(structure[SAME]), str(fingerprint(structure.get("tensors")))])
-    return found
+def marks(structure: Any) -> Marks:
+    """What is marked, as a structure of references tells it: equal references are equal tensors."""
+    return [[place.strip("/"), scope, str(fingerprint(refs))] for place, scope, refs in same_in(structure)]
 
 
 def drifted(answers: Sequence[Sequence[Marks]], topology: Topology) -> str:
@@ -97,4 +86,4 @@ def drifted(answers: Sequence[Sequence[Marks]], topology: Topology) -> str:
             group = str(topology.group_of(rank)) if scope == "group" else "world"
             found.setdefault((place, group), set()).add(print_)
     odd = sorted(place for (place, _), prints in found.items() if len(prints) > 1)
-    return f"workers had drifted apart in {odd[0].strip('/')} when they saved it" if odd else ""
+    return f"workers had drifted apart in {odd[0]} when they saved it" if odd else ""

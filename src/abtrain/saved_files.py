@@ -25,7 +25,6 @@ from torch import Tensor
 
 from abtrain.comm.checksums import bytes_of
 from abtrain.errors import CheckpointError
-from abtrain.same import SAME, Same
 
 _REFERENCE = "$tensor"
 _NUMBER = "$number"
@@ -78,8 +77,6 @@ def _cut(value: Any, place: str, depth: int, tensors: dict[str, Tensor]) -> Any:
         raise TypeError(f"{place[:80]}... is nested more than {_DEEPEST} levels deep, which cannot be saved")
     if isinstance(value, Tensor):
         return _refer_to(value, place, tensors)
-    if isinstance(value, Same):
-        return {SAME: value.scope, "tensors": _cut(dict(value), place, depth + 1, tensors)}
     if isinstance(value, Mapping):
         plain = all(isinstance(key, str) and not key.startswith("$") and "/" not in key for key in value)
         if plain and not isinstance(value, Counter):
@@ -143,8 +140,6 @@ def join(structure: Any, tensor: Callable[[str, str], Tensor]) -> Any:
     if _ITEMS in structure:
         items = {join(key, tensor): join(item, tensor) for key, item in structure[_ITEMS]}
         return Counter(items) if structure.get("counter") else items
-    if SAME in structure:
-        return Same(join(structure["tensors"], tensor), str(structure[SAME]))
     return {key: join(item, tensor) for key, item in structure.items()}
 
 

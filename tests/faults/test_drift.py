@@ -18,7 +18,7 @@ from abtrain.comm.in_process import run_in_process
 from abtrain.errors import CheckpointError, RanksDisagreeError
 from abtrain.recipe import Recipe
 from abtrain.replicas import check_replicas
-from abtrain.same import Same
+from abtrain.same import marked
 from tests.cases import SCHEDULE, build
 from tests.faults.loops import Loop, told
 
@@ -177,7 +177,7 @@ def test_differences_by_rounding_are_levelled_before_they_are_saved(tmp_path: Pa
             "w": torch.ones(4) + comm.rank * 1e-7,
             "c": torch.ones(2, dtype=torch.complex64) * (1 + comm.rank * 1e-7),
         }
-        checkpoint.save(tmp_path, 1, {"weights": Same(weights, "world"), "own": torch.tensor(comm.rank)}, comm)
+        checkpoint.save(tmp_path, 1, {**marked("weights", weights, "world"), "own": torch.tensor(comm.rank)}, comm)
         found = checkpoint.latest(tmp_path, comm)
         assert found is not None
         return {name: tensor.tolist() for name, tensor in found.states[0]["weights"].items()}, found.states[0][
@@ -195,8 +195,8 @@ def test_a_drifted_checkpoint_is_passed_over_for_an_older_one(
     """One that nobody compared when it was saved; as many workers load it, or others."""
 
     def save(comm: Communicator, step: int, apart: float) -> None:
-        weights = Same({"w": torch.full((3,), 1 + apart * comm.rank)}, "world")
-        checkpoint.save(tmp_path, step, {"ab": {"weights": weights}}, comm, resizable=True)
+        weights = marked("weights", {"w": torch.full((3,), 1 + apart * comm.rank)}, "world")
+        checkpoint.save(tmp_path, step, {"ab": weights}, comm, resizable=True)
 
     run_in_process(2, lambda comm: save(comm, 1, 0))
     monkeypatch.setattr(checkpoint, "check_same", lambda *_: None)

@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abtrain import ABTraining, FixedRank, SigmaCutoff, recipes
-from abtrain.comm.communicator import Communicator
+from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
+from abtrain.comm.stages import finish
+from abtrain.comm.wires import make_wire
 from abtrain.errors import NonFiniteError
 from abtrain.factoring import Factoring
 from abtrain.factors import agree_on_factors
 from abtrain.recipe import Recipe
+from abtrain.sync import wire_between
 from tests.cases import SCHEDULE, build, largest_difference, sgd
 from tests.faults.loops import AB, HIDDEN, OUTER, Loop, told
 from tests.gloo import run_gloo
@@ -265,3 +268,40 @@ def test_odd_weights(recipe: Recipe, dtype: torch.dtype) -> None:
     one, other = run_in_process(2, work)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert all(torch.isfinite(value).all() for value in one.values())
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-15, 1.0, 1e15, 1e19, 1e30, 1e36])
+@pytest.mark.parametrize("wire", ["lowrank:2", "lowrank:4:int8", "lowrank:2:bf16"])
+def test_low_rank_merges_of_any_size_neither_overflow_nor_lose_anything(wire: str, size: float) -> None:
+    """What all received and what they still owe is what they brought, merge after merge."""
+    merges = 6
+
+    def work(comm: Communicator) -> tuple[Tensor, Tensor, Tensor]:
+        generator, own = torch.Generator().manual_seed(comm.rank), make_wire(wire)
+        owed, received, brought = (torch.zeros(20, 30, dtype=torch.float64) for _ in range(3))
+        for _ in range(merges):
+            change = torch.randn(20, 30, generator=generator) * size
+            averages = finish(own.average({"w": change + owed.float()}, comm))
+            assert torch.isfinite(averages.mean["w"]).all()
+            brought += change.double()
+            received += averages.mean["w"].double()
+            owed = averages.error["w"].double()
+        return received, owed, brought
+
+    results = run_in_process(3, work)
+    truth = sum(brought for _, _, brought in results) / 3
+    told_and_owed = results[0][0] + sum(owed for _, owed, _ in results) / 3
+    assert (truth - told_and_owed).norm() <= 1e-5 * truth.norm()
+    # A power iteration finds something of every change.
+    assert results[0][0].norm() > 0.1 * truth.norm()
+
+
+WIRES = ["fp32", "bf16", "int8", "int4", "int3", "ternary", "ternary:int3", "lowrank:2", "lowrank:2:int8", "auto"]
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_one_worker_alone_loses_nothing_on_any_wire(wire: str) -> None:
+    numbers = {"w": torch.randn(32, 48, generator=torch.Generator().manual_seed(0)), "b": torch.tensor(0.1)}
+    averages = finish(make_wire(wire_between(1, wire)).average(numbers, SingleProcess()))
+    assert all(torch.equal(averages.mean[name], tensor) for name, tensor in numbers.items())
+    assert all(not error.any() for error in averages.error.values())
