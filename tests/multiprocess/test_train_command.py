@@ -69,8 +69,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     ended = run(*ABTRAIN, "ab", *SHORT, "--workers", "2", "--out", "run", cwd=folder)
     assert ended.returncode == 0, ended.stderr
-    # A run as short as this one is told what it risks, once and not by every worker; nothing else is said.
-    assert [line.split(" after ")[0] for line in ended.stderr.splitlines()] == ["abtrain: note: weights are factored"]
+    # What travels, and what a run as short as this one risks, each once and not by every worker; nothing else is said.
+    travels = (
+        "abtrain: note: 2 workers in 2 groups of 1; between groups travel gradients at every step (warmup, rebound) and "
+        "merges every 6 steps (group)"
+    )
+    told = [line.split(" after ")[0] for line in ended.stderr.splitlines()]
+    assert told == [travels, "abtrain: note: weights are factored"]
     assert "2 workers in 2 groups" in ended.stdout and "weights digest" in ended.stdout
     return folder / "run"
 
