@@ -1,0 +1,324 @@
+"""Run folders that are kept: what each run was asked for, and whether that is what is asked for now.
+
+request.toml     the settings of the run, resolved: what `abtrain train --config` is given
+request.json     the same settings of the method, the recipe that they built, and the version of abtrain
+
+Two requests are the same if they ask for the same method, whatever their files look like: settings are parsed, resolved
+and compared by value. Nothing here removes a run of other settings that its user has not given up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import reprlib
+import shutil
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from abtrain import __version__, recipes
+from abtrain.errors import ConfigurationError, DataError
+from abtrain.files import write_json, write_whole
+from abtrain.resume import stable_repr
+from abtrain.study.result_files import is_empty, read_record, read_text
+from abtrain.train.config import NOT_OF_THE_METHOD, TrainConfig, resolve, used_options
+from abtrain.train.config_file import from_values, to_toml
+from abtrain.train.tasks import TASKS
+
+REQUEST_FILE, RECORD_FILE = "request.toml", "request.json"
+RESULT_FILE, TRAIN_FOLDER = "result.json", "train"
+LOCK_FILE = ".lock"
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+_METHOD = tuple(name for name in _DEFAULTS if name == "workers" or name not in NOT_OF_THE_METHOD)
+"""The settings that tell runs apart. What is measured depends on the number of workers too."""
+_OWN_FILES = frozenset({REQUEST_FILE, RECORD_FILE, f"{REQUEST_FILE}.partial", f"{RECORD_FILE}.partial"})
+_AROUND = 40
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a run computes.
+
+    Attributes:
+        settings: of the method, resolved, by name.
+        recipe: that the settings build, as text; None if they build none.
+    """
+
+    settings: Mapping[str, Any]
+    recipe: str | None
+
+
+class Place(Protocol):
+    """A run and the folder that it has for itself."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """Settings of the run."""
+
+    def check_results(self) -> None:
+        """
+        Raises:
+            DataError: the folder holds results that cannot be used.
+        """
+
+
+def method_of(config: TrainConfig) -> Method:
+    """What a run of these settings would compute with this version of abtrain."""
+    resolved = _resolved(config)
+    try:
+        assert resolved.steps is not None
+        built = recipes.build(resolved.recipe, resolved.steps, **used_options(resolved))
+    except (ConfigurationError, AssertionError):
+        return Method(_settings(resolved), None)
+    return Method(_settings(resolved), stable_repr(built))
+
+
+def request_text(config: TrainConfig) -> str:
+    """The content of request.toml: the settings of the method, and what else differs from its default."""
+    resolved = dataclasses.replace(_resolved(config), device=config.device)
+    lines = [f"# resolved by abtrain {__version__}"]
+    for line in to_toml(resolved).splitlines():
+        name = line.partition(" = ")[0]
+        if name in _METHOD or getattr(resolved, name) != _DEFAULTS[name]:
+            lines.append(line)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def write_request(folder: Path, config: TrainConfig) -> None:
+    """Writes both files, and makes the folder if it is not there.
+
+    Raises:
+        ConfigurationError: they cannot be written.
+    """
+    method = method_of(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / REQUEST_FILE, request_text(config))
+        write_json(
+            folder / RECORD_FILE,
+            {"abtrain": __version__, "settings": dict(method.settings), "recipe": method.recipe},
+        )
+    except OSError as error:
+        raise ConfigurationError(f"run folder {folder} cannot be written: {error}. Name another --out") from error
+
+
+def is_done(folder: Path, config: TrainConfig, *results: Path) -> bool:
+    """Whether a run of the same method is in the folder, with all of its results. An empty file is none."""
+    there = all(os.path.lexists(result) and not is_empty(result) for result in results)
+    return there and not differences(folder, config)
+
+
+def refusal(folder: Path, config: TrainConfig) -> str | None:
+    """Why a run may not go into a folder unless its user gives up what the folder holds; None if it may."""
+    try:
+        held = {entry.name for entry in folder.iterdir()} if os.path.lexists(folder) else set()
+    except OSError as error:
+        return f"run folder {folder} cannot be read: {error}. Move it away, or name another --out"
+    if held <= _OWN_FILES:
+        return None
+    found = differences(folder, config)
+    if not found:
+        return None
+    return (
+        f"run folder {folder} holds a run with other settings ({'; '.join(found)}): add --overwrite to replace this "
+        "run, or name another --out"
+    )
+
+
+def check(places: Iterable[Place], overwrite: bool, problems: Sequence[str] = ()) -> None:
+    """Looks into the folders of all runs before the first of them is run.
+
+    Args:
+        places: of the runs.
+        overwrite: whether runs with other settings are given up.
+        problems: what else is wrong with the runs' settings.
+
+    Raises:
+        ConfigurationError: the problems, and folders that hold runs with other settings.
+        DataError: results that are damaged. These are not run again, since they would have to be removed first.
+    """
+    refused, damaged = list(problems), []
+    for place in places:
+        reason = refusal(place.folder, place.config)
+        if reason is not None:
+            refused += [] if overwrite and place.folder.is_dir() else [reason]
+            continue
+        try:
+            place.check_results()
+        except DataError as error:
+            damaged.append(str(error))
+    if refused:
+        raise ConfigurationError([*refused, *damaged])
+    if damaged:
+        raise DataError("\n".join(damaged))
+
+
+def make_room(place: Place, overwrite: bool) -> bool:
+    """Removes a run with other settings that its user has given up; returns whether there was one.
+
+    Raises:
+        ConfigurationError: the user has not given it up, or it cannot be removed.
+    """
+    reason = refusal(place.folder, place.config)
+    if reason is None:
+        return False
+    if not (overwrite and place.folder.is_dir()):
+        raise ConfigurationError(reason)
+    remove(place.folder)
+    return True
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder, if it is there; of a link only the link.
+
+    Raises:
+        ConfigurationError: it cannot be removed.
+    """
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise ConfigurationError(f"{folder} cannot be removed: {error}. Move it away, or name another --out") from error
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Inside, what cannot be written under `out` costs nothing but what was to be written.
+
+    Raises:
+        ConfigurationError: something cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(
+            f"--out {out} cannot be written: {error}. The runs that are done are kept: mend this, and run again"
+        ) from error
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps a folder of runs to this process: another one would take its unfinished runs for abandoned ones.
+
+    Raises:
+        ConfigurationError: another process has it.
+    """
+    with (folder / LOCK_FILE).open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"--out {folder} is in use by another process: wait for its end, or name another folder"
+            ) from None
+        yield
+
+
+def versions_note(versions: Iterable[str | None]) -> str:
+    """What to mind where results of several versions of abtrain stand in one table; empty if they are of one."""
+    found = sorted({version or "unknown" for version in versions})
+    return f"Results of several versions of abtrain: {', '.join(found)}." if len(found) > 1 else ""
+
+
+def differences(folder: Path, config: TrainConfig) -> list[str]:
+    """How the method that a folder's run was asked for differs from that of `config`, a message each.
+
+    A file of the request that cannot be read is a difference too. A result says by itself how it was trained: a request
+    without defaults, which earlier versions wrote, does not say what they were.
+    """
+    wanted = method_of(config)
+    found: list[str] = []
+    excused: frozenset[str] = frozenset()
+    recorded = os.path.lexists(folder / RECORD_FILE)
+    if recorded:
+        found, excused = _record_differences(folder, wanted)
+    if os.path.lexists(folder / REQUEST_FILE) or not recorded:
+        found += _toml_differences(folder / REQUEST_FILE, wanted, excused)
+    return list(dict.fromkeys(found)) or _result_differences(folder, wanted)
+
+
+def _record_differences(folder: Path, wanted: Method) -> tuple[list[str], frozenset[str]]:
+    """Those of request.json, and the settings that another version of abtrain has and this one does not know."""
+    try:
+        record = read_record(folder / RECORD_FILE)
+        version, settings = record.text("abtrain"), record.mapping("settings")
+        recipe = record.optional_text("recipe")
+    except DataError as error:
+        return [str(error)], frozenset()
+    excused = frozenset(settings.keys() - _DEFAULTS.keys()) if version != __version__ else frozenset()
+    found = _differing({name: value for name, value in settings.items() if value is not None}, wanted, excused)
+    if not found and recipe != wanted.recipe:
+        found = [f"the recipe has {_passages(recipe or 'nothing', wanted.recipe or 'nothing')}, by its defaults"]
+    return found, excused
+
+
+def _toml_differences(path: Path, wanted: Method, excused: frozenset[str]) -> list[str]:
+    try:
+        values = tomllib.loads(read_text(path))
+    except DataError as error:
+        return [str(error)]
+    except (ValueError, RecursionError) as error:
+        return [f"{path.name} cannot be parsed: {error}"]
+    return _differing(values, wanted, excused)
+
+
+def _result_differences(folder: Path, wanted: Method) -> list[str]:
+    """Those of the settings in a result; whether the result can be used is for its reader to say."""
+    for path in (folder / TRAIN_FOLDER / RESULT_FILE, folder / RESULT_FILE):
+        try:
+            values = read_record(path).mapping("config")
+            given = {name: value for name, value in values.items() if value is not None and name in _DEFAULTS}
+            from_values(given, "there")
+        except (DataError, ConfigurationError):
+            continue
+        return _differing(given, wanted, frozenset())
+    return []
+
+
+def _differing(values: Mapping[str, Any], wanted: Method, excused: frozenset[str]) -> list[str]:
+    """How settings by name differ from those wanted; what is left out has today's default."""
+    known = {name: value for name, value in values.items() if name in _DEFAULTS and name != "config"}
+    found = [
+        f"{name} is {reprlib.repr(value)} there and not known to abtrain {__version__}"
+        for name, value in values.items()
+        if name not in known and name not in excused
+    ]
+    try:
+        there = _settings(_resolved(from_values(known, "there")))
+    except ConfigurationError as error:
+        return [*found, *error.problems]
+    found += [
+        f"{name} is {there[name]!r} there and {value!r} here"
+        for name, value in wanted.settings.items()
+        if there[name] != value
+    ]
+    return found
+
+
+def _resolved(config: TrainConfig) -> TrainConfig:
+    """The settings with the task's defaults, if there is such a task.
+
+    The device is not asked for: it depends on the machine, and is not of the method.
+    """
+    return resolve(dataclasses.replace(config, device="cpu")) if config.task in TASKS else config
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in _METHOD}
+
+
+def _passages(there: str, here: str) -> str:
+    """The first places where two texts differ."""
+    same = next((i for i, pair in enumerate(zip(there, here, strict=False)) if len(set(pair)) > 1), len(here))
+    start = max(same - _AROUND, 0)
+    return f"...{there[start : same + _AROUND]}... there and ...{here[start : same + _AROUND]}... here"
