@@ -8,12 +8,13 @@ print(result.wire_bytes, result.seconds)
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import subprocess
 import sys
 from types import TracebackType
 
-from abtrain.errors import ConfigurationError
+from abtrain.errors import ConfigurationError, LabError
 from abtrain.lab import namespaces
 from abtrain.lab.config import LabConfig, config_problems, system_problems
 from abtrain.lab.faults import Action
@@ -24,6 +25,8 @@ from abtrain.lab.processes import Show
 from abtrain.lab.result import LabResult
 from abtrain.lab.run import Run
 
+log = logging.getLogger("abtrain")
+
 _WATCHER = "abtrain.lab.watcher"
 
 
@@ -32,15 +35,21 @@ def clean() -> list[str]:
 
     Raises:
         ConfigurationError: this system can have no labs.
-        LabError: they cannot be removed.
+        LabError: some cannot be removed; the others are.
     """
     problems = system_problems()
     if problems:
         raise ConfigurationError(problems)
-    dead = namespaces.dead_labs()
-    for prefix in dead:
-        namespaces.remove_lab(prefix)
-    return dead
+    removed, errors = [], []
+    for prefix in namespaces.dead_labs():
+        try:
+            namespaces.remove_lab(prefix)
+            removed.append(prefix)
+        except LabError as error:
+            errors.append(str(error))
+    if errors:
+        raise LabError("\n".join(errors))
+    return removed
 
 
 class Lab:
@@ -71,7 +80,10 @@ class Lab:
         problems = [*config_problems(self.config), *system_problems()]
         if problems:
             raise ConfigurationError(problems)
-        clean()
+        try:
+            clean()
+        except LabError as error:  # of others; this lab can do without their leftovers being gone
+            log.warning("%s", error)
         self._network = Network(self.config)
         self._network.check_name()
         self._watcher = _start_watcher(self._network.prefix)

@@ -42,11 +42,11 @@ class HostProcesses:
         self._readers: list[threading.Thread] = []
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Starts the command of the next host, with exactly this environment."""
+        """Starts the command of the next host, with exactly this environment and the mark of its namespace."""
         host = len(self._processes)
         process = subprocess.Popen(
             ("ip", "netns", "exec", self._names[host], *command),
-            env=environment,
+            env={**environment, namespaces.MARK: self._names[host]},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 
 from abtrain.files import write_json
 from abtrain.lab.counters import Sampler
 from abtrain.lab.faults import Action, timeline
-from abtrain.lab.job import Job, host_command, host_environment
+from abtrain.lab.job import LAUNCHER_FOLDER, Job, host_command, host_environment
 from abtrain.lab.network import Network
 from abtrain.lab.processes import HostProcesses, Show
 from abtrain.lab.result import FILE, HostResult, LabResult, as_record
@@ -63,6 +64,7 @@ class Run:
         """Ends everything that the job may have left."""
         self.processes.stop()
         self._sampler.close()
+        shutil.rmtree(self._job.out / LAUNCHER_FOLDER, ignore_errors=True)
 
     def _follow(self) -> bool:
         """Follows the job until it has ended, one way or another; False if it took too long."""
