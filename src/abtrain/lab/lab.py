@@ -69,6 +69,7 @@ class Lab:
         self._network: Network
         self._watcher: subprocess.Popen[bytes]
         self._run: Run | None = None
+        self._cut_off: set[int] = set()
 
     def __enter__(self) -> Lab:
         """Removes what is left of dead labs, builds this one, and measures its links.
@@ -116,7 +117,7 @@ class Lab:
         problems = job_problems(job, self.config.nodes)
         if problems:
             raise ConfigurationError(problems)
-        self._run = Run(self._network, job, self.measured, self._act, show)
+        self._run = Run(self._network, job, self.measured, self._act, show, sorted(self._cut_off))
         try:
             result = self._run.finish()
         finally:
@@ -143,14 +144,19 @@ class Lab:
 
     def cut(self, host: int) -> None:
         """Takes a host off the network."""
+        self._note("cut", host)
         self._network.set_link(host, up=False)
+        self._cut_off.add(host)
 
     def join(self, host: int) -> None:
         """Brings a host back that was cut off."""
+        self._note("join", host)
         self._network.set_link(host, up=True)
+        self._cut_off.discard(host)
 
     def freeze(self, host: int) -> None:
         """Stops all processes of a host where they are."""
+        self._note("freeze", host)
         names = (self._network.hosts[host],)
         # Once more if there are new ones, started by those that were not yet stopped.
         before: list[int] = []
@@ -159,16 +165,19 @@ class Lab:
 
     def thaw(self, host: int) -> None:
         """Lets the processes of a frozen host go on."""
+        self._note("thaw", host)
         namespaces.signal_all((self._network.hosts[host],), signal.SIGCONT)
 
     def kill(self, host: int) -> None:
         """Kills all processes of a host. The job does not fail for that, unless other hosts do."""
+        self._note("kill", host)
         if self._run is not None:
             self._run.processes.killed.add(host)
         namespaces.kill_all((self._network.hosts[host],))
 
     def change(self, host: int, rate: int) -> None:
         """Sets the rate of a host's link, both ways, in bits per second."""
+        self._note("change", host, rate)
         self._network.set_rate(host, rate)
 
     def _act(self, action: Action) -> None:
@@ -179,6 +188,11 @@ class Lab:
         {"cut": self.cut, "join": self.join, "freeze": self.freeze, "thaw": self.thaw, "kill": self.kill}[action.verb](
             host
         )
+
+    def _note(self, verb: str, host: int, rate: int | None = None) -> None:
+        """Has a job know what is about to happen to a host: others may fail of it before it has happened."""
+        if self._run is not None:
+            self._run.note(verb, host, rate)
 
     def _remove(self) -> None:
         try:

@@ -3,8 +3,8 @@
 A namespace's name tells whose it is: abtrain-NAME-PID-START-PART, PID and START being the number and the start time of
 the process that made it. A lab whose process is gone is known by that, whatever became of it.
 
-A process may leave its namespace, and a namespace may lose its name while processes are in it. So the commands of hosts,
-and all that they start, are known by a variable of their environment too.
+A process may leave its namespace, and a namespace may lose its name while processes are in it. So the commands of
+hosts, and all that they start, are known by a variable of their environment too.
 """
 
 from __future__ import annotations

@@ -77,6 +77,10 @@ class HostProcesses:
         failures = self._failures()
         return min(failures, key=lambda host: self.exit_code(host) in _CONSEQUENCES, default=None)
 
+    def ended(self, host: int) -> float:
+        """When a command ended that has, on the monotonic clock."""
+        return self._ends[host]
+
     def exit_code(self, host: int) -> int:
         """Of a command that has ended; 128 and its number if a signal ended it."""
         code = self._processes[host].returncode
