@@ -255,8 +255,30 @@ def test_a_default_of_the_recipe_that_has_changed(task: Task, monkeypatch: pytes
 
     monkeypatch.setattr(recipes, "build", changed)
     assert not task.done
+    said = kept.differences(task.folder, task.config)
+    assert said == [
+        f"recipe.{part}[0].sync.merge.momentum is 0.8 there and 0.5 here, by default" for part in ("prologue", "cycle")
+    ]
+
+
+def test_a_field_that_recipes_have_in_another_version(task: Task) -> None:
+    record = task.folder / "request.json"
+    content = json.loads(record.read_text())
+    content["recipe"]["cycle"][0]["grafting"] = None
+    del content["recipe"]["cycle"][0]["until"]
+    record.write_text(json.dumps(content))
+    assert task.done
+    content["recipe"]["cycle"][0]["steps"] += 1
+    record.write_text(json.dumps(content))
     (said,) = kept.differences(task.folder, task.config)
-    assert "momentum=0.5" in said and "by its defaults" in said
+    assert said.startswith("recipe.cycle[0].steps is ")
+
+
+@pytest.mark.parametrize("recipe", [None, 3, [], {}, {"kind": "Recipe", "cycle": {}}, {"kind": ["Recipe"]}])
+def test_a_recorded_recipe_that_cannot_be(recipe: object, task: Task) -> None:
+    record = task.folder / "request.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"recipe": recipe}))
+    assert not task.done and kept.differences(task.folder, task.config)[0].startswith("recipe")
 
 
 def test_a_link_to_the_runs_of_another_disk(task: Task, tmp_path: Path) -> None:
@@ -438,7 +460,7 @@ def test_requests_say_what_defaults_were(tmp_path: Path) -> None:
     assert (config.lr, config.weight_decay, config.clip) == (task.lr, task.weight_decay, task.clip)
     assert config.device == "auto"
     record = json.loads((run.folder / "request.json").read_text())
-    assert record["abtrain"] == "0.1.0" and "Recipe(name='ab'" in record["recipe"]
+    assert record["abtrain"] == "0.1.0" and record["recipe"]["name"] == "ab"
     assert record["settings"]["precision"] == "bf16" and "device" not in record["settings"]
 
 

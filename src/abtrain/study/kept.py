@@ -1,7 +1,7 @@
 """Run folders that are kept: what each run was asked for, and whether that is what is asked for now.
 
 request.toml     the settings of the run, resolved: what `abtrain train --config` is given
-request.json     the same settings of the method, the recipe that they built, and the version of abtrain
+request.json     the settings of the method, the recipe that they build, and the version of abtrain
 
 Two requests are the same if they ask for the same method, whatever their files look like: settings are parsed, resolved
 and compared by value. Nothing here removes a run of other settings that its user has not given up.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import math
 import os
 import reprlib
 import shutil
@@ -37,7 +38,6 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConf
 _METHOD = tuple(name for name in _DEFAULTS if name == "workers" or name not in NOT_OF_THE_METHOD)
 """The settings that tell runs apart. What is measured depends on the number of workers too."""
 _OWN_FILES = frozenset({REQUEST_FILE, RECORD_FILE, f"{REQUEST_FILE}.partial", f"{RECORD_FILE}.partial"})
-_AROUND = 40
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Method:
 
     Attributes:
         settings: of the method, resolved, by name.
-        recipe: that the settings build, as text; None if they build none.
+        recipe: that the settings build, as JSON would have it.
     """
 
     settings: Mapping[str, Any]
-    recipe: str | None
+    recipe: Any
 
 
 class Place(Protocol):
@@ -72,14 +72,11 @@ class Place(Protocol):
 
 
 def method_of(config: TrainConfig) -> Method:
-    """What a run of these settings would compute with this version of abtrain."""
+    """What a run of these settings, which are valid, would compute with this version of abtrain."""
     resolved = _resolved(config)
-    try:
-        assert resolved.steps is not None
-        built = recipes.build(resolved.recipe, resolved.steps, **used_options(resolved))
-    except (ConfigurationError, AssertionError):
-        return Method(_settings(resolved), None)
-    return Method(_settings(resolved), stable_repr(built))
+    assert resolved.steps is not None
+    recipe = recipes.build(resolved.recipe, resolved.steps, **used_options(resolved))
+    return Method(_settings(resolved), _described(recipe))
 
 
 def request_text(config: TrainConfig) -> str:
@@ -252,14 +249,12 @@ def _record_differences(folder: Path, wanted: Method) -> tuple[list[str], frozen
     try:
         record = read_record(folder / RECORD_FILE)
         version, settings = record.text("abtrain"), record.mapping("settings")
-        recipe = record.optional_text("recipe")
+        recipe = record.content.get("recipe")
     except DataError as error:
         return [str(error)], frozenset()
     excused = frozenset(settings.keys() - _DEFAULTS.keys()) if version != __version__ else frozenset()
     found = _differing({name: value for name, value in settings.items() if value is not None}, wanted, excused)
-    if not found and recipe != wanted.recipe:
-        found = [f"the recipe has {_passages(recipe or 'nothing', wanted.recipe or 'nothing')}, by its defaults"]
-    return found, excused
+    return found or _recipe_differences(recipe, wanted.recipe), excused
 
 
 def _toml_differences(path: Path, wanted: Method, excused: frozenset[str]) -> list[str]:
@@ -317,8 +312,28 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in _METHOD}
 
 
-def _passages(there: str, here: str) -> str:
-    """The first places where two texts differ."""
-    same = next((i for i, pair in enumerate(zip(there, here, strict=False)) if len(set(pair)) > 1), len(here))
-    start = max(same - _AROUND, 0)
-    return f"...{there[start : same + _AROUND]}... there and ...{here[start : same + _AROUND]}... here"
+def _described(value: Any) -> Any:
+    """A recipe, or what it is made of, as JSON would have it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _described(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields}
+    if isinstance(value, list | tuple):
+        return [_described(item) for item in value]
+    plain = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain else stable_repr(value)
+
+
+def _recipe_differences(there: Any, here: Any, place: str = "recipe") -> list[str]:
+    """How recipes differ: by their defaults, since it is the same settings that build them.
+
+    A field that only one of them has is of another version, and no difference.
+    """
+    if isinstance(there, dict) and isinstance(here, dict) and there.get("kind") == here["kind"]:
+        both = [name for name in here if name in there]
+        return [line for name in both for line in _recipe_differences(there[name], here[name], f"{place}.{name}")]
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = enumerate(zip(there, here, strict=True))
+        return [line for n, (one, other) in pairs for line in _recipe_differences(one, other, f"{place}[{n}]")]
+    if there == here:
+        return []
+    return [f"{place} is {reprlib.repr(there)} there and {reprlib.repr(here)} here, by default"]
