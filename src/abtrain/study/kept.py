@@ -178,8 +178,12 @@ def remove(folder: Path) -> None:
     """Removes a folder, if it is there; of a link only the link.
 
     Raises:
-        ConfigurationError: it cannot be removed.
+        ConfigurationError: it cannot be removed, or a run that is under way writes to it.
     """
+    for place in (folder, folder / TRAIN_FOLDER):
+        if (place / LOCK_FILE).is_file():
+            with held(place):
+                pass
     try:
         if folder.is_symlink():
             folder.unlink()
