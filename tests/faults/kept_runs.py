@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from abtrain import cli
+from abtrain import __version__, cli
 from abtrain.paper.experiments import SCALES, cells
 from abtrain.paper.published import AB
 from abtrain.paper.runs import Run, plan_runs
@@ -76,7 +76,7 @@ class StandInLab:
         config = from_toml(Path(job.command[job.command.index("--config") + 1]))
         for name in ("train", "lab"):
             (folder / name).mkdir()
-        result = RESULT | {"config": dataclasses.asdict(resolve(config)), "versions": {"abtrain": "0.1.0"}}
+        result = RESULT | {"config": dataclasses.asdict(resolve(config)), "versions": {"abtrain": __version__}}
         (folder / "train/result.json").write_text(json.dumps(result, default=str))
         (folder / "train/metrics.jsonl").write_text("")
         (folder / "lab/lab.json").write_text('{"hosts": [{"tx_bytes": 3000}]}')

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from abtrain import cli, recipes
+from abtrain import __version__, cli, recipes
 from abtrain.errors import ConfigurationError
 from abtrain.lab import LabConfig
 from abtrain.paper.experiments import Cell
@@ -38,9 +38,8 @@ class NoLab:
 
 
 def defaults_left_out(text: str) -> str:
-    left_out = {"steps", "weight_decay", "clip", "precision", "init", "lr", "seed", "device", "loaders"}
-    lines = [line for line in text.splitlines() if line.split(" ")[0] not in left_out - {"steps"}]
-    return "\n".join(lines)
+    left_out = {"weight_decay", "clip", "precision", "init", "lr", "seed"}
+    return "\n".join(line for line in text.splitlines() if line.split(" ")[0] not in left_out)
 
 
 EDITS: dict[str, Callable[[str], str]] = {
@@ -130,7 +129,7 @@ def test_a_request_of_another_version(task: Task) -> None:
     assert task.done
     request.write_text(request.read_text() + "extra_field = 1\n")
     assert not task.done and kept.differences(task.folder, task.config) == [
-        "extra_field is 1 there and not known to abtrain 0.1.0"
+        f"extra_field is 1 there and not known to abtrain {__version__}"
     ]
 
 
@@ -310,6 +309,18 @@ def test_a_real_run_whose_request_was_touched_is_done(edit: str, tmp_path: Path)
     assert contents(run.folder) == before
 
 
+def test_a_real_run_of_a_version_that_left_defaults_out(tmp_path: Path) -> None:
+    run = full_run(tmp_path)
+    run.folder.mkdir(parents=True)
+    defaults = set(to_toml(TrainConfig()).splitlines())
+    lines = [line for line in to_toml(run.config).splitlines() if line not in defaults]
+    (run.folder / "request.toml").write_text("\n".join(lines))
+    put_result(run)
+    before = contents(run.folder)
+    assert run.done and written(tmp_path) == 0
+    assert contents(run.folder) == before
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_real_run_with_other_settings_is_refused(
     finished: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -370,7 +381,7 @@ def test_requests_say_what_defaults_were(tmp_path: Path) -> None:
     assert (config.lr, config.weight_decay, config.clip) == (task.lr, task.weight_decay, task.clip)
     assert config.device == "auto"
     record = json.loads((run.folder / "request.json").read_text())
-    assert record["abtrain"] == "0.1.0" and record["recipe"]["name"] == "ab"
+    assert record["abtrain"] == __version__ and record["recipe"]["name"] == "ab"
     assert record["settings"]["precision"] == "bf16" and "device" not in record["settings"]
 
 
