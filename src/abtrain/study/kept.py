@@ -12,45 +12,33 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import math
 import os
-import reprlib
 import shutil
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from abtrain import __version__, recipes
+from abtrain import __version__
 from abtrain.errors import ConfigurationError, DataError
 from abtrain.files import write_json, write_whole
-from abtrain.resume import stable_repr
+from abtrain.study.method import (
+    DEFAULTS,
+    SETTINGS,
+    Method,
+    method_of,
+    recipe_differences,
+    resolved,
+    setting_differences,
+)
 from abtrain.study.result_files import is_empty, read_record, read_text
-from abtrain.train.config import NOT_OF_THE_METHOD, TrainConfig, resolve, used_options
+from abtrain.train.config import TrainConfig
 from abtrain.train.config_file import from_values, to_toml
-from abtrain.train.tasks import TASKS
 
 REQUEST_FILE, RECORD_FILE = "request.toml", "request.json"
 RESULT_FILE, TRAIN_FOLDER = "result.json", "train"
 LOCK_FILE = ".lock"
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-_METHOD = tuple(name for name in _DEFAULTS if name == "workers" or name not in NOT_OF_THE_METHOD)
-"""The settings that tell runs apart. What is measured depends on the number of workers too."""
 _OWN_FILES = frozenset({REQUEST_FILE, RECORD_FILE, f"{REQUEST_FILE}.partial", f"{RECORD_FILE}.partial"})
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a run computes.
-
-    Attributes:
-        settings: of the method, resolved, by name.
-        recipe: that the settings build, as JSON would have it.
-    """
-
-    settings: Mapping[str, Any]
-    recipe: Any
 
 
 class Place(Protocol):
@@ -71,21 +59,13 @@ class Place(Protocol):
         """
 
 
-def method_of(config: TrainConfig) -> Method:
-    """What a run of these settings, which are valid, would compute with this version of abtrain."""
-    resolved = _resolved(config)
-    assert resolved.steps is not None
-    recipe = recipes.build(resolved.recipe, resolved.steps, **used_options(resolved))
-    return Method(_settings(resolved), _described(recipe))
-
-
 def request_text(config: TrainConfig) -> str:
     """The content of request.toml: the settings of the method, and what else differs from its default."""
-    resolved = dataclasses.replace(_resolved(config), device=config.device)
+    whole = dataclasses.replace(resolved(config), device=config.device)
     lines = [f"# resolved by abtrain {__version__}"]
-    for line in to_toml(resolved).splitlines():
+    for line in to_toml(whole).splitlines():
         name = line.partition(" = ")[0]
-        if name in _METHOD or getattr(resolved, name) != _DEFAULTS[name]:
+        if name in SETTINGS or getattr(whole, name) != DEFAULTS[name]:
             lines.append(line)
     return "".join(f"{line}\n" for line in lines)
 
@@ -256,9 +236,9 @@ def _record_differences(folder: Path, wanted: Method) -> tuple[list[str], frozen
         recipe = record.content.get("recipe")
     except DataError as error:
         return [str(error)], frozenset()
-    excused = frozenset(settings.keys() - _DEFAULTS.keys()) if version != __version__ else frozenset()
-    found = _differing({name: value for name, value in settings.items() if value is not None}, wanted, excused)
-    return found or _recipe_differences(recipe, wanted.recipe), excused
+    excused = frozenset(settings.keys() - DEFAULTS.keys()) if version != __version__ else frozenset()
+    found = setting_differences({name: value for name, value in settings.items() if value is not None}, wanted, excused)
+    return found or recipe_differences(recipe, wanted.recipe), excused
 
 
 def _toml_differences(path: Path, wanted: Method, excused: frozenset[str]) -> list[str]:
@@ -268,7 +248,7 @@ def _toml_differences(path: Path, wanted: Method, excused: frozenset[str]) -> li
         return [str(error)]
     except (ValueError, RecursionError) as error:
         return [f"{path.name} cannot be parsed: {error}"]
-    return _differing(values, wanted, excused)
+    return setting_differences(values, wanted, excused)
 
 
 def _result_differences(folder: Path, wanted: Method) -> list[str]:
@@ -276,68 +256,9 @@ def _result_differences(folder: Path, wanted: Method) -> list[str]:
     for path in (folder / TRAIN_FOLDER / RESULT_FILE, folder / RESULT_FILE):
         try:
             values = read_record(path).mapping("config")
-            given = {name: value for name, value in values.items() if value is not None and name in _DEFAULTS}
+            given = {name: value for name, value in values.items() if value is not None and name in DEFAULTS}
             from_values(given, "there")
         except (DataError, ConfigurationError):
             continue
-        return _differing(given, wanted, frozenset())
+        return setting_differences(given, wanted, frozenset())
     return []
-
-
-def _differing(values: Mapping[str, Any], wanted: Method, excused: frozenset[str]) -> list[str]:
-    """How settings by name differ from those wanted; what is left out has today's default."""
-    known = {name: value for name, value in values.items() if name in _DEFAULTS and name != "config"}
-    found = [
-        f"{name} is {reprlib.repr(value)} there and not known to abtrain {__version__}"
-        for name, value in values.items()
-        if name not in known and name not in excused
-    ]
-    try:
-        there = _settings(_resolved(from_values(known, "there")))
-    except ConfigurationError as error:
-        return [*found, *error.problems]
-    found += [
-        f"{name} is {there[name]!r} there and {value!r} here"
-        for name, value in wanted.settings.items()
-        if there[name] != value
-    ]
-    return found
-
-
-def _resolved(config: TrainConfig) -> TrainConfig:
-    """The settings with the task's defaults, if there is such a task.
-
-    The device is not asked for: it depends on the machine, and is not of the method.
-    """
-    return resolve(dataclasses.replace(config, device="cpu")) if config.task in TASKS else config
-
-
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _METHOD}
-
-
-def _described(value: Any) -> Any:
-    """A recipe, or what it is made of, as JSON would have it."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _described(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"kind": type(value).__name__, **fields}
-    if isinstance(value, list | tuple):
-        return [_described(item) for item in value]
-    plain = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
-    return value if plain else stable_repr(value)
-
-
-def _recipe_differences(there: Any, here: Any, place: str = "recipe") -> list[str]:
-    """How recipes differ: by their defaults, since it is the same settings that build them.
-
-    A field that only one of them has is of another version, and no difference.
-    """
-    if isinstance(there, dict) and isinstance(here, dict) and there.get("kind") == here["kind"]:
-        both = [name for name in here if name in there]
-        return [line for name in both for line in _recipe_differences(there[name], here[name], f"{place}.{name}")]
-    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        pairs = enumerate(zip(there, here, strict=True))
-        return [line for n, (one, other) in pairs for line in _recipe_differences(one, other, f"{place}[{n}]")]
-    if there == here:
-        return []
-    return [f"{place} is {reprlib.repr(there)} there and {reprlib.repr(here)} here, by default"]
