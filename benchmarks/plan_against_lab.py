@@ -10,7 +10,6 @@ machine, and is longer by as much as a step is where workers share cores. Bytes 
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from functools import cache
@@ -26,6 +25,7 @@ from abtrain.study.contestant import contestants
 from abtrain.study.cost import Cluster, Link
 from abtrain.study.measure import Bench, measure_decompositions
 from abtrain.study.plan import Setting
+from abtrain.study.result_files import read_record
 from abtrain.study.seconds import WorkerSeconds
 from abtrain.study.shapes import shapes_of
 from abtrain.train.config import used_options
@@ -40,7 +40,7 @@ def main() -> None:
     print("| hosts | rate | recipe | MB forecast | MB measured | off | s forecast | s measured | off |")
     print("|---|---|---|---|---|---|---|---|---|")
     for file in sys.argv[2:]:
-        compared = json.loads(Path(file).read_text())
+        compared = read_record(Path(file)).content
         for row in compared["rows"]:
             if row["label"] != "solo":
                 print(_line(compared["settings"], row, compared["rows"], latency))

@@ -57,6 +57,32 @@ while time.monotonic() < end:
 """
 
 
+# Every host calls all others every 20 ms, and ends with 6 once it has not heard of one for a second.
+LISTENER = """
+import os, socket, sys, time
+own = os.environ["LAB_HOST"]
+ears = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+ears.bind(("", 4000))
+ears.settimeout(0.02)
+heard = time.monotonic() + 5
+while time.monotonic() < heard + 1:
+    for other in (1, 2):
+        try:
+            ears.sendto(own.encode(), (f"10.77.0.{other}", 4000))
+        except OSError:
+            pass
+    try:
+        while True:
+            if ears.recv(1).decode() != own:
+                heard = time.monotonic()
+    except TimeoutError:
+        pass
+if own == "0":
+    sys.exit(6)
+time.sleep(600)
+"""
+
+
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
     """One for all tests that leave it as it was."""
@@ -143,6 +169,53 @@ def test_a_host_that_is_killed_on_purpose_has_not_failed(lab: Lab, script: Path,
     result = lab.run(Job((str(script),), tmp_path / "out", faults=(Fault("kill", host=1, at=1),), launcher="python"))
     assert [(host.exit_code, host.killed) for host in result.hosts] == [(0, False), (137, True)]
     assert result.failed_host is None and result.seconds > 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (Fault("cut", host=1, at=1), r"host 1 was cut off at \d.\d s and never joined again"),
+        (Fault("cut", host=1, at=1, duration=1.5), r"host 1 was cut off at \d.\d s"),
+        (Fault("freeze", host=1, at=1), r"host 1 was frozen at \d.\d s and never thawed"),
+        (Fault("kill", host=1, at=1), r"host 1 was killed at \d.\d s"),
+        (
+            Fault("change", host=1, at=0.2, rate=10**6),
+            r"host 1 got a link of 1mbit at \d.\d s, and host 1 was killed at",
+        ),
+    ],
+    ids=str,
+)
+def test_a_fault_that_the_lab_caused_is_named(
+    fault: Fault, said: str, spoilt_lab: Lab, script: Path, tmp_path: Path
+) -> None:
+    script.write_text(LISTENER)
+    faults = (fault, Fault("kill", host=1, at=1)) if fault.kind == "change" else (fault,)
+    with pytest.raises(HostFailedError, match=rf"^host 0 failed with exit code 6: see .*log. Before that, {said}"):
+        spoilt_lab.run(Job((str(script),), tmp_path / "out", faults=faults, launcher="python"))
+
+
+def test_a_fault_after_the_failure_is_not_named(lab: Lab, script: Path, tmp_path: Path) -> None:
+    script.write_text("import os, sys, time\nsys.exit(3) if os.environ['LAB_HOST'] == '1' else time.sleep(600)\n")
+    with pytest.raises(HostFailedError, match=r"host-1.log$"):
+        lab.run(Job((str(script),), tmp_path / "out", faults=(Fault("freeze", 0, 0.7),), launcher="python"))
+
+
+def test_a_fault_that_leaves_a_command_hanging_is_named(lab: Lab, script: Path, tmp_path: Path) -> None:
+    script.write_text("import time\ntime.sleep(600)\n")
+    job = Job((str(script),), tmp_path / "out", faults=(Fault("freeze", 1, 0.5),), launcher="python", timeout=1.5)
+    with pytest.raises(LabError, match=r"was ended. Before that, host 1 was frozen at \d.\d s and never thawed$"):
+        lab.run(job)
+
+
+def test_a_link_that_was_cut_before_the_command_is_named(spoilt_lab: Lab, script: Path, tmp_path: Path) -> None:
+    script.write_text(LISTENER.replace("+ 5", "+ 0"))
+    spoilt_lab.cut(1)
+    with pytest.raises(HostFailedError, match=r"Before that, host 1 was cut off before the command started"):
+        spoilt_lab.run(Job((str(script),), tmp_path / "out", launcher="python"))
+    spoilt_lab.join(1)
+    script.write_text("raise SystemExit(3)\n")
+    with pytest.raises(HostFailedError, match=r"host-\d.log$"):
+        spoilt_lab.run(Job((str(script),), tmp_path / "again", launcher="python"))
 
 
 def test_a_host_that_fails_ends_the_others(lab: Lab, script: Path, tmp_path: Path) -> None:

@@ -99,6 +99,26 @@ class Action:
     fault: Fault
 
 
+@dataclass(frozen=True)
+class Event:
+    """What was done to a host, and when.
+
+    Attributes:
+        seconds: after the start of the command; below 0 if it was done before.
+        verb: cut, join, freeze, thaw, kill or change.
+        host: number of the host.
+        rate: new rate of its link in bits per second; of a change only.
+    """
+
+    seconds: float
+    verb: str
+    host: int
+    rate: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.verb} {self.host}"
+
+
 _ENDS = {"cut": "join", "freeze": "thaw"}
 
 
@@ -110,3 +130,31 @@ def timeline(faults: Iterable[Fault]) -> list[Action]:
         if fault.duration is not None:
             actions.append(Action(fault.at + fault.duration, _ENDS[fault.kind], fault))
     return sorted(actions, key=lambda action: action.at)
+
+
+def faults_in_words(events: Iterable[Event], until: float) -> list[str]:
+    """What a lab has done to its hosts up to a moment, a sentence each without its full stop.
+
+    Args:
+        events: in the order of time.
+        until: seconds after the start of the command; later events do not count.
+    """
+    told = [event for event in events if event.seconds <= until]
+    return [_in_words(event, told[index + 1 :]) for index, event in enumerate(told) if event.verb in _WORDS]
+
+
+_WORDS = {"cut": "was cut off", "freeze": "was frozen", "kill": "was killed", "change": "got a link of {rate}"}
+_NEVER = {"cut": "never joined again", "freeze": "never thawed"}
+
+
+def _in_words(event: Event, later: Iterable[Event]) -> str:
+    did = f"host {event.host} {_WORDS[event.verb]}".format(rate=format_rate(event.rate or 0))
+    start = "before the command started" if event.seconds < 0 else f"at {event.seconds:.1f} s"
+    if event.verb not in _ENDS:
+        return f"{did} {start}"
+    ends = (other for other in later if (other.verb, other.host) == (_ENDS[event.verb], event.host))
+    end = next(ends, None)
+    if end is None:
+        return f"{did} {start} and {_NEVER[event.verb]}"
+    back = "joined again" if event.verb == "cut" else "thawed"
+    return f"{did} {start} and {back} at {end.seconds:.1f} s"

@@ -16,6 +16,8 @@ from abtrain.lab.network import INTERFACE
 
 Launcher = Literal["torchrun", "python"]
 
+LAUNCHER_FOLDER = ".torchrun"
+"""In the job's folder, for torchrun's own files while the job runs."""
 _HOST_PROGRAM = "abtrain.lab.host"
 _PORT = "29500"  # torchrun's own; a lab's addresses are its own, so nothing else is in the way
 # torchrun looks for dead workers this often, so that hosts fail in the order in which their workers did.
@@ -68,6 +70,8 @@ def host_command(job: Job, config: LabConfig, host: int) -> list[str]:
         "--master-port": _PORT,
         "--local-addr": config.address(host),
         "--monitor-interval": _MONITOR_SECONDS,
+        # By default torchrun leaves a folder where all programs put their temporary files, and never removes it.
+        "--log-dir": str(job.out / LAUNCHER_FOLDER),
     }
     settings = [part for setting in torchrun.items() for part in setting]
     return [sys.executable, "-m", _HOST_PROGRAM, str(os.getpid()), *settings, *job.command]

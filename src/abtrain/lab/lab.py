@@ -8,12 +8,13 @@ print(result.wire_bytes, result.seconds)
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import subprocess
 import sys
 from types import TracebackType
 
-from abtrain.errors import ConfigurationError
+from abtrain.errors import ConfigurationError, LabError
 from abtrain.lab import namespaces
 from abtrain.lab.config import LabConfig, config_problems, system_problems
 from abtrain.lab.faults import Action
@@ -24,6 +25,8 @@ from abtrain.lab.processes import Show
 from abtrain.lab.result import LabResult
 from abtrain.lab.run import Run
 
+log = logging.getLogger("abtrain")
+
 _WATCHER = "abtrain.lab.watcher"
 
 
@@ -32,15 +35,21 @@ def clean() -> list[str]:
 
     Raises:
         ConfigurationError: this system can have no labs.
-        LabError: they cannot be removed.
+        LabError: some cannot be removed; the others are.
     """
     problems = system_problems()
     if problems:
         raise ConfigurationError(problems)
-    dead = namespaces.dead_labs()
-    for prefix in dead:
-        namespaces.remove_lab(prefix)
-    return dead
+    removed, errors = [], []
+    for prefix in namespaces.dead_labs():
+        try:
+            namespaces.remove_lab(prefix)
+            removed.append(prefix)
+        except LabError as error:
+            errors.append(str(error))
+    if errors:
+        raise LabError("\n".join(errors))
+    return removed
 
 
 class Lab:
@@ -60,6 +69,7 @@ class Lab:
         self._network: Network
         self._watcher: subprocess.Popen[bytes]
         self._run: Run | None = None
+        self._cut_off: set[int] = set()
 
     def __enter__(self) -> Lab:
         """Removes what is left of dead labs, builds this one, and measures its links.
@@ -71,7 +81,10 @@ class Lab:
         problems = [*config_problems(self.config), *system_problems()]
         if problems:
             raise ConfigurationError(problems)
-        clean()
+        try:
+            clean()
+        except LabError as error:  # of others; this lab can do without their leftovers being gone
+            log.warning("%s", error)
         self._network = Network(self.config)
         self._network.check_name()
         self._watcher = _start_watcher(self._network.prefix)
@@ -104,7 +117,7 @@ class Lab:
         problems = job_problems(job, self.config.nodes)
         if problems:
             raise ConfigurationError(problems)
-        self._run = Run(self._network, job, self.measured, self._act, show)
+        self._run = Run(self._network, job, self.measured, self._act, show, sorted(self._cut_off))
         try:
             result = self._run.finish()
         finally:
@@ -131,14 +144,19 @@ class Lab:
 
     def cut(self, host: int) -> None:
         """Takes a host off the network."""
+        self._note("cut", host)
         self._network.set_link(host, up=False)
+        self._cut_off.add(host)
 
     def join(self, host: int) -> None:
         """Brings a host back that was cut off."""
+        self._note("join", host)
         self._network.set_link(host, up=True)
+        self._cut_off.discard(host)
 
     def freeze(self, host: int) -> None:
         """Stops all processes of a host where they are."""
+        self._note("freeze", host)
         names = (self._network.hosts[host],)
         # Once more if there are new ones, started by those that were not yet stopped.
         before: list[int] = []
@@ -147,16 +165,19 @@ class Lab:
 
     def thaw(self, host: int) -> None:
         """Lets the processes of a frozen host go on."""
+        self._note("thaw", host)
         namespaces.signal_all((self._network.hosts[host],), signal.SIGCONT)
 
     def kill(self, host: int) -> None:
         """Kills all processes of a host. The job does not fail for that, unless other hosts do."""
+        self._note("kill", host)
         if self._run is not None:
             self._run.processes.killed.add(host)
         namespaces.kill_all((self._network.hosts[host],))
 
     def change(self, host: int, rate: int) -> None:
         """Sets the rate of a host's link, both ways, in bits per second."""
+        self._note("change", host, rate)
         self._network.set_rate(host, rate)
 
     def _act(self, action: Action) -> None:
@@ -167,6 +188,11 @@ class Lab:
         {"cut": self.cut, "join": self.join, "freeze": self.freeze, "thaw": self.thaw, "kill": self.kill}[action.verb](
             host
         )
+
+    def _note(self, verb: str, host: int, rate: int | None = None) -> None:
+        """Has a job know what is about to happen to a host: others may fail of it before it has happened."""
+        if self._run is not None:
+            self._run.note(verb, host, rate)
 
     def _remove(self) -> None:
         try:

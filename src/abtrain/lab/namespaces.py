@@ -2,6 +2,9 @@
 
 A namespace's name tells whose it is: abtrain-NAME-PID-START-PART, PID and START being the number and the start time of
 the process that made it. A lab whose process is gone is known by that, whatever became of it.
+
+A process may leave its namespace, and a namespace may lose its name while processes are in it. So the commands of
+hosts, and all that they start, are known by a variable of their environment too.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ from abtrain.errors import LabError
 Result = TypeVar("Result")
 
 FOLDER = Path("/run/netns")
+MARK = "ABTRAIN_LAB_NAMESPACE"
+"""The variable that names the namespace in which a host's command was started."""
 _PATTERN = re.compile(r"(?P<lab>abtrain-[a-z0-9]+-(?P<pid>\d+)-(?P<start>\d+))-(?:switch|host\d+)")
+_VARIABLE = re.compile(rf"(?:^|\0){MARK}=([^\0]*)".encode())
 _CLONE_NEWNET = 0x40000000
 _REMOVAL_SECONDS = 10.0
 
@@ -39,9 +45,9 @@ def of_lab(prefix: str) -> list[str]:
 
 
 def dead_labs() -> list[str]:
-    """The prefixes of labs whose process is gone."""
+    """The prefixes of labs whose process is gone, and of which namespaces or processes are left."""
     found = {}
-    for name in _all():
+    for name in (*_all(), *_marks().values()):
         parts = _PATTERN.fullmatch(name)
         if parts is not None:
             found[parts["lab"]] = _start_time(int(parts["pid"])) == int(parts["start"])
@@ -49,23 +55,25 @@ def dead_labs() -> list[str]:
 
 
 def remove_lab(prefix: str) -> None:
-    """Removes a lab: the processes in its namespaces, and these with all that is in them. More than one may try.
+    """Removes a lab: its namespaces with all that is in them, and the processes that its commands have started.
+
+    More than one may try.
 
     Raises:
         LabError: it cannot be removed.
     """
     deadline = time.monotonic() + _REMOVAL_SECONDS
-    said = ""
-    while names := of_lab(prefix):
+    said = "its processes do not end"
+    while names := sorted({name for name in (*_all(), *_marks().values()) if name.startswith(f"{prefix}-")}):
         kill_all(names)
-        for name in names:
+        for name in of_lab(prefix):
             said = subprocess.run(["ip", "netns", "delete", name], capture_output=True, text=True).stderr or said
         if time.monotonic() > deadline:
             raise LabError(f"namespace {names[0]} cannot be removed: {said.strip()}: try `abtrain lab --clean`")
 
 
 def kill_all(names: Iterable[str]) -> None:
-    """Kills everything that runs in these namespaces, frozen or not, and waits until it is gone."""
+    """Kills what runs in these namespaces or was started there, frozen or not, and waits until it is gone."""
     names = list(names)
     deadline = time.monotonic() + _REMOVAL_SECONDS
     while time.monotonic() < deadline and signal_all(names, signal.SIGKILL):
@@ -82,18 +90,21 @@ def signal_all(names: Iterable[str], number: signal.Signals) -> list[int]:
 
 
 def processes_in(names: Iterable[str]) -> list[int]:
-    """The processes in these namespaces; those that have ended and await their parent are none."""
+    """The processes in these namespaces, and those that a command started there has started, wherever they are now.
+
+    Processes that have ended and await their parent are none.
+    """
+    names = set(names)
     wanted = set()
     for name in names:
         with contextlib.suppress(FileNotFoundError):
             wanted.add(_identity(FOLDER / name))
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError):
-                if _identity(entry / "ns/net") in wanted:
-                    found.append(int(entry.name))
-    return found
+    found = {pid for pid, mark in _marks().items() if mark in names}
+    for entry in _processes():
+        with contextlib.suppress(OSError):
+            if _identity(entry / "ns/net") in wanted:
+                found.add(int(entry.name))
+    return sorted(found)
 
 
 def inside(name: str, act: Callable[[], Result]) -> Result:
@@ -132,6 +143,21 @@ def _move_to(name: str) -> None:
 def _identity(path: Path) -> tuple[int, int]:
     state = path.stat()
     return state.st_dev, state.st_ino
+
+
+def _marks() -> dict[int, str]:
+    """By process, the namespace in which its host's command was started."""
+    found = {}
+    for entry in _processes():
+        with contextlib.suppress(OSError):
+            mark = _VARIABLE.search((entry / "environ").read_bytes())
+            if mark is not None:
+                found[int(entry.name)] = mark[1].decode(errors="replace")
+    return found
+
+
+def _processes() -> list[Path]:
+    return [entry for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
 
 
 def _all() -> list[str]:

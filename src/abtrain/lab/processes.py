@@ -42,11 +42,11 @@ class HostProcesses:
         self._readers: list[threading.Thread] = []
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Starts the command of the next host, with exactly this environment."""
+        """Starts the command of the next host, with exactly this environment and the mark of its namespace."""
         host = len(self._processes)
         process = subprocess.Popen(
             ("ip", "netns", "exec", self._names[host], *command),
-            env=environment,
+            env={**environment, namespaces.MARK: self._names[host]},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -76,6 +76,10 @@ class HostProcesses:
         """The host to blame, if any failed: the first that was neither killed as a fault nor taken along by others."""
         failures = self._failures()
         return min(failures, key=lambda host: self.exit_code(host) in _CONSEQUENCES, default=None)
+
+    def ended(self, host: int) -> float:
+        """When a command ended that has, on the monotonic clock."""
+        return self._ends[host]
 
     def exit_code(self, host: int) -> int:
         """Of a command that has ended; 128 and its number if a signal ended it."""

@@ -60,6 +60,7 @@ class LabResult:
         events: faults as they happened: (seconds, what).
         failed_host: the host that failed first, if any did.
         congestion_control: by which senders kept their pace.
+        caused: what the lab itself did to hosts before the first of them failed, or before the time was over; in words.
     """
 
     command: tuple[str, ...]
@@ -70,15 +71,17 @@ class LabResult:
     events: tuple[tuple[float, str], ...]
     failed_host: int | None
     congestion_control: str
+    caused: tuple[str, ...] = ()
 
     def error(self) -> LabError | None:
-        """Why this is no success, if it is none."""
+        """Why this is no success, if it is none. Faults that the lab caused are named: they may be the reason."""
+        faults = f". Before that, {', and '.join(self.caused)}" if self.caused else ""
         if self.failed_host is not None:
             code = self.hosts[self.failed_host].exit_code
             log = self.out / f"host-{self.failed_host}.log"
-            return HostFailedError(f"host {self.failed_host} failed with exit code {code}: see {log}", code)
+            return HostFailedError(f"host {self.failed_host} failed with exit code {code}: see {log}{faults}", code)
         if self.timed_out:
-            return LabError(f"the command took more than its time of {self.seconds:.0f} s, and was ended")
+            return LabError(f"the command took more than its time of {self.seconds:.0f} s, and was ended{faults}")
         return None
 
     @property

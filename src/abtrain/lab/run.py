@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from abtrain.files import write_json
 from abtrain.lab.counters import Sampler
-from abtrain.lab.faults import Action, timeline
-from abtrain.lab.job import Job, host_command, host_environment
+from abtrain.lab.faults import Action, Event, faults_in_words, timeline
+from abtrain.lab.job import LAUNCHER_FOLDER, Job, host_command, host_environment
 from abtrain.lab.network import Network
 from abtrain.lab.processes import HostProcesses, Show
 from abtrain.lab.result import FILE, HostResult, LabResult, as_record
@@ -23,8 +24,9 @@ class Run:
         network: the lab's, built.
         job: valid.
         measured: for each host what its link carries up and down, in bits per second.
-        act: carries out the actions of faults.
+        act: carries out the actions of faults, and has each of them noted.
         show: gets each line that a host prints.
+        cut_off: hosts whose links are cut already.
     """
 
     def __init__(
@@ -34,10 +36,11 @@ class Run:
         measured: list[tuple[float, float]],
         act: Callable[[Action], None],
         show: Show,
+        cut_off: Iterable[int] = (),
     ) -> None:
         self._network, self._job, self._measured, self._act = network, job, measured, act
         self._rates = list(network.rates)
-        self._events: list[tuple[float, str]] = []
+        self._events: list[Event] = [Event(-1.0, "cut", host) for host in cut_off]
         hosts = range(network.config.nodes)
         job.out.mkdir(parents=True, exist_ok=True)
         self._sampler = Sampler([network.open_counters(host) for host in hosts], time.monotonic())
@@ -59,10 +62,15 @@ class Run:
         write_json(self._job.out / FILE, as_record(result, self._network.config))
         return result
 
+    def note(self, verb: str, host: int, rate: int | None = None) -> None:
+        """Keeps in mind that something was done to a host, by a fault of the job or by the lab's user."""
+        self._events.append(Event(self._elapsed(), verb, host, rate))
+
     def close(self) -> None:
         """Ends everything that the job may have left."""
         self.processes.stop()
         self._sampler.close()
+        shutil.rmtree(self._job.out / LAUNCHER_FOLDER, ignore_errors=True)
 
     def _follow(self) -> bool:
         """Follows the job until it has ended, one way or another; False if it took too long."""
@@ -72,9 +80,7 @@ class Run:
             if self._job.timeout is not None and elapsed > self._job.timeout:
                 return False
             while actions and actions[0].at <= elapsed:
-                action = actions.pop(0)
-                self._act(action)
-                self._events.append((self._elapsed(), f"{action.verb} {action.fault.host}"))
+                self._act(actions.pop(0))
             self._sampler.sample(time.monotonic())
             time.sleep(_POLL_SECONDS)
         return True
@@ -93,15 +99,18 @@ class Run:
             )
             for host, traffic in enumerate(self._sampler.totals())
         ]
+        failed = self.processes.first_failed()
+        until = seconds if failed is None else self.processes.ended(failed) - self._started
         return LabResult(
             command=self._job.command,
             out=self._job.out,
             seconds=seconds,
             timed_out=not complete,
             hosts=tuple(hosts),
-            events=tuple(self._events),
-            failed_host=self.processes.first_failed(),
+            events=tuple((event.seconds, str(event)) for event in self._events if event.seconds >= 0),
+            failed_host=failed,
             congestion_control=self._network.congestion_control(),
+            caused=tuple(faults_in_words(self._events, until)),
         )
 
     def _elapsed(self) -> float:

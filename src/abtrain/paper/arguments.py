@@ -24,7 +24,8 @@ tables run their experiments, figures draw what the tables have run (or, with --
   abtrain paper table1 --scale full --launcher "srun -N {nodes} my-torchrun --nproc-per-node {workers_per_node}"
   abtrain paper large-batch --nodes 64 --seeds 1
 
-What is done is not run again: the same command goes on where it was stopped. The small scale takes minutes a run on
+What is done is not run again: the same command goes on where it was stopped. Runs of other settings are refused unless
+--overwrite gives them up. The small scale takes minutes a run on
 two cores; the full one needs the cluster that its launcher starts on."""
 
 
@@ -47,6 +48,7 @@ class Request:
         run: a figure may run what it lacks.
         trials: of the search.
         draws: whether arithmetic is to be drawn into `out` too.
+        overwrite: whether runs with other settings are replaced.
     """
 
     experiment: str
@@ -63,6 +65,7 @@ class Request:
     run: bool
     trials: int
     draws: bool
+    overwrite: bool
 
 
 def parse_arguments(arguments: Sequence[str]) -> Request:
@@ -116,6 +119,7 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
         run=given.run,
         trials=given.trials,
         draws=given.out is not None,
+        overwrite=given.overwrite,
     )
 
 
@@ -148,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", default="", help="such as 4,8,16; by default the experiment's")
     parser.add_argument("--methods", default="", help=f"some of: {';'.join(METHODS)}")
     parser.add_argument("--out", type=Path, help="folder for everything (default runs/paper-SCALE)")
+    parser.add_argument("--overwrite", action="store_true", help="replace runs in it that have other settings")
     parser.add_argument("--data", type=Path, help="folder with the task's data; by default its usual place")
     parser.add_argument("--launcher", default=LAUNCHER, help="starts real runs (default '%(default)s')")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run and sent, and run nothing")

@@ -22,7 +22,8 @@ from abtrain.paper.page import write_page
 from abtrain.paper.runs import Outcome, Run, launch_command, outcome, plan_runs, run_all, write_request
 from abtrain.paper.studies import STUDIES, study_cells
 from abtrain.paper.study_page import write_study
-from abtrain.paper.tables import Table, comparison_table, rows, scaling_table
+from abtrain.paper.tables import Table, comparison_table, remarked, rows, scaling_table
+from abtrain.study import kept
 from abtrain.train.tasks import TASKS
 
 _WIDTH = 200
@@ -33,13 +34,14 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the command.
 
     Raises:
-        ConfigurationError: all that is wrong with the arguments; a figure whose runs are not done.
-        DataError: the data is not to be had.
+        ConfigurationError: all that is wrong with the arguments; runs of other settings that are in the way; a figure
+            whose runs are not done.
+        DataError: the data is not to be had, or results of earlier runs are damaged.
         AbtrainError: a run failed. Those that are done are kept.
         StoppedError: SIGINT, SIGTERM or SIGHUP; likewise.
     """
     request = parse_arguments(arguments)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     if request.experiment == ECR:
         _print(console, ecr_table())
         if request.draws:
@@ -68,9 +70,10 @@ def _experiment(request: Request, console: Console, command: str) -> None:
             _print(console, table)
         return
     runs = plan_runs(chosen, request.seeds, request.out)
+    kept.check(runs, request.overwrite)
     if request.write:
         for run in runs:
-            write_request(run)
+            write_request(run, request.overwrite, checkpoints=True)
             console.print(shlex.join(launch_command(run, request.launcher, request.data)))
         return
     if request.experiment in FIGURES and not request.run:
@@ -79,12 +82,14 @@ def _experiment(request: Request, console: Console, command: str) -> None:
         for task in dict.fromkeys(run.config.task for run in runs):
             TASKS[task].find(request.data)
     with stopped_by_signals():
-        run_all(runs, request.scale.name, request.launcher, request.data, console.print)
+        run_all(runs, request.scale.name, request.launcher, request.data, console.print, request.overwrite)
     found = _outcomes(chosen, runs)
-    if request.experiment in STUDIES:
-        tables = write_study(request.experiment, rows(found), runs, request.out, command)
-    else:
-        tables = _write(request, found, command)
+    remark = kept.versions_note(outcome.version for outcome in found)
+    with kept.writing(request.out):
+        if request.experiment in STUDIES:
+            tables = write_study(request.experiment, rows(found), runs, request.out, command, remark)
+        else:
+            tables = _write(request, found, command, remark)
     for table in tables:
         _print(console, table)
     console.print(f"written to {request.out / request.experiment}.html")
@@ -97,8 +102,8 @@ def _outcomes(chosen: Sequence[Cell], runs: Sequence[Run]) -> list[Outcome]:
     return [dataclasses.replace(by_settings[str(cell.config), seed], cell=cell) for cell in chosen for seed in seeds]
 
 
-def _write(request: Request, outcomes: Sequence[Outcome], command: str) -> list[Table]:
-    """Writes EXPERIMENT.json, the figures and EXPERIMENT.html; returns the tables."""
+def _write(request: Request, outcomes: Sequence[Outcome], command: str, remark: str) -> list[Table]:
+    """Writes EXPERIMENT.json, the figures and EXPERIMENT.html; returns the tables, with a remark on all of them."""
     name, scale, out = request.experiment, request.scale, request.out
     found = rows(outcomes)
     record: dict[str, Any] = {"command": command, "rows": [dataclasses.asdict(row) for row in found]}
@@ -112,6 +117,7 @@ def _write(request: Request, outcomes: Sequence[Outcome], command: str) -> list[
         tables = [scaling_table(found, scaling, scale) for scaling in scalings]
         of_table = [figure for figure in FIGURES if FIGURES[figure] == tuple(scalings) and name not in FIGURES]
         figures += [panel for figure in of_table for panel in draw(figure, found, out, note)]
+    tables = remarked(tables, remark)
     write_page(name, f"{name}, {scale.name} scale", tables, figures, out, command)
     return tables
 
@@ -146,5 +152,5 @@ def _print(console: Console, table: Table) -> None:
     printed = Printed(*table.header, box=SIMPLE, padding=(0, 1), title=table.title, title_justify="left")
     for line in table.lines:
         printed.add_row(*line)
-    Console(width=max(console.width, _WIDTH), highlight=False).print(printed)
+    Console(width=max(console.width, _WIDTH), highlight=False, markup=False).print(printed)
     console.print(table.note)

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from abtrain import __version__
+from abtrain.files import write_whole
 from abtrain.paper.tables import Table
 from abtrain.study.plots import Figure
 
@@ -40,5 +41,5 @@ def write_page(
     text = template.render(
         title=title, lead=_LEAD, tables=tables, figures=figures, images=images, command=command, versions=versions
     )
-    page.write_text(text, encoding="utf-8")
+    write_whole(page, text)
     return page

@@ -1,41 +1,42 @@
 """The runs of an experiment: what there is to do, what is done, and what came out.
 
 Each has a folder of its own, named by its settings, so that experiments share the runs that they have in common:
-request.toml (settings) and result.json, beside what `abtrain train` writes where that ran it.
+the request (see `abtrain.study.kept`) and result.json, beside what `abtrain train` writes where that ran it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
+import os
 import re
 import shlex
-import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from abtrain import recipes
 from abtrain.comm.topology import Topology
-from abtrain.errors import AbtrainError
+from abtrain.errors import AbtrainError, ConfigurationError
 from abtrain.files import write_whole
 from abtrain.paper.experiments import Cell, ScaleName
 from abtrain.paper.published import BACKWARD_SHARE
+from abtrain.study import kept
 from abtrain.study.cost import Cluster, Link
 from abtrain.study.forecast import forecast
+from abtrain.study.kept import REQUEST_FILE, RESULT_FILE, TRAIN_FOLDER
 from abtrain.study.payload import predict
+from abtrain.study.result_files import Record, is_empty, read_record
 from abtrain.study.seconds import WorkerSeconds
-from abtrain.study.shapes import shapes_of
+from abtrain.study.shapes import ModelShapes, shapes_of
 from abtrain.train.config import TrainConfig, resolve, used_options
-from abtrain.train.config_file import to_toml
+from abtrain.train.config_file import from_toml
 from abtrain.train.tasks import TASKS
 
-log = logging.getLogger("abtrain")
-
-REQUEST_FILE, RESULT_FILE, TRAIN_FOLDER = "request.toml", "result.json", "train"
+CHECKPOINTS, LEAST_BETWEEN_CHECKPOINTS = 50, 100
+"""Of a real run: a checkpoint every 2 % of its steps, but not more often than every 100 steps."""
 TINY_LINK = Link(rate=1e9, latency=1e-4)
 """Of the cluster that seconds of simulated runs are forecast for: 1 Gbit/s, 0.1 ms."""
 LAUNCHER = "torchrun --nnodes {nodes} --nproc-per-node {workers_per_node}"
@@ -59,21 +60,29 @@ class Run:
 
     @property
     def request(self) -> str:
-        """Its settings as TOML, but for defaults: a setting that comes to be does not make it another run."""
-        defaults = set(to_toml(TrainConfig()).splitlines())
-        return "".join(f"{line}\n" for line in to_toml(self.config).splitlines() if line not in defaults)
+        """Its settings, as TOML."""
+        return kept.request_text(self.config)
 
     @property
     def result_file(self) -> Path:
         """Where its result is, or will be: simulated runs write it themselves."""
         trained = self.folder / TRAIN_FOLDER / RESULT_FILE
-        return trained if trained.exists() else self.folder / RESULT_FILE
+        return trained if os.path.lexists(trained) else self.folder / RESULT_FILE
 
     @property
     def done(self) -> bool:
         """Whether it was run with these settings, to its end."""
-        request = self.folder / REQUEST_FILE
-        return request.exists() and request.read_text() == self.request and self.result_file.exists()
+        return kept.is_done(self.folder, self.config, self.result_file)
+
+    def check_results(self) -> None:
+        """
+        Raises:
+            DataError: the folder holds a result that cannot be used.
+        """
+        result = self.result_file
+        # An empty file is written again by a simulated run. `abtrain train` would refuse its folder for one.
+        if os.path.lexists(result) and not (result.parent == self.folder and is_empty(result)):
+            outcome(self)
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ class Outcome:
         payload_ratio: of that to one float32 gradient of every parameter at every step.
         seconds: of training; of a simulated run, what it would take on a cluster (`TINY_LINK`).
         traffic: scaled traffic of a node in GB/s, as Table II has it.
+        version: of abtrain that trained it; None where its result does not say.
     """
 
     cell: Cell
@@ -98,6 +108,7 @@ class Outcome:
     payload_ratio: float
     seconds: float
     traffic: float
+    version: str | None = None
 
 
 def plan_runs(cells: Iterable[Cell], seeds: int, out: Path) -> list[Run]:
@@ -108,7 +119,12 @@ def plan_runs(cells: Iterable[Cell], seeds: int, out: Path) -> list[Run]:
 
 
 def run_all(
-    runs: Sequence[Run], scale: ScaleName, launcher: str, data: Path | None, say: Callable[[str], None]
+    runs: Sequence[Run],
+    scale: ScaleName,
+    launcher: str,
+    data: Path | None,
+    say: Callable[[str], None],
+    overwrite: bool = False,
 ) -> None:
     """Runs what is not done, one after the other; what is done is kept, however this ends.
 
@@ -118,7 +134,14 @@ def run_all(
         launcher: command line that starts the workers, with {nodes} and {workers_per_node}.
         data: folder with the data; by default its usual place.
         say: takes a line for each run.
+        overwrite: whether runs with other settings are replaced.
+
+    Raises:
+        ConfigurationError: folders that hold runs with other settings; before the first run starts.
+        DataError: results that are damaged; likewise.
+        AbtrainError: a run failed.
     """
+    kept.check(runs, overwrite)
     missing = [run for run in runs if not run.done]
     say(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before")
     loaded: dict[str, Any] = {}
@@ -127,8 +150,10 @@ def run_all(
             task = run.config.task
             if task not in loaded:
                 loaded[task] = TASKS[task].load(data)
+            write_request(run, overwrite)
             _simulate(run, loaded[task])
         else:
+            write_request(run, overwrite, checkpoints=True)
             _launch(run, launcher, data)
         result = outcome(run)
         say(
@@ -139,7 +164,6 @@ def run_all(
 def _simulate(run: Run, data: Any) -> None:
     from abtrain.train.simulate import simulate
 
-    write_request(run)
     result = simulate(resolve(dataclasses.replace(run.config, device="cpu")), data)
     write_whole(run.folder / RESULT_FILE, json.dumps(result, indent=2, default=str) + "\n")
 
@@ -150,7 +174,6 @@ def _launch(run: Run, launcher: str, data: Path | None) -> None:
     Raises:
         AbtrainError: it failed; the exit code is the command's.
     """
-    write_request(run)
     command = launch_command(run, launcher, data)
     try:
         code = subprocess.run(command, check=False).returncode
@@ -170,36 +193,62 @@ def launch_command(run: Run, launcher: str, data: Path | None) -> list[str]:
     return [*start, "-m", "abtrain", "train", "--config", str(run.folder / REQUEST_FILE), *place]
 
 
-def write_request(run: Run) -> None:
-    """Writes the settings; what was run with others goes."""
-    request = run.folder / REQUEST_FILE
-    if run.folder.exists() and not (request.exists() and request.read_text() == run.request):
-        log.warning("%s holds a run with other settings: it is replaced", run.folder)
-        shutil.rmtree(run.folder)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    request.write_text(run.request, encoding="utf-8")
+def write_request(run: Run, overwrite: bool = False, checkpoints: bool = False) -> None:
+    """Writes the request of a run, unless the folder holds one that asks for the same.
+
+    Args:
+        run: which one.
+        overwrite: whether a run with other settings is removed for it.
+        checkpoints: whether the run is to write checkpoints, which make no other run of it.
+
+    Raises:
+        ConfigurationError: the folder holds a run with other settings.
+    """
+    kept.make_room(run, overwrite)
+    config = run.config
+    if checkpoints:
+        assert config.steps is not None
+        every = max(LEAST_BETWEEN_CHECKPOINTS, config.steps // CHECKPOINTS)
+        config = dataclasses.replace(config, checkpoint_every=every)
+    if not (run.done or _asks_for(run, checkpoints)):
+        kept.write_request(run.folder, config)
+
+
+def _asks_for(run: Run, checkpoints: bool) -> bool:
+    """Whether the folder has a request of the same run, with checkpoints if there are to be any."""
+    if not (run.folder / kept.RECORD_FILE).exists() or kept.differences(run.folder, run.config):
+        return False
+    try:
+        return not checkpoints or from_toml(run.folder / REQUEST_FILE).checkpoint_every > 0
+    except ConfigurationError:  # of a version with other settings
+        return False
 
 
 def outcome(run: Run) -> Outcome:
-    """What came out of a run that is done."""
-    result = json.loads(run.result_file.read_text(encoding="utf-8"))
-    payload = result["payload_bytes"]["between_groups"]
-    seconds = result["seconds"]["total"]
-    if "cpu_seconds_per_step" in result:
+    """What came out of a run that is done.
+
+    Raises:
+        DataError: its result is damaged.
+    """
+    result = read_record(run.result_file)
+    payload = result.number("payload_bytes", "between_groups")
+    seconds = result.positive("seconds", "total")
+    if "cpu_seconds_per_step" in result.content:
         seconds = _forecast(run.config, result)
     return Outcome(
         cell=run.cell,
         seed=run.seed,
-        top1=result["top1"],
-        compression=result["compression"],
+        top1=result.number("top1"),
+        compression=result.positive("compression"),
         payload=payload,
-        payload_ratio=payload / (4 * result["parameters"] * result["steps"]),
+        payload_ratio=payload / (4 * result.positive("parameters") * result.positive("steps")),
         seconds=seconds,
         traffic=payload * run.config.group_size / (BACKWARD_SHARE * seconds) / 1e9,
+        version=result.optional_text("versions", "abtrain"),
     )
 
 
-def _forecast(config: TrainConfig, result: Mapping[str, Any]) -> float:
+def _forecast(config: TrainConfig, result: Record) -> float:
     """Seconds of a simulated run on a cluster of as many nodes, with the ranks that it had."""
     assert config.steps is not None
     import torch
@@ -208,11 +257,24 @@ def _forecast(config: TrainConfig, result: Mapping[str, Any]) -> float:
     with torch.device("meta"):
         shapes = shapes_of(TASKS[config.task].model(), recipe.factoring)
     topology = Topology(config.workers, config.group_size)
-    ranks = [entry["ranks"] for entry in result["ranks"]]
+    ranks = [_ranks(entry, shapes) for entry in result.records("ranks")]
     stretches = predict(recipe, shapes, topology, ranks)
     cluster = Cluster(config.workers // config.group_size, TINY_LINK, config.group_size)
-    alone = WorkerSeconds(result["cpu_seconds_per_step"])
+    alone = WorkerSeconds(result.positive("cpu_seconds_per_step"))
     return forecast(stretches, cluster, alone, group_size=config.group_size).seconds
+
+
+def _ranks(entry: Record, shapes: ModelShapes) -> dict[str, int]:
+    """k of each weight after one decomposition.
+
+    Raises:
+        DataError: one that no weight of the model can have.
+    """
+    found, matrices = entry.counts("ranks"), shapes.matrices()
+    for name, k in found.items():
+        if name not in matrices or not 1 <= k <= matrices[name].n:
+            raise entry.error(("ranks", name), k, "the rank of a weight of this model")
+    return found
 
 
 def _name(cell: Cell, seed: int) -> str:

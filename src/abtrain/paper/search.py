@@ -114,7 +114,7 @@ def _trainer(request: Request, base: TrainConfig) -> Callable[[TrainConfig, int]
     def on_a_node(config: TrainConfig, trial: int) -> float:
         folder = request.out / "trials" / f"{config.recipe}-{trial}-{config.steps}"
         run = Run(Cell("global", config.task, config.recipe, 1, config), config.seed, folder)
-        run_all([run], "full", request.launcher, request.data, lambda line: None)
+        run_all([run], "full", request.launcher, request.data, lambda line: None, request.overwrite)
         return outcome(run).top1
 
     return on_a_node

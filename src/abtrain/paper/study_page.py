@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import html
 import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from abtrain.files import write_whole
 from abtrain.paper.figures import draw
 from abtrain.paper.page import write_page
 from abtrain.paper.runs import Run
 from abtrain.paper.studies import STUDIES
-from abtrain.paper.tables import Row, Table, study_table
+from abtrain.paper.tables import Row, Table, remarked, study_table
 from abtrain.study.plots import COLOURS, Figure, legend_below, plain_numbers, save
+from abtrain.study.result_files import read_record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +29,9 @@ _AXES: dict[str, tuple[str, Callable[[Row], float]]] = {
 }
 
 
-def write_study(name: str, found: Sequence[Row], runs: Sequence[Run], folder: Path, command: str) -> list[Table]:
+def write_study(
+    name: str, found: Sequence[Row], runs: Sequence[Run], folder: Path, command: str, remark: str = ""
+) -> list[Table]:
     """Writes NAME.html, NAME.md and the figures; returns the tables.
 
     Args:
@@ -36,6 +40,10 @@ def write_study(name: str, found: Sequence[Row], runs: Sequence[Run], folder: Pa
         runs: that they are of, all done.
         folder: of the experiments.
         command: that made it.
+        remark: on all tables.
+
+    Raises:
+        DataError: a result is damaged.
     """
     study = STUDIES[name]
     tables = [study_table(found, study.question)]
@@ -46,8 +54,9 @@ def write_study(name: str, found: Sequence[Row], runs: Sequence[Run], folder: Pa
         figures = [panel for figure in ("fig2", "fig3") for panel in draw(figure, found, folder, _NOTE, f"{name}-")]
     else:
         figures = [_scatter_figure(name, found, folder)]
+    tables = remarked(tables, remark)
     write_page(name, study.question, tables, figures, folder, command)
-    (folder / f"{name}.md").write_text(_markdown(study.question, tables, figures, command), encoding="utf-8")
+    write_whole(folder / f"{name}.md", _markdown(study.question, tables, figures, command))
     return tables
 
 
@@ -88,13 +97,15 @@ def _series(label: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else (label, "")
 
 
-def _histories(run: Run) -> dict[str, list[tuple[int, dict[str, float]]]]:
+def _histories(run: Run) -> dict[str, list[tuple[float, dict[str, float]]]]:
     """By layer, (step, distances) of every merge of the run."""
-    result: dict[str, Any] = json.loads(run.result_file.read_text(encoding="utf-8"))
-    found: dict[str, list[tuple[int, dict[str, float]]]] = {}
-    for entry in result["divergence"]:
-        for layer, distances in entry["layers"].items():
-            found.setdefault(layer, []).append((entry["step"], distances))
+    found: dict[str, list[tuple[float, dict[str, float]]]] = {}
+    for entry in read_record(run.result_file).records("divergence"):
+        for layer in entry.mapping("layers"):
+            distances = entry.numbers("layers", layer)
+            if "distance" not in distances:
+                raise entry.error(("layers", layer), distances, "an object with a distance")
+            found.setdefault(layer, []).append((entry.number("step"), distances))
     return found
 
 
@@ -143,12 +154,17 @@ def _divergence_table(runs: Sequence[Run]) -> Table:
     return Table("Divergence by layer", header, tuple(lines), note)
 
 
+def _cell(text: str) -> str:
+    """Text in a table of Markdown, where HTML would be HTML. Names of layers are whatever a result says."""
+    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+
+
 def _markdown(question: str, tables: Sequence[Table], figures: Sequence[Figure], command: str) -> str:
     """The same page for a repository."""
     parts = [f"# {question}", f"    {command}", _NOTE]
     for table in tables:
         rule = "|".join("---" for _ in table.header)
-        body = "\n".join(f"| {' | '.join(line)} |" for line in table.lines)
+        body = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in table.lines)
         parts += [f"## {table.title}", f"| {' | '.join(table.header)} |\n|{rule}|\n{body}", table.note]
     for figure in figures:
         parts += [f"![{figure.title}]({figure.file})", figure.caption]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from abtrain.paper.experiments import Cell, Scale, Scaling
 from abtrain.paper.published import DDP, RESNET, TABLE1, TABLE2_GLOBAL, TABLE2_LOCAL, VIT, Value
@@ -86,6 +86,11 @@ class Table:
     header: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
     note: str
+
+
+def remarked(tables: Sequence[Table], remark: str) -> list[Table]:
+    """The tables with a remark at the end of their notes."""
+    return [replace(table, note=f"{table.note} {remark}".strip()) for table in tables]
 
 
 def scaling_table(found: Sequence[Row], scaling: Scaling, scale: Scale) -> Table:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
+import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abtrain.errors import ConfigurationError, nearest
+from abtrain.errors import ConfigurationError, DataError, nearest
 from abtrain.files import write_json
 from abtrain.lab.config import LabConfig, config_problems, system_problems
 from abtrain.lab.rates import parse_rate
 from abtrain.study.contestant import Contestant, contestants
+from abtrain.study.result_files import read_record
 from abtrain.train.tasks import TASKS
 
 SETTINGS_FILE = "settings.json"
@@ -24,7 +26,8 @@ a recipe may carry options, as `abtrain train` names them:
   abtrain compare ab_outer "diloco:every=40,wire=int4" --task fashion-cnn --lr ab_outer=4e-3
 
 solo, ddp and ddp:wire=bf16 always take part. Runs that are done are not done again: the same command with the same
---out goes on where it was stopped, and more recipes, seeds or rates may be added to it."""
+--out goes on where it was stopped, and more recipes, seeds or rates may be added to it. Runs of other settings are
+refused unless --overwrite gives them up."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Comparison:
         task: that all are trained on.
         steps: of each run.
         out: folder for everything.
+        overwrite: whether runs with other settings are replaced.
     """
 
     contestants: tuple[Contestant, ...]
@@ -48,6 +52,7 @@ class Comparison:
     task: str
     steps: int
     out: Path
+    overwrite: bool = False
 
     def settings(self) -> dict[str, Any]:
         """What all runs of the comparison have alike."""
@@ -83,12 +88,16 @@ def parse_arguments(arguments: Sequence[str]) -> Comparison:
     except ConfigurationError as error:
         problems += error.problems if task else [f"unknown task {given.task!r}: {nearest(given.task, TASKS)}"]
     out = given.out or Path("runs") / f"compare-{given.task}"
-    comparison = Comparison(tuple(found), lab, tuple(rates[1:]), tuple(range(given.seeds)), given.task, steps, out)
+    seeds = tuple(range(given.seeds))
+    comparison = Comparison(tuple(found), lab, tuple(rates[1:]), seeds, given.task, steps, out, given.overwrite)
     problems += _folder_problems(comparison)
     if problems:
         raise ConfigurationError(list(dict.fromkeys(problems)))
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / SETTINGS_FILE, comparison.settings())
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / SETTINGS_FILE, comparison.settings())
+    except OSError as error:
+        raise ConfigurationError(f"--out {out} cannot be written: {error}. Name another folder") from error
     return comparison
 
 
@@ -124,16 +133,18 @@ def _folder_problems(comparison: Comparison) -> list[str]:
     """A folder holds one comparison: runs under other conditions do not belong beside it."""
     file, wanted = comparison.out / SETTINGS_FILE, comparison.settings()
     try:
-        if not file.exists():
+        if not os.path.lexists(file):
             used = comparison.out.exists() and (not comparison.out.is_dir() or any(comparison.out.iterdir()))
             return (
                 [f"--out {comparison.out} is in use: name a folder that is empty or holds a comparison"] if used else []
             )
-        there = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        there = read_record(file).content
+    except (OSError, DataError) as error:
         return [f"--out {comparison.out} cannot be read: {error}"]
     differing = [
-        f"{name} {there.get(name)} there, {value} here" for name, value in wanted.items() if there.get(name) != value
+        f"{name} {reprlib.repr(there.get(name))} there, {value} here"
+        for name, value in wanted.items()
+        if there.get(name) != value
     ]
     if not differing:
         return []
@@ -160,4 +171,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="of each run; by default the task's")
     parser.add_argument("--lr", action="append", default=[], metavar="RECIPE=VALUE", help="by default the task's")
     parser.add_argument("--out", type=Path, help="folder for everything (default runs/compare-TASK)")
+    parser.add_argument("--overwrite", action="store_true", help="replace runs in it that have other settings")
     return parser

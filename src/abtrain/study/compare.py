@@ -19,10 +19,11 @@ from abtrain.files import write_json
 from abtrain.lab import Lab, format_rate
 from abtrain.lab.command import stopped_by_signals
 from abtrain.study.arguments import Comparison, parse_arguments
+from abtrain.study.kept import held, versions_note, writing
 from abtrain.study.plots import draw_all, size_text
 from abtrain.study.report import FILE as REPORT_FILE
 from abtrain.study.report import write_report
-from abtrain.study.runs import Outcome, outcome, run, tasks
+from abtrain.study.runs import Outcome, check, outcome, run, tasks
 from abtrain.study.summary import Row, rows, utilisations
 from abtrain.train.config import resolve
 
@@ -33,18 +34,24 @@ def main(arguments: Sequence[str]) -> None:
     """Runs what is not done yet, and writes compare.json, the figures and report.html.
 
     Raises:
-        ConfigurationError: all that is wrong with the arguments or with this system, before anything is run.
+        ConfigurationError: all that is wrong with the arguments or with this system, or all runs of other settings that
+            are in the way, before anything is run.
+        DataError: results of earlier runs that are damaged; likewise before anything is run.
         HostFailedError: a run failed.
         LabError: the lab cannot be built.
         StoppedError: SIGINT, SIGTERM or SIGHUP. In all cases the runs that are done are kept.
     """
     comparison = parse_arguments(arguments)
-    console = Console(soft_wrap=True, highlight=False)
-    with stopped_by_signals():
+    # What a recipe is called may look like markup.
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    with stopped_by_signals(), held(comparison.out):
         outcomes = _run_all(comparison, console)
     command = shlex.join(("abtrain", "compare", *arguments))
-    found = write_results(comparison, outcomes, command)
+    with writing(comparison.out):
+        found = write_results(comparison, outcomes, command)
     console.print(_table(found))
+    if note := versions_note(outcome.version for outcome in outcomes):
+        console.print(note)
     console.print(f"written to {comparison.out / REPORT_FILE}")
 
 
@@ -62,12 +69,13 @@ def write_results(comparison: Comparison, outcomes: Sequence[Outcome], command: 
 def _run_all(comparison: Comparison, console: Console) -> list[Outcome]:
     """Runs what is not done; the outcomes of all."""
     planned = tasks(comparison)
+    check(planned, comparison.overwrite)
     missing = [task for task in planned if not task.done]
     console.print(f"{len(planned)} runs, {len(planned) - len(missing)} of them done before")
     if missing:
         with Lab(comparison.lab) as lab:
             for number, task in enumerate(missing, 1):
-                run(task, lab)
+                run(task, lab, comparison.overwrite)
                 console.print(f"{number}/{len(missing)} {task}: {_in_short(outcome(task))}")
     return [outcome(task) for task in planned]
 
@@ -92,6 +100,7 @@ def _record(comparison: Comparison, found: Sequence[Row], outcomes: Sequence[Out
         "runs": [asdict(outcome) for outcome in outcomes],
         "versions": {"abtrain": __version__, "torch": version("torch"), "python": platform.python_version()},
         "hardware": {"platform": platform.platform(), "cores": os.cpu_count()},
+        "note": versions_note(outcome.version for outcome in outcomes),
     }
 
 

@@ -185,7 +185,7 @@ def _room(
 def _curves(axes: Axes, outcomes: Sequence[Outcome], colours: Mapping[str, str]) -> None:
     first = min(outcome.seed for outcome in outcomes)
     for outcome in outcomes:
-        if outcome.seed == first:
+        if outcome.seed == first and outcome.curve:
             seconds, losses = zip(*outcome.curve, strict=True)
             axes.plot(
                 seconds, losses, color=colours[outcome.label], linestyle=_line(outcome.label), label=outcome.label

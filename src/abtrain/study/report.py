@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from abtrain.files import write_whole
 from abtrain.study.contestant import DDP, DDP_BF16, SOLO
 from abtrain.study.plots import Figure, size_text
 from abtrain.study.summary import Row
@@ -40,7 +41,7 @@ def write_report(record: Mapping[str, Any], rows: Sequence[Row], figures: Sequen
         findings=_findings(rows),
         workers=record["settings"]["nodes"] * record["settings"]["workers_per_node"],
     )
-    (folder / FILE).write_text(page, encoding="utf-8")
+    write_whole(folder / FILE, page)
 
 
 def _findings(rows: Sequence[Row]) -> list[str]:

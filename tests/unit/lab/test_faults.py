@@ -1,6 +1,6 @@
 import pytest
 
-from abtrain.lab.faults import Fault, fault_problems, parse_fault, timeline
+from abtrain.lab.faults import Event, Fault, fault_problems, faults_in_words, parse_fault, timeline
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,38 @@ def test_the_timeline_has_the_end_of_what_passes() -> None:
         (6, "kill", 0),
         (15, "join", 1),
     ]
+
+
+EVENTS = (
+    Event(-1.0, "cut", 0),
+    Event(2.0, "cut", 2),
+    Event(3.04, "freeze", 1),
+    Event(4.0, "change", 2, 20 * 10**6),
+    Event(5.0, "kill", 3),
+    Event(6.0, "join", 2),
+    Event(7.0, "thaw", 1),
+    Event(8.0, "cut", 2),
+)
+
+
+@pytest.mark.parametrize(
+    ("until", "said"),
+    [
+        (0.0, []),
+        (2.5, ["host 2 was cut off at 2.0 s and never joined again"]),
+        (3.5, ["host 2 was cut off at 2.0 s and never joined again", "host 1 was frozen at 3.0 s and never thawed"]),
+        (
+            9.0,
+            [
+                "host 2 was cut off at 2.0 s and joined again at 6.0 s",
+                "host 1 was frozen at 3.0 s and thawed at 7.0 s",
+                "host 2 got a link of 20mbit at 4.0 s",
+                "host 3 was killed at 5.0 s",
+                "host 2 was cut off at 8.0 s and never joined again",
+            ],
+        ),
+    ],
+)
+def test_what_the_lab_did_in_words(until: float, said: list[str]) -> None:
+    before = "host 0 was cut off before the command started and never joined again"
+    assert faults_in_words(EVENTS, until) == [before, *said]

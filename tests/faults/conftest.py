@@ -1,0 +1,30 @@
+"""Fixtures of more than one file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from abtrain.study import arguments, compare
+from abtrain.study.contestant import Contestant
+from abtrain.study.runs import Task
+from tests.faults.kept_runs import CONFIG, StandInLab, finish
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    """A run of a comparison that has come to its end."""
+    return finish(Task(Contestant("ab_outer", CONFIG), 0, 10**8, tmp_path / "runs" / "ab_outer"))
+
+
+@pytest.fixture
+def labs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Comparisons on any system; the names of the folders that were run."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(arguments, "system_problems", list)
+    monkeypatch.setattr(compare, "Lab", StandInLab)
+    StandInLab.ran.clear()
+    yield StandInLab.ran
+    StandInLab.ran.clear()
