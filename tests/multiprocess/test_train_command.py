@@ -71,8 +71,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert ended.returncode == 0, ended.stderr
     # What travels, and what a run as short as this one risks, each once and not by every worker; nothing else is said.
     travels = (
-        "abtrain: note: 2 workers in 2 groups of 1; between groups travel gradients at every step (warmup, rebound) and "
-        "merges every 6 steps (group)"
+        "abtrain: note: 2 workers in 2 groups of 1; between groups travel gradients at every step (warmup, rebound) "
+        "and merges every 6 steps (group)"
     )
     told = [line.split(" after ")[0] for line in ended.stderr.splitlines()]
     assert told == [travels, "abtrain: note: weights are factored"]

@@ -1,10 +1,9 @@
-"""Rates of links: bits per second, and how people write them."""
+"""Rates of links that a lab can shape: bits per second, and how people write them."""
 
 from __future__ import annotations
 
-import re
+from abtrain.units import RATES, with_unit
 
-_UNITS = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 LOWEST, HIGHEST = 100 * 10**3, 100 * 10**9
 """Bits per second between which a link can be shaped sensibly."""
 
@@ -15,10 +14,10 @@ def parse_rate(text: str) -> int:
     Raises:
         ValueError: the text is no such rate, or one that no link here can have.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([a-z]+)", text.strip().lower())
-    if found is None or found[2] not in _UNITS:
+    value = with_unit(text, RATES)
+    if value is None:
         raise ValueError(f"rate {text!r} cannot be read: use a number with kbit, mbit or gbit, such as 100mbit")
-    rate = round(float(found[1]) * _UNITS[found[2]])
+    rate = round(value)
     if not LOWEST <= rate <= HIGHEST:
         raise ValueError(f"rate {text!r} is out of range: use {format_rate(LOWEST)} to {format_rate(HIGHEST)}")
     return rate
@@ -26,5 +25,5 @@ def parse_rate(text: str) -> int:
 
 def format_rate(rate: float) -> str:
     """Bits per second in the unit that suits them, in at most four digits: 95.6mbit."""
-    unit = next((unit for unit in ("gbit", "mbit") if rate >= 0.99995 * _UNITS[unit]), "kbit")
-    return f"{rate / _UNITS[unit]:.4g}{unit}"
+    unit = next((unit for unit in ("gbit", "mbit") if rate >= 0.99995 * RATES[unit]), "kbit")
+    return f"{rate / RATES[unit]:.4g}{unit}"

@@ -27,11 +27,11 @@ from abtrain.paper.runs import LAUNCHER
 from abtrain.paper.tables import Table
 from abtrain.recipe import Recipe
 from abtrain.study.payload import payload, predict
-from abtrain.study.plots import size_text
 from abtrain.study.shapes import ModelShapes, ranks_for, shapes_of
 from abtrain.study.words import phases_in_words
 from abtrain.train.config import used_options
 from abtrain.train.tasks import TASKS
+from abtrain.units import human_bytes
 
 _ASSUMED = 4.0
 """Compression where the paper has none."""
@@ -120,8 +120,8 @@ def plan_tables(chosen: Sequence[Cell], seeds: int) -> list[Table]:
                 str(cell.config.workers),
                 f"{cell.global_batch:,}",
                 f"{steps:,}",
-                size_text(sent / max(steps, 1)),
-                size_text(sent),
+                human_bytes(sent / max(steps, 1)),
+                human_bytes(sent),
                 f"{100 * sent / (4 * numel * steps):.2f} %",
             )
         )

@@ -20,12 +20,13 @@ from abtrain.lab import Lab, format_rate
 from abtrain.lab.command import stopped_by_signals
 from abtrain.study.arguments import Comparison, parse_arguments
 from abtrain.study.kept import held, versions_note, writing
-from abtrain.study.plots import draw_all, size_text
+from abtrain.study.plots import draw_all
 from abtrain.study.report import FILE as REPORT_FILE
 from abtrain.study.report import write_report
 from abtrain.study.runs import Outcome, check, outcome, run, tasks
 from abtrain.study.summary import Row, rows, utilisations
 from abtrain.train.config import resolve
+from abtrain.units import human_bytes
 
 FILE = "compare.json"
 
@@ -82,7 +83,7 @@ def _run_all(comparison: Comparison, console: Console) -> list[Outcome]:
 
 def _in_short(result: Outcome) -> str:
     score = f"loss {result.loss:.3f}" if result.top1 is None else f"top-1 {result.top1:.2f}"
-    return f"{score}, {size_text(result.wire_bytes)} a host, {result.seconds:.1f} s"
+    return f"{score}, {human_bytes(result.wire_bytes)} a host, {result.seconds:.1f} s"
 
 
 def _record(comparison: Comparison, found: Sequence[Row], outcomes: Sequence[Outcome], command: str) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def _table(found: Sequence[Row]) -> Table:
         table.add_row(
             row.label,
             f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}",
-            size_text(row.wire_bytes),
+            human_bytes(row.wire_bytes),
             f"{row.wire_ratio:.2%}",
             f"{row.seconds:.1f}",
             f"{row.seconds_ratio:.2f}",

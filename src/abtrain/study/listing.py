@@ -19,7 +19,7 @@ from abtrain.study.payload import payload, payload_ratio, predict
 from abtrain.study.settings import ALL, RecipesConfig, chosen, model_in_words, model_problems, problem_of, shapes_for
 from abtrain.study.shapes import ranks_for
 from abtrain.study.words import phases_in_words, purpose_of
-from abtrain.train.progress import human_bytes
+from abtrain.units import human_bytes
 
 _NEXT_TO_NOTHING = 1e-6
 _SMALL = 0.1

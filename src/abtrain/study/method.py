@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from abtrain import __version__, recipes
+from abtrain.comm.checksums import stable_repr
 from abtrain.errors import ConfigurationError
-from abtrain.resume import stable_repr
 from abtrain.train.config import NOT_OF_THE_METHOD, TrainConfig, resolve, used_options
 from abtrain.train.config_file import from_values
 from abtrain.train.tasks import TASKS

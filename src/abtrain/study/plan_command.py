@@ -26,8 +26,8 @@ from abtrain.study.shapes import ranks_for
 from abtrain.study.simulate import Speeds
 from abtrain.study.units import rate_of, seconds_of
 from abtrain.sync import whole_number_problems
-from abtrain.train.progress import human_bytes
 from abtrain.train.tasks import TASKS
+from abtrain.units import human_bytes
 
 _MOST_WORKERS = 10**6
 _OPTIONS = ("every", "wire", "delay", "warmup_delay", "fragments")

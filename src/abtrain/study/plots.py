@@ -13,6 +13,7 @@ from abtrain.study.contestant import REFERENCES
 from abtrain.study.runs import Outcome
 from abtrain.study.summary import Row, expected_utilisation, utilisations
 from abtrain.train.aside import Aside
+from abtrain.units import human_bytes as size_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -255,11 +256,3 @@ def plain_numbers(axis: Axis, decades: bool = False) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0,) if decades else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def size_text(count: float) -> str:
-    """Bytes in the unit that suits them, in three digits."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} B"

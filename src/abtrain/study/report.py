@@ -10,8 +10,9 @@ from typing import Any
 
 from abtrain.files import write_whole
 from abtrain.study.contestant import DDP, DDP_BF16, SOLO
-from abtrain.study.plots import Figure, size_text
+from abtrain.study.plots import Figure
 from abtrain.study.summary import Row
+from abtrain.units import human_bytes
 
 FILE = "report.html"
 _TEMPLATE = "report.html.j2"
@@ -29,7 +30,7 @@ def write_report(record: Mapping[str, Any], rows: Sequence[Row], figures: Sequen
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(size=size_text, times=_times)
+    environment.filters.update(size=human_bytes, times=_times)
     template = environment.from_string(resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8"))
     images = {figure.file: base64.b64encode((folder / figure.file).read_bytes()).decode() for figure in figures}
     page = template.render(
@@ -55,7 +56,7 @@ def _findings(rows: Sequence[Row]) -> list[str]:
     # On a busy machine solo may come out slower than others; it is no limit then.
     limit = f"; without any communication it would be {solo.seconds:.1f} s" if solo.seconds < fastest.seconds else ""
     return [
-        f"{leanest.label} sends least: {size_text(leanest.wire_bytes)} a host, "
+        f"{leanest.label} sends least: {human_bytes(leanest.wire_bytes)} a host, "
         f"{_times(1 / leanest.wire_ratio)} less than {DDP}{_score_against(leanest, ddp)}.",
         f"{fastest.label} takes least time: {fastest.seconds:.1f} s, {_speed(fastest)}{limit}.",
     ]

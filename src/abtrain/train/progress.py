@@ -13,15 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from abtrain.train.config import TrainConfig
-
-
-def human_bytes(count: float) -> str:
-    """A number of bytes in the largest decimal unit that keeps it at 1 or above."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+from abtrain.units import human_bytes
 
 
 class Display:

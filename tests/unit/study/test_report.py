@@ -9,7 +9,7 @@ import pytest
 from abtrain.study import arguments
 from abtrain.study.arguments import parse_arguments
 from abtrain.study.compare import write_results
-from abtrain.study.plots import size_text
+from abtrain.units import human_bytes
 from tests.chromium import BROWSER, Page
 from tests.unit.study.made_up import outcomes
 
@@ -71,4 +71,4 @@ def test_the_page_in_a_browser(width: int, folder: Path) -> None:
 
 @pytest.mark.parametrize(("count", "text"), [(352, "352 B"), (251_300, "251 kB"), (41e6, "41 MB"), (3.1e9, "3.1 GB")])
 def test_sizes(count: float, text: str) -> None:
-    assert size_text(count) == text
+    assert human_bytes(count) == text

@@ -4,7 +4,8 @@ import pytest
 from rich.console import Console
 
 from abtrain.train.config import TrainConfig
-from abtrain.train.progress import Display, human_bytes
+from abtrain.train.progress import Display
+from abtrain.units import human_bytes
 
 RECORD = {"step": 20, "phase": "warmup", "loss": 1.5, "lr": 1e-3, "payload_bytes": 2_500_000}
 RESULT = {
@@ -31,7 +32,17 @@ def shown(result: dict[str, object], terminal: bool = False) -> str:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2_500_000, "2.5 MB"), (3e15, "3000.0 TB")]
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.6, "1 kB"),
+        (1000, "1 kB"),
+        (2_500_000, "2.5 MB"),
+        (999_999, "1 MB"),
+        (5e12, "5 TB"),
+        (3e15, "3,000 TB"),
+    ],
 )
 def test_human_bytes(count: float, text: str) -> None:
     assert human_bytes(count) == text
