@@ -12,7 +12,8 @@ from abtrain.comm.topology import topology_problems
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.sync import is_finite_number
 from abtrain.train.choices import DEVICES, Init, OnBadImage, OnCheckpointError, OnNonFinite, Precision
-from abtrain.train.config import TrainConfig, choose_device, holds_unfinished_run, local_workers, used_options
+from abtrain.train.config import TrainConfig, choose_device, local_workers, used_options
+from abtrain.train.folder_content import holds_nothing, holds_unfinished_run
 from abtrain.train.tasks import TASKS
 from abtrain.train.trackers import tracker_problems
 
@@ -98,7 +99,8 @@ def _folder_problems(config: TrainConfig) -> list[str]:
             return []
         if not out.is_dir():
             return [f"--out {out} is a file: name a folder that is empty or does not exist yet"]
-        if any(out.iterdir()) and not config.overwrite and not (config.resume and holds_unfinished_run(out)):
+        usable = config.overwrite or (config.resume and holds_unfinished_run(out)) or holds_nothing(out)
+        if not usable:
             return [f"--out {out} is not empty: name another folder, or add --overwrite to replace its run"]
     except OSError as error:
         return [f"--out {out} cannot be looked into: {error}"]
