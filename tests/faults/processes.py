@@ -8,6 +8,7 @@ launcher starts, watches and restarts its workers, which meet through files and 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -58,6 +59,31 @@ class Running:
         assert self.process.exitcode is not None
         return Ended(self.process.exitcode, out, err)
 
+    def workers(self) -> list[int]:
+        """The process ids of the workers that it has started so far, and that have not ended."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if entry.name.isdecimal() and (entry / "stat").read_text().rpartition(")")[2].split()[1] == str(
+                    self.process.pid
+                ):
+                    found.append(int(entry.name))
+        return sorted(found)
+
+    def signal_all(self, number: int) -> None:
+        """Sends a signal to the command and to every worker, as schedulers do."""
+        assert self.process.pid is not None
+        for pid in (*self.workers(), self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def wait_for(self, path: Path, seconds: float = 100) -> None:
+        """Waits until there is something in a file."""
+        deadline = time.monotonic() + seconds
+        while not (path.exists() and path.stat().st_size):
+            assert self.process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.02)
+
     def signal(self, number: int) -> None:
         """Sends a signal to the command's session, as a terminal does; workers have sessions of their own."""
         assert self.process.pid is not None
@@ -73,7 +99,7 @@ def start(folder: Path, *arguments: str, plan: str = "", environment: Mapping[st
         plan: of faults.
         environment: variables beside those of this process.
     """
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     variables = {name: value for name, value in os.environ.items() if name not in launched}
     variables |= {faults.VARIABLE: plan, "OMP_NUM_THREADS": "1", **(environment or {})}
     process = forks.context().Process(target=_command, args=(folder, arguments, variables))

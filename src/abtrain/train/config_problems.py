@@ -31,7 +31,7 @@ _LONGEST_TIMEOUT = 10**7  # seconds; what is longer does not fit into every cloc
 
 def validate(config: TrainConfig) -> list[str]:
     """Everything that is wrong with the settings, a message each; empty if nothing is."""
-    return [
+    return _text_problems(config) or [
         *_value_problems(config),
         *tracker_problems(config.track),
         *topology_problems(config.workers, config.group_size),
@@ -39,6 +39,19 @@ def validate(config: TrainConfig) -> list[str]:
         *_folder_problems(config),
         *_device_problems(config),
     ]
+
+
+def _text_problems(config: TrainConfig) -> list[str]:
+    """Texts that neither a path nor config.toml can hold."""
+    problems = []
+    for name, value in dataclasses.asdict(dataclasses.replace(config, config=None)).items():
+        option = f"--{name.replace('_', '-')}"
+        for text in map(str, value if isinstance(value, tuple) else [value]):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                problems.append(f"{option} {text!a} is not UTF-8, as config.toml must be: use a name that is")
+            elif "\0" in text:
+                problems.append(f"{option} {text!r} holds a null byte: name a path without one")
+    return problems
 
 
 def _value_problems(config: TrainConfig) -> list[str]:
@@ -87,12 +100,6 @@ def _task_and_recipe_problems(config: TrainConfig) -> list[str]:
 
 
 def _folder_problems(config: TrainConfig) -> list[str]:
-    paths = {"out": config.out, "data": config.data}
-    broken = [
-        f"--{name} {str(path)!r} holds a null byte: name a path" for name, path in paths.items() if "\0" in str(path)
-    ]
-    if broken:
-        return broken
     out = config.out
     try:
         if out is None or not out.exists():

@@ -59,7 +59,8 @@ class Peers:
         silent = [self._name(other) for other in self._others if other not in self._words]
         if silent:
             ended.append(f"no word from {', '.join(silent)}: it died, froze, is out of reach, or is still computing")
-        return "; ".join(ended) or "all others are there and lost a peer too: a link between workers failed or is slow"
+        told = "; ".join(ended) or "all others are there and lost a peer too: a link between workers failed or is slow"
+        return f"{told[0].upper()}{told[1:]}"
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self._hosts[rank]}" if rank in self._hosts else f"rank {rank}"

@@ -71,7 +71,7 @@ def train_together(config: TrainConfig, store: Store | None = None) -> None:
         config: valid and resolved; `workers` is WORLD_SIZE.
         store: where the workers find each other; default the one that torchrun announces.
     """
-    world = joined_world()
+    world = joined_world(at_master=store is None)
     if config.device == "cuda":
         torch.cuda.set_device(world.local_rank)
     rank, timeout = world.rank, timedelta(seconds=config.timeout)

@@ -30,13 +30,16 @@ def is_joined() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def joined_world() -> World:
+def joined_world(at_master: bool = True) -> World:
     """Which worker a launcher has started this process as.
+
+    Args:
+        at_master: whether workers meet where MASTER_ADDR and MASTER_PORT say.
 
     Raises:
         WorldError: variables that cannot be.
     """
-    check_world()
+    check_world(at_master=at_master)
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
 
 
@@ -50,8 +53,12 @@ def local_size(default: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", default))
 
 
-def check_world(variables: Mapping[str, str] = os.environ) -> None:
-    """Makes sure that the variables of a launcher make sense.
+def check_world(variables: Mapping[str, str] = os.environ, at_master: bool = True) -> None:
+    """Makes sure that the variables of a launcher make sense; none need be set.
+
+    Args:
+        variables: by name.
+        at_master: as for `joined_world`.
 
     Raises:
         WorldError: all of them that do not.
@@ -63,22 +70,26 @@ def check_world(variables: Mapping[str, str] = os.environ) -> None:
         other = "WORLD_SIZE" if given == ["RANK"] else "RANK"
         problems.append(f"{given[0]} is {variables[given[0]]!r}, but {other} is not set: set both, or neither")
     if len(given) == 2:
-        problems += _world_problems(variables)
+        problems += _rank_problems(variables)
+        problems += _master_problems(variables) if at_master else []
     found = [problem for problem in problems if problem]
     if found:
         raise WorldError(found)
 
 
-def _world_problems(variables: Mapping[str, str]) -> list[str]:
-    problems = [
+def _rank_problems(variables: Mapping[str, str]) -> list[str]:
+    return [
         _place(variables, "RANK", "WORLD_SIZE", _MOST),
         _count(variables, "WORLD_SIZE", 1, _MOST, _SET_BY),
-        _count(variables, "MASTER_PORT", 1, 2**16 - 1, _SET_BY, needed=True),
+        _place(variables, "LOCAL_RANK", "LOCAL_WORLD_SIZE", _most_here(variables)),
     ]
+
+
+def _master_problems(variables: Mapping[str, str]) -> list[str]:
+    problems = [_count(variables, "MASTER_PORT", 1, 2**16 - 1, _SET_BY, needed=True)]
     if not variables.get("MASTER_ADDR", "").strip():
         held = f"is {variables['MASTER_ADDR']!r}" if "MASTER_ADDR" in variables else "is not set"
         problems.append(f"MASTER_ADDR {held}, but must name the host where workers meet: {_SET_BY}")
-    problems.append(_place(variables, "LOCAL_RANK", "LOCAL_WORLD_SIZE", _most_here(variables)))
     return problems
 
 
