@@ -26,6 +26,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 from abtrain import faults
 from abtrain.cli import main
 from abtrain.train import launch, worker
+from abtrain.train.requests import end_at_once
 from tests import forks
 
 GRACE_SECONDS = 3
@@ -144,9 +145,8 @@ class _Worker:
 def _work(folder: str, variables: dict[str, str]) -> None:
     # A program that is started has none of the launcher's handlers, of signals and of logs.
     logging.getLogger("abtrain").handlers.clear()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)
+    end_at_once()
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     os.setsid()
     os.environ.clear()
     os.environ.update(variables)

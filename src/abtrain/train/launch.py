@@ -18,8 +18,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
 
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -35,7 +33,8 @@ from abtrain.train.config import TrainConfig, notices, resolve
 from abtrain.train.config_file import to_toml
 from abtrain.train.config_problems import validate
 from abtrain.train.folder_content import RESULT_FILE
-from abtrain.train.requests import PASSED_ON, SIGNALS, Afterwards, Requests, ignore_all
+from abtrain.train.passing_on import PassingOn
+from abtrain.train.requests import PASSED_ON, SIGNALS, ignore_all
 from abtrain.train.run_folder import default_folder
 from abtrain.train.tasks import TASKS
 from abtrain.train.world import check_world, is_joined
@@ -104,7 +103,7 @@ def _start_workers(config: TrainConfig) -> None:
     launcher_log.addHandler(logging.NullHandler())
     started = time.time()
     try:
-        with _Stop():
+        with PassingOn():
             _start_until_done(config)
     except SignalException as stopped:
         # They end what they are at, and where that is the evaluation there is nothing left to stop.
@@ -161,7 +160,7 @@ def _launch_config(config: TrainConfig, folder: Path) -> LaunchConfig:
         max_restarts=0,  # it would start workers again whatever ended them
         local_addr="127.0.0.1",
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
-        # The others are ours to handle, see `_Stop`.
+        # The others are ours to handle, see `PassingOn`.
         signals_to_handle="SIGQUIT",
         shutdown_timeout=_SHUTDOWN_SECONDS,
     )
@@ -187,39 +186,6 @@ def _worker_environment(attempt: int = 0, launch: str = "") -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-class _Stop:
-    """Inside it, a request to stop goes on to the workers, which obey it at any time, importing or training.
-
-    A first request has the launcher wait for them to save; a second one ends them at once.
-    """
-
-    def __init__(self) -> None:
-        self._requests = Requests()
-        self._over = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._over = True
-        for number, handler in self._before.items():
-            signal.signal(number, Afterwards(self._requests, handler) if self._requests.number else handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        first = not self._requests.number
-        again = self._requests.note(number)
-        if self._over:
-            return
-        name = signal.Signals(number).name
-        if first:
-            raise SignalException(f"stopped on request ({name})", PASSED_ON)
-        if again:
-            raise SignalException(f"stopped at once on a second request ({name})", signal.SIGTERM)
 
 
 def _first_error(failures: list[ProcessFailure]) -> AbtrainError:

@@ -209,10 +209,17 @@ class _Run:
         ab.optimizer.step()
         self.schedule.step()
         ab.optimizer.zero_grad()
+        if not gradients_travel:
+            self._before_step(position)
         ab.step(value)
         if self.recorder is not None:
             self.recorder.step(ab.steps_done, phase, value, lr, ab.communicator.meter.payload()["total"], ab.divergence)
         self._save_or_stop(position, gradients_travel)
+
+    def _before_step(self, position: Position) -> None:
+        done, sync = self.ab.steps_done + 1, position.phase.sync
+        waits = position.merges or self.saving.due(done) or done == self.config.steps
+        self.stopping.before_step(self.ab.steps_done, waits, sync.delay if isinstance(sync, WeightSync) else 0)
 
     def _save_or_stop(self, position: Position, gradients_travel: bool) -> None:
         ab, due, sync = self.ab, self.saving.due(self.ab.steps_done), position.phase.sync

@@ -33,9 +33,10 @@ class Stopping:
 
     def __init__(self, comm: Communicator, store: Store | None = None) -> None:
         self._comm = comm
-        self._between = None if store is None else Between(store, comm.topology.world_size)
+        self._between = None if store is None else _between(store, comm)
         self._requests = Requests()
         self._before: dict[int, Any] = {}
+        self._hidden_until: int | None = None
         self._under_way: tuple[torch.Tensor, Pending[None]] | None = None
 
     def __enter__(self) -> Stopping:
@@ -50,6 +51,24 @@ class Stopping:
         for number, handler in self._before.items():
             # The end takes a moment, in which the same request may come again by another way.
             signal.signal(number, Afterwards(self._requests, handler) if self._requests.number else handler)
+
+    def before_step(self, step: int, waits: bool, hidden: int) -> None:
+        """Says in the store where this worker is about to wait for workers that may be at an earlier step.
+
+        They may wait there for it to agree on a stop, and learn by this that it cannot answer.
+
+        Args:
+            step: that comes next, of a phase in which workers train alone.
+            waits: whether a merge or a checkpoint begins in it, or the run ends.
+            hidden: how many steps a merge goes on after the one in which it begins.
+        """
+        if self._between is None or self._comm.topology.world_size == 1:
+            return
+        # Where a run goes on, a merge may be under way.
+        if waits or self._hidden_until is None:
+            self._hidden_until = step + hidden
+        if waits or step <= self._hidden_until:
+            self._between.will_meet()
 
     def agreed(self, meets: bool, wait: bool) -> int:
         """The signal by which a worker was asked to stop, the same on all; 0 if none was. Collective where they meet.
@@ -88,3 +107,9 @@ class Stopping:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._requests.note(number):
             raise StoppedError(f"stopped at once on a second request ({signal.Signals(number).name})")
+
+
+def _between(store: Store, comm: Communicator) -> Between:
+    topology = comm.topology
+    group = str(topology.group_of(comm.rank)) if topology.group_size > 1 else None
+    return Between(store, topology.world_size, group)

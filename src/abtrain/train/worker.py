@@ -204,6 +204,8 @@ def main(folder: Path) -> int:
     end_at_once()  # until training begins
     threading.Thread(target=_end_with_parent, args=(os.getppid(), folder), daemon=True).start()
     set_up_log()
+    if not folder.exists():  # the launcher was stopped while it started this worker
+        return StoppedError.exit_code
     config = from_toml(folder / SETTINGS_FILE)
     try:
         train_together(config, FileStore(str(folder / STORE_FILE), config.workers))
