@@ -125,7 +125,9 @@ class _Worker:
     """What the launcher needs of subprocess.Popen, for a worker that is its fork and no program of its own."""
 
     def __init__(self, program: tuple[str, ...], variables: dict[str, str]) -> None:
-        self._process = multiprocessing.get_context("fork").Process(target=_work, args=(program[-1], variables))
+        # A launcher that is stopped while it starts a worker does not wait for it.
+        context = multiprocessing.get_context("fork")
+        self._process = context.Process(target=_work, args=(program[-1], variables), daemon=True)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

@@ -8,8 +8,9 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 _LOOK_SECONDS = 1.0
 _MOST_STEPS_AHEAD = 1000
-_PATIENCE_SECONDS = 10.0
-"""Of a worker that has stopped to wait for the others' answers."""
+_PATIENCE_SECONDS, _HIDDEN_PATIENCE_SECONDS = 10.0, 2.0
+"""Of a worker that has stopped to wait for the others' answers. The second one holds while a merge is hidden behind
+steps, in any of which another worker may wait for this one."""
 _PAUSE_SECONDS = 0.02
 _ASKED, _COUNT, _VERDICT, _MEETINGS = "asked", "count", "verdict", "meetings"
 _GO, _TOO_LATE = "go", "too late"
@@ -38,6 +39,7 @@ class Between:
         self._looked = time.monotonic()
         self._looked_at = self._next_look = -1
         self._meetings = 0
+        self._patience = _PATIENCE_SECONDS
         self._number = 0
         self._target: int | None = None
         self._given_up = False
@@ -57,10 +59,17 @@ class Between:
             self._given_up = self._target is None
         return self._number if step == self._target else 0
 
-    def will_meet(self) -> None:
-        """This worker is about to wait for all others, at a merge or a checkpoint."""
-        self._meetings += 1
-        self._store.set(_MEETINGS, str(self._meetings))
+    def before_step(self, waits: bool, hides: bool) -> None:
+        """A step begins.
+
+        Args:
+            waits: whether this worker is about to wait for all others, at a merge or a checkpoint.
+            hides: whether a merge is hidden behind the step.
+        """
+        self._patience = _HIDDEN_PATIENCE_SECONDS if hides else _PATIENCE_SECONDS
+        if waits:
+            self._meetings += 1
+            self._store.set(_MEETINGS, str(self._meetings))
 
     def _was_asked(self, asked: int, step: int) -> bool:
         if self._group is not None:
@@ -92,7 +101,7 @@ class Between:
         """The step to stop at; None where not all answer."""
         place = self._store.add(_COUNT, 1)
         self._store.set(f"step/{place}", str(step))
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        deadline = time.monotonic() + self._patience
         everyone = [f"step/{place}" for place in range(1, self._world_size + 1)]
         while not self._store.check([_VERDICT]):
             if self._store.check(everyone):

@@ -67,8 +67,7 @@ class Stopping:
         # Where a run goes on, a merge may be under way.
         if waits or self._hidden_until is None:
             self._hidden_until = step + hidden
-        if waits or step <= self._hidden_until:
-            self._between.will_meet()
+        self._between.before_step(waits, hides=step <= self._hidden_until)
 
     def agreed(self, meets: bool, wait: bool) -> int:
         """The signal by which a worker was asked to stop, the same on all; 0 if none was. Collective where they meet.
