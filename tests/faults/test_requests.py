@@ -90,6 +90,13 @@ def test_a_signal_to_all_processes_at_once_is_one_request(
     assert again.code == 75 and f"going on from the checkpoint of step {step}\n" in again.err
 
 
+def test_workers_of_groups_stop_amid_a_round(tmp_path: Path) -> None:
+    """One that waits for the others' answers would hold up the rest of its group, which then could not answer."""
+    command = ("train", "ab", *RECIPES["ab"], *LONG, "--workers", "4", "--group-size", "2")
+    run = start(tmp_path, *command, plan="term 1 40 step")
+    assert assert_saved(run, tmp_path) > 40
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_signal_as_soon_as_there_is_a_folder_is_obeyed_after_the_first_step(workers: int, tmp_path: Path) -> None:
     run, _ = begun(tmp_path, "ddp", workers)
