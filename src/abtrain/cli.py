@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from abtrain import __version__
 from abtrain.errors import AbtrainError, ConfigurationError, StoppedError
+from abtrain.train.requests import SIGNALS, Requests
+from abtrain.train.world import WorldError, check_world
 
 # Each command imports what it needs when it is called, so that `abtrain --help` answers at once.
 
@@ -41,10 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(arguments: Sequence[str]) -> None:
-    import tyro
+    check_world()
+    with _ended_at_once():
+        import tyro
 
-    from abtrain.train.config import TrainConfig
-    from abtrain.train.config_file import from_toml
+        from abtrain.train.config import TrainConfig
+        from abtrain.train.config_file import from_toml
 
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
@@ -52,7 +57,8 @@ def _train(arguments: Sequence[str]) -> None:
     defaults = TrainConfig() if file is None else from_toml(file)
     config = tyro.cli(TrainConfig, prog="abtrain train", args=arguments, default=defaults)
 
-    from abtrain.train.launch import run
+    with _ended_at_once():
+        from abtrain.train.launch import run
 
     run(config)
 
@@ -111,32 +117,56 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
 
 def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     """Runs a command; its exit code."""
+    requests = Requests()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        first = not requests.number
+        # The same request, seen again, must not disturb what the first one has begun.
+        if requests.note(number) or first:
+            raise KeyboardInterrupt if number == signal.SIGINT else StoppedError(_stopped(number))
+
     # What a command does about signals itself comes later, behind imports that take seconds.
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         command(arguments)
     except AbtrainError as error:
         return _fail(error)
     except KeyboardInterrupt:
-        return _fail(StoppedError("stopped on request (SIGINT)"))
+        return _fail(StoppedError(_stopped(signal.SIGINT)))
     finally:
         for number, handler in before.items():
             # A worker at its end ignores signals from here on, and has to.
-            if signal.getsignal(number) is _stop:
+            if signal.getsignal(number) is stop:
                 signal.signal(number, handler)
     return 0
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise StoppedError(f"stopped on request ({signal.Signals(number).name})")
+@contextlib.contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Inside it, a request to stop ends the process at once: amid an import, an error may be caught and lost."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        os._exit(_fail(StoppedError(_stopped(number))))
+
+    before = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stopped(number: int) -> str:
+    return f"stopped on request ({signal.Signals(number).name})"
 
 
 def _fail(error: AbtrainError) -> int:
     """Says what went wrong, once for all workers; the exit code."""
     rank = os.environ.get("RANK", "0")
-    # Settings are wrong on all workers alike, and all are stopped alike: the first speaks for them.
-    if rank == "0" or not isinstance(error, ConfigurationError | StoppedError):
+    # Settings are wrong on all workers, and all are stopped: the first speaks for them.
+    alike = isinstance(error, ConfigurationError | StoppedError) and not isinstance(error, WorldError)
+    if rank == "0" or not alike:
         problems = error.problems if isinstance(error, ConfigurationError) else (str(error),)
         for problem in problems:
-            print(f"abtrain: error: {problem}", file=sys.stderr)
+            print(f"abtrain: error: {problem}", file=sys.stderr, flush=True)
     return error.exit_code

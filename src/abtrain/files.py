@@ -1,12 +1,44 @@
-"""Files that are there whole or not at all."""
+"""Files that are complete or not there, and that are never reached through a link."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Mapping
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file to write, which takes its place when all of it is on disk; until then the former file stays.
+
+    It is written under a fresh name in the same folder. A link in its place is replaced, not followed.
+
+    Raises:
+        OSError: it cannot be written; nothing has changed then.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    # O_EXCL follows no link, and opens nothing that is there.
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:  # noqa: PTH123  a handle has no path
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        # A partial file would keep room that may be all that is missing.
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -15,17 +47,8 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; nothing has changed then.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        # What is left of it would keep room that may be all that is missing.
-        partial.unlink(missing_ok=True)
-        raise
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -35,3 +58,66 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         OSError: it cannot be written; nothing has changed then.
     """
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """A handle of a regular file. A link is not followed, and a pipe is not waited for.
+
+    Args:
+        path: of the file.
+        flags: as for `os.open`.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    try:
+        # O_NONBLOCK: opening a pipe would wait for its other end.
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise _irregular(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _irregular(path)
+    return handle
+
+
+def read_regular(path: Path, errors: str = "strict") -> str:
+    """The text of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+        UnicodeError: it is not UTF-8, and `errors` is "strict".
+    """
+    with open(open_regular(path, os.O_RDONLY), encoding="utf-8", errors=errors) as file:
+        return file.read()
+
+
+def is_regular(path: Path) -> bool:
+    """Whether there is a regular file at `path`, and not a link to one."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether `path` is a file that a crash kept `whole_file` from completing or removing."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
+def remove(path: Path) -> None:
+    """Removes a folder with its content, a file, or a link itself; nothing if there is none.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _irregular(path: Path) -> OSError:
+    return OSError(errno.EINVAL, "it is a link, a pipe or a device, and not a regular file: remove it", str(path))

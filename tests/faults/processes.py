@@ -8,6 +8,7 @@ launcher starts, watches and restarts its workers, which meet through files and 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 from abtrain import faults
 from abtrain.cli import main
 from abtrain.train import launch, worker
+from abtrain.train.requests import end_at_once
 from tests import forks
 
 GRACE_SECONDS = 3
@@ -58,6 +60,31 @@ class Running:
         assert self.process.exitcode is not None
         return Ended(self.process.exitcode, out, err)
 
+    def workers(self) -> list[int]:
+        """The process ids of the workers that it has started so far, and that have not ended."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if entry.name.isdecimal() and (entry / "stat").read_text().rpartition(")")[2].split()[1] == str(
+                    self.process.pid
+                ):
+                    found.append(int(entry.name))
+        return sorted(found)
+
+    def signal_all(self, number: int) -> None:
+        """Sends a signal to the command and to every worker, as schedulers do."""
+        assert self.process.pid is not None
+        for pid in (*self.workers(), self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def wait_for(self, path: Path, seconds: float = 100) -> None:
+        """Waits until there is something in a file."""
+        deadline = time.monotonic() + seconds
+        while not (path.exists() and path.stat().st_size):
+            assert self.process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.02)
+
     def signal(self, number: int) -> None:
         """Sends a signal to the command's session, as a terminal does; workers have sessions of their own."""
         assert self.process.pid is not None
@@ -73,7 +100,7 @@ def start(folder: Path, *arguments: str, plan: str = "", environment: Mapping[st
         plan: of faults.
         environment: variables beside those of this process.
     """
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     variables = {name: value for name, value in os.environ.items() if name not in launched}
     variables |= {faults.VARIABLE: plan, "OMP_NUM_THREADS": "1", **(environment or {})}
     process = forks.context().Process(target=_command, args=(folder, arguments, variables))
@@ -98,7 +125,9 @@ class _Worker:
     """What the launcher needs of subprocess.Popen, for a worker that is its fork and no program of its own."""
 
     def __init__(self, program: tuple[str, ...], variables: dict[str, str]) -> None:
-        self._process = multiprocessing.get_context("fork").Process(target=_work, args=(program[-1], variables))
+        # A launcher that is stopped while it starts a worker does not wait for it.
+        context = multiprocessing.get_context("fork")
+        self._process = context.Process(target=_work, args=(program[-1], variables), daemon=True)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -118,9 +147,8 @@ class _Worker:
 def _work(folder: str, variables: dict[str, str]) -> None:
     # A program that is started has none of the launcher's handlers, of signals and of logs.
     logging.getLogger("abtrain").handlers.clear()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)
+    end_at_once()
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     os.setsid()
     os.environ.clear()
     os.environ.update(variables)

@@ -449,7 +449,9 @@ def test_stopped_by_a_signal(name: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_second_signal_does_not_wait_and_tears_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "_planned", faults.parse("term 0 7 step; int 0 8 checkpoint.fsync"))
+    """It comes more than two seconds after the first one."""
+    slow = "; ".join(f"slow 0 8 checkpoint.{point}" for point in ("prepare", "write", "fsync"))
+    monkeypatch.setattr(faults, "_planned", faults.parse(f"term 0 7 step; {slow}; int 0 8 checkpoint.fsync"))
     with pytest.raises(StoppedError, match=r"at once on a second request \(SIGINT\)"):
         train(alone(tmp_path), SingleProcess())
     saved = checkpoint.latest(tmp_path / "checkpoints", SingleProcess())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from abtrain import recipes
-from abtrain.faults import attempt
 from abtrain.train.choices import Init, OnBadImage, OnCheckpointError, OnNonFinite, Precision
+from abtrain.train.world import local_size
 
 # torch takes seconds to import: what needs it is imported where it is used, so that `--help` answers at once.
 
@@ -223,14 +223,19 @@ def resolve(config: TrainConfig) -> TrainConfig:
     )
 
 
-def restarted(config: TrainConfig) -> TrainConfig:
-    """The settings of this attempt at the run: one after the first does not replace what the first has left."""
-    return dataclasses.replace(config, overwrite=False) if attempt() and config.resume else config
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """Everything in a resolved configuration that says what is computed, as JSON values."""
+    held = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NOT_OF_THE_METHOD}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in held.items()}
 
 
-def holds_unfinished_run(folder: Path) -> bool:
-    """Whether a run began in the folder, and did not come to its end."""
-    return (folder / "config.toml").is_file() and not (folder / "result.json").exists()
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings in which two runs differ, in words; `before` is there, and `now` is here."""
+    return [
+        f"{name} is {before.get(name)!r} there and {now.get(name)!r} here"
+        for name in dict.fromkeys((*now, *before))
+        if before.get(name) != now.get(name)
+    ]
 
 
 def choose_device(config: TrainConfig) -> str:
@@ -244,4 +249,4 @@ def choose_device(config: TrainConfig) -> str:
 
 def local_workers(config: TrainConfig) -> int:
     """Workers on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", config.workers))
+    return local_size(config.workers)

@@ -23,10 +23,27 @@ def from_toml(path: Path) -> TrainConfig:
         ConfigurationError: a file that cannot be read, and every unknown key and value of a wrong type, at once.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise ConfigurationError(f"--config {path} cannot be read: {error}") from error
-    return from_values(content, str(path))
+    return from_text(text, f"--config {path}")
+
+
+def from_text(text: str, source: str) -> TrainConfig:
+    """The settings of TOML text, defaults for the rest.
+
+    Args:
+        text: the content of a file.
+        source: where it is from, for messages.
+
+    Raises:
+        ConfigurationError: text that is no TOML, and every unknown key and value of a wrong type, at once.
+    """
+    try:
+        content = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{source} cannot be read: {error}") from error
+    return from_values(content, source.removeprefix("--config "))
 
 
 def from_values(content: Mapping[str, Any], source: str) -> TrainConfig:

@@ -12,7 +12,8 @@ from abtrain.comm.topology import topology_problems
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.sync import is_finite_number
 from abtrain.train.choices import DEVICES, Init, OnBadImage, OnCheckpointError, OnNonFinite, Precision
-from abtrain.train.config import TrainConfig, choose_device, holds_unfinished_run, local_workers, used_options
+from abtrain.train.config import TrainConfig, choose_device, local_workers, used_options
+from abtrain.train.folder_content import holds_nothing, holds_unfinished_run
 from abtrain.train.tasks import TASKS
 from abtrain.train.trackers import tracker_problems
 
@@ -30,7 +31,7 @@ _LONGEST_TIMEOUT = 10**7  # seconds; what is longer does not fit into every cloc
 
 def validate(config: TrainConfig) -> list[str]:
     """Everything that is wrong with the settings, a message each; empty if nothing is."""
-    return [
+    return _text_problems(config) or [
         *_value_problems(config),
         *tracker_problems(config.track),
         *topology_problems(config.workers, config.group_size),
@@ -38,6 +39,19 @@ def validate(config: TrainConfig) -> list[str]:
         *_folder_problems(config),
         *_device_problems(config),
     ]
+
+
+def _text_problems(config: TrainConfig) -> list[str]:
+    """Texts that neither a path nor config.toml can hold."""
+    problems = []
+    for name, value in dataclasses.asdict(dataclasses.replace(config, config=None)).items():
+        option = f"--{name.replace('_', '-')}"
+        for text in map(str, value if isinstance(value, tuple) else [value]):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                problems.append(f"{option} {text!a} is not UTF-8, as config.toml must be: use a name that is")
+            elif "\0" in text:
+                problems.append(f"{option} {text!r} holds a null byte: name a path without one")
+    return problems
 
 
 def _value_problems(config: TrainConfig) -> list[str]:
@@ -86,19 +100,14 @@ def _task_and_recipe_problems(config: TrainConfig) -> list[str]:
 
 
 def _folder_problems(config: TrainConfig) -> list[str]:
-    paths = {"out": config.out, "data": config.data}
-    broken = [
-        f"--{name} {str(path)!r} holds a null byte: name a path" for name, path in paths.items() if "\0" in str(path)
-    ]
-    if broken:
-        return broken
     out = config.out
     try:
         if out is None or not out.exists():
             return []
         if not out.is_dir():
             return [f"--out {out} is a file: name a folder that is empty or does not exist yet"]
-        if any(out.iterdir()) and not config.overwrite and not (config.resume and holds_unfinished_run(out)):
+        usable = config.overwrite or (config.resume and holds_unfinished_run(out)) or holds_nothing(out)
+        if not usable:
             return [f"--out {out} is not empty: name another folder, or add --overwrite to replace its run"]
     except OSError as error:
         return [f"--out {out} cannot be looked into: {error}"]

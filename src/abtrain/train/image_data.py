@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from abtrain.errors import DataError
+from abtrain.train.requests import PASSED_ON, SIGNALS
 from abtrain.train.split import Data, Reading, Samples, Split
 
 log = logging.getLogger("abtrain")
@@ -29,6 +31,7 @@ IMAGENET_CLASSES = 1000
 _RESIZED = 256
 _MOST_IN_A_ROW = 100
 _PREFETCHED = 4
+_OUTLASTS_SECONDS = 60  # longer than launchers wait for their workers to save
 
 
 class Bad(NamedTuple):
@@ -91,6 +94,7 @@ class Images(Samples):
             batch_sampler=keys,
             num_workers=loaders,
             collate_fn=_collate,
+            worker_init_fn=_outlast_requests if loaders else None,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=_PREFETCHED if loaders else None,
             # Or else it would draw from torch's own generator, which belongs to the model's dropout.
@@ -105,6 +109,12 @@ class Images(Samples):
                     log.warning("passed over %s", note)
                     told.add(note)
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+
+def _outlast_requests(loader: int) -> None:
+    """A request to stop, which may go to all processes of a run, ends a loader only long after its worker has saved."""
+    for number in (*SIGNALS, PASSED_ON):
+        signal.signal(number, lambda number, frame: signal.alarm(_OUTLASTS_SECONDS))
 
 
 def _collate(samples: Sequence[Any]) -> tuple[Tensor, Tensor, list[Any]]:

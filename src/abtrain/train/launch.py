@@ -15,29 +15,35 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from abtrain import faults
 from abtrain.errors import AbtrainError, ConfigurationError, OutOfMemoryError, PeerLostError, StoppedError
 from abtrain.faults import ATTEMPT
+from abtrain.files import is_regular
 from abtrain.train import worker
-from abtrain.train.config import TrainConfig, notices, resolve, restarted
+from abtrain.train.config import TrainConfig, notices, resolve
 from abtrain.train.config_file import to_toml
 from abtrain.train.config_problems import validate
-from abtrain.train.run_folder import RESULT_FILE, default_folder
+from abtrain.train.folder_content import RESULT_FILE
+from abtrain.train.passing_on import PassingOn
+from abtrain.train.requests import PASSED_ON, SIGNALS, ignore_all
+from abtrain.train.run_folder import default_folder
 from abtrain.train.tasks import TASKS
+from abtrain.train.world import check_world, is_joined
 
 log = logging.getLogger("abtrain")
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHUTDOWN_SECONDS = 30  # that workers have to save and to end by themselves; as with torchrun
+PROGRAM = "abtrain.train"
+"""The module that is a worker, as a program."""
 _STARTED_AGAIN = frozenset({AbtrainError.exit_code, PeerLostError.exit_code})
 """Exit codes of runs that may go well the next time: a worker died, or something happened that nobody foresaw."""
 
@@ -51,10 +57,11 @@ def run(config: TrainConfig) -> None:
         StoppedError: SIGINT, SIGTERM or SIGHUP; all workers have ended.
         AbtrainError: what made the first worker fail; all others have ended.
     """
-    joined = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    said: list[str] = []
+    check_world()
+    faults.check()
+    joined, said = is_joined(), list[str]()
     if joined:
-        config, said = _take_world_size(restarted(config))
+        config, said = _take_world_size(config)
     problems = validate(config)
     if problems:
         raise ConfigurationError(problems)
@@ -72,7 +79,7 @@ def run(config: TrainConfig) -> None:
             worker.train_together(config)
         finally:
             # This process is at its end anyway: torchrun, which now ends its workers, need not interrupt that.
-            signal.signal(signal.SIGTERM, _ignore)
+            ignore_all()
     else:
         worker.train_alone(config)
 
@@ -95,20 +102,24 @@ def _start_workers(config: TrainConfig) -> None:
     launcher_log.propagate = False
     launcher_log.addHandler(logging.NullHandler())
     started = time.time()
-    previous = {stop: signal.signal(stop, _stop_workers) for stop in _STOP_SIGNALS}
     try:
-        _start_until_done(config)
+        with PassingOn():
+            _start_until_done(config)
     except SignalException as stopped:
         # They end what they are at, and where that is the evaluation there is nothing left to stop.
-        assert config.out is not None
-        result = config.out / RESULT_FILE
-        if not (result.exists() and result.stat().st_mtime >= started):
+        if not _is_done(config, started):
             raise StoppedError(str(stopped)) from None
     finally:
-        for stop, handler in previous.items():
-            signal.signal(stop, handler)
         # A worker that was killed could not bring the cursor back that its progress bar hid.
         Console().show_cursor()
+
+
+def _is_done(config: TrainConfig, started: float) -> bool:
+    """Whether a run has come to its end since this launch started."""
+    if config.out is None:
+        return False
+    result = config.out / RESULT_FILE
+    return is_regular(result) and result.stat().st_mtime >= started
 
 
 def _start_until_done(config: TrainConfig) -> None:
@@ -119,16 +130,18 @@ def _start_until_done(config: TrainConfig) -> None:
             to stop, leave no other attempt.
         SignalException: this process was asked to stop.
     """
+    launch, started = uuid.uuid4().hex, time.time()
     for attempt in itertools.count():
-        with tempfile.TemporaryDirectory(prefix="abtrain-") as name, _worker_environment(attempt):
+        with tempfile.TemporaryDirectory(prefix="abtrain-") as name, _worker_environment(attempt, launch):
             folder = Path(name)
             (folder / worker.SETTINGS_FILE).write_text(to_toml(config), encoding="utf-8")
             try:
-                elastic_launch(_launch_config(config, folder), sys.executable)("-m", worker.__name__, name)
+                elastic_launch(_launch_config(config, folder), sys.executable)("-m", PROGRAM, name)
                 return
             except ChildFailedError as failed:
                 error = _first_error(list(failed.failures.values()))
-        if error.exit_code not in _STARTED_AGAIN or attempt == config.max_restarts:
+        last = attempt == config.max_restarts or _is_done(config, started)
+        if error.exit_code not in _STARTED_AGAIN or last:
             raise error
         log.info("%s", error)
         log.info("workers are started again, for the %d. of %d times", attempt + 1, config.max_restarts)
@@ -147,14 +160,14 @@ def _launch_config(config: TrainConfig, folder: Path) -> LaunchConfig:
         max_restarts=0,  # it would start workers again whatever ended them
         local_addr="127.0.0.1",
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
-        # The others are ours to handle, see `_stop_workers`.
+        # The others are ours to handle, see `PassingOn`.
         signals_to_handle="SIGQUIT",
         shutdown_timeout=_SHUTDOWN_SECONDS,
     )
 
 
 @contextlib.contextmanager
-def _worker_environment(attempt: int = 0) -> Iterator[None]:
+def _worker_environment(attempt: int = 0, launch: str = "") -> Iterator[None]:
     """The variables that workers inherit from this process while they start, for the `attempt`th time again."""
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     before = dict(os.environ)
@@ -164,6 +177,7 @@ def _worker_environment(attempt: int = 0) -> Iterator[None]:
         # Or else the launcher opens a TCPStore for the workers, on all interfaces.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         ATTEMPT: str(attempt),
+        worker.LAUNCH: launch,
     }
     # As torchrun does: workers that each take all cores are slower together.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -174,17 +188,6 @@ def _worker_environment(attempt: int = 0) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _stop_workers(signal_number: int, frame: FrameType | None) -> NoReturn:
-    """Has the launcher end its workers by SIGTERM, which they obey at any time, importing or training."""
-    for stop in _STOP_SIGNALS:
-        signal.signal(stop, _ignore)  # the end takes a moment, and must not be cut short
-    raise SignalException(f"stopped on request ({signal.Signals(signal_number).name})", signal.SIGTERM)
-
-
-def _ignore(signal_number: int, frame: FrameType | None) -> None:
-    """In place of SIG_IGN, of which Python complains if the signal has come already and waits to be handled."""
-
-
 def _first_error(failures: list[ProcessFailure]) -> AbtrainError:
     """What made the run fail, as the error that it was in the worker."""
     # Who had to be killed although others had failed long before did not obey: it was frozen, or out of reach.
@@ -192,8 +195,9 @@ def _first_error(failures: list[ProcessFailure]) -> AbtrainError:
     deaf = [f for f in failures if f.exitcode == -signal.SIGKILL and f.timestamp >= long_before]
     rest = [failure for failure in failures if failure not in deaf] or failures
     first = min(rest, key=lambda failure: (_is_consequence(failure), failure.timestamp))
-    if first.exitcode == -signal.SIGTERM:
-        return StoppedError(f"stopped on request (SIGTERM at worker {first.local_rank}, before training began)")
+    if -first.exitcode in (*SIGNALS, PASSED_ON):
+        name = first.signal_name()
+        return StoppedError(f"stopped on request ({name} at worker {first.local_rank}, before training began)")
     if first.exitcode < 0:
         why = "if the machine ran out of memory, use fewer --workers or a smaller --batch-size"
         remedy = f": {why}" if first.exitcode == -signal.SIGKILL else ""
@@ -216,5 +220,5 @@ def _is_consequence(failure: ProcessFailure) -> bool:
     content = failure.error_file_data.get("message", "")
     own = isinstance(content, dict) and content["message"].startswith(f"{OutOfMemoryError.__name__}: ")
     # A worker that loses its peers in the midst of its end aborts.
-    ended = failure.exitcode in (-signal.SIGTERM, -signal.SIGABRT)
+    ended = failure.exitcode in (-signal.SIGTERM, -PASSED_ON, -signal.SIGABRT)
     return ended or (failure.exitcode == PeerLostError.exit_code and not own)

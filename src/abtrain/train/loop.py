@@ -32,9 +32,10 @@ from abtrain.errors import (
 from abtrain.recipe import Position
 from abtrain.sync import GradientSync, WeightSync
 from abtrain.train.config import TrainConfig
+from abtrain.train.folder_content import CHECKPOINTS, stacks_file
 from abtrain.train.recorder import Recorder
 from abtrain.train.result import result_of
-from abtrain.train.run_folder import CHECKPOINTS, RunFolder
+from abtrain.train.run_folder import RunFolder
 from abtrain.train.saving import Saving
 from abtrain.train.setup import set_up
 from abtrain.train.split import Data, Reading
@@ -47,13 +48,16 @@ from abtrain.train.watchdog import Watchdog
 _OWN = frozenset({"out", "data", "config"})
 
 
-def train(config: TrainConfig, communicator: Communicator, store: Store | None = None) -> dict[str, Any]:
+def train(
+    config: TrainConfig, communicator: Communicator, store: Store | None = None, launch: str = ""
+) -> dict[str, Any]:
     """Trains, and on rank 0 evaluates, shows and records. Collective: every worker calls it.
 
     Args:
         config: valid and resolved; `workers` and `group_size` are the communicator's.
         communicator: how to reach the other workers; the model trains on its device.
         store: that all workers reach, for a request to stop between merges; None: it waits for the next one.
+        launch: of this attempt, see `RunFolder`.
 
     Returns:
         On rank 0 the content of result.json, elsewhere nothing.
@@ -77,14 +81,16 @@ def train(config: TrainConfig, communicator: Communicator, store: Store | None =
     parameters = sum(p.numel() for p in model.parameters())
     ab, schedule = set_up(config, model, communicator)
     with contextlib.ExitStack() as stack:
-        folder, path, goes_on = _open_folder(config, communicator, stack)
+        # From here on a request waits for the first step. No worker leaves the next collective before all are here.
+        stopping = stack.enter_context(Stopping(communicator, store))
+        folder, path, goes_on = _open_folder(config, communicator, stack, launch)
         recorder = stack.enter_context(Recorder(config, folder, parameters)) if folder is not None else None
-        saving = Saving(config, ab, schedule, recorder, path / CHECKPOINTS)
+        saving = Saving(config, ab, schedule, recorder, path / CHECKPOINTS, len(data.train))
         step = saving.resume() if goes_on else 0
         if recorder is not None:
             recorder.begin(step)
         started = time.perf_counter() - (recorder.seconds if recorder is not None else 0)
-        run = _Run(config, task, ab, schedule, recorder, saving, stack.enter_context(Stopping(communicator, store)))
+        run = _Run(config, task, ab, schedule, recorder, saving, stopping)
         run.train(dealt(start=step), path)
         seconds = time.perf_counter() - started
         result = {}
@@ -138,13 +144,13 @@ def _check_data(task: Task, data: Data, workers: int) -> None:
 
 
 def _open_folder(
-    config: TrainConfig, communicator: Communicator, stack: contextlib.ExitStack
+    config: TrainConfig, communicator: Communicator, stack: contextlib.ExitStack, launch: str
 ) -> tuple[RunFolder | None, Path, bool]:
     """On rank 0 the run folder; on all, where it is, and whether it holds a run that goes on. Collective."""
     folder, problems, stopped, path, goes_on = None, list[str](), "", "", False
     if communicator.rank == 0:
         try:
-            folder = stack.enter_context(RunFolder(config))
+            folder = stack.enter_context(RunFolder(config, launch))
             path, goes_on = str(folder.path.absolute()), folder.goes_on
         except ConfigurationError as error:
             problems = list(error.problems)
@@ -179,7 +185,7 @@ class _Run:
         """
         comm = self.ab.communicator
         who = f"rank {comm.rank} on {platform.node()}"
-        watchdog = Watchdog(self.config.timeout, who, folder / f"stacks-rank{comm.rank}.txt")
+        watchdog = Watchdog(self.config.timeout, who, folder / stacks_file(comm.rank))
         with watchdog if comm.topology.world_size > 1 else contextlib.nullcontext():
             while self.ab.position is not None:
                 watchdog.beat(f"step {self.ab.steps_done}, phase {self.ab.position.phase.name}")
@@ -203,10 +209,17 @@ class _Run:
         ab.optimizer.step()
         self.schedule.step()
         ab.optimizer.zero_grad()
+        if not gradients_travel:
+            self._before_step(position)
         ab.step(value)
         if self.recorder is not None:
             self.recorder.step(ab.steps_done, phase, value, lr, ab.communicator.meter.payload()["total"], ab.divergence)
         self._save_or_stop(position, gradients_travel)
+
+    def _before_step(self, position: Position) -> None:
+        done, sync = self.ab.steps_done + 1, position.phase.sync
+        waits = position.merges or self.saving.due(done) or done == self.config.steps
+        self.stopping.before_step(self.ab.steps_done, waits, sync.delay if isinstance(sync, WeightSync) else 0)
 
     def _save_or_stop(self, position: Position, gradients_travel: bool) -> None:
         ab, due, sync = self.ab, self.saving.due(self.ab.steps_done), position.phase.sync

@@ -6,54 +6,101 @@ those before they are replaced waits for nobody. So every attempt meets under a 
 
 from __future__ import annotations
 
+import contextlib
+import platform
 import time
 import uuid
+from collections.abc import Iterator
 
+import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from abtrain.errors import PeerLostError
 
-_PAUSE_SECONDS = 0.05
+_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.02, 0.5
+
+
+def host_key(rank: int) -> str:
+    """Under which a worker says, in the part of the store that `meet` returns, which host it is on."""
+    return f"host/{rank}"
 
 
 def meet(store: Store, rank: int, world_size: int, seconds: float) -> Store:
     """The part of a store that belongs to this attempt alone. All workers call it.
 
     Each worker says hello by a number that nobody had before. Rank 0 answers every number that it sees, old ones in
-    vain, with the name of the meeting, until all have been there.
+    vain, with the name of the meeting, until all have been there. Nobody waits in native code, where a request to stop
+    would not be seen.
 
     Args:
-        store: that all workers reach; its own time-out is `seconds` too.
+        store: that all workers reach.
         rank: of this worker.
         world_size: how many there are.
         seconds: how long to wait for the others.
 
     Raises:
-        PeerLostError: not all came in time; on rank 0 it names those who did not.
+        PeerLostError: not all came in time; on rank 0 it names those who did not. Or the store is out of reach.
     """
-    number = uuid.uuid4().hex
-    if rank == 0:
-        _welcome(store, number, world_size, seconds)
-        return PrefixStore(number, store)
-    store.set(f"hello/{rank}", number)
+    with _in_reach(rank, world_size):
+        return _welcome(store, world_size, seconds) if rank == 0 else _arrive(store, rank, seconds)
+
+
+def launch_of(store: Store, rank: int, world_size: int) -> str:
+    """Identifies one launch with all its attempts: the launcher's store outlives them.
+
+    Args:
+        store: the launcher's, and not the part of it that belongs to an attempt.
+        rank: of this worker.
+        world_size: how many there are.
+
+    Raises:
+        PeerLostError: the store is out of reach.
+    """
+    with _in_reach(rank, world_size):
+        return str(store.compare_set("launch", "", uuid.uuid4().hex).decode())
+
+
+@contextlib.contextmanager
+def _in_reach(rank: int, world_size: int) -> Iterator[None]:
     try:
-        meeting = store.get(f"welcome/{number}").decode()
-    except RuntimeError as error:
-        raise PeerLostError(f"rank {rank} was alone for {seconds:g} s at the start: rank 0 did not come") from error
-    store.set(f"here/{meeting}/{rank}", "1")
-    return PrefixStore(meeting, store)
+        yield
+    except dist.DistError as error:
+        raise PeerLostError(
+            f"rank {rank} cannot meet the others of {world_size}: the store where workers meet is out of reach. The "
+            "worker or launcher that held it has ended, or the link to it is cut: look at their output"
+        ) from error
 
 
-def _welcome(store: Store, meeting: str, world_size: int, seconds: float) -> None:
+def _arrive(store: Store, rank: int, seconds: float) -> Store:
+    number = uuid.uuid4().hex
+    store.set(f"hello/{rank}", number)
+    pause, deadline = _PAUSE_SECONDS, time.monotonic() + seconds
+    while not store.check([f"welcome/{number}"]):
+        if time.monotonic() > deadline:
+            raise PeerLostError(
+                f"rank {rank} was alone for {seconds:g} s at the start: rank 0 did not come. Look at its output, or "
+                "give more time with --timeout"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+    meeting = PrefixStore(store.get(f"welcome/{number}").decode(), store)
+    meeting.set(host_key(rank), platform.node())
+    return meeting
+
+
+def _welcome(store: Store, world_size: int, seconds: float) -> Store:
+    name = uuid.uuid4().hex
+    meeting = PrefixStore(name, store)
+    meeting.set(host_key(0), platform.node())
     missing, welcomed, deadline = set(range(1, world_size)), set(), time.monotonic() + seconds
     while missing:
         for rank in sorted(missing):
-            if store.check([f"here/{meeting}/{rank}"]):
+            if meeting.check([host_key(rank)]):
                 missing.remove(rank)
             elif store.check([f"hello/{rank}"]):
                 number = store.get(f"hello/{rank}").decode()
                 if number not in welcomed:
-                    store.set(f"welcome/{number}", meeting)
+                    store.set(f"welcome/{number}", name)
                     welcomed.add(number)
         if missing and time.monotonic() > deadline:
             raise PeerLostError(
@@ -61,3 +108,4 @@ def _welcome(store: Store, meeting: str, world_size: int, seconds: float) -> Non
                 "at its output, or give more time with --timeout"
             )
         time.sleep(_PAUSE_SECONDS if missing else 0)
+    return meeting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from abtrain import checkpoint
 from abtrain.engine import ABTraining
 from abtrain.errors import CheckpointError
 from abtrain.resume import can_be_resized, resized
-from abtrain.train.config import TrainConfig
+from abtrain.train.config import TrainConfig, differences, identity
 from abtrain.train.generators import generators_state, load_generators_state
 
 log = logging.getLogger("abtrain")
@@ -35,12 +36,20 @@ class Saving:
         schedule: of the learning rate.
         record: on rank 0, what it keeps; elsewhere None.
         folder: of the checkpoints, the same on all workers.
+        samples: that there are to train on; a checkpoint of a run on others is refused.
     """
 
     def __init__(
-        self, config: TrainConfig, ab: ABTraining, schedule: LRScheduler, record: Record | None, folder: Path
+        self,
+        config: TrainConfig,
+        ab: ABTraining,
+        schedule: LRScheduler,
+        record: Record | None,
+        folder: Path,
+        samples: int = 0,
     ) -> None:
         self._config = config
+        self._run = {**identity(config), "samples": samples}
         self._ab = ab
         self._schedule = schedule
         self._record = record
@@ -59,6 +68,7 @@ class Saving:
         ab, comm = self._ab, self._ab.communicator
         engine = ab.state_dict()
         state = {
+            "run": self._run,
             "ab": engine,
             "schedule": self._schedule.state_dict(),
             "generators": generators_state(comm.device),
@@ -114,6 +124,7 @@ class Saving:
     def _load(self, saved: checkpoint.Saved) -> None:
         comm, states = self._ab.communicator, saved.states
         own = states[comm.rank % len(states)]
+        self._check_run(own, saved.step)
         engine = own["ab"]
         if saved.workers != comm.topology.world_size:
             engine = resized([state["ab"] for state in states], comm.rank, self._ab.recipe)
@@ -127,3 +138,23 @@ class Saving:
         load_generators_state(own["generators"], comm.device)
         if self._record is not None:
             self._record.load_state_dict(record)
+
+    def _check_run(self, state: Mapping[str, Any], step: int) -> None:
+        """Makes sure that a state is of a run of the same settings, on data of the same size.
+
+        Raises:
+            CheckpointError: it is not, with what differs.
+        """
+        run = state.get("run")
+        which = f"the checkpoint of step {step} in {self._folder}"
+        if not isinstance(run, Mapping):
+            raise CheckpointError(
+                f"{which} does not say which settings it was saved with: it is of another version of abtrain. Remove "
+                "it, or start a new run"
+            )
+        differing = differences(run, self._run)
+        if differing:
+            raise CheckpointError(
+                f"{which} is of another run ({'; '.join(differing)}): use the same settings to go on from it, or "
+                "remove it"
+            )

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from abtrain.errors import PeerLostError
+from abtrain.files import whole_file
 
 # What collectives that time out get to raise their own error, which says more.
 _MARGIN_SECONDS = 10.0
@@ -57,7 +58,7 @@ class Watchdog:
             faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
             return "standard error"
         try:
-            with self._file.open("w") as file:
+            with whole_file(self._file) as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
             return f"nowhere ({error})"

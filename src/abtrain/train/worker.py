@@ -1,7 +1,7 @@
 """One worker of a run: joins the others where there are any, and trains.
 
-As a program, `python -m abtrain.train.worker FOLDER`, it is a worker that `launch.py` started. FOLDER holds the
-settings and the file through which the workers find each other.
+`main` is a worker that `launch.py` started as a program, `python -m abtrain.train FOLDER`. FOLDER holds the settings
+and the file through which the workers find each other.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import contextlib
 import logging
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,18 +23,27 @@ from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
+from abtrain.comm.communicator import Communicator
 from abtrain.comm.torch_distributed import default_communicator
 from abtrain.errors import AbtrainError, ConfigurationError, OutOfMemoryError, PeerLostError, StoppedError
-from abtrain.train.config import TrainConfig, restarted
+from abtrain.train.config import TrainConfig
 from abtrain.train.config_file import from_toml
-from abtrain.train.leaving import leave
 from abtrain.train.loop import train
-from abtrain.train.meeting import meet
+from abtrain.train.meeting import launch_of, meet
+from abtrain.train.peers import Peers
+from abtrain.train.requests import end_at_once, ignore_all
+from abtrain.train.world import joined_world
 
 _NO_MEMORY = "DefaultCPUAllocator: "  # it has no error of its own
+_SIGNS_OF_LOSS = ("timeout", "timed out", "connect", "closed by peer", "reset by peer")
+"""In the messages of Gloo, which has no error of its own for a peer that is gone."""
+LAUNCH = "ABTRAIN_LAUNCH"
+"""Identifies a launch of our own with all its attempts."""
 SETTINGS_FILE = "config.toml"
 STORE_FILE = "store"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the name that torch gives it
+_START_SECONDS = 30.0
+"""For what follows the meeting. All workers are there, so it takes less than a second unless one of them is lost."""
 
 
 def set_up_log() -> None:
@@ -62,28 +71,86 @@ def train_together(config: TrainConfig, store: Store | None = None) -> None:
         config: valid and resolved; `workers` is WORLD_SIZE.
         store: where the workers find each other; default the one that torchrun announces.
     """
+    world = joined_world(at_master=store is None)
     if config.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    rank, timeout = int(os.environ["RANK"]), timedelta(seconds=config.timeout)
+        torch.cuda.set_device(world.local_rank)
+    rank, timeout = world.rank, timedelta(seconds=config.timeout)
     if store is None:
         store = _announced_store(rank, config.workers, timeout)
     store.set_timeout(timeout)
+    launch = os.environ.get(LAUNCH) or launch_of(store, rank, config.workers)
     store = meet(store, rank, config.workers, config.timeout)
-    dist.init_process_group(
-        "nccl" if config.device == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=config.workers,
-        timeout=timeout,
-    )
+    peers = Peers(store, rank, config.workers)
     try:
+        with _losses_named(peers), memory_named(rank):
+            communicator = _join(config, store, rank)
+            peers.learn_hosts()
+            train(config, communicator, PrefixStore("stopping", store), launch)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(config: TrainConfig, store: Store, rank: int) -> Communicator:
+    """Makes the process groups. All workers have met, so who is lost from here on is not waited for long.
+
+    Raises:
+        PeerLostError: a worker was lost meanwhile.
+    """
+    timeout = timedelta(seconds=config.timeout)
+    # NCCL connects in its first collectives, which may take longer; it keeps only the store waiting here.
+    first = timedelta(seconds=min(config.timeout, _START_SECONDS))
+    store.set_timeout(first)
+    try:
+        dist.init_process_group(
+            "nccl" if config.device == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=config.workers,
+            timeout=timeout if config.device == "cuda" else first,
+        )
         communicator = default_communicator(config.group_size)
         # Once all workers are here, all have found the settings valid: only then rank 0 may make a run folder.
         communicator.barrier()
-        with memory_named(rank):
-            train(config, communicator, PrefixStore("stopping", store))
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        told = str(error)
+        if not (isinstance(error, dist.DistError) or any(sign in told.lower() for sign in _SIGNS_OF_LOSS)):
+            raise
+        raise PeerLostError(
+            f"rank {rank} lost a peer of {config.workers} at the start, after all had met, while connections were made "
+            f"({told.splitlines()[0][:200]}). Look at the other workers' output"
+        ) from error
+    _wait_as_long_as(timeout, store)
+    return communicator
+
+
+def _wait_as_long_as(timeout: timedelta, store: Store) -> None:
+    """Gives all collectives from here on this much time."""
+    store.set_timeout(timeout)
+    distributed: Any = dist.distributed_c10d
+    # It has had no underscore since torch 2.14.
+    set_timeout = getattr(dist, "set_timeout", None) or distributed._set_pg_timeout
+    for group in list(distributed._world.pg_map):
+        set_timeout(timeout, group)
+
+
+@contextlib.contextmanager
+def _losses_named(peers: Peers) -> Iterator[None]:
+    """The error of a lost peer says who is missing; any other error is told to those who will miss this worker.
+
+    Raises:
+        PeerLostError: with the names.
+    """
+    try:
+        yield
+    except OutOfMemoryError as error:
+        peers.leave_word(error)
+        raise
+    except PeerLostError as error:
+        raise PeerLostError(f"{error}. {peers.roll_call()}") from error
+    except BaseException as error:
+        peers.leave_word(error)
+        raise
 
 
 def _announced_store(rank: int, world_size: int, timeout: timedelta) -> Store:
@@ -134,15 +201,19 @@ def main(folder: Path) -> int:
     Returns:
         The exit code.
     """
-    # Until training begins SIGTERM keeps its default: it ends a worker at once, also where it waits in native code.
+    end_at_once()  # until training begins
     threading.Thread(target=_end_with_parent, args=(os.getppid(), folder), daemon=True).start()
     set_up_log()
-    config = restarted(from_toml(folder / SETTINGS_FILE))
+    if not folder.exists():  # the launcher was stopped while it started this worker
+        return StoppedError.exit_code
+    config = from_toml(folder / SETTINGS_FILE)
     try:
         train_together(config, FileStore(str(folder / STORE_FILE), config.workers))
     except Exception as error:
+        ignore_all()
         tell_launcher(error)
         return error.exit_code if isinstance(error, AbtrainError) else AbtrainError.exit_code
+    ignore_all()
     return 0
 
 
@@ -163,7 +234,3 @@ def _end_with_parent(parent: int, folder: Path) -> None:
         time.sleep(1)
     shutil.rmtree(folder, ignore_errors=True)  # in the launcher's place
     os._exit(StoppedError.exit_code)
-
-
-if __name__ == "__main__":
-    leave(main(Path(sys.argv[1])))

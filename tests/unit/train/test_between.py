@@ -54,3 +54,30 @@ def test_one_who_cannot_answer_lets_the_others_train_on(monkeypatch: pytest.Monk
         return training(0.001, None, steps=50)(part)
 
     assert stopped_at([training(0.001, asked_at=5, steps=600), waiting]) == [-1, -1]
+
+
+def test_who_waits_at_a_merge_is_not_waited_for() -> None:
+    """It has said that it would, so the others train on at once."""
+    store = HashStore()
+    ahead, behind = Between(store, 2), Between(store, 2)
+    ahead.before_step(waits=True, hides=False)
+    began = time.monotonic()
+    assert behind.agreed(15, 7) == 0
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_workers_of_a_group_find_out_at_the_same_step(first: int) -> None:
+    """Whoever looks first decides for the group, whatever has been asked since."""
+    store = HashStore()
+    group = [Between(store, 2, "0"), Between(store, 2, "0")]
+    assert group[first].agreed(0, 5) == 0
+    # The other one was asked meanwhile: it would wait alone now.
+    assert group[1 - first].agreed(15, 5) == 0
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda one=one: found.append(one.agreed(0, 6))) for one in group]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found == [15, 15]

@@ -1,0 +1,56 @@
+"""What a run folder holds before a run begins in it. Pure, but for looking.
+
+nothing         it is missing, empty, or holds only what a crash leaves before a run has begun
+unfinished run  config.toml without result.json
+anything else   a finished run, or files of others
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from abtrain.files import is_leftover, is_regular
+
+CHECKPOINTS, OLD_CHECKPOINTS = "checkpoints", ".old-checkpoints"
+CONFIG_FILE, METRICS_FILE, RESULT_FILE, OUTCOME_FILE = "config.toml", "metrics.jsonl", "result.json", "outcome.json"
+LOCK_FILE = ".lock"
+
+_STACKS = re.compile(r"stacks-rank\d+\.txt")
+# Earlier versions wrote a file under this name first.
+_PARTIAL = re.compile(r"(config\.toml|metrics\.jsonl|result\.json|outcome\.json)\.partial")
+
+
+def stacks_file(rank: int) -> str:
+    """The name of the file that holds a worker's stacks if it hung."""
+    return f"stacks-rank{rank}.txt"
+
+
+def holds_unfinished_run(folder: Path) -> bool:
+    """Whether a run began in the folder, and did not come to its end."""
+    config = folder / CONFIG_FILE
+    return is_regular(config) and config.stat().st_size > 0 and not os.path.lexists(folder / RESULT_FILE)
+
+
+def holds_nothing(folder: Path) -> bool:
+    """Whether nothing is lost if a run begins in the folder: at most what a crash left before a run had begun.
+
+    Raises:
+        OSError: the folder cannot be looked into.
+    """
+    return all(map(_is_nothing, folder.iterdir()))
+
+
+def _is_nothing(path: Path) -> bool:
+    if path.is_symlink():
+        return False
+    if path.is_dir():
+        unused = path.name == CHECKPOINTS and not any(entry.name.startswith("step-") for entry in path.iterdir())
+        return unused or path.name == OLD_CHECKPOINTS
+    if not is_regular(path):
+        return False
+    # A run that was stopped before it began leaves outcome.json.
+    expected = path.name in (LOCK_FILE, OUTCOME_FILE) or is_leftover(path)
+    begun = path.name in (CONFIG_FILE, METRICS_FILE) and path.stat().st_size == 0
+    return expected or begun or any(pattern.fullmatch(path.name) for pattern in (_STACKS, _PARTIAL))

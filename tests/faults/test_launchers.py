@@ -1,0 +1,195 @@
+"""What launchers and users write into variables and on the command line, garbled."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from abtrain import cli, errors, faults
+from abtrain.comm.communicator import SingleProcess
+from abtrain.errors import ConfigurationError
+from abtrain.train.config import TrainConfig
+from abtrain.train.config_problems import validate
+from abtrain.train.world import WorldError, check_world, joined_world
+from tests.faults.processes import start
+
+GOOD = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+    "ABTRAIN_ATTEMPT": "1",
+}
+NUMBERS = [name for name in GOOD if name != "MASTER_ADDR"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "one", "-1", "1.0", " 1", "+1", "0x1", "1e9", "\uff11", "99999999999999999999", "9" * 5000]
+)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_variable_that_is_no_number_that_it_can_be(name: str, text: str) -> None:
+    with pytest.raises(WorldError) as told:
+        check_world(GOOD | {name: text})
+    mine = [problem for problem in told.value.problems if problem.startswith(f"{name} is {text!r}, ")]
+    assert len(mine) == 1
+    assert re.search(
+        r"must be a whole number from \d+ to \d+( \(below \w+\))?: (start workers with torchrun|unset it)", mine[0]
+    )
+    assert told.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"RANK": "2"}, "RANK is '2', but must be a whole number from 0 to 1 (below WORLD_SIZE)"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', but must be a whole number from 1"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK is '2', but must be a whole number from 0 to 1 (below LOCAL_WORLD_SIZE)"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE is '3', but must be a whole number from 1 to 2"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is '65536', but must be a whole number from 1 to 65535"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is not set, but must be"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not set, but must name the host"),
+        ({"MASTER_ADDR": " "}, "MASTER_ADDR is ' ', but must name the host"),
+        ({"RANK": None}, "WORLD_SIZE is '2', but RANK is not set: set both, or neither"),
+        ({"WORLD_SIZE": None}, "RANK is '1', but WORLD_SIZE is not set: set both, or neither"),
+    ],
+)
+def test_variables_that_do_not_go_together(changed: dict[str, str | None], told: str) -> None:
+    held = {name: text for name, text in (GOOD | changed).items() if text is not None}
+    with pytest.raises(WorldError) as error:
+        check_world(held)
+    assert told in str(error.value)
+
+
+def test_variables_that_make_sense(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_world({})
+    check_world({"LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "3"})
+    for name, text in GOOD.items():
+        monkeypatch.setenv(name, text)
+    assert joined_world() == (1, 2, 1)
+    monkeypatch.delenv("MASTER_ADDR")
+    assert joined_world(at_master=False) == (1, 2, 1)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_the_command_says_what_is_wrong_on_every_worker(name: str, tmp_path: Path) -> None:
+    ended = start(tmp_path, "train", "ddp", "--out", "run", environment=GOOD | {name: "many"}).wait(60)
+    assert ended.code == 2 and ended.out == ""
+    assert ended.err.startswith(f"abtrain: error: {name} is 'many', but must be a whole number")
+    assert len(ended.err.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+PLANS = {
+    "boom": "'boom' cannot be read: it has 1 words, and a fault has 4: ACTION RANK STEP POINT",
+    "kill 1 12": "'kill 1 12' cannot be read: it has 3 words",
+    "kill 1 12 step now": "it has 5 words",
+    "kil 1 12 step": "unknown action 'kil': did you mean 'kill'?",
+    "ENOSPACE 1 12 step": "unknown action 'ENOSPACE': ",
+    "kill one 12 step": "rank 'one' is not a whole number",
+    "kill -1 12 step": "rank '-1' is not a whole number",
+    "kill 1 1.5 step": "step '1.5' is not a whole number of at least 0, or *",
+    "kill 1 12 merge.begins": "unknown point 'merge.begins': did you mean 'merge.begin'?",
+    "kill 1 12 step | kill 1 12 stp": "unknown point 'stp': did you mean 'step'?",
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_of_faults_that_cannot_be_read(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing the library never fails because of it; whoever comes to a place where faults happen is told."""
+    monkeypatch.setenv(faults.VARIABLE, plan)
+    try:
+        importlib.reload(faults)
+        with pytest.raises(ConfigurationError) as error:
+            faults.fail_at(0, 0, "step")
+        assert str(error.value).startswith("ABTRAIN_FAULTS: '") and PLANS[plan] in str(error.value)
+        with pytest.raises(ConfigurationError):
+            faults.check()
+    finally:
+        monkeypatch.undo()
+        faults.load()
+
+
+def test_all_that_is_wrong_with_a_plan_is_told_at_once() -> None:
+    with pytest.raises(ConfigurationError) as error:
+        faults.parse("kill one * nowhere; EIO 0 3 checkpoint.write; x 0 0 step")
+    assert len(error.value.problems) == 3
+
+
+def test_the_command_refuses_a_plan_that_cannot_be_read(tmp_path: Path) -> None:
+    ended = start(tmp_path, "train", "ddp", "--out", "run", plan="kill 1 7").wait(60)
+    assert ended.code == 2
+    assert ended.err.startswith("abtrain: error: ABTRAIN_FAULTS: 'kill 1 7' cannot be read: it has 3 words")
+    assert not (tmp_path / "run").exists()
+
+
+def test_restarts_that_are_no_number_matter_only_to_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "twice")
+    monkeypatch.delenv(faults.VARIABLE, raising=False)
+    try:
+        faults.load()
+        faults.fail_at(0, 0, "step")
+        monkeypatch.setenv(faults.VARIABLE, "kill 9 9 step")
+        faults.load()
+        with pytest.raises(ConfigurationError, match="TORCHELASTIC_RESTART_COUNT is 'twice'"):
+            faults.fail_at(0, 0, "step")
+    finally:
+        monkeypatch.undo()
+        faults.load()
+
+
+def test_every_place_where_faults_happen_is_known() -> None:
+    source = Path(faults.__file__).parent
+    named = {
+        point
+        for path in source.rglob("*.py")
+        for call in re.findall(r"fail_at\([^\n]*\)", path.read_text())
+        for point in re.findall(r'"([a-z.]+)"', call)
+    }
+    assert named == set(faults.POINTS)
+
+
+BYTES = os.fsdecode(b"bad\xff")
+
+
+@pytest.mark.parametrize("option", ["out", "data", "task", "recipe", "exclude", "track", "wire"])
+def test_names_that_are_not_utf_8(option: str) -> None:
+    value = (BYTES,) if option in ("exclude", "track") else Path(BYTES) if option in ("out", "data") else BYTES
+    (problem,) = validate(TrainConfig(**{option: value}))  # type: ignore[arg-type]
+    assert problem == f"--{option} 'bad\\udcff' is not UTF-8, as config.toml must be: use a name that is"
+
+
+def test_a_file_of_settings_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / BYTES).write_text("steps = 2\nworkers = 2\n")
+    assert start(tmp_path, "train", "ddp", "--config", BYTES, "--out", "run").wait(60).code == 0
+    missing = start(tmp_path, "train", "ddp", "--config", f"no{BYTES}", "--out", "other").wait(60)
+    assert missing.code == 2 and "--config nobad" in missing.err and "cannot be read" in missing.err
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
+def test_a_working_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / BYTES).mkdir()
+    assert start(tmp_path / BYTES, "train", "ddp", "--steps", "2", "--workers", "2", "--out", "run").wait(60).code == 0
+
+
+def test_settings_in_a_run_folder_that_are_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes(b'recipe = "a\xff"\n')
+    from abtrain.train.loop import train
+
+    config = TrainConfig("ddp", workers=1, steps=2, batch_size=4, lr=0.1, device="cpu", out=tmp_path)
+    with pytest.raises(ConfigurationError, match=r"config\.toml is no UTF-8"):
+        train(config, SingleProcess())
+
+
+def test_each_worker_speaks_of_its_own_variables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cli._fail(WorldError("LOCAL_RANK is 'x'")) == errors.ConfigurationError.exit_code
+    assert capsys.readouterr().err == "abtrain: error: LOCAL_RANK is 'x'\n"
