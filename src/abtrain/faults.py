@@ -13,7 +13,8 @@ as ENOSPC and EIO (an OSError).
 Points: `sync.begin` and `sync.end` (before a forward pass whose gradients are shared, and before the optimizer steps by
 them), `step` (`ABTraining.step` begins; STEP is how many are done), `merge.begin`, `merge.agreed` (all have proven that
 they merge the same, nothing is averaged yet), `merge.end`, and `checkpoint.prepare`, `checkpoint.write`,
-`checkpoint.fsync`, `checkpoint.manifest`, `checkpoint.rename`, `checkpoint.prune`.
+`checkpoint.fsync`, `checkpoint.manifest`, `checkpoint.rename`, `checkpoint.replace` (of a step that is saved again),
+`checkpoint.prune`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ACTIONS = (*_SIGNALS, "slow", "memory", "fail")
 """Beside the names of system errors."""
 POINTS = (
     *("sync.begin", "sync.end", "step", "merge.begin", "merge.agreed", "merge.end"),
-    *(f"checkpoint.{point}" for point in ("prepare", "write", "fsync", "manifest", "rename", "prune")),
+    *(f"checkpoint.{point}" for point in ("prepare", "write", "fsync", "manifest", "rename", "replace", "prune")),
 )
 _FORM = "ACTION RANK STEP POINT, as in 'kill 1 12 merge.begin'; STEP may be *"
 

@@ -29,7 +29,7 @@ from abtrain.recipe import Recipe
 from abtrain.study.payload import payload, predict
 from abtrain.study.shapes import ModelShapes, ranks_for, shapes_of
 from abtrain.study.words import phases_in_words
-from abtrain.train.config import used_options
+from abtrain.train.config import group_size_of, used_options
 from abtrain.train.tasks import TASKS
 from abtrain.units import human_bytes
 
@@ -173,7 +173,7 @@ def _sent(cell: Cell) -> float:
     recipe = _recipe(cell)
     shapes = _shapes(cell, recipe)
     ranks = ranks_for(shapes, _compression(cell)) if recipe.factored else {}
-    topology = Topology(cell.config.workers, cell.config.group_size)
+    topology = Topology(cell.config.workers, group_size_of(cell.config))
     return float(payload(predict(recipe, shapes, topology, ranks), topology)["between_groups"])
 
 

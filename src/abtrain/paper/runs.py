@@ -31,7 +31,7 @@ from abtrain.study.payload import predict
 from abtrain.study.result_files import Record, is_empty, read_record
 from abtrain.study.seconds import WorkerSeconds
 from abtrain.study.shapes import ModelShapes, shapes_of
-from abtrain.train.config import TrainConfig, resolve, used_options
+from abtrain.train.config import TrainConfig, group_size_of, resolve, used_options
 from abtrain.train.config_file import from_toml
 from abtrain.train.tasks import TASKS
 
@@ -243,7 +243,7 @@ def outcome(run: Run) -> Outcome:
         payload=payload,
         payload_ratio=payload / (4 * result.positive("parameters") * result.positive("steps")),
         seconds=seconds,
-        traffic=payload * run.config.group_size / (BACKWARD_SHARE * seconds) / 1e9,
+        traffic=payload * group_size_of(run.config) / (BACKWARD_SHARE * seconds) / 1e9,
         version=result.optional_text("versions", "abtrain"),
     )
 
@@ -256,12 +256,12 @@ def _forecast(config: TrainConfig, result: Record) -> float:
     recipe = recipes.build(config.recipe, config.steps, **used_options(config))
     with torch.device("meta"):
         shapes = shapes_of(TASKS[config.task].model(), recipe.factoring)
-    topology = Topology(config.workers, config.group_size)
+    topology = Topology(config.workers, group_size_of(config))
     ranks = [_ranks(entry, shapes) for entry in result.records("ranks")]
     stretches = predict(recipe, shapes, topology, ranks)
-    cluster = Cluster(config.workers // config.group_size, TINY_LINK, config.group_size)
+    cluster = Cluster(config.workers // group_size_of(config), TINY_LINK, group_size_of(config))
     alone = WorkerSeconds(result.positive("cpu_seconds_per_step"))
-    return forecast(stretches, cluster, alone, group_size=config.group_size).seconds
+    return forecast(stretches, cluster, alone, group_size=group_size_of(config)).seconds
 
 
 def _ranks(entry: Record, shapes: ModelShapes) -> dict[str, int]:

@@ -81,7 +81,9 @@ def parse_arguments(arguments: Sequence[str]) -> Comparison:
         problems.append(f"--seeds {given.seeds} is too small: use at least 1")
     task = TASKS.get(given.task)
     steps = given.steps if given.steps is not None or task is None else task.steps
-    common = {"task": given.task, "steps": steps or 1, "workers": given.nodes * given.workers_per_node}
+    group = given.workers_per_node if given.nodes > 1 else 1
+    workers = given.nodes * given.workers_per_node
+    common = {"task": given.task, "steps": steps or 1, "workers": workers, "group_size": group}
     found: list[Contestant] = []
     try:
         found = contestants(given.recipes, _learning_rates(given.lr, problems), common)

@@ -88,7 +88,7 @@ def _problems(config: PlanConfig) -> list[str]:
         found += problem_of(lambda: _cluster(config))
         found += problem_of(lambda: ranks_for(shapes_for(config)(Factoring(FixedRank(1))), config.compression))
     workers = config.nodes * config.workers_per_node
-    found += topology_problems(workers, config.group_size)
+    found += topology_problems(workers, config.workers_a_group)
     if workers > _MOST_WORKERS:
         found.append(f"{workers:,} workers are too many to simulate: use at most {_MOST_WORKERS:,}")
     elif workers >= 1:
@@ -133,7 +133,7 @@ def _setting(config: PlanConfig) -> Setting:
         config.steps,
         alone,
         _cluster(config),
-        config.group_size,
+        config.workers_a_group,
         _speeds(config),
         config.algorithm,
         measure_factors,
@@ -153,7 +153,7 @@ def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
     for line in (
         f"{model_in_words(config, setting.shapes(None))}; {setting.steps:,} steps of "
         f"{_exactly(setting.alone.step)} ({source})",
-        f"{config.nodes:,} nodes, workers on each: {config.workers_per_node}, groups of {config.group_size}, "
+        f"{config.nodes:,} nodes, workers on each: {config.workers_per_node}, groups of {config.workers_a_group}, "
         f"{link.rate / 1e6:g} Mbit/s{unlike}, latency {1000 * link.latency:g} ms, all-reduce by {config.algorithm}",
     ):
         console.print(line, highlight=False)

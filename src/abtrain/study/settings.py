@@ -72,8 +72,8 @@ class PlanConfig(ModelSettings):
     """Machines."""
     workers_per_node: int = 1
     """Processes that train on each of them."""
-    group_size: int = 1
-    """Workers that share their gradients at every step."""
+    group_size: int | None = None
+    """Workers that share their gradients at every step; by default those of a node, and 1 on a single node."""
     rate: str = "1gbit"
     """Of a node's link, in each direction: 100mbit, 1gbit."""
     rates: str | None = None
@@ -101,6 +101,13 @@ class PlanConfig(ModelSettings):
     """How many times longer a step of those takes."""
     seed: int = 0
     """Of the unlike workers."""
+
+    @property
+    def workers_a_group(self) -> int:
+        """The group size, or its default."""
+        if self.group_size is not None:
+            return self.group_size
+        return self.workers_per_node if self.nodes > 1 else 1
 
 
 def model_problems(config: RecipesConfig | PlanConfig) -> list[str]:

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from abtrain import recipes
 from abtrain.train.choices import Init, OnBadImage, OnCheckpointError, OnNonFinite, Precision
-from abtrain.train.world import local_size
+from abtrain.train.world import is_joined, local_size
 
 # torch takes seconds to import: what needs it is imported where it is used, so that `--help` answers at once.
 
@@ -27,8 +27,8 @@ class TrainConfig:
     cifar10-vgg16, cifar100-mini-vit."""
     workers: int = 4
     """Processes to start on this machine; under torchrun it is torchrun that says."""
-    group_size: int = 1
-    """Workers that share their gradients at every step."""
+    group_size: int | None = None
+    """Workers that share their gradients at every step; by default those of a machine, and 1 on a single machine."""
     steps: int | None = None
     """Optimizer steps of the run; by default the task's."""
     batch_size: int | None = None
@@ -205,12 +205,16 @@ def notices(config: TrainConfig) -> list[str]:
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """A valid configuration with the task's defaults filled in, and `device` either cpu or cuda."""
+    """A valid configuration with the task's defaults filled in, and `device` either cpu or cuda.
+
+    Under a launcher workers find out together which of them share a machine: a group size that nobody gave stays open.
+    """
     from abtrain.train.tasks import TASKS
 
     task = TASKS[config.task]
     return dataclasses.replace(
         config,
+        group_size=config.group_size if is_joined() else group_size_of(config),
         steps=task.steps if config.steps is None else config.steps,
         batch_size=task.batch_size if config.batch_size is None else config.batch_size,
         lr=task.lr if config.lr is None else config.lr,
@@ -221,6 +225,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
         device=choose_device(config),
         config=None,
     )
+
+
+def group_size_of(config: TrainConfig) -> int:
+    """The group size of a run that no launcher joins, where nobody gave one: each worker is a group."""
+    return config.group_size or 1
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

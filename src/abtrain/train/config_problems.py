@@ -34,7 +34,7 @@ def validate(config: TrainConfig) -> list[str]:
     return _text_problems(config) or [
         *_value_problems(config),
         *tracker_problems(config.track),
-        *topology_problems(config.workers, config.group_size),
+        *topology_problems(config.workers, 1 if config.group_size is None else config.group_size),
         *_task_and_recipe_problems(config),
         *_folder_problems(config),
         *_device_problems(config),

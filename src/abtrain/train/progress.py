@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from abtrain.train.config import TrainConfig
+from abtrain.train.config import TrainConfig, group_size_of
 from abtrain.units import human_bytes
 
 
@@ -49,7 +49,7 @@ class Display:
 
     def heading(self, config: TrainConfig, parameters: int) -> None:
         """Says in a line what is about to run."""
-        groups = config.workers // config.group_size
+        groups = config.workers // group_size_of(config)
         self._plain(
             f"{config.recipe} on {config.task} ({parameters:,} parameters): {config.steps} steps of "
             f"{config.workers} x {config.batch_size} samples, {_some(config.workers, 'worker')} in "

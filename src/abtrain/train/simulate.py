@@ -17,7 +17,7 @@ from torch import nn
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import NonFiniteError
-from abtrain.train.config import TrainConfig
+from abtrain.train.config import TrainConfig, group_size_of
 from abtrain.train.result import result_of
 from abtrain.train.setup import set_up
 from abtrain.train.split import Data
@@ -49,7 +49,7 @@ def simulate(config: TrainConfig, data: Data) -> dict[str, Any]:
     results = run_in_process(
         config.workers,
         lambda communicator: _worker(config, data, model, communicator),
-        config.group_size,
+        group_size_of(config),
         timeout=_PATIENCE,
     )
     return results[0]

@@ -7,6 +7,7 @@ and the file through which the workers find each other.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shutil
@@ -61,7 +62,12 @@ def train_alone(config: TrainConfig) -> None:
     # Nothing has to be carried anywhere, so the model may be where it is fastest.
     communicator.device = torch.device(config.device)
     with memory_named(rank=0):
-        train(config, communicator)
+        train(_grouped(config, communicator), communicator)
+
+
+def _grouped(config: TrainConfig, communicator: Communicator) -> TrainConfig:
+    """The settings with the group size that workers have agreed on."""
+    return dataclasses.replace(config, group_size=communicator.topology.group_size)
 
 
 def train_together(config: TrainConfig, store: Store | None = None) -> None:
@@ -85,7 +91,7 @@ def train_together(config: TrainConfig, store: Store | None = None) -> None:
         with _losses_named(peers), memory_named(rank):
             communicator = _join(config, store, rank)
             peers.learn_hosts()
-            train(config, communicator, PrefixStore("stopping", store), launch)
+            train(_grouped(config, communicator), communicator, PrefixStore("stopping", store), launch)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
