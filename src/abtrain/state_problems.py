@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from abtrain.checks import (
     also,
     any_number,
     anything,
+    blames_data,
+    brief,
     by_name,
     each,
     first_problems,
@@ -114,21 +117,26 @@ class _Place:
 
 def state_problem(state: Any, run: Run) -> str:
     """Why a run cannot go on from a state, with the remedy; empty if it can. Changes nothing, and talks to nobody."""
+    try:
+        return run_problem(state, run.recipe) or _problem(state, run)
+    except Exception as error:
+        # A worker that raised here would leave the others waiting for it.
+        if not blames_data(error):
+            raise
+        return _damaged([brief(error)])
+
+
+def _problem(state: Mapping[str, Any], run: Run) -> str:
     # Each stage relies on what those before it have found to be right.
-    problem = run_problem(state, run.recipe)
-    problems = (
-        []
-        if problem
-        else first_problems(
-            lambda: mapping(dict.fromkeys(_PARTS, anything))("the state", state),
-            lambda: _DECISIONS("decisions", state["decisions"]),
-            lambda: _decision_problems(state["decisions"], run.recipe),
-            lambda: whole(_decided_until(state), run.recipe.total_steps)("step", state["step"]),
-            lambda: MODEL_STATE("model", state["model"]),
-        )
+    problems = first_problems(
+        lambda: mapping(dict.fromkeys(_PARTS, anything))("the state", state),
+        lambda: _DECISIONS("decisions", state["decisions"]),
+        lambda: _decision_problems(state["decisions"], run.recipe),
+        lambda: whole(_decided_until(state), run.recipe.total_steps)("step", state["step"]),
+        lambda: MODEL_STATE("model", state["model"]),
     )
-    if problem or problems:
-        return problem or _damaged(problems)
+    if problems:
+        return _damaged(problems)
     _, position = _position(run.recipe, state)
     unfit = model_problems(run.model, state["model"], position.phase.weights == "factored")
     if unfit:
@@ -250,9 +258,13 @@ def _rounds(at: _Place) -> Check:
             "losses": tensor((None,), torch.float64),
             "outcome": maybe(row(maybe(any_number()), _RANKS)),
             "dropped": each(mapping({"step": whole(0, at.step), "ranks": _RANKS})),
-            "under_way": each(partial(_under_way, at)),
+            "under_way": also(each(partial(_under_way, at)), _in_order, "in the order in which merges began"),
         }
     )
+
+
+def _in_order(merges: Sequence[Mapping[str, Any]]) -> bool:
+    return all(one["step"] < other["step"] for one, other in pairwise(merges))
 
 
 def _under_way(at: _Place, place: str, entry: Any) -> Iterator[str]:

@@ -14,8 +14,8 @@ def parse_json(data: bytes) -> Any:
     """The value of a JSON text in UTF-8.
 
     Raises:
-        ValueError: it is none; or it has NaN or Infinity, a number too large for Python, the same key twice in one object,
-            or too many levels.
+        ValueError: it is none, or not UTF-8; or it has NaN or Infinity, a number too large for Python, the same key
+            twice in an object, or too many levels.
     """
     try:
         return json.loads(
