@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from abtrain import ABTraining, FixedRank, recipes, weights_digest
@@ -406,3 +409,43 @@ def test_what_still_fails_while_a_state_is_applied(
     monkeypatch.setattr(Merger, "load_state_dict", fail)
     with pytest.raises(kind, match=words):
         loop.ab.load_state_dict(loop.ab.state_dict())
+
+
+def nodes(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The places of all values in a state, of dicts and lists too."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [path, *(place for key, item in items for place in nodes(item, (*path, key)))]
+
+
+NUMBERS = st.integers() | st.floats() | st.sampled_from([10**4000, -1, 0, 1, 2, 2**53, 2**63, 1e308])
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+TENSORS = st.builds(
+    lambda shape, dtype: torch.ones(shape, dtype=dtype),
+    st.lists(st.integers(0, 17), max_size=3),
+    st.sampled_from([torch.float32, torch.float64, torch.float16, torch.int64, torch.bool, torch.complex64]),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(sorted(RECIPES)), st.data())
+def test_any_value_in_any_place(name: str, data: st.DataObject) -> None:
+    """It is refused and changes nothing, or it can be trained with."""
+    run = made(name, workers=1)
+    path = data.draw(st.sampled_from(nodes(run.states[0])[1:]))
+    state = copy.deepcopy(run.states[0])
+    outer = functools.reduce(lambda tree, key: tree[key], path[:-1], state)
+    outer[path[-1]] = data.draw(JSON | TENSORS)
+    loop = Loop(SingleProcess(), run.recipe)
+    loop.ab.load_state_dict(run.states[0])
+    before = loop.held()
+    try:
+        loop.ab.load_state_dict(state)
+    except CheckpointError as error:
+        assert loop.held() == before and "must not be trained" not in str(error)
+    else:
+        with contextlib.suppress(AbtrainError):
+            loop.run(run.recipe.total_steps)
