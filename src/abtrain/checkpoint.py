@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from torch import Tensor
 
+from abtrain.checks import as_checkpoint_error
 from abtrain.comm.agreement import gather_json
 from abtrain.comm.checksums import digest
 from abtrain.comm.communicator import Communicator
@@ -202,11 +203,9 @@ def _open(path: Path, comm: Communicator) -> tuple[str, Saved, list[Marks]]:
     states, held = [], list[Marks]()
     for rank in ranks:
         structure = read_json(path / f"part-{rank}.json", files[f"part-{rank}.json"])
-        try:
+        with as_checkpoint_error(f"{path}/part-{rank}.json is malformed"):
             states.append(join(structure, tensor))
             held.append(marks(structure))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path}/part-{rank}.json is malformed: {error!r}") from error
         # Its own tensors too, even if none is referred to: every file is verified by somebody.
         own = f"part-{rank}.safetensors"
         if own not in opened:

@@ -14,9 +14,12 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 
+from abtrain.checks import as_checkpoint_error
 from abtrain.engine import ABTraining
 from abtrain.errors import CheckpointError
 from abtrain.saved_files import join, refer, split
+from abtrain.state_problems import raise_together
+from abtrain.strict_json import parse_json
 
 _LENGTH, _DIGEST = 8, 32  # bytes
 
@@ -50,17 +53,28 @@ class TrainingState:
         """Goes on from what `state_dict` gave. Collective: all workers load.
 
         Raises:
-            CheckpointError: the state is damaged, or of another recipe, model or optimizer.
+            CheckpointError: a worker's state is missing, damaged, or of another recipe, model or optimizer; on all.
         """
-        saved = state[self._key]
+        problem, tree = "", dict[str, Any]()
+        try:
+            tree = self._tree(state)
+        except CheckpointError as error:
+            problem = str(error)
+        raise_together(self._ab.communicator, problem)
+        self._ab.load_state_dict(tree)
+
+    def _tree(self, state: Mapping[str, Any]) -> Any:
+        """This worker's state, verified to be the bytes that were saved."""
+        saved = state.get(self._key) if isinstance(state, Mapping) else None
+        if not isinstance(saved, bytes):
+            raise CheckpointError(f"there is no state of {self._key}: load as many workers as have saved")
         digest, body = saved[:_DIGEST], saved[_DIGEST:]
         if hashlib.sha256(body).digest() != digest:
             raise CheckpointError(f"the state of {self._key} is damaged: it has not the bytes that were saved")
         end = _LENGTH + int.from_bytes(body[:_LENGTH], "little")
-        try:
-            tensors = safetensors.torch.load(body[end:])
-            structure = json.loads(body[_LENGTH:end])
-            tree = join(structure, lambda _, key: tensors[key])
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise CheckpointError(f"the state of {self._key} is malformed: {error!r}") from error
-        self._ab.load_state_dict(tree)
+        with as_checkpoint_error(f"the state of {self._key} is malformed"):
+            try:
+                tensors = safetensors.torch.load(body[end:])
+            except SafetensorError as error:
+                raise ValueError(f"{error}") from error
+            return join(parse_json(body[_LENGTH:end]), lambda _, key: tensors[key])

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from abtrain import __version__
 from abtrain.arrangement import Arrangement
+from abtrain.checks import as_checkpoint_error
 from abtrain.comm import default_communicator
 from abtrain.comm.communicator import Communicator, Scope
 from abtrain.describe import Description
@@ -39,17 +40,17 @@ from abtrain.faults import fail_at
 from abtrain.level import level_grad_scaler
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.model import FactoredModel
-from abtrain.lowrank.saved import check_model_state
 from abtrain.merge import Merger
 from abtrain.nonfinite import OnNonFinite
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.replicas import check_replicas
-from abtrain.resume import VERSION, Parts, check_run, decided, recipe_fingerprint
+from abtrain.resume import VERSION, Parts, alike, decided, recipe_fingerprint
 from abtrain.roles import trained_by
 from abtrain.rounds import Rounds
 from abtrain.start import check_loaded, check_start, optimizer_settings
 from abtrain.state import SharedState
+from abtrain.state_problems import Run, raise_together, state_problem
 from abtrain.step_hooks import Coming, StepHooks
 from abtrain.switch import Switch
 from abtrain.sync import GradientSync, WeightSync
@@ -335,22 +336,33 @@ class ABTraining:
         Collective: all workers load, each what it saved. PyTorch's PowerSGD hook is not in it, and starts anew.
 
         Raises:
-            CheckpointError: the state is of another recipe, model or optimizer. Nothing has changed then.
+            CheckpointError: a worker's state is malformed, or of another recipe, model or optimizer; on all workers,
+                and nothing has changed. Or the state could not be applied on this worker: the message says that the
+                model must not be trained then.
             RanksDisagreeError: workers load states of different steps, and nothing has changed; or those who ought to
                 hold the same weights do not, and the model must not be trained.
         """
-        check_run(state, self._given_recipe)
-        check_model_state(self._model, state["model"])
-        comm, recipe = self.communicator, decided(self._given_recipe, state)
-        check_loaded(comm, recipe, state)
+        comm = self.communicator
+        run = Run(self._given_recipe, self._model, self._treatments, comm.topology, comm.rank, self._grad_scaler)
+        raise_together(comm, state_problem(state, run))
+        recipe = decided(self._given_recipe, state)
+        position = recipe.at(state["step"]) if state["step"] < recipe.total_steps else None
+        check_loaded(comm, recipe, state, **alike(state, position))
+        with as_checkpoint_error(
+            "the state could not be applied, and the model must not be trained now: build model, optimizer and "
+            "ABTraining again, and load another checkpoint"
+        ):
+            self._go_on(state, recipe, position)
+
+    def _go_on(self, state: Mapping[str, Any], recipe: Recipe, position: Position | None) -> None:
+        """Makes everything what it was; the state fits, and so do those of the other workers."""
+        comm = self.communicator
         self._arrangement.unwrap()
         comm.begin_run()
-        self.recipe, self.steps_done = recipe, int(state["step"])
-        comm.meter.step, comm.meter.phase = self.steps_done, str(state["meter"]["phase"])
-        ended = self.steps_done == self.recipe.total_steps
-        self._position = None if ended else self.recipe.at(self.steps_done)
+        self.recipe, self.steps_done, self._position = recipe, state["step"], position
+        comm.meter.step, comm.meter.phase = self.steps_done, state["meter"]["phase"]
         self.decisions = list(state["decisions"])
-        self._workers_equal, self._hooks.round_began = bool(state["workers_equal"]), bool(state["round_began"])
+        self._workers_equal, self._hooks.round_began = state["workers_equal"], state["round_began"]
         self._hooks.guard.skipped = list(state["skipped_steps"])
         self._hooks.count = self._forwards = 0
         self._parts().load_state_dict(state, self.recipe.at, self._trained_by)

@@ -80,7 +80,7 @@ class Merger:
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         """A phase of rounds starts from these tensors, which all workers hold alike."""
-        self.anchors = {name: tensor.to(_wide(tensor.dtype), copy=True) for name, tensor in tensors.items()}
+        self.anchors = {name: tensor.to(wide(tensor.dtype), copy=True) for name, tensor in tensors.items()}
         for store in (self.momentum, self.residuals):
             for name in store.keys() - tensors.keys():
                 del store[name]
@@ -323,8 +323,8 @@ def _check_finite(averages: Sequence[Tensor]) -> None:
         )
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Rounds are anchored in float32: in halves, small outer steps would be lost."""
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter's anchor. Rounds are anchored in float32: in halves, small outer steps would be lost."""
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize else dtype
 
 

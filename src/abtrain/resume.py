@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abtrain.checks import as_checkpoint_error, said
 from abtrain.comm.checksums import checksum, stable_repr
 from abtrain.comm.communicator import Scope
 from abtrain.comm.meter import Meter
-from abtrain.errors import CheckpointError
+from abtrain.errors import CheckpointError, UsageError
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.precondition import Preconditioner
 from abtrain.lowrank.saved import load_model_state, model_state
@@ -22,6 +23,7 @@ from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.rounds import Rounds, TrainedBy
 from abtrain.same import marked
+from abtrain.start import HYPERPARAMETERS, chosen
 from abtrain.switch import Switch
 from abtrain.sync import WeightSync
 
@@ -89,24 +91,22 @@ def recipe_fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(stable_repr(recipe).encode()).hexdigest()
 
 
-def check_run(state: Mapping[str, Any], recipe: Recipe) -> None:
-    """Makes sure that a state is of this version, and of a run of this recipe.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    if not isinstance(state, Mapping) or state.get("version") != VERSION:
-        found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
-        raise CheckpointError(
-            f"this is no state of version {VERSION} of abtrain's checkpoints, but {found!r}: load what "
+def run_problem(state: Any, recipe: Recipe) -> str:
+    """Why a state is not one of this version, or not of a run of this recipe; empty if it is."""
+    version = state.get("version") if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or type(version) is not int or version != VERSION:
+        return (
+            f"this is no state of version {VERSION} of abtrain's checkpoints, but {said(version)}: load what "
             "ABTraining.state_dict() returned, with the version of abtrain that saved it"
         )
-    if state["recipe"] != recipe_fingerprint(recipe):
-        raise CheckpointError(
-            f"the checkpoint is of another recipe than {recipe.name!r} of {recipe.total_steps} steps (fingerprint "
-            f"{state['recipe'][:12]}, not {recipe_fingerprint(recipe)[:12]}): build the recipe with the same settings, "
-            "or start a new run"
-        )
+    saved, wanted = state.get("recipe"), recipe_fingerprint(recipe)
+    if isinstance(saved, str) and saved == wanted:
+        return ""
+    other = saved[:12] if isinstance(saved, str) else saved
+    return (
+        f"the checkpoint is of another recipe than {recipe.name!r} of {recipe.total_steps} steps (fingerprint "
+        f"{said(other)}, not {wanted[:12]!r}): build the recipe with the same settings, or start a new run"
+    )
 
 
 def decided(recipe: Recipe, state: Mapping[str, Any]) -> Recipe:
@@ -114,6 +114,26 @@ def decided(recipe: Recipe, state: Mapping[str, Any]) -> Recipe:
     for decision in state["decisions"]:
         recipe = recipe.cut_after(recipe.at(decision["step"] - 1))
     return recipe
+
+
+def alike(state: Mapping[str, Any], position: Position | None) -> dict[str, object]:
+    """What collectives go by, and so has to be the same in the states of all workers, beside where they stand.
+
+    Args:
+        state: of a worker.
+        position: of the step that comes next; None at the end.
+    """
+    model, merger = state["model"], state["merger"]
+    shared = position is not None and position.phase.sync is not None
+    return {
+        "shape": {name: str(tuple(weight.shape)) for name, weight in model["weights"].items()},
+        "momentum_of": sorted(merger["momentum"]),
+        "residuals_of": sorted(merger["residuals"]),
+        "starts_of": {wire: sorted(starts) for wire, starts in merger["starts"].items()},
+        "progress": [entry["progress"] for entry in state["rounds"]["under_way"]],
+        "order_of_gradients_known": bool(state["arrivals"]),
+        "param_groups": [chosen(group, HYPERPARAMETERS) for group in model["optimizer"]["groups"]] if shared else [],
+    }
 
 
 def can_be_resized(state: Mapping[str, Any], position: Position | None) -> bool:
@@ -138,20 +158,40 @@ def resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> d
         states: of all former workers, at the same step.
         rank: of the worker, now.
         recipe: of the run, as it was given.
+
+    Raises:
+        CheckpointError: a state is malformed; the same on all workers, since each looks at all states.
     """
-    state = dict(states[rank % len(states)])
+    try:
+        with as_checkpoint_error("the states of the former workers are malformed: load another checkpoint"):
+            return _resized(states, rank, recipe)
+    except UsageError as error:
+        raise CheckpointError(f"the states of the former workers are of no step of the recipe: {error}") from error
+
+
+def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> dict[str, Any]:
+    for problem in filter(None, (run_problem(state, recipe) for state in states)):
+        raise CheckpointError(problem)
     residuals = [other["merger"]["residuals"] for other in states]
     owed = {name: torch.stack([held[name] for held in residuals]).mean(0) for name in residuals[0]}
-    state["merger"] = {**state["merger"], "residuals": owed}
     # The first worker alone measures.
-    state["switch"] = states[0]["switch"] if rank == 0 else {"spectra": {}, "drift": {}, "sizes": {}}
-    if not state["workers_equal"] or state["rounds"]["under_way"]:
-        state |= _at_last_merge(states, state, decided(recipe, state))
-    return state
+    measured = states[0]["switch"] if rank == 0 else {"spectra": {}, "drift": {}, "sizes": {}}
+    merged = {
+        name: _merged([other["model"]["buffers"][name] for other in states]) for name in states[0]["model"]["buffers"]
+    }
+    own: dict[str, Any] = {}
+    # All, since a state that is malformed is to be found by all workers, and not only by those who take it over.
+    for former, state in enumerate(states):
+        taken = {**state, "merger": {**state["merger"], "residuals": owed}, "switch": measured}
+        if not state["workers_equal"] or state["rounds"]["under_way"]:
+            taken |= _at_last_merge(state, merged, decided(recipe, state))
+        if former == rank % len(states):
+            own = taken
+    return own
 
 
-def _at_last_merge(states: Sequence[Mapping[str, Any]], state: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """What of a state changes when its worker goes back to what all workers held alike."""
+def _at_last_merge(state: Mapping[str, Any], buffers: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Any]:
+    """What of a state changes when its worker goes back to what all workers held alike, `buffers` among it."""
     position = _last_merge(state, recipe)
     back, climb = state["step"] - position.step, state["rebound"]
     anchors = state["merger"]["anchors"]
@@ -159,8 +199,6 @@ def _at_last_merge(states: Sequence[Mapping[str, Any]], state: Mapping[str, Any]
         name: _as_parameter(anchors[name], weight) if name in anchors else weight
         for name, weight in state["model"]["weights"].items()
     }
-    names = states[0]["model"]["buffers"]
-    buffers = {name: _merged([other["model"]["buffers"][name] for other in states]) for name in names}
     # The climb may have ended since, or have begun in an earlier phase.
     done = max(climb["done"] - back, min(climb["length"], position.step_in_phase))
     rounds = {
@@ -170,7 +208,7 @@ def _at_last_merge(states: Sequence[Mapping[str, Any]], state: Mapping[str, Any]
     }
     return {
         "step": position.step,
-        "model": {**state["model"], "weights": weights, "buffers": buffers},
+        "model": {**state["model"], "weights": weights, "buffers": dict(buffers)},
         "rounds": {**state["rounds"], **rounds},
         "rebound": {"length": climb["length"], "done": done},
         "skipped_steps": [step for step in state["skipped_steps"] if step < position.step],

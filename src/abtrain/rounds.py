@@ -24,7 +24,7 @@ from abtrain.sync import WeightSync
 log = logging.getLogger("abtrain")
 
 # Before the wire's own stages: all workers prove that they merge the same, and tell what they bring.
-_CHECKING = 1
+CHECKING = 1
 
 TrainedBy = Mapping[str, Sequence[bool]]
 """By name, for each worker whether it trains the parameter, where not all do."""
@@ -212,21 +212,13 @@ class Rounds:
     ) -> _UnderWay:
         sync = position.phase.sync
         assert isinstance(sync, WeightSync)
-        count = _CHECKING + self._merger.wire(sync.wire).stages
+        count = CHECKING + self._merger.wire(sync.wire).stages
         stages = self._merge(position, step, loss, started, trained_by)
         return _UnderWay(Background(stages, count, sync.delay), step, loss, started)
 
     def _merging(self, position: Position, trained_by: TrainedBy) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The parameters and the buffers that merge after a step."""
-        sync = position.phase.sync
-        assert isinstance(sync, WeightSync)
-        tensors: dict[str, Tensor] = {}
-        parts = cut_into_fragments(self._state.parameters(), sync.fragments)
-        for fragment in position.merging:
-            tensors |= parts[fragment]
-        # A factor that nobody trained is what it was.
-        tensors = {name: tensor for name, tensor in tensors.items() if any(trained_by.get(name, (True,)))}
-        return tensors, self._state.buffers() if _whole_round(position) else {}
+        return merging(position, self._state.parameters(), self._state.buffers(), trained_by)
 
     def _merge(
         self,
@@ -268,6 +260,21 @@ def _whole_round(position: Position) -> bool:
     """Whether the last of the fragments begins to merge: what is merged once a round goes with it."""
     sync = position.phase.sync
     return isinstance(sync, WeightSync) and sync.fragments - 1 in position.merging
+
+
+def merging(
+    position: Position, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], trained_by: TrainedBy
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of all parameters and buffers, those that merge after a step at this position of a phase of rounds."""
+    sync = position.phase.sync
+    assert isinstance(sync, WeightSync)
+    tensors: dict[str, Tensor] = {}
+    parts = cut_into_fragments(parameters, sync.fragments)
+    for fragment in position.merging:
+        tensors |= parts[fragment]
+    # A factor that nobody trained is what it was.
+    tensors = {name: tensor for name, tensor in tensors.items() if any(trained_by.get(name, (True,)))}
+    return tensors, dict(buffers) if _whole_round(position) else {}
 
 
 def cut_into_fragments(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:

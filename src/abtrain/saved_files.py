@@ -23,14 +23,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from abtrain.checks import said
 from abtrain.comm.checksums import bytes_of
 from abtrain.errors import CheckpointError
+from abtrain.strict_json import MOST_DIGITS, parse_json
 
 _REFERENCE = "$tensor"
 _NUMBER = "$number"
 _ITEMS = "$items"
-_MOST_DIGITS = 4000
-"""Of a whole number: Python refuses to read many more from a file."""
 _DEEPEST = 200
 _MEBI = 2**20
 MAX_JSON_BYTES = 64 * _MEBI
@@ -117,8 +117,8 @@ def _scalar(value: Any, place: str) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return {_NUMBER: repr(value)}  # JSON has no word for it
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_MOST_DIGITS:
-        raise TypeError(f"{place or 'the tree'} is a number of more than {_MOST_DIGITS} digits, which cannot be saved")
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**MOST_DIGITS:
+        raise TypeError(f"{place or 'the tree'} is a number of more than {MOST_DIGITS} digits, which cannot be saved")
     if value is None or isinstance(value, str | int | float | bool):
         return value
     kind = type(value).__name__
@@ -127,20 +127,36 @@ def _scalar(value: Any, place: str) -> Any:
 
 
 def join(structure: Any, tensor: Callable[[str, str], Tensor]) -> Any:
-    """The tree of a structure; `tensor` gives what a (file, key) refers to."""
+    """The tree of a structure; `tensor` gives what a (file, key) refers to.
+
+    Raises:
+        ValueError: the structure is none that `split` and `refer` make.
+    """
     if isinstance(structure, list):
         return [join(item, tensor) for item in structure]
     if not isinstance(structure, dict):
         return structure
-    if _REFERENCE in structure:
-        found = tensor(structure["file"], structure[_REFERENCE])
-        return torch.view_as_complex(found) if structure.get("complex") else found
-    if _NUMBER in structure:
-        return float(structure[_NUMBER])
-    if _ITEMS in structure:
-        items = {join(key, tensor): join(item, tensor) for key, item in structure[_ITEMS]}
-        return Counter(items) if structure.get("counter") else items
-    return {key: join(item, tensor) for key, item in structure.items()}
+    if not any(key.startswith("$") for key in structure):
+        return {key: join(item, tensor) for key, item in structure.items()}
+    match structure:
+        case {"$tensor": str(key), "file": str(file), **rest} if rest in ({}, {"complex": True}):
+            return torch.view_as_complex(tensor(file, key)) if rest else tensor(file, key)
+        case {"$number": "nan" | "inf" | "-inf" as number, **rest} if not rest:
+            return float(number)
+        case {"$items": list(pairs), "counter": bool(counts), **rest} if not rest:
+            items = _joined_items(pairs, tensor)
+            return Counter(items) if counts else items
+    raise ValueError(f"an object with {', '.join(map(said, list(structure)[:3]))} is not what was saved")
+
+
+def _joined_items(pairs: list[Any], tensor: Callable[[str, str], Tensor]) -> dict[Any, Any]:
+    items = {}
+    for key, item in pairs:
+        name = join(key, tensor)
+        if isinstance(name, Tensor) or name in items:
+            raise ValueError("a dict has a key that cannot be, or the same twice")
+        items[name] = join(item, tensor)
+    return items
 
 
 def refer(structure: Any, file_of: Mapping[str, str]) -> Any:
@@ -242,8 +258,8 @@ def read_json(path: Path, expected: Written | None = None) -> Any:
     if expected is not None and Written(len(data), hashlib.sha256(data).hexdigest()) != expected:
         raise CheckpointError(f"{path} is damaged: it has not the bytes that were written")
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return parse_json(data)
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 

@@ -96,10 +96,15 @@ def optimizer_settings(
     known = {id(parameter): name for name, parameter in names.items()}
     groups = []
     for group in optimizer.param_groups:
-        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        chosen = {key: _plain(value) for key, value in settings.items() if keys is None or key in keys}
-        groups.append({**chosen, "parameters": sorted(known.get(id(p), "a stranger") for p in group["params"])})
+        owned = sorted(known.get(id(p), "a stranger") for p in group["params"])
+        groups.append({**chosen(group, keys), "parameters": owned})
     return groups
+
+
+def chosen(group: Mapping[str, Any], keys: Collection[str] | None) -> dict[str, object]:
+    """Settings of a param group, to be compared; `keys`: of interest (None: all)."""
+    settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    return {key: _plain(value) for key, value in settings.items() if keys is None or key in keys}
 
 
 def _plain(value: object) -> object:
@@ -107,13 +112,14 @@ def _plain(value: object) -> object:
     return value.tolist() if isinstance(value, Tensor) else value
 
 
-def check_loaded(comm: Communicator, recipe: Recipe, state: Mapping[str, Any]) -> None:
+def check_loaded(comm: Communicator, recipe: Recipe, state: Mapping[str, Any], **more: object) -> None:
     """Compares where workers go on. Collective over the world; 24 bytes, until something differs.
 
     Args:
         comm: of this worker.
         recipe: with the lengths that were decided before the state was saved.
         state: of this worker, from `ABTraining.state_dict`.
+        more: what else has to be alike.
 
     Raises:
         RanksDisagreeError: on all ranks, if steps, phases, recipes or merges under way differ.
@@ -125,6 +131,7 @@ def check_loaded(comm: Communicator, recipe: Recipe, state: Mapping[str, Any]) -
         "recipe": recipe,
         "workers_equal": bool(state["workers_equal"]),
         "merges_since_step": [merge["step"] for merge in state["rounds"]["under_way"]],
+        **more,
     }
     _compare(
         comm,

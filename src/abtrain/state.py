@@ -36,11 +36,11 @@ class SharedState:
 
     def parameters(self) -> dict[str, Tensor]:
         """The trained parameters by name, as real tensors that write through; the same order on all workers."""
-        return _as_real({name: p.data for name, p in self._model.trained(self._treatments).items()})
+        return as_real({name: p.data for name, p in self._model.trained(self._treatments).items()})
 
     def buffers(self) -> dict[str, Tensor]:
         """The model's buffers by name, likewise."""
-        return _as_real(dict(self._model.model.named_buffers()))
+        return as_real(dict(self._model.model.named_buffers()))
 
     def layout(self) -> dict[str, dict[str, object]]:
         """What has to be equal on all workers before they train, by the names of parameters and buffers."""
@@ -117,5 +117,6 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
             yield from _tensors_in(item)
 
 
-def _as_real(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_real(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Complex tensors as real ones that write through, with a last dimension of 2."""
     return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in tensors.items()}

@@ -255,4 +255,7 @@ def test_a_state_of_another_dtype_is_refused(there: torch.dtype, here: torch.dty
     if here == there:
         run_in_process(2, work)
     else:
-        assert all(f"is of {there} there and of {here} here" in str(error) for error in told(2, work))
+        words = (
+            f"is a tensor of {there} and shape (16, {10 if step == 6 else 3}), not a dense tensor of {here} of shape"
+        )
+        assert all(isinstance(error, CheckpointError) and words in str(error) for error in told(2, work))

@@ -1,0 +1,110 @@
+"""Whether a saved state fits a model that may be factored, and its optimizer. Nothing is changed.
+
+Layouts are tensors on the meta device: shapes and dtypes without values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abtrain.checks import (
+    POSITIVE,
+    Check,
+    anything,
+    by_name,
+    each,
+    first_problems,
+    like,
+    mapping,
+    number,
+    one_of,
+    said,
+    tensor,
+    text,
+)
+from abtrain.lowrank.matrix import MatrixShape
+from abtrain.lowrank.model import FactoredModel
+from abtrain.lowrank.optimizer_fit import optimizer_problems
+
+Layout = dict[str, Tensor]
+
+_PARTS: dict[str, Check] = {
+    "factored": each(text()),
+    "damping": number(0, 1),
+    "compression": number(POSITIVE),
+    "weights": by_name(tensor()),
+    "buffers": by_name(tensor()),
+    "optimizer": mapping(
+        {"kind": text(), "groups": each(by_name(anything)), "state": by_name(by_name(anything))},
+    ),
+}
+MODEL_STATE: Check = mapping({**_PARTS, "weights_same_on": one_of("world", "group")}, required=_PARTS)
+"""The form of what `abtrain.lowrank.saved.model_state` returns, for any model, and a mark (see `abtrain.same`)."""
+
+
+def model_problems(model: FactoredModel, state: Mapping[str, Any], factored: bool) -> list[str]:
+    """Why a state cannot be this model's; empty if it can.
+
+    Args:
+        model: with its optimizer, in any form.
+        state: in the form of `MODEL_STATE`.
+        factored: whether weights may be factored in the phase of the state.
+    """
+    return first_problems(
+        lambda: _name_problems(model, state, factored),
+        lambda: _rank_problems(dense_layout(model), state),
+        lambda: _tensor_problems(model, state),
+        lambda: iter(optimizer_problems(model, state, state_layout(model, state))),
+    )
+
+
+def dense_layout(model: FactoredModel) -> Layout:
+    """All parameters by name, as they are when no weight is factored."""
+    factors = model.factors()
+    dense = {name: meta(p.shape, p.dtype) for name, p in model.parameters().items() if name not in factors}
+    return dense | {name: meta(record.matrix_shape.tensor, record.A.dtype) for name, record in model.records.items()}
+
+
+def state_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
+    """All parameters by name, in the form of a state whose names and ranks are known to fit."""
+    layout = dense_layout(model)
+    for name in state["factored"]:
+        dense = layout.pop(name)
+        matrix, k = MatrixShape(dense.shape), state["weights"][f"{name}.B"].shape[0]
+        layout |= {f"{name}.A": meta((matrix.m, k), dense.dtype), f"{name}.B": meta((k, matrix.n), dense.dtype)}
+    return layout
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _name_problems(model: FactoredModel, state: Mapping[str, Any], factored: bool) -> Iterator[str]:
+    names = state["factored"]
+    yield from (f"{said(name)} is factored there, but cannot be here" for name in sorted({*names} - {*model.names}))
+    if len({*names}) < len(names):
+        yield "a weight is factored twice there"
+    if names and not factored:
+        yield f"{names[0]} is factored there, in a phase of full weights"
+    expected = (dense_layout(model).keys() - {*names}) | {f"{name}.{letter}" for name in names for letter in "AB"}
+    odd = sorted(expected ^ state["weights"].keys())
+    if odd:
+        yield f"parameters differ: {', '.join(map(said, odd[:5]))}"
+
+
+def _rank_problems(dense: Layout, state: Mapping[str, Any]) -> Iterator[str]:
+    for name in state["factored"]:
+        A, B = (tuple(state["weights"][f"{name}.{letter}"].shape) for letter in "AB")
+        m, n = MatrixShape(dense[name].shape).m, MatrixShape(dense[name].shape).n
+        if len(B) != 2 or not (1 <= B[0] <= n and (m, B[0]) == A and B[1] == n):
+            yield f"factors {A} and {B} of {name} are not of an ({m}, {n}) matrix"
+
+
+def _tensor_problems(model: FactoredModel, state: Mapping[str, Any]) -> Iterator[str]:
+    wanted = {"weights": state_layout(model, state), "buffers": dict(model.model.named_buffers())}
+    for part, tensors in wanted.items():
+        yield from mapping({name: like(held) for name, held in tensors.items()})(part, state[part])

@@ -1,0 +1,195 @@
+"""Whether saved settings and state of an optimizer fit the one that is here. Nothing is changed.
+
+PyTorch's own optimizers are asked: a twin with the saved settings makes one step for a parameter of a few numbers, and
+so shows which state belongs to these settings. Of other optimizers, only what all have in common is checked.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from abtrain.checks import (
+    Check,
+    anything,
+    blames_data,
+    brief,
+    first_problems,
+    is_number,
+    mapping,
+    number,
+    one_of,
+    row,
+    said,
+    text,
+    whole,
+)
+from abtrain.lowrank.model import FactoredModel
+
+PARAMETERS = ("params", "param_names")
+"""What a param group holds beside its settings."""
+
+# Schedulers add these to param groups. They may be built before or after a state is loaded.
+_SCHEDULED = frozenset({"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"})
+# A state may be loaded where the same step is computed in another way.
+_IMPLEMENTATIONS = frozenset({"foreach", "fused"})
+_MOST = 2**31 - 1
+_SIDE = 2
+"""Of the twin's parameter. State with sides of 1 in their place holds one number for a row or a column."""
+
+Example = Callable[[int, int, torch.dtype], Mapping[str, Any]]
+
+
+def optimizer_problems(model: FactoredModel, state: Mapping[str, Any], layout: Mapping[str, Tensor]) -> list[str]:
+    """Why a state cannot be this optimizer's; empty if it can.
+
+    Args:
+        model: with its optimizer.
+        state: of both, in the form of `abtrain.lowrank.fit.MODEL_STATE`.
+        layout: all parameters by name, in the form of the state.
+    """
+    optimizer, saved = model.optimizer, state["optimizer"]
+    if saved["kind"] != type(optimizer).__name__ or len(saved["groups"]) != len(optimizer.param_groups):
+        return [
+            f"the optimizer is {said(saved['kind'])} with {len(saved['groups'])} param groups there and "
+            f"{type(optimizer).__name__} with {len(optimizer.param_groups)} here"
+        ]
+    strange = [name for name in saved["state"] if name not in layout]
+    if strange:
+        return [f"the optimizer's state of {said(strange[0])} belongs to another phase"]
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return first_problems(lambda: _rate_problems(optimizer, saved["groups"]))
+    return first_problems(
+        lambda: _setting_problems(optimizer, saved["groups"]),
+        lambda: _state_problems(model, saved, layout),
+    )
+
+
+def _rate_problems(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Of an optimizer whose settings may be of any kind, and come and go: learning rates are what abtrain uses."""
+    for place, (group, settings) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        rest = dict.fromkeys(settings.keys() - {*PARAMETERS}, anything)
+        rates = {"lr": partial(_rate, group["lr"])} if "lr" in group else {}
+        yield from mapping({**rest, **rates}, required=rates)(f"param group {place}", settings)
+
+
+def _setting_problems(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for place, (group, settings) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        ours = {key: _setting(key, value) for key, value in group.items() if key not in PARAMETERS}
+        added = {key: partial(_rate, group.get(key)) for key in _SCHEDULED}
+        yield from mapping({**ours, **added}, required=ours.keys() - added.keys())(f"param group {place}", settings)
+
+
+def _setting(key: str, known: Any) -> Check:
+    """The check of a setting, by the value that it has here."""
+    if key in _IMPLEMENTATIONS:
+        return one_of(None, True, False)
+    if known is None or isinstance(known, bool):
+        return one_of(known)
+    if isinstance(known, Tensor) or key == "lr":
+        return partial(_rate, known)
+    if isinstance(known, tuple | list):
+        return row(*(_setting(f"{key}/{i}", item) for i, item in enumerate(known)))
+    if isinstance(known, str):
+        return text()
+    # 0 and 1 may be written for numbers that schedules make fractions of.
+    if isinstance(known, int) and known > 1:
+        return whole(1, _MOST)
+    return number() if is_number(known) else anything
+
+
+def _rate(known: Any, place: str, value: Any) -> Iterator[str]:
+    """A learning rate, and other numbers that may be tensors: those that are one here are overwritten in place."""
+    if not isinstance(value, Tensor):
+        yield from number()(place, value)
+    elif not value.is_floating_point() or value.numel() != 1 or not bool(torch.isfinite(value)):
+        yield f"{place} is {said(value)}, not a finite number"
+    elif isinstance(known, Tensor) and value.shape != known.shape:
+        yield f"{place} is {said(value)}, not of shape {tuple(known.shape)}"
+
+
+def _state_problems(model: FactoredModel, saved: Mapping[str, Any], layout: Mapping[str, Tensor]) -> Iterator[str]:
+    optimizer = model.optimizer
+    device = next(model.model.parameters()).device
+    example = cache(partial(_example, optimizer, saved["groups"], device))
+    group_of = {id(p): place for place, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    places = {name: group_of[id(p)] for name, p in model.parameters().items() if id(p) in group_of}
+    # Whatever form a weight has, it is in the same group.
+    places |= {name: places[f"{name}.A"] for name in model.records if f"{name}.A" in places}
+    for name, weight in layout.items():
+        place = places.get(name, places.get(name.removesuffix(".A").removesuffix(".B")))
+        if place is None:
+            continue
+        try:
+            wanted = example(place, max(weight.ndim, 1), weight.dtype)
+        except Exception as error:
+            if not blames_data(error):
+                raise
+            yield f"param group {place}: {type(optimizer).__name__} cannot step by its settings: {brief(error)}"
+            return
+        held = saved["state"].get(name)
+        if held:
+            yield from (f"the optimizer's state of {name} lacks {key}" for key in wanted.keys() - held.keys())
+            yield from (
+                f"the optimizer's {said(key)} of {name} is {said(value)}, not of its shape {tuple(weight.shape)}"
+                for key, value in held.items()
+                if not _fits(value, weight, wanted.get(key))
+            )
+
+
+def _example(
+    optimizer: Optimizer,
+    groups: Sequence[Mapping[str, Any]],
+    device: torch.device,
+    place: int,
+    ndim: int,
+    dtype: torch.dtype,
+) -> Mapping[str, Any]:
+    """The state that a parameter has after a step by these settings; empty if not even the present ones can be tried.
+
+    Raises:
+        Whatever the optimizer says of the settings.
+    """
+    ours = {key: value for key, value in optimizer.param_groups[place].items() if key not in PARAMETERS}
+    try:
+        _step(type(optimizer), ours, torch.ones((_SIDE,) * ndim, dtype=dtype, device=device))
+    except Exception as error:
+        if not blames_data(error):
+            raise
+        return {}
+    return _step(type(optimizer), groups[place], torch.ones((_SIDE,) * ndim, dtype=dtype, device=device))
+
+
+def _step(kind: type[Optimizer], settings: Mapping[str, Any], ones: Tensor) -> Mapping[str, Any]:
+    accepted = inspect.signature(kind).parameters
+    known: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in accepted
+    }
+    # Schedules may end a rounding error below 0.
+    parameter, known["lr"] = nn.Parameter(ones), abs(settings["lr"])
+    parameter.grad = torch.ones_like(ones)
+    twin = kind([parameter], **known)
+    twin.step()
+    return dict(twin.state[parameter])
+
+
+def _fits(held: Any, weight: Tensor, wanted: Any) -> bool:
+    """Whether an item of state can belong to a weight, given the one of the twin (None: unknown)."""
+    if not isinstance(held, Tensor):
+        return not isinstance(wanted, Tensor) and (wanted is None or (is_number(held) and held >= 0))
+    if held.layout != torch.strided or held.device.type == "meta":
+        return False
+    if not isinstance(wanted, Tensor):
+        pairs = zip(held.shape, weight.shape, strict=False)
+        return wanted is None and (held.ndim < 2 or (held.ndim == weight.ndim and all(s in (1, w) for s, w in pairs)))
+    if wanted.ndim == 0:
+        # Step counts, and what is like them.
+        return held.numel() == 1 and held.is_floating_point() and bool(torch.isfinite(held)) and float(held) >= 0
+    shape = [whole if side == _SIDE else 1 for side, whole in zip(wanted.shape, weight.shape, strict=False)]
+    return held.dtype == wanted.dtype and list(held.shape) == shape
