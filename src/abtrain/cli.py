@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from abtrain import __version__
 from abtrain.errors import AbtrainError, ConfigurationError, StoppedError
-from abtrain.train.requests import SIGNALS, Requests
+from abtrain.train.requests import SIGNALS, Requests, ignore_all
 from abtrain.train.world import WorldError, check_world
 
 # Each command imports what it needs when it is called, so that `abtrain --help` answers at once.
@@ -35,8 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own = given.index("--") if "--" in given else len(given)
     chosen, rest = parser.parse_known_args(given[:own])
     _, command = COMMANDS[chosen.command]
-    code = _run(command, [*rest, *given[own:]])
-    if chosen.command == "train" and "RANK" in os.environ:
+    is_program = arguments is None
+    code = _run(command, [*rest, *given[own:]], last=is_program)
+    if chosen.command == "train" and (is_program or "RANK" in os.environ):
+        # While Python takes itself apart a signal would end the process, and the code would be lost.
         from abtrain.train.leaving import leave
 
         leave(code)
@@ -115,14 +117,20 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
 }
 
 
-def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
-    """Runs a command; its exit code."""
-    requests = Requests()
+def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str], last: bool = False) -> int:
+    """Runs a command; its exit code.
+
+    Args:
+        command: to run.
+        arguments: of it.
+        last: whether the program ends with it. A request that comes once the code is decided changes nothing then.
+    """
+    requests, over = Requests(), False
 
     def stop(number: int, frame: FrameType | None) -> None:
         first = not requests.number
         # The same request, seen again, must not disturb what the first one has begun.
-        if requests.note(number) or first:
+        if (requests.note(number) or first) and not over:
             raise KeyboardInterrupt if number == signal.SIGINT else StoppedError(_stopped(number))
 
     # What a command does about signals itself comes later, behind imports that take seconds.
@@ -130,10 +138,15 @@ def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> 
     try:
         command(arguments)
     except AbtrainError as error:
+        over = True
         return _fail(error)
     except KeyboardInterrupt:
+        over = True
         return _fail(StoppedError(_stopped(signal.SIGINT)))
     finally:
+        over = True
+        if last:
+            ignore_all()
         for number, handler in before.items():
             # A worker at its end ignores signals from here on, and has to.
             if signal.getsignal(number) is stop:

@@ -236,6 +236,29 @@ def test_the_same_request_does_not_disturb_a_command_that_ends(capsys: pytest.Ca
     assert capsys.readouterr().err == "abtrain: error: stopped on request (SIGTERM)\n"
 
 
+def test_a_request_at_the_end_of_the_program_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its workers have been told first, and have ended; it says so, and is told itself."""
+    before = {number: signal.getsignal(number) for number in ENDS}
+
+    def command(arguments: Any) -> None:
+        raise StoppedError("stopped on request")
+
+    def late(error: StoppedError) -> int:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return error.exit_code
+
+    monkeypatch.setattr(cli, "_fail", late)
+    try:
+        assert cli._run(command, (), last=True) == 75
+        for number in ENDS:
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_loader_outlasts_a_request_to_all_processes() -> None:
     """A worker that has lost the processes which read its images could not make the step that it saves after."""
     loaders = torch.utils.data.DataLoader(
