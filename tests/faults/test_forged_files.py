@@ -21,7 +21,7 @@ from abtrain.dcp import TrainingState
 from abtrain.errors import CheckpointError
 from abtrain.resume import resized
 from abtrain.same import Same
-from tests.faults.test_checkpoints import put
+from tests.faults.test_checkpoints import forge, put
 from tests.faults.test_forged_states import HUGE, NAN, RECIPES, Loop, made, put_at
 
 PART = "part-1.json"
