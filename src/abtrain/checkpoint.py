@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from torch import Tensor
 
-from abtrain.checks import as_checkpoint_error
+from abtrain.checks import as_checkpoint_error, said
 from abtrain.comm.agreement import gather_json
 from abtrain.comm.checksums import digest
 from abtrain.comm.communicator import Communicator
@@ -195,7 +195,7 @@ def _open(path: Path, comm: Communicator) -> tuple[str, Saved, list[Marks]]:
 
     def tensor(file: str, key: str) -> Tensor:
         if file not in files or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{path} refers to {file!r}, which is not one of its files")
+            raise CheckpointError(f"{path} refers to {said(file)}, which is not one of its files")
         if file not in opened:
             opened[file] = TensorFile(path / file, files[file])
         return opened[file].tensor(key)

@@ -50,7 +50,8 @@ from abtrain.roles import trained_by
 from abtrain.rounds import Rounds
 from abtrain.start import check_loaded, check_start, optimizer_settings
 from abtrain.state import SharedState
-from abtrain.state_problems import Run, raise_together, state_problem
+from abtrain.state_parts import Run
+from abtrain.state_problems import raise_together, state_problem
 from abtrain.step_hooks import Coming, StepHooks
 from abtrain.switch import Switch
 from abtrain.sync import GradientSync, WeightSync

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from abtrain.checks import said
 from abtrain.errors import CheckpointError
 from abtrain.saved_files import read_json
 
@@ -67,15 +68,15 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
 def _problem(body: Mapping[str, Any]) -> str:
     """What is wrong with a manifest; empty if nothing is."""
     if body.get("format") != FORMAT:
-        return f"its format is {body.get('format')!r}, and this version of abtrain reads {FORMAT}"
+        return f"its format is {said(body.get('format'))}, and this version of abtrain reads {FORMAT}"
     step, workers, files = body.get("step"), body.get("workers"), body.get("files")
     if type(step) is not int or step < 0 or type(workers) is not int or not 1 <= workers <= _MOST_WORKERS:
-        return f"step {step!r} of {workers!r} workers cannot be"
+        return f"step {said(step)} of {said(workers)} workers cannot be"
     if not isinstance(files, dict) or not isinstance(body.get("resizable"), bool):
         return "it does not say which files there are"
     for name, entry in files.items():
         if not _FILE.fullmatch(name):
-            return f"the file name {name!r} cannot be: parts are called part-0.json and the like"
+            return f"the file name {said(name)} cannot be: parts are called part-0.json and the like"
         if not (isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is int and isinstance(entry[1], str)):
             return f"it does not say how {name} is recognized"
     expected = {f"part-{rank}.{kind}" for rank in range(workers) for kind in ("json", "safetensors")}

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from abtrain.checks import said
+from abtrain.checks import brief, said
 from abtrain.comm.checksums import bytes_of
 from abtrain.errors import CheckpointError
 from abtrain.strict_json import MOST_DIGITS, parse_json
@@ -299,5 +299,5 @@ class TensorFile:
         try:
             found: Tensor = self._file.get_tensor(key)
         except SafetensorError as error:
-            raise CheckpointError(f"{self._path} has no tensor {key!r}: {error}") from error
+            raise CheckpointError(f"{self._path} has no tensor {said(key)}: {brief(error)}") from error
         return found

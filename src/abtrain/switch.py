@@ -71,7 +71,7 @@ class Switch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replaces what was measured by the content of a `state_dict`."""
-        self._spectra = {name: S.clone() for name, S in state["spectra"].items()}
+        self._spectra = {name: S.to("cpu", copy=True) for name, S in state["spectra"].items()}
         self._drift = {name: float(value) for name, value in state["drift"].items()}
         self._sizes = {name: int(size) for name, size in state["sizes"].items()}
 

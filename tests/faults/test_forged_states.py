@@ -41,6 +41,8 @@ RECIPES: dict[str, tuple[Recipe, int]] = {
     "rebound": (recipes.ab(20, warmup_steps=3, ab_steps=6, rebound_steps=4, lr_rebound_steps=3, sigma_cutoff=0.2), 11),
     # A warm-up that ended early.
     "decided": (recipes.ab_outer(24, **REST, every=4, warmup_every=2, drift_below=9.0, settled=1.0), 10),
+    # Amid a round, with room for a merge under way.
+    "quiet": (recipes.local_sgd(20, every=10, delay=5), 13),
     "ended": (recipes.diloco(8, every=4, wire="int4"), 8),
 }
 
@@ -247,6 +249,9 @@ FORGED: dict[tuple[str, str], list[Any]] = {
         for name in ("ended", "rebound")
         for part in ("merger", "rounds", "switch", "meter")
     },
+    ("quiet", "rounds/under_way"): [
+        [{"step": step, "progress": [13 - step, 0], "loss": None, "started": {}}] for step in (12, 13)
+    ],
     ("ended", "rounds/under_way"): [[{"step": 8}], [{"step": 7, "progress": [1, 0]}]],
     ("ended", "step"): [7],
 }
