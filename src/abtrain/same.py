@@ -7,14 +7,14 @@ would be removed for it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from abtrain.comm.agreement import gather_json
 from abtrain.comm.checksums import fingerprint
-from abtrain.comm.communicator import Communicator
+from abtrain.comm.communicator import Communicator, Scope
 from abtrain.comm.topology import Topology
 from abtrain.errors import RanksDisagreeError
 from abtrain.replicas import check_replicas
@@ -66,8 +66,16 @@ def check_same(tree: Any, comm: Communicator, where: str) -> None:
 
 
 def marks(structure: Any) -> Marks:
-    """What is marked, as a structure of references tells it: equal references are equal tensors."""
-    return [[place.strip("/"), scope, str(fingerprint(refs))] for place, scope, refs in same_in(structure)]
+    """What is marked, as a structure of references tells it: equal references are equal tensors.
+
+    Raises:
+        ValueError: a mark of no scope.
+    """
+    found = list(same_in(structure))
+    odd = [place for place, scope, _ in found if scope not in get_args(Scope)]
+    if odd:
+        raise ValueError(f"the mark of {odd[0]} names no scope")
+    return [[place.strip("/"), scope, str(fingerprint(refs))] for place, scope, refs in found]
 
 
 def drifted(answers: Sequence[Sequence[Marks]], topology: Topology) -> str:

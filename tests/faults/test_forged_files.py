@@ -20,7 +20,7 @@ from abtrain.comm.in_process import run_in_process
 from abtrain.dcp import TrainingState
 from abtrain.errors import CheckpointError
 from abtrain.resume import resized
-from abtrain.same import Same
+from abtrain.same import marked
 from tests.faults.test_checkpoints import forge, put
 from tests.faults.test_forged_states import HUGE, NAN, RECIPES, Loop, made, put_at
 
@@ -32,8 +32,8 @@ def content(rank: int, step: int) -> dict[str, Any]:
     """One of everything that a tree may hold."""
     numbers = {1: math.inf, None: -math.inf, False: [0.5], 2.5: math.nan}
     own = torch.tensor([rank, step])
-    weights = Same({"a.weight": torch.ones(3), "b": torch.ones(2, dtype=torch.complex64)}, "world")
-    return {"own": own, "weights": weights, "numbers": numbers, "often": Counter([3, 3, 1]), "digits": 10**3999}
+    weights = marked("weights", {"a.weight": torch.ones(3), "b": torch.ones(2, dtype=torch.complex64)}, "world")
+    return {"own": own, **weights, "numbers": numbers, "often": Counter([3, 3, 1]), "digits": 10**3999}
 
 
 def saved(folder: Path) -> Path:
@@ -55,7 +55,7 @@ def test_everything_that_a_tree_may_hold_comes_back(tmp_path: Path) -> None:
     assert (
         tree["often"] == wanted["often"] and isinstance(tree["often"], Counter) and tree["digits"] == wanted["digits"]
     )
-    assert isinstance(tree["weights"], Same) and torch.equal(tree["weights"]["b"], wanted["weights"]["b"])
+    assert tree["weights_same_on"] == "world" and torch.equal(tree["weights"]["b"], wanted["weights"]["b"])
     assert math.isnan(tree["numbers"].pop(2.5)) and tree["numbers"] == {1: math.inf, None: -math.inf, False: [0.5]}
 
 
@@ -100,11 +100,8 @@ FORGED: dict[str, Callable[[bytes], bytes]] = {
     "items with a list as a key": at("numbers", {"$items": [[[], 2]], "counter": False}),
     "items with a tensor as a key": at("numbers", {"$items": [[WEIGHT, 2]], "counter": False}),
     "a counter by a word": at("numbers", {"$items": [], "counter": "no"}),
-    "the same of nobody": at("weights/$same", "nobody"),
-    "the same of a list": at("weights/$same", []),
-    "the same of no tensors": at("weights/tensors", 3),
-    "the same of numbers": at("weights/tensors/a.weight", 3),
-    "the same with more": at("weights/a.weight", 3),
+    "the same on nobody": at("weights_same_on", "nobody"),
+    "the same on a list": at("weights_same_on", []),
     "a kind that is unknown": at("own", {"$unknown": 3}),
 }
 
@@ -123,7 +120,7 @@ def test_a_file_of_many_levels(within: str, levels: int, tmp_path: Path) -> None
     """Wherever Python comes to its limit: while it reads, hashes, or looks for tensors."""
     newest = saved(tmp_path)
     if within == "part":
-        put(newest, PART, b'{"weights": {"$same": "world", "tensors": {"x": ' + deep(levels) + b"}}}")
+        put(newest, PART, b'{"weights_same_on": "world", "weights": {"x": ' + deep(levels) + b"}}")
     else:
         (newest / "manifest.json").write_bytes(b'{"manifest": ' + deep(levels) + b', "sha256": ""}')
     assert taken(tmp_path) == {1}

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, HashStore, Store  # type: ignore[attr-defined]
 
+from abtrain.comm import peers
+from abtrain.comm.peers import Peers, host_key
 from abtrain.errors import AbtrainError, NonFiniteError, OutOfMemoryError, PeerLostError
-from abtrain.train import peers, worker
+from abtrain.train import worker
 from abtrain.train.config import TrainConfig, resolve
-from abtrain.train.meeting import host_key, meet
-from abtrain.train.peers import Peers
+from abtrain.train.meeting import meet
 from tests import forks
 
 

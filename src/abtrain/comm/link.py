@@ -13,18 +13,20 @@ from torch import Tensor
 from abtrain.comm.checksums import as_bytes
 from abtrain.comm.communicator import Pending
 from abtrain.comm.meter import Meter, Spans
+from abtrain.comm.peers import Peers
 from abtrain.errors import PeerLostError
 
 
 @dataclass(frozen=True)
 class Link:
-    """The ranks of one scope as torch.distributed knows them (`group` None: the world), and their meter."""
+    """The ranks of one scope as torch.distributed knows them (`group` None: the world), their meter, and all peers."""
 
     rank: int
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None
     spans: Spans
     meter: Meter
+    peers: Peers | None = None
 
     def carry(self, name: str, nbytes: int, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Runs one collective to its end, timed, and counts `nbytes`; skips it if there is nothing to do."""
@@ -64,7 +66,8 @@ class Link:
 
     def peer_lost(self, name: str) -> PeerLostError:
         """The error to raise when a collective failed because of another worker."""
+        told = "" if self.peers is None else f"{self.peers.roll_call()}. "
         return PeerLostError(
-            f"rank {self.rank} lost a peer in {name} over ranks {list(self.ranks)}, {self.meter.where}: "
-            "a worker died or did not answer in time. The first error in the other workers' output tells why"
+            f"rank {self.rank} lost a peer in {name} over ranks {list(self.ranks)}, {self.meter.where}: a worker died "
+            f"or did not answer in time. {told}The first error in the other workers' output tells why"
         )

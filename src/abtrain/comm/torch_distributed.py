@@ -36,6 +36,7 @@ from abtrain.comm.ddp import TorchDataParallel, point_sync_batch_norm
 from abtrain.comm.hooks import GradientHook, make_hook
 from abtrain.comm.link import Link
 from abtrain.comm.meter import Meter
+from abtrain.comm.peers import peers_of_world
 from abtrain.comm.topology import Topology, default_group_size
 from abtrain.errors import ConfigurationError
 from abtrain.sync import GradientSync, Sync
@@ -86,6 +87,7 @@ class TorchCommunicator:
         self.topology = topology
         self.device = _device_of_backend()
         self.meter = meter or Meter()
+        self.peers = peers_of_world()
         self._group = self._make_groups()
         if self._group is not None:
             # Whoever cannot be reached is found now, and not in the first phase that needs the group.
@@ -176,6 +178,7 @@ class TorchCommunicator:
             group=self._group if scope == "group" else None,
             spans=scope_spans(self.topology, scope),
             meter=self.meter,
+            peers=self.peers,
         )
 
     def _make_groups(self) -> dist.ProcessGroup | None:

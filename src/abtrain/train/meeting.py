@@ -15,14 +15,10 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
+from abtrain.comm.peers import host_key
 from abtrain.errors import PeerLostError
 
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.02, 0.5
-
-
-def host_key(rank: int) -> str:
-    """Under which a worker says, in the part of the store that `meet` returns, which host it is on."""
-    return f"host/{rank}"
 
 
 def meet(store: Store, rank: int, world_size: int, seconds: float) -> Store:

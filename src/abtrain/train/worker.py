@@ -25,13 +25,13 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from abtrain.comm.communicator import Communicator
-from abtrain.comm.torch_distributed import default_communicator
+from abtrain.comm.peers import Peers
+from abtrain.comm.torch_distributed import TorchCommunicator, default_communicator
 from abtrain.errors import AbtrainError, ConfigurationError, OutOfMemoryError, PeerLostError, StoppedError
 from abtrain.train.config import TrainConfig
 from abtrain.train.config_file import from_toml
 from abtrain.train.loop import train
 from abtrain.train.meeting import launch_of, meet
-from abtrain.train.peers import Peers
 from abtrain.train.requests import end_at_once, ignore_all
 from abtrain.train.world import joined_world
 
@@ -91,6 +91,8 @@ def train_together(config: TrainConfig, store: Store | None = None) -> None:
         with _losses_named(peers), memory_named(rank):
             communicator = _join(config, store, rank)
             peers.learn_hosts()
+            if isinstance(communicator, TorchCommunicator):
+                communicator.peers = peers  # whose store also has the word of those who ended by themselves
             train(_grouped(config, communicator), communicator, PrefixStore("stopping", store), launch)
     finally:
         if dist.is_initialized():
@@ -153,7 +155,10 @@ def _losses_named(peers: Peers) -> Iterator[None]:
         peers.leave_word(error)
         raise
     except PeerLostError as error:
-        raise PeerLostError(f"{error}. {peers.roll_call()}") from error
+        told = peers.roll_call()
+        if told in str(error):
+            raise
+        raise PeerLostError(f"{error}. {told}") from error
     except BaseException as error:
         peers.leave_word(error)
         raise

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import platform
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-from torch.distributed import Store  # type: ignore[attr-defined]
-
-from abtrain.train.meeting import host_key
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 _WAIT_SECONDS = 2.0
 """For the others' word. Those who lose a peer notice at about the same time."""
@@ -20,13 +22,18 @@ _HERE = "here"
 _LONGEST_WORD = 300
 
 
+def host_key(rank: int) -> str:
+    """Under which a worker says in the store which host it is on."""
+    return f"host/{rank}"
+
+
 class Peers:
     """The workers of one attempt, who leave word in the store when they lose a peer or end before their time.
 
     No call raises an error or takes longer than seconds, even if the store is gone.
 
     Args:
-        store: of this attempt alone, as `meet` returned it.
+        store: of these workers alone, in which each may have left its host (see `host_key`).
         rank: of this worker.
         world_size: how many workers there are.
     """
@@ -37,6 +44,7 @@ class Peers:
         self._others = [other for other in range(world_size) if other != rank]
         self._hosts: dict[int, str] = {}
         self._words: dict[int, str] = {}
+        self._told = ""
 
     def learn_hosts(self) -> None:
         """Asks where the others are, while the store can still be reached."""
@@ -49,7 +57,11 @@ class Peers:
         _within(_STORE_SECONDS, lambda: self._store.set(_key(self._rank), word))
 
     def roll_call(self) -> str:
-        """Waits a moment for the others' word; a sentence on who is missing, or what they said."""
+        """Waits a moment for the others' word; a sentence on who is missing, or what they said. Once: it is kept."""
+        self._told = self._told or self._ask_around()
+        return self._told
+
+    def _ask_around(self) -> str:
         if not _within(_WAIT_SECONDS + _STORE_SECONDS, self._call_roll):
             return (
                 "Who is missing cannot be told, since the store where workers meet is out of reach: the process that "
@@ -81,6 +93,19 @@ class Peers:
             if len(self._words) == len(self._others) or time.monotonic() > deadline:
                 return
             time.sleep(_PAUSE_SECONDS)
+
+
+_worlds = itertools.count()
+
+
+def peers_of_world() -> Peers:
+    """The workers of torch.distributed's world. All workers call it, as often as the others."""
+    # A world may see several of them, and what was said to one of them says nothing to the next.
+    distributed: Any = dist.distributed_c10d
+    store = PrefixStore(f"abtrain/{next(_worlds)}", distributed._get_default_store())
+    rank, size = dist.get_rank(), dist.get_world_size()
+    _within(_STORE_SECONDS, lambda: store.set(host_key(rank), platform.node()))
+    return Peers(store, rank, size)
 
 
 def _key(rank: int) -> str:
