@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch import nn
 from torch.optim import Optimizer
 
 from abtrain.errors import UsageError
+from abtrain.lowrank.classify import owner
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.precondition import Preconditioner
 from abtrain.nonfinite import GradientGuard, OnNonFinite
@@ -41,12 +43,14 @@ class Ownership:
         self._names = model.parameters().keys()
         self._frozen = {name: model.model.get_parameter(name) for name in frozen}
         self._checked: list[int] = []
+        self._dense: list[_Place] = []
 
     def check(self, optimizer: Optimizer) -> None:
         """Looks at the optimizer's parameters, before it steps.
 
         Raises:
-            UsageError: it holds a parameter that no merge knows, or lacks one that workers share.
+            UsageError: it holds a parameter that no merge knows, or lacks one that workers share; or one of these was
+                frozen, thawed or replaced since training began.
         """
         held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
         thawed = [name for name, p in self._frozen.items() if p.requires_grad and id(p) in held] if self._frozen else []
@@ -55,8 +59,13 @@ class Ownership:
                 f"{', '.join(thawed)} was frozen when ABTraining was built and is not shared, but is trained now: "
                 "build ABTraining with every parameter that is to be trained"
             )
-        if held == self._checked:
-            return
+        if held != self._checked:
+            self._check_held(optimizer, held)
+            self._dense = self._places()
+            self._checked = held
+        self._check_places()
+
+    def _check_held(self, optimizer: Optimizer, held: Sequence[int]) -> None:
         names = self._names | self._model.factors().keys()
         known = {id(p): name for name, p in self._model.parameters().items() if name in names}
         shapes = [str(tuple(p.shape)) for g in optimizer.param_groups for p in g["params"] if id(p) not in known]
@@ -72,7 +81,38 @@ class Ownership:
                 f"the optimizer no longer holds {', '.join(lost[:4])}, which workers share: leave the param groups as "
                 "they were when ABTraining was built, and freeze parameters by a learning rate of 0"
             )
-        self._checked = held
+
+    def _places(self) -> list[_Place]:
+        """Where the trained parameters are that are not factored."""
+        factors, places = self._model.factors(), []
+        for name, parameter in self._model.parameters().items():
+            if name not in factors and name not in self._frozen:
+                module, attribute = owner(self._model.model, name)
+                places.append(_Place(name, module._parameters, attribute, parameter))
+        return places
+
+    def _check_places(self) -> None:
+        moved = [one.name for one in self._dense if one.of_module.get(one.attribute) is not one.parameter]
+        if moved:
+            raise UsageError(
+                f"{', '.join(moved[:4])} is no longer a parameter of the model: pruning, weight norm, parametrizations "
+                "and the like replace it. Apply them before the optimizer and ABTraining are built"
+            )
+        frozen = [one.name for one in self._dense if not one.parameter.requires_grad]
+        if frozen:
+            raise UsageError(
+                f"{', '.join(frozen[:4])} was trained when ABTraining was built, and is frozen now: freeze parameters "
+                "before ABTraining is built, or by a learning rate of 0"
+            )
+
+
+class _Place(NamedTuple):
+    """A parameter, and where it belongs."""
+
+    name: str
+    of_module: Mapping[str, Any]
+    attribute: str
+    parameter: nn.Parameter
 
 
 class StepHooks:

@@ -305,3 +305,40 @@ def test_one_worker_alone_loses_nothing_on_any_wire(wire: str) -> None:
     averages = finish(make_wire(wire_between(1, wire)).average(numbers, SingleProcess()))
     assert all(torch.equal(averages.mean[name], tensor) for name, tensor in numbers.items())
     assert all(not error.any() for error in averages.error.values())
+
+
+class Gated(nn.Module):
+    """A layer whose gradient is exactly zero while its gate is shut, as that of a LoRA's A at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.gated, self.head = nn.Linear(16, 64), nn.Linear(64, 64), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor, gate: float) -> Tensor:
+        h = torch.tanh(self.inner(x))
+        y: Tensor = self.head(h + gate * self.gated(h))
+        return y
+
+
+def through_a_gate(comm: Communicator, rank: int, dtype: torch.dtype) -> list[float]:
+    torch.manual_seed(0)
+    model = Gated().to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ab = ABTraining(model, optimizer, recipes.powersgd(14, rank=rank), communicator=comm)
+    generator = torch.Generator().manual_seed(comm.rank)
+    before = model.gated.weight.detach().clone()
+    while not ab.finished:
+        x, y = torch.randn(8, 16, generator=generator), torch.randint(0, 5, (8,), generator=generator)
+        F.cross_entropy(ab(x.to(dtype), float(ab.steps_done >= 8)).float(), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ab.step()
+    assert not torch.equal(model.gated.weight, before)
+    return [float(p.detach().double().sum()) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_powersgd_of_a_gradient_of_zero(rank: int, dtype: torch.dtype) -> None:
+    first, second = run_gloo(2, through_a_gate, rank, dtype)
+    assert first == second and all(map(math.isfinite, first))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from abtrain import ABTraining, recipes
 from abtrain.comm.communicator import Communicator
@@ -155,10 +156,6 @@ def lower_the_rate(loop: Loop) -> None:
     loop.optimizer.param_groups[0]["lr"] *= 0.5
 
 
-def freeze_a_bias(loop: Loop) -> None:
-    loop.model.get_parameter("2.bias").requires_grad_(False)
-
-
 def change_betas(loop: Loop) -> None:
     loop.optimizer.param_groups[0]["betas"] = (0.8, 0.9)
 
@@ -167,7 +164,6 @@ def change_betas(loop: Loop) -> None:
     ("change", "words"),
     [
         (lower_the_rate, "param_groups[0].lr is 0.01 on rank 0 and 0.005 on rank 1"),
-        (freeze_a_bias, "model.2.bias.requires_grad is True on rank 0 and False on rank 1"),
         (change_betas, "param_groups[0].betas[0] is 0.9 on rank 0 and 0.8 on rank 1"),
     ],
 )
@@ -213,6 +209,26 @@ def thawed(loop: Loop) -> None:
     loop.model.get_parameter("0.bias").requires_grad_(True)
 
 
+def frozen_later(loop: Loop) -> None:
+    loop.model.get_parameter("2.bias").requires_grad_(False)
+
+
+def pruned(loop: Loop) -> None:
+    prune.random_unstructured(loop.model.get_submodule("2"), "bias", 0.5)
+
+
+def parametrized(loop: Loop) -> None:
+    parametrize.register_parametrization(loop.model.get_submodule("4"), "bias", nn.Identity())
+
+
+def set_anew(loop: Loop) -> None:
+    loop.model.get_submodule("2").bias = nn.Parameter(loop.model.get_parameter("2.bias").detach().clone())
+
+
+def deleted(loop: Loop) -> None:
+    loop.model.get_submodule("2").register_parameter("bias", None)
+
+
 def taken_out(loop: Loop) -> None:
     del loop.optimizer.param_groups[0]["params"][-1]
 
@@ -224,6 +240,11 @@ def taken_out(loop: Loop) -> None:
         (registered_later, r"1 parameters that the model did not have .*shapes \(2, 3\)\)"),
         (thawed, "0.bias was frozen when ABTraining was built"),
         (taken_out, "no longer holds .*, which workers share"),
+        (frozen_later, "2.bias was trained when ABTraining was built, and is frozen now"),
+        (pruned, "2.bias is no longer a parameter of the model: pruning, weight norm"),
+        (parametrized, "4.bias is no longer a parameter of the model"),
+        (set_anew, "2.bias is no longer a parameter of the model"),
+        (deleted, "2.bias is no longer a parameter of the model"),
     ],
 )
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -237,11 +258,11 @@ def test_an_optimizer_that_trains_other_parameters_than_workers_share(
         loop = Loop(comm, RECIPES[recipe], model)
         loop.run(5)
         change(loop)
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        before = [(p, p.detach().clone()) for p in model.parameters()]
         with pytest.raises(UsageError, match=words):
             loop.step()
         # It is told before the step, on every worker that it happens to.
-        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        assert all(torch.equal(p, value) for p, value in before)
 
     run_in_process(workers, work)
 

@@ -59,12 +59,18 @@ class PowerSGD:
     in_turn = True
     # DDP lays its buckets out anew after the first backward pass: errors of the first layout would fit no more.
     _PLAIN_STEPS = 2
+    # A weight whose gradient is zero for some steps has columns of zeros, which cannot be normalized.
+    _EPSILON = 1e-8
 
     def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
         self._state = PowerSGDState(
-            process_group=group, matrix_approximation_rank=rank, start_powerSGD_iter=self._PLAIN_STEPS
+            process_group=group,
+            matrix_approximation_rank=rank,
+            start_powerSGD_iter=self._PLAIN_STEPS,
+            orthogonalization_epsilon=self._EPSILON,
         )
         self.arrivals: list[int] | None = []
+        self._noise: dict[int, Tensor] = {}
 
     def __call__(self, bucket: Bucket) -> tuple[torch.futures.Future[Tensor], int]:
         state, buffer = self._state, bucket.buffer()
@@ -74,10 +80,26 @@ class PowerSGD:
             buffer.mul_(1.0 / state.process_group.size())
             work = dist.all_reduce(buffer, group=state.process_group, async_op=True)
             return work.get_future().then(lambda future: future.value()[0]), buffer.nbytes
+        self._refill_starts(bucket.index())
         before = state.total_numel_after_compression
         future = powerSGD_hook(state, bucket)
         sent = state.total_numel_after_compression - before
         return future, sent * buffer.element_size() if sent else buffer.nbytes
+
+
+    def _refill_starts(self, index: int) -> None:
+        """Replaces zeros in a bucket's warm starts by noise, the same on all ranks.
+
+        A gradient of zero leaves a start of zero, and from there no later gradient would ever be found.
+        """
+        starts = self._state.q_memory_dict.get(index)
+        if starts is None:
+            return
+        noise = self._noise.get(index)
+        if noise is None or noise.shape != starts.shape:
+            drawn = torch.randn(starts.shape, generator=torch.Generator().manual_seed(index), dtype=torch.float32)
+            noise = self._noise[index] = drawn.to(starts)
+        starts.copy_(torch.where(starts == 0, noise, starts))
 
 
 def make_hook(sync: GradientSync, group: dist.ProcessGroup) -> GradientHook:
