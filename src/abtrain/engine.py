@@ -41,6 +41,7 @@ from abtrain.level import level_grad_scaler
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.model import FactoredModel
 from abtrain.merge import Merger
+from abtrain.modes import in_own_modes, own_modes
 from abtrain.nonfinite import OnNonFinite
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
@@ -98,6 +99,7 @@ class ABTraining:
         RanksDisagreeError: the workers' recipes or options differ, or their models in names, shapes or dtypes.
     """
 
+    @in_own_modes
     def __init__(
         self,
         model: nn.Module,
@@ -233,6 +235,7 @@ class ABTraining:
         """Gradient accumulation: forward and backward passes inside it do not communicate, as with DDP."""
         return self._arrangement.parallel.no_sync()
 
+    @in_own_modes
     def step(self, loss: float | Tensor | None = None) -> None:
         """One training step is done: merges, and phase changes, happen here. Call it after `optimizer.step()`.
 
@@ -294,19 +297,28 @@ class ABTraining:
         if position is None or self._workers_equal or not isinstance(position.phase.sync, WeightSync):
             yield self.module
             return
-        self._rounds.roll_call(self.steps_done, position.phase_index, self.recipe.at)
-        with self._state.averaged():
+        average = self._state.averaged()
+        with own_modes():
+            self._rounds.roll_call(self.steps_done, position.phase_index, self.recipe.at)
+            average.__enter__()
+        # What is done with the average is done in the caller's modes.
+        try:
             yield self.module
+        finally:
+            with own_modes():
+                average.__exit__(None, None, None)
 
     def describe(self) -> Description:
         """Every parameter with what becomes of it and why, the phases, and the groups."""
         dense_this_cycle = dict(self._arrangement.dense_this_cycle)
         return Description(self.recipe, self.communicator.topology, tuple(self._treatments), dense_this_cycle)
 
+    @in_own_modes
     def dense_state_dict(self) -> dict[str, Tensor]:
         """The full-rank state dict, loadable into the model as it was built; factored weights as W = A B."""
         return self._model.dense_state_dict()
 
+    @in_own_modes
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on from here, in any phase: tensors and JSON values by name.
 
@@ -331,6 +343,7 @@ class ABTraining:
             **self._parts().state_dict(self._equal_scope),
         }
 
+    @in_own_modes
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a `state_dict` of the same recipe, model and optimizer: to the last bit, on the same machine.
 

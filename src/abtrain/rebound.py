@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from abtrain.modes import in_own_modes
+
 
 class LRRebound:
     """Scales the learning rates of an optimizer while it steps, and only then.
@@ -59,6 +61,7 @@ class LRRebound:
         for hook in self._hooks:
             hook.remove()
 
+    @in_own_modes
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A step that raised never came to its post-hook: its learning rates are still scaled.
         self._put_back()
@@ -70,6 +73,7 @@ class LRRebound:
             self._scheduled.append((group, scheduled, scaled))
             group["lr"] = scaled
 
+    @in_own_modes
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._put_back()
 

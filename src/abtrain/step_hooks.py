@@ -12,6 +12,7 @@ from abtrain.errors import UsageError
 from abtrain.lowrank.classify import owner
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.precondition import Preconditioner
+from abtrain.modes import in_own_modes
 from abtrain.nonfinite import GradientGuard, OnNonFinite
 from abtrain.phase import Phase
 
@@ -160,6 +161,7 @@ class StepHooks:
         for handle in self._handles:
             handle.remove()
 
+    @in_own_modes
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         coming = self._coming()
         if coming is None:
@@ -186,6 +188,7 @@ class StepHooks:
             self.round_began = False
         self.preconditioner.before_step(records.values())
 
+    @in_own_modes
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.count += 1
         self.preconditioner.after_step()

@@ -86,7 +86,6 @@ class PowerSGD:
         sent = state.total_numel_after_compression - before
         return future, sent * buffer.element_size() if sent else buffer.nbytes
 
-
     def _refill_starts(self, index: int) -> None:
         """Replaces zeros in a bucket's warm starts by noise, the same on all ranks.
 
