@@ -18,7 +18,7 @@ from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.roles import trained_factors
 from abtrain.rounds import Rounds
-from abtrain.start import check_phase
+from abtrain.start import HYPERPARAMETERS, check_phase
 from abtrain.switch import Switch
 from abtrain.sync import GradientSync, WeightSync
 
@@ -37,6 +37,7 @@ class Arrangement:
         switch: tells which spectra have settled.
         rebound: climbs after a change of shapes.
         find_unused_parameters: as in DDP.
+        same_settings: whether the optimizers' settings have to be equal on all workers.
 
     Attributes:
         parallel: through which forward passes go, so that gradients are averaged as the phase says.
@@ -55,6 +56,7 @@ class Arrangement:
         switch: Switch,
         rebound: LRRebound,
         find_unused_parameters: bool,
+        same_settings: bool,
     ) -> None:
         self.parallel: DataParallel = Unsynchronized(model.model)
         self.rank_history: list[dict[str, Any]] = []
@@ -62,7 +64,7 @@ class Arrangement:
         self.seconds = {"svd": 0.0}
         self._model, self._treatments, self._comm = model, treatments, comm
         self._merger, self._rounds, self._switch, self._rebound = merger, rounds, switch, rebound
-        self._find_unused_parameters = find_unused_parameters
+        self._find_unused_parameters, self._same_settings = find_unused_parameters, same_settings
 
     def enter(self, position: Position, recipe: Recipe) -> None:
         """A phase begins. Collective over the world.
@@ -94,7 +96,8 @@ class Arrangement:
     def _check(self, position: Position) -> None:
         """DDP adds up elements by their place in memory, and hangs or aborts where parameters differ in number."""
         if position.phase.sync is not None:
-            check_phase(self._comm, self._model, f"step {position.step}, phase {position.phase.name}")
+            where = f"step {position.step}, phase {position.phase.name}"
+            check_phase(self._comm, self._model, where, HYPERPARAMETERS if self._same_settings else ())
 
     def _make_alike(self, restored: Sequence[str]) -> None:
         """What each worker has multiplied out for itself, and all are to hold alike, becomes so to the last bit."""

@@ -4,11 +4,15 @@ A buffer that all workers hold the same stays as it is, to the bit, whatever it 
 counters. An average would round it, or be refused for its infinities. Other buffers, such as running statistics, differ
 at every merge. So workers remember which buffers differed, and prove with one number in the roll call that nothing else
 does. Only where that fails, they compare buffer by buffer.
+
+Of the buffers that differ, running statistics are averaged. All others follow one worker, as under DDP: the mean of two
+masks, of two codebooks, or of two unit vectors is none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +23,24 @@ from abtrain.comm.communicator import Communicator
 
 _COMPARE = 0
 """Told in the place of a fingerprint: a buffer that differed before is not finite here."""
+
+
+_STATISTICS = ("running_mean", "running_var")
+"""How norms of PyTorch, and others in their manner, call what they average over batches."""
+
+
+def averaged_buffers(names: Iterable[str], further: Sequence[str] = ()) -> list[str]:
+    """Of these buffers, those that are averaged where they differ.
+
+    Args:
+        names: of buffers.
+        further: globs of names that are averaged too.
+    """
+    return [
+        name
+        for name in names
+        if name.rpartition(".")[2] in _STATISTICS or any(fnmatchcase(name, pattern) for pattern in further)
+    ]
 
 
 class Compared(NamedTuple):

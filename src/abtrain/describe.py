@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from abtrain.comm.topology import Topology
 from abtrain.lowrank.classify import Kind, Treatment
@@ -20,12 +21,14 @@ class Description:
         topology: workers and groups.
         treatments: one for every parameter of the model.
         dense_this_cycle: weights that could be factored but are not at present, with the reason.
+        buffers: by name, what becomes of a buffer at a merge, where workers hold it differently.
     """
 
     recipe: Recipe
     topology: Topology
     treatments: tuple[Treatment, ...]
     dense_this_cycle: dict[str, str]
+    buffers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[Kind, int]:
@@ -36,7 +39,15 @@ class Description:
         return dict(counts)
 
     def __str__(self) -> str:
-        return "\n".join([*self._phase_lines(), self._group_line(), *self._parameter_lines(), self._total_line()])
+        return "\n".join(
+            [
+                *self._phase_lines(),
+                self._group_line(),
+                *self._parameter_lines(),
+                self._total_line(),
+                *self._buffer_lines(),
+            ]
+        )
 
     def _phase_lines(self) -> list[str]:
         recipe = self.recipe
@@ -77,6 +88,13 @@ class Description:
             shape = "x".join(map(str, t.shape)) or "scalar"
             lines.append(f"  {t.name:<{width}}  {shape:>16}  {t.kind:<8}  {reason}")
         return lines
+
+    def _buffer_lines(self) -> list[str]:
+        if not self.buffers:
+            return []
+        width = max(map(len, self.buffers))
+        lines = [f"  {name:<{width}}  {treatment}" for name, treatment in self.buffers.items()]
+        return ["buffers that workers hold differently at a merge (all others stay as they are):", *lines]
 
     def _total_line(self) -> str:
         total = sum(self.parameters.values())

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, get_args
 
@@ -56,7 +56,7 @@ from abtrain.state_problems import raise_together, state_problem
 from abtrain.step_hooks import Coming, StepHooks
 from abtrain.switch import Switch
 from abtrain.sync import GradientSync, WeightSync
-from abtrain.validate import doubts_about, problems_here, problems_of
+from abtrain.validate import buffer_problems, doubts_about, problems_here, problems_of
 
 log = logging.getLogger("abtrain")
 
@@ -83,6 +83,10 @@ class ABTraining:
         on_nonfinite: where NaN or infinity turn up, `stop` on all workers before anything is averaged or changed;
             `drop_worker`: leave a worker's part of a merge out, and give it what the others agree on; `skip`: leave out
             optimizer steps by such gradients, on all who share them. What cannot be left out so stops.
+        average_buffers: globs of buffers that are averaged where workers hold them differently. Running statistics
+            always are; all other buffers follow one worker, as under DDP.
+        same_settings: compare the optimizers' settings at the start, at each phase and before each merge. False for
+            loops in which workers are meant to train by unlike ones.
         measure_divergence: at every merge, how far workers have come apart in each layer, for two numbers a layer.
 
     Attributes:
@@ -111,9 +115,11 @@ class ABTraining:
         grad_scaler: torch.amp.GradScaler | None = None,
         find_unused_parameters: bool = False,
         on_nonfinite: OnNonFinite = "stop",
+        average_buffers: Sequence[str] = (),
+        same_settings: bool = True,
         measure_divergence: bool = False,
     ) -> None:
-        comm = _checked(model, optimizer, recipe, communicator, group_size, on_nonfinite)
+        comm = _checked(model, optimizer, recipe, communicator, group_size, on_nonfinite, average_buffers)
         self.module = model
         self.optimizer = optimizer
         self.recipe = self._given_recipe = recipe
@@ -127,7 +133,7 @@ class ABTraining:
         names = [treatment.name for treatment in self._treatments if treatment.kind == "factored"]
         state = recipe.factoring.optimizer_state if recipe.factoring else "reset"
         self._model = FactoredModel(model, optimizer, names, state)
-        self._state = SharedState(self._model, self._treatments, comm)
+        self._state = SharedState(self._model, self._treatments, comm, average_buffers, same_settings)
         self._merger = Merger(comm, on_nonfinite)
         self.divergence: list[dict[str, Any]] = []
         self._divergence = Divergence(comm)
@@ -147,9 +153,10 @@ class ABTraining:
             find_unused_parameters=find_unused_parameters,
             on_nonfinite=on_nonfinite,
             measure_divergence=measure_divergence,
+            average_buffers=tuple(average_buffers),
             names=list(self._state.layout()),
             model=self._state.layout(),
-            param_groups=optimizer_settings(optimizer, self._model.parameters()),
+            param_groups=optimizer_settings(optimizer, self._model.parameters(), None if same_settings else ()),
         )
         self._state.agree()
         comm.begin_run()
@@ -173,6 +180,7 @@ class ABTraining:
             self._switch,
             self._rebound,
             find_unused_parameters,
+            same_settings,
         )
         self._arrangement.enter(self._position, recipe)
 
@@ -311,7 +319,9 @@ class ABTraining:
     def describe(self) -> Description:
         """Every parameter with what becomes of it and why, the phases, and the groups."""
         dense_this_cycle = dict(self._arrangement.dense_this_cycle)
-        return Description(self.recipe, self.communicator.topology, tuple(self._treatments), dense_this_cycle)
+        averaged = self._state.averaged_buffers()
+        buffers = {name: "averaged" if name in averaged else "follows one worker" for name in self._state.buffers()}
+        return Description(self.recipe, self.communicator.topology, tuple(self._treatments), dense_this_cycle, buffers)
 
     @in_own_modes
     def dense_state_dict(self) -> dict[str, Tensor]:
@@ -494,6 +504,7 @@ def _checked(
     communicator: Communicator | None,
     group_size: int | None,
     on_nonfinite: OnNonFinite,
+    average_buffers: Sequence[str],
 ) -> Communicator:
     """The communicator to use, if nothing is wrong with these arguments of `ABTraining`.
 
@@ -505,6 +516,8 @@ def _checked(
         problems.append(f"on_nonfinite={on_nonfinite!r} is unknown: use {', '.join(get_args(OnNonFinite))}")
     if communicator is not None and group_size is not None:
         problems.append("group_size is the communicator's own: give one of the two")
+    if isinstance(model, nn.Module):
+        problems += buffer_problems(model, average_buffers)
     if problems:
         raise ConfigurationError(problems)
     comm = default_communicator(group_size) if communicator is None else communicator

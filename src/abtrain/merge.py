@@ -17,14 +17,14 @@ A worker whose part is not finite has no share: the others share what it would h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from abtrain.buffers import Buffers, Compared, is_finite
-from abtrain.comm.agreement import Told, roll_call, share
+from abtrain.comm.agreement import Place, Told, roll_call, share
 from abtrain.comm.checksums import checksum
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.low_rank_wire import LowRankWire
@@ -121,7 +121,8 @@ class Merger:
         buffers: Mapping[str, Tensor] | None = None,
         started: Mapping[str, Tensor] | None = None,
         loss: float | None = None,
-        place: Mapping[str, int] | None = None,
+        place: Place | None = None,
+        averaged: Collection[str] = (),
         measure: bool = False,
     ) -> Stages[Outcome]:
         """Merges, in stages: what changed is read now, and the outcome written, in place, at the end.
@@ -136,12 +137,12 @@ class Merger:
             sync: by which rule, over which wire.
             trained_by: by name, for each worker whether it trained the tensor, where not all did.
             buffers: real tensors of any dtype, by name. One that all workers hold the same stays as it is, whatever it
-                holds. Of the others, floating-point numbers are averaged, and all else follows the first worker whose
-                part is finite.
+                holds.
             started: copies of `tensors` and `buffers` as they were when the merge began; None: as they are now, and
                 nothing is trained before the merge ends.
             loss: this worker's mean training loss in the round, if it is known.
             place: what has to be alike on all workers that merge, such as `step`.
+            averaged: names of the buffers that are averaged where they differ; the others follow one worker.
             measure: whether the outcome is to tell how far workers agree; by 16 KiB more.
 
         Raises:
@@ -158,12 +159,14 @@ class Merger:
         told = self._buffers.told({name: started[name] for name in buffers}, sums)
         rows = yield from roll_call(self._comm, place, _told(deltas, told, loss))
         parts = [Part(*row) for row in rows]
-        fail_at(self._comm.rank, place.get("step", 0), "merge.agreed")
+        step = place.get("step")
+        fail_at(self._comm.rank, step if isinstance(step, int) else 0, "merge.agreed")
         compared = self._buffers.compare(
             {name: started[name] for name in buffers}, sums, [part.buffers for part in parts]
         )
         alive = self._alive(parts, compared)
-        followed = self._follow_first(compared, started, alive)
+        followed = {name: started[name].clone() for name in compared.differing if name not in averaged}
+        share(self._comm, list(followed.values()), [alive.index(True)] * len(followed))
         floats = [name for name in compared.differing if name not in followed]
         numbers = self._contribution(sync.merge, deltas, alive, trained_by, parts)
         beside = [started[name] for name in floats] + ([sketch_of(deltas)] if measure else [])
@@ -186,12 +189,6 @@ class Merger:
             # A worker without a share has nothing finite to keep.
             held[name].copy_(_moved(value, held[name], base[name]) if alive[self._comm.rank] else value)
         return Outcome(agreement, tuple(rank for rank, is_well in enumerate(alive) if not is_well))
-
-    def _follow_first(self, compared: Compared, started: Mapping[str, Tensor], alive: Sequence[bool]) -> Tensors:
-        """Of the differing buffers that cannot be averaged, copies of what the first finite worker holds."""
-        copies = {name: started[name].clone() for name in compared.differing if not started[name].is_floating_point()}
-        share(self._comm, list(copies.values()), [alive.index(True)] * len(copies))
-        return copies
 
     def eager(self, rule: Any, name: str, started: Tensor) -> Tensor:
         """What a worker trains on from while its merge is hidden, given what it held when that began."""

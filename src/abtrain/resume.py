@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abtrain.buffers import averaged_buffers
 from abtrain.checks import as_checkpoint_error, said
 from abtrain.comm.checksums import checksum, stable_repr
 from abtrain.comm.communicator import Scope
@@ -177,7 +178,8 @@ def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> 
     # The first worker alone measures.
     measured = states[0]["switch"] if rank == 0 else {"spectra": {}, "drift": {}, "sizes": {}}
     merged = {
-        name: _merged([other["model"]["buffers"][name] for other in states]) for name in states[0]["model"]["buffers"]
+        name: _merged(name, [other["model"]["buffers"][name] for other in states])
+        for name in states[0]["model"]["buffers"]
     }
     own: dict[str, Any] = {}
     # All, since a state that is malformed is to be found by all workers, and not only by those who take it over.
@@ -217,10 +219,10 @@ def _at_last_merge(state: Mapping[str, Any], buffers: Mapping[str, Tensor], reci
     }
 
 
-def _merged(buffers: Sequence[Tensor]) -> Tensor:
+def _merged(name: str, buffers: Sequence[Tensor]) -> Tensor:
     """One buffer of all workers as a merge would leave it (see `abtrain.buffers`)."""
     first = buffers[0]
-    if not first.is_floating_point() or all(checksum(buffer) == checksum(first) for buffer in buffers):
+    if not averaged_buffers([name]) or all(checksum(buffer) == checksum(first) for buffer in buffers):
         return first
     return torch.stack(list(buffers)).mean(0)
 

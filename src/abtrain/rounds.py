@@ -98,7 +98,7 @@ class Rounds:
             return False
         where = f"step {step}, phase {position.phase.name}"
         check_replicas(self._comm, self._state.parameters(), "group", where)
-        mean_loss = math.fsum(self._losses) / len(self._losses) if self._losses else None
+        mean_loss = _mean(self._losses) if self._losses else None
         if _whole_round(position):
             self._losses = []
         if sync.delay and not position.last:
@@ -244,6 +244,7 @@ class Rounds:
             started=started,
             loss=loss,
             place=place,
+            averaged=self._state.averaged_buffers(),
             measure=until is not None and until.measure == "agreement",
         )
         if outcome.dropped:
@@ -254,6 +255,14 @@ class Rounds:
             self._begin_anew()
         fail_at(self._comm.rank, step, "merge.end")
         self.outcome = outcome
+
+
+def _mean(losses: Sequence[float]) -> float:
+    """Infinite where a loss is not finite, or where losses are too large to be added up."""
+    try:
+        return math.fsum(losses) / len(losses)
+    except (OverflowError, ValueError):
+        return math.inf
 
 
 def _whole_round(position: Position) -> bool:

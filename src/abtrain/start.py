@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from abtrain.comm.agreement import differing_fields, gather_json, values_by_rank
+from abtrain.comm.agreement import ABSENT, differing_fields, gather_json, values_by_rank
 from abtrain.comm.checksums import fingerprint, stable_repr
 from abtrain.comm.communicator import Communicator
 from abtrain.errors import RanksDisagreeError
@@ -21,7 +21,6 @@ from abtrain.lowrank.model import FactoredModel
 from abtrain.recipe import Recipe
 
 _MOST_TOLD = 5
-_ABSENT = "absent"
 
 
 def check_start(comm: Communicator, recipe: Recipe, **options: object) -> None:
@@ -43,13 +42,14 @@ def check_start(comm: Communicator, recipe: Recipe, **options: object) -> None:
     )
 
 
-def check_phase(comm: Communicator, model: FactoredModel, where: str) -> None:
+def check_phase(comm: Communicator, model: FactoredModel, where: str, settings: Collection[str]) -> None:
     """Compares what DDP is about to be built on, and the optimizer. Collective over the world; 24 bytes.
 
     Args:
         comm: of this worker.
         model: with its optimizer, in the form of the phase that begins.
         where: for the message, such as `step 120, phase rebound`.
+        settings: of the optimizer's param groups that have to be equal.
 
     Raises:
         RanksDisagreeError: on all ranks, with what differs and where.
@@ -62,7 +62,7 @@ def check_phase(comm: Communicator, model: FactoredModel, where: str) -> None:
     }
     _compare(
         comm,
-        {"model": layouts, "param_groups": optimizer_settings(model.optimizer, names, HYPERPARAMETERS)},
+        {"model": layouts, "param_groups": optimizer_settings(model.optimizer, names, settings)},
         f"workers differ at {where}",
         "Change memory formats, requires_grad and the optimizer's settings on all workers, at the same step",
     )
@@ -147,8 +147,8 @@ def _compare(comm: Communicator, values: Mapping[str, object], what: str, remedy
     Raises:
         RanksDisagreeError: they do not; `what` is wrong, the first differences, and the `remedy`.
     """
-    held = {name: dict(_leaves(name, value)) for name, value in values.items()}
-    differing = differing_fields(comm, **{name: fingerprint(*leaves.items()) for name, leaves in held.items()})
+    held = {name: dict(leaves(name, value)) for name, value in values.items()}
+    differing = differing_fields(comm, **{name: fingerprint(*parts.items()) for name, parts in held.items()})
     if not differing:
         return
     # All ranks are here, since all have seen it.
@@ -158,18 +158,18 @@ def _compare(comm: Communicator, values: Mapping[str, object], what: str, remedy
     raise RanksDisagreeError(f"{what}: {'; '.join(told[:_MOST_TOLD])}{more}. {remedy}")
 
 
-def _leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
+def leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
     """A value as words, part by part, each with its place: dataclasses by their fields, tuples by their items."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield place, type(value).__name__
         for field in dataclasses.fields(value):
-            yield from _leaves(f"{place}.{field.name}", getattr(value, field.name))
+            yield from leaves(f"{place}.{field.name}", getattr(value, field.name))
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _leaves(f"{place}.{key}", item)
+            yield from leaves(f"{place}.{key}", item)
     elif isinstance(value, tuple | list):
         for i, item in enumerate(value):
-            yield from _leaves(f"{place}[{i}]", item)
+            yield from leaves(f"{place}[{i}]", item)
     else:
         yield place, stable_repr(value)
 
@@ -178,7 +178,7 @@ def _differences(everyone: list[dict[str, str]]) -> list[str]:
     """What differs and where. Of what is of another kind, or missing, the parts say nothing more."""
     found: dict[str, str] = {}
     for place in dict.fromkeys(place for held in everyone for place in held):
-        values = [held.get(place, _ABSENT) for held in everyone]
+        values = [held.get(place, ABSENT) for held in everyone]
         within = tuple(f"{outer}{mark}" for outer in found for mark in ".[")
         if len(set(values)) > 1 and not place.startswith(within):
             found[place] = values_by_rank(place, values)

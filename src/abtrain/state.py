@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from abtrain.buffers import averaged_buffers
 from abtrain.comm.agreement import agree_on_tensors, differing_tensors, share
-from abtrain.comm.checksums import fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.wire import exact_average
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.model import FactoredModel
-from abtrain.start import layout
+from abtrain.start import HYPERPARAMETERS, layout, leaves, optimizer_settings
 
 log = logging.getLogger("abtrain")
 
@@ -27,9 +27,19 @@ class SharedState:
         model: with its optimizer.
         treatments: what becomes of each parameter.
         comm: of this worker.
+        average_buffers: globs of buffers that are averaged beside running statistics.
+        same_settings: whether the optimizers' settings have to be equal at merges.
     """
 
-    def __init__(self, model: FactoredModel, treatments: Sequence[Treatment], comm: Communicator) -> None:
+    def __init__(
+        self,
+        model: FactoredModel,
+        treatments: Sequence[Treatment],
+        comm: Communicator,
+        average_buffers: Sequence[str] = (),
+        same_settings: bool = True,
+    ) -> None:
+        self._average_buffers, self._same_settings = tuple(average_buffers), same_settings
         self._model = model
         self._treatments = treatments
         self._comm = comm
@@ -41,6 +51,12 @@ class SharedState:
     def buffers(self) -> dict[str, Tensor]:
         """The model's buffers by name, likewise."""
         return as_real(dict(self._model.model.named_buffers()))
+
+    def averaged_buffers(self) -> list[str]:
+        """Names of the buffers that are averaged where they differ."""
+        buffers = self.buffers()
+        real = [name for name, buffer in buffers.items() if buffer.is_floating_point()]
+        return averaged_buffers(real, self._average_buffers)
 
     def layout(self) -> dict[str, dict[str, object]]:
         """What has to be equal on all workers before they train, by the names of parameters and buffers."""
@@ -64,17 +80,21 @@ class SharedState:
         if differed and self._comm.rank == 0:
             log.info("initial values of %d tensors differed between workers: rank 0's were taken", len(differed))
 
-    def place(self, step: int, phase: int, **more: int) -> dict[str, int]:
-        """What has to be alike on all workers that are about to average.
+    def place(self, step: int, phase: int, **more: int) -> dict[str, int | Mapping[str, str]]:
+        """What has to be equal on all workers that are about to average.
 
         Args:
             step: how many steps are done.
             phase: which of the recipe's phases this is.
-            more: what else has to be alike.
+            more: what else has to be equal.
         """
         tensors = self.parameters() | self.buffers()
-        shapes = fingerprint(*((name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()))
-        return {"step": step, "phase": phase, "shapes": shapes, **more}
+        shapes = {name: f"{tuple(t.shape)} of {t.dtype}" for name, t in tensors.items()}
+        place: dict[str, int | Mapping[str, str]] = {"step": step, "phase": phase, "shapes": shapes, **more}
+        if self._same_settings:
+            settings = optimizer_settings(self._model.optimizer, self._model.parameters(), HYPERPARAMETERS)
+            place["settings"] = dict(leaves("param_groups", settings))
+        return place
 
     def forget_nonfinite(self) -> None:
         """Drops this worker's optimizer state of every parameter for which it holds NaN or infinity."""
@@ -87,17 +107,19 @@ class SharedState:
     def averaged(self) -> Iterator[None]:
         """Inside it the model holds the average of all workers. Collective on entry, not on exit.
 
-        Buffers are treated as in a merge: what all hold the same stays, and what cannot be averaged follows rank 0.
+        Buffers are treated as in a merge: what all hold the same stays, and of the others what is not averaged follows
+        rank 0.
         """
         buffers = self.buffers()
         differing = {name: buffers[name] for name in differing_tensors(self._comm, buffers)}
         tensors = self.parameters() | differing
         own = {name: tensor.clone() for name, tensor in tensors.items()}
-        numbers = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+        averaged = self.averaged_buffers()
+        followed = [tensor for name, tensor in differing.items() if name not in averaged]
+        numbers = [tensor for name, tensor in tensors.items() if name not in differing or name in averaged]
         for tensor, value in zip(numbers, exact_average(numbers, self._comm), strict=True):
             tensor.copy_(value)
-        counters = [tensor for tensor in tensors.values() if not tensor.is_floating_point()]
-        share(self._comm, counters, [0] * len(counters))
+        share(self._comm, followed, [0] * len(followed))
         try:
             yield
         finally:

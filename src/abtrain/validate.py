@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -87,6 +88,15 @@ def _model_problems(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> l
         f"recipe {recipe.name!r} factors weights, but none of the model's is eligible ({reasons}): "
         "loosen exclude or min_dim, or use the recipe local_sgd",
     ]
+
+
+def buffer_problems(model: nn.Module, average_buffers: Sequence[str]) -> list[str]:
+    """What is wrong with globs of buffers; empty if nothing is."""
+    if isinstance(average_buffers, str):
+        return [f"average_buffers={average_buffers!r} is one text: give a list of globs, such as [{average_buffers!r}]"]
+    names = [name for name, _ in model.named_buffers()]
+    idle = [pattern for pattern in average_buffers if not any(fnmatchcase(name, pattern) for name in names)]
+    return [f"average_buffers: {pattern!r} matches no buffer: {nearest(pattern, names)}" for pattern in idle]
 
 
 def problems_here(model: nn.Module, recipe: Recipe, comm: Communicator) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from abtrain import ABTraining, recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
-from abtrain.errors import NonFiniteError
+from abtrain.errors import ConfigurationError, NonFiniteError
 from abtrain.recipe import Recipe
 from tests.cases import batch, build
 from tests.faults.loops import told
@@ -264,3 +264,74 @@ def test_a_gradient_that_is_not_finite_once_drops_its_worker_once(kind: torch.dt
         return ab.dropped_parts
 
     assert run_in_process(2, work) == [[{"step": 8, "ranks": [1]}]] * 2
+
+
+def changed_here(rank: int) -> Callable[[ABTraining], None]:
+    """Something of its own on every worker, in buffers of all kinds."""
+
+    def change(ab: ABTraining) -> None:
+        if ab.steps_done == 5:
+            model = ab.module
+            model.get_buffer("keep")[rank] = 0.0
+            model.get_buffer("codes").copy_(torch.randn(3, generator=torch.Generator().manual_seed(rank)))
+            model.get_buffer("unit").copy_(F.normalize(torch.arange(1.0, 4.0) ** rank, dim=0))
+            model.get_buffer("level").fill_(float(rank))
+
+    return change
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("workers", [2, 3])
+def test_only_statistics_are_averaged(delay: int, workers: int) -> None:
+    """The mean of masks, of codebooks or of unit vectors is none; a glob says what else is averaged."""
+
+    def work(comm: Communicator) -> tuple[dict[str, list[float]], list[float], str]:
+        buffers = {"keep": torch.ones(6), "codes": torch.zeros(3), "unit": torch.zeros(3), "level": torch.zeros(1)}
+        model = WithBuffers(buffers, norm=True)
+        recipe = recipes.local_sgd(8, every=4, delay=delay)
+        ab = train(comm, model, recipe, changed_here(comm.rank), average_buffers=["lev*"])
+        values = {name: model.get_buffer(name).tolist() for name in buffers}
+        return values, model.get_buffer("norm.running_mean").tolist(), str(ab.describe())
+
+    (first, statistics, text), *others = run_in_process(workers, work)
+    assert all((values, found) == (first, statistics) for values, found, _ in others)
+    assert first["keep"] == [0.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert first["codes"] == torch.randn(3, generator=torch.Generator().manual_seed(0)).tolist()
+    assert torch.tensor(first["unit"]).norm() == pytest.approx(1)
+    assert first["level"] == [pytest.approx((workers - 1) / 2)]
+    lines = [line.split() for line in text.splitlines()]
+    assert ["level", "averaged"] in lines and ["norm.running_var", "averaged"] in lines
+    assert ["keep", "follows", "one", "worker"] in lines
+
+
+def test_spectral_norm_keeps_unit_vectors() -> None:
+    def work(comm: Communicator) -> list[float]:
+        model = nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(10, 16)), build("mlp", torch.float32)[1:]
+        )
+        train(comm, model, recipes.local_sgd(8, every=4))
+        return [float(b.norm()) for name, b in model.named_buffers() if name.endswith(("_u", "_v"))]
+
+    for norms in run_in_process(3, work):
+        assert norms == [pytest.approx(1, abs=1e-5)] * 2
+
+
+@pytest.mark.parametrize(("patterns", "words"), [(["nom.*"], "'nom.*' matches no buffer"), ("norm.*", "is one text")])
+def test_globs_of_buffers_that_cannot_be(patterns: Any, words: str) -> None:
+    model = WithBuffers({}, norm=True)
+    with pytest.raises(ConfigurationError, match=words):
+        ABTraining(model, torch.optim.SGD(model.parameters(), 0.1), recipes.ddp(3), average_buffers=patterns)
+
+
+def test_a_buffer_that_grows_on_one_worker_is_named() -> None:
+    def work(comm: Communicator) -> None:
+        model = WithBuffers({"cache": torch.zeros(3)})
+
+        def grow(ab: ABTraining) -> None:
+            if ab.steps_done == 2 and comm.rank == 1:
+                model.cache = torch.zeros(5)
+
+        train(comm, model, recipes.local_sgd(8, every=4), grow)
+
+    for error in told(2, work):
+        assert "cache is (3,) of torch.float32 on rank 0 and (5,) of torch.float32 on rank 1" in str(error)

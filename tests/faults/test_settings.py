@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from abtrain import ABTraining, recipes
+from abtrain import ABTraining, recipes, weights_digest
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import ConfigurationError, RanksDisagreeError, UsageError
@@ -167,7 +167,7 @@ def change_betas(loop: Loop) -> None:
         (change_betas, "param_groups[0].betas[0] is 0.9 on rank 0 and 0.8 on rank 1"),
     ],
 )
-def test_what_changes_on_one_worker_is_told_at_the_next_phase(change: Callable[[Loop], None], words: str) -> None:
+def test_what_changes_on_one_worker_is_told_at_the_next_merge(change: Callable[[Loop], None], words: str) -> None:
     def work(comm: Communicator) -> None:
         loop = Loop(comm, AB)
         loop.run(6)  # amid the group phase, which ends after step 7
@@ -177,7 +177,42 @@ def test_what_changes_on_one_worker_is_told_at_the_next_phase(change: Callable[[
 
     for error in told(2, work):
         assert isinstance(error, RanksDisagreeError)
-        assert "workers differ at step 7, phase rebound" in str(error) and words in str(error)
+        assert words in str(error)
+
+
+@pytest.mark.parametrize("change", [lower_the_rate, change_betas])
+def test_what_changes_where_gradients_are_shared_is_told_at_the_next_phase(change: Callable[[Loop], None]) -> None:
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, AB)
+        loop.run(8)  # amid the rebound, which ends after step 9
+        x, y = batch("mlp", comm.rank, 8)
+        F.cross_entropy(loop.ab(x), y).backward()
+        loop.optimizer.step()
+        if comm.rank == 1:
+            change(loop)
+        loop.ab.step()
+
+    for error in told(2, work):
+        assert isinstance(error, RanksDisagreeError) and "workers differ at step 9, phase group" in str(error)
+
+
+def test_unlike_settings_may_be_meant() -> None:
+    """Then weights are compared as ever, and nothing else of the optimizer's is looked at."""
+
+    def work(comm: Communicator) -> str:
+        model = build("mlp")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2 * (1 + comm.rank), weight_decay=0.1 * comm.rank)
+        recipe = recipes.local_sgd(24, every=4, delay=2)
+        ab = ABTraining(model, optimizer, recipe, communicator=comm, same_settings=False)
+        while not ab.finished:
+            x, y = batch("mlp", comm.rank, ab.steps_done)
+            F.cross_entropy(ab(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ab.step()
+        return weights_digest(ab.dense_state_dict())
+
+    assert len(set(run_in_process(3, work))) == 1
 
 
 def test_settings_that_an_optimizer_changes_itself_are_no_difference() -> None:

@@ -18,15 +18,20 @@ from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Stages, finish
 from abtrain.errors import RanksDisagreeError
 
+ABSENT = "absent"
+_MOST_TOLD = 5
+
 # Larger numbers are digests, of which only says something who holds which.
 _READABLE = 10**9
 
+Place = Mapping[str, int | Mapping[str, str]]
+"""What says where a rank is: whole numbers by name, and names with words, of which those are told that differ."""
 Told = tuple[int, float]
 """What a rank tells all others in a roll call: a whole number below 2**63, and a real one."""
 _NOTHING: Told = (0, 0.0)
 
 _REMEDY = (
-    "Every rank needs the same model and the same recipe, and one ab.step() for each optimizer step, "
+    "Every rank needs the same model, recipe and optimizer settings, and one ab.step() for each optimizer step, "
     "on every rank the same number of times"
 )
 
@@ -70,7 +75,7 @@ def differing_fields(comm: Communicator, **fields: int) -> list[str]:
     return _differing(fields, finish(_meet(comm, fields, _NOTHING))[1])
 
 
-def roll_call(comm: Communicator, place: Mapping[str, int], told: Told = _NOTHING) -> Stages[list[Told]]:
+def roll_call(comm: Communicator, place: Place, told: Told = _NOTHING) -> Stages[list[Told]]:
     """`check_fingerprint` of a place, in stages, at which every rank tells all others two numbers.
 
     Returns:
@@ -82,12 +87,13 @@ def roll_call(comm: Communicator, place: Mapping[str, int], told: Told = _NOTHIN
     rows, places = yield from _meet(comm, place, told)
     differing = _differing(place, places)
     if differing:
-        held = [_by_rank(name, [one[name] for one in places]) for name in differing]
-        raise RanksDisagreeError(f"ranks disagree: {'; '.join(held)}. {_REMEDY}")
+        held = [text for name in differing for text in _by_rank(name, [one[name] for one in places])]
+        more = f"; and {len(held) - _MOST_TOLD} more" if len(held) > _MOST_TOLD else ""
+        raise RanksDisagreeError(f"ranks disagree: {'; '.join(held[:_MOST_TOLD])}{more}. {_REMEDY}")
     return rows
 
 
-def _meet(comm: Communicator, place: Mapping[str, int], told: Told) -> Stages[tuple[list[Told], list[dict[str, int]]]]:
+def _meet(comm: Communicator, place: Place, told: Told) -> Stages[tuple[list[Told], list[dict[str, Any]]]]:
     """What every rank tells; and, if not all are at the same place, where each is, or else nothing."""
     whole = torch.tensor([fingerprint(*place.items()), told[0]], dtype=torch.int64)
     row = torch.cat([whole, torch.tensor([told[1]], dtype=torch.float64).view(torch.int64)])
@@ -102,21 +108,25 @@ def _meet(comm: Communicator, place: Mapping[str, int], told: Told) -> Stages[tu
     return numbers, gather_json(comm, dict(place))
 
 
-def _differing(place: Mapping[str, int], places: Sequence[Mapping[str, int]]) -> list[str]:
+def _differing(place: Place, places: Sequence[Mapping[str, Any]]) -> list[str]:
     """The names of the fields of which not all places have the same."""
     if any(one.keys() != place.keys() for one in places):
         raise RanksDisagreeError(
             f"ranks are at different places of the program: this one compares {', '.join(place) or 'nothing'}, "
             f"another one does not. {_REMEDY}"
         )
-    return [name for name in place if len({one[name] for one in places}) > 1]
+    return [name for name in place if any(one[name] != places[0][name] for one in places)]
 
 
-def _by_rank(name: str, values: Sequence[int]) -> str:
-    """Who holds what; of digests, who holds the same."""
+def _by_rank(name: str, values: Sequence[Any]) -> list[str]:
+    """Who holds what; of digests, who holds the same; of words by name, those that differ."""
+    if isinstance(values[0], dict):
+        keys = dict.fromkeys(key for held in values for key in held)
+        columns = {key: [held.get(key, ABSENT) for held in values] for key in keys}
+        return [values_by_rank(key, column) for key, column in columns.items() if len(set(column)) > 1]
     if max(values) < _READABLE:
-        return values_by_rank(name, values)
-    return f"{name} of rank " + " and of rank ".join(ranks for _, ranks in _holders(values)[::-1]) + " are unlike"
+        return [values_by_rank(name, values)]
+    return [f"{name} of rank " + " and of rank ".join(ranks for _, ranks in _holders(values)[::-1]) + " are unlike"]
 
 
 def values_by_rank(name: str, values: Sequence[int | str]) -> str:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from abtrain.errors import NonFiniteError
 from abtrain.lowrank.surgery import FactoredWeight
 
 
@@ -151,6 +152,11 @@ def seen_through(record: FactoredWeight, damping: float) -> tuple[Tensor, Tensor
 def _inverse_root(gram: Tensor, damping: float) -> Tensor:
     """(gram + d I)^-1/2 of a positive semidefinite (k, k) matrix; the identity for one of zeros."""
     wide = gram.to(torch.promote_types(gram.dtype, torch.float32))
+    if not bool(torch.isfinite(wide).all()):
+        raise NonFiniteError(
+            "NaN or infinity in the factors of a weight, or in their squares: training has diverged. Lower the learning "
+            "rate, or clip gradients"
+        )
     d = damping * wide.diagonal().mean()
     if d == 0:
         return torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
