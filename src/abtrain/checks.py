@@ -30,8 +30,8 @@ POSITIVE = sys.float_info.min
 _LARGEST: Any = sys.float_info.max
 _MOST_TOLD = 5
 _MOST_CHARACTERS = 60
-# PyTorch has no error of its own for a CPU without memory.
-_NO_MEMORY = ("DefaultCPUAllocator: ", "out of memory")
+# PyTorch has no errors of their own for a CPU without memory, and for a peer that is gone.
+_NOT_THE_DATA = ("DefaultCPUAllocator: ", "out of memory", "/gloo/")
 _MALFORMED = (
     KeyError,
     TypeError,
@@ -218,7 +218,7 @@ def blames_data(error: Exception) -> bool:
     if not isinstance(error, RuntimeError):
         return isinstance(error, _MALFORMED)
     other = isinstance(error, torch.OutOfMemoryError | torch.distributed.DistError)
-    return not other and not any(words in str(error) for words in _NO_MEMORY)
+    return not other and not any(words in str(error) for words in _NOT_THE_DATA)
 
 
 def brief(error: Exception) -> str:

@@ -365,6 +365,7 @@ class ABTraining:
                 model must not be trained then.
             RanksDisagreeError: workers load states of different steps, and nothing has changed; or those who ought to
                 hold the same weights do not, and the model must not be trained.
+            NonFiniteError: a merge that was under way is not finite; see `Merger.merge`.
         """
         comm = self.communicator
         run = Run(self._given_recipe, self._model, self._treatments, comm.topology, comm.rank, self._grad_scaler)

@@ -400,6 +400,8 @@ def test_rates_of_an_unknown_optimizer() -> None:
         (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError, "^DefaultCPUAllocator"),
         (MemoryError("x"), MemoryError, "x"),
+        (RuntimeError("[/gloo/transport/tcp/pair.cc] closed"), RuntimeError, "^./gloo"),
+        (torch.distributed.DistNetworkError("x"), torch.distributed.DistNetworkError, "x"),
         (NonFiniteError("x"), NonFiniteError, "x"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,

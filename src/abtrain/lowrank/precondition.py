@@ -154,8 +154,8 @@ def _inverse_root(gram: Tensor, damping: float) -> Tensor:
     wide = gram.to(torch.promote_types(gram.dtype, torch.float32))
     if not bool(torch.isfinite(wide).all()):
         raise NonFiniteError(
-            "NaN or infinity in the factors of a weight, or in their squares: training has diverged. Lower the learning "
-            "rate, or clip gradients"
+            "NaN or infinity in the factors of a weight, or in their squares: training has diverged. Lower the "
+            "learning rate, or clip gradients"
         )
     d = damping * wide.diagonal().mean()
     if d == 0:
