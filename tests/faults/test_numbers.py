@@ -22,7 +22,7 @@ from abtrain.factoring import Factoring
 from abtrain.factors import agree_on_factors
 from abtrain.recipe import Recipe
 from abtrain.sync import wire_between
-from tests.cases import SCHEDULE, build, largest_difference, sgd
+from tests.cases import SCHEDULE, batch, build, largest_difference, sgd
 from tests.faults.loops import AB, HIDDEN, OUTER, Loop, told
 from tests.gloo import run_gloo
 
@@ -342,3 +342,28 @@ def through_a_gate(comm: Communicator, rank: int, dtype: torch.dtype) -> list[fl
 def test_powersgd_of_a_gradient_of_zero(rank: int, dtype: torch.dtype) -> None:
     first, second = run_gloo(2, through_a_gate, rank, dtype)
     assert first == second and all(map(math.isfinite, first))
+
+
+def test_factors_that_are_not_finite_end_the_run_by_name() -> None:
+    """Where the preconditioner looks at them, before a merge does."""
+
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, OUTER)
+        loop.run(8)  # the factored phase begins
+        next(iter(loop.ab._model.factors().values())).data[0, 0] = math.nan
+        loop.step()
+
+    assert all(isinstance(error, NonFiniteError) and "factors of a weight" in str(error) for error in told(2, work))
+
+
+@pytest.mark.parametrize("losses", [(math.inf, -math.inf), (1.7e308, 1.7e308)], ids=["infinities", "too large"])
+def test_losses_that_cannot_be_added_up_are_not_finite(losses: tuple[float, float]) -> None:
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, recipes.local_sgd(4, every=2, merge="weighted"))
+        while not loop.ab.finished:
+            x, y = batch("mlp", comm.rank, loop.ab.steps_done)
+            F.cross_entropy(loop.ab(x), y).backward()
+            loop.optimizer.step()
+            loop.ab.step(losses[loop.ab.steps_done % 2] if comm.rank == 1 else 1.0)
+
+    assert all(isinstance(error, NonFiniteError) and "what rank 1 brought" in str(error) for error in told(2, work))
