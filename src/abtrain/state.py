@@ -13,6 +13,7 @@ from abtrain.buffers import averaged_buffers
 from abtrain.comm.agreement import agree_on_tensors, differing_tensors, share
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.wire import exact_average
+from abtrain.errors import RanksDisagreeError
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.model import FactoredModel
 from abtrain.start import HYPERPARAMETERS, layout, leaves, optimizer_settings
@@ -73,10 +74,23 @@ class SharedState:
         return [treatment.name for treatment in self._treatments if treatment.kind == "frozen"]
 
     def agree(self) -> None:
-        """Makes all parameters and buffers, frozen ones too, the same on all workers: where they differ, rank 0's."""
+        """Makes all parameters and buffers, frozen ones too, the same on all workers: where they differ, rank 0's.
+
+        Raises:
+            RanksDisagreeError: tensors of a class of their own, such as quantised weights, differ. They cannot be
+                written.
+        """
         model = self._model.model
         tensors = {name: p.data for name, p in model.named_parameters()} | dict(model.named_buffers())
-        differed = agree_on_tensors(self._comm, tensors)
+        plain = {name: tensor for name, tensor in tensors.items() if type(tensor) is Tensor}
+        differed = agree_on_tensors(self._comm, plain)
+        wrapped = {name: tensor for name, tensor in tensors.items() if name not in plain}
+        unlike = differing_tensors(self._comm, wrapped)
+        if unlike:
+            raise RanksDisagreeError(
+                f"{', '.join(unlike[:4])} differ between workers, and are tensors of a class of their own, which cannot "
+                "be sent: load the same weights on all workers before ABTraining is built"
+            )
         if differed and self._comm.rank == 0:
             log.info("initial values of %d tensors differed between workers: rank 0's were taken", len(differed))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -42,6 +43,14 @@ def _optimizer_problems(model: nn.Module, optimizer: Optimizer, recipe: Recipe) 
             f"the optimizer holds {len(strangers)} parameters that the model does not have "
             f"(shapes {', '.join(map(str, strangers[:4]))}): build it from this model's parameters()"
         )
+    held_ids = {id(parameter) for parameter in held}
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held_ids]
+    if idle:
+        problems.append(
+            f"{', '.join(idle[:4])}{f' and {len(idle) - 4} more' if len(idle) > 4 else ''} require gradients, but the "
+            "optimizer does not hold them: no worker would share what another optimizer makes of them. Give the "
+            "optimizer all parameters that are trained, and freeze the others (requires_grad_(False))"
+        )
     if optimizer.state and recipe.factored and recipe.phases[0].weights == "factored":
         problems.append("the optimizer has stepped already, and the recipe starts factored: begin with a new optimizer")
     projects = recipe.factoring is not None and recipe.factoring.optimizer_state == "project"
@@ -61,6 +70,12 @@ def _model_problems(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> l
         devices = sorted({str(parameter.device) for parameter in model.parameters()})
         return [f"the model lies on several devices ({', '.join(devices)}): move it to one"]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    wrapped = [f"{name} ({type(t.data).__name__})" for name, t in tensors.items() if _is_wrapped(t)]
+    if wrapped:
+        return [
+            f"{', '.join(wrapped[:4])}: sharded tensors, and trained tensors of a class of their own, cannot be "
+            "merged. Build the model with plain tensors, or freeze such weights if they are not sharded"
+        ]
     expanded = [
         name for name, t in tensors.items() if any(s == 0 < n - 1 for s, n in zip(t.stride(), t.shape, strict=True))
     ]
@@ -88,6 +103,14 @@ def _model_problems(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> l
         f"recipe {recipe.name!r} factors weights, but none of the model's is eligible ({reasons}): "
         "loosen exclude or min_dim, or use the recipe local_sgd",
     ]
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor holds its elements elsewhere, and is trained, or split over workers."""
+    # Its module takes half a second to import: where nobody has, there are none.
+    distributed = sys.modules.get("torch.distributed.tensor")
+    sharded = distributed is not None and isinstance(tensor, distributed.DTensor)
+    return sharded or (tensor.requires_grad and type(tensor.data) is not Tensor)
 
 
 def buffer_problems(model: nn.Module, average_buffers: Sequence[str]) -> list[str]:

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize, prune
+from torch.utils._pytree import tree_map
 
 from abtrain import ABTraining, recipes, weights_digest
 from abtrain.comm.communicator import Communicator
@@ -396,3 +399,87 @@ def test_the_start_says_who_belongs_together(
         "4 steps (group)"
     )
     assert (caplog.text.count(line), capsys.readouterr().err.count(line)) == ((1, 0) if logged else (0, 1))
+
+
+class Quantised(Tensor):
+    """Whole numbers and a scale that pose as a float32 weight, as quantised weights do."""
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor, scale: float) -> Any:
+        return Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+
+    def __init__(self, numbers: Tensor, scale: float) -> None:
+        self.numbers, self.scale = numbers, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].numbers, args[0].scale)
+
+        def plain(value: Any) -> Any:
+            return value.numbers.float() * value.scale if isinstance(value, cls) else value
+
+        return function(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+
+
+class Adapted(nn.Module):
+    """A frozen quantised weight, and a trained layer beside it."""
+
+    def __init__(self, trained: bool = False, shift: int = 0) -> None:
+        super().__init__()
+        weight = Quantised((torch.arange(50).view(5, 10) % 7 - 3 + shift).to(torch.int8), 0.01)
+        self.base, self.net = nn.Parameter(weight, requires_grad=trained), build("mlp", torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = F.linear(x, self.base) + self.net(x)
+        return y
+
+
+def train_adapted(comm: Communicator, model: nn.Module) -> str:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ab = ABTraining(model, optimizer, recipes.local_sgd(8, every=4), communicator=comm)
+    while not ab.finished:
+        x, y = batch("mlp", comm.rank, ab.steps_done, torch.float32)
+        F.cross_entropy(ab(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ab.step()
+    return weights_digest(ab.dense_state_dict())
+
+
+def test_frozen_weights_of_a_class_of_their_own_work() -> None:
+    assert len(set(run_in_process(2, lambda comm: train_adapted(comm, Adapted())))) == 1
+
+
+def test_those_that_differ_or_are_trained_are_refused() -> None:
+    differ = told(2, lambda comm: train_adapted(comm, Adapted(shift=comm.rank)))
+    assert all(isinstance(one, RanksDisagreeError) and "base differ between workers" in str(one) for one in differ)
+    trained = told(2, lambda comm: train_adapted(comm, Adapted(trained=True)))
+    assert all(isinstance(one, ConfigurationError) and "base (Quantised)" in str(one) for one in trained)
+
+
+def sharded(comm: Communicator) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(ConfigurationError) as error:
+        ABTraining(model, torch.optim.SGD(model.parameters(), 0.1), recipes.local_sgd(4, every=2), communicator=comm)
+    return str(error.value)
+
+
+def test_sharded_weights_are_refused() -> None:
+    assert all("0.weight (DTensor), 0.bias (DTensor)" in message for message in run_gloo(2, sharded))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_trained_parameters_that_the_optimizer_does_not_hold(recipe: str) -> None:
+    """As with one optimizer for matrices and another one for the rest."""
+
+    def work(comm: Communicator) -> None:
+        model = build("mlp", torch.float32)
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        ABTraining(model, torch.optim.SGD(matrices, 0.1), RECIPES[recipe], communicator=comm)
+
+    for error in told(2, work):
+        assert isinstance(error, ConfigurationError)
+        assert "0.bias, 2.bias, 4.bias require gradients, but the optimizer does not hold them" in str(error)
