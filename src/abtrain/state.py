@@ -88,8 +88,8 @@ class SharedState:
         unlike = differing_tensors(self._comm, wrapped)
         if unlike:
             raise RanksDisagreeError(
-                f"{', '.join(unlike[:4])} differ between workers, and are tensors of a class of their own, which cannot "
-                "be sent: load the same weights on all workers before ABTraining is built"
+                f"{', '.join(unlike[:4])} differ between workers, and are tensors of a class of their own, which "
+                "cannot be sent: load the same weights on all workers before ABTraining is built"
             )
         if differed and self._comm.rank == 0:
             log.info("initial values of %d tensors differed between workers: rank 0's were taken", len(differed))
