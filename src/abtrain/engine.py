@@ -78,7 +78,8 @@ class ABTraining:
         recipe: what happens at which step.
         communicator: how to reach the other workers; default torch.distributed if it is initialised, else alone.
         group_size: workers a group; default the number of ranks per node under torchrun, else 1.
-        grad_scaler: the loop's GradScaler, if it has one: groups adapt their loss scales apart, so merges level them.
+        grad_scaler: the loop's GradScaler, if it has one. Groups adapt their loss scales apart, so they are made equal
+            before gradients are shared again.
         find_unused_parameters: for models whose backward pass leaves some parameters without a gradient, as in DDP.
         on_nonfinite: where NaN or infinity turn up, `stop` on all workers before anything is averaged or changed;
             `drop_worker`: leave a worker's part of a merge out, and give it what the others agree on; `skip`: leave out
@@ -441,8 +442,6 @@ class ABTraining:
         layers = self._divergence.take()
         if layers is not None:
             self.divergence.append({"step": self.steps_done, "phase": phase.name, "layers": layers})
-        if position.merges and self._grad_scaler is not None:
-            level_grad_scaler(self._grad_scaler, self.communicator)
         if self._workers_equal:
             self._switch.observe(self._model.matrices, self.recipe, upcoming, phase.weights == "factored")
             if phase.weights == "full":
@@ -451,6 +450,8 @@ class ABTraining:
             return None
         if upcoming.first and isinstance(upcoming.phase.sync, GradientSync):
             self._arrangement.level(position)
+            if self._grad_scaler is not None:
+                level_grad_scaler(self._grad_scaler, self.communicator)
         if phase.trains == "a_then_b" and upcoming.turn != position.turn and not upcoming.first:
             self._arrangement.train(upcoming)
         return upcoming

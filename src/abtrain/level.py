@@ -61,13 +61,17 @@ def level_optimizer_state(optimizer: Optimizer, parameters: Sequence[nn.Paramete
 
 
 def level_grad_scaler(scaler: torch.amp.GradScaler, comm: Communicator) -> None:
-    """Gives all workers the lowest loss scale of any, in place."""
+    """Gives all workers the largest loss scale of any, in place.
+
+    If it is too large for one of them, all lower it together, at the cost of a skipped step each time. The lowest one
+    would follow a worker whose gradients always overflow, and make those of the others vanish.
+    """
     state = scaler.state_dict()
     if not state:  # a scaler that is not enabled
         return
-    low = torch.tensor([-state["scale"], -state["_growth_tracker"]], dtype=torch.float32).to(comm.device)
-    comm.all_reduce(low, op="max")
-    state["scale"], state["_growth_tracker"] = -low[0].item(), int(-low[1].item())
+    ends = torch.tensor([state["scale"], -state["_growth_tracker"]], dtype=torch.float32).to(comm.device)
+    comm.all_reduce(ends, op="max")
+    state["scale"], state["_growth_tracker"] = ends[0].item(), int(-ends[1].item())
     scaler.load_state_dict(state)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from abtrain import ABTraining, FixedRank, Recipe, recipes
+from abtrain import ABTraining, FixedRank, Recipe, WeightSync, recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import ConfigurationError, UsageError
@@ -289,8 +289,35 @@ def test_a_step_skipped_by_the_grad_scaler_keeps_workers_together() -> None:
 
     (one, scale_one, skipped_one), (other, scale_other, skipped_other) = run_in_process(2, work)
     assert (skipped_one, skipped_other) == (False, True)
-    assert scale_one == scale_other == 512.0
+    assert scale_one == scale_other == 1024.0
     assert largest_difference(one, other) == 0
+
+
+@pytest.mark.parametrize("rebound", [0, 2])
+def test_a_worker_that_always_overflows_leaves_the_others_their_loss_scale(rebound: int) -> None:
+    """Where gradients are shared next, all go down together from the largest scale."""
+
+    def work(comm: Communicator) -> tuple[float, float]:
+        model = build("mlp", torch.float32)
+        before = next(model.parameters()).detach().clone()
+        optimizer = sgd(model.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        recipe = recipes.local_sgd(40, every=10, rebound_steps=rebound)
+        ab = ABTraining(model, optimizer, recipe, communicator=comm, grad_scaler=scaler)
+        while not ab.finished:
+            x, y = batch("mlp", comm.rank, ab.steps_done, torch.float32)
+            alone = ab.position is not None and isinstance(ab.position.phase.sync, WeightSync)
+            loss = F.cross_entropy(ab(x), y) * (float("inf") if comm.rank == 1 and alone else 1)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            ab.step()
+        return scaler.get_scale(), float((next(model.parameters()) - before).detach().abs().max())
+
+    (healthy, moved), (sick, moved_too) = run_in_process(2, work)
+    assert healthy == 2.0**16 and moved == moved_too > 0
+    assert sick < (2.0**16 if rebound else 1e-3)
 
 
 def test_autocast_runs_through_all_phases() -> None:
