@@ -240,6 +240,22 @@ class ABTraining:
     def skipped_steps(self) -> list[int]:
         return self._hooks.guard.skipped
 
+    @property
+    def require_backward_grad_sync(self) -> bool:
+        """As DDP has it, for loops that look; to change it, use `no_sync`.
+
+        Raises:
+            UsageError: it is set.
+        """
+        return True
+
+    @require_backward_grad_sync.setter
+    def require_backward_grad_sync(self, value: bool) -> None:
+        raise UsageError(
+            f"require_backward_grad_sync = {value} has no effect on ABTraining: accumulate gradients under "
+            "`with ab.no_sync():`, which covers forward and backward pass"
+        )
+
     def no_sync(self) -> AbstractContextManager[None]:
         """Gradient accumulation: forward and backward passes inside it do not communicate, as with DDP."""
         return self._arrangement.parallel.no_sync()

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from abtrain.comm.communicator import Communicator
 from abtrain.errors import nearest
@@ -25,6 +25,10 @@ def problems_of(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> list[
     """One message for each thing that cannot be; empty if all is well."""
     if not isinstance(recipe, Recipe):
         return [f"recipe={recipe!r} is no Recipe: build one, as abtrain.recipes.ab(total_steps=10_000) does"]
+    if not isinstance(optimizer, Optimizer):
+        kind = type(optimizer).__name__
+        remedy = "one optimizer for all trained parameters, with a param group for each kind of them"
+        return [f"the optimizer is a {kind}, and no torch.optim.Optimizer: give {remedy}"]
     if isinstance(model, DistributedDataParallel | DataParallel):
         wrapper = type(model).__name__
         return [
@@ -53,6 +57,11 @@ def _optimizer_problems(model: nn.Module, optimizer: Optimizer, recipe: Recipe) 
         )
     if optimizer.state and recipe.factored and recipe.phases[0].weights == "factored":
         problems.append("the optimizer has stepped already, and the recipe starts factored: begin with a new optimizer")
+    if recipe.factored and isinstance(optimizer, LBFGS):
+        problems.append(
+            "LBFGS keeps one flat copy of all gradients, which cannot follow weights that are factored: use another "
+            "optimizer, or a recipe without factors such as local_sgd"
+        )
     projects = recipe.factoring is not None and recipe.factoring.optimizer_state == "project"
     if projects and type(optimizer) not in PROJECTABLE:
         known_types = ", ".join(sorted(kind.__name__ for kind in PROJECTABLE))

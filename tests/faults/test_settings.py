@@ -483,3 +483,24 @@ def test_trained_parameters_that_the_optimizer_does_not_hold(recipe: str) -> Non
     for error in told(2, work):
         assert isinstance(error, ConfigurationError)
         assert "0.bias, 2.bias, 4.bias require gradients, but the optimizer does not hold them" in str(error)
+
+
+@pytest.mark.parametrize("optimizer", [None, [], "adamw", object()], ids=repr)
+def test_what_is_no_optimizer(optimizer: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"no torch.optim.Optimizer: give one optimizer for all"):
+        ABTraining(build("mlp"), optimizer, AB)
+
+
+def test_an_optimizer_that_cannot_follow_factors() -> None:
+    model = build("mlp")
+    with pytest.raises(ConfigurationError, match="LBFGS keeps one flat copy"):
+        ABTraining(model, torch.optim.LBFGS(model.parameters()), AB)
+    ABTraining(model, torch.optim.LBFGS(model.parameters()), recipes.ddp(3))
+
+
+def test_gradient_accumulation_has_one_way() -> None:
+    model = build("mlp")
+    ab = ABTraining(model, torch.optim.SGD(model.parameters(), 0.1), recipes.ddp(3))
+    assert ab.require_backward_grad_sync
+    with pytest.raises(UsageError, match=r"with ab.no_sync\(\):"):
+        ab.require_backward_grad_sync = False
