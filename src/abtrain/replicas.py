@@ -7,6 +7,7 @@ that one of them has drifted away. On unlike processors the last bits may part b
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -64,8 +65,8 @@ def _level(comm: Communicator, tensors: Mapping[str, Tensor], sums: Sequence[int
         held = comm.all_gather(tensor.detach().contiguous().to(comm.device), scope)
         wide = held.double().view(len(ranks), -1)
         distance, size = (wide - wide[0]).abs().max().item(), wide.abs().max().item()
-        # Zeros of unlike signs are no distance apart, whatever their size. NaN compares as false, and is no rounding.
-        if not distance <= max(_ROUNDING, _ULPS * torch.finfo(tensor.dtype).eps) * size:
+        # Zeros of unlike signs are no distance apart, whatever their size. NaN and infinity are no rounding.
+        if not math.isfinite(distance) or distance > max(_ROUNDING, _ULPS * torch.finfo(tensor.dtype).eps) * size:
             raise RanksDisagreeError(
                 f"{_odd([row[0] for row in rows], ranks)}: {where}, where all ought to be equal, {name} is up to "
                 f"{distance:.1e} apart. What was not shared is lost: go on from the last checkpoint, and look for what "

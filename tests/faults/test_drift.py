@@ -43,11 +43,19 @@ def reverse(w: Tensor) -> None:
     w.copy_(w.flip(0))
 
 
+def make_infinite(w: Tensor) -> None:
+    w[0] = torch.inf
+
+
+def make_nan(w: Tensor) -> None:
+    w[0] = torch.nan
+
+
 def flip_a_top_bit(w: Tensor) -> None:
     w.view(torch.int32 if w.dtype == torch.float32 else torch.int64)[3] ^= 1 << (30 if w.dtype == torch.float32 else 62)
 
 
-DAMAGES = (negate_every_second, negate_a_pair, negate_all, swap_pairs, reverse, flip_a_top_bit)
+DAMAGES = (negate_every_second, negate_a_pair, negate_all, swap_pairs, reverse, make_infinite, make_nan, flip_a_top_bit)
 LOCAL = recipes.local_sgd(12, every=4)
 AB = recipes.ab(15, **SCHEDULE, sigma_cutoff=0.2)
 
