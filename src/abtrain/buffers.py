@@ -123,4 +123,6 @@ class Buffers:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+    # PyTorch cannot ask numbers of eight bits.
+    wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    return bool(torch.isfinite(wide).all())

@@ -49,7 +49,7 @@ from abtrain.replicas import check_replicas
 from abtrain.resume import VERSION, Parts, alike, decided, recipe_fingerprint
 from abtrain.roles import trained_by
 from abtrain.rounds import Rounds
-from abtrain.start import check_loaded, check_start, optimizer_settings
+from abtrain.start import check_loaded, check_start, optimizer_settings, settings_at_start
 from abtrain.state import SharedState
 from abtrain.state_parts import Run
 from abtrain.state_problems import raise_together, state_problem
@@ -157,7 +157,9 @@ class ABTraining:
             average_buffers=tuple(average_buffers),
             names=list(self._state.layout()),
             model=self._state.layout(),
-            param_groups=optimizer_settings(optimizer, self._model.parameters(), None if same_settings else ()),
+            param_groups=optimizer_settings(
+                optimizer, self._model.parameters(), settings_at_start(optimizer) if same_settings else ()
+            ),
         )
         self._state.agree()
         comm.begin_run()
@@ -302,7 +304,7 @@ class ABTraining:
             upcoming = self._sync_weights(position, upcoming, loss.item() if isinstance(loss, Tensor) else loss)
         if position.phase.sync is not None and (upcoming is None or upcoming.first):
             where = f"step {self.steps_done}, end of phase {position.phase.name}"
-            check_replicas(self.communicator, self._state.parameters(), "world", where)
+            check_replicas(self.communicator, self._state.replicated(), "world", where)
         self._position = upcoming
         if upcoming is None or upcoming.starts_round:
             self._hooks.round_began = True
@@ -418,7 +420,7 @@ class ABTraining:
         scope = self._equal_scope
         if scope is not None:
             where = f"step {self.steps_done} of the states that were loaded"
-            check_replicas(self.communicator, self._state.parameters(), scope, where)
+            check_replicas(self.communicator, self._state.replicated(), scope, where)
 
     @property
     def _equal_scope(self) -> Scope | None:

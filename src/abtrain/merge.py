@@ -25,7 +25,7 @@ from torch import Tensor
 
 from abtrain.buffers import Buffers, Compared, is_finite
 from abtrain.comm.agreement import Place, Told, roll_call, share
-from abtrain.comm.checksums import checksum
+from abtrain.comm.checksums import as_bytes, checksum
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.low_rank_wire import LowRankWire
 from abtrain.comm.stages import Stages, together
@@ -41,6 +41,11 @@ from abtrain.sketch import agreement_in, sketch_of
 from abtrain.sync import Outer, WeightSync, wire_between
 
 Tensors = dict[str, Tensor]
+_SUBTRACTED = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+)
+"""Dtypes in which what was added meanwhile can be told; a tensor of another one that changed meanwhile stays."""
 Observer = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]], None]
 
 
@@ -123,6 +128,7 @@ class Merger:
         loss: float | None = None,
         place: Place | None = None,
         averaged: Collection[str] = (),
+        current: Callable[[], Mapping[str, Tensor]] | None = None,
         measure: bool = False,
     ) -> Stages[Outcome]:
         """Merges, in stages: what changed is read now, and the outcome written, in place, at the end.
@@ -142,6 +148,7 @@ class Merger:
                 nothing is trained before the merge ends.
             loss: this worker's mean training loss in the round, if it is known.
             place: what has to be alike on all workers that merge, such as `step`.
+            current: gives the buffers as they are when the merge ends.
             averaged: names of the buffers that are averaged where they differ; the others follow one worker.
             measure: whether the outcome is to tell how far workers agree; by 16 KiB more.
 
@@ -185,7 +192,11 @@ class Merger:
         merged = dict(zip(floats, means, strict=True)) | followed
         self._buffers.merged(merged)
         outcome = self._arrive(sync.merge, averages) | merged
+        # Buffers may have been bound anew while the merge was under way.
+        held |= current() if current is not None else {}
         for name, value in outcome.items():
+            if held[name].shape != value.shape:
+                continue
             # A worker without a share has nothing finite to keep.
             held[name].copy_(_moved(value, held[name], base[name]) if alive[self._comm.rank] else value)
         return Outcome(agreement, tuple(rank for rank, is_well in enumerate(alive) if not is_well))
@@ -306,8 +317,9 @@ def _told(deltas: Mapping[str, Tensor], buffers: int, loss: float | None) -> Tol
 
 def _moved(outcome: Tensor, tensor: Tensor, base: Tensor) -> Tensor:
     """The outcome of a merge, with what `tensor` has changed since it was `base` on top."""
-    if outcome.dtype == torch.bool:
-        return torch.where(tensor == base, outcome, tensor)
+    if outcome.dtype not in _SUBTRACTED:
+        same = as_bytes(tensor.contiguous()).equal(as_bytes(base.contiguous()))
+        return outcome if same else tensor
     return outcome + (tensor.to(outcome.dtype) - base)
 
 

@@ -97,7 +97,7 @@ class Rounds:
         if not position.merging:
             return False
         where = f"step {step}, phase {position.phase.name}"
-        check_replicas(self._comm, self._state.parameters(), "group", where)
+        check_replicas(self._comm, self._state.replicated(), "group", where)
         mean_loss = _mean(self._losses) if self._losses else None
         if _whole_round(position):
             self._losses = []
@@ -245,6 +245,7 @@ class Rounds:
             loss=loss,
             place=place,
             averaged=self._state.averaged_buffers(),
+            current=self._state.buffers,
             measure=until is not None and until.measure == "agreement",
         )
         if outcome.dropped:

@@ -31,14 +31,14 @@ def marked(name: str, tensors: Mapping[str, Tensor], scope: str | None) -> dict[
     return {name: tensors} if scope is None else {name: tensors, f"{name}{_SCOPE_OF}": scope}
 
 
-def same_in(tree: Any, place: str = "") -> Iterator[tuple[str, str, Any]]:
+def same_in(tree: Any, place: str = "") -> Iterator[tuple[str, Scope, Any]]:
     """Place, scope and content of everything in a tree that is marked."""
     if not isinstance(tree, Mapping):
         return
     for key, item in tree.items():
         name = key.removesuffix(_SCOPE_OF) if isinstance(key, str) else key
-        if name != key and name in tree:
-            yield f"{place}/{name}", str(item), tree[name]
+        if name != key and item in get_args(Scope) and isinstance(tree.get(name), Mapping):
+            yield f"{place}/{name}", item, tree[name]
         yield from same_in(item, f"{place}/{key}")
 
 
@@ -55,9 +55,10 @@ def check_same(tree: Any, comm: Communicator, where: str) -> None:
     """
     problem = ""
     for _, scope, tensors in same_in(tree):
-        real = {name: torch.view_as_real(t) if t.is_complex() else t for name, t in tensors.items()}
+        held = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+        real = {name: torch.view_as_real(t) if t.is_complex() else t for name, t in held.items()}
         try:
-            check_replicas(comm, real, "group" if scope == "group" else "world", where)
+            check_replicas(comm, real, scope, where)
         except RanksDisagreeError as error:
             problem = problem or str(error)
     for told in gather_json(comm, problem):
@@ -66,16 +67,8 @@ def check_same(tree: Any, comm: Communicator, where: str) -> None:
 
 
 def marks(structure: Any) -> Marks:
-    """What is marked, as a structure of references tells it: equal references are equal tensors.
-
-    Raises:
-        ValueError: a mark of no scope.
-    """
-    found = list(same_in(structure))
-    odd = [place for place, scope, _ in found if scope not in get_args(Scope)]
-    if odd:
-        raise ValueError(f"the mark of {odd[0]} names no scope")
-    return [[place.strip("/"), scope, str(fingerprint(refs))] for place, scope, refs in found]
+    """What is marked, as a structure of references tells it: equal references are equal tensors."""
+    return [[place.strip("/"), scope, str(fingerprint(refs))] for place, scope, refs in same_in(structure)]
 
 
 def drifted(answers: Sequence[Sequence[Marks]], topology: Topology) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,11 +61,12 @@ def check_phase(comm: Communicator, model: FactoredModel, where: str, settings: 
     layouts = {
         name: layout(p) if name in factors else layout(p, requires_grad=p.requires_grad) for name, p in names.items()
     }
+    layouts |= {name: layout(buffer) for name, buffer in model.model.named_buffers()}
     _compare(
         comm,
         {"model": layouts, "param_groups": optimizer_settings(model.optimizer, names, settings)},
         f"workers differ at {where}",
-        "Change memory formats, requires_grad and the optimizer's settings on all workers, at the same step",
+        "Change buffers, memory formats, requires_grad and the optimizer's settings on all workers, at the same step",
     )
 
 
@@ -72,6 +74,15 @@ HYPERPARAMETERS = frozenset(
     {"lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha", "rho", "amsgrad", "maximize"}
 )
 """Settings of param groups that no optimizer changes by itself. Others may be state, such as a count of steps."""
+
+
+_IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"})
+"""Settings of PyTorch's optimizers that do not say what is computed."""
+
+
+def settings_at_start(optimizer: Optimizer) -> frozenset[str]:
+    """The settings that an optimizer was built with, without what schedulers and loops have added to its groups."""
+    return frozenset(getattr(optimizer, "defaults", ())) - _IMPLEMENTATION
 
 
 def layout(tensor: Tensor, **more: object) -> dict[str, object]:
@@ -108,8 +119,10 @@ def chosen(group: Mapping[str, Any], keys: Collection[str] | None) -> dict[str, 
 
 
 def _plain(value: object) -> object:
-    """A learning rate may be a tensor on any device."""
-    return value.tolist() if isinstance(value, Tensor) else value
+    """A learning rate may be a tensor on any device, or a number of any kind."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
 
 
 def check_loaded(comm: Communicator, recipe: Recipe, state: Mapping[str, Any], **more: object) -> None:

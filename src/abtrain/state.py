@@ -11,6 +11,7 @@ from torch import Tensor
 
 from abtrain.buffers import averaged_buffers
 from abtrain.comm.agreement import agree_on_tensors, differing_tensors, share
+from abtrain.comm.checksums import checksum
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.wire import exact_average
 from abtrain.errors import RanksDisagreeError
@@ -40,6 +41,7 @@ class SharedState:
         average_buffers: Sequence[str] = (),
         same_settings: bool = True,
     ) -> None:
+        self._frozen_sums: dict[str, int] = {}
         self._average_buffers, self._same_settings = tuple(average_buffers), same_settings
         self._model = model
         self._treatments = treatments
@@ -52,6 +54,15 @@ class SharedState:
     def buffers(self) -> dict[str, Tensor]:
         """The model's buffers by name, likewise."""
         return as_real(dict(self._model.model.named_buffers()))
+
+    def replicated(self) -> dict[str, Tensor]:
+        """What workers hold the same where they share gradients: trained parameters, and frozen ones, which stay."""
+        return self.parameters() | self._frozen()
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """The frozen parameters that are plain tensors."""
+        held = {name: self._model.model.get_parameter(name).data for name in self.frozen()}
+        return as_real({name: tensor for name, tensor in held.items() if type(tensor) is Tensor})
 
     def averaged_buffers(self) -> list[str]:
         """Names of the buffers that are averaged where they differ."""
@@ -91,6 +102,7 @@ class SharedState:
                 f"{', '.join(unlike[:4])} differ between workers, and are tensors of a class of their own, which "
                 "cannot be sent: load the same weights on all workers before ABTraining is built"
             )
+        self._frozen_sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
         if differed and self._comm.rank == 0:
             log.info("initial values of %d tensors differed between workers: rank 0's were taken", len(differed))
 
@@ -104,7 +116,10 @@ class SharedState:
         """
         tensors = self.parameters() | self.buffers()
         shapes = {name: f"{tuple(t.shape)} of {t.dtype}" for name, t in tensors.items()}
+        sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
+        changed = {name: f"changed ({total:x})" for name, total in sums.items() if total != self._frozen_sums.get(name)}
         place: dict[str, int | Mapping[str, str]] = {"step": step, "phase": phase, "shapes": shapes, **more}
+        place["frozen"] = changed
         if self._same_settings:
             settings = optimizer_settings(self._model.optimizer, self._model.parameters(), HYPERPARAMETERS)
             place["settings"] = dict(leaves("param_groups", settings))

@@ -335,3 +335,55 @@ def test_a_buffer_that_grows_on_one_worker_is_named() -> None:
 
     for error in told(2, work):
         assert "cache is (3,) of torch.float32 on rank 0 and (5,) of torch.float32 on rank 1" in str(error)
+
+
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_a_buffer_that_is_bound_anew_under_a_hidden_merge_gets_its_outcome(fragments: int) -> None:
+    """As in `self.m = 0.9 * self.m + 0.1 * new`."""
+
+    def work(comm: Communicator, anew: bool) -> list[list[float]]:
+        model, seen = WithBuffers({"m": torch.zeros(2)}), []
+
+        def change(ab: ABTraining) -> None:
+            new = 0.9 * model.m + 0.1 * (1 + comm.rank)
+            if anew:
+                model.m = new
+            else:
+                model.m.copy_(new)
+            seen.append(model.m.tolist())
+
+        recipe = recipes.diloco(24, every=6, delay=4, fragments=fragments)
+        train(comm, model, recipe, change, average_buffers=["m"])
+        return [*seen, model.m.tolist()]
+
+    assert run_in_process(2, lambda comm: work(comm, True)) == run_in_process(2, lambda comm: work(comm, False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16, torch.uint32, torch.int8], ids=str)
+@pytest.mark.parametrize("delay", [0, 2])
+def test_buffers_of_odd_dtypes_follow_one_worker(dtype: torch.dtype, delay: int) -> None:
+    def work(comm: Communicator) -> bytes:
+        model = WithBuffers({"odd": torch.ones(3).to(dtype)}, norm=True)
+
+        def change(ab: ABTraining) -> None:
+            if ab.steps_done == 1:
+                model.get_buffer("odd").copy_(torch.full((3,), float(2 + comm.rank)).to(dtype))
+
+        train(comm, model, recipes.local_sgd(8, every=4, delay=delay), change)
+        return bits(model.get_buffer("odd"))
+
+    assert run_in_process(3, work) == [bits(torch.full((3,), 2.0).to(dtype))] * 3
+
+
+def test_buffers_that_differ_in_layout_are_told_at_the_next_phase() -> None:
+    def work(comm: Communicator) -> None:
+        model = WithBuffers({"table": torch.zeros(3)})
+
+        def change(ab: ABTraining) -> None:
+            if ab.steps_done == 6 and comm.rank == 1:  # the last step of the group phase
+                model.table = torch.zeros(3, dtype=torch.float64)
+
+        train(comm, model, recipes.ab(14, warmup_steps=3, ab_steps=4, rebound_steps=3), change)
+
+    for error in told(2, work):
+        assert "table" in str(error) and "torch.float64" in str(error)

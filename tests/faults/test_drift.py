@@ -234,3 +234,62 @@ def test_a_state_that_one_worker_cannot_save_is_told_on_all(tmp_path: Path) -> N
     first, second = run_in_process(2, work)
     assert second == "x is a set, which cannot be saved" and f"on rank 1, {second}" in first
     assert not list(tmp_path.iterdir())
+
+
+FROZEN = {
+    "ddp": (recipes.ddp(8), 2, 1),
+    "ab": (AB, 2, 1),
+    "local_sgd": (LOCAL, 2, 1),
+    "local_sgd in groups": (LOCAL, 4, 2),
+    "hidden": (recipes.diloco(16, every=8, delay=4, fragments=2), 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_frozen_parameter_that_changes_on_one_worker_is_named(name: str) -> None:
+    recipe, workers, group_size = FROZEN[name]
+
+    def work(comm: Communicator) -> None:
+        model = build("mlp")
+        model.get_parameter("2.bias").requires_grad_(False)
+        loop = Loop(comm, recipe, model)
+        loop.run(2)
+        if comm.rank == 1:
+            with torch.no_grad():
+                model.get_parameter("2.bias").add_(1)
+        loop.run()
+
+    first, *_ = told(workers, work, group_size=group_size)
+    assert isinstance(first, RanksDisagreeError) and "2.bias is" in str(first) and "rank 1" in str(first)
+
+
+def test_a_frozen_parameter_that_changes_everywhere_may() -> None:
+    def work(comm: Communicator) -> str:
+        model = build("mlp")
+        model.get_parameter("2.bias").requires_grad_(False)
+        loop = Loop(comm, LOCAL, model)
+        loop.run(2)
+        with torch.no_grad():
+            model.get_parameter("2.bias").mul_(0.5)
+        return weights_digest(loop.run())
+
+    assert len(set(run_in_process(2, work))) == 1
+
+
+def test_marks_of_no_scope_are_a_loops_own(tmp_path: Path) -> None:
+    """A state may hold such names for other reasons."""
+
+    def work(comm: Communicator) -> Any:
+        state = {
+            "w": {"a": torch.ones(1)},
+            "w_same_on": "galaxy",
+            "v": [torch.ones(1)],
+            "v_same_on": "world",
+            "n_same_on": 3,
+        }
+        checkpoint.save(tmp_path, 1, state, comm)
+        found = checkpoint.latest(tmp_path, comm)
+        assert found is not None
+        return found.states[0]["w_same_on"]
+
+    assert run_in_process(2, work) == ["galaxy", "galaxy"]

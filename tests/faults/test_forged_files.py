@@ -100,8 +100,6 @@ FORGED: dict[str, Callable[[bytes], bytes]] = {
     "items with a list as a key": at("numbers", {"$items": [[[], 2]], "counter": False}),
     "items with a tensor as a key": at("numbers", {"$items": [[WEIGHT, 2]], "counter": False}),
     "a counter by a word": at("numbers", {"$items": [], "counter": "no"}),
-    "the same on nobody": at("weights_same_on", "nobody"),
-    "the same on a list": at("weights_same_on", []),
     "a kind that is unknown": at("own", {"$unknown": 3}),
 }
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -143,6 +144,37 @@ def test_optimizers_with_unlike_settings(recipe: str, kind: str) -> None:
 
     for error in told(2, work):
         assert isinstance(error, RanksDisagreeError) and words in str(error)
+
+
+HARMLESS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=False),
+    "a number of numpy": lambda p: torch.optim.AdamW(p, lr=np.float64(0.01)),
+    "a tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01, dtype=torch.float64)),
+    "a list": lambda p: torch.optim.AdamW(p, lr=0.01, betas=[0.9, 0.999]),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_settings_that_say_the_same_are_no_difference(kind: str) -> None:
+    def work(comm: Communicator) -> None:
+        make = HARMLESS[kind] if comm.rank else lambda p: torch.optim.AdamW(p, lr=0.01)
+        model = build("mlp", torch.float32)
+        ABTraining(model, make(model.parameters()), AB, communicator=comm)
+
+    run_in_process(2, work)
+
+
+def test_what_a_scheduler_or_a_loop_adds_to_groups_is_its_own() -> None:
+    def work(comm: Communicator) -> None:
+        model = build("mlp", torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1 if comm.rank else 1.0)
+        if comm.rank == 1:
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+            optimizer.param_groups[0]["mine"] = "worker 1"
+        ABTraining(model, optimizer, AB, communicator=comm)
+
+    run_in_process(2, work)
 
 
 def test_the_order_of_an_optimizers_parameters_does_not_matter() -> None:

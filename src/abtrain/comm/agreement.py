@@ -31,8 +31,8 @@ Told = tuple[int, float]
 _NOTHING: Told = (0, 0.0)
 
 _REMEDY = (
-    "Every rank needs the same model, recipe and optimizer settings, and one ab.step() for each optimizer step, "
-    "on every rank the same number of times"
+    "Every rank needs the same model, recipe and optimizer settings (unless same_settings=False), and one ab.step() "
+    "for each optimizer step, on every rank the same number of times"
 )
 
 

@@ -236,7 +236,8 @@ def tell_launcher(error: Exception) -> None:
     file = os.environ[_ERROR_FILE]
     os.environ[_ERROR_FILE] = begun = f"{file}.begun"
     get_error_handler().record_exception(error)
-    Path(begun).replace(file)
+    with contextlib.suppress(FileNotFoundError):  # the launcher is gone, and its folder with it
+        Path(begun).replace(file)
 
 
 def _end_with_parent(parent: int, folder: Path) -> None:
