@@ -30,7 +30,6 @@ from abtrain.train.requests import end_at_once
 from tests import forks
 
 GRACE_SECONDS = 3
-"""What workers get to end by themselves before they are killed; users give them more."""
 
 
 class Ended(NamedTuple):
@@ -91,7 +90,13 @@ class Running:
         os.killpg(self.process.pid, number)
 
 
-def start(folder: Path, *arguments: str, plan: str = "", environment: Mapping[str, str] | None = None) -> Running:
+def start(
+    folder: Path,
+    *arguments: str,
+    plan: str = "",
+    environment: Mapping[str, str] | None = None,
+    grace: int = GRACE_SECONDS,
+) -> Running:
     """Starts `abtrain` with these arguments.
 
     Args:
@@ -99,16 +104,17 @@ def start(folder: Path, *arguments: str, plan: str = "", environment: Mapping[st
         arguments: of the command.
         plan: of faults.
         environment: variables beside those of this process.
+        grace: seconds that workers get to end by themselves before they are killed; users give them more.
     """
     launched = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     variables = {name: value for name, value in os.environ.items() if name not in launched}
     variables |= {faults.VARIABLE: plan, "OMP_NUM_THREADS": "1", **(environment or {})}
-    process = forks.context().Process(target=_command, args=(folder, arguments, variables))
+    process = forks.context().Process(target=_command, args=(folder, arguments, variables, grace))
     process.start()
     return Running(process, folder)
 
 
-def _command(folder: Path, arguments: tuple[str, ...], variables: dict[str, str]) -> None:
+def _command(folder: Path, arguments: tuple[str, ...], variables: dict[str, str], grace: int) -> None:
     os.setsid()
     os.chdir(folder)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
@@ -117,7 +123,7 @@ def _command(folder: Path, arguments: tuple[str, ...], variables: dict[str, str]
     os.environ.update(variables)
     faults.load()
     SubprocessHandler._popen = lambda handler, program, variables: _Worker(program, variables)  # type: ignore[method-assign]
-    launch._SHUTDOWN_SECONDS = GRACE_SECONDS
+    launch._SHUTDOWN_SECONDS = grace
     main(arguments)
 
 

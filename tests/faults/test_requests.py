@@ -23,7 +23,7 @@ from abtrain.train import image_data, launch, requests
 from abtrain.train.passing_on import PassingOn
 from abtrain.train.requests import PASSED_ON, Afterwards, Requests
 from abtrain.train.stopping import Stopping
-from tests.faults.processes import Running, start
+from tests.faults.processes import GRACE_SECONDS, Running, start
 from tests.unit.train.test_launch import failure
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
@@ -39,10 +39,10 @@ LONG = ("--steps", "200000", "--log-every", "1", "--out", "run")
 ENDS = (*requests.SIGNALS, PASSED_ON)
 
 
-def begun(folder: Path, recipe: str, workers: int) -> tuple[Running, tuple[str, ...]]:
+def begun(folder: Path, recipe: str, workers: int, grace: int = GRACE_SECONDS) -> tuple[Running, tuple[str, ...]]:
     """A run that would take long, from the moment on at which it has a folder."""
     command = ("train", recipe, *RECIPES[recipe], *LONG, "--workers", str(workers))
-    run = start(folder, *command)
+    run = start(folder, *command, grace=grace)
     deadline = time.monotonic() + 100
     while not (folder / "run" / "metrics.jsonl").exists():
         assert run.process.is_alive() and time.monotonic() < deadline
@@ -152,16 +152,16 @@ def test_what_the_launcher_passes_on_is_no_second_request(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("first", ENDS)
 @pytest.mark.parametrize("second", requests.SIGNALS)
-def test_a_second_request_is_one_that_comes_two_seconds_later(
+def test_a_second_request_is_one_that_comes_five_seconds_later(
     first: int, second: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
     monkeypatch.setattr(requests.time, "monotonic", lambda: now)
     asked = Requests()
     assert not asked.note(first) and asked.number in requests.SIGNALS
-    now = 101.9
+    now = 104.9
     assert not asked.note(second)
-    now = 102.1
+    now = 105.1
     assert not asked.note(PASSED_ON)
     assert asked.note(second)
 
@@ -202,12 +202,12 @@ def test_the_launcher_passes_a_request_on_once_and_ends_workers_at_another_one(
 
 def test_a_second_request_to_the_launcher_ends_the_run_at_once(tmp_path: Path) -> None:
     """Its workers are told, even those that cannot stop by themselves."""
-    run, _ = begun(tmp_path, "ddp", 2)
+    run, _ = begun(tmp_path, "ddp", 2, grace=60)
     stuck = run.workers()[0]
     os.kill(stuck, signal.SIGSTOP)
     assert run.process.pid is not None
     os.kill(run.process.pid, signal.SIGINT)
-    time.sleep(2.2)
+    time.sleep(requests.SAME_REQUEST_SECONDS + 0.2)
     began = time.monotonic()
     os.kill(stuck, signal.SIGCONT)
     os.kill(run.process.pid, signal.SIGINT)

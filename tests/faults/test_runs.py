@@ -32,7 +32,7 @@ from abtrain.errors import (
 )
 from abtrain.study import arguments, plots
 from abtrain.study.compare import write_results
-from abtrain.train import loop, trackers
+from abtrain.train import loop, requests, trackers
 from abtrain.train.config import TrainConfig, resolve
 from abtrain.train.config_file import from_toml
 from abtrain.train.config_problems import validate
@@ -449,7 +449,7 @@ def test_stopped_by_a_signal(name: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_second_signal_does_not_wait_and_tears_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes more than two seconds after the first one."""
+    monkeypatch.setattr(requests, "SAME_REQUEST_SECONDS", 2.0)  # there are three pauses of a second before the second
     slow = "; ".join(f"slow 0 8 checkpoint.{point}" for point in ("prepare", "write", "fsync"))
     monkeypatch.setattr(faults, "_planned", faults.parse(f"term 0 7 step; {slow}; int 0 8 checkpoint.fsync"))
     with pytest.raises(StoppedError, match=r"at once on a second request \(SIGINT\)"):

@@ -15,8 +15,12 @@ PASSED_ON = signal.SIGUSR1
 Schedulers often signal all processes of a run at once. If the launcher passed that on as SIGTERM, each worker would get
 the same request twice, seconds apart where the launcher is slow.
 """
-SAME_REQUEST_SECONDS = 2.0
-"""Signals that follow the first one sooner are the same request."""
+SAME_REQUEST_SECONDS = 5.0
+"""Signals that are handled sooner after the first one are the same request.
+
+Python handles none while the process waits for others in native code. Workers that are about to agree on a stop make
+each other wait up to two seconds, so a signal that came at once may be handled that much later.
+"""
 
 
 class Requests:
