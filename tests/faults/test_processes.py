@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -129,11 +130,31 @@ def places(recipe: Recipe, step: int, every: int) -> list[tuple[str, int]]:
     return points
 
 
-@pytest.mark.parametrize("name", ["ab", "ab_outer"])
-def test_twenty_kills_at_random_places(name: str, tmp_path: Path) -> None:
-    """Of either worker, in a seeded order; the launcher starts them again each time."""
+SOAKED = {"ab": AB, "ab_outer": OUTER}
+
+
+class Soak(NamedTuple):
+    """A run whose workers are killed again and again, one that is left alone, and where the former has to go on."""
+
+    folder: Path
+    killed: Running
+    whole: Running
+    commits: list[int]
+
+
+@pytest.fixture(scope="module")
+def soaks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Soak]]:
+    """At the same time: most of what they do is to wait for the word of workers that were killed."""
+    runs = {name: soak(name, options, tmp_path_factory.mktemp("soak")) for name, options in SOAKED.items()}
+    yield runs
+    for run in runs.values():
+        run.killed.process.kill()
+        run.whole.process.kill()
+
+
+def soak(name: str, options: tuple[str, ...], folder: Path) -> Soak:
+    """Kills either worker twenty times, in a seeded order; the launcher starts them again each time."""
     steps, every, dice = 60, 2, random.Random(11)
-    options = {"ab": AB, "ab_outer": OUTER}[name]
     settings = {option[2:].replace("-", "_"): value for option, value in zip(options[::2], options[1::2], strict=True)}
     recipe = recipes.build(name, steps, **{k: int(v) if v.isdecimal() else v for k, v in settings.items()})
     kills, commits = [], []
@@ -142,14 +163,20 @@ def test_twenty_kills_at_random_places(name: str, tmp_path: Path) -> None:
         kills.append(f"kill {dice.randrange(2)} {step} {point}")
         commits.append(commit)
     train = ("train", name, "--steps", str(steps), *options, *COMMON, "--checkpoint-every", str(every))
-    for folder in ("run", "soak"):
-        (tmp_path / folder).mkdir()
-    whole = start(tmp_path / "run", *train)
-    ended = start(tmp_path / "soak", *train, "--max-restarts", "20", plan="|".join(kills)).wait()
+    for part in ("run", "soak"):
+        (folder / part).mkdir()
+    killed = start(folder / "soak", *train, "--max-restarts", "20", plan="|".join(kills))
+    return Soak(folder, killed, start(folder / "run", *train), commits)
+
+
+@pytest.mark.parametrize("name", SOAKED)
+def test_twenty_kills_at_random_places(name: str, soaks: dict[str, Soak]) -> None:
+    folder, killed, whole, commits = soaks[name]
+    ended = killed.wait()
     assert ended.code == 0 == whole.wait().code, ended.err
     gone_on = [int(step) for step in re.findall(r"going on from the checkpoint of step (\d+)", ended.err)]
     assert gone_on == [commit for commit in commits if commit]
-    assert digest(tmp_path / "soak") == digest(tmp_path / "run")
+    assert digest(folder / "soak") == digest(folder / "run")
 
 
 FROZEN = {
