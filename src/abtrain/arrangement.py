@@ -10,7 +10,7 @@ from typing import Any
 from abtrain.comm.agreement import take_first
 from abtrain.comm.communicator import PLAIN, Communicator, DataParallel, Scope, Unsynchronized
 from abtrain.factors import agree_on_factors
-from abtrain.level import level_optimizer_state
+from abtrain.level import level_optimizers
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.model import FactoredModel
 from abtrain.merge import Merger
@@ -135,9 +135,9 @@ class Arrangement:
         if position.phase.trains in ("a_then_b", "b"):
             # Every worker has a state of its own for both factors: that of the frozen one is levelled too.
             self._model.train_only("all")
-        reset = {} if self._model.projects else self._model.factors()
+        reset = self._model.resets()
         kept = [p for name, p in self._model.trained(self._treatments).items() if name not in reset]
-        level_optimizer_state(self._model.optimizer, kept, self._comm)
+        level_optimizers(self._model.optimizers, kept, self._comm)
 
     def state_dict(self) -> dict[str, Any]:
         """What tells of the factorings so far, and what the wrapper has learnt."""

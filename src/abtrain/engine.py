@@ -33,16 +33,20 @@ from abtrain.arrangement import Arrangement
 from abtrain.checks import as_checkpoint_error
 from abtrain.comm import default_communicator
 from abtrain.comm.communicator import Communicator, Scope
+from abtrain.copies import WeightCopies
 from abtrain.describe import Description
 from abtrain.divergence import Divergence
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.faults import fail_at
 from abtrain.level import level_grad_scaler
+from abtrain.level_nested import cannot_be_shared
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.model import FactoredModel
+from abtrain.lowrank.optimizers import Optimizers
 from abtrain.merge import Merger
 from abtrain.modes import in_own_modes, own_modes
 from abtrain.nonfinite import OnNonFinite
+from abtrain.optimizer_problems import doubts_about_optimizers
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.replicas import check_replicas
@@ -60,6 +64,9 @@ from abtrain.validate import buffer_problems, doubts_about, problems_here, probl
 
 log = logging.getLogger("abtrain")
 
+_FIRST_STEPS = 2
+"""In which an optimizer makes its state."""
+
 
 class ABTraining:
     """Trains a model by a recipe, inside the user's own loop.
@@ -74,7 +81,8 @@ class ABTraining:
 
     Args:
         model: the bare model, already on its device; changed in place. Not wrapped in DDP.
-        optimizer: over the model's parameters; stays the same object.
+        optimizer: over the model's parameters, or a list of them, each with parameters of its own; they stay the same
+            objects. Those that wrap others (Accelerate's, SAM, Lookahead) are taken as they are.
         recipe: what happens at which step.
         communicator: how to reach the other workers; default torch.distributed if it is initialised, else alone.
         group_size: workers a group; default the number of ranks per node under torchrun, else 1.
@@ -91,6 +99,7 @@ class ABTraining:
         measure_divergence: at every merge, how far workers have come apart in each layer, for two numbers a layer.
 
     Attributes:
+        optimizers: as given; `optimizer` is the first.
         recipe: as given, or with the lengths that were decided by measurement.
         decisions: what was decided at which step, from which measure.
         dropped_parts: of merges that left workers' parts out, the step and their ranks (`on_nonfinite="drop_worker"`).
@@ -108,7 +117,7 @@ class ABTraining:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         recipe: Recipe,
         *,
         communicator: Communicator | None = None,
@@ -122,18 +131,18 @@ class ABTraining:
     ) -> None:
         comm = _checked(model, optimizer, recipe, communicator, group_size, on_nonfinite, average_buffers)
         self.module = model
-        self.optimizer = optimizer
         self.recipe = self._given_recipe = recipe
         self.communicator = comm
         self.steps_done = comm.meter.step = 0
         self.decisions: list[dict[str, Any]] = []
         self._grad_scaler = grad_scaler
-        self._treatments = classify(
-            model, recipe.factoring, {id(p) for g in optimizer.param_groups for p in g["params"]}
-        )
+        optimizers = Optimizers(optimizer)
+        self.optimizers, self.optimizer = optimizers.given, optimizers.given[0]
+        self._treatments = classify(model, recipe.factoring, set(map(id, optimizers.parameters())))
         names = [treatment.name for treatment in self._treatments if treatment.kind == "factored"]
         state = recipe.factoring.optimizer_state if recipe.factoring else "reset"
-        self._model = FactoredModel(model, optimizer, names, state)
+        self._model = FactoredModel(model, optimizers, names, state)
+        self._copies = WeightCopies(self._model)
         self._state = SharedState(self._model, self._treatments, comm, average_buffers, same_settings)
         self._merger = Merger(comm, on_nonfinite)
         self.divergence: list[dict[str, Any]] = []
@@ -144,12 +153,13 @@ class ABTraining:
         self._switch = Switch(comm, recipe)
         self._forwards = 0
         self._workers_equal = True
+        self._levels = comm.topology.world_size > 1 and _levels(recipe)
         check_start(
             comm,
             recipe,
             abtrain=__version__,
             torch=torch.__version__,
-            optimizer=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+            optimizers=optimizers.kinds,
             grad_scaler=grad_scaler is not None and grad_scaler.is_enabled(),
             find_unused_parameters=find_unused_parameters,
             on_nonfinite=on_nonfinite,
@@ -158,7 +168,7 @@ class ABTraining:
             names=list(self._state.layout()),
             model=self._state.layout(),
             param_groups=optimizer_settings(
-                optimizer, self._model.parameters(), settings_at_start(optimizer) if same_settings else ()
+                optimizers, self._model.parameters(), settings_at_start(optimizers) if same_settings else ()
             ),
         )
         self._state.agree()
@@ -166,14 +176,14 @@ class ABTraining:
         if comm.rank == 0 and comm.topology.world_size > 1:
             _announce(Description(recipe, comm.topology, tuple(self._treatments), {}).beginning())
         if comm.rank == 0:
-            for doubt in doubts_about(recipe, comm):
+            for doubt in [*doubts_about(recipe, comm), *doubts_about_optimizers(optimizers, recipe)]:
                 log.warning(doubt)
         self._position: Position | None = recipe.at(0)
         # From here on the optimizer is changed: what can be refused has been.
-        self._rebound = LRRebound(optimizer, lambda: 1.0 if self._position is None else self._position.phase.local_lr)
-        self._hooks = StepHooks(
-            optimizer, self._model, self._state.frozen(), on_nonfinite, comm.rank == 0, self._coming
+        self._rebound = LRRebound(
+            optimizers.acting, lambda: 1.0 if self._position is None else self._position.phase.local_lr
         )
+        self._hooks = StepHooks(self._model, self._state.frozen(), on_nonfinite, comm.rank == 0, self._coming)
         self._arrangement = Arrangement(
             self._model,
             self._treatments,
@@ -195,7 +205,7 @@ class ABTraining:
             has ended.
         """
         if torch.is_grad_enabled():
-            if self._hooks.count:
+            if self._hooks.all_stepped:
                 raise UsageError(
                     f"a forward pass with gradients began, but ab.step() was not called after optimizer.step() of step "
                     f"{self.steps_done}: call ab.step() once after every optimizer.step(), and validate under no_grad"
@@ -290,11 +300,14 @@ class ABTraining:
         if not self._forwards and self.communicator.topology.world_size > 1:
             raise UsageError(
                 "the optimizer stepped, but no ab(...) call came before: call ab(x) in place of model(x)"
-                if self._hooks.count
+                if self._hooks.stepped
                 else "no ab(...) call came since the last ab.step(): call it once for each optimizer step, on every "
                 "worker as often, and ab.merged() to look at the average amid a round"
             )
-        self._hooks.count = self._forwards = 0
+        self._hooks.next_step()
+        self._copies.look()
+        self._check_optimizers()
+        self._forwards = 0
         self._rebound.advance()
         self.steps_done += 1
         self.communicator.meter.step = self.steps_done
@@ -313,6 +326,7 @@ class ABTraining:
             self._arrangement.unwrap()
         elif upcoming.first:
             self._arrangement.enter(upcoming, self.recipe)
+        self._hooks.watch()
 
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
@@ -358,7 +372,7 @@ class ABTraining:
         Raises:
             UsageError: `ab.step()` was not called after the last optimizer step.
         """
-        if self._hooks.count:
+        if self._hooks.stepped:
             raise UsageError("the state between optimizer.step() and ab.step() cannot be saved: call ab.step() first")
         return {
             "version": VERSION,
@@ -408,7 +422,8 @@ class ABTraining:
         self.decisions = list(state["decisions"])
         self._workers_equal, self._hooks.round_began = state["workers_equal"], state["round_began"]
         self._hooks.guard.skipped = list(state["skipped_steps"])
-        self._hooks.count = self._forwards = 0
+        self._hooks.goes_on()
+        self._forwards = 0
         self._parts().load_state_dict(state, self.recipe.at, self._trained_by)
         self._check_loaded_weights()
         self._arrangement.load_state_dict(state, self._position)
@@ -448,6 +463,29 @@ class ABTraining:
             self.communicator.meter,
         )
 
+    def _check_optimizers(self) -> None:
+        """State shows in the first step, and modes at any time.
+
+        Raises:
+            UsageError: state cannot be levelled, though it will have to be; or the optimizer evaluates.
+        """
+        for optimizer in self._model.optimizers.all:
+            # Schedule-free optimizers say so: their weights are other ones then.
+            if any(group.get("train_mode") is False for group in optimizer.param_groups):
+                raise UsageError(
+                    f"{type(optimizer).__name__} is in its mode of evaluation at ab.step(): call optimizer.train() "
+                    "before it, and validate between ab.step() and the next training step"
+                )
+        if self._levels and self.steps_done < _FIRST_STEPS:
+            for optimizer in self._model.optimizers.stateful:
+                odd = cannot_be_shared(optimizer.state)
+                if odd:
+                    raise UsageError(
+                        f"{type(optimizer).__name__} keeps {odd} in its state, which cannot be made alike on all "
+                        f"workers before recipe {self.recipe.name!r} shares gradients: use another optimizer, or a "
+                        "recipe of rounds alone such as local_sgd"
+                    )
+
     def close(self) -> None:
         """Takes abtrain's hooks off the optimizer. The model stays as it is."""
         self._rebound.close()
@@ -456,7 +494,8 @@ class ABTraining:
     def _sync_weights(self, position: Position, upcoming: Position | None, loss: float | None) -> Position | None:
         """What a phase of rounds does after a step; where the next step stands then."""
         phase = position.phase
-        self._workers_equal = self._rounds.step(position, self.steps_done, loss, self._trained_by(position))
+        with self._copies.following():
+            self._workers_equal = self._rounds.step(position, self.steps_done, loss, self._trained_by(position))
         layers = self._divergence.take()
         if layers is not None:
             self.divergence.append({"step": self.steps_done, "phase": phase.name, "layers": layers})
@@ -500,13 +539,21 @@ class ABTraining:
             return None
         if self._shares_gradients:
             fail_at(self.communicator.rank, self.steps_done, "sync.end")
-        return Coming(self.steps_done, self._position.phase, self._shares_gradients)
+        shared = self._shares_gradients
+        in_group = isinstance(self._position.phase.sync, WeightSync) and self.communicator.topology.group_size > 1
+        return Coming(self.steps_done, self._position.phase, shared, averaged=shared or in_group)
 
     def _ended(self) -> str:
         return (
             f"recipe {self.recipe.name!r} ended after its {self.recipe.total_steps} steps: "
             "stop the loop there, or build the recipe with more total_steps"
         )
+
+
+def _levels(recipe: Recipe) -> bool:
+    """Whether workers come from rounds of their own to shared gradients."""
+    kinds = {type(phase.sync) for phase in recipe.phases}
+    return {WeightSync, GradientSync} <= kinds
 
 
 def _announce(text: str) -> None:
@@ -519,7 +566,7 @@ def _announce(text: str) -> None:
 
 def _checked(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     recipe: Recipe,
     communicator: Communicator | None,
     group_size: int | None,

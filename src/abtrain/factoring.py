@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from abtrain.sync import share_problems, whole_number_problems
 
-OptimizerState = Literal["reset", "project"]
+OptimizerState = Literal["reset", "project", "auto"]
 SVDMode = Literal["each", "shared"]
 
 
@@ -33,7 +33,8 @@ class Factoring:
         keep_dense_if_larger: leave a weight dense where its factors would be no smaller, k (m + n) >= m n.
         min_dim: leave a weight dense whose smaller matrix dimension is below this.
         exclude: globs of parameter names that stay dense, such as `head.*`.
-        optimizer_state: at a change of shape, `reset` the optimizer's state of the weight, or `project` it.
+        optimizer_state: at a change of shape, `reset` the optimizer's state of the weight, or `project` it; `auto`:
+            project it where the optimizer is known, and reset it elsewhere.
         svd: `each` worker decomposes every weight, or the work is `shared`: one owner a weight sends its factors.
         settled: leave a weight dense, until weights are factored the next time, whose spectrum drifted by more than
             this in the round before (`abtrain.phase.Until` says how it is measured); 0: factor all. Measured at
@@ -59,8 +60,8 @@ class Factoring:
         found += whole_number_problems("min_dim", self.min_dim, least=1)
         if not isinstance(self.exclude, tuple | list) or not all(isinstance(glob, str) for glob in self.exclude):
             found.append(f"exclude={self.exclude!r} is not a list of globs: use one, such as ('head.*',)")
-        if self.optimizer_state not in ("reset", "project"):
-            found.append(f"optimizer_state={self.optimizer_state!r} is unknown: use 'reset' or 'project'")
+        if self.optimizer_state not in get_args(OptimizerState):
+            found.append(f"optimizer_state={self.optimizer_state!r} is unknown: use 'reset', 'project' or 'auto'")
         if self.svd not in ("each", "shared"):
             found.append(f"svd={self.svd!r} is unknown: use 'each' or 'shared'")
         found += share_problems("settled", self.settled)

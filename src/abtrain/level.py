@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,31 +16,44 @@ from torch.optim import Optimizer
 
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.wire import exact_average
-from abtrain.errors import ConfigurationError
-from abtrain.lowrank.optimizer import State
+from abtrain.level_nested import level_nested
+from abtrain.lowrank.optimizer import LINEAR_MOMENTS, SQUARED_MOMENTS, State
+from abtrain.lowrank.optimizer_fit import SCHEDULED
+from abtrain.lowrank.optimizers import Optimizers, settings_of
+from abtrain.start import HYPERPARAMETERS
 
-_TENSOR, _NUMBER = "tensor", "number"
+_TENSOR, _NUMBER, _NESTED = "tensor", "number", "nested"
 _KEY_BYTES = 512
 """What the names of an optimizer's state may take when workers compare them."""
 
 
-def level_optimizer_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
+def level_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
     """Gives all workers the same state for `parameters`, in place. Collective over the world.
 
     Tensors become the average over the workers that trained the parameter and have one; single numbers, such as step
-    counts, become the largest of any worker (a gradient scaler may have skipped steps in some groups).
-
-    Raises:
-        ConfigurationError: the optimizer names its state too lengthily to be compared.
+    counts, become the largest of any worker (a gradient scaler may have skipped steps in some groups). State of another
+    form is levelled by `abtrain.level_nested`. Settings of param groups that are state become the largest too.
     """
     if comm.topology.world_size == 1 or not parameters:
         return
+    for optimizer in optimizers.stateful:
+        _level_state(optimizer, parameters, comm)
+    _level_settings(optimizers, comm)
+
+
+def _level_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
     # What a frozen factor's state says is old: this worker did not train it.
     states: list[State] = [optimizer.state.get(p, {}) if p.requires_grad else {} for p in parameters]
     kinds = _agree_on_keys(states, parameters, comm)
+    if _NESTED in kinds.values():
+        level_nested(states, parameters, comm)
+        for parameter, state in zip(parameters, states, strict=True):
+            if state:
+                optimizer.state[parameter] = state
+        return
     slots = [(place, key) for place in range(len(parameters)) for key in kinds]
     values = torch.tensor([_number(states[place].get(key)) for place, key in slots], dtype=torch.float64)
-    holders = torch.tensor([key in states[place] for place, key in slots], dtype=torch.int64)
+    holders = torch.tensor([states[place].get(key) is not None for place, key in slots], dtype=torch.int64)
     values, holders = values.to(comm.device), holders.to(comm.device)
     comm.all_reduce(holders)
     comm.all_reduce(values, op="max")
@@ -58,6 +72,22 @@ def level_optimizer_state(optimizer: Optimizer, parameters: Sequence[nn.Paramete
             like = next((s[key] for s in optimizer.state.values() if key in s), None)
             like = _new_number(optimizer, parameter) if like is None else like
             _set_number(optimizer.state[parameter], key, numbers[place, key], like)
+
+
+def _level_settings(optimizers: Optimizers, comm: Communicator) -> None:
+    """Some optimizers count steps, or estimate a rate, in their param groups. PyTorch's own do not."""
+    groups = {id(g): g for o in optimizers.all if not type(o).__module__.startswith("torch.") for g in o.param_groups}
+    slots = [
+        (group, key)
+        for group in groups.values()
+        for key, value in sorted(settings_of(group).items())
+        if key not in HYPERPARAMETERS | SCHEDULED and _is_number(value)
+    ]
+    if slots:
+        values = torch.tensor([_number(group[key]) for group, key in slots], dtype=torch.float64).to(comm.device)
+        comm.all_reduce(values, op="max")
+        for (group, key), value in zip(slots, values.tolist(), strict=True):
+            _set_number(group, key, value, group[key])
 
 
 def level_grad_scaler(scaler: torch.amp.GradScaler, comm: Communicator) -> None:
@@ -80,22 +110,44 @@ def _agree_on_keys(states: Sequence[State], parameters: Sequence[nn.Parameter], 
     mine: dict[str, str] = {}
     for state, parameter in zip(states, parameters, strict=True):
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.ndim and key != "step":
-                mine[key] = _TENSOR
-            elif isinstance(value, int | float | Tensor) and (key == "step" or parameter.ndim):
-                mine.setdefault(key, _NUMBER)
+            kind = _kind(key, value, parameter)
+            if not kind or mine.get(key) == _NESTED:
+                continue
+            # Of a parameter that is one number, moments and counts look alike: others tell, if any do.
+            if parameter.ndim or kind == _NESTED:
+                mine[key] = kind
+            else:
+                mine.setdefault(key, kind)
     text = json.dumps(mine).encode()
     if len(text) > _KEY_BYTES:
-        raise ConfigurationError(
-            f"the names of the optimizer's state ({', '.join(mine)}) take more than {_KEY_BYTES} bytes: shorten them"
-        )
+        text = json.dumps({"": _NESTED}).encode()
     row = torch.zeros(_KEY_BYTES, dtype=torch.uint8)
     row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     rows = comm.all_gather(row.to(comm.device)).cpu()
     everyone: dict[str, str] = {}
     for other in rows:
-        everyone |= json.loads(bytes(other.tolist()).rstrip(b"\0"))
+        for key, kind in json.loads(bytes(other.tolist()).rstrip(b"\0")).items():
+            # Where forms differ, the more general way serves all.
+            everyone[key] = kind if everyone.get(key, kind) == kind else _NESTED
     return dict(sorted(everyone.items()))
+
+
+def _kind(key: Any, value: object, parameter: nn.Parameter) -> str:
+    """What an item of state is; empty if it says nothing."""
+    if value is None:
+        return ""
+    if _is_number(value) or (isinstance(value, Tensor) and not value.ndim and (key == "step" or parameter.ndim)):
+        return _NUMBER
+    if not isinstance(value, Tensor) or not isinstance(key, str) or key == "step":
+        return _NESTED
+    if not value.ndim:
+        return _TENSOR if key in LINEAR_MOMENTS | SQUARED_MOMENTS else _NUMBER
+    return _TENSOR if value.shape == parameter.shape and value.dtype == parameter.dtype else _NESTED
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is one number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _number(value: object) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,12 +21,12 @@ _MOST_IN_A_ROW = 50
 
 
 class GradientGuard:
-    """Looks at all gradients before each step of an optimizer.
+    """Looks at all gradients before each step of optimizers.
 
     Gradients that workers share are the same on all of them, and so is what becomes of the step, without a word sent.
 
     Args:
-        optimizer: whose gradients they are.
+        optimizers: whose gradients they are.
         policy: `skip` leaves the step out; otherwise it is an error where gradients are shared, and left for the next
             merge to find where they are a worker's own.
         speaks: whether this worker logs what happens on all workers.
@@ -34,33 +35,47 @@ class GradientGuard:
         skipped: indexes of the steps that were left out.
     """
 
-    def __init__(self, optimizer: Optimizer, policy: OnNonFinite, speaks: bool) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizers: Sequence[Optimizer], policy: OnNonFinite, speaks: bool) -> None:
+        self._optimizers = optimizers
         self._policy = policy
         self._speaks = speaks
         self.skipped: list[int] = []
+        self._looked = -1
 
-    def look(self, step: int, shared: bool) -> None:
+    def look(self, optimizer: Optimizer, step: int, shared: bool, in_closure: bool = False) -> None:
         """Drops the gradients of a step that is to be left out: optimizers pass over parameters without.
 
         Args:
+            optimizer: that is about to step. The first of several looks at the gradients of all: they come from the
+                same backward pass.
             step: its index.
             shared: whether all workers have these gradients.
+            in_closure: whether the optimizer has begun its step, and called for these gradients.
 
         Raises:
             NonFiniteError: the step cannot be made, or too many in a row were left out.
         """
         # A GradScaler that leaves it to the optimizer to skip has looked already.
-        if not (shared or self._policy == "skip") or getattr(self._optimizer, "found_inf", None) is not None:
+        if not (shared or self._policy == "skip") or getattr(optimizer, "found_inf", None) is not None:
             return
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        among = [optimizer] if step == self._looked else self._optimizers
+        self._looked = step
+        parameters = [p for one in among for group in one.param_groups for p in group["params"] if p.grad is not None]
         if _finite([p.grad for p in parameters]):
             return
         if self._policy != "skip":
+            unchanged = "the optimizer may have moved weights before" if in_closure else "no weight was changed by them"
             raise NonFiniteError(
-                f"NaN or infinity in the gradients that workers share at step {step}: no weight was changed by them. "
+                f"NaN or infinity in the gradients that workers share at step {step}: {unchanged}. "
                 "Lower the learning rate, clip gradients, or leave such steps out: on_nonfinite='skip'"
             )
+        self._leave_out(step, shared)
+        for parameter in parameters:
+            parameter.grad = None
+
+    def _leave_out(self, step: int, shared: bool) -> None:
+        if step in self.skipped[-1:]:
+            return
         self.skipped.append(step)
         if self.skipped[-_MOST_IN_A_ROW:] == list(range(step - _MOST_IN_A_ROW + 1, step + 1)):
             raise NonFiniteError(
@@ -69,8 +84,6 @@ class GradientGuard:
             )
         if not shared or self._speaks:
             log.warning("step %d: its gradient is not finite, and the step is left out", step)
-        for parameter in parameters:
-            parameter.grad = None
 
 
 def _finite(gradients: list[Tensor]) -> bool:

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from abtrain.lowrank.optimizers import is_nested
 from abtrain.modes import in_own_modes
 
 
 class LRRebound:
-    """Scales the learning rates of an optimizer while it steps, and only then.
+    """Scales the learning rates of optimizers while they step, and only then.
 
     A scheduler beside it reads and writes the values that it knows: the factor is applied when `optimizer.step` begins
     and taken back when it ends. In step j = 0, 1, ... after `start(N)` the factor is (j + 1) / (N + 1) of the
     target, and the target from j = N on.
 
     Args:
-        optimizer: whose rates they are.
+        optimizers: whose rates they are.
         target: tells what the phase of the coming step multiplies them by.
     """
 
-    def __init__(self, optimizer: Optimizer, target: Callable[[], float]) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], target: Callable[[], float]) -> None:
         self._target = target
         self._length = 0
         self._done = 0
-        self._scheduled: list[tuple[dict[str, Any], float | Tensor, float | Tensor]] = []
-        self._hooks = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        )
+        self._scheduled: dict[int, list[tuple[dict[str, Any], float | Tensor, float | Tensor]]] = {}
+        self._hooks = [
+            handle
+            for optimizer in optimizers
+            for handle in (
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            )
+        ]
 
     @property
     def factor(self) -> float:
@@ -63,22 +68,30 @@ class LRRebound:
 
     @in_own_modes
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if is_nested(optimizer):
+            return
         # A step that raised never came to its post-hook: its learning rates are still scaled.
-        self._put_back()
+        self._put_back(optimizer)
         if self.factor == 1.0:
             return
+        scaled_already = {id(entry[0]) for entries in self._scheduled.values() for entry in entries}
+        entries = self._scheduled.setdefault(id(optimizer), [])
         for group in optimizer.param_groups:
-            # A new tensor where it is one: the scheduler may hold the old one.
-            scheduled, scaled = group["lr"], group["lr"] * self.factor
-            self._scheduled.append((group, scheduled, scaled))
-            group["lr"] = scaled
+            # An optimizer around this one may share its groups.
+            if id(group) not in scaled_already:
+                # A new tensor where it is one: the scheduler may hold the old one.
+                scheduled, scaled = group["lr"], group["lr"] * self.factor
+                entries.append((group, scheduled, scaled))
+                group["lr"] = scaled
 
     @in_own_modes
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._put_back()
+        if not is_nested(optimizer):
+            self._put_back(optimizer)
 
-    def _put_back(self) -> None:
-        for group, scheduled, scaled in self._scheduled:
-            if group["lr"] is scaled:  # and not what a scheduler has set since
-                group["lr"] = scheduled
-        self._scheduled = []
+    def _put_back(self, optimizer: Optimizer | None = None) -> None:
+        """Gives an optimizer, or all, the scheduled rates again."""
+        for key in list(self._scheduled) if optimizer is None else [id(optimizer)]:
+            for group, scheduled, scaled in self._scheduled.pop(key, ()):
+                if group["lr"] is scaled:  # and not what a scheduler has set since
+                    group["lr"] = scheduled

@@ -28,7 +28,7 @@ from abtrain.start import HYPERPARAMETERS, chosen
 from abtrain.switch import Switch
 from abtrain.sync import WeightSync
 
-VERSION = 4
+VERSION = 5
 """Of the content of `ABTraining.state_dict`: other content, another number."""
 
 
@@ -133,7 +133,9 @@ def alike(state: Mapping[str, Any], position: Position | None) -> dict[str, obje
         "starts_of": {wire: sorted(starts) for wire, starts in merger["starts"].items()},
         "progress": [entry["progress"] for entry in state["rounds"]["under_way"]],
         "order_of_gradients_known": bool(state["arrivals"]),
-        "param_groups": [chosen(group, HYPERPARAMETERS) for group in model["optimizer"]["groups"]] if shared else [],
+        "param_groups": [chosen(group, HYPERPARAMETERS) for one in model["optimizers"] for group in one["groups"]]
+        if shared
+        else [],
     }
 
 

@@ -12,13 +12,13 @@ from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from abtrain.comm.agreement import ABSENT, differing_fields, gather_json, values_by_rank
 from abtrain.comm.checksums import fingerprint, stable_repr
 from abtrain.comm.communicator import Communicator
 from abtrain.errors import RanksDisagreeError
 from abtrain.lowrank.model import FactoredModel
+from abtrain.lowrank.optimizers import Optimizers, settings_of
 from abtrain.recipe import Recipe
 
 _MOST_TOLD = 5
@@ -64,7 +64,7 @@ def check_phase(comm: Communicator, model: FactoredModel, where: str, settings: 
     layouts |= {name: layout(buffer) for name, buffer in model.model.named_buffers()}
     _compare(
         comm,
-        {"model": layouts, "param_groups": optimizer_settings(model.optimizer, names, settings)},
+        {"model": layouts, "param_groups": optimizer_settings(model.optimizers, names, settings)},
         f"workers differ at {where}",
         "Change buffers, memory formats, requires_grad and the optimizer's settings on all workers, at the same step",
     )
@@ -80,9 +80,11 @@ _IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"}
 """Settings of PyTorch's optimizers that do not say what is computed."""
 
 
-def settings_at_start(optimizer: Optimizer) -> frozenset[str]:
-    """The settings that an optimizer was built with, without what schedulers and loops have added to its groups."""
-    return frozenset(getattr(optimizer, "defaults", ())) - _IMPLEMENTATION
+def settings_at_start(optimizers: Optimizers) -> frozenset[str]:
+    """The settings that optimizers were built with, without what schedulers and loops have added to their groups."""
+    return (
+        frozenset(key for optimizer in optimizers.all for key in getattr(optimizer, "defaults", ())) - _IMPLEMENTATION
+    )
 
 
 def layout(tensor: Tensor, **more: object) -> dict[str, object]:
@@ -95,18 +97,18 @@ def layout(tensor: Tensor, **more: object) -> dict[str, object]:
 
 
 def optimizer_settings(
-    optimizer: Optimizer, names: Mapping[str, nn.Parameter], keys: Collection[str] | None = None
+    optimizers: Optimizers, names: Mapping[str, nn.Parameter], keys: Collection[str] | None = None
 ) -> list[dict[str, object]]:
-    """The settings of an optimizer's param groups, and whose they are.
+    """The settings of all param groups, and whose they are.
 
     Args:
-        optimizer: over the parameters.
+        optimizers: over the parameters.
         names: of these.
         keys: settings of interest; None: all.
     """
     known = {id(parameter): name for name, parameter in names.items()}
     groups = []
-    for group in optimizer.param_groups:
+    for group in optimizers.groups():
         owned = sorted(known.get(id(p), "a stranger") for p in group["params"])
         groups.append({**chosen(group, keys), "parameters": owned})
     return groups
@@ -114,8 +116,7 @@ def optimizer_settings(
 
 def chosen(group: Mapping[str, Any], keys: Collection[str] | None) -> dict[str, object]:
     """Settings of a param group, to be compared; `keys`: of interest (None: all)."""
-    settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-    return {key: _plain(value) for key, value in settings.items() if keys is None or key in keys}
+    return {key: _plain(value) for key, value in settings_of(group).items() if keys is None or key in keys}
 
 
 def _plain(value: object) -> object:

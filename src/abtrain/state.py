@@ -121,16 +121,16 @@ class SharedState:
         place: dict[str, int | Mapping[str, str]] = {"step": step, "phase": phase, "shapes": shapes, **more}
         place["frozen"] = changed
         if self._same_settings:
-            settings = optimizer_settings(self._model.optimizer, self._model.parameters(), HYPERPARAMETERS)
+            settings = optimizer_settings(self._model.optimizers, self._model.parameters(), HYPERPARAMETERS)
             place["settings"] = dict(leaves("param_groups", settings))
         return place
 
     def forget_nonfinite(self) -> None:
         """Drops this worker's optimizer state of every parameter for which it holds NaN or infinity."""
-        state = self._model.optimizer.state
-        for parameter, held in list(state.items()):
-            if not all(bool(torch.isfinite(value).all()) for value in _tensors_in(held)):
-                del state[parameter]
+        for optimizer in self._model.optimizers.stateful:
+            for parameter, held in list(optimizer.state.items()):
+                if not all(bool(torch.isfinite(value).all()) for value in _tensors_in(held)):
+                    self._model.drop_state(parameter)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

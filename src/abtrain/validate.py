@@ -8,12 +8,13 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from abtrain.comm.communicator import Communicator
 from abtrain.errors import nearest
 from abtrain.lowrank.classify import classify
-from abtrain.lowrank.optimizer import PROJECTABLE
+from abtrain.lowrank.optimizers import Optimizers
+from abtrain.optimizer_problems import form_problems, optimizer_problems
 from abtrain.recipe import Recipe
 from abtrain.sync import WeightSync
 
@@ -21,58 +22,23 @@ _FEW_STEPS = 100
 """Before weights are factored. Measured: docs/studies/large-batch.md, where 24 steps cost 11 points and 48 cost 4."""
 
 
-def problems_of(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> list[str]:
+def problems_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], recipe: Recipe) -> list[str]:
     """One message for each thing that cannot be; empty if all is well."""
     if not isinstance(recipe, Recipe):
         return [f"recipe={recipe!r} is no Recipe: build one, as abtrain.recipes.ab(total_steps=10_000) does"]
-    if not isinstance(optimizer, Optimizer):
-        kind = type(optimizer).__name__
-        remedy = "one optimizer for all trained parameters, with a param group for each kind of them"
-        return [f"the optimizer is a {kind}, and no torch.optim.Optimizer: give {remedy}"]
+    unusable = form_problems(optimizer)
+    if unusable:
+        return unusable
     if isinstance(model, DistributedDataParallel | DataParallel):
         wrapper = type(model).__name__
         return [
             f"the model is wrapped in {wrapper}: pass the bare model ({wrapper}(...).module), abtrain wraps it itself"
         ]
-    return _optimizer_problems(model, optimizer, recipe) + _model_problems(model, optimizer, recipe)
+    optimizers = Optimizers(optimizer)
+    return optimizer_problems(model, optimizers, recipe) + _model_problems(model, optimizers, recipe)
 
 
-def _optimizer_problems(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> list[str]:
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    known = {id(parameter) for parameter in model.parameters()}
-    problems = []
-    strangers = [tuple(parameter.shape) for parameter in held if id(parameter) not in known]
-    if strangers:
-        problems.append(
-            f"the optimizer holds {len(strangers)} parameters that the model does not have "
-            f"(shapes {', '.join(map(str, strangers[:4]))}): build it from this model's parameters()"
-        )
-    held_ids = {id(parameter) for parameter in held}
-    idle = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held_ids]
-    if idle:
-        problems.append(
-            f"{', '.join(idle[:4])}{f' and {len(idle) - 4} more' if len(idle) > 4 else ''} require gradients, but the "
-            "optimizer does not hold them: no worker would share what another optimizer makes of them. Give the "
-            "optimizer all parameters that are trained, and freeze the others (requires_grad_(False))"
-        )
-    if optimizer.state and recipe.factored and recipe.phases[0].weights == "factored":
-        problems.append("the optimizer has stepped already, and the recipe starts factored: begin with a new optimizer")
-    if recipe.factored and isinstance(optimizer, LBFGS):
-        problems.append(
-            "LBFGS keeps one flat copy of all gradients, which cannot follow weights that are factored: use another "
-            "optimizer, or a recipe without factors such as local_sgd"
-        )
-    projects = recipe.factoring is not None and recipe.factoring.optimizer_state == "project"
-    if projects and type(optimizer) not in PROJECTABLE:
-        known_types = ", ".join(sorted(kind.__name__ for kind in PROJECTABLE))
-        problems.append(
-            f"optimizer_state='project' does not know the state of {type(optimizer).__name__}: "
-            f"use 'reset', or one of {known_types}"
-        )
-    return problems
-
-
-def _model_problems(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> list[str]:
+def _model_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe) -> list[str]:
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
         return ["the model has lazy parameters without a shape: run one forward pass before"]
     if any(parameter.device != next(model.parameters()).device for parameter in model.parameters()):
@@ -102,7 +68,7 @@ def _model_problems(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> l
     patterns = recipe.factoring.exclude if recipe.factoring else ()
     idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
     problems = [f"exclude {pattern!r} matches no parameter: {nearest(pattern, names)}" for pattern in idle]
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = set(map(id, optimizers.parameters()))
     treatments = classify(model, recipe.factoring, held)
     if any(treatment.kind == "factored" for treatment in treatments):
         return problems

@@ -143,7 +143,7 @@ def half(tensor: Tensor) -> Tensor:
     return tensor.half()
 
 
-MODEL, GROUP, ADAM = "model", "model/optimizer/groups/0", "model/optimizer/state/0.weight.A"
+MODEL, GROUP, ADAM = "model", "model/optimizers/0/groups/0", "model/optimizers/0/state/0.weight.A"
 UNDER_WAY, MERGER = "rounds/under_way/0", "merger"
 FORGED: dict[tuple[str, str], list[Any]] = {
     ("hidden", "step"): [-1, 21, 10**30, HUGE, True, 13.0, NAN, INF, "13", [13], None, ..., 0, 8, 12, 14, 20],
@@ -186,8 +186,8 @@ FORGED: dict[tuple[str, str], list[Any]] = {
     ("hidden", f"{MODEL}/weights/0.weight.A"): [wrong, half, lambda A: A[:, :2], lambda A: A[:, :0]],
     ("hidden", f"{MODEL}/weights/extra"): [torch.ones(2)],
     ("hidden", f"{MODEL}/buffers/1.running_mean"): [..., wrong, half, 0],
-    ("hidden", f"{MODEL}/optimizer/kind"): ["SGD", 3, None],
-    ("hidden", f"{MODEL}/optimizer/groups"): [[], [3], {}, lambda groups: groups * 2],
+    ("hidden", f"{MODEL}/optimizers/0/kind"): ["SGD", 3, None],
+    ("hidden", f"{MODEL}/optimizers/0/groups"): [[], [3], {}, lambda groups: groups * 2],
     ("hidden", f"{GROUP}/lr"): ["fast", NAN, INF, None, True, ..., [0.1], torch.ones(2), torch.tensor(NAN)],
     ("hidden", f"{GROUP}/betas"): [[0.9], [0.9, 1.0], [0.9, "x"], 0.9, [NAN, 0.9], None],
     ("hidden", f"{GROUP}/evil"): [1],
@@ -197,10 +197,10 @@ FORGED: dict[tuple[str, str], list[Any]] = {
     ("hidden", f"{GROUP}/weight_decay"): [True],
     ("hidden", f"{GROUP}/params"): [[]],
     ("hidden", f"{GROUP}/eps"): [-1.0],
-    ("hidden", f"{MODEL}/optimizer/state"): [3, {"nope": {}}, {3: {}}, {"0.bias": 3}],
+    ("hidden", f"{MODEL}/optimizers/0/state"): [3, {"nope": {}}, {3: {}}, {"0.bias": 3}],
     ("hidden", f"{ADAM}/exp_avg"): [..., None, wrong, half, 3, lambda M: M.long(), lambda M: M[:1]],
     ("hidden", f"{ADAM}/step"): [3, torch.tensor(NAN), torch.tensor(-1.0), torch.ones(3), "3", ...],
-    ("hidden", f"{MODEL}/optimizer/state/0.weight"): [{"exp_avg": torch.ones(16, 10)}],
+    ("hidden", f"{MODEL}/optimizers/0/state/0.weight"): [{"exp_avg": torch.ones(16, 10)}],
     ("hidden", f"{MERGER}/anchors"): [{}, None, []],
     ("hidden", f"{MERGER}/anchors/0.bias"): [wrong, half, ..., 0.0],
     ("hidden", f"{MERGER}/momentum/0.bias"): [wrong, half, 0.0],
@@ -288,7 +288,7 @@ def test_states_that_are_right_alone_and_wrong_together() -> None:
         lower = {name: tensor[:, :2] for name, tensor in state["model"]["weights"].items() if name == "3.weight.A"}
         lower |= {name: tensor[:2] for name, tensor in state["model"]["weights"].items() if name == "3.weight.B"}
         state["model"]["weights"] |= lower
-        state["model"]["optimizer"]["state"] = {}
+        state["model"]["optimizers"][0]["state"] = {}
         state["merger"] |= {
             "anchors": state["merger"]["anchors"] | lower,
             "momentum": {},
@@ -365,12 +365,12 @@ def test_the_state_of_every_optimizer_is_known_or_left_alone(name: str) -> None:
     fresh = Loop(SingleProcess(), SHORT, OPTIMIZERS[name])
     fresh.ab.load_state_dict(saved)
     assert fresh.held() == before and fresh.outcome() == outcome
-    held = {} if name == "own" else saved["model"]["optimizer"]["state"].get("0.weight", {})
+    held = {} if name == "own" else saved["model"]["optimizers"][0]["state"].get("0.weight", {})
     for key, tensor in held.items():
         # Without any state, a parameter is one that has not been trained yet.
         for value in (torch.ones(3, 3, 3), "x", None, tensor.to(torch.int32), *([...] if len(held) > 1 else [])):
             forged = copy.deepcopy(saved)
-            put_at(forged["model"]["optimizer"]["state"]["0.weight"], key, value)
+            put_at(forged["model"]["optimizers"][0]["state"]["0.weight"], key, value)
             with pytest.raises(CheckpointError, match=r"of 0\.weight"):
                 fresh.ab.load_state_dict(forged)
 

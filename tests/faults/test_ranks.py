@@ -306,8 +306,8 @@ def test_an_optimizer_state_of_another_phase() -> None:
         full = copy.deepcopy(loop.ab.state_dict())
         loop.run(5)
         state = copy.deepcopy(loop.ab.state_dict())
-        state["model"]["optimizer"] = full["model"]["optimizer"]
-        state["model"]["optimizer"]["state"] = {"0.weight": {"exp_avg": torch.zeros(16, 10)}}
+        state["model"]["optimizers"][0] = full["model"]["optimizers"][0]
+        state["model"]["optimizers"][0]["state"] = {"0.weight": {"exp_avg": torch.zeros(16, 10)}}
         before = copy.deepcopy(loop.ab.dense_state_dict())
         try:
             loop.ab.load_state_dict(state)

@@ -10,7 +10,7 @@ from abtrain.rebound import LRRebound
 def make(lr: float | torch.Tensor, target: float = 1.0) -> tuple[nn.Linear, torch.optim.Optimizer, LRRebound]:
     model = nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    return model, optimizer, LRRebound(optimizer, lambda: target)
+    return model, optimizer, LRRebound([optimizer], lambda: target)
 
 
 def moves(model: nn.Linear, optimizer: torch.optim.Optimizer, rebound: LRRebound, steps: int) -> list[float]:

@@ -140,9 +140,9 @@ def test_nothing_is_taken_from_a_state_that_does_not_fit() -> None:
     shapes = copy.deepcopy(state)
     shapes["model"]["weights"]["0.weight.A"] = torch.zeros(3, 2)
     phase = copy.deepcopy(state)
-    phase["model"]["optimizer"]["state"]["0.weight"] = {"exp_avg": torch.zeros(16, 10)}
+    phase["model"]["optimizers"][0]["state"]["0.weight"] = {"exp_avg": torch.zeros(16, 10)}
     moments = copy.deepcopy(state)
-    moments["model"]["optimizer"]["state"]["0.weight.A"]["exp_avg"] = torch.zeros(16, 10)
+    moments["model"]["optimizers"][0]["state"]["0.weight.A"]["exp_avg"] = torch.zeros(16, 10)
     for wrong, why in (
         ({}, "no state of version"),
         (other, "another recipe"),

@@ -38,8 +38,16 @@ _PARTS: dict[str, Check] = {
     "compression": number(POSITIVE),
     "weights": by_name(tensor()),
     "buffers": by_name(tensor()),
-    "optimizer": mapping(
-        {"kind": text(), "groups": each(by_name(anything)), "state": by_name(by_name(anything))},
+    "optimizers": each(
+        mapping(
+            {
+                "kind": text(),
+                "groups": each(by_name(anything)),
+                "state": by_name(by_name(anything)),
+                "general": by_name(anything),
+                "more": by_name(anything),
+            }
+        )
     ),
 }
 MODEL_STATE: Check = mapping({**_PARTS, "weights_same_on": one_of("world", "group")}, required=_PARTS)

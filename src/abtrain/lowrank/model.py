@@ -11,7 +11,14 @@ from torch.optim import Optimizer
 from abtrain.factoring import OptimizerState
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.matrix import MatrixShape
-from abtrain.lowrank.optimizer import project_to_factors, project_to_weight, replace_
+from abtrain.lowrank.optimizer import (
+    fresh_state,
+    is_projectable,
+    project_to_factors,
+    project_to_weight,
+    replace_,
+)
+from abtrain.lowrank.optimizers import Optimizers
 from abtrain.lowrank.precondition import seen_through
 from abtrain.lowrank.surgery import FactoredWeight, factorize_, restore_
 from abtrain.lowrank.svd import Factors
@@ -24,26 +31,45 @@ class FactoredModel:
 
     Args:
         model: changed in place.
-        optimizer: changed in place; factors take the place of their weight in its param group.
+        optimizers: changed in place; factors take the place of their weight in its param group.
         names: of the weights that may be factored.
-        optimizer_state: at a change of shape, `reset` a weight's state or `project` it.
+        optimizer_state: at a change of shape, `reset` a weight's state or `project` it; `auto`: project it where the
+            optimizer is known, and reset it elsewhere.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizers: Optimizers,
         names: Sequence[str],
         optimizer_state: OptimizerState = "reset",
     ) -> None:
         self.model = model
-        self.optimizer = optimizer
+        self.optimizers = optimizers
         self.records: dict[str, FactoredWeight] = {}
         self.names = tuple(names)
-        self.projects = optimizer_state == "project"
+        self._optimizer_state = optimizer_state
         self._full_numel = sum(parameter.numel() for parameter in model.parameters())
         self._compression = 1.0
         self._damping = 0.0
+
+    @property
+    def projects(self) -> bool:
+        """Whether what is known of a weight's changes follows it into its factors, as far as it can."""
+        return self._optimizer_state != "reset"
+
+    def projects_state_of(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer's state of a weight follows it."""
+        return self._optimizer_state == "project" or (self.projects and is_projectable(optimizer))
+
+    def resets(self) -> set[str]:
+        """Names of the factors whose optimizer state is dropped when they become weights."""
+        dropped = set()
+        for name, factor in self.factors().items():
+            optimizer = self.optimizers.steps(factor)
+            if optimizer is None or not self.projects_state_of(optimizer):
+                dropped.add(name)
+        return dropped
 
     @property
     def damping(self) -> float:
@@ -98,29 +124,52 @@ class FactoredModel:
         self._damping = damping
         for name, pair in factors.items():
             record = factorize_(self.model, name, pair)
-            (state,) = replace_(self.optimizer, [record.dense], [record.A, record.B])
-            if self.projects and state:
-                state_A, state_B = project_to_factors(state, record, *seen_through(record, damping))
-                self.optimizer.state[record.A], self.optimizer.state[record.B] = state_A, state_B
+            for optimizer in self.optimizers.all:
+                (state,) = replace_(optimizer, [record.dense], [record.A, record.B])
+                if state and self.projects_state_of(optimizer):
+                    pair_of_states = project_to_factors(state, record, *seen_through(record, damping))
+                    for factor, held in zip((record.A, record.B), pair_of_states, strict=True):
+                        optimizer.state[factor] = held
+            self.optimizers.hand_over([record.dense], [record.A, record.B])
+            self._begin_state(record.A, record.B)
             self.records[name] = record
         self._compression = self._full_numel / sum(parameter.numel() for parameter in self.model.parameters())
 
     def restore(self) -> None:
         """Makes every weight W = A B again."""
         for record in reversed(self.records.values()):
-            state_A, state_B = replace_(self.optimizer, [record.A, record.B], [record.dense])
+            states = [(one, replace_(one, [record.A, record.B], [record.dense])) for one in self.optimizers.all]
             seen = seen_through(record, self._damping) if self.projects else None
             restore_(record)
-            if seen is not None and (state_A or state_B):
-                self.optimizer.state[record.dense] = project_to_weight(state_A, state_B, record, *seen)
+            for optimizer, (state_A, state_B) in states:
+                if seen is not None and (state_A or state_B) and self.projects_state_of(optimizer):
+                    optimizer.state[record.dense] = project_to_weight(state_A, state_B, record, *seen)
+            self.optimizers.hand_over([record.A, record.B], [record.dense])
+            self._begin_state(record.dense)
         self.records = {}
+
+    def _begin_state(self, *parameters: Tensor) -> None:
+        """Gives new parameters the state that their optimizer cannot do without."""
+        for parameter in parameters:
+            optimizer = self.optimizers.steps(parameter)
+            if optimizer is not None and parameter not in optimizer.state:
+                state = fresh_state(optimizer, self.optimizers.group_of(parameter), parameter)
+                if state:
+                    optimizer.state[parameter] = state
+
+    def drop_state(self, parameter: Tensor) -> None:
+        """Forgets what the optimizers know of a parameter."""
+        for optimizer in self.optimizers.stateful:
+            optimizer.state.pop(parameter, None)
+        self._begin_state(parameter)
 
     def reshape(self, factors: Mapping[str, Factors], damping: float, compression: float) -> None:
         """Puts factors in the place of just these weights, whatever is factored now; for values that are loaded.
 
         What the optimizer knew of the weights is gone, and weights that become dense have values of no meaning.
         """
-        self.optimizer.state.clear()
+        for optimizer in self.optimizers.all:
+            optimizer.state.clear()
         self._damping = 0.0
         self.restore()
         self.factorize(factors, damping)

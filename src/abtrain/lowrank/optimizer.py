@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from abtrain.lowrank.optimizers import is_a
 from abtrain.lowrank.surgery import FactoredWeight
 
 State = dict[str, Any]
@@ -29,8 +30,17 @@ PROJECTABLE = (
     torch.optim.RAdam,
     torch.optim.RMSprop,
     torch.optim.Adagrad,
+    torch.optim.Muon,
 )
 """Optimizers whose whole state is known to be linear or squared moments and step counts."""
+_TINY = torch.finfo(torch.float64).tiny
+_AT_LEAST = (("max_exp_avg_sq", "exp_avg_sq"),)
+"""Pairs of state of which the first is never below the second."""
+
+
+def is_projectable(optimizer: Optimizer) -> bool:
+    """Whether the state of an optimizer can follow a weight into its factors and back."""
+    return is_a(optimizer, PROJECTABLE)
 
 
 def replace_(optimizer: Optimizer, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]) -> list[State]:
@@ -80,7 +90,7 @@ def project_to_factors(state: State, record: FactoredWeight, A: Tensor, B: Tenso
     def to_B(M: Tensor, squared: bool) -> Tensor:
         return (((A * A).T if squared else A.T) @ shape.to_matrix(M).to(A.dtype)).to(M.dtype)
 
-    return _mapped(state, to_A), _mapped(state, to_B)
+    return _consistent(_mapped(state, to_A)), _consistent(_mapped(state, to_B))
 
 
 def project_to_weight(state_A: State, state_B: State, record: FactoredWeight, A: Tensor, B: Tensor) -> State:
@@ -101,7 +111,23 @@ def project_to_weight(state_A: State, state_B: State, record: FactoredWeight, A:
             continue
         M = _explain(of_A, of_B, A, A_plus, B_plus) if key in LINEAR_MOMENTS else _spread(of_A, of_B, A, B)
         merged[key] = torch.empty_like(record.dense, requires_grad=False).copy_(shape.to_tensor(M))
-    return merged
+    return _consistent(merged)
+
+
+def _consistent(state: State) -> State:
+    """Keeps between items of state what an optimizer takes the root of, or divides by, from becoming negative.
+
+    A mean of gradients and one of their squares map by unlike sums: the first may come out larger than the root of the
+    second, which it never was.
+    """
+    for larger, smaller in _AT_LEAST:
+        if isinstance(state.get(larger), Tensor) and isinstance(state.get(smaller), Tensor):
+            state[larger] = torch.maximum(state[larger], state[smaller])
+    # RMSprop's centred variance is square_avg - grad_avg^2.
+    square, mean = state.get("square_avg"), state.get("grad_avg")
+    if isinstance(square, Tensor) and isinstance(mean, Tensor):
+        state["square_avg"] = torch.maximum(square, mean * mean)
+    return state
 
 
 def _explain(M_A: Tensor | None, M_B: Tensor | None, A: Tensor, A_plus: Tensor, B_plus: Tensor) -> Tensor:
@@ -119,10 +145,10 @@ def _spread(V_A: Tensor | None, V_B: Tensor | None, A: Tensor, B: Tensor) -> Ten
     """Rows of V from V_A = V (B*B)^T and columns of V from V_B = (A*A)^T V, averaged where both are known."""
     estimates = []
     if V_A is not None:
-        rows = V_A.double().sum(1, keepdim=True) / (B * B).sum()
+        rows = V_A.double().sum(1, keepdim=True) / (B * B).sum().clamp_min(_TINY)
         estimates.append(rows.expand(-1, B.shape[1]))
     if V_B is not None:
-        columns = V_B.double().sum(0, keepdim=True) / (A * A).sum()
+        columns = V_B.double().sum(0, keepdim=True) / (A * A).sum().clamp_min(_TINY)
         estimates.append(columns.expand(A.shape[0], -1))
     return torch.stack(estimates).mean(0)
 
@@ -136,3 +162,17 @@ def _mapped(state: State, convert: Callable[[Tensor, bool], Tensor]) -> State:
         else:
             mapped[key] = value.clone() if isinstance(value, Tensor) else value
     return mapped
+
+
+def fresh_state(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> State:
+    """What an optimizer expects to find for a parameter that it has never stepped; for most of them, nothing.
+
+    Adagrad makes its state when it is built, for the parameters of that day. Fused SGD goes by the first parameter
+    whether all have momentum.
+    """
+    if is_a(optimizer, (torch.optim.Adagrad,)):
+        twin = torch.optim.Adagrad([parameter], initial_accumulator_value=group["initial_accumulator_value"])
+        return dict(twin.state[parameter])
+    if is_a(optimizer, (torch.optim.SGD,)) and group.get("fused") and group["momentum"]:
+        return {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
+    return {}

@@ -31,12 +31,10 @@ from abtrain.checks import (
     whole,
 )
 from abtrain.lowrank.model import FactoredModel
+from abtrain.lowrank.optimizers import PARAMETERS, settings_of
 
-PARAMETERS = ("params", "param_names")
-"""What a param group holds beside its settings."""
-
-# Schedulers add these to param groups. They may be built before or after a state is loaded.
-_SCHEDULED = frozenset({"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"})
+SCHEDULED = frozenset({"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"})
+"""Schedulers add these to param groups. They may be built before or after a state is loaded."""
 # A state may be loaded where the same step is computed in another way.
 _IMPLEMENTATIONS = frozenset({"foreach", "fused"})
 _MOST = 2**31 - 1
@@ -47,14 +45,22 @@ Example = Callable[[int, int, torch.dtype], Mapping[str, Any]]
 
 
 def optimizer_problems(model: FactoredModel, state: Mapping[str, Any], layout: Mapping[str, Tensor]) -> list[str]:
-    """Why a state cannot be this optimizer's; empty if it can.
+    """Why a state cannot be that of a model's optimizers; empty if it can.
 
     Args:
-        model: with its optimizer.
-        state: of both, in the form of `abtrain.lowrank.fit.MODEL_STATE`.
+        model: with its optimizers.
+        state: of all of them, in the form of `abtrain.lowrank.fit.MODEL_STATE`.
         layout: all parameters by name, in the form of the state.
     """
-    optimizer, saved = model.optimizer, state["optimizer"]
+    ours, saved = model.optimizers.all, state["optimizers"]
+    if len(saved) != len(ours):
+        return [f"there are {len(saved)} optimizers there and {len(ours)} here"]
+    return [problem for pair in zip(ours, saved, strict=True) for problem in _problems(model, *pair, layout)]
+
+
+def _problems(
+    model: FactoredModel, optimizer: Optimizer, saved: Mapping[str, Any], layout: Mapping[str, Tensor]
+) -> list[str]:
     if saved["kind"] != type(optimizer).__name__ or len(saved["groups"]) != len(optimizer.param_groups):
         return [
             f"the optimizer is {said(saved['kind'])} with {len(saved['groups'])} param groups there and "
@@ -67,7 +73,7 @@ def optimizer_problems(model: FactoredModel, state: Mapping[str, Any], layout: M
         return first_problems(lambda: _rate_problems(optimizer, saved["groups"]))
     return first_problems(
         lambda: _setting_problems(optimizer, saved["groups"]),
-        lambda: _state_problems(model, saved, layout),
+        lambda: _state_problems(model, optimizer, saved, layout),
     )
 
 
@@ -81,8 +87,8 @@ def _rate_problems(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) ->
 
 def _setting_problems(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for place, (group, settings) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        ours = {key: _setting(key, value) for key, value in group.items() if key not in PARAMETERS}
-        added = {key: partial(_rate, group.get(key)) for key in _SCHEDULED}
+        ours = {key: _setting(key, value) for key, value in settings_of(group).items()}
+        added = {key: partial(_rate, group.get(key)) for key in SCHEDULED}
         yield from mapping({**ours, **added}, required=ours.keys() - added.keys())(f"param group {place}", settings)
 
 
@@ -114,8 +120,9 @@ def _rate(known: Any, place: str, value: Any) -> Iterator[str]:
         yield f"{place} is {said(value)}, not of shape {tuple(known.shape)}"
 
 
-def _state_problems(model: FactoredModel, saved: Mapping[str, Any], layout: Mapping[str, Tensor]) -> Iterator[str]:
-    optimizer = model.optimizer
+def _state_problems(
+    model: FactoredModel, optimizer: Optimizer, saved: Mapping[str, Any], layout: Mapping[str, Tensor]
+) -> Iterator[str]:
     device = next(model.model.parameters()).device
     example = cache(partial(_example, optimizer, saved["groups"], device))
     group_of = {id(p): place for place, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -156,7 +163,7 @@ def _example(
     Raises:
         Whatever the optimizer says of the settings.
     """
-    ours = {key: value for key, value in optimizer.param_groups[place].items() if key not in PARAMETERS}
+    ours = settings_of(optimizer.param_groups[place])
     try:
         _step(type(optimizer), ours, torch.ones((_SIDE,) * ndim, dtype=dtype, device=device))
     except Exception as error:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from abtrain.errors import NonFiniteError
+from abtrain.lowrank.optimizers import Optimizers
 from abtrain.lowrank.surgery import FactoredWeight
 
 
@@ -48,21 +49,21 @@ class _Start(NamedTuple):
 
 
 class Preconditioner:
-    """Surrounds the steps of an optimizer.
+    """Surrounds the steps of optimizers.
 
     Args:
-        optimizer: over the factors.
+        optimizers: over the factors.
         damping: d, as a share of the mean of the Gram matrix's diagonal.
         scale: what steps are multiplied by. In k of n coordinates a step of Adam is shorter than one of the whole
             weight, by sqrt(k / n) at most.
     """
 
-    def __init__(self, optimizer: Optimizer, damping: float, scale: float = 1.0) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizers: Optimizers, damping: float, scale: float = 1.0) -> None:
+        self._optimizers = optimizers
         self._damping = damping
         self._scale = scale
         self._roots: dict[str, _Roots] = {}
-        self._starts: list[tuple[_Roots, _Start, _Start]] = []
+        self._starts: dict[int, list[tuple[_Roots, _Start, _Start]]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Damping and scale, and by name the coordinates, R_A and R_B (k, k), that were taken last."""
@@ -88,28 +89,29 @@ class Preconditioner:
         }
 
     @torch.no_grad()
-    def before_step(self, records: Iterable[FactoredWeight]) -> None:
-        """Replaces the gradients of the factors in place; those that have none are left alone."""
-        decays = {id(p): _decay(group) for group in self._optimizer.param_groups for p in group["params"]}
-        self._starts = []
+    def before_step(self, optimizer: Optimizer, records: Iterable[FactoredWeight]) -> None:
+        """Replaces the gradients of the factors that an optimizer steps, in place; those without are left alone."""
+        decays = {id(p): _decay(group) for group in optimizer.param_groups for p in group["params"]}
+        starts = self._starts[id(optimizer)] = []
         for record in records:
             roots, A, B = self._roots[record.name], record.A, record.B
+            if self._optimizers.steps(A) is not optimizer:
+                continue
             start_A, start_B = (_Start(p, p.detach().clone(), decays.get(id(p), 0.0)) for p in (A, B))
-            self._starts.append((roots, start_A, start_B))
+            starts.append((roots, start_A, start_B))
             if A.grad is not None:
                 A.grad.copy_(A.grad.to(roots.of_B.dtype) @ roots.of_B)
             if B.grad is not None:
                 B.grad.copy_(roots.of_A @ B.grad.to(roots.of_A.dtype))
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Replaces the steps that the factors have made since `before_step`, in place."""
-        for roots, A, B in self._starts:
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Replaces the steps that the factors have made since `before_step` of the same optimizer, in place."""
+        for roots, A, B in self._starts.pop(id(optimizer), ()):
             if A.factor.grad is not None:
                 _replace(A, _half_decayed(A) + self._scale * (_step(A).to(roots.of_B.dtype) @ roots.of_B))
             if B.factor.grad is not None:
                 _replace(B, _half_decayed(B) + self._scale * (roots.of_A @ _step(B).to(roots.of_A.dtype)))
-        self._starts = []
 
 
 def _decay(group: dict[str, Any]) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from abtrain.lowrank.model import FactoredModel
-from abtrain.lowrank.optimizer_fit import PARAMETERS
+from abtrain.lowrank.optimizers import settings_of
 from abtrain.lowrank.svd import Factors
 
 
@@ -32,7 +32,7 @@ def model_state(model: FactoredModel) -> dict[str, Any]:
         "compression": model.compression,
         "weights": {name: parameter.detach() for name, parameter in names.items()},
         "buffers": {name: buffer.detach() for name, buffer in model.model.named_buffers()},
-        "optimizer": _optimizer_state(model.optimizer, names),
+        "optimizers": [_optimizer_state(optimizer, names) for optimizer in model.optimizers.all],
     }
 
 
@@ -51,13 +51,34 @@ def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
             parameter.copy_(weights[name])
         for name, buffer in model.model.named_buffers():
             buffer.copy_(state["buffers"][name])
-    _load_optimizer_state(model.optimizer, names, state["optimizer"])
+    for optimizer, saved in zip(model.optimizers.all, state["optimizers"], strict=True):
+        _load_more(optimizer, saved["more"])
+    for optimizer, saved in zip(model.optimizers.all, state["optimizers"], strict=True):
+        _load_optimizer_state(optimizer, names, saved)
 
 
 def _optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    groups = [{key: value for key, value in g.items() if key not in PARAMETERS} for g in optimizer.param_groups]
+    groups = [settings_of(group) for group in optimizer.param_groups]
     state = {name: dict(optimizer.state[p]) for name, p in names.items() if p in optimizer.state}
-    return {"kind": type(optimizer).__name__, "groups": groups, "state": state}
+    general = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
+    more = more_of(optimizer)
+    return {"kind": type(optimizer).__name__, "groups": groups, "state": state, "general": general, "more": more}
+
+
+def more_of(optimizer: Optimizer) -> dict[str, Any]:
+    """What an optimizer's own `state_dict` holds beside its parameters' state and settings: counters, copies, others'.
+
+    None of PyTorch's own has any.
+    """
+    if type(optimizer).state_dict is Optimizer.state_dict and not optimizer._optimizer_state_dict_post_hooks:
+        return {}
+    return {key: value for key, value in optimizer.state_dict().items() if key not in ("state", "param_groups")}
+
+
+def _load_more(optimizer: Optimizer, more: Mapping[str, Any]) -> None:
+    """Hands an optimizer what `more_of` it was saved; what goes by name is loaded after this, and as it was."""
+    if more:
+        optimizer.load_state_dict({**optimizer.state_dict(), **more})
 
 
 def _load_optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter], saved: Mapping[str, Any]) -> None:
@@ -73,10 +94,20 @@ def _load_optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter
     moved = {id(p) for g in optimizer.param_groups if g.get("capturable") or g.get("fused") for p in g["params"]}
     for name, held in saved["state"].items():
         parameter = names[name]
-        optimizer.state[parameter] = {
-            key: _like(parameter, value, id(parameter) in moved) if isinstance(value, Tensor) else value
-            for key, value in held.items()
-        }
+        optimizer.state[parameter] = _copied(parameter, held, id(parameter) in moved)
+    for key, held in saved["general"].items():
+        optimizer.state[key] = _copied(next(iter(names.values())), held, moved=False)
+
+
+def _copied(parameter: nn.Parameter, value: Any, moved: bool) -> Any:
+    """A copy of state, however nested, its tensors where the optimizer wants them."""
+    if isinstance(value, Tensor):
+        return _like(parameter, value, moved)
+    if isinstance(value, Mapping):
+        return {key: _copied(parameter, item, moved) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(parameter, item, moved) for item in value]
+    return value
 
 
 def _like(parameter: nn.Parameter, value: Tensor, moved: bool) -> Tensor:

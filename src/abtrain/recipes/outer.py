@@ -11,7 +11,7 @@ from abtrain.recipe import Recipe
 from abtrain.recipes.parts import are_counts, at_local_lr, full_phase, rank_rule_of, until, whole_rounds
 from abtrain.sync import Mean, Merge, Outer, WeightSync, whole_number_problems
 
-AB_OUTER = {"keep_dense_if_larger": True, "optimizer_state": "project"}
+AB_OUTER = {"keep_dense_if_larger": True, "optimizer_state": "auto"}
 """What both recipes here change of `Factoring`'s defaults."""
 FACTOR_LR = 2.0
 """Of `ab_outer`, with a preconditioner. Measured: benchmarks/merges.md."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from abtrain.comm.alone import world_of_one
 from abtrain.comm.communicator import DataParallel, Unsynchronized
 from abtrain.lowrank.model import FactoredModel
+from abtrain.lowrank.optimizers import Optimizers
 from abtrain.lowrank.rank import FixedRank
 from abtrain.lowrank.svd import Factors, decompose
 from abtrain.study.seconds import FactorSeconds
@@ -92,7 +93,7 @@ class Bench:
 
     def _time_factors(self, ranks: Mapping[str, int]) -> FactorSeconds:
         plain, factored = self._trainer(), self._trainer()
-        weights = FactoredModel(factored.model, factored.optimizer, list(ranks))
+        weights = FactoredModel(factored.model, Optimizers(factored.optimizer), list(ranks))
         # Of the right shapes and about the right size; no decomposition, which is timed elsewhere.
         factors = {
             name: Factors(W[:, : ranks[name]].clone(), torch.eye(ranks[name], W.shape[1], dtype=W.dtype))

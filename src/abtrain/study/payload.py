@@ -308,7 +308,7 @@ class _Walk:
         if after >= self._recipe.total_steps or not isinstance(self._recipe.at(after).phase.sync, GradientSync):
             return ()
         factoring = self._recipe.factoring
-        projects = factoring is not None and factoring.optimizer_state == "project"
+        projects = factoring is not None and factoring.optimizer_state != "reset"
         kept = [one for one in held if one.part == "whole" or (projects and one.part != "frozen")]
         if not kept:
             return ()

@@ -106,7 +106,7 @@ class TrainConfig:
     """Multiplies the learning rate where workers train alone; by default the recipe's."""
     svd: Literal["each", "shared"] | None = None
     """Each worker decomposes every weight, or they share the work; by default the recipe's."""
-    optimizer_state: Literal["reset", "project"] | None = None
+    optimizer_state: Literal["reset", "project", "auto"] | None = None
     """What becomes of the optimizer's state when shapes change; by default the recipe's."""
     keep_dense_if_larger: bool | None = None
     """Leave a weight dense where its factors would be no smaller; by default the recipe's."""

@@ -9,6 +9,7 @@ from torch import nn
 from abtrain import SigmaCutoff
 from abtrain.factoring import OptimizerState
 from abtrain.lowrank.model import FactoredModel
+from abtrain.lowrank.optimizers import Optimizers
 from abtrain.lowrank.svd import decompose
 
 RULE = SigmaCutoff(0.0)
@@ -31,7 +32,7 @@ def setup(state: OptimizerState, optimizer_type: Any = torch.optim.AdamW, **opti
     weights, biases = [net[0].weight, net[2].weight], [net[0].bias, net[2].bias]
     groups = [{"params": weights, "lr": 1e-2}, {"params": biases, "lr": 1e-3, "weight_decay": 0.0}]
     optimizer = optimizer_type(groups, **options)
-    return net, optimizer, FactoredModel(net, optimizer, ["0.weight", "2.weight"], state)
+    return net, optimizer, FactoredModel(net, Optimizers(optimizer), ["0.weight", "2.weight"], state)
 
 
 def test_factors_take_their_weights_place_and_give_it_back() -> None:
@@ -52,7 +53,7 @@ def test_factors_take_their_weights_place_and_give_it_back() -> None:
 def test_names_of_parameters_follow() -> None:
     net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
     optimizer = torch.optim.AdamW(net.named_parameters())
-    model = FactoredModel(net, optimizer, ["0.weight", "2.weight"])
+    model = FactoredModel(net, Optimizers(optimizer), ["0.weight", "2.weight"])
     (group,) = optimizer.param_groups
     before = list(group["param_names"])
     factorize(model)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from abtrain.lowrank.optimizers import Optimizers
 from abtrain.lowrank.precondition import Preconditioner
 from abtrain.lowrank.rank import FixedRank
 from abtrain.lowrank.surgery import FactoredWeight, factorize_
@@ -31,13 +32,13 @@ def step(record: FactoredWeight, make: Optim, damping: float, steps: int = 1) ->
     G = torch.randn(12, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     before = record.weight()
     optimizer = make([record.A, record.B])
-    preconditioner = Preconditioner(optimizer, damping)
+    preconditioner = Preconditioner(Optimizers(optimizer), damping)
     preconditioner.refresh([record])
     for _ in range(steps):
         record.A.grad, record.B.grad = G @ record.B.detach().T, record.A.detach().T @ G
-        preconditioner.before_step([record])
+        preconditioner.before_step(optimizer, [record])
         optimizer.step()
-        preconditioner.after_step()
+        preconditioner.after_step(optimizer)
     return record.weight() - before
 
 
@@ -67,12 +68,12 @@ def test_the_weight_decays_at_the_rate_of_a_dense_one() -> None:
     record = record_of()
     W = record.weight()
     optimizer = torch.optim.AdamW([record.A, record.B], lr=0.01, weight_decay=0.1)
-    preconditioner = Preconditioner(optimizer, 0.1)
+    preconditioner = Preconditioner(Optimizers(optimizer), 0.1)
     preconditioner.refresh([record])
     record.A.grad, record.B.grad = torch.zeros_like(record.A), torch.zeros_like(record.B)
-    preconditioner.before_step([record])
+    preconditioner.before_step(optimizer, [record])
     optimizer.step()
-    preconditioner.after_step()
+    preconditioner.after_step(optimizer)
     torch.testing.assert_close(record.weight(), W * (1 - 0.01 * 0.1), rtol=1e-6, atol=0)
 
 
@@ -80,11 +81,12 @@ def test_a_factor_of_zeros_and_a_missing_gradient_are_left_alone() -> None:
     record = record_of()
     with torch.no_grad():
         record.B.zero_()
-    preconditioner = Preconditioner(torch.optim.SGD([record.A, record.B], lr=0.1), 0.1)
+    optimizer = torch.optim.SGD([record.A, record.B], lr=0.1)
+    preconditioner = Preconditioner(Optimizers(optimizer), 0.1)
     preconditioner.refresh([record])
     record.A.grad = torch.ones_like(record.A)
-    preconditioner.before_step([record])
-    preconditioner.after_step()
+    preconditioner.before_step(optimizer, [record])
+    preconditioner.after_step(optimizer)
     torch.testing.assert_close(record.A.grad, torch.ones_like(record.A))
     assert record.B.grad is None
 
@@ -94,9 +96,10 @@ def test_halves_are_preconditioned_in_float32(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 12, bias=False, dtype=dtype))
     record = factorize_(model, "0.weight", decompose(model[0].weight.detach(), FixedRank(3)))
-    preconditioner = Preconditioner(torch.optim.SGD([record.A, record.B], lr=0.1), 0.1)
+    optimizer = torch.optim.SGD([record.A, record.B], lr=0.1)
+    preconditioner = Preconditioner(Optimizers(optimizer), 0.1)
     preconditioner.refresh([record])
     record.A.grad, record.B.grad = torch.ones_like(record.A), torch.ones_like(record.B)
-    preconditioner.before_step([record])
+    preconditioner.before_step(optimizer, [record])
     assert torch.isfinite(record.A.grad).all() and record.A.grad.dtype == dtype
-    preconditioner.after_step()
+    preconditioner.after_step(optimizer)
