@@ -17,12 +17,15 @@ from torch.optim import Optimizer
 
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizer import LINEAR_MOMENTS, SQUARED_MOMENTS
+from abtrain.lowrank.optimizers import parameters_of
 
 log = logging.getLogger("abtrain")
 
 _NEAR = 0.2
 """Of the weights' norm: a copy is less far from them after the first step; what is made of gradients is not."""
 _DEEPEST = 4
+_Name = tuple[int, str]
+"""Of state: the place of its optimizer among all, and its key."""
 
 
 class WeightCopies:
@@ -34,23 +37,41 @@ class WeightCopies:
 
     def __init__(self, model: FactoredModel) -> None:
         self._model = model
-        self._seen: set[tuple[int, str]] = set()
-        self._keys: set[tuple[int, str]] = set()
+        self._seen: set[_Name] = set()
+        self._copies: set[_Name] = set()
+        self.look()
+        self._from_start = frozenset(self._copies)
 
     def look(self) -> None:
         """Looks at state of a name that was not there before; at little cost where there is none."""
-        for optimizer in self._model.optimizers.stateful:
+        for place, optimizer in enumerate(self._model.optimizers.all):
             held = {key for state in optimizer.state.values() if isinstance(state, Mapping) for key in state}
-            fresh = {key for key in held if isinstance(key, str) and (id(optimizer), key) not in self._seen}
+            fresh = {key for key in held if isinstance(key, str) and (place, key) not in self._seen}
             for key in fresh - LINEAR_MOMENTS - SQUARED_MOMENTS:
                 if _is_copy(optimizer, key):
-                    self._keys.add((id(optimizer), key))
-            self._seen |= {(id(optimizer), key) for key in fresh}
+                    self._copies.add((place, key))
+            self._seen |= {(place, key) for key in fresh}
+
+    def renew(self) -> None:
+        """Gives new parameters the copies that their optimizer has made of all when it was built."""
+        for place, key in self._from_start:
+            optimizer = self._model.optimizers.all[place]
+            for parameter in parameters_of(optimizer):
+                optimizer.state.setdefault(parameter, {}).setdefault(key, parameter.detach().clone())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which state is known, and which of it are copies: places of optimizers, and names."""
+        return {"seen": sorted(map(list, self._seen)), "copies": sorted(map(list, self._copies))}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with what a `state_dict` knows."""
+        self._seen = {(place, key) for place, key in state["seen"]}
+        self._copies = {(place, key) for place, key in state["copies"]}
 
     @contextmanager
     def following(self) -> Iterator[None]:
         """What weights become inside it, their copies become too."""
-        if not self._keys:
+        if not self._copies:
             yield
             return
         pairs = list(self._pairs())
@@ -61,12 +82,14 @@ class WeightCopies:
                 _follow(copy, old, parameter.detach())
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for optimizer in self._model.optimizers.stateful:
-            for parameter, state in optimizer.state.items():
-                for key in [key for owner, key in self._keys if owner == id(optimizer)]:
-                    copy = state.get(key) if isinstance(state, Mapping) else None
-                    if isinstance(copy, Tensor) and copy.shape == parameter.shape:
-                        yield parameter, copy
+        """Weights and their copies; each copy once, whichever optimizers hand it out."""
+        pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        for place, key in sorted(self._copies):
+            for parameter, state in self._model.optimizers.all[place].state.items():
+                copy = state.get(key) if isinstance(state, Mapping) else None
+                if isinstance(copy, Tensor) and copy.shape == parameter.shape:
+                    pairs[id(copy)] = (parameter, copy)
+        yield from pairs.values()
 
 
 def _is_copy(optimizer: Optimizer, key: str) -> bool:
@@ -93,10 +116,11 @@ def _follow(copy: Tensor, old: Tensor, new: Tensor) -> None:
 
 
 def kept_elsewhere(optimizer: Optimizer) -> str:
-    """The attribute in which an optimizer keeps copies of weights outside of its state; empty if there is none."""
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, value in vars(optimizer).items():
-        if name not in ("state", "param_groups", "defaults") and any(
+    """The attribute in which an optimizer keeps copies of weights beside its parameters' state; empty if none does."""
+    weights = parameters_of(optimizer)
+    general = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
+    for name, value in {**vars(optimizer), "state": general}.items():
+        if name not in ("param_groups", "defaults") and any(
             tensor.shape == weight.shape and tensor.data_ptr() != weight.data_ptr() and _equal(tensor, weight)
             for tensor in _tensors(value, _DEEPEST)
             for weight in weights

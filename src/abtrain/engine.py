@@ -196,6 +196,8 @@ class ABTraining:
             same_settings,
         )
         self._arrangement.enter(self._position, recipe)
+        self._copies.renew()
+        self._hooks.watch()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass; gradients will be averaged as the phase says. To validate, disable them.
@@ -326,6 +328,7 @@ class ABTraining:
             self._arrangement.unwrap()
         elif upcoming.first:
             self._arrangement.enter(upcoming, self.recipe)
+            self._copies.renew()
         self._hooks.watch()
 
     @contextmanager
@@ -459,6 +462,7 @@ class ABTraining:
             self._switch,
             self._rebound,
             self._hooks.preconditioner,
+            self._copies,
             self._grad_scaler,
             self.communicator.meter,
         )

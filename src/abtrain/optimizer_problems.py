@@ -8,10 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from abtrain.checks import brief
 from abtrain.copies import kept_elsewhere
 from abtrain.lowrank.optimizer import PROJECTABLE, is_projectable
 from abtrain.lowrank.optimizers import Optimizers, announces_steps, parameters_of
+from abtrain.lowrank.saved import more_of
 from abtrain.recipe import Recipe
+from abtrain.saved_files import split
 
 _MOST_TOLD = 4
 
@@ -48,6 +51,7 @@ def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe)
                 f"a param group of {kind} has no 'lr', which recipe {recipe.name!r} multiplies: use another optimizer, "
                 "or a recipe without local_lr and LR rebound"
             )
+    problems += [problem for optimizer in optimizers.all for problem in _saving_problems(optimizer)]
     return problems + (_factoring_problems(optimizers, recipe) if recipe.factored else [])
 
 
@@ -108,6 +112,18 @@ def _held_problems(model: nn.Module, optimizers: Optimizers) -> list[str]:
             f"{', '.join(sorted(twice)[:_MOST_TOLD])} is held by two optimizers: give each parameter to one of them"
         )
     return problems
+
+
+def _saving_problems(optimizer: Optimizer) -> list[str]:
+    """What an optimizer has beside state and settings has to be data, for a run to go on from it."""
+    kind = type(optimizer).__name__
+    try:
+        split(more_of(optimizer))
+    except TypeError as error:
+        return [f"what {kind}.state_dict() holds cannot be saved: {error}"]
+    except Exception as error:
+        return [f"{kind}.state_dict() fails, so that what it holds cannot be saved: {brief(error)}"]
+    return []
 
 
 def _factoring_problems(optimizers: Optimizers, recipe: Recipe) -> list[str]:

@@ -15,6 +15,7 @@ from abtrain.checks import as_checkpoint_error, said
 from abtrain.comm.checksums import checksum, stable_repr
 from abtrain.comm.communicator import Scope
 from abtrain.comm.meter import Meter
+from abtrain.copies import WeightCopies
 from abtrain.errors import CheckpointError, UsageError
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.precondition import Preconditioner
@@ -42,6 +43,7 @@ class Parts:
     switch: Switch
     rebound: LRRebound
     preconditioner: Preconditioner
+    copies: WeightCopies
     grad_scaler: torch.amp.GradScaler | None
     meter: Meter
 
@@ -59,6 +61,7 @@ class Parts:
             "switch": self.switch.state_dict(),
             "rebound": self.rebound.state_dict(),
             "preconditioner": self.preconditioner.state_dict(),
+            "copies": self.copies.state_dict(),
             "grad_scaler": {} if self.grad_scaler is None else self.grad_scaler.state_dict(),
             "meter": self.meter.state_dict(),
         }
@@ -83,6 +86,7 @@ class Parts:
         self.switch.load_state_dict(state["switch"])
         self.rebound.load_state_dict(state["rebound"])
         self.preconditioner.load_state_dict(state["preconditioner"], device)
+        self.copies.load_state_dict(state["copies"])
         if self.grad_scaler is not None and state["grad_scaler"]:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
 

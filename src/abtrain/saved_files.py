@@ -1,8 +1,8 @@
 """Trees of tensors and JSON values <-> files, written so that they last and read so that nothing in them is trusted.
 
 A tree is made of dicts, lists, tensors, strings, numbers, booleans and None. Tuples become lists, and numpy's scalars
-become Python's. Keys of dicts are strings, numbers, booleans or None. Tensors go to a safetensors file, the rest to a
-JSON file in which every tensor is a reference, {"$tensor": KEY, "file": NAME}. No pickle anywhere.
+become Python's. Keys of dicts are strings, numbers, booleans, None, or tuples of them. Tensors go to a safetensors
+file, the rest to a JSON file in which every tensor is a reference, {"$tensor": KEY, "file": NAME}. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -105,10 +105,13 @@ def _refer_to(value: Tensor, place: str, tensors: dict[str, Tensor]) -> dict[str
 
 
 def _key(key: object, place: str) -> Any:
+    if isinstance(key, tuple):
+        return [_key(part, place) for part in key]
     if key is None or isinstance(key, str | int | float | bool):
         return _scalar(key, place)
     raise TypeError(
-        f"{place or 'the tree'} has the key {key!r}, which cannot be saved: use strings, numbers, booleans or None"
+        f"{place or 'the tree'} has the key {key!r}, which cannot be saved: use strings, numbers, booleans, None, or "
+        "tuples of them"
     )
 
 
@@ -152,11 +155,20 @@ def join(structure: Any, tensor: Callable[[str, str], Tensor]) -> Any:
 def _joined_items(pairs: list[Any], tensor: Callable[[str, str], Tensor]) -> dict[Any, Any]:
     items = {}
     for key, item in pairs:
-        name = join(key, tensor)
-        if isinstance(name, Tensor) or name in items:
-            raise ValueError("a dict has a key that cannot be, or the same twice")
+        name = _joined_key(key, tensor)
+        if name in items:
+            raise ValueError("a dict has the same key twice")
         items[name] = join(item, tensor)
     return items
+
+
+def _joined_key(key: Any, tensor: Callable[[str, str], Tensor]) -> Any:
+    if isinstance(key, list):
+        return tuple(_joined_key(part, tensor) for part in key)
+    name = join(key, tensor)
+    if isinstance(name, Tensor | dict):
+        raise ValueError("a dict has a key that cannot be one")
+    return name
 
 
 def refer(structure: Any, file_of: Mapping[str, str]) -> Any:

@@ -247,6 +247,11 @@ def _grad_scaler(at: Place) -> Check:
     return lambda place, value: iter(()) if isinstance(value, Mapping) and not value else kept(place, value)
 
 
+def _copies(at: Place) -> Check:
+    names = each(row(whole(0, len(at.run.model.optimizers.all) - 1), text()))
+    return mapping({"seen": names, "copies": names})
+
+
 _METER = mapping(
     {
         "phase": text(),
@@ -278,6 +283,7 @@ PARTS: Mapping[str, Callable[[Place], Check]] = {
     "switch": _switch,
     "rebound": _rebound,
     "preconditioner": _preconditioner,
+    "copies": _copies,
     "grad_scaler": _grad_scaler,
     "meter": lambda at: _METER,
 }

@@ -153,7 +153,7 @@ class StepHooks:
         self._ownership = Ownership(model, frozen)
         self._coming = coming
         self._stepped: set[int] = set()
-        self._before_any: dict[str, Tensor] | None = self._sample()
+        self._before_any: dict[str, Tensor] | None = {}
         self._handles = [
             handle
             for optimizer in self._optimizers.acting

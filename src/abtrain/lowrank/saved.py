@@ -58,11 +58,21 @@ def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
 
 
 def _optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    groups = [settings_of(group) for group in optimizer.param_groups]
+    groups = [
+        {key: value for key, value in settings_of(group).items() if _is_plain(value)}
+        for group in optimizer.param_groups
+    ]
     state = {name: dict(optimizer.state[p]) for name, p in names.items() if p in optimizer.state}
     general = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
     more = more_of(optimizer)
     return {"kind": type(optimizer).__name__, "groups": groups, "state": state, "general": general, "more": more}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a setting is data. A dtype or a function is what the optimizer was built with, and will be again."""
+    if isinstance(value, Mapping | list | tuple):
+        return all(map(_is_plain, value.values() if isinstance(value, Mapping) else value))
+    return value is None or isinstance(value, str | bool | int | float | Tensor)
 
 
 def more_of(optimizer: Optimizer) -> dict[str, Any]:
