@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,17 +24,26 @@ HIDDEN = recipes.ab_outer(20, every=4, delay=2, warmup_steps=8, rank_rule=FixedR
 class Loop:
     """A user's loop over batches of the small MLP."""
 
-    def __init__(self, comm: Communicator, recipe: Recipe, model: nn.Module | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        recipe: Recipe,
+        model: nn.Module | None = None,
+        make: Callable[[nn.Module], Any] = lambda model: adamw(model.parameters()),
+        **options: Any,
+    ) -> None:
         self.comm, self.model = comm, build("mlp") if model is None else model
-        self.optimizer = adamw(self.model.parameters())
+        self.optimizer = make(self.model)
+        self.optimizers = self.optimizer if isinstance(self.optimizer, list) else [self.optimizer]
         self.ab = ABTraining(self.model, self.optimizer, recipe, communicator=comm, **options)
 
     def step(self, spoil: float = 1.0) -> None:
         x, y = batch("mlp", self.comm.rank, self.ab.steps_done, next(self.model.parameters()).dtype)
         loss = F.cross_entropy(self.ab(x), y) * spoil
         loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         self.ab.step(loss)
 
     def run(self, until: int | None = None) -> dict[str, Tensor]:

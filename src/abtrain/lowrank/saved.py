@@ -80,7 +80,8 @@ def more_of(optimizer: Optimizer) -> dict[str, Any]:
 
     None of PyTorch's own has any.
     """
-    if type(optimizer).state_dict is Optimizer.state_dict and not optimizer._optimizer_state_dict_post_hooks:
+    hooks = getattr(optimizer, "_optimizer_state_dict_post_hooks", None)
+    if type(optimizer).state_dict is Optimizer.state_dict and not hooks:
         return {}
     return {key: value for key, value in optimizer.state_dict().items() if key not in ("state", "param_groups")}
 
