@@ -46,7 +46,7 @@ from abtrain.lowrank.optimizers import Optimizers
 from abtrain.merge import Merger
 from abtrain.modes import in_own_modes, own_modes
 from abtrain.nonfinite import OnNonFinite
-from abtrain.optimizer_problems import doubts_about_optimizers
+from abtrain.optimizer_problems import doubts_about_optimizers, old_steps
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.replicas import check_replicas
@@ -60,6 +60,7 @@ from abtrain.state_problems import raise_together, state_problem
 from abtrain.step_hooks import Coming, StepHooks
 from abtrain.switch import Switch
 from abtrain.sync import GradientSync, WeightSync
+from abtrain.unfinished import watch
 from abtrain.validate import buffer_problems, doubts_about, problems_here, problems_of
 
 log = logging.getLogger("abtrain")
@@ -153,6 +154,7 @@ class ABTraining:
         self._switch = Switch(comm, recipe)
         self._forwards = 0
         self._workers_equal = True
+        self._told_of_steps = bool(old_steps(optimizers))
         self._levels = comm.topology.world_size > 1 and _levels(recipe)
         check_start(
             comm,
@@ -198,6 +200,8 @@ class ABTraining:
         self._arrangement.enter(self._position, recipe)
         self._copies.renew()
         self._hooks.watch()
+        self._saved_step = 0
+        watch(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass; gradients will be averaged as the phase says. To validate, disable them.
@@ -227,6 +231,19 @@ class ABTraining:
     @property
     def finished(self) -> bool:
         return self._position is None
+
+    @property
+    def amid_round(self) -> str:
+        """Why the model is this worker's own, and has not been saved to go on from; empty if all hold the same."""
+        alone, position = self.communicator.topology.world_size == 1, self._position
+        if alone or position is None or self._workers_equal or not isinstance(position.phase.sync, WeightSync):
+            return ""
+        if self._saved_step == self.steps_done:
+            return ""
+        return (
+            f"the run is left at step {self.steps_done}, amid a round of phase {position.phase.name!r}: the model of "
+            "this worker is its own. Save what `with ab.merged() as model` shows, or ab.state_dict() to go on"
+        )
 
     @property
     def lr_factor(self) -> float:
@@ -377,6 +394,7 @@ class ABTraining:
         """
         if self._hooks.stepped:
             raise UsageError("the state between optimizer.step() and ab.step() cannot be saved: call ab.step() first")
+        self._saved_step = self.steps_done
         return {
             "version": VERSION,
             "recipe": recipe_fingerprint(self._given_recipe),
@@ -473,6 +491,10 @@ class ABTraining:
         Raises:
             UsageError: state cannot be levelled, though it will have to be; or the optimizer evaluates.
         """
+        if self.steps_done == 0 and self.communicator.rank == 0:
+            doubt = old_steps(self._model.optimizers, most=1)
+            if doubt and not self._told_of_steps:
+                log.warning(doubt)
         for optimizer in self._model.optimizers.all:
             # Schedule-free optimizers say so: their weights are other ones then.
             if any(group.get("train_mode") is False for group in optimizer.param_groups):

@@ -57,13 +57,7 @@ def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe)
 
 def doubts_about_optimizers(optimizers: Optimizers, recipe: Recipe) -> list[str]:
     """What is allowed, but may not be what is meant; alike on all workers."""
-    doubts = []
-    steps = max((_steps_of(optimizer) for optimizer in optimizers.stateful), default=0)
-    if steps:
-        doubts.append(
-            f"the optimizer has stepped {steps:g} times already, and the recipe begins at step 0: to go on with a run "
-            "of abtrain, load what ab.state_dict() gave with ab.load_state_dict()"
-        )
+    doubts = [*filter(None, [old_steps(optimizers)])]
     for optimizer in optimizers.all:
         name = kept_elsewhere(optimizer)
         if name:
@@ -79,6 +73,17 @@ def doubts_about_optimizers(optimizers: Optimizers, recipe: Recipe) -> list[str]
             "where weights are factored"
         )
     return doubts
+
+
+def old_steps(optimizers: Optimizers, most: int = 0) -> str:
+    """What to say of optimizers that have made more steps than the `most` that the recipe knows of; or nothing."""
+    steps = max((_steps_of(optimizer) for optimizer in optimizers.stateful), default=0)
+    if steps <= most:
+        return ""
+    return (
+        f"the optimizer has stepped {steps - most:g} times already, and the recipe begins at step 0: to go on with a "
+        "run of abtrain, load what ab.state_dict() gave with ab.load_state_dict()"
+    )
 
 
 def _held_problems(model: nn.Module, optimizers: Optimizers) -> list[str]:

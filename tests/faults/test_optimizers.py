@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adagrad, AdamW, Muon, RMSprop
 
-from abtrain import ABTraining, FixedRank, recipes
+from abtrain import ABTraining, FixedRank, recipes, unfinished
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import ConfigurationError, NonFiniteError, UsageError
@@ -486,3 +486,38 @@ def test_muon_follows_weights_into_their_factors() -> None:
         moments.append(len(ab.optimizers[0].state))
     assert isinstance(ab.optimizer, Muon)
     assert moments[0] == 3 and moments[8] == len(ab.optimizers[0].param_groups[0]["params"]) > 3
+
+
+def test_state_of_an_old_run_that_is_loaded_later_is_told_at_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("mlp")
+    old = AdamW(model.parameters())
+    F.cross_entropy(model(batch("mlp", 0, 0)[0]), batch("mlp", 0, 0)[1]).backward()
+    old.step()
+    optimizer = AdamW(model.parameters())
+    with caplog.at_level(logging.WARNING, "abtrain"):
+        ab = ABTraining(model, optimizer, recipes.local_sgd(4, every=2))
+        assert "already" not in caplog.text
+        optimizer.load_state_dict(old.state_dict())
+        F.cross_entropy(ab(batch("mlp", 0, 0)[0]), batch("mlp", 0, 0)[1]).backward()
+        optimizer.step()
+        ab.step()
+    assert "has stepped 1 times already" in caplog.text
+
+
+def test_a_run_that_is_left_amid_a_round_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    loops: list[Loop] = []
+
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, recipes.local_sgd(8, every=4))
+        loops.append(loop)
+        loop.run(6 if comm.rank else 5)
+        if comm.rank:
+            loop.ab.state_dict()
+
+    # Rank 1 is a step ahead, which no merge sees.
+    run_in_process(2, work)
+    with caplog.at_level(logging.WARNING, "abtrain"):
+        unfinished.tell()
+    told_of = [record.message for record in caplog.records]
+    assert any("left at step 5, amid a round of phase 'local'" in message for message in told_of)
+    assert not any("left at step 6" in message for message in told_of)

@@ -1,0 +1,43 @@
+"""What is said when a process ends amid a round, and each worker's model is its own."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import weakref
+from typing import Protocol
+
+log = logging.getLogger("abtrain")
+
+
+class Run(Protocol):
+    """What is asked of a run."""
+
+    @property
+    def amid_round(self) -> str:
+        """Why the workers hold unlike weights that nobody has saved to go on from; empty if they do not."""
+        ...
+
+
+_RUNS: weakref.WeakSet[Run] = weakref.WeakSet()
+
+
+def watch(run: Run) -> None:
+    """Lets a run be asked when the process ends, if it is still there."""
+    if not _RUNS:
+        atexit.unregister(tell)
+        atexit.register(tell)
+    _RUNS.add(run)
+
+
+def forget(run: Run) -> None:
+    """The run is closed: what was to be said has been."""
+    _RUNS.discard(run)
+
+
+def tell() -> None:
+    """Says what becomes of the runs of this process."""
+    for run in list(_RUNS):
+        why = run.amid_round
+        if why:
+            log.warning("%s", why)
