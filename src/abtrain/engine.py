@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from abtrain import __version__
 from abtrain.arrangement import Arrangement
+from abtrain.buffers import is_finite
 from abtrain.checks import as_checkpoint_error
 from abtrain.comm import default_communicator
 from abtrain.comm.communicator import Communicator, Scope
@@ -42,7 +43,8 @@ from abtrain.lowrank.classify import classify
 from abtrain.lowrank.model import FactoredModel
 from abtrain.merge import Merger
 from abtrain.modes import in_own_modes, own_modes
-from abtrain.nonfinite import OnNonFinite
+from abtrain.nonfinite import OnNonFinite, told_names
+from abtrain.own import IGNORED, own_names
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.replicas import check_replicas
@@ -56,7 +58,7 @@ from abtrain.state_problems import raise_together, state_problem
 from abtrain.step_hooks import Coming, StepHooks
 from abtrain.switch import Switch
 from abtrain.sync import GradientSync, WeightSync
-from abtrain.validate import buffer_problems, doubts_about, problems_here, problems_of
+from abtrain.validate import buffer_problems, doubts_about, ignored_problems, problems_here, problems_of
 
 log = logging.getLogger("abtrain")
 
@@ -155,6 +157,7 @@ class ABTraining:
             on_nonfinite=on_nonfinite,
             measure_divergence=measure_divergence,
             average_buffers=tuple(average_buffers),
+            **{IGNORED: ", ".join(sorted(own_names(model)))},
             names=list(self._state.layout()),
             model=self._state.layout(),
             param_groups=optimizer_settings(
@@ -172,7 +175,13 @@ class ABTraining:
         # From here on the optimizer is changed: what can be refused has been.
         self._rebound = LRRebound(optimizer, lambda: 1.0 if self._position is None else self._position.phase.local_lr)
         self._hooks = StepHooks(
-            optimizer, self._model, self._state.frozen(), on_nonfinite, comm.rank == 0, self._coming
+            optimizer,
+            self._model,
+            self._state.frozen(),
+            on_nonfinite,
+            comm.rank == 0,
+            self._coming,
+            self._whose_gradients,
         )
         self._arrangement = Arrangement(
             self._model,
@@ -304,7 +313,7 @@ class ABTraining:
             upcoming = self._sync_weights(position, upcoming, loss.item() if isinstance(loss, Tensor) else loss)
         if position.phase.sync is not None and (upcoming is None or upcoming.first):
             where = f"step {self.steps_done}, end of phase {position.phase.name}"
-            check_replicas(self.communicator, self._state.replicated(), "world", where)
+            check_replicas(self.communicator, self._state.replicated(), "world", where, self._state.buffers())
         self._position = upcoming
         if upcoming is None or upcoming.starts_round:
             self._hooks.round_began = True
@@ -340,6 +349,8 @@ class ABTraining:
         dense_this_cycle = dict(self._arrangement.dense_this_cycle)
         averaged = self._state.averaged_buffers()
         buffers = {name: "averaged" if name in averaged else "follows one worker" for name in self._state.buffers()}
+        own = own_names(self.module)
+        buffers |= {name: f"own: in {IGNORED}" for name, _ in self.module.named_buffers() if name in own}
         return Description(self.recipe, self.communicator.topology, tuple(self._treatments), dense_this_cycle, buffers)
 
     @in_own_modes
@@ -502,6 +513,15 @@ class ABTraining:
             fail_at(self.communicator.rank, self.steps_done, "sync.end")
         return Coming(self.steps_done, self._position.phase, self._shares_gradients)
 
+    def _whose_gradients(self) -> str:
+        """Which worker brought shared gradients that are not finite, as far as this one can tell."""
+        rank = self.communicator.rank
+        if not self._arrangement.parallel.spoiled():
+            return f", brought by another worker than rank {rank}"
+        held = self._state.replicated() | {f"buffer {name}": one for name, one in self._state.buffers().items()}
+        broken = told_names([name for name, tensor in held.items() if not is_finite(tensor)])
+        return f", brought by rank {rank}{f' (it holds NaN or infinity in {broken})' if broken else ''}"
+
     def _ended(self) -> str:
         return (
             f"recipe {self.recipe.name!r} ended after its {self.recipe.total_steps} steps: "
@@ -537,7 +557,7 @@ def _checked(
     if communicator is not None and group_size is not None:
         problems.append("group_size is the communicator's own: give one of the two")
     if isinstance(model, nn.Module):
-        problems += buffer_problems(model, average_buffers)
+        problems += buffer_problems(model, average_buffers) + ignored_problems(model)
     if problems:
         raise ConfigurationError(problems)
     comm = default_communicator(group_size) if communicator is None else communicator

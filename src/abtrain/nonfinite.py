@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from abtrain.errors import NonFiniteError
@@ -15,6 +16,7 @@ log = logging.getLogger("abtrain")
 
 OnNonFinite = Literal["stop", "drop_worker", "skip"]
 
+_MOST_TOLD = 4
 _MOST_IN_A_ROW = 50
 """Steps left out, after which a run has diverged."""
 
@@ -29,15 +31,27 @@ class GradientGuard:
         policy: `skip` leaves the step out; otherwise it is an error where gradients are shared, and left for the next
             merge to find where they are a worker's own.
         speaks: whether this worker logs what happens on all workers.
+        parameters: gives all parameters by name.
+        own: names of those that are each worker's own, though gradients are shared.
+        whose: tells, after shared gradients that are not finite, which worker brought them.
 
     Attributes:
         skipped: indexes of the steps that were left out.
     """
 
-    def __init__(self, optimizer: Optimizer, policy: OnNonFinite, speaks: bool) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        policy: OnNonFinite,
+        speaks: bool,
+        parameters: Callable[[], Mapping[str, nn.Parameter]] = dict,
+        own: Collection[str] = (),
+        whose: Callable[[], str] = str,
+    ) -> None:
         self._optimizer = optimizer
         self._policy = policy
         self._speaks = speaks
+        self._parameters, self._own, self._whose = parameters, own, whose
         self.skipped: list[int] = []
 
     def look(self, step: int, shared: bool) -> None:
@@ -54,12 +68,15 @@ class GradientGuard:
         if not (shared or self._policy == "skip") or getattr(self._optimizer, "found_inf", None) is not None:
             return
         parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if shared and self._own:
+            parameters = self._without_own(parameters)
         if _finite([p.grad for p in parameters]):
             return
         if self._policy != "skip":
             raise NonFiniteError(
-                f"NaN or infinity in the gradients that workers share at step {step}: no weight was changed by them. "
-                "Lower the learning rate, clip gradients, or leave such steps out: on_nonfinite='skip'"
+                f"NaN or infinity in the gradients that workers share at step {step}{self._where(parameters)}: no "
+                "weight was changed by them. Lower the learning rate, clip gradients, or leave such steps out: "
+                "on_nonfinite='skip'"
             )
         self.skipped.append(step)
         if self.skipped[-_MOST_IN_A_ROW:] == list(range(step - _MOST_IN_A_ROW + 1, step + 1)):
@@ -71,6 +88,34 @@ class GradientGuard:
             log.warning("step %d: its gradient is not finite, and the step is left out", step)
         for parameter in parameters:
             parameter.grad = None
+
+    def _without_own(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """The parameters that workers share. What the policy leaves out of the others concerns this worker alone."""
+        held = self._parameters()
+        own = {id(held[name]) for name in self._own if name in held}
+        alone = [p for p in parameters if id(p) in own]
+        if self._policy == "skip" and not _finite([p.grad for p in alone if p.grad is not None]):
+            log.warning("this worker's own gradients are not finite, and the step leaves their parameters alone")
+            for parameter in alone:
+                parameter.grad = None
+        return [p for p in parameters if id(p) not in own]
+
+    def _where(self, parameters: Sequence[nn.Parameter]) -> str:
+        """The names of the parameters whose gradients are not finite, in brackets, and who brought them."""
+        broken = {id(p) for p in parameters if p.grad is not None and not bool(torch.isfinite(p.grad).all())}
+        names = told_names([name for name, parameter in self._parameters().items() if id(parameter) in broken])
+        return f" ({names}){self._whose()}" if names else self._whose()
+
+
+def told_names(names: Sequence[str]) -> str:
+    """Names for a message: the first four, and how many more there are."""
+    more = f" and {len(names) - _MOST_TOLD} more" if len(names) > _MOST_TOLD else ""
+    return f"{', '.join(names[:_MOST_TOLD])}{more}"
+
+
+def largest(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The largest magnitude in each tensor, on its device: NaN or infinity where it holds any. It cannot overflow."""
+    return [torch.linalg.vector_norm(tensor.detach(), ord=float("inf")) for tensor in tensors if tensor.numel()]
 
 
 def _finite(gradients: list[Tensor]) -> bool:

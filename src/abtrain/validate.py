@@ -14,6 +14,7 @@ from abtrain.comm.communicator import Communicator
 from abtrain.errors import nearest
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.optimizer import PROJECTABLE
+from abtrain.own import IGNORED, ignored_names, shared_parameters
 from abtrain.recipe import Recipe
 from abtrain.sync import WeightSync
 
@@ -48,7 +49,7 @@ def _optimizer_problems(model: nn.Module, optimizer: Optimizer, recipe: Recipe) 
             f"(shapes {', '.join(map(str, strangers[:4]))}): build it from this model's parameters()"
         )
     held_ids = {id(parameter) for parameter in held}
-    idle = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held_ids]
+    idle = [name for name, p in shared_parameters(model).items() if p.requires_grad and id(p) not in held_ids]
     if idle:
         problems.append(
             f"{', '.join(idle[:4])}{f' and {len(idle) - 4} more' if len(idle) > 4 else ''} require gradients, but the "
@@ -129,6 +130,14 @@ def buffer_problems(model: nn.Module, average_buffers: Sequence[str]) -> list[st
     names = [name for name, _ in model.named_buffers()]
     idle = [pattern for pattern in average_buffers if not any(fnmatchcase(name, pattern) for name in names)]
     return [f"average_buffers: {pattern!r} matches no buffer: {nearest(pattern, names)}" for pattern in idle]
+
+
+def ignored_problems(model: nn.Module) -> list[str]:
+    """What is wrong with the names that the model tells DDP to ignore; empty if nothing is."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    names = [name for name, _ in tensors]
+    idle = sorted(ignored_names(model).difference(names))
+    return [f"{IGNORED}: {name!r} is no parameter and no buffer: {nearest(name, names)}" for name in idle]
 
 
 def problems_here(model: nn.Module, recipe: Recipe, comm: Communicator) -> list[str]:

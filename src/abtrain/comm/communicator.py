@@ -65,6 +65,10 @@ class DataParallel(Protocol):
         """
         ...
 
+    def spoiled(self) -> bool:
+        """Whether what this worker brought to the last average held NaN or infinity."""
+        ...
+
     def close(self) -> None:
         """Lets go of the model: no gradient is averaged from now on, and a call is an error."""
         ...
@@ -133,7 +137,8 @@ class Communicator(Protocol):
         """Wraps `module` so that `backward` averages its gradients over the scope.
 
         Of the parameters, those that require a gradient at the time of the call take part. In training, buffers follow
-        the scope's first rank at each forward pass, as in DDP. A scope of one rank needs no synchronization.
+        the scope's first rank at each forward pass, as in DDP. What the module tells DDP to ignore is left out of both
+        (see `abtrain.own`). A scope of one rank needs no synchronization.
 
         Args:
             module: the model, on one device, with the same parameters on every rank of the scope.
@@ -161,6 +166,9 @@ class Unsynchronized:
 
     def follow(self, arrivals: Sequence[int]) -> None:
         pass
+
+    def spoiled(self) -> bool:
+        return False
 
     def close(self) -> None:
         self._module = None
