@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, get_args
 
 import torch
@@ -327,15 +327,11 @@ class ABTraining:
     def merged(self) -> Iterator[nn.Module]:
         """Inside it, the model holds the average of the groups: for validation. Collective on entry, not on exit.
 
-        A recipe without any sync has no average: the model stays the worker's own.
+        Where all workers hold the same weights, those buffers that differ are rank 0's meanwhile, as under DDP. A
+        recipe without any sync has no average: the model stays the worker's own.
         """
-        position = self._position
-        if position is None or self._workers_equal or not isinstance(position.phase.sync, WeightSync):
-            yield self.module
-            return
-        average = self._state.averaged()
         with own_modes():
-            self._rounds.roll_call(self.steps_done, position.phase_index, self.recipe.at)
+            average = self._average()
             average.__enter__()
         # What is done with the average is done in the caller's modes.
         try:
@@ -343,6 +339,23 @@ class ABTraining:
         finally:
             with own_modes():
                 average.__exit__(None, None, None)
+
+    def _average(self) -> AbstractContextManager[None]:
+        """Inside it the model is what `merged` shows. Collective, on entry too, unless there is nothing to agree on."""
+        position, sync = self._position, None if self._position is None else self._position.phase.sync
+        alone = self.communicator.topology.world_size == 1 or (position is not None and sync is None)
+        if not self._workers_equal and isinstance(sync, WeightSync):
+            self._meet()
+            return self._state.averaged()
+        if alone or not self._workers_equal or not self._state.buffers():
+            return nullcontext()
+        return nullcontext() if self._meet(self._state.told_of_buffers()) else self._state.with_first_buffers()
+
+    def _meet(self, told: int = 0) -> bool:
+        """All workers prove that they are at the same step; whether they have told the same. Collective."""
+        phase = len(self.recipe.phases) if self._position is None else self._position.phase_index
+        rows = self._rounds.roll_call(self.steps_done, phase, self.recipe.at, (told, 0.0))
+        return len({row[0] for row in rows}) == 1
 
     def describe(self) -> Description:
         """Every parameter with what becomes of it and why, the phases, and the groups."""

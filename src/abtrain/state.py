@@ -11,7 +11,7 @@ from torch import Tensor
 
 from abtrain.buffers import averaged_buffers
 from abtrain.comm.agreement import agree_on_tensors, differing_tensors, share
-from abtrain.comm.checksums import checksum
+from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.layouts import layouts_of
 from abtrain.comm.wire import exact_average
@@ -155,6 +155,23 @@ class SharedState:
         finally:
             for name, tensor in tensors.items():
                 tensor.copy_(own[name])
+
+    def told_of_buffers(self) -> int:
+        """62 bits that are equal on all workers if they hold the same buffers."""
+        return fingerprint(*((name, checksum(buffer)) for name, buffer in self.buffers().items()))
+
+    @contextmanager
+    def with_first_buffers(self) -> Iterator[None]:
+        """Inside it the buffers that differ between workers are rank 0's. Collective on entry, not on exit."""
+        buffers = self.buffers()
+        differing = [buffers[name] for name in differing_tensors(self._comm, buffers)]
+        own = [tensor.clone() for tensor in differing]
+        share(self._comm, differing, [0] * len(differing))
+        try:
+            yield
+        finally:
+            for tensor, value in zip(differing, own, strict=True):
+                tensor.copy_(value)
 
 
 def _tensors_in(value: object) -> Iterator[Tensor]:

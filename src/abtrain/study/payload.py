@@ -2,9 +2,9 @@
 
 `predict` follows the engine through a recipe, and says for each stretch of steps what a worker hands to collectives.
 Counts are exact where nothing differs between workers that ought not to (initial weights, factors), every parameter
-gets a gradient, no GradScaler is used, and `merged()` is not entered inside a round. What is decided by measurement is
-taken at its most: phases that may end early go on to their last step, and all weights are taken to have settled. Of
-buffers, floating-point ones are taken to differ between workers, and all others to be equal.
+gets a gradient, no GradScaler is used, and `merged()` is not entered. What is decided by measurement is taken at its
+most: phases that may end early go on to their last step, and all weights are taken to have settled. Of buffers,
+floating-point ones are taken to differ between workers, and all others to be equal.
 """
 
 from __future__ import annotations
