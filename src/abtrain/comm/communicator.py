@@ -149,11 +149,16 @@ class Communicator(Protocol):
         ...
 
 
+def nothing() -> None:
+    """What is to be done when a wrapper closes that has changed nothing."""
+
+
 class Unsynchronized:
     """The `DataParallel` of a scope of one rank, or of a model with nothing to train: the model as it is."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, at_close: Callable[[], None] = nothing) -> None:
         self._module: nn.Module | None = module
+        self._at_close = at_close
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return still_open(self._module)(*args, **kwargs)
@@ -172,6 +177,7 @@ class Unsynchronized:
 
     def close(self) -> None:
         self._module = None
+        self._at_close()
 
 
 class SingleProcess:

@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations` here: DDP compares the annotations of a communication hook with classes.
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -14,10 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _BufferCommHookLocation
 
 from abtrain.comm.buckets import pack, unpack
-from abtrain.comm.communicator import still_open
+from abtrain.comm.communicator import nothing, still_open
 from abtrain.comm.hooks import GradientHook
 from abtrain.comm.layouts import Layouts
 from abtrain.comm.link import Link
+from abtrain.comm.sync_batch_norm import point_at, release
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.nonfinite import largest
 from abtrain.own import IGNORED, own_names, shared_parameters
@@ -26,15 +27,21 @@ from abtrain.own import IGNORED, own_names, shared_parameters
 class TorchDataParallel:
     """The `DataParallel` of a scope of several ranks: DDP with its defaults, so the bits are those of a plain DDP.
 
-    DDP is in no reference cycle: dropped or closed, it frees its buckets at once.
+    DDP is in no reference cycle: dropped or closed, it frees its buckets at once. `at_close` is called then.
     """
 
-    def __init__(self, module: nn.Module, link: Link, find_unused_parameters: bool, hook: GradientHook | None) -> None:
-        self._link = link
+    def __init__(
+        self,
+        module: nn.Module,
+        link: Link,
+        find_unused_parameters: bool,
+        hook: GradientHook | None,
+        at_close: Callable[[], None] = nothing,
+    ) -> None:
+        self._link, self._at_close = link, at_close
         self._hook = hook
         self._rebuilds = not find_unused_parameters  # or else buckets stay as they are laid out at first
         self._trained = [p for p in shared_parameters(module).values() if p.requires_grad]
-        self._arrivals = _Arrivals(self._trained)
         with _every_name_ignored(module):
             self._ddp: DistributedDataParallel | None = DistributedDataParallel(
                 module,
@@ -42,6 +49,7 @@ class TorchDataParallel:
                 find_unused_parameters=find_unused_parameters,
                 init_sync=False,
             )
+        self._arrivals = _Arrivals(self._trained)
         # To find unused parameters, DDP adds up one int32 for each parameter.
         self._averaging = _Averaging(link, 4 * len(self._trained) if find_unused_parameters else 0, hook)
         self._ddp.register_comm_hook(self._averaging, _average_gradients)
@@ -107,6 +115,7 @@ class TorchDataParallel:
             self._hook.arrivals = self.arrivals()
         self._ddp = None
         self._arrivals.stop()
+        self._at_close()
 
 
 @contextmanager
@@ -251,10 +260,13 @@ def _follow_first_rank(averaging: _Averaging, named_buffers: Mapping[str, Tensor
         buffer.copy_(received)
 
 
-def point_sync_batch_norm(module: nn.Module, link: Link, alone: bool) -> None:
+def point_sync_batch_norm(module: nn.Module, link: Link, alone: bool) -> Callable[[], None]:
     """Makes every SyncBatchNorm take its statistics over the ranks of the link.
 
     By itself a SyncBatchNorm talks to the world at every step, which is what groups are there to avoid.
+
+    Returns:
+        What makes all of them what they were.
 
     Raises:
         ConfigurationError: the scope is one rank of a larger world.
@@ -266,4 +278,10 @@ def point_sync_batch_norm(module: nn.Module, link: Link, alone: bool) -> None:
             "synchronize with. Use BatchNorm, or a group size of at least 2"
         )
     for layer in layers:
-        layer.process_group = link.group
+        point_at(layer, link.group)
+
+    def release_all() -> None:
+        while layers:
+            release(layers.pop())
+
+    return release_all

@@ -158,10 +158,14 @@ class TorchCommunicator:
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
     ) -> DataParallel:
         link = self._link(scope)
-        point_sync_batch_norm(module, link, alone=self.topology.world_size == 1)
+        release = point_sync_batch_norm(module, link, alone=self.topology.world_size == 1)
         if len(link.ranks) == 1 or not any(p.requires_grad for p in shared_parameters(module).values()):
-            return Unsynchronized(module)
-        return TorchDataParallel(module, link, find_unused_parameters, self._hook(sync, scope, module))
+            return Unsynchronized(module, release)
+        try:
+            return TorchDataParallel(module, link, find_unused_parameters, self._hook(sync, scope, module), release)
+        except BaseException:
+            release()
+            raise
 
     def _hook(self, sync: GradientSync, scope: Scope, module: nn.Module) -> GradientHook | None:
         """PyTorch's hook for a wire, the same whenever the same shapes are trained: its state outlives phases."""
