@@ -145,6 +145,7 @@ class ABTraining:
         self._rounds = Rounds(self._state, self._merger, comm)
         self._switch = Switch(comm, recipe)
         self._forwards = 0
+        self._closed = False
         self._workers_equal = True
         check_start(
             comm,
@@ -200,10 +201,12 @@ class ABTraining:
         """The model's forward pass; gradients will be averaged as the phase says. To validate, disable them.
 
         Raises:
-            UsageError: with gradients enabled: `ab.step()` was forgotten after the last optimizer step, or the recipe
-            has ended.
+            UsageError: with gradients enabled: `ab.step()` was forgotten after the last optimizer step, the recipe has
+            ended, or `close` was called.
         """
         if torch.is_grad_enabled():
+            if self._closed:
+                raise UsageError("ABTraining was closed, and averages no gradients: train on with a new one")
             if self._hooks.count:
                 raise UsageError(
                     f"a forward pass with gradients began, but ab.step() was not called after optimizer.step() of step "
@@ -473,7 +476,9 @@ class ABTraining:
         )
 
     def close(self) -> None:
-        """Takes abtrain's hooks off the optimizer. The model stays as it is."""
+        """Takes abtrain's hooks off the optimizer and the model, whose weights stay as they are: training ends here."""
+        self._closed = True
+        self._arrangement.unwrap()
         self._rebound.close()
         self._hooks.close()
 
