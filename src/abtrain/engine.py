@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, get_args
 
 import torch
@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from abtrain import __version__
 from abtrain.arrangement import Arrangement
+from abtrain.buffers import is_finite
 from abtrain.checks import as_checkpoint_error
 from abtrain.comm import default_communicator
 from abtrain.comm.communicator import Communicator, Scope
@@ -45,8 +46,9 @@ from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.merge import Merger
 from abtrain.modes import in_own_modes, own_modes
-from abtrain.nonfinite import OnNonFinite
+from abtrain.nonfinite import OnNonFinite, told_names
 from abtrain.optimizer_problems import doubts_about_optimizers, old_steps
+from abtrain.own import IGNORED, own_names
 from abtrain.rebound import LRRebound
 from abtrain.recipe import Position, Recipe
 from abtrain.replicas import check_replicas
@@ -61,7 +63,7 @@ from abtrain.step_hooks import Coming, StepHooks
 from abtrain.switch import Switch
 from abtrain.sync import GradientSync, WeightSync
 from abtrain.unfinished import watch
-from abtrain.validate import buffer_problems, doubts_about, problems_here, problems_of
+from abtrain.validate import buffer_problems, doubts_about, ignored_problems, problems_here, problems_of
 
 log = logging.getLogger("abtrain")
 
@@ -153,6 +155,7 @@ class ABTraining:
         self._rounds = Rounds(self._state, self._merger, comm)
         self._switch = Switch(comm, recipe)
         self._forwards = 0
+        self._closed = False
         self._workers_equal = True
         self._told_of_steps = bool(old_steps(optimizers))
         self._levels = comm.topology.world_size > 1 and _levels(recipe)
@@ -167,6 +170,7 @@ class ABTraining:
             on_nonfinite=on_nonfinite,
             measure_divergence=measure_divergence,
             average_buffers=tuple(average_buffers),
+            **{IGNORED: ", ".join(sorted(own_names(model)))},
             names=list(self._state.layout()),
             model=self._state.layout(),
             param_groups=optimizer_settings(
@@ -185,7 +189,9 @@ class ABTraining:
         self._rebound = LRRebound(
             optimizers.acting, lambda: 1.0 if self._position is None else self._position.phase.local_lr
         )
-        self._hooks = StepHooks(self._model, self._state.frozen(), on_nonfinite, comm.rank == 0, self._coming)
+        self._hooks = StepHooks(
+            self._model, self._state.frozen(), on_nonfinite, comm.rank == 0, self._coming, self._whose_gradients
+        )
         self._arrangement = Arrangement(
             self._model,
             self._treatments,
@@ -207,10 +213,12 @@ class ABTraining:
         """The model's forward pass; gradients will be averaged as the phase says. To validate, disable them.
 
         Raises:
-            UsageError: with gradients enabled: `ab.step()` was forgotten after the last optimizer step, or the recipe
-            has ended.
+            UsageError: with gradients enabled: `ab.step()` was forgotten after the last optimizer step, the recipe has
+            ended, or `close` was called.
         """
         if torch.is_grad_enabled():
+            if self._closed:
+                raise UsageError("ABTraining was closed, and averages no gradients: train on with a new one")
             if self._hooks.all_stepped:
                 raise UsageError(
                     f"a forward pass with gradients began, but ab.step() was not called after optimizer.step() of step "
@@ -336,7 +344,7 @@ class ABTraining:
             upcoming = self._sync_weights(position, upcoming, loss.item() if isinstance(loss, Tensor) else loss)
         if position.phase.sync is not None and (upcoming is None or upcoming.first):
             where = f"step {self.steps_done}, end of phase {position.phase.name}"
-            check_replicas(self.communicator, self._state.replicated(), "world", where)
+            check_replicas(self.communicator, self._state.replicated(), "world", where, self._state.buffers())
         self._position = upcoming
         if upcoming is None or upcoming.starts_round:
             self._hooks.round_began = True
@@ -352,15 +360,11 @@ class ABTraining:
     def merged(self) -> Iterator[nn.Module]:
         """Inside it, the model holds the average of the groups: for validation. Collective on entry, not on exit.
 
-        A recipe without any sync has no average: the model stays the worker's own.
+        Where all workers hold the same weights, those buffers that differ are rank 0's meanwhile, as under DDP. A
+        recipe without any sync has no average: the model stays the worker's own.
         """
-        position = self._position
-        if position is None or self._workers_equal or not isinstance(position.phase.sync, WeightSync):
-            yield self.module
-            return
-        average = self._state.averaged()
         with own_modes():
-            self._rounds.roll_call(self.steps_done, position.phase_index, self.recipe.at)
+            average = self._average()
             average.__enter__()
         # What is done with the average is done in the caller's modes.
         try:
@@ -369,11 +373,30 @@ class ABTraining:
             with own_modes():
                 average.__exit__(None, None, None)
 
+    def _average(self) -> AbstractContextManager[None]:
+        """Inside it the model is what `merged` shows. Collective, on entry too, unless there is nothing to agree on."""
+        position, sync = self._position, None if self._position is None else self._position.phase.sync
+        alone = self.communicator.topology.world_size == 1 or (position is not None and sync is None)
+        if not self._workers_equal and isinstance(sync, WeightSync):
+            self._meet()
+            return self._state.averaged()
+        if alone or not self._workers_equal or not self._state.buffers():
+            return nullcontext()
+        return nullcontext() if self._meet(self._state.told_of_buffers()) else self._state.with_first_buffers()
+
+    def _meet(self, told: int = 0) -> bool:
+        """All workers prove that they are at the same step; whether they have told the same. Collective."""
+        phase = len(self.recipe.phases) if self._position is None else self._position.phase_index
+        rows = self._rounds.roll_call(self.steps_done, phase, self.recipe.at, (told, 0.0))
+        return len({row[0] for row in rows}) == 1
+
     def describe(self) -> Description:
         """Every parameter with what becomes of it and why, the phases, and the groups."""
         dense_this_cycle = dict(self._arrangement.dense_this_cycle)
         averaged = self._state.averaged_buffers()
         buffers = {name: "averaged" if name in averaged else "follows one worker" for name in self._state.buffers()}
+        own = own_names(self.module)
+        buffers |= {name: f"own: in {IGNORED}" for name, _ in self.module.named_buffers() if name in own}
         return Description(self.recipe, self.communicator.topology, tuple(self._treatments), dense_this_cycle, buffers)
 
     @in_own_modes
@@ -513,7 +536,9 @@ class ABTraining:
                     )
 
     def close(self) -> None:
-        """Takes abtrain's hooks off the optimizer. The model stays as it is."""
+        """Takes abtrain's hooks off the optimizer and the model, whose weights stay as they are: training ends here."""
+        self._closed = True
+        self._arrangement.unwrap()
         self._rebound.close()
         self._hooks.close()
 
@@ -569,6 +594,15 @@ class ABTraining:
         in_group = isinstance(self._position.phase.sync, WeightSync) and self.communicator.topology.group_size > 1
         return Coming(self.steps_done, self._position.phase, shared, averaged=shared or in_group)
 
+    def _whose_gradients(self) -> str:
+        """Which worker brought shared gradients that are not finite, as far as this one can tell."""
+        rank = self.communicator.rank
+        if not self._arrangement.parallel.spoiled():
+            return f", brought by another worker than rank {rank}"
+        held = self._state.replicated() | {f"buffer {name}": one for name, one in self._state.buffers().items()}
+        broken = told_names([name for name, tensor in held.items() if not is_finite(tensor)])
+        return f", brought by rank {rank}{f' (it holds NaN or infinity in {broken})' if broken else ''}"
+
     def _ended(self) -> str:
         return (
             f"recipe {self.recipe.name!r} ended after its {self.recipe.total_steps} steps: "
@@ -610,7 +644,7 @@ def _checked(
     if communicator is not None and group_size is not None:
         problems.append("group_size is the communicator's own: give one of the two")
     if isinstance(model, nn.Module):
-        problems += buffer_problems(model, average_buffers)
+        problems += buffer_problems(model, average_buffers) + ignored_problems(model)
     if problems:
         raise ConfigurationError(problems)
     comm = default_communicator(group_size) if communicator is None else communicator

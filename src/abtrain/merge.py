@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from abtrain.buffers import Buffers, Compared, is_finite
-from abtrain.comm.agreement import Place, Told, roll_call, share
+from abtrain.comm.agreement import Place, Told, gather_json, roll_call, share
 from abtrain.comm.checksums import as_bytes, checksum
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.low_rank_wire import LowRankWire
@@ -35,7 +35,7 @@ from abtrain.errors import NonFiniteError
 from abtrain.faults import fail_at
 from abtrain.lowrank.surgery import FactoredWeight
 from abtrain.lowrank.tangent import to_factors, to_weight
-from abtrain.nonfinite import OnNonFinite
+from abtrain.nonfinite import OnNonFinite, told_names
 from abtrain.shares import SHARES, Part
 from abtrain.sketch import agreement_in, sketch_of
 from abtrain.sync import Outer, WeightSync, wire_between
@@ -46,6 +46,7 @@ _SUBTRACTED = frozenset(
     | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 )
 """Dtypes in which what was added meanwhile can be told; a tensor of another one that changed meanwhile stays."""
+_SKETCH = "what workers agree on"
 Observer = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]], None]
 
 
@@ -171,7 +172,7 @@ class Merger:
         compared = self._buffers.compare(
             {name: started[name] for name in buffers}, sums, [part.buffers for part in parts]
         )
-        alive = self._alive(parts, compared)
+        alive = self._alive(parts, compared, deltas)
         followed = {name: started[name].clone() for name in compared.differing if name not in averaged}
         share(self._comm, list(followed.values()), [alive.index(True)] * len(followed))
         floats = [name for name in compared.differing if name not in followed]
@@ -181,7 +182,7 @@ class Merger:
             self.wire(sync.wire).average(numbers, self._comm),
             average_exactly(self._equal_parts(beside, alive), self._comm),
         )
-        _check_finite([*averages.mean.values(), *means])
+        _check_finite(averages.mean | dict(zip([*floats, *([_SKETCH] if measure else [])], means, strict=True)))
         if self.observer is not None and all(alive):
             self.observer(deltas, averages.mean, self.anchors)
         # What was trained meanwhile began from there; said before the anchors move on.
@@ -283,8 +284,13 @@ class Merger:
                     self.momentum.pop(name, None)
             yield record, self.residuals, names
 
-    def _alive(self, parts: Sequence[Part], compared: Compared) -> list[bool]:
+    def _alive(self, parts: Sequence[Part], compared: Compared, deltas: Mapping[str, Tensor]) -> list[bool]:
         """Which workers' parts are finite.
+
+        Args:
+            parts: what all workers told.
+            compared: how their buffers compare.
+            deltas: what this worker has changed.
 
         Raises:
             NonFiniteError: as `merge` says.
@@ -294,12 +300,20 @@ class Merger:
         broken = [rank for rank, well in enumerate(alive) if not well]
         if broken and (self.on_nonfinite != "drop_worker" or not any(alive)):
             remedy = ", or leave such parts out: on_nonfinite='drop_worker'" if any(alive) else ""
-            where = f" (buffer {', '.join(compared.broken)})" if compared.broken else ""
             raise NonFiniteError(
-                f"NaN or infinity in what rank {', '.join(map(str, broken))} brought to the merge{where}: nothing was "
-                f"averaged. Lower the learning rate, or clip gradients{remedy}"
+                f"NaN or infinity in what rank {', '.join(map(str, broken))} brought to the merge"
+                f"{self._where(broken, compared, deltas)}: nothing was averaged. Lower the learning rate, or clip "
+                f"gradients{remedy}"
             )
         return alive
+
+    def _where(self, broken: Sequence[int], compared: Compared, deltas: Mapping[str, Tensor]) -> str:
+        """The names of what is not finite on these ranks, in brackets. Collective over the world."""
+        named = [told_names([n for n, delta in deltas.items() if not is_finite(delta)])]
+        named += [f"buffer {name}" for name, ranks in compared.broken.items() if self._comm.rank in ranks]
+        told = gather_json(self._comm, ", ".join(filter(None, named)))
+        of_ranks = [f"rank {rank}: {told[rank]}" if len(broken) > 1 else told[rank] for rank in broken]
+        return f" ({'; '.join(of_ranks)})"
 
     def _stepped(self, rule: Any, name: str, D: Tensor) -> tuple[Tensor, Tensor | None]:
         """What is added to the weights for a change D, and the momentum then, if the rule has one."""
@@ -323,12 +337,14 @@ def _moved(outcome: Tensor, tensor: Tensor, base: Tensor) -> Tensor:
     return outcome + (tensor.to(outcome.dtype) - base)
 
 
-def _check_finite(averages: Sequence[Tensor]) -> None:
+def _check_finite(averages: Mapping[str, Tensor]) -> None:
     """All workers hold the same averages, and so all raise or none."""
-    if not all(bool(torch.isfinite(average).all()) for average in averages):
+    broken = [name for name, average in averages.items() if not bool(torch.isfinite(average).all())]
+    if broken:
         raise NonFiniteError(
-            "what workers brought to the merge is finite, but its average is not: numbers are near the largest that "
-            "the wire or float32 can hold, and no weight was changed. Lower the learning rate, or clip gradients"
+            f"what workers brought to the merge is finite, but its average is not ({told_names(broken)}): numbers are "
+            "near the largest that the wire or float32 can hold, and no weight was changed. Lower the learning rate, "
+            "or clip gradients"
         )
 
 

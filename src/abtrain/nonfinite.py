@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from abtrain.errors import NonFiniteError
@@ -16,6 +16,7 @@ log = logging.getLogger("abtrain")
 
 OnNonFinite = Literal["stop", "drop_worker", "skip"]
 
+_MOST_TOLD = 4
 _MOST_IN_A_ROW = 50
 """Steps left out, after which a run has diverged."""
 
@@ -30,15 +31,27 @@ class GradientGuard:
         policy: `skip` leaves the step out; otherwise it is an error where gradients are shared, and left for the next
             merge to find where they are a worker's own.
         speaks: whether this worker logs what happens on all workers.
+        parameters: gives all parameters by name.
+        own: names of those that are each worker's own, though gradients are shared.
+        whose: tells, after shared gradients that are not finite, which worker brought them.
 
     Attributes:
         skipped: indexes of the steps that were left out.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], policy: OnNonFinite, speaks: bool) -> None:
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        policy: OnNonFinite,
+        speaks: bool,
+        parameters: Callable[[], Mapping[str, nn.Parameter]] = dict,
+        own: Collection[str] = (),
+        whose: Callable[[], str] = str,
+    ) -> None:
         self._optimizers = optimizers
         self._policy = policy
         self._speaks = speaks
+        self._parameters, self._own, self._whose = parameters, own, whose
         self.skipped: list[int] = []
         self._looked = -1
 
@@ -61,13 +74,15 @@ class GradientGuard:
         among = [optimizer] if step == self._looked else self._optimizers
         self._looked = step
         parameters = [p for one in among for group in one.param_groups for p in group["params"] if p.grad is not None]
+        if shared and self._own:
+            parameters = self._without_own(parameters)
         if _finite([p.grad for p in parameters]):
             return
         if self._policy != "skip":
             unchanged = "the optimizer may have moved weights before" if in_closure else "no weight was changed by them"
             raise NonFiniteError(
-                f"NaN or infinity in the gradients that workers share at step {step}: {unchanged}. "
-                "Lower the learning rate, clip gradients, or leave such steps out: on_nonfinite='skip'"
+                f"NaN or infinity in the gradients that workers share at step {step}{self._where(parameters)}: "
+                f"{unchanged}. Lower the learning rate, clip gradients, or leave such steps out: on_nonfinite='skip'"
             )
         self._leave_out(step, shared)
         for parameter in parameters:
@@ -84,6 +99,34 @@ class GradientGuard:
             )
         if not shared or self._speaks:
             log.warning("step %d: its gradient is not finite, and the step is left out", step)
+
+    def _without_own(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """The parameters that workers share. What the policy leaves out of the others concerns this worker alone."""
+        held = self._parameters()
+        own = {id(held[name]) for name in self._own if name in held}
+        alone = [p for p in parameters if id(p) in own]
+        if self._policy == "skip" and not _finite([p.grad for p in alone if p.grad is not None]):
+            log.warning("this worker's own gradients are not finite, and the step leaves their parameters alone")
+            for parameter in alone:
+                parameter.grad = None
+        return [p for p in parameters if id(p) not in own]
+
+    def _where(self, parameters: Sequence[nn.Parameter]) -> str:
+        """The names of the parameters whose gradients are not finite, in brackets, and who brought them."""
+        broken = {id(p) for p in parameters if p.grad is not None and not bool(torch.isfinite(p.grad).all())}
+        names = told_names([name for name, parameter in self._parameters().items() if id(parameter) in broken])
+        return f" ({names}){self._whose()}" if names else self._whose()
+
+
+def told_names(names: Sequence[str]) -> str:
+    """Names for a message: the first four, and how many more there are."""
+    more = f" and {len(names) - _MOST_TOLD} more" if len(names) > _MOST_TOLD else ""
+    return f"{', '.join(names[:_MOST_TOLD])}{more}"
+
+
+def largest(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The largest magnitude in each tensor, on its device: NaN or infinity where it holds any. It cannot overflow."""
+    return [torch.linalg.vector_norm(tensor.detach(), ord=float("inf")) for tensor in tensors if tensor.numel()]
 
 
 def _finite(gradients: list[Tensor]) -> bool:

@@ -13,6 +13,7 @@ from abtrain.copies import kept_elsewhere
 from abtrain.lowrank.optimizer import PROJECTABLE, is_projectable
 from abtrain.lowrank.optimizers import Optimizers, announces_steps, parameters_of
 from abtrain.lowrank.saved import more_of
+from abtrain.own import shared_parameters
 from abtrain.recipe import Recipe
 from abtrain.saved_files import split
 
@@ -98,7 +99,7 @@ def _held_problems(model: nn.Module, optimizers: Optimizers) -> list[str]:
             f"(shapes {', '.join(map(str, strangers[:_MOST_TOLD]))}): build it from this model's parameters()"
         )
     held_ids = set(map(id, held))
-    idle = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held_ids]
+    idle = [name for name, p in shared_parameters(model).items() if p.requires_grad and id(p) not in held_ids]
     if idle:
         more = f" and {len(idle) - _MOST_TOLD} more" if len(idle) > _MOST_TOLD else ""
         problems.append(

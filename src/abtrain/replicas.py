@@ -14,19 +14,28 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from abtrain.comm.agreement import ABSENT, gather_json, values_by_rank
 from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Communicator, Scope, scope_ranks
+from abtrain.comm.layouts import layouts_of
 from abtrain.errors import RanksDisagreeError
 
 log = logging.getLogger("abtrain")
 
 _ROUNDING = 1e-5
 """Of the largest number of a tensor: what comes of rounding on unlike processors stays below."""
+_MOST_TOLD = 5
 _ULPS = 4
 """Of a dtype whose own rounding is coarser."""
 
 
-def check_replicas(comm: Communicator, tensors: Mapping[str, Tensor], scope: Scope, where: str) -> None:
+def check_replicas(
+    comm: Communicator,
+    tensors: Mapping[str, Tensor],
+    scope: Scope,
+    where: str,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> None:
     """Compares what the ranks of a scope hold. Collective over it; 16 bytes, until something differs.
 
     Args:
@@ -35,6 +44,7 @@ def check_replicas(comm: Communicator, tensors: Mapping[str, Tensor], scope: Sco
             those of the scope's first rank, in place.
         scope: whose ranks ought to hold the same.
         where: for the message, such as `step 120, phase warmup`.
+        buffers: by name, of which ranks ought to have the same, in the same shapes; for the scope `world` alone.
 
     Raises:
         RanksDisagreeError: a rank has drifted, with its number; on all ranks of the scope.
@@ -43,11 +53,33 @@ def check_replicas(comm: Communicator, tensors: Mapping[str, Tensor], scope: Sco
     if len(ranks) == 1:
         return
     sums = [checksum(tensor) for tensor in tensors.values()]
-    mine = fingerprint(*sums)
+    layouts = layouts_of(buffers or {})
+    mine = fingerprint(*sums, *layouts.items())
     ends = torch.tensor([mine, -mine], dtype=torch.int64, device=comm.device)
     comm.all_reduce(ends, "max", scope)
     if int(ends.sum()):
+        if layouts:
+            _check_layouts(comm, layouts, where)
         _level(comm, tensors, [mine, *sums], scope, where)
+
+
+def _check_layouts(comm: Communicator, layouts: Mapping[str, str], where: str) -> None:
+    """Makes sure that all workers have the same buffers, in the same shapes. Collective over the world.
+
+    Raises:
+        RanksDisagreeError: they do not; with the names of those that differ.
+    """
+    everyone = gather_json(comm, layouts)
+    columns = {
+        name: [held.get(name, ABSENT) for held in everyone]
+        for name in dict.fromkeys(key for held in everyone for key in held)
+    }
+    unlike = [values_by_rank(name, column) for name, column in columns.items() if len(set(column)) > 1]
+    if unlike:
+        raise RanksDisagreeError(
+            f"{where}: workers hold buffers of unlike shapes: {'; '.join(unlike[:_MOST_TOLD])}. Change buffers on all "
+            "workers, at the same step"
+        )
 
 
 def _level(comm: Communicator, tensors: Mapping[str, Tensor], sums: Sequence[int], scope: Scope, where: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from abtrain.comm.agreement import roll_call
+from abtrain.comm.agreement import Told, roll_call
 from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Background, Stages, finish
@@ -111,7 +111,7 @@ class Rounds:
         finish(self._merge(position, step, mean_loss, None, trained_by))
         return len(position.merging) == sync.fragments
 
-    def roll_call(self, step: int, phase: int, at: Callable[[int], Position]) -> None:
+    def roll_call(self, step: int, phase: int, at: Callable[[int], Position], told: Told = (0, 0.0)) -> list[Told]:
         """All workers prove that they are about to average the same things, amid a round.
 
         What merges under way have still to send is sent first, in the order of the steps to come, up to where the next
@@ -121,6 +121,10 @@ class Rounds:
             step: how many steps are done.
             phase: which of the recipe's phases this is.
             at: the position of a step in the recipe.
+            told: what this worker tells all others.
+
+        Returns:
+            What each worker told, in rank order.
 
         Raises:
             RanksDisagreeError: workers are at different steps, in different phases, or hold different shapes.
@@ -133,11 +137,11 @@ class Rounds:
             if position.merges:
                 break
             ahead += 1
-        calling = roll_call(self._comm, self._state.place(step, phase))
+        calling = roll_call(self._comm, self._state.place(step, phase), told)
         next(calling)
         # The others wait for a roll call one step after it began, and go on with older merges before.
         self._go_ahead(ahead + 1)
-        finish(calling)
+        return finish(calling)
 
     def _go_ahead(self, steps: int) -> bool:
         """Sends what merges under way are to send within so many steps; whether that is all of it."""

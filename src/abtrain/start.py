@@ -19,6 +19,7 @@ from abtrain.comm.communicator import Communicator
 from abtrain.errors import RanksDisagreeError
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizers import Optimizers, settings_of
+from abtrain.own import own_names, shared_buffers
 from abtrain.recipe import Recipe
 
 _MOST_TOLD = 5
@@ -55,13 +56,15 @@ def check_phase(comm: Communicator, model: FactoredModel, where: str, settings: 
     Raises:
         RanksDisagreeError: on all ranks, with what differs and where.
     """
-    names = model.parameters()
+    names, own = model.parameters(), own_names(model.model)
     factors = model.factors().keys()
     # Which factors require gradients is a matter of roles.
     layouts = {
-        name: layout(p) if name in factors else layout(p, requires_grad=p.requires_grad) for name, p in names.items()
+        name: layout(p) if name in factors else layout(p, requires_grad=p.requires_grad)
+        for name, p in names.items()
+        if name not in own
     }
-    layouts |= {name: layout(buffer) for name, buffer in model.model.named_buffers()}
+    layouts |= {name: layout(buffer) for name, buffer in shared_buffers(model.model).items()}
     _compare(
         comm,
         {"model": layouts, "param_groups": optimizer_settings(model.optimizers, names, settings)},

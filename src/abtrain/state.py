@@ -11,12 +11,14 @@ from torch import Tensor
 
 from abtrain.buffers import averaged_buffers
 from abtrain.comm.agreement import agree_on_tensors, differing_tensors, share
-from abtrain.comm.checksums import checksum
+from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Communicator
+from abtrain.comm.layouts import layouts_of
 from abtrain.comm.wire import exact_average
 from abtrain.errors import RanksDisagreeError
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.model import FactoredModel
+from abtrain.own import shared_buffers, shared_parameters
 from abtrain.start import HYPERPARAMETERS, layout, leaves, optimizer_settings
 
 log = logging.getLogger("abtrain")
@@ -52,8 +54,8 @@ class SharedState:
         return as_real({name: p.data for name, p in self._model.trained(self._treatments).items()})
 
     def buffers(self) -> dict[str, Tensor]:
-        """The model's buffers by name, likewise."""
-        return as_real(dict(self._model.model.named_buffers()))
+        """The buffers that workers share by name, likewise."""
+        return as_real(shared_buffers(self._model.model))
 
     def replicated(self) -> dict[str, Tensor]:
         """What workers hold the same where they share gradients: trained parameters, and frozen ones, which stay."""
@@ -76,23 +78,23 @@ class SharedState:
         model = self._model.model
         parameters = {
             name: layout(p, requires_grad=p.requires_grad, treatment=kinds[name])
-            for name, p in model.named_parameters()
+            for name, p in shared_parameters(model).items()
         }
-        return parameters | {name: layout(buffer) for name, buffer in model.named_buffers()}
+        return parameters | {name: layout(buffer) for name, buffer in shared_buffers(model).items()}
 
     def frozen(self) -> list[str]:
         """Names of the parameters that nobody trains, and no merge shares."""
         return [treatment.name for treatment in self._treatments if treatment.kind == "frozen"]
 
     def agree(self) -> None:
-        """Makes all parameters and buffers, frozen ones too, the same on all workers: where they differ, rank 0's.
+        """Makes what workers share the same on all of them, frozen parameters too: where they differ, rank 0's.
 
         Raises:
             RanksDisagreeError: tensors of a class of their own, such as quantised weights, differ. They cannot be
                 written.
         """
         model = self._model.model
-        tensors = {name: p.data for name, p in model.named_parameters()} | dict(model.named_buffers())
+        tensors = {name: p.data for name, p in shared_parameters(model).items()} | shared_buffers(model)
         plain = {name: tensor for name, tensor in tensors.items() if type(tensor) is Tensor}
         differed = agree_on_tensors(self._comm, plain)
         wrapped = {name: tensor for name, tensor in tensors.items() if name not in plain}
@@ -114,8 +116,7 @@ class SharedState:
             phase: which of the recipe's phases this is.
             more: what else has to be equal.
         """
-        tensors = self.parameters() | self.buffers()
-        shapes = {name: f"{tuple(t.shape)} of {t.dtype}" for name, t in tensors.items()}
+        shapes = layouts_of(self.parameters() | self.buffers())
         sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
         changed = {name: f"changed ({total:x})" for name, total in sums.items() if total != self._frozen_sums.get(name)}
         place: dict[str, int | Mapping[str, str]] = {"step": step, "phase": phase, "shapes": shapes, **more}
@@ -154,6 +155,23 @@ class SharedState:
         finally:
             for name, tensor in tensors.items():
                 tensor.copy_(own[name])
+
+    def told_of_buffers(self) -> int:
+        """62 bits that are equal on all workers if they hold the same buffers."""
+        return fingerprint(*((name, checksum(buffer)) for name, buffer in self.buffers().items()))
+
+    @contextmanager
+    def with_first_buffers(self) -> Iterator[None]:
+        """Inside it the buffers that differ between workers are rank 0's. Collective on entry, not on exit."""
+        buffers = self.buffers()
+        differing = [buffers[name] for name in differing_tensors(self._comm, buffers)]
+        own = [tensor.clone() for tensor in differing]
+        share(self._comm, differing, [0] * len(differing))
+        try:
+            yield
+        finally:
+            for tensor, value in zip(differing, own, strict=True):
+                tensor.copy_(value)
 
 
 def _tensors_in(value: object) -> Iterator[Tensor]:

@@ -35,11 +35,12 @@ from abtrain.comm.checksums import LIMIT
 from abtrain.comm.low_rank_wire import pays
 from abtrain.comm.topology import Topology
 from abtrain.comm.wires import make_wire
-from abtrain.lowrank.classify import Treatment
+from abtrain.lowrank.classify import UNSHARED, Treatment
 from abtrain.lowrank.fit import Layout, dense_layout, state_layout
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.model import FactoredModel
 from abtrain.merge import wide
+from abtrain.own import own_names, shared_buffers
 from abtrain.recipe import Position, Recipe
 from abtrain.resume import decided
 from abtrain.roles import trained_by, trained_factors
@@ -96,8 +97,8 @@ class Place:
         for treatment in run.treatments:
             pair = (f"{treatment.name}.A", f"{treatment.name}.B")
             names = pair if pair[0] in self.factors else (treatment.name,)
-            self.parameters |= as_real({name: layout[name] for name in names if treatment.kind != "frozen"})
-        self.buffers = as_real(dict(run.model.model.named_buffers()))
+            self.parameters |= as_real({name: layout[name] for name in names if treatment.kind not in UNSHARED})
+        self.buffers = as_real(shared_buffers(run.model.model))
 
     @property
     def rounds(self) -> WeightSync | None:
@@ -128,7 +129,8 @@ def _arrivals(at: Place) -> Check:
     model, factors = at.run.model, {*at.factors}
     dense = {name: p for name, p in model.parameters().items() if name not in model.factors()}
     dense |= {name: record.dense for name, record in model.records.items()}
-    count = sum(p.requires_grad for name, p in dense.items() if f"{name}.A" not in factors)
+    own = own_names(model.model)
+    count = sum(p.requires_grad for name, p in dense.items() if f"{name}.A" not in factors and name not in own)
     both = trained_factors(at.position, at.run.topology, at.run.rank) == "all"
     count += len(at.factors) // (1 if both else 2)
     order = list(range(count))

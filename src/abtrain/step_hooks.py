@@ -16,6 +16,7 @@ from abtrain.lowrank.optimizers import is_nested
 from abtrain.lowrank.precondition import Preconditioner
 from abtrain.modes import in_own_modes, own_modes
 from abtrain.nonfinite import GradientGuard, OnNonFinite
+from abtrain.own import own_names
 from abtrain.phase import Phase
 
 
@@ -47,6 +48,7 @@ class Ownership:
         self._model = model
         self._names = model.parameters().keys()
         self._frozen = {name: model.model.get_parameter(name) for name in frozen}
+        self._own = own_names(model.model)
         self._checked: list[int] = []
         self._dense: list[_Place] = []
 
@@ -80,7 +82,8 @@ class Ownership:
                 f"(shapes {', '.join(shapes[:4])}): no worker would share them. Build the model and the optimizer with "
                 "every parameter that is to be trained, and ABTraining after them"
             )
-        lost = [name for key, name in known.items() if name not in self._frozen and key not in held]
+        unshared = self._own | self._frozen.keys()
+        lost = [name for key, name in known.items() if name not in unshared and key not in held]
         if lost:
             raise UsageError(
                 f"the optimizer no longer holds {', '.join(lost[:4])}, which workers share: leave the param groups as "
@@ -88,10 +91,10 @@ class Ownership:
             )
 
     def _places(self) -> list[_Place]:
-        """Where the trained parameters are that are not factored."""
+        """Where the parameters are that workers train together, as far as they are not factored."""
         factors, places = self._model.factors(), []
         for name, parameter in self._model.parameters().items():
-            if name not in factors and name not in self._frozen:
+            if name not in factors and name not in self._frozen and name not in self._own:
                 module, attribute = owner(self._model.model, name)
                 places.append(_Place(name, module._parameters, attribute, parameter))
         return places
@@ -129,6 +132,7 @@ class StepHooks:
         on_nonfinite: what becomes of gradients that are not finite.
         speaks: whether this worker logs what happens on all workers.
         coming: tells of the step that is about to be made; None: of none that a recipe knows.
+        whose: tells, after shared gradients that are not finite, which worker brought them.
 
     Attributes:
         round_began: whether a round begins with the next step. One that a gradient scaler skips calls no hook, so it
@@ -144,11 +148,13 @@ class StepHooks:
         on_nonfinite: OnNonFinite,
         speaks: bool,
         coming: Callable[[], Coming | None],
+        whose: Callable[[], str] = str,
     ) -> None:
         self.round_began = True
         self._optimizers = model.optimizers
         self.preconditioner = Preconditioner(self._optimizers, damping=0)
-        self.guard = GradientGuard(self._optimizers.acting, on_nonfinite, speaks)
+        own = own_names(model.model)
+        self.guard = GradientGuard(self._optimizers.acting, on_nonfinite, speaks, model.parameters, own, whose)
         self._model = model
         self._ownership = Ownership(model, frozen)
         self._coming = coming

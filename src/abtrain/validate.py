@@ -15,6 +15,7 @@ from abtrain.errors import nearest
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.optimizer_problems import form_problems, optimizer_problems
+from abtrain.own import IGNORED, ignored_names
 from abtrain.recipe import Recipe
 from abtrain.sync import WeightSync
 
@@ -95,6 +96,14 @@ def buffer_problems(model: nn.Module, average_buffers: Sequence[str]) -> list[st
     names = [name for name, _ in model.named_buffers()]
     idle = [pattern for pattern in average_buffers if not any(fnmatchcase(name, pattern) for name in names)]
     return [f"average_buffers: {pattern!r} matches no buffer: {nearest(pattern, names)}" for pattern in idle]
+
+
+def ignored_problems(model: nn.Module) -> list[str]:
+    """What is wrong with the names that the model tells DDP to ignore; empty if nothing is."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    names = [name for name, _ in tensors]
+    idle = sorted(ignored_names(model).difference(names))
+    return [f"{IGNORED}: {name!r} is no parameter and no buffer: {nearest(name, names)}" for name in idle]
 
 
 def problems_here(model: nn.Module, recipe: Recipe, comm: Communicator) -> list[str]:

@@ -65,6 +65,10 @@ class DataParallel(Protocol):
         """
         ...
 
+    def spoiled(self) -> bool:
+        """Whether what this worker brought to the last average held NaN or infinity."""
+        ...
+
     def close(self) -> None:
         """Lets go of the model: no gradient is averaged from now on, and a call is an error."""
         ...
@@ -133,7 +137,8 @@ class Communicator(Protocol):
         """Wraps `module` so that `backward` averages its gradients over the scope.
 
         Of the parameters, those that require a gradient at the time of the call take part. In training, buffers follow
-        the scope's first rank at each forward pass, as in DDP. A scope of one rank needs no synchronization.
+        the scope's first rank at each forward pass, as in DDP. What the module tells DDP to ignore is left out of both
+        (see `abtrain.own`). A scope of one rank needs no synchronization.
 
         Args:
             module: the model, on one device, with the same parameters on every rank of the scope.
@@ -144,11 +149,16 @@ class Communicator(Protocol):
         ...
 
 
+def nothing() -> None:
+    """What is to be done when a wrapper closes that has changed nothing."""
+
+
 class Unsynchronized:
     """The `DataParallel` of a scope of one rank, or of a model with nothing to train: the model as it is."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, at_close: Callable[[], None] = nothing) -> None:
         self._module: nn.Module | None = module
+        self._at_close = at_close
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return still_open(self._module)(*args, **kwargs)
@@ -162,8 +172,12 @@ class Unsynchronized:
     def follow(self, arrivals: Sequence[int]) -> None:
         pass
 
+    def spoiled(self) -> bool:
+        return False
+
     def close(self) -> None:
         self._module = None
+        self._at_close()
 
 
 class SingleProcess:

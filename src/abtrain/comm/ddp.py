@@ -2,8 +2,8 @@
 
 # No `from __future__ import annotations` here: DDP compares the annotations of a communication hook with classes.
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,30 +14,42 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _BufferCommHookLocation
 
 from abtrain.comm.buckets import pack, unpack
-from abtrain.comm.communicator import still_open
+from abtrain.comm.communicator import nothing, still_open
 from abtrain.comm.hooks import GradientHook
+from abtrain.comm.layouts import Layouts
 from abtrain.comm.link import Link
+from abtrain.comm.sync_batch_norm import point_at, release
 from abtrain.errors import ConfigurationError, UsageError
+from abtrain.nonfinite import largest
+from abtrain.own import IGNORED, own_names, shared_parameters
 
 
 class TorchDataParallel:
     """The `DataParallel` of a scope of several ranks: DDP with its defaults, so the bits are those of a plain DDP.
 
-    DDP is in no reference cycle: dropped or closed, it frees its buckets at once.
+    DDP is in no reference cycle: dropped or closed, it frees its buckets at once. `at_close` is called then.
     """
 
-    def __init__(self, module: nn.Module, link: Link, find_unused_parameters: bool, hook: GradientHook | None) -> None:
-        self._link = link
+    def __init__(
+        self,
+        module: nn.Module,
+        link: Link,
+        find_unused_parameters: bool,
+        hook: GradientHook | None,
+        at_close: Callable[[], None] = nothing,
+    ) -> None:
+        self._link, self._at_close = link, at_close
         self._hook = hook
         self._rebuilds = not find_unused_parameters  # or else buckets stay as they are laid out at first
-        self._trained = [p for p in module.parameters() if p.requires_grad]
+        self._trained = [p for p in shared_parameters(module).values() if p.requires_grad]
+        with _every_name_ignored(module):
+            self._ddp: DistributedDataParallel | None = DistributedDataParallel(
+                module,
+                process_group=link.group,
+                find_unused_parameters=find_unused_parameters,
+                init_sync=False,
+            )
         self._arrivals = _Arrivals(self._trained)
-        self._ddp: DistributedDataParallel | None = DistributedDataParallel(
-            module,
-            process_group=link.group,
-            find_unused_parameters=find_unused_parameters,
-            init_sync=False,
-        )
         # To find unused parameters, DDP adds up one int32 for each parameter.
         self._averaging = _Averaging(link, 4 * len(self._trained) if find_unused_parameters else 0, hook)
         self._ddp.register_comm_hook(self._averaging, _average_gradients)
@@ -95,11 +107,34 @@ class TorchDataParallel:
             parameter.grad = None
         self._arrivals.order = list(arrivals)
 
+    def spoiled(self) -> bool:
+        return not all(bool(one.isfinite()) for one in self._averaging.brought)
+
     def close(self) -> None:
         if self._hook is not None and self._hook.arrivals is not None and len(self.arrivals()) == len(self._trained):
             self._hook.arrivals = self.arrivals()
         self._ddp = None
         self._arrivals.stop()
+        self._at_close()
+
+
+@contextmanager
+def _every_name_ignored(module: nn.Module) -> Iterator[None]:
+    """Inside it, DDP finds what it is to ignore by every name that it looks for.
+
+    By itself it misses a tied parameter of which one name is listed, and one of the model's own, whose name it begins
+    with a dot.
+    """
+    own = own_names(module)
+    if not own:
+        yield
+        return
+    listed = getattr(module, IGNORED)
+    setattr(module, IGNORED, sorted(own | {f".{name}" for name in own}))
+    try:
+        yield
+    finally:
+        setattr(module, IGNORED, listed)
 
 
 class _Arrivals:
@@ -150,13 +185,22 @@ class _Rehearsal(nn.Module):
 
 
 class _Averaging:
-    """The all-reduces of one backward pass that are under way."""
+    """The all-reduces of one backward pass that are under way.
+
+    Attributes:
+        rehearses: whether gradients are zeros that nobody is to hear of.
+        layouts: of the buffers.
+        brought: of each bucket of the last pass, the largest magnitude before it was averaged.
+    """
 
     def __init__(self, link: Link, extra_bytes: int, hook: GradientHook | None) -> None:
         self.link = link
         self._extra_bytes = extra_bytes
         self._hook = hook
         self.rehearses = False
+        self.brought: list[Tensor] = []
+        self.layouts = Layouts()
+        self._starts = True
         self._works: list[dist.Work | torch.futures.Future[Tensor]] = []
 
     def launch(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
@@ -167,6 +211,8 @@ class _Averaging:
             )
             done.set_result(buffer)
             return done
+        self.brought = [*([] if self._starts else self.brought), *largest([buffer])]
+        self._starts = bucket.is_last()
         work: dist.Work | torch.futures.Future[Tensor]
         if self._hook is None:
             # DDP without a hook multiplies by the reciprocal too; for three ranks, a division gives other bits.
@@ -205,6 +251,7 @@ def _follow_first_rank(averaging: _Averaging, named_buffers: Mapping[str, Tensor
     if averaging.rehearses:
         return
     link = averaging.link
+    averaging.layouts.changes(named_buffers)
     buffers = list(named_buffers.values())
     buckets = pack(buffers, widen=False)
     for bucket in buckets:
@@ -213,10 +260,13 @@ def _follow_first_rank(averaging: _Averaging, named_buffers: Mapping[str, Tensor
         buffer.copy_(received)
 
 
-def point_sync_batch_norm(module: nn.Module, link: Link, alone: bool) -> None:
+def point_sync_batch_norm(module: nn.Module, link: Link, alone: bool) -> Callable[[], None]:
     """Makes every SyncBatchNorm take its statistics over the ranks of the link.
 
     By itself a SyncBatchNorm talks to the world at every step, which is what groups are there to avoid.
+
+    Returns:
+        What makes all of them what they were.
 
     Raises:
         ConfigurationError: the scope is one rank of a larger world.
@@ -228,4 +278,10 @@ def point_sync_batch_norm(module: nn.Module, link: Link, alone: bool) -> None:
             "synchronize with. Use BatchNorm, or a group size of at least 2"
         )
     for layer in layers:
-        layer.process_group = link.group
+        point_at(layer, link.group)
+
+    def release_all() -> None:
+        while layers:
+            release(layers.pop())
+
+    return release_all

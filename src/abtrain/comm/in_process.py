@@ -34,6 +34,7 @@ from abtrain.comm.meter import Meter
 from abtrain.comm.rendezvous import Combine, Rendezvous, add, copied
 from abtrain.comm.topology import Topology
 from abtrain.errors import ConfigurationError
+from abtrain.own import shared_parameters
 from abtrain.sync import GradientSync, Sync
 
 T = TypeVar("T")
@@ -165,7 +166,7 @@ class InProcessCommunicator:
     def data_parallel(
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
     ) -> DataParallel:
-        if len(self.ranks(scope)) == 1 or not any(p.requires_grad for p in module.parameters()):
+        if len(self.ranks(scope)) == 1 or not any(p.requires_grad for p in shared_parameters(module).values()):
             return Unsynchronized(module)
         refused = self.cannot_carry(sync)
         if refused:

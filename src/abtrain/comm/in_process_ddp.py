@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from abtrain.comm.communicator import still_open
+from abtrain.comm.layouts import Layouts
 from abtrain.comm.rendezvous import add, copied
 from abtrain.errors import UsageError
+from abtrain.nonfinite import largest
+from abtrain.own import shared_buffers, shared_parameters
 
 
 class InProcessDataParallel:
@@ -37,11 +40,13 @@ class InProcessDataParallel:
         self._meet = meet
         self._share = 1.0 / workers
         self._find_unused = find_unused_parameters
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._parameters = {name: p for name, p in shared_parameters(module).items() if p.requires_grad}
         self._ready: set[str] = set()  # have their gradient from the backward pass to be averaged
         self._used: set[str] = set()  # have had one since the last average, be it inside no_sync
         self._synchronizing = self._buffers_due = True
         self._armed = self._queued = False
+        self._brought: list[Tensor] = []
+        self._layouts = Layouts()
         # A hook that held this object would keep it, and through it the model, alive.
         me = weakref.ref(self)
         handles = [
@@ -56,7 +61,7 @@ class InProcessDataParallel:
             return module(*args, **kwargs)
         self._check_last_backward()
         if self._buffers_due:
-            self._follow_first_rank(list(module.buffers()))
+            self._follow_first_rank(shared_buffers(module))
         self._buffers_due = self._synchronizing
         output = module(*args, **kwargs)
         self._armed = self._armed or self._synchronizing
@@ -76,6 +81,9 @@ class InProcessDataParallel:
 
     def follow(self, arrivals: Sequence[int]) -> None:
         pass
+
+    def spoiled(self) -> bool:
+        return not all(bool(one.isfinite()) for one in self._brought)
 
     def close(self) -> None:
         self._detach()
@@ -105,6 +113,7 @@ class InProcessDataParallel:
     def _average_gradients(self) -> None:
         parameters = list(self._parameters.values())
         shares = [torch.zeros_like(p) if p.grad is None else p.grad * self._share for p in parameters]
+        self._brought = largest(shares)
         if self._find_unused:
             shares.append(torch.tensor([name in self._used for name in self._parameters], dtype=torch.int32))
         sums = self._meet("average of gradients", shares, combine=add)
@@ -124,10 +133,12 @@ class InProcessDataParallel:
                 "freeze them (requires_grad_(False)), or set find_unused_parameters=True"
             )
 
-    def _follow_first_rank(self, buffers: list[Tensor]) -> None:
-        if not buffers:
+    def _follow_first_rank(self, named: Mapping[str, Tensor]) -> None:
+        if not named:
             return
-        first = self._meet("broadcast of buffers", buffers, combine=lambda of: copied(of[0]))
+        buffers, changed = list(named.values()), self._layouts.changes(named)
+        call = f"broadcast of buffers ({changed} now)" if changed else "broadcast of buffers"
+        first = self._meet(call, buffers, combine=lambda of: copied(of[0]))
         # As DDP does: a pass whose backward is still to come must not mind that its buffers moved on.
         with torch.no_grad(), _unsafe_preserve_version_counter(tuple(buffers)):
             for buffer, received in zip(buffers, first, strict=True):

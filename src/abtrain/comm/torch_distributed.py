@@ -39,6 +39,7 @@ from abtrain.comm.meter import Meter
 from abtrain.comm.peers import peers_of_world
 from abtrain.comm.topology import Topology, default_group_size
 from abtrain.errors import ConfigurationError
+from abtrain.own import shared_parameters
 from abtrain.sync import GradientSync, Sync
 
 # "undefined": init_process_group was given no backend, and takes NCCL for CUDA tensors and Gloo for the rest.
@@ -157,16 +158,20 @@ class TorchCommunicator:
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
     ) -> DataParallel:
         link = self._link(scope)
-        point_sync_batch_norm(module, link, alone=self.topology.world_size == 1)
-        if len(link.ranks) == 1 or not any(p.requires_grad for p in module.parameters()):
-            return Unsynchronized(module)
-        return TorchDataParallel(module, link, find_unused_parameters, self._hook(sync, scope, module))
+        release = point_sync_batch_norm(module, link, alone=self.topology.world_size == 1)
+        if len(link.ranks) == 1 or not any(p.requires_grad for p in shared_parameters(module).values()):
+            return Unsynchronized(module, release)
+        try:
+            return TorchDataParallel(module, link, find_unused_parameters, self._hook(sync, scope, module), release)
+        except BaseException:
+            release()
+            raise
 
     def _hook(self, sync: GradientSync, scope: Scope, module: nn.Module) -> GradientHook | None:
         """PyTorch's hook for a wire, the same whenever the same shapes are trained: its state outlives phases."""
         if sync.wire == "fp32":
             return None
-        key = (sync, scope, tuple(p.shape for p in module.parameters() if p.requires_grad))
+        key = (sync, scope, tuple(p.shape for p in shared_parameters(module).values() if p.requires_grad))
         if key not in self._hooks:
             self._hooks[key] = make_hook(sync, self._link(scope).group or _world_group())
         return self._hooks[key]

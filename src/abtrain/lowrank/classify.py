@@ -12,8 +12,11 @@ from torch import nn
 from abtrain.factoring import Factoring
 from abtrain.lowrank.layers import FACTORED_LAYERS
 from abtrain.lowrank.matrix import MatrixShape
+from abtrain.own import IGNORED, own_names
 
-Kind = Literal["factored", "averaged", "frozen"]
+Kind = Literal["factored", "averaged", "frozen", "own"]
+UNSHARED: tuple[Kind, ...] = ("frozen", "own")
+"""Kinds that no merge shares."""
 
 _NORMS = (
     nn.LayerNorm,
@@ -31,8 +34,8 @@ class Treatment:
     Attributes:
         name: its first name in the model.
         shape: of the dense parameter.
-        kind: `factored` into A and B in factored phases; `averaged` at merges, dense always; or `frozen`: never
-            trained, so never sent.
+        kind: `factored` into A and B in factored phases; `averaged` at merges, dense always; `frozen`: never
+            trained, so never sent; or `own`: left to each worker, so neither sent nor compared.
         reason: why.
     """
 
@@ -60,10 +63,12 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
-    treatments = []
+    treatments, own = [], own_names(model)
     for name, parameter in model.named_parameters():
         kind: Kind = "averaged"
-        if not parameter.requires_grad:
+        if name in own:
+            kind, reason = "own", f"in {IGNORED}"
+        elif not parameter.requires_grad:
             kind, reason = "frozen", "does not require a gradient"
         elif optimized is not None and id(parameter) not in optimized:
             kind, reason = "frozen", "not in the optimizer"

@@ -29,6 +29,8 @@ from abtrain.checks import (
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizer_fit import optimizer_problems
+from abtrain.lowrank.saved import own_tensors
+from abtrain.own import own_names, shared_buffers
 
 Layout = dict[str, Tensor]
 
@@ -50,7 +52,8 @@ _PARTS: dict[str, Check] = {
         )
     ),
 }
-MODEL_STATE: Check = mapping({**_PARTS, "weights_same_on": one_of("world", "group")}, required=_PARTS)
+_OPTIONAL: dict[str, Check] = {"own": by_name(tensor()), "weights_same_on": one_of("world", "group")}
+MODEL_STATE: Check = mapping({**_PARTS, **_OPTIONAL}, required=_PARTS)
 """The form of what `abtrain.lowrank.saved.model_state` returns, for any model, and a mark (see `abtrain.same`)."""
 
 
@@ -99,7 +102,7 @@ def _name_problems(model: FactoredModel, state: Mapping[str, Any], factored: boo
     if names and not factored:
         yield f"{names[0]} is factored there, in a phase of full weights"
     expected = (dense_layout(model).keys() - {*names}) | {f"{name}.{letter}" for name in names for letter in "AB"}
-    odd = sorted(expected ^ state["weights"].keys())
+    odd = sorted((expected - own_names(model.model)) ^ state["weights"].keys())
     if odd:
         yield f"parameters differ: {', '.join(map(said, odd[:5]))}"
 
@@ -113,6 +116,8 @@ def _rank_problems(dense: Layout, state: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _tensor_problems(model: FactoredModel, state: Mapping[str, Any]) -> Iterator[str]:
-    wanted = {"weights": state_layout(model, state), "buffers": dict(model.model.named_buffers())}
+    own = own_tensors(model)
+    weights = {name: held for name, held in state_layout(model, state).items() if name not in own}
+    wanted = {"weights": weights, "buffers": shared_buffers(model.model), "own": own}
     for part, tensors in wanted.items():
-        yield from mapping({name: like(held) for name, held in tensors.items()})(part, state[part])
+        yield from mapping({name: like(held) for name, held in tensors.items()})(part, state.get(part, {}))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from abtrain.factoring import OptimizerState
-from abtrain.lowrank.classify import Treatment
+from abtrain.lowrank.classify import UNSHARED, Treatment
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.optimizer import (
     fresh_state,
@@ -93,14 +93,14 @@ class FactoredModel:
         return factors | {name: p for name, p in self.model.named_parameters() if id(p) not in known}
 
     def trained(self, treatments: Sequence[Treatment]) -> dict[str, nn.Parameter]:
-        """All parameters that some worker trains, as they are at present, in the order of `treatments`."""
+        """All parameters that workers train together, as they are at present, in the order of `treatments`."""
         factors = self.factors()
         trained: dict[str, nn.Parameter] = {}
         for treatment in treatments:
             name = treatment.name
             if name in self.records:
                 trained |= {f"{name}.A": factors[f"{name}.A"], f"{name}.B": factors[f"{name}.B"]}
-            elif treatment.kind != "frozen":
+            elif treatment.kind not in UNSHARED:
                 trained[name] = self.model.get_parameter(name)
         return trained
 

@@ -17,23 +17,32 @@ from torch.optim import Optimizer
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizers import settings_of
 from abtrain.lowrank.svd import Factors
+from abtrain.own import own_names, shared_buffers
 
 
 def model_state(model: FactoredModel) -> dict[str, Any]:
     """All that `load_model_state` needs. Tensors are the model's own: copy what is to outlive the next step.
 
     `weights` are all parameters by name, frozen ones too; a weight NAME that is factored is NAME.A (m, k) and NAME.B
-    (k, n).
+    (k, n). Parameters and buffers that are each worker's own are in `own`, where there are any.
     """
-    names = model.parameters()
+    names, own = model.parameters(), own_tensors(model)
     return {
         "factored": list(model.records),
         "damping": model.damping,
         "compression": model.compression,
-        "weights": {name: parameter.detach() for name, parameter in names.items()},
-        "buffers": {name: buffer.detach() for name, buffer in model.model.named_buffers()},
+        "weights": {name: parameter.detach() for name, parameter in names.items() if name not in own},
+        "buffers": {name: buffer.detach() for name, buffer in shared_buffers(model.model).items()},
         "optimizers": [_optimizer_state(optimizer, names) for optimizer in model.optimizers.all],
+        **({"own": own} if own else {}),
     }
+
+
+def own_tensors(model: FactoredModel) -> dict[str, Tensor]:
+    """The parameters and buffers that are each worker's own, by name."""
+    own = own_names(model.model)
+    tensors = [*model.model.named_parameters(), *model.model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in tensors if name in own}
 
 
 def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
@@ -45,12 +54,15 @@ def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
         for name in state["factored"]
     }
     model.reshape(pairs, float(state["damping"]), float(state["compression"]))
-    names = model.parameters()
+    names, own = model.parameters(), own_tensors(model)
     with torch.no_grad():
         for name, parameter in names.items():
-            parameter.copy_(weights[name])
-        for name, buffer in model.model.named_buffers():
+            if name not in own:
+                parameter.copy_(weights[name])
+        for name, buffer in shared_buffers(model.model).items():
             buffer.copy_(state["buffers"][name])
+        for name, tensor in own.items():
+            tensor.copy_(state["own"][name])
     for optimizer, saved in zip(model.optimizers.all, state["optimizers"], strict=True):
         _load_more(optimizer, saved["more"])
     for optimizer, saved in zip(model.optimizers.all, state["optimizers"], strict=True):

@@ -2,9 +2,9 @@
 
 `predict` follows the engine through a recipe, and says for each stretch of steps what a worker hands to collectives.
 Counts are exact where nothing differs between workers that ought not to (initial weights, factors), every parameter
-gets a gradient, no GradScaler is used, and `merged()` is not entered inside a round. What is decided by measurement is
-taken at its most: phases that may end early go on to their last step, and all weights are taken to have settled. Of
-buffers, floating-point ones are taken to differ between workers, and all others to be equal.
+gets a gradient, no GradScaler is used, and `merged()` is not entered. What is decided by measurement is taken at its
+most: phases that may end early go on to their last step, and all weights are taken to have settled. Of buffers,
+floating-point ones are taken to differ between workers, and all others to be equal.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from abtrain.comm.communicator import PLAIN, Scope, scope_spans
 from abtrain.comm.topology import Topology
+from abtrain.lowrank.classify import UNSHARED
 from abtrain.recipe import Position, Recipe
 from abtrain.roles import idle_factors
 from abtrain.rounds import cut_into_fragments
@@ -139,7 +140,8 @@ class _Walk:
         self._powersgd_steps: dict[object, int] = {}
 
     def stretches(self) -> Iterator[Stretch]:
-        tensors = len(self._model.parameters) + len(self._model.buffers)
+        shared = [name for name in self._model.parameters if self._model.kinds[name] != "own"]
+        tensors = len(shared) + len(self._model.buffers)
         # Recipe and options are compared first, then the layout of the model, then the values of its tensors.
         yield Stretch("setup", 0, entry=(_ROLL_CALL, _ROLL_CALL, *compared(tensors)))
         for position in self._recipe.runs():
@@ -215,7 +217,7 @@ class _Walk:
                 A, B = self._factors(name, ranks)
                 held += [_Held(f"{name}.A", A, "A"), _Held(f"{name}.B", B, "B")]
             else:
-                part: Literal["whole", "frozen"] = "frozen" if self._model.kinds[name] == "frozen" else "whole"
+                part: Literal["whole", "frozen"] = "frozen" if self._model.kinds[name] in UNSHARED else "whole"
                 held.append(_Held(name, W, part, name not in self._model.without_gradient))
         return held
 

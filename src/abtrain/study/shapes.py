@@ -16,6 +16,7 @@ from abtrain.errors import ConfigurationError
 from abtrain.factoring import Factoring
 from abtrain.lowrank.classify import Kind, classify
 from abtrain.lowrank.matrix import MatrixShape
+from abtrain.own import own_names, shared_buffers
 from abtrain.sync import number_problems, whole_number_problems
 
 _WIDTH = 1024
@@ -31,8 +32,8 @@ class ModelShapes:
     Attributes:
         parameters: by name, tied ones once, in the model's order.
         kinds: what becomes of each parameter (see `abtrain.lowrank.classify`).
-        without_gradient: names of parameters that require no gradient; DDP leaves them alone.
-        buffers: by name.
+        without_gradient: names of parameters that DDP leaves alone: they require no gradient, or are a worker's own.
+        buffers: by name, as far as workers share them.
     """
 
     parameters: Mapping[str, Tensor]
@@ -62,11 +63,12 @@ def shapes_of(model: nn.Module, factoring: Factoring | None = None) -> ModelShap
         model: with all its weights dense.
         factoring: of the recipe; None where it has no factored phase.
     """
+    own = own_names(model)
     return ModelShapes(
         {name: _meta(p) for name, p in model.named_parameters()},
         {treatment.name: treatment.kind for treatment in classify(model, factoring)},
-        frozenset(name for name, p in model.named_parameters() if not p.requires_grad),
-        {name: _meta(buffer) for name, buffer in model.named_buffers()},
+        frozenset(name for name, p in model.named_parameters() if not p.requires_grad or name in own),
+        {name: _meta(buffer) for name, buffer in shared_buffers(model).items()},
     )
 
 

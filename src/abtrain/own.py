@@ -1,0 +1,39 @@
+"""What each worker keeps to itself: the parameters and buffers that a model tells DDP to leave alone.
+
+`DistributedDataParallel` reads their names from an attribute of the model. Here they are left out of all that workers
+compare, average or follow: each worker trains, saves and resumes its own.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+IGNORED = "_ddp_params_and_buffers_to_ignore"
+"""The attribute; `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model` sets it."""
+
+
+def own_names(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters and buffers that workers do not share; a tied one by all of its names."""
+    listed = ignored_names(model)
+    if not listed:
+        return frozenset()
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    own = {id(tensor) for name, tensor in tensors if name in listed}
+    return frozenset(name for name, tensor in tensors if id(tensor) in own)
+
+
+def ignored_names(model: nn.Module) -> frozenset[str]:
+    """What the model's attribute lists, whether or not anything is called so."""
+    return frozenset(getattr(model, IGNORED, None) or ())
+
+
+def shared_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that workers share, by name, tied ones once."""
+    own = own_names(model)
+    return {name: parameter for name, parameter in model.named_parameters() if name not in own}
+
+
+def shared_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that workers share, likewise."""
+    own = own_names(model)
+    return {name: buffer for name, buffer in model.named_buffers() if name not in own}
