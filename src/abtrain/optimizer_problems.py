@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from abtrain.checks import brief
+from abtrain.communicating_optimizers import communicates
 from abtrain.copies import kept_elsewhere
 from abtrain.lowrank.optimizer import PROJECTABLE, is_projectable
 from abtrain.lowrank.optimizers import Optimizers, announces_steps, parameters_of
@@ -40,6 +41,13 @@ def form_problems(optimizer: object) -> list[str]:
 def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe) -> list[str]:
     """One message for each thing that cannot be; empty if all is well."""
     problems = _held_problems(model, optimizers)
+    for optimizer in optimizers.given:
+        talks = communicates(optimizer)
+        if talks:
+            problems.append(
+                f"{type(optimizer).__name__} talks to other workers itself ({talks}), which abtrain does: give an "
+                "optimizer of one process, such as the one inside, or the same without its distributed options"
+            )
     for optimizer in optimizers.acting:
         kind = type(optimizer).__name__
         if not announces_steps(optimizer):

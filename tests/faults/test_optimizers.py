@@ -464,6 +464,16 @@ def test_an_optimizer_whose_own_state_cannot_be_saved_is_refused() -> None:
         ABTraining(model, Broken(model.parameters(), 0.1), recipes.local_sgd(4, every=2))
 
 
+def test_an_optimizer_that_talks_itself_is_refused() -> None:
+    class Gathering(SGD):
+        def step(self, closure: Any = None) -> None:
+            torch.distributed.all_reduce(self.param_groups[0]["params"][0].grad)
+
+    model = build("mlp")
+    with pytest.raises(ConfigurationError, match=r"Gathering talks to other workers itself \("):
+        ABTraining(model, Gathering(model.parameters(), 0.1), recipes.local_sgd(4, every=2))
+
+
 def test_a_rate_that_is_not_there_cannot_be_scaled() -> None:
     model = build("mlp")
     optimizer = sgd(model.parameters())
