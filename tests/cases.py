@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,10 +57,17 @@ _GENERATOR = threading.Lock()  # torch's own is one for all threads
 MODELS = {"mlp": (_mlp, (10,)), "conv": (_conv, (2, 6, 6)), "attention": (Attention, (4, 6))}
 
 
-def build(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    """The model of that kind, the same in every process and thread."""
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Inside it, PyTorch's generator is this thread's alone, and begins at the seed."""
     with _GENERATOR, torch.random.fork_rng():
         torch.manual_seed(seed)
+        yield
+
+
+def build(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    """The model of that kind, the same in every process and thread."""
+    with seeded(seed):
         return MODELS[kind][0]().to(dtype)
 
 

@@ -19,7 +19,7 @@ from abtrain.lowrank.classify import classify
 from abtrain.study.payload import payload as predicted
 from abtrain.study.payload import predict
 from abtrain.study.shapes import shapes_of
-from tests.cases import SCHEDULE, batch, build, sgd
+from tests.cases import SCHEDULE, batch, build, seeded, sgd
 from tests.faults.loops import told
 from tests.gloo import run_gloo
 
@@ -39,8 +39,7 @@ class Model(nn.Module):
         super().__init__()
         self.net = build("mlp", torch.float32)
         self.norm = nn.BatchNorm1d(5)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with seeded():
             self.tail = nn.Linear(5, 5)
         self.bias = nn.Parameter(torch.zeros(5))
         self.register_buffer("count", torch.zeros(3))
