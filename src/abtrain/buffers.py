@@ -28,6 +28,9 @@ _COMPARE = 0
 _STATISTICS = ("running_mean", "running_var")
 """How norms of PyTorch, and others in their manner, call what they average over batches."""
 
+_DIRECTIONS = ("weight_u", "weight_v", "_u", "_v")
+"""How both forms of PyTorch's spectral norm call their singular vectors."""
+
 
 def averaged_buffers(names: Iterable[str], further: Sequence[str] = ()) -> list[str]:
     """Of these buffers, those that are averaged where they differ.
@@ -41,6 +44,13 @@ def averaged_buffers(names: Iterable[str], further: Sequence[str] = ()) -> list[
         for name in names
         if name.rpartition(".")[2] in _STATISTICS or any(fnmatchcase(name, pattern) for pattern in further)
     ]
+
+
+def settled(name: str, mean: Tensor) -> Tensor:
+    """What a buffer becomes whose mean over workers this is: spectral norm's vectors stay of length 1."""
+    if name.rpartition(".")[2] not in _DIRECTIONS:
+        return mean
+    return torch.nn.functional.normalize(mean, dim=0, eps=torch.finfo(mean.dtype).tiny)
 
 
 class Compared(NamedTuple):

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from abtrain.buffers import Buffers, Compared, is_finite
+from abtrain.buffers import Buffers, Compared, is_finite, settled
 from abtrain.comm.agreement import Place, Told, gather_json, roll_call, share
 from abtrain.comm.checksums import as_bytes, checksum
 from abtrain.comm.communicator import Communicator
@@ -190,7 +190,7 @@ class Merger:
             held if at_once else {**started, **{name: self.eager(sync.merge, name, started[name]) for name in tensors}}
         )
         agreement = agreement_in(means.pop(), sum(alive)) if measure else None
-        merged = dict(zip(floats, means, strict=True)) | followed
+        merged = {name: settled(name, mean) for name, mean in zip(floats, means, strict=True)} | followed
         self._buffers.merged(merged)
         outcome = self._arrive(sync.merge, averages) | merged
         # Buffers may have been bound anew while the merge was under way.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from abtrain.buffers import averaged_buffers
+from abtrain.buffers import averaged_buffers, settled
 from abtrain.comm.agreement import agree_on_tensors, differing_tensors, share
 from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Communicator
@@ -146,9 +146,10 @@ class SharedState:
         own = {name: tensor.clone() for name, tensor in tensors.items()}
         averaged = self.averaged_buffers()
         followed = [tensor for name, tensor in differing.items() if name not in averaged]
-        numbers = [tensor for name, tensor in tensors.items() if name not in differing or name in averaged]
-        for tensor, value in zip(numbers, exact_average(numbers, self._comm), strict=True):
-            tensor.copy_(value)
+        numbers = {name: tensor for name, tensor in tensors.items() if name not in differing or name in averaged}
+        means = exact_average(list(numbers.values()), self._comm)
+        for (name, tensor), mean in zip(numbers.items(), means, strict=True):
+            tensor.copy_(settled(name, mean) if name in differing else mean)
         share(self._comm, followed, [0] * len(followed))
         try:
             yield

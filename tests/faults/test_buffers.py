@@ -17,7 +17,7 @@ from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import ConfigurationError, NonFiniteError
 from abtrain.recipe import Recipe
-from tests.cases import batch, build
+from tests.cases import batch, build, seeded
 from tests.faults.loops import told
 from tests.gloo import run_gloo
 
@@ -304,12 +304,14 @@ def test_only_statistics_are_averaged(delay: int, workers: int) -> None:
     assert ["keep", "follows", "one", "worker"] in lines
 
 
-def test_spectral_norm_keeps_unit_vectors() -> None:
+@pytest.mark.parametrize("globs", [[], ["*"]])
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_spectral_norm_keeps_unit_vectors(norm: Callable[[nn.Module], nn.Module], globs: list[str]) -> None:
     def work(comm: Communicator) -> list[float]:
-        model = nn.Sequential(
-            nn.utils.parametrizations.spectral_norm(nn.Linear(10, 16)), build("mlp", torch.float32)[1:]
-        )
-        train(comm, model, recipes.local_sgd(8, every=4))
+        with seeded():
+            layer = norm(nn.Linear(10, 16))
+        model = nn.Sequential(layer, build("mlp", torch.float32)[1:])
+        train(comm, model, recipes.local_sgd(8, every=4), average_buffers=globs)
         return [float(b.norm()) for name, b in model.named_buffers() if name.endswith(("_u", "_v"))]
 
     for norms in run_in_process(3, work):
