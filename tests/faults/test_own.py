@@ -233,7 +233,7 @@ def test_a_buffer_that_grows_on_one_worker_is_named(recipe: str, shapes: tuple[i
         assert "count is (" in str(error) and "(8,) of torch.float32" in str(error)
 
 
-def test_on_gloo_a_buffer_that_shrinks_on_the_first_worker_is_named_at_the_end_of_the_phase() -> None:
+def test_a_buffer_that_differs_in_shape_after_the_last_pass_is_named_at_the_end_of_the_phase() -> None:
     for error in run_gloo(2, buffer_shrinks):
         assert "step 8, end of phase full: workers hold buffers of unlike shapes: count is (2,)" in error
 
@@ -241,11 +241,26 @@ def test_on_gloo_a_buffer_that_shrinks_on_the_first_worker_is_named_at_the_end_o
 def buffer_shrinks(comm: Communicator) -> str:
     model, optimizer, ab = start(comm, recipes.ddp(8), Model(["bias"]))
     go(comm, ab, optimizer, 7)
+    ab(batch("mlp", comm.rank, 7, torch.float32)[0]).sum().backward()
     if comm.rank == 0:
         model.count = torch.zeros(2)
+    optimizer.step()
     with pytest.raises(RanksDisagreeError) as error:
-        go(comm, ab, optimizer)
+        ab.step()
     return str(error.value)
+
+
+def test_on_gloo_a_buffer_that_grows_on_all_workers_is_shared_on() -> None:
+    assert run_gloo(2, buffer_grows) == [[0.0] * 8] * 2
+
+
+def buffer_grows(comm: Communicator) -> list[float]:
+    model, optimizer, ab = start(comm, recipes.ddp(8), Model(["bias"]))
+    go(comm, ab, optimizer, 1)
+    model.count = torch.full((8,), float(comm.rank))
+    go(comm, ab, optimizer)
+    count: list[float] = model.count.tolist()
+    return count
 
 
 @pytest.mark.parametrize("recipe", ["ddp", "local_sgd", "ab"])

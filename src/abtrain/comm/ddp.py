@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _BufferCommHookLocation
 
-from abtrain.comm.buckets import pack, unpack
 from abtrain.comm.communicator import nothing, still_open
+from abtrain.comm.following import Following
 from abtrain.comm.hooks import GradientHook
-from abtrain.comm.layouts import Layouts
 from abtrain.comm.link import Link
 from abtrain.comm.sync_batch_norm import point_at, release
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.nonfinite import largest
-from abtrain.own import IGNORED, own_names, shared_parameters
+from abtrain.own import IGNORED, own_names, shared_buffers, shared_parameters
 
 
 class TorchDataParallel:
@@ -51,7 +50,8 @@ class TorchDataParallel:
             )
         self._arrivals = _Arrivals(self._trained)
         # To find unused parameters, DDP adds up one int32 for each parameter.
-        self._averaging = _Averaging(link, 4 * len(self._trained) if find_unused_parameters else 0, hook)
+        extra_bytes = 4 * len(self._trained) if find_unused_parameters else 0
+        self._averaging = _Averaging(link, Following(link, shared_buffers(module)), extra_bytes, hook)
         self._ddp.register_comm_hook(self._averaging, _average_gradients)
         self._ddp._register_buffer_comm_hook(self._averaging, _follow_first_rank, _BufferCommHookLocation.PRE_FORWARD)
         if hook is not None and hook.arrivals:
@@ -189,17 +189,17 @@ class _Averaging:
 
     Attributes:
         rehearses: whether gradients are zeros that nobody is to hear of.
-        layouts: of the buffers.
+        buffers: which follow the first rank.
         brought: of each bucket of the last pass, the largest magnitude before it was averaged.
     """
 
-    def __init__(self, link: Link, extra_bytes: int, hook: GradientHook | None) -> None:
+    def __init__(self, link: Link, buffers: Following, extra_bytes: int, hook: GradientHook | None) -> None:
         self.link = link
         self._extra_bytes = extra_bytes
         self._hook = hook
         self.rehearses = False
         self.brought: list[Tensor] = []
-        self.layouts = Layouts()
+        self.buffers = buffers
         self._starts = True
         self._works: list[dist.Work | torch.futures.Future[Tensor]] = []
 
@@ -248,16 +248,8 @@ def _average_gradients(
 
 
 def _follow_first_rank(averaging: _Averaging, named_buffers: Mapping[str, Tensor]) -> None:
-    if averaging.rehearses:
-        return
-    link = averaging.link
-    averaging.layouts.changes(named_buffers)
-    buffers = list(named_buffers.values())
-    buckets = pack(buffers, widen=False)
-    for bucket in buckets:
-        link.broadcast(bucket.flat, link.ranks[0])
-    for buffer, received in zip(buffers, unpack(buckets, buffers), strict=True):
-        buffer.copy_(received)
+    if not averaging.rehearses:
+        averaging.buffers.follow(named_buffers)
 
 
 def point_sync_batch_norm(module: nn.Module, link: Link, alone: bool) -> Callable[[], None]:

@@ -46,7 +46,7 @@ class InProcessDataParallel:
         self._synchronizing = self._buffers_due = True
         self._armed = self._queued = False
         self._brought: list[Tensor] = []
-        self._layouts = Layouts()
+        self._layouts = Layouts(shared_buffers(module))
         # A hook that held this object would keep it, and through it the model, alive.
         me = weakref.ref(self)
         handles = [

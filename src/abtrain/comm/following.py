@@ -1,0 +1,83 @@
+"""Buffers that follow the first rank, as under DDP, on torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from abtrain.comm.buckets import pack, unpack
+from abtrain.comm.checksums import as_bytes, fingerprint
+from abtrain.comm.layouts import REMEDY, Layouts
+from abtrain.comm.link import Link
+from abtrain.errors import RanksDisagreeError
+
+_MARK = 0x3A7E_91C4_D05B_682F
+"""What a message begins with that holds no buffers: no buffer does but by a chance of 2**-64."""
+_MARK_BYTES = 16
+
+
+class Following:
+    """The buffers of a module follow those of a link's first rank.
+
+    A message of another size than a rank expects ends its process, without a word of what was wrong, or is taken for
+    what it is not. So a rank whose buffers have changed their shapes sends or takes one more message of the old size.
+    In it the first rank tells what it has now; ranks that have not changed theirs find the mark.
+
+    Args:
+        link: to the other ranks.
+        buffers: of the module by name, alike on all ranks at first.
+    """
+
+    def __init__(self, link: Link, buffers: Mapping[str, Tensor]) -> None:
+        self._link = link
+        self._layouts = Layouts(buffers)
+        self._sizes = [bucket.flat.nbytes for bucket in pack(list(buffers.values()), widen=False)]
+
+    def follow(self, named: Mapping[str, Tensor]) -> None:
+        """Overwrites buffers, by name, with those of the first rank. Collective over the link.
+
+        Raises:
+            RanksDisagreeError: this rank's buffers have changed, and not as the first rank's, or only those have.
+        """
+        first, buffers = self._link.ranks[0], list(named.values())
+        changed = self._layouts.changes(named)
+        if changed:
+            self._agree(changed, buffers[0].device)
+        buckets = pack(buffers, widen=False)
+        self._sizes = [bucket.flat.nbytes for bucket in buckets]
+        for place, bucket in enumerate(buckets):
+            self._link.broadcast(bucket.flat, first)
+            # An accelerator would have to be waited for.
+            if place == self._place and bucket.flat.device.type == "cpu" and _mark_in(bucket.flat)[0] == _MARK:
+                raise RanksDisagreeError(
+                    f"buffers have changed on rank {first}, whose log names them, and not on rank {self._link.rank}. "
+                    f"{REMEDY}"
+                )
+        for buffer, received in zip(buffers, unpack(buckets, buffers), strict=True):
+            buffer.copy_(received)
+
+    @property
+    def _place(self) -> int | None:
+        """Which of the messages is large enough for the mark, if any is."""
+        return next((place for place, nbytes in enumerate(self._sizes) if nbytes >= _MARK_BYTES), None)
+
+    def _agree(self, changed: str, device: torch.device) -> None:
+        if self._place is None:
+            return
+        mark = [_MARK, fingerprint(*self._layouts.known.items())]
+        first, received = self._link.ranks[0], mark
+        for place, nbytes in enumerate(self._sizes):
+            message = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+            if place == self._place and self._link.rank == first:
+                message[:_MARK_BYTES] = as_bytes(torch.tensor(mark, dtype=torch.int64, device=device))
+            self._link.broadcast(message, first)
+            received = _mark_in(message) if place == self._place else received
+        if received != mark:
+            raise RanksDisagreeError(f"{changed} on rank {self._link.rank}, and not on rank {first}. {REMEDY}")
+
+
+def _mark_in(message: Tensor) -> list[int]:
+    numbers: list[int] = as_bytes(message)[:_MARK_BYTES].view(torch.int64).tolist()
+    return numbers
