@@ -348,6 +348,30 @@ class ABTraining:
         return self._model.dense_state_dict()
 
     @in_own_modes
+    def factored_state_dict(self) -> dict[str, Tensor]:
+        """The state dict of the model as it is at present: NAME.A (m, k) and NAME.B (k, n) for a factored weight NAME.
+
+        It is the compressed model: `abtrain.lowrank.matrix.MatrixShape` tells how W = A B is seen as a tensor.
+        """
+        return self._model.factored_state_dict()
+
+    @in_own_modes
+    def load_dense_state_dict(self, state: Mapping[str, Tensor], *, cut: bool = False) -> None:
+        """Loads weights and buffers into the live model, by the names that it was built with; talks to nobody.
+
+        Factored weights are decomposed anew, at the ranks that they have at present.
+
+        Args:
+            state: as `dense_state_dict` gives it, equal on all workers: all of its names and no others.
+            cut: whether weights of a higher rank may be cut, whatever that loses.
+
+        Raises:
+            RuntimeError: names or shapes differ, or cutting a weight to its rank would lose more than rounding does.
+                Other weights may have been loaded then.
+        """
+        self._model.load_dense_state_dict(state, cut)
+
+    @in_own_modes
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on from here, in any phase: tensors and JSON values by name.
 

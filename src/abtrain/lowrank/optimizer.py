@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from abtrain.lowrank.surgery import FactoredWeight
+from abtrain.lowrank.weight import FactoredWeight
 
 State = dict[str, Any]
 

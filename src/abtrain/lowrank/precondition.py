@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from abtrain.errors import NonFiniteError
-from abtrain.lowrank.surgery import FactoredWeight
+from abtrain.lowrank.weight import FactoredWeight
 
 
 class _Roots(NamedTuple):
