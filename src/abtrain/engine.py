@@ -35,6 +35,7 @@ from abtrain.comm import default_communicator
 from abtrain.comm.communicator import Communicator, Scope
 from abtrain.describe import Description
 from abtrain.divergence import Divergence
+from abtrain.ema import EMA
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.faults import fail_at
 from abtrain.level import level_grad_scaler
@@ -143,7 +144,7 @@ class ABTraining:
         self._rounds = Rounds(self._state, self._merger, comm)
         self._switch = Switch(comm, recipe)
         self._forwards = 0
-        self._workers_equal = True
+        self._workers_equal, self._closed = True, False
         check_start(
             comm,
             recipe,
@@ -371,6 +372,23 @@ class ABTraining:
         """
         self._model.load_dense_state_dict(state, cut)
 
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clips the gradients of the live parameters, factors among them, by their total norm; returns that norm.
+
+        Args:
+            max_norm: above which they are scaled down to it.
+            norm_type: which norm; infinity: the largest element.
+        """
+        return torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm, norm_type)
+
+    def ema(self, decay: float) -> EMA:
+        """A running average of this worker's dense weights: call its `update()` after each `ab.step()`.
+
+        Raises:
+            ConfigurationError: not 0 <= decay < 1.
+        """
+        return EMA(self.dense_state_dict, decay)
+
     @in_own_modes
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on from here, in any phase: tensors and JSON values by name.
@@ -380,8 +398,10 @@ class ABTraining:
         scheduler, sampler, generators. Talks to nobody.
 
         Raises:
-            UsageError: `ab.step()` was not called after the last optimizer step.
+            UsageError: `ab.step()` was not called after the last optimizer step, or ABTraining was closed.
         """
+        if self._closed:
+            raise UsageError(self._ended())
         if self._hooks.count:
             raise UsageError("the state between optimizer.step() and ab.step() cannot be saved: call ab.step() first")
         return {
@@ -409,7 +429,10 @@ class ABTraining:
             RanksDisagreeError: workers load states of different steps, and nothing has changed; or those who ought to
                 hold the same weights do not, and the model must not be trained.
             NonFiniteError: a merge that was under way is not finite; see `Merger.merge`.
+            UsageError: ABTraining was closed.
         """
+        if self._closed:
+            raise UsageError(self._ended())
         comm = self.communicator
         run = Run(self._given_recipe, self._model, self._treatments, comm.topology, comm.rank, self._grad_scaler)
         raise_together(comm, state_problem(state, run))
@@ -472,10 +495,26 @@ class ABTraining:
             self.communicator.meter,
         )
 
+    @in_own_modes
     def close(self) -> None:
-        """Takes abtrain's hooks off the optimizer. The model stays as it is."""
+        """Gives model and optimizer back: dense, without hooks or wrapper, as any code of PyTorch knows them.
+
+        The compressed weights are `factored_state_dict()`, to be taken before. Talks to nobody: amid a round each
+        worker keeps its own weights. To train on under abtrain, build it anew. A second call does nothing.
+        """
+        if self._closed:
+            return
+        if self._equal_scope == "group" and self.communicator.topology.n_groups > 1 and self.communicator.rank == 0:
+            log.warning(
+                "ABTraining was closed amid a round, after step %d: each group keeps its own weights. To have their "
+                "average, copy the model's state_dict inside `with ab.merged():` before you close",
+                self.steps_done,
+            )
+        self._arrangement.unwrap()
+        self._model.restore()
         self._rebound.close()
         self._hooks.close()
+        self._position, self._closed = None, True
 
     def _sync_weights(self, position: Position, upcoming: Position | None, loss: float | None) -> Position | None:
         """What a phase of rounds does after a step; where the next step stands then."""
@@ -527,6 +566,8 @@ class ABTraining:
         return Coming(self.steps_done, self._position.phase, self._shares_gradients)
 
     def _ended(self) -> str:
+        if self._closed:
+            return "ABTraining was closed: build it anew to train on, or train the model without it"
         return (
             f"recipe {self.recipe.name!r} ended after its {self.recipe.total_steps} steps: "
             "stop the loop there, or build the recipe with more total_steps"

@@ -1,23 +1,32 @@
 """Tensor hooks of the user's own on a weight, while it is factored.
 
-They see the gradient of the product, once for each backward pass as before: all reads of a weight in one forward pass
+They see the gradient of the product, once for each backward pass as before: until it has come, all reads of a weight
 give the same tensor.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef
 
 from abtrain.lowrank.weight import FactoredWeight, without_autocast
 
-_read: WeakKeyDictionary[FactoredWeight, tuple[tuple[int, ...], TensorWeakRef]] = WeakKeyDictionary()
-"""What was read last of each weight, until a gradient of it has come."""
+
+class _Read(NamedTuple):
+    """What a weight was read as last, with copies of its factors and whether they trained."""
+
+    W: Tensor
+    A: Tensor
+    B: Tensor
+    trained: tuple[bool, bool]
+
+
+_reads: weakref.WeakKeyDictionary[FactoredWeight, _Read] = weakref.WeakKeyDictionary()
+"""Of each weight, until a gradient of it has come."""
 
 
 class _Product(torch.autograd.Function):
@@ -25,39 +34,50 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, A: Tensor, B: Tensor) -> Tensor:
-        ctx.factors = (A, B)
+        ctx.factors, ctx.versions = (A, B), (A._version, B._version)
         return A @ B
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (G,), (A, B) = gradients, ctx.factors
+        if (A._version, B._version) != ctx.versions:
+            raise RuntimeError(
+                "the factors of a weight were changed between the forward pass and its backward pass: step the "
+                "optimizer after backward"
+            )
         of_A, of_B = ctx.needs_input_grad
         return G @ B.T if of_A else None, A.T @ G if of_B else None
 
 
 def hooked_product(weight: FactoredWeight, A: Tensor, B: Tensor) -> Tensor:
     """The dense weight, with the user's hooks on it."""
-    if not torch.is_grad_enabled() or not (A.requires_grad or B.requires_grad):
+    trained = (A.requires_grad, B.requires_grad)
+    if not torch.is_grad_enabled() or not any(trained):
         with without_autocast(A):
             return weight.matrix_shape.to_tensor(A @ B)
-    key = (A._version, B._version, A.requires_grad, B.requires_grad)
-    known, last = _read.get(weight, (None, lambda: None))
-    W: Tensor | None = last()
-    if known == key and W is not None:
-        return W
+    last = _reads.get(weight)
+    # By value: what merges write leaves no trace in a tensor's version.
+    if last is not None and last.trained == trained and torch.equal(last.A, A) and torch.equal(last.B, B):
+        return last.W
     with without_autocast(A):
         W = weight.matrix_shape.to_tensor(_Product.apply(A, B))
+    W.register_hook(_calling(weight))
+    _reads[weight] = _Read(W, A.detach().clone(), B.detach().clone(), trained)
+    return W
+
+
+def _calling(weight: FactoredWeight) -> Callable[[Tensor], Tensor]:
+    """A hook that calls those of the user. It does not hold the weight: what holds the hook is kept for it."""
+    hooks, held = weight.hooks, weakref.ref(weight)
 
     def call(gradient: Tensor) -> Tensor:
-        _read.pop(weight, None)
-        for hook in tuple(weight.hooks.values()):
+        _reads.pop(held(), None)  # type: ignore[arg-type]  # None is in no dictionary
+        for hook in tuple(hooks.values()):
             changed = hook(gradient)
             gradient = gradient if changed is None else changed
         return gradient
 
-    W.register_hook(call)
-    _read[weight] = (key, TensorWeakRef(W))
-    return W
+    return call
 
 
 class AfterAccumulation:

@@ -123,8 +123,8 @@ class FactoredParameter(nn.Parameter):
     def grad(self) -> Tensor | None:
         """The gradients of A and B in one vector, which shares their memory; None where neither has one."""
         factors = [factor for factor in (self._record.A, self._record.B) if factor.grad is not None]
-        known: tuple[Tensor, list[Tensor]] | None = self.__dict__.get(_FLAT)
-        if known is not None and [id(factor.grad) for factor in factors] == [id(view) for view in known[1]]:
+        known: tuple[Tensor, list[int]] | None = self.__dict__.get(_FLAT)
+        if known is not None and known[1] == _places(factors):
             return known[0]
         self.__dict__.pop(_FLAT, None)
         return self._flatten([(factor, factor.grad) for factor in factors]) if factors else None
@@ -134,16 +134,16 @@ class FactoredParameter(nn.Parameter):
         if value is None:
             self._record.A.grad = self._record.B.grad = None
             return
-        flat = self.grad
-        if flat is None:
-            trained = [factor for factor in (self._record.A, self._record.B) if factor.requires_grad]
-            flat = self._flatten([(factor, torch.zeros_like(factor)) for factor in trained])
-        if value.shape != flat.shape:
+        flat, trained = self.grad, [factor for factor in (self._record.A, self._record.B) if factor.requires_grad]
+        expected = (sum(factor.numel() for factor in trained),) if flat is None else tuple(flat.shape)
+        if tuple(value.shape) != expected:
             raise UsageError(
                 f"a gradient of shape {tuple(value.shape)} was set on a weight of shape {tuple(self.shape)} that is "
-                f"factored at present: gradients of its factors are one vector of shape {tuple(flat.shape)}. Change "
+                f"factored at present: gradients of its factors are one vector of shape {expected}. Change "
                 "gradients of live parameters, model.parameters(), or in place"
             )
+        if flat is None:
+            flat = self._flatten([(factor, torch.zeros_like(factor)) for factor in trained])
         with torch.no_grad():
             flat.copy_(value)
 
@@ -155,10 +155,10 @@ class FactoredParameter(nn.Parameter):
         """Makes gradients of factors views of one vector."""
         flat = torch.cat([gradient.detach().reshape(-1) for _, gradient in gradients])
         pieces = flat.split([factor.numel() for factor, _ in gradients])
-        views = [piece.view(factor.shape) for (factor, _), piece in zip(gradients, pieces, strict=True)]
-        for (factor, _), view in zip(gradients, views, strict=True):
-            factor.grad = view
-        self.__dict__[_FLAT] = (flat, views)
+        for (factor, _), piece in zip(gradients, pieces, strict=True):
+            factor.grad = piece.view(factor.shape)
+        # The vector is held here, so nothing else comes to lie in its place.
+        self.__dict__[_FLAT] = (flat, _places([factor for factor, _ in gradients]))
         return flat
 
     def register_hook(self, hook: Any) -> NoReturn:
@@ -177,6 +177,11 @@ class FactoredParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return nn.Parameter(self._record.laid_out()).__reduce_ex__(protocol)
+
+
+def _places(factors: Sequence[nn.Parameter]) -> list[int]:
+    """Where in memory the gradients of factors lie."""
+    return [factor.grad.data_ptr() for factor in factors if factor.grad is not None]
 
 
 def _refuse(tensor: Tensor, name: str) -> NoReturn:

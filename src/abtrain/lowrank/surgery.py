@@ -54,6 +54,9 @@ def restore_(record: FactoredWeight) -> nn.Parameter:
     module, attribute = record.module, record.attribute
     assert isinstance(module, Factored)
     give_back_(record.dense)
+    for factor in (record.A, record.B):
+        # They hold the factors in a cycle.
+        (factor._post_accumulate_grad_hooks or {}).clear()
     # In the memory layout of before: optimizer state of dense neighbours, and fused optimizers, go by it.
     record.dense.data = record.laid_out()
     del module._parameters[record.names.A], module._parameters[record.names.B]
