@@ -27,88 +27,45 @@ from abtrain.lowrank.weight import FactoredWeight, without_autocast
 
 
 class Factored(nn.Module):
-    """What all modules with factored weights share.
+    """What all modules with factored weights share. Its own names begin with `_abtrain`, since the module has its own.
 
     Attributes:
-        dense_type: the module's class while its weights are dense.
+        _abtrain_dense_type: the module's class while its weights are dense.
+        _abtrain_weights: the records of its factored weights, by their names in the module.
     """
 
-    dense_type: ClassVar[type[nn.Module]]
-    _factored: dict[str, FactoredWeight]
-
-    def factors(self, attribute: str) -> Factors:
-        """A (m, k) and B (k, n) of a weight."""
-        names = self._factored[attribute].names
-        return Factors(getattr(self, names.A), getattr(self, names.B))
-
-    def product(self, attribute: str) -> Tensor:
-        """The dense weight, in the dtype of its factors whatever autocast says, with a gradient to both."""
-        weight, (A, B) = self._factored[attribute], self.factors(attribute)
-        if weight.hooks:
-            return hooked_product(weight, A, B)
-        with without_autocast(A):
-            W = A @ B
-        return weight.matrix_shape.to_tensor(W)
+    _abtrain_dense_type: ClassVar[type[nn.Module]]
+    _abtrain_weights: dict[str, FactoredWeight]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name in self._factored and name not in self._parameters:
+        if name in self._abtrain_weights and name not in self._parameters:
             raise UsageError(
-                f"{name} of a {self.dense_type.__name__} cannot be set: it is factored at present. Set it before the "
-                "factored phases, or exclude this weight from factoring (exclude=)"
+                f"{name} of a {self._abtrain_dense_type.__name__} cannot be set: it is factored at present. Set it "
+                "before the factored phases, or exclude this weight from factoring (exclude=)"
             )
         super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
-        ranks = [f"rank={weight.k}" for weight in self._factored.values()]
+        ranks = [f"rank={weight.k}" for weight in self._abtrain_weights.values()]
         return ", ".join(filter(None, (super().extra_repr(), *ranks)))
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """A copy or a pickle is that of the dense module."""
-        reduced: Any = self._twin(_kept_or_new).__reduce_ex__(protocol)
+        reduced: Any = _twin(self, _kept_or_new).__reduce_ex__(protocol)
         make, args, *rest = reduced
         # Pickle checks the class of what goes through `__newobj__`, and this is not the twin.
         return (args[0].__new__ if make is copyreg.__newobj__ else make, args, *rest)  # type: ignore[attr-defined]
 
     def __copy__(self) -> nn.Module:
-        return copy.copy(self._twin(lambda weight: nn.Parameter(weight.laid_out())))
-
-    def _twin(self, value: Callable[[FactoredWeight], Tensor]) -> nn.Module:
-        """A module of the dense class that shares all but the factored weights."""
-        twin: nn.Module = object.__new__(self.dense_type)
-        own = {name: item for name, item in self.__dict__.items() if name != "_factored"}
-        twin.__dict__ = own | {"_parameters": self._dense_parameters(value)}
-        return twin
-
-    def _dense_parameters(self, value: Callable[[FactoredWeight], Tensor]) -> dict[str, Any]:
-        """The module's own parameters, as they are named and ordered while it is dense."""
-        marks = {weight.names.mark: weight for weight in self._factored.values()}
-        factors = {name for weight in self._factored.values() for name in weight.names[1:]}
-        dense: dict[str, Any] = {}
-        for name, parameter in self._parameters.items():
-            if name in marks:
-                dense[marks[name].attribute] = value(marks[name])
-            elif name not in factors:
-                dense[name] = parameter
-        return dense
-
-    @contextmanager
-    def _shown_dense(self, value: Callable[[FactoredWeight], Tensor]) -> Iterator[dict[str, Any]]:
-        """Inside it, the module's own parameters are those of the dense module; what is set then stays set."""
-        own, dense = self._parameters, self._dense_parameters(value)
-        self.__dict__["_parameters"] = dense
-        try:
-            yield dense
-        finally:
-            self.__dict__["_parameters"] = own
-            own.update({name: dense[name] for name in own if name in dense})
+        return copy.copy(_twin(self, lambda weight: nn.Parameter(weight.laid_out())))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         def value(weight: FactoredWeight) -> Tensor:
-            return self.product(weight.attribute).contiguous() if keep_vars else weight.weight()
+            return product(self, weight.attribute).contiguous() if keep_vars else weight.weight()
 
         # Factors are looked up while they are the module's parameters.
-        values = {name: value(weight) for name, weight in self._factored.items()}
-        with self._shown_dense(lambda weight: values[weight.attribute]):
+        values = {name: value(weight) for name, weight in self._abtrain_weights.items()}
+        with _shown_dense(self, lambda weight: values[weight.attribute]):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -122,15 +79,65 @@ class Factored(nn.Module):
         error_msgs: list[str],
     ) -> None:
         known = len(error_msgs)
-        with self._shown_dense(empty_like_dense) as dense:
+        with _shown_dense(self, empty_like_dense) as dense:
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
         refused = " ".join(error_msgs[known:])
-        for attribute, weight in self._factored.items():
+        for attribute, weight in self._abtrain_weights.items():
             key = prefix + attribute
             if key in state_dict and key not in refused:
                 error_msgs += load_(weight, key, dense[attribute].detach(), state_dict[key].dtype)
+
+
+def factors_of(module: Factored, attribute: str) -> Factors:
+    """A (m, k) and B (k, n) of a weight."""
+    names = module._abtrain_weights[attribute].names
+    return Factors(getattr(module, names.A), getattr(module, names.B))
+
+
+def product(module: Factored, attribute: str) -> Tensor:
+    """The dense weight, in the dtype of its factors whatever autocast says, with a gradient to both."""
+    weight, (A, B) = module._abtrain_weights[attribute], factors_of(module, attribute)
+    if weight.hooks:
+        return hooked_product(weight, A, B)
+    with without_autocast(A):
+        W = A @ B
+    return weight.matrix_shape.to_tensor(W)
+
+
+def _twin(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> nn.Module:
+    """A module of the dense class that shares all but the factored weights."""
+    twin: nn.Module = object.__new__(module._abtrain_dense_type)
+    own = {name: item for name, item in module.__dict__.items() if name != "_abtrain_weights"}
+    twin.__dict__ = own | {"_parameters": _dense_parameters(module, value)}
+    return twin
+
+
+def _dense_parameters(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> dict[str, Any]:
+    """The module's own parameters, as they are named and ordered while it is dense."""
+    weights = module._abtrain_weights.values()
+    marks = {weight.names.mark: weight for weight in weights}
+    factors = {name for weight in weights for name in (weight.names.A, weight.names.B)}
+    dense: dict[str, Any] = {}
+    for name, parameter in module._parameters.items():
+        if name in marks:
+            dense[marks[name].attribute] = value(marks[name])
+        elif name not in factors:
+            dense[name] = parameter
+    return dense
+
+
+@contextmanager
+def _shown_dense(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> Iterator[dict[str, Any]]:
+    """Inside it, the module's own parameters are those of the dense module; what is set then stays set."""
+    own, dense = module._parameters, _dense_parameters(module, value)
+    module.__dict__["_parameters"] = dense
+    try:
+        yield dense
+    finally:
+        module.__dict__["_parameters"] = own
+        own.update({name: dense[name] for name in own if name in dense})
 
 
 def _kept_or_new(weight: FactoredWeight) -> Tensor:
@@ -140,7 +147,7 @@ def _kept_or_new(weight: FactoredWeight) -> Tensor:
 
 def _product_of(attribute: str) -> Any:
     """The property by which a factored weight is read."""
-    return property(lambda module: module.product(attribute))
+    return property(lambda module: product(module, attribute))
 
 
 class LowRank(Factored):
@@ -148,39 +155,31 @@ class LowRank(Factored):
 
     weight = _product_of("weight")
 
-    @property
-    def rank(self) -> int:
-        return self._factored["weight"].k
 
-    @property
-    def inner(self) -> Tensor:
-        """(k, in * ...): the factor that meets the input."""
-        A, B = self.factors("weight")
-        return A.T if self._factored["weight"].matrix_shape.transposed else B
-
-    @property
-    def outer(self) -> Tensor:
-        """(out, k): the factor that makes the output."""
-        A, B = self.factors("weight")
-        return B.T if self._factored["weight"].matrix_shape.transposed else A
+def _inner_and_outer(module: Factored) -> tuple[Tensor, Tensor]:
+    """(k, in * ...), the factor that meets the input, and (out, k), the factor that makes the output."""
+    A, B = factors_of(module, "weight")
+    return (A.T, B.T) if module._abtrain_weights["weight"].matrix_shape.transposed else (B, A)
 
 
 class LowRankLinear(LowRank, nn.Linear):
     """y = x W^T + b as two matrix products, k (in + out) multiplications a row in place of in * out."""
 
-    dense_type = nn.Linear
+    _abtrain_dense_type = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(F.linear(input, self.inner), self.outer, self.bias)
+        inner, outer = _inner_and_outer(self)
+        return F.linear(F.linear(input, inner), outer, self.bias)
 
 
 class _LowRankConv(LowRank, nn.modules.conv._ConvNd):
     """A convolution of k filters, then a 1x1 convolution that mixes them into the output channels."""
 
     def forward(self, input: Tensor) -> Tensor:
-        filters = self.inner.reshape(self.rank, self.in_channels, *self.kernel_size)
+        inner, outer = _inner_and_outer(self)
+        filters = inner.reshape(len(inner), self.in_channels, *self.kernel_size)
         hidden = self._conv_forward(input, filters, None)
-        mix = self.outer.reshape(self.out_channels, self.rank, *(1 for _ in self.kernel_size))
+        mix = outer.reshape(self.out_channels, len(inner), *(1 for _ in self.kernel_size))
         return self._mix(hidden, mix, self.bias)
 
     def _mix(self, hidden: Tensor, mix: Tensor, bias: Tensor | None) -> Tensor:
@@ -188,21 +187,21 @@ class _LowRankConv(LowRank, nn.modules.conv._ConvNd):
 
 
 class LowRankConv1d(_LowRankConv, nn.Conv1d):
-    dense_type = nn.Conv1d
+    _abtrain_dense_type = nn.Conv1d
 
     def _mix(self, hidden: Tensor, mix: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv1d(hidden, mix, bias)
 
 
 class LowRankConv2d(_LowRankConv, nn.Conv2d):
-    dense_type = nn.Conv2d
+    _abtrain_dense_type = nn.Conv2d
 
     def _mix(self, hidden: Tensor, mix: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(hidden, mix, bias)
 
 
 class LowRankConv3d(_LowRankConv, nn.Conv3d):
-    dense_type = nn.Conv3d
+    _abtrain_dense_type = nn.Conv3d
 
     def _mix(self, hidden: Tensor, mix: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv3d(hidden, mix, bias)
@@ -221,7 +220,7 @@ FACTORED_LAYERS: dict[type[nn.Module], type[LowRank]] = {
 def rebuilding(dense_type: type[nn.Module], attributes: frozenset[str]) -> type[Factored]:
     """The class of a module that rebuilds these weights from their factors whenever it reads them."""
     content = {attribute: _product_of(attribute) for attribute in sorted(attributes)}
-    content |= {"dense_type": dense_type, "__module__": __name__}
+    content |= {"_abtrain_dense_type": dense_type, "__module__": __name__}
     return types.new_class(
-        f"LowRank{dense_type.__name__}", (Factored, dense_type), exec_body=lambda c: c.update(content)
+        f"Factored{dense_type.__name__}", (Factored, dense_type), exec_body=lambda c: c.update(content)
     )

@@ -39,7 +39,7 @@ def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
     )
     _rename_(module, attribute, names.mark, mark_like(A))
     module._parameters.update({names.A: A, names.B: B})
-    known = module._factored if isinstance(module, Factored) else {}
+    known = module._abtrain_weights if isinstance(module, Factored) else {}
     _show_(module, {**known, attribute: record})
     dense.grad = None
     dense.data = dense.data.new_empty(0)
@@ -61,23 +61,23 @@ def restore_(record: FactoredWeight) -> nn.Parameter:
     record.dense.data = record.laid_out()
     del module._parameters[record.names.A], module._parameters[record.names.B]
     _rename_(module, record.names.mark, attribute, record.dense)
-    _show_(module, {name: one for name, one in module._factored.items() if name != attribute})
+    _show_(module, {name: one for name, one in module._abtrain_weights.items() if name != attribute})
     return record.dense
 
 
 def _show_(module: nn.Module, records: dict[str, FactoredWeight]) -> None:
     """Gives a module the class in which just these of its weights are factored."""
-    dense_type = module.dense_type if isinstance(module, Factored) else type(module)
+    dense_type = module._abtrain_dense_type if isinstance(module, Factored) else type(module)
     module.__class__ = dense_type
     if not records:
-        del module._factored
+        del module._abtrain_weights
         return
     alone = next(iter(records.values()))
     if len(records) == 1 and has_factored_form(module, alone.attribute, bool(alone.hooks)):
         module.__class__ = FACTORED_LAYERS[dense_type]
     else:
         module.__class__ = rebuilding(dense_type, frozenset(records))  # type: ignore[arg-type]  # a class is hashable
-    module.__dict__["_factored"] = records
+    module.__dict__["_abtrain_weights"] = records
 
 
 def _rename_(module: nn.Module, old: str, new: str, parameter: nn.Parameter) -> None:

@@ -226,8 +226,32 @@ def test_nothing_of_abtrain_is_in_a_pickle(protocol: int) -> None:
     for name in ("0.weight", "1.in_proj_weight", "2.weight"):
         factored(model, name, FixedRank(2))
     content = pickle.dumps(model, protocol)
-    assert b"abtrain" not in content and b"LowRank" not in content
+    assert b"abtrain" not in content and b"Factored" not in content
     assert [name for name, _ in pickle.loads(content).named_parameters()] == list(model.state_dict())
+
+
+class WithOwnNames(nn.Linear):
+    """Has names that a factored module might want for itself."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 4)
+        self.rank, self.dense_type, self.weight_A = 3, "mine", torch.zeros(1)
+
+    def factors(self) -> int:
+        return self.rank
+
+    def product(self) -> torch.Tensor:
+        return self.weight_A * 2
+
+
+def test_names_of_a_modules_own_stay_its_own() -> None:
+    model, before = WithOwnNames(), set(vars(WithOwnNames()))
+    record = factored(model, "weight", FixedRank(2))
+    assert (model.factors(), model.dense_type, model.product().item()) == (3, "mine", 0.0)
+    model.rank = 4
+    assert torch.equal(copy.deepcopy(model).weight, model.weight)
+    restore_(record)
+    assert set(vars(model)) == before and model.rank == 4
 
 
 def test_averages_that_pair_states_by_order_stay_right() -> None:
