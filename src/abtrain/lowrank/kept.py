@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from abtrain.errors import UsageError
 from abtrain.lowrank.weight import FactoredWeight
 
-_ITEM_OF = "_abtrain_stands_for"
+_RECORD = "_abtrain_record"
 _FLAT = "_abtrain_gradient"
 
 _NEEDS_NO_VALUE = frozenset(
@@ -31,7 +31,7 @@ def keep_(record: FactoredWeight) -> None:
     A subclass of Parameter has ways of its own, and is left as it is.
     """
     if type(record.dense) is nn.Parameter:
-        setattr(record.dense, _ITEM_OF, record)
+        setattr(record.dense, _RECORD, record)
         record.dense.__class__ = FactoredParameter
 
 
@@ -39,7 +39,7 @@ def give_back_(dense: nn.Parameter) -> None:
     """Undoes `keep_`."""
     if isinstance(dense, FactoredParameter):
         dense.__class__ = nn.Parameter  # type: ignore[assignment]  # mypy goes by the class that it knows
-        for name in (_ITEM_OF, _FLAT):
+        for name in (_RECORD, _FLAT):
             dense.__dict__.pop(name, None)
 
 
@@ -99,7 +99,7 @@ class FactoredParameter(nn.Parameter):
 
     @property
     def _record(self) -> FactoredWeight:
-        record: FactoredWeight = self.__dict__[_ITEM_OF]
+        record: FactoredWeight = self.__dict__[_RECORD]
         return record
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from abtrain.errors import NonFiniteError
 from abtrain.lowrank.rank import FixedRank
 from abtrain.lowrank.svd import Factors, decompose
-from abtrain.lowrank.weight import FactoredWeight
+from abtrain.lowrank.weight import FactoredWeight, without_autocast
 
 _ROUNDING = 1e-5
 """Relative error that is no loss, in float32."""
@@ -54,7 +54,8 @@ def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -
     except (NonFiniteError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # not in the stubs
         return [f"While loading {key} into its factors: {error}"]
     A, B = (factor.to(weight.A.dtype) for factor in pair)
-    size, error_size = W.norm(), (W - A.to(wide) @ B.to(wide)).norm()
+    with without_autocast(W):
+        size, error_size = W.norm(), (W - A.to(wide) @ B.to(wide)).norm()
     lost = float(error_size / size) if size > 0 else 0.0
     if lost > _allowed(weight.A.dtype, dtype) and not _cuts.get():
         return [
