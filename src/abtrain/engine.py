@@ -37,6 +37,7 @@ from abtrain.comm.communicator import Communicator, Scope
 from abtrain.copies import WeightCopies
 from abtrain.describe import Description
 from abtrain.divergence import Divergence
+from abtrain.ema import EMA
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.faults import fail_at
 from abtrain.level import level_grad_scaler
@@ -62,7 +63,7 @@ from abtrain.state_problems import raise_together, state_problem
 from abtrain.step_hooks import Coming, StepHooks
 from abtrain.switch import Switch
 from abtrain.sync import GradientSync, WeightSync
-from abtrain.unfinished import watch
+from abtrain.unfinished import forget, watch
 from abtrain.validate import buffer_problems, doubts_about, ignored_problems, problems_here, problems_of
 
 log = logging.getLogger("abtrain")
@@ -405,6 +406,47 @@ class ABTraining:
         return self._model.dense_state_dict()
 
     @in_own_modes
+    def factored_state_dict(self) -> dict[str, Tensor]:
+        """The state dict of the model as it is at present: NAME.A (m, k) and NAME.B (k, n) for a factored weight NAME.
+
+        It is the compressed model: `abtrain.lowrank.matrix.MatrixShape` tells how W = A B is seen as a tensor.
+        """
+        return self._model.factored_state_dict()
+
+    @in_own_modes
+    def load_dense_state_dict(self, state: Mapping[str, Tensor], *, cut: bool = False) -> None:
+        """Loads weights and buffers into the live model, by the names that it was built with; talks to nobody.
+
+        Factored weights are decomposed anew, at the ranks that they have at present.
+
+        Args:
+            state: as `dense_state_dict` gives it, equal on all workers: all of its names and no others.
+            cut: whether weights of a higher rank may be cut, whatever that loses.
+
+        Raises:
+            RuntimeError: names or shapes differ, or cutting a weight to its rank would lose more than rounding does.
+                Other weights may have been loaded then.
+        """
+        self._model.load_dense_state_dict(state, cut)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clips the gradients of the live parameters, factors among them, by their total norm; returns that norm.
+
+        Args:
+            max_norm: above which they are scaled down to it.
+            norm_type: which norm; infinity: the largest element.
+        """
+        return torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm, norm_type)
+
+    def ema(self, decay: float) -> EMA:
+        """A running average of this worker's dense weights: call its `update()` after each `ab.step()`.
+
+        Raises:
+            ConfigurationError: not 0 <= decay < 1.
+        """
+        return EMA(self.dense_state_dict, decay)
+
+    @in_own_modes
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on from here, in any phase: tensors and JSON values by name.
 
@@ -413,8 +455,10 @@ class ABTraining:
         scheduler, sampler, generators. Talks to nobody.
 
         Raises:
-            UsageError: `ab.step()` was not called after the last optimizer step.
+            UsageError: `ab.step()` was not called after the last optimizer step, or ABTraining was closed.
         """
+        if self._closed:
+            raise UsageError(self._ended())
         if self._hooks.stepped:
             raise UsageError("the state between optimizer.step() and ab.step() cannot be saved: call ab.step() first")
         self._saved_step = self.steps_done
@@ -443,7 +487,10 @@ class ABTraining:
             RanksDisagreeError: workers load states of different steps, and nothing has changed; or those who ought to
                 hold the same weights do not, and the model must not be trained.
             NonFiniteError: a merge that was under way is not finite; see `Merger.merge`.
+            UsageError: ABTraining was closed.
         """
+        if self._closed:
+            raise UsageError(self._ended())
         comm = self.communicator
         run = Run(self._given_recipe, self._model, self._treatments, comm.topology, comm.rank, self._grad_scaler)
         raise_together(comm, state_problem(state, run))
@@ -535,12 +582,23 @@ class ABTraining:
                         "recipe of rounds alone such as local_sgd"
                     )
 
+    @in_own_modes
     def close(self) -> None:
-        """Takes abtrain's hooks off the optimizer and the model, whose weights stay as they are: training ends here."""
-        self._closed = True
+        """Gives model and optimizer back: dense, without hooks or wrapper, as any code of PyTorch knows them.
+
+        The compressed weights are `factored_state_dict()`, to be taken before. Talks to nobody: amid a round each
+        worker keeps its own weights. To train on under abtrain, build it anew. A second call does nothing.
+        """
+        if self._closed:
+            return
+        if self.amid_round:
+            log.warning(self.amid_round)
+        forget(self)
         self._arrangement.unwrap()
+        self._model.restore()
         self._rebound.close()
         self._hooks.close()
+        self._position, self._closed = None, True
 
     def _sync_weights(self, position: Position, upcoming: Position | None, loss: float | None) -> Position | None:
         """What a phase of rounds does after a step; where the next step stands then."""
@@ -604,6 +662,8 @@ class ABTraining:
         return f", brought by rank {rank}{f' (it holds NaN or infinity in {broken})' if broken else ''}"
 
     def _ended(self) -> str:
+        if self._closed:
+            return "ABTraining was closed: build it anew to train on, or train the model without it"
         return (
             f"recipe {self.recipe.name!r} ended after its {self.recipe.total_steps} steps: "
             "stop the loop there, or build the recipe with more total_steps"

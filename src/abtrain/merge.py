@@ -33,8 +33,8 @@ from abtrain.comm.wire import Averages, Wire, average_exactly
 from abtrain.comm.wires import make_wire
 from abtrain.errors import NonFiniteError
 from abtrain.faults import fail_at
-from abtrain.lowrank.surgery import FactoredWeight
 from abtrain.lowrank.tangent import to_factors, to_weight
+from abtrain.lowrank.weight import FactoredWeight
 from abtrain.nonfinite import OnNonFinite, told_names
 from abtrain.shares import SHARES, Part
 from abtrain.sketch import agreement_in, sketch_of

@@ -62,7 +62,8 @@ class LRRebound:
         self._length, self._done = int(state["length"]), int(state["done"])
 
     def close(self) -> None:
-        """Takes the hooks off the optimizer."""
+        """Takes the hooks off the optimizer, and gives it its learning rates back."""
+        self._put_back()
         for hook in self._hooks:
             hook.remove()
 

@@ -204,7 +204,7 @@ def trained(comm: Communicator, case: str) -> dict[str, Tensor]:
         optimizer.step()
         optimizer.zero_grad()
         ab.step()
-    return dict(model.state_dict())
+    return ab.factored_state_dict()
 
 
 def all_trained(comm: Communicator) -> dict[str, dict[str, Tensor]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from abtrain import ABTraining, FixedRank, Recipe, WeightSync, recipes
+from abtrain import ABTraining, FixedRank, Recipe, WeightSync, recipes, weights_digest
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import ConfigurationError, UsageError
@@ -61,7 +61,7 @@ def test_one_group_alone_takes_turns(caplog: pytest.LogCaptureFixture) -> None:
     trained = []
     while not ab.finished:
         if ab.position.phase.name == "group" and ab.position.first:
-            trained.append((model[0].A.requires_grad, model[0].B.requires_grad))
+            trained.append((model[0].weight_A.requires_grad, model[0].weight_B.requires_grad))
         one_step(ab, optimizer)
     assert trained == [(True, False), (False, True)]
 
@@ -415,9 +415,51 @@ def test_memory_layouts_survive_phases_for_fused_optimizers() -> None:
 
 def test_the_dense_state_of_a_factored_model_can_be_saved(tmp_path: Any) -> None:
     model, _optimizer, ab = mlp_run(None, recipes.ab(9, **{**SCHEDULE, "warmup_steps": 0}))
-    assert "0.A" in model.state_dict()
-    save_file(ab.dense_state_dict(), tmp_path / "model.safetensors")
-    build("mlp").load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert "0.weight.A" in ab.factored_state_dict()
+    for state in (ab.dense_state_dict(), model.state_dict()):
+        save_file(state, tmp_path / "model.safetensors")
+        build("mlp").load_state_dict(load_file(tmp_path / "model.safetensors"))
+
+
+def test_factors_are_saved_under_their_own_names_in_the_place_of_their_weight() -> None:
+    model, optimizer, ab = mlp_run(None, recipes.ab(15, **SCHEDULE, sigma_cutoff=0.3))
+    assert list(ab.factored_state_dict()) == list(model.state_dict())
+    while ab.position.phase.weights != "factored":
+        one_step(ab, optimizer)
+    state = ab.factored_state_dict()
+    assert list(state)[:3] == ["0.weight.A", "0.weight.B", "0.bias"]
+    torch.testing.assert_close(state["0.weight.A"] @ state["0.weight.B"], model.state_dict()["0.weight"])
+
+
+def test_names_are_those_of_the_model_that_was_compiled() -> None:
+    model = build("mlp")
+    model[0] = torch.compile(model[0], backend="eager")
+    compiled = torch.compile(model, backend="eager")
+    optimizer = sgd(compiled.parameters())
+    ab = ABTraining(compiled, optimizer, recipes.ab(9, **{**SCHEDULE, "warmup_steps": 0}))
+    plain = build("mlp")
+    assert list(ab.dense_state_dict()) == list(plain.state_dict())
+    assert list(ab.factored_state_dict())[:2] == ["0.weight.A", "0.weight.B"]
+    ab.load_dense_state_dict(plain.state_dict(), cut=True)
+    assert largest_difference(ab.dense_state_dict(), plain.state_dict()) < 0.1
+    assert weights_digest(compiled) == weights_digest(ab.dense_state_dict())
+
+
+def test_a_dense_state_is_loaded_into_a_factored_model_at_its_ranks() -> None:
+    model, optimizer, ab = mlp_run(None, recipes.ab(15, **SCHEDULE, sigma_cutoff=0.3))
+    while ab.position.phase.weights != "factored":
+        one_step(ab, optimizer)
+    kept = {name: tensor.clone() for name, tensor in ab.dense_state_dict().items()}
+    one_step(ab, optimizer)
+    ab.load_dense_state_dict(kept)
+    assert largest_difference(kept, model.state_dict()) < 1e-12
+    other = build("mlp", seed=5).state_dict()
+    with pytest.raises(RuntimeError, match=r"0\.weight is factored with rank .*would lose [0-9.]+% of it.*cut=True"):
+        ab.load_dense_state_dict(other)
+    ab.load_dense_state_dict(other, cut=True)
+    assert largest_difference(other, model.state_dict()) < 0.5
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.weight"):
+        ab.load_dense_state_dict({name: tensor for name, tensor in other.items() if name != "0.weight"}, cut=True)
 
 
 def test_a_parameter_that_is_thawed_later_is_not_left_unsynced() -> None:

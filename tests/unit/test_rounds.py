@@ -334,11 +334,11 @@ def test_in_turns_the_average_of_the_products_is_the_product_of_the_averages() -
             assert position is not None
             grouped = position.phase.name == "group"
             if grouped and position.step_in_phase % 4 == 0:
-                turns.append((model[0].A.requires_grad, model[0].B.requires_grad))
+                turns.append((model[0].weight_A.requires_grad, model[0].weight_B.requires_grad))
             if grouped and position.merges and not position.last:
-                products = comm.all_gather((model[0].A @ model[0].B).detach())
+                products = comm.all_gather((model[0].weight_A @ model[0].weight_B).detach())
                 ab.step()
-                torch.testing.assert_close((model[0].A @ model[0].B).detach(), products.mean(0))
+                torch.testing.assert_close((model[0].weight_A @ model[0].weight_B).detach(), products.mean(0))
             else:
                 ab.step()
         return turns

@@ -216,7 +216,7 @@ def test_a_reset_starts_outer_momentum_anew_but_forgets_no_residual() -> None:
             optimizer.zero_grad()
             ab.step()
         assert "0.weight" not in ab._merger.momentum and "0.weight.A" not in ab._merger.momentum
-        A, B = model[0].A.detach(), model[0].B.detach()
+        A, B = model[0].weight_A.detach(), model[0].weight_B.detach()
         owed = to_weight(ab._merger.residuals["0.weight.A"], ab._merger.residuals["0.weight.B"], A.float(), B.float())
         assert owed.norm() > 0
 

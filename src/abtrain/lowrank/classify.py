@@ -79,7 +79,7 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
         else:
             reason = _why_dense(model, name, parameter, factoring)
             if not reason:
-                kind, reason = "factored", _how_factored(model, name)
+                kind, reason = "factored", _how_factored(model, name, parameter)
         treatments.append(Treatment(name, tuple(parameter.shape), kind, reason))
     return treatments if factoring is None else _without_small(treatments, factoring.min_share)
 
@@ -120,16 +120,23 @@ def _why_dense(model: nn.Module, name: str, parameter: nn.Parameter, factoring: 
     return ""
 
 
-def _how_factored(model: nn.Module, name: str) -> str:
-    module, _ = owner(model, name)
-    if has_factored_form(module):
+def _how_factored(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    module, attribute = owner(model, name)
+    if has_factored_form(module, attribute, bool(parameter._backward_hooks)):
         return f"{type(module).__name__}, computed in factored form"
     return f"{type(module).__name__}, rebuilt from its factors when read"
 
 
-def has_factored_form(module: nn.Module) -> bool:
-    """Whether the module can compute with A and B without rebuilding W."""
-    return type(module) in FACTORED_LAYERS and getattr(module, "groups", 1) == 1
+def has_factored_form(module: nn.Module, attribute: str, hooked: bool) -> bool:
+    """Whether a dense module can compute with A and B without rebuilding W.
+
+    Args:
+        module: that holds the weight.
+        attribute: the weight's name in the module.
+        hooked: whether somebody wants to see the gradient of W.
+    """
+    alone = attribute == "weight" and not hooked
+    return alone and type(module) in FACTORED_LAYERS and getattr(module, "groups", 1) == 1
 
 
 def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -10,7 +10,10 @@ from torch.optim import Optimizer
 
 from abtrain.factoring import OptimizerState
 from abtrain.lowrank.classify import UNSHARED, Treatment
+from abtrain.lowrank.loading import cutting
+from abtrain.lowrank.mark import FactoredMark
 from abtrain.lowrank.matrix import MatrixShape
+from abtrain.lowrank.names import without_compiled
 from abtrain.lowrank.optimizer import (
     fresh_state,
     is_projectable,
@@ -20,8 +23,9 @@ from abtrain.lowrank.optimizer import (
 )
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.lowrank.precondition import seen_through
-from abtrain.lowrank.surgery import FactoredWeight, factorize_, restore_
+from abtrain.lowrank.surgery import factorize_, restore_
 from abtrain.lowrank.svd import Factors
+from abtrain.lowrank.weight import FactoredWeight
 
 TrainedFactors = Literal["all", "A", "B"]
 
@@ -90,7 +94,8 @@ class FactoredModel:
         """All parameters as they are at present, frozen ones too: factors as `NAME.A` and `NAME.B`."""
         factors = self.factors()
         known = {id(parameter) for parameter in factors.values()}
-        return factors | {name: p for name, p in self.model.named_parameters() if id(p) not in known}
+        named = self.model.named_parameters()
+        return factors | {name: p for name, p in named if id(p) not in known and not isinstance(p, FactoredMark)}
 
     def trained(self, treatments: Sequence[Treatment]) -> dict[str, nn.Parameter]:
         """All parameters that workers train together, as they are at present, in the order of `treatments`."""
@@ -133,7 +138,7 @@ class FactoredModel:
             self.optimizers.hand_over([record.dense], [record.A, record.B])
             self._begin_state(record.A, record.B)
             self.records[name] = record
-        self._compression = self._full_numel / sum(parameter.numel() for parameter in self.model.parameters())
+        self._compression = self._full_numel / sum(parameter.numel() for parameter in self.parameters().values())
 
     def restore(self) -> None:
         """Makes every weight W = A B again."""
@@ -183,9 +188,30 @@ class FactoredModel:
 
     def dense_state_dict(self) -> dict[str, Tensor]:
         """The state of the full-rank model: loadable into the model as the user built it."""
-        state: dict[str, Tensor] = dict(self.model.state_dict())
-        for record in self.records.values():
-            for key in record.state_keys():
-                del state[key]
-            state[record.name] = record.weight().contiguous()
+        return {without_compiled(name): tensor for name, tensor in self.model.state_dict().items()}
+
+    def factored_state_dict(self) -> dict[str, Tensor]:
+        """The state of the model as it is: NAME.A (m, k) and NAME.B (k, n) in the place of a factored weight."""
+        records = {without_compiled(name): record for name, record in self.records.items()}
+        state: dict[str, Tensor] = {}
+        for name, tensor in self.dense_state_dict().items():
+            record = records.get(name)
+            if record is None:
+                state[name] = tensor
+            else:
+                state |= {f"{name}.A": record.A.detach(), f"{name}.B": record.B.detach()}
         return state
+
+    def load_dense_state_dict(self, state: Mapping[str, Tensor], cut: bool) -> None:
+        """Loads what `dense_state_dict` gives, factored weights at the ranks that they have.
+
+        Args:
+            state: of the full-rank model; all of its names and no others.
+            cut: whether a weight may be cut to its rank, whatever that loses.
+
+        Raises:
+            RuntimeError: names or shapes differ, or a weight would lose more than rounding.
+        """
+        live = {without_compiled(name): name for name in self.model.state_dict()}
+        with cutting(cut):
+            self.model.load_state_dict({live.get(name, name): tensor for name, tensor in state.items()})

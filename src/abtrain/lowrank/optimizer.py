@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from abtrain.lowrank.optimizers import is_a
-from abtrain.lowrank.surgery import FactoredWeight
+from abtrain.lowrank.weight import FactoredWeight
 
 State = dict[str, Any]
 

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from abtrain.errors import NonFiniteError
 from abtrain.lowrank.optimizers import Optimizers
-from abtrain.lowrank.surgery import FactoredWeight
+from abtrain.lowrank.weight import FactoredWeight
 
 
 class _Roots(NamedTuple):

@@ -6,63 +6,16 @@ and filled again afterwards. Whoever holds either keeps a valid reference.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
 from abtrain.lowrank.classify import has_factored_form, owner
-from abtrain.lowrank.layers import FACTORED_LAYERS, LowRankWeight
+from abtrain.lowrank.hooked import AfterAccumulation
+from abtrain.lowrank.kept import give_back_, keep_
+from abtrain.lowrank.layers import FACTORED_LAYERS, Factored, rebuilding
+from abtrain.lowrank.mark import mark_like
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.svd import Factors
-
-
-@dataclass(frozen=True)
-class FactoredWeight:
-    """The record of one factored weight: all that is needed to use it and to undo it.
-
-    Attributes:
-        name: the weight's name in the model.
-        module: that holds it.
-        attribute: the weight's name in the module.
-        dense: the weight's own Parameter, empty while the factors live.
-        A: (m, k).
-        B: (k, n).
-        matrix_shape: how the weight is seen as a matrix.
-        dense_type: the module's class before.
-        order: of the module's own parameters before.
-        strides: of the dense weight before.
-    """
-
-    name: str
-    module: nn.Module
-    attribute: str
-    dense: nn.Parameter
-    A: nn.Parameter
-    B: nn.Parameter
-    matrix_shape: MatrixShape
-    dense_type: type[nn.Module]
-    order: tuple[str, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def k(self) -> int:
-        return self.B.shape[0]
-
-    def weight(self) -> Tensor:
-        """W = A B in the weight's own shape, without a gradient. Halves are multiplied in float32."""
-        with torch.no_grad():
-            wide = self.A.dtype if self.A.dtype == torch.float64 else torch.float32
-            return self.matrix_shape.to_tensor((self.A.to(wide) @ self.B.to(wide)).to(self.A.dtype))
-
-    def state_keys(self) -> tuple[str, str]:
-        """Names of A and B in the model's state_dict."""
-        path = self.name.removesuffix(self.attribute)
-        if self.dense_type in FACTORED_LAYERS and type(self.module) is FACTORED_LAYERS[self.dense_type]:
-            return f"{path}A", f"{path}B"
-        stem = f"{path}parametrizations.{self.attribute}"
-        return f"{stem}.original0", f"{stem}.original1"
+from abtrain.lowrank.weight import FactoredWeight, Names
 
 
 def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
@@ -78,42 +31,64 @@ def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
     """
     module, attribute = owner(model, name)
     dense = module.get_parameter(attribute)
-    shape, dense_type = MatrixShape(dense.shape), type(module)
-    order, strides = tuple(module._parameters), dense.stride()
-    if has_factored_form(module):
-        del module._parameters[attribute]
-        module.__class__ = FACTORED_LAYERS[dense_type]
-        A, B = nn.Parameter(factors.A), nn.Parameter(factors.B)
-        module.matrix_shape = shape  # type: ignore[assignment]  # plain attribute of the factored class
-        module.register_parameter("A", A)
-        module.register_parameter("B", B)
-    else:
-        rebuild = LowRankWeight(shape, *factors)
-        parametrize.register_parametrization(module, attribute, rebuild)
-        A = module.get_parameter(f"parametrizations.{attribute}.original0")
-        B = module.get_parameter(f"parametrizations.{attribute}.original1")
-        del rebuild._start
+    names = Names(*(_free_name(module, f"{attribute}_{what}") for what in ("factored", "A", "B")))
+    A, B = nn.Parameter(factors.A), nn.Parameter(factors.B)
+    hooks = dense._backward_hooks or {}
+    record = FactoredWeight(
+        name, module, attribute, dense, A, B, names, MatrixShape(dense.shape), dense.stride(), hooks
+    )
+    _rename_(module, attribute, names.mark, mark_like(A))
+    module._parameters.update({names.A: A, names.B: B})
+    known = module._abtrain_weights if isinstance(module, Factored) else {}
+    _show_(module, {**known, attribute: record})
     dense.grad = None
     dense.data = dense.data.new_empty(0)
-    return FactoredWeight(name, module, attribute, dense, A, B, shape, dense_type, order, strides)
+    if dense._post_accumulate_grad_hooks:
+        AfterAccumulation(dense, dense._post_accumulate_grad_hooks, (A, B))
+    keep_(record)
+    return record
 
 
 def restore_(record: FactoredWeight) -> nn.Parameter:
-    """Undoes `factorize_`: W = A B is back in the module, in the Parameter object that was there before.
-
-    Of several weights of one module, the last that was factored is restored first.
-    """
+    """Undoes `factorize_`: W = A B is back in the module, in the Parameter object that was there before."""
     module, attribute = record.module, record.attribute
-    W = record.weight()
+    assert isinstance(module, Factored)
+    give_back_(record.dense)
+    for factor in (record.A, record.B):
+        # They hold the factors in a cycle.
+        (factor._post_accumulate_grad_hooks or {}).clear()
     # In the memory layout of before: optimizer state of dense neighbours, and fused optimizers, go by it.
-    record.dense.data = torch.empty_strided(W.shape, record.strides, dtype=W.dtype, device=W.device).copy_(W)
-    if type(module) is FACTORED_LAYERS.get(record.dense_type):
-        del module._parameters["A"], module._parameters["B"], module.matrix_shape
-        module.__class__ = record.dense_type  # type: ignore[assignment]
-    else:
-        parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
-        delattr(module, attribute)
-    module.register_parameter(attribute, record.dense)
-    for name in record.order:
-        module._parameters[name] = module._parameters.pop(name)
+    record.dense.data = record.laid_out()
+    del module._parameters[record.names.A], module._parameters[record.names.B]
+    _rename_(module, record.names.mark, attribute, record.dense)
+    _show_(module, {name: one for name, one in module._abtrain_weights.items() if name != attribute})
     return record.dense
+
+
+def _show_(module: nn.Module, records: dict[str, FactoredWeight]) -> None:
+    """Gives a module the class in which just these of its weights are factored."""
+    dense_type = module._abtrain_dense_type if isinstance(module, Factored) else type(module)
+    module.__class__ = dense_type
+    if not records:
+        del module._abtrain_weights
+        return
+    alone = next(iter(records.values()))
+    if len(records) == 1 and has_factored_form(module, alone.attribute, bool(alone.hooks)):
+        module.__class__ = FACTORED_LAYERS[dense_type]
+    else:
+        module.__class__ = rebuilding(dense_type, frozenset(records))  # type: ignore[arg-type]  # a class is hashable
+    module.__dict__["_abtrain_weights"] = records
+
+
+def _rename_(module: nn.Module, old: str, new: str, parameter: nn.Parameter) -> None:
+    """Puts a parameter in the place of another, which keeps the order of all."""
+    renamed = [(new, parameter) if name == old else (name, p) for name, p in module._parameters.items()]
+    module._parameters.clear()
+    module._parameters.update(renamed)
+
+
+def _free_name(module: nn.Module, name: str) -> str:
+    """The name, or one like it that the module does not use yet."""
+    while hasattr(module, name):
+        name += "_"
+    return name

@@ -1,0 +1,78 @@
+"""A running average of the weights, dense whatever form the model has at present."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from abtrain.errors import CheckpointError, ConfigurationError
+from abtrain.modes import in_own_modes
+
+
+class EMA:
+    """The exponential moving average of a model's dense state, of this worker alone.
+
+    Floating-point and complex tensors are averaged, halves in float32; all others follow the model. It begins with the
+    state as it is when this is built.
+
+    Args:
+        source: gives the dense state of the model.
+        decay: the share of the average that stays at each update, at least 0 and below 1.
+
+    Raises:
+        ConfigurationError: `decay` is out of range.
+    """
+
+    @in_own_modes
+    def __init__(self, source: Callable[[], Mapping[str, Tensor]], decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigurationError(f"decay={decay} is out of range: 0 <= decay < 1, such as 0.999")
+        self.decay = decay
+        self._source = source
+        self._average = {name: _wide(tensor).detach().clone() for name, tensor in source().items()}
+
+    @in_own_modes
+    @torch.no_grad()
+    def update(self) -> None:
+        """One training step is done: call it after `ab.step()`."""
+        for name, tensor in self._source().items():
+            average = self._average[name]
+            if _is_averaged(tensor):
+                average.lerp_(tensor.to(average), 1 - self.decay)
+            else:
+                average.copy_(tensor)
+
+    @in_own_modes
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of the average, loadable into the model as it was built, and by `load_state_dict`."""
+        return {name: tensor.clone() for name, tensor in self._average.items()}
+
+    @in_own_modes
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a `state_dict`.
+
+        Raises:
+            CheckpointError: its names or shapes are not those of this model; nothing has changed then.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in self._average.items()}
+        unlike = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
+        if unlike:
+            raise CheckpointError(
+                f"the average is not one of this model: {', '.join(unlike[:4])} differ in shape, or are missing on one "
+                "side. Load what EMA.state_dict() gave for the same model"
+            )
+        for name, tensor in self._average.items():
+            tensor.copy_(state[name])
+
+
+def _is_averaged(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In halves, what one step adds would be rounded away."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor

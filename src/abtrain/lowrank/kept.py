@@ -1,0 +1,225 @@
+"""A dense Parameter that somebody kept, such as `list(model.parameters())` from before, while its weight is factored.
+
+It reads as W = A B, and its gradient as that of the factors. Writing to it is an error, for nothing would come of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from abtrain.errors import UsageError
+from abtrain.lowrank.weight import FactoredWeight
+
+_RECORD = "_abtrain_record"
+_FLAT = "_abtrain_gradient"
+
+_NEEDS_NO_VALUE = frozenset(
+    {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized"}
+    | {"size", "numel", "nelement", "dim", "ndimension", "is_floating_point", "is_complex", "element_size"}
+    | {"get_device", "__len__"}
+)
+_NO_WRITE = frozenset({"__invert__", "__index__", "__int__", "__iter__"})
+
+
+def keep_(record: FactoredWeight) -> None:
+    """Makes the weight's own Parameter read as the product of its factors, from here until `give_back_`.
+
+    A subclass of Parameter has ways of its own, and is left as it is.
+    """
+    if type(record.dense) is nn.Parameter:
+        setattr(record.dense, _RECORD, record)
+        record.dense.__class__ = FactoredParameter
+
+
+def give_back_(dense: nn.Parameter) -> None:
+    """Undoes `keep_`."""
+    if isinstance(dense, FactoredParameter):
+        dense.__class__ = nn.Parameter  # type: ignore[assignment]  # mypy goes by the class that it knows
+        for name in (_RECORD, _FLAT):
+            dense.__dict__.pop(name, None)
+
+
+def _guarded(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A function of torch on tensors some of which stand for factored weights, or show their values."""
+    name = _name_of(func)
+    for written in _written_by(name, args, kwargs):
+        _refuse(written, name)
+    shown: list[Tensor] = []
+
+    def value(tensor: Any) -> Any:
+        if isinstance(tensor, FactoredParameter):
+            tensor = tensor._stand_in() if name in _NEEDS_NO_VALUE else tensor._product()
+        if isinstance(tensor, ReadOnly):
+            shown.append(tensor)
+        return tensor
+
+    with torch._C.DisableTorchFunctionSubclass():
+        args, kwargs = _mapped(args, value), _mapped(kwargs, value)
+        result = func(*args, **kwargs)
+        memory = {tensor.untyped_storage().data_ptr() for tensor in shown}
+        return _mapped(result, lambda item: _read_only(item, memory))
+
+
+def _read_only(item: Any, memory: set[int]) -> Any:
+    """A view of a value that is shown shows it too; what was computed from it is a plain tensor."""
+    views = type(item) is Tensor and item.numel() and item.untyped_storage().data_ptr() in memory
+    return item.as_subclass(ReadOnly) if views else item
+
+
+class ReadOnly(Tensor):
+    """The value of a factored weight. What is computed from it is a plain tensor."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        return _guarded(func, args, kwargs or {})
+
+
+class FactoredParameter(nn.Parameter):
+    """The Parameter of a weight that is factored at present."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        return _guarded(func, args, kwargs or {})
+
+    def _product(self) -> Tensor:
+        """W = A B."""
+        return self._record.laid_out().as_subclass(ReadOnly)
+
+    def _stand_in(self) -> Tensor:
+        """A tensor of W's shape, dtype and device."""
+        return self._record.A.detach().new_empty(()).expand(self._record.matrix_shape.tensor)
+
+    @property
+    def _record(self) -> FactoredWeight:
+        record: FactoredWeight = self.__dict__[_RECORD]
+        return record
+
+    @property
+    def data(self) -> Tensor:
+        return self._product()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        _refuse(self, "data")
+
+    @property
+    def requires_grad(self) -> bool:
+        return self._record.A.requires_grad or self._record.B.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if value != self.requires_grad:
+            _refuse(self, "requires_grad")
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradients of A and B in one vector, which shares their memory; None where neither has one."""
+        factors = [factor for factor in (self._record.A, self._record.B) if factor.grad is not None]
+        known: tuple[Tensor, list[int]] | None = self.__dict__.get(_FLAT)
+        if known is not None and known[1] == _places(factors):
+            return known[0]
+        self.__dict__.pop(_FLAT, None)
+        return self._flatten([(factor, factor.grad) for factor in factors]) if factors else None
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if value is None:
+            self._record.A.grad = self._record.B.grad = None
+            return
+        flat, trained = self.grad, [factor for factor in (self._record.A, self._record.B) if factor.requires_grad]
+        expected = (sum(factor.numel() for factor in trained),) if flat is None else tuple(flat.shape)
+        if tuple(value.shape) != expected:
+            raise UsageError(
+                f"a gradient of shape {tuple(value.shape)} was set on a weight of shape {tuple(self.shape)} that is "
+                f"factored at present: gradients of its factors are one vector of shape {expected}. Change "
+                "gradients of live parameters, model.parameters(), or in place"
+            )
+        if flat is None:
+            flat = self._flatten([(factor, torch.zeros_like(factor)) for factor in trained])
+        with torch.no_grad():
+            flat.copy_(value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
+
+    def _flatten(self, gradients: list[tuple[nn.Parameter, Any]]) -> Tensor:
+        """Makes gradients of factors views of one vector."""
+        flat = torch.cat([gradient.detach().reshape(-1) for _, gradient in gradients])
+        pieces = flat.split([factor.numel() for factor, _ in gradients])
+        for (factor, _), piece in zip(gradients, pieces, strict=True):
+            factor.grad = piece.view(factor.shape)
+        # The vector is held here, so nothing else comes to lie in its place.
+        self.__dict__[_FLAT] = (flat, _places([factor for factor, _ in gradients]))
+        return flat
+
+    def register_hook(self, hook: Any) -> NoReturn:
+        _refuse(self, "register_hook")
+
+    def register_post_accumulate_grad_hook(self, hook: Any) -> NoReturn:
+        _refuse(self, "register_post_accumulate_grad_hook")
+
+    def retain_grad(self) -> NoReturn:
+        _refuse(self, "retain_grad")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        copied = nn.Parameter(self._record.laid_out())
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(self._record.laid_out()).__reduce_ex__(protocol)
+
+
+def _places(factors: Sequence[nn.Parameter]) -> list[int]:
+    """Where in memory the gradients of factors lie."""
+    return [factor.grad.data_ptr() for factor in factors if factor.grad is not None]
+
+
+def _refuse(tensor: Tensor, name: str) -> NoReturn:
+    with torch._C.DisableTorchFunctionSubclass():
+        shape = tensor._record.matrix_shape.tensor if isinstance(tensor, FactoredParameter) else tensor.shape
+    raise UsageError(
+        f"{name} on a weight of shape {tuple(shape)} that is factored at present would have no effect on the model, "
+        "which holds its factors A and B: do it before the factored phases, or exclude this weight from factoring "
+        "(exclude=)"
+    )
+
+
+def _name_of(func: Callable[..., Any]) -> str:
+    """Of a function, or of the attribute that is read; `NAME=` where one is set."""
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__"):
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        return attribute if name == "__get__" else f"{attribute}="
+    return name
+
+
+def _written_by(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """The tensors among the arguments that stand for factored weights and that a function would change."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    operator = name == "__setitem__" or (name.startswith("__i") and name not in _NO_WRITE)
+    targets: list[Any] = [args[:1]] if in_place or operator or name.endswith("=") else []
+    found: list[Any] = []
+    _mapped([targets, kwargs.get("out")], lambda item: found.append(item) if isinstance(item, _GUARDED) else None)
+    return found
+
+
+_GUARDED = (FactoredParameter, ReadOnly)
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same lists, tuples and dicts with other tensors."""
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(item, change) for item in value)
+    return change(value) if isinstance(value, Tensor) else value

@@ -1,0 +1,78 @@
+"""The record of one factored weight: what it stands for, and what it takes to undo it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from abtrain.lowrank.matrix import MatrixShape
+
+
+class Names(NamedTuple):
+    """Of the parameters that a module has in the place of one weight.
+
+    Attributes:
+        mark: stands where the weight stood; see `abtrain.lowrank.mark`.
+        A: (m, k).
+        B: (k, n).
+    """
+
+    mark: str
+    A: str
+    B: str
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredWeight:
+    """The record of one factored weight: all that is needed to use it and to undo it.
+
+    Attributes:
+        name: the weight's name in the model.
+        module: that holds it.
+        attribute: the weight's name in the module.
+        dense: the weight's own Parameter; its storage is empty while the factors live.
+        A: (m, k).
+        B: (k, n).
+        names: of the factors in the module.
+        matrix_shape: how the weight is seen as a matrix.
+        strides: of the dense weight before.
+        hooks: tensor hooks that the user has registered on the dense weight.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    dense: nn.Parameter
+    A: nn.Parameter
+    B: nn.Parameter
+    names: Names
+    matrix_shape: MatrixShape
+    strides: tuple[int, ...]
+    hooks: Mapping[int, Any]
+
+    @property
+    def k(self) -> int:
+        return self.B.shape[0]
+
+    def weight(self) -> Tensor:
+        """W = A B in the weight's own shape, contiguous, without a gradient. Halves are multiplied in float32."""
+        with torch.no_grad(), without_autocast(self.A):
+            A, B = self.A.detach(), self.B.detach()
+            wide = A.dtype if A.dtype == torch.float64 else torch.float32
+            return self.matrix_shape.to_tensor((A.to(wide) @ B.to(wide)).to(A.dtype)).contiguous()
+
+    def laid_out(self) -> Tensor:
+        """`weight()` in the memory layout that the dense weight had."""
+        W = self.weight()
+        return torch.empty_strided(W.shape, self.strides, dtype=W.dtype, device=W.device).copy_(W)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Inside it, products of tensors on this tensor's device have the dtype of what is multiplied."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
