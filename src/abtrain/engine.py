@@ -514,7 +514,7 @@ class ABTraining:
         self._workers_equal, self._hooks.round_began = state["workers_equal"], state["round_began"]
         self._hooks.guard.skipped = list(state["skipped_steps"])
         self._hooks.goes_on()
-        self._forwards = 0
+        self._forwards, self._saved_step = 0, self.steps_done
         self._parts().load_state_dict(state, self.recipe.at, self._trained_by)
         self._check_loaded_weights()
         self._arrangement.load_state_dict(state, self._position)
