@@ -75,7 +75,8 @@ class ABTraining:
     Every call of `ab.step()` and `ab.merged()` is collective: all workers make it, at the same step.
 
     Args:
-        model: the bare model, already on its device; changed in place. Not wrapped in DDP.
+        model: the bare model, already on its device; changed in place. Not wrapped in DDP. What it
+            tells DDP to ignore is each worker's own (see `abtrain.own`).
         optimizer: over the model's parameters; stays the same object.
         recipe: what happens at which step.
         communicator: how to reach the other workers; default torch.distributed if it is initialised, else alone.
