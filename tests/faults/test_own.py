@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,15 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from abtrain import ABTraining, FixedRank, Recipe, recipes
+from abtrain import ABTraining, FixedRank, Recipe, checkpoint, recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import ConfigurationError, NonFiniteError, RanksDisagreeError
 from abtrain.lowrank.classify import classify
+from abtrain.resume import resized
 from abtrain.study.payload import payload as predicted
 from abtrain.study.payload import predict
 from abtrain.study.shapes import shapes_of
-from tests.cases import SCHEDULE, batch, build, seeded, sgd
+from tests.cases import SCHEDULE, batch, build, largest_difference, sgd
 from tests.faults.loops import told
 from tests.gloo import run_gloo
 
@@ -39,8 +41,9 @@ class Model(nn.Module):
         super().__init__()
         self.net = build("mlp", torch.float32)
         self.norm = nn.BatchNorm1d(5)
-        with seeded():
-            self.tail = nn.Linear(5, 5)
+        # The generator is one for all threads.
+        self.tail = nn.utils.skip_init(nn.Linear, 5, 5)
+        self.tail.load_state_dict({"weight": torch.linspace(-1, 1, 25).view(5, 5), "bias": torch.zeros(5)})
         self.bias = nn.Parameter(torch.zeros(5))
         self.register_buffer("count", torch.zeros(3))
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, own)
@@ -122,6 +125,30 @@ def test_own_tensors_are_saved_and_resumed_by_each_worker(recipe: str) -> None:
 
     for whole, again in run_in_process(2, work):
         assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_checkpoints_hold_what_is_own_and_other_workers_may_take_it_over(tmp_path: Path) -> None:
+    recipe = recipes.local_sgd(8, every=4)
+
+    def first(comm: Communicator) -> dict[str, Tensor]:
+        model, optimizer, ab = start(comm, recipe)
+        go(comm, ab, optimizer, 4)
+        model.count.fill_(comm.rank)
+        checkpoint.save(tmp_path, 4, ab.state_dict(), comm, resizable=True)
+        ab.load_state_dict(checkpoint.latest(tmp_path, comm).states[0])  # type: ignore[union-attr]
+        return {name: tensor.clone() for name, tensor in ab.dense_state_dict().items()}
+
+    left = run_in_process(2, first)
+
+    def go_on(comm: Communicator) -> dict[str, Tensor]:
+        _, _, ab = start(comm, recipe)
+        former = checkpoint.latest(tmp_path, comm)
+        assert former is not None
+        ab.load_state_dict(resized(former.states, comm.rank, recipe))
+        return ab.dense_state_dict()
+
+    for rank, state in enumerate(run_in_process(3, go_on)):
+        assert largest_difference(state, left[rank % 2]) == 0
 
 
 def test_a_description_shows_what_is_own() -> None:
