@@ -84,15 +84,10 @@ class ABTraining:
     Every call of `ab.step()` and `ab.merged()` is collective: all workers make it, at the same step.
 
     Args:
-<<<<<<< HEAD
-        model: the bare model, already on its device; changed in place. Not wrapped in DDP.
+        model: the bare model, already on its device; changed in place. Not wrapped in DDP. What it tells DDP to
+            ignore is each worker's own.
         optimizer: over the model's parameters, or a list of them, each with parameters of its own; they stay the same
             objects. Those that wrap others (Accelerate's, SAM, Lookahead) are taken as they are.
-=======
-        model: the bare model, already on its device; changed in place. Not wrapped in DDP. What it
-            tells DDP to ignore is each worker's own (see `abtrain.own`).
-        optimizer: over the model's parameters; stays the same object.
->>>>>>> 7b41e9c
         recipe: what happens at which step.
         communicator: how to reach the other workers; default torch.distributed if it is initialised, else alone.
         group_size: workers a group; default the number of ranks per node under torchrun, else 1.
