@@ -220,7 +220,7 @@ class ABTraining:
         """
         if torch.is_grad_enabled():
             if self._closed:
-                raise UsageError("ABTraining was closed, and averages no gradients: train on with a new one")
+                raise UsageError(self._ended())
             if self._hooks.all_stepped:
                 raise UsageError(
                     f"a forward pass with gradients began, but ab.step() was not called after optimizer.step() of step "

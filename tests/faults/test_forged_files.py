@@ -97,7 +97,7 @@ FORGED: dict[str, Callable[[bytes], bytes]] = {
     "items that are a number": at("numbers", {"$items": 3, "counter": False}),
     "items without a kind": at("numbers", {"$items": [[1, 2]]}),
     "items with a key twice": at("numbers", {"$items": [[1, 2], [1, 3]], "counter": False}),
-    "items with a list as a key": at("numbers", {"$items": [[[], 2]], "counter": False}),
+    "items with an object as a key": at("numbers", {"$items": [[[{"a": 1}], 2]], "counter": False}),
     "items with a tensor as a key": at("numbers", {"$items": [[WEIGHT, 2]], "counter": False}),
     "a counter by a word": at("numbers", {"$items": [], "counter": "no"}),
     "a kind that is unknown": at("own", {"$unknown": 3}),

@@ -132,7 +132,9 @@ def _start_until_done(config: TrainConfig) -> None:
     """
     launch, started = uuid.uuid4().hex, time.time()
     for attempt in itertools.count():
-        with tempfile.TemporaryDirectory(prefix="abtrain-") as name, _worker_environment(attempt, launch):
+        # Workers that are told to stop while they start may still write into it.
+        scratch = tempfile.TemporaryDirectory(prefix="abtrain-", ignore_cleanup_errors=True)
+        with scratch as name, _worker_environment(attempt, launch):
             folder = Path(name)
             (folder / worker.SETTINGS_FILE).write_text(to_toml(config), encoding="utf-8")
             try:
