@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from abtrain import checkpoint
+from abtrain.checkpoint import store as checkpoint
 from abtrain.comm import SingleProcess
 
 

@@ -26,7 +26,14 @@ import torch.nn.functional as F
 from records import FOLDER, keep
 from torch import Tensor, nn
 
-from abtrain import ABTraining, arrangement, buffers, engine, merge, recipes, replicas, rounds, same, state
+from abtrain import ABTraining, recipes
+from abtrain.consistency import replicas
+from abtrain.consistency import saved_marks as same
+from abtrain.engine import ab_training as engine
+from abtrain.engine import phase_change as arrangement
+from abtrain.merging import buffers, rounds
+from abtrain.merging import merger as merge
+from abtrain.merging import shared_tensors as state
 
 VOCABULARY, WIDTH, CONTEXT, EVERY = 50257, 768, 64, 20
 

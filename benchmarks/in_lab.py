@@ -20,7 +20,7 @@ from pathlib import Path
 
 from records import FOLDER, Record, keep, recorded
 
-from abtrain.lab import Job, Lab, LabConfig, parse_rate
+from abtrain.commands.lab import Job, Lab, LabConfig, parse_rate
 
 FILE = FOLDER / "in-lab.jsonl"
 PEER_LOOPS = Path(__file__).parent / "peers" / "loops.py"

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from abtrain.lab import clean, namespaces
+from abtrain.commands.lab import clean, namespaces
 
 MOST_SECONDS = 3.5  # from the start to the kill: from before the first namespace to the middle of the script
 
@@ -51,7 +51,7 @@ def kill(lab: subprocess.Popen[bytes], with_watcher: bool) -> None:
     """Kills a lab's process, and its watcher where that is asked for."""
     children = Path(f"/proc/{lab.pid}/task/{lab.pid}/children").read_text().split() if with_watcher else []
     for child in children:
-        if b"abtrain.lab.watcher" in Path(f"/proc/{child}/cmdline").read_bytes():
+        if b"abtrain.commands.lab.watcher" in Path(f"/proc/{child}/cmdline").read_bytes():
             subprocess.run(("kill", "-KILL", child), check=True)
     lab.send_signal(signal.SIGKILL)
 

@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 
-from abtrain.factoring import Factoring
-from abtrain.lab import format_rate
-from abtrain.lowrank.rank import FixedRank
-from abtrain.study.contestant import contestants
-from abtrain.study.cost import Cluster, Link
-from abtrain.study.measure import Bench, measure_decompositions
-from abtrain.study.plan import Setting
-from abtrain.study.result_files import read_record
-from abtrain.study.seconds import WorkerSeconds
-from abtrain.study.shapes import shapes_of
-from abtrain.train.config import used_options
-from abtrain.train.tasks import TASKS
+from abtrain.commands.compare.contestants import contestants
+from abtrain.commands.compare.result_files import read_record
+from abtrain.commands.lab import format_rate
+from abtrain.commands.plan.advice import Setting
+from abtrain.commands.plan.bench import Bench, measure_decompositions
+from abtrain.commands.plan.collectives import Cluster, Link
+from abtrain.commands.plan.shapes import shapes_of
+from abtrain.commands.plan.worker_seconds import WorkerSeconds
+from abtrain.commands.tasks.task import TASKS
+from abtrain.commands.train.config import used_options
+from abtrain.recipes.factoring import Factoring
+from abtrain.recipes.rank_rules import FixedRank
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import argparse
 import torch.distributed as dist
 
 from abtrain import ABTraining, recipes, weights_digest
-from abtrain.train.tasks import TASKS, batches, build_model, build_optimizer, build_schedule, evaluate
+from abtrain.commands.tasks.task import TASKS, batches, build_model, build_optimizer, build_schedule, evaluate
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--task", default="digits-mlp", choices=sorted(TASKS))

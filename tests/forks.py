@@ -9,7 +9,13 @@ from multiprocessing.context import ForkServerContext
 _ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
 
 # The first optimizer of a process imports torch._dynamo.
-_IMPORTED = ["abtrain.engine", "abtrain.train.launch", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"]
+_IMPORTED = [
+    "abtrain.engine.ab_training",
+    "abtrain.commands.train.launch",
+    "sklearn.datasets",
+    "sklearn.model_selection",
+    "torch._dynamo",
+]
 
 
 def context() -> ForkServerContext:

@@ -24,7 +24,7 @@ from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from abtrain import weights_digest
-from abtrain.train.tasks import TASKS, Task, batches, build_model, build_optimizer, build_schedule, evaluate
+from abtrain.commands.tasks.task import TASKS, Task, batches, build_model, build_optimizer, build_schedule, evaluate
 
 Step = Callable[[Tensor, Tensor], None]
 Finish = Callable[[], nn.Module]

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from abtrain import recipes
-    from abtrain.engine import ABTraining
+    from abtrain.checkpoint.digest import weights_digest
+    from abtrain.engine.ab_training import ABTraining
     from abtrain.errors import AbtrainError
-    from abtrain.export import weights_digest
-    from abtrain.factoring import Factoring
-    from abtrain.lowrank.rank import Energy, FixedRank, SigmaCutoff
-    from abtrain.phase import Phase
-    from abtrain.recipe import Recipe
-    from abtrain.sync import GradientSync, Mean, Outer, TrainedOnly, WeightSync
+    from abtrain.recipes.factoring import Factoring
+    from abtrain.recipes.phase import Phase
+    from abtrain.recipes.rank_rules import Energy, FixedRank, SigmaCutoff
+    from abtrain.recipes.recipe import Recipe
+    from abtrain.recipes.sync import GradientSync, Mean, Outer, TrainedOnly, WeightSync
 
 __version__ = "0.1.0"
 
@@ -40,14 +40,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ABTraining": "engine",
+    "ABTraining": "engine.ab_training",
     "AbtrainError": "errors",
-    "weights_digest": "export",
-    **dict.fromkeys(("Energy", "FixedRank", "SigmaCutoff"), "lowrank.rank"),
-    "Factoring": "factoring",
-    "Phase": "phase",
-    "Recipe": "recipe",
-    **dict.fromkeys(("GradientSync", "Mean", "Outer", "TrainedOnly", "WeightSync"), "sync"),
+    "weights_digest": "checkpoint.digest",
+    **dict.fromkeys(("Energy", "FixedRank", "SigmaCutoff"), "recipes.rank_rules"),
+    "Factoring": "recipes.factoring",
+    "Phase": "recipes.phase",
+    "Recipe": "recipes.recipe",
+    **dict.fromkeys(("GradientSync", "Mean", "Outer", "TrainedOnly", "WeightSync"), "recipes.sync"),
 }
 
 

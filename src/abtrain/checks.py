@@ -237,3 +237,12 @@ def _one(holds: Callable[[Any], bool], what: str) -> Check:
 def _agree(shape: Iterable[int], wanted: Sequence[int | None]) -> bool:
     sizes = tuple(shape)
     return len(sizes) == len(wanted) and all(want in (None, size) for size, want in zip(sizes, wanted, strict=True))
+
+
+_MOST_TOLD = 4
+
+
+def told_names(names: Sequence[str]) -> str:
+    """Names for a message: the first four, and how many more there are."""
+    more = f" and {len(names) - _MOST_TOLD} more" if len(names) > _MOST_TOLD else ""
+    return f"{', '.join(names[:_MOST_TOLD])}{more}"

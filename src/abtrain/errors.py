@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 
 class AbtrainError(Exception):
@@ -111,3 +112,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known: {', '.join(names)}"
+
+
+OnNonFinite = Literal["stop", "drop_worker", "skip"]
+"""A policy for NaN and infinity: stop, leave a worker out of a merge, or leave steps out."""

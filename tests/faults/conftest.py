@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from abtrain.study import arguments, compare
-from abtrain.study.contestant import Contestant
-from abtrain.study.runs import Task
+from abtrain.commands.compare import command as compare
+from abtrain.commands.compare import comparison as arguments
+from abtrain.commands.compare.contestants import Contestant
+from abtrain.commands.compare.runs import Task
 from tests.faults.kept_runs import CONFIG, StandInLab, finish
 
 

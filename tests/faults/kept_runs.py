@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from abtrain import __version__, cli
-from abtrain.paper.experiments import SCALES, cells
-from abtrain.paper.published import AB
-from abtrain.paper.runs import Run, plan_runs
-from abtrain.study import kept
-from abtrain.study.runs import Task
-from abtrain.train.config import TrainConfig, resolve
-from abtrain.train.config_file import from_toml
+from abtrain import __version__
+from abtrain.commands import cli
+from abtrain.commands.compare import kept
+from abtrain.commands.compare.runs import Task
+from abtrain.commands.paper.experiments import SCALES, cells
+from abtrain.commands.paper.published import AB
+from abtrain.commands.paper.runs import Run, plan_runs
+from abtrain.commands.train.config import TrainConfig, resolve
+from abtrain.commands.train.config_file import from_toml
 
 CONFIG = TrainConfig(recipe="ab_outer", task="digits-mlp", workers=2, steps=200, batch_size=16)
 RESULT: dict[str, Any] = {

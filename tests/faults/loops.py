@@ -13,7 +13,7 @@ from abtrain import ABTraining, FixedRank, recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import AbtrainError
-from abtrain.recipe import Recipe
+from abtrain.recipes.recipe import Recipe
 from tests.cases import SCHEDULE, adamw, batch, build
 
 AB = recipes.ab(15, **SCHEDULE, sigma_cutoff=0.2)

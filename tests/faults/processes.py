@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-from abtrain import faults
-from abtrain.cli import main
-from abtrain.train import launch, worker
-from abtrain.train.requests import end_at_once
+from abtrain import failpoints as faults
+from abtrain.commands.cli import main
+from abtrain.commands.train import launch, worker
+from abtrain.commands.train.requests import end_at_once
 from tests import forks
 
 GRACE_SECONDS = 3

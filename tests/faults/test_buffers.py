@@ -16,7 +16,7 @@ from abtrain import ABTraining, recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import ConfigurationError, NonFiniteError
-from abtrain.recipe import Recipe
+from abtrain.recipes.recipe import Recipe
 from tests.cases import batch, build, seeded
 from tests.faults.loops import told
 from tests.gloo import run_gloo

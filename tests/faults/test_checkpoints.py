@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from abtrain import checkpoint, faults, saved_files
+from abtrain import failpoints as faults
+from abtrain.checkpoint import store as checkpoint
+from abtrain.checkpoint import tensor_files as saved_files
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import CheckpointError

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from abtrain import ABTraining, checkpoint, recipes, weights_digest
+from abtrain import ABTraining, recipes, weights_digest
+from abtrain.checkpoint import store as checkpoint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
+from abtrain.consistency.replicas import check_replicas
+from abtrain.consistency.saved_marks import marked
 from abtrain.errors import CheckpointError, RanksDisagreeError
-from abtrain.recipe import Recipe
-from abtrain.replicas import check_replicas
-from abtrain.same import marked
+from abtrain.recipes.recipe import Recipe
 from tests.cases import SCHEDULE, build
 from tests.faults.loops import Loop, told
 

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from abtrain import faults
+from abtrain import failpoints as faults
 from abtrain.comm.communicator import SingleProcess
+from abtrain.commands.train import checkpoints as saving
+from abtrain.commands.train.config import NOT_OF_THE_METHOD, TrainConfig, identity, resolve
+from abtrain.commands.train.config_problems import validate
+from abtrain.commands.train.join import launch_of
+from abtrain.commands.train.loop import train
+from abtrain.commands.train.run_folder import RunFolder
+from abtrain.commands.train.watchdog import Watchdog
 from abtrain.errors import CheckpointError, ConfigurationError
 from abtrain.files import read_regular, whole_file, write_whole
-from abtrain.train import saving
-from abtrain.train.config import NOT_OF_THE_METHOD, TrainConfig, identity, resolve
-from abtrain.train.config_problems import validate
-from abtrain.train.loop import train
-from abtrain.train.meeting import launch_of
-from abtrain.train.run_folder import RunFolder
-from abtrain.train.watchdog import Watchdog
 from tests import forks
 from tests.faults.processes import start
 
@@ -235,7 +235,7 @@ def test_checkpoints_on_other_data_and_without_settings_are_refused(
     with pytest.raises(CheckpointError, match="steps is 7 there and 6 here"):
         run(settings(tmp_path / "a"))
     stopped_at(3, settings(tmp_path / "b"), monkeypatch)
-    monkeypatch.setattr("abtrain.train.loop.len", lambda of: 9, raising=False)
+    monkeypatch.setattr("abtrain.commands.train.loop.len", lambda of: 9, raising=False)
     with pytest.raises(CheckpointError, match=r"samples is \d+ there and 9 here"):
         run(settings(tmp_path / "b"))
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from abtrain import checkpoint
+from abtrain.checkpoint import store as checkpoint
+from abtrain.checkpoint.dcp import TrainingState
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
-from abtrain.dcp import TrainingState
+from abtrain.consistency.saved_marks import marked
+from abtrain.engine.saved_state import resized
 from abtrain.errors import CheckpointError
-from abtrain.resume import resized
-from abtrain.same import marked
 from tests.faults.test_checkpoints import forge, put
 from tests.faults.test_forged_states import HUGE, NAN, RECIPES, Loop, made, put_at
 

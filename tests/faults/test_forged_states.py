@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from abtrain import ABTraining, FixedRank, recipes, weights_digest
+from abtrain.checkpoint.tensor_files import split
 from abtrain.comm.checksums import digest
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import AbtrainError, CheckpointError, NonFiniteError, RanksDisagreeError
-from abtrain.merge import Merger
-from abtrain.recipe import Recipe
-from abtrain.saved_files import split
+from abtrain.merging.merger import Merger
+from abtrain.recipes.recipe import Recipe
 from tests.cases import adamw, batch
-from tests.unit.test_resume import normed
+from tests.unit.engine.test_saved_state import normed
 
 NAN, INF, HUGE = math.nan, math.inf, 10**5000
 REST: dict[str, Any] = {"rank_rule": FixedRank(3), "warmup_steps": 8}

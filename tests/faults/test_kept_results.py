@@ -14,19 +14,21 @@ from typing import Any
 
 import pytest
 
-from abtrain import __version__, cli, recipes
+from abtrain import __version__, recipes
+from abtrain.commands import cli
+from abtrain.commands.compare import command as compare
+from abtrain.commands.compare import kept, runs
+from abtrain.commands.compare.contestants import Contestant
+from abtrain.commands.compare.runs import Task, check, outcome
+from abtrain.commands.lab import LabConfig
+from abtrain.commands.paper.experiments import Cell
+from abtrain.commands.paper.published import AB
+from abtrain.commands.paper.runs import Run, run_all, write_request
+from abtrain.commands.tasks.task import TASKS
+from abtrain.commands.train.config import TrainConfig, resolve
+from abtrain.commands.train.config_file import from_toml, to_toml
+from abtrain.commands.train.run_folder import RunFolder
 from abtrain.errors import ConfigurationError
-from abtrain.lab import LabConfig
-from abtrain.paper.experiments import Cell
-from abtrain.paper.published import AB
-from abtrain.paper.runs import Run, run_all, write_request
-from abtrain.study import compare, kept, runs
-from abtrain.study.contestant import Contestant
-from abtrain.study.runs import Task, check, outcome
-from abtrain.train.config import TrainConfig, resolve
-from abtrain.train.config_file import from_toml, to_toml
-from abtrain.train.run_folder import RunFolder
-from abtrain.train.tasks import TASKS
 from tests.faults.kept_runs import CONFIG, StandInLab, compared, contents, finish, full_run, put_result
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from abtrain.commands.lab import Fault, Job, Lab, LabConfig
 from abtrain.errors import HostFailedError
-from abtrain.lab import Fault, Job, Lab, LabConfig
 from tests.lab.conftest import _lab_works, _needs_lab  # noqa: F401  they skip these tests where there can be no labs
 
 # A worker on each host, as torchrun would start it, without the time that torchrun takes.
 WORKER = """
 import os, sys
-from abtrain.cli import main
+from abtrain.commands.cli import main
 rank = os.environ["LAB_HOST"]
 os.environ |= {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
 os.environ |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500"}

@@ -16,12 +16,12 @@ from abtrain import ABTraining, FixedRank, SigmaCutoff, recipes
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.stages import finish
-from abtrain.comm.wires import make_wire
+from abtrain.consistency.factors import agree_on_factors
 from abtrain.errors import NonFiniteError
-from abtrain.factoring import Factoring
-from abtrain.factors import agree_on_factors
-from abtrain.recipe import Recipe
-from abtrain.sync import wire_between
+from abtrain.merging.wires import make_wire
+from abtrain.recipes.factoring import Factoring
+from abtrain.recipes.recipe import Recipe
+from abtrain.recipes.sync import wire_between
 from tests.cases import SCHEDULE, batch, build, largest_difference, sgd
 from tests.faults.loops import AB, HIDDEN, OUTER, Loop, told
 from tests.gloo import run_gloo

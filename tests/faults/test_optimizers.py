@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adagrad, AdamW, Muon, RMSprop
 
-from abtrain import ABTraining, FixedRank, recipes, unfinished
+from abtrain import ABTraining, FixedRank, recipes
+from abtrain.checkpoint.tensor_files import join, refer, split
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
+from abtrain.engine import unfinished
 from abtrain.errors import ConfigurationError, NonFiniteError, UsageError
-from abtrain.recipe import Recipe
-from abtrain.saved_files import join, refer, split
+from abtrain.recipes.recipe import Recipe
 from tests.cases import batch, build, sgd
 from tests.faults.loops import HIDDEN, Loop, told
 from tests.faults.optimizers import (

@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from abtrain import ABTraining, FixedRank, Recipe, checkpoint, recipes
+from abtrain import ABTraining, FixedRank, Recipe, recipes
+from abtrain.checkpoint import store as checkpoint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
+from abtrain.commands.plan.payload import payload as predicted
+from abtrain.commands.plan.payload import predict
+from abtrain.commands.plan.shapes import shapes_of
+from abtrain.engine.saved_state import resized
 from abtrain.errors import ConfigurationError, NonFiniteError, RanksDisagreeError
 from abtrain.lowrank.classify import classify
-from abtrain.resume import resized
-from abtrain.study.payload import payload as predicted
-from abtrain.study.payload import predict
-from abtrain.study.shapes import shapes_of
 from tests.cases import SCHEDULE, batch, build, largest_difference, sgd
 from tests.faults.loops import told
 from tests.gloo import run_gloo

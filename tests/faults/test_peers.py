@@ -17,10 +17,10 @@ from torch.distributed import FileStore, HashStore, Store  # type: ignore[attr-d
 
 from abtrain.comm import peers
 from abtrain.comm.peers import Peers, host_key
+from abtrain.commands.train import worker
+from abtrain.commands.train.config import TrainConfig, resolve
+from abtrain.commands.train.join import meet
 from abtrain.errors import AbtrainError, NonFiniteError, OutOfMemoryError, PeerLostError
-from abtrain.train import worker
-from abtrain.train.config import TrainConfig, resolve
-from abtrain.train.meeting import meet
 from tests import forks
 
 

@@ -17,10 +17,12 @@ from typing import NamedTuple
 
 import pytest
 
-from abtrain import checkpoint, faults, recipes
+from abtrain import failpoints as faults
+from abtrain import recipes
+from abtrain.checkpoint import store as checkpoint
 from abtrain.comm.in_process import run_in_process
-from abtrain.recipe import Recipe
-from abtrain.sync import GradientSync
+from abtrain.recipes.recipe import Recipe
+from abtrain.recipes.sync import GradientSync
 from tests.faults.processes import Running, start
 
 pytestmark = [

@@ -19,7 +19,7 @@ from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.topology import Topology
 from abtrain.errors import CheckpointError, PeerLostError, RanksDisagreeError
-from abtrain.recipe import Recipe
+from abtrain.recipes.recipe import Recipe
 from tests.cases import SCHEDULE, adamw, build, largest_difference, sgd, train
 from tests.faults.loops import AB, HIDDEN, OUTER, Loop, told
 from tests.gloo import run_gloo

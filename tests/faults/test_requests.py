@@ -16,15 +16,16 @@ import pytest
 import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from abtrain import cli
 from abtrain.comm.communicator import SingleProcess
+from abtrain.commands import cli
+from abtrain.commands.tasks import images as image_data
+from abtrain.commands.train import launch, requests
+from abtrain.commands.train.passing_on import PassingOn
+from abtrain.commands.train.requests import PASSED_ON, Afterwards, Requests
+from abtrain.commands.train.stopping import Stopping
 from abtrain.errors import PeerLostError, StoppedError
-from abtrain.train import image_data, launch, requests
-from abtrain.train.passing_on import PassingOn
-from abtrain.train.requests import PASSED_ON, Afterwards, Requests
-from abtrain.train.stopping import Stopping
 from tests.faults.processes import GRACE_SECONDS, Running, start
-from tests.unit.train.test_launch import failure
+from tests.unit.commands.train.test_launch import failure
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 

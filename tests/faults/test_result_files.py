@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from abtrain import __version__
+from abtrain.commands.compare.comparison import parse_arguments
+from abtrain.commands.compare.runs import Task, check, outcome
+from abtrain.commands.paper.experiments import SCALES, cells
+from abtrain.commands.paper.published import AB
+from abtrain.commands.paper.runs import Run, run_all, write_request
+from abtrain.commands.paper.runs import outcome as paper_outcome
+from abtrain.commands.paper.studies import study_cells
+from abtrain.commands.paper.study_page import write_study
+from abtrain.commands.paper.tables import rows as paper_rows
 from abtrain.errors import DataError
-from abtrain.paper.experiments import SCALES, cells
-from abtrain.paper.published import AB
-from abtrain.paper.runs import Run, run_all, write_request
-from abtrain.paper.runs import outcome as paper_outcome
-from abtrain.paper.studies import study_cells
-from abtrain.paper.study_page import write_study
-from abtrain.paper.tables import rows as paper_rows
-from abtrain.study.arguments import parse_arguments
-from abtrain.study.runs import Task, check, outcome
 from tests.faults.kept_runs import RESULT, compared, contents, finish, full_run, put_result
 
 DAMAGED: dict[str, Callable[[Path], object]] = {

@@ -19,9 +19,21 @@ from typing import Any
 import pytest
 import torch
 
-from abtrain import checkpoint, faults
+from abtrain import failpoints as faults
+from abtrain.checkpoint import store as checkpoint
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
+from abtrain.commands.compare import comparison as arguments
+from abtrain.commands.compare import plots
+from abtrain.commands.compare.command import write_results
+from abtrain.commands.tasks.datasets import Data, Split
+from abtrain.commands.train import loop, requests, trackers
+from abtrain.commands.train.config import TrainConfig, resolve
+from abtrain.commands.train.config_file import from_toml
+from abtrain.commands.train.config_problems import validate
+from abtrain.commands.train.display import Display
+from abtrain.commands.train.loop import agree_on_start, train
+from abtrain.commands.train.run_folder import RunFolder
 from abtrain.errors import (
     CheckpointError,
     ConfigurationError,
@@ -30,17 +42,7 @@ from abtrain.errors import (
     RanksDisagreeError,
     StoppedError,
 )
-from abtrain.study import arguments, plots
-from abtrain.study.compare import write_results
-from abtrain.train import loop, requests, trackers
-from abtrain.train.config import TrainConfig, resolve
-from abtrain.train.config_file import from_toml
-from abtrain.train.config_problems import validate
-from abtrain.train.data import Data, Split
-from abtrain.train.loop import agree_on_start, train
-from abtrain.train.progress import Display
-from abtrain.train.run_folder import RunFolder
-from tests.unit.study.made_up import outcomes
+from tests.unit.commands.made_up import outcomes
 
 STEPS = 24
 RECIPES: dict[str, dict[str, Any]] = {

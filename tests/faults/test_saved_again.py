@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 import torch.optim.lr_scheduler as schedulers
 
-from abtrain import ABTraining, FixedRank, checkpoint, faults, recipes, weights_digest
+from abtrain import ABTraining, FixedRank, recipes, weights_digest
+from abtrain import failpoints as faults
+from abtrain.checkpoint import store as checkpoint
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import CheckpointError

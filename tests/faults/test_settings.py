@@ -20,7 +20,7 @@ from abtrain import ABTraining, recipes, weights_digest
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import ConfigurationError, RanksDisagreeError, UsageError
-from abtrain.recipe import Recipe
+from abtrain.recipes.recipe import Recipe
 from tests.cases import SCHEDULE, batch, build
 from tests.faults.loops import Loop, told
 from tests.gloo import run_gloo
@@ -421,7 +421,7 @@ def test_what_is_doubtful_is_told_once(caplog: pytest.LogCaptureFixture) -> None
 def test_the_start_says_who_belongs_together(
     logged: bool, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from abtrain import engine
+    from abtrain.engine import ab_training as engine
 
     caplog.set_level("INFO")
     monkeypatch.setattr(engine.log, "hasHandlers", lambda: logged)

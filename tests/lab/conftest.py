@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from abtrain.commands.lab import Lab, LabConfig
+from abtrain.commands.lab.config import system_problems
 from abtrain.errors import AbtrainError
-from abtrain.lab import Lab, LabConfig
-from abtrain.lab.config import system_problems
 
 
 @pytest.fixture(scope="session")

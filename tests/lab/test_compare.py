@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from abtrain.lab import Lab
-from abtrain.study.arguments import parse_arguments
-from abtrain.study.runs import outcome, run, tasks
+from abtrain.commands.compare.comparison import parse_arguments
+from abtrain.commands.compare.runs import outcome, run, tasks
+from abtrain.commands.lab import Lab
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")

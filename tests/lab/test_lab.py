@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from abtrain.commands.lab import Fault, Job, Lab, LabConfig, namespaces
+from abtrain.commands.lab.namespaces import lab_prefix
+from abtrain.commands.lab.network import CONGESTION_CONTROLS
 from abtrain.errors import ConfigurationError, HostFailedError, LabError
-from abtrain.lab import Fault, Job, Lab, LabConfig, namespaces
-from abtrain.lab.namespaces import lab_prefix
-from abtrain.lab.network import CONGESTION_CONTROLS
 
 RATES = (100 * 10**6, 20 * 10**6)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from abtrain.lab import Lab, LabConfig, namespaces
+from abtrain.commands.lab import Lab, LabConfig, namespaces
 
 ABTRAIN = (sys.executable, "-m", "abtrain", "lab")
 ALLREDUCE = Path(__file__).parents[2] / "benchmarks/allreduce.py"
@@ -49,7 +49,7 @@ def start_sleepers(cwd: Path) -> "subprocess.Popen[str]":
 
 def watcher_of(process: "subprocess.Popen[str]") -> int:
     said = subprocess.run(
-        ["pgrep", "-P", str(process.pid), "-f", "abtrain.lab.watcher"], capture_output=True, text=True
+        ["pgrep", "-P", str(process.pid), "-f", "abtrain.commands.lab.watcher"], capture_output=True, text=True
     )
     return int(said.stdout)
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from abtrain.commands.lab import Job, Lab, LabConfig, clean, namespaces
 from abtrain.errors import LabError
-from abtrain.lab import Job, Lab, LabConfig, clean, namespaces
 from tests.lab.test_lab_command import left_of, runs, start, start_sleepers, watcher_of
 
 # Dies with its watcher once so many commands of Network.build have begun; the last of them may still be under way.
 VICTIM = """
 import os, signal, subprocess, sys
-from abtrain.lab import Lab, LabConfig, lab, network
+from abtrain.commands.lab import Lab, LabConfig, lab, network
 left, run, start, watchers = int(sys.argv[1]), network._run, lab._start_watcher, []
 def start_and_keep(prefix):
     watchers.append(start(prefix))

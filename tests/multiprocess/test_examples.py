@@ -17,7 +17,7 @@ pytest.importorskip("sklearn", reason="the examples' data needs the extra 'data'
 ROOT = Path(__file__).parents[2]
 STEPS = "40"
 # A thread of Gloo that lets go of a tensor while Python takes itself apart aborts any script that ends as scripts do,
-# with plain DDP too; workers of the command end otherwise (`abtrain.train.leaving`).
+# with plain DDP too; workers of the command end otherwise (`abtrain.commands.process`).
 GLOO_ABORTED = "terminate called without an active exception"
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from abtrain.comm.communicator import Communicator
 from tests.gloo import run_gloo
-from tests.unit.test_resume import RECIPES, stopped_and_resumed
+from tests.unit.engine.test_saved_state import RECIPES, stopped_and_resumed
 
 
 def digest(comm: Communicator, name: str, stops: tuple[int, ...]) -> str:

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from abtrain.checkpoint.strict_json import parse_json
 from abtrain.checks import by_name, each, mapping, maybe, number, one_of, row, said, tensor, text, whole
-from abtrain.strict_json import parse_json
 
 DEEP: Any = reduce(lambda inner, _: [inner], range(5000), 1)
 ODD = [10**5000, -(10**5000), DEEP, "x" * 10**6, "\ud800", b"x", object(), torch.ones(2), {1: DEEP}, float("nan"), 1j]

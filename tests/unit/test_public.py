@@ -17,5 +17,5 @@ def test_every_public_name_resolves() -> None:
 
 
 def test_the_package_alone_does_not_import_torch() -> None:
-    code = "import sys, abtrain, abtrain.cli; print('torch' in sys.modules)"
+    code = "import sys, abtrain, abtrain.commands.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

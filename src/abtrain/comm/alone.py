@@ -15,7 +15,7 @@ from abtrain.comm.hooks import make_hook
 from abtrain.comm.link import Link
 from abtrain.comm.meter import Meter
 from abtrain.errors import UsageError
-from abtrain.sync import GradientSync
+from abtrain.recipes.sync import GradientSync
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from abtrain.comm.meter import Meter, Spans
 from abtrain.comm.topology import Topology
-from abtrain.sync import GradientSync, Sync
+from abtrain.recipes.sync import GradientSync, Sync
 
 Scope = Literal["world", "group"]
 Reduction = Literal["sum", "max"]

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _BufferCommHookLocation
 
+from abtrain.comm.averages import largest
 from abtrain.comm.communicator import nothing, still_open
 from abtrain.comm.following import Following
 from abtrain.comm.hooks import GradientHook
 from abtrain.comm.link import Link
 from abtrain.comm.sync_batch_norm import point_at, release
 from abtrain.errors import ConfigurationError, UsageError
-from abtrain.nonfinite import largest
 from abtrain.own import IGNORED, own_names, shared_buffers, shared_parameters
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-from abtrain.sync import GradientSync
+from abtrain.recipes.sync import GradientSync
 
 # A torch.distributed.GradBucket, which its stubs leave out.
 Bucket = Any

@@ -35,7 +35,7 @@ from abtrain.comm.rendezvous import Combine, Rendezvous, add, copied
 from abtrain.comm.topology import Topology
 from abtrain.errors import ConfigurationError
 from abtrain.own import shared_parameters
-from abtrain.sync import GradientSync, Sync
+from abtrain.recipes.sync import GradientSync, Sync
 
 T = TypeVar("T")
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from abtrain.comm.averages import largest
 from abtrain.comm.communicator import still_open
 from abtrain.comm.layouts import Layouts
 from abtrain.comm.rendezvous import add, copied
 from abtrain.errors import UsageError
-from abtrain.nonfinite import largest
 from abtrain.own import shared_buffers, shared_parameters
 
 

@@ -40,7 +40,7 @@ from abtrain.comm.peers import peers_of_world
 from abtrain.comm.topology import Topology, default_group_size
 from abtrain.errors import ConfigurationError
 from abtrain.own import shared_parameters
-from abtrain.sync import GradientSync, Sync
+from abtrain.recipes.sync import GradientSync, Sync
 
 # "undefined": init_process_group was given no backend, and takes NCCL for CUDA tensors and Gloo for the rest.
 _NARROW_BACKENDS = ("gloo", "nccl", "undefined")

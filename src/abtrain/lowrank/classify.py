@@ -9,10 +9,10 @@ from typing import Literal
 
 from torch import nn
 
-from abtrain.factoring import Factoring
 from abtrain.lowrank.layers import FACTORED_LAYERS
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.own import IGNORED, own_names
+from abtrain.recipes.factoring import Factoring
 
 Kind = Literal["factored", "averaged", "frozen", "own"]
 UNSHARED: tuple[Kind, ...] = ("frozen", "own")

@@ -28,8 +28,8 @@ from abtrain.checks import (
 )
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.model import FactoredModel
+from abtrain.lowrank.model_state import own_tensors
 from abtrain.lowrank.optimizer_fit import optimizer_problems
-from abtrain.lowrank.saved import own_tensors
 from abtrain.own import own_names, shared_buffers
 
 Layout = dict[str, Tensor]
@@ -54,7 +54,7 @@ _PARTS: dict[str, Check] = {
 }
 _OPTIONAL: dict[str, Check] = {"own": by_name(tensor()), "weights_same_on": one_of("world", "group")}
 MODEL_STATE: Check = mapping({**_PARTS, **_OPTIONAL}, required=_PARTS)
-"""The form of what `abtrain.lowrank.saved.model_state` returns, for any model, and a mark (see `abtrain.same`)."""
+"""The form of what `abtrain.lowrank.model_state` saves, for any model. `weights_same_on` is a mark for checkpoints."""
 
 
 def model_problems(model: FactoredModel, state: Mapping[str, Any], factored: bool) -> list[str]:

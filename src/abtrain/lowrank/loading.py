@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from abtrain.errors import NonFiniteError
-from abtrain.lowrank.rank import FixedRank
 from abtrain.lowrank.svd import Factors, decompose
 from abtrain.lowrank.weight import FactoredWeight, without_autocast
+from abtrain.recipes.rank_rules import FixedRank
 
 _ROUNDING = 1e-5
 """Relative error that is no loss, in float32."""

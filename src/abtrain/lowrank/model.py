@@ -8,7 +8,6 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from abtrain.factoring import OptimizerState
 from abtrain.lowrank.classify import UNSHARED, Treatment
 from abtrain.lowrank.loading import cutting
 from abtrain.lowrank.mark import FactoredMark
@@ -26,6 +25,7 @@ from abtrain.lowrank.precondition import seen_through
 from abtrain.lowrank.surgery import factorize_, restore_
 from abtrain.lowrank.svd import Factors
 from abtrain.lowrank.weight import FactoredWeight
+from abtrain.recipes.factoring import OptimizerState
 
 TrainedFactors = Literal["all", "A", "B"]
 

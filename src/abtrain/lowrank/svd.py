@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from abtrain.errors import NonFiniteError
-from abtrain.factoring import RankRule
+from abtrain.recipes.factoring import RankRule
 
 
 class Factors(NamedTuple):

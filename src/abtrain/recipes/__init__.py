@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from abtrain.errors import ConfigurationError, nearest
-from abtrain.factoring import Factoring
-from abtrain.recipe import Recipe
+from abtrain.recipes.ab_outer import ab_local, ab_outer
+from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.full_rank import ddp, diloco, local_sgd, powersgd, solo
-from abtrain.recipes.outer import ab_local, ab_outer
 from abtrain.recipes.paper import ab, ab_no_groups
+from abtrain.recipes.recipe import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "ab": ab,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from abtrain.errors import ConfigurationError, nearest
-from abtrain.phase import Phase
-from abtrain.recipe import Recipe
-from abtrain.recipes.parts import MergeName, at_local_lr, full_phase, merge_rule, until
-from abtrain.sync import GradientSync, Outer, WeightSync
+from abtrain.recipes.building_blocks import MergeName, at_local_lr, full_phase, merge_rule, until
+from abtrain.recipes.phase import Phase
+from abtrain.recipes.recipe import Recipe
+from abtrain.recipes.sync import GradientSync, Outer, WeightSync
 
 
 def ddp(total_steps: int, *, wire: Literal["fp32", "bf16"] = "fp32") -> Recipe:
@@ -63,14 +63,14 @@ def local_sgd(
         every: steps between merges.
         merge: the mean over all, over those who trained, or weighted by training loss.
         temperature: of `weighted`, in the units of the loss.
-        wire: how merges are sent (see `abtrain.sync.WeightSync`).
+        wire: how merges are sent (see `abtrain.recipes.sync.WeightSync`).
         delay: steps that a merge is hidden behind; the last one of a phase, so each before a rebound, is waited for.
         fragments: parts of the model that merge in turns; all at once where the phase ends.
         warmup_steps: steps at the start with a sync of their own.
         warmup_every: steps between merges there; 0: gradients are averaged at every step.
         rebound_steps: steps after every merge with a sync of their own.
         rebound_every: steps between merges there; 0: gradients are averaged at every step.
-        local_lr: multiplies the learning rate between merges (see `abtrain.phase.Phase`).
+        local_lr: multiplies the learning rate between merges (see `abtrain.recipes.phase.Phase`).
     """
     sync = WeightSync(every, merge_rule(merge, temperature), wire, delay, fragments)
     local = Phase("local", every if rebound_steps else total_steps, sync=sync)
@@ -100,13 +100,13 @@ def diloco(
         every: steps between merges.
         outer_lr: learning rate of the outer optimizer.
         outer_momentum: its momentum.
-        wire: how merges are sent (see `abtrain.sync.WeightSync`).
+        wire: how merges are sent (see `abtrain.recipes.sync.WeightSync`).
         delay: steps that a merge is hidden behind.
         fragments: parts of the model that merge in turns.
         mean_steps: steps at the start in which merges are plain means.
         mean_every: steps between merges there; 0: gradients are averaged at every step.
-        agreement_below: end them as soon as workers agree less than this (see `abtrain.phase.Until`); 0: never.
-        local_lr: multiplies the learning rate between merges (see `abtrain.phase.Phase`).
+        agreement_below: end them as soon as workers agree less than this (see `abtrain.recipes.phase.Until`); 0: never.
+        local_lr: multiplies the learning rate between merges (see `abtrain.recipes.phase.Phase`).
     """
     sync = WeightSync(every, Outer(outer_lr, outer_momentum), wire, delay, fragments)
     prologue = full_phase("mean", mean_steps, mean_every, wire, until("agreement", agreement_below))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from abtrain.factoring import Factoring, RankRule
-from abtrain.phase import Phase
-from abtrain.recipe import Recipe
-from abtrain.recipes.parts import WARMUP_SHARE, MergeName, full_phase, merge_rule, rank_rule_of, share_of
-from abtrain.sync import GradientSync, Trains, WeightSync
+from abtrain.recipes.building_blocks import WARMUP_SHARE, MergeName, full_phase, merge_rule, rank_rule_of, share_of
+from abtrain.recipes.factoring import Factoring, RankRule
+from abtrain.recipes.phase import Phase
+from abtrain.recipes.recipe import Recipe
+from abtrain.recipes.sync import GradientSync, Trains, WeightSync
 
 AB_SHARE = 1 / 30
 """Steps of one group phase over all steps: 3.33 % in the guideline."""
@@ -49,12 +49,12 @@ def ab(
             (`a_then_b`): then the average of the products is the product of the averages.
         merge: the mean over all (the paper), over those who trained, or weighted by training loss.
         temperature: of `weighted`, in the units of the loss.
-        wire: how merges are sent (see `abtrain.sync.WeightSync`).
+        wire: how merges are sent (see `abtrain.recipes.sync.WeightSync`).
         rebound_steps: full-rank steps after each group phase; default a quarter of `ab_steps`.
         rebound_every: steps between merges there; 0, as in the paper: gradients are averaged at every step.
         lr_rebound_steps: steps over which the learning rate climbs back; default half of `ab_steps`.
         rank_rule: in place of `SigmaCutoff(sigma_cutoff)`: a rule, or its name such as `energy:0.95`.
-        factoring: the other settings of `abtrain.factoring.Factoring`.
+        factoring: the other settings of `abtrain.recipes.factoring.Factoring`.
     """
     ab_steps = share_of(total_steps, AB_SHARE) if ab_steps is None else ab_steps
     sync = WeightSync(ab_steps if every is None else every, merge_rule(merge, temperature), wire)

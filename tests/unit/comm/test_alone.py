@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from abtrain.comm.alone import world_of_one
 from abtrain.errors import UsageError
-from abtrain.sync import GradientSync, GradientWire
+from abtrain.recipes.sync import GradientSync, GradientWire
 from tests.cases import batch, build
 
 

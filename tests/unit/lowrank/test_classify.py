@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from abtrain import SigmaCutoff
-from abtrain.factoring import Factoring
 from abtrain.lowrank.classify import classify
+from abtrain.recipes.factoring import Factoring
 
 
 class Zoo(nn.Module):

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from abtrain import SigmaCutoff
-from abtrain.factoring import OptimizerState
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.lowrank.svd import decompose
+from abtrain.recipes.factoring import OptimizerState
 
 RULE = SigmaCutoff(0.0)
 

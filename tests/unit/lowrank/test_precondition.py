@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.lowrank.precondition import Preconditioner
-from abtrain.lowrank.rank import FixedRank
 from abtrain.lowrank.surgery import factorize_
 from abtrain.lowrank.svd import Factors, decompose
 from abtrain.lowrank.weight import FactoredWeight
+from abtrain.recipes.rank_rules import FixedRank
 
 Optim = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

@@ -10,13 +10,13 @@ from torch import nn
 
 from abtrain import FixedRank, SigmaCutoff
 from abtrain.errors import UsageError
-from abtrain.factoring import RankRule
 from abtrain.lowrank.classify import owner
 from abtrain.lowrank.layers import LowRankConv2d, LowRankLinear
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.surgery import factorize_, restore_
 from abtrain.lowrank.svd import decompose
 from abtrain.lowrank.weight import FactoredWeight
+from abtrain.recipes.factoring import RankRule
 
 ALL = SigmaCutoff(0.0)
 

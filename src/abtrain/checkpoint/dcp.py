@@ -1,0 +1,91 @@
+"""An adapter to PyTorch's distributed checkpoints (DCP), for storage that is trusted.
+
+DCP's metadata, and what it stores beside tensors, is pickle: who can write to such a checkpoint can have code executed
+by whoever loads it. Use it where your platform asks for it, and `abtrain.checkpoint.store` elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from abtrain.checkpoint.strict_json import parse_json
+from abtrain.checkpoint.tensor_files import join, refer, split
+from abtrain.checks import as_checkpoint_error
+from abtrain.comm.communicator import Communicator
+from abtrain.consistency.agreement import raise_together
+from abtrain.errors import CheckpointError
+
+_LENGTH, _DIGEST = 8, 32  # bytes
+
+
+class Saveable(Protocol):
+    """What is asked of an ABTraining."""
+
+    @property
+    def communicator(self) -> Communicator: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class TrainingState:
+    """An `ABTraining` as DCP's `Stateful`. FOR TRUSTED STORAGE ONLY: DCP reads its metadata by pickle.
+
+        dcp.save({"ab": TrainingState(ab)}, checkpoint_id=folder)
+        dcp.load({"ab": TrainingState(ab)}, checkpoint_id=folder)
+
+    Each worker's state is one value of bytes, since workers hold different things between merges, and tensors of other
+    shapes in every phase, which DCP would load into those that are there. As many workers load as have saved.
+
+    Args:
+        ab: an ABTraining, built as the one that was saved, with the same recipe, model and optimizer.
+    """
+
+    def __init__(self, ab: Saveable) -> None:
+        self._ab = ab
+        self._key = f"rank-{ab.communicator.rank}"
+
+    def state_dict(self) -> dict[str, bytes]:
+        """This worker's state: SHA-256, length of the JSON part, JSON, safetensors."""
+        structure, tensors = split(self._ab.state_dict())
+        text = json.dumps(refer(structure, dict.fromkeys(tensors, ""))).encode()
+        held = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+        body = len(text).to_bytes(_LENGTH, "little") + text + safetensors.torch.save(held)
+        return {self._key: hashlib.sha256(body).digest() + body}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` gave. Collective: all workers load.
+
+        Raises:
+            CheckpointError: a worker's state is missing, damaged, or of another recipe, model or optimizer; on all.
+        """
+        problem, tree = "", dict[str, Any]()
+        try:
+            tree = self._tree(state)
+        except CheckpointError as error:
+            problem = str(error)
+        raise_together(self._ab.communicator, problem)
+        self._ab.load_state_dict(tree)
+
+    def _tree(self, state: Mapping[str, Any]) -> Any:
+        """This worker's state, verified to be the bytes that were saved."""
+        saved = state.get(self._key) if isinstance(state, Mapping) else None
+        if not isinstance(saved, bytes):
+            raise CheckpointError(f"there is no state of {self._key}: load as many workers as have saved")
+        digest, body = saved[:_DIGEST], saved[_DIGEST:]
+        if hashlib.sha256(body).digest() != digest:
+            raise CheckpointError(f"the state of {self._key} is damaged: it has not the bytes that were saved")
+        end = _LENGTH + int.from_bytes(body[:_LENGTH], "little")
+        with as_checkpoint_error(f"the state of {self._key} is malformed"):
+            try:
+                tensors = safetensors.torch.load(body[end:])
+            except SafetensorError as error:
+                raise ValueError(f"{error}") from error
+            return join(parse_json(body[_LENGTH:end]), lambda _, key: tensors[key])

@@ -1,0 +1,1 @@
+"""Recipes side by side in the lab, and the report."""

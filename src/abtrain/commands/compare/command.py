@@ -1,0 +1,125 @@
+"""`abtrain compare`: several recipes in the lab, under the same conditions, side by side."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from abtrain import __version__
+from abtrain.commands.compare.comparison import Comparison, parse_arguments
+from abtrain.commands.compare.kept import held, versions_note, writing
+from abtrain.commands.compare.plots import draw_all
+from abtrain.commands.compare.report import FILE as REPORT_FILE
+from abtrain.commands.compare.report import write_report
+from abtrain.commands.compare.runs import Outcome, check, outcome, run, tasks
+from abtrain.commands.compare.summary import Row, rows, utilisations
+from abtrain.commands.lab import Lab, format_rate
+from abtrain.commands.lab.command import stopped_by_signals
+from abtrain.commands.train.config import resolve
+from abtrain.commands.units import human_bytes
+from abtrain.files import write_json
+
+FILE = "compare.json"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs what is not done yet, and writes compare.json, the figures and report.html.
+
+    Raises:
+        ConfigurationError: all that is wrong with the arguments or with this system, or all runs of other settings that
+            are in the way, before anything is run.
+        DataError: results of earlier runs that are damaged; likewise before anything is run.
+        HostFailedError: a run failed.
+        LabError: the lab cannot be built.
+        StoppedError: SIGINT, SIGTERM or SIGHUP. In all cases the runs that are done are kept.
+    """
+    comparison = parse_arguments(arguments)
+    # What a recipe is called may look like markup.
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    with stopped_by_signals(), held(comparison.out):
+        outcomes = _run_all(comparison, console)
+    command = shlex.join(("abtrain", "compare", *arguments))
+    with writing(comparison.out):
+        found = write_results(comparison, outcomes, command)
+    console.print(_table(found))
+    if note := versions_note(outcome.version for outcome in outcomes):
+        console.print(note)
+    console.print(f"written to {comparison.out / REPORT_FILE}")
+
+
+def write_results(comparison: Comparison, outcomes: Sequence[Outcome], command: str) -> list[Row]:
+    """Writes compare.json, the figures and report.html; returns the rows of the table."""
+    rate, workers = comparison.lab.rate(0), comparison.lab.nodes * comparison.lab.workers_per_node
+    found = rows([outcome for outcome in outcomes if outcome.rate == rate], workers)
+    record = _record(comparison, found, outcomes, command)
+    write_json(comparison.out / FILE, record)
+    figures = draw_all(found, outcomes, rate, comparison.out)
+    write_report(record, found, figures, comparison.out)
+    return found
+
+
+def _run_all(comparison: Comparison, console: Console) -> list[Outcome]:
+    """Runs what is not done; the outcomes of all."""
+    planned = tasks(comparison)
+    check(planned, comparison.overwrite)
+    missing = [task for task in planned if not task.done]
+    console.print(f"{len(planned)} runs, {len(planned) - len(missing)} of them done before")
+    if missing:
+        with Lab(comparison.lab) as lab:
+            for number, task in enumerate(missing, 1):
+                run(task, lab, comparison.overwrite)
+                console.print(f"{number}/{len(missing)} {task}: {_in_short(outcome(task))}")
+    return [outcome(task) for task in planned]
+
+
+def _in_short(result: Outcome) -> str:
+    score = f"loss {result.loss:.3f}" if result.top1 is None else f"top-1 {result.top1:.2f}"
+    return f"{score}, {human_bytes(result.wire_bytes)} a host, {result.seconds:.1f} s"
+
+
+def _record(comparison: Comparison, found: Sequence[Row], outcomes: Sequence[Outcome], command: str) -> dict[str, Any]:
+    """The content of compare.json: sizes in bytes, rates in bits per second, shares of 1."""
+    return {
+        "command": command,
+        "settings": comparison.settings(),
+        "link": format_rate(comparison.lab.rate(0)),
+        "learning_rates": {entry.label: resolve(entry.config).lr for entry in comparison.contestants},
+        "rows": [asdict(row) for row in found],
+        "utilisation": {
+            label: [{"rate": rate, "utilisation": value} for rate, value in points]
+            for label, points in utilisations(outcomes).items()
+        },
+        "runs": [asdict(outcome) for outcome in outcomes],
+        "versions": {"abtrain": __version__, "torch": version("torch"), "python": platform.python_version()},
+        "hardware": {"platform": platform.platform(), "cores": os.cpu_count()},
+        "note": versions_note(outcome.version for outcome in outcomes),
+    }
+
+
+def _table(found: Sequence[Row]) -> Table:
+    score = "loss" if found[0].top1 is None else "top-1"
+    table = Table(box=SIMPLE, padding=(0, 1))
+    for column in ("recipe", score, "wire", "of ddp", "seconds", "of bf16", "used", "comp."):
+        table.add_column(column, justify="left" if column == "recipe" else "right", no_wrap=True)
+    for row in found:
+        mean, deviation = (row.loss, row.loss_std) if row.top1 is None else (row.top1, row.top1_std)
+        table.add_row(
+            row.label,
+            f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}",
+            human_bytes(row.wire_bytes),
+            f"{row.wire_ratio:.2%}",
+            f"{row.seconds:.1f}",
+            f"{row.seconds_ratio:.2f}",
+            f"{row.utilisation:.0%}",
+            f"{row.compression:.2f}",
+        )
+    return table

@@ -1,0 +1,107 @@
+"""What a run computes: its resolved settings, and the recipe that they build with this version's defaults. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from abtrain import __version__, recipes
+from abtrain.comm.checksums import stable_repr
+from abtrain.commands.tasks.task import TASKS
+from abtrain.commands.train.config import NOT_OF_THE_METHOD, TrainConfig, resolve, used_options
+from abtrain.commands.train.config_file import from_values
+from abtrain.errors import ConfigurationError
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+SETTINGS = tuple(name for name in DEFAULTS if name == "workers" or name not in NOT_OF_THE_METHOD)
+"""The settings that tell runs apart. What is measured depends on the number of workers too."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a run computes.
+
+    Attributes:
+        settings: of the method, resolved, by name.
+        recipe: that the settings build, as JSON would have it.
+    """
+
+    settings: Mapping[str, Any]
+    recipe: Any
+
+
+def method_of(config: TrainConfig) -> Method:
+    """What a run of these settings, which are valid, would compute with this version of abtrain."""
+    whole = resolved(config)
+    assert whole.steps is not None
+    recipe = recipes.build(whole.recipe, whole.steps, **used_options(whole))
+    return Method(_settings(whole), _described(recipe))
+
+
+def setting_differences(values: Mapping[str, Any], wanted: Method, excused: frozenset[str]) -> list[str]:
+    """How settings differ from those wanted, a message each.
+
+    Args:
+        values: settings by name; what is left out has this version's default.
+        wanted: what they are compared with.
+        excused: names that are not known here, and may be there.
+    """
+    known = {name: value for name, value in values.items() if name in DEFAULTS and name != "config"}
+    found = [
+        f"{name} is {reprlib.repr(value)} there and not known to abtrain {__version__}"
+        for name, value in values.items()
+        if name not in known and name not in excused
+    ]
+    try:
+        there = _settings(resolved(from_values(known, "there")))
+    except ConfigurationError as error:
+        return [*found, *error.problems]
+    found += [
+        f"{name} is {there[name]!r} there and {value!r} here"
+        for name, value in wanted.settings.items()
+        if there[name] != value
+    ]
+    return found
+
+
+def recipe_differences(there: Any, here: Any, place: str = "recipe") -> list[str]:
+    """How recipes differ: by their defaults, since it is the same settings that build them.
+
+    A field that only one of them has is of another version, and no difference.
+    """
+    if isinstance(there, dict) and isinstance(here, dict) and there.get("kind") == here["kind"]:
+        both = [name for name in here if name in there]
+        return [line for name in both for line in recipe_differences(there[name], here[name], f"{place}.{name}")]
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = enumerate(zip(there, here, strict=True))
+        return [line for n, (one, other) in pairs for line in recipe_differences(one, other, f"{place}[{n}]")]
+    if there == here:
+        return []
+    return [f"{place} is {reprlib.repr(there)} there and {reprlib.repr(here)} here, by default"]
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The settings with the task's defaults, if there is such a task.
+
+    The device is not asked for: it depends on the machine, and is not of the method.
+    """
+    return resolve(dataclasses.replace(config, device="cpu")) if config.task in TASKS else config
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in SETTINGS}
+
+
+def _described(value: Any) -> Any:
+    """A recipe, or what it is made of, as JSON would have it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _described(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields}
+    if isinstance(value, list | tuple):
+        return [_described(item) for item in value]
+    plain = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain else stable_repr(value)

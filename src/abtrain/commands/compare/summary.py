@@ -1,0 +1,135 @@
+"""From runs to the rows of a table: means over seeds, and ratios to the references. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from abtrain.commands.compare.contestants import DDP, DDP_BF16, SOLO
+from abtrain.commands.compare.runs import Outcome
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contestant: means over its seeds at the comparison's rate.
+
+    Attributes:
+        label: of the contestant.
+        seeds: how many runs the means are over.
+        top1, top1_std: per cent; None where the task has none, and the deviation also with a single seed.
+        loss, loss_std: on the validation data, in nats.
+        wire_bytes: transmitted by each host, everything included.
+        wire_ratio: to that of ddp in fp32.
+        seconds: of the training loop.
+        sync_seconds: of these, waiting for others.
+        seconds_ratio: to that of ddp in bf16.
+        utilisation: seconds of solo over its own: the share of time that is not spent on others.
+        compression: full parameters over factored ones.
+        payload: bytes that a worker hands to collectives.
+        ring_bytes: what the payload comes to if every byte of it is all-reduced in a ring.
+        start_bytes: of the wire bytes those that solo has too: start-up and the comparison of initial weights.
+        payload_by_phase: payload of each phase of the recipe.
+    """
+
+    label: str
+    seeds: int
+    top1: float | None
+    top1_std: float | None
+    loss: float
+    loss_std: float | None
+    wire_bytes: float
+    wire_ratio: float
+    seconds: float
+    sync_seconds: float
+    seconds_ratio: float
+    utilisation: float
+    compression: float
+    payload: float
+    ring_bytes: float
+    start_bytes: float
+    payload_by_phase: dict[str, float]
+
+
+def rows(outcomes: Sequence[Outcome], workers: int) -> list[Row]:
+    """A row for each contestant, in the order of their first runs.
+
+    Args:
+        outcomes: of runs at one rate, those of the references among them.
+        workers: that take part in each run.
+    """
+    by_label: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_label.setdefault(outcome.label, []).append(outcome)
+    wire = {label: _mean(run.wire_bytes for run in runs) for label, runs in by_label.items()}
+    seconds = {label: _mean(run.seconds for run in runs) for label, runs in by_label.items()}
+    found = []
+    for label, runs in by_label.items():
+        top1 = [run.top1 for run in runs if run.top1 is not None]
+        payload = _mean(run.payload for run in runs)
+        found.append(
+            Row(
+                label=label,
+                seeds=len(runs),
+                top1=_mean(top1) if top1 else None,
+                top1_std=_deviation(top1),
+                loss=_mean(run.loss for run in runs),
+                loss_std=_deviation([run.loss for run in runs]),
+                wire_bytes=wire[label],
+                wire_ratio=wire[label] / wire[DDP],
+                seconds=seconds[label],
+                sync_seconds=_mean(run.sync_seconds for run in runs),
+                seconds_ratio=seconds[label] / seconds[DDP_BF16],
+                utilisation=seconds[SOLO] / seconds[label],
+                compression=_mean(run.compression for run in runs),
+                payload=payload,
+                ring_bytes=2 * (workers - 1) / workers * payload,
+                start_bytes=wire[SOLO],
+                payload_by_phase=_mean_by_phase(runs),
+            )
+        )
+    return found
+
+
+def utilisations(outcomes: Sequence[Outcome]) -> dict[str, list[tuple[int, float]]]:
+    """For each contestant (bits per second, utilisation), as measured, the slowest link first."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for rate in sorted({outcome.rate for outcome in outcomes}):
+        here = [outcome for outcome in outcomes if outcome.rate == rate]
+        solo = _mean(outcome.seconds for outcome in here if outcome.label == SOLO)
+        for label in dict.fromkeys(outcome.label for outcome in here):
+            own = _mean(outcome.seconds for outcome in here if outcome.label == label)
+            found.setdefault(label, []).append((rate, solo / own))
+    return found
+
+
+def expected_utilisation(row: Row, measured_rate: int, rate: float, wire_share: float) -> float:
+    """What a contestant's utilisation would be on other links.
+
+    On slower ones its measured seconds grow by what its bytes take longer on the link. On faster ones the time that it
+    waited for its bytes shrinks with what they take on the link; the rest was hidden behind computing already.
+
+    Args:
+        row: of the contestant.
+        measured_rate: bits per second that the row was measured at.
+        rate: of the other links.
+        wire_share: payload over what a link is shaped by.
+    """
+    on_link = 8 * row.wire_bytes / wire_share / measured_rate
+    slower = measured_rate / rate
+    more = (slower - 1) * (on_link if slower > 1 else min(row.sync_seconds, on_link))
+    return min(1.0, row.utilisation * row.seconds / (row.seconds + more))
+
+
+def _mean_by_phase(runs: Sequence[Outcome]) -> dict[str, float]:
+    phases = dict.fromkeys(phase for run in runs for phase in run.payload_by_phase)
+    return {phase: _mean(run.payload_by_phase.get(phase, 0) for run in runs) for phase in phases}
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    """Of a sample; nothing of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else None

@@ -1,0 +1,73 @@
+"""`abtrain lab`: a script on an emulated cluster, from the command line to the table of bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+
+from abtrain.commands.lab.arguments import Request, parse_arguments
+from abtrain.commands.lab.lab import Lab, clean
+from abtrain.commands.lab.rates import format_rate
+from abtrain.commands.lab.result import FILE, as_table
+from abtrain.errors import StoppedError
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command.
+
+    Raises:
+        ConfigurationError: all that is wrong with the arguments or with this system, before anything is built.
+        HostFailedError: a host failed; the exit code is that of the host.
+        LabError: the lab cannot be built, or its time is over.
+        StoppedError: SIGINT, SIGTERM or SIGHUP. In all cases nothing of the lab is left.
+    """
+    request = parse_arguments(arguments)
+    console = Console(soft_wrap=True, highlight=False)
+    if request.job is None:
+        removed = clean()
+        console.print(f"removed {', '.join(removed)}" if removed else "nothing is left of dead labs")
+        return
+    with stopped_by_signals():
+        _run(request, console)
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Turns the signals that ask a program to stop into StoppedError, once."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        for other in _STOP_SIGNALS:
+            signal.signal(other, signal.SIG_IGN)  # removing the lab takes a moment, and must not be cut short
+        raise StoppedError(f"stopped on request ({signal.Signals(number).name})")
+
+    previous = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run(request: Request, console: Console) -> None:
+    config, job = request.config, request.job
+    assert job is not None
+    with Lab(config) as lab:
+        for host, (up, down) in enumerate(lab.measured):
+            console.print(f"host {host}: {config.address(host)}, up {format_rate(up)}, down {format_rate(down)}")
+
+        def show(host: int, line: str) -> None:
+            console.print(f"host {host} | {line}", markup=False)
+
+        result = lab.run(job, show=show, check=False)
+    console.print(as_table(result))
+    console.print(f"written to {job.out / FILE}")
+    error = result.error()
+    if error is not None:
+        raise error

@@ -1,0 +1,160 @@
+"""What happens to hosts and links while a command runs: data, and how it is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from abtrain.commands.lab.rates import format_rate, parse_rate
+
+Kind = Literal["cut", "freeze", "kill", "change"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of one host.
+
+    Attributes:
+        kind: the host's link is cut, its processes are frozen or killed, or its link's rate changes.
+        host: number of the host, from 0.
+        at: seconds after the start of the command.
+        duration: seconds until a cut link is joined again, or frozen processes go on; None: not before the end.
+        rate: new rate of the link in bits per second; of a change only.
+    """
+
+    kind: Kind
+    host: int
+    at: float
+    duration: float | None = None
+    rate: int | None = None
+
+    def __str__(self) -> str:
+        until = "" if self.duration is None else f"+{self.duration:g}s"
+        rate = "" if self.rate is None else f"={format_rate(self.rate)}"
+        return f"{self.kind} {self.host}@{self.at:g}s{until}{rate}"
+
+
+_SECONDS = r"(?P<{}>\d+(?:\.\d+)?)s"
+_START = r"(?P<host>\d+)@" + _SECONDS.format("at")
+_DURATION = r"(?:\+" + _SECONDS.format("duration") + ")?"
+_FORMS: dict[Kind, tuple[str, str]] = {
+    "cut": (_START + _DURATION, "HOST@STARTs+DURATIONs, such as 3@20s+10s"),
+    "freeze": (_START + _DURATION, "HOST@STARTs+DURATIONs, such as 2@5s+3s"),
+    "kill": (_START, "HOST@STARTs, such as 1@8s"),
+    "change": (_START + r"=(?P<rate>\w[\w.]*)", "HOST@STARTs=RATE, such as 2@10s=20mbit"),
+}
+
+
+def form_of(kind: Kind) -> str:
+    """How a fault of this kind is written, with an example."""
+    return _FORMS[kind][1]
+
+
+def parse_fault(kind: Kind, text: str) -> Fault:
+    """A fault as it is written on the command line, such as 3@20s+10s.
+
+    Raises:
+        ValueError: the text is no such fault.
+    """
+    pattern, form = _FORMS[kind]
+    found = re.fullmatch(pattern, text.strip())
+    if found is None:
+        raise ValueError(f"--{kind} {text!r} cannot be read: use {form}")
+    parts = found.groupdict()
+    duration, rate = parts.get("duration"), parts.get("rate")
+    try:
+        new_rate = None if rate is None else parse_rate(rate)
+    except ValueError as error:
+        raise ValueError(f"--{kind} {text!r}: {error}") from None
+    return Fault(kind, int(parts["host"]), float(parts["at"]), None if duration is None else float(duration), new_rate)
+
+
+def fault_problems(faults: Iterable[Fault], nodes: int) -> list[str]:
+    """What is wrong with faults in a lab of so many hosts, a message each."""
+    problems = []
+    for fault in faults:
+        if not 0 <= fault.host < nodes:
+            problems.append(f"{fault}: there is no host {fault.host}: hosts are numbered 0 to {nodes - 1}")
+        if fault.duration is not None and fault.duration <= 0:
+            problems.append(f"{fault}: a duration of {fault.duration:g} s is no time: use more, or leave it out")
+        if (fault.kind == "change") != (fault.rate is not None):
+            problems.append(f"{fault}: a change of rate needs a rate, and nothing else has one")
+    return problems
+
+
+@dataclass(frozen=True)
+class Action:
+    """What is done to a host at a moment: a fault begins or ends.
+
+    Attributes:
+        at: seconds after the start of the command.
+        verb: cut, join, freeze, thaw, kill or change.
+        fault: what it belongs to.
+    """
+
+    at: float
+    verb: str
+    fault: Fault
+
+
+@dataclass(frozen=True)
+class Event:
+    """What was done to a host, and when.
+
+    Attributes:
+        seconds: after the start of the command; below 0 if it was done before.
+        verb: cut, join, freeze, thaw, kill or change.
+        host: number of the host.
+        rate: new rate of its link in bits per second; of a change only.
+    """
+
+    seconds: float
+    verb: str
+    host: int
+    rate: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.verb} {self.host}"
+
+
+_ENDS = {"cut": "join", "freeze": "thaw"}
+
+
+def timeline(faults: Iterable[Fault]) -> list[Action]:
+    """The actions that faults consist of, in the order of time."""
+    actions = []
+    for fault in faults:
+        actions.append(Action(fault.at, fault.kind, fault))
+        if fault.duration is not None:
+            actions.append(Action(fault.at + fault.duration, _ENDS[fault.kind], fault))
+    return sorted(actions, key=lambda action: action.at)
+
+
+def faults_in_words(events: Iterable[Event], until: float) -> list[str]:
+    """What a lab has done to its hosts up to a moment, a sentence each without its full stop.
+
+    Args:
+        events: in the order of time.
+        until: seconds after the start of the command; later events do not count.
+    """
+    told = [event for event in events if event.seconds <= until]
+    return [_in_words(event, told[index + 1 :]) for index, event in enumerate(told) if event.verb in _WORDS]
+
+
+_WORDS = {"cut": "was cut off", "freeze": "was frozen", "kill": "was killed", "change": "got a link of {rate}"}
+_NEVER = {"cut": "never joined again", "freeze": "never thawed"}
+
+
+def _in_words(event: Event, later: Iterable[Event]) -> str:
+    did = f"host {event.host} {_WORDS[event.verb]}".format(rate=format_rate(event.rate or 0))
+    start = "before the command started" if event.seconds < 0 else f"at {event.seconds:.1f} s"
+    if event.verb not in _ENDS:
+        return f"{did} {start}"
+    ends = (other for other in later if (other.verb, other.host) == (_ENDS[event.verb], event.host))
+    end = next(ends, None)
+    if end is None:
+        return f"{did} {start} and {_NEVER[event.verb]}"
+    back = "joined again" if event.verb == "cut" else "thawed"
+    return f"{did} {start} and {back} at {end.seconds:.1f} s"

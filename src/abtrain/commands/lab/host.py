@@ -1,0 +1,43 @@
+"""torchrun as a host of a lab runs it: it ends with the lab, and with the exit code of the worker that failed.
+
+As a program, `python -m abtrain.commands.lab.host LAB ARGUMENTS...`, LAB is the process of the lab, and the rest is
+torchrun's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(lab: int, arguments: list[str]) -> int:
+    """Runs torchrun.
+
+    Returns:
+        0, or the exit code of the worker that failed first; 128 and its number if a signal ended that.
+    """
+    # Workers are found in the host's namespace and ended there; this is for the moment before it is entered.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != lab:
+        return 128 + signal.SIGKILL
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(arguments)
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        print(f"worker {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,221 @@
+"""An emulated cluster, from its first namespace to its last.
+
+with Lab(LabConfig(nodes=4, rates=(100_000_000,))) as lab:
+    result = lab.run(Job(("train.py", "--steps", "100"), out=Path("runs/lab")))
+print(result.wire_bytes, result.seconds)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import subprocess
+import sys
+from types import TracebackType
+
+from abtrain.commands.lab import namespaces
+from abtrain.commands.lab.config import LabConfig, config_problems, system_problems
+from abtrain.commands.lab.faults import Action
+from abtrain.commands.lab.job import Job, job_problems
+from abtrain.commands.lab.measure import verify_links
+from abtrain.commands.lab.network import Network
+from abtrain.commands.lab.processes import Show
+from abtrain.commands.lab.result import LabResult
+from abtrain.commands.lab.run import Run
+from abtrain.errors import ConfigurationError, LabError
+
+log = logging.getLogger("abtrain")
+
+_WATCHER = "abtrain.commands.lab.watcher"
+
+
+def clean() -> list[str]:
+    """Removes what is left of labs whose process is gone; returns their names.
+
+    Raises:
+        ConfigurationError: this system can have no labs.
+        LabError: some cannot be removed; the others are.
+    """
+    problems = system_problems()
+    if problems:
+        raise ConfigurationError(problems)
+    removed, errors = [], []
+    for prefix in namespaces.dead_labs():
+        try:
+            namespaces.remove_lab(prefix)
+            removed.append(prefix)
+        except LabError as error:
+            errors.append(str(error))
+    if errors:
+        raise LabError("\n".join(errors))
+    return removed
+
+
+class Lab:
+    """An emulated cluster that is there inside a `with` block. It runs one job at a time; another thread may cause
+    faults meanwhile, beside those of the job.
+
+    Args:
+        config: of hosts and links.
+
+    Attributes:
+        measured: for each host, bits per second that its link carries up and down, as last measured.
+    """
+
+    def __init__(self, config: LabConfig) -> None:
+        self.config = config
+        self.measured: list[tuple[float, float]] = []
+        self._network: Network
+        self._watcher: subprocess.Popen[bytes]
+        self._run: Run | None = None
+        self._cut_off: set[int] = set()
+
+    def __enter__(self) -> Lab:
+        """Removes what is left of dead labs, builds this one, and measures its links.
+
+        Raises:
+            ConfigurationError: all that is wrong with the settings or with this system.
+            LabError: it cannot be built, or a link is not as fast as it should be.
+        """
+        problems = [*config_problems(self.config), *system_problems()]
+        if problems:
+            raise ConfigurationError(problems)
+        try:
+            clean()
+        except LabError as error:  # of others; this lab can do without their leftovers being gone
+            log.warning("%s", error)
+        self._network = Network(self.config)
+        self._network.check_name()
+        self._watcher = _start_watcher(self._network.prefix)
+        try:
+            self._network.build()
+            self.measure()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    def run(self, job: Job, *, show: Show = lambda host, line: None, check: bool = True) -> LabResult:
+        """Runs a command on every host, and waits until it has ended on all of them. Rates stay as faults leave them.
+
+        Args:
+            job: the command, and what happens meanwhile.
+            show: gets each line that a host prints, (host, line), in a thread of the host's.
+            check: raise the result's error, if it has one.
+
+        Raises:
+            ConfigurationError: all that is wrong with the job.
+            HostFailedError: a host failed; everything has been ended.
+            LabError: the job's time-out has passed; everything has been ended.
+        """
+        problems = job_problems(job, self.config.nodes)
+        if problems:
+            raise ConfigurationError(problems)
+        self._run = Run(self._network, job, self.measured, self._act, show, sorted(self._cut_off))
+        try:
+            result = self._run.finish()
+        finally:
+            self._run.close()
+            self._run = None
+        error = result.error()
+        if check and error is not None:
+            raise error
+        return result
+
+    @property
+    def rates(self) -> list[int]:
+        """For each host, bits per second of its link as it is set now."""
+        return list(self._network.rates)
+
+    def measure(self) -> list[tuple[float, float]]:
+        """Measures all links, which nothing may use meanwhile, and keeps what they carry in `measured`.
+
+        Raises:
+            LabError: a link is not as fast as it should be.
+        """
+        self.measured = verify_links(self._network)
+        return self.measured
+
+    def cut(self, host: int) -> None:
+        """Takes a host off the network."""
+        self._note("cut", host)
+        self._network.set_link(host, up=False)
+        self._cut_off.add(host)
+
+    def join(self, host: int) -> None:
+        """Brings a host back that was cut off."""
+        self._note("join", host)
+        self._network.set_link(host, up=True)
+        self._cut_off.discard(host)
+
+    def freeze(self, host: int) -> None:
+        """Stops all processes of a host where they are."""
+        self._note("freeze", host)
+        names = (self._network.hosts[host],)
+        # Once more if there are new ones, started by those that were not yet stopped.
+        before: list[int] = []
+        while (reached := namespaces.signal_all(names, signal.SIGSTOP)) != before:
+            before = reached
+
+    def thaw(self, host: int) -> None:
+        """Lets the processes of a frozen host go on."""
+        self._note("thaw", host)
+        namespaces.signal_all((self._network.hosts[host],), signal.SIGCONT)
+
+    def kill(self, host: int) -> None:
+        """Kills all processes of a host. The job does not fail for that, unless other hosts do."""
+        self._note("kill", host)
+        if self._run is not None:
+            self._run.processes.killed.add(host)
+        namespaces.kill_all((self._network.hosts[host],))
+
+    def change(self, host: int, rate: int) -> None:
+        """Sets the rate of a host's link, both ways, in bits per second."""
+        self._note("change", host, rate)
+        self._network.set_rate(host, rate)
+
+    def _act(self, action: Action) -> None:
+        host, rate = action.fault.host, action.fault.rate
+        if rate is not None:
+            self.change(host, rate)
+            return
+        {"cut": self.cut, "join": self.join, "freeze": self.freeze, "thaw": self.thaw, "kill": self.kill}[action.verb](
+            host
+        )
+
+    def _note(self, verb: str, host: int, rate: int | None = None) -> None:
+        """Has a job know what is about to happen to a host: others may fail of it before it has happened."""
+        if self._run is not None:
+            self._run.note(verb, host, rate)
+
+    def _remove(self) -> None:
+        try:
+            self._network.remove()
+        finally:
+            _stop_watcher(self._watcher)
+
+
+def _start_watcher(prefix: str) -> subprocess.Popen[bytes]:
+    """Starts what removes the lab if this process cannot; in a session of its own, where Ctrl-C does not reach it."""
+    return subprocess.Popen(
+        (sys.executable, "-m", _WATCHER, prefix),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _stop_watcher(watcher: subprocess.Popen[bytes]) -> None:
+    """Lets the watcher end, once it has removed what may be left."""
+    assert watcher.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # somebody killed it
+        watcher.stdin.write(b"removed\n")
+        watcher.stdin.close()
+    watcher.wait()

@@ -1,0 +1,128 @@
+"""Links are measured before anything runs over them: a short TCP transfer each way, between a host and the switch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from abtrain.commands.lab import namespaces
+from abtrain.commands.lab.network import Network, burst_bytes
+from abtrain.commands.lab.rates import format_rate
+from abtrain.errors import LabError
+
+WIRE_SHARE = 1448 / 1514
+"""Of the bytes that a link is shaped by, those that TCP carries: of 1,514 with Ethernet, IP and TCP headers."""
+_SECONDS = 0.2
+_LEAST_BYTES = 256 * 1024
+_ATTEMPTS = 5  # a busy machine delays the one that measures, not the link
+_SILENCE_SECONDS = 5.0
+_SETTLE_SECONDS = 0.4  # in which what still queues at the links' ends has drained, and is counted with nothing else
+# What can be measured at once without the machine itself being the limit, in bits per second.
+_AT_ONCE = 500 * 10**6
+
+
+def verify_links(network: Network) -> list[tuple[float, float]]:
+    """Measures what every host's link carries, up to the switch and down from it.
+
+    Returns:
+        bits per second up and down for each host, headers included, as they are shaped.
+
+    Raises:
+        LabError: links that are off by more than the tolerance; it names their hosts.
+    """
+    hosts = range(network.config.nodes)
+    alone = sum(network.rates) > _AT_ONCE
+    with ThreadPoolExecutor(1 if alone else len(hosts), initializer=_come_first) as pool:
+        measured = list(pool.map(lambda host: _measure_host(network, host), hosts))
+    problems = [
+        f"host {host}: {way} is {format_rate(rate)}, not {format_rate(network.rates[host])} within "
+        f"{network.config.tolerance:.0%}"
+        for host in hosts
+        for way, rate in zip(("up", "down"), measured[host], strict=True)
+        if not _fits(rate, network.rates[host], network.config.tolerance)
+    ]
+    if problems:
+        raise LabError("\n".join([*problems, "this machine is too busy or too slow for these links: use lower rates"]))
+    time.sleep(_SETTLE_SECONDS)
+    return measured
+
+
+def _measure_host(network: Network, host: int) -> tuple[float, float]:
+    inside, switch = network.hosts[host], network.switch
+    return _closest(network, host, inside, switch), _closest(network, host, switch, inside)
+
+
+def _closest(network: Network, host: int, sender: str, receiver: str) -> float:
+    """Of a few measurements the one that is nearest to what it should be."""
+    config, rate = network.config, network.rates[host]
+    address = config.address(host if receiver == network.hosts[host] else config.nodes)
+    best = 0.0
+    for _ in range(_ATTEMPTS):
+        try:
+            measured = _transfer(sender, receiver, address, rate) / WIRE_SHARE
+        except OSError as error:
+            raise LabError(f"host {host} and the switch do not reach each other: {error}") from None
+        best = min(best, measured, key=lambda value: abs(value - rate))
+        if _fits(best, rate, config.tolerance):
+            break
+    return best
+
+
+def _fits(measured: float, rate: int, tolerance: float) -> bool:
+    return abs(measured - rate) <= tolerance * rate
+
+
+def _transfer(sender: str, receiver: str, address: str, rate: int) -> float:
+    """Bits per second of TCP payload from one namespace to another."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(namespaces.inside(receiver, lambda: socket.create_server((address, 0))))
+        source = stack.enter_context(namespaces.inside(sender, socket.socket))
+        listener.settimeout(_SILENCE_SECONDS)
+        source.settimeout(_SILENCE_SECONDS)
+        source.connect(listener.getsockname())
+        sink = stack.enter_context(listener.accept()[0])
+        sink.settimeout(_SILENCE_SECONDS)
+        sending = threading.Thread(target=_send, args=(source,))
+        sending.start()
+        try:
+            return _receive(sink, skip=burst_bytes(rate) + 64 * 1024, count=max(int(_SECONDS * rate / 8), _LEAST_BYTES))
+        finally:
+            sink.close()
+            sending.join()
+
+
+def _come_first() -> None:
+    """Lets this thread run before what else the machine does, which would be taken for slowness of the link."""
+    with contextlib.suppress(OSError):  # where that is not allowed, a busy machine may fail the measurement
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+
+
+def _send(source: socket.socket) -> None:
+    _come_first()
+    block = bytes(64 * 1024)
+    with contextlib.suppress(OSError):  # the receiver closes once it has seen enough
+        while True:
+            source.sendall(block)
+
+
+def _receive(sink: socket.socket, skip: int, count: int) -> float:
+    """Bits per second at which `count` bytes arrive after the first `skip`, which the link passes unshaped."""
+    buffer = bytearray(256 * 1024)
+    seen = 0
+    while seen < skip:
+        seen += _some(sink, buffer)
+    first, started = seen, time.perf_counter()
+    while seen < first + count:
+        seen += _some(sink, buffer)
+    return 8 * (seen - first) / (time.perf_counter() - started)
+
+
+def _some(sink: socket.socket, buffer: bytearray) -> int:
+    count = sink.recv_into(buffer)
+    if not count:
+        raise ConnectionError("the transfer broke off")
+    return count

@@ -1,0 +1,153 @@
+"""What came out of a command in a lab: as data, as lab.json, and as a table."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from abtrain import __version__
+from abtrain.commands.lab.config import LabConfig
+from abtrain.commands.lab.counters import SAMPLE_SECONDS, Traffic
+from abtrain.commands.lab.measure import WIRE_SHARE
+from abtrain.commands.lab.network import INTERFACE, LATENCY, burst_bytes
+from abtrain.commands.lab.rates import format_rate
+from abtrain.errors import HostFailedError, LabError
+
+FILE = "lab.json"
+
+
+@dataclass(frozen=True)
+class HostResult:
+    """One host of a lab, after a command.
+
+    Attributes:
+        host: its number.
+        address: in the lab's network.
+        rate: bits per second of its link, at the start.
+        measured_up, measured_down: what its link was measured to carry before, in bits per second.
+        traffic: what passed its interface.
+        exit_code: of its command; 128 and its number if a signal ended it.
+        killed: whether it was killed as a fault.
+    """
+
+    host: int
+    address: str
+    rate: int
+    measured_up: float
+    measured_down: float
+    traffic: Traffic
+    exit_code: int
+    killed: bool
+
+
+@dataclass(frozen=True)
+class LabResult:
+    """What came out of a command in a lab.
+
+    Attributes:
+        command: as it was given.
+        out: the folder with lab.json and the hosts' output.
+        seconds: from the command's start to the end of its last host.
+        timed_out: whether it was ended because its time was over.
+        hosts: in the order of their numbers.
+        events: faults as they happened: (seconds, what).
+        failed_host: the host that failed first, if any did.
+        congestion_control: by which senders kept their pace.
+        caused: what the lab itself did to hosts before the first of them failed, or before the time was over; in words.
+    """
+
+    command: tuple[str, ...]
+    out: Path
+    seconds: float
+    timed_out: bool
+    hosts: tuple[HostResult, ...]
+    events: tuple[tuple[float, str], ...]
+    failed_host: int | None
+    congestion_control: str
+    caused: tuple[str, ...] = ()
+
+    def error(self) -> LabError | None:
+        """Why this is no success, if it is none. Faults that the lab caused are named: they may be the reason."""
+        faults = f". Before that, {', and '.join(self.caused)}" if self.caused else ""
+        if self.failed_host is not None:
+            code = self.hosts[self.failed_host].exit_code
+            log = self.out / f"host-{self.failed_host}.log"
+            return HostFailedError(f"host {self.failed_host} failed with exit code {code}: see {log}{faults}", code)
+        if self.timed_out:
+            return LabError(f"the command took more than its time of {self.seconds:.0f} s, and was ended{faults}")
+        return None
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes transmitted per host, the mean over hosts."""
+        return sum(host.traffic.tx_bytes for host in self.hosts) / len(self.hosts)
+
+
+def as_record(result: LabResult, config: LabConfig) -> dict[str, Any]:
+    """The content of lab.json: rates in bits per second, sizes in bytes, times in seconds."""
+    return {
+        "command": list(result.command),
+        "nodes": config.nodes,
+        "workers_per_node": config.workers_per_node,
+        "seconds": round(result.seconds, 3),
+        "timed_out": result.timed_out,
+        "failed_host": result.failed_host,
+        "hosts": [_host_record(host) for host in result.hosts],
+        "events": [{"seconds": round(seconds, 3), "event": event} for seconds, event in result.events],
+        "link": {
+            "shaping": f"tbf at both ends, latency {LATENCY}",
+            "congestion_control": result.congestion_control,
+            "burst_bytes": [burst_bytes(host.rate) for host in result.hosts],
+            "payload_share": round(WIRE_SHARE, 4),
+            "tolerance": config.tolerance,
+        },
+        "counters": {"interface": INTERFACE, "sample_seconds": SAMPLE_SECONDS},
+        "versions": {
+            "abtrain": __version__,
+            "torch": version("torch"),
+            "python": platform.python_version(),
+            "kernel": platform.release(),
+            "iproute2": _iproute2(),
+        },
+        "hardware": {"platform": platform.platform(), "cores": os.cpu_count()},
+    }
+
+
+def as_table(result: LabResult) -> Table:
+    """The hosts, a row each."""
+    table = Table(
+        title=f"{result.seconds:.1f} s, {result.wire_bytes / 1e6:,.2f} MB sent per host", title_justify="left"
+    )
+    for column in ("host", "link", "sent MB", "received MB", "peak sent", "peak received", "exit code"):
+        table.add_column(column, justify="right")
+    for host in result.hosts:
+        traffic = host.traffic
+        table.add_row(
+            str(host.host),
+            format_rate(host.rate),
+            f"{traffic.tx_bytes / 1e6:,.3f}",
+            f"{traffic.rx_bytes / 1e6:,.3f}",
+            format_rate(traffic.peak_tx),
+            format_rate(traffic.peak_rx),
+            f"{host.exit_code} (killed)" if host.killed else str(host.exit_code),
+        )
+    return table
+
+
+def _host_record(host: HostResult) -> dict[str, Any]:
+    record = asdict(host)
+    traffic = record.pop("traffic")
+    rounded = {name: round(record[name]) for name in ("measured_up", "measured_down")}
+    return {**record, **rounded, **{name: round(value) for name, value in traffic.items()}}
+
+
+def _iproute2() -> str:
+    said = subprocess.run(["ip", "-V"], capture_output=True, text=True).stdout
+    return said.strip().rpartition(" ")[2].rstrip(",")

@@ -1,0 +1,117 @@
+"""One run of a job in a lab: followed until the last host has ended, with faults in time and bytes counted."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterable
+
+from abtrain.commands.lab.counters import Sampler
+from abtrain.commands.lab.faults import Action, Event, faults_in_words, timeline
+from abtrain.commands.lab.job import LAUNCHER_FOLDER, Job, host_command, host_environment
+from abtrain.commands.lab.network import Network
+from abtrain.commands.lab.processes import HostProcesses, Show
+from abtrain.commands.lab.result import FILE, HostResult, LabResult, as_record
+from abtrain.files import write_json
+
+_POLL_SECONDS = 0.02
+
+
+class Run:
+    """A job that has been started on all hosts.
+
+    Args:
+        network: the lab's, built.
+        job: valid.
+        measured: for each host what its link carries up and down, in bits per second.
+        act: carries out the actions of faults, and has each of them noted.
+        show: gets each line that a host prints.
+        cut_off: hosts whose links are cut already.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        job: Job,
+        measured: list[tuple[float, float]],
+        act: Callable[[Action], None],
+        show: Show,
+        cut_off: Iterable[int] = (),
+    ) -> None:
+        self._network, self._job, self._measured, self._act = network, job, measured, act
+        self._rates = list(network.rates)
+        self._events: list[Event] = [Event(-1.0, "cut", host) for host in cut_off]
+        hosts = range(network.config.nodes)
+        job.out.mkdir(parents=True, exist_ok=True)
+        self._sampler = Sampler([network.open_counters(host) for host in hosts], time.monotonic())
+        self._started = time.monotonic()
+        self.processes = HostProcesses(network.hosts, job.out, show)
+        try:
+            for host in hosts:
+                self.processes.start(host_command(job, network.config, host), host_environment(job, host))
+        except BaseException:
+            self.close()
+            raise
+
+    def finish(self) -> LabResult:
+        """Waits for the end of all hosts, of the first that fails, or of the job's time; writes lab.json."""
+        complete = self._follow()
+        seconds = self._elapsed()
+        self.processes.stop()
+        result = self._result(seconds, complete)
+        write_json(self._job.out / FILE, as_record(result, self._network.config))
+        return result
+
+    def note(self, verb: str, host: int, rate: int | None = None) -> None:
+        """Keeps in mind that something was done to a host, by a fault of the job or by the lab's user."""
+        self._events.append(Event(self._elapsed(), verb, host, rate))
+
+    def close(self) -> None:
+        """Ends everything that the job may have left."""
+        self.processes.stop()
+        self._sampler.close()
+        shutil.rmtree(self._job.out / LAUNCHER_FOLDER, ignore_errors=True)
+
+    def _follow(self) -> bool:
+        """Follows the job until it has ended, one way or another; False if it took too long."""
+        actions = timeline(self._job.faults)
+        while self.processes.running() and not self.processes.failed():
+            elapsed = self._elapsed()
+            if self._job.timeout is not None and elapsed > self._job.timeout:
+                return False
+            while actions and actions[0].at <= elapsed:
+                self._act(actions.pop(0))
+            self._sampler.sample(time.monotonic())
+            time.sleep(_POLL_SECONDS)
+        return True
+
+    def _result(self, seconds: float, complete: bool) -> LabResult:
+        hosts = [
+            HostResult(
+                host=host,
+                address=self._network.config.address(host),
+                rate=self._rates[host],
+                measured_up=self._measured[host][0],
+                measured_down=self._measured[host][1],
+                traffic=traffic,
+                exit_code=self.processes.exit_code(host),
+                killed=host in self.processes.killed,
+            )
+            for host, traffic in enumerate(self._sampler.totals())
+        ]
+        failed = self.processes.first_failed()
+        until = seconds if failed is None else self.processes.ended(failed) - self._started
+        return LabResult(
+            command=self._job.command,
+            out=self._job.out,
+            seconds=seconds,
+            timed_out=not complete,
+            hosts=tuple(hosts),
+            events=tuple((event.seconds, str(event)) for event in self._events if event.seconds >= 0),
+            failed_host=failed,
+            congestion_control=self._network.congestion_control(),
+            caused=tuple(faults_in_words(self._events, until)),
+        )
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started

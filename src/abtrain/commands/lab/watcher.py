@@ -1,0 +1,30 @@
+"""Removes a lab once its process is gone, however that came about.
+
+As a program, `python -m abtrain.commands.lab.watcher PREFIX`, it waits for the end of its standard input, which only
+that process holds open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+
+from abtrain.commands.lab import namespaces
+from abtrain.errors import LabError
+
+_SETTLE_SECONDS = 0.3  # in which a command that the process had begun may still add a namespace
+
+
+def main(prefix: str) -> None:
+    """Waits, and removes the lab."""
+    orderly = sys.stdin.buffer.read() != b""
+    with contextlib.suppress(LabError):  # the next lab tries again
+        namespaces.remove_lab(prefix)
+        if not orderly:
+            time.sleep(_SETTLE_SECONDS)
+            namespaces.remove_lab(prefix)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

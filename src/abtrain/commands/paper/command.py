@@ -1,0 +1,156 @@
+"""`abtrain paper`: the paper's experiments, from the command line to the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table as Printed
+
+from abtrain.commands.compare import kept
+from abtrain.commands.lab.command import stopped_by_signals
+from abtrain.commands.page import write_page
+from abtrain.commands.paper.arguments import ECR, HPO, Request, parse_arguments
+from abtrain.commands.paper.experiments import FIGURES, SCALING_TABLES, Cell, cells
+from abtrain.commands.paper.figures import draw, draw_ecr
+from abtrain.commands.paper.listing import ecr_table, plan_tables, traffic_table
+from abtrain.commands.paper.runs import Outcome, Run, launch_command, outcome, plan_runs, run_all, write_request
+from abtrain.commands.paper.studies import STUDIES, study_cells
+from abtrain.commands.paper.study_page import write_study
+from abtrain.commands.paper.tables import Table, comparison_table, remarked, rows, scaling_table
+from abtrain.commands.tasks.task import TASKS
+from abtrain.errors import ConfigurationError
+from abtrain.files import write_json
+
+_WIDTH = 200
+_TINY_NOTE = "Simulated workers, one a node; times and traffic are forecast for links of 1 Gbit/s."
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command.
+
+    Raises:
+        ConfigurationError: all that is wrong with the arguments; runs of other settings that are in the way; a figure
+            whose runs are not done.
+        DataError: the data is not to be had, or results of earlier runs are damaged.
+        AbtrainError: a run failed. Those that are done are kept.
+        StoppedError: SIGINT, SIGTERM or SIGHUP; likewise.
+    """
+    request = parse_arguments(arguments)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    if request.experiment == ECR:
+        _print(console, ecr_table())
+        if request.draws:
+            request.out.mkdir(parents=True, exist_ok=True)
+            console.print(f"written to {request.out / draw_ecr(request.out).file}")
+    elif request.arithmetic:
+        _print(console, traffic_table("local" if request.experiment == "table2-local" else "global"))
+    elif request.experiment == HPO:
+        from abtrain.commands.paper.search import search
+
+        with stopped_by_signals():
+            search(request, console)
+    else:
+        _experiment(request, console, shlex.join(("abtrain", "paper", *arguments)))
+
+
+def _experiment(request: Request, console: Console, command: str) -> None:
+    if request.experiment in STUDIES:
+        chosen = study_cells(request.experiment, request.nodes, request.methods)
+    else:
+        chosen = cells(request.experiment, request.scale, request.nodes, request.methods)
+    if not chosen:
+        raise ConfigurationError(f"no run is left of {request.experiment}: name other --methods or --nodes")
+    if request.dry_run:
+        for table in plan_tables(chosen, request.seeds):
+            _print(console, table)
+        return
+    runs = plan_runs(chosen, request.seeds, request.out)
+    kept.check(runs, request.overwrite)
+    if request.write:
+        for run in runs:
+            write_request(run, request.overwrite, checkpoints=True)
+            console.print(shlex.join(launch_command(run, request.launcher, request.data)))
+        return
+    if request.experiment in FIGURES and not request.run:
+        _require(runs, request)
+    if not all(run.done for run in runs):
+        for task in dict.fromkeys(run.config.task for run in runs):
+            TASKS[task].find(request.data)
+    with stopped_by_signals():
+        run_all(runs, request.scale.name, request.launcher, request.data, console.print, request.overwrite)
+    found = _outcomes(chosen, runs)
+    remark = kept.versions_note(outcome.version for outcome in found)
+    with kept.writing(request.out):
+        if request.experiment in STUDIES:
+            tables = write_study(request.experiment, rows(found), runs, request.out, command, remark)
+        else:
+            tables = _write(request, found, command, remark)
+    for table in tables:
+        _print(console, table)
+    console.print(f"written to {request.out / request.experiment}.html")
+
+
+def _outcomes(chosen: Sequence[Cell], runs: Sequence[Run]) -> list[Outcome]:
+    """What came out, cell by cell: one run may belong to several."""
+    by_settings = {(str(run.cell.config), run.seed): outcome(run) for run in runs}
+    seeds = sorted({run.seed for run in runs})
+    return [dataclasses.replace(by_settings[str(cell.config), seed], cell=cell) for cell in chosen for seed in seeds]
+
+
+def _write(request: Request, outcomes: Sequence[Outcome], command: str, remark: str) -> list[Table]:
+    """Writes EXPERIMENT.json, the figures and EXPERIMENT.html; returns the tables, with a remark on all of them."""
+    name, scale, out = request.experiment, request.scale, request.out
+    found = rows(outcomes)
+    record: dict[str, Any] = {"command": command, "rows": [dataclasses.asdict(row) for row in found]}
+    write_json(out / f"{name}.json", _plain(record))
+    note = _TINY_NOTE if scale.name == "tiny" else ""
+    scalings = list(dict.fromkeys(row.cell.scaling for row in found))
+    figures = draw(name, found, out, note) if name in FIGURES else []
+    if name == "table1":
+        tables = [comparison_table(found, scale)]
+    else:
+        tables = [scaling_table(found, scaling, scale) for scaling in scalings]
+        of_table = [figure for figure in FIGURES if FIGURES[figure] == tuple(scalings) and name not in FIGURES]
+        figures += [panel for figure in of_table for panel in draw(figure, found, out, note)]
+    tables = remarked(tables, remark)
+    write_page(name, f"{name}, {scale.name} scale", tables, figures, out, command)
+    return tables
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _require(runs: Sequence[Run], request: Request) -> None:
+    """A figure shows runs that are done.
+
+    Raises:
+        ConfigurationError: how many are not, and which commands do them.
+    """
+    missing = [run for run in runs if not run.done]
+    if not missing:
+        return
+    options = f"--scale {request.scale.name} --seeds {request.seeds} --out {request.out}"
+    commands = [f"`abtrain paper {SCALING_TABLES[scaling]} {options}`" for scaling in FIGURES[request.experiment]]
+    raise ConfigurationError(
+        f"{request.experiment} shows {len(runs)} runs, and {len(missing)} are not done ({missing[0]} is one): run "
+        f"{' and '.join(commands)} first, or add --run"
+    )
+
+
+def _print(console: Console, table: Table) -> None:
+    printed = Printed(*table.header, box=SIMPLE, padding=(0, 1), title=table.title, title_justify="left")
+    for line in table.lines:
+        printed.add_row(*line)
+    Console(width=max(console.width, _WIDTH), highlight=False, markup=False).print(printed)
+    console.print(table.note)

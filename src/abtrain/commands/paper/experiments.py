@@ -1,0 +1,209 @@
+"""The paper's experiments as data: which runs belong to which table or figure, at full scale and shrunk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from abtrain.commands.paper.published import AB, DDP, GPUS, NO_GROUPS, RESNET, VGG, VIT
+from abtrain.commands.train.config import TrainConfig
+from abtrain.recipes.building_blocks import WARMUP_SHARE
+from abtrain.recipes.paper import AB_SHARE, REBOUND_SHARE
+
+LOCAL_SGD, AB_OUTER = "local SGD", "ab_outer"
+METHODS = {
+    DDP: "ddp",
+    AB: "ab",
+    NO_GROUPS: "ab_no_groups",
+    LOCAL_SGD: "local_sgd",
+    AB_OUTER: "ab_outer",
+}
+"""The paper's three, the ablation that it lacks (full-rank local SGD on the same schedule), and ours; their recipes."""
+SMALL_CNN = "small CNN"
+IMAGENET_SAMPLES = 1_281_167
+CIFAR_SAMPLES = 50_000
+
+ScaleName = Literal["tiny", "full"]
+Scaling = Literal["local", "global"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model with its data and the length of its runs.
+
+    Attributes:
+        task: as `abtrain train` calls it.
+        samples: of an epoch.
+        epochs: of a run.
+        local_batch: samples of a worker where that is constant.
+        global_batch: samples of all workers where that is.
+        exclude: globs of the parameters that stay dense.
+    """
+
+    task: str
+    samples: int
+    epochs: int
+    local_batch: int
+    global_batch: int
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the experiments are.
+
+    Attributes:
+        name: of the scale.
+        models: of Table II and the figures, by label.
+        table1: the models of Table I with the nodes that they are trained on.
+        local: nodes of the runs with a constant local batch.
+        global_: nodes of the runs with a constant global batch.
+        workers_per_node: which are one group.
+        options: of the recipes, by method.
+    """
+
+    name: ScaleName
+    models: Mapping[str, Model]
+    table1: Mapping[str, tuple[Model, int]]
+    local: tuple[int, ...]
+    global_: tuple[int, ...]
+    workers_per_node: int
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+_VIT = Model(
+    "imagenet-vit-b16",
+    IMAGENET_SAMPLES,
+    150,
+    256,
+    4096,
+    ("conv_proj.*", "heads.*", "class_token", "encoder.pos_embedding"),
+)
+_RESNET = Model("imagenet-resnet50", IMAGENET_SAMPLES, 150, 256, 4096, ("conv1.*", "fc.*"))
+_VGG = Model("cifar10-vgg16", CIFAR_SAMPLES, 150, 64, 1024, ("features.0.*", "classifier.6.*"))
+_CNN = Model("fashion-cnn", 60_000, 1, 32, 128)
+
+_CUTOFF, _TINY_CUTOFF = 0.15, 0.3
+SCALES: dict[str, Scale] = {
+    "full": Scale(
+        "full",
+        MappingProxyType({VIT: _VIT, RESNET: _RESNET}),
+        MappingProxyType({RESNET: (_RESNET, 4), VGG: (_VGG, 4)}),
+        local=(2, 4, 8, 16, 32),
+        global_=(4, 8, 16, 32),
+        workers_per_node=GPUS,
+        options={method: {"sigma_cutoff": _CUTOFF} for method in (AB, NO_GROUPS)},
+    ),
+    "tiny": Scale(
+        "tiny",
+        MappingProxyType({SMALL_CNN: _CNN}),
+        MappingProxyType({SMALL_CNN: (_CNN, 4)}),
+        local=(4, 8, 16),
+        global_=(4, 8, 16),
+        workers_per_node=1,
+        # Threads would each decompose every weight, on the same few cores.
+        options={
+            AB: {"sigma_cutoff": _TINY_CUTOFF, "svd": "shared"},
+            NO_GROUPS: {"sigma_cutoff": _TINY_CUTOFF, "svd": "shared"},
+            AB_OUTER: {"svd": "shared"},
+        },
+    ),
+}
+TABLES: dict[str, tuple[Scaling, ...]] = {"table1": (), "table2-local": ("local",), "table2-global": ("global",)}
+FIGURES: dict[str, tuple[Scaling, ...]] = {
+    "fig2": ("local",),
+    "fig3": ("global",),
+    "fig4": ("local", "global"),
+    "fig5": ("global",),
+}
+"""Which of the two scalings each table and figure shows."""
+SCALING_TABLES: dict[Scaling, str] = {"local": "table2-local", "global": "table2-global"}
+"""The table whose runs a scaling's are."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one cell of a table is trained by.
+
+    Attributes:
+        scaling: which batch is constant.
+        model: its label.
+        method: its name in the paper, or ours.
+        nodes: that take part.
+        config: settings of its runs, but for the seed.
+        variant: tells runs apart that differ in options alone; empty for those of the tables.
+    """
+
+    scaling: Scaling
+    model: str
+    method: str
+    nodes: int
+    config: TrainConfig
+    variant: str = ""
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of all workers in a step."""
+        assert self.config.batch_size is not None
+        return self.config.batch_size * self.config.workers
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.method}, {self.nodes} nodes, global batch {self.global_batch:,}"
+
+
+def cells(experiment: str, scale: Scale, nodes: Sequence[int] = (), methods: Sequence[str] = ()) -> list[Cell]:
+    """The cells of a table or figure, node by node.
+
+    Args:
+        experiment: a key of TABLES or FIGURES.
+        scale: how large.
+        nodes: in place of the scale's own.
+        methods: some of METHODS; default all.
+    """
+    chosen = [method for method in METHODS if not methods or method in methods]
+    if experiment == "table1":
+        return [
+            _cell(scale, "global", label, model, method, count)
+            for label, (model, count) in scale.table1.items()
+            for method in chosen
+        ]
+    own = {"local": scale.local, "global": scale.global_}
+    return [
+        _cell(scale, scaling, label, model, method, count)
+        for scaling in (TABLES | FIGURES)[experiment]
+        for count in (nodes or own[scaling])
+        for label, model in scale.models.items()
+        for method in chosen
+    ]
+
+
+def _cell(scale: Scale, scaling: Scaling, label: str, model: Model, method: str, nodes: int) -> Cell:
+    workers = nodes * scale.workers_per_node
+    batch = model.local_batch if scaling == "local" else max(model.global_batch // workers, 1)
+    steps = model.epochs * (model.samples // (batch * workers))
+    options = dict(scale.options.get(method, {}))
+    if method in (AB, NO_GROUPS, AB_OUTER):
+        options["exclude"] = model.exclude
+    options |= _schedule(scale, method, steps)
+    config = TrainConfig(
+        recipe=METHODS[method],
+        task=model.task,
+        workers=workers,
+        group_size=scale.workers_per_node,
+        steps=steps,
+        batch_size=batch,
+        **options,
+    )
+    return Cell(scaling, label, method, nodes, config)
+
+
+def _schedule(scale: Scale, method: str, steps: int) -> dict[str, int]:
+    """What a method needs to follow the guideline (Section IV.C), where its recipe does not by itself."""
+    group = max(1, round(AB_SHARE * steps))
+    if method == LOCAL_SGD:
+        warmup, rebound = round(WARMUP_SHARE * steps), max(1, round(REBOUND_SHARE * group))
+        return {"every": group, "warmup_steps": warmup, "rebound_steps": rebound}
+    # So short a run has as many merges as the paper's, whatever its length.
+    return {"every": group} if method == AB_OUTER and scale.name == "tiny" else {}

@@ -1,0 +1,284 @@
+"""The runs of an experiment: what there is to do, what is done, and what came out.
+
+Each has a folder of its own, named by its settings, so that experiments share the runs that they have in common:
+the request (see `abtrain.commands.compare.kept`) and result.json, beside what `abtrain train` writes where that ran it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abtrain import recipes
+from abtrain.comm.topology import Topology
+from abtrain.commands.compare import kept
+from abtrain.commands.compare.kept import REQUEST_FILE, RESULT_FILE, TRAIN_FOLDER
+from abtrain.commands.compare.result_files import Record, is_empty, read_record
+from abtrain.commands.paper.experiments import Cell, ScaleName
+from abtrain.commands.paper.published import BACKWARD_SHARE
+from abtrain.commands.plan.collectives import Cluster, Link
+from abtrain.commands.plan.forecast import forecast
+from abtrain.commands.plan.payload import predict
+from abtrain.commands.plan.shapes import ModelShapes, shapes_of
+from abtrain.commands.plan.worker_seconds import WorkerSeconds
+from abtrain.commands.tasks.task import TASKS
+from abtrain.commands.train.config import TrainConfig, group_size_of, resolve, used_options
+from abtrain.commands.train.config_file import from_toml
+from abtrain.errors import AbtrainError, ConfigurationError
+from abtrain.files import write_whole
+
+CHECKPOINTS, LEAST_BETWEEN_CHECKPOINTS = 50, 100
+"""Of a real run: a checkpoint every 2 % of its steps, but not more often than every 100 steps."""
+TINY_LINK = Link(rate=1e9, latency=1e-4)
+"""Of the cluster that seconds of simulated runs are forecast for: 1 Gbit/s, 0.1 ms."""
+LAUNCHER = "torchrun --nnodes {nodes} --nproc-per-node {workers_per_node}"
+"""How a real run is started by default; the module and its arguments follow."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell with a seed, and where it lives."""
+
+    cell: Cell
+    seed: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.cell}, seed {self.seed}"
+
+    @property
+    def config(self) -> TrainConfig:
+        return dataclasses.replace(self.cell.config, seed=self.seed)
+
+    @property
+    def request(self) -> str:
+        """Its settings, as TOML."""
+        return kept.request_text(self.config)
+
+    @property
+    def result_file(self) -> Path:
+        """Where its result is, or will be: simulated runs write it themselves."""
+        trained = self.folder / TRAIN_FOLDER / RESULT_FILE
+        return trained if os.path.lexists(trained) else self.folder / RESULT_FILE
+
+    @property
+    def done(self) -> bool:
+        """Whether it was run with these settings, to its end."""
+        return kept.is_done(self.folder, self.config, self.result_file)
+
+    def check_results(self) -> None:
+        """
+        Raises:
+            DataError: the folder holds a result that cannot be used.
+        """
+        result = self.result_file
+        # An empty file is written again by a simulated run. `abtrain train` would refuse its folder for one.
+        if os.path.lexists(result) and not (result.parent == self.folder and is_empty(result)):
+            outcome(self)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of one run.
+
+    Attributes:
+        cell, seed: which run it was.
+        top1: in per cent.
+        compression: full parameters over factored ones.
+        payload: bytes that a worker handed to collectives between nodes, in the whole run.
+        payload_ratio: of that to one float32 gradient of every parameter at every step.
+        seconds: of training; of a simulated run, what it would take on a cluster (`TINY_LINK`).
+        traffic: scaled traffic of a node in GB/s, as Table II has it.
+        version: of abtrain that trained it; None where its result does not say.
+    """
+
+    cell: Cell
+    seed: int
+    top1: float
+    compression: float
+    payload: float
+    payload_ratio: float
+    seconds: float
+    traffic: float
+    version: str | None = None
+
+
+def plan_runs(cells: Iterable[Cell], seeds: int, out: Path) -> list[Run]:
+    """All runs, each once: first one seed of every cell, so that a picture is there early."""
+    chosen = list(cells)
+    runs = [Run(cell, seed, out / "runs" / _name(cell, seed)) for seed in range(seeds) for cell in chosen]
+    return list({run.folder: run for run in runs}.values())
+
+
+def run_all(
+    runs: Sequence[Run],
+    scale: ScaleName,
+    launcher: str,
+    data: Path | None,
+    say: Callable[[str], None],
+    overwrite: bool = False,
+) -> None:
+    """Runs what is not done, one after the other; what is done is kept, however this ends.
+
+    Args:
+        runs: of an experiment.
+        scale: `tiny` runs are simulated in this process, `full` ones started by the launcher.
+        launcher: command line that starts the workers, with {nodes} and {workers_per_node}.
+        data: folder with the data; by default its usual place.
+        say: takes a line for each run.
+        overwrite: whether runs with other settings are replaced.
+
+    Raises:
+        ConfigurationError: folders that hold runs with other settings; before the first run starts.
+        DataError: results that are damaged; likewise.
+        AbtrainError: a run failed.
+    """
+    kept.check(runs, overwrite)
+    missing = [run for run in runs if not run.done]
+    say(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before")
+    loaded: dict[str, Any] = {}
+    for number, run in enumerate(missing, 1):
+        if scale == "tiny":
+            task = run.config.task
+            if task not in loaded:
+                loaded[task] = TASKS[task].load(data)
+            write_request(run, overwrite)
+            _simulate(run, loaded[task])
+        else:
+            write_request(run, overwrite, checkpoints=True)
+            _launch(run, launcher, data)
+        result = outcome(run)
+        say(
+            f"{number}/{len(missing)} {run}: top-1 {result.top1:.2f}, {100 * result.payload_ratio:.2f} % of DDP's bytes"
+        )
+
+
+def _simulate(run: Run, data: Any) -> None:
+    from abtrain.commands.train.simulate import simulate
+
+    result = simulate(resolve(dataclasses.replace(run.config, device="cpu")), data)
+    write_whole(run.folder / RESULT_FILE, json.dumps(result, indent=2, default=str) + "\n")
+
+
+def _launch(run: Run, launcher: str, data: Path | None) -> None:
+    """Starts a real run, which goes on where a stopped one left its checkpoint.
+
+    Raises:
+        AbtrainError: it failed; the exit code is the command's.
+    """
+    command = launch_command(run, launcher, data)
+    try:
+        code = subprocess.run(command, check=False).returncode
+    except OSError as error:
+        raise AbtrainError(f"{run}: {command[0]} cannot be started: {error}. Name another --launcher") from error
+    if code:
+        failure = AbtrainError(f"{run}: `{shlex.join(command)}` ended with exit code {code}: run again to go on")
+        failure.exit_code = code if code > 0 else AbtrainError.exit_code
+        raise failure
+
+
+def launch_command(run: Run, launcher: str, data: Path | None) -> list[str]:
+    """The command line of a real run."""
+    per_node = run.config.workers // run.cell.nodes
+    start = shlex.split(launcher.format(nodes=run.cell.nodes, workers_per_node=per_node))
+    place = ["--out", str(run.folder / TRAIN_FOLDER), *(["--data", str(data)] if data is not None else [])]
+    return [*start, "-m", "abtrain", "train", "--config", str(run.folder / REQUEST_FILE), *place]
+
+
+def write_request(run: Run, overwrite: bool = False, checkpoints: bool = False) -> None:
+    """Writes the request of a run, unless the folder holds one that asks for the same.
+
+    Args:
+        run: which one.
+        overwrite: whether a run with other settings is removed for it.
+        checkpoints: whether the run is to write checkpoints, which make no other run of it.
+
+    Raises:
+        ConfigurationError: the folder holds a run with other settings.
+    """
+    kept.make_room(run, overwrite)
+    config = run.config
+    if checkpoints:
+        assert config.steps is not None
+        every = max(LEAST_BETWEEN_CHECKPOINTS, config.steps // CHECKPOINTS)
+        config = dataclasses.replace(config, checkpoint_every=every)
+    if not (run.done or _asks_for(run, checkpoints)):
+        kept.write_request(run.folder, config)
+
+
+def _asks_for(run: Run, checkpoints: bool) -> bool:
+    """Whether the folder has a request of the same run, with checkpoints if there are to be any."""
+    if not (run.folder / kept.RECORD_FILE).exists() or kept.differences(run.folder, run.config):
+        return False
+    try:
+        return not checkpoints or from_toml(run.folder / REQUEST_FILE).checkpoint_every > 0
+    except ConfigurationError:  # of a version with other settings
+        return False
+
+
+def outcome(run: Run) -> Outcome:
+    """What came out of a run that is done.
+
+    Raises:
+        DataError: its result is damaged.
+    """
+    result = read_record(run.result_file)
+    payload = result.number("payload_bytes", "between_groups")
+    seconds = result.positive("seconds", "total")
+    if "cpu_seconds_per_step" in result.content:
+        seconds = _forecast(run.config, result)
+    return Outcome(
+        cell=run.cell,
+        seed=run.seed,
+        top1=result.number("top1"),
+        compression=result.positive("compression"),
+        payload=payload,
+        payload_ratio=payload / (4 * result.positive("parameters") * result.positive("steps")),
+        seconds=seconds,
+        traffic=payload * group_size_of(run.config) / (BACKWARD_SHARE * seconds) / 1e9,
+        version=result.optional_text("versions", "abtrain"),
+    )
+
+
+def _forecast(config: TrainConfig, result: Record) -> float:
+    """Seconds of a simulated run on a cluster of as many nodes, with the ranks that it had."""
+    assert config.steps is not None
+    import torch
+
+    recipe = recipes.build(config.recipe, config.steps, **used_options(config))
+    with torch.device("meta"):
+        shapes = shapes_of(TASKS[config.task].model(), recipe.factoring)
+    topology = Topology(config.workers, group_size_of(config))
+    ranks = [_ranks(entry, shapes) for entry in result.records("ranks")]
+    stretches = predict(recipe, shapes, topology, ranks)
+    cluster = Cluster(config.workers // group_size_of(config), TINY_LINK, group_size_of(config))
+    alone = WorkerSeconds(result.positive("cpu_seconds_per_step"))
+    return forecast(stretches, cluster, alone, group_size=group_size_of(config)).seconds
+
+
+def _ranks(entry: Record, shapes: ModelShapes) -> dict[str, int]:
+    """k of each weight after one decomposition.
+
+    Raises:
+        DataError: one that no weight of the model can have.
+    """
+    found, matrices = entry.counts("ranks"), shapes.matrices()
+    for name, k in found.items():
+        if name not in matrices or not 1 <= k <= matrices[name].n:
+            raise entry.error(("ranks", name), k, "the rank of a weight of this model")
+    return found
+
+
+def _name(cell: Cell, seed: int) -> str:
+    config = cell.config
+    size = f"{config.workers}x{config.batch_size}-{config.steps}"
+    variant = f"-{re.sub('[^A-Za-z0-9.]+', '-', cell.variant).strip('-')}" if cell.variant else ""
+    return f"{config.task}-{config.recipe}-{size}{variant}-seed{seed}"

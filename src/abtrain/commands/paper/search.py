@@ -1,0 +1,187 @@
+"""The search for hyperparameters (Section IV.C): the paper's four, or those of the outer merges, with optuna.
+
+Trials are simulated runs (`abtrain.commands.train.simulate`), or real ones on a node at full scale; what is bad in a
+short run is pruned before a long one. The study is kept in a file, so that the same command adds trials to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from abtrain.commands.compare.plots import COLOURS, Figure, save
+from abtrain.commands.page import write_page
+from abtrain.commands.paper.arguments import Request
+from abtrain.commands.paper.experiments import Cell
+from abtrain.commands.paper.runs import Run, outcome, run_all
+from abtrain.commands.paper.tables import Table
+from abtrain.commands.tasks.task import TASKS
+from abtrain.commands.train.config import TrainConfig, resolve
+from abtrain.commands.train.simulate import simulate
+from abtrain.errors import ConfigurationError, NonFiniteError
+from abtrain.files import write_json
+from abtrain.recipes.paper import AB_SHARE
+
+FILE = "search.db"
+RUNGS = (0.25, 1.0)
+"""Shares of a run's steps after which a trial may be pruned: a short run first, the whole one if that was no loss."""
+_WORKERS, _BATCH, _FULL_BATCH = 4, 32, 256
+_RECIPES = ("ab", "ab_outer")
+
+
+def suggested(recipe: str, trial: Any, steps: int) -> dict[str, Any]:
+    """What a trial trains with: settings of `recipe` by name, for a run of so many steps.
+
+    Args:
+        recipe: `ab` for the paper's four parameters, `ab_outer` for those of the outer merges.
+        trial: optuna's.
+        steps: of the run.
+    """
+    if recipe == "ab":
+        group = max(2, round(steps * trial.suggest_float("ab_share", AB_SHARE / 4, AB_SHARE * 4, log=True)))
+        return {
+            "warmup_steps": round(steps * trial.suggest_float("warmup_share", 0.05, 0.5)),
+            "ab_steps": group,
+            "rebound_steps": max(1, round(group * trial.suggest_float("rebound_share", 0.05, 1.0))),
+            "sigma_cutoff": trial.suggest_float("sigma_cutoff", 0.05, 0.5),
+            "lr_rebound_steps": round(group * trial.suggest_float("lr_rebound_share", 0.0, 1.0)),
+            "svd": "shared",
+        }
+    every = min(trial.suggest_int("every", 5, 80, log=True), max(steps // 4, 1))
+    warmup = every * max(1, round(steps * trial.suggest_float("warmup_share", 0.05, 0.5) / every))
+    return {
+        "every": every,
+        "warmup_steps": min(warmup, steps // 2),
+        "sigma_cutoff": trial.suggest_float("sigma_cutoff", 0.05, 0.5),
+        "outer_lr": trial.suggest_float("outer_lr", 0.3, 1.2),
+        "outer_momentum": trial.suggest_float("outer_momentum", 0.0, 0.95),
+        "svd": "shared",
+    }
+
+
+def search(request: Request, console: Console) -> None:
+    """Runs trials until there are as many as asked for, and writes hpo-RECIPE.json, the figures and hpo.html.
+
+    Raises:
+        ConfigurationError: optuna is not installed.
+        DataError: the data is not to be had.
+    """
+    optuna = _optuna()
+    request.out.mkdir(parents=True, exist_ok=True)
+    base = _base(request)
+    train = _trainer(request, base)
+    tables, figures = [], []
+    for recipe in _RECIPES:
+        study = optuna.create_study(
+            study_name=f"{base.task}-{recipe}",
+            storage=f"sqlite:///{(request.out / FILE).absolute()}",
+            direction="maximize",
+            load_if_exists=True,
+            sampler=optuna.samplers.TPESampler(seed=0),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=5),
+        )
+        finished = [trial for trial in study.trials if trial.state.is_finished()]
+        console.print(f"{recipe}: {len(finished)} of {request.trials} trials done before")
+        objective = functools.partial(_objective, recipe=recipe, base=base, train=train, say=console.print)
+        study.optimize(objective, n_trials=max(request.trials - len(finished), 0))
+        table, figure = _written(study, recipe, request.out)
+        tables.append(table)
+        figures += figure
+    page = write_page("hpo", f"Hyperparameters of {base.task}", tables, figures, request.out, "abtrain paper hpo")
+    console.print(f"written to {page}")
+
+
+def _base(request: Request) -> TrainConfig:
+    """What all trials have alike: the mini ViT on CIFAR-100 as in the paper, or the small CNN."""
+    task, batch = ("fashion-cnn", _BATCH) if request.scale.name == "tiny" else ("cifar100-mini-vit", _FULL_BATCH)
+    steps = 240 if request.scale.name == "tiny" else TASKS[task].steps
+    device = "cpu" if request.scale.name == "tiny" else "auto"
+    return TrainConfig(task=task, workers=_WORKERS, batch_size=batch, steps=steps, device=device)
+
+
+def _trainer(request: Request, base: TrainConfig) -> Callable[[TrainConfig, int], float]:
+    """What trains by given settings for a trial of that number, and returns its top-1."""
+    if request.scale.name == "tiny":
+        data = TASKS[base.task].load(request.data)
+        return lambda config, trial: float(simulate(resolve(config), data)["top1"])
+    TASKS[base.task].find(request.data)
+
+    def on_a_node(config: TrainConfig, trial: int) -> float:
+        folder = request.out / "trials" / f"{config.recipe}-{trial}-{config.steps}"
+        run = Run(Cell("global", config.task, config.recipe, 1, config), config.seed, folder)
+        run_all([run], "full", request.launcher, request.data, lambda line: None, request.overwrite)
+        return outcome(run).top1
+
+    return on_a_node
+
+
+def _objective(
+    trial: Any, recipe: str, base: TrainConfig, train: Callable[[TrainConfig, int], float], say: Callable[[str], None]
+) -> float:
+    """Top-1 at the end; pruned where a shorter run of the same shares is worse than the median of those before."""
+    import optuna
+
+    assert base.steps is not None
+    top1 = 0.0
+    for share in RUNGS:
+        steps = max(round(share * base.steps), 10)
+        config = dataclasses.replace(base, recipe=recipe, steps=steps, **suggested(recipe, trial, steps))
+        try:
+            top1 = train(config, trial.number)
+        except NonFiniteError as error:
+            raise optuna.TrialPruned(str(error)) from error
+        trial.report(top1, round(100 * share))
+        if share < 1 and trial.should_prune():
+            raise optuna.TrialPruned(f"{top1:.2f} after {steps} steps")
+    say(f"{recipe}, trial {trial.number}: top-1 {top1:.2f} with {_short(trial.params)}")
+    return top1
+
+
+def _short(parameters: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in parameters.items())
+
+
+def _written(study: Any, recipe: str, out: Path) -> tuple[Table, list[Figure]]:
+    """The best trials as a table, and what the parameters matter, as a figure where there are trials enough."""
+    import optuna
+
+    done = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    best = sorted(done, key=lambda trial: -trial.value)[:10]
+    record = [{"top1": trial.value, **trial.params} for trial in best]
+    names = sorted({name for trial in best for name in trial.params})
+    lines = tuple((f"{t.value:.2f}", *(f"{t.params[name]:.3g}" for name in names)) for t in best)
+    note = f"{len(done)} trials to their end, {len(study.trials) - len(done)} pruned or broken off."
+    table = Table(f"The best trials of {recipe}", ("top-1 %", *names), lines, note)
+    importance: dict[str, float] = {}
+    if len(done) > 2:
+        importance = dict(optuna.importance.get_param_importances(study))
+    write_json(out / f"hpo-{recipe}.json", {"best": record, "importance": importance, "trials": len(study.trials)})
+    if not importance:
+        return table, []
+    file = f"hpo-{recipe}.png"
+    save(out / file, 1.2 + 0.4 * len(importance), lambda axes: _bars(axes, importance))
+    caption = (
+        "Share of the variance of top-1 that each parameter explains (fANOVA), over the trials that came to their end."
+    )
+    return table, [Figure(file, f"What matters in {recipe}", caption)]
+
+
+def _bars(axes: Any, importance: Mapping[str, float]) -> None:
+    names = list(importance)[::-1]
+    axes.barh(names, [100 * importance[name] for name in names], color=COLOURS[1], height=0.6)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("importance in %")
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigurationError("the search needs optuna: pip install 'abtrain[hpo]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna

@@ -1,0 +1,1 @@
+"""Predictions: what recipes send, how long that takes, and whether it pays."""

@@ -1,0 +1,222 @@
+"""`abtrain plan`: bytes and seconds of recipes on given links, and which to take."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from abtrain import recipes
+from abtrain.comm.topology import topology_problems
+from abtrain.commands.plan.advice import RARE, Offer, Setting, recommend
+from abtrain.commands.plan.bench import Bench, measure_decompositions
+from abtrain.commands.plan.collectives import ALL_REDUCES, Cluster, Link
+from abtrain.commands.plan.forecast import PhaseForecast
+from abtrain.commands.plan.recipes_command import ratio_in_short, ratio_in_words
+from abtrain.commands.plan.settings import (
+    ALL,
+    PlanConfig,
+    chosen,
+    model_in_words,
+    model_problems,
+    problem_of,
+    shapes_for,
+)
+from abtrain.commands.plan.shapes import ranks_for
+from abtrain.commands.plan.stragglers import Speeds
+from abtrain.commands.plan.units import rate_of, seconds_of
+from abtrain.commands.plan.worker_seconds import WorkerSeconds
+from abtrain.commands.tasks.task import TASKS
+from abtrain.commands.units import human_bytes
+from abtrain.errors import ConfigurationError, nearest
+from abtrain.recipes.factoring import Factoring
+from abtrain.recipes.rank_rules import FixedRank
+from abtrain.recipes.recipe import Recipe
+from abtrain.recipes.sync import whole_number_problems
+
+_MOST_WORKERS = 10**6
+_OPTIONS = ("every", "wire", "delay", "warmup_delay", "fragments")
+"""Settings that are options of recipes."""
+
+
+def plan(config: PlanConfig, console: Console | None = None) -> None:
+    """Prints the forecasts and the recommendation.
+
+    Raises:
+        ConfigurationError: all that is wrong with the settings, at once.
+        DataError: a step is to be measured, and the task's data is not to be had.
+    """
+    problems = _problems(config)
+    if problems:
+        raise ConfigurationError(problems)
+    console = console or Console()
+    setting = _setting(config)
+    _heading(config, setting, console)
+    if config.recipe == ALL:
+        ddp = setting.offer("ddp", wire="bf16")
+        offers = [setting.offer(name, **_options(config, name)) for name in chosen(config)]
+        console.print(_comparison([ddp, *offers], ddp))
+        advice = recommend(setting)
+    else:
+        offer = setting.offer(config.recipe, **_options(config, config.recipe))
+        console.print(_by_phase(offer))
+        advice = recommend(setting, [config.recipe] if "every" in recipes.options_of(config.recipe) else RARE)
+    console.print(f"Recommended: {advice}", highlight=False)
+    console.print(
+        "Bytes and seconds are forecast; computing a step is taken to be as long in every recipe, but for what "
+        "factors and averaging gradients add where a step was measured. What a recipe costs in accuracy, only "
+        "training tells: rarer, narrower and hidden merges are further from data parallel training.",
+        highlight=False,
+    )
+
+
+def _problems(config: PlanConfig) -> list[str]:
+    found = model_problems(config)
+    for attempt in (
+        lambda: [rate_of(rate) for rate in _rates(config)],
+        lambda: seconds_of(config.latency),
+        lambda: config.step_time is None or seconds_of(config.step_time),
+    ):
+        found += problem_of(attempt)
+    if not found and config.step_time is not None and seconds_of(config.step_time) == 0:
+        found.append(f"--step-time {config.step_time} is too short: use a time above 0")
+    if config.batch_size is not None:
+        found += whole_number_problems("--batch-size", config.batch_size, least=1)
+    if config.algorithm not in ALL_REDUCES:
+        found.append(f"unknown algorithm {config.algorithm!r}: {nearest(config.algorithm, ALL_REDUCES)}")
+    if config.task is None and config.step_time is None:
+        found.append("a model that is only a number cannot be measured: give --step-time, such as 80ms, or a --task")
+    if config.rates is not None and len(_rates(config)) != config.nodes:
+        found.append(f"--rates has {len(_rates(config))} links for {config.nodes} nodes: give one for each node")
+    # The rest is looked at as far as what it is built from is right.
+    if not found:
+        found += problem_of(lambda: _cluster(config))
+        found += problem_of(lambda: ranks_for(shapes_for(config)(Factoring(FixedRank(1))), config.compression))
+    workers = config.nodes * config.workers_per_node
+    found += topology_problems(workers, config.workers_a_group)
+    if workers > _MOST_WORKERS:
+        found.append(f"{workers:,} workers are too many to simulate: use at most {_MOST_WORKERS:,}")
+    elif workers >= 1:
+        found += problem_of(lambda: _speeds(config))
+    if config.steps >= 1 and (config.recipe == ALL or config.recipe in recipes.RECIPES):
+        for name in chosen(config):
+            found += problem_of(partial(_build, config, name))
+    return found
+
+
+def _build(config: PlanConfig, name: str) -> Recipe:
+    return recipes.build(name, config.steps, **_options(config, name))
+
+
+def _rates(config: PlanConfig) -> list[str]:
+    return [config.rate] if config.rates is None else config.rates.split(",")
+
+
+def _cluster(config: PlanConfig) -> Cluster:
+    slowest = min(rate_of(rate) for rate in _rates(config))
+    return Cluster(config.nodes, Link(slowest, seconds_of(config.latency)), config.workers_per_node)
+
+
+def _speeds(config: PlanConfig) -> Speeds:
+    workers = config.nodes * config.workers_per_node
+    return Speeds(workers, config.jitter, config.slow_share, config.slow_factor, config.seed)
+
+
+def _setting(config: PlanConfig) -> Setting:
+    shapes, measure_factors = shapes_for(config), None
+    if config.step_time is not None:
+        # The rest is left out: how long it takes there, a step's time does not say.
+        alone = WorkerSeconds(seconds_of(config.step_time))
+    else:
+        assert config.task is not None
+        bench = Bench(TASKS[config.task], config.data, config.batch_size)
+        decompositions = measure_decompositions(shapes(Factoring(FixedRank(1))))
+        alone, measure_factors = WorkerSeconds(bench.step(), bench.averaging(), decompositions), bench.factors
+    return Setting(
+        shapes,
+        config.compression,
+        config.steps,
+        alone,
+        _cluster(config),
+        config.workers_a_group,
+        _speeds(config),
+        config.algorithm,
+        measure_factors,
+    )
+
+
+def _options(config: PlanConfig, name: str) -> dict[str, Any]:
+    """Of the options given, those that a recipe takes; all of them where one recipe was asked for."""
+    given = {key: value for key in _OPTIONS if (value := getattr(config, key)) is not None}
+    known = recipes.options_of(name)
+    return {key: value for key, value in given.items() if config.recipe == name or key in known}
+
+
+def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
+    link, unlike = setting.cluster.link, "" if config.rates is None else ", the slowest of unlike links"
+    source = "measured here" if config.step_time is None else "as given"
+    for line in (
+        f"{model_in_words(config, setting.shapes(None))}; {setting.steps:,} steps of "
+        f"{_exactly(setting.alone.step)} ({source})",
+        f"{config.nodes:,} nodes, workers on each: {config.workers_per_node}, groups of {config.workers_a_group}, "
+        f"{link.rate / 1e6:g} Mbit/s{unlike}, latency {1000 * link.latency:g} ms, all-reduce by {config.algorithm}",
+    ):
+        console.print(line, highlight=False)
+
+
+def _narrow_table(title: str | None = None) -> Table:
+    """Of few blanks. Its first column needs a least width, padding included, or others squeeze it away."""
+    return Table(box=box.SIMPLE_HEAD, title=title, show_edge=False, pad_edge=False, collapse_padding=True)
+
+
+def _comparison(offers: list[Offer], ddp: Offer) -> Table:
+    table = _narrow_table()
+    table.add_column("recipe", overflow="fold", min_width=max(map(len, recipes.RECIPES)) + 1)
+    for heading in ("payload", "of ddp", "wire", "time", "computing", "x ddp bf16"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for offer in offers:
+        expected = offer.forecast
+        table.add_row(
+            str(offer),
+            human_bytes(expected.payload),
+            ratio_in_short(offer.ratio),
+            human_bytes(expected.wire),
+            duration(expected.seconds),
+            f"{expected.utilisation:.0%}",
+            f"{ddp.forecast.seconds / expected.seconds:.1f}",
+        )
+    return table
+
+
+def _by_phase(offer: Offer) -> Table:
+    expected = offer.forecast
+    table = _narrow_table(title=f"{offer}: {ratio_in_words(offer.ratio)} of ddp's payload")
+    table.add_column("phase", min_width=max(len(part.phase) for part in expected.phases) + 1)
+    for heading in ("steps", "payload", "wire", "compute", "wait", "send", "factor", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    # The last line is the run as a whole.
+    totals = [sum(column) for column in zip(*map(_figures, expected.phases), strict=True)]
+    lines = [(part.phase, part.steps, _figures(part)) for part in expected.phases]
+    for name, steps, (payload, wire, *seconds) in [*lines, ("all", offer.recipe.total_steps, totals)]:
+        times = [duration(part) for part in (*seconds, sum(seconds))]
+        table.add_row(name, f"{steps:,}", human_bytes(payload), human_bytes(wire), *times)
+    return table
+
+
+def _figures(part: PhaseForecast) -> list[float]:
+    return [part.payload, part.wire, part.compute, part.waiting, part.communication, part.decomposing]
+
+
+def _exactly(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:,.2f} s"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2f} s" if seconds else "0 s"

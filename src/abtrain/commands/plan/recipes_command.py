@@ -1,0 +1,120 @@
+"""`abtrain recipes`: what each recipe does, and what it would send."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from abtrain import recipes
+from abtrain.comm.topology import Topology, topology_problems
+from abtrain.commands.compare.contestants import recipe_and_options
+from abtrain.commands.plan.payload import payload, payload_ratio, predict
+from abtrain.commands.plan.settings import (
+    ALL,
+    RecipesConfig,
+    chosen,
+    model_in_words,
+    model_problems,
+    problem_of,
+    shapes_for,
+)
+from abtrain.commands.plan.shapes import ranks_for
+from abtrain.commands.units import human_bytes
+from abtrain.errors import ConfigurationError
+from abtrain.recipes.recipe import Recipe
+from abtrain.recipes.words import phases_in_words, purpose_of
+
+_NEXT_TO_NOTHING = 1e-6
+_SMALL = 0.1
+
+
+def list_recipes(config: RecipesConfig, console: Console | None = None) -> None:
+    """Prints the table; of a single recipe, its phases with the payload of each, and its options.
+
+    In the table a recipe that so few steps have no room for stands with the reason.
+
+    Raises:
+        ConfigurationError: all that is wrong with the settings, at once.
+    """
+    name, options = recipe_and_options(config.recipe)
+    config = replace(config, recipe=name)
+    problems = model_problems(config) + topology_problems(config.workers, config.group_size)
+    if name == ALL and options:
+        problems.append(f"options belong to one recipe: name it in place of {ALL}, as in ab_outer:every=10")
+    if not problems:
+        refused = [problem_of(partial(recipes.build, each, config.steps, **options)) for each in chosen(config)]
+        problems += [problem for each in refused for problem in each] if all(refused) else []
+    if problems:
+        raise ConfigurationError(problems)
+    console = console or Console()
+    model = shapes_for(config)(None)
+    workers = f"{config.workers} workers in groups of {config.group_size}"
+    console.print(f"{model_in_words(config, model)}\n{config.steps:,} steps, {workers}\n", highlight=False)
+    if config.recipe == ALL:
+        console.print(_table(config))
+    else:
+        console.print(_phases(config, recipes.build(name, config.steps, **options)))
+        known = ", ".join(sorted(recipes.options_of(name))) or "none"
+        console.print(f"\n{purpose_of(name)}\noptions: {known}", highlight=False)
+
+
+def ratio_in_words(ratio: float) -> str:
+    """A ratio of payloads: in percent, and as a fraction where it is small."""
+    short = ratio_in_short(ratio)
+    return f"{ratio:.2%} ({short})" if _NEXT_TO_NOTHING <= ratio < _SMALL else short
+
+
+def ratio_in_short(ratio: float) -> str:
+    """A ratio of payloads: in percent, or as a fraction where it is small."""
+    if ratio < _NEXT_TO_NOTHING:
+        return "nothing"
+    return f"{ratio:.1%}" if ratio >= _SMALL else f"1/{1 / ratio:,.0f}"
+
+
+def _table(config: RecipesConfig) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what it does, phase by phase")
+    table.add_column("of ddp's payload", justify="right", no_wrap=True)
+    for name in chosen(config):
+        try:
+            recipe = recipes.build(name, config.steps)
+        except ConfigurationError as error:
+            table.add_row(name, "\n".join(error.problems), "-", end_section=True, style="dim")
+            continue
+        _, ratio, _ = _predicted(config, recipe)
+        phases = "".join(f"\n- {line}" for line in phases_in_words(recipe))
+        words = Text.assemble((purpose_of(name), "bold"), phases)
+        table.add_row(name, words, ratio_in_words(ratio), end_section=True)
+    return table
+
+
+def _phases(config: RecipesConfig, recipe: Recipe) -> Table:
+    total, ratio, by_phase = _predicted(config, recipe)
+    table = Table(box=box.SIMPLE_HEAD, title=recipe.name)
+    table.add_column("phase")
+    table.add_column("payload", justify="right", no_wrap=True)
+    table.add_column("of all", justify="right", no_wrap=True)
+    words = {"setup": "setup: recipe and initial weights compared"} if "setup" in by_phase else {}
+    words |= dict(zip((phase.name for phase in recipe.phases), phases_in_words(recipe), strict=False))
+    for phase, line in words.items():
+        sent = by_phase.get(phase, 0)
+        table.add_row(line, human_bytes(sent), f"{sent / max(total, 1):.1%}")
+    table.add_section()
+    table.add_row("all phases", human_bytes(total), "")
+    table.add_row("of ddp in fp32", ratio_in_words(ratio), "")
+    return table
+
+
+def _predicted(config: RecipesConfig, recipe: Recipe) -> tuple[int, float, dict[str, int]]:
+    """Payload of a worker in bytes, over DDP's in float32, and by phase."""
+    model = shapes_for(config)(recipe.factoring)
+    topology = Topology(config.workers, config.group_size)
+    ranks = ranks_for(model, config.compression) if recipe.factored else {}
+    sent = payload(predict(recipe, model, topology, ranks), topology)
+    return sent["total"], payload_ratio(sent["total"], model, config.steps), sent["by_phase"]

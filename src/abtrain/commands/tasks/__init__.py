@@ -1,0 +1,1 @@
+"""Tasks on real data: models, samples, and how they are evaluated."""

@@ -1,0 +1,250 @@
+"""The paper's image data: CIFAR in memory, ImageNet read from its files as training goes on.
+
+- CIFAR-10 and CIFAR-100 in the files of their authors, as torchvision reads and checks them.
+- ImageNet-2012 as folders of classes, `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from abtrain.commands.tasks.samples import Data, Reading, Samples, Split
+from abtrain.commands.train.requests import PASSED_ON, SIGNALS
+from abtrain.errors import DataError
+
+log = logging.getLogger("abtrain")
+
+SIDE = 224
+"""Pixels of an ImageNet sample, in both directions."""
+IMAGENET_CLASSES = 1000
+_RESIZED = 256
+_MOST_IN_A_ROW = 100
+_PREFETCHED = 4
+_OUTLASTS_SECONDS = 60  # longer than launchers wait for their workers to save
+
+
+class Bad(NamedTuple):
+    """An image that could not be read. It travels as data: an error would lose its name between processes."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Images(Samples):
+    """Images in files with their labels, in place of a `Split` that would not fit into memory.
+
+    Samples are uint8 (3, 224, 224): of the training set a random crop, resized and perhaps mirrored, of the test set
+    the middle of the image. What is drawn for a sample depends on seed, worker, step and place alone.
+    """
+
+    files: tuple[tuple[str, int], ...]
+    random: bool
+    reading: Reading = field(default_factory=Reading)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, tuple[str, ...]] | Bad:
+        """A sample, its label, and the files that were passed over for it."""
+        index, draw = key
+        passed: list[str] = []
+        for step in range(_MOST_IN_A_ROW):
+            path, label = self.files[(index + step) % len(self.files)]
+            try:
+                return _sample(path, draw if self.random else None), label, tuple(passed)
+            except (OSError, ValueError, SyntaxError) as error:
+                if self.reading.on_bad_image == "stop":
+                    return Bad(
+                        f"{path} cannot be read as an image: {error}. Replace it, or pass over such files with "
+                        "--on-bad-image skip"
+                    )
+                passed.append(f"{path} ({error})")
+        return Bad(f"{_MOST_IN_A_ROW} images in a row cannot be read, the last of them {passed[-1]}")
+
+    def to(self, device: torch.device) -> Images:
+        return replace(self, device=device)
+
+    def read_by(self, reading: Reading) -> Images:
+        return replace(self, reading=reading)
+
+    def stream(self, plan: Iterator[tuple[int, list[int]]], seed: int, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+        keys = ([(i, _draw(seed, rank, step, place)) for place, i in enumerate(of)] for step, of in plan)
+        return self._load(keys)
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        starts = range(0, len(self), batch_size)
+        return self._load([(i, 0) for i in range(start, min(start + batch_size, len(self)))] for start in starts)
+
+    def _load(self, keys: Iterator[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
+        loaders = self.reading.loaders
+        loader: DataLoader[Any] = DataLoader(
+            self,
+            batch_sampler=keys,
+            num_workers=loaders,
+            collate_fn=_collate,
+            worker_init_fn=_outlast_requests if loaders else None,
+            pin_memory=self.device.type == "cuda",
+            prefetch_factor=_PREFETCHED if loaders else None,
+            # Or else it would draw from torch's own generator, which belongs to the model's dropout.
+            generator=torch.Generator(),
+        )
+        told: set[str] = set()
+        for x, y, notes in loader:
+            for note in notes:
+                if isinstance(note, Bad):
+                    raise DataError(note.message)
+                if note not in told:
+                    log.warning("passed over %s", note)
+                    told.add(note)
+            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+
+def _outlast_requests(loader: int) -> None:
+    """A request to stop, which may go to all processes of a run, ends a loader only long after its worker has saved."""
+    for number in (*SIGNALS, PASSED_ON):
+        signal.signal(number, lambda number, frame: signal.alarm(_OUTLASTS_SECONDS))
+
+
+def _collate(samples: Sequence[Any]) -> tuple[Tensor, Tensor, list[Any]]:
+    bad = [sample for sample in samples if isinstance(sample, Bad)]
+    if bad:
+        return torch.empty(0), torch.empty(0), bad[:1]
+    notes = [note for _, _, passed in samples for note in passed]
+    return torch.stack([x for x, _, _ in samples]), torch.tensor([y for _, y, _ in samples]), notes
+
+
+def _draw(seed: int, rank: int, step: int, place: int) -> int:
+    """The seed of what is drawn for one sample."""
+    digest = hashlib.blake2b(f"{seed}/{rank}/{step}/{place}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _sample(path: str, draw: int | None) -> Tensor:
+    """An image as uint8 (3, 224, 224): a random part of it drawn from `draw`, or its middle (None)."""
+    from PIL import Image
+    from torchvision.transforms import RandomResizedCrop
+    from torchvision.transforms import functional as VF
+
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    if draw is None:
+        image = VF.center_crop(VF.resize(image, _RESIZED), SIDE)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(draw)
+            image = RandomResizedCrop(SIDE)(image)
+            image = VF.hflip(image) if torch.rand(()) < 0.5 else image
+    sample: Tensor = VF.pil_to_tensor(image)
+    return sample
+
+
+def find_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Path:
+    """The folder with `train` and `val`, both of which have all classes.
+
+    Args:
+        folder: as given.
+        classes: how many there ought to be.
+
+    Raises:
+        DataError: what is missing.
+    """
+    how = f"pass --data FOLDER with train/CLASS/*.JPEG and val/CLASS/*.JPEG of ImageNet-2012, {classes:,} classes"
+    if folder is None:
+        raise DataError(f"ImageNet has no usual place: {how}")
+    names = {}
+    for part in ("train", "val"):
+        try:
+            names[part] = {entry.name for entry in (folder / part).iterdir() if entry.is_dir()}
+        except OSError as error:
+            raise DataError(f"{folder / part} cannot be read ({error}): {how}") from error
+        if len(names[part]) != classes:
+            raise DataError(
+                f"{folder / part} has {len(names[part]):,} classes, and there ought to be {classes:,}: {how}"
+            )
+    unlike = sorted(names["train"] ^ names["val"])
+    if unlike:
+        raise DataError(f"{folder}: train and val differ in {len(unlike)} classes, {unlike[0]} among them: {how}")
+    return folder
+
+
+def load_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Data:
+    """ImageNet-2012 from its files; the validation set is the test set.
+
+    Raises:
+        DataError: torchvision is missing, or folders are missing, incomplete, or have other classes.
+    """
+    found = find_imagenet(folder, classes)
+    datasets = _torchvision_datasets()
+    parts = []
+    for part in ("train", "val"):
+        try:
+            listed = datasets.ImageFolder(str(found / part))
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{found / part} is incomplete: {error}") from error
+        parts.append(Images(tuple(listed.samples), random=part == "train"))
+    return Data(*parts)
+
+
+def find_cifar(folder: Path | None, name: str) -> Path:
+    """The folder that holds CIFAR's own: `cifar-10-batches-py` or `cifar-100-python`.
+
+    Args:
+        folder: as given.
+        name: `CIFAR10` or `CIFAR100`, as torchvision has them.
+
+    Raises:
+        DataError: torchvision is missing, or files are missing or damaged.
+    """
+    kind = getattr(_torchvision_datasets(), name)
+    how = f"pass --data FOLDER with {kind.base_folder}/ of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked"
+    if folder is None:
+        raise DataError(f"{name} has no usual place: {how}")
+    from torchvision.datasets.utils import check_integrity
+
+    files = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
+    place = folder / kind.base_folder
+    missing = [file for file, _ in files if not (place / file).is_file()]
+    if missing:
+        raise DataError(f"{place} lacks {', '.join(missing)}: {how}")
+    damaged = [file for file, digest in files if not check_integrity(str(place / file), digest)]
+    if damaged:
+        raise DataError(f"{place}: {', '.join(damaged)} is not what its authors published: {how}")
+    return folder
+
+
+def load_cifar(folder: Path | None, name: str) -> Data:
+    """CIFAR-10 or CIFAR-100 as uint8 images (N, 3, 32, 32) and int64 labels, in its own split; raises likewise."""
+    found, datasets = find_cifar(folder, name), _torchvision_datasets()
+    splits = []
+    for train in (True, False):
+        part = getattr(datasets, name)(str(found), train=train)
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        splits.append(Split(images, torch.tensor(part.targets)))
+    return Data(*splits)
+
+
+def cifar(name: str) -> tuple[Callable[[Path | None], object], Callable[[Path | None], Data]]:
+    """How `name` is found, and how it is loaded."""
+    return partial(find_cifar, name=name), partial(load_cifar, name=name)
+
+
+def _torchvision_datasets() -> Any:
+    try:
+        import torchvision.datasets
+    except ImportError as error:
+        raise DataError(
+            "this task's data is read by torchvision, which is not installed: pip install 'abtrain[vision]'"
+        ) from error
+    return torchvision.datasets

@@ -1,0 +1,292 @@
+"""The tasks: a model, real data, and what is needed to train the one on the other.
+
+Everything here works without abtrain's engine, so that a plain DDP loop built from these parts starts from
+the same weights and sees the same batches as `abtrain train` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import BatchSampler, DistributedSampler
+
+from abtrain.commands.tasks import datasets as sources
+from abtrain.commands.tasks import images, models, vision_models
+from abtrain.commands.tasks.choices import Init, Precision
+from abtrain.commands.tasks.pixels import (
+    flip_and_shift,
+    shift_by_four,
+    standardize_cifar10,
+    standardize_cifar100,
+    standardize_fashion,
+    standardize_imagenet,
+)
+from abtrain.commands.tasks.samples import Data
+from abtrain.errors import ConfigurationError
+
+WARMUP_SHARE = 0.05
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (..., classes) against labels (...), in nats."""
+    return F.cross_entropy(logits.flatten(0, -2), y.flatten())
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model on a data set, with the settings that suit the two.
+
+    Attributes:
+        name: how the command calls it.
+        model: builds the model, with PyTorch's own initialization.
+        find: checks that the data is in the `--data` folder or in its usual place; raises DataError.
+        load: reads the data; the same argument and error.
+        prepare: samples as they are stored, to the model's input.
+        steps: default length of a run.
+        batch_size: default samples per worker and step.
+        lr: default learning rate.
+        augment: changes a batch of stored samples at random, in training.
+        loss: mean loss of the model's output against the targets, in training; validation takes plain cross-entropy.
+        classifies: whether top-1 says how good the model is; the mean loss alone does otherwise.
+        reads_folder: whether `--data` plays a part.
+        weight_decay: default of AdamW's.
+        clip: default largest norm of all gradients together; 0: any.
+        init: default initial weights.
+        precision: default of forward and backward passes.
+        lr_warmup: share of the steps in which the learning rate climbs.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    find: Callable[[Path | None], object]
+    load: Callable[[Path | None], Data]
+    prepare: Callable[[Tensor], Tensor]
+    steps: int
+    batch_size: int = 32
+    lr: float = 1e-3
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    classifies: bool = True
+    reads_folder: bool = False
+    weight_decay: float = 0.05
+    clip: float = 0.0
+    init: Init = "default"
+    precision: Precision = "fp32"
+    lr_warmup: float = WARMUP_SHARE
+
+
+def smoothed_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy with labels smoothed by 0.1, as in all runs of the paper."""
+    return F.cross_entropy(logits, y, label_smoothing=0.1)
+
+
+def _papers(name: str, model: Callable[[], nn.Module], **settings: Any) -> Task:
+    """A task of the paper, with what its runs have alike: 150 epochs, 10 of them until the learning rate is up."""
+    return Task(
+        name=name,
+        model=model,
+        loss=smoothed_cross_entropy,
+        reads_folder=True,
+        clip=1.0,
+        init="orthogonal",
+        precision="bf16",
+        lr_warmup=10 / 150,
+        **settings,
+    )
+
+
+_IMAGENET_DATA: dict[str, Any] = {
+    "find": images.find_imagenet,
+    "load": images.load_imagenet,
+    "prepare": standardize_imagenet,
+    "steps": 150 * 312,
+    "batch_size": 256,
+    "lr": 3.5e-3,
+}
+_FIND_CIFAR10, _LOAD_CIFAR10 = images.cifar("CIFAR10")
+_FIND_CIFAR100, _LOAD_CIFAR100 = images.cifar("CIFAR100")
+
+
+def _fashion(name: str, model: Callable[[], nn.Module], lr: float) -> Task:
+    return Task(
+        name=name,
+        model=model,
+        find=sources.find_fashion_mnist,
+        load=sources.load_fashion_mnist,
+        prepare=standardize_fashion,
+        steps=2000,
+        lr=lr,
+        augment=flip_and_shift,
+        reads_folder=True,
+    )
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="digits-mlp",
+            model=models.digits_mlp,
+            find=sources.check_digits,
+            load=sources.load_digits,
+            prepare=Tensor.float,
+            steps=600,
+            lr=3e-3,
+        ),
+        _fashion("fashion-cnn", models.fashion_cnn, lr=2e-3),
+        _fashion("fashion-vit", models.VisionTransformer, lr=1e-3),
+        Task(
+            name="pysrc-gpt",
+            model=models.GPT,
+            find=sources.find_pysrc,
+            load=sources.load_pysrc,
+            prepare=Tensor.int,
+            steps=1000,
+            batch_size=8,
+            lr=1e-3,
+            classifies=False,
+        ),
+        _papers("imagenet-vit-b16", vision_models.vit_b_16, weight_decay=0.1, **_IMAGENET_DATA),
+        _papers("imagenet-resnet50", vision_models.resnet50, weight_decay=0.01, **_IMAGENET_DATA),
+        _papers(
+            "cifar10-vgg16",
+            vision_models.vgg16,
+            find=_FIND_CIFAR10,
+            load=_LOAD_CIFAR10,
+            prepare=standardize_cifar10,
+            augment=shift_by_four,
+            steps=150 * 48,
+            batch_size=64,
+            lr=3e-3,
+            weight_decay=0.1,
+        ),
+        _papers(
+            "cifar100-mini-vit",
+            vision_models.mini_vit,
+            find=_FIND_CIFAR100,
+            load=_LOAD_CIFAR100,
+            prepare=standardize_cifar100,
+            augment=shift_by_four,
+            steps=150 * 48,
+            batch_size=256,
+            lr=1e-3,
+            weight_decay=0.1,
+        ),
+    )
+}
+
+
+def build_model(task: Task, seed: int, init: Init = "default") -> nn.Module:
+    """The task's model as `seed` makes it, on the CPU; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = task.model()
+        if init == "orthogonal":
+            models.orthogonal_init(model)
+    return model
+
+
+def build_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.05) -> AdamW:
+    """AdamW that decays parameters of two or more dimensions, and leaves biases and norms alone."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+
+
+def build_schedule(optimizer: Optimizer, steps: int, warmup: float = WARMUP_SHARE) -> LambdaLR:
+    """A linear climb over the first steps, a share `warmup` of all, then half a cosine down to zero."""
+    climb = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < climb:
+            return (step + 1) / climb
+        done = min(1.0, (step - climb) / max(1, steps - climb))
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    return LambdaLR(optimizer, factor)
+
+
+def batches(
+    task: Task, data: Data, *, seed: int, rank: int, world_size: int, batch_size: int, start: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """An endless run of (input, targets), from step `start` on.
+
+    Workers share every epoch between them without overlap; an incomplete last batch is left out. A batch
+    depends on the arguments and its step alone.
+
+    Raises:
+        ConfigurationError: the training set is too small for one batch for every worker.
+    """
+    samples = len(data.train)
+    per_epoch = samples // world_size // batch_size
+    if per_epoch == 0:
+        raise ConfigurationError(
+            f"batch size {batch_size} x {world_size} workers is more than the {samples} training samples of "
+            f"{task.name}: use a batch size of at most {samples // world_size}"
+        )
+    return _batches(task, data, seed, rank, world_size, batch_size, start)
+
+
+def _batches(
+    task: Task, data: Data, seed: int, rank: int, world_size: int, batch_size: int, start: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        data.train, num_replicas=world_size, rank=rank, shuffle=True, seed=seed, drop_last=True
+    )
+    stream = data.train.stream(_plan(sampler, batch_size, start), seed, rank)
+    for step, (x, y) in zip(itertools.count(start), stream, strict=False):
+        if task.augment is not None:
+            x = task.augment(x, _generator(seed, rank, step))
+        yield task.prepare(x), y.long()
+
+
+def _plan(sampler: DistributedSampler[Any], batch_size: int, start: int) -> Iterator[tuple[int, list[int]]]:
+    """Of each step from `start` on, its number and which samples it takes."""
+    batch_sampler = BatchSampler(sampler, batch_size, drop_last=True)
+    first_epoch, skip = divmod(start, len(batch_sampler))
+    steps = itertools.count(start)
+    for epoch in itertools.count(first_epoch):
+        sampler.set_epoch(epoch)
+        # The sampler draws an epoch's order when it is asked first: nothing of it is read ahead into the next one.
+        for indices in itertools.islice(batch_sampler, skip, None):
+            yield next(steps), indices
+        skip = 0
+
+
+def _generator(seed: int, rank: int, step: int) -> torch.Generator:
+    """A generator that depends on where it is used, not on what was drawn before."""
+    digest = hashlib.blake2b(f"{seed}/{rank}/{step}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, data: Data, batch_size: int = 100) -> dict[str, float | None]:
+    """How good `model` is on the test set.
+
+    Returns:
+        `top1` in percent, None where the task has no classes to name, and the mean `loss` in nats.
+    """
+    was_training = model.training
+    model.eval()
+    loss, correct, seen = 0.0, 0, 0
+    for x, y in data.test.in_order(batch_size):
+        targets = y.long()
+        output = model(task.prepare(x))
+        loss += float(cross_entropy(output, targets)) * len(x)
+        if task.classifies:
+            correct += int((output.argmax(dim=-1) == targets).sum())
+        seen += len(x)
+    model.train(was_training)
+    return {"top1": 100 * correct / seen if task.classifies else None, "loss": loss / seen}

@@ -1,0 +1,122 @@
+"""The TOML form of a run's settings: flat keys, the names of `TrainConfig`'s fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from abtrain.commands.train.config import TrainConfig
+from abtrain.errors import ConfigurationError, nearest
+from abtrain.recipes.sync import is_finite_number
+
+
+def from_toml(path: Path) -> TrainConfig:
+    """The settings of a TOML file, defaults for the rest.
+
+    Raises:
+        ConfigurationError: a file that cannot be read, and every unknown key and value of a wrong type, at once.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"--config {path} cannot be read: {error}") from error
+    return from_text(text, f"--config {path}")
+
+
+def from_text(text: str, source: str) -> TrainConfig:
+    """The settings of TOML text, defaults for the rest.
+
+    Args:
+        text: the content of a file.
+        source: where it is from, for messages.
+
+    Raises:
+        ConfigurationError: text that is no TOML, and every unknown key and value of a wrong type, at once.
+    """
+    try:
+        content = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{source} cannot be read: {error}") from error
+    return from_values(content, source.removeprefix("--config "))
+
+
+def from_values(content: Mapping[str, Any], source: str) -> TrainConfig:
+    """The settings of a table as TOML has it, defaults for the rest.
+
+    Args:
+        content: values by the names of `TrainConfig`'s fields.
+        source: where they are from, for messages.
+
+    Raises:
+        ConfigurationError: every unknown key and value of a wrong type, at once.
+    """
+    known = typing.get_type_hints(TrainConfig)
+    del known["config"]  # a file does not name another
+    problems = []
+    for key, value in content.items():
+        if key not in known:
+            problems.append(f"{source}: unknown key {key!r}: {nearest(key, known)}")
+        elif not _fits(value, known[key]):
+            problems.append(f"{source}: {key} = {value!r} is of the wrong type: use {_type_name(known[key])}")
+    if problems:
+        raise ConfigurationError(problems)
+    return TrainConfig(**{key: _convert(value, known[key]) for key, value in content.items()})
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The settings as TOML that `from_toml` reads back; TOML has no null, so what is None is left out."""
+    names = [field.name for field in dataclasses.fields(config) if field.name != "config"]
+    values = {name: getattr(config, name) for name in names}
+    return "".join(f"{name} = {_toml_value(value)}\n" for name, value in values.items() if value is not None)
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, str | Path):
+        # A JSON string is a TOML string, but for the one control character that JSON lets through.
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def _fits(value: object, expected: Any) -> bool:
+    """Whether a value read from TOML can stand for a setting of type `expected`."""
+    origin = typing.get_origin(expected)
+    if origin in (types.UnionType, Union):
+        return any(_fits(value, option) for option in typing.get_args(expected) if option is not types.NoneType)
+    if origin is Literal:
+        return value in typing.get_args(expected)
+    if origin is tuple:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if expected is Path:
+        return isinstance(value, str)
+    if expected is float:
+        return isinstance(value, float) or is_finite_number(value)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, expected)
+
+
+def _convert(value: Any, expected: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if Path in (expected, *typing.get_args(expected)) else value
+
+
+def _type_name(expected: Any) -> str:
+    options = [option for option in typing.get_args(expected) if option is not types.NoneType]
+    if typing.get_origin(expected) is Literal:
+        return " or ".join(map(repr, options))
+    if typing.get_origin(expected) is tuple:
+        return "a list of strings"
+    if options:
+        return " or ".join(map(_type_name, options))
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(expected, "a string")

@@ -1,0 +1,93 @@
+"""What the user sees of a run: a bar on a terminal, plain lines elsewhere, and a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from abtrain.commands.train.config import TrainConfig, group_size_of
+from abtrain.commands.units import human_bytes
+
+
+class Display:
+    """Shows a run of `steps` steps while it goes on; use it as a context.
+
+    Args:
+        steps: of the whole run.
+        console: where to write; default standard output.
+    """
+
+    def __init__(self, steps: int, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._steps = steps
+        self._bar = Progress(
+            TextColumn("{task.description:>8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=steps, figures="")
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def heading(self, config: TrainConfig, parameters: int) -> None:
+        """Says in a line what is about to run."""
+        groups = config.workers // group_size_of(config)
+        self._plain(
+            f"{config.recipe} on {config.task} ({parameters:,} parameters): {config.steps} steps of "
+            f"{config.workers} x {config.batch_size} samples, {_some(config.workers, 'worker')} in "
+            f"{_some(groups, 'group')}, {config.device}"
+        )
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Shows a line of metrics: step, phase, loss, lr, payload_bytes."""
+        figures = (
+            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {human_bytes(record['payload_bytes'])} sent per worker"
+        )
+        if self.console.is_terminal:
+            self._bar.update(self._task, completed=record["step"], description=record["phase"], figures=figures)
+        else:
+            self._plain(f"step {record['step']:>5}/{self._steps}  {record['phase']:<9}{figures}")
+
+    def summary(self, result: Mapping[str, Any], folder: Path) -> None:
+        """The table at the end of a run."""
+        seconds, payload = result["seconds"], result["payload_bytes"]
+        parts = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("compute", "sync", "svd"))
+        table = Table(title=f"{result['recipe']} on {result['task']}, seed {result['seed']}", show_header=False)
+        table.add_column()
+        table.add_column(overflow="fold")  # a path is of use only when it is whole
+        if result["top1"] is not None:
+            table.add_row("top-1", f"{result['top1']:.2f} %")
+        table.add_row("validation loss", f"{result['loss']:.4f}")
+        table.add_row("sent per worker", human_bytes(payload["total"]))
+        table.add_row("of what DDP sends", f"{100 * result['payload_ratio']:.1f} %")
+        table.add_row("compression", f"{result['compression']:.2f} : 1")
+        table.add_row("seconds", f"{seconds['total']:.1f} ({parts})")
+        table.add_row("weights digest", result["weights_digest"][:16])
+        table.add_row("run folder", Text(str(folder)))
+        self.console.print(table)
+
+    def _plain(self, line: str) -> None:
+        # A pipe has no width to wrap to, and a figure is no markup.
+        self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _some(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

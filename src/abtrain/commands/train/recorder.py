@@ -1,0 +1,96 @@
+"""What a run leaves behind and shows as it goes: the run folder, the trackers, the display."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from abtrain.commands.train.config import TrainConfig
+from abtrain.commands.train.display import Display
+from abtrain.commands.train.never_fatal import Aside
+from abtrain.commands.train.run_folder import RunFolder
+from abtrain.commands.train.trackers import Trackers
+from abtrain.errors import StoppedError
+
+
+class Recorder:
+    """What rank 0 alone does beside training."""
+
+    def __init__(self, config: TrainConfig, folder: RunFolder, parameters: int) -> None:
+        assert config.steps is not None
+        self._last_step, self._every = config.steps, config.log_every
+        self._started = time.perf_counter()
+        self._losses: list[float] = []
+        self._step = 0
+        self._folder = folder
+        self._display = Display(config.steps)
+        self._aside = Aside()
+        self._heading = config, parameters
+        self._trackers: Trackers | None = None
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._aside("the display", self._display.__exit__, kind, error, trace)
+        if isinstance(error, StoppedError):
+            outcome = {"outcome": "stopped", "exit_code": error.exit_code, "step": self._step, "message": str(error)}
+            self._aside("outcome.json", self._folder.stop, outcome)
+
+    @property
+    def seconds(self) -> float:
+        """That the run has taken so far, earlier attempts included."""
+        return time.perf_counter() - self._started
+
+    def begin(self, step: int) -> None:
+        """The run begins, or goes on after so many steps."""
+        self._step = step
+        self._folder.begin(step)
+        self._trackers = Trackers(self._heading[0], self._folder.path)
+        self._aside("the display", self._display.heading, *self._heading)
+        self._aside("the display", self._display.__enter__)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on recording."""
+        return {"losses": torch.tensor(self._losses, dtype=torch.float64), "seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict`."""
+        self._losses = state["losses"].tolist()
+        self._started = time.perf_counter() - float(state["seconds"])
+
+    def step(
+        self, step: int, phase: str, loss: float, lr: float, payload_bytes: int, divergence: Sequence[Any] = ()
+    ) -> None:
+        """Every so many steps: a line of metrics, the loss averaged since the last, and the last merge's divergence."""
+        self._losses.append(loss)
+        self._step = step
+        if step % self._every and step != self._last_step:
+            return
+        record = {
+            "step": step,
+            "phase": phase,
+            "loss": math.fsum(self._losses) / len(self._losses),
+            "lr": lr,
+            "payload_bytes": payload_bytes,
+            "seconds": round(self.seconds, 3),
+        }
+        if divergence:
+            record["divergence"] = divergence[-1]
+        self._losses.clear()
+        self._aside("metrics.jsonl", self._folder.log, record)
+        if self._trackers is not None:
+            self._trackers.log(step, record)
+        self._aside("the display", self._display.show, record)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The end of a run that went well."""
+        self._folder.finish(result)
+        if self._trackers is not None:
+            self._trackers.finish(result)
+        self._aside("the display", self._display.__exit__, None, None, None)
+        self._aside("the display", self._display.summary, result, self._folder.path)

@@ -1,0 +1,278 @@
+"""The run folder: what a run was, how it went, and how it ended.
+
+config.toml      the settings, with all defaults filled in; `abtrain train --config` repeats the run. Its first line may
+                 name the launch that wrote it
+metrics.jsonl    one JSON object per line: step, phase, loss, lr, payload_bytes, seconds
+result.json      appears complete, at the end, or not at all
+checkpoints/     what the run goes on from (see `abtrain.checkpoint.store`)
+outcome.json     how a run ended that was stopped on request
+.lock            held while a process writes here
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from abtrain.commands.train.config import TrainConfig, differences, identity
+from abtrain.commands.train.config_file import from_text, to_toml
+from abtrain.commands.train.folder_content import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    OLD_CHECKPOINTS,
+    OUTCOME_FILE,
+    RESULT_FILE,
+    holds_unfinished_run,
+)
+from abtrain.errors import CheckpointError, ConfigurationError, StoppedError
+from abtrain.failpoints import attempt
+from abtrain.files import is_leftover, is_regular, open_regular, read_regular, remove, write_whole
+
+
+def default_folder(config: TrainConfig) -> Path:
+    """Where a run goes that was given no folder."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{config.task}-{config.recipe}-seed{config.seed}-{stamp}"
+
+
+class RunFolder:
+    """The folder of one run, written by one process.
+
+    Args:
+        config: valid and resolved.
+        launch: identifies one start of the command with all its attempts; empty if it has only one.
+
+    Attributes:
+        path: of the folder.
+        goes_on: whether it holds an unfinished run that is to go on; any other run is replaced. With `overwrite` only
+            a run of the same launch goes on.
+
+    Raises:
+        ConfigurationError: the folder cannot be written, another process is writing it, or the unfinished run has other
+            settings.
+        StoppedError: the run was stopped on request, and its workers have been started again nevertheless.
+    """
+
+    def __init__(self, config: TrainConfig, launch: str = "") -> None:
+        self.path = config.out or default_folder(config)
+        # Neither the folder nor the permission to overwrite belong to the run that the file describes.
+        self._settings = dataclasses.replace(config, out=None, overwrite=False, config=None)
+        self._launch = launch
+        self._metrics: TextIO | None = None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path / LOCK_FILE)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            self.goes_on = config.resume and holds_unfinished_run(self.path) and self._may_go_on(config.overwrite)
+            if self.goes_on:
+                self._check_entries()
+                self._check_settings()
+                self._check_outcome()
+        except OSError as error:
+            self._release()
+            raise self._unwritable(error) from error
+        except (ConfigurationError, StoppedError):
+            self._release()
+            raise
+
+    def begin(self, step: int) -> None:
+        """The run begins (0), or goes on where so many steps are done: what was recorded after them goes.
+
+        A crash at any moment leaves a folder in which the same command begins or goes on.
+
+        Raises:
+            ConfigurationError: the folder cannot be written.
+        """
+        metrics = self.path / METRICS_FILE
+        try:
+            kept = _lines_until(metrics, step) if step else []
+            if not step:
+                self._set_checkpoints_aside()
+            for name in (RESULT_FILE, OUTCOME_FILE):
+                (self.path / name).unlink(missing_ok=True)
+            # From here on the folder holds this run, so nothing of another one may be left that it could go on from.
+            write_whole(self.path / CONFIG_FILE, f"{_mark(self._launch)}{to_toml(self._settings)}")
+            write_whole(metrics, "".join(kept))
+            handle = open_regular(metrics, os.O_WRONLY | os.O_APPEND)
+            self._metrics = open(handle, "a", encoding="utf-8")  # noqa: PTH123, SIM115  a handle; closed at the end
+            self._sweep()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._metrics is not None:
+            with contextlib.suppress(OSError):  # told when the lines that it still holds could not be written
+                self._metrics.close()
+        self._release()
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Adds a line to metrics.jsonl."""
+        assert self._metrics is not None
+        self._metrics.write(_json(record) + "\n")
+        self._metrics.flush()  # a run that dies keeps the lines written so far
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Writes result.json.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        try:
+            self._write(RESULT_FILE, result)
+        except OSError as error:
+            raise CheckpointError(
+                f"the run has come to its end, but {self.path / RESULT_FILE} cannot be written: {error}. Make room "
+                "for it, and run again: the run goes on from its last checkpoint"
+            ) from error
+
+    def stop(self, outcome: Mapping[str, Any]) -> None:
+        """Writes outcome.json."""
+        self._write(OUTCOME_FILE, outcome)
+
+    def _release(self) -> None:
+        (self.path / LOCK_FILE).unlink(missing_ok=True)
+        self._lock.close()
+
+    def _unwritable(self, error: OSError) -> ConfigurationError:
+        return ConfigurationError(f"--out {self.path} cannot be written: {error}")
+
+    def _may_go_on(self, overwrite: bool) -> bool:
+        """Whether an unfinished run need not be replaced: one of this launch has replaced the former run already."""
+        if not overwrite:
+            return True
+        mark = _mark(self._launch)
+        return bool(mark) and read_regular(self.path / CONFIG_FILE, errors="replace").startswith(mark)
+
+    def _set_checkpoints_aside(self) -> None:
+        """Takes the checkpoints of another run out of the way in one step; `_sweep` removes them."""
+        checkpoints, aside = self.path / CHECKPOINTS, self.path / OLD_CHECKPOINTS
+        remove(aside)
+        if checkpoints.is_dir() and not checkpoints.is_symlink():
+            checkpoints.rename(aside)
+        else:
+            remove(checkpoints)
+
+    def _sweep(self) -> None:
+        """Removes what crashes left, and the checkpoints of a run that was replaced."""
+        remove(self.path / OLD_CHECKPOINTS)
+        for path in list(self.path.iterdir()):
+            if is_leftover(path):
+                path.unlink(missing_ok=True)
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        write_whole(self.path / name, _json(content, indent=2) + "\n")
+
+    def _check_outcome(self) -> None:
+        # torchrun starts workers again whatever ended them.
+        if attempt() and (self.path / OUTCOME_FILE).exists():
+            raise StoppedError(f"--out {self.path} holds a run that was stopped on request: run again to go on")
+
+    def _check_entries(self) -> None:
+        """Makes sure that nothing stands where the run goes on but files and folders of its own.
+
+        Raises:
+            ConfigurationError: there is a link, or something else.
+        """
+        checkpoints, metrics = self.path / CHECKPOINTS, self.path / METRICS_FILE
+        odd = []
+        if os.path.lexists(checkpoints) and (checkpoints.is_symlink() or not checkpoints.is_dir()):
+            odd.append(f"{checkpoints} is a link or no folder")
+        if os.path.lexists(metrics) and not is_regular(metrics):
+            odd.append(f"{metrics} is a link or no file")
+        if odd:
+            raise ConfigurationError(
+                f"--out {self.path} cannot go on: {' and '.join(odd)}, which is not followed. Remove it (the run "
+                "folder itself may be a link), or name another folder"
+            )
+
+    def _check_settings(self) -> None:
+        file = self.path / CONFIG_FILE
+        try:
+            before = from_text(read_regular(file), str(file))
+        except UnicodeError as error:
+            raise ConfigurationError(f"--out {self.path} holds a run whose config.toml is no UTF-8: {error}") from error
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"--out {self.path} holds a run whose config.toml is damaged ({'; '.join(error.problems)}): put it in "
+                "order, name another folder, or add --overwrite to replace it"
+            ) from error
+        differing = differences(identity(before), identity(self._settings))
+        if differing:
+            raise ConfigurationError(
+                f"--out {self.path} holds an unfinished run with other settings ({'; '.join(differing)}): use the same "
+                "to go on with it, name another folder, or add --overwrite to replace it"
+            )
+
+
+def _lock(path: Path) -> TextIO:
+    """The lock file, locked.
+
+    Raises:
+        ConfigurationError: another process holds it.
+    """
+    while True:
+        handle = open_regular(path, os.O_WRONLY | os.O_CREAT)
+        file = open(handle, "w", encoding="utf-8")  # noqa: PTH123, SIM115  a handle; closed with the run
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ConfigurationError(
+                f"--out {path.parent} is in use by another run: wait for its end, or name another folder"
+            ) from None
+        # The one who held it before may have removed it in between: then this is not the file that others see.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.lstat()):
+                return file
+        file.close()
+
+
+def _mark(launch: str) -> str:
+    """The first line of config.toml, by which a later attempt of the launch knows its run."""
+    return f"# launch {launch}\n" if launch else ""
+
+
+def _lines_until(metrics: Path, step: int) -> list[str]:
+    """The lines of metrics up to a step; one that a crash tore is not among them."""
+    kept = []
+    text = read_regular(metrics, errors="replace") if metrics.exists() else ""
+    for line in text.splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity are no JSON: they become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,150 @@
+"""Where metrics go beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow. Each is imported when it is asked for.
+
+A tracker never ends a run: what it raises is told once, and it is left alone from then on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from abtrain.commands.train.config import TrainConfig
+from abtrain.commands.train.never_fatal import Aside
+from abtrain.errors import nearest
+
+Numbers = Mapping[str, float]
+
+
+class Tracker(Protocol):
+    """What a tracker can do."""
+
+    def log(self, step: int, numbers: Numbers) -> None:
+        """Records numbers of a step."""
+        ...
+
+    def finish(self, numbers: Numbers) -> None:
+        """Records the outcome of a run, and ends."""
+        ...
+
+
+class TensorBoard:
+    """Event files in FOLDER/tensorboard, for `tensorboard --logdir`."""
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, numbers: Numbers) -> None:
+        for name, number in numbers.items():
+            self._writer.add_scalar(name, number, step)
+
+    def finish(self, numbers: Numbers) -> None:
+        self.log(0, {f"result/{name}": number for name, number in numbers.items()})
+        self._writer.close()
+
+
+class WandB:
+    """A run of project `abtrain`. WANDB_MODE=offline keeps it in FOLDER/wandb, for `wandb sync`."""
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        import wandb
+
+        # The same folder is the same run, so that one that goes on does not begin another.
+        number = hashlib.blake2b(str(folder.absolute()).encode(), digest_size=8).hexdigest()
+        settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
+        self._run: Any = wandb.init(
+            project="abtrain", name=folder.name, id=number, resume="allow", dir=str(folder), config=settings
+        )
+
+    def log(self, step: int, numbers: Numbers) -> None:
+        self._run.log(dict(numbers), step=step)
+
+    def finish(self, numbers: Numbers) -> None:
+        self._run.summary.update(dict(numbers))
+        self._run.finish()
+
+
+class MLflow:
+    """A run of experiment `abtrain`, in FOLDER/mlflow unless MLFLOW_TRACKING_URI names another place."""
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        import mlflow
+
+        self._mlflow: Any = mlflow
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            mlflow.set_tracking_uri((folder / "mlflow").absolute().as_uri())
+        mlflow.set_experiment("abtrain")
+        mlflow.start_run(run_name=folder.name)
+        mlflow.log_params({name: str(value)[:500] for name, value in dataclasses.asdict(config).items()})
+
+    def log(self, step: int, numbers: Numbers) -> None:
+        self._mlflow.log_metrics(dict(numbers), step=step)
+
+    def finish(self, numbers: Numbers) -> None:
+        self._mlflow.log_metrics({f"result_{name}": number for name, number in numbers.items()})
+        self._mlflow.end_run()
+
+
+TRACKERS: dict[str, tuple[str, Callable[[Path, TrainConfig], Tracker]]] = {
+    "tensorboard": ("tensorboard", TensorBoard),
+    "wandb": ("wandb", WandB),
+    "mlflow": ("mlflow", MLflow),
+}
+"""By name: the package that it needs, and how it is begun."""
+
+
+def tracker_problems(names: Sequence[str]) -> list[str]:
+    """What is wrong with the trackers that are asked for; empty if nothing is."""
+    found = []
+    for name in names:
+        if name not in TRACKERS:
+            found.append(f"unknown tracker {name!r}: {nearest(name, TRACKERS)}")
+        elif importlib.util.find_spec(TRACKERS[name][0]) is None:
+            found.append(f"--track {name}: {TRACKERS[name][0]} is not installed: pip install 'abtrain[{name}]'")
+    return found
+
+
+class Trackers:
+    """All trackers of a run, none of which can end it.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        self._live: dict[str, Tracker] = {}
+        self._aside = Aside()
+
+        def begin(name: str) -> None:
+            self._live[name] = TRACKERS[name][1](folder, config)
+
+        for name in config.track:
+            self._aside(name, begin, name)
+
+    def log(self, step: int, record: Mapping[str, Any]) -> None:
+        """Records those values of a step that are numbers."""
+        self._each(lambda tracker: tracker.log(step, _numbers(record)))
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Records those values of the outcome that are numbers, and ends."""
+        self._each(lambda tracker: tracker.finish(_numbers(result)))
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._live.items()):
+            if not self._aside(name, call, tracker):
+                del self._live[name]
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }

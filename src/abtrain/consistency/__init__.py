@@ -1,0 +1,1 @@
+"""What workers hold alike: how it is compared, and made equal."""

@@ -1,0 +1,1 @@
+"""The engine: what happens at which step of a run, and when."""

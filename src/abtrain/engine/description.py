@@ -1,0 +1,102 @@
+"""What `ABTraining.describe()` tells: every parameter with what becomes of it, the phases, and the groups."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from abtrain.comm.topology import Topology
+from abtrain.lowrank.classify import Kind, Treatment
+from abtrain.recipes.recipe import Recipe
+from abtrain.recipes.sync import GradientSync, WeightSync
+
+
+@dataclass(frozen=True)
+class Description:
+    """Printable; the fields are for programs.
+
+    Attributes:
+        recipe: with its phases.
+        topology: workers and groups.
+        treatments: one for every parameter of the model.
+        dense_this_cycle: weights that could be factored but are not at present, with the reason.
+        buffers: by name, what becomes of a buffer at a merge, where workers hold it differently.
+    """
+
+    recipe: Recipe
+    topology: Topology
+    treatments: tuple[Treatment, ...]
+    dense_this_cycle: dict[str, str]
+    buffers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[Kind, int]:
+        """Elements by what becomes of them; they sum to the model's parameters."""
+        counts: Counter[Kind] = Counter({"factored": 0, "averaged": 0, "frozen": 0})
+        for treatment in self.treatments:
+            counts[treatment.kind] += treatment.numel
+        return dict(counts)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                *self._phase_lines(),
+                self._group_line(),
+                *self._parameter_lines(),
+                self._total_line(),
+                *self._buffer_lines(),
+            ]
+        )
+
+    def _phase_lines(self) -> list[str]:
+        recipe = self.recipe
+        lines = [f"recipe {recipe.name}, {recipe.total_steps} steps"]
+        for phase in recipe.phases:
+            where = "once" if phase in recipe.prologue else "each cycle"
+            lines.append(
+                f"  {phase.name}: {phase.steps} steps {where}, {phase.weights}, trains {phase.trains}, {phase.sync}"
+            )
+        return lines
+
+    def _group_line(self) -> str:
+        topology = self.topology
+        line = f"{topology.world_size} workers in {topology.n_groups} groups of {topology.group_size}"
+        if not any(phase.trains == "a_or_b" for phase in self.recipe.phases):
+            return line
+        if topology.n_groups == 1:
+            return f"{line}: one group alone trains A and B in turn, cycle by cycle"
+        roles = [topology.role(group[0], cycle=0) for group in topology.groups]
+        return f"{line}: {roles.count('A')} train A, {roles.count('B')} train B"
+
+    def beginning(self) -> str:
+        """One line for the start of a run: who belongs together, and what travels between groups."""
+        topology, phases = self.topology, self.recipe.phases
+        shared = [phase.name for phase in phases if isinstance(phase.sync, GradientSync)]
+        merged = [f"every {p.sync.every} steps ({p.name})" for p in phases if isinstance(p.sync, WeightSync)]
+        travels = [f"gradients at every step ({', '.join(shared)})"] if shared else []
+        travels += [f"merges {', '.join(dict.fromkeys(merged))}"] if merged else []
+        groups = f"{topology.n_groups} group{'s' * (topology.n_groups > 1)} of {topology.group_size}"
+        return f"{topology.world_size} workers in {groups}; between groups travel {' and '.join(travels) or 'nothing'}"
+
+    def _parameter_lines(self) -> list[str]:
+        width = max((len(treatment.name) for treatment in self.treatments), default=0)
+        lines = []
+        for t in self.treatments:
+            now = self.dense_this_cycle.get(t.name)
+            reason = f"{t.reason} (dense in this cycle: {now})" if now else t.reason
+            shape = "x".join(map(str, t.shape)) or "scalar"
+            lines.append(f"  {t.name:<{width}}  {shape:>16}  {t.kind:<8}  {reason}")
+        return lines
+
+    def _buffer_lines(self) -> list[str]:
+        if not self.buffers:
+            return []
+        width = max(map(len, self.buffers))
+        lines = [f"  {name:<{width}}  {treatment}" for name, treatment in self.buffers.items()]
+        return ["buffers that workers hold differently at a merge (all others stay as they are):", *lines]
+
+    def _total_line(self) -> str:
+        total = sum(self.parameters.values())
+        shares = (f"{count:,} {kind} ({count / max(total, 1):.2%})" for kind, count in self.parameters.items())
+        return f"{total:,} parameters: {', '.join(shares)}"

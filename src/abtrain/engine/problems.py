@@ -1,0 +1,156 @@
+"""What is wrong with a model, an optimizer and a recipe together: all of it at once, before anything is changed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from abtrain.comm.communicator import Communicator
+from abtrain.engine.optimizer_problems import form_problems, optimizer_problems
+from abtrain.errors import nearest
+from abtrain.lowrank.classify import classify
+from abtrain.lowrank.optimizers import Optimizers
+from abtrain.own import IGNORED, ignored_names
+from abtrain.recipes.recipe import Recipe
+from abtrain.recipes.sync import WeightSync
+
+_FEW_STEPS = 100
+"""Before weights are factored. Measured: docs/studies/large-batch.md, where 24 steps cost 11 points and 48 cost 4."""
+
+
+def problems_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], recipe: Recipe) -> list[str]:
+    """One message for each thing that cannot be; empty if all is well."""
+    if not isinstance(recipe, Recipe):
+        return [f"recipe={recipe!r} is no Recipe: build one, as abtrain.recipes.ab(total_steps=10_000) does"]
+    unusable = form_problems(optimizer)
+    if unusable:
+        return unusable
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        wrapper = type(model).__name__
+        return [
+            f"the model is wrapped in {wrapper}: pass the bare model ({wrapper}(...).module), abtrain wraps it itself"
+        ]
+    optimizers = Optimizers(optimizer)
+    return optimizer_problems(model, optimizers, recipe) + _model_problems(model, optimizers, recipe)
+
+
+def _model_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe) -> list[str]:
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+        return ["the model has lazy parameters without a shape: run one forward pass before"]
+    if any(parameter.device != next(model.parameters()).device for parameter in model.parameters()):
+        devices = sorted({str(parameter.device) for parameter in model.parameters()})
+        return [f"the model lies on several devices ({', '.join(devices)}): move it to one"]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    wrapped = [f"{name} ({type(t.data).__name__})" for name, t in tensors.items() if _is_wrapped(t)]
+    if wrapped:
+        return [
+            f"{', '.join(wrapped[:4])}: sharded tensors, and trained tensors of a class of their own, cannot be "
+            "merged. Build the model with plain tensors, or freeze such weights if they are not sharded"
+        ]
+    expanded = [
+        name for name, t in tensors.items() if any(s == 0 < n - 1 for s, n in zip(t.stride(), t.shape, strict=True))
+    ]
+    if expanded:
+        return [
+            f"{', '.join(expanded)}: several elements share one place in memory (an expanded tensor), and cannot be "
+            "written one by one: use a copy, made by .clone()"
+        ]
+    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
+    if sparse:
+        return [f"{', '.join(sparse)}: sparse gradients cannot be averaged in buckets. Build it with sparse=False"]
+    if not recipe.factored:
+        return []
+    names = [name for name, _ in model.named_parameters()]
+    patterns = recipe.factoring.exclude if recipe.factoring else ()
+    idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    problems = [f"exclude {pattern!r} matches no parameter: {nearest(pattern, names)}" for pattern in idle]
+    held = set(map(id, optimizers.parameters()))
+    treatments = classify(model, recipe.factoring, held)
+    if any(treatment.kind == "factored" for treatment in treatments):
+        return problems
+    reasons = "; ".join(f"{t.name} {list(t.shape)}: {t.reason}" for t in treatments[:8]) or "it has no parameters"
+    return [
+        *problems,
+        f"recipe {recipe.name!r} factors weights, but none of the model's is eligible ({reasons}): "
+        "loosen exclude or min_dim, or use the recipe local_sgd",
+    ]
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor holds its elements elsewhere, and is trained, or split over workers."""
+    # Its module takes half a second to import: where nobody has, there are none.
+    distributed = sys.modules.get("torch.distributed.tensor")
+    sharded = distributed is not None and isinstance(tensor, distributed.DTensor)
+    return sharded or (tensor.requires_grad and type(tensor.data) is not Tensor)
+
+
+def buffer_problems(model: nn.Module, average_buffers: Sequence[str]) -> list[str]:
+    """What is wrong with globs of buffers; empty if nothing is."""
+    if isinstance(average_buffers, str):
+        return [f"average_buffers={average_buffers!r} is one text: give a list of globs, such as [{average_buffers!r}]"]
+    names = [name for name, _ in model.named_buffers()]
+    idle = [pattern for pattern in average_buffers if not any(fnmatchcase(name, pattern) for name in names)]
+    return [f"average_buffers: {pattern!r} matches no buffer: {nearest(pattern, names)}" for pattern in idle]
+
+
+def ignored_problems(model: nn.Module) -> list[str]:
+    """What is wrong with the names that the model tells DDP to ignore; empty if nothing is."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    names = [name for name, _ in tensors]
+    idle = sorted(ignored_names(model).difference(names))
+    return [f"{IGNORED}: {name!r} is no parameter and no buffer: {nearest(name, names)}" for name in idle]
+
+
+def problems_here(model: nn.Module, recipe: Recipe, comm: Communicator) -> list[str]:
+    """What is wrong with a model and a recipe on these workers; empty if nothing is."""
+    problems = []
+    device = next((p.device for p in model.parameters()), comm.device)
+    if comm.device.type != "cpu" and device != comm.device:
+        problems.append(
+            f"the model lies on {device}, but this worker's backend carries tensors of {comm.device} only: "
+            f"move the model there, or use the backend gloo"
+        )
+    refused = [comm.cannot_carry(phase.sync) for phase in recipe.phases] if comm.topology.world_size > 1 else []
+    problems += list(dict.fromkeys(filter(None, refused)))
+    topology = comm.topology
+    alone = [
+        phase.name
+        for phase in recipe.phases
+        if phase.sync is None or (isinstance(phase.sync, WeightSync) and topology.group_size == 1)
+    ]
+    layers = sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    if layers and alone and topology.world_size > 1:
+        problems.append(
+            f"the model has {layers} SyncBatchNorm layers, but in phase {alone[0]!r} workers are alone, with nobody to "
+            "synchronize with: use BatchNorm, or a group size of at least 2"
+        )
+    return problems
+
+
+def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
+    """What is allowed, but may not be what is meant; alike on all workers."""
+    doubts = []
+    topology = comm.topology
+    merges = any(isinstance(phase.sync, WeightSync) for phase in recipe.phases)
+    if topology.n_groups == 1 and any(phase.trains == "a_or_b" for phase in recipe.phases):
+        doubts.append("one group alone: it trains A and B in turn, cycle by cycle")
+    if topology.n_groups == 1 and topology.world_size > 1 and merges:
+        doubts.append(
+            f"group_size={topology.group_size} makes one group of all {topology.world_size} workers: they average "
+            "gradients at every step, as with ddp, and send merges beside that, so that nothing is saved. Use "
+            "group_size=1, the workers of one machine, or the recipe ddp"
+        )
+    # A recipe that factors at once is for weights that were trained before.
+    steps = recipe.first_factored_step or 0
+    if 0 < steps < _FEW_STEPS:
+        doubts.append(
+            f"weights are factored after {steps} steps, when a model that is trained from scratch has not found its "
+            f"directions, and what is cut off then is lost: give a warm-up of at least {_FEW_STEPS} steps, or take "
+            "local_sgd"
+        )
+    return doubts

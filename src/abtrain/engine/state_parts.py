@@ -1,0 +1,291 @@
+"""What every part of a state has to be, given where in its run it was saved.
+
+Each phase has its own form of the weights and its own merges, so that what fits depends on the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from abtrain.checks import (
+    POSITIVE,
+    Check,
+    also,
+    any_number,
+    anything,
+    by_name,
+    each,
+    like,
+    mapping,
+    maybe,
+    number,
+    one_of,
+    row,
+    said,
+    tensor,
+    text,
+    whole,
+)
+from abtrain.comm.checksums import LIMIT
+from abtrain.comm.topology import Topology
+from abtrain.engine.saved_state import decided
+from abtrain.lowrank.classify import UNSHARED, Treatment
+from abtrain.lowrank.fit import Layout, dense_layout, state_layout
+from abtrain.lowrank.matrix import MatrixShape
+from abtrain.lowrank.model import FactoredModel
+from abtrain.merging.merger import wide
+from abtrain.merging.roles import trained_by, trained_factors
+from abtrain.merging.rounds import CHECKING, merging
+from abtrain.merging.shared_tensors import as_real
+from abtrain.merging.wires import make_wire
+from abtrain.merging.wires.low_rank import pays
+from abtrain.own import own_names, shared_buffers
+from abtrain.recipes.recipe import Position, Recipe
+from abtrain.recipes.sync import MOST, GradientSync, WeightSync, WireName, wire_between
+
+_FLOAT32 = torch.finfo(torch.float32)
+_FLAG = one_of(True, False)
+_RANKS = each(whole(0, 10**6))
+
+
+class Run(NamedTuple):
+    """A run that is about to go on from a state.
+
+    Attributes:
+        recipe: as it was given.
+        model: with its optimizer, in any form.
+        treatments: what becomes of each parameter.
+        topology: of the workers.
+        rank: of this worker.
+        grad_scaler: of the loop.
+    """
+
+    recipe: Recipe
+    model: FactoredModel
+    treatments: Sequence[Treatment]
+    topology: Topology
+    rank: int
+    grad_scaler: torch.amp.GradScaler | None
+
+
+class Place:
+    """Where a run stands once it has gone on from a state, and what it holds there.
+
+    Args:
+        run: that goes on.
+        state: whose decisions, step and model are known to be right.
+
+    Attributes:
+        position: of the step that comes next; at the recipe's end, of the last.
+        factors: names of the factors.
+        parameters: those that are trained, as merges see them, without values.
+        buffers: likewise.
+    """
+
+    def __init__(self, run: Run, state: Mapping[str, Any]) -> None:
+        self.run, self.state, self.step = run, state, state["step"]
+        self.recipe, self.position = position_of(run.recipe, state)
+        self.ended = self.step == self.recipe.total_steps
+        layout = state_layout(run.model, state["model"])
+        self.factors = [f"{name}.{letter}" for name in state["model"]["factored"] for letter in "AB"]
+        self.parameters: Layout = {}
+        for treatment in run.treatments:
+            pair = (f"{treatment.name}.A", f"{treatment.name}.B")
+            names = pair if pair[0] in self.factors else (treatment.name,)
+            self.parameters |= as_real({name: layout[name] for name in names if treatment.kind not in UNSHARED})
+        self.buffers = as_real(shared_buffers(run.model.model))
+
+    @property
+    def rounds(self) -> WeightSync | None:
+        """How the phase merges; None if it does not."""
+        sync = self.position.phase.sync
+        return sync if isinstance(sync, WeightSync) else None
+
+
+def position_of(recipe: Recipe, state: Mapping[str, Any]) -> tuple[Recipe, Position]:
+    """The recipe as it was decided, and where the next step stands in it; at its end, the last."""
+    recipe = decided(recipe, state)
+    return recipe, recipe.at(min(state["step"], recipe.total_steps - 1))
+
+
+def _workers_equal(at: Place) -> Check:
+    before = at.recipe.at(at.step - 1) if at.step else None
+    sync = GradientSync() if before is None else before.phase.sync
+    equal = isinstance(sync, GradientSync)
+    if before is not None and isinstance(sync, WeightSync):
+        equal = len(before.merging) == sync.fragments and (before.last or not sync.delay)
+    # Another number of workers goes back to where a round starts, without the merges that were under way there.
+    back = at.rounds is not None and at.position.starts_round and not at.ended and not at.state["rounds"]["under_way"]
+    return one_of(True) if equal else _FLAG if back else one_of(False)
+
+
+def _arrivals(at: Place) -> Check:
+    """Gradients come in some order, each once; or it is not known yet."""
+    model, factors = at.run.model, {*at.factors}
+    dense = {name: p for name, p in model.parameters().items() if name not in model.factors()}
+    dense |= {name: record.dense for name, record in model.records.items()}
+    own = own_names(model.model)
+    count = sum(p.requires_grad for name, p in dense.items() if f"{name}.A" not in factors and name not in own)
+    both = trained_factors(at.position, at.run.topology, at.run.rank) == "all"
+    count += len(at.factors) // (1 if both else 2)
+    order = list(range(count))
+    return also(each(whole(0, count - 1)), lambda value: sorted(value) in ([], order), f"empty, or an order of {count}")
+
+
+def _merger(at: Place) -> Check:
+    model, phases = at.run.model, at.recipe.phases
+    wide_ones = {name: like(p, wide(p.dtype)) for name, p in at.parameters.items()}
+    # Between phases of rounds, the anchors of the last one are held, and used no more.
+    stale = [*dense_layout(model), *(f"{name}.{letter}" for name in model.names for letter in "AB")]
+    wires = {phase.sync.wire for phase in phases if isinstance(phase.sync, WeightSync)}
+    ranks = {wire: WireName.parse(wire_between(at.run.topology.world_size, wire)).rank for wire in wires}
+    return mapping(
+        {
+            "anchors": mapping(wide_ones) if at.rounds else mapping(dict.fromkeys(stale, tensor()), required=()),
+            "momentum": mapping(wide_ones, required=()),
+            "residuals": mapping({n: like(p, torch.float32) for n, p in at.parameters.items()}, required=()),
+            "starts": mapping(
+                {wire: _starts(at.parameters, rank) for wire, rank in ranks.items() if rank}, required=()
+            ),
+            "buffers": mapping(dict.fromkeys(at.buffers, whole(-1, LIMIT - 1)), required=()),
+        }
+    )
+
+
+def _starts(parameters: Layout, rank: int) -> Check:
+    sizes = {name: p.numel() // p.shape[0] for name, p in parameters.items() if pays(p, rank)}
+    return mapping({name: tensor((n, rank), torch.float32) for name, n in sizes.items()}, required=())
+
+
+def _rounds(at: Place) -> Check:
+    return mapping(
+        {
+            "losses": tensor((None,), torch.float64),
+            "outcome": maybe(row(maybe(any_number()), _RANKS)),
+            "dropped": each(mapping({"step": whole(0, at.step), "ranks": _RANKS})),
+            "under_way": also(each(partial(_under_way, at)), _in_order, "in the order in which merges began"),
+        }
+    )
+
+
+def _in_order(merges: Sequence[Mapping[str, Any]]) -> bool:
+    return all(one["step"] < other["step"] for one, other in pairwise(merges))
+
+
+def _under_way(at: Place, place: str, entry: Any) -> Iterator[str]:
+    """The problems of a merge that is hidden behind training."""
+    begun = entry.get("step") if isinstance(entry, Mapping) else None
+    sync, first = at.rounds, at.position.step - at.position.step_in_phase
+    position = None
+    if sync is not None and type(begun) is int and max(first, at.step - sync.delay) < begun <= at.step:
+        position = at.recipe.at(begun - 1)
+    if sync is None or position is None or not position.merges or at.ended:
+        yield f"{place} is {said(entry)} of step {said(begun)}, not a merge that may be under way at step {at.step}"
+        return
+    who = trained_by(position, at.run.topology, at.factors)
+    parameters, buffers = merging(position, at.parameters, at.buffers, who)
+    stages = CHECKING + make_wire(wire_between(at.run.topology.world_size, sync.wire)).stages
+    passed = at.step - position.step - 1
+    yield from mapping(
+        {
+            "step": anything,
+            "progress": row(whole(passed, passed), whole(0, stages - 1)),
+            "loss": maybe(tensor((), torch.float64)),
+            "started": mapping({name: like(held) for name, held in (parameters | buffers).items()}),
+        }
+    )(place, entry)
+
+
+def _switch(at: Place) -> Check:
+    dense = dense_layout(at.run.model)
+    shapes = {name: MatrixShape(dense[name].shape) for name in at.run.model.names}
+    parts = {
+        "spectra": mapping({name: tensor((shape.n,), torch.float32) for name, shape in shapes.items()}, required=()),
+        "drift": mapping(dict.fromkeys(shapes, tensor((), torch.float64)), required=()),
+        "sizes": mapping({name: whole(s.m * s.n, s.m * s.n) for name, s in shapes.items()}, required=()),
+    }
+    return also(
+        mapping(parts),
+        lambda value: value["drift"].keys() == value["sizes"].keys() <= value["spectra"].keys(),
+        "of the same weights in drift, sizes and spectra",
+    )
+
+
+def _rebound(at: Place) -> Check:
+    longest = at.recipe.lr_rebound_steps
+    return also(
+        mapping({"length": whole(0, longest), "done": whole(0, longest)}),
+        lambda value: value["length"] in (0, longest) and value["done"] <= value["length"],
+        f"a climb of 0 or {longest} steps, of which no more are done",
+    )
+
+
+def _preconditioner(at: Place) -> Check:
+    roots = mapping(dict.fromkeys(at.run.model.names, row(*[tensor((None, None))] * 2)), required=())
+    if at.position.phase.damping and not at.ended and not at.state["round_began"]:
+        B = {name: at.parameters[f"{name}.B"] for name in at.state["model"]["factored"]}
+        square = {name: tensor((len(b),) * 2, torch.promote_types(b.dtype, torch.float32)) for name, b in B.items()}
+        roots = mapping({name: row(check, check) for name, check in square.items()})
+    return mapping({"damping": number(0), "scale": number(0), "roots": roots})
+
+
+def _grad_scaler(at: Place) -> Check:
+    scaler = at.run.grad_scaler
+    if scaler is None:
+        return by_name(anything)
+    known: Mapping[str, Check] = {
+        "scale": number(_FLOAT32.smallest_normal * _FLOAT32.eps, _FLOAT32.max),
+        "growth_factor": number(1),
+        "backoff_factor": number(POSITIVE, 1),
+        "growth_interval": whole(1, MOST),
+        "_growth_tracker": whole(0, 2**31 - 1),
+    }
+    kept = mapping({key: known.get(key, anything) for key in scaler.state_dict() or known})
+    return lambda place, value: iter(()) if isinstance(value, Mapping) and not value else kept(place, value)
+
+
+def _copies(at: Place) -> Check:
+    names = each(row(whole(0, len(at.run.model.optimizers.all) - 1), text()))
+    return mapping({"seen": names, "copies": names})
+
+
+_METER = mapping(
+    {
+        "phase": text(),
+        "sync_seconds": number(0),
+        "by_scope": mapping({"between_groups": whole(0, MOST), "within_groups": whole(0, MOST)}),
+        "by_phase": by_name(whole(0, MOST)),
+    }
+)
+_FACTORING = mapping(
+    {
+        "cycle": whole(0, MOST),
+        "step": whole(0, MOST),
+        "ranks": by_name(whole(1, MOST)),
+        "dense": by_name(text()),
+    }
+)
+PARTS: Mapping[str, Callable[[Place], Check]] = {
+    # These have passed before it is known what the others have to fit.
+    **dict.fromkeys(("version", "recipe", "decisions", "step", "model"), lambda at: anything),
+    "round_began": lambda at: _FLAG,
+    "skipped_steps": lambda at: each(whole(0, at.step - 1)),
+    "rank_history": lambda at: each(_FACTORING),
+    "dense_this_cycle": lambda at: by_name(text()),
+    "seconds": lambda at: mapping({"svd": number(0)}),
+    "arrivals": _arrivals,
+    "merger": _merger,
+    "rounds": _rounds,
+    "workers_equal": _workers_equal,
+    "switch": _switch,
+    "rebound": _rebound,
+    "preconditioner": _preconditioner,
+    "copies": _copies,
+    "grad_scaler": _grad_scaler,
+    "meter": lambda at: _METER,
+}

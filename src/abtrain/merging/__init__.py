@@ -1,0 +1,1 @@
+"""Merges: which tensors, when, by which rule, over which wire."""

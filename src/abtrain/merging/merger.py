@@ -1,0 +1,359 @@
+"""How groups become one again.
+
+A merge averages what changed in a round, and a rule makes of the average what all workers hold next. With W_0 the
+weights that all started the round from, W_i those of worker i at its end, s_i its share, and D = sum_i s_i (W_i - W_0):
+
+    mean            s_i = 1 / workers                                 W = W_0 + D
+    trained_only    s_i = 1 / (workers that trained it)               W = W_0 + D
+    weighted        s_i ~ exp(-loss_i / T) of those that trained it   W = W_0 + D
+    outer           s_i = 1 / workers      M = mu M + D ;  W = W_0 + lr (D + mu M)      (DiLoCo, arXiv 2311.08105)
+
+While a hidden merge is under way, a worker trains on from what the rule would make of its own change alone, and the
+difference to the outcome is made up when that arrives (eager updates: Kale, Douillard, Donchev, arXiv 2502.12996).
+
+A worker whose part is not finite has no share: the others share what it would have had.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from abtrain.checks import told_names
+from abtrain.comm.averages import average_exactly
+from abtrain.comm.checksums import as_bytes, checksum
+from abtrain.comm.communicator import Communicator
+from abtrain.comm.stages import Stages, together
+from abtrain.consistency.agreement import Place, Told, gather_json, roll_call, share
+from abtrain.errors import NonFiniteError, OnNonFinite
+from abtrain.failpoints import fail_at
+from abtrain.lowrank.tangent import to_factors, to_weight
+from abtrain.lowrank.weight import FactoredWeight
+from abtrain.merging.buffers import Buffers, Compared, is_finite, settled
+from abtrain.merging.sketch import agreement_in, sketch_of
+from abtrain.merging.wires import make_wire
+from abtrain.merging.wires.direct import Averages, Wire
+from abtrain.merging.wires.low_rank import LowRankWire
+from abtrain.recipes.shares import SHARES, Part
+from abtrain.recipes.sync import Outer, WeightSync, wire_between
+
+Tensors = dict[str, Tensor]
+_SUBTRACTED = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+)
+"""Dtypes in which what was added meanwhile can be told; a tensor of another one that changed meanwhile stays."""
+_SKETCH = "what workers agree on"
+Observer = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]], None]
+
+
+class Outcome(NamedTuple):
+    """What came of a merge, alike on all workers.
+
+    Attributes:
+        agreement: the mean cosine between what any two workers changed, weighted by how much; None if nobody asked.
+        dropped: ranks of the workers whose part was left out.
+    """
+
+    agreement: float | None
+    dropped: tuple[int, ...]
+
+
+class Merger:
+    """Merges of one run: what the rounds started from, the outer momentum, and what wires still owe.
+
+    Attributes:
+        on_nonfinite: `drop_worker` leaves out parts that are not finite; otherwise they stop all.
+        anchors: by name, what all workers held at the start of the round; halves in float32.
+        momentum: by name, of `Outer` merges; alike on all workers.
+        residuals: by name, float32: what narrow wires have taken from this worker's changes and not sent yet.
+        observer: told of each merge to which all workers bring a part: changes, their average, and the anchors. Called
+            on all workers alike.
+    """
+
+    def __init__(self, comm: Communicator, on_nonfinite: OnNonFinite = "stop") -> None:
+        self._comm = comm
+        self.on_nonfinite = on_nonfinite
+        self._wires: dict[str, Wire] = {}
+        self.anchors: Tensors = {}
+        self.momentum: Tensors = {}
+        self.residuals: Tensors = {}
+        self._buffers = Buffers(comm)
+        self.observer: Observer | None = None
+
+    def begin(self, tensors: Mapping[str, Tensor]) -> None:
+        """A phase of rounds starts from these tensors, which all workers hold alike."""
+        self.anchors = {name: tensor.to(wide(tensor.dtype), copy=True) for name, tensor in tensors.items()}
+        for store in (self.momentum, self.residuals):
+            for name in store.keys() - tensors.keys():
+                del store[name]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on from here."""
+        starts = {name: dict(wire.starts) for name, wire in self._wires.items() if isinstance(wire, LowRankWire)}
+        stores = {"anchors": self.anchors, "momentum": self.momentum, "residuals": self.residuals}
+        stored = {name: dict(store) for name, store in stores.items()}
+        return {"starts": starts, "buffers": self._buffers.state_dict(), **stored}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Replaces all that is held by copies of what a `state_dict` holds, on `device`."""
+
+        def copies(store: Mapping[str, Tensor]) -> Tensors:
+            return {name: tensor.to(device, copy=True) for name, tensor in store.items()}
+
+        self.anchors, self.momentum = copies(state["anchors"]), copies(state["momentum"])
+        self.residuals, self._wires = copies(state["residuals"]), {}
+        self._buffers.load_state_dict(state["buffers"])
+        for name, starts in state["starts"].items():
+            wire = self.wire(name)
+            assert isinstance(wire, LowRankWire)
+            wire.starts = copies(starts)
+
+    def wire(self, name: str) -> Wire:
+        """The wire of that name, the same at every call."""
+        if name not in self._wires:
+            self._wires[name] = make_wire(wire_between(self._comm.topology.world_size, name))
+        return self._wires[name]
+
+    def merge(
+        self,
+        tensors: Mapping[str, Tensor],
+        sync: WeightSync,
+        trained_by: Mapping[str, Sequence[bool]],
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        started: Mapping[str, Tensor] | None = None,
+        loss: float | None = None,
+        place: Place | None = None,
+        averaged: Collection[str] = (),
+        current: Callable[[], Mapping[str, Tensor]] | None = None,
+        measure: bool = False,
+    ) -> Stages[Outcome]:
+        """Merges, in stages: what changed is read now, and the outcome written, in place, at the end.
+
+        Nothing of the merger itself changes before that: a merge that is begun again from the same `started` comes to
+        the same end.
+
+        What this worker has changed in the meantime is kept, on top of the outcome.
+
+        Args:
+            tensors: what this worker holds, by names that `begin` got.
+            sync: by which rule, over which wire.
+            trained_by: by name, for each worker whether it trained the tensor, where not all did.
+            buffers: real tensors of any dtype, by name. One that all workers hold the same stays as it is, whatever it
+                holds.
+            started: copies of `tensors` and `buffers` as they were when the merge began; None: as they are now, and
+                nothing is trained before the merge ends.
+            loss: this worker's mean training loss in the round, if it is known.
+            place: what has to be alike on all workers that merge, such as `step`.
+            current: gives the buffers as they are when the merge ends.
+            averaged: names of the buffers that are averaged where they differ; the others follow one worker.
+            measure: whether the outcome is to tell how far workers agree; by 16 KiB more.
+
+        Raises:
+            RanksDisagreeError: it is not. On all workers.
+            NonFiniteError: a part is not finite, and parts are not to be dropped; or none is finite, or their average
+                is not. On all workers.
+        """
+        buffers, place = buffers or {}, place or {}
+        held = {**tensors, **buffers}
+        at_once = started is None
+        started = held if started is None else started
+        deltas = {name: _change(self.anchors[name], started[name]) for name in tensors}
+        sums = {name: checksum(started[name]) for name in buffers}
+        told = self._buffers.told({name: started[name] for name in buffers}, sums)
+        rows = yield from roll_call(self._comm, place, _told(deltas, told, loss))
+        parts = [Part(*row) for row in rows]
+        step = place.get("step")
+        fail_at(self._comm.rank, step if isinstance(step, int) else 0, "merge.agreed")
+        compared = self._buffers.compare(
+            {name: started[name] for name in buffers}, sums, [part.buffers for part in parts]
+        )
+        alive = self._alive(parts, compared, deltas)
+        followed = {name: started[name].clone() for name in compared.differing if name not in averaged}
+        share(self._comm, list(followed.values()), [alive.index(True)] * len(followed))
+        floats = [name for name in compared.differing if name not in followed]
+        numbers = self._contribution(sync.merge, deltas, alive, trained_by, parts)
+        beside = [started[name] for name in floats] + ([sketch_of(deltas)] if measure else [])
+        averages, means = yield from together(
+            self.wire(sync.wire).average(numbers, self._comm),
+            average_exactly(self._equal_parts(beside, alive), self._comm),
+        )
+        _check_finite(averages.mean | dict(zip([*floats, *([_SKETCH] if measure else [])], means, strict=True)))
+        if self.observer is not None and all(alive):
+            self.observer(deltas, averages.mean, self.anchors)
+        # What was trained meanwhile began from there; said before the anchors move on.
+        base = (
+            held if at_once else {**started, **{name: self.eager(sync.merge, name, started[name]) for name in tensors}}
+        )
+        agreement = agreement_in(means.pop(), sum(alive)) if measure else None
+        merged = {name: settled(name, mean) for name, mean in zip(floats, means, strict=True)} | followed
+        self._buffers.merged(merged)
+        outcome = self._arrive(sync.merge, averages) | merged
+        # Buffers may have been bound anew while the merge was under way.
+        held |= current() if current is not None else {}
+        for name, value in outcome.items():
+            if held[name].shape != value.shape:
+                continue
+            # A worker without a share has nothing finite to keep.
+            held[name].copy_(_moved(value, held[name], base[name]) if alive[self._comm.rank] else value)
+        return Outcome(agreement, tuple(rank for rank, is_well in enumerate(alive) if not is_well))
+
+    def eager(self, rule: Any, name: str, started: Tensor) -> Tensor:
+        """What a worker trains on from while its merge is hidden, given what it held when that began."""
+        if not isinstance(rule, Outer):
+            return started
+        anchor = self.anchors[name]
+        return (anchor + self._stepped(rule, name, _change(anchor, started))[0]).to(started.dtype)
+
+    def _arrive(self, rule: Any, averages: Averages) -> Tensors:
+        """What all workers hold next, by name; what the wire still owes is kept."""
+        for name, D in averages.mean.items():
+            self.residuals.pop(name, None)
+            step, momentum = self._stepped(rule, name, D)
+            self.anchors[name].add_(step)
+            if momentum is not None:
+                self.momentum[name] = momentum
+        self.residuals |= averages.error
+        return {name: self.anchors[name] for name in averages.mean}
+
+    def _contribution(
+        self,
+        rule: Any,
+        deltas: Mapping[str, Tensor],
+        alive: Sequence[bool],
+        trained_by: Mapping[str, Sequence[bool]],
+        parts: Sequence[Part],
+    ) -> Tensors:
+        """What this worker brings to the plain average over all workers: its share, and what the wire still owes."""
+        rank, workers = self._comm.rank, self._comm.topology.world_size
+        numbers = {}
+        for name, delta in deltas.items():
+            trained = [a and t for a, t in zip(alive, trained_by.get(name, [True] * workers), strict=True)]
+            share = SHARES[type(rule)](rule, alive, trained, parts)[rank]
+            numbers[name] = delta * (share * workers) if alive[rank] else torch.zeros_like(delta)
+            if name in self.residuals:
+                numbers[name] += self.residuals[name]
+        return numbers
+
+    def _equal_parts(self, tensors: Sequence[Tensor], alive: Sequence[bool]) -> list[Tensor]:
+        """Likewise, for a plain average over those who are alive."""
+        scale = len(alive) / sum(alive)
+        mine = alive[self._comm.rank]
+        return [tensor * scale if mine else torch.zeros_like(tensor) for tensor in tensors]
+
+    def to_weights(self, records: Iterable[FactoredWeight], momentum: bool) -> None:
+        """The factors are about to become weights again: what is known of their changes follows.
+
+        Args:
+            records: the factored weights, their factors still in place.
+            momentum: whether outer momentum follows too, or starts anew.
+        """
+        for record, store, (name_A, name_B) in self._followed(records, momentum):
+            E_A, E_B = store.pop(name_A, None), store.pop(name_B, None)
+            if E_A is None and E_B is None:
+                continue
+            dtype = (E_A if E_A is not None else E_B).dtype  # type: ignore[union-attr]  # one of them is there
+            A, B = record.A.detach().to(dtype), record.B.detach().to(dtype)
+            # A factor that nobody trained has no change.
+            E_A, E_B = torch.zeros_like(A) if E_A is None else E_A, torch.zeros_like(B) if E_B is None else E_B
+            store[record.name] = record.matrix_shape.to_tensor(to_weight(E_A, E_B, A, B)).contiguous()
+
+    def to_factors(self, records: Iterable[FactoredWeight], momentum: bool) -> None:
+        """Weights have become factors: what is known of their changes follows, as far as factors can say it."""
+        for record, store, (name_A, name_B) in self._followed(records, momentum):
+            E = store.pop(record.name, None)
+            if E is not None:
+                matrix = record.matrix_shape.to_matrix(E)
+                store[name_A], store[name_B] = to_factors(matrix, record.A.data, record.B.data)
+
+    def _followed(
+        self, records: Iterable[FactoredWeight], momentum: bool
+    ) -> Iterator[tuple[FactoredWeight, Tensors, tuple[str, str]]]:
+        for record in records:
+            names = (f"{record.name}.A", f"{record.name}.B")
+            for wire in self._wires.values():
+                wire.forget([record.name, *names])
+            if momentum:
+                yield record, self.momentum, names
+            else:
+                for name in (record.name, *names):
+                    self.momentum.pop(name, None)
+            yield record, self.residuals, names
+
+    def _alive(self, parts: Sequence[Part], compared: Compared, deltas: Mapping[str, Tensor]) -> list[bool]:
+        """Which workers' parts are finite.
+
+        Args:
+            parts: what all workers told.
+            compared: how their buffers compare.
+            deltas: what this worker has changed.
+
+        Raises:
+            NonFiniteError: as `merge` says.
+        """
+        spoiled = {rank for ranks in compared.broken.values() for rank in ranks}
+        alive = [part.finite and rank not in spoiled for rank, part in enumerate(parts)]
+        broken = [rank for rank, well in enumerate(alive) if not well]
+        if broken and (self.on_nonfinite != "drop_worker" or not any(alive)):
+            remedy = ", or leave such parts out: on_nonfinite='drop_worker'" if any(alive) else ""
+            raise NonFiniteError(
+                f"NaN or infinity in what rank {', '.join(map(str, broken))} brought to the merge"
+                f"{self._where(broken, compared, deltas)}: nothing was averaged. Lower the learning rate, or clip "
+                f"gradients{remedy}"
+            )
+        return alive
+
+    def _where(self, broken: Sequence[int], compared: Compared, deltas: Mapping[str, Tensor]) -> str:
+        """The names of what is not finite on these ranks, in brackets. Collective over the world."""
+        named = [told_names([n for n, delta in deltas.items() if not is_finite(delta)])]
+        named += [f"buffer {name}" for name, ranks in compared.broken.items() if self._comm.rank in ranks]
+        told = gather_json(self._comm, ", ".join(filter(None, named)))
+        of_ranks = [f"rank {rank}: {told[rank]}" if len(broken) > 1 else told[rank] for rank in broken]
+        return f" ({'; '.join(of_ranks)})"
+
+    def _stepped(self, rule: Any, name: str, D: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is added to the weights for a change D, and the momentum then, if the rule has one."""
+        if not isinstance(rule, Outer):
+            return D, None
+        M = rule.momentum * self.momentum[name] + D if name in self.momentum else D
+        return rule.lr * (D + rule.momentum * M), M
+
+
+def _told(deltas: Mapping[str, Tensor], buffers: int, loss: float | None) -> Told:
+    """What a worker tells all others: the two numbers of a `Part`."""
+    content = buffers if all(map(is_finite, deltas.values())) else -1
+    return content, math.nan if loss is None else loss if math.isfinite(loss) else math.inf
+
+
+def _moved(outcome: Tensor, tensor: Tensor, base: Tensor) -> Tensor:
+    """The outcome of a merge, with what `tensor` has changed since it was `base` on top."""
+    if outcome.dtype not in _SUBTRACTED:
+        same = as_bytes(tensor.contiguous()).equal(as_bytes(base.contiguous()))
+        return outcome if same else tensor
+    return outcome + (tensor.to(outcome.dtype) - base)
+
+
+def _check_finite(averages: Mapping[str, Tensor]) -> None:
+    """All workers hold the same averages, and so all raise or none."""
+    broken = [name for name, average in averages.items() if not bool(torch.isfinite(average).all())]
+    if broken:
+        raise NonFiniteError(
+            f"what workers brought to the merge is finite, but its average is not ({told_names(broken)}): numbers are "
+            "near the largest that the wire or float32 can hold, and no weight was changed. Lower the learning rate, "
+            "or clip gradients"
+        )
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter's anchor. Rounds are anchored in float32: in halves, small outer steps would be lost."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize else dtype
+
+
+def _change(anchor: Tensor, tensor: Tensor) -> Tensor:
+    """What a worker has added to the anchor as it saw it, in its own precision."""
+    return tensor.to(anchor.dtype) - anchor.to(tensor.dtype).to(anchor.dtype)

@@ -1,0 +1,149 @@
+"""Changes of whole matrices, sent as low-rank factors: PowerSGD's algorithm, on what a round changed.
+
+Vogels, Karimireddy, Jaggi, "PowerSGD" (arXiv 1905.13727), algorithm 1, with the change of a weight in the place of its
+gradient. One step of a power iteration a merge, started from where the last one ended:
+
+    P = mean(M_i) Q ;  P orthonormal ;  Q = mean(M_i)^T P ;  mean(M_i) ~ P Q^T ;  E_i = M_i - P (M_i^T P)^T
+
+What all workers are to hold, P and P Q^T, each computes for itself, and to the same bits whatever its processor: by
+sums and products of single numbers in a fixed order, which IEEE 754 rounds in one way. Those of a matrix product or a
+norm depend on the instruction set.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from abtrain.comm.communicator import Communicator
+from abtrain.comm.stages import Stages
+from abtrain.merging.wires.direct import Averages, DirectWire, Tensors
+
+# What is left of a column after its projection on the others, below this share of it, is rounding.
+_DEPENDENT = 1e-4
+
+_CACHED = 2**17
+"""Numbers of a product that are worked on at once."""
+
+
+class LowRankWire:
+    """Sends a tensor of two or more dimensions, seen as (first dimension, rest), as two factors of rank `rank`.
+
+    Tensors whose factors would be no smaller, and all others, are sent as they are. The factors themselves are sent in
+    `code`.
+
+    Attributes:
+        starts: by name, the (n, rank) factor that the next merge's iteration starts from; the same on all workers.
+    """
+
+    def __init__(self, rank: int, code: str = "fp32") -> None:
+        self._rank = rank
+        self._direct = DirectWire(code)
+        self.stages = 2 * self._direct.stages
+        self.starts: Tensors = {}
+
+    def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
+        if comm.topology.world_size == 1:
+            return Averages(dict(numbers), {})
+        matrices = {name: t.float().flatten(1) for name, t in numbers.items() if pays(t, self._rank)}
+        rest = {name: tensor for name, tensor in numbers.items() if name not in matrices}
+        P = {name: M @ self._start(name, M) for name, M in matrices.items()}
+        # What rounding takes from P only tilts the subspace: Q, made with the P that all share, makes up for it.
+        averages = yield from self._direct.average(P | rest, comm)
+        P = {name: orthonormal(averages.mean[name]) for name in matrices}
+        Q = {name: M.T @ P[name] for name, M in matrices.items()}
+        second = yield from self._direct.average(Q, comm)
+        self.starts |= second.mean
+        mean, error = {}, {}
+        for name, tensor in numbers.items():
+            if name in rest:
+                mean[name] = averages.mean[name]
+                error[name] = averages.error.get(name, torch.zeros_like(tensor, dtype=torch.float32))
+                continue
+            mean[name] = product(P[name], second.mean[name]).view(tensor.shape).to(tensor.dtype)
+            arrived = Q[name] - second.error[name] if name in second.error else Q[name]
+            error[name] = (matrices[name] - P[name] @ arrived.T).view(tensor.shape)
+        return Averages(mean, error)
+
+    def forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.starts.pop(name, None)
+
+    def _start(self, name: str, M: Tensor) -> Tensor:
+        # All workers draw the same, wherever they are.
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        drawn = torch.randn(M.shape[1], self._rank, generator=generator).to(M.device)
+        known = self.starts.get(name)
+        if known is None or known.shape != drawn.shape:
+            return drawn
+        # A column that had nothing to send would have nothing ever after.
+        return _scaled(torch.where(known.any(dim=0), known, drawn))
+
+
+def _scaled(Q: Tensor) -> Tensor:
+    """Columns scaled to absolute sums between 1/2 and 1, so that M Q overflows for no finite M.
+
+    Scaling by powers of two is exact, and the iteration depends on the columns' directions alone: its outcome has the
+    same bits.
+    """
+    exponents = torch.frexp(Q.double().abs().sum(0)).exponent
+    return torch.ldexp(Q.double(), -exponents).to(Q.dtype)
+
+
+def pays(tensor: Tensor, rank: int) -> bool:
+    """Whether factors of that rank are smaller than the tensor."""
+    if tensor.ndim < 2 or not tensor.numel():
+        return False
+    m = tensor.shape[0]
+    n = tensor.numel() // m
+    return rank * (m + n) < m * n
+
+
+def orthonormal(P: Tensor) -> Tensor:
+    """Columns of P (m, r) made orthonormal, one after the other (Gram-Schmidt, twice, in float64).
+
+    A column that depends on those before it becomes zero. QR would put an arbitrary direction there, which rounding
+    picks, and workers on unlike machines would not pick the same.
+    """
+    columns = P.new_empty(P.shape[0], 0, dtype=torch.float64)
+    for column in P.double().unbind(1):
+        before = _norm(column)
+        for _ in range(2):
+            parts = columns * _total(columns * column[:, None])
+            column = column - _total(parts.T)
+        after = _norm(column)
+        dependent = after <= _DEPENDENT * before
+        column = torch.where(dependent, torch.zeros_like(column), column / after)
+        columns = torch.cat([columns, column[:, None]], dim=1)
+    return columns.to(P.dtype)
+
+
+def product(P: Tensor, Q: Tensor) -> Tensor:
+    """P Q^T (m, n) of P (m, r) and Q (n, r), column after column."""
+    m, n = len(P), len(Q)
+    result, columns = P.new_empty(m, n), Q.T.contiguous()
+    # On a CPU, so many rows at once as its cache holds.
+    rows = m if P.is_cuda else max(1, _CACHED // n)
+    term = P.new_empty(min(rows, m), n)
+    for start in range(0, m, rows):
+        part, block = P[start : start + rows], result[start : start + rows]
+        torch.mul(part[:, :1], columns[0], out=block)
+        for p, q in zip(part.unbind(1)[1:], columns[1:], strict=True):
+            block += torch.mul(p[:, None], q, out=term[: len(part)])
+    return result
+
+
+def _norm(column: Tensor) -> Tensor:
+    return _total(column * column).sqrt()
+
+
+def _total(terms: Tensor) -> Tensor:
+    """Their sum over the first dimension, half added to half until one is left."""
+    while len(terms) > 1:
+        half = len(terms) // 2
+        folded = terms[:half] + terms[half : 2 * half]
+        terms = torch.cat([folded, terms[2 * half :]]) if len(terms) % 2 else folded
+    return terms.sum(0)

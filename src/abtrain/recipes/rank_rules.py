@@ -1,0 +1,133 @@
+"""Rank rules: how many singular values of a weight to keep.
+
+A rule is called with the singular values in descending order, as floats, and returns k from 1 to min(m, n).
+`rank_multiple` rounds k up, since hardware likes multiples of 8 or 16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from abtrain.errors import ConfigurationError
+from abtrain.recipes.factoring import RankRule
+from abtrain.recipes.sync import number_problems, share_problems, whole_number_problems
+
+
+def _bounded(k: int, multiple: int, m: int, n: int) -> int:
+    """k rounded up to a multiple, from 1 to min(m, n)."""
+    rounded = -(-max(k, 1) // multiple) * multiple
+    return min(rounded, m, n)
+
+
+@dataclass(frozen=True)
+class SigmaCutoff:
+    """Keeps the singular values of at least `cutoff` times the largest (Section III of the paper, `sigmaCutoff`).
+
+    Attributes:
+        cutoff: share of the largest.
+        rank_multiple: k is rounded up to a multiple of it.
+        outliers: whether one direction far above the others may decide what is kept of them, as in the paper. A
+            language model's output layer has such a direction, the frequencies of its words, and would be left with
+            two or three others. False: all are kept where the largest holds over a quarter of all squares, the others
+            over a hundredth, and less than a third of theirs would be kept.
+    """
+
+    cutoff: float = 0.15
+    rank_multiple: int = 1
+    outliers: bool = True
+
+    def problems(self) -> list[str]:
+        return share_problems("sigma_cutoff", self.cutoff) + _multiple_problems(self.rank_multiple)
+
+    def __call__(self, singular_values: Sequence[float], m: int, n: int) -> int:
+        threshold = self.cutoff * singular_values[0]
+        k = sum(s >= threshold for s in singular_values)
+        if not self.outliers and self._outlier_decides(singular_values, k):
+            k = len(singular_values)
+        return _bounded(k, self.rank_multiple, m, n)
+
+    @staticmethod
+    def _outlier_decides(singular_values: Sequence[float], k: int) -> bool:
+        largest, *others = (s * s for s in singular_values)
+        rest = sum(others)
+        total = largest + rest
+        return largest > total / 4 and rest > total / 100 and sum(others[: k - 1]) < rest / 3
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Keeps the fewest singular values whose squares sum to at least `share` of all squares."""
+
+    share: float = 0.95
+    rank_multiple: int = 1
+
+    def problems(self) -> list[str]:
+        return share_problems("energy", self.share) + _multiple_problems(self.rank_multiple)
+
+    def __call__(self, singular_values: Sequence[float], m: int, n: int) -> int:
+        energies = list(accumulate(s * s for s in singular_values))
+        wanted = self.share * energies[-1]
+        return _bounded(1 + sum(energy < wanted for energy in energies), self.rank_multiple, m, n)
+
+
+@dataclass(frozen=True)
+class FixedRank:
+    """Keeps `k` singular values, or all where there are fewer."""
+
+    k: int
+    rank_multiple: int = 1
+
+    def problems(self) -> list[str]:
+        return whole_number_problems("rank", self.k, least=1) + _multiple_problems(self.rank_multiple)
+
+    def __call__(self, singular_values: Sequence[float], m: int, n: int) -> int:
+        return _bounded(self.k, self.rank_multiple, m, n)
+
+
+@dataclass(frozen=True)
+class StableRank:
+    """Keeps `factor` times the stable rank, the sum of all squares over the largest one, rounded up.
+
+    The stable rank says how many directions as strong as the strongest there are; it moves little when a matrix does
+    (Rudelson and Vershynin, arXiv math/0503442).
+    """
+
+    factor: float = 4.0
+    rank_multiple: int = 1
+
+    def problems(self) -> list[str]:
+        return number_problems("stable rank factor", self.factor, above=0) + _multiple_problems(self.rank_multiple)
+
+    def __call__(self, singular_values: Sequence[float], m: int, n: int) -> int:
+        stable = sum(s * s for s in singular_values) / singular_values[0] ** 2
+        return _bounded(math.ceil(self.factor * stable), self.rank_multiple, m, n)
+
+
+_RULES: dict[str, Callable[[str], RankRule]] = {
+    "sigma": lambda text: SigmaCutoff(float(text)),
+    "energy": lambda text: Energy(float(text)),
+    "stable": lambda text: StableRank(float(text)),
+    "fixed": lambda text: FixedRank(int(text)),
+}
+
+
+def parse_rule(text: str) -> RankRule:
+    """The rank rule that `KIND:NUMBER` names, such as `energy:0.95`.
+
+    Raises:
+        ConfigurationError: no rule is called so, or what follows is no number.
+    """
+    kind, _, number = text.partition(":")
+    try:
+        return _RULES[kind](number)
+    except (KeyError, ValueError):
+        raise ConfigurationError(
+            f"rank rule {text!r} is unknown: use sigma:CUTOFF, energy:SHARE, stable:FACTOR or fixed:K"
+        ) from None
+
+
+def _multiple_problems(rank_multiple: int) -> list[str]:
+    return whole_number_problems("rank_multiple", rank_multiple, least=1)

@@ -1,0 +1,109 @@
+"""What the phases of a recipe do, in words."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+
+from abtrain import recipes
+from abtrain.recipes.phase import Phase, Until
+from abtrain.recipes.recipe import Recipe
+from abtrain.recipes.sync import (
+    AUTO,
+    AUTO_WIRES,
+    GradientSync,
+    Mean,
+    Outer,
+    Sync,
+    TrainedOnly,
+    Weighted,
+    WeightSync,
+    WireName,
+)
+
+TRAINS = {
+    "all": "all train A and B",
+    "a_or_b": "half train A, half B",
+    "a_then_b": "all train A and B in turns",
+    "b": "all train B",
+}
+MERGES: dict[type, str] = {
+    Mean: "mean",
+    TrainedOnly: "mean over those that trained it",
+    Weighted: "mean weighted by training loss",
+    Outer: "outer Nesterov",
+}
+MEASURES = {
+    "spectrum_drift": "spectra drift by less than {below:g} a round",
+    "agreement": "workers agree less than {below:g}",
+}
+GRADIENT_WIRES = {
+    "fp32": "gradients averaged at every step",
+    "bf16": "gradients averaged at every step in bf16",
+    "powersgd": "gradients averaged at every step as factors of rank {rank}",
+}
+
+
+def purpose_of(name: str) -> str:
+    """The first sentence of what a recipe says of itself."""
+    return (inspect.getdoc(recipes.RECIPES[name]) or "").splitlines()[0]
+
+
+def phases_in_words(recipe: Recipe) -> list[str]:
+    """A line for each phase, in their order: name, how often and how long, weights, what is trained, sync."""
+    runs = Counter(position.phase_index for position in recipe.runs())
+    lengths = {position.phase_index: position.steps_in_phase for position in reversed(list(recipe.runs()))}
+    lines = []
+    for index, phase in enumerate(recipe.phases):
+        if runs[index]:
+            times = f"{runs[index]} x " if runs[index] > 1 else ""
+            length = f"{'' if phase.until is None else 'up to '}{lengths[index]:,} steps"
+            lines.append(f"{phase.name}, {times}{length}: {', '.join(_clauses(phase))}")
+    return lines
+
+
+def sync_in_words(sync: Sync) -> str:
+    """How workers agree."""
+    if sync is None:
+        return "never averaged"
+    if isinstance(sync, GradientSync):
+        return GRADIENT_WIRES[sync.wire].format(rank=sync.rank)
+    often = "at every step" if sync.every == 1 else f"every {sync.every:,} steps"
+    return f"merged {often} ({', '.join(_manner(sync))})"
+
+
+def _manner(sync: WeightSync) -> Iterator[str]:
+    """How a merge is made and sent."""
+    yield MERGES[type(sync.merge)]
+    yield _sent(sync.wire)
+    if sync.fragments > 1:
+        yield f"{sync.fragments} fragments in turns"
+    if sync.delay:
+        yield f"hidden behind {sync.delay:,} steps"
+
+
+def _sent(name: str) -> str:
+    """In which numbers."""
+    if name == AUTO:
+        *some, last = (wire for _, wire in AUTO_WIRES)
+        return f"{', '.join(some)} or {last}, by the number of workers"
+    wire = WireName.parse(name)
+    back = "" if wire.reply == wire.code else f", back in {wire.reply}"
+    return (f"factors of rank {wire.rank} in {wire.code}" if wire.rank else wire.code) + back
+
+
+def _clauses(phase: Phase) -> Iterator[str]:
+    """What is trained, how, until when, and how workers agree."""
+    yield "full" if phase.weights == "full" else TRAINS[phase.trains]
+    if phase.damping:
+        yield f"steps preconditioned (damping {phase.damping:g}, times {phase.factor_lr:g})"
+    if phase.local_lr != 1:
+        yield f"learning rate times {phase.local_lr:g}"
+    yield sync_in_words(phase.sync)
+    if phase.until is not None:
+        yield f"until {_limit(phase.until)}"
+
+
+def _limit(until: Until) -> str:
+    return MEASURES[until.measure].format(below=until.below)

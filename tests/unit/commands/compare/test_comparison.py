@@ -1,0 +1,71 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from abtrain.commands.compare import comparison as arguments
+from abtrain.commands.compare.comparison import parse_arguments
+from abtrain.commands.compare.runs import tasks
+from abtrain.commands.lab import LabConfig
+from abtrain.errors import ConfigurationError
+
+
+@pytest.fixture(autouse=True)
+def _on_a_system_with_labs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "system_problems", list)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_everything_that_can_be_said() -> None:
+    line = (
+        "ab diloco:every=5 --nodes 2 --rate 20mbit --more-rates 1gbit,5mbit --seeds 2 --steps 50 --lr ab=1e-3 --out o"
+    )
+    comparison = parse_arguments(line.split())
+    assert comparison.lab == LabConfig(2, (20 * 10**6,))
+    assert (comparison.more_rates, comparison.seeds, comparison.steps) == ((10**9, 5 * 10**6), (0, 1), 50)
+    # Five contestants, two seeds at the one rate and one at each of two more.
+    planned = tasks(comparison)
+    assert len(planned) == 5 * (2 + 2) == len({task.folder for task in planned})
+    assert [task.seed for task in planned[:5]] == [0] * 5
+    assert not any(task.done for task in planned)
+
+
+def test_a_run_is_done_if_it_ended_with_the_same_settings() -> None:
+    task = tasks(parse_arguments(["ab", "--steps", "50", "--out", "o"]))[-1]
+    for file in ("train/result.json", "lab/lab.json"):
+        (task.folder / file).parent.mkdir(parents=True)
+        (task.folder / file).write_text("{}")
+    (task.folder / "request.toml").write_text(task.request)
+    assert task.done
+    changed = tasks(parse_arguments(["ab", "--steps", "50", "--lr", "ab=7e-3", "--out", "o"]))[-1]
+    assert changed.folder == task.folder and not changed.done
+
+
+def test_a_folder_holds_one_comparison() -> None:
+    parse_arguments(["ab", "--steps", "50", "--out", "o"])
+    parse_arguments(["ab", "diloco", "--steps", "50", "--seeds", "5", "--out", "o"])
+    with pytest.raises(ConfigurationError, match=r"holds another comparison .steps 50 there, 60 here"):
+        parse_arguments(["ab", "--steps", "60", "--out", "o"])
+    assert json.loads(Path("o/settings.json").read_text())["steps"] == 50
+    Path("used").mkdir()
+    Path("used/something").touch()
+    with pytest.raises(ConfigurationError, match="is in use"):
+        parse_arguments(["ab", "--out", "used"])
+
+
+def test_all_that_is_wrong_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "system_problems", lambda: ["no root"])
+    monkeypatch.setattr(arguments, "_NEEDED", ("no_such_package",))
+    line = "abb --rate fast --more-rates slow --nodes 0 --seeds 0 --lr ab --out o"
+    with pytest.raises(ConfigurationError) as caught:
+        parse_arguments(line.split())
+    problems = "\n".join(caught.value.problems)
+    for part in ("no root", "abtrain[report]", "'fast'", "'slow'", "0 hosts", "--seeds 0", "--lr 'ab'", "'abb'"):
+        assert part in problems, part
+    assert not Path("o").exists()
+
+
+def test_a_task_that_there_is_not() -> None:
+    with pytest.raises(ConfigurationError, match="unknown task 'digits'") as caught:
+        parse_arguments(["ab", "--task", "digits"])
+    assert len(caught.value.problems) == 1

@@ -1,0 +1,74 @@
+"""What is written of a comparison; the page as a browser shows it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from abtrain.commands.compare import comparison as arguments
+from abtrain.commands.compare.command import write_results
+from abtrain.commands.compare.comparison import parse_arguments
+from abtrain.commands.units import human_bytes
+from tests.chromium import BROWSER, Page
+from tests.unit.commands.made_up import outcomes
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+FIGURES = {
+    "accuracy-over-bytes.png",
+    "accuracy-over-seconds.png",
+    "loss-over-seconds.png",
+    "bytes-by-phase.png",
+    "utilisation-over-rate.png",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison that has been written."""
+    folder = tmp_path_factory.mktemp("compare") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arguments, "system_problems", list)
+        comparison = parse_arguments(["ab_outer", "ab:sigma_cutoff=0.3", "--steps", "50", "--out", str(folder)])
+    write_results(comparison, outcomes(), "abtrain compare <ab_outer> & more")
+    return folder
+
+
+def test_everything_is_written(folder: Path) -> None:
+    assert {path.name for path in folder.glob("*.png")} == FIGURES
+    record = json.loads((folder / "compare.json").read_text())
+    assert [row["label"] for row in record["rows"]][:3] == ["solo", "ddp", "ddp:wire=bf16"]
+    assert len(record["runs"]) == 10 and record["settings"]["steps"] == 50
+    assert record["learning_rates"]["ab_outer"] == 3e-3
+    assert record["utilisation"]["ab_outer"] == [{"rate": 10**8, "utilisation": pytest.approx(5 / 6)}]
+
+
+def test_the_page_needs_nothing_else(folder: Path) -> None:
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", page) and "url(" not in page and "<script" not in page
+    assert page.count("data:image/png;base64,") == len(FIGURES)
+    assert "&lt;ab_outer&gt; &amp; more" in page
+    assert "ab_outer sends least: 10 kB a host, 400x less than ddp, at 90.50 % top-1 against 90.50 %." in page
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium (Debian: apt-get install chromium)")
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_a_browser(width: int, folder: Path) -> None:
+    with Page(width) as page:
+        page.open(folder / "report.html")
+        assert page.evaluate("document.querySelectorAll('figure img').length") == len(FIGURES)
+        assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 600)")
+        # A table may be scrolled within itself; the page is as wide as the window.
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        assert page.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") >= 16
+        assert page.said == []
+        asked = [address for address in page.requests if not address.startswith("data:")]
+        assert asked == [(folder / "report.html").as_uri()]
+
+
+@pytest.mark.parametrize(("count", "text"), [(352, "352 B"), (251_300, "251 kB"), (41e6, "41 MB"), (3.1e9, "3.1 GB")])
+def test_sizes(count: float, text: str) -> None:
+    assert human_bytes(count) == text

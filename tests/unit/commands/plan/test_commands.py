@@ -1,0 +1,237 @@
+"""`abtrain recipes` and `abtrain plan` as they are typed."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from abtrain import recipes
+from abtrain.commands import cli
+from abtrain.commands.plan.units import rate_of, seconds_of
+from abtrain.errors import ConfigurationError
+from abtrain.recipes.phase import Measure
+from abtrain.recipes.sync import GradientWire, Merge, Trains
+from abtrain.recipes.words import GRADIENT_WIRES, MEASURES, MERGES, TRAINS, phases_in_words, purpose_of
+
+GIVEN = ("--parameters", "1e6", "--step-time", "50ms")
+
+
+def typed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str], list[str]]:
+    """Exit code, lines of output, lines of errors."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out.splitlines(), err.splitlines()
+
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def test_recipes_lists_all_in_a_hundred_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines, _ = typed(capsys, "recipes")
+    assert code == 0
+    assert max(map(len, lines)) <= 100
+    text = "\n".join(lines)
+    assert all(name in text for name in recipes.RECIPES)
+    assert "100.0%" in text
+
+
+def test_one_recipe_with_the_payload_of_each_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines, _ = typed(
+        capsys, "recipes", "ab_outer", "--task", "fashion-cnn", "--steps", "2000", "--compression", "5.5"
+    )
+    assert code == 0
+    text = "\n".join(lines)
+    # What a run of these settings is measured to send.
+    assert "0.18% (1/56" in text
+    assert "sigma_cutoff" in text
+    assert sum("merged every 20 steps" in line for line in lines) == 2
+
+
+def test_one_recipe_with_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, lines, _ = typed(
+        capsys, "recipes", "ab_outer:every=10,wire=lowrank:8:int8,outer-momentum=0.5", "--steps", "2000"
+    )
+    assert code == 0
+    assert sum("merged every 10 steps (outer Nesterov, factors of rank 8 in int8)" in line for line in lines) == 2
+    bad = {
+        "ab_outer:every=0": "every=0",
+        "ab:evry=3": "did you mean",
+        "ab:every": "OPTION=VALUE",
+        "ab:total_steps=3": "no option 'total_steps'",
+        "ab:name=3": "no option 'name'",
+        "all:every=3": "name it in place of all",
+    }
+    for text, message in bad.items():
+        code, _, errors = typed(capsys, "recipes", text)
+        assert (code, len(errors)) == (2, 1)
+        assert message in errors[0]
+
+
+def test_recipes_of_workers_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert typed(capsys, "recipes", "diloco", "--group-size", "2", "--steps", "100")[0] == 0
+
+
+def test_all_that_is_wrong_with_a_listing(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, errors = typed(
+        capsys, "recipes", "abb", "--parameters", "0", "--compression", "0.5", "--workers", "3", "--group-size", "2"
+    )
+    assert code == 2
+    assert len(errors) == 4
+    assert "did you mean 'ab'" in errors[0]
+
+
+def test_recipes_that_do_not_fit_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, errors = typed(capsys, "recipes", "diloco", "--steps", "5")
+    assert (code, len(errors)) == (2, 1)
+    assert "longer than the phase" in errors[0]
+    code, lines, _ = typed(capsys, "recipes", "--steps", "5")
+    text = "\n".join(lines)
+    assert code == 0
+    # Those that fit are worth seeing all the same.
+    assert "100.0%" in text
+    assert "phase 'factors': every=20" in text
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_plan_compares_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, lines, _ = typed(capsys, "plan", *GIVEN, "--rate", "100mbit", "--steps", "1000")
+    assert code == 0
+    assert max(map(len, lines)) <= columns
+    assert any("x ddp bf16" in line for line in lines)
+    text = "\n".join(lines)
+    assert all(name in text for name in recipes.RECIPES)
+    assert "Recommended: diloco --every" in text
+
+
+def test_plan_says_when_data_parallel_training_is_better(capsys: pytest.CaptureFixture[str]) -> None:
+    _, lines, _ = typed(capsys, "plan", *GIVEN, "--rate", "40gbit")
+    assert any(line.startswith("Recommended: ddp --wire bf16 is the better choice") for line in lines)
+
+
+def test_plan_tries_the_wire_that_follows_the_number_of_workers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    _, lines, _ = typed(capsys, "plan", *GIVEN, "--rate", "5mbit")
+    assert any("The fastest that was tried" in line and "--wire auto" in line for line in lines)
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_plan_of_one_recipe_by_phase_on_unlike_links(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    unlike = ("--nodes", "2", "--rates", "1gbit,20mbit", "--jitter", "0.2", "--workers-per-node", "2")
+    code, lines, _ = typed(
+        capsys, "plan", "ab_outer", *GIVEN, *unlike, "--every", "50", "--wire", "int8", "--delay", "20"
+    )
+    assert code == 0
+    text = "\n".join(lines)
+    assert "20 Mbit/s" in text
+    assert all(phase in text for phase in ("setup", "warmup", "factors", "all"))
+
+
+def test_plan_measures_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    code, lines, _ = typed(capsys, "plan", "diloco", "--task", "digits-mlp", "--steps", "100")
+    assert code == 0
+    assert "measured" in "\n".join(lines)
+
+
+def test_all_that_is_wrong_with_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    bad = ("--rates", "1gbot,1gbit", "--latency", "soon", "--algorithm", "rings", "--jitter", "-1", "--wire", "int9")
+    code, _, errors = typed(capsys, "plan", "diloco", *bad)
+    assert code == 2
+    text = "\n".join(errors)
+    expected = ("1gbot", "soon", "did you mean 'ring'", "jitter", "int9", "--step-time", "2 links for 4 nodes")
+    assert [part for part in expected if part not in text] == []
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ("--step-time", "0s"),
+        ("--nodes", "0"),
+        ("--nodes", "100000000"),
+        ("--workers-per-node", "3", "--group-size", "5"),
+        ("--seed", "-1"),
+        ("--batch-size", "0"),
+        ("--compression", "1e9"),
+        ("--width", "0"),
+        ("--task", "digits"),
+    ],
+)
+def test_numbers_that_cannot_be(capsys: pytest.CaptureFixture[str], bad: tuple[str, ...]) -> None:
+    code, _, errors = typed(capsys, "plan", "--step-time", "1s", *bad)
+    assert code == 2
+    assert errors[0].startswith("abtrain: error: ")
+
+
+def test_an_option_that_the_recipe_has_not(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, errors = typed(capsys, "plan", "ab", *GIVEN, "--delay", "5")
+    assert (code, len(errors)) == (2, 1)
+    assert "has no option 'delay'" in errors[0]
+
+
+def test_everything_that_a_recipe_may_hold_has_words() -> None:
+    assert set(TRAINS) == set(get_args(Trains))
+    assert set(MERGES) == set(get_args(Merge))
+    assert set(MEASURES) == set(get_args(Measure))
+    assert set(GRADIENT_WIRES) == set(get_args(GradientWire))
+    for name in recipes.RECIPES:
+        assert purpose_of(name).endswith(".")
+        assert len(phases_in_words(recipes.build(name, 100))) >= 1
+
+
+def test_phases_in_words() -> None:
+    assert phases_in_words(recipes.ab(100, warmup_steps=10, ab_steps=20, rebound_steps=5)) == [
+        "warmup, 10 steps: full, gradients averaged at every step",
+        "group, 4 x 20 steps: half train A, half B, merged every 20 steps (mean, fp32)",
+        "rebound, 3 x 5 steps: full, gradients averaged at every step",
+    ]
+
+
+def test_phases_of_ones_own_in_words() -> None:
+    options = {"mean_steps": 20, "agreement_below": 0.1, "warmup_steps": 100, "warmup_every": 50, "drift_below": 0.01}
+    assert phases_in_words(recipes.ab_outer(500, **options, delay=5, fragments=2, wire="lowrank:4:int8")) == [
+        "mean, up to 20 steps: full, merged every 5 steps (mean, factors of rank 4 in int8), until workers agree less "
+        "than 0.1",
+        "warmup, up to 100 steps: full, merged every 50 steps (outer Nesterov, factors of rank 4 in int8), until "
+        "spectra drift by less than 0.01 a round",
+        "factors, 380 steps: all train A and B, steps preconditioned (damping 0.1, times 2), merged every 20 steps "
+        "(outer Nesterov, factors of rank 4 in int8, 2 fragments in turns, hidden behind 5 steps)",
+    ]
+
+
+def test_a_local_learning_rate_in_words() -> None:
+    assert phases_in_words(recipes.local_sgd(100, every=10, local_lr=2.0)) == [
+        "local, 100 steps: full, learning rate times 2, merged every 10 steps (mean, fp32)"
+    ]
+
+
+@pytest.mark.parametrize(("text", "value"), [("100mbit", 1e8), ("1.5GBIT", 1.5e9), ("56 kbit", 56e3), ("1e3bit", 1e3)])
+def test_rates(text: str, value: float) -> None:
+    assert rate_of(text) == value
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.5ms", 5e-4), ("80us", 8e-5), ("2s", 2), ("0s", 0)])
+def test_times(text: str, value: float) -> None:
+    assert seconds_of(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["", "100", "mbit", "-1mbit", "0mbit", "1.2.3mbit", "1mb", "infmbit", "1e999mbit"])
+def test_rates_that_cannot_be(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="rate"):
+        rate_of(text)
+
+
+@pytest.mark.parametrize("text", ["", "5", "ms", "-1ms", "soon", "1h"])
+def test_times_that_cannot_be(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="time"):
+        seconds_of(text)

@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import pytest
+
+import abtrain
+from abtrain import recipes
+from abtrain.commands import cli
+from abtrain.commands.tasks.task import TASKS
+from abtrain.commands.train.config import TrainConfig
+from abtrain.errors import ConfigurationError, DataError, StoppedError
+
+
+def code_of(*arguments: str) -> int | str | None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    return ended.value.code
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
+    """The configurations that would have been run."""
+    configs: list[TrainConfig] = []
+    monkeypatch.setattr("abtrain.commands.train.launch.run", configs.append)
+    return configs
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of("--version") == 0
+    assert capsys.readouterr().out == f"abtrain {abtrain.__version__}\n"
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of("--help") == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in cli.COMMANDS)
+
+
+def test_help_of_train_names_every_recipe_and_task(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert code_of("train", "--help") == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in (*recipes.RECIPES, *TASKS))
+
+
+@pytest.mark.parametrize("arguments", [(), ("tran",), ("train", "--stepps", "3"), ("train", "--steps", "many")])
+def test_arguments_that_make_no_sense(arguments: tuple[str, ...]) -> None:
+    assert code_of(*arguments) == 2
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path, started: list[TrainConfig]) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('recipe = "ddp"\ntask = "fashion-cnn"\nsteps = 5\nexclude = ["a", "b"]\n')
+    assert code_of("train", "--config", str(file), "--steps", "7") == 0
+    assert code_of("train", "ab", f"--config={file}") == 0
+    first, second = started
+    assert (first.recipe, first.task, first.steps, first.exclude) == ("ddp", "fashion-cnn", 7, ("a", "b"))
+    assert (second.recipe, second.steps) == ("ab", 5)
+
+
+def test_a_file_with_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("stepps = 5\nlr = true\n")
+    assert code_of("train", "--config", str(file)) == 2
+    assert [line.startswith("abtrain: error: ") for line in capsys.readouterr().err.splitlines()] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (ConfigurationError(["one", "two"]), 2, ["abtrain: error: one", "abtrain: error: two"]),
+        (DataError("no data\ngo get it"), 3, ["abtrain: error: no data", "go get it"]),
+        (StoppedError("stopped"), 75, ["abtrain: error: stopped"]),
+        (KeyboardInterrupt(), 75, ["abtrain: error: stopped on request (SIGINT)"]),
+    ],
+)
+def test_errors_become_messages_and_exit_codes(
+    error: BaseException,
+    code: int,
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(config: TrainConfig) -> None:
+        raise error
+
+    monkeypatch.setattr("abtrain.commands.train.launch.run", fail)
+    assert code_of("train") == code
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_one_worker_speaks_for_all_where_all_fail_alike(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cli._fail(ConfigurationError("wrong everywhere")) == 2
+    assert capsys.readouterr().err == ""
+    assert cli._fail(DataError("missing here")) == 3
+    assert capsys.readouterr().err == "abtrain: error: missing here\n"

@@ -1,0 +1,67 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from abtrain.commands.train.config import TrainConfig
+from abtrain.commands.train.display import Display
+from abtrain.commands.units import human_bytes
+
+RECORD = {"step": 20, "phase": "warmup", "loss": 1.5, "lr": 1e-3, "payload_bytes": 2_500_000}
+RESULT = {
+    "recipe": "ab",
+    "task": "digits-mlp",
+    "seed": 0,
+    "top1": 97.5,
+    "loss": 0.1,
+    "seconds": {"total": 3.0, "compute": 1.5, "sync": 1.0, "svd": 0.5},
+    "payload_bytes": {"total": 2_500_000},
+    "payload_ratio": 0.378,
+    "compression": 1.88,
+    "weights_digest": "0123456789abcdef" * 4,
+}
+
+
+def shown(result: dict[str, object], terminal: bool = False) -> str:
+    out = io.StringIO()
+    with Display(100, Console(file=out, force_terminal=terminal, width=100)) as display:
+        display.heading(TrainConfig(recipe="ab", steps=100, batch_size=8, device="cpu"), 85_002)
+        display.show(RECORD)
+        display.summary(result, "runs/[x]/" + "y" * 200)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.6, "1 kB"),
+        (1000, "1 kB"),
+        (2_500_000, "2.5 MB"),
+        (999_999, "1 MB"),
+        (5e12, "5 TB"),
+        (3e15, "3,000 TB"),
+    ],
+)
+def test_human_bytes(count: float, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    text = shown(RESULT)
+    assert "\x1b" not in text
+    assert "ab on digits-mlp (85,002 parameters): 100 steps of 4 x 8 samples, 4 workers in 4 groups, cpu\n" in text
+    assert "step    20/100  warmup   loss 1.5000  lr 1.00e-03  2.5 MB sent per worker\n" in text
+    for figure in ("97.50 %", "0.1000", "2.5 MB", "37.8 %", "1.88 : 1", "3.0 (compute 1.5, sync 1.0, svd 0.5)"):
+        assert figure in text
+    assert "0123456789abcdef" in text and "runs/[x]/" in text and text.count("y") > 200
+
+
+def test_a_bar_on_a_terminal() -> None:
+    text = shown(RESULT, terminal=True)
+    assert "\x1b" in text and "20/100" in text
+
+
+def test_a_task_without_classes_has_no_top1() -> None:
+    assert "top-1" not in shown(RESULT | {"top1": None})

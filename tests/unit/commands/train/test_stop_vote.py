@@ -1,0 +1,83 @@
+"""Workers that train alone agree on the step to stop at."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from torch.distributed import HashStore
+
+from abtrain.commands.train import stop_vote as between
+from abtrain.commands.train.stop_vote import Between
+
+
+def stopped_at(workers: list[Callable[[Between], int]]) -> list[int]:
+    """Where each worker, a thread, stops; what they return."""
+    store, ended = HashStore(), [0] * len(workers)
+
+    def run(rank: int) -> None:
+        ended[rank] = workers[rank](Between(store, len(workers)))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(workers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return ended
+
+
+def training(pause: float, asked_at: int | None, steps: int = 100_000) -> Callable[[Between], int]:
+    def worker(part: Between) -> int:
+        for step in range(steps):
+            number = part.agreed(15 if asked_at is not None and step >= asked_at else 0, step)
+            if number:
+                assert number == 15
+                return step
+            time.sleep(pause)
+        return -1
+
+    return worker
+
+
+def test_all_stop_at_the_step_of_the_foremost() -> None:
+    slow, fast = training(0.01, asked_at=20), training(0.001, asked_at=None)
+    first, second, third = stopped_at([slow, fast, fast])
+    assert first == second == third > 20
+
+
+def test_one_who_cannot_answer_lets_the_others_train_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits at a merge, and answers once it is too late."""
+    monkeypatch.setattr(between, "_PATIENCE_SECONDS", 0.5)
+
+    def waiting(part: Between) -> int:
+        time.sleep(2.5)
+        return training(0.001, None, steps=50)(part)
+
+    assert stopped_at([training(0.001, asked_at=5, steps=600), waiting]) == [-1, -1]
+
+
+def test_who_waits_at_a_merge_is_not_waited_for() -> None:
+    """It has said that it would, so the others train on at once."""
+    store = HashStore()
+    ahead, behind = Between(store, 2), Between(store, 2)
+    ahead.before_step(waits=True, hides=False)
+    began = time.monotonic()
+    assert behind.agreed(15, 7) == 0
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_workers_of_a_group_find_out_at_the_same_step(first: int) -> None:
+    """Whoever looks first decides for the group, whatever has been asked since."""
+    store = HashStore()
+    group = [Between(store, 2, "0"), Between(store, 2, "0")]
+    assert group[first].agreed(0, 5) == 0
+    # The other one was asked meanwhile: it would wait alone now.
+    assert group[1 - first].agreed(15, 5) == 0
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda one=one: found.append(one.agreed(0, 6))) for one in group]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found == [15, 15]

@@ -1,0 +1,240 @@
+"""Stopped at any step and resumed by fresh objects, a run ends with the bits of one that was never stopped."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from abtrain import ABTraining, FixedRank, recipes, weights_digest
+from abtrain.comm.communicator import Communicator, SingleProcess
+from abtrain.comm.in_process import run_in_process
+from abtrain.engine.saved_state import can_be_resized, resized
+from abtrain.errors import CheckpointError, UsageError
+from abtrain.recipes.recipe import Recipe
+from tests.cases import adamw, batch, build, sgd
+
+HIDDEN: dict[str, Any] = {"every": 5, "delay": 3, "fragments": 2, "wire": "int8"}
+AB = {"warmup_steps": 3, "ab_steps": 5, "rebound_steps": 2, "lr_rebound_steps": 3, "sigma_cutoff": 0.2}
+RECIPES = {
+    "ab": recipes.ab(24, **AB),
+    "ab in turns": recipes.ab(24, **{**AB, "ab_steps": 6}, every=2, trains="a_then_b", warmup_every=2, wire="int4"),
+    "ab_outer": recipes.ab_outer(27, **HIDDEN, warmup_steps=10, rank_rule=FixedRank(3), lr_rebound_steps=4),
+    "ab_outer anew": recipes.ab_outer(
+        33,
+        **{**HIDDEN, "wire": "lowrank:2:int8"},
+        warmup_steps=8,
+        warmup_every=4,
+        drift_below=5.0,
+        refactor_every=2,
+        rebound_steps=3,
+        rebound_every=0,
+        rank_rule=FixedRank(3),
+        optimizer_state="project",
+    ),
+    "ab_local": recipes.ab_local(27, every=5, delay=3, warmup_delay=2, warmup_steps=10, rank_rule=FixedRank(1)),
+    "diloco": recipes.diloco(17, **{**HIDDEN, "wire": "int4"}, local_lr=2.0),
+    "weighted": recipes.local_sgd(16, every=4, delay=2, merge="weighted", rebound_steps=0),
+}
+OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
+
+
+def normed(seed: int = 0) -> nn.Module:
+    """Of float32, with buffers that are averaged, and counters that are not."""
+    mlp = build("mlp", torch.float32, seed)
+    assert isinstance(mlp, nn.Sequential)
+    return nn.Sequential(mlp[0], nn.BatchNorm1d(16), *mlp[1:])
+
+
+class Loop:
+    """A user's loop, with a scheduler beside it."""
+
+    def __init__(self, comm: Communicator, recipe: Recipe, optimizer: str = "adamw", seed: int = 0) -> None:
+        self.comm, self.model = comm, normed(seed)
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, recipe.total_steps)
+        self.ab = ABTraining(self.model, self.optimizer, recipe, communicator=comm)
+
+    def run(self, until: int) -> None:
+        while self.ab.steps_done < until:
+            x, y = batch("mlp", self.comm.rank, self.ab.steps_done, torch.float32)
+            loss = F.cross_entropy(self.ab(x), y)
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            self.ab.step(loss)
+
+    def outcome(self) -> tuple[str, Any, Any]:
+        payload = self.comm.meter.payload()
+        return weights_digest(self.ab.dense_state_dict()), payload, (self.ab.rank_history, self.ab.decisions)
+
+
+def stopped_and_resumed(
+    comm: Communicator, recipe: Recipe, optimizer: str, stops: tuple[int, ...], validate: bool = False
+) -> Any:
+    loop = Loop(comm, recipe, optimizer)
+    for stop in stops:
+        loop.run(stop)
+        if validate:
+            with loop.ab.merged() as model, torch.no_grad():
+                model.eval()(torch.zeros(2, 10))
+            model.train()
+        saved = copy.deepcopy((loop.ab.state_dict(), loop.schedule.state_dict()))
+        # The meter is the communicator's: what the state holds has to replace whatever was counted since.
+        loop = Loop(comm, recipe, optimizer, seed=9)
+        loop.ab.load_state_dict(saved[0])
+        loop.schedule.load_state_dict(saved[1])
+    loop.run(recipe.total_steps)
+    return loop.outcome()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_resumed_in_every_phase(name: str) -> None:
+    """Each run is stopped and resumed at many steps, among them the first, the last, and those around every merge."""
+    recipe, optimizer = RECIPES[name], "sgd" if name in ("ab", "diloco") else "adamw"
+    expected = run_in_process(3, lambda comm: stopped_and_resumed(comm, recipe, optimizer, ()))
+    steps = range(recipe.total_steps + 1)
+    for stops in (steps[::3], steps[1::3]):
+        resumed = run_in_process(3, lambda comm, at=tuple(stops): stopped_and_resumed(comm, recipe, optimizer, at))
+        assert resumed == expected, f"stopped at {stops}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_resumed_after_a_look_at_the_average(name: str) -> None:
+    """It sends ahead what merges under way are still to send, and changes nothing."""
+    recipe = RECIPES[name]
+    expected = run_in_process(3, lambda comm: stopped_and_resumed(comm, recipe, "adamw", ()))
+    stops = tuple(range(recipe.total_steps + 1))[2::3]
+    looked = run_in_process(3, lambda comm: stopped_and_resumed(comm, recipe, "adamw", stops, validate=True))
+    # All but the payload: what was sent to look is counted.
+    assert [(outcome[0], outcome[2]) for outcome in looked] == [(outcome[0], outcome[2]) for outcome in expected]
+
+
+def saved(recipe: Recipe, steps: int, **options: Any) -> tuple[Loop, dict[str, Any]]:
+    """A loop of one worker, and its state after so many steps."""
+    loop = Loop(SingleProcess(), recipe, **options)
+    loop.run(steps)
+    return loop, copy.deepcopy(loop.ab.state_dict())
+
+
+def test_a_run_goes_back_to_what_was_saved() -> None:
+    loop, state = saved(RECIPES["ab"], 5)
+    loop.run(20)
+    loop.ab.load_state_dict(state)
+    assert loop.ab.steps_done == 5
+    again = loop.ab.state_dict()
+    assert again["model"]["factored"] == state["model"]["factored"] != []
+    for name, value in state["model"]["weights"].items():
+        assert torch.equal(again["model"]["weights"][name], value)
+
+
+def test_nothing_is_taken_from_a_state_that_does_not_fit() -> None:
+    loop, state = saved(RECIPES["ab"], 5)
+    before = weights_digest(loop.ab.dense_state_dict())
+    other = {**state, "recipe": "0" * 64}
+    shapes = copy.deepcopy(state)
+    shapes["model"]["weights"]["0.weight.A"] = torch.zeros(3, 2)
+    phase = copy.deepcopy(state)
+    phase["model"]["optimizers"][0]["state"]["0.weight"] = {"exp_avg": torch.zeros(16, 10)}
+    moments = copy.deepcopy(state)
+    moments["model"]["optimizers"][0]["state"]["0.weight.A"]["exp_avg"] = torch.zeros(16, 10)
+    for wrong, why in (
+        ({}, "no state of version"),
+        (other, "another recipe"),
+        (shapes, "factors .3, 2. and"),
+        (phase, "belongs to another phase"),
+        (moments, "not of its shape"),
+    ):
+        with pytest.raises(CheckpointError, match=why):
+            loop.ab.load_state_dict(wrong)
+    with pytest.raises(CheckpointError, match="SGD with 1 here"):
+        Loop(SingleProcess(), RECIPES["ab"], "sgd").ab.load_state_dict(state)
+    loop.run(7)
+    assert loop.ab.steps_done == 7 and weights_digest(loop.ab.dense_state_dict()) != before
+
+
+def test_a_state_amid_a_step_is_refused() -> None:
+    loop, _ = saved(RECIPES["ab"], 2)
+    loop.ab(torch.zeros(2, 10)).sum().backward()
+    loop.optimizer.step()
+    with pytest.raises(UsageError, match=r"call ab.step\(\) first"):
+        loop.ab.state_dict()
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_another_number_of_workers_goes_on_at_a_merge(workers: int) -> None:
+    recipe = recipes.ab_outer(30, every=5, wire="int8", warmup_steps=10, rank_rule=FixedRank(3))
+
+    def first(comm: Communicator) -> dict[str, Any]:
+        loop = Loop(comm, recipe)
+        loop.run(15)
+        state = copy.deepcopy(loop.ab.state_dict())
+        assert state["workers_equal"] and can_be_resized(state, loop.ab.position)
+        return state
+
+    parts = run_in_process(3, first)
+
+    def go_on(comm: Communicator) -> tuple[str, dict[str, Tensor]]:
+        loop = Loop(comm, recipe, seed=9)
+        loop.ab.load_state_dict(resized(parts, comm.rank, recipe))
+        owed = copy.deepcopy(loop.ab.state_dict()["merger"]["residuals"])
+        loop.run(30)
+        weights = loop.ab.dense_state_dict()
+        return weights_digest(weights), owed
+
+    ended = run_in_process(workers, go_on)
+    assert len({digest for digest, _ in ended}) == 1
+    for name in parts[0]["merger"]["residuals"]:
+        before = torch.stack([part["merger"]["residuals"][name] for part in parts]).mean(0)
+        torch.testing.assert_close(ended[0][1][name], before)
+
+
+AMID = {
+    "ab": (recipes.ab(30, **AB), 6, 3),
+    "outer": (recipes.ab_outer(30, every=5, wire="int8", warmup_steps=10, rank_rule=FixedRank(3)), 18, 15),
+    "first round of factors": (recipes.ab_outer(30, every=5, warmup_steps=10, rank_rule=FixedRank(3)), 12, 10),
+    "hidden merge under way": (recipes.ab_outer(30, every=5, delay=3, warmup_steps=10, rank_rule=FixedRank(3)), 21, 15),
+    "hidden merge arrived": (recipes.ab_outer(30, every=5, delay=2, warmup_steps=10, rank_rule=FixedRank(3)), 24, 20),
+    "fragments": (recipes.local_sgd(30, every=6, fragments=3), 14, 12),
+}
+
+
+@pytest.mark.parametrize("case", AMID)
+@pytest.mark.parametrize("workers", [2, 4])
+def test_another_number_of_workers_goes_back_to_the_last_merge(case: str, workers: int) -> None:
+    recipe, step, merged = AMID[case]
+    trained = dict(normed().named_parameters())
+
+    def first(comm: Communicator) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        loop = Loop(comm, recipe)
+        loop.run(merged)
+        at_merge = copy.deepcopy(loop.ab.dense_state_dict())
+        loop.run(step)
+        assert can_be_resized(loop.ab.state_dict(), loop.ab.position)
+        return copy.deepcopy(loop.ab.state_dict()), at_merge
+
+    left = run_in_process(3, first)
+    parts = [state for state, _ in left]
+
+    def go_on(comm: Communicator) -> tuple[int, dict[str, Tensor], str]:
+        loop = Loop(comm, recipe, seed=9)
+        loop.ab.load_state_dict(resized(parts, comm.rank, recipe))
+        done, began_with = loop.ab.steps_done, copy.deepcopy(loop.ab.dense_state_dict())
+        loop.run(30)
+        # Where gradients are shared, every worker has running means of its own after the last step.
+        weights = {name: value for name, value in loop.ab.dense_state_dict().items() if name in trained}
+        return done, began_with, weights_digest(weights)
+
+    ended = run_in_process(workers, go_on)
+    assert {done for done, _, _ in ended} == {merged}
+    assert len({digest for _, _, digest in ended}) == 1
+    for name, value in ended[0][1].items():
+        assert all(torch.equal(value, began_with[name]) for _, began_with, _ in ended)
+        # Hidden merges and fragments arrive later than the round begins; buffers are averaged as they are.
+        if case in ("ab", "outer", "first round of factors") and name in trained:
+            assert torch.equal(value, left[0][1][name])

@@ -1,0 +1,173 @@
+"""Averages in few bits: what every worker gets, what it keeps, and what was sent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from abtrain.comm.communicator import Communicator
+from abtrain.comm.in_process import run_in_process
+from abtrain.comm.stages import finish
+from abtrain.merging.wires import make_wire
+from abtrain.merging.wires.low_rank import orthonormal, product
+from tests.gloo import run_gloo
+
+SHAPES = {"weight": (40, 33), "bias": (7,), "empty": (0, 3), "scalar": ()}
+CODES = [
+    "fp32",
+    "bf16",
+    "int8",
+    "int4",
+    "int3",
+    "ternary",
+    "ternary:int3",
+    "lowrank:2",
+    "lowrank:3:int8",
+    "lowrank:2:int4",
+]
+
+
+def numbers(rank: int, turn: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(100 * turn + rank)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def several_turns(comm: Communicator, name: str, turns: int) -> tuple[list[dict[str, Tensor]], dict[str, Tensor], int]:
+    """The averages, what this worker kept, and what it handed over."""
+    wire, kept = make_wire(name), dict[str, Tensor]()
+    before = comm.meter.payload()["total"]
+    averages = []
+    for turn in range(turns):
+        owed = {n: t + kept[n] if n in kept else t for n, t in numbers(comm.rank, turn).items()}
+        mean, kept = finish(wire.average(owed, comm))
+        averages.append(mean)
+    return averages, kept, comm.meter.payload()["total"] - before
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_what_was_received_and_what_was_kept_sum_to_the_truth(code: str, workers: int) -> None:
+    turns = 5
+    results = run_in_process(workers, lambda comm: several_turns(comm, code, turns))
+    for name, shape in SHAPES.items():
+        truth = sum(numbers(rank, turn)[name] for rank in range(workers) for turn in range(turns)) / workers
+        received = sum(average[name] for average in results[0][0])
+        kept = sum(residuals.get(name, torch.zeros(shape)) for _, residuals, _ in results) / workers
+        torch.testing.assert_close(received + kept, truth, rtol=1e-4, atol=1e-5)
+    for averages, _, _ in results:
+        for mine, first in zip(averages, results[0][0], strict=True):
+            assert all(torch.equal(mine[name], first[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize(("code", "error"), [("bf16", 0.02), ("int8", 0.03), ("int4", 0.5)])
+def test_one_average_is_close(code: str, error: float) -> None:
+    averages, _, _ = run_in_process(3, lambda comm: several_turns(comm, code, 1))[0]
+    truth = sum(numbers(rank, 0)["weight"] for rank in range(3)) / 3
+    assert (averages[0]["weight"] - truth).abs().max() < error
+
+
+@pytest.mark.parametrize(
+    ("code", "share", "tolerance"),
+    [
+        ("bf16", 1 / 2, 0.01),
+        ("int8", 1 / 4, 0.05),
+        ("int4", 1 / 8, 0.15),
+        ("int3", 1 / 10, 0.05),
+        ("ternary", 1 / 20, 0.15),
+        ("ternary:int4", 1 / 13, 0.1),
+    ],
+)
+def test_payload_is_that_share_of_float32(code: str, share: float, tolerance: float) -> None:
+    def work(comm: Communicator) -> int:
+        finish(make_wire(code).average({"weight": torch.ones(400, 500)}, comm))
+        return int(comm.meter.payload()["total"])
+
+    assert run_in_process(4, work)[0] / (4 * 200_000) == pytest.approx(share, rel=tolerance)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_gloo_ranks_get_the_bits_of_threads(code: str) -> None:
+    threads = run_in_process(2, lambda comm: several_turns(comm, code, 3))
+    ranks = run_gloo(2, several_turns, code, 3)
+    assert [sent for _, _, sent in ranks] == [sent for _, _, sent in threads]
+    for mine, other in zip(ranks[1][0], threads[0][0], strict=True):
+        assert all(torch.equal(mine[name], other[name]) for name in SHAPES)
+
+
+def test_dtypes_come_back() -> None:
+    def work(comm: Communicator) -> Tensor:
+        halves = {"half": torch.full((4,), 0.5, dtype=torch.bfloat16), "w": torch.linspace(-0.5, 0.5, 3)}
+        return finish(make_wire("int8").average(halves, comm)).mean["half"]
+
+    half = run_in_process(2, work)[0]
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half, torch.full((4,), 0.5, dtype=torch.bfloat16))
+
+
+def test_a_low_rank_change_arrives_whole() -> None:
+    """Two workers' changes share a column space: rank 2 holds their mean, and nothing is left to be sent."""
+    columns = torch.linalg.qr(torch.randn(30, 2, generator=torch.Generator().manual_seed(1)))[0]
+
+    def work(comm: Communicator) -> tuple[Tensor, Tensor, Tensor]:
+        M = columns @ torch.randn(2, 20, generator=torch.Generator().manual_seed(10 + comm.rank))
+        mean, error = finish(make_wire("lowrank:2").average({"M": M}, comm))
+        return M, mean["M"], error["M"]
+
+    (M0, mean, error), (M1, other, _) = run_in_process(2, work)
+    torch.testing.assert_close(mean, (M0 + M1) / 2, atol=1e-5, rtol=1e-4)
+    assert torch.equal(mean, other)
+    assert error.abs().max() < 1e-5
+
+
+def test_warm_starts_find_the_leading_directions_of_a_lasting_change() -> None:
+    U, _, V = torch.linalg.svd(torch.randn(40, 40, generator=torch.Generator().manual_seed(0)))
+    M = U @ torch.diag(2.0 ** -torch.arange(40)) @ V
+
+    def work(comm: Communicator) -> list[float]:
+        wire = make_wire("lowrank:3")
+        return [float((finish(wire.average({"M": M}, comm)).mean["M"] - M).norm()) for _ in range(8)]
+
+    errors = run_in_process(2, work)[0]
+    best = float((2.0 ** -torch.arange(3, 40)).norm())
+    assert errors[0] > errors[-1]
+    assert errors[-1] == pytest.approx(best, rel=1e-3)
+
+
+def test_low_rank_payload_is_that_of_the_factors() -> None:
+    def work(comm: Communicator, name: str) -> int:
+        finish(
+            make_wire(name).average({"M": torch.randn(400, 500), "small": torch.randn(3, 4), "b": torch.ones(9)}, comm)
+        )
+        return int(comm.meter.payload()["total"])
+
+    exact = run_in_process(4, lambda comm: work(comm, "lowrank:4"))[0]
+    assert exact == 4 * (4 * (400 + 500) + 12 + 9)
+    assert run_in_process(4, lambda comm: work(comm, "lowrank:4:int8"))[0] == pytest.approx(exact / 4, rel=0.35)
+
+
+def test_a_dependent_column_becomes_zero_and_comes_back_later() -> None:
+    P = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    Q = orthonormal(P)
+    torch.testing.assert_close(Q.T @ Q, torch.diag(torch.tensor([1.0, 0.0, 1.0])))
+
+    def work(comm: Communicator) -> float:
+        wire = make_wire("lowrank:2")
+        finish(wire.average({"M": torch.zeros(6, 6)}, comm))
+        M = torch.diag(torch.tensor([3.0, 2.0, 0, 0, 0, 0]))
+        for _ in range(12):
+            mean = finish(wire.average({"M": M}, comm)).mean["M"]
+        return float((mean - M).norm())
+
+    assert run_in_process(2, work)[0] < 1e-3
+
+
+@pytest.mark.parametrize(("m", "n", "r"), [(1, 1, 1), (7, 5, 3), (300, 1000, 4)])
+def test_a_product_is_summed_column_after_column_whatever_its_size(m: int, n: int, r: int) -> None:
+    generator = torch.Generator().manual_seed(m)
+    P, Q = torch.randn(m, r, generator=generator), torch.randn(n, r, generator=generator)
+    expected = P[:, :1] * Q[:, 0]
+    for i in range(1, r):
+        expected = expected + P[:, i : i + 1] * Q[:, i]
+    assert torch.equal(product(P, Q), expected)
+    torch.testing.assert_close(expected, P @ Q.T)

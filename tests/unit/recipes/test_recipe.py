@@ -1,0 +1,217 @@
+"""A recipe is data: where a step stands, and what cannot be."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abtrain import recipes
+from abtrain.errors import ConfigurationError, UsageError
+from abtrain.recipes.factoring import Factoring
+from abtrain.recipes.phase import Phase, Until
+from abtrain.recipes.rank_rules import SigmaCutoff
+from abtrain.recipes.recipe import Recipe
+from abtrain.recipes.sync import GradientSync, Mean, WeightSync
+
+
+def names(recipe: Recipe) -> list[str]:
+    return [recipe.at(step).phase.name for step in range(recipe.total_steps)]
+
+
+def test_ab_follows_the_papers_guideline() -> None:
+    recipe = recipes.ab(1200)
+    assert [(p.name, p.steps) for p in recipe.phases] == [("warmup", 240), ("group", 40), ("rebound", 10)]
+    assert recipe.lr_rebound_steps == 20
+    assert names(recipe)[235:300] == ["warmup"] * 5 + ["group"] * 40 + ["rebound"] * 10 + ["group"] * 10
+
+
+def test_the_last_phase_is_cut_off_and_still_merges() -> None:
+    recipe = recipes.ab(100, warmup_steps=10, ab_steps=40, rebound_steps=10, lr_rebound_steps=5)
+    last = recipe.at(99)
+    assert (last.phase.name, last.cycle, last.step_in_phase, last.steps_in_phase) == ("group", 1, 39, 40)
+    shorter = recipes.ab(75, warmup_steps=10, ab_steps=40, rebound_steps=10, lr_rebound_steps=5)
+    last = shorter.at(74)
+    assert (last.steps_in_phase, last.last, last.merges) == (15, True, True)
+
+
+def test_local_sgd_merges_every_round_and_at_the_end() -> None:
+    recipe = recipes.local_sgd(50, every=20)
+    assert [step for step in range(50) if recipe.at(step).merges] == [19, 39, 49]
+
+
+def test_local_sgd_on_the_schedule_of_ab() -> None:
+    ab = recipes.ab(1200)
+    same = recipes.local_sgd(1200, every=40, warmup_steps=240, rebound_steps=10)
+    assert [step for step in range(1200) if ab.at(step).merges] == [s for s in range(1200) if same.at(s).merges]
+
+
+@pytest.mark.parametrize("name", ["local_sgd", "diloco", "ab_outer"])
+def test_learning_rates_are_multiplied_where_workers_train_alone(name: str) -> None:
+    shared = {"local_sgd": "warmup_steps", "diloco": "mean_steps", "ab_outer": "mean_steps"}[name]
+    together = {"local_sgd": {"warmup_every": 0}}.get(name, {"mean_every": 0})
+    recipe = recipes.build(name, 100, every=10, **{shared: 20}, **together, local_lr=3.0)
+    first, *others = recipe.phases
+    assert first.sync == GradientSync() and first.local_lr == 1
+    assert others and all(phase.local_lr == 3 for phase in others)
+
+
+def test_a_recipe_of_groups_alone_repeats_its_phase() -> None:
+    recipe = recipes.ab(9, warmup_steps=0, ab_steps=3, rebound_steps=0)
+    assert [p.cycle for p in recipe.runs()] == [0, 1, 2]
+
+
+@given(
+    total=st.integers(1, 400),
+    warmup=st.integers(0, 60),
+    ab_steps=st.integers(1, 50),
+    rebound=st.integers(0, 20),
+)
+def test_positions_tile_the_run(total: int, warmup: int, ab_steps: int, rebound: int) -> None:
+    if warmup >= total:
+        return
+    recipe = recipes.ab(total, warmup_steps=warmup, ab_steps=ab_steps, rebound_steps=rebound)
+    runs = list(recipe.runs())
+    assert sum(run.steps_in_phase for run in runs) == total
+    for run, after in itertools.pairwise(runs):
+        assert run.first and after.step == run.step + run.steps_in_phase
+        assert recipe.at(after.step - 1).last
+    assert recipe.at(total - 1).last
+
+
+@pytest.mark.parametrize("step", [-1, 100, 1000])
+def test_a_step_outside_the_recipe(step: int) -> None:
+    with pytest.raises(UsageError, match=rf"step {step} is not in recipe 'ddp' of 100 steps.*more total_steps"):
+        recipes.ddp(100).at(step)
+
+
+def test_all_problems_come_at_once() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        recipes.ab(100, ab_steps=0, rebound_steps=-1, lr_rebound_steps=True, sigma_cutoff=float("nan"), min_dim=0)
+    text = "\n".join(caught.value.problems)
+    for part in (
+        "'group': steps=0",
+        "'rebound': steps=-1",
+        "lr_rebound_steps=True",
+        "sigma_cutoff=nan",
+        "min_dim=0",
+    ):
+        assert part in text
+    assert len(caught.value.problems) >= 5
+
+
+@pytest.mark.parametrize(
+    "build_recipe",
+    [
+        lambda: recipes.diloco(100, mean_steps=90, every=20),
+        lambda: recipes.local_sgd(100, warmup_steps=90, every=20),
+        lambda: recipes.ab_outer(100, warmup_steps=90, every=20, refactor_every=3),
+        lambda: recipes.ab_outer(100, warmup_steps=90, every=20, drift_below=0.1),
+        lambda: Recipe("x", 10, cycle=(Phase("p", 100, sync=WeightSync(50)),)),
+    ],
+)
+def test_a_round_that_the_end_of_the_run_cuts_off(build_recipe: Any) -> None:
+    with pytest.raises(ConfigurationError, match="is longer than the 10 steps that are left to it"):
+        build_recipe()
+
+
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        (Phase("p", 10, trains="b"), "needs factors"),
+        (Phase("p", 10, weights="factored", trains="a_or_b", sync=GradientSync()), "use a WeightSync"),
+        (
+            Phase("p", 10, weights="factored", sync=WeightSync(2), until=Until("agreement", 0.5)),
+            "until is measured on full-rank weights",
+        ),
+        (Phase("p", 10, sync=WeightSync(11)), "every=11 is longer than the phase: use at most its 10 steps"),
+        (Phase("p", 10, sync=WeightSync(0)), "every=0 is too small"),
+        (Phase("p", 10, sync=WeightSync(2), local_lr=0), "local_lr=0 is not a finite number above 0"),
+        (Phase("p", 10, local_lr=2), "local_lr=2 is for training alone: use a WeightSync, or leave it at 1"),
+        (Phase("p", 10, weights="thin"), "'full' or 'factored'"),  # type: ignore[arg-type]
+    ],
+)
+def test_phases_that_cannot_be(phase: Phase, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Recipe("r", 100, cycle=(phase,), factoring=Factoring(SigmaCutoff()))
+
+
+def test_recipes_that_cannot_be() -> None:
+    with pytest.raises(ConfigurationError, match="the cycle is empty"):
+        Recipe("r", 10)
+    with pytest.raises(ConfigurationError, match="leaves nothing of the 10 total_steps"):
+        recipes.ab(10, warmup_steps=10, ab_steps=2)
+    with pytest.raises(ConfigurationError, match="needs a rank rule"):
+        Recipe("r", 10, cycle=(Phase("p", 5, weights="factored"),))
+    with pytest.raises(ConfigurationError, match="must be the only phase"):
+        Recipe("r", 10, cycle=(Phase("p", 5, sync=None), Phase("q", 5)))
+
+
+def test_unknown_names_come_with_the_nearest() -> None:
+    with pytest.raises(ConfigurationError, match=r"unknown recipe 'local_sdg': did you mean 'local_sgd'\?"):
+        recipes.build("local_sdg", 10)
+    with pytest.raises(ConfigurationError, match=r"no option 'sigma_cutof': did you mean 'sigma_cutoff'\?"):
+        recipes.build("ab", 10, sigma_cutof=0.1)
+
+
+def test_every_named_recipe_builds() -> None:
+    for name in recipes.RECIPES:
+        assert recipes.build(name, 600).name == name
+
+
+def test_ab_local_is_ab_outer_with_means_after_short_rounds() -> None:
+    recipe = recipes.ab_local(600)
+    options = {"every": 6, "wire": "ternary", "outer_lr": 1.0, "outer_momentum": 0.0, "local_lr": 2.0, "factor_lr": 1.0}
+    assert recipe == dataclasses.replace(recipes.build("ab_outer", 600, **options), name="ab_local")
+    assert [phase.sync for phase in recipe.phases] == [WeightSync(6, Mean(), "ternary")] * 2
+    assert [phase.name for phase in recipes.ab_local(600, warmup_steps=0, every=3).phases] == ["factors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ab_no_groups", {"wire": "bogus"}, "unknown wire 'bogus'"),
+        ("ab_outer", {"warmup_wire": "lowrank:0", "warmup_every": 0}, "unknown wire 'lowrank:0'"),
+        ("ab_outer", {"wire": f"lowrank:{'9' * 5000}"}, "unknown wire 'lowrank:9"),
+        ("ab_outer", {"mean_every": -3}, "mean_every=-3 is too small"),
+        ("ab_outer", {"refactor_every": -1}, "refactor_every=-1 is too small"),
+        ("ab_local", {"warmup_delay": 6}, "phase 'warmup': delay=6 is not smaller than every=6"),
+        ("ab_local", {"warmup_delay": -1, "warmup_steps": 0}, "warmup_delay=-1 is too small"),
+        ("ab_local", {"rebound_every": -1}, "rebound_every=-1 is too small"),
+        ("ab_local", {"drift_below": math.nan, "warmup_steps": 0}, "below=nan is not a finite number"),
+        ("ab_local", {"every": 0}, "recipe 'ab_local': phase 'factors': every=0 is too small"),
+        ("ab_local", {"warmup_steps": 9999}, "leaves nothing of the 600 total_steps"),
+        ("local_sgd", {"temperature": -1.0}, "temperature=-1.0 is not a finite number above 0"),
+        ("local_sgd", {"merge": []}, r"unknown merge \[\]"),
+        ("local_sgd", {"warmup_every": -3}, "warmup_every=-3 is too small"),
+        ("diloco", {"agreement_below": -5.0}, "below=-5.0 is not a finite number above 0"),
+        ("diloco", {"outer_lr": 10**400}, "outer_lr=1000+ is not a finite number"),
+        ("ab", {"sigma_cutoff": math.nan, "rank_rule": "fixed:2"}, "sigma_cutoff=nan is not a finite number"),
+        ("ddp", {"wire": "powersgd"}, "unknown wire 'powersgd' of gradients"),
+    ],
+)
+def test_bad_values_are_told_of_also_where_they_play_no_part(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        recipes.build(name, 600, **options)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("steps", [10**400, None, "5", 0, -1, 2.5])
+def test_what_is_no_number_of_steps_is_told_of(name: str, steps: Any) -> None:
+    with pytest.raises(ConfigurationError, match="total_steps"):
+        recipes.build(name, steps)
+
+
+@pytest.mark.parametrize("option", ["every", "mean_steps", "warmup_steps", "refactor_every", "rebound_steps"])
+@pytest.mark.parametrize("value", ["5", 10**400, 2.5])
+def test_what_is_no_number_is_told_of(option: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError):
+        recipes.ab_outer(600, **{option: value})
+
+
+def test_the_phase_that_needs_losses_is_known() -> None:
+    assert recipes.ab(600, merge="weighted").phase_weighted_by_loss == "group"
+    assert recipes.ab(600).phase_weighted_by_loss is None
