@@ -157,7 +157,7 @@ def row(*checks: Check) -> Check:
 
 
 def also(check: Check, holds: Callable[[Any], bool], what: str) -> Check:
-    """What passes the check, and has something to it that only makes sense then."""
+    """Combines a check with a condition that only makes sense once the check has passed."""
 
     def both(place: str, value: Any) -> Iterator[str]:
         problems = list(check(place, value))

@@ -1,4 +1,4 @@
-"""What each worker keeps to itself: the parameters and buffers that a model tells DDP to leave alone.
+"""Tensors of each worker's own: the parameters and buffers that a model tells DDP to ignore.
 
 `DistributedDataParallel` reads their names from an attribute of the model. Here they are left out of all that workers
 compare, average or follow: each worker trains, saves and resumes its own.
@@ -23,7 +23,7 @@ def own_names(model: nn.Module) -> frozenset[str]:
 
 
 def ignored_names(model: nn.Module) -> frozenset[str]:
-    """What the model's attribute lists, whether or not anything is called so."""
+    """Returns the names that the model's attribute lists, whether or not they exist."""
     return frozenset(getattr(model, IGNORED, None) or ())
 
 

@@ -25,7 +25,7 @@ _LENGTH, _DIGEST = 8, 32  # bytes
 
 
 class Saveable(Protocol):
-    """What is asked of an ABTraining."""
+    """The methods of ABTraining that saving needs."""
 
     @property
     def communicator(self) -> Communicator: ...

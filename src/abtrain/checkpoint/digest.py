@@ -1,4 +1,4 @@
-"""What leaves a run: weights, and the digest that two runs are compared by."""
+"""The digest of weights, by which two runs are compared."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _problem(body: Mapping[str, Any]) -> str:
-    """What is wrong with a manifest; empty if nothing is."""
+    """Returns the problem of a manifest; empty if there is none."""
     if body.get("format") != FORMAT:
         return f"its format is {said(body.get('format'))}, and this version of abtrain reads {FORMAT}"
     step, workers, files = body.get("step"), body.get("workers"), body.get("files")

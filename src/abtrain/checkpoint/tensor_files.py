@@ -56,7 +56,7 @@ _DTYPES = {
 
 
 class Written(NamedTuple):
-    """What a manifest says about a file."""
+    """Size and digest of a file, as the manifest lists them."""
 
     size: int
     sha256: str

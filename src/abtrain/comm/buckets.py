@@ -26,7 +26,7 @@ class Bucket:
 
 
 class _Kind(NamedTuple):
-    """What the tensors of one bucket have in common."""
+    """The dtype and device that all tensors of a bucket share."""
 
     dtype: torch.dtype
     device: torch.device

@@ -75,7 +75,7 @@ class DataParallel(Protocol):
 
 
 class Communicator(Protocol):
-    """What one worker can do with the others.
+    """The operations that connect one worker with the others.
 
     Every call is collective over its scope: all of its ranks make it, in the same order. A scope of one rank does
     nothing and counts nothing. What `launch_...` starts goes on while the caller computes. `device` is where tensors
@@ -128,7 +128,7 @@ class Communicator(Protocol):
         ...
 
     def begin_run(self) -> None:
-        """What narrow gradients of an earlier run have left behind, such as PowerSGD's errors, is forgotten."""
+        """Drops the state that gradient compression kept from an earlier run, such as PowerSGD's errors."""
         ...
 
     def data_parallel(
@@ -150,7 +150,7 @@ class Communicator(Protocol):
 
 
 def nothing() -> None:
-    """What is to be done when a wrapper closes that has changed nothing."""
+    """Does nothing when a wrapper closes that has changed nothing."""
 
 
 class Unsynchronized:
@@ -278,7 +278,7 @@ def check_source(source: int, topology: Topology) -> None:
 
 
 def still_open(module: Module | None) -> Module:
-    """What a `DataParallel` calls; RuntimeError after its `close`."""
+    """Returns the wrapped module; raises RuntimeError after `close`."""
     if module is None:
         raise RuntimeError("this data-parallel wrapper was closed: make a new one with data_parallel()")
     return module

@@ -32,7 +32,7 @@ class Layouts:
         self._told: set[str] = set()
 
     def changes(self, buffers: Mapping[str, Tensor]) -> str:
-        """What has changed since the last call, in words; empty if nothing has. Of each buffer the log tells once."""
+        """Describes the changes since the last call; empty if there are none. Each buffer is logged once."""
         before, self.known = self.known, layouts_of(buffers)
         names = [name for name in before | self.known if before.get(name) != self.known.get(name)]
         changed = ", ".join(f"{name} is {self.known.get(name, 'gone')}" for name in names)

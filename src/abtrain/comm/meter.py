@@ -1,4 +1,4 @@
-"""What a worker hands to collectives, in bytes, and how long they hold it up, in seconds.
+"""Counts the bytes that a worker passes to collectives, and the seconds that it waits for them.
 
 Payload is counted where it is handed over, so it does not depend on how a backend routes it. What really
 crosses the network interface (wire bytes) differs by the algorithm, the headers and what is lost.

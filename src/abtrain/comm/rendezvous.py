@@ -134,7 +134,7 @@ class Rendezvous:
 
 
 def _tell(post: _Post, other: _Post) -> str:
-    """What `post` was, by the first tensor in which it differs from `other`."""
+    """Describes `post` by the first tensor in which it differs from `other`."""
     pairs = list(zip_longest(post.layout, other.layout, fillvalue="nothing"))
     mine = next((a for a, b in pairs if a != b), pairs[0][0] if pairs else "nothing")
     return f"rank {post.rank} called {post.call} over ranks {list(post.ranks)} with {mine}"

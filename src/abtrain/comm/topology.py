@@ -82,7 +82,7 @@ def default_group_size(machines: Sequence[int]) -> int:
 
 
 def topology_problems(world_size: int, group_size: int) -> list[str]:
-    """What is wrong with these sizes; empty if nothing is."""
+    """Returns the problems of these sizes; empty if there are none."""
     if world_size < 1 or group_size < 1:
         return [f"world size {world_size} and group size {group_size}: both must be at least 1"]
     if group_size > world_size:

@@ -242,7 +242,7 @@ def _world_timeout(device: torch.device) -> timedelta | None:
 
 
 def _agreed_group_size(group_size: int | None) -> int:
-    """What all workers ask for, or the default. Collective over the world, before any group is made."""
+    """Returns the group size that all workers ask for, or the default. Collective, before any group is made."""
     # A group size may be any number that a caller gives: what it cannot be is told by `Topology`.
     asked = -1 if group_size is None else max(-1, min(int(group_size), 2**62))
     meeting = TorchCommunicator(Topology(dist.get_world_size()))

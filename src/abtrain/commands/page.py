@@ -1,4 +1,4 @@
-"""What an experiment leaves: its tables, its figures, and one HTML page that needs nothing else."""
+"""Tables and figures of an experiment, in one self-contained HTML page."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _NORMS = (
 
 @dataclass(frozen=True)
 class Treatment:
-    """What becomes of one parameter.
+    """The treatment of one parameter.
 
     Attributes:
         name: its first name in the model.

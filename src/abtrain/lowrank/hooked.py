@@ -17,7 +17,7 @@ from abtrain.lowrank.weight import FactoredWeight, without_autocast
 
 
 class _Read(NamedTuple):
-    """What a weight was read as last, with copies of its factors and whether they trained."""
+    """The last product of a weight's factors, with copies of the factors and whether each trained."""
 
     W: Tensor
     A: Tensor

@@ -195,7 +195,7 @@ def _refuse(tensor: Tensor, name: str) -> NoReturn:
 
 
 def _name_of(func: Callable[..., Any]) -> str:
-    """Of a function, or of the attribute that is read; `NAME=` where one is set."""
+    """Names the function that was called, or the attribute that was read; `NAME=` where one was set."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")

@@ -27,7 +27,7 @@ from abtrain.lowrank.weight import FactoredWeight, without_autocast
 
 
 class Factored(nn.Module):
-    """What all modules with factored weights share. Its own names begin with `_abtrain`, since the module has its own.
+    """Base of all modules with factored weights. Its names begin with `_abtrain`, so that they collide with no other.
 
     Attributes:
         _abtrain_dense_type: the module's class while its weights are dense.

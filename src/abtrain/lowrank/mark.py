@@ -1,4 +1,4 @@
-"""What stands in a module's parameters where a factored weight stood.
+"""The placeholder of a factored weight among a module's parameters.
 
 Loops that pair `parameters()` of a model with those of a copy of it (averages of weights, such as AveragedModel of
 torch) would pair a weight of the copy with a factor, and broadcasting may hide it. They meet the mark first: it fits no

@@ -77,7 +77,7 @@ class FactoredModel:
 
     @property
     def damping(self) -> float:
-        """Of the preconditioner, as `factorize` got it last."""
+        """The preconditioner's damping, as last passed to `factorize`."""
         return self._damping
 
     @property

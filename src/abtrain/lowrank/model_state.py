@@ -88,7 +88,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def more_of(optimizer: Optimizer) -> dict[str, Any]:
-    """What an optimizer's own `state_dict` holds beside its parameters' state and settings: counters, copies, others'.
+    """Returns the entries of an optimizer's `state_dict` other than `state` and `param_groups`, such as counters.
 
     None of PyTorch's own has any.
     """

@@ -165,7 +165,7 @@ def _mapped(state: State, convert: Callable[[Tensor, bool], Tensor]) -> State:
 
 
 def fresh_state(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> State:
-    """What an optimizer expects to find for a parameter that it has never stepped; for most of them, nothing.
+    """Returns the state that an optimizer needs for a parameter before its first step; empty for most optimizers.
 
     Adagrad makes its state when it is built, for the parameters of that day. Fused SGD goes by the first parameter
     whether all have momentum.

@@ -78,7 +78,7 @@ def _problems(
 
 
 def _rate_problems(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Of an optimizer whose settings may be of any kind, and come and go: learning rates are what abtrain uses."""
+    """Checks only learning rates, since other optimizers may add and drop settings of any kind."""
     for place, (group, settings) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         rest = dict.fromkeys(settings.keys() - {*PARAMETERS}, anything)
         rates = {"lr": partial(_rate, group["lr"])} if "lr" in group else {}

@@ -80,12 +80,12 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a param group holds beside its parameters."""
+    """Returns a param group's settings, without its parameters."""
     return {key: value for key, value in group.items() if key not in PARAMETERS}
 
 
 PARAMETERS = ("params", "param_names")
-"""What a param group holds beside its settings."""
+"""The keys of a param group that are not settings."""
 
 
 def is_a(optimizer: Optimizer, kinds: Sequence[type[Optimizer]]) -> bool:

@@ -14,7 +14,7 @@ from abtrain.lowrank.matrix import MatrixShape
 
 
 class Names(NamedTuple):
-    """Of the parameters that a module has in the place of one weight.
+    """The names of the parameters that replace one weight in its module.
 
     Attributes:
         mark: stands where the weight stood; see `abtrain.lowrank.mark`.

@@ -29,7 +29,7 @@ Bytes are counted at the hosts' interfaces and written to lab.json. A fault's ti
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for.
+    """The lab and the command that a command line asks for.
 
     Attributes:
         config: of the lab.
@@ -41,7 +41,7 @@ class Request:
 
 
 def parse_arguments(arguments: Sequence[str]) -> Request:
-    """What the command line asks for: valid, and possible on this system.
+    """Parses a command line and checks that this system can run it.
 
     Raises:
         ConfigurationError: all that is wrong.
@@ -69,7 +69,7 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
 
 
 def _all(texts: Sequence[str], parse: Callable[[str], Value], problems: list[str]) -> list[Value]:
-    """What can be read; of what cannot, the reason is added to the problems."""
+    """Parses all texts; the problem of each that cannot be parsed is added to `problems`."""
     values = []
     for text in texts:
         try:

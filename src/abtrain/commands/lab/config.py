@@ -1,4 +1,4 @@
-"""What a lab is to be, and everything that can be wrong with it."""
+"""The configuration of a lab, and its validation."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ SAMPLE_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Traffic:
-    """What passed a host's interface.
+    """The bytes and packets that passed a host's interface.
 
     Attributes:
         tx_bytes, rx_bytes: transmitted and received, with Ethernet, IP and TCP headers of the packets as the host
@@ -57,7 +57,7 @@ class Sampler:
         self._last, self._time = counts, now
 
     def totals(self) -> list[Traffic]:
-        """What each host's interface has passed up to now."""
+        """Returns the traffic of each host's interface so far."""
         self._last = self._read()
         ends = zip(self._first, self._last, self._peaks, strict=True)
         return [Traffic(tx - tx0, rx - rx0, *peaks) for (tx0, rx0), (tx, rx), peaks in ends]

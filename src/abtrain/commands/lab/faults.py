@@ -1,4 +1,4 @@
-"""What happens to hosts and links while a command runs: data, and how it is written."""
+"""Faults of hosts and links that are injected while a command runs, and their notation."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def parse_fault(kind: Kind, text: str) -> Fault:
 
 
 def fault_problems(faults: Iterable[Fault], nodes: int) -> list[str]:
-    """What is wrong with faults in a lab of so many hosts, a message each."""
+    """Returns one message for each problem of faults in a lab of `nodes` hosts."""
     problems = []
     for fault in faults:
         if not 0 <= fault.host < nodes:
@@ -86,7 +86,7 @@ def fault_problems(faults: Iterable[Fault], nodes: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Action:
-    """What is done to a host at a moment: a fault begins or ends.
+    """The beginning or end of a fault on one host, at a time.
 
     Attributes:
         at: seconds after the start of the command.
@@ -101,7 +101,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Event:
-    """What was done to a host, and when.
+    """An action on a host, and when it was done.
 
     Attributes:
         seconds: after the start of the command; below 0 if it was done before.
@@ -133,7 +133,7 @@ def timeline(faults: Iterable[Fault]) -> list[Action]:
 
 
 def faults_in_words(events: Iterable[Event], until: float) -> list[str]:
-    """What a lab has done to its hosts up to a moment, a sentence each without its full stop.
+    """Describes the faults that were injected before `until`, one sentence each, without full stops.
 
     Args:
         events: in the order of time.

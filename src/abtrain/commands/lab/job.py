@@ -1,4 +1,4 @@
-"""What is run on the hosts of a lab, and how each host starts it."""
+"""Jobs on the hosts of a lab, and how each host starts its part."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def _measure_host(network: Network, host: int) -> tuple[float, float]:
 
 
 def _closest(network: Network, host: int, sender: str, receiver: str) -> float:
-    """Of a few measurements the one that is nearest to what it should be."""
+    """Measures a few times and returns the value nearest to the expected one."""
     config, rate = network.config, network.rates[host]
     address = config.address(host if receiver == network.hosts[host] else config.nodes)
     best = 0.0

@@ -35,7 +35,7 @@ _REMOVAL_SECONDS = 10.0
 
 
 def lab_prefix(name: str) -> str:
-    """What the names of all namespaces begin with that belong to this process's lab called `name`."""
+    """Returns the prefix of all namespaces of this process's lab called `name`."""
     return f"abtrain-{name}-{os.getpid()}-{_start_time(os.getpid())}"
 
 

@@ -89,7 +89,7 @@ class Network:
         _run("ip", "-n", self.switch, "link", "set", _port(host), "up" if up else "down")
 
     def congestion_control(self) -> str:
-        """What senders of the hosts keep their pace by."""
+        """The congestion control that the hosts' senders use."""
         return namespaces.inside(self.hosts[0], _CONGESTION_CONTROL.read_text).strip()
 
     def open_counters(self, host: int) -> FileIO:

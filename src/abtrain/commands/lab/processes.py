@@ -82,7 +82,7 @@ class HostProcesses:
         return self._ends[host]
 
     def exit_code(self, host: int) -> int:
-        """Of a command that has ended; 128 and its number if a signal ended it."""
+        """Returns the exit code of a command that has ended; 128 plus the signal's number after a signal."""
         code = self._processes[host].returncode
         return code if code >= 0 else 128 - code
 

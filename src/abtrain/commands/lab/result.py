@@ -1,4 +1,4 @@
-"""What came out of a command in a lab: as data, as lab.json, and as a table."""
+"""The result of a command in a lab: as data, as lab.json, and as a table."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class HostResult:
 
 @dataclass(frozen=True)
 class LabResult:
-    """What came out of a command in a lab.
+    """The result of a command in a lab.
 
     Attributes:
         command: as it was given.

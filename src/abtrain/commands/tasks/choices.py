@@ -1,4 +1,4 @@
-"""What settings can be chosen from. Pure: the command's help is built from it, and should not wait for torch."""
+"""The choices of settings. Pure: the command's help is built from it, and should not wait for torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task trains on, and what it is judged by."""
+"""Training and test data of a task."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Split(Samples):
 
 @dataclass(frozen=True)
 class Data:
-    """What a task trains on, and what it is judged by."""
+    """Training and test data of a task."""
 
     train: Samples
     test: Samples

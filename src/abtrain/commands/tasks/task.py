@@ -253,7 +253,7 @@ def _batches(
 
 
 def _plan(sampler: DistributedSampler[Any], batch_size: int, start: int) -> Iterator[tuple[int, list[int]]]:
-    """Of each step from `start` on, its number and which samples it takes."""
+    """Yields each step from `start`, with the indexes of its samples."""
     batch_sampler = BatchSampler(sampler, batch_size, drop_last=True)
     first_epoch, skip = divmod(start, len(batch_sampler))
     steps = itertools.count(start)
