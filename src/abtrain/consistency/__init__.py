@@ -1,1 +1,1 @@
-"""What workers hold alike: how it is compared, and made equal."""
+"""Consistency between workers: compares what they hold, and makes it equal."""

@@ -94,7 +94,7 @@ def roll_call(comm: Communicator, place: Place, told: Told = _NOTHING) -> Stages
 
 
 def _meet(comm: Communicator, place: Place, told: Told) -> Stages[tuple[list[Told], list[dict[str, Any]]]]:
-    """What every rank tells; and, if not all are at the same place, where each is, or else nothing."""
+    """Returns the numbers of every rank; and the place of each if they are not all at the same one."""
     whole = torch.tensor([fingerprint(*place.items()), told[0]], dtype=torch.int64)
     row = torch.cat([whole, torch.tensor([told[1]], dtype=torch.float64).view(torch.int64)])
     under_way = comm.launch_all_gather(row.to(comm.device))
@@ -197,7 +197,7 @@ def differing_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[s
 
 
 def take_first(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
-    """Of named tensors that every rank worked out from the same numbers, all take rank 0's where the last bits differ.
+    """Makes tensors bitwise equal that every rank computed from the same numbers, by taking rank 0's.
 
     On unlike processors they do. Collective over the world; 16 bytes, until something differs.
 
@@ -217,7 +217,7 @@ def take_first(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
 
 
 def gather_json(comm: Communicator, value: Any) -> list[Any]:
-    """What every rank brings, in rank order. It travels as JSON: no bytes from another rank are ever executed.
+    """Returns every rank's value, in rank order. Values travel as JSON: no bytes from another rank are ever executed.
 
     Args:
         comm: over whose world.

@@ -23,7 +23,7 @@ from abtrain.recipes.factoring import Factoring
 
 
 class _Outcome(IntEnum):
-    """What came of one decomposition, from best to worst: the worst of any worker holds for all."""
+    """The outcome of one decomposition, from best to worst; the worst of any worker applies to all."""
 
     FACTORED = 0
     ALL_ZERO = 1

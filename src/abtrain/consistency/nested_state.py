@@ -117,7 +117,7 @@ def _split(slots: Sequence[_Slot]) -> tuple[list[tuple[_Slot, _Item]], list[tupl
 
 
 def _items(holder: Any, path: Path = ()) -> Iterator[_Item]:
-    """What a state holds, in an order that does not depend on how it was put together."""
+    """Yields the values in a state, in an order that does not depend on how it was built."""
     pairs = sorted(holder.items(), key=lambda pair: repr(pair[0])) if isinstance(holder, dict) else enumerate(holder)
     for key, value in pairs:
         here = (*path, ("k" if isinstance(holder, dict) else "i", key))
@@ -178,7 +178,7 @@ def _build(state: State, form: Form, parameter: nn.Parameter) -> None:
 
 
 def _enter(holder: Any, key: Any, value: Any) -> Any:
-    """What is at a place, put there if there is nothing yet. Lists are filled in the order of their indexes."""
+    """Returns the value at a place; if there is none, `value` is put there. Lists fill in order of index."""
     if isinstance(holder, list):
         if key == len(holder):
             holder.append(value)
@@ -206,7 +206,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def cannot_be_shared(states: Mapping[Any, Any]) -> str:
-    """What in an optimizer's states can neither be levelled nor saved, with its type; empty if there is nothing."""
+    """Names a value in an optimizer's states that can be neither equalized nor saved; empty if there is none."""
     for state in states.values():
         for item in _items(state) if isinstance(state, dict) else ():
             if not (item.value is None or isinstance(item.value, bool | int | float | str | Tensor)):

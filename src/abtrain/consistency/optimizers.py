@@ -1,4 +1,4 @@
-"""What else must be alike on all workers before they share gradients again: optimizer state and loss scale.
+"""Makes optimizer state and loss scale equal on all workers before gradients are averaged again.
 
 Workers that apply the same gradient stay equal only if their optimizers hold the same state, and averaged gradients
 are right only if all were scaled alike. Groups that trained on their own leave with both of their own.
@@ -134,7 +134,7 @@ def _agree_on_keys(states: Sequence[State], parameters: Sequence[nn.Parameter], 
 
 
 def _kind(key: Any, value: object, parameter: nn.Parameter) -> str:
-    """What an item of state is; empty if it says nothing."""
+    """Returns the kind of an item of state; empty for None."""
     if value is None:
         return ""
     if _is_number(value) or (isinstance(value, Tensor) and not value.ndim and (key == "step" or parameter.ndim)):
@@ -173,7 +173,7 @@ def _set(state: State, key: str, value: Tensor, parameter: nn.Parameter) -> None
 
 
 def _new_number(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor:
-    """What PyTorch's optimizers keep a number in, for a worker that has none to go by: its state was dropped."""
+    """Returns an empty number as PyTorch's optimizers keep it, for a worker whose own state was dropped."""
     for group in optimizer.param_groups:
         if any(held is parameter for held in group["params"]):
             beside = group.get("fused") or group.get("capturable")

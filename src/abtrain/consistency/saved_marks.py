@@ -67,12 +67,12 @@ def check_same(tree: Any, comm: Communicator, where: str) -> None:
 
 
 def marks(structure: Any) -> Marks:
-    """What is marked, as a structure of references tells it: equal references are equal tensors."""
+    """Returns the marks in a structure of references: equal references are equal tensors."""
     return [[place.strip("/"), scope, str(fingerprint(refs))] for place, scope, refs in same_in(structure)]
 
 
 def drifted(answers: Sequence[Sequence[Marks]], topology: Topology) -> str:
-    """What workers saved unlike that ought to be the same; empty if nothing is.
+    """Describes a state that workers saved differently although it should be the same; empty if there is none.
 
     Args:
         answers: for each worker, the marks of the states that it has read: its own, or those of all former workers.

@@ -91,7 +91,7 @@ def settings_at_start(optimizers: Optimizers) -> frozenset[str]:
 
 
 def layout(tensor: Tensor, **more: object) -> dict[str, object]:
-    """What has to be equal before elements at the same place in memory are added up, and `more`.
+    """Returns the properties that have to be equal before elements at the same place in memory are added, and `more`.
 
     Strides of dimensions of one element say nothing: they are left out.
     """
@@ -192,7 +192,7 @@ def leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
 
 
 def _differences(everyone: list[dict[str, str]]) -> list[str]:
-    """What differs and where. Of what is of another kind, or missing, the parts say nothing more."""
+    """Lists the differences and their places. A value that is missing or of another kind has no parts listed."""
     found: dict[str, str] = {}
     for place in dict.fromkeys(place for held in everyone for place in held):
         values = [held.get(place, ABSENT) for held in everyone]

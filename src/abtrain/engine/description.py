@@ -1,4 +1,4 @@
-"""What `ABTraining.describe()` tells: every parameter with what becomes of it, the phases, and the groups."""
+"""The report of `ABTraining.describe()`: phases, groups, and the treatment of every parameter."""
 
 from __future__ import annotations
 

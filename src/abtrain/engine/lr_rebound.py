@@ -1,4 +1,4 @@
-"""What learning rates are multiplied by: a factor of the phase, and after a change of shapes a climb (Section III)."""
+"""Scales learning rates: a factor of the phase, and a ramp after a change of shapes (Section III)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LRRebound:
 
     @property
     def factor(self) -> float:
-        """What the next optimizer step multiplies its learning rates by."""
+        """The factor of the learning rates in the next optimizer step."""
         return self._target() * min(1.0, (self._done + 1) / (self._length + 1))
 
     def start(self, steps: int) -> None:

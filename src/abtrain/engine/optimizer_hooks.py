@@ -1,4 +1,4 @@
-"""What surrounds the optimizer's steps: a look at the gradients, and factors' steps in coordinates of the weight."""
+"""Hooks around optimizer steps: they check ownership and gradients, and precondition the steps of factors."""
 
 from __future__ import annotations
 

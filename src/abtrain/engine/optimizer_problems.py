@@ -1,4 +1,4 @@
-"""What is wrong with a loop's optimizers, before anything is changed."""
+"""Validates a loop's optimizers before anything is changed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe)
 
 
 def doubts_about_optimizers(optimizers: Optimizers, recipe: Recipe) -> list[str]:
-    """What is allowed, but may not be what is meant; alike on all workers."""
+    """Returns warnings about settings that are allowed but may not be intended; equal on all workers."""
     doubts = [*filter(None, [old_steps(optimizers)])]
     for optimizer in optimizers.all:
         name = kept_elsewhere(optimizer)
@@ -85,7 +85,7 @@ def doubts_about_optimizers(optimizers: Optimizers, recipe: Recipe) -> list[str]
 
 
 def old_steps(optimizers: Optimizers, most: int = 0) -> str:
-    """What to say of optimizers that have made more steps than the `most` that the recipe knows of; or nothing."""
+    """Returns a warning if the optimizers have made more than `most` steps; empty otherwise."""
     steps = max((_steps_of(optimizer) for optimizer in optimizers.stateful), default=0)
     if steps <= most:
         return ""
@@ -129,7 +129,7 @@ def _held_problems(model: nn.Module, optimizers: Optimizers) -> list[str]:
 
 
 def _saving_problems(optimizer: Optimizer) -> list[str]:
-    """What an optimizer has beside state and settings has to be data, for a run to go on from it."""
+    """Checks that the other entries of an optimizer's `state_dict` are data, so that a run can resume from them."""
     kind = type(optimizer).__name__
     try:
         split(more_of(optimizer))

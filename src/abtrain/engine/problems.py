@@ -1,4 +1,4 @@
-"""What is wrong with a model, an optimizer and a recipe together: all of it at once, before anything is changed."""
+"""Validates model, optimizer and recipe together, and reports all problems at once."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _is_wrapped(tensor: Tensor) -> bool:
 
 
 def buffer_problems(model: nn.Module, average_buffers: Sequence[str]) -> list[str]:
-    """What is wrong with globs of buffers; empty if nothing is."""
+    """Returns the problems of globs of buffers; empty if there are none."""
     if isinstance(average_buffers, str):
         return [f"average_buffers={average_buffers!r} is one text: give a list of globs, such as [{average_buffers!r}]"]
     names = [name for name, _ in model.named_buffers()]
@@ -99,7 +99,7 @@ def buffer_problems(model: nn.Module, average_buffers: Sequence[str]) -> list[st
 
 
 def ignored_problems(model: nn.Module) -> list[str]:
-    """What is wrong with the names that the model tells DDP to ignore; empty if nothing is."""
+    """Returns the problems of the names that the model tells DDP to ignore; empty if there are none."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     names = [name for name, _ in tensors]
     idle = sorted(ignored_names(model).difference(names))
@@ -107,7 +107,7 @@ def ignored_problems(model: nn.Module) -> list[str]:
 
 
 def problems_here(model: nn.Module, recipe: Recipe, comm: Communicator) -> list[str]:
-    """What is wrong with a model and a recipe on these workers; empty if nothing is."""
+    """Returns the problems of a model and a recipe on these workers; empty if there are none."""
     problems = []
     device = next((p.device for p in model.parameters()), comm.device)
     if comm.device.type != "cpu" and device != comm.device:
@@ -133,7 +133,7 @@ def problems_here(model: nn.Module, recipe: Recipe, comm: Communicator) -> list[
 
 
 def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
-    """What is allowed, but may not be what is meant; alike on all workers."""
+    """Returns warnings about settings that are allowed but may not be intended; equal on all workers."""
     doubts = []
     topology = comm.topology
     merges = any(isinstance(phase.sync, WeightSync) for phase in recipe.phases)

@@ -1,4 +1,4 @@
-"""What is said when a process ends amid a round, and each worker's model is its own."""
+"""Warns when a process ends amid a round, with a different model on each worker."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log = logging.getLogger("abtrain")
 
 
 class Run(Protocol):
-    """What is asked of a run."""
+    """The part of a run that this module needs."""
 
     @property
     def amid_round(self) -> str:

@@ -32,7 +32,7 @@ refused unless --overwrite gives them up."""
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, under which conditions.
+    """The recipes that are compared, and the conditions.
 
     Attributes:
         contestants: the references first.
@@ -55,7 +55,7 @@ class Comparison:
     overwrite: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """What all runs of the comparison have alike."""
+        """Returns the settings that all runs of the comparison share."""
         return {
             "task": self.task,
             "steps": self.steps,
@@ -66,7 +66,7 @@ class Comparison:
 
 
 def parse_arguments(arguments: Sequence[str]) -> Comparison:
-    """What the command line asks for: valid, and possible on this system.
+    """Parses a command line and checks that this system can run it.
 
     Raises:
         ConfigurationError: all that is wrong.

@@ -46,7 +46,7 @@ class Place(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """The run's folder."""
 
     @property
     def config(self) -> TrainConfig:
@@ -206,7 +206,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def versions_note(versions: Iterable[str | None]) -> str:
-    """What to mind where results of several versions of abtrain stand in one table; empty if they are of one."""
+    """Returns a note on tables that mix results of several versions of abtrain; empty if there is one version."""
     found = sorted({version or "unknown" for version in versions})
     return f"Results of several versions of abtrain: {', '.join(found)}." if len(found) > 1 else ""
 

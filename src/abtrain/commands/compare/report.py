@@ -46,7 +46,7 @@ def write_report(record: Mapping[str, Any], rows: Sequence[Row], figures: Sequen
 
 
 def _findings(rows: Sequence[Row]) -> list[str]:
-    """What the table says, in sentences: of those that are no references, the fewest bytes, the shortest time."""
+    """Summarizes the table in sentences: the fewest bytes and the shortest time, references aside."""
     others = [row for row in rows if row.label not in (SOLO, DDP, DDP_BF16)]
     by_label = {row.label: row for row in rows}
     if not others:

@@ -90,7 +90,7 @@ class Record:
         return [Record(self.path, item, f"{self._name(keys)}[{index}]") for index, item in enumerate(value)]
 
     def error(self, keys: Sequence[str], value: object, wanted: str) -> DataError:
-        """What to raise of a value that is none of those wanted."""
+        """Returns the error for a value that is not one of those wanted."""
         shown = reprlib.repr(value)
         return DataError(f"{self.path} is damaged: {self._name(keys)} is {shown}, not {wanted}. Remedy: {_REMEDY}")
 

@@ -69,7 +69,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of one run.
+    """The outcome of one run.
 
     Attributes:
         label: of the contestant.
@@ -148,7 +148,7 @@ def run(task: Task, lab: Lab, overwrite: bool = False) -> None:
 
 
 def outcome(task: Task) -> Outcome:
-    """What came out of a run that is done.
+    """Reads the outcome of a finished run.
 
     Raises:
         DataError: a file of its results is damaged.

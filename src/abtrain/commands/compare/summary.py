@@ -104,7 +104,7 @@ def utilisations(outcomes: Sequence[Outcome]) -> dict[str, list[tuple[int, float
 
 
 def expected_utilisation(row: Row, measured_rate: int, rate: float, wire_share: float) -> float:
-    """What a contestant's utilisation would be on other links.
+    """Predicts a contestant's utilisation on other links.
 
     On slower ones its measured seconds grow by what its bytes take longer on the link. On faster ones the time that it
     waited for its bytes shrinks with what they take on the link; the rest was hidden behind computing already.
@@ -131,5 +131,5 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _deviation(values: Sequence[float]) -> float | None:
-    """Of a sample; nothing of a single value."""
+    """Returns the sample deviation; None for a single value."""
     return statistics.stdev(values) if len(values) > 1 else None

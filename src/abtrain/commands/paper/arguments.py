@@ -1,4 +1,4 @@
-"""What `abtrain paper` is asked for, and all that can be wrong with it."""
+"""The arguments of `abtrain paper`, and their validation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ two cores; the full one needs the cluster that its launcher starts on."""
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for.
+    """The experiments and settings that a command line asks for.
 
     Attributes:
         experiment: one of EXPERIMENTS.
@@ -69,7 +69,7 @@ class Request:
 
 
 def parse_arguments(arguments: Sequence[str]) -> Request:
-    """What the command line asks for, valid.
+    """Parses and validates a command line.
 
     Raises:
         ConfigurationError: all that is wrong.

@@ -96,7 +96,7 @@ def _experiment(request: Request, console: Console, command: str) -> None:
 
 
 def _outcomes(chosen: Sequence[Cell], runs: Sequence[Run]) -> list[Outcome]:
-    """What came out, cell by cell: one run may belong to several."""
+    """Returns the outcome of each cell; several cells may share a run."""
     by_settings = {(str(run.cell.config), run.seed): outcome(run) for run in runs}
     seeds = sorted({run.seed for run in runs})
     return [dataclasses.replace(by_settings[str(cell.config), seed], cell=cell) for cell in chosen for seed in seeds]

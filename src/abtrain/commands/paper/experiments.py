@@ -125,7 +125,7 @@ SCALING_TABLES: dict[Scaling, str] = {"local": "table2-local", "global": "table2
 
 @dataclass(frozen=True)
 class Cell:
-    """What one cell of a table is trained by.
+    """The method and settings of one cell of a table.
 
     Attributes:
         scaling: which batch is constant.
@@ -200,7 +200,7 @@ def _cell(scale: Scale, scaling: Scaling, label: str, model: Model, method: str,
 
 
 def _schedule(scale: Scale, method: str, steps: int) -> dict[str, int]:
-    """What a method needs to follow the guideline (Section IV.C), where its recipe does not by itself."""
+    """Returns the options by which a method follows the guideline (Section IV.C) if its recipe's defaults do not."""
     group = max(1, round(AB_SHARE * steps))
     if method == LOCAL_SGD:
         warmup, rebound = round(WARMUP_SHARE * steps), max(1, round(REBOUND_SHARE * group))

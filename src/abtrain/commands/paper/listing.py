@@ -107,7 +107,7 @@ def _text(value: Value) -> str:
 
 
 def plan_tables(chosen: Sequence[Cell], seeds: int) -> list[Table]:
-    """What an experiment would run and send, without running it."""
+    """Lists the runs of an experiment and their payload, without running it."""
     lines = []
     for cell in chosen:
         sent, numel = _sent(cell), _model_numel(cell)

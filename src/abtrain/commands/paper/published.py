@@ -1,4 +1,4 @@
-"""What the paper reports: Tables I and II of arXiv 2405.01067, and what its formulas start from. Data only."""
+"""The paper's reported numbers: Tables I and II of arXiv 2405.01067, and the inputs of its formulas. Data only."""
 
 from __future__ import annotations
 

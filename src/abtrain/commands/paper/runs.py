@@ -87,7 +87,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of one run.
+    """The outcome of one run.
 
     Attributes:
         cell, seed: which run it was.
@@ -225,7 +225,7 @@ def _asks_for(run: Run, checkpoints: bool) -> bool:
 
 
 def outcome(run: Run) -> Outcome:
-    """What came out of a run that is done.
+    """Reads the outcome of a finished run.
 
     Raises:
         DataError: its result is damaged.

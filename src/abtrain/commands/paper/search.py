@@ -35,7 +35,7 @@ _RECIPES = ("ab", "ab_outer")
 
 
 def suggested(recipe: str, trial: Any, steps: int) -> dict[str, Any]:
-    """What a trial trains with: settings of `recipe` by name, for a run of so many steps.
+    """Returns the settings of `recipe` that a trial suggests, for a run of `steps` steps.
 
     Args:
         recipe: `ab` for the paper's four parameters, `ab_outer` for those of the outer merges.
@@ -97,7 +97,7 @@ def search(request: Request, console: Console) -> None:
 
 
 def _base(request: Request) -> TrainConfig:
-    """What all trials have alike: the mini ViT on CIFAR-100 as in the paper, or the small CNN."""
+    """Returns the settings that all trials share: the mini ViT on CIFAR-100 as in the paper, or the small CNN."""
     task, batch = ("fashion-cnn", _BATCH) if request.scale.name == "tiny" else ("cifar100-mini-vit", _FULL_BATCH)
     steps = 240 if request.scale.name == "tiny" else TASKS[task].steps
     device = "cpu" if request.scale.name == "tiny" else "auto"
@@ -105,7 +105,7 @@ def _base(request: Request) -> TrainConfig:
 
 
 def _trainer(request: Request, base: TrainConfig) -> Callable[[TrainConfig, int], float]:
-    """What trains by given settings for a trial of that number, and returns its top-1."""
+    """Returns a function that trains by given settings for a trial, and returns its top-1."""
     if request.scale.name == "tiny":
         data = TASKS[base.task].load(request.data)
         return lambda config, trial: float(simulate(resolve(config), data)["top1"])

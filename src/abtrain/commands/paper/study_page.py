@@ -1,4 +1,4 @@
-"""What a study leaves: its table, its figures, and a page in HTML and Markdown."""
+"""The results of a study: its table, its figures, and a page in HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _weight(layer: str) -> str:
 
 
 def _divergence_table(runs: Sequence[Run]) -> Table:
-    """Of each layer, the distances over all merges of a run, whose learning rate ends at zero."""
+    """Tabulates each layer's distances over all merges of a run, whose learning rate ends at zero."""
     lines = []
     for run in (run for run in runs if run.seed == 0):
         for layer, history in _histories(run).items():

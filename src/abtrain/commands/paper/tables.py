@@ -161,7 +161,7 @@ def study_table(found: Sequence[Row], title: str) -> Table:
 
 
 def paper_text(label: str, cell: Cell, scaling: Scaling) -> str:
-    """What the paper has in the place of a cell, for one of its models."""
+    """Returns the paper's own number for a cell, for one of its models."""
     table = TABLE2_LOCAL if scaling == "local" else TABLE2_GLOBAL
     there, baseline = table.get((label, cell.method, cell.nodes)), table.get((label, DDP, cell.nodes))
     if there is None or there.top1 is None or baseline is None or baseline.top1 is None:

@@ -89,7 +89,7 @@ class Setting:
     measure_factors: Callable[[Mapping[str, int]], FactorSeconds] | None = None
 
     def offer(self, name: str, **options: Any) -> Offer:
-        """What a recipe would take here.
+        """Returns the cost of a recipe here.
 
         Raises:
             ConfigurationError: options, a compression or a group size that cannot be.
@@ -114,7 +114,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to run, and why.
+    """The recommended recipe, and the reasons.
 
     Attributes:
         choice: what to run.

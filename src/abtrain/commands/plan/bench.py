@@ -1,4 +1,4 @@
-"""What one worker takes for a task on this machine: its steps, what averaging and factors add, and decompositions."""
+"""Measures one worker on this machine: its steps, the cost that averaging and factors add, and decompositions."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Bench:
         return {wire: max(statistics.median(seconds) - of_plain, 0.0) for wire, seconds in steps.items()}
 
     def factors(self, ranks: Mapping[str, int]) -> FactorSeconds:
-        """What factors add to a step in which both are trained, and whenever they take the weights' place.
+        """Measures the seconds that factors add to a step, and those of each factoring.
 
         A preconditioner, and the optimizer's state where a recipe projects it, are not in it. Ranks are a guess, and
         those of a few large weights may be all that there are in the end: factors that save time here count as adding
@@ -160,11 +160,11 @@ class _Trainer:
         self._parallel = wrap(self.model)
 
     def seconds(self, untimed: int, timed: int) -> list[float]:
-        """Of each of `timed` steps, after some that only warm up."""
+        """Returns the seconds of each of `timed` steps, after `untimed` steps of warm-up."""
         return [_timed(self._step) for _ in range(untimed + timed)][untimed:]
 
     def single(self) -> float:
-        """Of the next step."""
+        """Returns the seconds of the next step."""
         return _timed(self._step)
 
     def close(self) -> None:

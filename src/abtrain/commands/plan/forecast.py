@@ -26,7 +26,7 @@ BACKWARD = 2 / 3
 
 @dataclass(frozen=True)
 class PhaseForecast:
-    """Of all steps of one phase.
+    """The forecast of all steps of one phase.
 
     Attributes:
         phase: its name.
@@ -55,7 +55,7 @@ class PhaseForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of a run; the phases sum to it."""
+    """The forecast of a run; its phases sum to it."""
 
     phases: tuple[PhaseForecast, ...]
 
@@ -86,7 +86,7 @@ def forecast(
     speeds: Speeds | None = None,
     algorithm: str = "ring",
 ) -> Forecast:
-    """What the run of `stretches` takes on a cluster.
+    """Forecasts the run of `stretches` on a cluster.
 
     Args:
         stretches: of one worker, from `abtrain.commands.plan.payload.predict`.
@@ -172,7 +172,7 @@ class _Road:
         return self._cost(traffic).seconds - self._sending(traffic)
 
     def _cost_of(self, traffic: Traffic, swift: bool = False) -> Cost:
-        """Of one call; `swift`: on a cluster without latency."""
+        """Returns the cost of one call; `swift`: on a cluster without latency."""
         cluster = self._cluster if traffic.scope == "world" else self._cluster.part(self._group_size)
         cluster = cluster.swift if swift else cluster
         once = cost_of(traffic.call, cluster, traffic.nbytes / traffic.rounds, self._algorithm)

@@ -149,7 +149,7 @@ def _setting(config: PlanConfig) -> Setting:
 
 
 def _options(config: PlanConfig, name: str) -> dict[str, Any]:
-    """Of the options given, those that a recipe takes; all of them where one recipe was asked for."""
+    """Returns the given options that a recipe takes; all of them if one recipe was asked for."""
     given = {key: value for key in _OPTIONS if (value := getattr(config, key)) is not None}
     known = recipes.options_of(name)
     return {key: value for key, value in given.items() if config.recipe == name or key in known}
@@ -168,7 +168,7 @@ def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
 
 
 def _narrow_table(title: str | None = None) -> Table:
-    """Of few blanks. Its first column needs a least width, padding included, or others squeeze it away."""
+    """Returns a table with little padding. Its first column needs a least width, or other columns squeeze it away."""
     return Table(box=box.SIMPLE_HEAD, title=title, show_edge=False, pad_edge=False, collapse_padding=True)
 
 

@@ -27,7 +27,7 @@ _MOST_PARAMETERS = 1e13
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What both commands are told of a model."""
+    """The settings of a model that both commands take."""
 
     task: str | None = None
     """One of `abtrain train`, such as fashion-cnn: takes that model's own shapes."""
@@ -111,7 +111,7 @@ class PlanConfig(ModelSettings):
 
 
 def model_problems(config: RecipesConfig | PlanConfig) -> list[str]:
-    """What is wrong with the recipe, the model and the length of a run; empty if nothing is."""
+    """Returns the problems of the recipe, the model and the length of a run; empty if there are none."""
     from abtrain.commands.tasks.task import TASKS
 
     found = []
@@ -132,7 +132,7 @@ def model_problems(config: RecipesConfig | PlanConfig) -> list[str]:
 
 
 def problem_of(attempt: Callable[[], object]) -> list[str]:
-    """What an attempt finds wrong; empty if it succeeds."""
+    """Returns the problems that an attempt raises; empty if it succeeds."""
     try:
         attempt()
     except ConfigurationError as error:
@@ -165,7 +165,7 @@ def chosen(config: RecipesConfig | PlanConfig) -> list[str]:
 
 
 def model_in_words(config: ModelSettings, model: ModelShapes) -> str:
-    """What was assumed of the model, in a line."""
+    """Describes the assumptions about the model in one line."""
     compression = f"compression {config.compression:g} : 1 where factored"
     if config.task is not None:
         return f"{config.task}: {model.numel:,} parameters, {compression}"

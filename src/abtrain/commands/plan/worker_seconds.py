@@ -1,4 +1,4 @@
-"""What one worker takes for its own work: what a forecast knows beside traffic and links."""
+"""The seconds of one worker's own work, which a forecast needs beside traffic and links."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from abtrain.recipes.sync import GradientWire
 
 @dataclass(frozen=True)
 class FactorSeconds:
-    """What factors add to training.
+    """The seconds that factors add to training.
 
     Args:
         step: to every step.
@@ -22,7 +22,7 @@ class FactorSeconds:
     reshaping: float = 0.0
 
     def times(self, slower: float) -> FactorSeconds:
-        """Of a worker so many times as slow."""
+        """Returns the seconds of a worker that is `slower` times as slow."""
         return FactorSeconds(slower * self.step, slower * self.reshaping)
 
 
@@ -43,7 +43,7 @@ class WorkerSeconds:
     factors: FactorSeconds = FactorSeconds()
 
     def times(self, slower: float) -> WorkerSeconds:
-        """Of a worker so many times as slow, such as one that shares its core with others."""
+        """Returns the seconds of a worker that is `slower` times as slow, such as one that shares its core."""
         return replace(
             self,
             step=slower * self.step,

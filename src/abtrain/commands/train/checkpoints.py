@@ -20,7 +20,7 @@ log = logging.getLogger("abtrain")
 
 
 class Record(Protocol):
-    """What rank 0 keeps of a run beside its training."""
+    """The records that rank 0 keeps beside training."""
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -1,4 +1,4 @@
-"""What a run folder holds before a run begins in it. Pure, but for looking.
+"""Inspects a run folder before a run begins in it. Changes nothing.
 
 nothing         it is missing, empty, or holds only what a crash leaves before a run has begun
 unfinished run  config.toml without result.json

@@ -191,7 +191,7 @@ def _worker_environment(attempt: int = 0, launch: str = "") -> Iterator[None]:
 
 
 def _first_error(failures: list[ProcessFailure]) -> AbtrainError:
-    """What made the run fail, as the error that it was in the worker."""
+    """Returns the error that made the run fail, as it was raised in the worker."""
     # Who had to be killed although others had failed long before did not obey: it was frozen, or out of reach.
     long_before = min(failure.timestamp for failure in failures) + _SHUTDOWN_SECONDS - 1
     deaf = [f for f in failures if f.exitcode == -signal.SIGKILL and f.timestamp >= long_before]

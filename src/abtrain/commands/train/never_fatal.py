@@ -1,4 +1,4 @@
-"""What only shows or records a run, and must not end it."""
+"""Runs code that only shows or records a run, and never lets it end the run."""
 
 from __future__ import annotations
 

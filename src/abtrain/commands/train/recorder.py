@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows as it goes: the run folder, the trackers, the display."""
+"""Records and shows a run: the run folder, the trackers, the display."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from abtrain.errors import StoppedError
 
 
 class Recorder:
-    """What rank 0 alone does beside training."""
+    """The recording that rank 0 alone does beside training."""
 
     def __init__(self, config: TrainConfig, folder: RunFolder, parameters: int) -> None:
         assert config.steps is not None

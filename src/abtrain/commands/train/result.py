@@ -1,4 +1,4 @@
-"""What a run leaves behind of itself: result.json."""
+"""The result of a run: result.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is trained, and how, from the settings of a run: alike for processes and for workers that are simulated."""
+"""Builds engine, optimizer and schedule from the settings of a run, for processes and for simulated workers."""
 
 from __future__ import annotations
 

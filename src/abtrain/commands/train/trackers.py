@@ -21,7 +21,7 @@ Numbers = Mapping[str, float]
 
 
 class Tracker(Protocol):
-    """What a tracker can do."""
+    """The interface of a tracker."""
 
     def log(self, step: int, numbers: Numbers) -> None:
         """Records numbers of a step."""
@@ -100,7 +100,7 @@ TRACKERS: dict[str, tuple[str, Callable[[Path, TrainConfig], Tracker]]] = {
 
 
 def tracker_problems(names: Sequence[str]) -> list[str]:
-    """What is wrong with the trackers that are asked for; empty if nothing is."""
+    """Returns the problems of the requested trackers; empty if there are none."""
     found = []
     for name in names:
         if name not in TRACKERS:

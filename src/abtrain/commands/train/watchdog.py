@@ -1,4 +1,4 @@
-"""What helps where a run hangs: the stacks of all threads, and an end."""
+"""Dumps the stacks of all threads and exits if a worker hangs."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def _announced_store(rank: int, world_size: int, timeout: timedelta) -> Store:
 
 @contextlib.contextmanager
 def memory_named(rank: int) -> Iterator[None]:
-    """What torch and Python say in many words, if memory runs out, becomes one message.
+    """Turns the various errors of torch and Python for exhausted memory into one message.
 
     Raises:
         OutOfMemoryError: it did.

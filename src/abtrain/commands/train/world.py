@@ -1,4 +1,4 @@
-"""What a launcher such as torchrun says in variables: which worker this process is, and where the others are."""
+"""Reads the launcher's variables: which worker this process is, and where the others are."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _most_here(variables: Mapping[str, str]) -> int:
 
 
 def _place(variables: Mapping[str, str], name: str, size: str, most: int) -> str:
-    """What is wrong with a rank, which counts from 0 and is below `size` where that is known."""
+    """Returns the problem of a rank, which counts from 0 and is below `size` if that is known."""
     known = _number(variables.get(size, ""))
     below = f" (below {size})" if known else ""
     return _count(variables, name, 0, (known or most) - 1, _SET_BY, below=below)
@@ -115,7 +115,7 @@ def _count(
     needed: bool = False,
     below: str = "",
 ) -> str:
-    """What is wrong with a variable that holds a whole number; empty if nothing is."""
+    """Returns the problem of a variable that holds a whole number; empty if there is none."""
     if name not in variables:
         return f"{name} is not set, but must be a whole number from {least} to {most}: {remedy}" if needed else ""
     number = _number(variables[name])
