@@ -27,6 +27,7 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python docs/make_map.py
 
 clean:
 	rm -rf .venv build dist
