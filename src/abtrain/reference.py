@@ -11,7 +11,7 @@ gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,18 @@ from torch.optim import Optimizer
 Batch = tuple[Tensor, Tensor]
 
 
+class Schedule(NamedTuple):
+    """The numbers of Algorithm 1, as the paper calls them."""
+
+    workers: int
+    total_steps: int
+    warmup_steps: int
+    ab_steps: int
+    rebound_steps: int
+    lr_rebound_steps: int
+    group_size: int = 1
+
+
 def ab_training(
     model: nn.Module,
     factored: Sequence[str],
@@ -28,15 +40,9 @@ def ab_training(
     loss: Callable[[Tensor, Tensor], Tensor],
     make_optimizer: Callable[[list[Tensor]], Optimizer],
     *,
-    workers: int,
-    group_size: int = 1,
     groups: bool = True,
-    total_steps: int,
-    warmup_steps: int,
-    ab_steps: int,
-    rebound_steps: int,
-    lr_rebound_steps: int,
     sigma_cutoff: float,
+    **schedule: int,
 ) -> dict[str, Tensor]:
     """Trains a model by Algorithm 1, or with `groups=False` by the paper's "AB - No Groups".
 
@@ -46,44 +52,56 @@ def ab_training(
         batch: (worker, step) -> inputs and targets.
         loss: (output, targets) -> scalar.
         make_optimizer: one tensor in a list -> an optimizer over it, with the scheduled learning rate.
-        workers, group_size, total_steps, ...: as in the paper.
+        groups: whether groups train on their own.
         sigma_cutoff: singular values below this share of the largest are removed.
+        schedule: the fields of `Schedule`.
 
     Returns:
         The averaged full-rank parameters at the end, by name.
     """
+    run = _Run(model, batch, loss, Schedule(**schedule))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     world = [_Replica(start, make_optimizer)]  # one replica while all workers are equal
-    n_groups = workers // group_size
-    step, rebound = 0, lr_rebound_steps
-
-    def train(replicas: list[_Replica], steps: int) -> None:
-        nonlocal step, rebound
-        for _ in range(min(steps, total_steps - step)):
-            for g, replica in enumerate(replicas):
-                size = workers // len(replicas)
-                members = range(g * size, (g + 1) * size)
-                gradients = [replica.gradients(model, loss, *batch(worker, step)) for worker in members]
-                replica.update(gradients, lr_factor=min(1.0, (rebound + 1) / (lr_rebound_steps + 1)))
-            step, rebound = step + 1, rebound + 1
-
-    train(world, warmup_steps)  # lines 5-6
+    run.train(world, run.schedule.warmup_steps)  # lines 5-6
     cycle = 0
-    while step < total_steps:  # lines 7, 22
+    while run.step < run.schedule.total_steps:  # lines 7, 22
         if groups:
-            world = [world[0].copy() for _ in range(n_groups)]
+            world = [world[0].copy() for _ in range(run.n_groups)]
         for g, replica in enumerate(world):
             replica.decompose(factored, sigma_cutoff)  # lines 8-10
-            first_half = g < (n_groups + 1) / 2 - 0.5 if n_groups > 1 else cycle % 2 == 0
+            first_half = g < (run.n_groups + 1) / 2 - 0.5 if run.n_groups > 1 else cycle % 2 == 0
             replica.trained = ("A" if first_half else "B") if groups else "B"  # lines 1-4, 12
-        rebound = 0  # line 11
-        train(world, ab_steps)  # lines 13-14
+        run.rebound = 0  # line 11
+        run.train(world, run.schedule.ab_steps)  # lines 13-14
         world = [_mean(world)]  # lines 15-16
         world[0].recompose()  # lines 17-18
-        rebound = 0  # line 19
-        train(world, rebound_steps)  # lines 20-21
+        run.rebound = 0  # line 19
+        run.train(world, run.schedule.rebound_steps)  # lines 20-21
         cycle += 1
     return {name: tensor.detach() for name, tensor in world[0].tensors.items()}
+
+
+class _Run:
+    """Where a run stands: the step, and the steps since the learning rate's rebound began."""
+
+    def __init__(
+        self, model: nn.Module, batch: Callable[[int, int], Batch], loss: Callable[..., Tensor], schedule: Schedule
+    ) -> None:
+        self.model, self.batch, self.loss, self.schedule = model, batch, loss, schedule
+        self.n_groups = schedule.workers // schedule.group_size
+        self.step, self.rebound = 0, schedule.lr_rebound_steps
+
+    def train(self, replicas: list[_Replica], steps: int) -> None:
+        """Every replica steps by the mean gradient of its workers, `steps` times or until the steps are spent."""
+        size, ramp = self.schedule.workers // len(replicas), self.schedule.lr_rebound_steps + 1
+        for _ in range(min(steps, self.schedule.total_steps - self.step)):
+            for g, replica in enumerate(replicas):
+                members = range(g * size, (g + 1) * size)
+                gradients = [
+                    replica.gradients(self.model, self.loss, *self.batch(worker, self.step)) for worker in members
+                ]
+                replica.update(gradients, lr_factor=min(1.0, (self.rebound + 1) / ramp))
+            self.step, self.rebound = self.step + 1, self.rebound + 1
 
 
 class _Replica:

@@ -13,12 +13,10 @@ content, digests and all; what they cannot do is to have code executed by it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -36,6 +34,7 @@ from abtrain.checkpoint.tensor_files import (
     write_json,
     write_tensors,
 )
+from abtrain.checkpoint.tidying import AGAIN, TEMPORARY, checkpoints_in, prune, settle, sweep, sync_folder
 from abtrain.checks import as_checkpoint_error, said
 from abtrain.comm.checksums import digest
 from abtrain.comm.communicator import Communicator
@@ -45,10 +44,6 @@ from abtrain.errors import CheckpointError, RanksDisagreeError
 from abtrain.failpoints import fail_at
 
 log = logging.getLogger("abtrain")
-
-_AGAIN = ".new"
-_NAME = re.compile(rf"step-\d{{12}}({re.escape(_AGAIN)})?")
-_TEMPORARY = (".writing-", ".old-")
 
 
 class Saved(NamedTuple):
@@ -86,24 +81,16 @@ def save(
         RanksDisagreeError: workers have drifted apart that ought to hold the same, on all workers; likewise.
         TypeError: the state holds something that cannot be saved, with its place; on the workers whose state it is.
     """
-    final, temporary = folder / f"step-{step:012d}", folder / f"{_TEMPORARY[0]}step-{step:012d}"
+    final, temporary = folder / f"step-{step:012d}", folder / f"{TEMPORARY[0]}step-{step:012d}"
     structure, tensors = _split_together(state, comm, step)
     check_same(state, comm, f"a checkpoint of step {step}")
-
-    def prepare() -> None:
-        if comm.rank == 0:
-            fail_at(comm.rank, step, "checkpoint.prepare")
-            folder.mkdir(parents=True, exist_ok=True)
-            _sweep(folder)
-            _settle(folder, comm, step)
-            temporary.mkdir()
 
     def commit() -> None:
         if comm.rank == 0:
             _commit(temporary, final, manifest(step, resizable, comm.topology.world_size, written), comm, step)
 
     try:
-        _together(comm, step, prepare)
+        _together(comm, step, lambda: _prepare(temporary, comm, step))
         file_of, mine = _divide(tensors, comm)
         parts = _together(comm, step, lambda: _write_part(temporary, refer(structure, file_of), mine, comm, step))
         written = {name: file for part in parts for name, file in part.items()}
@@ -113,8 +100,18 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if comm.rank == 0:
-        _prune(folder, keep, comm, step)
+        prune(folder, keep, comm, step)
     return final
+
+
+def _prepare(temporary: Path, comm: Communicator, step: int) -> None:
+    """Makes room for a checkpoint, on the first worker."""
+    if comm.rank == 0:
+        fail_at(comm.rank, step, "checkpoint.prepare")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        sweep(temporary.parent)
+        settle(temporary.parent, comm, step)
+        temporary.mkdir()
 
 
 def _split_together(state: Mapping[str, Any], comm: Communicator, step: int) -> tuple[Any, dict[str, Tensor]]:
@@ -153,7 +150,7 @@ def latest(folder: Path, comm: Communicator) -> Saved | None:
     Raises:
         CheckpointError: there are checkpoints, but none that can be used; on all workers.
     """
-    names = gather_json(comm, _names(folder))[0]
+    names = gather_json(comm, checkpoints_in(folder))[0]
     problems = []
     for name in sorted(names, reverse=True):
         saved: Saved | None = None
@@ -256,24 +253,13 @@ def _commit(temporary: Path, final: Path, content: Mapping[str, Any], comm: Comm
             raise OSError(0, "other workers' parts are not there: they need a folder that they share", str(name))
     fail_at(comm.rank, step, "checkpoint.manifest")
     write_json(temporary / MANIFEST, content, partial(_sync, comm, step))
-    _sync_folder(temporary)
+    sync_folder(temporary)
     fail_at(comm.rank, step, "checkpoint.rename")
     again = final.exists()
-    temporary.rename(final.with_name(f"{final.name}{_AGAIN}") if again else final)
-    _sync_folder(final.parent)
+    temporary.rename(final.with_name(f"{final.name}{AGAIN}") if again else final)
+    sync_folder(final.parent)
     if again:
-        _settle(final.parent, comm, step)
-
-
-def _settle(folder: Path, comm: Communicator, step: int) -> None:
-    """Lets steps that were saved again take the place of what was saved before."""
-    for path in [folder / name for name in _names(folder) if name.endswith(_AGAIN)]:
-        final = path.with_name(path.name.removesuffix(_AGAIN))
-        if final.exists():
-            final.rename(final.with_name(f"{_TEMPORARY[1]}{final.name}"))
-        fail_at(comm.rank, step, "checkpoint.replace")
-        path.rename(final)
-        _sync_folder(folder)
+        settle(final.parent, comm, step)
 
 
 def _sync(comm: Communicator, step: int, file: BinaryIO) -> None:
@@ -298,44 +284,3 @@ def _together(comm: Communicator, step: int, work: Callable[[], Any]) -> list[An
         if told:
             raise CheckpointError(f"the checkpoint of step {step} could not be written by rank {rank}: {told}")
     return [outcome for outcome, _ in answers]
-
-
-def _names(folder: Path) -> list[str]:
-    with contextlib.suppress(FileNotFoundError):
-        return [entry.name for entry in os.scandir(folder) if _NAME.fullmatch(entry.name)]
-    return []
-
-
-def _prune(folder: Path, keep: int, comm: Communicator, step: int) -> None:
-    """Removes all but the newest checkpoints. What cannot be removed is left, and said.
-
-    Those of later steps are damaged, or of a run that has gone back since: they go first.
-    """
-    names = sorted(_names(folder), reverse=True)
-    later = [name for name in names if name > f"step-{step:012d}"]
-    try:
-        for name in [*later, *names[len(later) + max(keep, 1) :]]:
-            fail_at(comm.rank, step, "checkpoint.prune")
-            # Under another name first: what is half removed must not be taken for damaged.
-            (folder / name).rename(folder / f"{_TEMPORARY[1]}{name}")
-        _sweep(folder)
-    except OSError as error:
-        log.warning("old checkpoints are left in %s: %s", folder, error)
-
-
-def _sweep(folder: Path) -> None:
-    """Removes what a crash left behind."""
-    for path in _leftovers(folder):
-        shutil.rmtree(path)
-
-
-def _leftovers(folder: Path) -> Iterator[Path]:
-    return (path for path in list(folder.iterdir()) if path.name.startswith(_TEMPORARY))
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

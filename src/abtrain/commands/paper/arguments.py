@@ -76,30 +76,10 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
         SystemExit: --help, or an option that there is not.
     """
     given = _parser().parse_args(arguments)
-    problems = []
-    if given.experiment not in EXPERIMENTS:
-        problems.append(f"unknown experiment {given.experiment!r}: {nearest(given.experiment, EXPERIMENTS)}")
-    for name in ("seeds", "trials"):
-        if getattr(given, name) < 1:
-            problems.append(f"--{name} {getattr(given, name)} is too small: use at least 1")
+    problems: list[str] = []
     nodes = _nodes(given.nodes, problems)
     methods = tuple(filter(None, given.methods.split(";")))
-    if given.arithmetic and not given.experiment.startswith("table2"):
-        problems.append(f"--arithmetic is about table2-local and table2-global, not {given.experiment}: leave it out")
-    if given.experiment in STUDIES and given.scale != "tiny":
-        problems.append(f"{given.experiment} is a study of the small scale: leave out --scale {given.scale}")
-    labels = [label for study in STUDIES.values() for label in study.variants] + list(METHODS)
-    problems += [f"unknown method {m!r}: {nearest(m, METHODS)}" for m in methods if m not in labels]
-    try:
-        given.launcher.format(nodes=1, workers_per_node=1)
-    except (KeyError, IndexError, ValueError) as error:
-        problems.append(
-            f"--launcher {given.launcher!r} cannot be filled in ({error}): use {{nodes}}, {{workers_per_node}}"
-        )
-    if given.experiment == HPO and (given.dry_run or given.write):
-        problems.append("hpo chooses its runs as it goes: leave out --dry-run and --write")
-    if given.write and given.scale == "tiny":
-        problems.append("--write is for runs that a launcher starts: add --scale full")
+    problems += _problems(given, methods)
     if not (given.arithmetic or given.dry_run or given.write or (given.experiment == ECR and given.out is None)):
         problems += _missing_packages()
     if problems:
@@ -121,6 +101,33 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
         draws=given.out is not None,
         overwrite=given.overwrite,
     )
+
+
+def _problems(given: argparse.Namespace, methods: Sequence[str]) -> list[str]:
+    """Returns the problems of a command line, nodes and packages aside."""
+    problems = []
+    if given.experiment not in EXPERIMENTS:
+        problems.append(f"unknown experiment {given.experiment!r}: {nearest(given.experiment, EXPERIMENTS)}")
+    for name in ("seeds", "trials"):
+        if getattr(given, name) < 1:
+            problems.append(f"--{name} {getattr(given, name)} is too small: use at least 1")
+    if given.arithmetic and not given.experiment.startswith("table2"):
+        problems.append(f"--arithmetic is about table2-local and table2-global, not {given.experiment}: leave it out")
+    if given.experiment in STUDIES and given.scale != "tiny":
+        problems.append(f"{given.experiment} is a study of the small scale: leave out --scale {given.scale}")
+    labels = [label for study in STUDIES.values() for label in study.variants] + list(METHODS)
+    problems += [f"unknown method {m!r}: {nearest(m, METHODS)}" for m in methods if m not in labels]
+    try:
+        given.launcher.format(nodes=1, workers_per_node=1)
+    except (KeyError, IndexError, ValueError) as error:
+        problems.append(
+            f"--launcher {given.launcher!r} cannot be filled in ({error}): use {{nodes}}, {{workers_per_node}}"
+        )
+    if given.experiment == HPO and (given.dry_run or given.write):
+        problems.append("hpo chooses its runs as it goes: leave out --dry-run and --write")
+    if given.write and given.scale == "tiny":
+        problems.append("--write is for runs that a launcher starts: add --scale full")
+    return problems
 
 
 def _nodes(text: str, problems: list[str]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import math
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,8 @@ def train(
     """
     assert config.steps is not None and config.batch_size is not None and config.lr is not None
     agree_on_start(config, communicator)
-    task, rank = TASKS[config.task], communicator.rank
-    reading = Reading(config.loaders, config.on_bad_image)
-    data = task.load(config.data).read_by(reading).to(communicator.device)
-    _check_data(task, data, config.workers)
-    dealt = functools.partial(
-        batches, task, data, seed=config.seed, rank=rank, world_size=config.workers, batch_size=config.batch_size
-    )
-    dealt()  # what does not fit is found out before a folder is made
+    task = TASKS[config.task]
+    data, dealt = _load(task, config, communicator)
     model = build_model(task, config.seed, config.init or task.init).to(communicator.device)
     parameters = sum(p.numel() for p in model.parameters())
     ab, schedule = set_up(config, model, communicator)
@@ -99,6 +93,18 @@ def train(
                 result = result_of(config, ab, parameters, seconds, evaluate(model, task, data))
                 recorder.finish(result)
     return result
+
+
+def _load(task: Task, config: TrainConfig, communicator: Communicator) -> tuple[Data, Callable[..., Iterator[Any]]]:
+    """Returns the data, and a function that deals this worker's batches. Data that does not fit raises here."""
+    assert config.batch_size is not None
+    reading = Reading(config.loaders, config.on_bad_image)
+    data = task.load(config.data).read_by(reading).to(communicator.device)
+    _check_data(task, data, config.workers)
+    rank, workers, size = communicator.rank, config.workers, config.batch_size
+    dealt = functools.partial(batches, task, data, seed=config.seed, rank=rank, world_size=workers, batch_size=size)
+    dealt()
+    return data, dealt
 
 
 def agree_on_start(config: TrainConfig, communicator: Communicator) -> None:

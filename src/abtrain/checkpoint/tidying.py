@@ -1,0 +1,78 @@
+"""The folder of checkpoints: which there are, and which are removed.
+
+Nothing is removed under its own name. It is renamed first, so that what a crash leaves half removed is never mistaken
+for a damaged checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from abtrain.comm.communicator import Communicator
+from abtrain.failpoints import fail_at
+
+log = logging.getLogger("abtrain")
+
+AGAIN = ".new"
+_NAME = re.compile(rf"step-\d{{12}}({re.escape(AGAIN)})?")
+TEMPORARY = (".writing-", ".old-")
+
+
+def checkpoints_in(folder: Path) -> list[str]:
+    """Returns the names of the checkpoints in a folder; empty if there is no folder."""
+    with contextlib.suppress(FileNotFoundError):
+        return [entry.name for entry in os.scandir(folder) if _NAME.fullmatch(entry.name)]
+    return []
+
+
+def settle(folder: Path, comm: Communicator, step: int) -> None:
+    """Replaces checkpoints by those of the same step that were saved later."""
+    for path in [folder / name for name in checkpoints_in(folder) if name.endswith(AGAIN)]:
+        final = path.with_name(path.name.removesuffix(AGAIN))
+        if final.exists():
+            final.rename(final.with_name(f"{TEMPORARY[1]}{final.name}"))
+        fail_at(comm.rank, step, "checkpoint.replace")
+        path.rename(final)
+        sync_folder(folder)
+
+
+def prune(folder: Path, keep: int, comm: Communicator, step: int) -> None:
+    """Removes all but the newest checkpoints. Failures are logged, not raised.
+
+    Checkpoints of later steps are damaged, or the run has gone back since: they are removed first.
+    """
+    names = sorted(checkpoints_in(folder), reverse=True)
+    later = [name for name in names if name > f"step-{step:012d}"]
+    try:
+        for name in [*later, *names[len(later) + max(keep, 1) :]]:
+            fail_at(comm.rank, step, "checkpoint.prune")
+            # Under another name first: what is half removed must not be taken for damaged.
+            (folder / name).rename(folder / f"{TEMPORARY[1]}{name}")
+        sweep(folder)
+    except OSError as error:
+        log.warning("old checkpoints are left in %s: %s", folder, error)
+
+
+def sweep(folder: Path) -> None:
+    """Removes the leftovers of crashes."""
+    for path in _leftovers(folder):
+        shutil.rmtree(path)
+
+
+def _leftovers(folder: Path) -> Iterator[Path]:
+    return (path for path in list(folder.iterdir()) if path.name.startswith(TEMPORARY))
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder last."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
