@@ -338,20 +338,20 @@ def test_workers_with_unlike_settings(tmp_path: Path) -> None:
         return str(told.value)
 
     assert set(run_in_process(3, start)) == {
-        "workers were started with different software or settings: seed is 1 on rank 1 and 0 on rank 0; seed is 2 on "
-        "rank 2 and 0 on rank 0. Start all of them with the same command and the same versions"
+        "workers were started with different software or settings: seed is 0 on rank 0 and 1 on rank 1 and 2 on "
+        "rank 2. Start all of them with the same command and the same versions"
     }
 
 
 @pytest.mark.parametrize("software", ["abtrain", "torch"])
 def test_workers_with_unlike_versions(software: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gather = loop.gather_json
+    check = loop.check_equal
 
-    def other(comm: Communicator, value: Any) -> Any:
-        return gather(comm, value | {software: "0.0.1"} if comm.rank == 1 else value)
+    def other(comm: Communicator, values: dict[str, Any], *words: str) -> None:
+        check(comm, values | {software: "0.0.1"} if comm.rank == 1 else values, *words)
 
-    monkeypatch.setattr(loop, "gather_json", other)
-    with pytest.raises(RanksDisagreeError, match=f"{software} is 0.0.1 on rank 1 and .* on rank 0") as told:
+    monkeypatch.setattr(loop, "check_equal", other)
+    with pytest.raises(RanksDisagreeError, match=f"{software} is .* on rank 0 and '0.0.1' on rank 1") as told:
         run(settings(tmp_path))
     assert told.value.exit_code == 5
 

@@ -36,7 +36,7 @@ def check_start(comm: Communicator, recipe: Recipe, **options: object) -> None:
     Raises:
         RanksDisagreeError: on all ranks, with what differs and where.
     """
-    _compare(
+    check_equal(
         comm,
         {"topology": comm.topology, "recipe": recipe, **options},
         "workers were started with different software or settings",
@@ -65,7 +65,7 @@ def check_phase(comm: Communicator, model: FactoredModel, where: str, settings: 
         if name not in own
     }
     layouts |= {name: layout(buffer) for name, buffer in shared_buffers(model.model).items()}
-    _compare(
+    check_equal(
         comm,
         {"model": layouts, "param_groups": optimizer_settings(model.optimizers, names, settings)},
         f"workers differ at {where}",
@@ -150,7 +150,7 @@ def check_loaded(comm: Communicator, recipe: Recipe, state: Mapping[str, Any], *
         "merges_since_step": [merge["step"] for merge in state["rounds"]["under_way"]],
         **more,
     }
-    _compare(
+    check_equal(
         comm,
         place,
         "workers load states that do not belong together",
@@ -158,11 +158,17 @@ def check_loaded(comm: Communicator, recipe: Recipe, state: Mapping[str, Any], *
     )
 
 
-def _compare(comm: Communicator, values: Mapping[str, object], what: str, remedy: str) -> None:
-    """Makes sure that all ranks hold the same values.
+def check_equal(comm: Communicator, values: Mapping[str, object], what: str, remedy: str) -> None:
+    """Checks that all ranks hold the same values. Collective over the world; 24 bytes, until something differs.
+
+    Args:
+        comm: of this worker.
+        values: by name: numbers, words, dataclasses, and any nesting of them.
+        what: the first words of the error.
+        remedy: its last words.
 
     Raises:
-        RanksDisagreeError: they do not; `what` is wrong, the first differences, and the `remedy`.
+        RanksDisagreeError: on all ranks, with the first differences and where they are.
     """
     held = {name: dict(leaves(name, value)) for name, value in values.items()}
     differing = differing_fields(comm, **{name: fingerprint(*parts.items()) for name, parts in held.items()})

@@ -33,12 +33,12 @@ from abtrain.commands.train.step import clip_gradients, loss_of
 from abtrain.commands.train.stopping import Stopping
 from abtrain.commands.train.watchdog import Watchdog
 from abtrain.consistency.agreement import gather_json
+from abtrain.consistency.settings import check_equal
 from abtrain.engine.ab_training import ABTraining
 from abtrain.errors import (
     ConfigurationError,
     DataError,
     NonFiniteError,
-    RanksDisagreeError,
     StoppedError,
 )
 from abtrain.recipes.recipe import Position
@@ -113,21 +113,13 @@ def agree_on_start(config: TrainConfig, communicator: Communicator) -> None:
     Raises:
         RanksDisagreeError: on all, with what differs and where.
     """
-    settings = {name: str(value) for name, value in dataclasses.asdict(config).items() if name not in _OWN}
-    versions = {"abtrain": __version__, "torch": torch.__version__}
-    everyone = gather_json(communicator, versions | settings)
-    first = everyone[0]
-    differing = [
-        f"{name} is {held.get(name)} on rank {rank} and {first.get(name)} on rank 0"
-        for rank, held in enumerate(everyone)
-        for name in sorted(first.keys() | held.keys())
-        if held.get(name) != first.get(name)
-    ]
-    if differing:
-        raise RanksDisagreeError(
-            f"workers were started with different software or settings: {'; '.join(differing[:5])}. Start all of them "
-            "with the same command and the same versions"
-        )
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _OWN}
+    check_equal(
+        communicator,
+        {"abtrain": __version__, "torch": torch.__version__, **settings},
+        "workers were started with different software or settings",
+        "Start all of them with the same command and the same versions",
+    )
 
 
 def _check_data(task: Task, data: Data, workers: int) -> None:
