@@ -102,7 +102,7 @@ def _level(comm: Communicator, tensors: Mapping[str, Tensor], sums: Sequence[int
             raise RanksDisagreeError(
                 f"{_odd([row[0] for row in rows], ranks)}: {where}, where all ought to be equal, {name} is up to "
                 f"{distance:.1e} apart. What was not shared is lost: go on from the last checkpoint, and look for what "
-                "changes weights on one worker alone (a hook, its memory, its optimizer)"
+                "changes weights on one worker alone (a hook, its memory, its optimizer, a learning rate of its own)"
             )
         apart = distance / max(size, torch.finfo(torch.float64).tiny)
         largest = max(largest, apart)

@@ -57,8 +57,8 @@ class GradientGuard:
         """Drops the gradients of a step that is to be left out: optimizers pass over parameters without.
 
         Args:
-            optimizer: that is about to step. The first of several looks at the gradients of all: they come from the
-                same backward pass.
+            optimizer: that is about to step. Where steps may be left out, the first of several looks at the gradients
+                of all: they come from the same backward pass.
             step: its index.
             shared: whether all workers have these gradients.
             in_closure: whether the optimizer has begun its step, and called for these gradients.
@@ -69,7 +69,7 @@ class GradientGuard:
         # A GradScaler that leaves it to the optimizer to skip has looked already.
         if not (shared or self._policy == "skip") or getattr(optimizer, "found_inf", None) is not None:
             return
-        among = [optimizer] if step == self._looked else self._optimizers
+        among = self._optimizers if self._policy == "skip" and step != self._looked else [optimizer]
         self._looked = step
         parameters = [p for one in among for group in one.param_groups for p in group["params"] if p.grad is not None]
         if shared and self._own:

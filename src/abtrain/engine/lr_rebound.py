@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from abtrain.lowrank.optimizers import is_nested
 from abtrain.modes import in_own_modes
+
+
+class _Scaled(NamedTuple):
+    """A param group whose rate is scaled: the scheduled rate, the scaled one, and the factor between them."""
+
+    group: dict[str, Any]
+    scheduled: float | Tensor
+    value: float
+    factor: float
 
 
 class LRRebound:
@@ -28,15 +37,14 @@ class LRRebound:
         self._target = target
         self._length = 0
         self._done = 0
-        self._scheduled: dict[int, list[tuple[dict[str, Any], float | Tensor, float | Tensor]]] = {}
-        self._hooks = [
-            handle
-            for optimizer in optimizers
-            for handle in (
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-            )
-        ]
+        self._scaled: dict[int, list[_Scaled]] = {}
+        self._hooks: list[Any] = []
+        for optimizer in optimizers:
+            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+            after = optimizer.register_step_post_hook(self._after_step)
+            # The first: a scheduler that is called by another hook finds the scheduled rate.
+            optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
+            self._hooks.append(after)
 
     @property
     def factor(self) -> float:
@@ -73,17 +81,17 @@ class LRRebound:
             return
         # A step that raised never came to its post-hook: its learning rates are still scaled.
         self._put_back(optimizer)
-        if self.factor == 1.0:
+        factor = self.factor
+        if factor == 1.0:
             return
-        scaled_already = {id(entry[0]) for entries in self._scheduled.values() for entry in entries}
-        entries = self._scheduled.setdefault(id(optimizer), [])
+        scaled_already = {id(one.group) for entries in self._scaled.values() for one in entries}
+        entries = self._scaled.setdefault(id(optimizer), [])
         for group in optimizer.param_groups:
             # An optimizer around this one may share its groups.
             if id(group) not in scaled_already:
                 # A new tensor where it is one: the scheduler may hold the old one.
-                scheduled, scaled = group["lr"], group["lr"] * self.factor
-                entries.append((group, scheduled, scaled))
-                group["lr"] = scaled
+                scheduled, group["lr"] = group["lr"], group["lr"] * factor
+                entries.append(_Scaled(group, scheduled, float(group["lr"]), factor))
 
     @in_own_modes
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -92,7 +100,24 @@ class LRRebound:
 
     def _put_back(self, optimizer: Optimizer | None = None) -> None:
         """Gives an optimizer, or all, the scheduled rates again."""
-        for key in list(self._scheduled) if optimizer is None else [id(optimizer)]:
-            for group, scheduled, scaled in self._scheduled.pop(key, ()):
-                if group["lr"] is scaled:  # and not what a scheduler has set since
-                    group["lr"] = scheduled
+        for key in list(self._scaled) if optimizer is None else [id(optimizer)]:
+            for one in self._scaled.pop(key, ()):
+                _restore(one)
+
+
+def _restore(one: _Scaled) -> None:
+    """Puts the scheduled rate back, with what the step itself has made of it.
+
+    A scheduler that is called inside the step, and a step that decays its own rate, multiply the rate that they find.
+    Others write a rate of their own, which stays.
+    """
+    now, scheduled = float(one.group["lr"]), float(one.scheduled)
+    if now != one.value:
+        if abs(now * scheduled - one.value * scheduled) > abs(now * one.value - scheduled * one.value):
+            return
+        if isinstance(one.scheduled, Tensor):
+            one.scheduled.fill_(now / one.factor)
+        else:
+            one.group["lr"] = now / one.factor
+            return
+    one.group["lr"] = one.scheduled

@@ -97,7 +97,9 @@ class Arrangement:
         """DDP adds up elements by their place in memory, and hangs or aborts where parameters differ in number."""
         if position.phase.sync is not None:
             where = f"step {position.step}, phase {position.phase.name}"
-            check_phase(self._comm, self._model, where, HYPERPARAMETERS if self._same_settings else ())
+            # Equal gradients keep workers equal only under equal settings.
+            compared = self._same_settings or isinstance(position.phase.sync, GradientSync)
+            check_phase(self._comm, self._model, where, HYPERPARAMETERS if compared else ())
 
     def _make_alike(self, restored: Sequence[str]) -> None:
         """What each worker has multiplied out for itself, and all are to hold alike, becomes so to the last bit."""
