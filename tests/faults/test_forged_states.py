@@ -190,7 +190,7 @@ FORGED: dict[tuple[str, str], list[Any]] = {
     ("hidden", f"{MODEL}/optimizers/0/groups"): [[], [3], {}, lambda groups: groups * 2],
     ("hidden", f"{GROUP}/lr"): ["fast", NAN, INF, None, True, ..., [0.1], torch.ones(2), torch.tensor(NAN)],
     ("hidden", f"{GROUP}/betas"): [[0.9], [0.9, 1.0], [0.9, "x"], 0.9, [NAN, 0.9], None],
-    ("hidden", f"{GROUP}/evil"): [1],
+    ("hidden", f"{GROUP}/evil"): [[1], {}, NAN],
     ("hidden", f"{GROUP}/amsgrad"): [1, True],
     ("hidden", f"{GROUP}/foreach"): [1],
     ("hidden", f"{GROUP}/capturable"): [True],

@@ -7,6 +7,7 @@ take the whole of it from the first worker that has some.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -58,6 +59,7 @@ class _Slot(NamedTuple):
     averaged: bool
 
 
+@torch.no_grad()
 def level_nested(states: Sequence[State], parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
     """Makes states alike, in place. Collective over the world.
 
@@ -138,7 +140,7 @@ def _kind(item: _Item) -> Any:
         return ["number", str(value.dtype) if tensor else type(value).__name__, value.device.type if tensor else ""]
     if isinstance(value, Tensor):
         return ["tensor", str(value.dtype), list(value.shape)]
-    return ["constant", value]
+    return ["constant", repr(tuple(value) if isinstance(value, tuple) else value)]
 
 
 def _is_real(kind: Any) -> bool:
@@ -188,7 +190,7 @@ def _enter(holder: Any, key: Any, value: Any) -> Any:
 
 def _blank(kind: Any, parameter: nn.Parameter) -> Any:
     if kind[0] == "constant":
-        return kind[1]
+        return ast.literal_eval(kind[1])
     if kind[0] == "number":
         if kind[2]:
             device = "cpu" if kind[2] == "cpu" else parameter.device
@@ -207,11 +209,21 @@ def _dtype(name: str) -> torch.dtype:
 
 def cannot_be_shared(states: Mapping[Any, Any]) -> str:
     """Names a value in an optimizer's states that can be neither equalized nor saved; empty if there is none."""
-    for state in states.values():
+    for key, state in states.items():
+        if isinstance(key, Tensor) and not isinstance(state, dict):
+            return f"a {type(state).__name__} in the place of a dict for a parameter"
         for item in _items(state) if isinstance(state, dict) else ():
-            if not (item.value is None or isinstance(item.value, bool | int | float | str | Tensor)):
+            if not _is_data(item.value):
                 return f"{item.path[-1][1]!r} (a {type(item.value).__name__})"
-            odd = next((key for step, key in item.path if step == "k" and not isinstance(key, str | int)), None)
+            odd = next((key for step, key in item.path if step == "k" and not isinstance(key, str | int | float)), None)
             if odd is not None:
-                return f"{odd!r} (a key that is a {type(odd).__name__})"
+                return f"a key that is a {type(odd).__name__}"
     return ""
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.layout == torch.strided and not value.is_nested
+    if isinstance(value, tuple):
+        return all(not isinstance(item, Tensor) and _is_data(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)

@@ -42,15 +42,18 @@ def level_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Parameter],
     _level_settings(optimizers, comm)
 
 
+@torch.no_grad()
 def _level_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
     # What a frozen factor's state says is old: this worker did not train it.
     states: list[State] = [optimizer.state.get(p, {}) if p.requires_grad else {} for p in parameters]
-    kinds = _agree_on_keys(states, parameters, comm)
+    general: dict[Any, Any] = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
+    kinds = _agree_on_keys(states, parameters, comm, nested=bool(general))
     if _NESTED in kinds.values():
-        level_nested(states, parameters, comm)
+        level_nested([*states, general], [*parameters, parameters[0]], comm)
         for parameter, state in zip(parameters, states, strict=True):
             if state:
                 optimizer.state[parameter] = state
+        optimizer.state.update(general)
         return
     slots = [(place, key) for place in range(len(parameters)) for key in kinds]
     values = torch.tensor([_number(states[place].get(key)) for place, key in slots], dtype=torch.float64)
@@ -82,7 +85,7 @@ def _level_settings(optimizers: Optimizers, comm: Communicator) -> None:
         (group, key)
         for group in groups.values()
         for key, value in sorted(settings_of(group).items())
-        if key not in HYPERPARAMETERS | SCHEDULED and _is_number(value)
+        if key not in HYPERPARAMETERS | SCHEDULED and (_is_number(value) or _is_single(value))
     ]
     if slots:
         values = torch.tensor([_number(group[key]) for group, key in slots], dtype=torch.float64).to(comm.device)
@@ -106,9 +109,18 @@ def level_grad_scaler(scaler: torch.amp.GradScaler, comm: Communicator) -> None:
     scaler.load_state_dict(state)
 
 
-def _agree_on_keys(states: Sequence[State], parameters: Sequence[nn.Parameter], comm: Communicator) -> dict[str, str]:
-    """The keys of any state of any worker, sorted, each with its kind."""
-    mine: dict[str, str] = {}
+def _agree_on_keys(
+    states: Sequence[State], parameters: Sequence[nn.Parameter], comm: Communicator, nested: bool
+) -> dict[str, str]:
+    """The keys of any state of any worker, sorted, each with its kind.
+
+    Args:
+        states: one for each of the parameters.
+        parameters: whose they are.
+        comm: of this worker.
+        nested: whether this worker has state of another form beside these.
+    """
+    mine: dict[str, str] = {"": _NESTED} if nested else {}
     for state, parameter in zip(states, parameters, strict=True):
         for key, value in state.items():
             kind = _kind(key, value, parameter)
@@ -149,6 +161,11 @@ def _kind(key: Any, value: object, parameter: nn.Parameter) -> str:
 def _is_number(value: object) -> bool:
     """Whether a value is one number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_single(value: object) -> bool:
+    """Whether a value is a tensor of one real number."""
+    return isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
 
 
 def _number(value: object) -> float:

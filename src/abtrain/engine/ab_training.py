@@ -33,7 +33,6 @@ from abtrain.checks import as_checkpoint_error, told_names
 from abtrain.comm import default_communicator
 from abtrain.comm.communicator import Communicator, Scope
 from abtrain.consistency.agreement import raise_together
-from abtrain.consistency.nested_state import cannot_be_shared
 from abtrain.consistency.optimizers import level_grad_scaler
 from abtrain.consistency.replicas import check_replicas
 from abtrain.consistency.settings import check_loaded, check_start, optimizer_settings, settings_at_start
@@ -41,7 +40,7 @@ from abtrain.engine.description import Description
 from abtrain.engine.ema import EMA
 from abtrain.engine.lr_rebound import LRRebound
 from abtrain.engine.optimizer_hooks import Coming, StepHooks
-from abtrain.engine.optimizer_problems import doubts_about_optimizers, old_steps
+from abtrain.engine.optimizer_problems import check_modes, doubts_about_optimizers, doubts_about_state, old_steps
 from abtrain.engine.phase_change import Arrangement
 from abtrain.engine.problems import buffer_problems, doubts_about, ignored_problems, problems_here, problems_of
 from abtrain.engine.saved_state import VERSION, Parts, alike, decided, recipe_fingerprint
@@ -69,7 +68,7 @@ from abtrain.recipes.sync import GradientSync, WeightSync
 log = logging.getLogger("abtrain")
 
 _FIRST_STEPS = 2
-"""In which an optimizer makes its state."""
+"""In which most optimizers make their state."""
 
 
 class ABTraining:
@@ -148,7 +147,7 @@ class ABTraining:
         state = recipe.factoring.optimizer_state if recipe.factoring else "reset"
         self._model = FactoredModel(model, optimizers, names, state)
         self._copies = WeightCopies(self._model)
-        self._state = SharedState(self._model, self._treatments, comm, average_buffers, same_settings)
+        self._state = SharedState(self._model, self._treatments, comm, self._copies, average_buffers, same_settings)
         self._merger = Merger(comm, on_nonfinite)
         self.divergence: list[dict[str, Any]] = []
         self._divergence = Divergence(comm)
@@ -157,6 +156,7 @@ class ABTraining:
         self._rounds = Rounds(self._state, self._merger, comm)
         self._switch = Switch(comm, recipe)
         self._forwards = 0
+        self._shows_average = False
         self._closed = False
         self._workers_equal = True
         self._told_of_steps = bool(old_steps(optimizers))
@@ -221,6 +221,7 @@ class ABTraining:
         if torch.is_grad_enabled():
             if self._closed:
                 raise UsageError(self._ended())
+            self._refuse_in_average("a forward pass with gradients")
             if self._hooks.all_stepped:
                 raise UsageError(
                     f"a forward pass with gradients began, but ab.step() was not called after optimizer.step() of step "
@@ -230,6 +231,7 @@ class ABTraining:
                 raise UsageError(self._ended())
             if self._shares_gradients:
                 fail_at(self.communicator.rank, self.steps_done, "sync.begin")
+            self._model.keep_frozen()
             self._forwards += 1
         return self._arrangement.parallel(*args, **kwargs)
 
@@ -333,8 +335,8 @@ class ABTraining:
                 else "no ab(...) call came since the last ab.step(): call it once for each optimizer step, on every "
                 "worker as often, and ab.merged() to look at the average amid a round"
             )
+        self._refuse_in_average("ab.step()")
         self._hooks.next_step()
-        self._copies.look()
         self._check_optimizers()
         self._forwards = 0
         self._rebound.advance()
@@ -351,6 +353,8 @@ class ABTraining:
         if upcoming is None or upcoming.starts_round:
             self._hooks.round_began = True
         if upcoming is None:
+            if isinstance(position.phase.sync, WeightSync) and self.communicator.topology.world_size > 1:
+                self._copies.average(self.communicator)
             self._rebound.start(0)
             self._arrangement.unwrap()
         elif upcoming.first:
@@ -366,14 +370,20 @@ class ABTraining:
         recipe without any sync has no average: the model stays the worker's own.
         """
         with own_modes():
-            average = self._average()
+            average, before = self._average(), self._shows_average
             average.__enter__()
+        self._shows_average = before or not isinstance(average, nullcontext)
+        modes = [(group, group["train_mode"]) for group in self._model.optimizers.groups() if "train_mode" in group]
         # What is done with the average is done in the caller's modes.
         try:
             yield self.module
         finally:
+            self._shows_average = before
             with own_modes():
                 average.__exit__(None, None, None)
+            # The weights are those of the mode that a schedule-free optimizer was in.
+            for group, mode in modes:
+                group["train_mode"] = mode
 
     def _average(self) -> AbstractContextManager[None]:
         """Inside it the model is what `merged` shows. Collective, on entry too, unless there is nothing to agree on."""
@@ -381,10 +391,27 @@ class ABTraining:
         alone = self.communicator.topology.world_size == 1 or (position is not None and sync is None)
         if not self._workers_equal and isinstance(sync, WeightSync):
             self._meet()
-            return self._state.averaged()
+            return self._with_copies_averaged()
         if alone or not self._workers_equal or not self._state.buffers():
             return nullcontext()
         return nullcontext() if self._meet(self._state.told_of_buffers()) else self._state.with_first_buffers()
+
+    @contextmanager
+    def _with_copies_averaged(self) -> Iterator[None]:
+        with self._state.averaged(), self._copies.averaged(self.communicator):
+            yield
+
+    def _refuse_in_average(self, what: str) -> None:
+        """Nothing that is done to the average outlives the block in which it is shown.
+
+        Raises:
+            UsageError: the model shows the average at present.
+        """
+        if self._shows_average:
+            raise UsageError(
+                f"{what} inside `with ab.merged():`, where the model holds the average of the workers for a while: "
+                "leave the block first"
+            )
 
     def _meet(self, told: int = 0) -> bool:
         """All workers prove that they are at the same step; whether they have told the same. Collective."""
@@ -462,6 +489,7 @@ class ABTraining:
             raise UsageError(self._ended())
         if self._hooks.stepped:
             raise UsageError("the state between optimizer.step() and ab.step() cannot be saved: call ab.step() first")
+        self._refuse_in_average("ab.state_dict()")
         self._saved_step = self.steps_done
         return {
             "version": VERSION,
@@ -557,31 +585,19 @@ class ABTraining:
         )
 
     def _check_optimizers(self) -> None:
-        """State shows in the first step, and modes at any time.
+        """Looks at the optimizers' state where it shows for the first time, and at their modes.
 
         Raises:
-            UsageError: state cannot be levelled, though it will have to be; or the optimizer evaluates.
+            UsageError: state can be neither made equal nor saved, or the optimizer is in its mode of evaluation.
         """
-        if self.steps_done == 0 and self.communicator.rank == 0:
-            doubt = old_steps(self._model.optimizers, most=1)
-            if doubt and not self._told_of_steps:
+        optimizers = self._model.optimizers
+        check_modes(optimizers)
+        if self._copies.look() or self.steps_done < _FIRST_STEPS:
+            doubts = doubts_about_state(optimizers, self.recipe, self._levels)
+            if self.steps_done == 0 and not self._told_of_steps:
+                doubts += [*filter(None, [old_steps(optimizers, most=1)])]
+            for doubt in doubts if self.communicator.rank == 0 else ():
                 log.warning(doubt)
-        for optimizer in self._model.optimizers.all:
-            # Schedule-free optimizers say so: their weights are other ones then.
-            if any(group.get("train_mode") is False for group in optimizer.param_groups):
-                raise UsageError(
-                    f"{type(optimizer).__name__} is in its mode of evaluation at ab.step(): call optimizer.train() "
-                    "before it, and validate between ab.step() and the next training step"
-                )
-        if self._levels and self.steps_done < _FIRST_STEPS:
-            for optimizer in self._model.optimizers.stateful:
-                odd = cannot_be_shared(optimizer.state)
-                if odd:
-                    raise UsageError(
-                        f"{type(optimizer).__name__} keeps {odd} in its state, which cannot be made alike on all "
-                        f"workers before recipe {self.recipe.name!r} shares gradients: use another optimizer, or a "
-                        "recipe of rounds alone such as local_sgd"
-                    )
 
     @in_own_modes
     def close(self) -> None:
@@ -647,6 +663,7 @@ class ABTraining:
         """The step that the optimizer is about to make; None past the end of the recipe."""
         if self._position is None:
             return None
+        self._refuse_in_average("optimizer.step()")
         if self._shares_gradients:
             fail_at(self.communicator.rank, self.steps_done, "sync.end")
         shared = self._shares_gradients
@@ -709,7 +726,7 @@ def _checked(
     if problems:
         raise ConfigurationError(problems)
     comm = default_communicator(group_size) if communicator is None else communicator
-    problems = problems_here(model, recipe, comm)
+    problems = problems_here(model, Optimizers(optimizer), recipe, comm)
     if problems:
         raise ConfigurationError(problems)
     return comm

@@ -36,6 +36,10 @@ class Coming(NamedTuple):
     averaged: bool
 
 
+_UNSEEN = 2
+"""Training steps in a row whose changes no optimizer has announced, after which another one is at work."""
+
+
 class Ownership:
     """Makes sure that optimizers train the parameters that workers share, and no others.
 
@@ -50,10 +54,12 @@ class Ownership:
         self._frozen = {name: model.model.get_parameter(name) for name in frozen}
         self._own = own_names(model.model)
         self._checked: list[int] = []
-        self._dense: list[_Place] = []
+        self._modules = [id(module) for module in model.model.modules()]
+        self._known = {id(parameter) for parameter in model.model.parameters()}
+        self._dense = self._places()
 
-    def check(self) -> None:
-        """Looks at the optimizers' parameters, before a step.
+    def check(self, optimizer: Optimizer) -> None:
+        """Checks the parameters of all optimizers before one of them steps.
 
         Raises:
             UsageError: they hold a parameter that no merge knows, or lack one that workers share; or one of these was
@@ -66,11 +72,33 @@ class Ownership:
                 f"{', '.join(thawed)} was frozen when ABTraining was built and is not shared, but is trained now: "
                 "build ABTraining with every parameter that is to be trained"
             )
+        modules = [id(module) for module in self._model.model.modules()]
+        if modules != self._modules:
+            self._check_modules()
+            self._modules = modules
         if held != self._checked:
             self._check_held(held)
             self._dense = self._places()
             self._checked = held
-        self._check_places()
+        self._check_places(optimizer)
+
+    def _check_modules(self) -> None:
+        """Checks that every parameter is still in the model, once modules have come or gone."""
+        now = {id(parameter) for parameter in self._model.model.parameters()}
+        held = {id(parameter) for parameter in self._model.optimizers.parameters()}
+        factored = self._model.records
+        lost = [one.name for one in self._dense if id(one.parameter) not in now and one.name not in factored]
+        lost += [name for name, factor in self._model.factors().items() if id(factor) not in now]
+        if lost:
+            raise UsageError(_moved(lost))
+        added = [
+            n for n, p in self._model.model.named_parameters() if p.requires_grad and id(p) not in held | self._known
+        ]
+        if added:
+            raise UsageError(
+                f"{', '.join(added[:4])} came to the model after ABTraining was built, and no optimizer holds it: "
+                "build the model, the optimizer and then ABTraining with every parameter that is to be trained"
+            )
 
     def _check_held(self, held: Sequence[int]) -> None:
         names = self._names | self._model.factors().keys()
@@ -91,27 +119,37 @@ class Ownership:
             )
 
     def _places(self) -> list[_Place]:
-        """Where the parameters are that workers train together, as far as they are not factored."""
+        """Returns the places of the parameters that workers train together, factors aside."""
         factors, places = self._model.factors(), []
         for name, parameter in self._model.parameters().items():
             if name not in factors and name not in self._frozen and name not in self._own:
                 module, attribute = owner(self._model.model, name)
-                places.append(_Place(name, module._parameters, attribute, parameter))
+                # A scripted module hands out its parameters anew at each call.
+                if not isinstance(module, torch.jit.ScriptModule):
+                    places.append(_Place(name, module._parameters, attribute, parameter))
         return places
 
-    def _check_places(self) -> None:
+    def _check_places(self, optimizer: Optimizer) -> None:
         moved = [one.name for one in self._dense if one.of_module.get(one.attribute) is not one.parameter]
         if moved:
-            raise UsageError(
-                f"{', '.join(moved[:4])} is no longer a parameter of the model: pruning, weight norm, parametrizations "
-                "and the like replace it. Apply them before the optimizer and ABTraining are built"
-            )
-        frozen = [one.name for one in self._dense if not one.parameter.requires_grad]
+            raise UsageError(_moved(moved))
+        steps = self._model.optimizers.steps
+        frozen = [
+            one.name for one in self._dense if not one.parameter.requires_grad and steps(one.parameter) is optimizer
+        ]
+        frozen += [name for name, factor in self._model.frozen_factors().items() if steps(factor) is optimizer]
         if frozen:
             raise UsageError(
                 f"{', '.join(frozen[:4])} was trained when ABTraining was built, and is frozen now: freeze parameters "
                 "before ABTraining is built, or by a learning rate of 0"
             )
+
+
+def _moved(names: Sequence[str]) -> str:
+    return (
+        f"{', '.join(names[:4])} is no longer a parameter of the model: pruning, weight norm, parametrizations, new "
+        "modules and the like replace it. Apply them before the optimizer and ABTraining are built"
+    )
 
 
 class _Place(NamedTuple):
@@ -160,6 +198,8 @@ class StepHooks:
         self._coming = coming
         self._stepped: set[int] = set()
         self._before_any: dict[str, Tensor] | None = {}
+        self._versions: dict[str, int] = {}
+        self._unseen = 0
         self._handles = [
             handle
             for optimizer in self._optimizers.acting
@@ -185,19 +225,36 @@ class StepHooks:
         Raises:
             UsageError: weights have changed, and no optimizer was seen to step.
         """
+        changed = "" if self._stepped else self._changed_unseen()
+        if changed:
+            kinds = ", ".join(type(optimizer).__name__ for optimizer in self._optimizers.given)
+            raise UsageError(
+                f"{changed} has changed, but no step of {kinds} was seen: abtrain listens to optimizer.step(), and to "
+                "that of optimizers inside it. Let the optimizers that ABTraining was built with change weights, and "
+                "set their first values before"
+            )
+        if self._stepped:
+            self._before_any, self._unseen = None, 0
+        self._versions = self._count_changes()
+        self._stepped.clear()
+
+    def _changed_unseen(self) -> str:
+        """Names a weight that has changed although no optimizer was seen to step; empty if there is none.
+
+        Once a step has been seen, one change alone may be the loop's own, such as clipping beside a step that a
+        gradient scaler has left out.
+        """
         if self._before_any is not None:
             now = self._sample()
-            changed = [name for name, held in self._before_any.items() if not torch.equal(held, now[name])]
-            if changed and not self._stepped:
-                kinds = ", ".join(type(optimizer).__name__ for optimizer in self._optimizers.given)
-                raise UsageError(
-                    f"{changed[0]} has changed, but no step of {kinds} was seen: abtrain listens to optimizer.step(), "
-                    "and to that of optimizers inside it. Let weights change there alone, and set their first values "
-                    "before ABTraining is built"
-                )
-            if self._stepped:
-                self._before_any = None
-        self._stepped.clear()
+            return next((name for name, held in self._before_any.items() if not torch.equal(held, now[name])), "")
+        versions = self._count_changes()
+        changed = [name for name, version in versions.items() if version != self._versions.get(name, version)]
+        self._unseen = self._unseen + 1 if changed else 0
+        return changed[0] if self._unseen >= _UNSEEN else ""
+
+    def _count_changes(self) -> dict[str, int]:
+        """Returns how often each parameter was written to, as autograd counts it; merges are not counted."""
+        return {name: parameter._version for name, parameter in self._model.parameters().items()}
 
     def watch(self) -> None:
         """Merges and changes of phase are done: from here on only an optimizer changes weights."""
@@ -235,8 +292,7 @@ class StepHooks:
                 "optimizer.step() was called inside the backward pass, before its gradients were averaged over "
                 "workers: call it after loss.backward()"
             )
-        if not self._stepped:
-            self._ownership.check()
+        self._ownership.check(optimizer)
         # PyTorch hands over the arguments of optimizer.step, the optimizer itself the first of them.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if callable(closure):

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from abtrain.checkpoint.tensor_files import split
 from abtrain.checks import brief
+from abtrain.consistency.nested_state import cannot_be_shared
 from abtrain.engine.communicating_optimizers import communicates
+from abtrain.errors import UsageError
 from abtrain.lowrank.model_state import more_of
 from abtrain.lowrank.optimizer import PROJECTABLE, is_projectable
 from abtrain.lowrank.optimizers import Optimizers, announces_steps, parameters_of
@@ -70,10 +73,7 @@ def doubts_about_optimizers(optimizers: Optimizers, recipe: Recipe) -> list[str]
     for optimizer in optimizers.all:
         name = kept_elsewhere(optimizer)
         if name:
-            doubts.append(
-                f"{type(optimizer).__name__} keeps copies of the weights in its attribute {name!r}, outside of its "
-                "state: merges do not move them, and are undone as far as the optimizer goes back to them"
-            )
+            doubts.append(_not_moved(type(optimizer).__name__, name))
     automatic = recipe.factoring is not None and recipe.factoring.optimizer_state == "auto"
     unknown = [type(one).__name__ for one in optimizers.acting if not is_projectable(one)] if automatic else []
     if unknown:
@@ -92,6 +92,63 @@ def old_steps(optimizers: Optimizers, most: int = 0) -> str:
     return (
         f"the optimizer has stepped {steps - most:g} times already, and the recipe begins at step 0: to go on with a "
         "run of abtrain, load what ab.state_dict() gave with ab.load_state_dict()"
+    )
+
+
+def check_modes(optimizers: Optimizers) -> None:
+    """Checks that no optimizer evaluates while it is to train.
+
+    Raises:
+        UsageError: a schedule-free optimizer says so.
+    """
+    for optimizer in optimizers.all:
+        if any(group.get("train_mode") is False for group in optimizer.param_groups):
+            raise UsageError(
+                f"{type(optimizer).__name__} is in its mode of evaluation at ab.step(): call optimizer.train() "
+                "before it, and validate between ab.step() and the next training step"
+            )
+
+
+def doubts_about_state(optimizers: Optimizers, recipe: Recipe, levels: bool) -> list[str]:
+    """Returns warnings about state that shows for the first time.
+
+    Args:
+        optimizers: that have stepped.
+        recipe: of the run.
+        levels: whether the state will have to be made equal on all workers.
+
+    Raises:
+        UsageError: the recipe needs what the state does not allow.
+    """
+    doubts = []
+    for optimizer in optimizers.stateful:
+        kind, odd = type(optimizer).__name__, cannot_be_shared(optimizer.state)
+        if odd and levels:
+            raise UsageError(
+                f"{kind} keeps {odd} in its state, which cannot be made equal on all workers before recipe "
+                f"{recipe.name!r} shares gradients: use another optimizer, or rounds alone, as in local_sgd"
+            )
+        if odd:
+            doubts.append(f"{kind} keeps {odd} in its state, so that ab.state_dict() cannot be saved")
+        where = kept_elsewhere(optimizer)
+        if where and recipe.factored:
+            raise UsageError(_cannot_follow(kind, where))
+        if where:
+            doubts.append(_not_moved(kind, where))
+    return doubts
+
+
+def _not_moved(kind: str, attribute: str) -> str:
+    return (
+        f"{kind} keeps copies of the weights in its attribute {attribute!r}, outside of its state: merges do not move "
+        "them, and are undone as far as the optimizer goes back to them"
+    )
+
+
+def _cannot_follow(kind: str, attribute: str) -> str:
+    return (
+        f"{kind} keeps copies of the weights in its attribute {attribute!r}, which cannot follow weights that are "
+        "factored: use another optimizer, or a recipe without factors such as local_sgd"
     )
 
 
@@ -152,9 +209,12 @@ def _factoring_problems(optimizers: Optimizers, recipe: Recipe) -> list[str]:
                 "another optimizer, or a recipe without factors such as local_sgd"
             )
         if name:
+            problems.append(_cannot_follow(kind, name))
+        odd = _state_from_start(optimizer)
+        if odd:
             problems.append(
-                f"{kind} keeps copies of the weights in its attribute {name!r}, which cannot follow weights that are "
-                "factored: use another optimizer, or a recipe without factors such as local_sgd"
+                f"{kind} makes {odd!r} in its state when it is built, which factors would lack: use another "
+                "optimizer, or a recipe without factors such as local_sgd"
             )
     projects = recipe.factoring is not None and recipe.factoring.optimizer_state == "project"
     unknown = [type(one).__name__ for one in optimizers.acting if not is_projectable(one)] if projects else []
@@ -170,9 +230,34 @@ def _scales_rates(recipe: Recipe) -> bool:
     return recipe.lr_rebound_steps > 0 or any(phase.local_lr != 1 for phase in recipe.phases)
 
 
+def _state_from_start(optimizer: Optimizer) -> str:
+    """Names state that an optimizer has made before its first step, and that nobody else can make; empty if none."""
+    if is_projectable(optimizer) or _steps_of(optimizer):
+        return ""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items() if isinstance(parameter, Tensor) and isinstance(state, dict) else ():
+            # Copies of weights are made again.
+            if not isinstance(value, Tensor) or value.shape != parameter.shape or not torch.equal(value, parameter):
+                return str(key)
+    return ""
+
+
 def _steps_of(optimizer: Optimizer) -> float:
-    """How many steps an optimizer has made, as far as its state says; state without a count is of one at least."""
-    states: list[dict[str, Any]] = [state for state in optimizer.state.values() if isinstance(state, dict) and state]
-    counts = [state["step"] for state in states if "step" in state]
-    made = [float(count) for count in counts if isinstance(count, int | float | Tensor)]
-    return max(made, default=1.0 if states else 0.0)
+    """Returns how many steps an optimizer has made, as far as its state says; without a count, at least one."""
+    made = 0.0
+    for parameter, state in optimizer.state.items():
+        if not isinstance(parameter, Tensor) or not isinstance(state, dict):
+            continue
+        count = state.get("step")
+        if isinstance(count, int | float | Tensor):
+            made = max(made, float(count))
+        elif any(_has_moved(value, parameter) for value in state.values()):
+            made = max(made, 1.0)
+    return made
+
+
+def _has_moved(value: Any, parameter: Tensor) -> bool:
+    """Whether an item of state shows that a step was made: it is not zero, nor a copy of its weight."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or not value.any():
+        return False
+    return not torch.equal(value.to(parameter), parameter)

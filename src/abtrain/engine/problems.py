@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from abtrain.comm.communicator import Communicator
 from abtrain.engine.optimizer_problems import form_problems, optimizer_problems
@@ -17,7 +17,7 @@ from abtrain.lowrank.classify import classify
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.own import IGNORED, ignored_names
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.sync import WeightSync
+from abtrain.recipes.sync import GradientSync, WeightSync
 
 _FEW_STEPS = 100
 """Before weights are factored. Measured: docs/studies/large-batch.md, where 24 steps cost 11 points and 48 cost 4."""
@@ -106,7 +106,7 @@ def ignored_problems(model: nn.Module) -> list[str]:
     return [f"{IGNORED}: {name!r} is no parameter and no buffer: {nearest(name, names)}" for name in idle]
 
 
-def problems_here(model: nn.Module, recipe: Recipe, comm: Communicator) -> list[str]:
+def problems_here(model: nn.Module, optimizers: Optimizers, recipe: Recipe, comm: Communicator) -> list[str]:
     """Returns the problems of a model and a recipe on these workers; empty if there are none."""
     problems = []
     device = next((p.device for p in model.parameters()), comm.device)
@@ -118,6 +118,12 @@ def problems_here(model: nn.Module, recipe: Recipe, comm: Communicator) -> list[
     refused = [comm.cannot_carry(phase.sync) for phase in recipe.phases] if comm.topology.world_size > 1 else []
     problems += list(dict.fromkeys(filter(None, refused)))
     topology = comm.topology
+    shared = topology.group_size > 1 or any(isinstance(phase.sync, GradientSync) for phase in recipe.phases)
+    if topology.world_size > 1 and shared and any(isinstance(one, LBFGS) for one in optimizers.all):
+        problems.append(
+            "LBFGS calls its closure as often as each worker's own loss asks for, so that workers would average "
+            "gradients unequally often: use another optimizer, or a recipe of rounds alone with group_size=1"
+        )
     alone = [
         phase.name
         for phase in recipe.phases

@@ -34,6 +34,13 @@ from abtrain.own import own_names, shared_buffers
 
 Layout = dict[str, Tensor]
 
+
+def _by_any_key(place: str, value: Any) -> Iterator[str]:
+    """A mapping by keys of any kind: optimizers use their own."""
+    if not isinstance(value, Mapping):
+        yield f"{place} is {said(value)}, not a dict"
+
+
 _PARTS: dict[str, Check] = {
     "factored": each(text()),
     "damping": number(0, 1),
@@ -45,8 +52,9 @@ _PARTS: dict[str, Check] = {
             {
                 "kind": text(),
                 "groups": each(by_name(anything)),
+                "owned": each(each(text())),
                 "state": by_name(by_name(anything)),
-                "general": by_name(anything),
+                "general": _by_any_key,
                 "more": by_name(anything),
             }
         )

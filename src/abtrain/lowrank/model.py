@@ -56,6 +56,7 @@ class FactoredModel:
         self._full_numel = sum(parameter.numel() for parameter in model.parameters())
         self._compression = 1.0
         self._damping = 0.0
+        self._trains: TrainedFactors = "all"
 
     @property
     def projects(self) -> bool:
@@ -129,13 +130,11 @@ class FactoredModel:
         self._damping = damping
         for name, pair in factors.items():
             record = factorize_(self.model, name, pair)
-            for optimizer in self.optimizers.all:
-                (state,) = replace_(optimizer, [record.dense], [record.A, record.B])
+            for optimizer, (state,) in replace_(self.optimizers, [record.dense], [record.A, record.B]):
                 if state and self.projects_state_of(optimizer):
                     pair_of_states = project_to_factors(state, record, *seen_through(record, damping))
                     for factor, held in zip((record.A, record.B), pair_of_states, strict=True):
                         optimizer.state[factor] = held
-            self.optimizers.hand_over([record.dense], [record.A, record.B])
             self._begin_state(record.A, record.B)
             self.records[name] = record
         self._compression = self._full_numel / sum(parameter.numel() for parameter in self.parameters().values())
@@ -143,13 +142,12 @@ class FactoredModel:
     def restore(self) -> None:
         """Makes every weight W = A B again."""
         for record in reversed(self.records.values()):
-            states = [(one, replace_(one, [record.A, record.B], [record.dense])) for one in self.optimizers.all]
+            states = replace_(self.optimizers, [record.A, record.B], [record.dense])
             seen = seen_through(record, self._damping) if self.projects else None
             restore_(record)
             for optimizer, (state_A, state_B) in states:
                 if seen is not None and (state_A or state_B) and self.projects_state_of(optimizer):
                     optimizer.state[record.dense] = project_to_weight(state_A, state_B, record, *seen)
-            self.optimizers.hand_over([record.A, record.B], [record.dense])
             self._begin_state(record.dense)
         self.records = {}
 
@@ -182,9 +180,21 @@ class FactoredModel:
 
     def train_only(self, which: TrainedFactors) -> None:
         """Freezes the factors that are not trained."""
+        self._trains = which
         for record in self.records.values():
             record.A.requires_grad_(which in ("all", "A"))
             record.B.requires_grad_(which in ("all", "B"))
+
+    def keep_frozen(self) -> None:
+        """Freezes the other factors again where a loop has thawed all parameters of a module."""
+        if self._trains != "all":
+            for record in self.records.values():
+                (record.B if self._trains == "A" else record.A).requires_grad_(False)
+
+    def frozen_factors(self) -> dict[str, nn.Parameter]:
+        """Returns the factors that are to be trained and have been frozen, by the names of their weights."""
+        trained = {name: record.A if self._trains == "A" else record.B for name, record in self.records.items()}
+        return {name: factor for name, factor in trained.items() if not factor.requires_grad}
 
     def dense_state_dict(self) -> dict[str, Tensor]:
         """The state of the full-rank model: loadable into the model as the user built it."""

@@ -8,6 +8,7 @@ name here, and as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -71,20 +72,46 @@ def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
 
 def _optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter]) -> dict[str, Any]:
     groups = [
-        {key: value for key, value in settings_of(group).items() if _is_plain(value)}
+        {key: _plain(value) for key, value in settings_of(group).items() if _is_plain(value)}
         for group in optimizer.param_groups
     ]
-    state = {name: dict(optimizer.state[p]) for name, p in names.items() if p in optimizer.state}
+    known = {id(parameter): name for name, parameter in names.items()}
+    owned = [[known.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+    state = {name: optimizer.state[p] for name, p in names.items() if p in optimizer.state}
     general = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
-    more = more_of(optimizer)
-    return {"kind": type(optimizer).__name__, "groups": groups, "state": state, "general": general, "more": more}
+    return {
+        "kind": type(optimizer).__name__,
+        "groups": groups,
+        "owned": owned,
+        "state": _with_tuples_told(state),
+        "general": _with_tuples_told(general),
+        "more": _with_tuples_told(more_of(optimizer)),
+    }
+
+
+_TUPLE = "(tuple)"
+
+
+def _with_tuples_told(value: Any) -> Any:
+    """Replaces tuples, which files keep as lists, by dicts of one key."""
+    if isinstance(value, tuple):
+        return {_TUPLE: [_with_tuples_told(item) for item in value]}
+    if isinstance(value, Mapping):
+        return {key: _with_tuples_told(item) for key, item in value.items()}
+    return [_with_tuples_told(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_plain(value: Any) -> bool:
     """Whether a setting is data. A dtype or a function is what the optimizer was built with, and will be again."""
     if isinstance(value, Mapping | list | tuple):
         return all(map(_is_plain, value.values() if isinstance(value, Mapping) else value))
-    return value is None or isinstance(value, str | bool | int | float | Tensor)
+    return value is None or isinstance(value, str | bool | Real | Tensor)
+
+
+def _plain(value: Any) -> Any:
+    """A scheduler may compute rates in numbers of numpy."""
+    known = isinstance(value, bool | int | float) or not isinstance(value, Real)
+    return value if known else float(value)
 
 
 def more_of(optimizer: Optimizer) -> dict[str, Any]:
@@ -101,7 +128,7 @@ def more_of(optimizer: Optimizer) -> dict[str, Any]:
 def _load_more(optimizer: Optimizer, more: Mapping[str, Any]) -> None:
     """Hands an optimizer what `more_of` it was saved; what goes by name is loaded after this, and as it was."""
     if more:
-        optimizer.load_state_dict({**optimizer.state_dict(), **more})
+        optimizer.load_state_dict({**optimizer.state_dict(), **_with_tuples(more)})
 
 
 def _load_optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter], saved: Mapping[str, Any]) -> None:
@@ -127,10 +154,18 @@ def _copied(parameter: nn.Parameter, value: Any, moved: bool) -> Any:
     if isinstance(value, Tensor):
         return _like(parameter, value, moved)
     if isinstance(value, Mapping):
-        return {key: _copied(parameter, item, moved) for key, item in value.items()}
+        items = {key: _copied(parameter, item, moved) for key, item in value.items()}
+        return tuple(items[_TUPLE]) if items.keys() == {_TUPLE} else items
     if isinstance(value, list | tuple):
         return [_copied(parameter, item, moved) for item in value]
     return value
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        items = {key: _with_tuples(item) for key, item in value.items()}
+        return tuple(items[_TUPLE]) if items.keys() == {_TUPLE} else items
+    return [_with_tuples(item) for item in value] if isinstance(value, list) else value
 
 
 def _like(parameter: nn.Parameter, value: Tensor, moved: bool) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from abtrain.lowrank.optimizers import is_a
+from abtrain.lowrank.optimizers import Optimizers, is_a
 from abtrain.lowrank.weight import FactoredWeight
 
 State = dict[str, Any]
@@ -43,31 +43,39 @@ def is_projectable(optimizer: Optimizer) -> bool:
     return is_a(optimizer, PROJECTABLE)
 
 
-def replace_(optimizer: Optimizer, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]) -> list[State]:
-    """Puts `new` where `old[0]` stands in its param group, and takes the other `old` out.
+def replace_(
+    optimizers: Optimizers, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]
+) -> list[tuple[Optimizer, list[State]]]:
+    """Puts `new` where `old[0]` stands in its param groups, and takes the other `old` out.
 
     Returns:
-        The states that the `old` ones had, in their order (empty where there was none).
+        For each optimizer with a state of its own, the states that the `old` ones had, in their order (empty where
+        there was none).
     """
+    for group in optimizers.groups():
+        _replace_in(group, old, new)
+    optimizers.hand_over(old, new)
+    return [(one, [one.state.pop(parameter, {}) for parameter in old]) for one in optimizers.stateful]
+
+
+def _replace_in(group: dict[str, Any], old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]) -> None:
     gone = {id(parameter) for parameter in old}
-    for group in optimizer.param_groups:
-        parameters = group["params"]
-        places = [i for i, parameter in enumerate(parameters) if parameter is old[0]]
-        if places:
-            kept = [(p, i) for i, p in enumerate(parameters) if id(p) not in gone]
-            names = group.get("param_names")
-            if names is not None:
-                stem = names[places[0]].removesuffix(".A")
-                fresh = [stem] if len(new) == 1 else [f"{stem}.{letter}" for letter in "AB"]
-                before = [names[i] for _, i in kept if i < places[0]]
-                names[:] = [*before, *fresh, *(names[i] for _, i in kept if i > places[0])]
-            # In place: some optimizers keep this very list.
-            parameters[:] = [
-                *(p for p, i in kept if i < places[0]),
-                *new,
-                *(p for p, i in kept if i > places[0]),
-            ]
-    return [optimizer.state.pop(parameter, {}) for parameter in old]
+    parameters = group["params"]
+    places = [i for i, parameter in enumerate(parameters) if parameter is old[0]]
+    if places:
+        kept = [(p, i) for i, p in enumerate(parameters) if id(p) not in gone]
+        names = group.get("param_names")
+        if names is not None:
+            stem = names[places[0]].removesuffix(".A")
+            fresh = [stem] if len(new) == 1 else [f"{stem}.{letter}" for letter in "AB"]
+            before = [names[i] for _, i in kept if i < places[0]]
+            names[:] = [*before, *fresh, *(names[i] for _, i in kept if i > places[0])]
+        # In place: some optimizers keep this very list.
+        parameters[:] = [
+            *(p for p, i in kept if i < places[0]),
+            *new,
+            *(p for p, i in kept if i > places[0]),
+        ]
 
 
 def project_to_factors(state: State, record: FactoredWeight, A: Tensor, B: Tensor) -> tuple[State, State]:

@@ -66,6 +66,9 @@ def _problems(
             f"the optimizer is {said(saved['kind'])} with {len(saved['groups'])} param groups there and "
             f"{type(optimizer).__name__} with {len(optimizer.param_groups)} here"
         ]
+    unlike = _unlike_owners(model, optimizer, saved["owned"])
+    if unlike:
+        return [unlike]
     strange = [name for name in saved["state"] if name not in layout]
     if strange:
         return [f"the optimizer's state of {said(strange[0])} belongs to another phase"]
@@ -75,6 +78,25 @@ def _problems(
         lambda: _setting_problems(optimizer, saved["groups"]),
         lambda: _state_problems(model, optimizer, saved, layout),
     )
+
+
+def _unlike_owners(model: FactoredModel, optimizer: Optimizer, owned: Sequence[Sequence[str]]) -> str:
+    """Describes a param group that holds other parameters than the saved one; empty if there is none."""
+    known = {id(parameter): name for name, parameter in model.parameters().items()}
+    for place, (group, saved) in enumerate(zip(optimizer.param_groups, owned, strict=False)):
+        ours = {_of_weight(known.get(id(p), "")) for p in group["params"]}
+        theirs = {_of_weight(name) for name in saved}
+        # A group may have grown by what was added to the model since, in another state that does not fit either.
+        if ours != theirs:
+            one = sorted(ours ^ theirs)[0]
+            there, here = ("is", "is not") if one in theirs else ("is not", "is")
+            return f"{said(one)} {there} in param group {place} there, and {here} in it here: give the same groups"
+    return ""
+
+
+def _of_weight(name: str) -> str:
+    """The weight that a factor belongs to, or the parameter itself."""
+    return name.removesuffix(".A").removesuffix(".B")
 
 
 def _rate_problems(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -89,7 +111,18 @@ def _setting_problems(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]])
     for place, (group, settings) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         ours = {key: _setting(key, value) for key, value in settings_of(group).items()}
         added = {key: partial(_rate, group.get(key)) for key in SCHEDULED}
-        yield from mapping({**ours, **added}, required=ours.keys() - added.keys())(f"param group {place}", settings)
+        # Loops, and optimizers around this one, add keys of their own.
+        others: dict[str, Check] = dict.fromkeys(settings.keys() - ours.keys() - added.keys() - {*PARAMETERS}, _added)
+        known: dict[str, Check] = {**ours, **added, **others}
+        yield from mapping(known, required=ours.keys() - added.keys())(f"param group {place}", settings)
+
+
+def _added(place: str, value: Any) -> Iterator[str]:
+    """A setting that a loop has added: a number, a word, a flag, or nothing."""
+    if isinstance(value, Tensor):
+        yield from _rate(None, place, value)
+    elif not (value is None or isinstance(value, bool | str) or is_number(value)):
+        yield f"{place} is {said(value)}, which does not belong there"
 
 
 def _setting(key: str, known: Any) -> Check:

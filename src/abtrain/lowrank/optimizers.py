@@ -42,8 +42,8 @@ class Optimizers:
 
     @property
     def stateful(self) -> list[Optimizer]:
-        """Those with a state of their own: a wrapper may hand out that of the optimizer inside it."""
-        return list({id(optimizer.state): optimizer for optimizer in reversed(self.all)}.values())[::-1]
+        """Those with a state of their own; of a wrapper that hands out the state of the one inside, the inner one."""
+        return list({id(optimizer.state): optimizer for optimizer in self.all}.values())
 
     @property
     def kinds(self) -> list[str]:

@@ -19,7 +19,8 @@ from abtrain.errors import RanksDisagreeError
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.model import FactoredModel
 from abtrain.merging.buffers import averaged_buffers, settled
-from abtrain.own import shared_buffers, shared_parameters
+from abtrain.merging.copies import WeightCopies
+from abtrain.own import IGNORED, shared_buffers, shared_parameters
 
 log = logging.getLogger("abtrain")
 
@@ -31,6 +32,7 @@ class SharedState:
         model: with its optimizer.
         treatments: what becomes of each parameter.
         comm: of this worker.
+        copies: of the weights that optimizers keep.
         average_buffers: globs of buffers that are averaged beside running statistics.
         same_settings: whether the optimizers' settings have to be equal at merges.
     """
@@ -40,9 +42,11 @@ class SharedState:
         model: FactoredModel,
         treatments: Sequence[Treatment],
         comm: Communicator,
+        copies: WeightCopies,
         average_buffers: Sequence[str] = (),
         same_settings: bool = True,
     ) -> None:
+        self._copies = copies
         self._frozen_sums: dict[str, int] = {}
         self._average_buffers, self._same_settings = tuple(average_buffers), same_settings
         self._model = model
@@ -118,9 +122,15 @@ class SharedState:
         """
         shapes = layouts_of(self.parameters() | self.buffers())
         sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
-        changed = {name: f"changed ({total:x})" for name, total in sums.items() if total != self._frozen_sums.get(name)}
+        changed = {
+            name: f"frozen and changed ({total:x}): list what a model moves itself in {IGNORED}, or make it a buffer,"
+            for name, total in sums.items()
+            if total != self._frozen_sums.get(name)
+        }
         place: dict[str, int | Mapping[str, str]] = {"step": step, "phase": phase, "shapes": shapes, **more}
         place["frozen"] = changed
+        if self._copies.names:
+            place["copies"] = {"state that is a copy of weights": self._copies.names}
         if self._same_settings:
             settings = optimizer_settings(self._model.optimizers, self._model.parameters(), HYPERPARAMETERS)
             place["settings"] = dict(leaves("param_groups", settings))
