@@ -134,7 +134,7 @@ def check_loaded(comm: Communicator, recipe: Recipe, state: Mapping[str, Any], *
 
     Args:
         comm: of this worker.
-        recipe: with the lengths that were decided before the state was saved.
+        recipe: of the run.
         state: of this worker, from `ABTraining.state_dict`.
         more: what else has to be alike.
 
