@@ -139,13 +139,12 @@ def check_loaded(comm: Communicator, recipe: Recipe, state: Mapping[str, Any], *
         more: what else has to be alike.
 
     Raises:
-        RanksDisagreeError: on all ranks, if steps, phases, recipes or merges under way differ.
+        RanksDisagreeError: on all ranks, if steps, phases or merges under way differ.
     """
     step = int(state["step"])
     place = {
         "step": step,
         "phase": recipe.at(step).phase.name if step < recipe.total_steps else "none, the recipe has ended",
-        "recipe": recipe,
         "workers_equal": bool(state["workers_equal"]),
         "merges_since_step": [merge["step"] for merge in state["rounds"]["under_way"]],
         **more,
