@@ -102,9 +102,9 @@ ab_local = preset(
     Outer momentum pays after many rounds, and where workers' changes agree; early in the training of a transformer
     they do not. Means of short rounds in 1.8 bits cost as much payload as outer merges of long ones in more bits.
 
-    It takes the options of `ab_outer` except those of the outer optimizer. Steps between merges are longer, since a
-    small batch alone has more noise to divide by: `local_lr` suits four groups, and optimizers that divide by the noise
-    of gradients, as Adam does.
+    It takes the options of `ab_outer` except those of the outer optimizer. `local_lr` lengthens the steps between
+    merges, because a small batch alone has more noise to divide by. Its default suits four groups, and optimizers that
+    divide by the noise of gradients, as Adam does.
     """,
     fixed={"outer_lr": 1.0, "outer_momentum": 0.0},
     every=6,

@@ -34,12 +34,12 @@ WARMUP_SHARE = 0.2
 def preset(
     recipe: Callable[..., Recipe], name: str, about: str, fixed: Mapping[str, object], **defaults: object
 ) -> Callable[..., Recipe]:
-    """A named recipe that builds another one with some options fixed and other defaults.
+    """A recipe function that calls another one with some options fixed and with other defaults.
 
     Its signature shows its own defaults, and leaves out the fixed options.
 
     Args:
-        recipe: builds the recipe; its second parameter, `name`, is what the result is called.
+        recipe: builds the recipe, in the module of the preset; its second parameter, `name`, names the result.
         name: of the preset.
         about: its docstring; the first sentence is the listing's.
         fixed: values of the options that the preset does not take, by name.
@@ -53,7 +53,7 @@ def preset(
     hidden = {"name", *fixed}
     kept = [one for one in signature.parameters.values() if one.name not in hidden]
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = about
+    build.__module__, build.__doc__ = recipe.__module__, about
     shown = signature.replace(parameters=[one.replace(default=defaults.get(one.name, one.default)) for one in kept])
     build.__signature__ = shown  # type: ignore[attr-defined]  # inspect.signature reads it, the stubs do not say so
     return build
