@@ -21,7 +21,7 @@ from pathlib import Path
 from lines import BENCHMARKS
 from records import FOLDER, Record, keep, recorded
 
-KEPT = ("top1", "loss", "payload_ratio", "payload_bytes", "compression", "seconds", "decisions", "weights_digest")
+KEPT = ("top1", "loss", "payload_ratio", "payload_bytes", "compression", "seconds", "weights_digest")
 
 
 def main() -> None:

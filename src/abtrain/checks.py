@@ -53,11 +53,6 @@ def number(low: float = -math.inf, high: float = math.inf) -> Check:
     return _one(lambda value: is_number(value) and low <= value <= high, f"a finite number{range_}")
 
 
-def any_number() -> Check:
-    """NaN and infinity included."""
-    return _one(lambda value: isinstance(value, float) or is_number(value), "a number")
-
-
 def text() -> Check:
     return _one(lambda value: isinstance(value, str), "a string")
 

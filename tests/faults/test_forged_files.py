@@ -193,7 +193,6 @@ STATES: dict[str, list[Any]] = {
     "merger/residuals": [{}, 3, {"0.bias": torch.ones(3)}],
     "merger/anchors": [3, {"0.bias": torch.ones(3)}, {}],
     "model/buffers/1.running_mean": [..., 3, torch.ones(3)],
-    "decisions": [3, [{"step": HUGE}], [{}]],
     "rebound": [{}, {"length": "4", "done": 1}],
     "rounds": [{}, {"under_way": 1, "dropped": [3]}],
     "version": [3, ...],

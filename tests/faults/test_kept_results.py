@@ -172,7 +172,7 @@ def test_a_field_that_recipes_have_in_another_version(task: Task) -> None:
     record = task.folder / "request.json"
     content = json.loads(record.read_text())
     content["recipe"]["cycle"][0]["grafting"] = None
-    del content["recipe"]["cycle"][0]["until"]
+    del content["recipe"]["cycle"][0]["local_lr"]
     record.write_text(json.dumps(content))
     assert task.done
     content["recipe"]["cycle"][0]["steps"] += 1

@@ -134,18 +134,17 @@ def check_loaded(comm: Communicator, recipe: Recipe, state: Mapping[str, Any], *
 
     Args:
         comm: of this worker.
-        recipe: with the lengths that were decided before the state was saved.
+        recipe: of the run.
         state: of this worker, from `ABTraining.state_dict`.
         more: what else has to be alike.
 
     Raises:
-        RanksDisagreeError: on all ranks, if steps, phases, recipes or merges under way differ.
+        RanksDisagreeError: on all ranks, if steps, phases or merges under way differ.
     """
     step = int(state["step"])
     place = {
         "step": step,
         "phase": recipe.at(step).phase.name if step < recipe.total_steps else "none, the recipe has ended",
-        "recipe": recipe,
         "workers_equal": bool(state["workers_equal"]),
         "merges_since_step": [merge["step"] for merge in state["rounds"]["under_way"]],
         **more,

@@ -9,7 +9,7 @@ The loop of every recipe:
         optimizer.step                     learning rates times the phase's, and the LR rebound's
         ab.step():
             if position.merges:            merge factors, dense parameters and buffers over the world, now or
-                                           hidden behind the next steps; decide whether the phase ends
+                                           hidden behind the next steps
             if the next step is another phase:
                 restore or factorize       the parameters change shape, the optimizer's with them
                 start the LR rebound       if they did
@@ -43,8 +43,7 @@ from abtrain.engine.optimizer_hooks import Coming, StepHooks
 from abtrain.engine.optimizer_problems import check_modes, doubts_about_optimizers, doubts_about_state, old_steps
 from abtrain.engine.phase_change import Arrangement
 from abtrain.engine.problems import buffer_problems, doubts_about, ignored_problems, problems_here, problems_of
-from abtrain.engine.saved_state import VERSION, Parts, alike, decided, recipe_fingerprint
-from abtrain.engine.spectrum_watch import Switch
+from abtrain.engine.saved_state import VERSION, Parts, alike, recipe_fingerprint
 from abtrain.engine.state_parts import Run
 from abtrain.engine.state_problems import state_problem
 from abtrain.engine.unfinished import forget, watch
@@ -104,8 +103,7 @@ class ABTraining:
 
     Attributes:
         optimizers: as given; `optimizer` is the first.
-        recipe: as given, or with the lengths that were decided by measurement.
-        decisions: what was decided at which step, from which measure.
+        recipe: as given.
         dropped_parts: of merges that left workers' parts out, the step and their ranks (`on_nonfinite="drop_worker"`).
         skipped_steps: indexes of the steps that were left out for their gradients (`on_nonfinite="skip"`).
         rank_history: of every factoring, the step, k of each weight, and why others stay dense.
@@ -135,10 +133,9 @@ class ABTraining:
     ) -> None:
         comm = _checked(model, optimizer, recipe, communicator, group_size, on_nonfinite, average_buffers)
         self.module = model
-        self.recipe = self._given_recipe = recipe
+        self.recipe = recipe
         self.communicator = comm
         self.steps_done = comm.meter.step = 0
-        self.decisions: list[dict[str, Any]] = []
         self._grad_scaler = grad_scaler
         optimizers = Optimizers(optimizer)
         self.optimizers, self.optimizer = optimizers.given, optimizers.given[0]
@@ -154,7 +151,6 @@ class ABTraining:
         if measure_divergence and comm.topology.world_size > 1:
             self._merger.observer = self._divergence.observe
         self._rounds = Rounds(self._state, self._merger, comm)
-        self._switch = Switch(comm, recipe)
         self._forwards = 0
         self._shows_average = False
         self._closed = False
@@ -200,7 +196,6 @@ class ABTraining:
             comm,
             self._merger,
             self._rounds,
-            self._switch,
             self._rebound,
             find_unused_parameters,
             same_settings,
@@ -345,7 +340,7 @@ class ABTraining:
         upcoming = self.recipe.at(self.steps_done) if self.steps_done < self.recipe.total_steps else None
         self._workers_equal = isinstance(position.phase.sync, GradientSync)
         if isinstance(position.phase.sync, WeightSync):
-            upcoming = self._sync_weights(position, upcoming, loss.item() if isinstance(loss, Tensor) else loss)
+            self._sync_weights(position, upcoming, loss.item() if isinstance(loss, Tensor) else loss)
         if position.phase.sync is not None and (upcoming is None or upcoming.first):
             where = f"step {self.steps_done}, end of phase {position.phase.name}"
             check_replicas(self.communicator, self._state.replicated(), "world", where, self._state.buffers())
@@ -493,9 +488,8 @@ class ABTraining:
         self._saved_step = self.steps_done
         return {
             "version": VERSION,
-            "recipe": recipe_fingerprint(self._given_recipe),
+            "recipe": recipe_fingerprint(self.recipe),
             "step": self.steps_done,
-            "decisions": list(self.decisions),
             "workers_equal": self._workers_equal,
             "round_began": self._hooks.round_began,
             "skipped_steps": list(self.skipped_steps),
@@ -521,25 +515,23 @@ class ABTraining:
         if self._closed:
             raise UsageError(self._ended())
         comm = self.communicator
-        run = Run(self._given_recipe, self._model, self._treatments, comm.topology, comm.rank, self._grad_scaler)
+        run = Run(self.recipe, self._model, self._treatments, comm.topology, comm.rank, self._grad_scaler)
         raise_together(comm, state_problem(state, run))
-        recipe = decided(self._given_recipe, state)
-        position = recipe.at(state["step"]) if state["step"] < recipe.total_steps else None
-        check_loaded(comm, recipe, state, **alike(state, position))
+        position = self.recipe.at(state["step"]) if state["step"] < self.recipe.total_steps else None
+        check_loaded(comm, self.recipe, state, **alike(state, position))
         with as_checkpoint_error(
             "the state could not be applied, and the model must not be trained now: build model, optimizer and "
             "ABTraining again, and load another checkpoint"
         ):
-            self._go_on(state, recipe, position)
+            self._go_on(state, position)
 
-    def _go_on(self, state: Mapping[str, Any], recipe: Recipe, position: Position | None) -> None:
+    def _go_on(self, state: Mapping[str, Any], position: Position | None) -> None:
         """Makes everything what it was; the state fits, and so do those of the other workers."""
         comm = self.communicator
         self._arrangement.unwrap()
         comm.begin_run()
-        self.recipe, self.steps_done, self._position = recipe, state["step"], position
+        self.steps_done, self._position = state["step"], position
         comm.meter.step, comm.meter.phase = self.steps_done, state["meter"]["phase"]
-        self.decisions = list(state["decisions"])
         self._workers_equal, self._hooks.round_began = state["workers_equal"], state["round_began"]
         self._hooks.guard.skipped = list(state["skipped_steps"])
         self._hooks.goes_on()
@@ -576,7 +568,6 @@ class ABTraining:
             self._model,
             self._merger,
             self._rounds,
-            self._switch,
             self._rebound,
             self._hooks.preconditioner,
             self._copies,
@@ -617,43 +608,22 @@ class ABTraining:
         self._hooks.close()
         self._position, self._closed = None, True
 
-    def _sync_weights(self, position: Position, upcoming: Position | None, loss: float | None) -> Position | None:
-        """What a phase of rounds does after a step; where the next step stands then."""
+    def _sync_weights(self, position: Position, upcoming: Position | None, loss: float | None) -> None:
+        """Merges after a step of a phase of rounds, and prepares for what the next step trains."""
         phase = position.phase
         with self._copies.following():
             self._workers_equal = self._rounds.step(position, self.steps_done, loss, self._trained_by(position))
         layers = self._divergence.take()
         if layers is not None:
             self.divergence.append({"step": self.steps_done, "phase": phase.name, "layers": layers})
-        if self._workers_equal:
-            self._switch.observe(self._model.matrices, self.recipe, upcoming, phase.weights == "factored")
-            if phase.weights == "full":
-                upcoming = self._decide(position) or upcoming
         if upcoming is None:
-            return None
+            return
         if upcoming.first and isinstance(upcoming.phase.sync, GradientSync):
             self._arrangement.level(position)
             if self._grad_scaler is not None:
                 level_grad_scaler(self._grad_scaler, self.communicator)
         if phase.trains == "a_then_b" and upcoming.turn != position.turn and not upcoming.first:
             self._arrangement.train(upcoming)
-        return upcoming
-
-    def _decide(self, position: Position) -> Position | None:
-        """If what was measured ends the phase here: where the next step stands, in the recipe as it is from now on."""
-        until, outcome = position.phase.until, self._rounds.outcome
-        if until is None or position.last or outcome is None:
-            return None
-        ended, value = self._switch.ends(until, outcome.agreement)
-        if not ended:
-            return None
-        self.recipe = self.recipe.cut_after(position)
-        self.decisions.append(
-            {"step": self.steps_done, "ended": position.phase.name, "measure": until.measure, "value": value}
-        )
-        if self.communicator.rank == 0:
-            log.info("step %d: %s is %.3g: phase %s ends", self.steps_done, until.measure, value, position.phase.name)
-        return self.recipe.at(self.steps_done)
 
     def _trained_by(self, position: Position) -> dict[str, list[bool]]:
         """By the name of a factor, for each worker whether it trains it here; empty where all train all."""

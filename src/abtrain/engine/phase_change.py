@@ -13,7 +13,6 @@ from abtrain.consistency.factors import agree_on_factors
 from abtrain.consistency.optimizers import level_optimizers
 from abtrain.consistency.settings import HYPERPARAMETERS, check_phase
 from abtrain.engine.lr_rebound import LRRebound
-from abtrain.engine.spectrum_watch import Switch
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.model import FactoredModel
 from abtrain.merging.merger import Merger
@@ -34,7 +33,6 @@ class Arrangement:
         comm: of this worker.
         merger: whose anchors and momentum follow the form of the weights.
         rounds: which begin with a phase that merges.
-        switch: tells which spectra have settled.
         rebound: climbs after a change of shapes.
         find_unused_parameters: as in DDP.
         same_settings: whether the optimizers' settings have to be equal on all workers.
@@ -53,7 +51,6 @@ class Arrangement:
         comm: Communicator,
         merger: Merger,
         rounds: Rounds,
-        switch: Switch,
         rebound: LRRebound,
         find_unused_parameters: bool,
         same_settings: bool,
@@ -63,7 +60,7 @@ class Arrangement:
         self.dense_this_cycle: dict[str, str] = {}
         self.seconds = {"svd": 0.0}
         self._model, self._treatments, self._comm = model, treatments, comm
-        self._merger, self._rounds, self._switch, self._rebound = merger, rounds, switch, rebound
+        self._merger, self._rounds, self._rebound = merger, rounds, rebound
         self._find_unused_parameters, self._same_settings = find_unused_parameters, same_settings
 
     def enter(self, position: Position, recipe: Recipe) -> None:
@@ -86,7 +83,6 @@ class Arrangement:
             self._merger.to_factors(self._model.records.values(), momentum=self._model.projects)
         if reshaped:
             self._make_alike(restored)
-            self._switch.restored(lambda: self._model.matrices(restored))
             self._rebound.start(recipe.lr_rebound_steps)
         if isinstance(phase.sync, WeightSync):
             self._rounds.begin()
@@ -162,17 +158,11 @@ class Arrangement:
     def _factorize(self, position: Position, recipe: Recipe) -> None:
         assert recipe.factoring is not None
         start, waited = time.perf_counter(), self._comm.meter.sync_seconds
-        matrices, unsettled = self._model.matrices(), {}
-        if recipe.factoring.settled:
-            unsettled = self._switch.unsettled(list(matrices), recipe.factoring.settled)
-        settled = {name: W for name, W in matrices.items() if name not in unsettled}
-        agreed = agree_on_factors(self._comm, settled, recipe.factoring)
+        agreed = agree_on_factors(self._comm, self._model.matrices(), recipe.factoring)
         waited = self._comm.meter.sync_seconds - waited
         self.seconds["svd"] += time.perf_counter() - start - waited
         self._model.factorize(agreed.factors, position.phase.damping)
-        self.dense_this_cycle = unsettled | agreed.dense
-        for name, why in unsettled.items() if self._comm.rank == 0 else ():
-            log.info("step %d: %s stays dense: %s", position.step, name, why)
+        self.dense_this_cycle = agreed.dense
         ranks = {name: pair.k for name, pair in agreed.factors.items()}
         entry = {"cycle": position.cycle, "step": position.step, "ranks": ranks, "dense": dict(self.dense_this_cycle)}
         self.rank_history.append(entry)

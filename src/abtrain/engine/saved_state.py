@@ -17,7 +17,6 @@ from abtrain.comm.meter import Meter
 from abtrain.consistency.saved_marks import marked
 from abtrain.consistency.settings import HYPERPARAMETERS, chosen
 from abtrain.engine.lr_rebound import LRRebound
-from abtrain.engine.spectrum_watch import Switch
 from abtrain.errors import CheckpointError, UsageError
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.model_state import load_model_state, model_state
@@ -29,7 +28,7 @@ from abtrain.merging.rounds import Rounds, TrainedBy
 from abtrain.recipes.recipe import Position, Recipe
 from abtrain.recipes.sync import WeightSync
 
-VERSION = 5
+VERSION = 6
 """Of the content of `ABTraining.state_dict`: other content, another number."""
 
 
@@ -40,7 +39,6 @@ class Parts:
     model: FactoredModel
     merger: Merger
     rounds: Rounds
-    switch: Switch
     rebound: LRRebound
     preconditioner: Preconditioner
     copies: WeightCopies
@@ -58,7 +56,6 @@ class Parts:
             "model": model | marked("weights", model["weights"], equal),
             "merger": self.merger.state_dict(),
             "rounds": self.rounds.state_dict(),
-            "switch": self.switch.state_dict(),
             "rebound": self.rebound.state_dict(),
             "preconditioner": self.preconditioner.state_dict(),
             "copies": self.copies.state_dict(),
@@ -83,7 +80,6 @@ class Parts:
         load_model_state(self.model, state["model"])
         self.merger.load_state_dict(state["merger"], device)
         self.rounds.load_state_dict(state["rounds"], at, trained_by, device)
-        self.switch.load_state_dict(state["switch"])
         self.rebound.load_state_dict(state["rebound"])
         self.preconditioner.load_state_dict(state["preconditioner"], device)
         self.copies.load_state_dict(state["copies"])
@@ -112,13 +108,6 @@ def run_problem(state: Any, recipe: Recipe) -> str:
         f"the checkpoint is of another recipe than {recipe.name!r} of {recipe.total_steps} steps (fingerprint "
         f"{said(other)}, not {wanted[:12]!r}): build the recipe with the same settings, or start a new run"
     )
-
-
-def decided(recipe: Recipe, state: Mapping[str, Any]) -> Recipe:
-    """The recipe with the lengths that were decided by measurement before the state was saved."""
-    for decision in state["decisions"]:
-        recipe = recipe.cut_after(recipe.at(decision["step"] - 1))
-    return recipe
 
 
 def alike(state: Mapping[str, Any], position: Position | None) -> dict[str, object]:
@@ -164,7 +153,7 @@ def resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> d
     Args:
         states: of all former workers, at the same step.
         rank: of the worker, now.
-        recipe: of the run, as it was given.
+        recipe: of the run.
 
     Raises:
         CheckpointError: a state is malformed; the same on all workers, since each looks at all states.
@@ -181,8 +170,6 @@ def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> 
         raise CheckpointError(problem)
     residuals = [other["merger"]["residuals"] for other in states]
     owed = {name: torch.stack([held[name] for held in residuals]).mean(0) for name in residuals[0]}
-    # The first worker alone measures.
-    measured = states[0]["switch"] if rank == 0 else {"spectra": {}, "drift": {}, "sizes": {}}
     merged = {
         name: _merged(name, [other["model"]["buffers"][name] for other in states])
         for name in states[0]["model"]["buffers"]
@@ -190,9 +177,9 @@ def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> 
     own: dict[str, Any] = {}
     # All, since a state that is malformed is to be found by all workers, and not only by those who take it over.
     for former, state in enumerate(states):
-        taken = {**state, "merger": {**state["merger"], "residuals": owed}, "switch": measured}
+        taken = {**state, "merger": {**state["merger"], "residuals": owed}}
         if not state["workers_equal"] or state["rounds"]["under_way"]:
-            taken |= _at_last_merge(state, merged, decided(recipe, state))
+            taken |= _at_last_merge(state, merged, recipe)
         if former == rank % len(states):
             own = taken
     return own

@@ -16,7 +16,6 @@ from abtrain.checks import (
     POSITIVE,
     Check,
     also,
-    any_number,
     anything,
     by_name,
     each,
@@ -33,10 +32,8 @@ from abtrain.checks import (
 )
 from abtrain.comm.checksums import LIMIT
 from abtrain.comm.topology import Topology
-from abtrain.engine.saved_state import decided
 from abtrain.lowrank.classify import UNSHARED, Treatment
 from abtrain.lowrank.fit import Layout, dense_layout, state_layout
-from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.model import FactoredModel
 from abtrain.merging.merger import wide
 from abtrain.merging.roles import trained_by, trained_factors
@@ -57,7 +54,7 @@ class Run(NamedTuple):
     """A run that is about to go on from a state.
 
     Attributes:
-        recipe: as it was given.
+        recipe: of the run.
         model: with its optimizer, in any form.
         treatments: what becomes of each parameter.
         topology: of the workers.
@@ -78,7 +75,7 @@ class Place:
 
     Args:
         run: that goes on.
-        state: whose decisions, step and model are known to be right.
+        state: whose step and model are known to be right.
 
     Attributes:
         position: of the step that comes next; at the recipe's end, of the last.
@@ -89,7 +86,7 @@ class Place:
 
     def __init__(self, run: Run, state: Mapping[str, Any]) -> None:
         self.run, self.state, self.step = run, state, state["step"]
-        self.recipe, self.position = position_of(run.recipe, state)
+        self.recipe, self.position = run.recipe, position_of(run.recipe, state)
         self.ended = self.step == self.recipe.total_steps
         layout = state_layout(run.model, state["model"])
         self.factors = [f"{name}.{letter}" for name in state["model"]["factored"] for letter in "AB"]
@@ -107,10 +104,9 @@ class Place:
         return sync if isinstance(sync, WeightSync) else None
 
 
-def position_of(recipe: Recipe, state: Mapping[str, Any]) -> tuple[Recipe, Position]:
-    """The recipe as it was decided, and where the next step stands in it; at its end, the last."""
-    recipe = decided(recipe, state)
-    return recipe, recipe.at(min(state["step"], recipe.total_steps - 1))
+def position_of(recipe: Recipe, state: Mapping[str, Any]) -> Position:
+    """Where the next step stands in the recipe; at the recipe's end, the last step."""
+    return recipe.at(min(state["step"], recipe.total_steps - 1))
 
 
 def _workers_equal(at: Place) -> Check:
@@ -166,7 +162,6 @@ def _rounds(at: Place) -> Check:
     return mapping(
         {
             "losses": tensor((None,), torch.float64),
-            "outcome": maybe(row(maybe(any_number()), _RANKS)),
             "dropped": each(mapping({"step": whole(0, at.step), "ranks": _RANKS})),
             "under_way": also(each(partial(_under_way, at)), _in_order, "in the order in which merges began"),
         }
@@ -199,21 +194,6 @@ def _under_way(at: Place, place: str, entry: Any) -> Iterator[str]:
             "started": mapping({name: like(held) for name, held in (parameters | buffers).items()}),
         }
     )(place, entry)
-
-
-def _switch(at: Place) -> Check:
-    dense = dense_layout(at.run.model)
-    shapes = {name: MatrixShape(dense[name].shape) for name in at.run.model.names}
-    parts = {
-        "spectra": mapping({name: tensor((shape.n,), torch.float32) for name, shape in shapes.items()}, required=()),
-        "drift": mapping(dict.fromkeys(shapes, tensor((), torch.float64)), required=()),
-        "sizes": mapping({name: whole(s.m * s.n, s.m * s.n) for name, s in shapes.items()}, required=()),
-    }
-    return also(
-        mapping(parts),
-        lambda value: value["drift"].keys() == value["sizes"].keys() <= value["spectra"].keys(),
-        "of the same weights in drift, sizes and spectra",
-    )
 
 
 def _rebound(at: Place) -> Check:
@@ -272,7 +252,7 @@ _FACTORING = mapping(
 )
 PARTS: Mapping[str, Callable[[Place], Check]] = {
     # These have passed before it is known what the others have to fit.
-    **dict.fromkeys(("version", "recipe", "decisions", "step", "model"), lambda at: anything),
+    **dict.fromkeys(("version", "recipe", "step", "model"), lambda at: anything),
     "round_began": lambda at: _FLAG,
     "skipped_steps": lambda at: each(whole(0, at.step - 1)),
     "rank_history": lambda at: each(_FACTORING),
@@ -282,7 +262,6 @@ PARTS: Mapping[str, Callable[[Place], Check]] = {
     "merger": _merger,
     "rounds": _rounds,
     "workers_equal": _workers_equal,
-    "switch": _switch,
     "rebound": _rebound,
     "preconditioner": _preconditioner,
     "copies": _copies,

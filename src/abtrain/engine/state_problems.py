@@ -14,19 +14,13 @@ from abtrain.checks import (
     anything,
     blames_data,
     brief,
-    each,
     first_problems,
     mapping,
-    number,
-    said,
-    text,
     whole,
 )
 from abtrain.engine.saved_state import run_problem
 from abtrain.engine.state_parts import PARTS, Place, Run, position_of
 from abtrain.lowrank.fit import MODEL_STATE, model_problems
-from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.sync import MOST
 
 
 def state_problem(state: Any, run: Run) -> str:
@@ -44,15 +38,13 @@ def _problem(state: Mapping[str, Any], run: Run) -> str:
     # Each stage relies on what those before it have found to be right.
     problems = first_problems(
         lambda: mapping(dict.fromkeys(PARTS, anything))("the state", state),
-        lambda: _DECISIONS("decisions", state["decisions"]),
-        lambda: _decision_problems(state["decisions"], run.recipe),
-        lambda: whole(_decided_until(state), run.recipe.total_steps)("step", state["step"]),
+        lambda: whole(0, run.recipe.total_steps)("step", state["step"]),
         lambda: MODEL_STATE("model", state["model"]),
     )
     if problems:
         return _damaged(problems)
-    _, position = position_of(run.recipe, state)
-    unfit = model_problems(run.model, state["model"], position.phase.weights == "factored")
+    factored = position_of(run.recipe, state).phase.weights == "factored"
+    unfit = model_problems(run.model, state["model"], factored)
     if unfit:
         return (
             f"the checkpoint does not fit: {'; '.join(unfit)}. Build the model and the optimizer that it was saved "
@@ -72,28 +64,3 @@ def _damaged(problems: Sequence[str]) -> str:
 
 def _part_problems(part: str, place: Place) -> Iterator[str]:
     return PARTS[part](place)(part, place.state[part])
-
-
-_DECISIONS = each(mapping({"step": whole(1, MOST), "ended": text(), "measure": text(), "value": number()}))
-
-
-def _decision_problems(decisions: Sequence[Mapping[str, Any]], recipe: Recipe) -> Iterator[str]:
-    before = 0
-    for one in decisions:
-        step = one["step"]
-        position = recipe.at(step - 1) if before < step < recipe.total_steps else None
-        until = None if position is None or position.last or not position.merges else position.phase.until
-        if (
-            position is None
-            or until is None
-            or (one["ended"], one["measure"]) != (position.phase.name, until.measure)
-            or not one["value"] < until.below
-        ):
-            yield f"decisions has one of step {said(step)}, at which this recipe leaves nothing to decide that way"
-            return
-        recipe, before = recipe.cut_after(position), step
-
-
-def _decided_until(state: Mapping[str, Any]) -> int:
-    """The first step at which all that a state says was decided can have been."""
-    return max((int(one["step"]) for one in state["decisions"]), default=0)

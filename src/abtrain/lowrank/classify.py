@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -81,19 +81,7 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
             if not reason:
                 kind, reason = "factored", _how_factored(model, name, parameter)
         treatments.append(Treatment(name, tuple(parameter.shape), kind, reason))
-    return treatments if factoring is None else _without_small(treatments, factoring.min_share)
-
-
-def _without_small(treatments: list[Treatment], min_share: float) -> list[Treatment]:
-    """Leaves weights dense that are less than a share of all that would be factored."""
-    total = sum(t.numel for t in treatments if t.kind == "factored")
-
-    def reconsidered(t: Treatment) -> Treatment:
-        if t.kind != "factored" or t.numel >= min_share * total:
-            return t
-        return replace(t, kind="averaged", reason=f"{t.numel / total:.2%} of all such weights, below {min_share=}")
-
-    return [reconsidered(t) for t in treatments]
+    return treatments
 
 
 def _why_dense(model: nn.Module, name: str, parameter: nn.Parameter, factoring: Factoring) -> str:

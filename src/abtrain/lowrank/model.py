@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -110,13 +110,9 @@ class FactoredModel:
                 trained[name] = self.model.get_parameter(name)
         return trained
 
-    def matrices(self, among: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """The weights that may be factored and are dense at present, as (m, n) matrices, without gradients.
-
-        Args:
-            among: of these alone.
-        """
-        dense = [name for name in (self.names if among is None else among) if name not in self.records]
+    def matrices(self) -> dict[str, Tensor]:
+        """The weights that may be factored and are dense at present, as (m, n) matrices, without gradients."""
+        dense = [name for name in self.names if name not in self.records]
         weights = {name: self.model.get_parameter(name).detach() for name in dense}
         return {name: MatrixShape(weight.shape).to_matrix(weight) for name, weight in weights.items()}
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,6 @@ from abtrain.failpoints import fail_at
 from abtrain.lowrank.tangent import to_factors, to_weight
 from abtrain.lowrank.weight import FactoredWeight
 from abtrain.merging.buffers import Buffers, Compared, is_finite, settled
-from abtrain.merging.sketch import agreement_in, sketch_of
 from abtrain.merging.wires import make_wire
 from abtrain.merging.wires.direct import Averages, Wire
 from abtrain.merging.wires.low_rank import LowRankWire
@@ -47,20 +46,7 @@ _SUBTRACTED = frozenset(
     | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 )
 """Dtypes in which what was added meanwhile can be told; a tensor of another one that changed meanwhile stays."""
-_SKETCH = "what workers agree on"
 Observer = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]], None]
-
-
-class Outcome(NamedTuple):
-    """What came of a merge, alike on all workers.
-
-    Attributes:
-        agreement: the mean cosine between what any two workers changed, weighted by how much; None if nobody asked.
-        dropped: ranks of the workers whose part was left out.
-    """
-
-    agreement: float | None
-    dropped: tuple[int, ...]
 
 
 class Merger:
@@ -131,8 +117,7 @@ class Merger:
         place: Place | None = None,
         averaged: Collection[str] = (),
         current: Callable[[], Mapping[str, Tensor]] | None = None,
-        measure: bool = False,
-    ) -> Stages[Outcome]:
+    ) -> Stages[tuple[int, ...]]:
         """Merges, in stages: what changed is read now, and the outcome written, in place, at the end.
 
         Nothing of the merger itself changes before that: a merge that is begun again from the same `started` comes to
@@ -152,7 +137,9 @@ class Merger:
             place: what has to be alike on all workers that merge, such as `step`.
             current: gives the buffers as they are when the merge ends.
             averaged: names of the buffers that are averaged where they differ; the others follow one worker.
-            measure: whether the outcome is to tell how far workers agree; by 16 KiB more.
+
+        Returns:
+            Ranks of the workers whose part was left out, the same on all workers.
 
         Raises:
             RanksDisagreeError: it is not. On all workers.
@@ -178,19 +165,17 @@ class Merger:
         share(self._comm, list(followed.values()), [alive.index(True)] * len(followed))
         floats = [name for name in compared.differing if name not in followed]
         numbers = self._contribution(sync.merge, deltas, alive, trained_by, parts)
-        beside = [started[name] for name in floats] + ([sketch_of(deltas)] if measure else [])
         averages, means = yield from together(
             self.wire(sync.wire).average(numbers, self._comm),
-            average_exactly(self._equal_parts(beside, alive), self._comm),
+            average_exactly(self._equal_parts([started[name] for name in floats], alive), self._comm),
         )
-        _check_finite(averages.mean | dict(zip([*floats, *([_SKETCH] if measure else [])], means, strict=True)))
+        _check_finite(averages.mean | dict(zip(floats, means, strict=True)))
         if self.observer is not None and all(alive):
             self.observer(deltas, averages.mean, self.anchors)
         # What was trained meanwhile began from there; said before the anchors move on.
         base = (
             held if at_once else {**started, **{name: self.eager(sync.merge, name, started[name]) for name in tensors}}
         )
-        agreement = agreement_in(means.pop(), sum(alive)) if measure else None
         merged = {name: settled(name, mean) for name, mean in zip(floats, means, strict=True)} | followed
         self._buffers.merged(merged)
         outcome = self._arrive(sync.merge, averages) | merged
@@ -201,7 +186,7 @@ class Merger:
                 continue
             # A worker without a share has nothing finite to keep.
             held[name].copy_(_moved(value, held[name], base[name]) if alive[self._comm.rank] else value)
-        return Outcome(agreement, tuple(rank for rank, is_well in enumerate(alive) if not is_well))
+        return tuple(rank for rank, is_well in enumerate(alive) if not is_well)
 
     def eager(self, rule: Any, name: str, started: Tensor) -> Tensor:
         """What a worker trains on from while its merge is hidden, given what it held when that began."""

@@ -16,7 +16,7 @@ from abtrain.comm.stages import Background, Stages, finish
 from abtrain.consistency.agreement import Told, roll_call
 from abtrain.consistency.replicas import check_replicas
 from abtrain.failpoints import fail_at
-from abtrain.merging.merger import Merger, Outcome
+from abtrain.merging.merger import Merger
 from abtrain.merging.shared_tensors import SharedState
 from abtrain.recipes.recipe import Position
 from abtrain.recipes.sync import WeightSync
@@ -50,7 +50,6 @@ class Rounds:
     """Merges what `state` holds, as the position in the recipe says. Every worker makes the same calls.
 
     Attributes:
-        outcome: of the last merge that ended; None before the first.
         dropped: of every merge that left workers' parts out, the step and their ranks; alike on all workers.
     """
 
@@ -60,7 +59,6 @@ class Rounds:
         self._comm = comm
         self._under_way: list[_UnderWay] = []
         self._losses: list[float] = []
-        self.outcome: Outcome | None = None
         self.dropped: list[dict[str, Any]] = []
 
     def begin(self) -> None:
@@ -169,10 +167,8 @@ class Rounds:
             }
             for merge in self._under_way
         ]
-        outcome = None if self.outcome is None else [self.outcome.agreement, list(self.outcome.dropped)]
         return {
             "losses": torch.tensor(self._losses, dtype=torch.float64),
-            "outcome": outcome,
             "dropped": list(self.dropped),
             "under_way": under_way,
         }
@@ -195,7 +191,6 @@ class Rounds:
             device: of the model.
         """
         self._losses = state["losses"].tolist()
-        self.outcome = None if state["outcome"] is None else Outcome(state["outcome"][0], tuple(state["outcome"][1]))
         self.dropped = list(state["dropped"])
         self._under_way = []
         for entry in state["under_way"]:
@@ -239,8 +234,7 @@ class Rounds:
         # All have held the same since the round before, or else the average would be of unlike things.
         anchors = fingerprint(*(checksum(self._merger.anchors[name]) for name in tensors))
         place = self._state.place(step, position.phase_index, merging=fingerprint(*tensors, sync), anchors=anchors)
-        until = position.phase.until
-        outcome = yield from self._merger.merge(
+        dropped = yield from self._merger.merge(
             tensors,
             sync,
             trained_by,
@@ -250,16 +244,14 @@ class Rounds:
             place=place,
             averaged=self._state.averaged_buffers(),
             current=self._state.buffers,
-            measure=until is not None and until.measure == "agreement",
         )
-        if outcome.dropped:
-            self.dropped.append({"step": step, "ranks": list(outcome.dropped)})
+        if dropped:
+            self.dropped.append({"step": step, "ranks": list(dropped)})
             if self._comm.rank == 0:
-                log.warning("step %d: the part of rank %s was not finite, and left out", step, list(outcome.dropped))
-        if self._comm.rank in outcome.dropped:
+                log.warning("step %d: the part of rank %s was not finite, and left out", step, list(dropped))
+        if self._comm.rank in dropped:
             self._begin_anew()
         fail_at(self._comm.rank, step, "merge.end")
-        self.outcome = outcome
 
 
 def _mean(losses: Sequence[float]) -> float:

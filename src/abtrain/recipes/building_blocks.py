@@ -1,14 +1,17 @@
-"""What recipes are put together from."""
+"""Parts that the named recipes share."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.factoring import RankRule
-from abtrain.recipes.phase import Measure, Phase, Until
+from abtrain.recipes.phase import Phase
 from abtrain.recipes.rank_rules import SigmaCutoff, parse_rule
+from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.sync import (
     MOST,
     GradientSync,
@@ -28,31 +31,51 @@ WARMUP_SHARE = 0.2
 """Warm-up over all steps: the paper's guideline (Section IV.C), which all its runs follow."""
 
 
+def preset(
+    recipe: Callable[..., Recipe], name: str, about: str, fixed: Mapping[str, object], **defaults: object
+) -> Callable[..., Recipe]:
+    """A recipe function that calls another one with some options fixed and with other defaults.
+
+    Its signature shows its own defaults, and leaves out the fixed options.
+
+    Args:
+        recipe: builds the recipe, in the module of the preset; its second parameter, `name`, names the result.
+        name: of the preset.
+        about: its docstring; the first sentence is the listing's.
+        fixed: values of the options that the preset does not take, by name.
+        defaults: of options that it does take.
+    """
+
+    def build(total_steps: int, **options: Any) -> Recipe:
+        return recipe(total_steps, name, **fixed, **{**defaults, **options})
+
+    signature = inspect.signature(recipe)
+    hidden = {"name", *fixed}
+    kept = [one for one in signature.parameters.values() if one.name not in hidden]
+    build.__name__ = build.__qualname__ = name
+    build.__module__, build.__doc__ = recipe.__module__, about
+    shown = signature.replace(parameters=[one.replace(default=defaults.get(one.name, one.default)) for one in kept])
+    build.__signature__ = shown  # type: ignore[attr-defined]  # inspect.signature reads it, the stubs do not say so
+    return build
+
+
 def full_phase(
-    name: str,
-    steps: int,
-    every: int,
-    wire: str,
-    until: Until | None = None,
-    merge: Merge = Mean(),
-    delay: int = 0,
+    name: str, steps: int, every: int, wire: str, merge: Merge = Mean(), delay: int = 0
 ) -> tuple[Phase, ...]:
     """A full-rank phase, or none if it has no steps: with merges every so many steps, or with shared gradients (0).
 
     Raises:
-        ConfigurationError: settings that play no part here cannot be; the phase itself tells of those that do.
+        ConfigurationError: settings that are ignored here and cannot be; the phase itself reports the others.
     """
     if steps == 0 or every == 0:
         found = whole_number_problems(f"{name}_every", every, least=0) + WeightSync(1, merge, wire).problems()
         found += whole_number_problems(f"{name}_delay", delay, least=0)
-        if steps == 0 and until is not None:
-            found += until.problems()
         if found:
             raise ConfigurationError(found)
     if steps == 0:
         return ()
     sync: Sync = GradientSync() if every == 0 else WeightSync(every, merge, wire, delay)
-    return (Phase(name, steps, sync=sync, until=until),)
+    return (Phase(name, steps, sync=sync),)
 
 
 def at_local_lr(phases: tuple[Phase, ...], local_lr: float) -> tuple[Phase, ...]:
@@ -81,12 +104,8 @@ def rank_rule_of(rule: RankRule | str | None, sigma_cutoff: float, outliers: boo
     return cutoff if rule is None else rule
 
 
-def until(measure: Measure, below: float) -> Until | None:
-    return Until(measure, below) if below != 0 else None
-
-
 def whole_rounds(total_steps: int, every: int) -> int:
-    """The guideline's warm-up in whole rounds, at least one where another one fits behind it."""
+    """The guideline's warm-up in whole rounds, at least one where another one fits after it."""
     if not (are_counts(total_steps, every) and 0 < every <= total_steps // 2):
         return 0
     return max(1, round(WARMUP_SHARE * total_steps / every)) * every

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
-from abtrain.recipes.sync import share_problems, whole_number_problems
+from abtrain.recipes.sync import whole_number_problems
 
 OptimizerState = Literal["reset", "project", "auto"]
 SVDMode = Literal["each", "shared"]
@@ -36,11 +36,6 @@ class Factoring:
         optimizer_state: at a change of shape, `reset` the optimizer's state of the weight, or `project` it; `auto`:
             project it where the optimizer is known, and reset it elsewhere.
         svd: `each` worker decomposes every weight, or the work is `shared`: one owner a weight sends its factors.
-        settled: leave a weight dense, until weights are factored the next time, whose spectrum drifted by more than
-            this in the round before (`abtrain.recipes.phase.Until` says how it is measured); 0: factor all. Measured at
-            merges of weights while they are dense.
-        min_share: leave a weight dense that has less than this share of the elements of all weights that may be
-            factored: small weights save little, and lose most by being cut.
     """
 
     rank_rule: RankRule
@@ -49,8 +44,6 @@ class Factoring:
     exclude: tuple[str, ...] = ()
     optimizer_state: OptimizerState = "reset"
     svd: SVDMode = "each"
-    settled: float = 0.0
-    min_share: float = 0.0
 
     def problems(self) -> list[str]:
         """What is wrong with these settings; empty if nothing is."""
@@ -64,5 +57,4 @@ class Factoring:
             found.append(f"optimizer_state={self.optimizer_state!r} is unknown: use 'reset', 'project' or 'auto'")
         if self.svd not in ("each", "shared"):
             found.append(f"svd={self.svd!r} is unknown: use 'each' or 'shared'")
-        found += share_problems("settled", self.settled)
-        return found + share_problems("min_share", self.min_share, below=1)
+        return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from abtrain.errors import ConfigurationError, nearest
-from abtrain.recipes.building_blocks import MergeName, at_local_lr, full_phase, merge_rule, until
+from abtrain.recipes.building_blocks import MergeName, at_local_lr, full_phase, merge_rule
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.sync import GradientSync, Outer, WeightSync
@@ -88,9 +88,6 @@ def diloco(
     wire: str = "fp32",
     delay: int = 0,
     fragments: int = 1,
-    mean_steps: int = 0,
-    mean_every: int = 0,
-    agreement_below: float = 0.0,
     local_lr: float = 1.0,
 ) -> Recipe:
     """Full-rank local training with outer Nesterov merges (DiLoCo, arXiv 2311.08105).
@@ -103,12 +100,8 @@ def diloco(
         wire: how merges are sent (see `abtrain.recipes.sync.WeightSync`).
         delay: steps that a merge is hidden behind.
         fragments: parts of the model that merge in turns.
-        mean_steps: steps at the start in which merges are plain means.
-        mean_every: steps between merges there; 0: gradients are averaged at every step.
-        agreement_below: end them as soon as workers agree less than this (see `abtrain.recipes.phase.Until`); 0: never.
         local_lr: multiplies the learning rate between merges (see `abtrain.recipes.phase.Phase`).
     """
     sync = WeightSync(every, Outer(outer_lr, outer_momentum), wire, delay, fragments)
-    prologue = full_phase("mean", mean_steps, mean_every, wire, until("agreement", agreement_below))
     cycle = (Phase("local", total_steps, sync=sync),)
-    return Recipe("diloco", total_steps, at_local_lr(prologue, local_lr), at_local_lr(cycle, local_lr))
+    return Recipe("diloco", total_steps, cycle=at_local_lr(cycle, local_lr))

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-from abtrain.recipes.building_blocks import WARMUP_SHARE, MergeName, full_phase, merge_rule, rank_rule_of, share_of
+from abtrain.recipes.building_blocks import (
+    WARMUP_SHARE,
+    MergeName,
+    full_phase,
+    merge_rule,
+    preset,
+    rank_rule_of,
+    share_of,
+)
 from abtrain.recipes.factoring import Factoring, RankRule
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.sync import GradientSync, Trains, WeightSync
+from abtrain.recipes.sync import GradientSync, Sync, Trains, WeightSync
 
 AB_SHARE = 1 / 30
 """Steps of one group phase over all steps: 3.33 % in the guideline."""
@@ -20,6 +28,7 @@ LR_REBOUND_SHARE = 0.5
 
 def ab(
     total_steps: int,
+    name: str = "ab",
     *,
     sigma_cutoff: float = 0.15,
     warmup_steps: int | None = None,
@@ -40,11 +49,13 @@ def ab(
 
     Args:
         total_steps: of the run.
+        name: of the recipe.
         sigma_cutoff: singular values below this share of the largest are dropped.
         warmup_steps: full-rank steps at the start; default 20 % of all.
         warmup_every: steps between merges there; 0, as in the paper: gradients are averaged at every step.
         ab_steps: steps of a group phase; default 3.33 % of all.
-        every: steps between merges in a group phase; default one merge, at its end.
+        every: steps between merges in a group phase; default one merge, at its end; 0: gradients are averaged over all
+            workers at every step, and all train the same factor.
         trains: one factor by the group's role (the paper), or the same factor in all groups, another in each round
             (`a_then_b`): then the average of the products is the product of the averages.
         merge: the mean over all (the paper), over those who trained, or weighted by training loss.
@@ -56,60 +67,30 @@ def ab(
         rank_rule: in place of `SigmaCutoff(sigma_cutoff)`: a rule, or its name such as `energy:0.95`.
         factoring: the other settings of `abtrain.recipes.factoring.Factoring`.
     """
-    ab_steps = share_of(total_steps, AB_SHARE) if ab_steps is None else ab_steps
-    sync = WeightSync(ab_steps if every is None else every, merge_rule(merge, temperature), wire)
-    group = Phase("group", ab_steps, weights="factored", trains=trains, sync=sync)
-    full = _Full(warmup_steps, warmup_every, rebound_steps, rebound_every, wire)
-    settings = Factoring(rank_rule_of(rank_rule, sigma_cutoff), **factoring)
-    return _ab_recipe("ab", total_steps, group, full, lr_rebound_steps, settings)
-
-
-def ab_no_groups(
-    total_steps: int,
-    *,
-    sigma_cutoff: float = 0.15,
-    warmup_steps: int | None = None,
-    warmup_every: int = 0,
-    ab_steps: int | None = None,
-    rebound_steps: int | None = None,
-    rebound_every: int = 0,
-    lr_rebound_steps: int | None = None,
-    wire: str = "fp32",
-    rank_rule: RankRule | str | None = None,
-    **factoring: Any,
-) -> Recipe:
-    """The paper's "AB - No Groups": the schedule of `ab`, but all workers train B together, in data parallel.
-
-    Takes what `ab` takes, as far as that is not about groups; `wire` is that of merges in warm-up and rebound.
-    """
-    ab_steps = share_of(total_steps, AB_SHARE) if ab_steps is None else ab_steps
-    together = Phase("low_rank", ab_steps, weights="factored", trains="b", sync=GradientSync())
-    full = _Full(warmup_steps, warmup_every, rebound_steps, rebound_every, wire)
-    settings = Factoring(rank_rule_of(rank_rule, sigma_cutoff), **factoring)
-    return _ab_recipe("ab_no_groups", total_steps, together, full, lr_rebound_steps, settings)
-
-
-class _Full(NamedTuple):
-    """The full-rank phases of Algorithm 1: their lengths (None: by the guideline), and how workers agree in them."""
-
-    warmup_steps: int | None
-    warmup_every: int
-    rebound_steps: int | None
-    rebound_every: int
-    wire: str
-
-
-def _ab_recipe(
-    name: str, total_steps: int, factored: Phase, full: _Full, lr_rebound_steps: int | None, factoring: Factoring
-) -> Recipe:
-    """Prologue and cycle of Algorithm 1 around a factored phase, lengths by the guideline where they are not given."""
-    warmup_steps, rebound_steps = full.warmup_steps, full.rebound_steps
+    if ab_steps is None:
+        ab_steps = share_of(total_steps, AB_SHARE)
     if warmup_steps is None:
         warmup_steps = share_of(total_steps, WARMUP_SHARE, least=0)
     if rebound_steps is None:
-        rebound_steps = share_of(factored.steps, REBOUND_SHARE)
+        rebound_steps = share_of(ab_steps, REBOUND_SHARE)
     if lr_rebound_steps is None:
-        lr_rebound_steps = share_of(factored.steps, LR_REBOUND_SHARE, least=0)
-    prologue = full_phase("warmup", warmup_steps, full.warmup_every, full.wire)
-    cycle = (factored, *full_phase("rebound", rebound_steps, full.rebound_every, full.wire))
-    return Recipe(name, total_steps, prologue, cycle, factoring, lr_rebound_steps)
+        lr_rebound_steps = share_of(ab_steps, LR_REBOUND_SHARE, least=0)
+    rule = merge_rule(merge, temperature)
+    settings = Factoring(rank_rule_of(rank_rule, sigma_cutoff), **factoring)
+    together = type(every) is int and every == 0
+    sync: Sync = GradientSync() if together else WeightSync(ab_steps if every is None else every, rule, wire)
+    low_rank = Phase("low_rank" if together else "group", ab_steps, weights="factored", trains=trains, sync=sync)
+    prologue = full_phase("warmup", warmup_steps, warmup_every, wire)
+    cycle = (low_rank, *full_phase("rebound", rebound_steps, rebound_every, wire))
+    return Recipe(name, total_steps, prologue, cycle, settings, lr_rebound_steps)
+
+
+ab_no_groups = preset(
+    ab,
+    "ab_no_groups",
+    """The paper's "AB - No Groups": the schedule of `ab`, but all workers train B together, in data parallel.
+
+    It takes the options of `ab` except those of groups. `wire` is that of merges in warm-up and rebound.
+    """,
+    fixed={"every": 0, "trains": "b", "merge": "mean", "temperature": 0.1},
+)

@@ -16,30 +16,6 @@ from abtrain.recipes.sync import (
 )
 
 Weights = Literal["full", "factored"]
-Measure = Literal["spectrum_drift", "agreement"]
-
-
-@dataclass(frozen=True)
-class Until:
-    """Ends a phase at the first merge after which a measure is below a limit; its `steps` at the latest.
-
-    Args:
-        measure: `spectrum_drift`, how much the singular values of weights that may be factored, over the largest,
-            changed in the last round (relative, averaged over the weights by their size); or `agreement`, the mean
-            cosine between what any two workers changed in the round, from about 0 (noise) to 1 (all the same),
-            whatever the wire makes of it.
-        below: the limit.
-    """
-
-    measure: Measure
-    below: float
-
-    def problems(self) -> list[str]:
-        """What is wrong with these settings; empty if nothing is."""
-        found = number_problems(f"until: {self.measure} below", self.below, above=0)
-        if self.measure not in get_args(Measure):
-            found.append(f"until: measure={self.measure!r} is unknown: use {' or '.join(map(repr, get_args(Measure)))}")
-        return found
 
 
 @dataclass(frozen=True)
@@ -59,7 +35,6 @@ class Phase:
         local_lr: multiplies the learning rate where workers train alone, between merges. Adam divides by the noise of
             the gradients, which in a worker's share of a batch is sqrt(workers) times that of the whole: times as much,
             its steps are as long as they would be there.
-        until: what is measured at merges may end the phase before its steps are spent. In the prologue only.
     """
 
     name: str
@@ -70,12 +45,6 @@ class Phase:
     damping: float = 0.0
     factor_lr: float = 1.0
     local_lr: float = 1.0
-    until: Until | None = None
-
-    @property
-    def merges_at_once(self) -> bool:
-        """Whether it merges the whole model now and then, waited for."""
-        return isinstance(self.sync, WeightSync) and not self.sync.delay and self.sync.fragments == 1
 
     def problems(self) -> list[str]:
         """What is wrong with the phase; empty if nothing is."""
@@ -105,16 +74,12 @@ class Phase:
             if not (wrong or found) and isinstance(self.sync, WeightSync) and self.sync.every > self.steps:
                 wrong = [f"every={self.sync.every} is longer than the phase: use at most its {self.steps} steps"]
             found += [f"{where}: {problem}" for problem in wrong]
-        return found or [f"{where}: {problem}" for problem in self._merge_problems()]
+        return found or [f"{where}: {problem}" for problem in self._turn_problems()]
 
-    def _merge_problems(self) -> list[str]:
-        """What merges of this phase cannot be; of settings that are well by themselves."""
-        at_once = self.merges_at_once
-        found = [] if self.until is None else self.until.problems()
-        if self.until is not None and not at_once:
-            found.append("until is decided at merges of the whole model: use a WeightSync without delay and fragments")
-        if self.until is not None and self.weights == "factored":
-            found.append("until is measured on full-rank weights: use it in a phase with weights='full'")
-        if self.trains == "a_then_b" and not at_once:
-            found.append("trains='a_then_b' changes the factor at merges of the whole model: use no delay or fragments")
-        return found
+    def _turn_problems(self) -> list[str]:
+        """Delays and fragments that factors trained in turns do not allow; of settings that are valid one by one."""
+        if self.trains != "a_then_b" or not isinstance(self.sync, WeightSync):
+            return []
+        if not self.sync.delay and self.sync.fragments == 1:
+            return []
+        return ["trains='a_then_b' changes the factor at merges of the whole model: use no delay or fragments"]

@@ -8,16 +8,13 @@ so a resumed run needs nothing but its step number.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.sync import Weighted, WeightSync, whole_number_problems
-
-_MERGES_OF_A_DRIFT = 2
 
 
 @dataclass(frozen=True)
@@ -156,33 +153,6 @@ class Recipe:
             step += phase.steps
         return None
 
-    def factors_from(self, step: int) -> bool:
-        """Whether a factored phase begins at this step or later."""
-        # A cycle repeats, so that one full turn of it after the prologue shows all that is to come.
-        turns = sum(phase.steps for phase in self.cycle)
-        horizon = min(self.total_steps, max(step, sum(phase.steps for phase in self.prologue)) + turns + 1)
-        position = self.at(step)
-        begins = step if position.first else step - position.step_in_phase + position.steps_in_phase
-        while begins < horizon:
-            position = self.at(begins)
-            if position.phase.weights == "factored":
-                return True
-            begins += position.steps_in_phase
-        return False
-
-    def cut_after(self, position: Position) -> Recipe:
-        """The recipe in which the position's phase, one of the prologue, ends with its step.
-
-        What was decided by measurement is data from then on: the new recipe is a function of the step again.
-        """
-        ended = replace(position.phase, steps=position.step_in_phase + 1, until=None)
-        prologue = list(self.prologue)
-        prologue[position.phase_index] = ended
-        # Not looked at anew: where phases of rounds come to stand now was not the user's choice.
-        recipe = copy(self)
-        object.__setattr__(recipe, "prologue", tuple(prologue))
-        return recipe
-
     def runs(self) -> Iterator[Position]:
         """The first position of every run of a phase, from the start to the end."""
         step = 0
@@ -204,15 +174,13 @@ class Recipe:
             found.append("a factored phase needs a rank rule: give factoring=Factoring(...)")
         if len(self.phases) > 1 and any(phase.sync is None for phase in self.phases):
             found.append("a phase without sync leaves workers apart for good: it must be the only phase")
-        if any(phase.until is not None for phase in self.cycle):
-            found.append("a phase that is repeated has a fixed length: use until in the prologue only")
         prologue_steps = sum(phase.steps for phase in self.prologue) if not found else 0
         if prologue_steps and prologue_steps >= self.total_steps:
             found.append(
                 f"the prologue ({prologue_steps} steps) leaves nothing of the {self.total_steps} total_steps "
                 "to its cycle: shorten it or lengthen the run"
             )
-        return found or self._round_problems() + self._settled_problems()
+        return found or self._round_problems()
 
     def _round_problems(self) -> list[str]:
         """Phases of which the run's end cuts off the first of several rounds; a single round ends with its phase."""
@@ -226,18 +194,3 @@ class Recipe:
                 )
             start += phase.steps
         return found
-
-    def _settled_problems(self) -> list[str]:
-        if self.factoring is None or not self.factoring.settled:
-            return []
-        if any(phase.weights == "full" and phase.merges_at_once for phase in self.cycle):
-            return []
-        rounds = [-(-phase.steps // phase.sync.every) for phase in self.prologue if isinstance(phase.sync, WeightSync)]
-        at_once = all(phase.merges_at_once for phase in self.prologue if isinstance(phase.sync, WeightSync))
-        if at_once and sum(rounds) >= _MERGES_OF_A_DRIFT:
-            return []
-        return [
-            f"settled={self.factoring.settled} is measured from one merge of full-rank weights to the next, and fewer "
-            "than two come before they are factored: give the warm-up or the rebound rounds, without delay "
-            "(warmup_every, rebound_every), or leave settled at 0"
-        ]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from abtrain import recipes
-from abtrain.recipes.phase import Phase, Until
+from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.sync import (
     AUTO,
@@ -34,10 +34,6 @@ MERGES: dict[type, str] = {
     Weighted: "mean weighted by training loss",
     Outer: "outer Nesterov",
 }
-MEASURES = {
-    "spectrum_drift": "spectra drift by less than {below:g} a round",
-    "agreement": "workers agree less than {below:g}",
-}
 GRADIENT_WIRES = {
     "fp32": "gradients averaged at every step",
     "bf16": "gradients averaged at every step in bf16",
@@ -58,8 +54,7 @@ def phases_in_words(recipe: Recipe) -> list[str]:
     for index, phase in enumerate(recipe.phases):
         if runs[index]:
             times = f"{runs[index]} x " if runs[index] > 1 else ""
-            length = f"{'' if phase.until is None else 'up to '}{lengths[index]:,} steps"
-            lines.append(f"{phase.name}, {times}{length}: {', '.join(_clauses(phase))}")
+            lines.append(f"{phase.name}, {times}{lengths[index]:,} steps: {', '.join(_clauses(phase))}")
     return lines
 
 
@@ -94,16 +89,10 @@ def _sent(name: str) -> str:
 
 
 def _clauses(phase: Phase) -> Iterator[str]:
-    """What is trained, how, until when, and how workers agree."""
+    """Weights, trained parts and sync of a phase."""
     yield "full" if phase.weights == "full" else TRAINS[phase.trains]
     if phase.damping:
         yield f"steps preconditioned (damping {phase.damping:g}, times {phase.factor_lr:g})"
     if phase.local_lr != 1:
         yield f"learning rate times {phase.local_lr:g}"
     yield sync_in_words(phase.sync)
-    if phase.until is not None:
-        yield f"until {_limit(phase.until)}"
-
-
-def _limit(until: Until) -> str:
-    return MEASURES[until.measure].format(below=until.below)

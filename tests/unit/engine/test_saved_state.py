@@ -29,7 +29,6 @@ RECIPES = {
         **{**HIDDEN, "wire": "lowrank:2:int8"},
         warmup_steps=8,
         warmup_every=4,
-        drift_below=5.0,
         refactor_every=2,
         rebound_steps=3,
         rebound_every=0,
@@ -71,7 +70,7 @@ class Loop:
 
     def outcome(self) -> tuple[str, Any, Any]:
         payload = self.comm.meter.payload()
-        return weights_digest(self.ab.dense_state_dict()), payload, (self.ab.rank_history, self.ab.decisions)
+        return weights_digest(self.ab.dense_state_dict()), payload, self.ab.rank_history
 
 
 def stopped_and_resumed(

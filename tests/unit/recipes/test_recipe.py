@@ -1,6 +1,7 @@
 """A recipe is data: where a step stands, and what cannot be."""
 
 import dataclasses
+import inspect
 import itertools
 import math
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from abtrain import recipes
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.recipes.factoring import Factoring
-from abtrain.recipes.phase import Phase, Until
+from abtrain.recipes.phase import Phase
 from abtrain.recipes.rank_rules import SigmaCutoff
 from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.sync import GradientSync, Mean, WeightSync
@@ -49,14 +50,12 @@ def test_local_sgd_on_the_schedule_of_ab() -> None:
     assert [step for step in range(1200) if ab.at(step).merges] == [s for s in range(1200) if same.at(s).merges]
 
 
-@pytest.mark.parametrize("name", ["local_sgd", "diloco", "ab_outer"])
+@pytest.mark.parametrize("name", ["local_sgd", "ab_outer"])
 def test_learning_rates_are_multiplied_where_workers_train_alone(name: str) -> None:
-    shared = {"local_sgd": "warmup_steps", "diloco": "mean_steps", "ab_outer": "mean_steps"}[name]
-    together = {"local_sgd": {"warmup_every": 0}}.get(name, {"mean_every": 0})
-    recipe = recipes.build(name, 100, every=10, **{shared: 20}, **together, local_lr=3.0)
+    recipe = recipes.build(name, 100, every=10, warmup_steps=20, warmup_every=0, local_lr=3.0)
     first, *others = recipe.phases
     assert first.sync == GradientSync() and first.local_lr == 1
-    assert others and all(phase.local_lr == 3 for phase in others)
+    assert others and all(phase.local_lr == 3 for phase in [*others, *recipes.diloco(100, local_lr=3.0).phases])
 
 
 def test_a_recipe_of_groups_alone_repeats_its_phase() -> None:
@@ -106,10 +105,8 @@ def test_all_problems_come_at_once() -> None:
 @pytest.mark.parametrize(
     "build_recipe",
     [
-        lambda: recipes.diloco(100, mean_steps=90, every=20),
         lambda: recipes.local_sgd(100, warmup_steps=90, every=20),
         lambda: recipes.ab_outer(100, warmup_steps=90, every=20, refactor_every=3),
-        lambda: recipes.ab_outer(100, warmup_steps=90, every=20, drift_below=0.1),
         lambda: Recipe("x", 10, cycle=(Phase("p", 100, sync=WeightSync(50)),)),
     ],
 )
@@ -123,10 +120,6 @@ def test_a_round_that_the_end_of_the_run_cuts_off(build_recipe: Any) -> None:
     [
         (Phase("p", 10, trains="b"), "needs factors"),
         (Phase("p", 10, weights="factored", trains="a_or_b", sync=GradientSync()), "use a WeightSync"),
-        (
-            Phase("p", 10, weights="factored", sync=WeightSync(2), until=Until("agreement", 0.5)),
-            "until is measured on full-rank weights",
-        ),
         (Phase("p", 10, sync=WeightSync(11)), "every=11 is longer than the phase: use at most its 10 steps"),
         (Phase("p", 10, sync=WeightSync(0)), "every=0 is too small"),
         (Phase("p", 10, sync=WeightSync(2), local_lr=0), "local_lr=0 is not a finite number above 0"),
@@ -146,6 +139,8 @@ def test_recipes_that_cannot_be() -> None:
         recipes.ab(10, warmup_steps=10, ab_steps=2)
     with pytest.raises(ConfigurationError, match="needs a rank rule"):
         Recipe("r", 10, cycle=(Phase("p", 5, weights="factored"),))
+    with pytest.raises(ConfigurationError, match="give refactor_every"):
+        recipes.ab_outer(100, rebound_steps=10)
     with pytest.raises(ConfigurationError, match="must be the only phase"):
         Recipe("r", 10, cycle=(Phase("p", 5, sync=None), Phase("q", 5)))
 
@@ -170,24 +165,62 @@ def test_ab_local_is_ab_outer_with_means_after_short_rounds() -> None:
     assert [phase.name for phase in recipes.ab_local(600, warmup_steps=0, every=3).phases] == ["factors"]
 
 
+def test_ab_no_groups_is_ab_with_one_factor_and_shared_gradients() -> None:
+    recipe = recipes.ab_no_groups(600, warmup_every=2, wire="bf16")
+    same = recipes.ab(600, every=0, trains="b", warmup_every=2, wire="bf16")
+    assert recipe == dataclasses.replace(same, name="ab_no_groups")
+    assert [(phase.name, phase.trains, phase.sync) for phase in recipe.cycle] == [
+        ("low_rank", "b", GradientSync()),
+        ("rebound", "all", GradientSync()),
+    ]
+    with pytest.raises(ConfigurationError, match="phase 'low_rank': trains='a_or_b' goes by groups and rounds"):
+        recipes.ab(600, every=0)
+    with pytest.raises(ConfigurationError, match="every=False is not a whole number"):
+        recipes.ab(600, every=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "fixed", "defaults"),
+    [
+        (
+            "ab_local",
+            "ab_outer",
+            {"outer_lr", "outer_momentum"},
+            {"every": 6, "wire": "ternary", "factor_lr": 1.0, "local_lr": 2.0},
+        ),
+        ("ab_no_groups", "ab", {"every", "trains", "merge", "temperature"}, {}),
+    ],
+)
+def test_a_preset_takes_the_options_of_its_recipe_but_the_fixed_ones(
+    name: str, base: str, fixed: set[str], defaults: dict[str, Any]
+) -> None:
+    assert recipes.options_of(base) - recipes.options_of(name) == fixed
+    shown, original = (inspect.signature(recipes.RECIPES[one]).parameters for one in (name, base))
+    changed = {one: p.default for one, p in shown.items() if p != original[one]}
+    assert changed == defaults
+    assert recipes.RECIPES[name].__name__ == name and "name" not in recipes.options_of(base)
+    for option in fixed:
+        with pytest.raises(ConfigurationError, match=f"recipe '{name}' has no option '{option}'"):
+            recipes.build(name, 600, **{option: 1})
+        with pytest.raises(TypeError, match=option):
+            recipes.RECIPES[name](600, **{option: 1})
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("ab_no_groups", {"wire": "bogus"}, "unknown wire 'bogus'"),
         ("ab_outer", {"warmup_wire": "lowrank:0", "warmup_every": 0}, "unknown wire 'lowrank:0'"),
         ("ab_outer", {"wire": f"lowrank:{'9' * 5000}"}, "unknown wire 'lowrank:9"),
-        ("ab_outer", {"mean_every": -3}, "mean_every=-3 is too small"),
         ("ab_outer", {"refactor_every": -1}, "refactor_every=-1 is too small"),
         ("ab_local", {"warmup_delay": 6}, "phase 'warmup': delay=6 is not smaller than every=6"),
         ("ab_local", {"warmup_delay": -1, "warmup_steps": 0}, "warmup_delay=-1 is too small"),
         ("ab_local", {"rebound_every": -1}, "rebound_every=-1 is too small"),
-        ("ab_local", {"drift_below": math.nan, "warmup_steps": 0}, "below=nan is not a finite number"),
         ("ab_local", {"every": 0}, "recipe 'ab_local': phase 'factors': every=0 is too small"),
         ("ab_local", {"warmup_steps": 9999}, "leaves nothing of the 600 total_steps"),
         ("local_sgd", {"temperature": -1.0}, "temperature=-1.0 is not a finite number above 0"),
         ("local_sgd", {"merge": []}, r"unknown merge \[\]"),
         ("local_sgd", {"warmup_every": -3}, "warmup_every=-3 is too small"),
-        ("diloco", {"agreement_below": -5.0}, "below=-5.0 is not a finite number above 0"),
         ("diloco", {"outer_lr": 10**400}, "outer_lr=1000+ is not a finite number"),
         ("ab", {"sigma_cutoff": math.nan, "rank_rule": "fixed:2"}, "sigma_cutoff=nan is not a finite number"),
         ("ddp", {"wire": "powersgd"}, "unknown wire 'powersgd' of gradients"),
@@ -205,7 +238,7 @@ def test_what_is_no_number_of_steps_is_told_of(name: str, steps: Any) -> None:
         recipes.build(name, steps)
 
 
-@pytest.mark.parametrize("option", ["every", "mean_steps", "warmup_steps", "refactor_every", "rebound_steps"])
+@pytest.mark.parametrize("option", ["every", "warmup_steps", "refactor_every", "rebound_steps"])
 @pytest.mark.parametrize("value", ["5", 10**400, 2.5])
 def test_what_is_no_number_is_told_of(option: str, value: Any) -> None:
     with pytest.raises(ConfigurationError):

@@ -9,14 +9,10 @@ With n workers and M bytes:
 
     ring           2 (n-1) rounds of M/n, the least that bandwidth allows (Patarasuk and Yuan, Bandwidth optimal
                    all-reduce algorithms for clusters of workstations, 2009); Gloo's way
-    halving        2 log2 n rounds of M/2, M/4, ...: recursive halving and doubling (Rabenseifner, Optimization of
-                   collective reduction operations, 2004)
-    tree           2 log2 n rounds of M: a binomial tree up to one worker, and down again (Thakur et al.)
     hierarchical   half a ring inside each node, a ring between the nodes, half a ring inside each node
 
-All move 2 (n-1)/n M a node on average. A ring is laid over all workers as it is; halving and tree run between nodes,
-inside the same two half rings. A broadcast is a binomial tree, an all-gather a ring of n-1 rounds, an exchange n-1
-messages one after another (all three: Thakur et al.).
+Both move 2 (n-1)/n M a node on average. A ring is laid over all workers as it is. A broadcast is a binomial tree, an
+all-gather a ring of n-1 rounds, an exchange n-1 messages one after another (all three: Thakur et al.).
 """
 
 from __future__ import annotations
@@ -141,38 +137,14 @@ def ring(cluster: Cluster, nbytes: float) -> Cost:
     return _rounds(cluster, 2 * (n - 1), nbytes / n)
 
 
-def tree(cluster: Cluster, nbytes: float) -> Cost:
-    """All-reduce up a binomial tree and down again: few messages, large ones."""
-    up_and_down = 2 * math.ceil(math.log2(cluster.nodes)) * cluster.link.seconds(nbytes)
-    share = 2 * (cluster.nodes - 1) / cluster.nodes
-    return _between(cluster, nbytes, Cost(up_and_down, share * wire_bytes(nbytes)))
-
-
-def halving(cluster: Cluster, nbytes: float) -> Cost:
-    """All-reduce by recursive halving and doubling; nodes beyond a power of two fold theirs into a neighbour's."""
-    link, nodes = cluster.link, cluster.nodes
-    depth = int(math.log2(nodes))
-    pieces = [nbytes / 2**level for level in range(1, depth + 1)]
-    seconds = 2 * sum(link.seconds(piece) for piece in pieces)
-    wire = 2 * sum(wire_bytes(piece) for piece in pieces) * 2**depth / nodes
-    folded = nodes - 2**depth
-    if folded:
-        seconds += 2 * link.seconds(nbytes)
-        wire += 2 * folded * wire_bytes(nbytes) / nodes
-    return _between(cluster, nbytes, Cost(seconds, wire))
-
-
 def hierarchical(cluster: Cluster, nbytes: float) -> Cost:
-    """All-reduce by a ring between the nodes, after a reduction inside each."""
-    return _between(cluster, nbytes, ring(Cluster(cluster.nodes, cluster.link), nbytes))
+    """All-reduce by a ring between the nodes, with half a ring inside each node before it and after it."""
+    between = ring(Cluster(cluster.nodes, cluster.link), nbytes)
+    inside = 2 * (cluster.per_node - 1) * cluster.local.seconds(nbytes / cluster.per_node)
+    return Cost(between.seconds + inside, between.wire)
 
 
-ALL_REDUCES: dict[str, Callable[[Cluster, float], Cost]] = {
-    "ring": ring,
-    "tree": tree,
-    "halving": halving,
-    "hierarchical": hierarchical,
-}
+ALL_REDUCES: dict[str, Callable[[Cluster, float], Cost]] = {"ring": ring, "hierarchical": hierarchical}
 
 
 def cost_of(call: Call, cluster: Cluster, nbytes: float, algorithm: str = "ring") -> Cost:
@@ -222,9 +194,3 @@ def _rounds(cluster: Cluster, count: int, message: float) -> Cost:
     """So many rounds in which every node sends `message` bytes to the next."""
     wire = count * wire_bytes(message, RING_PARTS) if cluster.nodes > 1 else 0.0
     return Cost(count * cluster.pace.seconds(message, RING_PARTS), wire)
-
-
-def _between(cluster: Cluster, nbytes: float, nodes: Cost) -> Cost:
-    """An all-reduce between nodes, with one inside each node around it: half a ring before, half a ring after."""
-    inside = 2 * (cluster.per_node - 1) * cluster.local.seconds(nbytes / cluster.per_node)
-    return Cost(nodes.seconds + inside, nodes.wire)

@@ -140,7 +140,7 @@ class _Road:
         count, hidden = len(merging.stages), merging.hidden
         # How many stages are done after each step; the next one is under way then.
         done = [stages_due(count, hidden, passed) for passed in range(1, hidden + 1)]
-        stalled = self._seconds(merging.after)
+        stalled = 0.0
         for place, calls in enumerate(merging.stages):
             steps = sum(before == place for before in (0, *done[:-1])) if hidden else 0
             stalled += max(self._seconds(calls) - steps * step_seconds, 0.0)

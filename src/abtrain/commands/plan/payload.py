@@ -2,9 +2,8 @@
 
 `predict` follows the engine through a recipe, and says for each stretch of steps what a worker hands to collectives.
 Counts are exact where nothing differs between workers that ought not to (initial weights, factors), every parameter
-gets a gradient, no GradScaler is used, and `merged()` is not entered. What is decided by measurement is taken at its
-most: phases that may end early go on to their last step, and all weights are taken to have settled. Of buffers,
-floating-point ones are taken to differ between workers, and all others to be equal.
+gets a gradient, no GradScaler is used, and `merged()` is not entered. Of buffers, floating-point ones are taken to
+differ between workers, and all others to be equal.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from abtrain.comm.communicator import PLAIN, Scope, scope_spans
@@ -25,16 +23,11 @@ from abtrain.commands.plan.wires import broadcast, compared, exact, gradients, m
 from abtrain.lowrank.classify import UNSHARED
 from abtrain.merging.roles import idle_factors
 from abtrain.merging.rounds import cut_into_fragments
-from abtrain.merging.sketch import WIDTH
 from abtrain.recipes.recipe import Position, Recipe
 from abtrain.recipes.sync import GradientSync, WeightSync
 
 _ROLL_CALL = Traffic("all_gather", "world", 24)
 """Where a worker is, and two numbers that it tells (see `abtrain.consistency.agreement.roll_call`)."""
-_VERDICT_BYTES = 16
-"""Whether a phase ends, and the measure: two numbers in float64 (see `abtrain.engine.spectrum_watch`)."""
-_DRIFT_BYTES = 8
-"""Of a weight whose drift is told before it is factored: float64."""
 _KEY_BYTES = 512
 """In which workers compare the names of their optimizers' state (see `abtrain.consistency.optimizers`)."""
 _SLOT_BYTES = 8
@@ -226,11 +219,9 @@ class _Walk:
         return W.new_empty(shape.m, k), W.new_empty(k, shape.n)
 
     def _factor(self, ranks: Mapping[str, int]) -> Calls:
-        """What comes before factors live: drifts, outcomes and ranks, then digests of the factors, or the factors."""
+        """What comes before factors live: outcomes and ranks, then digests of the factors, or the factors."""
         assert self._recipe.factoring is not None
         before = compared(len(self._matrices))
-        if self._recipe.factoring.settled:
-            before = (Traffic("broadcast", "world", _DRIFT_BYTES * len(self._matrices)), *before)
         if self._recipe.factoring.svd == "each":
             return (*before, *compared(sum(name in ranks for name in self._matrices)))
         owned: dict[int, list[Tensor]] = {}
@@ -250,15 +241,12 @@ class _Walk:
         return (*broadcast(list(self._model.buffers.values()), scope), *gradients(tensors, scope, sync))
 
     def _merges(self, turn: Turn, held: Sequence[_Held], sync: WeightSync) -> tuple[Merging, ...]:
-        """All merges of a turn; a run's last one is waited for, and decides nothing."""
-        phase = turn.position.phase
-        decides = phase.until is not None and phase.weights == "full"
-        verdict = (Traffic("broadcast", "world", _VERDICT_BYTES),) if decides else ()
+        """All merges of a turn; a run's last one is waited for."""
         # Of those under way at once, each has the links to itself for its part of the time.
         hidden = min(sync.delay, sync.every // sync.fragments)
         merges = []
         for fragments, times in turn.merging.items():
-            merges.append(Merging(times, self._merge(turn.position, held, sync, fragments), verdict, hidden))
+            merges.append(Merging(times, self._merge(turn.position, held, sync, fragments), hidden))
         if turn.last:
             merges.append(Merging(1, self._merge(turn.position, held, sync, tuple(range(sync.fragments)))))
         return tuple(merges)
@@ -284,9 +272,6 @@ class _Walk:
         tensors = [tensor for place in fragments for name, tensor in parts[place].items() if name not in idle]
         buffers = list(self._model.buffers.values()) if sync.fragments - 1 in fragments else []
         numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
-        until = position.phase.until
-        if until is not None and until.measure == "agreement":
-            numbers.append(torch.empty(WIDTH + 1, dtype=torch.float64, device="meta"))
         replicas = compared(1, "group") if self._topology.group_size > 1 else ()
         told = (*replicas, _ROLL_CALL)
         first, *more = merge_stages(sync.wire, tensors, self._topology.world_size)

@@ -82,7 +82,7 @@ class PlanConfig(ModelSettings):
     """Until a message arrives from the worker before it in the ring, but for its bytes; what software and
     processors add is in it: 0.5ms, 80us. benchmarks/allreduce.py --megabytes 0.0004 --rounds 200 --pause 10 tells."""
     algorithm: str = "ring"
-    """How numbers are added up over all workers: ring (Gloo's way), tree, halving or hierarchical."""
+    """How numbers are added up over all workers: ring (Gloo's way) or hierarchical."""
     every: int | None = None
     """Steps between merges; by default the recipe's."""
     wire: str | None = None

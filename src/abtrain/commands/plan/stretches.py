@@ -41,18 +41,16 @@ class Merging:
     Attributes:
         times: how often one begins.
         stages: what is sent at once, then what waits for that to arrive, and so on.
-        after: once all of it is there; training waits.
         hidden: steps that go on meanwhile, evenly over the stages; 0: training waits.
     """
 
     times: int
     stages: tuple[Calls, ...]
-    after: Calls = ()
     hidden: int = 0
 
     @property
     def calls(self) -> Calls:
-        return (*(traffic for stage in self.stages for traffic in stage), *self.after)
+        return tuple(traffic for stage in self.stages for traffic in stage)
 
 
 @dataclass(frozen=True)

@@ -57,16 +57,6 @@ class TrainConfig:
     """How merges are sent there; by default as elsewhere."""
     warmup_delay: int | None = None
     """Steps that a merge is hidden behind there; by default the recipe's."""
-    mean_steps: int | None = None
-    """Steps at the start in which merges are plain means; by default the recipe's."""
-    mean_every: int | None = None
-    """Steps between merges there; 0: gradients are averaged at every step; by default the recipe's."""
-    agreement_below: float | None = None
-    """End the plain means once workers agree less than this; by default the recipe's."""
-    drift_below: float | None = None
-    """End the warm-up once spectra drift less than this in a round; by default the recipe's."""
-    settled: float | None = None
-    """Leave a weight dense while its spectrum drifts by more than this in a round; by default the recipe's."""
     ab_steps: int | None = None
     """Steps of a group phase; by default the recipe's."""
     refactor_every: int | None = None
@@ -112,8 +102,6 @@ class TrainConfig:
     """Leave a weight dense where its factors would be no smaller; by default the recipe's."""
     min_dim: int | None = None
     """Leave a weight dense whose smaller matrix dimension is below this; by default the recipe's."""
-    min_share: float | None = None
-    """Leave a weight dense that has less than this share of all that are factored; by default the recipe's."""
     exclude: tuple[str, ...] = ()
     """Globs of parameter names that stay dense."""
     data: Path | None = None

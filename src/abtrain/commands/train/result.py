@@ -42,7 +42,6 @@ def result_of(
         "compression": ab.compression,
         "ranks": ab.rank_history,
         "dropped_parts": ab.dropped_parts,
-        "decisions": ab.decisions,
         "weights_digest": weights_digest(ab.dense_state_dict()),
         "schedule": repr(ab.recipe),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "abtrain": __version__},

@@ -16,10 +16,8 @@ from abtrain.commands.plan.collectives import (
     Cluster,
     Link,
     cost_of,
-    halving,
     hierarchical,
     ring,
-    tree,
     wire_bytes,
 )
 from abtrain.errors import ConfigurationError
@@ -43,16 +41,6 @@ def test_ring_by_hand() -> None:
     assert cost.wire == 6 * wire_bytes(2.5e6, RING_PARTS)
     assert cost.wire == pytest.approx(15e6 * 1.0484, rel=1e-3)
     assert cost.seconds == pytest.approx(6 * 5e-4 + 1.2 * 1.0484, rel=1e-3)
-
-
-def test_tree_and_halving_by_hand() -> None:
-    cluster = Cluster(8, FAST)
-    assert tree(cluster, 1e6).seconds == pytest.approx(6 * FAST.seconds(1e6))
-    pieces = [FAST.seconds(size) for size in (500_000, 250_000, 125_000)]
-    assert halving(cluster, 1e6).seconds == pytest.approx(2 * sum(pieces))
-    # Two of six nodes fold theirs into a neighbour's, and four go on.
-    pieces = [FAST.seconds(size) for size in (500_000, 250_000)]
-    assert halving(Cluster(6, FAST), 1e6).seconds == pytest.approx(2 * sum(pieces) + 2 * FAST.seconds(1e6))
 
 
 def test_hierarchical_by_hand() -> None:
@@ -96,15 +84,6 @@ def test_large_all_reduces_move_what_bandwidth_allows_at_least(n: int, megabytes
         least = 2 * (n - 1) / n * megabytes * 1e6
         assert least <= cost.wire < 1.15 * least
         assert cost.seconds >= 8 * least / FAST.rate
-
-
-@settings(deadline=None)
-@given(n=st.integers(3, 4096))
-def test_large_ones_go_by_ring_and_small_ones_by_tree(n: int) -> None:
-    cluster = Cluster(n, FAST)
-    assert ring(cluster, 1e10).seconds < tree(cluster, 1e10).seconds
-    if n >= 8:
-        assert tree(cluster, 8).seconds < ring(cluster, 8).seconds
 
 
 @settings(deadline=None)

@@ -10,9 +10,8 @@ from abtrain import recipes
 from abtrain.commands import cli
 from abtrain.commands.plan.units import rate_of, seconds_of
 from abtrain.errors import ConfigurationError
-from abtrain.recipes.phase import Measure
 from abtrain.recipes.sync import GradientWire, Merge, Trains
-from abtrain.recipes.words import GRADIENT_WIRES, MEASURES, MERGES, TRAINS, phases_in_words, purpose_of
+from abtrain.recipes.words import GRADIENT_WIRES, MERGES, TRAINS, phases_in_words, purpose_of
 
 GIVEN = ("--parameters", "1e6", "--step-time", "50ms")
 
@@ -182,7 +181,6 @@ def test_an_option_that_the_recipe_has_not(capsys: pytest.CaptureFixture[str]) -
 def test_everything_that_a_recipe_may_hold_has_words() -> None:
     assert set(TRAINS) == set(get_args(Trains))
     assert set(MERGES) == set(get_args(Merge))
-    assert set(MEASURES) == set(get_args(Measure))
     assert set(GRADIENT_WIRES) == set(get_args(GradientWire))
     for name in recipes.RECIPES:
         assert purpose_of(name).endswith(".")
@@ -198,13 +196,10 @@ def test_phases_in_words() -> None:
 
 
 def test_phases_of_ones_own_in_words() -> None:
-    options = {"mean_steps": 20, "agreement_below": 0.1, "warmup_steps": 100, "warmup_every": 50, "drift_below": 0.01}
-    assert phases_in_words(recipes.ab_outer(500, **options, delay=5, fragments=2, wire="lowrank:4:int8")) == [
-        "mean, up to 20 steps: full, merged every 5 steps (mean, factors of rank 4 in int8), until workers agree less "
-        "than 0.1",
-        "warmup, up to 100 steps: full, merged every 50 steps (outer Nesterov, factors of rank 4 in int8), until "
-        "spectra drift by less than 0.01 a round",
-        "factors, 380 steps: all train A and B, steps preconditioned (damping 0.1, times 2), merged every 20 steps "
+    options = {"warmup_steps": 100, "warmup_every": 50, "delay": 5, "fragments": 2, "wire": "lowrank:4:int8"}
+    assert phases_in_words(recipes.ab_outer(500, **options)) == [
+        "warmup, 100 steps: full, merged every 50 steps (outer Nesterov, factors of rank 4 in int8)",
+        "factors, 400 steps: all train A and B, steps preconditioned (damping 0.1, times 2), merged every 20 steps "
         "(outer Nesterov, factors of rank 4 in int8, 2 fragments in turns, hidden behind 5 steps)",
     ]
 

@@ -48,8 +48,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     },
     "local_sgd weighted": ("local_sgd", {**LOCAL, "merge": "weighted", "delay": 2}),
     "local_sgd around in merges": ("local_sgd", {**AROUND, "warmup_every": 2, "rebound_every": 1}),
-    "diloco after means": ("diloco", {**LOCAL, "mean_steps": 5, "mean_every": 2}),
-    "diloco measured": ("diloco", {**LOCAL, "mean_steps": 4, "mean_every": 2, "agreement_below": 1e-9}),
     "ab": ("ab", {**SCHEDULE, **RANK_2}),
     "ab projecting": ("ab", {**SCHEDULE, **RANK_2, "optimizer_state": "project"}),
     "ab shared": ("ab", {**SCHEDULE, **RANK_2, "svd": "shared"}),
@@ -83,10 +81,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "ab_outer",
         {**OUTER, "warmup_steps": 4, "refactor_every": 1, "rebound_steps": 2, "rebound_every": 0, "delay": 2},
     ),
-    "ab_outer after means": ("ab_outer", {**OUTER, "mean_steps": 3, "mean_every": 1, "warmup_every": 0}),
+    "ab_outer after ddp": ("ab_outer", {**OUTER, "warmup_every": 0}),
     "ab_outer all hidden": ("ab_outer", {**OUTER, "delay": 2, "warmup_delay": 3, "warmup_every": 4}),
-    "ab_outer measured": ("ab_outer", {**OUTER, "drift_below": 1e-9, "settled": 1.0, "warmup_wire": "bf16"}),
-    "ab_outer without a preconditioner": ("ab_outer", {**OUTER, "damping": 0.0, "min_share": 0.2}),
+    "ab_outer after bf16": ("ab_outer", {**OUTER, "warmup_wire": "bf16"}),
+    "ab_outer without a preconditioner": ("ab_outer", {**OUTER, "damping": 0.0}),
     "ab_outer excluding": ("ab_outer", {**LOCAL, **RANK_2, "exclude": ("0.*",), "wire": "int8"}),
 }
 
@@ -102,7 +100,7 @@ def norm_net(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def run(comm: Communicator, model: nn.Module, recipe: Recipe, optimizer: Any = adamw) -> tuple[Any, Any]:
-    """What the meter of a whole run says, and the ranks of every decomposition; no phase has ended early."""
+    """What the meter of a whole run says, and the ranks of every decomposition."""
     opt = optimizer([p for p in model.parameters() if p.requires_grad])
     ab = ABTraining(model, opt, recipe, communicator=comm)
     dtype = next(model.parameters()).dtype
@@ -241,25 +239,6 @@ def test_low_rank_by_hand() -> None:
     factor = 4 * (1024 + 2 * 8)
     sent = payload(predict(recipes.diloco(100, every=20, wire="lowrank:4:int8"), model, topology), topology)
     assert sent["by_phase"]["local"] == 24 + 5 * (2 * factor + 24) + 16
-
-
-def test_a_phase_that_ends_early_sends_less_than_is_predicted() -> None:
-    recipe = recipes.ab_outer(17, **{**OUTER, "warmup_steps": 12}, drift_below=10)
-
-    def ended(comm: Communicator) -> Any:
-        model = norm_net()
-        opt = adamw([p for p in model.parameters() if p.requires_grad])
-        ab = ABTraining(model, opt, recipe, communicator=comm)
-        for _ in range(9):
-            ab(torch.ones(2, 2, 6, 6)).sum().backward()
-            opt.step()
-            ab.step()
-        return comm.meter.payload()["by_phase"], ab.decisions
-
-    by_phase, decisions = run_in_process(2, ended)[0]
-    assert len(decisions) == 1
-    predicted = payload(predict(recipe, shapes_of(norm_net(), recipe.factoring), Topology(2)), Topology(2))
-    assert by_phase["warmup"] < predicted["by_phase"]["warmup"]
 
 
 @pytest.mark.parametrize("trains", ["all", "a_then_b"])
