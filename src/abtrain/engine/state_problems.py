@@ -25,8 +25,8 @@ from abtrain.checks import (
 from abtrain.engine.saved_state import run_problem
 from abtrain.engine.state_parts import PARTS, Place, Run, position_of
 from abtrain.lowrank.fit import MODEL_STATE, model_problems
+from abtrain.recipes.numbers import MOST
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.sync import MOST
 
 
 def state_problem(state: Any, run: Run) -> str:

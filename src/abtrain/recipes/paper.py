@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from abtrain.recipes.building_blocks import WARMUP_SHARE, MergeName, full_phase, merge_rule, rank_rule_of, share_of
+from abtrain.recipes.building_blocks import WARMUP_SHARE, full_phase, merge_rule, rank_rule_of, share_of
 from abtrain.recipes.factoring import Factoring, RankRule
+from abtrain.recipes.merges import MergeRule
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.sync import GradientSync, Trains, WeightSync
@@ -27,7 +28,7 @@ def ab(
     ab_steps: int | None = None,
     every: int | None = None,
     trains: Trains = "a_or_b",
-    merge: MergeName = "mean",
+    merge: MergeRule | str = "mean",
     temperature: float = 0.1,
     wire: str = "fp32",
     rebound_steps: int | None = None,
@@ -47,7 +48,7 @@ def ab(
         every: steps between merges in a group phase; default one merge, at its end.
         trains: one factor by the group's role (the paper), or the same factor in all groups, another in each round
             (`a_then_b`): then the average of the products is the product of the averages.
-        merge: the mean over all (the paper), over those who trained, or weighted by training loss.
+        merge: a rule of `abtrain.recipes.merges`, or its name: mean (the paper), trained_only or weighted.
         temperature: of `weighted`, in the units of the loss.
         wire: how merges are sent (see `abtrain.recipes.sync.WeightSync`).
         rebound_steps: full-rank steps after each group phase; default a quarter of `ab_steps`.
