@@ -13,20 +13,20 @@ from typing import Literal, NamedTuple, get_args
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.numbers import MOST
 
-Code = Literal["fp32", "bf16", "int8", "int4", "int3", "ternary"]
-"""In which numbers are sent."""
+CodeName = Literal["fp32", "bf16", "int8", "int4", "int3", "ternary"]
+"""The formats that numbers are sent in (see `abtrain.merging.wires.codes`)."""
 AUTO = "auto"
 AUTO_WIRES = ((2, "int4"), (5, "int3"), (math.inf, "ternary:int3"))
 """The wires that `auto` stands for, each with the largest number of workers that it is for."""
 
 
 class Form(NamedTuple):
-    """A form that names of wires have.
+    """A form that names of wires have, such as `lowrank:RANK`. A word in capitals stands for a value.
 
     Attributes:
-        wire: the class of the wire, as `module:name`; words in capitals of the form are its arguments, in small
-            letters. A string, since recipes are read where no torch is imported.
-        words: the wire's name for people.
+        wire: the class of the wire, as `module:name`; it takes the values as keyword arguments (`rank`). A string,
+            since recipes import no torch, and the class does.
+        words: the wire's name for people, with the values in braces.
     """
 
     wire: str
@@ -43,7 +43,7 @@ FORMS: dict[str, Form] = {
 
 
 def _code(text: str) -> str | None:
-    return text if text in get_args(Code) else None
+    return text if text in get_args(CodeName) else None
 
 
 def _rank(text: str) -> int | None:
@@ -77,7 +77,7 @@ class WireName(NamedTuple):
             values = _values(form, str(name))
             if values is not None:
                 return cls(form, values)
-        known = (AUTO, *get_args(Code), *(form for form in FORMS if form != "CODE"))
+        known = (AUTO, *get_args(CodeName), *(form for form in FORMS if form != "CODE"))
         raise ConfigurationError(f"unknown wire {name!r}: {nearest(str(name), known)}")
 
     @property

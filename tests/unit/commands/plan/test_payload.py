@@ -23,7 +23,7 @@ from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.merges import Mean
 from abtrain.recipes.recipe import Position
 from abtrain.recipes.sync import GradientWire, Trains
-from abtrain.recipes.wires import Code, wire_between
+from abtrain.recipes.wires import CodeName, wire_between
 from tests.cases import SCHEDULE, adamw, sgd
 from tests.gloo import run_gloo
 
@@ -33,7 +33,7 @@ RANK_4 = {"rank_rule": FixedRank(4)}
 LOCAL = {"every": 4}
 SHORT = {**SCHEDULE, **RANK_4}
 OUTER = {**LOCAL, **RANK_4, "warmup_steps": 8}
-WIRES = (*get_args(Code), "ternary:int3", "auto", "lowrank:2", "lowrank:2:int8")
+WIRES = (*get_args(CodeName), "ternary:int3", "auto", "lowrank:2", "lowrank:2:int8")
 AROUND = {"every": 4, "warmup_steps": 3, "rebound_steps": 2}
 BASES: dict[str, dict[str, Any]] = {"local_sgd": AROUND, "diloco": LOCAL, "ab": SHORT, "ab_outer": OUTER}
 PACES = ({"delay": 1}, {"delay": 3}, {"fragments": 2}, {"fragments": 4}, {"delay": 3, "fragments": 3})
