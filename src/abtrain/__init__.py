@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from abtrain.engine.ab_training import ABTraining
     from abtrain.errors import AbtrainError
     from abtrain.recipes.factoring import Factoring
+    from abtrain.recipes.merges import Mean, Outer, TrainedOnly
     from abtrain.recipes.phase import Phase
     from abtrain.recipes.rank_rules import Energy, FixedRank, SigmaCutoff
     from abtrain.recipes.recipe import Recipe
-    from abtrain.recipes.sync import GradientSync, Mean, Outer, TrainedOnly, WeightSync
+    from abtrain.recipes.sync import GradientSync, WeightSync
 
 __version__ = "0.1.0"
 
@@ -47,7 +48,8 @@ _HOMES = {
     "Factoring": "recipes.factoring",
     "Phase": "recipes.phase",
     "Recipe": "recipes.recipe",
-    **dict.fromkeys(("GradientSync", "Mean", "Outer", "TrainedOnly", "WeightSync"), "recipes.sync"),
+    **dict.fromkeys(("Mean", "Outer", "TrainedOnly"), "recipes.merges"),
+    **dict.fromkeys(("GradientSync", "WeightSync"), "recipes.sync"),
 }
 
 

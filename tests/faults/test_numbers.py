@@ -21,7 +21,7 @@ from abtrain.errors import NonFiniteError
 from abtrain.merging.wires import make_wire
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.sync import wire_between
+from abtrain.recipes.wires import wire_between
 from tests.cases import SCHEDULE, batch, build, largest_difference, sgd
 from tests.faults.loops import AB, HIDDEN, OUTER, Loop, told
 from tests.gloo import run_gloo

@@ -10,6 +10,7 @@ from torch import Tensor
 from abtrain.comm.buckets import pack, unpack
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Stages, finish
+from abtrain.comm.traffic import Calls, Traffic
 
 
 def exact_average(tensors: Sequence[Tensor], comm: Communicator) -> list[Tensor]:
@@ -34,6 +35,11 @@ def average_exactly(tensors: Sequence[Tensor], comm: Communicator) -> Stages[lis
         pending.wait()
         bucket.flat.div_(comm.topology.world_size)
     return unpack(buckets, tensors)
+
+
+def sent_by_average(tensors: Sequence[Tensor]) -> Calls:
+    """The calls of `average_exactly` and `exact_average` of these tensors."""
+    return tuple(Traffic("all_reduce", "world", bucket.flat.nbytes) for bucket in pack(tensors))
 
 
 def largest(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from abtrain.comm.buckets import pack, unpack
 from abtrain.comm.checksums import as_bytes, fingerprint
+from abtrain.comm.communicator import Scope
 from abtrain.comm.layouts import REMEDY, Layouts
 from abtrain.comm.link import Link
+from abtrain.comm.traffic import Calls, Traffic
 from abtrain.errors import RanksDisagreeError
 
 _MARK = 0x3A7E_91C4_D05B_682F
@@ -76,6 +78,11 @@ class Following:
             received = _mark_in(message) if place == self._place else received
         if received != mark:
             raise RanksDisagreeError(f"{changed} on rank {self._link.rank}, and not on rank {first}. {REMEDY}")
+
+
+def sent_by_follow(buffers: Sequence[Tensor], scope: Scope) -> Calls:
+    """The calls of `Following.follow`, where no buffer has changed its shape."""
+    return tuple(Traffic("broadcast", scope, bucket.flat.nbytes) for bucket in pack(buffers, widen=False))
 
 
 def _mark_in(message: Tensor) -> list[int]:

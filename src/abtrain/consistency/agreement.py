@@ -14,8 +14,9 @@ from torch import Tensor
 
 from abtrain.comm.buckets import pack, unpack
 from abtrain.comm.checksums import BITS, LIMIT, checksum, fingerprint
-from abtrain.comm.communicator import Communicator
+from abtrain.comm.communicator import Communicator, Scope
 from abtrain.comm.stages import Stages, finish
+from abtrain.comm.traffic import Calls, Traffic
 from abtrain.errors import CheckpointError, RanksDisagreeError
 
 ABSENT = "absent"
@@ -244,6 +245,30 @@ def raise_together(comm: Communicator, problem: str) -> None:
     if ranks:
         where = f"on rank {', '.join(ranks)}: " if comm.topology.world_size > 1 else ""
         raise CheckpointError(f"{where}{next(filter(None, told))}")
+
+
+ROLL_CALL: Calls = (Traffic("all_gather", "world", 3 * torch.int64.itemsize),)
+"""The call of `roll_call`, `check_fingerprint` and `differing_fields` where all ranks are at the same place."""
+
+
+def sent_by_comparison(count: int, scope: Scope = "world") -> Calls:
+    """The call of `disagreeing` and `differing_tensors`: both ends of the range of `count` numbers."""
+    return (Traffic("all_reduce", scope, 2 * count * torch.int64.itemsize),) if count else ()
+
+
+def sent_by_share(tensors: Sequence[Tensor]) -> Calls:
+    """The calls of `share` of tensors of one owner."""
+    return tuple(Traffic("broadcast", "world", bucket.flat.nbytes) for bucket in pack(tensors, widen=False))
+
+
+def sent_by_agree_on_tensors(count: int) -> Calls:
+    """The calls of `agree_on_tensors` of `count` tensors that ranks hold equally."""
+    return (*ROLL_CALL, *sent_by_comparison(count))
+
+
+def sent_by_take_first() -> Calls:
+    """The call of `take_first` where the last bits are equal."""
+    return sent_by_comparison(1)
 
 
 def _ranges(comm: Communicator, values: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Communicator
-from abtrain.consistency.agreement import disagreeing, share
+from abtrain.comm.traffic import Calls, Traffic
+from abtrain.consistency.agreement import disagreeing, sent_by_comparison, sent_by_share, share
 from abtrain.errors import NonFiniteError
 from abtrain.lowrank.svd import Factors, decompose
 from abtrain.recipes.factoring import Factoring
@@ -82,6 +83,25 @@ def agree_on_factors(comm: Communicator, weights: Mapping[str, Tensor], factorin
             kept.append(i)
     final = _exchange(comm, {i: matrices[i] for i in kept}, factors, k, owners, shared=factoring.svd == "shared")
     return Agreed({names[i]: final[i] for i in kept}, dense)
+
+
+def sent_by_agree_on_factors(factors: Sequence[Factors | None], workers: int, shared: bool) -> Calls:
+    """The calls of `agree_on_factors` where all workers compute the same factors.
+
+    Args:
+        factors: by the shapes of A (m, k) and B (k, n), for each weight in their order; None where it stays dense.
+        workers: how many.
+        shared: whether each weight is decomposed by its owner alone.
+    """
+    calls: Calls = ()
+    if factors:
+        calls = (Traffic("all_reduce", "world", 2 * len(factors) * torch.int64.itemsize),)
+    if not shared:
+        return (*calls, *sent_by_comparison(sum(pair is not None for pair in factors)))
+    for owner in range(workers):
+        owned = [tensor for pair in factors[owner::workers] if pair is not None for tensor in pair]
+        calls += sent_by_share(owned)
+    return calls
 
 
 def _decompose_some(

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from abtrain.comm.averages import exact_average
+from abtrain.comm.averages import exact_average, sent_by_average
 from abtrain.comm.communicator import Communicator
+from abtrain.comm.traffic import Calls, Traffic
 from abtrain.consistency.nested_state import level_nested
 from abtrain.consistency.settings import HYPERPARAMETERS
 from abtrain.lowrank.optimizer import LINEAR_MOMENTS, SQUARED_MOMENTS, State
@@ -40,6 +42,36 @@ def level_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Parameter],
     for optimizer in optimizers.stateful:
         _level_state(optimizer, parameters, comm)
     _level_settings(optimizers, comm)
+
+
+@dataclass(frozen=True)
+class OptimizerShape:
+    """The state that an optimizer keeps for each parameter.
+
+    Args:
+        tensors: of the parameter's shape; AdamW's are its two moments.
+        numbers: single ones; AdamW's is its step count.
+    """
+
+    tensors: int = 2
+    numbers: int = 1
+
+
+def sent_by_level_optimizers(parameters: Sequence[Tensor], trained: Sequence[Tensor], shape: OptimizerShape) -> Calls:
+    """The calls of `level_optimizers` of one optimizer of PyTorch's.
+
+    Args:
+        parameters: by their shapes.
+        trained: those of them for which some worker has state.
+        shape: of the optimizer's state.
+    """
+    if not parameters:
+        return ()
+    slots = len(parameters) * (shape.tensors + shape.numbers)
+    # Which worker holds which, in int64, and the single numbers, in float64.
+    table = (Traffic("all_reduce", "world", slots * torch.int64.itemsize),) * 2 if slots else ()
+    moments = [tensor for tensor in trained for _ in range(shape.tensors)]
+    return (Traffic("all_gather", "world", _KEY_BYTES), *table, *sent_by_average(moments))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Communicator, Scope, scope_ranks
 from abtrain.comm.layouts import layouts_of
+from abtrain.comm.traffic import Calls, Traffic
 from abtrain.consistency.agreement import ABSENT, gather_json, values_by_rank
 from abtrain.errors import RanksDisagreeError
 
@@ -61,6 +62,11 @@ def check_replicas(
         if layouts:
             _check_layouts(comm, layouts, where)
         _level(comm, tensors, [mine, *sums], scope, where)
+
+
+def sent_by_check_replicas(scope: Scope) -> Calls:
+    """The call of `check_replicas` where nothing differs, over a scope of several ranks."""
+    return (Traffic("all_reduce", scope, 2 * torch.int64.itemsize),)
 
 
 def _check_layouts(comm: Communicator, layouts: Mapping[str, str], where: str) -> None:

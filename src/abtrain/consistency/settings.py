@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from abtrain.comm.checksums import fingerprint, stable_repr
 from abtrain.comm.communicator import Communicator
-from abtrain.consistency.agreement import ABSENT, differing_fields, gather_json, values_by_rank
+from abtrain.comm.traffic import Calls
+from abtrain.consistency.agreement import ABSENT, ROLL_CALL, differing_fields, gather_json, values_by_rank
 from abtrain.errors import RanksDisagreeError
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizers import Optimizers, settings_of
@@ -155,6 +156,11 @@ def check_loaded(comm: Communicator, recipe: Recipe, state: Mapping[str, Any], *
         "workers load states that do not belong together",
         "Load on every worker what was saved at the same step of the same run",
     )
+
+
+def sent_by_check_settings() -> Calls:
+    """The call of `check_start`, and of `check_phase`, where nothing differs."""
+    return ROLL_CALL
 
 
 def check_equal(comm: Communicator, values: Mapping[str, object], what: str, remedy: str) -> None:

@@ -40,10 +40,11 @@ from abtrain.merging.roles import trained_by, trained_factors
 from abtrain.merging.rounds import CHECKING, merging
 from abtrain.merging.shared_tensors import as_real
 from abtrain.merging.wires import make_wire
-from abtrain.merging.wires.low_rank import pays
 from abtrain.own import own_names, shared_buffers
+from abtrain.recipes.numbers import MOST
 from abtrain.recipes.recipe import Position, Recipe
-from abtrain.recipes.sync import MOST, GradientSync, WeightSync, WireName, wire_between
+from abtrain.recipes.sync import GradientSync, WeightSync
+from abtrain.recipes.wires import wire_between
 
 _FLOAT32 = torch.finfo(torch.float32)
 _FLAG = one_of(True, False)
@@ -139,23 +140,21 @@ def _merger(at: Place) -> Check:
     # Between phases of rounds, the anchors of the last one are held, and used no more.
     stale = [*dense_layout(model), *(f"{name}.{letter}" for name in model.names for letter in "AB")]
     wires = {phase.sync.wire for phase in phases if isinstance(phase.sync, WeightSync)}
-    ranks = {wire: WireName.parse(wire_between(at.run.topology.world_size, wire)).rank for wire in wires}
+    workers = at.run.topology.world_size
+    kept = {wire: make_wire(wire_between(workers, wire)).keeps(at.parameters) for wire in wires}
     return mapping(
         {
             "anchors": mapping(wide_ones) if at.rounds else mapping(dict.fromkeys(stale, tensor()), required=()),
             "momentum": mapping(wide_ones, required=()),
             "residuals": mapping({n: like(p, torch.float32) for n, p in at.parameters.items()}, required=()),
-            "starts": mapping(
-                {wire: _starts(at.parameters, rank) for wire, rank in ranks.items() if rank}, required=()
-            ),
+            "starts": mapping({wire: _starts(shapes) for wire, shapes in kept.items()}, required=()),
             "buffers": mapping(dict.fromkeys(at.buffers, whole(-1, LIMIT - 1)), required=()),
         }
     )
 
 
-def _starts(parameters: Layout, rank: int) -> Check:
-    sizes = {name: p.numel() // p.shape[0] for name, p in parameters.items() if pays(p, rank)}
-    return mapping({name: tensor((n, rank), torch.float32) for name, n in sizes.items()}, required=())
+def _starts(shapes: Mapping[str, tuple[int, ...]]) -> Check:
+    return mapping({name: tensor(shape, torch.float32) for name, shape in shapes.items()}, required=())
 
 
 def _rounds(at: Place) -> Check:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Communicator
+from abtrain.comm.traffic import Calls, Traffic
 
 _COMPARE = 0
 """Told in the place of a fingerprint: a buffer that differed before is not finite here."""
@@ -130,6 +131,11 @@ class Buffers:
     def _still(self, sums: Mapping[str, int]) -> list[str]:
         """The buffers that differed before, and that nobody has changed here since they were merged."""
         return [name for name, total in sums.items() if self.differed.get(name) == total]
+
+
+def sent_by_first_comparison(buffers: Sequence[Tensor]) -> Calls:
+    """The call of the first `Buffers.compare` of a run, if some of the buffers differ between workers."""
+    return (Traffic("all_gather", "world", len(buffers) * torch.int64.itemsize),)
 
 
 def is_finite(tensor: Tensor) -> bool:

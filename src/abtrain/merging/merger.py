@@ -1,12 +1,7 @@
 """How groups become one again.
 
-A merge averages what changed in a round, and a rule makes of the average what all workers hold next. With W_0 the
-weights that all started the round from, W_i those of worker i at its end, s_i its share, and D = sum_i s_i (W_i - W_0):
-
-    mean            s_i = 1 / workers                                 W = W_0 + D
-    trained_only    s_i = 1 / (workers that trained it)               W = W_0 + D
-    weighted        s_i ~ exp(-loss_i / T) of those that trained it   W = W_0 + D
-    outer           s_i = 1 / workers      M = mu M + D ;  W = W_0 + lr (D + mu M)      (DiLoCo, arXiv 2311.08105)
+A merge averages the workers' changes of a round, and a rule makes of the average what all workers hold next (see
+`abtrain.recipes.merges`).
 
 While a hidden merge is under way, a worker trains on from what the rule would make of its own change alone, and the
 difference to the outcome is made up when that arrives (eager updates: Kale, Douillard, Donchev, arXiv 2502.12996).
@@ -24,21 +19,22 @@ import torch
 from torch import Tensor
 
 from abtrain.checks import told_names
-from abtrain.comm.averages import average_exactly
+from abtrain.comm.averages import average_exactly, sent_by_average
 from abtrain.comm.checksums import as_bytes, checksum
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Stages, together
-from abtrain.consistency.agreement import Place, Told, gather_json, roll_call, share
+from abtrain.comm.traffic import Calls
+from abtrain.consistency.agreement import ROLL_CALL, Place, Told, gather_json, roll_call, share
 from abtrain.errors import NonFiniteError, OnNonFinite
 from abtrain.failpoints import fail_at
 from abtrain.lowrank.tangent import to_factors, to_weight
 from abtrain.lowrank.weight import FactoredWeight
 from abtrain.merging.buffers import Buffers, Compared, is_finite, settled
 from abtrain.merging.wires import make_wire
-from abtrain.merging.wires.direct import Averages, Wire
-from abtrain.merging.wires.low_rank import LowRankWire
-from abtrain.recipes.shares import SHARES, Part
-from abtrain.recipes.sync import Outer, WeightSync, wire_between
+from abtrain.merging.wires.wire import Averages, Wire
+from abtrain.recipes.merges import MergeRule, Part
+from abtrain.recipes.sync import WeightSync
+from abtrain.recipes.wires import wire_between
 
 Tensors = dict[str, Tensor]
 _SUBTRACTED = frozenset(
@@ -55,7 +51,7 @@ class Merger:
     Attributes:
         on_nonfinite: `drop_worker` leaves out parts that are not finite; otherwise they stop all.
         anchors: by name, what all workers held at the start of the round; halves in float32.
-        momentum: by name, of `Outer` merges; alike on all workers.
+        momentum: by name, what a merge rule keeps of its steps; the same on all workers.
         residuals: by name, float32: what narrow wires have taken from this worker's changes and not sent yet.
         observer: told of each merge to which all workers bring a part: changes, their average, and the anchors. Called
             on all workers alike.
@@ -80,7 +76,7 @@ class Merger:
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on from here."""
-        starts = {name: dict(wire.starts) for name, wire in self._wires.items() if isinstance(wire, LowRankWire)}
+        starts = {name: dict(wire.starts) for name, wire in self._wires.items() if wire.starts}
         stores = {"anchors": self.anchors, "momentum": self.momentum, "residuals": self.residuals}
         stored = {name: dict(store) for name, store in stores.items()}
         return {"starts": starts, "buffers": self._buffers.state_dict(), **stored}
@@ -95,9 +91,7 @@ class Merger:
         self.residuals, self._wires = copies(state["residuals"]), {}
         self._buffers.load_state_dict(state["buffers"])
         for name, starts in state["starts"].items():
-            wire = self.wire(name)
-            assert isinstance(wire, LowRankWire)
-            wire.starts = copies(starts)
+            self.wire(name).starts = copies(starts)
 
     def wire(self, name: str) -> Wire:
         """The wire of that name, the same at every call."""
@@ -188,18 +182,19 @@ class Merger:
             held[name].copy_(_moved(value, held[name], base[name]) if alive[self._comm.rank] else value)
         return tuple(rank for rank, is_well in enumerate(alive) if not is_well)
 
-    def eager(self, rule: Any, name: str, started: Tensor) -> Tensor:
-        """What a worker trains on from while its merge is hidden, given what it held when that began."""
-        if not isinstance(rule, Outer):
-            return started
+    def eager(self, rule: MergeRule, name: str, started: Tensor) -> Tensor:
+        """The tensor that a worker trains on from while its merge is hidden, given what it held when that began."""
         anchor = self.anchors[name]
-        return (anchor + self._stepped(rule, name, _change(anchor, started))[0]).to(started.dtype)
+        change = _change(anchor, started)
+        step, _ = rule.step(change, self.momentum.get(name))
+        # A step by the change itself leads back to `started`, but for rounding.
+        return started if step is change else (anchor + step).to(started.dtype)
 
-    def _arrive(self, rule: Any, averages: Averages) -> Tensors:
+    def _arrive(self, rule: MergeRule, averages: Averages) -> Tensors:
         """What all workers hold next, by name; what the wire still owes is kept."""
         for name, D in averages.mean.items():
             self.residuals.pop(name, None)
-            step, momentum = self._stepped(rule, name, D)
+            step, momentum = rule.step(D, self.momentum.get(name))
             self.anchors[name].add_(step)
             if momentum is not None:
                 self.momentum[name] = momentum
@@ -208,7 +203,7 @@ class Merger:
 
     def _contribution(
         self,
-        rule: Any,
+        rule: MergeRule,
         deltas: Mapping[str, Tensor],
         alive: Sequence[bool],
         trained_by: Mapping[str, Sequence[bool]],
@@ -219,7 +214,7 @@ class Merger:
         numbers = {}
         for name, delta in deltas.items():
             trained = [a and t for a, t in zip(alive, trained_by.get(name, [True] * workers), strict=True)]
-            share = SHARES[type(rule)](rule, alive, trained, parts)[rank]
+            share = rule.shares(alive, trained, parts)[rank]
             numbers[name] = delta * (share * workers) if alive[rank] else torch.zeros_like(delta)
             if name in self.residuals:
                 numbers[name] += self.residuals[name]
@@ -301,12 +296,18 @@ class Merger:
         of_ranks = [f"rank {rank}: {told[rank]}" if len(broken) > 1 else told[rank] for rank in broken]
         return f" ({'; '.join(of_ranks)})"
 
-    def _stepped(self, rule: Any, name: str, D: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What is added to the weights for a change D, and the momentum then, if the rule has one."""
-        if not isinstance(rule, Outer):
-            return D, None
-        M = rule.momentum * self.momentum[name] + D if name in self.momentum else D
-        return rule.lr * (D + rule.momentum * M), M
+
+def sent_by_merge(wire: str, tensors: Sequence[Tensor], averaged: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
+    """The calls of `Merger.merge`, stage by stage, where buffers differ as they did at the merge before.
+
+    Args:
+        wire: its name.
+        tensors: that merge, by their shapes.
+        averaged: buffers that differ and are averaged.
+        workers: how many.
+    """
+    first, *more = make_wire(wire_between(workers, wire)).sends(tensors, workers)
+    return ROLL_CALL, (*first, *sent_by_average(averaged)), *more
 
 
 def _told(deltas: Mapping[str, Tensor], buffers: int, loss: float | None) -> Told:

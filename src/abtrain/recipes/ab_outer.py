@@ -7,9 +7,11 @@ from typing import Any
 from abtrain.errors import ConfigurationError
 from abtrain.recipes.building_blocks import are_counts, at_local_lr, full_phase, preset, rank_rule_of, whole_rounds
 from abtrain.recipes.factoring import Factoring, RankRule
+from abtrain.recipes.merges import Mean, MergeRule, Outer
+from abtrain.recipes.numbers import whole_number_problems
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.sync import Mean, Merge, Outer, WeightSync, whole_number_problems
+from abtrain.recipes.sync import WeightSync
 
 AB_OUTER = {"keep_dense_if_larger": True, "optimizer_state": "auto"}
 """What both recipes here change of `Factoring`'s defaults."""
@@ -77,7 +79,7 @@ def ab_outer(
         ConfigurationError: values that cannot be; `rebound_steps` without `refactor_every`.
     """
     # Without momentum the outer optimizer is a mean, and keeps nothing.
-    merge: Merge = Mean() if (outer_lr, outer_momentum) == (1, 0) else Outer(outer_lr, outer_momentum)
+    merge: MergeRule = Mean() if (outer_lr, outer_momentum) == (1, 0) else Outer(outer_lr, outer_momentum)
     sync = WeightSync(every, merge, wire, delay, fragments)
     if warmup_steps is None:
         warmup_steps = whole_rounds(total_steps, every)

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import fields, replace
+from typing import Any
 
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.factoring import RankRule
+from abtrain.recipes.merges import BY_NAME, Mean, MergeRule, Weighted
+from abtrain.recipes.numbers import MOST, whole_number_problems
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.rank_rules import SigmaCutoff, parse_rule
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.sync import (
-    MOST,
-    GradientSync,
-    Mean,
-    Merge,
-    Sync,
-    TrainedOnly,
-    Weighted,
-    WeightSync,
-    number_problems,
-    whole_number_problems,
-)
-
-MergeName = Literal["mean", "trained_only", "weighted"]
+from abtrain.recipes.sync import GradientSync, Sync, WeightSync
 
 WARMUP_SHARE = 0.2
 """Warm-up over all steps: the paper's guideline (Section IV.C), which all its runs follow."""
@@ -60,7 +49,7 @@ def preset(
 
 
 def full_phase(
-    name: str, steps: int, every: int, wire: str, merge: Merge = Mean(), delay: int = 0
+    name: str, steps: int, every: int, wire: str, merge: MergeRule = Mean(), delay: int = 0
 ) -> tuple[Phase, ...]:
     """A full-rank phase, or none if it has no steps: with merges every so many steps, or with shared gradients (0).
 
@@ -83,15 +72,26 @@ def at_local_lr(phases: tuple[Phase, ...], local_lr: float) -> tuple[Phase, ...]
     return tuple(replace(p, local_lr=local_lr) if isinstance(p.sync, WeightSync) else p for p in phases)
 
 
-def merge_rule(name: MergeName, temperature: float) -> Merge:
-    """The rule of that name; the temperature is looked at whether or not it plays a part."""
-    merges: dict[str, Merge] = {"mean": Mean(), "trained_only": TrainedOnly(), "weighted": Weighted(temperature)}
-    found = number_problems("temperature", temperature, above=0)
-    if str(name) not in merges:
-        found.append(f"unknown merge {name!r}: {nearest(str(name), merges)}")
+def merge_rule(rule: MergeRule | str, temperature: float) -> MergeRule:
+    """A rule, or the one of that name with the settings that it has of those given here.
+
+    Args:
+        rule: which may have been built already.
+        temperature: of rules that have one; checked for all.
+
+    Raises:
+        ConfigurationError: an unknown name, or a temperature that cannot be.
+    """
+    found = Weighted(temperature).problems()
+    if not isinstance(rule, MergeRule) and str(rule) not in BY_NAME:
+        found.append(f"unknown merge {rule!r}: {nearest(str(rule), BY_NAME)}")
     if found:
         raise ConfigurationError(found)
-    return merges[str(name)]
+    if isinstance(rule, MergeRule):
+        return rule
+    kind = BY_NAME[str(rule)]
+    settings = {"temperature": temperature}
+    return kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})
 
 
 def rank_rule_of(rule: RankRule | str | None, sigma_cutoff: float, outliers: bool = True) -> RankRule:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
-from abtrain.recipes.sync import whole_number_problems
+from abtrain.recipes.numbers import whole_number_problems
 
 OptimizerState = Literal["reset", "project", "auto"]
 SVDMode = Literal["each", "shared"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from abtrain.errors import ConfigurationError, nearest
-from abtrain.recipes.building_blocks import MergeName, at_local_lr, full_phase, merge_rule
+from abtrain.recipes.building_blocks import at_local_lr, full_phase, merge_rule
+from abtrain.recipes.merges import MergeRule, Outer
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.sync import GradientSync, Outer, WeightSync
+from abtrain.recipes.sync import GradientSync, WeightSync
 
 
 def ddp(total_steps: int, *, wire: Literal["fp32", "bf16"] = "fp32") -> Recipe:
@@ -42,7 +43,7 @@ def local_sgd(
     total_steps: int,
     *,
     every: int = 20,
-    merge: MergeName = "mean",
+    merge: MergeRule | str = "mean",
     temperature: float = 0.1,
     wire: str = "fp32",
     delay: int = 0,
@@ -61,7 +62,7 @@ def local_sgd(
     Args:
         total_steps: of the run.
         every: steps between merges.
-        merge: the mean over all, over those who trained, or weighted by training loss.
+        merge: a rule of `abtrain.recipes.merges`, or its name: mean, trained_only or weighted.
         temperature: of `weighted`, in the units of the loss.
         wire: how merges are sent (see `abtrain.recipes.sync.WeightSync`).
         delay: steps that a merge is hidden behind; the last one of a phase, so each before a rebound, is waited for.

@@ -6,7 +6,6 @@ from typing import Any
 
 from abtrain.recipes.building_blocks import (
     WARMUP_SHARE,
-    MergeName,
     full_phase,
     merge_rule,
     preset,
@@ -14,6 +13,7 @@ from abtrain.recipes.building_blocks import (
     share_of,
 )
 from abtrain.recipes.factoring import Factoring, RankRule
+from abtrain.recipes.merges import MergeRule
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.sync import GradientSync, Sync, Trains, WeightSync
@@ -36,7 +36,7 @@ def ab(
     ab_steps: int | None = None,
     every: int | None = None,
     trains: Trains = "a_or_b",
-    merge: MergeName = "mean",
+    merge: MergeRule | str = "mean",
     temperature: float = 0.1,
     wire: str = "fp32",
     rebound_steps: int | None = None,
@@ -58,7 +58,7 @@ def ab(
             workers at every step, and all train the same factor.
         trains: one factor by the group's role (the paper), or the same factor in all groups, another in each round
             (`a_then_b`): then the average of the products is the product of the averages.
-        merge: the mean over all (the paper), over those who trained, or weighted by training loss.
+        merge: a rule of `abtrain.recipes.merges`, or its name: mean (the paper), trained_only or weighted.
         temperature: of `weighted`, in the units of the loss.
         wire: how merges are sent (see `abtrain.recipes.sync.WeightSync`).
         rebound_steps: full-rank steps after each group phase; default a quarter of `ab_steps`.

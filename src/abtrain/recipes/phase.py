@@ -5,15 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from abtrain.recipes.sync import (
-    GradientSync,
-    Sync,
-    Trains,
-    WeightSync,
-    number_problems,
-    share_problems,
-    whole_number_problems,
-)
+from abtrain.recipes.numbers import number_problems, share_problems, whole_number_problems
+from abtrain.recipes.sync import GradientSync, Sync, Trains, WeightSync
 
 Weights = Literal["full", "factored"]
 

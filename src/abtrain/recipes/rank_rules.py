@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from abtrain.errors import ConfigurationError
 from abtrain.recipes.factoring import RankRule
-from abtrain.recipes.sync import number_problems, share_problems, whole_number_problems
+from abtrain.recipes.numbers import number_problems, share_problems, whole_number_problems
 
 
 def _bounded(k: int, multiple: int, m: int, n: int) -> int:

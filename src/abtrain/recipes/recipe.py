@@ -13,8 +13,9 @@ from typing import Literal
 
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.recipes.factoring import Factoring
+from abtrain.recipes.numbers import whole_number_problems
 from abtrain.recipes.phase import Phase
-from abtrain.recipes.sync import Weighted, WeightSync, whole_number_problems
+from abtrain.recipes.sync import WeightSync
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Recipe:
     def phase_weighted_by_loss(self) -> str | None:
         """The first phase whose merges need workers' training losses; None if none does."""
         for phase in self.phases:
-            if isinstance(phase.sync, WeightSync) and isinstance(phase.sync.merge, Weighted):
+            if isinstance(phase.sync, WeightSync) and phase.sync.merge.needs_losses:
                 return phase.name
         return None
 

@@ -9,30 +9,14 @@ from collections.abc import Iterator
 from abtrain import recipes
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.sync import (
-    AUTO,
-    AUTO_WIRES,
-    GradientSync,
-    Mean,
-    Outer,
-    Sync,
-    TrainedOnly,
-    Weighted,
-    WeightSync,
-    WireName,
-)
+from abtrain.recipes.sync import GradientSync, Sync, WeightSync
+from abtrain.recipes.wires import AUTO, AUTO_WIRES, WireName
 
 TRAINS = {
     "all": "all train A and B",
     "a_or_b": "half train A, half B",
     "a_then_b": "all train A and B in turns",
     "b": "all train B",
-}
-MERGES: dict[type, str] = {
-    Mean: "mean",
-    TrainedOnly: "mean over those that trained it",
-    Weighted: "mean weighted by training loss",
-    Outer: "outer Nesterov",
 }
 GRADIENT_WIRES = {
     "fp32": "gradients averaged at every step",
@@ -70,7 +54,7 @@ def sync_in_words(sync: Sync) -> str:
 
 def _manner(sync: WeightSync) -> Iterator[str]:
     """How a merge is made and sent."""
-    yield MERGES[type(sync.merge)]
+    yield sync.merge.words
     yield _sent(sync.wire)
     if sync.fragments > 1:
         yield f"{sync.fragments} fragments in turns"
@@ -83,9 +67,7 @@ def _sent(name: str) -> str:
     if name == AUTO:
         *some, last = (wire for _, wire in AUTO_WIRES)
         return f"{', '.join(some)} or {last}, by the number of workers"
-    wire = WireName.parse(name)
-    back = "" if wire.reply == wire.code else f", back in {wire.reply}"
-    return (f"factors of rank {wire.rank} in {wire.code}" if wire.rank else wire.code) + back
+    return WireName.parse(name).words
 
 
 def _clauses(phase: Phase) -> Iterator[str]:

@@ -14,14 +14,14 @@ from abtrain.comm.in_process import run_in_process
 from abtrain.comm.stages import finish
 from abtrain.errors import NonFiniteError
 from abtrain.merging.merger import Merger
-from abtrain.recipes.sync import Mean, Merge, Outer, TrainedOnly
+from abtrain.recipes.merges import Mean, MergeRule, Outer, TrainedOnly
 
 START = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
 MOVES = [torch.tensor([0.3, 0.0, -0.6], dtype=torch.float64), torch.tensor([0.1, 0.2, 0.0], dtype=torch.float64)]
 D = (MOVES[0] + MOVES[1]) / 2
 
 
-def rounds(comm: Communicator, rule: Merge, count: int, trainers: dict[str, list[bool]]) -> Tensor:
+def rounds(comm: Communicator, rule: MergeRule, count: int, trainers: dict[str, list[bool]]) -> Tensor:
     """Every worker makes its own move in every round."""
     w = START.clone()
     merger = Merger(comm)
@@ -32,7 +32,7 @@ def rounds(comm: Communicator, rule: Merge, count: int, trainers: dict[str, list
     return w
 
 
-def both(rule: Merge, count: int = 1, trainers: dict[str, list[bool]] | None = None) -> Tensor:
+def both(rule: MergeRule, count: int = 1, trainers: dict[str, list[bool]] | None = None) -> Tensor:
     one, other = run_in_process(2, lambda comm: rounds(comm, rule, count, trainers or {}))
     assert torch.equal(one, other)
     return one

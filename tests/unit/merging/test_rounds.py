@@ -19,7 +19,7 @@ from abtrain.consistency.agreement import disagreeing
 from abtrain.errors import ConfigurationError, NonFiniteError, RanksDisagreeError, UsageError
 from abtrain.merging.rounds import cut_into_fragments
 from abtrain.recipes.factoring import Factoring
-from abtrain.recipes.sync import Mean, Merge, Outer, TrainedOnly, Weighted
+from abtrain.recipes.merges import Mean, MergeRule, Outer, TrainedOnly, Weighted
 from tests.cases import adamw, batch, build, largest_difference, sgd, train
 from tests.gloo import run_gloo
 
@@ -53,7 +53,7 @@ def go_down(comm: Communicator, sync: WeightSync, steps: int = 40) -> list[Tenso
 
 @pytest.mark.parametrize("merge", [Mean(), Outer(0.7, 0.9)], ids=["mean", "outer"])
 @pytest.mark.parametrize("delay", [1, 3, 7])
-def test_what_was_trained_during_a_hidden_merge_is_kept(merge: Merge, delay: int) -> None:
+def test_what_was_trained_during_a_hidden_merge_is_kept(merge: MergeRule, delay: int) -> None:
     """Where gradients do not depend on the weights, a delay changes nothing: not a step is lost or counted twice."""
     at_once = run_in_process(3, lambda comm: go_down(comm, WeightSync(8, merge)))
     hidden = run_in_process(3, lambda comm: go_down(comm, WeightSync(8, merge, delay=delay)))
@@ -433,7 +433,7 @@ def on_an_unknown_backend(comm: Communicator) -> str:
 @pytest.mark.parametrize("wire", ["fp32", "bf16", "int8", "int4", "lowrank:2", "lowrank:2:int4"])
 @pytest.mark.parametrize("merge", [Mean(), TrainedOnly(), Weighted(0.1), Outer()], ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("trains", ["all", "a_or_b", "a_then_b"])
-def test_all_ranks_hold_the_same_bits_after_every_merge(merge: Merge, wire: str, trains: str) -> None:
+def test_all_ranks_hold_the_same_bits_after_every_merge(merge: MergeRule, wire: str, trains: str) -> None:
     def work(comm: Communicator) -> int:
         model = build("mlp", torch.float32)
         optimizer = adamw(model.parameters())

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from abtrain import recipes
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.recipes.factoring import Factoring
+from abtrain.recipes.merges import Mean
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.rank_rules import SigmaCutoff
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.sync import GradientSync, Mean, WeightSync
+from abtrain.recipes.sync import GradientSync, WeightSync
 
 
 def names(recipe: Recipe) -> list[str]:

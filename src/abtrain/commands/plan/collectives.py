@@ -22,9 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from abtrain.commands.plan.stretches import Call
+from abtrain.comm.traffic import Call
 from abtrain.errors import ConfigurationError
-from abtrain.recipes.sync import number_problems, whole_number_problems
+from abtrain.recipes.numbers import number_problems, whole_number_problems
 
 SEGMENT = 1448
 """Bytes of data in a full Ethernet frame: MTU 1500, less 20 of IP, 20 of TCP and 12 of TCP's timestamps."""

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from abtrain.comm.stages import stages_due
+from abtrain.comm.traffic import Calls, Traffic
 from abtrain.commands.plan.collectives import Cluster, Cost, cost_of
 from abtrain.commands.plan.stragglers import Speeds
-from abtrain.commands.plan.stretches import Calls, Merging, Stretch, Traffic
+from abtrain.commands.plan.stretches import Merging, Stretch
 from abtrain.commands.plan.worker_seconds import WorkerSeconds
 
 BACKWARD = 2 / 3

@@ -15,39 +15,26 @@ from typing import Any, Literal
 from torch import Tensor
 
 from abtrain.comm.communicator import PLAIN, Scope, scope_spans
+from abtrain.comm.following import sent_by_follow
+from abtrain.comm.hooks import plain_steps, sent_by_backward
 from abtrain.comm.topology import Topology
+from abtrain.comm.traffic import Calls
 from abtrain.commands.plan.rounds import Turn, turns
 from abtrain.commands.plan.shapes import ModelShapes
-from abtrain.commands.plan.stretches import Calls, Merging, Stretch, Traffic
-from abtrain.commands.plan.wires import broadcast, compared, exact, gradients, merge_stages
+from abtrain.commands.plan.stretches import Merging, Stretch
+from abtrain.consistency.agreement import sent_by_agree_on_tensors, sent_by_take_first
+from abtrain.consistency.factors import sent_by_agree_on_factors
+from abtrain.consistency.optimizers import OptimizerShape, sent_by_level_optimizers
+from abtrain.consistency.replicas import sent_by_check_replicas
+from abtrain.consistency.settings import sent_by_check_settings
 from abtrain.lowrank.classify import UNSHARED
+from abtrain.lowrank.svd import Factors
+from abtrain.merging.buffers import sent_by_first_comparison
+from abtrain.merging.merger import sent_by_merge
 from abtrain.merging.roles import idle_factors
 from abtrain.merging.rounds import cut_into_fragments
 from abtrain.recipes.recipe import Position, Recipe
 from abtrain.recipes.sync import GradientSync, WeightSync
-
-_ROLL_CALL = Traffic("all_gather", "world", 24)
-"""Where a worker is, and two numbers that it tells (see `abtrain.consistency.agreement.roll_call`)."""
-_KEY_BYTES = 512
-"""In which workers compare the names of their optimizers' state (see `abtrain.consistency.optimizers`)."""
-_SLOT_BYTES = 8
-"""Of a number in the table of optimizer state: float64, or int64."""
-_PLAIN_STEPS = 2
-"""Steps before PowerSGD starts (see `abtrain.comm.hooks`)."""
-
-
-@dataclass(frozen=True)
-class OptimizerShape:
-    """What an optimizer keeps for each parameter.
-
-    Args:
-        tensors: of the parameter's shape; AdamW's are its two moments.
-        numbers: single ones; AdamW's is its step count.
-    """
-
-    tensors: int = 2
-    numbers: int = 1
-
 
 ADAMW = OptimizerShape()
 
@@ -130,13 +117,12 @@ class _Walk:
         self._factorings = 0
         self._factored = False
         self._buffers_compared = False
-        self._powersgd_steps: dict[object, int] = {}
+        self._hook_steps: dict[object, int] = {}
 
     def stretches(self) -> Iterator[Stretch]:
         shared = [name for name in self._model.parameters if self._model.kinds[name] != "own"]
         tensors = len(shared) + len(self._model.buffers)
-        # Recipe and options are compared first, then the layout of the model, then the values of its tensors.
-        yield Stretch("setup", 0, entry=(_ROLL_CALL, _ROLL_CALL, *compared(tensors)))
+        yield Stretch("setup", 0, entry=(*sent_by_check_settings(), *sent_by_agree_on_tensors(tensors)))
         for position in self._recipe.runs():
             yield from self._phase(position)
 
@@ -149,11 +135,10 @@ class _Walk:
             self._factorings += 1
             entry = self._factor(ranks)
         if self._factored or phase.weights == "factored":
-            # What each worker multiplied out for itself.
-            entry = (*entry, *compared(1))
+            # The tensors that each worker computed for itself.
+            entry = (*entry, *sent_by_take_first())
         if phase.sync is not None:
-            # Memory formats, what requires a gradient, and the optimizer's settings.
-            entry = (*entry, _ROLL_CALL)
+            entry = (*entry, *sent_by_check_settings())
         self._factored = bool(ranks)
         held = self._held(ranks)
         if isinstance(phase.sync, GradientSync):
@@ -179,7 +164,8 @@ class _Walk:
         *before, last = turns(position, sync)
         for turn in (*before, last):
             inside = self._gradients(turn.position, held, "group", PLAIN)
-            merges, leaving = self._merges(turn, held, sync), (*level, *compared(1)) if turn is last else ()
+            leaving = (*level, *sent_by_check_replicas("world")) if turn is last else ()
+            merges = self._merges(turn, held, sync)
             averages = PLAIN.wire if inside else None
             yield Stretch(position.phase.name, turn.steps, "group", entry, inside, merges, leaving, averages)
             entry = ()
@@ -188,17 +174,16 @@ class _Walk:
         self, position: Position, held: Sequence[_Held], sync: GradientSync, entry: Calls
     ) -> Iterator[Stretch]:
         """Steps that share gradients; PowerSGD's first ones share them as they are."""
-        steps, plain = position.steps_in_phase, 0
-        if sync.wire == "powersgd":
-            # The hook outlives the phase: it serves all phases in which the same shapes are trained.
-            shapes = (sync, tuple(one.tensor.shape for one in held))
-            done = self._powersgd_steps.get(shapes, 0)
-            self._powersgd_steps[shapes] = done + steps
-            plain = min(max(_PLAIN_STEPS - done, 0), steps)
+        steps = position.steps_in_phase
+        # The hook outlives the phase: it serves all phases in which the same shapes are trained.
+        shapes = (sync, tuple(one.tensor.shape for one in held))
+        done = self._hook_steps.get(shapes, 0)
+        self._hook_steps[shapes] = done + steps
+        plain = min(max(plain_steps(sync) - done, 0), steps)
         parts = [(count, wire) for count, wire in ((plain, PLAIN), (steps - plain, sync)) if count]
         for count, wire in parts:
             step = self._gradients(position, held, "world", wire)
-            leaving = compared(1) if (count, wire) == parts[-1] else ()
+            leaving = sent_by_check_replicas("world") if (count, wire) == parts[-1] else ()
             yield Stretch(position.phase.name, count, "world", entry, step, exit=leaving, averages=wire.wire)
             entry = ()
 
@@ -214,21 +199,16 @@ class _Walk:
                 held.append(_Held(name, W, part, name not in self._model.without_gradient))
         return held
 
-    def _factors(self, name: str, ranks: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    def _factors(self, name: str, ranks: Mapping[str, int]) -> Factors:
         shape, W, k = self._matrices[name], self._model.parameters[name], ranks[name]
-        return W.new_empty(shape.m, k), W.new_empty(k, shape.n)
+        return Factors(W.new_empty(shape.m, k), W.new_empty(k, shape.n))
 
     def _factor(self, ranks: Mapping[str, int]) -> Calls:
         """What comes before factors live: outcomes and ranks, then digests of the factors, or the factors."""
         assert self._recipe.factoring is not None
-        before = compared(len(self._matrices))
-        if self._recipe.factoring.svd == "each":
-            return (*before, *compared(sum(name in ranks for name in self._matrices)))
-        owned: dict[int, list[Tensor]] = {}
-        for i, name in enumerate(self._matrices):
-            if name in ranks:
-                owned.setdefault(i % self._topology.world_size, []).extend(self._factors(name, ranks))
-        return (*before, *(one for factors in owned.values() for one in broadcast(factors)))
+        shared = self._recipe.factoring.svd == "shared"
+        factors = [self._factors(name, ranks) if name in ranks else None for name in self._matrices]
+        return sent_by_agree_on_factors(factors, self._topology.world_size, shared)
 
     def _gradients(self, position: Position, held: Sequence[_Held], scope: Scope, sync: GradientSync) -> Calls:
         """What DDP sends at a step: buffers before the forward pass, then the gradients of what this worker trains."""
@@ -238,7 +218,7 @@ class _Walk:
         tensors = [one.tensor for one in held if one.has_gradient and one.part not in idle]
         if not tensors:
             return ()
-        return (*broadcast(list(self._model.buffers.values()), scope), *gradients(tensors, scope, sync))
+        return (*sent_by_follow(list(self._model.buffers.values()), scope), *sent_by_backward(tensors, scope, sync))
 
     def _merges(self, turn: Turn, held: Sequence[_Held], sync: WeightSync) -> tuple[Merging, ...]:
         """All merges of a turn; a run's last one is waited for."""
@@ -256,7 +236,7 @@ class _Walk:
         if self._buffers_compared or not any(one.is_floating_point() for one in self._model.buffers.values()):
             return ()
         self._buffers_compared = True
-        return (Traffic("all_gather", "world", _SLOT_BYTES * len(self._model.buffers)),)
+        return sent_by_first_comparison(list(self._model.buffers.values()))
 
     def _merge(
         self, position: Position, held: Sequence[_Held], sync: WeightSync, fragments: Sequence[int]
@@ -272,10 +252,9 @@ class _Walk:
         tensors = [tensor for place in fragments for name, tensor in parts[place].items() if name not in idle]
         buffers = list(self._model.buffers.values()) if sync.fragments - 1 in fragments else []
         numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
-        replicas = compared(1, "group") if self._topology.group_size > 1 else ()
-        told = (*replicas, _ROLL_CALL)
-        first, *more = merge_stages(sync.wire, tensors, self._topology.world_size)
-        return (told, (*first, *exact(numbers)), *more)
+        replicas = sent_by_check_replicas("group") if self._topology.group_size > 1 else ()
+        first, *more = sent_by_merge(sync.wire, tensors, numbers, self._topology.world_size)
+        return ((*replicas, *first), *more)
 
     def _trained_by_nobody(self, position: Position) -> set[str]:
         """Parts that no worker trains here."""
@@ -297,12 +276,7 @@ class _Walk:
         factoring = self._recipe.factoring
         projects = factoring is not None and factoring.optimizer_state != "reset"
         kept = [one for one in held if one.part == "whole" or (projects and one.part != "frozen")]
-        if not kept:
-            return ()
-        table = len(kept) * (self._optimizer.tensors + self._optimizer.numbers) * _SLOT_BYTES
         left = self._recipe.at(after - 1)
         nobody = {"frozen"} if self._all_have_both(position) else self._trained_by_nobody(left)
-        moments = [one.tensor for one in kept if one.part not in nobody for _ in range(self._optimizer.tensors)]
-        # Which worker has what, and the single numbers.
-        slots = (Traffic("all_reduce", "world", table),) * 2 if table else ()
-        return (Traffic("all_gather", "world", _KEY_BYTES), *slots, *exact(moments))
+        trained = [one.tensor for one in kept if one.part not in nobody]
+        return sent_by_level_optimizers([one.tensor for one in kept], trained, self._optimizer)

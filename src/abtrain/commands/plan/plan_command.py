@@ -33,9 +33,9 @@ from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.units import human_bytes
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.factoring import Factoring
+from abtrain.recipes.numbers import whole_number_problems
 from abtrain.recipes.rank_rules import FixedRank
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.sync import whole_number_problems
 
 _MOST_WORKERS = 10**6
 _OPTIONS = ("every", "wire", "delay", "warmup_delay", "fragments")

@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 from abtrain import recipes
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.factoring import Factoring
-from abtrain.recipes.sync import whole_number_problems
+from abtrain.recipes.numbers import whole_number_problems
 
 if TYPE_CHECKING:
     from abtrain.commands.plan.shapes import ModelShapes

@@ -17,7 +17,7 @@ from abtrain.lowrank.classify import Kind, classify
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.own import own_names, shared_buffers
 from abtrain.recipes.factoring import Factoring
-from abtrain.recipes.sync import number_problems, whole_number_problems
+from abtrain.recipes.numbers import number_problems, whole_number_problems
 
 _WIDTH = 1024
 _COUNT = 1000

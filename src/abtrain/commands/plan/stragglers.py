@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from abtrain.errors import ConfigurationError
-from abtrain.recipes.sync import number_problems, share_problems, whole_number_problems
+from abtrain.recipes.numbers import number_problems, share_problems, whole_number_problems
 
 _DRAWS = 1_000_000
 """Step times that are drawn for one estimate, unless one round takes more."""

@@ -1,37 +1,13 @@
-"""Words for what a worker sends: a call of a collective, a merge, and a stretch of steps with the same calls."""
+"""Words for what a worker sends in a run: merges, and stretches of steps with the same calls."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from abtrain.comm.communicator import Scope
+from abtrain.comm.traffic import Calls, Traffic
 from abtrain.recipes.sync import GradientWire
-
-Call = Literal["all_reduce", "all_gather", "exchange", "broadcast", "gradients"]
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """One collective, or one bucket of DDP's gradients.
-
-    Attributes:
-        call: how it is sent. `gradients` is an all-reduce that runs while backward goes on.
-        scope: over whom.
-        nbytes: payload of one worker.
-        rounds: collectives one after another that `nbytes` are spread over evenly; PowerSGD's buckets take three.
-        ready: of `gradients`, the share of the backward pass after which they can be sent.
-    """
-
-    call: Call
-    scope: Scope
-    nbytes: int
-    rounds: int = 1
-    ready: float = 1.0
-
-
-Calls = tuple[Traffic, ...]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union
 
 from abtrain.commands.train.config import TrainConfig
 from abtrain.errors import ConfigurationError, nearest
-from abtrain.recipes.sync import is_finite_number
+from abtrain.recipes.numbers import is_finite_number
 
 
 def from_toml(path: Path) -> TrainConfig:

@@ -15,7 +15,7 @@ from abtrain.commands.train.config import TrainConfig, choose_device, local_work
 from abtrain.commands.train.folder_content import holds_nothing, holds_unfinished_run
 from abtrain.commands.train.trackers import tracker_problems
 from abtrain.errors import ConfigurationError, nearest
-from abtrain.recipes.sync import is_finite_number
+from abtrain.recipes.numbers import is_finite_number
 
 _LEAST = {
     "steps": 1,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from abtrain.merging.wires.direct import DirectWire, Wire
-from abtrain.merging.wires.low_rank import LowRankWire
-from abtrain.recipes.sync import WireName
+from pkgutil import resolve_name
+
+from abtrain.merging.wires.wire import Wire
+from abtrain.recipes.wires import WireName
 
 
 def make_wire(name: str) -> Wire:
-    """The wire called `name` (see `WireName.parse`), with nothing learnt yet.
+    """The wire called `name` (see `WireName.parse`), with nothing kept yet.
 
     Raises:
         ConfigurationError: no wire is called so.
     """
-    parts = WireName.parse(name)
-    return LowRankWire(parts.rank, parts.code) if parts.rank else DirectWire(parts.code, parts.reply)
+    parsed = WireName.parse(name)
+    wire: Wire = resolve_name(parsed.wire)(**parsed.values)
+    return wire

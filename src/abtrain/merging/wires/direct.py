@@ -1,4 +1,4 @@
-"""What a merge sends: an average over the world, in few bits, without losing what the bits cannot hold.
+"""The wire that sends every number: an average over the world, in few bits, with error feedback.
 
 A narrow merge is narrow both ways: each worker sends every other one its chunk of the numbers, adds up the chunks that
 it gets in float32, and sends the average back, encoded again. So what crosses the network shrinks, not only a counter.
@@ -13,64 +13,24 @@ average as well. Over all merges, what workers received and what they kept sum t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from abtrain.comm.averages import average_exactly
+from abtrain.comm.averages import average_exactly, sent_by_average
 from abtrain.comm.buckets import Bucket, pack, unpack
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Stages
+from abtrain.comm.traffic import Calls, Traffic
 from abtrain.merging.wires.codes import CODES, Code
+from abtrain.merging.wires.wire import Averages, Wire
 
 CAPACITY = 64 * 2**20
 """Bytes of float32 that are encoded and sent at once: what a merge needs beside the weights."""
 
-Tensors = dict[str, Tensor]
 
-
-class Averages(NamedTuple):
-    """The outcome of one merge on the wire.
-
-    Attributes:
-        mean: by name, the average over all workers: the same bits on all of them.
-        error: by name, what the wire took from this worker's own numbers; the average of it over all workers is what
-            `mean` lacks. Empty where the wire is exact.
-    """
-
-    mean: Tensors
-    error: Tensors
-
-
-class Wire(Protocol):
-    """A way to average over all workers.
-
-    Attributes:
-        stages: how often `average` yields.
-    """
-
-    stages: int
-
-    def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
-        """The average over all workers, in stages. Collective over the world.
-
-        Args:
-            numbers: finite tensors by name, with the same names, shapes and dtypes in the same order on all workers.
-            comm: of this worker.
-
-        Returns:
-            New tensors of the same shapes and dtypes; errors in float32.
-        """
-        ...
-
-    def forget(self, names: Iterable[str]) -> None:
-        """What the wire has learnt about these tensors no longer holds: their shape or their basis changes."""
-        ...
-
-
-class DirectWire:
+class DirectWire(Wire):
     """Sends every number, in one code.
 
     Args:
@@ -79,8 +39,8 @@ class DirectWire:
     """
 
     def __init__(self, code: str, reply: str | None = None) -> None:
+        super().__init__()
         self._code, self._reply = CODES[code], CODES[reply or code]
-        self.stages = 1 if self._code.exact else 2
 
     def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
         tensors = list(numbers.values())
@@ -90,8 +50,15 @@ class DirectWire:
         mean, error = yield from _average_narrowly(tensors, self._code, self._reply, comm)
         return Averages(dict(zip(numbers, mean, strict=True)), dict(zip(numbers, error, strict=True)))
 
-    def forget(self, names: Iterable[str]) -> None:
-        """Nothing is learnt."""
+    def sends(self, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
+        if self._code.exact:
+            return (sent_by_average(tensors),)
+        chunks, replies = [], []
+        for bucket in pack([tensor.to(torch.float32) for tensor in tensors], CAPACITY):
+            chunk = _chunk_of(bucket.flat.numel(), workers, self._code, self._reply)
+            chunks.append(Traffic("exchange", "world", (workers - 1) * self._code.nbytes(chunk)))
+            replies.append(Traffic("all_gather", "world", self._reply.nbytes(chunk)))
+        return tuple(chunks), tuple(replies)
 
 
 def _average_narrowly(
@@ -112,7 +79,7 @@ def _average_narrowly(
     return means, errors
 
 
-def chunk_of(count: int, workers: int, code: Code, reply: Code) -> int:
+def _chunk_of(count: int, workers: int, code: Code, reply: Code) -> int:
     """How many of `count` numbers each of the workers averages: the last ones may get fewer, the rest is padding."""
     granule = math.lcm(code.granule, reply.granule)
     return -(-count // (workers * granule)) * granule
@@ -131,7 +98,7 @@ class _Exchange:
     def __init__(self, flat: Tensor, code: Code, reply: Code, comm: Communicator) -> None:
         self._code, self._reply_code, self._comm, self._count = code, reply, comm, flat.numel()
         workers = comm.topology.world_size
-        self._chunk = chunk_of(self._count, workers, code, reply)
+        self._chunk = _chunk_of(self._count, workers, code, reply)
         mine = torch.nn.functional.pad(flat, (0, self._chunk * workers - self._count)).view(workers, self._chunk)
         sent = torch.stack([code.encode(row) for row in mine])
         self._error = mine - torch.stack([code.decode(row, self._chunk) for row in sent])

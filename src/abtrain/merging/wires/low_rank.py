@@ -13,14 +13,16 @@ norm depend on the instruction set.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Stages
-from abtrain.merging.wires.direct import Averages, DirectWire, Tensors
+from abtrain.comm.traffic import Calls
+from abtrain.merging.wires.direct import DirectWire
+from abtrain.merging.wires.wire import Averages, Wire
 
 # What is left of a column after its projection on the others, below this share of it, is rounding.
 _DEPENDENT = 1e-4
@@ -29,7 +31,7 @@ _CACHED = 2**17
 """Numbers of a product that are worked on at once."""
 
 
-class LowRankWire:
+class LowRankWire(Wire):
     """Sends a tensor of two or more dimensions, seen as (first dimension, rest), as two factors of rank `rank`.
 
     Tensors whose factors would be no smaller, and all others, are sent as they are. The factors themselves are sent in
@@ -40,15 +42,14 @@ class LowRankWire:
     """
 
     def __init__(self, rank: int, code: str = "fp32") -> None:
+        super().__init__()
         self._rank = rank
         self._direct = DirectWire(code)
-        self.stages = 2 * self._direct.stages
-        self.starts: Tensors = {}
 
     def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
         if comm.topology.world_size == 1:
             return Averages(dict(numbers), {})
-        matrices = {name: t.float().flatten(1) for name, t in numbers.items() if pays(t, self._rank)}
+        matrices = {name: t.float().flatten(1) for name, t in numbers.items() if _pays(t, self._rank)}
         rest = {name: tensor for name, tensor in numbers.items() if name not in matrices}
         P = {name: M @ self._start(name, M) for name, M in matrices.items()}
         # What rounding takes from P only tilts the subspace: Q, made with the P that all share, makes up for it.
@@ -68,9 +69,15 @@ class LowRankWire:
             error[name] = (matrices[name] - P[name] @ arrived.T).view(tensor.shape)
         return Averages(mean, error)
 
-    def forget(self, names: Iterable[str]) -> None:
-        for name in names:
-            self.starts.pop(name, None)
+    def sends(self, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
+        matrices = [tensor.float().flatten(1) for tensor in tensors if _pays(tensor, self._rank)]
+        rest = [tensor for tensor in tensors if not _pays(tensor, self._rank)]
+        P = [M.new_empty(M.shape[0], self._rank) for M in matrices]
+        Q = [M.new_empty(M.shape[1], self._rank) for M in matrices]
+        return (*self._direct.sends(P + rest, workers), *self._direct.sends(Q, workers))
+
+    def keeps(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        return {name: (t.numel() // t.shape[0], self._rank) for name, t in tensors.items() if _pays(t, self._rank)}
 
     def _start(self, name: str, M: Tensor) -> Tensor:
         # All workers draw the same, wherever they are.
@@ -93,7 +100,7 @@ def _scaled(Q: Tensor) -> Tensor:
     return torch.ldexp(Q.double(), -exponents).to(Q.dtype)
 
 
-def pays(tensor: Tensor, rank: int) -> bool:
+def _pays(tensor: Tensor, rank: int) -> bool:
     """Whether factors of that rank are smaller than the tensor."""
     if tensor.ndim < 2 or not tensor.numel():
         return False

@@ -10,8 +10,8 @@ from abtrain import recipes
 from abtrain.commands import cli
 from abtrain.commands.plan.units import rate_of, seconds_of
 from abtrain.errors import ConfigurationError
-from abtrain.recipes.sync import GradientWire, Merge, Trains
-from abtrain.recipes.words import GRADIENT_WIRES, MERGES, TRAINS, phases_in_words, purpose_of
+from abtrain.recipes.sync import GradientWire, Trains
+from abtrain.recipes.words import GRADIENT_WIRES, TRAINS, phases_in_words, purpose_of
 
 GIVEN = ("--parameters", "1e6", "--step-time", "50ms")
 
@@ -180,7 +180,6 @@ def test_an_option_that_the_recipe_has_not(capsys: pytest.CaptureFixture[str]) -
 
 def test_everything_that_a_recipe_may_hold_has_words() -> None:
     assert set(TRAINS) == set(get_args(Trains))
-    assert set(MERGES) == set(get_args(Merge))
     assert set(GRADIENT_WIRES) == set(get_args(GradientWire))
     for name in recipes.RECIPES:
         assert purpose_of(name).endswith(".")

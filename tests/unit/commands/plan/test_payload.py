@@ -14,14 +14,16 @@ from abtrain import ABTraining, Energy, FixedRank, GradientSync, Phase, Recipe, 
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.topology import Topology
-from abtrain.commands.plan.payload import OptimizerShape, payload, payload_ratio, predict
+from abtrain.commands.plan.payload import payload, payload_ratio, predict
 from abtrain.commands.plan.rounds import turns
 from abtrain.commands.plan.shapes import assumed_shapes, ranks_for, shapes_of
-from abtrain.commands.plan.wires import GRADIENT_WIRES, merge_stages
+from abtrain.consistency.optimizers import OptimizerShape
 from abtrain.merging.wires import make_wire
 from abtrain.recipes.factoring import Factoring
+from abtrain.recipes.merges import Mean
 from abtrain.recipes.recipe import Position
-from abtrain.recipes.sync import Code, GradientWire, Mean, Trains, wire_between
+from abtrain.recipes.sync import GradientWire, Trains
+from abtrain.recipes.wires import CodeName, wire_between
 from tests.cases import SCHEDULE, adamw, sgd
 from tests.gloo import run_gloo
 
@@ -31,7 +33,7 @@ RANK_4 = {"rank_rule": FixedRank(4)}
 LOCAL = {"every": 4}
 SHORT = {**SCHEDULE, **RANK_4}
 OUTER = {**LOCAL, **RANK_4, "warmup_steps": 8}
-WIRES = (*get_args(Code), "ternary:int3", "auto", "lowrank:2", "lowrank:2:int8")
+WIRES = (*get_args(CodeName), "ternary:int3", "auto", "lowrank:2", "lowrank:2:int8")
 AROUND = {"every": 4, "warmup_steps": 3, "rebound_steps": 2}
 BASES: dict[str, dict[str, Any]] = {"local_sgd": AROUND, "diloco": LOCAL, "ab": SHORT, "ab_outer": OUTER}
 PACES = ({"delay": 1}, {"delay": 3}, {"fragments": 2}, {"fragments": 4}, {"delay": 3, "fragments": 3})
@@ -160,8 +162,7 @@ def test_another_optimizer_levels_less() -> None:
 
 
 def test_merges_of_more_than_one_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("merging.wires.direct", "commands.plan.wires"):
-        monkeypatch.setattr(f"abtrain.{module}.CAPACITY", 4096)
+    monkeypatch.setattr("abtrain.merging.wires.direct.CAPACITY", 4096)
     compare(recipes.diloco(4, every=2, wire="int8"), 3)
 
 
@@ -187,13 +188,12 @@ def test_gradients_of_every_wire(wire: GradientWire) -> None:
     assert predicted["by_phase"]["full"] == counted["by_phase"]["full"]
 
 
-def test_every_wire_is_known() -> None:
-    for wire in WIRES:
-        assert (
-            len(merge_stages(wire, [torch.empty(8, 8, device="meta")], workers=2))
-            == make_wire(wire_between(2, wire)).stages
-        )
-    assert set(GRADIENT_WIRES) == set(get_args(GradientWire))
+@pytest.mark.parametrize("name", WIRES)
+def test_a_wire_stops_as_often_as_it_says(name: str) -> None:
+    def stops(comm: Communicator) -> int:
+        return sum(1 for _ in make_wire(wire_between(2, name)).average({"w": torch.ones(8, 8)}, comm))
+
+    assert run_in_process(2, stops)[0] == make_wire(wire_between(2, name)).stages
 
 
 def test_a_worker_sends_about_as_much_however_many_they_are() -> None:
@@ -201,7 +201,7 @@ def test_a_worker_sends_about_as_much_however_many_they_are() -> None:
 
     def sent(workers: int) -> int:
         """With its own average passed on to each of the others."""
-        (chunks,), (reply,) = merge_stages("auto", numbers, workers)
+        (chunks,), (reply,) = make_wire(wire_between(workers, "auto")).sends(numbers, workers)
         return chunks.nbytes + (workers - 1) * reply.nbytes
 
     two = sent(2)

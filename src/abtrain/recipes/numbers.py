@@ -1,0 +1,41 @@
+"""Messages for settings that are not the numbers they have to be. Pure: no torch."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeGuard
+
+MOST = 2**53
+"""The largest whole number up to which all whole numbers are floating-point numbers too."""
+
+
+def whole_number_problems(name: str, value: object, least: int) -> list[str]:
+    """The message for a setting that is not a whole number of at least `least`; empty if it is one."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return [f"{name}={value!r} is not a whole number: use one of at least {least}"]
+    if value > MOST:
+        return [f"{name} is a number of {len(str(abs(value)))} digits: use at most {MOST}"]
+    return [] if value >= least else [f"{name}={value} is too small: use at least {least}"]
+
+
+def is_finite_number(value: object) -> TypeGuard[int | float]:
+    """Whether this is a number that floating-point numbers can say."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= MOST if isinstance(value, int) else math.isfinite(value)
+
+
+def number_problems(name: str, value: object, above: float) -> list[str]:
+    """The message for a setting that is not a finite number above `above`; empty if it is one."""
+    if not is_finite_number(value) or value <= above:
+        return [f"{name}={value!r} is not a finite number above {above}: use one"]
+    return []
+
+
+def share_problems(name: str, value: object, below: float | None = None) -> list[str]:
+    """The message for a setting that is not a number from 0 to 1 (from 0 and less than `below`, if that is given)."""
+    range_ = "from 0 to 1" if below is None else f"from 0 to less than {below}"
+    if not is_finite_number(value):
+        return [f"{name}={value!r} is not a finite number: use one {range_}"]
+    inside = 0 <= value <= 1 if below is None else 0 <= value < below
+    return [] if inside else [f"{name}={value} is out of range: use a number {range_}"]
