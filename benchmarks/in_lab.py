@@ -34,8 +34,8 @@ LINES = {
     "Accelerate LocalSGD, every 20": "peer accelerate-local-sgd --every 20",
     "Accelerate LocalSGD, every 50": "peer accelerate-local-sgd --every 50",
     "Accelerate LocalSGD, every 100": "peer accelerate-local-sgd --every 100",
-    "diloco, int4": "abtrain diloco --wire int4",
-    "ab_outer, int4": "abtrain ab_outer --wire int4",
+    "diloco, int4": "abtrain diloco:wire=int4",
+    "ab_outer, int4": "abtrain ab_outer:wire=int4",
     "ab_outer": "abtrain ab_outer",
 }
 REFERENCE_BYTES, REFERENCE_SECONDS, LIMIT = "DDP", "DDP, bf16 hook", "solo"

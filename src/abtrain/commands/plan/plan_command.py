@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -34,12 +33,9 @@ from abtrain.commands.units import human_bytes
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.rank_rules import FixedRank
-from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.sync import whole_number_problems
 
 _MOST_WORKERS = 10**6
-_OPTIONS = ("every", "wire", "delay", "warmup_delay", "fragments")
-"""Settings that are options of recipes."""
 
 
 def plan(config: PlanConfig, console: Console | None = None) -> None:
@@ -57,13 +53,13 @@ def plan(config: PlanConfig, console: Console | None = None) -> None:
     _heading(config, setting, console)
     if config.recipe == ALL:
         ddp = setting.offer("ddp", wire="bf16")
-        offers = [setting.offer(name, **_options(config, name)) for name in chosen(config)]
+        offers = [setting.offer(name) for name in chosen(config)]
         console.print(_comparison([ddp, *offers], ddp))
         advice = recommend(setting)
     else:
-        offer = setting.offer(config.recipe, **_options(config, config.recipe))
-        console.print(_by_phase(offer))
-        advice = recommend(setting, [config.recipe] if "every" in recipes.options_of(config.recipe) else RARE)
+        name, options = recipes.parse(config.recipe)
+        console.print(_by_phase(setting.offer(name, **options)))
+        advice = recommend(setting, [name] if "every" in recipes.options_of(name) else RARE)
     console.print(f"Recommended: {advice}", highlight=False)
     console.print(
         "Bytes and seconds are forecast; computing a step is taken to be as long in every recipe, but for what "
@@ -101,14 +97,10 @@ def _problems(config: PlanConfig) -> list[str]:
         found.append(f"{workers:,} workers are too many to simulate: use at most {_MOST_WORKERS:,}")
     elif workers >= 1:
         found += problem_of(lambda: _speeds(config))
-    if config.steps >= 1 and (config.recipe == ALL or config.recipe in recipes.RECIPES):
-        for name in chosen(config):
-            found += problem_of(partial(_build, config, name))
+    if config.steps >= 1 and (config.recipe == ALL or config.recipe.partition(":")[0] in recipes.RECIPES):
+        for text in chosen(config):
+            found += problem_of(partial(recipes.from_text, text, config.steps))
     return found
-
-
-def _build(config: PlanConfig, name: str) -> Recipe:
-    return recipes.build(name, config.steps, **_options(config, name))
 
 
 def _rates(config: PlanConfig) -> list[str]:
@@ -146,13 +138,6 @@ def _setting(config: PlanConfig) -> Setting:
         config.algorithm,
         measure_factors,
     )
-
-
-def _options(config: PlanConfig, name: str) -> dict[str, Any]:
-    """Of the options given, those that a recipe takes; all of them where one recipe was asked for."""
-    given = {key: value for key in _OPTIONS if (value := getattr(config, key)) is not None}
-    known = recipes.options_of(name)
-    return {key: value for key, value in given.items() if config.recipe == name or key in known}
 
 
 def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
