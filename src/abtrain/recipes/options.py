@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 from abtrain.errors import ConfigurationError, nearest
@@ -16,8 +18,12 @@ from abtrain.recipes.factoring import Factoring
 @cache
 def kinds_of(recipe: Callable[..., Any]) -> Mapping[str, Any]:
     """The annotation of each option that a recipe takes, by name, in the order of its signature."""
-    hints, kinds = typing.get_type_hints(recipe), dict[str, Any]()
-    for parameter in inspect.signature(recipe).parameters.values():
+    parameters = inspect.signature(recipe).parameters
+    # From the signature, which a recipe may have from another one: annotations are names in the recipe's module.
+    declared = SimpleNamespace(__annotations__={name: one.annotation for name, one in parameters.items()})
+    hints = typing.get_type_hints(declared, vars(sys.modules[recipe.__module__]))
+    kinds: dict[str, Any] = {}
+    for parameter in parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY:
             kinds[parameter.name] = hints[parameter.name]
         elif parameter.kind is parameter.VAR_KEYWORD:
