@@ -36,7 +36,7 @@ _RECIPES = ("ab", "ab_outer")
 
 
 def suggested(recipe: str, trial: Any, steps: int) -> dict[str, Any]:
-    """The options of `recipe`, by name, that a trial trains with in a run of so many steps.
+    """What a trial trains with: settings of `recipe` by name, for a run of so many steps.
 
     Args:
         recipe: `ab` for the paper's four parameters, `ab_outer` for those of the outer merges.
