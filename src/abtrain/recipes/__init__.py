@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, KeysView, Mapping
 from typing import Any
 
 from abtrain.errors import ConfigurationError, nearest
@@ -26,12 +26,16 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 DEFAULT = "ab_outer"
 
 
-def options_of(name: str) -> Mapping[str, Any]:
-    """The options that a recipe takes: the kind of each by its name, in the order of the recipe's signature.
+def options_of(name: str) -> KeysView[str]:
+    """Names of the options that a recipe takes, in the order of its signature.
 
     Raises:
         ConfigurationError: no recipe has this name.
     """
+    return _kinds(name).keys()
+
+
+def _kinds(name: str) -> Mapping[str, Any]:
     if name not in RECIPES:
         raise ConfigurationError(f"unknown recipe {name!r}: {nearest(name, RECIPES)}")
     return kinds_of(RECIPES[name])
@@ -57,7 +61,7 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
             all of them at once.
     """
     name, _, options = text.partition(":")
-    return name, read_options(name, options, options_of(name))
+    return name, read_options(name, options, _kinds(name))
 
 
 def from_text(text: str, total_steps: int) -> Recipe:

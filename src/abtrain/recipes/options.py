@@ -6,7 +6,7 @@ import inspect
 import sys
 import tomllib
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,7 @@ def kinds_of(recipe: Callable[..., Any]) -> Mapping[str, Any]:
     return kinds
 
 
-def unknown_options(recipe: str, names: Iterable[str], known: Mapping[str, Any]) -> list[str]:
+def unknown_options(recipe: str, names: Iterable[str], known: Collection[str]) -> list[str]:
     """The messages for options that a recipe does not have; empty if it has all of them."""
     return [f"recipe {recipe!r} has no option {name!r}: {nearest(name, known)}" for name in names if name not in known]
 
