@@ -14,7 +14,7 @@ from typing import Any
 from abtrain.commands.compare.contestants import Contestant, contestants
 from abtrain.commands.compare.result_files import read_record
 from abtrain.commands.lab.config import LabConfig, config_problems, system_problems
-from abtrain.commands.lab.rates import parse_rate
+from abtrain.commands.lab.rates import parse_link_rate
 from abtrain.commands.tasks.task import TASKS
 from abtrain.errors import ConfigurationError, DataError, nearest
 from abtrain.files import write_json
@@ -107,9 +107,9 @@ def _rates(texts: Sequence[str], problems: list[str]) -> list[int]:
     rates = []
     for text in texts:
         try:
-            rates.append(parse_rate(text))
-        except ValueError as error:
-            problems.append(str(error))
+            rates.append(parse_link_rate(text))
+        except ConfigurationError as error:
+            problems += error.problems
     return rates
 
 

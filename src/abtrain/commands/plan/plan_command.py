@@ -26,10 +26,9 @@ from abtrain.commands.plan.settings import (
 )
 from abtrain.commands.plan.shapes import ranks_for
 from abtrain.commands.plan.stragglers import Speeds
-from abtrain.commands.plan.units import rate_of, seconds_of
 from abtrain.commands.plan.worker_seconds import WorkerSeconds
 from abtrain.commands.tasks.task import TASKS
-from abtrain.commands.units import human_bytes
+from abtrain.commands.units import human_bytes, parse_rate, parse_seconds
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.rank_rules import FixedRank
@@ -72,12 +71,12 @@ def plan(config: PlanConfig, console: Console | None = None) -> None:
 def _problems(config: PlanConfig) -> list[str]:
     found = model_problems(config)
     for attempt in (
-        lambda: [rate_of(rate) for rate in _rates(config)],
-        lambda: seconds_of(config.latency),
-        lambda: config.step_time is None or seconds_of(config.step_time),
+        lambda: [parse_rate(rate) for rate in _rates(config)],
+        lambda: parse_seconds(config.latency),
+        lambda: config.step_time is None or parse_seconds(config.step_time),
     ):
         found += problem_of(attempt)
-    if not found and config.step_time is not None and seconds_of(config.step_time) == 0:
+    if not found and config.step_time is not None and parse_seconds(config.step_time) == 0:
         found.append(f"--step-time {config.step_time} is too short: use a time above 0")
     if config.batch_size is not None:
         found += whole_number_problems("--batch-size", config.batch_size, least=1)
@@ -108,8 +107,8 @@ def _rates(config: PlanConfig) -> list[str]:
 
 
 def _cluster(config: PlanConfig) -> Cluster:
-    slowest = min(rate_of(rate) for rate in _rates(config))
-    return Cluster(config.nodes, Link(slowest, seconds_of(config.latency)), config.workers_per_node)
+    slowest = min(parse_rate(rate) for rate in _rates(config))
+    return Cluster(config.nodes, Link(slowest, parse_seconds(config.latency)), config.workers_per_node)
 
 
 def _speeds(config: PlanConfig) -> Speeds:
@@ -121,7 +120,7 @@ def _setting(config: PlanConfig) -> Setting:
     shapes, measure_factors = shapes_for(config), None
     if config.step_time is not None:
         # The rest is left out: how long it takes there, a step's time does not say.
-        alone = WorkerSeconds(seconds_of(config.step_time))
+        alone = WorkerSeconds(parse_seconds(config.step_time))
     else:
         assert config.task is not None
         bench = Bench(TASKS[config.task], config.data, config.batch_size)

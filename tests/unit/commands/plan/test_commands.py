@@ -8,8 +8,6 @@ import pytest
 
 from abtrain import recipes
 from abtrain.commands import cli
-from abtrain.commands.plan.units import rate_of, seconds_of
-from abtrain.errors import ConfigurationError
 from abtrain.recipes.phase import Measure
 from abtrain.recipes.sync import GradientWire, Merge, Trains
 from abtrain.recipes.words import GRADIENT_WIRES, MEASURES, MERGES, TRAINS, phases_in_words, purpose_of
@@ -212,25 +210,3 @@ def test_a_local_learning_rate_in_words() -> None:
     assert phases_in_words(recipes.local_sgd(100, every=10, local_lr=2.0)) == [
         "local, 100 steps: full, learning rate times 2, merged every 10 steps (mean, fp32)"
     ]
-
-
-@pytest.mark.parametrize(("text", "value"), [("100mbit", 1e8), ("1.5GBIT", 1.5e9), ("56 kbit", 56e3), ("1e3bit", 1e3)])
-def test_rates(text: str, value: float) -> None:
-    assert rate_of(text) == value
-
-
-@pytest.mark.parametrize(("text", "value"), [("0.5ms", 5e-4), ("80us", 8e-5), ("2s", 2), ("0s", 0)])
-def test_times(text: str, value: float) -> None:
-    assert seconds_of(text) == pytest.approx(value)
-
-
-@pytest.mark.parametrize("text", ["", "100", "mbit", "-1mbit", "0mbit", "1.2.3mbit", "1mb", "infmbit", "1e999mbit"])
-def test_rates_that_cannot_be(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="rate"):
-        rate_of(text)
-
-
-@pytest.mark.parametrize("text", ["", "5", "ms", "-1ms", "soon", "1h"])
-def test_times_that_cannot_be(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="time"):
-        seconds_of(text)
