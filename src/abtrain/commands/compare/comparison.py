@@ -22,7 +22,7 @@ from abtrain.files import write_json
 SETTINGS_FILE = "settings.json"
 _NEEDED = ("matplotlib", "jinja2")
 _EXAMPLES = """\
-a recipe may carry options, as `abtrain train` names them:
+a recipe may carry options, which `abtrain recipes RECIPE` lists:
   abtrain compare ab_outer "diloco:every=40,wire=int4" --task fashion-cnn --lr ab_outer=4e-3
 
 solo, ddp and ddp:wire=bf16 always take part. Runs that are done are not done again: the same command with the same
