@@ -69,7 +69,7 @@ class OptionInWords(NamedTuple):
 def options_in_words(name: str) -> list[OptionInWords]:
     """The options of a recipe, in the order of its signature, with the meaning that a docstring gives them.
 
-    A recipe without a section of arguments has the meanings of the first recipe in its module.
+    What a recipe's own docstring leaves out is taken from other recipes of its module.
     """
     recipe = recipes.RECIPES[name]
     same_module = [other for other in recipes.RECIPES.values() if other.__module__ == recipe.__module__]
