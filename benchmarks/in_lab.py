@@ -20,7 +20,7 @@ from pathlib import Path
 
 from records import FOLDER, Record, keep, recorded
 
-from abtrain.commands.lab import Job, Lab, LabConfig, parse_rate
+from abtrain.commands.lab import Job, Lab, LabConfig, parse_link_rate
 
 FILE = FOLDER / "in-lab.jsonl"
 PEER_LOOPS = Path(__file__).parent / "peers" / "loops.py"
@@ -34,8 +34,8 @@ LINES = {
     "Accelerate LocalSGD, every 20": "peer accelerate-local-sgd --every 20",
     "Accelerate LocalSGD, every 50": "peer accelerate-local-sgd --every 50",
     "Accelerate LocalSGD, every 100": "peer accelerate-local-sgd --every 100",
-    "diloco, int4": "abtrain diloco --wire int4",
-    "ab_outer, int4": "abtrain ab_outer --wire int4",
+    "diloco, int4": "abtrain diloco:wire=int4",
+    "ab_outer, int4": "abtrain ab_outer:wire=int4",
     "ab_outer": "abtrain ab_outer",
 }
 REFERENCE_BYTES, REFERENCE_SECONDS, LIMIT = "DDP", "DDP, bf16 hook", "solo"
@@ -63,7 +63,7 @@ def main() -> None:
     place = f"--nodes {options.nodes} --rate {options.rate}"
     missing = [command for command in wanted.values() if recorded(FILE, f"{command} {place}") is None]
     if missing and not options.table:
-        with Lab(LabConfig(nodes=options.nodes, rates=(parse_rate(options.rate),))) as lab:
+        with Lab(LabConfig(nodes=options.nodes, rates=(parse_link_rate(options.rate),))) as lab:
             for command in missing:
                 _run(lab, command, place)
     print(f"\n{options.task}, {steps} steps, learning rate {options.lr}, {options.nodes} hosts at {options.rate}\n")

@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 
+from abtrain import recipes
 from abtrain.commands.compare.contestants import contestants
 from abtrain.commands.compare.result_files import read_record
-from abtrain.commands.lab import format_rate
 from abtrain.commands.plan.advice import Setting
 from abtrain.commands.plan.bench import Bench, measure_decompositions
 from abtrain.commands.plan.collectives import Cluster, Link
 from abtrain.commands.plan.shapes import shapes_of
 from abtrain.commands.plan.worker_seconds import WorkerSeconds
 from abtrain.commands.tasks.task import TASKS
-from abtrain.commands.train.config import used_options
+from abtrain.commands.units import format_rate
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.rank_rules import FixedRank
 
@@ -74,7 +74,8 @@ def _line(settings: dict[str, Any], row: dict[str, Any], rows: list[dict[str, An
     workers = settings["nodes"] * settings["workers_per_node"]
     common = {"task": settings["task"], "steps": settings["steps"], "workers": workers}
     entry = next(found for found in contestants([row["label"]], {}, common) if found.label == row["label"])
-    expected = setting.offer(entry.config.recipe, **used_options(entry.config)).forecast
+    name, options = recipes.parse(entry.config.recipe)
+    expected = setting.offer(name, **options).forecast
     measured = row["wire_bytes"] - row["start_bytes"]
     cells = (
         str(settings["nodes"]),

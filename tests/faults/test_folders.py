@@ -32,8 +32,15 @@ STEPS = 6
 
 
 def settings(folder: Path, **changed: Any) -> TrainConfig:
-    values: dict[str, Any] = {"workers": 1, "steps": STEPS, "device": "cpu", "log_every": 1, "checkpoint_every": 2}
-    return resolve(TrainConfig("ddp", out=folder, **values | changed))
+    values: dict[str, Any] = {
+        "recipe": "ddp",
+        "workers": 1,
+        "steps": STEPS,
+        "device": "cpu",
+        "log_every": 1,
+        "checkpoint_every": 2,
+    }
+    return resolve(TrainConfig(out=folder, **values | changed))
 
 
 def run(config: TrainConfig, launch: str = "") -> dict[str, Any]:
@@ -207,7 +214,7 @@ FOREIGN = {
     "clip": 0.5,
     "init": "orthogonal",
     "on_nonfinite": "skip",
-    "exclude": ("*bias",),
+    "recipe": "ddp:wire=bf16",
 }
 
 

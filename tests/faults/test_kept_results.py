@@ -330,13 +330,15 @@ def test_a_real_run_with_other_settings_is_refused(
     run = full_run(tmp_path)
     write_request(run)
     request = run.folder / "request.toml"
-    request.write_text(request.read_text().replace("sigma_cutoff = 0.15", "sigma_cutoff = 0.2"))
+    request.write_text(request.read_text().replace("sigma_cutoff=0.15", "sigma_cutoff=0.2"))
     train = put_result(run)
     if not finished:
         (train / "result.json").unlink()
     before = contents(run.folder)
     assert written(tmp_path) == 2
-    assert "sigma_cutoff is 0.2 there and 0.15 here" in capsys.readouterr().err and contents(run.folder) == before
+    said = capsys.readouterr().err
+    assert "recipe is 'ab:sigma_cutoff=0.2," in said and "' there and 'ab:sigma_cutoff=0.15," in said
+    assert contents(run.folder) == before
     with pytest.raises(ConfigurationError, match="sigma_cutoff"):
         run_all([run], "full", "false", None, print)
     assert contents(run.folder) == before
@@ -360,7 +362,7 @@ def test_real_runs_can_go_on(tmp_path: Path) -> None:
     assert (run.folder / "train/config.toml").read_text() == "an unfinished run"
     without.write_text(without.read_text() + "# mine\n")
     assert written(tmp_path) == 0 and without.read_text().endswith("# mine\n")
-    short = dataclasses.replace(run.cell, config=dataclasses.replace(run.cell.config, steps=1000, warmup_steps=100))
+    short = dataclasses.replace(run.cell, config=dataclasses.replace(run.cell.config, steps=1000))
     write_request(Run(short, 0, tmp_path / "short"), checkpoints=True)
     assert from_toml(tmp_path / "short/request.toml").checkpoint_every == 100
 
@@ -393,7 +395,9 @@ def test_a_search_does_not_remove_trials_of_another(tmp_path: Path) -> None:
     run = Run(Cell("global", config.task, "ab_outer", 1, config), 0, tmp_path / "trials/ab_outer-0-200")
     write_request(run)
     put_result(run)
-    other = dataclasses.replace(run, cell=dataclasses.replace(run.cell, config=dataclasses.replace(config, every=7)))
-    with pytest.raises(ConfigurationError, match="every is None there and 7 here"):
+    other = dataclasses.replace(
+        run, cell=dataclasses.replace(run.cell, config=dataclasses.replace(config, recipe="ab_outer:every=7"))
+    )
+    with pytest.raises(ConfigurationError, match="recipe is 'ab_outer' there and 'ab_outer:every=7' here"):
         run_all([other], "full", f"{sys.executable} -c pass", None, print)
     assert run.done

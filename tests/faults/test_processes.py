@@ -30,10 +30,10 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 
-AB = ("--warmup-steps", "4", "--ab-steps", "6", "--rebound-steps", "3")
-OUTER = ("--warmup-steps", "20", "--every", "5", "--delay", "2", "--fragments", "2", "--wire", "int8")
-COMMON = ("--workers", "2", "--log-every", "1", "--checkpoint-every", "4", "--out", "run", "--rank-rule", "fixed:4")
-TRAIN = ("train", "ab", "--steps", "24", *AB, *COMMON)
+AB = "ab:warmup_steps=4,ab_steps=6,rebound_steps=3,rank_rule=fixed:4"
+OUTER = "ab_outer:warmup_steps=20,every=5,delay=2,fragments=2,wire=int8,rank_rule=fixed:4"
+COMMON = ("--workers", "2", "--log-every", "1", "--checkpoint-every", "4", "--out", "run")
+TRAIN = ("train", AB, "--steps", "24", *COMMON)
 
 
 def digest(folder: Path) -> str:
@@ -147,24 +147,23 @@ class Soak(NamedTuple):
 @pytest.fixture(scope="module")
 def soaks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Soak]]:
     """At the same time: most of what they do is to wait for the word of workers that were killed."""
-    runs = {name: soak(name, options, tmp_path_factory.mktemp("soak")) for name, options in SOAKED.items()}
+    runs = {name: soak(text, tmp_path_factory.mktemp("soak")) for name, text in SOAKED.items()}
     yield runs
     for run in runs.values():
         run.killed.process.kill()
         run.whole.process.kill()
 
 
-def soak(name: str, options: tuple[str, ...], folder: Path) -> Soak:
+def soak(text: str, folder: Path) -> Soak:
     """Kills either worker twenty times, in a seeded order; the launcher starts them again each time."""
     steps, every, dice = 60, 2, random.Random(11)
-    settings = {option[2:].replace("-", "_"): value for option, value in zip(options[::2], options[1::2], strict=True)}
-    recipe = recipes.build(name, steps, **{k: int(v) if v.isdecimal() else v for k, v in settings.items()})
+    recipe = recipes.from_text(text, steps)
     kills, commits = [], []
     for step in sorted(dice.sample(range(1, steps), 20)):
         point, commit = dice.choice(places(recipe, step, every))
         kills.append(f"kill {dice.randrange(2)} {step} {point}")
         commits.append(commit)
-    train = ("train", name, "--steps", str(steps), *options, *COMMON, "--checkpoint-every", str(every))
+    train = ("train", text, "--steps", str(steps), *COMMON, "--checkpoint-every", str(every))
     for part in ("run", "soak"):
         (folder / part).mkdir()
     killed = start(folder / "soak", *train, "--max-restarts", "20", plan="|".join(kills))
@@ -270,13 +269,13 @@ def test_a_request_to_stop_is_no_reason_to_start_again(whole: str, tmp_path: Pat
     assert digest(tmp_path) == whole
 
 
-LONG_ROUND = ("--steps", "200000", "--warmup-steps", "4", "--ab-steps", "150000", "--rank-rule", "fixed:4")
+LONG_ROUND = ("ab:warmup_steps=4,ab_steps=150000,rank_rule=fixed:4", "--steps", "200000")
 
 
 @pytest.mark.parametrize("everybody", [True, False], ids=["all workers", "one worker"])
 def test_a_stop_does_not_wait_for_a_merge_that_is_far_away(everybody: bool, tmp_path: Path) -> None:
     """Workers that train alone agree on a step, save there, and go on from it."""
-    arguments = ("train", "ab", *LONG_ROUND, "--workers", "2", "--log-every", "1", "--out", "run")
+    arguments = ("train", *LONG_ROUND, "--workers", "2", "--log-every", "1", "--out", "run")
     run = start(tmp_path, *arguments, plan="" if everybody else "term 1 9 step")
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100
     while everybody and not (metrics.exists() and '"group"' in metrics.read_text()):
@@ -297,7 +296,7 @@ def test_a_stop_does_not_wait_for_a_merge_that_is_far_away(everybody: bool, tmp_
 @pytest.mark.parametrize("numbers", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGTERM", "SIGINT")], ids="-".join)
 def test_a_run_that_is_told_to_stop_twice(numbers: tuple[str, str], tmp_path: Path) -> None:
     """The second signal comes at once, while the first is being obeyed."""
-    run = start(tmp_path, *TRAIN[:2], "--steps", "100000", *COMMON)
+    run = start(tmp_path, "train", "ab:rank_rule=fixed:4", "--steps", "100000", *COMMON)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100
     while not (metrics.exists() and metrics.stat().st_size > 500):
         assert run.process.is_alive() and time.monotonic() < deadline

@@ -30,11 +30,11 @@ from tests.unit.commands.train.test_launch import failure
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 
 RECIPES = {
-    "ddp": (),
-    "local_sgd": (),
-    "diloco": ("--every", "500"),
-    "ab": ("--warmup-steps", "4", "--ab-steps", "30000", "--rank-rule", "fixed:4"),
-    "ab_outer": ("--warmup-steps", "8", "--every", "4", "--delay", "2", "--rank-rule", "fixed:4"),
+    "ddp": "ddp",
+    "local_sgd": "local_sgd",
+    "diloco": "diloco:every=500",
+    "ab": "ab:warmup_steps=4,ab_steps=30000,rank_rule=fixed:4",
+    "ab_outer": "ab_outer:warmup_steps=8,every=4,delay=2,rank_rule=fixed:4",
 }
 LONG = ("--steps", "200000", "--log-every", "1", "--out", "run")
 ENDS = (*requests.SIGNALS, PASSED_ON)
@@ -42,7 +42,7 @@ ENDS = (*requests.SIGNALS, PASSED_ON)
 
 def begun(folder: Path, recipe: str, workers: int, grace: int = GRACE_SECONDS) -> tuple[Running, tuple[str, ...]]:
     """A run that would take long, from the moment on at which it has a folder."""
-    command = ("train", recipe, *RECIPES[recipe], *LONG, "--workers", str(workers))
+    command = ("train", RECIPES[recipe], *LONG, "--workers", str(workers))
     run = start(folder, *command, grace=grace)
     deadline = time.monotonic() + 100
     while not (folder / "run" / "metrics.jsonl").exists():

@@ -45,15 +45,16 @@ from abtrain.errors import (
 from tests.unit.commands.made_up import outcomes
 
 STEPS = 24
-RECIPES: dict[str, dict[str, Any]] = {
-    "ab": {"warmup_steps": 4, "ab_steps": 6, "rebound_steps": 3, "lr_rebound_steps": 3, "sigma_cutoff": 0.5},
-    "ab_outer": {"every": 5, "delay": 2, "fragments": 2, "wire": "int8", "warmup_steps": 10, "rank_rule": "fixed:4"},
+RECIPES = {
+    "ab": "ab:warmup_steps=4,ab_steps=6,rebound_steps=3,lr_rebound_steps=3,sigma_cutoff=0.5",
+    "ab_outer": "ab_outer:every=5,delay=2,fragments=2,wire=int8,warmup_steps=10,rank_rule=fixed:4",
 }
 
 
 def settings(folder: Path, recipe: str = "ab", **changed: Any) -> TrainConfig:
-    config = TrainConfig(recipe, workers=2, steps=STEPS, device="cpu", log_every=1, checkpoint_every=4, out=folder)
-    return resolve(dataclasses.replace(config, **RECIPES[recipe], **changed))
+    text = RECIPES[recipe]
+    config = TrainConfig(text, workers=2, steps=STEPS, device="cpu", log_every=1, checkpoint_every=4, out=folder)
+    return resolve(dataclasses.replace(config, **changed))
 
 
 def run(config: TrainConfig, plan: str = "", monkeypatch: pytest.MonkeyPatch | None = None) -> dict[str, Any]:
@@ -413,7 +414,7 @@ def test_data_that_is_not_enough(
     [
         ("task = \"__import__('os').abort\"", "unknown task"),
         ('recipe = "os.abort"', "unknown recipe"),
-        ('wire = "int8; rm -rf /"', "unknown|use"),
+        ('recipe = "ab:wire=int8; rm -rf /"', "unknown wire"),
         ("steps = 1e9999", "of the wrong type"),
         ("workers = -1", "both must be at least 1"),
         ("timeout = nan", "out of range"),

@@ -14,7 +14,7 @@ import pytest
 needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 ABTRAIN = (sys.executable, "-m", "abtrain", "train")
 # Long enough for every phase of `ab`, and two of its cycles.
-SHORT = ("--steps", "24", "--warmup-steps", "6", "--ab-steps", "6", "--rebound-steps", "3", "--log-every", "6")
+SHORT = ("ab:warmup_steps=6,ab_steps=6,rebound_steps=3", "--steps", "24", "--log-every", "6")
 KEYS = {
     "recipe",
     "task",
@@ -67,7 +67,7 @@ def running(marker: str) -> list[int]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with two workers of its own, from start to end; its folder."""
     folder = tmp_path_factory.mktemp("finished")
-    ended = run(*ABTRAIN, "ab", *SHORT, "--workers", "2", "--out", "run", cwd=folder)
+    ended = run(*ABTRAIN, *SHORT, "--workers", "2", "--out", "run", cwd=folder)
     assert ended.returncode == 0, ended.stderr
     # What travels, and what a run as short as this one risks, each once and not by every worker; nothing else is said.
     travels = (
@@ -114,7 +114,7 @@ def test_missing_data_is_found_out_before_anything_starts(tmp_path: Path) -> Non
 
 
 def test_a_workers_error_is_the_runs_error(tmp_path: Path) -> None:
-    ended = run(*ABTRAIN, "ab", "--lr", "1e30", "--out", "run", "--workers", "2", *SHORT, cwd=tmp_path)
+    ended = run(*ABTRAIN, *SHORT, "--lr", "1e30", "--out", "run", "--workers", "2", cwd=tmp_path)
     assert ended.returncode == 7
     errors = [line for line in ended.stderr.splitlines() if not line.startswith("abtrain: note: ")]
     assert len(errors) == 1 and errors[0].startswith("abtrain: error: the loss of worker ")

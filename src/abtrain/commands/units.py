@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Mapping
 
+from abtrain.errors import ConfigurationError
+
 RATES = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
@@ -20,6 +22,38 @@ def with_unit(text: str, units: Mapping[str, float]) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+def parse_rate(text: str) -> float:
+    """Bits per second of a text such as `100mbit`, `2.5gbit` or `56kbit`.
+
+    Raises:
+        ConfigurationError: the text is no rate above 0.
+    """
+    value = with_unit(text, RATES)
+    if value is None or value <= 0:
+        raise ConfigurationError(
+            f"rate {text!r} cannot be read: use a number above 0 with kbit, mbit or gbit, such as 100mbit"
+        )
+    return value
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of a text such as `0.5ms`, `80us` or `2s`.
+
+    Raises:
+        ConfigurationError: the text is no time of at least 0.
+    """
+    value = with_unit(text, TIMES)
+    if value is None:
+        raise ConfigurationError(f"time {text!r} cannot be read: use a number with us, ms or s, such as 0.5ms")
+    return value
+
+
+def format_rate(rate: float) -> str:
+    """Bits per second in the unit that suits them, in at most four digits: 95.6mbit."""
+    unit = next((unit for unit in ("gbit", "mbit") if rate >= 0.99995 * RATES[unit]), "kbit")
+    return f"{rate / RATES[unit]:.4g}{unit}"
 
 
 def human_bytes(count: float) -> str:

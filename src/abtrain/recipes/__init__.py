@@ -1,15 +1,14 @@
-"""The named recipes: data only."""
+"""The named recipes, and how a text names one with its options: data only."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, KeysView, Mapping
 from typing import Any
 
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.ab_outer import ab_local, ab_outer
-from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.full_rank import ddp, diloco, local_sgd, powersgd, solo
+from abtrain.recipes.options import kinds_of, read_options, unknown_options, written
 from abtrain.recipes.paper import ab, ab_no_groups
 from abtrain.recipes.recipe import Recipe
 
@@ -27,21 +26,19 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 DEFAULT = "ab_outer"
 
 
-def options_of(name: str) -> frozenset[str]:
-    """Names of the options that a recipe takes.
+def options_of(name: str) -> KeysView[str]:
+    """Names of the options that a recipe takes, in the order of its signature.
 
     Raises:
-        ConfigurationError: no recipe is called so.
+        ConfigurationError: no recipe has this name.
     """
+    return _kinds(name).keys()
+
+
+def _kinds(name: str) -> Mapping[str, Any]:
     if name not in RECIPES:
         raise ConfigurationError(f"unknown recipe {name!r}: {nearest(name, RECIPES)}")
-    options: set[str] = set()
-    for parameter in inspect.signature(RECIPES[name]).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            options.add(parameter.name)
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            options.update(set(Factoring.__dataclass_fields__) - {"rank_rule"})
-    return frozenset(options)
+    return kinds_of(RECIPES[name])
 
 
 def build(name: str, total_steps: int, /, **options: Any) -> Recipe:
@@ -50,8 +47,50 @@ def build(name: str, total_steps: int, /, **options: Any) -> Recipe:
     Raises:
         ConfigurationError: an unknown name or option, or values that cannot be; all of them at once.
     """
-    known = options_of(name)
-    unknown = [f"recipe {name!r} has no option {o!r}: {nearest(o, known)}" for o in options if o not in known]
+    unknown = unknown_options(name, options, options_of(name))
     if unknown:
         raise ConfigurationError(unknown)
     return RECIPES[name](total_steps, **options)
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options of RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE, such as `ab_outer:every=40,wire=int4`.
+
+    Raises:
+        ConfigurationError: an unknown recipe or option, an option without a value or with two, a value of another kind;
+            all of them at once.
+    """
+    name, _, options = text.partition(":")
+    return name, read_options(name, options, _kinds(name))
+
+
+def from_text(text: str, total_steps: int) -> Recipe:
+    """The recipe that a text names, with its options.
+
+    Raises:
+        ConfigurationError: as for `parse` and `build`; the messages name the options that were given.
+    """
+    name, options = parse(text)
+    try:
+        return build(name, total_steps, **options)
+    except ConfigurationError as error:
+        # A recipe speaks of its phases, its user of options.
+        where = f"{text}: " if options else ""
+        own = f"recipe {name!r}: " if options else ""
+        raise ConfigurationError([f"{where}{problem.removeprefix(own)}" for problem in error.problems]) from None
+
+
+def write(name: str, options: Mapping[str, Any]) -> str:
+    """A recipe and its options as the text that `parse` reads back."""
+    given = ",".join(f"{option}={written(value)}" for option, value in options.items())
+    return f"{name}:{given}" if given else name
+
+
+def canonical(text: str) -> str:
+    """The one text of all that have the same meaning: options in the order of the signature, values in one form.
+
+    Raises:
+        ConfigurationError: as for `parse`.
+    """
+    name, options = parse(text)
+    return write(name, {option: options[option] for option in options_of(name) if option in options})

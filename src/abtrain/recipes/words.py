@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from abtrain import recipes
+from abtrain.recipes.factoring import Factoring
+from abtrain.recipes.options import written
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.sync import GradientSync, Sync, WeightSync
@@ -25,9 +29,48 @@ GRADIENT_WIRES = {
 }
 
 
+_LONG_RUN = 10_000
+"""Steps in which every recipe has room for its defaults."""
+
+
 def purpose_of(name: str) -> str:
     """The first sentence of what a recipe says of itself."""
     return (inspect.getdoc(recipes.RECIPES[name]) or "").splitlines()[0]
+
+
+class OptionInWords(NamedTuple):
+    """An option as users read of it: its name, its default (empty where that depends), and its meaning."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+def options_in_words(name: str) -> list[OptionInWords]:
+    """The options of a recipe, in the order of its signature, with the meaning that a docstring gives them.
+
+    What a recipe's own docstring leaves out is taken from other recipes of its module.
+    """
+    recipe = recipes.RECIPES[name]
+    same_module = [other for other in recipes.RECIPES.values() if other.__module__ == recipe.__module__]
+    meanings: dict[str, str] = {}
+    for documented in (Factoring, *same_module, recipe):
+        meanings |= _arguments(inspect.getdoc(documented) or "")
+    factoring = recipe(_LONG_RUN).factoring
+    signature = inspect.signature(recipe).parameters
+    found = []
+    for option in recipes.options_of(name):
+        default = signature[option].default if option in signature else getattr(factoring, option)
+        found.append(OptionInWords(option, "" if default is None else written(default), meanings[option]))
+    return found
+
+
+def _arguments(docstring: str) -> dict[str, str]:
+    """The meaning of each argument, by its name, from the section `Args:` of a docstring."""
+    _, _, section = docstring.partition("\nArgs:\n")
+    section = re.split(r"\n(?=\S)", section)[0]
+    entries = re.findall(r"^    (\w+): (.*(?:\n      .*)*)", section, flags=re.MULTILINE)
+    return {argument: " ".join(meaning.split()).replace("`", "") for argument, meaning in entries}
 
 
 def phases_in_words(recipe: Recipe) -> list[str]:

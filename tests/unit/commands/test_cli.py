@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -44,18 +45,44 @@ def test_help_of_train_names_every_recipe_and_task(
     assert all(name in text for name in (*recipes.RECIPES, *TASKS))
 
 
-@pytest.mark.parametrize("arguments", [(), ("tran",), ("train", "--stepps", "3"), ("train", "--steps", "many")])
+def test_help_of_train_is_short(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options of recipes are listed by `abtrain recipes RECIPE`."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert code_of("train", "--help") == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 100 and max(map(len, text.splitlines())) <= 80
+    assert len(set(re.findall("--[a-z][a-z-]+", text))) <= 40
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("ab_outer:evry=40", "has no option 'evry': did you mean 'every'?"),
+        ("ab_outer:every=often", "every='often' is not a whole number"),
+        ("ab_outer:outer_lr=-1", "outer_lr=-1.0 is not a finite number above 0"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "recipes", "plan", "compare"])
+def test_wrong_options_of_a_recipe(command: str, recipe: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """All commands read recipes the same way, before anything starts."""
+    assert code_of(command, recipe, *(("--step-time", "1s") if command == "plan" else ())) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("tran",), ("train", "--every", "40"), ("train", "--stepps", "3"), ("train", "--steps", "many")]
+)
 def test_arguments_that_make_no_sense(arguments: tuple[str, ...]) -> None:
     assert code_of(*arguments) == 2
 
 
 def test_the_command_line_wins_over_the_file(tmp_path: Path, started: list[TrainConfig]) -> None:
     file = tmp_path / "run.toml"
-    file.write_text('recipe = "ddp"\ntask = "fashion-cnn"\nsteps = 5\nexclude = ["a", "b"]\n')
+    file.write_text('recipe = "ddp"\ntask = "fashion-cnn"\nsteps = 5\ntrack = ["a", "b"]\n')
     assert code_of("train", "--config", str(file), "--steps", "7") == 0
     assert code_of("train", "ab", f"--config={file}") == 0
     first, second = started
-    assert (first.recipe, first.task, first.steps, first.exclude) == ("ddp", "fashion-cnn", 7, ("a", "b"))
+    assert (first.recipe, first.task, first.steps, first.track) == ("ddp", "fashion-cnn", 7, ("a", "b"))
     assert (second.recipe, second.steps) == ("ab", 5)
 
 

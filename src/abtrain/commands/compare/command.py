@@ -22,10 +22,10 @@ from abtrain.commands.compare.report import FILE as REPORT_FILE
 from abtrain.commands.compare.report import write_report
 from abtrain.commands.compare.runs import Outcome, check, outcome, run, tasks
 from abtrain.commands.compare.summary import Row, rows, utilisations
-from abtrain.commands.lab import Lab, format_rate
+from abtrain.commands.lab import Lab
 from abtrain.commands.lab.command import stopped_by_signals
 from abtrain.commands.train.config import resolve
-from abtrain.commands.units import human_bytes
+from abtrain.commands.units import format_rate, human_bytes
 from abtrain.files import write_json
 
 FILE = "compare.json"

@@ -14,7 +14,7 @@ from typing import Any
 from abtrain.commands.compare.contestants import Contestant, contestants
 from abtrain.commands.compare.result_files import read_record
 from abtrain.commands.lab.config import LabConfig, config_problems, system_problems
-from abtrain.commands.lab.rates import parse_rate
+from abtrain.commands.lab.rates import parse_link_rate
 from abtrain.commands.tasks.task import TASKS
 from abtrain.errors import ConfigurationError, DataError, nearest
 from abtrain.files import write_json
@@ -22,7 +22,7 @@ from abtrain.files import write_json
 SETTINGS_FILE = "settings.json"
 _NEEDED = ("matplotlib", "jinja2")
 _EXAMPLES = """\
-a recipe may carry options, as `abtrain train` names them:
+a recipe may carry options, which `abtrain recipes RECIPE` lists:
   abtrain compare ab_outer "diloco:every=40,wire=int4" --task fashion-cnn --lr ab_outer=4e-3
 
 solo, ddp and ddp:wire=bf16 always take part. Runs that are done are not done again: the same command with the same
@@ -107,9 +107,9 @@ def _rates(texts: Sequence[str], problems: list[str]) -> list[int]:
     rates = []
     for text in texts:
         try:
-            rates.append(parse_rate(text))
-        except ValueError as error:
-            problems.append(str(error))
+            rates.append(parse_link_rate(text))
+        except ConfigurationError as error:
+            problems += error.problems
     return rates
 
 

@@ -1,13 +1,13 @@
-"""What takes part in a comparison: a recipe with its options, as the command line writes it."""
+"""The contestants of a comparison: recipes with their options, as the command line writes them."""
 
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from abtrain import recipes
 from abtrain.commands.train.config import TrainConfig, notices
 from abtrain.commands.train.config_file import from_values
 from abtrain.commands.train.config_problems import validate
@@ -51,45 +51,21 @@ def contestants(texts: Sequence[str], rates: Mapping[str, float], common: Mappin
             problems += error.problems
             continue
         own = validate(contestant.config) or notices(contestant.config)
-        problems += [f"{text}: {problem}" for problem in own]
+        problems += [problem if problem.startswith(f"{text}: ") else f"{text}: {problem}" for problem in own]
         found.append(contestant)
-    recipes = {contestant.config.recipe for contestant in found}
+    names = {contestant.config.recipe_name for contestant in found}
     labels = {contestant.label for contestant in found}
-    problems += [f"--lr {name}=...: {name} takes no part" for name in rates if name not in recipes | labels]
+    problems += [f"--lr {name}=...: {name} is not compared" for name in rates if name not in names | labels]
     if problems:
         raise ConfigurationError(list(dict.fromkeys(problems)))
     return found
 
 
 def _contestant(text: str, rates: Mapping[str, float], common: Mapping[str, Any]) -> Contestant:
-    recipe, options = recipe_and_options(text)
-    rate = rates.get(text, rates.get(recipe))
+    name, _ = recipes.parse(text)
+    rate = rates.get(text, rates.get(name))
     own = {} if rate is None else {"lr": rate}
-    return Contestant(text, from_values({**common, "recipe": recipe, **own, **options}, text))
-
-
-def recipe_and_options(text: str) -> tuple[str, dict[str, Any]]:
-    """The parts of RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE.
-
-    Raises:
-        ConfigurationError: an option has no value.
-    """
-    recipe, _, options = text.partition(":")
-    values = {}
-    for option in filter(None, options.split(",")):
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise ConfigurationError(f"{text}: {option!r} cannot be read: use OPTION=VALUE, such as ddp:wire=bf16")
-        values[name.strip().replace("-", "_")] = _value(value.strip())
-    return recipe, values
-
-
-def _value(text: str) -> Any:
-    """A value as TOML would have it; what is none of its values is a string, without quotes."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+    return Contestant(text, from_values({**common, "recipe": text, **own}, text))
 
 
 def with_seed(config: TrainConfig, seed: int) -> TrainConfig:

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from abtrain import __version__, recipes
+from abtrain import __version__
 from abtrain.comm.checksums import stable_repr
 from abtrain.commands.tasks.task import TASKS
-from abtrain.commands.train.config import NOT_OF_THE_METHOD, TrainConfig, resolve, used_options
+from abtrain.commands.train.config import NOT_OF_THE_METHOD, TrainConfig, recipe_of, resolve
 from abtrain.commands.train.config_file import from_values
 from abtrain.errors import ConfigurationError
 
@@ -37,9 +37,7 @@ class Method:
 def method_of(config: TrainConfig) -> Method:
     """What a run of these settings, which are valid, would compute with this version of abtrain."""
     whole = resolved(config)
-    assert whole.steps is not None
-    recipe = recipes.build(whole.recipe, whole.steps, **used_options(whole))
-    return Method(_settings(whole), _described(recipe))
+    return Method(_settings(whole), _described(recipe_of(whole)))
 
 
 def setting_differences(values: Mapping[str, Any], wanted: Method, excused: frozenset[str]) -> list[str]:

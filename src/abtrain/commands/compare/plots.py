@@ -11,8 +11,8 @@ from abtrain.commands.compare.contestants import REFERENCES
 from abtrain.commands.compare.runs import Outcome
 from abtrain.commands.compare.summary import Row, expected_utilisation, utilisations
 from abtrain.commands.lab.measure import WIRE_SHARE
-from abtrain.commands.lab.rates import format_rate
 from abtrain.commands.train.never_fatal import Aside
+from abtrain.commands.units import format_rate
 from abtrain.commands.units import human_bytes as size_text
 
 if TYPE_CHECKING:

@@ -17,10 +17,11 @@ from abtrain.commands.compare.comparison import Comparison
 from abtrain.commands.compare.contestants import Contestant, with_seed
 from abtrain.commands.compare.kept import RESULT_FILE, TRAIN_FOLDER
 from abtrain.commands.compare.result_files import read_lines, read_record
-from abtrain.commands.lab import Job, Lab, format_rate
+from abtrain.commands.lab import Job, Lab
 from abtrain.commands.lab.result import FILE as LAB_FILE
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import TrainConfig
+from abtrain.commands.units import format_rate
 from abtrain.errors import HostFailedError
 
 _LAB_FOLDER = "lab"

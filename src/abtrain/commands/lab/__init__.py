@@ -4,7 +4,7 @@ from abtrain.commands.lab.config import LabConfig
 from abtrain.commands.lab.faults import Fault
 from abtrain.commands.lab.job import Job
 from abtrain.commands.lab.lab import Lab, clean
-from abtrain.commands.lab.rates import format_rate, parse_rate
+from abtrain.commands.lab.rates import parse_link_rate
 from abtrain.commands.lab.result import HostResult, LabResult
 
-__all__ = ["Fault", "HostResult", "Job", "Lab", "LabConfig", "LabResult", "clean", "format_rate", "parse_rate"]
+__all__ = ["Fault", "HostResult", "Job", "Lab", "LabConfig", "LabResult", "clean", "parse_link_rate"]

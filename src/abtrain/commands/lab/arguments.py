@@ -13,7 +13,8 @@ from typing import TypeVar, get_args
 from abtrain.commands.lab.config import LabConfig, config_problems, system_problems
 from abtrain.commands.lab.faults import Fault, Kind, form_of, parse_fault
 from abtrain.commands.lab.job import Job, Launcher, job_problems
-from abtrain.commands.lab.rates import format_rate, parse_rate
+from abtrain.commands.lab.rates import parse_link_rate
+from abtrain.commands.units import format_rate
 from abtrain.errors import ConfigurationError
 
 Value = TypeVar("Value")
@@ -52,7 +53,7 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
     if given.clean:
         return Request(LabConfig(), None)
     problems: list[str] = []
-    rates = _all(given.rates.split(",") if given.rates else [given.rate], parse_rate, problems)
+    rates = _all(given.rates.split(",") if given.rates else [given.rate], parse_link_rate, problems)
     faults: list[Fault] = []
     for kind in get_args(Kind):
         faults += _all(getattr(given, kind), functools.partial(parse_fault, kind), problems)
@@ -74,8 +75,8 @@ def _all(texts: Sequence[str], parse: Callable[[str], Value], problems: list[str
     for text in texts:
         try:
             values.append(parse(text))
-        except ValueError as error:
-            problems.append(str(error))
+        except ConfigurationError as error:
+            problems += error.problems
     return values
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from abtrain.commands.lab.arguments import Request, parse_arguments
 from abtrain.commands.lab.lab import Lab, clean
-from abtrain.commands.lab.rates import format_rate
 from abtrain.commands.lab.result import FILE, as_table
+from abtrain.commands.units import format_rate
 from abtrain.errors import StoppedError
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from abtrain.commands.lab.rates import format_rate, parse_rate
+from abtrain.commands.lab.rates import parse_link_rate
+from abtrain.commands.units import format_rate
+from abtrain.errors import ConfigurationError
 
 Kind = Literal["cut", "freeze", "kill", "change"]
 
@@ -56,18 +58,18 @@ def parse_fault(kind: Kind, text: str) -> Fault:
     """A fault as it is written on the command line, such as 3@20s+10s.
 
     Raises:
-        ValueError: the text is no such fault.
+        ConfigurationError: the text is no such fault.
     """
     pattern, form = _FORMS[kind]
     found = re.fullmatch(pattern, text.strip())
     if found is None:
-        raise ValueError(f"--{kind} {text!r} cannot be read: use {form}")
+        raise ConfigurationError(f"--{kind} {text!r} cannot be read: use {form}")
     parts = found.groupdict()
     duration, rate = parts.get("duration"), parts.get("rate")
     try:
-        new_rate = None if rate is None else parse_rate(rate)
-    except ValueError as error:
-        raise ValueError(f"--{kind} {text!r}: {error}") from None
+        new_rate = None if rate is None else parse_link_rate(rate)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--{kind} {text!r}: {error}") from None
     return Fault(kind, int(parts["host"]), float(parts["at"]), None if duration is None else float(duration), new_rate)
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from abtrain.commands.lab import namespaces
 from abtrain.commands.lab.network import Network, burst_bytes
-from abtrain.commands.lab.rates import format_rate
+from abtrain.commands.units import format_rate
 from abtrain.errors import LabError
 
 WIRE_SHARE = 1448 / 1514

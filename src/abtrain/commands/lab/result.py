@@ -17,7 +17,7 @@ from abtrain.commands.lab.config import LabConfig
 from abtrain.commands.lab.counters import SAMPLE_SECONDS, Traffic
 from abtrain.commands.lab.measure import WIRE_SHARE
 from abtrain.commands.lab.network import INTERFACE, LATENCY, burst_bytes
-from abtrain.commands.lab.rates import format_rate
+from abtrain.commands.units import format_rate
 from abtrain.errors import HostFailedError, LabError
 
 FILE = "lab.json"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from abtrain import recipes
 from abtrain.commands.paper.published import AB, DDP, GPUS, NO_GROUPS, RESNET, VGG, VIT
 from abtrain.commands.train.config import TrainConfig
 from abtrain.recipes.building_blocks import WARMUP_SHARE
@@ -188,13 +189,12 @@ def _cell(scale: Scale, scaling: Scaling, label: str, model: Model, method: str,
         options["exclude"] = model.exclude
     options |= _schedule(scale, method, steps)
     config = TrainConfig(
-        recipe=METHODS[method],
+        recipe=recipes.write(METHODS[method], options),
         task=model.task,
         workers=workers,
         group_size=scale.workers_per_node,
         steps=steps,
         batch_size=batch,
-        **options,
     )
     return Cell(scaling, label, method, nodes, config)
 

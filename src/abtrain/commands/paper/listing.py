@@ -7,7 +7,6 @@ from functools import cache
 
 import torch
 
-from abtrain import recipes
 from abtrain.comm.topology import Topology
 from abtrain.commands.paper.arithmetic import ecr_rows, epoch_seconds, iterations, scaled_traffic
 from abtrain.commands.paper.experiments import AB_OUTER, SCALES, Cell, Scaling, cells
@@ -27,7 +26,7 @@ from abtrain.commands.paper.tables import Table
 from abtrain.commands.plan.payload import payload, predict
 from abtrain.commands.plan.shapes import ModelShapes, ranks_for, shapes_of
 from abtrain.commands.tasks.task import TASKS
-from abtrain.commands.train.config import group_size_of, used_options
+from abtrain.commands.train.config import group_size_of, recipe_of
 from abtrain.commands.units import human_bytes
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.recipe import Recipe
@@ -149,8 +148,7 @@ def _phase_table(chosen: Iterable[Cell]) -> Table:
 
 
 def _recipe(cell: Cell) -> Recipe:
-    assert cell.config.steps is not None
-    return recipes.build(cell.config.recipe, cell.config.steps, **used_options(cell.config))
+    return recipe_of(cell.config)
 
 
 def _shapes(cell: Cell, recipe: Recipe) -> ModelShapes:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abtrain import recipes
 from abtrain.comm.topology import Topology
 from abtrain.commands.compare import kept
 from abtrain.commands.compare.kept import REQUEST_FILE, RESULT_FILE, TRAIN_FOLDER
@@ -30,7 +29,7 @@ from abtrain.commands.plan.payload import predict
 from abtrain.commands.plan.shapes import ModelShapes, shapes_of
 from abtrain.commands.plan.worker_seconds import WorkerSeconds
 from abtrain.commands.tasks.task import TASKS
-from abtrain.commands.train.config import TrainConfig, group_size_of, resolve, used_options
+from abtrain.commands.train.config import TrainConfig, group_size_of, recipe_of, resolve
 from abtrain.commands.train.config_file import from_toml
 from abtrain.errors import AbtrainError, ConfigurationError
 from abtrain.files import write_whole
@@ -250,10 +249,9 @@ def outcome(run: Run) -> Outcome:
 
 def _forecast(config: TrainConfig, result: Record) -> float:
     """Seconds of a simulated run on a cluster of as many nodes, with the ranks that it had."""
-    assert config.steps is not None
     import torch
 
-    recipe = recipes.build(config.recipe, config.steps, **used_options(config))
+    recipe = recipe_of(config)
     with torch.device("meta"):
         shapes = shapes_of(TASKS[config.task].model(), recipe.factoring)
     topology = Topology(config.workers, group_size_of(config))
@@ -281,4 +279,4 @@ def _name(cell: Cell, seed: int) -> str:
     config = cell.config
     size = f"{config.workers}x{config.batch_size}-{config.steps}"
     variant = f"-{re.sub('[^A-Za-z0-9.]+', '-', cell.variant).strip('-')}" if cell.variant else ""
-    return f"{config.task}-{config.recipe}-{size}{variant}-seed{seed}"
+    return f"{config.task}-{config.recipe_name}-{size}{variant}-seed{seed}"

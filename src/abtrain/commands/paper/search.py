@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from abtrain import recipes
 from abtrain.commands.compare.plots import COLOURS, Figure, save
 from abtrain.commands.page import write_page
 from abtrain.commands.paper.arguments import Request
@@ -112,8 +113,8 @@ def _trainer(request: Request, base: TrainConfig) -> Callable[[TrainConfig, int]
     TASKS[base.task].find(request.data)
 
     def on_a_node(config: TrainConfig, trial: int) -> float:
-        folder = request.out / "trials" / f"{config.recipe}-{trial}-{config.steps}"
-        run = Run(Cell("global", config.task, config.recipe, 1, config), config.seed, folder)
+        folder = request.out / "trials" / f"{config.recipe_name}-{trial}-{config.steps}"
+        run = Run(Cell("global", config.task, config.recipe_name, 1, config), config.seed, folder)
         run_all([run], "full", request.launcher, request.data, lambda line: None, request.overwrite)
         return outcome(run).top1
 
@@ -130,7 +131,7 @@ def _objective(
     top1 = 0.0
     for share in RUNGS:
         steps = max(round(share * base.steps), 10)
-        config = dataclasses.replace(base, recipe=recipe, steps=steps, **suggested(recipe, trial, steps))
+        config = dataclasses.replace(base, recipe=recipes.write(recipe, suggested(recipe, trial, steps)), steps=steps)
         try:
             top1 = train(config, trial.number)
         except NonFiniteError as error:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from abtrain import recipes
 from abtrain.commands.paper.experiments import AB_OUTER, LOCAL_SGD, METHODS, SCALES, Cell, cells
 from abtrain.commands.paper.published import AB, DDP
 
@@ -19,7 +20,7 @@ class Study:
     Attributes:
         question: in a sentence.
         shown: what its figure sets accuracy against; `divergence` is drawn by itself.
-        variants: options over those of the method's own recipe, by label: (method, options).
+        variants: options of the recipe over those of the method's own, by label: (method, options).
         nodes: that each variant is trained on, at a constant global batch.
         methods: of the tables' own runs, which the study shares.
         tables: the tables that those runs are of.
@@ -75,7 +76,7 @@ STUDIES: dict[str, Study] = {
     "divergence": Study(
         "How far do groups come apart in a phase, and in which layers?",
         "divergence",
-        {"AB": (AB, {"divergence": True}), "ab_outer": (AB_OUTER, {"divergence": True})},
+        {"AB": (AB, {}), "ab_outer": (AB_OUTER, {})},
         nodes=(4, 16),
         methods=(),
     ),
@@ -112,12 +113,14 @@ def study_cells(name: str, nodes: Sequence[int] = (), methods: Sequence[str] = (
         for label, (method, options) in study.variants.items():
             if not methods or label in methods or method in methods:
                 base = cells("table2-global", scale, (count,), (method,))[0]
-                found.append(_variant(base, label, options))
+                found.append(_variant(base, label, options, study.shown == "divergence"))
     return found
 
 
-def _variant(base: Cell, label: str, options: Mapping[str, Any]) -> Cell:
-    """A cell with other options; one without any shares the runs of the tables."""
-    if not options:
+def _variant(base: Cell, label: str, options: Mapping[str, Any], divergence: bool) -> Cell:
+    """A cell with other options; one without any shares the runs of the tables, unless it measures divergence."""
+    if not options and not divergence:
         return replace(base, method=label)
-    return replace(base, method=label, config=replace(base.config, **options), variant=label)
+    name, own = recipes.parse(base.config.recipe)
+    config = replace(base.config, recipe=recipes.write(name, {**own, **options}), divergence=divergence)
+    return replace(base, method=label, config=config, variant=label)

@@ -59,7 +59,7 @@ class Offer:
     ratio: float
 
     def __str__(self) -> str:
-        return " ".join([self.name, *(f"--{key.replace('_', '-')} {value}" for key, value in self.options.items())])
+        return recipes.write(self.name, self.options)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -27,19 +26,15 @@ from abtrain.commands.plan.settings import (
 )
 from abtrain.commands.plan.shapes import ranks_for
 from abtrain.commands.plan.stragglers import Speeds
-from abtrain.commands.plan.units import rate_of, seconds_of
 from abtrain.commands.plan.worker_seconds import WorkerSeconds
 from abtrain.commands.tasks.task import TASKS
-from abtrain.commands.units import human_bytes
+from abtrain.commands.units import human_bytes, parse_rate, parse_seconds
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.numbers import whole_number_problems
 from abtrain.recipes.rank_rules import FixedRank
-from abtrain.recipes.recipe import Recipe
 
 _MOST_WORKERS = 10**6
-_OPTIONS = ("every", "wire", "delay", "warmup_delay", "fragments")
-"""Settings that are options of recipes."""
 
 
 def plan(config: PlanConfig, console: Console | None = None) -> None:
@@ -57,13 +52,13 @@ def plan(config: PlanConfig, console: Console | None = None) -> None:
     _heading(config, setting, console)
     if config.recipe == ALL:
         ddp = setting.offer("ddp", wire="bf16")
-        offers = [setting.offer(name, **_options(config, name)) for name in chosen(config)]
+        offers = [setting.offer(name) for name in chosen(config)]
         console.print(_comparison([ddp, *offers], ddp))
         advice = recommend(setting)
     else:
-        offer = setting.offer(config.recipe, **_options(config, config.recipe))
-        console.print(_by_phase(offer))
-        advice = recommend(setting, [config.recipe] if "every" in recipes.options_of(config.recipe) else RARE)
+        name, options = recipes.parse(config.recipe)
+        console.print(_by_phase(setting.offer(name, **options)))
+        advice = recommend(setting, [name] if "every" in recipes.options_of(name) else RARE)
     console.print(f"Recommended: {advice}", highlight=False)
     console.print(
         "Bytes and seconds are forecast; computing a step is taken to be as long in every recipe, but for what "
@@ -76,12 +71,12 @@ def plan(config: PlanConfig, console: Console | None = None) -> None:
 def _problems(config: PlanConfig) -> list[str]:
     found = model_problems(config)
     for attempt in (
-        lambda: [rate_of(rate) for rate in _rates(config)],
-        lambda: seconds_of(config.latency),
-        lambda: config.step_time is None or seconds_of(config.step_time),
+        lambda: [parse_rate(rate) for rate in _rates(config)],
+        lambda: parse_seconds(config.latency),
+        lambda: config.step_time is None or parse_seconds(config.step_time),
     ):
         found += problem_of(attempt)
-    if not found and config.step_time is not None and seconds_of(config.step_time) == 0:
+    if not found and config.step_time is not None and parse_seconds(config.step_time) == 0:
         found.append(f"--step-time {config.step_time} is too short: use a time above 0")
     if config.batch_size is not None:
         found += whole_number_problems("--batch-size", config.batch_size, least=1)
@@ -101,14 +96,10 @@ def _problems(config: PlanConfig) -> list[str]:
         found.append(f"{workers:,} workers are too many to simulate: use at most {_MOST_WORKERS:,}")
     elif workers >= 1:
         found += problem_of(lambda: _speeds(config))
-    if config.steps >= 1 and (config.recipe == ALL or config.recipe in recipes.RECIPES):
-        for name in chosen(config):
-            found += problem_of(partial(_build, config, name))
+    if config.steps >= 1 and (config.recipe == ALL or config.recipe.partition(":")[0] in recipes.RECIPES):
+        for text in chosen(config):
+            found += problem_of(partial(recipes.from_text, text, config.steps))
     return found
-
-
-def _build(config: PlanConfig, name: str) -> Recipe:
-    return recipes.build(name, config.steps, **_options(config, name))
 
 
 def _rates(config: PlanConfig) -> list[str]:
@@ -116,8 +107,8 @@ def _rates(config: PlanConfig) -> list[str]:
 
 
 def _cluster(config: PlanConfig) -> Cluster:
-    slowest = min(rate_of(rate) for rate in _rates(config))
-    return Cluster(config.nodes, Link(slowest, seconds_of(config.latency)), config.workers_per_node)
+    slowest = min(parse_rate(rate) for rate in _rates(config))
+    return Cluster(config.nodes, Link(slowest, parse_seconds(config.latency)), config.workers_per_node)
 
 
 def _speeds(config: PlanConfig) -> Speeds:
@@ -129,7 +120,7 @@ def _setting(config: PlanConfig) -> Setting:
     shapes, measure_factors = shapes_for(config), None
     if config.step_time is not None:
         # The rest is left out: how long it takes there, a step's time does not say.
-        alone = WorkerSeconds(seconds_of(config.step_time))
+        alone = WorkerSeconds(parse_seconds(config.step_time))
     else:
         assert config.task is not None
         bench = Bench(TASKS[config.task], config.data, config.batch_size)
@@ -146,13 +137,6 @@ def _setting(config: PlanConfig) -> Setting:
         config.algorithm,
         measure_factors,
     )
-
-
-def _options(config: PlanConfig, name: str) -> dict[str, Any]:
-    """Returns the given options that a recipe takes; all of them if one recipe was asked for."""
-    given = {key: value for key in _OPTIONS if (value := getattr(config, key)) is not None}
-    known = recipes.options_of(name)
-    return {key: value for key, value in given.items() if config.recipe == name or key in known}
 
 
 def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:

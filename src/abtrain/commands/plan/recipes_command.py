@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 from rich import box
@@ -12,7 +11,6 @@ from rich.text import Text
 
 from abtrain import recipes
 from abtrain.comm.topology import Topology, topology_problems
-from abtrain.commands.compare.contestants import recipe_and_options
 from abtrain.commands.plan.payload import payload, payload_ratio, predict
 from abtrain.commands.plan.settings import (
     ALL,
@@ -27,7 +25,7 @@ from abtrain.commands.plan.shapes import ranks_for
 from abtrain.commands.units import human_bytes
 from abtrain.errors import ConfigurationError
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.words import phases_in_words, purpose_of
+from abtrain.recipes.words import options_in_words, phases_in_words, purpose_of
 
 _NEXT_TO_NOTHING = 1e-6
 _SMALL = 0.1
@@ -41,13 +39,9 @@ def list_recipes(config: RecipesConfig, console: Console | None = None) -> None:
     Raises:
         ConfigurationError: all that is wrong with the settings, at once.
     """
-    name, options = recipe_and_options(config.recipe)
-    config = replace(config, recipe=name)
     problems = model_problems(config) + topology_problems(config.workers, config.group_size)
-    if name == ALL and options:
-        problems.append(f"options belong to one recipe: name it in place of {ALL}, as in ab_outer:every=10")
     if not problems:
-        refused = [problem_of(partial(recipes.build, each, config.steps, **options)) for each in chosen(config)]
+        refused = [problem_of(partial(recipes.from_text, each, config.steps)) for each in chosen(config)]
         problems += [problem for each in refused for problem in each] if all(refused) else []
     if problems:
         raise ConfigurationError(problems)
@@ -58,9 +52,10 @@ def list_recipes(config: RecipesConfig, console: Console | None = None) -> None:
     if config.recipe == ALL:
         console.print(_table(config))
     else:
-        console.print(_phases(config, recipes.build(name, config.steps, **options)))
-        known = ", ".join(sorted(recipes.options_of(name))) or "none"
-        console.print(f"\n{purpose_of(name)}\noptions: {known}", highlight=False)
+        name, _ = recipes.parse(config.recipe)
+        console.print(_phases(config, recipes.from_text(config.recipe, config.steps)))
+        console.print(f"\n{purpose_of(name)}\n", highlight=False)
+        console.print(_options(name) if recipes.options_of(name) else "no options", highlight=False)
 
 
 def ratio_in_words(ratio: float) -> str:
@@ -108,6 +103,17 @@ def _phases(config: RecipesConfig, recipe: Recipe) -> Table:
     table.add_section()
     table.add_row("all phases", human_bytes(total), "")
     table.add_row("of ddp in fp32", ratio_in_words(ratio), "")
+    return table
+
+
+def _options(name: str) -> Table:
+    """The options of a recipe, written as NAME:OPTION=VALUE,OPTION=VALUE."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("option", no_wrap=True)
+    table.add_column("default", overflow="fold")
+    table.add_column("meaning")
+    for option in options_in_words(name):
+        table.add_row(option.name, option.default, Text(option.meaning))
     return table
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ALL = "all"
 DEFAULT_PARAMETERS = 25e6
 _MOST_PARAMETERS = 1e13
+_RECIPE_HELP = f"One of {', '.join(recipes.RECIPES)}, also with options (ab_outer:every=10,wire=int8); or all."
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,7 @@ class ModelSettings:
 class RecipesConfig(ModelSettings):
     """Lists the recipes: what each phase does, and its predicted payload against DDP in float32."""
 
-    recipe: Annotated[
-        Positional[str],
-        arg(help=f"One of {', '.join(recipes.RECIPES)}, also with options (ab_outer:every=10,wire=int8); or all."),
-    ] = ALL
+    recipe: Annotated[Positional[str], arg(help=_RECIPE_HELP)] = ALL
     steps: int = 10_000
     """Optimizer steps of the run."""
     workers: int = 4
@@ -59,7 +57,7 @@ class RecipesConfig(ModelSettings):
 class PlanConfig(ModelSettings):
     """Predicts payload, wire bytes and seconds on given links, and recommends a recipe, rounds and a wire."""
 
-    recipe: Annotated[Positional[str], arg(help=f"One of {', '.join(recipes.RECIPES)}, or all.")] = ALL
+    recipe: Annotated[Positional[str], arg(help=_RECIPE_HELP)] = ALL
     steps: int = 10_000
     """Optimizer steps of the run."""
     step_time: str | None = None
@@ -83,16 +81,6 @@ class PlanConfig(ModelSettings):
     processors add is in it: 0.5ms, 80us. benchmarks/allreduce.py --megabytes 0.0004 --rounds 200 --pause 10 tells."""
     algorithm: str = "ring"
     """How numbers are added up over all workers: ring (Gloo's way) or hierarchical."""
-    every: int | None = None
-    """Steps between merges; by default the recipe's."""
-    wire: str | None = None
-    """Wire: fp32, bf16, int8, int4, int3, ternary, CODE:REPLY, lowrank:R[:CODE], auto (else the recipe's)."""
-    delay: int | None = None
-    """Steps that a merge is hidden behind, in the main phase; by default the recipe's."""
-    warmup_delay: int | None = None
-    """Steps that a merge of the warm-up is hidden behind; by default the recipe's."""
-    fragments: int | None = None
-    """Parts of the model that merge in turns; by default the recipe's."""
     jitter: float = 0.0
     """Spread of a step's time: standard deviation over mean."""
     slow_share: float = 0.0
@@ -115,8 +103,11 @@ def model_problems(config: RecipesConfig | PlanConfig) -> list[str]:
     from abtrain.commands.tasks.task import TASKS
 
     found = []
-    if config.recipe != ALL and config.recipe not in recipes.RECIPES:
-        found.append(f"unknown recipe {config.recipe!r}: {nearest(config.recipe, [*recipes.RECIPES, ALL])}")
+    name = config.recipe.partition(":")[0]
+    if name not in (*recipes.RECIPES, ALL):
+        found.append(f"unknown recipe {name!r}: {nearest(name, [*recipes.RECIPES, ALL])}")
+    elif name == ALL != config.recipe:
+        found.append(f"options belong to one recipe: name it in place of {ALL}, as in ab_outer:every=10")
     if config.task is not None and config.task not in TASKS:
         found.append(f"unknown task {config.task!r}: {nearest(config.task, TASKS)}")
     if config.task is not None and config.parameters is not None:
@@ -160,7 +151,7 @@ def shapes_for(config: ModelSettings) -> Callable[[Factoring | None], ModelShape
 
 
 def chosen(config: RecipesConfig | PlanConfig) -> list[str]:
-    """The recipes asked for."""
+    """The recipes asked for, as texts."""
     return list(recipes.RECIPES) if config.recipe == ALL else [config.recipe]
 
 

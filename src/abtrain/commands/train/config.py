@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from abtrain import recipes
 from abtrain.commands.tasks.choices import Init, OnBadImage, OnCheckpointError, OnNonFinite, Precision
 from abtrain.commands.train.world import is_joined, local_size
+from abtrain.recipes.recipe import Recipe
 
 # torch takes seconds to import: what needs it is imported where it is used, so that `--help` answers at once.
 
@@ -21,7 +22,13 @@ from abtrain.commands.train.world import is_joined, local_size
 class TrainConfig:
     """Trains a task by a recipe, on workers of its own or on those of torchrun."""
 
-    recipe: Annotated[Positional[str], arg(help=f"One of {', '.join(recipes.RECIPES)}.")] = recipes.DEFAULT
+    recipe: Annotated[
+        Positional[str],
+        arg(
+            help=f"RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE, such as ab_outer:every=40,wire=int4. Recipes are "
+            f"{', '.join(recipes.RECIPES)}; `abtrain recipes RECIPE` lists the options of one."
+        ),
+    ] = recipes.DEFAULT
     task: str = "digits-mlp"
     """digits-mlp, fashion-cnn, fashion-vit, pysrc-gpt, or one of the paper's: imagenet-vit-b16, imagenet-resnet50,
     cifar10-vgg16, cifar100-mini-vit."""
@@ -45,65 +52,6 @@ class TrainConfig:
     """Of the initial weights, the order of the samples, and their augmentation."""
     init: Init | None = None
     """Initial weights: PyTorch's own (default), or every matrix orthogonal; by default the task's."""
-    sigma_cutoff: float | None = None
-    """Singular values below this share of the largest are dropped; by default the recipe's."""
-    rank_rule: str | None = None
-    """In place of the cutoff: energy:SHARE, stable:FACTOR or fixed:K (see abtrain.recipes.rank_rules)."""
-    warmup_steps: int | None = None
-    """Full-rank steps at the start; by default the recipe's."""
-    warmup_every: int | None = None
-    """Steps between merges there; 0: gradients are averaged at every step; by default the recipe's."""
-    warmup_wire: str | None = None
-    """How merges are sent there; by default as elsewhere."""
-    warmup_delay: int | None = None
-    """Steps that a merge is hidden behind there; by default the recipe's."""
-    ab_steps: int | None = None
-    """Steps of a group phase; by default the recipe's."""
-    refactor_every: int | None = None
-    """Rounds after which weights are factored anew; by default the recipe's."""
-    rebound_steps: int | None = None
-    """Full-rank steps after each group phase; by default the recipe's."""
-    rebound_every: int | None = None
-    """Steps between merges there; 0: gradients are averaged at every step; by default the recipe's."""
-    lr_rebound_steps: int | None = None
-    """Steps in which the learning rate climbs back after a change of shapes; by default the recipe's."""
-    every: int | None = None
-    """Steps between merges; by default the recipe's."""
-    delay: int | None = None
-    """Steps that a merge is hidden behind, in the main phase; by default the recipe's."""
-    fragments: int | None = None
-    """Parts of the model that merge in turns; by default the recipe's."""
-    trains: str | None = None
-    """Factors that a group trains: a_or_b by its role, a_then_b in turns, all or b; by default the recipe's."""
-    merge: str | None = None
-    """Rule of merges: mean, trained_only or weighted; by default the recipe's."""
-    temperature: float | None = None
-    """Of weighted merges, in the units of the loss; by default the recipe's."""
-    outer_lr: float | None = None
-    """Learning rate of the outer optimizer; by default the recipe's."""
-    outer_momentum: float | None = None
-    """Momentum of the outer optimizer; by default the recipe's."""
-    wire: str | None = None
-    """Wire of merges: fp32, bf16, int8, int4, int3, ternary, CODE:REPLY, lowrank:R[:CODE], auto; of gradients for ddp:
-    fp32, bf16; by default the recipe's."""
-    rank: int | None = None
-    """Rank of the factors that gradients are sent as; by default the recipe's."""
-    damping: float | None = None
-    """Damping of the factors' preconditioner; by default the recipe's."""
-    factor_lr: float | None = None
-    """Multiplies preconditioned steps of factors; by default the recipe's."""
-    local_lr: float | None = None
-    """Multiplies the learning rate where workers train alone; by default the recipe's."""
-    svd: Literal["each", "shared"] | None = None
-    """Each worker decomposes every weight, or they share the work; by default the recipe's."""
-    optimizer_state: Literal["reset", "project", "auto"] | None = None
-    """What becomes of the optimizer's state when shapes change; by default the recipe's."""
-    keep_dense_if_larger: bool | None = None
-    """Leave a weight dense where its factors would be no smaller; by default the recipe's."""
-    min_dim: int | None = None
-    """Leave a weight dense whose smaller matrix dimension is below this; by default the recipe's."""
-    exclude: tuple[str, ...] = ()
-    """Globs of parameter names that stay dense."""
     data: Path | None = None
     """Folder with the task's data; by default its usual place."""
     loaders: int = 4
@@ -139,6 +87,21 @@ class TrainConfig:
     on_checkpoint_error: OnCheckpointError = "warn"
     """Where a checkpoint cannot be written: warn and go on with the older ones, or stop."""
 
+    @property
+    def recipe_name(self) -> str:
+        """The recipe's name, without its options."""
+        return self.recipe.partition(":")[0]
+
+
+def recipe_of(config: TrainConfig) -> Recipe:
+    """The recipe of a run whose number of steps is known.
+
+    Raises:
+        ConfigurationError: no such recipe, or options that cannot be.
+    """
+    assert config.steps is not None
+    return recipes.from_text(config.recipe, config.steps)
+
 
 NOT_OF_THE_METHOD = frozenset(
     {
@@ -158,42 +121,19 @@ NOT_OF_THE_METHOD = frozenset(
 )
 """Settings that may change when a run goes on: they do not say what is computed."""
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-RECIPE_OPTIONS = tuple(
-    name for name in _DEFAULTS if any(name in recipes.options_of(recipe) for recipe in recipes.RECIPES)
-)
-"""Settings that belong to the recipe; left as they are here, they take the recipe's own default."""
-
-
-def recipe_options(config: TrainConfig) -> dict[str, Any]:
-    """The settings that are the recipe's, as far as they differ from their default."""
-    given = {name: getattr(config, name) for name in RECIPE_OPTIONS}
-    return {name: value for name, value in given.items() if value != _DEFAULTS[name]}
-
-
-def used_options(config: TrainConfig) -> dict[str, Any]:
-    """Of `recipe_options`, those that the recipe takes.
-
-    Raises:
-        ConfigurationError: no recipe is called so.
-    """
-    known = recipes.options_of(config.recipe)
-    return {name: value for name, value in recipe_options(config).items() if name in known}
-
 
 def notices(config: TrainConfig) -> list[str]:
-    """What a valid configuration says in vain, a line each."""
+    """The settings of a valid configuration that are ignored, a line each."""
     from abtrain.commands.tasks.task import TASKS
 
-    unused = recipe_options(config).keys() - used_options(config).keys()
-    found = [f"--{name.replace('_', '-')} plays no part in recipe {config.recipe}" for name in sorted(unused)]
-    if config.data is not None and not TASKS[config.task].reads_folder:
-        found.append(f"--data plays no part in task {config.task}")
-    return found
+    if config.data is None or TASKS[config.task].reads_folder:
+        return []
+    return [f"--data is ignored by task {config.task}"]
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """A valid configuration with the task's defaults filled in, and `device` either cpu or cuda.
+    """A valid configuration with the task's defaults filled in, the recipe's text in its canonical form, and `device`
+    either cpu or cuda.
 
     Under a launcher workers find out together which of them share a machine: a group size that nobody gave stays open.
     """
@@ -202,6 +142,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     task = TASKS[config.task]
     return dataclasses.replace(
         config,
+        recipe=recipes.canonical(config.recipe),
         group_size=config.group_size if is_joined() else group_size_of(config),
         steps=task.steps if config.steps is None else config.steps,
         batch_size=task.batch_size if config.batch_size is None else config.batch_size,
@@ -221,9 +162,13 @@ def group_size_of(config: TrainConfig) -> int:
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """Everything in a resolved configuration that says what is computed, as JSON values."""
+    """Everything in a resolved configuration that says what is computed, as JSON values.
+
+    Raises:
+        ConfigurationError: the recipe's text cannot be read.
+    """
     held = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NOT_OF_THE_METHOD}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in held.items()}
+    return held | {"recipe": recipes.canonical(config.recipe)}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from abtrain import recipes
 from abtrain.commands.train.config import TrainConfig
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.numbers import is_finite_number
@@ -58,9 +59,12 @@ def from_values(content: Mapping[str, Any], source: str) -> TrainConfig:
     """
     known = typing.get_type_hints(TrainConfig)
     del known["config"]  # a file does not name another
+    options = {option for recipe in recipes.RECIPES for option in recipes.options_of(recipe)}
     problems = []
     for key, value in content.items():
-        if key not in known:
+        if key in options:
+            problems.append(f'{source}: {key} is an option of recipes: give it as recipe = "RECIPE:{key}=VALUE"')
+        elif key not in known:
             problems.append(f"{source}: unknown key {key!r}: {nearest(key, known)}")
         elif not _fits(value, known[key]):
             problems.append(f"{source}: {key} = {value!r} is of the wrong type: use {_type_name(known[key])}")

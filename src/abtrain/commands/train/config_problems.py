@@ -11,7 +11,7 @@ from abtrain import recipes
 from abtrain.comm.topology import topology_problems
 from abtrain.commands.tasks.choices import DEVICES, Init, OnBadImage, OnCheckpointError, OnNonFinite, Precision
 from abtrain.commands.tasks.task import TASKS
-from abtrain.commands.train.config import TrainConfig, choose_device, local_workers, used_options
+from abtrain.commands.train.config import TrainConfig, choose_device, local_workers
 from abtrain.commands.train.folder_content import holds_nothing, holds_unfinished_run
 from abtrain.commands.train.trackers import tracker_problems
 from abtrain.errors import ConfigurationError, nearest
@@ -89,11 +89,12 @@ def _task_and_recipe_problems(config: TrainConfig) -> list[str]:
     task = TASKS.get(config.task)
     if task is None:
         problems.append(f"unknown task {config.task!r}: {nearest(config.task, TASKS)}")
+    steps = config.steps if config.steps is not None else task.steps if task is not None else None
     try:
-        options = used_options(config)
-        steps = config.steps if config.steps is not None else task.steps if task is not None else None
         if steps is not None and steps >= 1:
-            recipes.build(config.recipe, steps, **options)
+            recipes.from_text(config.recipe, steps)
+        else:
+            recipes.parse(config.recipe)
     except ConfigurationError as error:
         problems += error.problems
     return problems

@@ -22,7 +22,7 @@ def result_of(
     meter, topology = ab.communicator.meter, ab.communicator.topology
     payload, svd = meter.payload(), ab.seconds["svd"]
     return {
-        "recipe": config.recipe,
+        "recipe": config.recipe_name,
         "task": config.task,
         "seed": config.seed,
         "world_size": topology.world_size,

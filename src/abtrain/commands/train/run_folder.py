@@ -43,7 +43,7 @@ from abtrain.files import is_leftover, is_regular, open_regular, read_regular, r
 def default_folder(config: TrainConfig) -> Path:
     """Where a run goes that was given no folder."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{config.task}-{config.recipe}-seed{config.seed}-{stamp}"
+    return Path("runs") / f"{config.task}-{config.recipe_name}-seed{config.seed}-{stamp}"
 
 
 class RunFolder:
@@ -206,7 +206,7 @@ class RunFolder:
     def _check_settings(self) -> None:
         file = self.path / CONFIG_FILE
         try:
-            before = from_text(read_regular(file), str(file))
+            before = identity(from_text(read_regular(file), str(file)))
         except UnicodeError as error:
             raise ConfigurationError(f"--out {self.path} holds a run whose config.toml is no UTF-8: {error}") from error
         except ConfigurationError as error:
@@ -214,7 +214,7 @@ class RunFolder:
                 f"--out {self.path} holds a run whose config.toml is damaged ({'; '.join(error.problems)}): put it in "
                 "order, name another folder, or add --overwrite to replace it"
             ) from error
-        differing = differences(identity(before), identity(self._settings))
+        differing = differences(before, identity(self._settings))
         if differing:
             raise ConfigurationError(
                 f"--out {self.path} holds an unfinished run with other settings ({'; '.join(differing)}): use the same "

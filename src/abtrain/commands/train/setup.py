@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from abtrain import recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.commands.tasks.task import TASKS, build_optimizer, build_schedule
-from abtrain.commands.train.config import TrainConfig, used_options
+from abtrain.commands.train.config import TrainConfig, recipe_of
 from abtrain.engine.ab_training import ABTraining
 
 
@@ -27,7 +26,7 @@ def set_up(config: TrainConfig, model: nn.Module, communicator: Communicator) ->
     ab = ABTraining(
         model,
         optimizer,
-        recipes.build(config.recipe, config.steps, **used_options(config)),
+        recipe_of(config),
         communicator=communicator,
         on_nonfinite=config.on_nonfinite,
         measure_divergence=config.divergence,

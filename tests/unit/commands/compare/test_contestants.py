@@ -1,5 +1,6 @@
 import pytest
 
+from abtrain import recipes
 from abtrain.commands.compare.contestants import REFERENCES, contestants, with_seed
 from abtrain.errors import ConfigurationError
 
@@ -14,16 +15,15 @@ def test_the_references_take_part_and_nobody_twice() -> None:
 
 def test_options_are_read_as_the_settings_want_them() -> None:
     (*_, entry) = contestants(["ab_outer:every=10,wire=int8,outer-lr=0.5,keep_dense_if_larger=true"], {}, COMMON)
-    config = entry.config
-    assert (config.recipe, config.every, config.wire, config.outer_lr) == ("ab_outer", 10, "int8", 0.5)
-    assert config.keep_dense_if_larger
-    assert with_seed(config, 3).seed == 3
+    options = {"every": 10, "wire": "int8", "outer_lr": 0.5, "keep_dense_if_larger": True}
+    assert recipes.parse(entry.config.recipe) == ("ab_outer", options)
+    assert with_seed(entry.config, 3).seed == 3
 
 
 def test_learning_rates_by_recipe_or_by_label() -> None:
     rates = {"ddp": 1e-3, "ddp:wire=bf16": 2e-3, "ab": 3e-3}
-    found = {entry.label: entry.config.lr for entry in contestants(["ab", "ab:lr=5e-3"], rates, COMMON)}
-    assert found == {"solo": None, "ddp": 1e-3, "ddp:wire=bf16": 2e-3, "ab": 3e-3, "ab:lr=5e-3": 5e-3}
+    found = {entry.label: entry.config.lr for entry in contestants(["ab", "ab:merge=weighted"], rates, COMMON)}
+    assert found == {"solo": None, "ddp": 1e-3, "ddp:wire=bf16": 2e-3, "ab": 3e-3, "ab:merge=weighted": 3e-3}
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
@@ -31,7 +31,14 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     with pytest.raises(ConfigurationError) as caught:
         contestants(texts, {"powersgd": 1e-3}, COMMON)
     problems = "\n".join(caught.value.problems)
-    for text in ("abb", "'evry'", "'often'", "plays no part in recipe ddp", "'sigma_cutoff' cannot", "--lr powersgd"):
+    for text in (
+        "abb",
+        "'evry'",
+        "'often'",
+        "'ddp' has no option 'every'",
+        "'sigma_cutoff' has no value",
+        "--lr powersgd",
+    ):
         assert text in problems, text
     assert "diloco:every=0: " in problems
 

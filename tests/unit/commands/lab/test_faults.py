@@ -1,6 +1,7 @@
 import pytest
 
 from abtrain.commands.lab.faults import Event, Fault, fault_problems, faults_in_words, parse_fault, timeline
+from abtrain.errors import ConfigurationError
 
 
 @pytest.mark.parametrize(
@@ -23,12 +24,12 @@ def test_faults_are_read_and_written_alike(kind: str, text: str, fault: Fault) -
     [("cut", "3"), ("cut", "3@20"), ("kill", "1@8s+2s"), ("change", "2@10s"), ("freeze", "-1@5s"), ("change", "2@1s=")],
 )
 def test_what_is_no_fault_is_told_how_to_write_it(kind: str, text: str) -> None:
-    with pytest.raises(ValueError, match=f"--{kind} '.*' cannot be read: use HOST@STARTs.*such as"):
+    with pytest.raises(ConfigurationError, match=f"--{kind} '.*' cannot be read: use HOST@STARTs.*such as"):
         parse_fault(kind, text)  # type: ignore[arg-type]
 
 
 def test_a_change_to_a_rate_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match=r"--change '2@1s=fast': rate 'fast' cannot be read"):
+    with pytest.raises(ConfigurationError, match=r"--change '2@1s=fast': rate 'fast' cannot be read"):
         parse_fault("change", "2@1s=fast")
 
 

@@ -41,8 +41,9 @@ class Extreme:
 @pytest.mark.parametrize("recipe", ["ab", "ab_outer"])
 def test_what_is_suggested_can_be_trained(recipe: str, steps: int, high: bool) -> None:
     options = search.suggested(recipe, Extreme(high), steps)
-    recipes.build(recipe, steps, **options)
-    assert validate(TrainConfig(recipe=recipe, steps=steps, device="cpu", **options)) == []
+    text = recipes.write(recipe, options)
+    assert recipes.parse(text) == (recipe, options)
+    assert validate(TrainConfig(recipe=text, steps=steps, device="cpu")) == []
 
 
 def run(out: Path, trials: int) -> None:
@@ -59,10 +60,10 @@ def test_a_search_goes_on_and_says_what_matters(
     def made_up(config: TrainConfig, data: Any) -> dict[str, float]:
         """The smaller the cutoff the better; a large one diverges."""
         asked.append(config)
-        assert config.sigma_cutoff is not None
-        if config.sigma_cutoff > 0.48:
+        cutoff = recipes.parse(config.recipe)[1]["sigma_cutoff"]
+        if cutoff > 0.48:
             raise NonFiniteError("the loss is nan")
-        return {"top1": 100 * (1 - config.sigma_cutoff)}
+        return {"top1": 100 * (1 - cutoff)}
 
     monkeypatch.setattr(search, "simulate", made_up)
     monkeypatch.setattr(search, "_base", lambda request: TrainConfig(task="digits-mlp", batch_size=8, steps=200))

@@ -5,7 +5,7 @@ import pytest
 
 from abtrain import recipes
 from abtrain.commands.tasks.task import TASKS
-from abtrain.commands.train.config import RECIPE_OPTIONS, TrainConfig, notices, recipe_options, resolve, used_options
+from abtrain.commands.train.config import TrainConfig, identity, notices, recipe_of, resolve
 from abtrain.commands.train.config_file import from_toml, to_toml
 from abtrain.commands.train.config_problems import validate
 from abtrain.errors import ConfigurationError
@@ -22,11 +22,6 @@ def test_the_defaults_are_valid_with_every_recipe_and_task() -> None:
     for recipe in recipes.RECIPES:
         for task in TASKS:
             assert validate(TrainConfig(recipe=recipe, task=task)) == []
-
-
-def test_every_option_of_a_recipe_is_a_setting() -> None:
-    taken = frozenset().union(*map(recipes.options_of, recipes.RECIPES))
-    assert set(RECIPE_OPTIONS) == taken
 
 
 @pytest.mark.parametrize(
@@ -52,9 +47,13 @@ def test_every_option_of_a_recipe_is_a_setting() -> None:
         ({"timeout": float("inf")}, "--timeout inf is out of range"),
         ({"timeout": float("nan")}, "--timeout nan is out of range"),
         ({"timeout": 1e300}, "--timeout 1e+300 is out of range"),
-        ({"sigma_cutoff": 1.5}, "sigma_cutoff"),
-        ({"warmup_steps": -1}, "-1"),
-        ({"recipe": "local_sgd", "every": 0}, "every"),
+        ({"recipe": "ab_outer:sigma_cutoff=1.5"}, "sigma_cutoff=1.5 is out of range: use a number from 0 to 1"),
+        ({"recipe": "ab_outer:warmup_steps=-1"}, "ab_outer:warmup_steps=-1: phase 'warmup': steps=-1 is too small"),
+        ({"recipe": "ab_outer:every=ten"}, "every='ten' is not a whole number"),
+        ({"recipe": "ab_outer:evry=40"}, "recipe 'ab_outer' has no option 'evry': did you mean 'every'?"),
+        ({"recipe": "ddp:sigma_cutoff=0.2"}, "recipe 'ddp' has no option 'sigma_cutoff'"),
+        ({"recipe": "ab:evry=40", "steps": None}, "did you mean 'every'?"),
+        ({"recipe": "local_sgd:every=0"}, "every"),
     ],
 )
 def test_each_problem_has_its_message(settings: dict[str, object], message: str) -> None:
@@ -84,16 +83,11 @@ def test_a_run_folder_is_never_mixed_with_what_is_there(tmp_path: Path) -> None:
     assert "is a file" in validate(TrainConfig(out=file, overwrite=True))[0]
 
 
-def test_options_that_the_recipe_does_not_take_are_noticed_and_left_out() -> None:
-    config = TrainConfig(recipe="ddp", sigma_cutoff=0.2, exclude=("head.*",), data=Path("somewhere"))
+def test_data_that_the_task_does_not_read_is_noticed() -> None:
+    config = TrainConfig(recipe="ddp", data=Path("somewhere"))
     assert validate(config) == []
-    assert recipe_options(config) == {"sigma_cutoff": 0.2, "exclude": ("head.*",)}
-    assert used_options(config) == {}
-    said = notices(config)
-    assert len(said) == 3
-    for option in ("--exclude", "--sigma-cutoff", "--data"):
-        assert any(line.startswith(option) for line in said)
-    assert notices(TrainConfig(sigma_cutoff=0.2)) == []
+    assert notices(config) == ["--data is ignored by task digits-mlp"]
+    assert notices(TrainConfig()) == []
 
 
 def test_resolve_fills_in_the_tasks_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,13 +105,13 @@ def test_resolve_fills_in_the_tasks_defaults(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_toml_round_trip(tmp_path: Path) -> None:
     config = TrainConfig(
-        recipe="ab_no_groups",
+        recipe="ab_no_groups:svd=shared,exclude=a.*",
         lr=1e-05,
         steps=7,
-        exclude=("a.*", 'quote " \\ \x7f \n é 🙂'),
+        track=("a.*", 'quote " \\ \x7f \n é 🙂'),
         out=tmp_path / "a b",
-        keep_dense_if_larger=True,
-        svd="shared",
+        overwrite=True,
+        init="orthogonal",
         timeout=5,
     )
     file = tmp_path / "config.toml"
@@ -138,7 +132,7 @@ def test_toml_covers_every_field(tmp_path: Path) -> None:
 def test_toml_problems_are_told_at_once(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(
-        'stepps = 3\nlr = "high"\nsteps = 1.5\nworkers = true\nexclude = "a"\nsvd = "both"\n'
+        'stepps = 3\nlr = "high"\nsteps = 1.5\nworkers = true\ntrack = "a"\ninit = "both"\n'
         'overwrite = 1\ndata = 3\nconfig = "other"\nseed = 4\n'
     )
     with pytest.raises(ConfigurationError) as caught:
@@ -149,8 +143,8 @@ def test_toml_problems_are_told_at_once(tmp_path: Path) -> None:
         "lr = 'high' is of the wrong type: use a number",
         "steps = 1.5 is of the wrong type: use a whole number",
         "workers = True is of the wrong type: use a whole number",
-        "exclude = 'a' is of the wrong type: use a list of strings",
-        "svd = 'both' is of the wrong type: use 'each' or 'shared'",
+        "track = 'a' is of the wrong type: use a list of strings",
+        "init = 'both' is of the wrong type: use 'default' or 'orthogonal'",
         "overwrite = 1 is of the wrong type: use true or false",
         "data = 3 is of the wrong type: use a string",
         "unknown key 'config'",
@@ -158,7 +152,7 @@ def test_toml_problems_are_told_at_once(tmp_path: Path) -> None:
         assert message in str(caught.value)
 
 
-DEEP = b"exclude = " + b"[" * 3000 + b"]" * 3000
+DEEP = b"track = " + b"[" * 3000 + b"]" * 3000
 
 
 @pytest.mark.parametrize("content", [b"steps = ", b"\xff\xfe", b"steps = " + b"9" * 5000, DEEP], ids=len)
@@ -170,7 +164,24 @@ def test_a_toml_file_that_cannot_be_read(tmp_path: Path, content: bytes) -> None
             from_toml(path)
 
 
-def test_a_setting_that_takes_back_what_its_recipe_does() -> None:
-    given = TrainConfig(recipe="ab_outer", keep_dense_if_larger=False)
-    assert used_options(given) == {"keep_dense_if_larger": False}
-    assert used_options(TrainConfig(recipe="ab_outer")) == {}
+def test_an_option_that_takes_back_what_its_recipe_does() -> None:
+    assert recipe_of(TrainConfig(recipe="ab_outer:keep_dense_if_larger=false", steps=200)) == recipes.ab_outer(
+        200, keep_dense_if_larger=False
+    )
+    assert recipe_of(TrainConfig(recipe="ab_outer", steps=200)) == recipes.ab_outer(200)
+
+
+def test_two_texts_of_one_recipe_are_one_run() -> None:
+    one, other = (
+        resolve(TrainConfig(recipe=f"ab_outer:{options}", device="cpu"))
+        for options in ("every=40,outer-lr=1", "outer_lr=1.0, every=40")
+    )
+    assert one == other and one.recipe == "ab_outer:every=40,outer_lr=1.0"
+    assert identity(one) == identity(other)
+
+
+def test_an_option_of_a_recipe_as_a_setting_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("every = 40\n")
+    with pytest.raises(ConfigurationError, match='every is an option of recipes: give it as recipe = "RECIPE:every='):
+        from_toml(file)

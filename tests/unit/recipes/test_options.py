@@ -1,0 +1,96 @@
+"""Recipes and their options as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abtrain import recipes
+from abtrain.errors import ConfigurationError
+from abtrain.recipes.options import kinds_of
+from abtrain.recipes.words import options_in_words
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "options"),
+    [
+        ("ab", "ab", {}),
+        ("ab:", "ab", {}),
+        ("ab_outer:every=40,wire=int4", "ab_outer", {"every": 40, "wire": "int4"}),
+        ("ab_outer: outer-lr = 1 , every=4", "ab_outer", {"outer_lr": 1.0, "every": 4}),
+        ("ab:sigma_cutoff=.15,warmup_steps=0", "ab", {"sigma_cutoff": 0.15, "warmup_steps": 0}),
+        ("ab:rank_rule=energy:0.9", "ab", {"rank_rule": "energy:0.9"}),
+        ("ab:wire='lowrank:4:int8'", "ab", {"wire": "lowrank:4:int8"}),
+        ("ab:exclude=a.*,b?,svd=shared", "ab", {"exclude": ("a.*", "b?"), "svd": "shared"}),
+        ('ab:exclude=["a.*","b"]', "ab", {"exclude": ("a.*", "b")}),
+        ("ab:exclude=[ab]*", "ab", {"exclude": ("[ab]*",)}),
+        ("ab:exclude=", "ab", {"exclude": ()}),
+        ("ab:keep_dense_if_larger=True", "ab", {"keep_dense_if_larger": True}),
+    ],
+)
+def test_texts_are_read_as_the_signature_declares(text: str, name: str, options: dict[str, Any]) -> None:
+    assert recipes.parse(text) == (name, options)
+    assert list(recipes.parse(text)[1]) == list(options)
+    assert all(type(value) is type(options[option]) for option, value in recipes.parse(text)[1].items())
+    assert recipes.parse(recipes.write(name, options)) == (name, options)
+    assert recipes.from_text(text, 600) == recipes.build(name, 600, **options)
+
+
+def test_all_that_is_wrong_with_a_text_is_reported_at_once() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        recipes.parse("ab_outer:evry=40,delay,every=3,every=4,fragments=few,outer_lr=,keep_dense_if_larger=1")
+    assert [problem.partition(" Known")[0] for problem in caught.value.problems] == [
+        "recipe 'ab_outer': 'delay' has no value: use OPTION=VALUE, such as ddp:wire=bf16",
+        "recipe 'ab_outer': option 'every' is given twice: leave one out",
+        "recipe 'ab_outer' has no option 'evry': did you mean 'every'?",
+        "recipe 'ab_outer': fragments='few' is not a whole number: use one",
+        "recipe 'ab_outer': outer_lr='' is not a number: use one",
+        "recipe 'ab_outer': keep_dense_if_larger='1' is neither true nor false: use one",
+    ]
+    with pytest.raises(ConfigurationError, match="unknown recipe 'abb': did you mean 'ab'"):
+        recipes.parse("abb:every=3")
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_wrong_value_is_reported_with_its_option(name: str) -> None:
+    for option in recipes.options_of(name) - {"exclude"}:
+        for value in ("x", "-1", "nan", "1e999", "9" * 5000):
+            with pytest.raises(ConfigurationError, match=option):
+                recipes.from_text(f"{name}:{option}={value}", 600)
+
+
+def test_texts_of_the_same_meaning_have_one_form() -> None:
+    for text in ("ab_outer:wire=int4,every=40,outer_lr=1", "ab_outer:every=40,outer-lr=1.0,wire=int4"):
+        assert recipes.canonical(text) == "ab_outer:every=40,outer_lr=1.0,wire=int4"
+    assert recipes.canonical("ab:") == "ab"
+
+
+GLOBS = st.lists(st.from_regex(r"[a-z*?.0-9_]+", fullmatch=True), max_size=4).map(tuple)
+VALUES = {bool: st.booleans(), int: st.integers(), float: st.floats(allow_nan=False)}
+
+
+@given(st.data())
+def test_what_is_written_is_read_back(data: st.DataObject) -> None:
+    """Numbers to the last bit."""
+    name = data.draw(st.sampled_from(sorted(recipes.RECIPES)))
+    kinds = kinds_of(recipes.RECIPES[name])
+    options = {}
+    for option in data.draw(st.permutations(sorted(kinds))):
+        known = [VALUES[kind] for kind in VALUES if kind in (kinds[option], *getattr(kinds[option], "__args__", ()))]
+        options[option] = data.draw(GLOBS if option == "exclude" else known[0] if known else st.just("energy:0.9"))
+    assert recipes.parse(recipes.write(name, options)) == (name, options)
+    text = recipes.canonical(recipes.write(name, options))
+    assert recipes.parse(text) == (name, options) and recipes.canonical(text) == text
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_option_has_a_default_and_a_meaning(name: str) -> None:
+    listed = options_in_words(name)
+    assert [option.name for option in listed] == list(recipes.options_of(name))
+    assert all(option.meaning.endswith((".", ")")) for option in listed)
+    given_ = {option.name: option.default for option in listed if option.default}
+    text = recipes.write(name, given_)
+    assert recipes.from_text(text, 600) == recipes.build(name, 600)
