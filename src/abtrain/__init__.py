@@ -8,6 +8,8 @@ with.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from abtrain.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from abtrain import recipes
     from abtrain.checkpoint.digest import weights_digest
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from abtrain.recipes.rank_rules import Energy, FixedRank, SigmaCutoff
     from abtrain.recipes.recipe import Recipe
     from abtrain.recipes.sync import GradientSync, WeightSync
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ABTraining",

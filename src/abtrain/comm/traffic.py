@@ -1,4 +1,4 @@
-"""What collectives are counted as: the vocabulary in which every module says what it sends.
+"""The vocabulary in which modules describe the collectives that they call.
 
 A function `sent_by_...` beside the code that sends gives its calls from shapes alone; its tensors may be on PyTorch's
 meta device. `abtrain.comm.meter` counts the same bytes when they are sent.

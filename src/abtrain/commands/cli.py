@@ -12,10 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from abtrain import __version__
 from abtrain.commands.train.requests import SIGNALS, Requests, ignore_all
 from abtrain.commands.train.world import WorldError, check_world
 from abtrain.errors import AbtrainError, ConfigurationError, StoppedError
+from abtrain.version import __version__
 
 # Each command imports what it needs when it is called, so that `abtrain --help` answers at once.
 

@@ -9,10 +9,10 @@ from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 
-from abtrain import __version__
 from abtrain.commands.compare.plots import Figure
 from abtrain.commands.paper.tables import Table
 from abtrain.files import write_whole
+from abtrain.version import __version__
 
 _TEMPLATE = "page.html.j2"
 _LEAD = "AB-training (Coquelin et al., arXiv 2405.01067), run again. Every number here is of runs in this folder."

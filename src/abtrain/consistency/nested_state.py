@@ -60,7 +60,7 @@ class _Slot(NamedTuple):
 
 
 @torch.no_grad()
-def level_nested(states: Sequence[State], parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
+def equalize_nested(states: Sequence[State], parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
     """Makes states alike, in place. Collective over the world.
 
     Args:

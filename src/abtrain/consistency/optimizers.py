@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from abtrain.comm.averages import exact_average, sent_by_average
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.traffic import Calls, Traffic
-from abtrain.consistency.nested_state import level_nested
+from abtrain.consistency.nested_state import equalize_nested
 from abtrain.consistency.settings import HYPERPARAMETERS
 from abtrain.lowrank.optimizer import LINEAR_MOMENTS, SQUARED_MOMENTS, State
 from abtrain.lowrank.optimizer_fit import SCHEDULED
@@ -29,7 +29,7 @@ _KEY_BYTES = 512
 """What the names of an optimizer's state may take when workers compare them."""
 
 
-def level_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
+def equalize_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
     """Gives all workers the same state for `parameters`, in place. Collective over the world.
 
     Tensors become the average over the workers that trained the parameter and have one; single numbers, such as step
@@ -40,8 +40,8 @@ def level_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Parameter],
     if comm.topology.world_size == 1 or not parameters:
         return
     for optimizer in optimizers.stateful:
-        _level_state(optimizer, parameters, comm)
-    _level_settings(optimizers, comm)
+        _equalize_state(optimizer, parameters, comm)
+    _equalize_settings(optimizers, comm)
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,10 @@ class OptimizerShape:
     numbers: int = 1
 
 
-def sent_by_level_optimizers(parameters: Sequence[Tensor], trained: Sequence[Tensor], shape: OptimizerShape) -> Calls:
-    """The calls of `level_optimizers` of one optimizer of PyTorch's.
+def sent_by_equalize_optimizers(
+    parameters: Sequence[Tensor], trained: Sequence[Tensor], shape: OptimizerShape
+) -> Calls:
+    """The calls of `equalize_optimizers` of one optimizer of PyTorch's.
 
     Args:
         parameters: by their shapes.
@@ -75,13 +77,13 @@ def sent_by_level_optimizers(parameters: Sequence[Tensor], trained: Sequence[Ten
 
 
 @torch.no_grad()
-def _level_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
+def _equalize_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
     # What a frozen factor's state says is old: this worker did not train it.
     states: list[State] = [optimizer.state.get(p, {}) if p.requires_grad else {} for p in parameters]
     general: dict[Any, Any] = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
     kinds = _agree_on_keys(states, parameters, comm, nested=bool(general))
     if _NESTED in kinds.values():
-        level_nested([*states, general], [*parameters, parameters[0]], comm)
+        equalize_nested([*states, general], [*parameters, parameters[0]], comm)
         for parameter, state in zip(parameters, states, strict=True):
             if state:
                 optimizer.state[parameter] = state
@@ -110,7 +112,7 @@ def _level_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter], comm:
             _set_number(optimizer.state[parameter], key, numbers[place, key], like)
 
 
-def _level_settings(optimizers: Optimizers, comm: Communicator) -> None:
+def _equalize_settings(optimizers: Optimizers, comm: Communicator) -> None:
     """Some optimizers count steps, or estimate a rate, in their param groups. PyTorch's own do not."""
     groups = {id(g): g for o in optimizers.all if not type(o).__module__.startswith("torch.") for g in o.param_groups}
     slots = [
@@ -126,7 +128,7 @@ def _level_settings(optimizers: Optimizers, comm: Communicator) -> None:
             _set_number(group, key, value, group[key])
 
 
-def level_grad_scaler(scaler: torch.amp.GradScaler, comm: Communicator) -> None:
+def equalize_grad_scaler(scaler: torch.amp.GradScaler, comm: Communicator) -> None:
     """Gives all workers the largest loss scale of any, in place.
 
     If it is too large for one of them, all lower it together, at the cost of a skipped step each time. The lowest one

@@ -28,12 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from abtrain import __version__
 from abtrain.checks import as_checkpoint_error, told_names
 from abtrain.comm import default_communicator
 from abtrain.comm.communicator import Communicator, Scope
 from abtrain.consistency.agreement import raise_together
-from abtrain.consistency.optimizers import level_grad_scaler
+from abtrain.consistency.optimizers import equalize_grad_scaler
 from abtrain.consistency.replicas import check_replicas
 from abtrain.consistency.settings import check_loaded, check_start, optimizer_settings, settings_at_start
 from abtrain.engine.description import Description
@@ -41,7 +40,7 @@ from abtrain.engine.ema import EMA
 from abtrain.engine.lr_rebound import LRRebound
 from abtrain.engine.optimizer_hooks import Coming, StepHooks
 from abtrain.engine.optimizer_problems import check_modes, doubts_about_optimizers, doubts_about_state, old_steps
-from abtrain.engine.phase_change import Arrangement
+from abtrain.engine.phase_change import PhaseChange
 from abtrain.engine.problems import buffer_problems, doubts_about, ignored_problems, problems_here, problems_of
 from abtrain.engine.saved_state import VERSION, Parts, alike, recipe_fingerprint
 from abtrain.engine.state_parts import Run
@@ -58,11 +57,12 @@ from abtrain.merging.divergence import Divergence
 from abtrain.merging.merger import Merger
 from abtrain.merging.roles import trained_by
 from abtrain.merging.rounds import Rounds
-from abtrain.merging.shared_tensors import SharedState
+from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.modes import in_own_modes, own_modes
 from abtrain.own import IGNORED, own_names
 from abtrain.recipes.recipe import Position, Recipe
 from abtrain.recipes.sync import GradientSync, WeightSync
+from abtrain.version import __version__
 
 log = logging.getLogger("abtrain")
 
@@ -144,7 +144,7 @@ class ABTraining:
         state = recipe.factoring.optimizer_state if recipe.factoring else "reset"
         self._model = FactoredModel(model, optimizers, names, state)
         self._copies = WeightCopies(self._model)
-        self._state = SharedState(self._model, self._treatments, comm, self._copies, average_buffers, same_settings)
+        self._state = SharedTensors(self._model, self._treatments, comm, self._copies, average_buffers, same_settings)
         self._merger = Merger(comm, on_nonfinite)
         self.divergence: list[dict[str, Any]] = []
         self._divergence = Divergence(comm)
@@ -190,7 +190,7 @@ class ABTraining:
         self._hooks = StepHooks(
             self._model, self._state.frozen(), on_nonfinite, comm.rank == 0, self._coming, self._whose_gradients
         )
-        self._arrangement = Arrangement(
+        self._arrangement = PhaseChange(
             self._model,
             self._treatments,
             comm,
@@ -254,7 +254,7 @@ class ABTraining:
 
     @property
     def lr_factor(self) -> float:
-        """What the learning rate of the next optimizer step is multiplied by: `Phase.local_lr`, and the LR rebound."""
+        """The factor of the learning rates in the next optimizer step: `Phase.local_lr` times the LR rebound."""
         return self._rebound.factor
 
     @property
@@ -621,7 +621,7 @@ class ABTraining:
         if upcoming.first and isinstance(upcoming.phase.sync, GradientSync):
             self._arrangement.level(position)
             if self._grad_scaler is not None:
-                level_grad_scaler(self._grad_scaler, self.communicator)
+                equalize_grad_scaler(self._grad_scaler, self.communicator)
         if phase.trains == "a_then_b" and upcoming.turn != position.turn and not upcoming.first:
             self._arrangement.train(upcoming)
 

@@ -1,4 +1,4 @@
-"""What changes with a phase: the form of the weights, the optimizer with them, what is trained, and the wrapper."""
+"""Changes of phase: the form of the weights and the optimizer's state, the trained parameters, and the wrapper."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from abtrain.comm.communicator import PLAIN, Communicator, DataParallel, Scope, Unsynchronized
 from abtrain.consistency.agreement import take_first
 from abtrain.consistency.factors import agree_on_factors
-from abtrain.consistency.optimizers import level_optimizers
+from abtrain.consistency.optimizers import equalize_optimizers
 from abtrain.consistency.settings import HYPERPARAMETERS, check_phase
 from abtrain.engine.lr_rebound import LRRebound
 from abtrain.lowrank.classify import Treatment
@@ -24,7 +24,7 @@ from abtrain.recipes.sync import GradientSync, WeightSync
 log = logging.getLogger("abtrain")
 
 
-class Arrangement:
+class PhaseChange:
     """Model, optimizer and wrapper, as the phase of a recipe wants them.
 
     Args:
@@ -98,7 +98,7 @@ class Arrangement:
             check_phase(self._comm, self._model, where, HYPERPARAMETERS if compared else ())
 
     def _make_alike(self, restored: Sequence[str]) -> None:
-        """What each worker has multiplied out for itself, and all are to hold alike, becomes so to the last bit."""
+        """Makes tensors bitwise equal that each worker has computed separately, by taking rank 0's."""
         dense = [name for name in restored if name not in self._model.records]
         weights = {name: self._model.model.get_parameter(name).data for name in dense}
         momentum = {f"momentum of {name}": tensor for name, tensor in self._merger.momentum.items()}
@@ -135,10 +135,10 @@ class Arrangement:
             self._model.train_only("all")
         reset = self._model.resets()
         kept = [p for name, p in self._model.trained(self._treatments).items() if name not in reset]
-        level_optimizers(self._model.optimizers, kept, self._comm)
+        equalize_optimizers(self._model.optimizers, kept, self._comm)
 
     def state_dict(self) -> dict[str, Any]:
-        """What tells of the factorings so far, and what the wrapper has learnt."""
+        """Returns the record of factorings so far, and what the wrapper has learnt."""
         return {
             "rank_history": list(self.rank_history),
             "dense_this_cycle": dict(self.dense_this_cycle),

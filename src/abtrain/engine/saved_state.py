@@ -111,7 +111,7 @@ def run_problem(state: Any, recipe: Recipe) -> str:
 
 
 def alike(state: Mapping[str, Any], position: Position | None) -> dict[str, object]:
-    """What collectives go by, and so has to be the same in the states of all workers, beside where they stand.
+    """Returns the values that collectives depend on, which have to be equal in the states of all workers.
 
     Args:
         state: of a worker.
@@ -186,7 +186,7 @@ def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> 
 
 
 def _at_last_merge(state: Mapping[str, Any], buffers: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Any]:
-    """What of a state changes when its worker goes back to what all workers held alike, `buffers` among it."""
+    """Returns the entries of a state that change when its worker goes back to the last merge, with these `buffers`."""
     position = _last_merge(state, recipe)
     back, climb = state["step"] - position.step, state["rebound"]
     anchors = state["merger"]["anchors"]

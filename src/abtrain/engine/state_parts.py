@@ -1,4 +1,4 @@
-"""What every part of a state has to be, given where in its run it was saved.
+"""Checks of every part of a saved state, given the step at which it was saved.
 
 Each phase has its own form of the weights and its own merges, so that what fits depends on the step.
 """

@@ -34,7 +34,7 @@ _DIRECTIONS = ("weight_u", "weight_v", "_u", "_v")
 
 
 def averaged_buffers(names: Iterable[str], further: Sequence[str] = ()) -> list[str]:
-    """Of these buffers, those that are averaged where they differ.
+    """Returns the names of the buffers that are averaged if they differ.
 
     Args:
         names: of buffers.
@@ -48,7 +48,7 @@ def averaged_buffers(names: Iterable[str], further: Sequence[str] = ()) -> list[
 
 
 def settled(name: str, mean: Tensor) -> Tensor:
-    """What a buffer becomes whose mean over workers this is: spectral norm's vectors stay of length 1."""
+    """Returns the value that a buffer takes from its mean over workers: spectral norm's vectors keep length 1."""
     if name.rpartition(".")[2] not in _DIRECTIONS:
         return mean
     return torch.nn.functional.normalize(mean, dim=0, eps=torch.finfo(mean.dtype).tiny)
@@ -82,7 +82,7 @@ class Buffers:
         self.differed: dict[str, int] = {}
 
     def told(self, buffers: Mapping[str, Tensor], sums: Mapping[str, int]) -> int:
-        """What this worker tells of its buffers in the roll call: 62 bits, equal on all workers if nothing new differs.
+        """Returns this worker's number for the roll call: 62 bits, equal on all workers if no other buffer differs.
 
         Args:
             buffers: by name.

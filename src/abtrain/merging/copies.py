@@ -88,7 +88,7 @@ class WeightCopies:
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """What weights become inside it, their copies become too."""
+        """Moves the copies as the weights are moved inside it."""
         if not self._copies:
             yield
             return

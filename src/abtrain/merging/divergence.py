@@ -59,7 +59,7 @@ class Divergence:
         self.last = found
 
     def take(self) -> dict[str, Any] | None:
-        """What was measured since it was last asked for."""
+        """Returns the measurements since the last call."""
         taken, self.last = self.last, None
         return taken
 

@@ -191,7 +191,7 @@ class Merger:
         return started if step is change else (anchor + step).to(started.dtype)
 
     def _arrive(self, rule: MergeRule, averages: Averages) -> Tensors:
-        """What all workers hold next, by name; what the wire still owes is kept."""
+        """Returns the weights that all workers hold next, by name, and keeps the wire's residuals."""
         for name, D in averages.mean.items():
             self.residuals.pop(name, None)
             step, momentum = rule.step(D, self.momentum.get(name))
@@ -209,7 +209,7 @@ class Merger:
         trained_by: Mapping[str, Sequence[bool]],
         parts: Sequence[Part],
     ) -> Tensors:
-        """What this worker brings to the plain average over all workers: its share, and what the wire still owes."""
+        """Returns this worker's part of the plain average over all workers: its share, and the wire's residuals."""
         rank, workers = self._comm.rank, self._comm.topology.world_size
         numbers = {}
         for name, delta in deltas.items():
@@ -311,7 +311,7 @@ def sent_by_merge(wire: str, tensors: Sequence[Tensor], averaged: Sequence[Tenso
 
 
 def _told(deltas: Mapping[str, Tensor], buffers: int, loss: float | None) -> Told:
-    """What a worker tells all others: the two numbers of a `Part`."""
+    """Returns the two numbers that a worker sends to all others: those of a `Part`."""
     content = buffers if all(map(is_finite, deltas.values())) else -1
     return content, math.nan if loss is None else loss if math.isfinite(loss) else math.inf
 
@@ -341,5 +341,5 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _change(anchor: Tensor, tensor: Tensor) -> Tensor:
-    """What a worker has added to the anchor as it saw it, in its own precision."""
+    """Returns the change that a worker has made to the anchor, in its own precision."""
     return tensor.to(anchor.dtype) - anchor.to(tensor.dtype).to(anchor.dtype)

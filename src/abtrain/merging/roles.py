@@ -30,6 +30,6 @@ def trained_by(position: Position, topology: Topology, factors: Iterable[str]) -
 
 
 def idle_factors(position: Position, topology: Topology, ranks: Iterable[int]) -> set[str]:
-    """Of A and B, those that none of these workers trains."""
+    """Returns the factors, of A and B, that none of these workers trains."""
     trained = {trained_factors(position, topology, rank) for rank in ranks}
     return set() if "all" in trained else {"A", "B"} - trained

@@ -17,7 +17,7 @@ from abtrain.consistency.agreement import Told, roll_call
 from abtrain.consistency.replicas import check_replicas
 from abtrain.failpoints import fail_at
 from abtrain.merging.merger import Merger
-from abtrain.merging.shared_tensors import SharedState
+from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.recipes.recipe import Position
 from abtrain.recipes.sync import WeightSync
 
@@ -53,7 +53,7 @@ class Rounds:
         dropped: of every merge that left workers' parts out, the step and their ranks; alike on all workers.
     """
 
-    def __init__(self, state: SharedState, merger: Merger, comm: Communicator) -> None:
+    def __init__(self, state: SharedTensors, merger: Merger, comm: Communicator) -> None:
         self._state = state
         self._merger = merger
         self._comm = comm
@@ -271,7 +271,7 @@ def _whole_round(position: Position) -> bool:
 def merging(
     position: Position, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], trained_by: TrainedBy
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of all parameters and buffers, those that merge after a step at this position of a phase of rounds."""
+    """Returns the parameters and buffers that merge after a step at this position of a phase of rounds."""
     sync = position.phase.sync
     assert isinstance(sync, WeightSync)
     tensors: dict[str, Tensor] = {}

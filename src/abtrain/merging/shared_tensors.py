@@ -1,4 +1,4 @@
-"""What workers are to hold alike: trained parameters and buffers, compared, averaged and put back."""
+"""The tensors that merges make equal: trained parameters and buffers, compared, averaged and restored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from abtrain.own import IGNORED, shared_buffers, shared_parameters
 log = logging.getLogger("abtrain")
 
 
-class SharedState:
+class SharedTensors:
     """The tensors of a model that merges make equal, as they are at present: factors while they live.
 
     Args:
@@ -62,7 +62,7 @@ class SharedState:
         return as_real(shared_buffers(self._model.model))
 
     def replicated(self) -> dict[str, Tensor]:
-        """What workers hold the same where they share gradients: trained parameters, and frozen ones, which stay."""
+        """Returns the tensors that are equal while gradients are shared: trained parameters, and frozen ones."""
         return self.parameters() | self._frozen()
 
     def _frozen(self) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ class SharedState:
         return averaged_buffers(real, self._average_buffers)
 
     def layout(self) -> dict[str, dict[str, object]]:
-        """What has to be equal on all workers before they train, by the names of parameters and buffers."""
+        """Returns the properties that have to be equal on all workers before training, by parameter and buffer."""
         kinds = {treatment.name: treatment.kind for treatment in self._treatments}
         model = self._model.model
         parameters = {
@@ -113,7 +113,7 @@ class SharedState:
             log.info("initial values of %d tensors differed between workers: rank 0's were taken", len(differed))
 
     def place(self, step: int, phase: int, **more: int) -> dict[str, int | Mapping[str, str]]:
-        """What has to be equal on all workers that are about to average.
+        """Returns everything that has to be equal on all workers before they average.
 
         Args:
             step: how many steps are done.

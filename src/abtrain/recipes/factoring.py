@@ -20,7 +20,7 @@ class RankRule(Protocol):
         ...
 
     def problems(self) -> list[str]:
-        """What is wrong with the rule's settings; empty if nothing is."""
+        """Returns the problems of the rule's settings; empty if there are none."""
         ...
 
 
@@ -46,7 +46,7 @@ class Factoring:
     svd: SVDMode = "each"
 
     def problems(self) -> list[str]:
-        """What is wrong with these settings; empty if nothing is."""
+        """Returns the problems of these settings; empty if there are none."""
         rule = self.rank_rule
         known = hasattr(rule, "problems")
         found = rule.problems() if known else [f"rank_rule={rule!r} is no rank rule: use SigmaCutoff(0.15), for one"]

@@ -40,7 +40,7 @@ class Phase:
     local_lr: float = 1.0
 
     def problems(self) -> list[str]:
-        """What is wrong with the phase; empty if nothing is."""
+        """Returns the problems of the phase; empty if there are none."""
         where = f"phase {self.name!r}"
         found = whole_number_problems(f"{where}: steps", self.steps, least=1)
         if self.weights not in ("full", "factored"):

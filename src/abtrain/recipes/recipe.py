@@ -1,4 +1,4 @@
-"""What happens at step t. Pure: no torch, no communication, no state.
+"""A method of training as data: what happens at each step. Imports no torch.
 
 A recipe is a prologue of phases followed by a cycle of phases, repeated until the steps are spent. A phase says what
 the weights look like, what is trained, and how the workers agree. `Recipe.at(step)` is a function of the step alone,

@@ -26,7 +26,7 @@ class GradientSync:
     rank: int = 4
 
     def problems(self) -> list[str]:
-        """What is wrong with these settings; empty if nothing is."""
+        """Returns the problems of these settings; empty if there are none."""
         found = whole_number_problems("rank", self.rank, least=1)
         if self.wire not in get_args(GradientWire):
             found.append(f"unknown wire {self.wire!r} of gradients: {nearest(str(self.wire), get_args(GradientWire))}")
@@ -56,7 +56,7 @@ class WeightSync:
     fragments: int = 1
 
     def problems(self) -> list[str]:
-        """What is wrong with these settings; empty if nothing is."""
+        """Returns the problems of these settings; empty if there are none."""
         found = whole_number_problems("every", self.every, least=1)
         if isinstance(self.merge, MergeRule):
             found += self.merge.problems()

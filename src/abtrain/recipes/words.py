@@ -1,4 +1,4 @@
-"""What the phases of a recipe do, in words."""
+"""Describes recipes and their phases in words."""
 
 from __future__ import annotations
 

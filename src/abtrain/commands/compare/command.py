@@ -14,7 +14,6 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from abtrain import __version__
 from abtrain.commands.compare.comparison import Comparison, parse_arguments
 from abtrain.commands.compare.kept import held, versions_note, writing
 from abtrain.commands.compare.plots import draw_all
@@ -27,6 +26,7 @@ from abtrain.commands.lab.command import stopped_by_signals
 from abtrain.commands.train.config import resolve
 from abtrain.commands.units import format_rate, human_bytes
 from abtrain.files import write_json
+from abtrain.version import __version__
 
 FILE = "compare.json"
 

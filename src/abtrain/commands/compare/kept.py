@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from abtrain import __version__
 from abtrain.commands.compare.method import (
     DEFAULTS,
     SETTINGS,
@@ -34,6 +33,7 @@ from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.config_file import from_values, to_toml
 from abtrain.errors import ConfigurationError, DataError
 from abtrain.files import write_json, write_whole
+from abtrain.version import __version__
 
 REQUEST_FILE, RECORD_FILE = "request.toml", "request.json"
 RESULT_FILE, TRAIN_FOLDER = "result.json", "train"

@@ -1,4 +1,4 @@
-"""What a run computes: its resolved settings, and the recipe that they build with this version's defaults. Pure."""
+"""The method of a run: its resolved settings, and the recipe that they build with this version's defaults."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from abtrain import __version__
 from abtrain.comm.checksums import stable_repr
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import NOT_OF_THE_METHOD, TrainConfig, recipe_of, resolve
 from abtrain.commands.train.config_file import from_values
 from abtrain.errors import ConfigurationError
+from abtrain.version import __version__
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 SETTINGS = tuple(name for name in DEFAULTS if name == "workers" or name not in NOT_OF_THE_METHOD)
@@ -23,7 +23,7 @@ SETTINGS = tuple(name for name in DEFAULTS if name == "workers" or name not in N
 
 @dataclass(frozen=True)
 class Method:
-    """What a run computes.
+    """The method of a run.
 
     Attributes:
         settings: of the method, resolved, by name.
@@ -35,7 +35,7 @@ class Method:
 
 
 def method_of(config: TrainConfig) -> Method:
-    """What a run of these settings, which are valid, would compute with this version of abtrain."""
+    """Returns the method of a run of these valid settings, with this version of abtrain."""
     whole = resolved(config)
     return Method(_settings(whole), _described(recipe_of(whole)))
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from rich.table import Table
 
-from abtrain import __version__
 from abtrain.commands.lab.config import LabConfig
 from abtrain.commands.lab.counters import SAMPLE_SECONDS, Traffic
 from abtrain.commands.lab.measure import WIRE_SHARE
 from abtrain.commands.lab.network import INTERFACE, LATENCY, burst_bytes
 from abtrain.commands.units import format_rate
 from abtrain.errors import HostFailedError, LabError
+from abtrain.version import __version__
 
 FILE = "lab.json"
 

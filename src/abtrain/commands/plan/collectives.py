@@ -63,7 +63,7 @@ class Link:
     latency: float = 0.0
 
     def problems(self) -> list[str]:
-        """What is wrong with the link; empty if nothing is."""
+        """Returns the problems of the link; empty if there are none."""
         found = number_problems("rate", self.rate, above=0)
         if not (math.isfinite(self.latency) and self.latency >= 0):
             found.append(f"latency={self.latency} is not a finite number of at least 0: use seconds")
@@ -125,7 +125,7 @@ class Cluster:
 
 
 class Cost(NamedTuple):
-    """Of one collective: its seconds, and the bytes that an average node puts on its link, headers included."""
+    """The cost of one collective: seconds, and bytes that an average node puts on its link, headers included."""
 
     seconds: float
     wire: float

@@ -24,7 +24,7 @@ from abtrain.commands.plan.shapes import ModelShapes
 from abtrain.commands.plan.stretches import Merging, Stretch
 from abtrain.consistency.agreement import sent_by_agree_on_tensors, sent_by_take_first
 from abtrain.consistency.factors import sent_by_agree_on_factors
-from abtrain.consistency.optimizers import OptimizerShape, sent_by_level_optimizers
+from abtrain.consistency.optimizers import OptimizerShape, sent_by_equalize_optimizers
 from abtrain.consistency.replicas import sent_by_check_replicas
 from abtrain.consistency.settings import sent_by_check_settings
 from abtrain.lowrank.classify import UNSHARED
@@ -82,7 +82,7 @@ def payload_ratio(total: float, model: ModelShapes, steps: int) -> float:
 
 
 def _alone(position: Position) -> Stretch:
-    """What a worker without others does: it factors all by itself, and sends nothing."""
+    """Returns the stretch of a worker without others, which sends nothing."""
     factored = position.phase.weights == "factored"
     return Stretch(
         position.phase.name, position.steps_in_phase, factored=factored, decompositions=1.0 if factored else 0.0
@@ -204,14 +204,14 @@ class _Walk:
         return Factors(W.new_empty(shape.m, k), W.new_empty(k, shape.n))
 
     def _factor(self, ranks: Mapping[str, int]) -> Calls:
-        """What comes before factors live: outcomes and ranks, then digests of the factors, or the factors."""
+        """Returns the calls before weights are factored: outcomes and ranks, then the factors or their digests."""
         assert self._recipe.factoring is not None
         shared = self._recipe.factoring.svd == "shared"
         factors = [self._factors(name, ranks) if name in ranks else None for name in self._matrices]
         return sent_by_agree_on_factors(factors, self._topology.world_size, shared)
 
     def _gradients(self, position: Position, held: Sequence[_Held], scope: Scope, sync: GradientSync) -> Calls:
-        """What DDP sends at a step: buffers before the forward pass, then the gradients of what this worker trains."""
+        """Returns DDP's calls at a step: buffers before the forward pass, then this worker's gradients."""
         if scope == "group" and self._topology.group_size == 1:
             return ()
         idle = idle_factors(position, self._topology, [self._rank])
@@ -279,4 +279,4 @@ class _Walk:
         left = self._recipe.at(after - 1)
         nobody = {"frozen"} if self._all_have_both(position) else self._trained_by_nobody(left)
         trained = [one.tensor for one in kept if one.part not in nobody]
-        return sent_by_level_optimizers([one.tensor for one in kept], trained, self._optimizer)
+        return sent_by_equalize_optimizers([one.tensor for one in kept], trained, self._optimizer)

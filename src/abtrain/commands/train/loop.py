@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.optim.lr_scheduler import LRScheduler
 
-from abtrain import __version__
 from abtrain.comm.communicator import Communicator
 from abtrain.commands.tasks.samples import Data, Reading
 from abtrain.commands.tasks.task import TASKS, Task, batches, build_model, evaluate
@@ -43,6 +42,7 @@ from abtrain.errors import (
 )
 from abtrain.recipes.recipe import Position
 from abtrain.recipes.sync import GradientSync, WeightSync
+from abtrain.version import __version__
 
 # Settings that may differ between workers: where each finds and puts things.
 _OWN = frozenset({"out", "data", "config"})

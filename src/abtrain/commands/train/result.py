@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from abtrain import __version__
 from abtrain.checkpoint.digest import weights_digest
 from abtrain.commands.train.config import TrainConfig
 from abtrain.engine.ab_training import ABTraining
+from abtrain.version import __version__
 
 
 def result_of(
