@@ -61,8 +61,11 @@ class FactoredWeight:
 
     def weight(self) -> Tensor:
         """W = A B in the weight's own shape, contiguous, without a gradient. Halves are multiplied in float32."""
-        with torch.no_grad(), without_autocast(self.A):
-            A, B = self.A.detach(), self.B.detach()
+        return self.product_of(self.A.detach(), self.B.detach())
+
+    def product_of(self, A: Tensor, B: Tensor) -> Tensor:
+        """`weight()` of other factors of these shapes."""
+        with torch.no_grad(), without_autocast(A):
             wide = A.dtype if A.dtype == torch.float64 else torch.float32
             return self.matrix_shape.to_tensor((A.to(wide) @ B.to(wide)).to(A.dtype)).contiguous()
 
