@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from abtrain import FixedRank, recipes
-from abtrain.comm.communicator import Communicator
+from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
+from abtrain.errors import UsageError
 from abtrain.recipes.recipe import Recipe
-from tests.cases import largest_difference
+from tests.cases import batch, largest_difference
 from tests.faults.loops import AB, HIDDEN, OUTER, Loop
 
 LOCAL = recipes.ab_local(20, every=2, warmup_steps=4, rank_rule=FixedRank(3))
@@ -52,3 +57,207 @@ def test_loads_that_change_no_weight_change_no_bit_of_a_run(
 
     for one, other in zip(run(nothing), run(act), strict=True):
         assert largest_difference(one, other) == 0
+
+
+# Reads of `module.weight`, and of Parameters that were kept from before.
+
+
+class OwnLinear(nn.Linear):
+    """Has no factored form, so that its weight is rebuilt when it is read."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        scale = self.weight.view(-1).norm() / self.weight.norm()
+        return F.linear(input, self.weight * scale, self.bias)
+
+
+def net(first: type[nn.Linear] = nn.Linear) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = (first(10, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 5))
+        return nn.Sequential(*layers).double()
+
+
+def factored_loop(model: nn.Module) -> Loop:
+    return Loop(SingleProcess(), recipes.ab_outer(20, every=4, warmup_steps=0, rank_rule=FixedRank(3)), model)
+
+
+def clip_in_place(layer: Any) -> None:
+    layer.weight.data.clamp_(-0.1, 0.1)
+
+
+def mask(layer: Any) -> None:
+    layer.weight.data *= 0.5
+
+
+def set_row(layer: Any) -> None:
+    layer.weight[:, 0] = 0.0
+
+
+WRITES: dict[str, Callable[[Any], object]] = {
+    "a mask": mask,
+    "a limit": clip_in_place,
+    "to a column": set_row,
+    "a product": lambda layer: layer.weight.mul_(0.0),
+    "to a view": lambda layer: layer.weight.T.zero_(),
+    "of new data": lambda layer: setattr(layer.weight, "data", torch.zeros(16, 10)),
+    "by initialisation": lambda layer: nn.init.zeros_(layer.weight),
+    "by another one": lambda layer: nn.init.kaiming_uniform_(layer.weight),
+    "of all parameters": lambda layer: layer.reset_parameters(),
+    "in place by request": lambda layer: F.relu(layer.weight, inplace=True),
+    "that freezes": lambda layer: layer.weight.requires_grad_(False),
+    "of requires_grad": lambda layer: setattr(layer.weight, "requires_grad", False),
+    "of a hook": lambda layer: layer.weight.register_hook(print),
+    "that retains": lambda layer: layer.weight.retain_grad(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("first", [nn.Linear, OwnLinear])
+def test_writing_to_the_weight_of_a_module_is_an_error(first: type[nn.Linear], write: Callable[[Any], object]) -> None:
+    loop = factored_loop(net(first))
+    before = copy.deepcopy(loop.model.state_dict())
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode(), pytest.raises(UsageError, match="factored at present would have no effect"):
+            write(loop.model[0])
+    assert largest_difference(before, loop.model.state_dict()) == 0
+
+
+class Masked(nn.Linear):
+    """Masks its weight in every forward pass, as PixelCNN and MADE do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.weight.data *= torch.ones_like(self.weight).tril()
+        return super().forward(input)
+
+
+def test_a_mask_that_a_forward_pass_writes_is_an_error_once_the_weight_is_factored() -> None:
+    recipe = recipes.ab_outer(20, every=4, warmup_steps=4, rank_rule=FixedRank(3))
+    loop = Loop(SingleProcess(), recipe, net(Masked))
+    loop.run(until=4)
+    with pytest.raises(UsageError, match=r"mul_ on a weight of shape \(16, 10\).*exclude="):
+        loop.step()
+
+
+@pytest.mark.parametrize("first", [nn.Linear, OwnLinear])
+def test_the_weight_of_a_module_has_the_gradient_of_its_factors(first: type[nn.Linear]) -> None:
+    loop = factored_loop(net(first))
+    layer, (x, y) = loop.model[0], batch("mlp", 0, 0)
+    assert layer.weight.grad is None and layer.weight.requires_grad and layer.weight.is_contiguous()
+    F.cross_entropy(loop.ab(x), y).backward()
+    factors = torch.cat([layer.weight_A.grad.flatten(), layer.weight_B.grad.flatten()])
+    assert torch.equal(layer.weight.grad, factors)
+    norm = nn.utils.clip_grad_norm_([loop.model[i].weight for i in (0, 2, 4)], 1e-3)
+    assert float(norm) > 1e-2
+    live = [p.grad for p in loop.model.parameters() if p.grad is not None and p.ndim > 1]
+    assert float(nn.utils.get_total_norm(live)) <= 1.01e-3
+    layer.weight.grad = None
+    assert layer.weight_A.grad is None and layer.weight_B.grad is None
+
+
+@pytest.mark.parametrize("read", [lambda layer: layer.weight, lambda layer: layer.weight.data], ids=["weight", "data"])
+def test_copies_of_a_value_that_is_read_are_plain(read: Callable[[Any], Tensor]) -> None:
+    layer = factored_loop(net()).model[0]
+    value = layer.weight.detach().clone()
+    shown = layer.weight.detach().numpy()
+    shown[:] = 0.0
+    for copied in (copy.deepcopy(read(layer)), pickle.loads(pickle.dumps(read(layer)))):
+        assert type(copied) in (Tensor, nn.Parameter) and torch.equal(copied, value)
+        copied.data.zero_()
+    assert torch.equal(layer.weight, value)
+
+
+PENALTIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "of squares": lambda W, start: W.pow(2).sum(),
+    "of the way from a start": lambda W, start: (W - start).pow(2).sum(),
+    "of angles": lambda W, start: (W @ W.T - torch.eye(len(W))).norm(),
+    "of a stack": lambda W, start: torch.stack([W, start]).abs().mean(),
+}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_penalty_over_kept_parameters_reaches_the_factors(
+    penalty: Callable[[Tensor, Tensor], Tensor], hooked: bool
+) -> None:
+    model = net()
+    kept, start = model[0].weight, model[0].weight.detach().clone()
+    if hooked:
+        kept.register_hook(lambda gradient: 2 * gradient)
+    loop = factored_loop(model)
+    layer: Any = loop.model[0]
+    assert not kept.detach().requires_grad and not kept.data.requires_grad
+    with torch.no_grad():
+        assert not kept.clone().requires_grad
+    penalty(kept, start).backward()
+    A, B = (factor.detach().requires_grad_() for factor in (layer.weight_A, layer.weight_B))
+    penalty(A @ B, start).backward()
+    for factor, expected in ((layer.weight_A, A.grad), (layer.weight_B, B.grad)):
+        torch.testing.assert_close(factor.grad, expected * (2 if hooked else 1))
+
+
+class TiedByUse(nn.Module):
+    """Uses the weight of a layer again, by a list or by the layer, and is not told that by names."""
+
+    def __init__(self, kept: bool) -> None:
+        super().__init__()
+        self.encode, self.head = nn.Linear(10, 16, bias=False), nn.Linear(10, 5)
+        self.kept = [self.encode.weight] if kept else []
+
+    def forward(self, x: Tensor) -> Tensor:
+        W = self.kept[0] if self.kept else self.encode.weight
+        return self.head(F.linear(torch.tanh(self.encode(x)), W.t()))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_weight_that_is_tied_by_use_gets_the_gradient_of_both_uses(kept: bool) -> None:
+    model = TiedByUse(kept).double()
+    loop = factored_loop(model)
+    dense = TiedByUse(False).double()
+    dense.load_state_dict(model.state_dict())
+    x, y = batch("mlp", 0, 0)
+    F.cross_entropy(loop.ab(x), y).backward()
+    F.cross_entropy(dense(x), y).backward()
+    G: Any = dense.encode.weight.grad
+    layer: Any = model.encode
+    torch.testing.assert_close(layer.weight_A.grad, G @ layer.weight_B.T)
+    torch.testing.assert_close(layer.weight_B.grad, layer.weight_A.T @ G)
+
+
+@pytest.mark.parametrize("transform", ["jacrev", "vmap", "grad"])
+@pytest.mark.parametrize("first", [nn.Linear, OwnLinear])
+def test_transforms_of_functions_take_a_factored_model(first: type[nn.Linear], transform: str) -> None:
+    model = factored_loop(net(first)).model
+    x = batch("mlp", 0, 0)[0]
+    if transform == "jacrev":
+        assert torch.func.jacrev(model)(x[0]).shape == (5, 10)
+    elif transform == "vmap":
+        torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
+    else:
+        assert torch.func.grad(lambda x: model(x).sum())(x).shape == x.shape
+
+
+class Wrapped(Tensor):
+    """A tensor of a class of its own."""
+
+
+@pytest.mark.parametrize("first", [nn.Linear, OwnLinear])
+def test_inputs_of_a_class_of_their_own_keep_it(first: type[nn.Linear]) -> None:
+    model = factored_loop(net(first)).model
+    x = batch("mlp", 0, 0)[0]
+    result = model(x.as_subclass(Wrapped))
+    assert type(result) is Wrapped and torch.equal(result.as_subclass(Tensor), model(x))
+
+
+def test_attention_takes_its_fast_path_with_factored_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    fast = torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: calls.append(1) or fast(*args))
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Flatten(), nn.Linear(64, 5))
+    loop = factored_loop(model)
+    assert "Factored" in type(model[0].self_attn).__name__  # type: ignore[union-attr]
+    model.eval()
+    x = torch.randn(2, 4, 16)
+    slow = loop.ab(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), slow)
+    assert calls

@@ -2,7 +2,8 @@
 
 A module becomes one of these by a change of its class (`surgery.py`), so hooks, names and references to it stay valid.
 Linear layers and convolutions compute with the factors; every other module rebuilds the weight whenever it reads it.
-The weight remains readable on all of them, as the product. State dicts, copies and pickles show the dense module.
+The weight remains readable on all of them, as the product; writing to it is an error. State dicts, copies and pickles
+show the dense module.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, SupportsIndex
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abtrain.errors import UsageError
 from abtrain.lowrank.hooked import hooked_product
-from abtrain.lowrank.kept import FactoredParameter
+from abtrain.lowrank.kept import FactoredParameter, shown
 from abtrain.lowrank.loading import empty_like_dense, load_
 from abtrain.lowrank.svd import Factors
 from abtrain.lowrank.weight import FactoredWeight, without_autocast
@@ -61,7 +64,7 @@ class Factored(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         def value(weight: FactoredWeight) -> Tensor:
-            return product(self, weight.attribute).contiguous() if keep_vars else weight.weight()
+            return product(self, weight.attribute) if keep_vars else weight.weight()
 
         # Factors are looked up while they are the module's parameters.
         values = {name: value(weight) for name, weight in self._abtrain_weights.items()}
@@ -103,7 +106,8 @@ def product(module: Factored, attribute: str) -> Tensor:
         return hooked_product(weight, A, B)
     with without_autocast(A):
         W = A @ B
-    return weight.matrix_shape.to_tensor(W)
+    # Modules may take a view of their weight, as `.view(-1)` does.
+    return weight.matrix_shape.to_tensor(W).contiguous()
 
 
 def _twin(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> nn.Module:
@@ -146,8 +150,22 @@ def _kept_or_new(weight: FactoredWeight) -> Tensor:
 
 
 def _product_of(attribute: str) -> Any:
-    """The property by which a factored weight is read."""
-    return property(lambda module: product(module, attribute))
+    """The property by which a factored weight is read: its product, which cannot be written to.
+
+    Forward methods of torch read a plain tensor: they do not write, and the fast paths of attention take no subclass.
+    """
+
+    def read(module: Factored) -> Tensor:
+        W = product(module, attribute)
+        if torch.compiler.is_compiling() or _is_forward_of_torch(sys._getframe(1)):
+            return W
+        return shown(module._abtrain_weights[attribute], W)
+
+    return property(read)
+
+
+def _is_forward_of_torch(frame: types.FrameType) -> bool:
+    return frame.f_code.co_name == "forward" and frame.f_globals.get("__name__", "").startswith("torch.nn.modules.")
 
 
 class LowRank(Factored):
