@@ -28,21 +28,16 @@ _NO_WRITE = frozenset({"__invert__", "__index__", "__int__", "__iter__"})
 
 
 def keep_(record: FactoredWeight) -> None:
-    """Makes the weight's own Parameter read as the product of its factors, from here until `give_back_`.
-
-    A subclass of Parameter has ways of its own, and is left as it is.
-    """
-    if type(record.dense) is nn.Parameter:
-        setattr(record.dense, _RECORD, record)
-        record.dense.__class__ = FactoredParameter
+    """Makes the weight's own Parameter read as the product of its factors, from here until `give_back_`."""
+    setattr(record.dense, _RECORD, record)
+    record.dense.__class__ = FactoredParameter
 
 
 def give_back_(dense: nn.Parameter) -> None:
     """Undoes `keep_`."""
-    if isinstance(dense, FactoredParameter):
-        dense.__class__ = nn.Parameter  # type: ignore[assignment]  # mypy goes by the class that it knows
-        for name in (_RECORD, _FLAT):
-            dense.__dict__.pop(name, None)
+    dense.__class__ = nn.Parameter
+    for name in (_RECORD, _FLAT):
+        dense.__dict__.pop(name, None)
 
 
 def shown(record: FactoredWeight, W: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from abtrain.errors import UsageError
 from abtrain.lowrank.hooked import hooked_product
-from abtrain.lowrank.kept import FactoredParameter, shown
+from abtrain.lowrank.kept import shown
 from abtrain.lowrank.loading import empty_like_dense, load_
 from abtrain.lowrank.svd import Factors
 from abtrain.lowrank.weight import FactoredWeight, without_autocast
@@ -54,10 +54,23 @@ class Factored(nn.Module):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """A copy or a pickle is that of the dense module."""
-        reduced: Any = _twin(self, _kept_or_new).__reduce_ex__(protocol)
+        # Where others keep the weight's Parameter too, their copies are that of the module.
+        reduced: Any = _twin(self, lambda weight: weight.dense).__reduce_ex__(protocol)
         make, args, *rest = reduced
         # Pickle checks the class of what goes through `__newobj__`, and this is not the twin.
         return (args[0].__new__ if make is copyreg.__newobj__ else make, args, *rest)  # type: ignore[attr-defined]
+
+    def _abtrain_copied_by_its_class(self, memo: dict[int, Any]) -> nn.Module:
+        """The `__deepcopy__` of a module whose class has one; the module is dense inside it, as its parts see it."""
+        kind: type[nn.Module] = type(self)
+        own = self.__dict__
+        dense = _twin(self, lambda weight: weight.dense).__dict__
+        self.__class__, self.__dict__ = self._abtrain_dense_type, dense  # type: ignore[assignment]  # it is a base
+        try:
+            copied: nn.Module = copy.deepcopy(self, memo)
+        finally:
+            self.__class__, self.__dict__ = kind, own  # type: ignore[assignment]  # what it was
+        return copied
 
     def __copy__(self) -> nn.Module:
         return copy.copy(_twin(self, lambda weight: nn.Parameter(weight.laid_out())))
@@ -142,11 +155,6 @@ def _shown_dense(module: Factored, value: Callable[[FactoredWeight], Tensor]) ->
     finally:
         module.__dict__["_parameters"] = own
         own.update({name: dense[name] for name in own if name in dense})
-
-
-def _kept_or_new(weight: FactoredWeight) -> Tensor:
-    """The Parameter that a copy takes for a weight: where others keep it too, their copies are that of the module."""
-    return weight.dense if isinstance(weight.dense, FactoredParameter) else nn.Parameter(weight.laid_out())
 
 
 def _product_of(attribute: str) -> Any:
@@ -239,6 +247,8 @@ def rebuilding(dense_type: type[nn.Module], attributes: frozenset[str]) -> type[
     """The class of a module that rebuilds these weights from their factors whenever it reads them."""
     content = {attribute: _product_of(attribute) for attribute in sorted(attributes)}
     content |= {"_abtrain_dense_type": dense_type, "__module__": __name__}
+    if hasattr(dense_type, "__deepcopy__"):
+        content["__deepcopy__"] = Factored._abtrain_copied_by_its_class
     return types.new_class(
         f"Factored{dense_type.__name__}", (Factored, dense_type), exec_body=lambda c: c.update(content)
     )

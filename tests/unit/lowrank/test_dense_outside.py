@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx
 from torch import nn
 
 from abtrain import FixedRank
@@ -298,3 +299,48 @@ def test_averages_that_pair_states_by_order_stay_right() -> None:
     for mine, its in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
         mine.copy_(its)
     torch.testing.assert_close(average.state_dict()[record.name], record.weight())
+
+
+class CopiesItself(nn.Linear):
+    """Makes its copies by a method of its own, and refers to itself."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.copies = 0
+        self.__dict__["me"] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin.copies += 1
+        return twin
+
+
+def traced() -> nn.Module:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.weight)
+
+    return torch.fx.symbolic_trace(Reader())
+
+
+@pytest.mark.parametrize("make", [lambda: CopiesItself(6, 4), traced], ids=["own", "fx"])
+def test_modules_with_a_way_of_copying_of_their_own_copy_by_it(make: Callable[[], nn.Module]) -> None:
+    model, x = make(), torch.randn(3, 6)
+    kind = type(model)
+    record = factored(model, "weight", FixedRank(2))
+    before, inside = model(x), type(model)
+    twin = copy.deepcopy(model)
+    assert "Factored" not in type(twin).__name__
+    assert type(twin.weight) is nn.Parameter and torch.equal(twin.weight, record.weight())
+    torch.testing.assert_close(twin(x), before)
+    assert type(model) is inside and torch.equal(model(x), before) and not hasattr(twin, "_abtrain_weights")
+    if isinstance(twin, CopiesItself):
+        assert twin.copies == 1 and twin.me is twin
+    restore_(record)
+    assert type(model) is kind
