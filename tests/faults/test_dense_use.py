@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from abtrain import FixedRank, recipes
+from abtrain import FixedRank, checkpoint, recipes, weights_digest
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
-from abtrain.errors import UsageError
+from abtrain.errors import CheckpointError, UsageError
 from abtrain.recipes.recipe import Recipe
 from tests.cases import batch, largest_difference
 from tests.faults.loops import AB, HIDDEN, OUTER, Loop
@@ -261,3 +262,82 @@ def test_attention_takes_its_fast_path_with_factored_weights(monkeypatch: pytest
     with torch.no_grad():
         torch.testing.assert_close(model(x), slow)
     assert calls
+
+
+# State of modules beyond parameters and buffers.
+
+
+class Counting(nn.Module):
+    """Scales its output by the number of its forward passes, which it keeps as extra state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.count = net(), 0
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"count": self.count, "kinds": ["a", None], "mean": torch.full((2,), float(self.count))}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+        assert state["kinds"] == ["a", None] and float(state["mean"][0]) == self.count
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += self.training
+        result: Tensor = self.net(x) * min(1.0, self.count / 8)
+        return result
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("recipe", [OUTER, AB], ids=["outer", "ab"])
+def test_a_resumed_run_has_the_extra_state_of_its_modules(recipe: Recipe, nested: bool, tmp_path: Path) -> None:
+    def build() -> Loop:
+        model = nn.Sequential(Counting()) if nested else Counting()
+        return Loop(SingleProcess(), recipe, model)
+
+    whole, loop = build(), build()
+    whole.run()
+    loop.run(until=10)
+    checkpoint.save(tmp_path, 10, loop.ab.state_dict(), SingleProcess())
+    saved = checkpoint.latest(tmp_path, SingleProcess())
+    assert saved is not None
+    again = build()
+    again.ab.load_state_dict(saved.states[0])
+    digest = weights_digest(again.run())
+    assert digest == weights_digest(whole.model)
+    module: Any = again.model[0] if nested else again.model
+    assert module.count == recipe.total_steps
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        ({}, "extra lacks ''"),
+        ({"": {"count": object()}}, "extra/ holds a object, not data"),
+        ({"": {}, "net": {}}, "extra has 'net', which does not belong there"),
+    ],
+)
+def test_extra_state_that_does_not_fit_is_refused(extra: dict[str, Any], problem: str) -> None:
+    loop = Loop(SingleProcess(), OUTER, Counting())
+    loop.run(until=3)
+    state = loop.ab.state_dict()
+    state["model"]["extra"] = extra
+    with pytest.raises(CheckpointError, match=problem):
+        loop.ab.load_state_dict(state)
+
+
+def test_averages_and_digests_pass_over_extra_state() -> None:
+    loop = Loop(SingleProcess(), OUTER, Counting())
+    loop.run(until=10)
+    ema = loop.ab.ema(0.5)
+    loop.step()
+    ema.update()
+    state = ema.state_dict()
+    assert state["_extra_state"]["count"] == 11  # type: ignore[index]  # it is no tensor
+    assert "_extra_state" not in loop.ab.factored_state_dict()
+    before = weights_digest(loop.model)
+    cast(Any, loop.model).count += 1
+    assert weights_digest(loop.ab.dense_state_dict()) == before
+    loop.ab.load_dense_state_dict(state, cut=True)
+    other = loop.ab.ema(0.5)
+    other.load_state_dict(state)
+    assert weights_digest(other.state_dict()) == weights_digest(state)

@@ -16,6 +16,7 @@ from abtrain.checks import (
     Check,
     anything,
     by_name,
+    data,
     each,
     first_problems,
     like,
@@ -28,7 +29,7 @@ from abtrain.checks import (
 )
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.model import FactoredModel
-from abtrain.lowrank.model_state import own_tensors
+from abtrain.lowrank.model_state import modules_with_extra_state, own_tensors
 from abtrain.lowrank.optimizer_fit import optimizer_problems
 from abtrain.own import own_names, shared_buffers
 
@@ -52,7 +53,11 @@ _PARTS: dict[str, Check] = {
         )
     ),
 }
-_OPTIONAL: dict[str, Check] = {"own": by_name(tensor()), "weights_same_on": one_of("world", "group")}
+_OPTIONAL: dict[str, Check] = {
+    "own": by_name(tensor()),
+    "extra": by_name(data),
+    "weights_same_on": one_of("world", "group"),
+}
 MODEL_STATE: Check = mapping({**_PARTS, **_OPTIONAL}, required=_PARTS)
 """The form of what `abtrain.lowrank.model_state` saves, for any model. `weights_same_on` is a mark for checkpoints."""
 
@@ -69,6 +74,7 @@ def model_problems(model: FactoredModel, state: Mapping[str, Any], factored: boo
         lambda: _name_problems(model, state, factored),
         lambda: _rank_problems(dense_layout(model), state),
         lambda: _tensor_problems(model, state),
+        lambda: mapping(dict.fromkeys(modules_with_extra_state(model), data))("extra", state.get("extra", {})),
         lambda: iter(optimizer_problems(model, state, state_layout(model, state))),
     )
 
