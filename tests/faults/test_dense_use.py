@@ -18,7 +18,7 @@ from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import CheckpointError, UsageError
 from abtrain.recipes.recipe import Recipe
-from tests.cases import batch, largest_difference
+from tests.cases import batch, largest_difference, seeded
 from tests.faults.loops import AB, HIDDEN, OUTER, Loop
 
 LOCAL = recipes.ab_local(20, every=2, warmup_steps=4, rank_rule=FixedRank(3))
@@ -72,8 +72,7 @@ class OwnLinear(nn.Linear):
 
 
 def net(first: type[nn.Linear] = nn.Linear) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded():
         layers = (first(10, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 5))
         return nn.Sequential(*layers).double()
 
@@ -341,3 +340,57 @@ def test_averages_and_digests_pass_over_extra_state() -> None:
     other = loop.ab.ema(0.5)
     other.load_state_dict(state)
     assert weights_digest(other.state_dict()) == weights_digest(state)
+
+
+class Rotary(nn.Module):
+    """Keeps a cache that grows on demand and is in no state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+        self.register_buffer("cache", torch.ones(2).double(), persistent=False)
+
+    def grow(self, size: int) -> None:
+        self.cache = torch.arange(float(size)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.net(x)
+        return result
+
+
+def grown(loop: Loop, size: int) -> Loop:
+    cast(Rotary, loop.model).grow(size)
+    return loop
+
+
+@pytest.mark.parametrize("recipe", [OUTER, HIDDEN], ids=["outer", "hidden"])
+@pytest.mark.parametrize(("before", "after"), [(6, 2), (2, 6)])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_cache_of_another_size_does_not_stop_a_resume(recipe: Recipe, before: int, after: int, own: bool) -> None:
+    def work(comm: Communicator) -> None:
+        def build(size: int) -> Loop:
+            model = Rotary()
+            if own:
+                model._ddp_params_and_buffers_to_ignore = ["cache"]
+            return grown(Loop(comm, recipe, model), size)
+
+        whole, loop = build(before), build(before)
+        whole.run()
+        loop.run(until=13)
+        again = build(after)
+        again.ab.load_state_dict(copy.deepcopy(loop.ab.state_dict()))
+        assert len(cast(Rotary, again.model).cache) == after
+        assert largest_difference(again.run(), whole.ab.dense_state_dict()) == 0
+
+    run_in_process(2, work)
+
+
+def test_a_buffer_of_another_size_that_is_saved_stops_a_resume() -> None:
+    loop, again = (Loop(SingleProcess(), OUTER, Rotary()) for _ in range(2))
+    for one in (loop, again):
+        cast(Rotary, one.model)._non_persistent_buffers_set.clear()
+    loop.run(until=3)
+    state = copy.deepcopy(loop.ab.state_dict())
+    grown(again, 6)
+    with pytest.raises(CheckpointError, match=r"buffers/cache is .* not a dense tensor of .* shape \(6,\)"):
+        again.ab.load_state_dict(state)

@@ -70,10 +70,11 @@ def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
         for name, parameter in names.items():
             if name not in own:
                 parameter.copy_(weights[name])
-        for name, buffer in shared_buffers(model.model).items():
-            buffer.copy_(state["buffers"][name])
-        for name, tensor in own.items():
-            tensor.copy_(state["own"][name])
+        for part, tensors in (("buffers", shared_buffers(model.model)), ("own", own)):
+            for name, tensor in tensors.items():
+                # A cache that had grown is left as the model makes it; all others are known to fit.
+                if tensor.shape == state[part][name].shape:
+                    tensor.copy_(state[part][name])
     for name, module in modules_with_extra_state(model).items():
         module.set_extra_state(copy.deepcopy(state["extra"][name]))
     for optimizer, saved in zip(model.optimizers.all, state["optimizers"], strict=True):
