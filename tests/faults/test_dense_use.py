@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from abtrain import FixedRank, checkpoint, recipes, weights_digest
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
-from abtrain.errors import CheckpointError, UsageError
+from abtrain.errors import CheckpointError, ConfigurationError, UsageError
 from abtrain.recipes.recipe import Recipe
 from tests.cases import batch, largest_difference, seeded
 from tests.faults.loops import AB, HIDDEN, OUTER, Loop
@@ -394,3 +394,45 @@ def test_a_buffer_of_another_size_that_is_saved_stops_a_resume() -> None:
     grown(again, 6)
     with pytest.raises(CheckpointError, match=r"buffers/cache is .* not a dense tensor of .* shape \(6,\)"):
         again.ab.load_state_dict(state)
+
+
+# Tensors and functions that are not supported say so.
+
+
+@pytest.mark.parametrize(
+    ("buffer", "kind"),
+    [
+        (lambda: torch.eye(3).to_sparse(), "sparse_coo"),
+        (lambda: torch.eye(3).to_sparse_csr(), "sparse_csr"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "nested"),
+    ],
+    ids=["coo", "csr", "nested", "jagged"],
+)
+@pytest.mark.filterwarnings("ignore:.*beta state")
+@pytest.mark.filterwarnings("ignore:.*prototype stage")
+def test_buffers_that_are_not_dense_are_refused_by_name(buffer: Callable[[], Tensor], kind: str) -> None:
+    model = net()
+    model.register_buffer("adjacency", buffer())
+    with pytest.raises(ConfigurationError, match=rf"adjacency \({kind}\): only dense tensors .*to_dense"):
+        Loop(SingleProcess(), OUTER, model)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("first", [nn.Linear, OwnLinear])
+def test_a_factored_model_can_be_exported(first: type[nn.Linear], strict: bool) -> None:
+    model = factored_loop(net(first)).model
+    x = batch("mlp", 0, 0)[0]
+    torch.testing.assert_close(torch.export.export(model, (x,), strict=strict).module()(x), model(x))
+
+
+def test_a_kept_parameter_in_a_compiled_function_is_told() -> None:
+    model = net()
+    kept = model[0].weight
+    layer: Any = factored_loop(model).model[0]
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"\(16, 10\) that was kept .* compiled function: read the weight"):
+        torch.compile(lambda: kept.square().sum(), backend="eager")()
+    torch.testing.assert_close(
+        torch.compile(lambda: layer.weight.square().sum(), backend="eager")(), kept.square().sum()
+    )

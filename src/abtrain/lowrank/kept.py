@@ -78,6 +78,8 @@ def _of_result(name: str, result: Any, memory: set[int]) -> Any:
         views = type(item) is Tensor and item.numel() and memory.intersection(_memory(item))
         return item.as_subclass(ReadOnly) if views else item
 
+    if name == "_base":
+        return result  # a view of the base would have a base again, without end
     return result.copy() if name in ("numpy", "__array__") else _mapped(result, read_only)
 
 
@@ -175,6 +177,15 @@ class FactoredParameter(nn.Parameter):
     @data.setter
     def data(self, value: Tensor) -> None:
         _refuse(self, "data")
+
+    @property
+    def _base(self) -> None:  # type: ignore[override]  # nobody can set it in torch either
+        """It is no view. Compilers ask for it while they trace, and would take the empty tensor for the weight."""
+        if torch._guards.TracingContext.try_get() is not None:
+            raise UsageError(
+                f"a parameter of shape {tuple(self.shape)} that was kept from before its weight was factored is used "
+                "in a compiled function: read the weight from its module there, as in module.weight"
+            )
 
     @property
     def requires_grad(self) -> bool:
