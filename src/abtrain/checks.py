@@ -89,6 +89,19 @@ def anything(place: str, value: Any) -> Iterator[str]:
     return iter(())
 
 
+def data(place: str, value: Any) -> Iterator[str]:
+    """Dicts, lists and tuples, however nested, of dense tensors, numbers, strings, booleans and None."""
+    if isinstance(value, Mapping):
+        value = [item for pair in value.items() for item in pair]
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from data(place, item)
+    elif isinstance(value, Tensor):
+        yield from tensor()(place, value)
+    elif not (value is None or isinstance(value, str | Real)):
+        yield f"{place} holds {said(value)}, not data"
+
+
 def maybe(check: Check) -> Check:
     """None, or what passes the check."""
     return lambda place, value: iter(()) if value is None else check(place, value)

@@ -37,3 +37,12 @@ def shared_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers that workers share, likewise."""
     own = own_names(model)
     return {name: buffer for name, buffer in model.named_buffers() if name not in own}
+
+
+def caches(model: nn.Module) -> frozenset[str]:
+    """Names of the buffers that a state dict leaves out (`persistent=False`), such as caches that grow on demand."""
+    return frozenset(
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    )

@@ -440,7 +440,8 @@ class ABTraining:
     def load_dense_state_dict(self, state: Mapping[str, Tensor], *, cut: bool = False) -> None:
         """Loads weights and buffers into the live model, by the names that it was built with; talks to nobody.
 
-        Factored weights are decomposed anew, at the ranks that they have at present.
+        Factored weights keep their ranks, and their factors where the product is the loaded weight already, or was
+        before the last load. Other weights are written in the basis of the present factors.
 
         Args:
             state: as `dense_state_dict` gives it, equal on all workers: all of its names and no others.

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from abtrain.errors import CheckpointError, ConfigurationError
+from abtrain.lowrank.names import tensors_of
 from abtrain.modes import in_own_modes
 
 
 class EMA:
     """The exponential moving average of a model's dense state, of this worker alone.
 
-    Floating-point and complex tensors are averaged, halves in float32; all others follow the model. It begins with the
-    state as it is when this is built.
+    Floating-point and complex tensors are averaged, halves in float32; other entries, such as counters and the extra
+    state of modules, follow the model. It begins with the state as it is when this is built.
 
     Args:
         source: gives the dense state of the model.
@@ -31,13 +34,17 @@ class EMA:
             raise ConfigurationError(f"decay={decay} is out of range: 0 <= decay < 1, such as 0.999")
         self.decay = decay
         self._source = source
-        self._average = {name: _wide(tensor).detach().clone() for name, tensor in source().items()}
+        state = source()
+        self._average = {name: _wide(tensor).detach().clone() for name, tensor in tensors_of(state).items()}
+        self._more = _more_than_tensors(state)
 
     @in_own_modes
     @torch.no_grad()
     def update(self) -> None:
         """One training step is done: call it after `ab.step()`."""
-        for name, tensor in self._source().items():
+        state = self._source()
+        self._more = _more_than_tensors(state)
+        for name, tensor in tensors_of(state).items():
             average = self._average[name]
             if _is_averaged(tensor):
                 average.lerp_(tensor.to(average), 1 - self.decay)
@@ -47,7 +54,8 @@ class EMA:
     @in_own_modes
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of the average, loadable into the model as it was built, and by `load_state_dict`."""
-        return {name: tensor.clone() for name, tensor in self._average.items()}
+        state: dict[str, Tensor] = {name: tensor.clone() for name, tensor in self._average.items()}
+        return state | copy.deepcopy(self._more)
 
     @in_own_modes
     @torch.no_grad()
@@ -57,7 +65,7 @@ class EMA:
         Raises:
             CheckpointError: its names or shapes are not those of this model; nothing has changed then.
         """
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(state).items()}
         expected = {name: tuple(tensor.shape) for name, tensor in self._average.items()}
         unlike = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
         if unlike:
@@ -67,6 +75,12 @@ class EMA:
             )
         for name, tensor in self._average.items():
             tensor.copy_(state[name])
+        self._more = _more_than_tensors(state)
+
+
+def _more_than_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of all other entries."""
+    return {name: copy.deepcopy(value) for name, value in state.items() if not isinstance(value, Tensor)}
 
 
 def _is_averaged(tensor: Tensor) -> bool:

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
+from abtrain.checks import told_names
 from abtrain.comm.communicator import Communicator
 from abtrain.engine.optimizer_problems import form_problems, optimizer_problems
 from abtrain.errors import nearest
@@ -52,6 +54,12 @@ def _model_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe) ->
             f"{', '.join(wrapped[:4])}: sharded tensors, and trained tensors of a class of their own, cannot be "
             "merged. Build the model with plain tensors, or freeze such weights if they are not sharded"
         ]
+    odd = [f"{name} ({_layout(t)})" for name, t in tensors.items() if t.is_nested or t.layout != torch.strided]
+    if odd:
+        return [
+            f"{told_names(odd)}: only dense tensors can be compared, merged and saved. Keep such a tensor as an "
+            "attribute that is no buffer, or register it with .to_dense()"
+        ]
     expanded = [
         name for name, t in tensors.items() if any(s == 0 < n - 1 for s, n in zip(t.stride(), t.shape, strict=True))
     ]
@@ -79,6 +87,10 @@ def _model_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe) ->
         f"recipe {recipe.name!r} factors weights, but none of the model's is eligible ({reasons}): "
         "loosen exclude or min_dim, or use the recipe local_sgd",
     ]
+
+
+def _layout(tensor: Tensor) -> str:
+    return "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
 
 
 def _is_wrapped(tensor: Tensor) -> bool:

@@ -28,7 +28,7 @@ from abtrain.merging.rounds import Rounds, TrainedBy
 from abtrain.recipes.recipe import Position, Recipe
 from abtrain.recipes.sync import WeightSync
 
-VERSION = 6
+VERSION = 7
 """Of the content of `ABTraining.state_dict`: other content, another number."""
 
 

@@ -33,14 +33,14 @@ from abtrain.checks import (
 from abtrain.comm.checksums import LIMIT
 from abtrain.comm.topology import Topology
 from abtrain.lowrank.classify import UNSHARED, Treatment
-from abtrain.lowrank.fit import Layout, dense_layout, state_layout
+from abtrain.lowrank.fit import Layout, buffer_layout, dense_layout, state_layout
 from abtrain.lowrank.model import FactoredModel
 from abtrain.merging.merger import wide
 from abtrain.merging.roles import trained_by, trained_factors
 from abtrain.merging.rounds import CHECKING, merging
 from abtrain.merging.shared_tensors import as_real
 from abtrain.merging.wires import make_wire
-from abtrain.own import own_names, shared_buffers
+from abtrain.own import own_names
 from abtrain.recipes.numbers import MOST
 from abtrain.recipes.recipe import Position, Recipe
 from abtrain.recipes.sync import GradientSync, WeightSync
@@ -96,7 +96,7 @@ class Place:
             pair = (f"{treatment.name}.A", f"{treatment.name}.B")
             names = pair if pair[0] in self.factors else (treatment.name,)
             self.parameters |= as_real({name: layout[name] for name in names if treatment.kind not in UNSHARED})
-        self.buffers = as_real(shared_buffers(run.model.model))
+        self.buffers = as_real(buffer_layout(run.model, state["model"]))
 
     @property
     def rounds(self) -> WeightSync | None:

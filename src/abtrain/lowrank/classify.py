@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
+import torch
 from torch import nn
 
 from abtrain.lowrank.layers import FACTORED_LAYERS
@@ -63,7 +64,7 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
-    treatments, own = [], own_names(model)
+    treatments, own, sharing = [], own_names(model), _sharing_memory(model)
     for name, parameter in model.named_parameters():
         kind: Kind = "averaged"
         if name in own:
@@ -78,6 +79,8 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
             reason = "the recipe has no factored phase"
         else:
             reason = _why_dense(model, name, parameter, factoring)
+            if not reason and name in sharing:
+                reason = f"shares memory with {sharing[name]}"
             if not reason:
                 kind, reason = "factored", _how_factored(model, name, parameter)
         treatments.append(Treatment(name, tuple(parameter.shape), kind, reason))
@@ -90,6 +93,7 @@ def _why_dense(model: nn.Module, name: str, parameter: nn.Parameter, factoring: 
     matrix = MatrixShape(parameter.shape) if parameter.ndim >= 2 else None
     rules = (
         (parameter.numel() == 0, "empty"),
+        (type(parameter) is not nn.Parameter, f"a {type(parameter).__name__}: only plain nn.Parameters are factored"),
         (matrix is None, "a vector or scalar"),
         (not parameter.is_floating_point(), f"{parameter.dtype}: only real weights are factored"),
         (isinstance(module, nn.Embedding | nn.EmbeddingBag), "an embedding"),
@@ -106,6 +110,18 @@ def _why_dense(model: nn.Module, name: str, parameter: nn.Parameter, factoring: 
     if matrix is not None and matrix.n < factoring.min_dim:
         return f"smaller matrix dimension {matrix.n} is below min_dim={factoring.min_dim}"
     return ""
+
+
+def _sharing_memory(model: nn.Module) -> dict[str, str]:
+    """Parameters and buffers that lie in one storage, tied by `.data`, each with the first other one that does."""
+    places: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        # Tensors of a class of their own, and sparse ones, have no storage to ask for.
+        plain = tensor.layout == torch.strided and type(tensor.data) is torch.Tensor
+        if plain and tensor.untyped_storage().data_ptr():
+            places[tensor.untyped_storage().data_ptr()].append(name)
+    shared = [names for names in places.values() if len(names) > 1]
+    return {name: next(other for other in names if other != name) for names in shared for name in names}
 
 
 def _how_factored(model: nn.Module, name: str, parameter: nn.Parameter) -> str:

@@ -16,6 +16,7 @@ from abtrain.checks import (
     Check,
     anything,
     by_name,
+    data,
     each,
     first_problems,
     like,
@@ -28,9 +29,9 @@ from abtrain.checks import (
 )
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.model import FactoredModel
-from abtrain.lowrank.model_state import own_tensors
+from abtrain.lowrank.model_state import modules_with_extra_state, own_tensors
 from abtrain.lowrank.optimizer_fit import optimizer_problems
-from abtrain.own import own_names, shared_buffers
+from abtrain.own import caches, own_names, shared_buffers
 
 Layout = dict[str, Tensor]
 
@@ -60,7 +61,11 @@ _PARTS: dict[str, Check] = {
         )
     ),
 }
-_OPTIONAL: dict[str, Check] = {"own": by_name(tensor()), "weights_same_on": one_of("world", "group")}
+_OPTIONAL: dict[str, Check] = {
+    "own": by_name(tensor()),
+    "extra": by_name(data),
+    "weights_same_on": one_of("world", "group"),
+}
 MODEL_STATE: Check = mapping({**_PARTS, **_OPTIONAL}, required=_PARTS)
 """The form of what `abtrain.lowrank.model_state` saves, for any model. `weights_same_on` is a mark for checkpoints."""
 
@@ -77,6 +82,7 @@ def model_problems(model: FactoredModel, state: Mapping[str, Any], factored: boo
         lambda: _name_problems(model, state, factored),
         lambda: _rank_problems(dense_layout(model), state),
         lambda: _tensor_problems(model, state),
+        lambda: mapping(dict.fromkeys(modules_with_extra_state(model), data))("extra", state.get("extra", {})),
         lambda: iter(optimizer_problems(model, state, state_layout(model, state))),
     )
 
@@ -123,9 +129,20 @@ def _rank_problems(dense: Layout, state: Mapping[str, Any]) -> Iterator[str]:
             yield f"factors {A} and {B} of {name} are not of an ({m}, {n}) matrix"
 
 
+def buffer_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
+    """The buffers that workers share, by name, in the form of a state: caches have the sizes that they had there."""
+    saved, grown = state["buffers"], caches(model.model)
+    buffers = shared_buffers(model.model)
+    return {
+        name: meta(saved[name].shape, held.dtype) if name in grown and name in saved else held
+        for name, held in buffers.items()
+    }
+
+
 def _tensor_problems(model: FactoredModel, state: Mapping[str, Any]) -> Iterator[str]:
-    own = own_tensors(model)
+    own, grown = own_tensors(model), caches(model.model)
     weights = {name: held for name, held in state_layout(model, state).items() if name not in own}
     wanted = {"weights": weights, "buffers": shared_buffers(model.model), "own": own}
     for part, tensors in wanted.items():
-        yield from mapping({name: like(held) for name, held in tensors.items()})(part, state.get(part, {}))
+        fits = {name: tensor(dtype=held.dtype) if name in grown else like(held) for name, held in tensors.items()}
+        yield from mapping(fits)(part, state.get(part, {}))

@@ -54,13 +54,13 @@ def hooked_product(weight: FactoredWeight, A: Tensor, B: Tensor) -> Tensor:
     trained = (A.requires_grad, B.requires_grad)
     if not torch.is_grad_enabled() or not any(trained):
         with without_autocast(A):
-            return weight.matrix_shape.to_tensor(A @ B)
+            return weight.matrix_shape.to_tensor(A @ B).contiguous()
     last = _reads.get(weight)
     # By value: what merges write leaves no trace in a tensor's version.
     if last is not None and last.trained == trained and torch.equal(last.A, A) and torch.equal(last.B, B):
         return last.W
     with without_autocast(A):
-        W = weight.matrix_shape.to_tensor(_Product.apply(A, B))
+        W = weight.matrix_shape.to_tensor(_Product.apply(A, B)).contiguous()
     W.register_hook(_calling(weight))
     _reads[weight] = _Read(W, A.detach().clone(), B.detach().clone(), trained)
     return W

@@ -1,6 +1,7 @@
-"""A dense Parameter that somebody kept, such as `list(model.parameters())` from before, while its weight is factored.
+"""Factored weights as others see them: a Parameter that was kept from before, or what `module.weight` reads.
 
-It reads as W = A B, and its gradient as that of the factors. Writing to it is an error, for nothing would come of it.
+Both read as W = A B, with a gradient to the factors where gradients are enabled. Their own gradient is that of the
+factors. Writing to them is an error, for it would change nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from abtrain.errors import UsageError
+from abtrain.lowrank.hooked import hooked_product
 from abtrain.lowrank.weight import FactoredWeight
 
 _RECORD = "_abtrain_record"
@@ -20,64 +22,128 @@ _FLAT = "_abtrain_gradient"
 _NEEDS_NO_VALUE = frozenset(
     {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized"}
     | {"size", "numel", "nelement", "dim", "ndimension", "is_floating_point", "is_complex", "element_size"}
-    | {"get_device", "__len__"}
+    | {"get_device", "__len__", "is_leaf", "grad_fn", "_version"}
 )
 _NO_WRITE = frozenset({"__invert__", "__index__", "__int__", "__iter__"})
 
 
 def keep_(record: FactoredWeight) -> None:
-    """Makes the weight's own Parameter read as the product of its factors, from here until `give_back_`.
-
-    A subclass of Parameter has ways of its own, and is left as it is.
-    """
-    if type(record.dense) is nn.Parameter:
-        setattr(record.dense, _RECORD, record)
-        record.dense.__class__ = FactoredParameter
+    """Makes the weight's own Parameter read as the product of its factors, from here until `give_back_`."""
+    setattr(record.dense, _RECORD, record)
+    record.dense.__class__ = FactoredParameter
 
 
 def give_back_(dense: nn.Parameter) -> None:
     """Undoes `keep_`."""
-    if isinstance(dense, FactoredParameter):
-        dense.__class__ = nn.Parameter  # type: ignore[assignment]  # mypy goes by the class that it knows
-        for name in (_RECORD, _FLAT):
-            dense.__dict__.pop(name, None)
+    dense.__class__ = nn.Parameter
+    for name in (_RECORD, _FLAT):
+        dense.__dict__.pop(name, None)
 
 
-def _guarded(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def shown(record: FactoredWeight, W: Tensor) -> Tensor:
+    """The value of a factored weight, as it is read from its module."""
+    read = W.as_subclass(ReadOnly)
+    setattr(read, _RECORD, record)
+    return read
+
+
+def _guarded(func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """A function of torch on tensors some of which stand for factored weights, or show their values."""
     name = _name_of(func)
     for written in _written_by(name, args, kwargs):
         _refuse(written, name)
-    shown: list[Tensor] = []
+    memory: set[int] = set()
+    foreign = not all(issubclass(one, ReadOnly | nn.Parameter) for one in types)
 
     def value(tensor: Any) -> Any:
         if isinstance(tensor, FactoredParameter):
             tensor = tensor._stand_in() if name in _NEEDS_NO_VALUE else tensor._product()
         if isinstance(tensor, ReadOnly):
-            shown.append(tensor)
+            memory.update(_memory(tensor))
+            tensor = tensor.as_subclass(Tensor) if foreign else tensor
         return tensor
 
     with torch._C.DisableTorchFunctionSubclass():
         args, kwargs = _mapped(args, value), _mapped(kwargs, value)
-        result = func(*args, **kwargs)
-        memory = {tensor.untyped_storage().data_ptr() for tensor in shown}
-        return _mapped(result, lambda item: _read_only(item, memory))
+        if not foreign:
+            return _of_result(name, func(*args, **kwargs), memory)
+    # Tensors of another class come to their own word.
+    return func(*args, **kwargs)
 
 
-def _read_only(item: Any, memory: set[int]) -> Any:
-    """A view of a value that is shown shows it too; what was computed from it is a plain tensor."""
-    views = type(item) is Tensor and item.numel() and item.untyped_storage().data_ptr() in memory
-    return item.as_subclass(ReadOnly) if views else item
+def _of_result(name: str, result: Any, memory: set[int]) -> Any:
+    """A view of a value that is shown shows it too; everything computed from it is a plain tensor."""
+
+    def read_only(item: Tensor) -> Tensor:
+        views = type(item) is Tensor and item.numel() and memory.intersection(_memory(item))
+        return item.as_subclass(ReadOnly) if views else item
+
+    if name == "_base":
+        return result  # a view of the base would have a base again, without end
+    return result.copy() if name in ("numpy", "__array__") else _mapped(result, read_only)
+
+
+def _memory(tensor: Tensor) -> tuple[int, ...]:
+    """Where the tensor lies; empty if it lies nowhere, as inside a transform of functorch or on the meta device."""
+    if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return ()
+    place = tensor.untyped_storage().data_ptr()
+    return (place,) if place else ()
 
 
 class ReadOnly(Tensor):
-    """The value of a factored weight. What is computed from it is a plain tensor."""
+    """The value of a factored weight, which its record comes with if it was read from the module."""
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        return _guarded(func, args, kwargs or {})
+        return _guarded(func, types, args, kwargs or {})
+
+    @property
+    def _weight(self) -> FactoredWeight | None:
+        return self.__dict__.get(_RECORD)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradients of the factors, as a kept parameter gives them."""
+        if self._weight is not None:
+            return self._weight.dense.grad
+        with torch._C.DisableTorchFunctionSubclass():
+            return super().grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if self._weight is None:
+            _refuse(self, "grad")
+        self._weight.dense.grad = value
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
+
+    def register_hook(self, hook: Any) -> Any:
+        if self._weight is not None:
+            _refuse(self, "register_hook")
+        return super().register_hook(hook)
+
+    def retain_grad(self) -> None:
+        if self._weight is not None:
+            _refuse(self, "retain_grad")
+        super().retain_grad()
+
+    def _plain(self) -> Tensor:
+        """A copy that can be written to, of the type that the dense module would give."""
+        with torch._C.DisableTorchFunctionSubclass():
+            copied = self.detach().clone().as_subclass(Tensor)
+            return copied if self._weight is None else nn.Parameter(copied)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copied = memo[id(self)] = self._plain()
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._plain().__reduce_ex__(protocol)
 
 
 class FactoredParameter(nn.Parameter):
@@ -87,11 +153,13 @@ class FactoredParameter(nn.Parameter):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        return _guarded(func, args, kwargs or {})
+        return _guarded(func, types, args, kwargs or {})
 
     def _product(self) -> Tensor:
-        """W = A B."""
-        return self._record.laid_out().as_subclass(ReadOnly)
+        """W = A B, with a gradient to the factors where gradients are enabled."""
+        record = self._record
+        W = hooked_product(record, record.A, record.B) if record.hooks else record.product_of(record.A, record.B)
+        return record.lay_out(W).as_subclass(ReadOnly)
 
     def _stand_in(self) -> Tensor:
         """A tensor of W's shape, dtype and device."""
@@ -104,11 +172,20 @@ class FactoredParameter(nn.Parameter):
 
     @property
     def data(self) -> Tensor:
-        return self._product()
+        return self._record.laid_out().as_subclass(ReadOnly)
 
     @data.setter
     def data(self, value: Tensor) -> None:
         _refuse(self, "data")
+
+    @property
+    def _base(self) -> None:  # type: ignore[override]  # nobody can set it in torch either
+        """It is no view. Compilers ask for it while they trace, and would take the empty tensor for the weight."""
+        if torch._guards.TracingContext.try_get() is not None:
+            raise UsageError(
+                f"a parameter of shape {tuple(self.shape)} that was kept from before its weight was factored is used "
+                "in a compiled function: read the weight from its module there, as in module.weight"
+            )
 
     @property
     def requires_grad(self) -> bool:
@@ -205,9 +282,9 @@ def _name_of(func: Callable[..., Any]) -> str:
 
 def _written_by(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
     """The tensors among the arguments that stand for factored weights and that a function would change."""
-    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
     operator = name == "__setitem__" or (name.startswith("__i") and name not in _NO_WRITE)
-    targets: list[Any] = [args[:1]] if in_place or operator or name.endswith("=") else []
+    targets: list[Any] = [args[:1] or list(kwargs.values())] if in_place or operator or name.endswith("=") else []
     found: list[Any] = []
     _mapped([targets, kwargs.get("out")], lambda item: found.append(item) if isinstance(item, _GUARDED) else None)
     return found

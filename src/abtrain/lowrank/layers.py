@@ -2,7 +2,8 @@
 
 A module becomes one of these by a change of its class (`surgery.py`), so hooks, names and references to it stay valid.
 Linear layers and convolutions compute with the factors; every other module rebuilds the weight whenever it reads it.
-The weight remains readable on all of them, as the product. State dicts, copies and pickles show the dense module.
+The weight remains readable on all of them, as the product; writing to it is an error. State dicts, copies and pickles
+show the dense module.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, SupportsIndex
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abtrain.errors import UsageError
 from abtrain.lowrank.hooked import hooked_product
-from abtrain.lowrank.kept import FactoredParameter
+from abtrain.lowrank.kept import shown
 from abtrain.lowrank.loading import empty_like_dense, load_
 from abtrain.lowrank.svd import Factors
 from abtrain.lowrank.weight import FactoredWeight, without_autocast
@@ -51,17 +54,30 @@ class Factored(nn.Module):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """A copy or a pickle is that of the dense module."""
-        reduced: Any = _twin(self, _kept_or_new).__reduce_ex__(protocol)
+        # Where others keep the weight's Parameter too, their copies are that of the module.
+        reduced: Any = _twin(self, lambda weight: weight.dense).__reduce_ex__(protocol)
         make, args, *rest = reduced
         # Pickle checks the class of what goes through `__newobj__`, and this is not the twin.
         return (args[0].__new__ if make is copyreg.__newobj__ else make, args, *rest)  # type: ignore[attr-defined]
+
+    def _abtrain_copied_by_its_class(self, memo: dict[int, Any]) -> nn.Module:
+        """The `__deepcopy__` of a module whose class has one; the module is dense inside it, as its parts see it."""
+        kind: type[nn.Module] = type(self)
+        own = self.__dict__
+        dense = _twin(self, lambda weight: weight.dense).__dict__
+        self.__class__, self.__dict__ = self._abtrain_dense_type, dense  # type: ignore[assignment]  # it is a base
+        try:
+            copied: nn.Module = copy.deepcopy(self, memo)
+        finally:
+            self.__class__, self.__dict__ = kind, own  # type: ignore[assignment]  # what it was
+        return copied
 
     def __copy__(self) -> nn.Module:
         return copy.copy(_twin(self, lambda weight: nn.Parameter(weight.laid_out())))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         def value(weight: FactoredWeight) -> Tensor:
-            return product(self, weight.attribute).contiguous() if keep_vars else weight.weight()
+            return product(self, weight.attribute) if keep_vars else weight.weight()
 
         # Factors are looked up while they are the module's parameters.
         values = {name: value(weight) for name, weight in self._abtrain_weights.items()}
@@ -103,7 +119,8 @@ def product(module: Factored, attribute: str) -> Tensor:
         return hooked_product(weight, A, B)
     with without_autocast(A):
         W = A @ B
-    return weight.matrix_shape.to_tensor(W)
+    # Modules may take a view of their weight, as `.view(-1)` does.
+    return weight.matrix_shape.to_tensor(W).contiguous()
 
 
 def _twin(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> nn.Module:
@@ -140,14 +157,23 @@ def _shown_dense(module: Factored, value: Callable[[FactoredWeight], Tensor]) ->
         own.update({name: dense[name] for name in own if name in dense})
 
 
-def _kept_or_new(weight: FactoredWeight) -> Tensor:
-    """The Parameter that a copy takes for a weight: where others keep it too, their copies are that of the module."""
-    return weight.dense if isinstance(weight.dense, FactoredParameter) else nn.Parameter(weight.laid_out())
-
-
 def _product_of(attribute: str) -> Any:
-    """The property by which a factored weight is read."""
-    return property(lambda module: product(module, attribute))
+    """The property by which a factored weight is read: its product, which cannot be written to.
+
+    Forward methods of torch read a plain tensor: they do not write, and the fast paths of attention take no subclass.
+    """
+
+    def read(module: Factored) -> Tensor:
+        W = product(module, attribute)
+        if torch.compiler.is_compiling() or _is_forward_of_torch(sys._getframe(1)):
+            return W
+        return shown(module._abtrain_weights[attribute], W)
+
+    return property(read)
+
+
+def _is_forward_of_torch(frame: types.FrameType) -> bool:
+    return frame.f_code.co_name == "forward" and frame.f_globals.get("__name__", "").startswith("torch.nn.modules.")
 
 
 class LowRank(Factored):
@@ -221,6 +247,8 @@ def rebuilding(dense_type: type[nn.Module], attributes: frozenset[str]) -> type[
     """The class of a module that rebuilds these weights from their factors whenever it reads them."""
     content = {attribute: _product_of(attribute) for attribute in sorted(attributes)}
     content |= {"_abtrain_dense_type": dense_type, "__module__": __name__}
+    if hasattr(dense_type, "__deepcopy__"):
+        content["__deepcopy__"] = Factored._abtrain_copied_by_its_class
     return types.new_class(
         f"Factored{dense_type.__name__}", (Factored, dense_type), exec_body=lambda c: c.update(content)
     )

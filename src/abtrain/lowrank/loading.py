@@ -1,10 +1,11 @@
-"""A dense weight is loaded into the factors that stand for it: decomposed anew, and cut to the rank that they have."""
+"""Loads a dense weight into the factors that stand for it, cut to their rank and in their basis."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,15 @@ from abtrain.recipes.rank_rules import FixedRank
 
 _ROUNDING = 1e-5
 """Relative error that is no loss, in float32."""
+
+_SAME = 8
+"""Units of rounding between two products of the same factors."""
+
+_CONDITION = 1e-4
+"""The smallest over the largest singular value of a factor that can still be inverted without harm."""
+
+_replaced: WeakKeyDictionary[FactoredWeight, Factors] = WeakKeyDictionary()
+"""Each weight's factors from before the last load that changed them: an average is swapped in, and out again."""
 
 _cuts: ContextVar[bool] = ContextVar("cuts", default=False)
 
@@ -36,7 +46,11 @@ def empty_like_dense(weight: FactoredWeight) -> nn.Parameter:
 
 
 def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -> list[str]:
-    """Replaces the factors of a weight, in place, by those of a dense value; ranks stay.
+    """Writes a dense value into the factors of a weight, in place; ranks stay.
+
+    Momentum, anchors and residuals refer to the factors by their elements, so the pair is changed as little as the
+    value allows: not at all if its product is the value already, back to the pair that the last load replaced if
+    the value is its product, and otherwise to factors of the value in the basis nearest to the present one.
 
     Args:
         weight: whose factors they are.
@@ -47,26 +61,75 @@ def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -
     Returns:
         What is wrong, and then nothing has changed.
     """
+    present = Factors(weight.A.detach(), weight.B.detach())
+    if _makes(present, weight, value, dtype):
+        return []
+    replaced = _replaced.get(weight)
+    if replaced is not None:
+        replaced = Factors(*(factor.to(weight.A.device) for factor in replaced))
+    if replaced is None or not _makes(replaced, weight, value, dtype):
+        try:
+            replaced, lost = _factors_of(weight, present, value)
+        except (NonFiniteError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # not in the stubs
+            return [f"While loading {key} into its factors: {error}"]
+        if lost > _allowed(weight.A.dtype, dtype) and not _cuts.get():
+            return [
+                f"{key} is factored with rank {weight.k} at present, and cutting the loaded weight to that rank would "
+                f"lose {lost:.2%} of it (in Frobenius norm): load it with ABTraining.load_dense_state_dict(state, "
+                "cut=True), or into the model before the factored phases."
+            ]
+    _replaced[weight] = Factors(present.A.clone(), present.B.clone())
+    with torch.no_grad():
+        weight.A.copy_(replaced.A)
+        weight.B.copy_(replaced.B)
+    return []
+
+
+def _makes(pair: Factors, weight: FactoredWeight, value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the product of a pair is a value that was saved in `dtype`, but for rounding."""
+    wide = torch.promote_types(value.dtype, torch.float32)
+    W = weight.product_of(*pair)
+    if dtype.is_floating_point and bool(value.any()):
+        W = W.to(dtype)
+    W, value = W.to(wide), value.to(W.device, wide)
+    return bool((W - value).norm() <= _SAME * torch.finfo(wide).eps * value.norm())
+
+
+def _factors_of(weight: FactoredWeight, present: Factors, value: Tensor) -> tuple[Factors, float]:
+    """Factors of a dense value at the weight's rank, near to the present ones, and the share of its norm they miss.
+
+    Raises:
+        NonFiniteError: the value holds NaN or infinity.
+        torch.linalg.LinAlgError: the SVD did not converge.
+    """
     wide = torch.promote_types(weight.A.dtype, torch.float32)
     W = weight.matrix_shape.to_matrix(value.to(weight.A.device, wide))
-    try:
-        pair = _of_rank(decompose(W, FixedRank(weight.k)), weight.k)
-    except (NonFiniteError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # not in the stubs
-        return [f"While loading {key} into its factors: {error}"]
-    A, B = (factor.to(weight.A.dtype) for factor in pair)
+    size = W.norm()
+
+    def missed(pair: Factors) -> float:
+        return float((W - pair.A.to(wide) @ pair.B.to(wide)).norm() / size) if size > 0 else 0.0
+
     with without_autocast(W):
-        size, error_size = W.norm(), (W - A.to(wide) @ B.to(wide)).norm()
-    lost = float(error_size / size) if size > 0 else 0.0
-    if lost > _allowed(weight.A.dtype, dtype) and not _cuts.get():
-        return [
-            f"{key} is factored with rank {weight.k} at present, and cutting the loaded weight to that rank would lose "
-            f"{lost:.2%} of it (in Frobenius norm): load it with ABTraining.load_dense_state_dict(state, cut=True), or "
-            "into the model before the factored phases."
-        ]
-    with torch.no_grad():
-        weight.A.copy_(A)
-        weight.B.copy_(B)
-    return []
+        cut = _of_rank(decompose(W, FixedRank(weight.k)), weight.k)
+        near = _in_basis_of(present, cut)
+        by_svd, by_basis = (
+            None if pair is None else Factors(*(factor.to(weight.A.dtype) for factor in pair)) for pair in (cut, near)
+        )
+        assert by_svd is not None
+        lost = missed(by_svd)
+        if by_basis is not None and missed(by_basis) <= lost + _allowed(weight.A.dtype):
+            return by_basis, lost
+    return by_svd, lost
+
+
+def _in_basis_of(present: Factors, cut: Factors) -> Factors | None:
+    """Other factors of the same product: B' = A^+ W, then A' = W B'^+, in float64; None where B' has not full rank."""
+    W = cut.A.double() @ cut.B.double()
+    B = torch.linalg.pinv(present.A.double()) @ W
+    S = torch.linalg.svdvals(B)
+    if not S[-1] > _CONDITION * S[0]:
+        return None
+    return Factors(W @ torch.linalg.pinv(B), B)
 
 
 def _of_rank(pair: Factors, k: int) -> Factors:

@@ -36,7 +36,9 @@ class FactoredMark(nn.Parameter):
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        whole = isinstance(result, Tensor) and result.shape == _SHAPE
+        # A view of the base would have a base again, without end.
+        is_base = getattr(getattr(func, "__self__", None), "__name__", "") == "_base"
+        whole = isinstance(result, Tensor) and result.shape == _SHAPE and not is_base
         return result.as_subclass(FactoredMark) if whole and not isinstance(result, FactoredMark) else result
 
     @property

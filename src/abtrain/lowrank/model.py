@@ -12,7 +12,7 @@ from abtrain.lowrank.classify import UNSHARED, Treatment
 from abtrain.lowrank.loading import cutting
 from abtrain.lowrank.mark import FactoredMark
 from abtrain.lowrank.matrix import MatrixShape
-from abtrain.lowrank.names import without_compiled
+from abtrain.lowrank.names import tensors_of, without_compiled
 from abtrain.lowrank.optimizer import (
     fresh_state,
     is_projectable,
@@ -200,7 +200,7 @@ class FactoredModel:
         """The state of the model as it is: NAME.A (m, k) and NAME.B (k, n) in the place of a factored weight."""
         records = {without_compiled(name): record for name, record in self.records.items()}
         state: dict[str, Tensor] = {}
-        for name, tensor in self.dense_state_dict().items():
+        for name, tensor in tensors_of(self.dense_state_dict()).items():
             record = records.get(name)
             if record is None:
                 state[name] = tensor

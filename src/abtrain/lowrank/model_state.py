@@ -7,6 +7,7 @@ name here, and as it is.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -25,9 +26,11 @@ def model_state(model: FactoredModel) -> dict[str, Any]:
     """All that `load_model_state` needs. Tensors are the model's own: copy what is to outlive the next step.
 
     `weights` are all parameters by name, frozen ones too; a weight NAME that is factored is NAME.A (m, k) and NAME.B
-    (k, n). Parameters and buffers that are each worker's own are in `own`, where there are any.
+    (k, n). Parameters and buffers that are each worker's own are in `own`, where there are any, and what modules give
+    by `get_extra_state` is in `extra`, by the names of the modules.
     """
     names, own = model.parameters(), own_tensors(model)
+    extra = {name: module.get_extra_state() for name, module in modules_with_extra_state(model).items()}
     return {
         "factored": list(model.records),
         "damping": model.damping,
@@ -36,7 +39,15 @@ def model_state(model: FactoredModel) -> dict[str, Any]:
         "buffers": {name: buffer.detach() for name, buffer in shared_buffers(model.model).items()},
         "optimizers": [_optimizer_state(optimizer, names) for optimizer in model.optimizers.all],
         **({"own": own} if own else {}),
+        **({"extra": extra} if extra else {}),
     }
+
+
+def modules_with_extra_state(model: FactoredModel) -> dict[str, nn.Module]:
+    """The modules that keep more than parameters and buffers in a state dict, by name."""
+    plain = nn.Module.get_extra_state
+    modules = model.model.named_modules()
+    return {name: one for name, one in modules if getattr(type(one), "get_extra_state", plain) is not plain}
 
 
 def own_tensors(model: FactoredModel) -> dict[str, Tensor]:
@@ -60,10 +71,13 @@ def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
         for name, parameter in names.items():
             if name not in own:
                 parameter.copy_(weights[name])
-        for name, buffer in shared_buffers(model.model).items():
-            buffer.copy_(state["buffers"][name])
-        for name, tensor in own.items():
-            tensor.copy_(state["own"][name])
+        for part, tensors in (("buffers", shared_buffers(model.model)), ("own", own)):
+            for name, tensor in tensors.items():
+                # A cache that had grown is left as the model makes it; all others are known to fit.
+                if tensor.shape == state[part][name].shape:
+                    tensor.copy_(state[part][name])
+    for name, module in modules_with_extra_state(model).items():
+        module.set_extra_state(copy.deepcopy(state["extra"][name]))
     for optimizer, saved in zip(model.optimizers.all, state["optimizers"], strict=True):
         _load_more(optimizer, saved["more"])
     for optimizer, saved in zip(model.optimizers.all, state["optimizers"], strict=True):

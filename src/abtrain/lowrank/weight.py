@@ -61,14 +61,22 @@ class FactoredWeight:
 
     def weight(self) -> Tensor:
         """W = A B in the weight's own shape, contiguous, without a gradient. Halves are multiplied in float32."""
-        with torch.no_grad(), without_autocast(self.A):
-            A, B = self.A.detach(), self.B.detach()
+        return self.product_of(self.A.detach(), self.B.detach())
+
+    def product_of(self, A: Tensor, B: Tensor) -> Tensor:
+        """`weight()` of other factors of these shapes, with a gradient to those that require one."""
+        with without_autocast(A):
             wide = A.dtype if A.dtype == torch.float64 else torch.float32
             return self.matrix_shape.to_tensor((A.to(wide) @ B.to(wide)).to(A.dtype)).contiguous()
 
     def laid_out(self) -> Tensor:
         """`weight()` in the memory layout that the dense weight had."""
-        W = self.weight()
+        return self.lay_out(self.weight())
+
+    def lay_out(self, W: Tensor) -> Tensor:
+        """A value of the weight in the memory layout that the dense weight had."""
+        if W.stride() == self.strides:
+            return W
         return torch.empty_strided(W.shape, self.strides, dtype=W.dtype, device=W.device).copy_(W)
 
 

@@ -1,5 +1,6 @@
 """Every parameter has a treatment and a reason."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -78,3 +79,34 @@ def test_min_dim_and_embeddings() -> None:
     treatments = {t.name: t for t in classify(model, Factoring(SigmaCutoff(), min_dim=5))}
     assert treatments["0.weight"].reason == "an embedding"
     assert "smaller matrix dimension 4 is below min_dim=5" in treatments["1.weight"].reason
+
+
+class Wide(nn.Parameter):
+    """A parameter of somebody's own class."""
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_parameter_of_a_class_of_its_own_stays_dense(first: int) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    model[first].weight = Wide(torch.randn(8, 8))  # type: ignore[union-attr]
+    treatments = {t.name: t for t in classify(model, Factoring(SigmaCutoff()))}
+    assert treatments[f"{first}.weight"].kind == "averaged" and "a Wide:" in treatments[f"{first}.weight"].reason
+    assert treatments[f"{2 - first}.weight"].kind == "factored"
+
+
+class Tied(nn.Module):
+    """Shares memory between parameters and buffers that are no one object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.alone, self.seen = (nn.Linear(8, 8) for _ in range(4))
+        self.other.weight.data = self.one.weight.data
+        self.register_buffer("view", self.seen.weight.data[2:])
+
+
+@pytest.mark.parametrize(("name", "tie"), [("one", "other.weight"), ("other", "one.weight"), ("seen", "view")])
+def test_a_weight_that_shares_its_memory_stays_dense(name: str, tie: str) -> None:
+    treatments = {t.name: t for t in classify(Tied(), Factoring(SigmaCutoff()))}
+    assert treatments[f"{name}.weight"].kind == "averaged"
+    assert treatments[f"{name}.weight"].reason == f"shares memory with {tie}"
+    assert treatments["alone.weight"].kind == "factored"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx
 from torch import nn
 
 from abtrain import FixedRank
@@ -76,20 +77,57 @@ def test_a_state_that_was_saved_is_loaded_again(case: str) -> None:
     assert factors == (record.A, record.B) and record.k == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", FORMS)
+def test_a_state_of_the_present_weights_leaves_the_factors(case: str, dtype: torch.dtype) -> None:
+    model, _, record = setup(case)
+    A, B = record.A.detach().clone(), record.B.detach().clone()
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
+    assert torch.equal(record.A, A) and torch.equal(record.B, B)
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_a_swap_of_weights_comes_back_to_the_very_factors(case: str) -> None:
+    model, _, record = setup(case)
+    A, B, own = record.A.detach().clone(), record.B.detach().clone(), copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        with cutting(True):
+            model.load_state_dict({name: torch.randn_like(tensor) for name, tensor in own.items()})
+        assert not torch.equal(record.A, A)
+        model.load_state_dict(own)
+        assert torch.equal(record.A, A) and torch.equal(record.B, B)
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_a_weight_nearby_is_loaded_into_factors_nearby(case: str) -> None:
+    model, _, record = setup(case, rank=3)
+    turn = torch.tensor([[2.0, 1.0, 0.0], [0.0, -1.0, 0.5], [0.0, 0.0, 3.0]])
+    with torch.no_grad():
+        record.A.copy_(record.A @ turn)
+        record.B.copy_(torch.linalg.solve(turn, record.B))
+    A, B = record.A.detach().clone(), record.B.detach().clone()
+    near = record.matrix_shape.to_tensor((A + 1e-3 * torch.randn_like(A)) @ (B + 1e-3 * torch.randn_like(B)))
+    model.load_state_dict(model.state_dict() | {record.name: near})
+    torch.testing.assert_close(record.weight(), near, rtol=1e-4, atol=1e-5)
+    assert 0 < (record.A - A).norm() < 0.05 * A.norm() and 0 < (record.B - B).norm() < 0.05 * B.norm()
+
+
 def test_factors_that_are_loaded_do_not_depend_on_signs_of_the_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, record = setup("grouped")
-    state = copy.deepcopy(model.state_dict())
+    W = record.matrix_shape.to_tensor(torch.outer(torch.randn(18), torch.randn(8)))
+    state = model.state_dict() | {"weight": W}
+    twin = copy.deepcopy(model)
     model.load_state_dict(state)
-    first = record.A.detach().clone()
 
     def turned(W: torch.Tensor, rule: Any) -> Any:
         A, B = decompose(W, rule)
         return type(decompose(W, rule))(-A, -B)
 
     monkeypatch.setattr("abtrain.lowrank.loading.decompose", turned)
-    model.load_state_dict(state)
-    assert torch.equal(record.A, first)
-    assert bool((record.A.gather(0, record.A.abs().argmax(0, keepdim=True)) > 0).all())
+    other = factored(twin, "weight", FixedRank(2))
+    twin.load_state_dict(state)
+    assert torch.equal(record.A, other.A)
+    assert bool((record.A[:, 0].gather(0, record.A[:, :1].abs().argmax(0)) > 0).all())
 
 
 def test_a_weight_of_lower_rank_fills_up_with_zeros() -> None:
@@ -261,3 +299,48 @@ def test_averages_that_pair_states_by_order_stay_right() -> None:
     for mine, its in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
         mine.copy_(its)
     torch.testing.assert_close(average.state_dict()[record.name], record.weight())
+
+
+class CopiesItself(nn.Linear):
+    """Makes its copies by a method of its own, and refers to itself."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.copies = 0
+        self.__dict__["me"] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin.copies += 1
+        return twin
+
+
+def traced() -> nn.Module:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.weight)
+
+    return torch.fx.symbolic_trace(Reader())
+
+
+@pytest.mark.parametrize("make", [lambda: CopiesItself(6, 4), traced], ids=["own", "fx"])
+def test_modules_with_a_way_of_copying_of_their_own_copy_by_it(make: Callable[[], nn.Module]) -> None:
+    model, x = make(), torch.randn(3, 6)
+    kind = type(model)
+    record = factored(model, "weight", FixedRank(2))
+    before, inside = model(x), type(model)
+    twin = copy.deepcopy(model)
+    assert "Factored" not in type(twin).__name__
+    assert type(twin.weight) is nn.Parameter and torch.equal(twin.weight, record.weight())
+    torch.testing.assert_close(twin(x), before)
+    assert type(model) is inside and torch.equal(model(x), before) and not hasattr(twin, "_abtrain_weights")
+    if isinstance(twin, CopiesItself):
+        assert twin.copies == 1 and twin.me is twin
+    restore_(record)
+    assert type(model) is kind
