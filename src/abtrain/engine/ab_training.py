@@ -19,34 +19,34 @@ The loop of every recipe:
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, get_args
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from abtrain.checks import as_checkpoint_error, told_names
-from abtrain.comm import default_communicator
 from abtrain.comm.communicator import Communicator, Scope
 from abtrain.consistency.agreement import raise_together
 from abtrain.consistency.optimizers import equalize_grad_scaler
 from abtrain.consistency.replicas import check_replicas
-from abtrain.consistency.settings import check_loaded, check_start, optimizer_settings, settings_at_start
+from abtrain.consistency.settings import check_loaded, optimizer_settings, settings_at_start
+from abtrain.engine.beginning import announce, begin, levels
 from abtrain.engine.description import Description
 from abtrain.engine.ema import EMA
 from abtrain.engine.lr_rebound import LRRebound
+from abtrain.engine.merged_view import MergedView
 from abtrain.engine.optimizer_hooks import Coming, StepHooks
 from abtrain.engine.optimizer_problems import check_modes, doubts_about_optimizers, doubts_about_state, old_steps
 from abtrain.engine.phase_change import PhaseChange
-from abtrain.engine.problems import buffer_problems, doubts_about, ignored_problems, problems_here, problems_of
+from abtrain.engine.problems import checked, doubts_about
 from abtrain.engine.saved_state import VERSION, Parts, alike, recipe_fingerprint
 from abtrain.engine.state_parts import Run
 from abtrain.engine.state_problems import state_problem
 from abtrain.engine.unfinished import forget, watch
-from abtrain.errors import ConfigurationError, OnNonFinite, UsageError
+from abtrain.errors import OnNonFinite, UsageError
 from abtrain.failpoints import fail_at
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.model import FactoredModel
@@ -58,11 +58,10 @@ from abtrain.merging.merger import Merger
 from abtrain.merging.roles import trained_by
 from abtrain.merging.rounds import Rounds
 from abtrain.merging.shared_tensors import SharedTensors
-from abtrain.modes import in_own_modes, own_modes
+from abtrain.modes import in_own_modes
 from abtrain.own import IGNORED, own_names
 from abtrain.recipes.recipe import Position, Recipe
 from abtrain.recipes.sync import GradientSync, WeightSync
-from abtrain.version import __version__
 
 log = logging.getLogger("abtrain")
 
@@ -131,7 +130,7 @@ class ABTraining:
         same_settings: bool = True,
         measure_divergence: bool = False,
     ) -> None:
-        comm = _checked(model, optimizer, recipe, communicator, group_size, on_nonfinite, average_buffers)
+        comm = checked(model, optimizer, recipe, communicator, group_size, on_nonfinite, average_buffers)
         self.module = model
         self.recipe = recipe
         self.communicator = comm
@@ -151,36 +150,31 @@ class ABTraining:
         if measure_divergence and comm.topology.world_size > 1:
             self._merger.observer = self._divergence.observe
         self._rounds = Rounds(self._state, self._merger, comm)
+        self._view = MergedView(comm, optimizers, self._state, self._copies, self._rounds)
         self._forwards = 0
-        self._shows_average = False
         self._closed = False
         self._workers_equal = True
         self._told_of_steps = bool(old_steps(optimizers))
-        self._levels = comm.topology.world_size > 1 and _levels(recipe)
-        check_start(
-            comm,
+        self._levels = comm.topology.world_size > 1 and levels(recipe)
+        begin(
+            self._state,
+            self._model,
             recipe,
-            abtrain=__version__,
-            torch=torch.__version__,
+            comm,
             optimizers=optimizers.kinds,
             grad_scaler=grad_scaler is not None and grad_scaler.is_enabled(),
             find_unused_parameters=find_unused_parameters,
             on_nonfinite=on_nonfinite,
             measure_divergence=measure_divergence,
             average_buffers=tuple(average_buffers),
-            **{IGNORED: ", ".join(sorted(own_names(model)))},
-            names=list(self._state.layout()),
-            model=self._state.layout(),
             param_groups=optimizer_settings(
                 optimizers, self._model.parameters(), settings_at_start(optimizers) if same_settings else ()
             ),
         )
-        self._state.agree()
-        comm.begin_run()
         if comm.rank == 0 and comm.topology.world_size > 1:
-            _announce(Description(recipe, comm.topology, tuple(self._treatments), {}).beginning())
-        if comm.rank == 0:
-            for doubt in [*doubts_about(recipe, comm), *doubts_about_optimizers(optimizers, recipe)]:
+            announce(Description(recipe, comm.topology, tuple(self._treatments), {}).beginning())
+        for doubt in [*doubts_about(recipe, comm), *doubts_about_optimizers(optimizers, recipe)]:
+            if comm.rank == 0:
                 log.warning(doubt)
         self._position: Position | None = recipe.at(0)
         # From here on the optimizer is changed: what can be refused has been.
@@ -216,7 +210,7 @@ class ABTraining:
         if torch.is_grad_enabled():
             if self._closed:
                 raise UsageError(self._ended())
-            self._refuse_in_average("a forward pass with gradients")
+            self._view.refuse("a forward pass with gradients")
             if self._hooks.all_stepped:
                 raise UsageError(
                     f"a forward pass with gradients began, but ab.step() was not called after optimizer.step() of step "
@@ -316,21 +310,7 @@ class ABTraining:
         position = self._position
         if position is None:
             raise UsageError(self._ended())
-        weighted = None if loss is not None else self.recipe.phase_weighted_by_loss
-        if weighted is not None:
-            raise UsageError(
-                f"phase {weighted!r} weights workers by their training loss, but ab.step() was called without one: "
-                "call ab.step(loss) at every step"
-            )
-        fail_at(self.communicator.rank, self.steps_done, "step")
-        if not self._forwards and self.communicator.topology.world_size > 1:
-            raise UsageError(
-                "the optimizer stepped, but no ab(...) call came before: call ab(x) in place of model(x)"
-                if self._hooks.stepped
-                else "no ab(...) call came since the last ab.step(): call it once for each optimizer step, on every "
-                "worker as often, and ab.merged() to look at the average amid a round"
-            )
-        self._refuse_in_average("ab.step()")
+        self._check_call(loss is not None)
         self._hooks.next_step()
         self._check_optimizers()
         self._forwards = 0
@@ -344,6 +324,32 @@ class ABTraining:
         if position.phase.sync is not None and (upcoming is None or upcoming.first):
             where = f"step {self.steps_done}, end of phase {position.phase.name}"
             check_replicas(self.communicator, self._state.replicated(), "world", where, self._state.buffers())
+        self._move_to(upcoming, position)
+
+    def _check_call(self, has_loss: bool) -> None:
+        """Checks that `step` is called where it may be.
+
+        Raises:
+            UsageError: it is not.
+        """
+        weighted = None if has_loss else self.recipe.phase_weighted_by_loss
+        if weighted is not None:
+            raise UsageError(
+                f"phase {weighted!r} weights workers by their training loss, but ab.step() was called without one: "
+                "call ab.step(loss) at every step"
+            )
+        fail_at(self.communicator.rank, self.steps_done, "step")
+        if not self._forwards and self.communicator.topology.world_size > 1:
+            raise UsageError(
+                "the optimizer stepped, but no ab(...) call came before: call ab(x) in place of model(x)"
+                if self._hooks.stepped
+                else "no ab(...) call came since the last ab.step(): call it once for each optimizer step, on every "
+                "worker as often, and ab.merged() to look at the average amid a round"
+            )
+        self._view.refuse("ab.step()")
+
+    def _move_to(self, upcoming: Position | None, position: Position) -> None:
+        """Goes from a position to the next one, with all that changes there."""
         self._position = upcoming
         if upcoming is None or upcoming.starts_round:
             self._hooks.round_began = True
@@ -364,55 +370,8 @@ class ABTraining:
         Where all workers hold the same weights, those buffers that differ are rank 0's meanwhile, as under DDP. A
         recipe without any sync has no average: the model stays the worker's own.
         """
-        with own_modes():
-            average, before = self._average(), self._shows_average
-            average.__enter__()
-        self._shows_average = before or not isinstance(average, nullcontext)
-        modes = [(group, group["train_mode"]) for group in self._model.optimizers.groups() if "train_mode" in group]
-        # What is done with the average is done in the caller's modes.
-        try:
+        with self._view.shown(self.recipe, self.steps_done, self._position, self._workers_equal):
             yield self.module
-        finally:
-            self._shows_average = before
-            with own_modes():
-                average.__exit__(None, None, None)
-            # The weights are those of the mode that a schedule-free optimizer was in.
-            for group, mode in modes:
-                group["train_mode"] = mode
-
-    def _average(self) -> AbstractContextManager[None]:
-        """Inside it the model is what `merged` shows. Collective, on entry too, unless there is nothing to agree on."""
-        position, sync = self._position, None if self._position is None else self._position.phase.sync
-        alone = self.communicator.topology.world_size == 1 or (position is not None and sync is None)
-        if not self._workers_equal and isinstance(sync, WeightSync):
-            self._meet()
-            return self._with_copies_averaged()
-        if alone or not self._workers_equal or not self._state.buffers():
-            return nullcontext()
-        return nullcontext() if self._meet(self._state.told_of_buffers()) else self._state.with_first_buffers()
-
-    @contextmanager
-    def _with_copies_averaged(self) -> Iterator[None]:
-        with self._state.averaged(), self._copies.averaged(self.communicator):
-            yield
-
-    def _refuse_in_average(self, what: str) -> None:
-        """Nothing that is done to the average outlives the block in which it is shown.
-
-        Raises:
-            UsageError: the model shows the average at present.
-        """
-        if self._shows_average:
-            raise UsageError(
-                f"{what} inside `with ab.merged():`, where the model holds the average of the workers for a while: "
-                "leave the block first"
-            )
-
-    def _meet(self, told: int = 0) -> bool:
-        """All workers prove that they are at the same step; whether they have told the same. Collective."""
-        phase = len(self.recipe.phases) if self._position is None else self._position.phase_index
-        rows = self._rounds.roll_call(self.steps_done, phase, self.recipe.at, (told, 0.0))
-        return len({row[0] for row in rows}) == 1
 
     def describe(self) -> Description:
         """Every parameter with what becomes of it and why, the phases, and the groups."""
@@ -485,7 +444,7 @@ class ABTraining:
             raise UsageError(self._ended())
         if self._hooks.stepped:
             raise UsageError("the state between optimizer.step() and ab.step() cannot be saved: call ab.step() first")
-        self._refuse_in_average("ab.state_dict()")
+        self._view.refuse("ab.state_dict()")
         self._saved_step = self.steps_done
         return {
             "version": VERSION,
@@ -634,7 +593,7 @@ class ABTraining:
         """The step that the optimizer is about to make; None past the end of the recipe."""
         if self._position is None:
             return None
-        self._refuse_in_average("optimizer.step()")
+        self._view.refuse("optimizer.step()")
         if self._shares_gradients:
             fail_at(self.communicator.rank, self.steps_done, "sync.end")
         shared = self._shares_gradients
@@ -657,47 +616,3 @@ class ABTraining:
             f"recipe {self.recipe.name!r} ended after its {self.recipe.total_steps} steps: "
             "stop the loop there, or build the recipe with more total_steps"
         )
-
-
-def _levels(recipe: Recipe) -> bool:
-    """Whether workers come from rounds of their own to shared gradients."""
-    kinds = {type(phase.sync) for phase in recipe.phases}
-    return {WeightSync, GradientSync} <= kinds
-
-
-def _announce(text: str) -> None:
-    """Tells what everybody needs to know, also in a program that has not set up logging."""
-    if log.hasHandlers() or logging.root.manager.disable >= logging.INFO:
-        log.info(text)
-    else:
-        print(f"abtrain: {text}", file=sys.stderr, flush=True)
-
-
-def _checked(
-    model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer],
-    recipe: Recipe,
-    communicator: Communicator | None,
-    group_size: int | None,
-    on_nonfinite: OnNonFinite,
-    average_buffers: Sequence[str],
-) -> Communicator:
-    """The communicator to use, if nothing is wrong with these arguments of `ABTraining`.
-
-    Raises:
-        ConfigurationError: all that is wrong.
-    """
-    problems = problems_of(model, optimizer, recipe)
-    if on_nonfinite not in get_args(OnNonFinite):
-        problems.append(f"on_nonfinite={on_nonfinite!r} is unknown: use {', '.join(get_args(OnNonFinite))}")
-    if communicator is not None and group_size is not None:
-        problems.append("group_size is the communicator's own: give one of the two")
-    if isinstance(model, nn.Module):
-        problems += buffer_problems(model, average_buffers) + ignored_problems(model)
-    if problems:
-        raise ConfigurationError(problems)
-    comm = default_communicator(group_size) if communicator is None else communicator
-    problems = problems_here(model, Optimizers(optimizer), recipe, comm)
-    if problems:
-        raise ConfigurationError(problems)
-    return comm

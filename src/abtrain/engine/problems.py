@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
 from abtrain.checks import told_names
+from abtrain.comm import default_communicator
 from abtrain.comm.communicator import Communicator
 from abtrain.engine.optimizer_problems import form_problems, optimizer_problems
-from abtrain.errors import nearest
+from abtrain.errors import ConfigurationError, OnNonFinite, nearest
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.own import IGNORED, ignored_names
@@ -172,3 +174,33 @@ def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
             "local_sgd"
         )
     return doubts
+
+
+def checked(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    recipe: Recipe,
+    communicator: Communicator | None,
+    group_size: int | None,
+    on_nonfinite: OnNonFinite,
+    average_buffers: Sequence[str],
+) -> Communicator:
+    """The communicator to use, if nothing is wrong with these arguments of `ABTraining`.
+
+    Raises:
+        ConfigurationError: all that is wrong.
+    """
+    problems = problems_of(model, optimizer, recipe)
+    if on_nonfinite not in get_args(OnNonFinite):
+        problems.append(f"on_nonfinite={on_nonfinite!r} is unknown: use {', '.join(get_args(OnNonFinite))}")
+    if communicator is not None and group_size is not None:
+        problems.append("group_size is the communicator's own: give one of the two")
+    if isinstance(model, nn.Module):
+        problems += buffer_problems(model, average_buffers) + ignored_problems(model)
+    if problems:
+        raise ConfigurationError(problems)
+    comm = default_communicator(group_size) if communicator is None else communicator
+    problems = problems_here(model, Optimizers(optimizer), recipe, comm)
+    if problems:
+        raise ConfigurationError(problems)
+    return comm
