@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes depends on who else works on the machine.
+settings.register_profile("without deadline", deadline=None)
+settings.load_profile("without deadline")
 
 FOLDER = "tests/faults/"
 
