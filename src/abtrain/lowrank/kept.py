@@ -118,10 +118,6 @@ class ReadOnly(Tensor):
             _refuse(self, "grad")
         self._weight.dense.grad = value
 
-    @grad.deleter
-    def grad(self) -> None:
-        self.grad = None
-
     def register_hook(self, hook: Any) -> Any:
         if self._weight is not None:
             _refuse(self, "register_hook")
