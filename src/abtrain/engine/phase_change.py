@@ -15,6 +15,7 @@ from abtrain.consistency.settings import HYPERPARAMETERS, check_phase
 from abtrain.engine.lr_rebound import LRRebound
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.model import FactoredModel
+from abtrain.merging.carry_over import carry_to_factors, carry_to_weights
 from abtrain.merging.merger import Merger
 from abtrain.merging.roles import trained_factors
 from abtrain.merging.rounds import Rounds
@@ -76,11 +77,11 @@ class PhaseChange:
         # The old wrapper holds gradient buffers as large as the model: they go before new parameters come.
         self.unwrap()
         reshaped = bool(records) or phase.weights == "factored"
-        self._merger.to_weights(records.values(), momentum=self._model.projects)
+        carry_to_weights(self._merger, records.values(), momentum=self._model.projects)
         self._model.restore()
         if phase.weights == "factored":
             self._factorize(position, recipe)
-            self._merger.to_factors(self._model.records.values(), momentum=self._model.projects)
+            carry_to_factors(self._merger, self._model.records.values(), momentum=self._model.projects)
         if reshaped:
             self._make_alike(restored)
             self._rebound.start(recipe.lr_rebound_steps)

@@ -12,7 +12,7 @@ A worker whose part is not finite has no share: the others share what it would h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,6 @@ from abtrain.comm.traffic import Calls
 from abtrain.consistency.agreement import ROLL_CALL, Place, Told, gather_json, roll_call, share
 from abtrain.errors import NonFiniteError, OnNonFinite
 from abtrain.failpoints import fail_at
-from abtrain.lowrank.tangent import to_factors, to_weight
-from abtrain.lowrank.weight import FactoredWeight
 from abtrain.merging.buffers import Buffers, Compared, is_finite, settled
 from abtrain.merging.wires import make_wire
 from abtrain.merging.wires.wire import Averages, Wire
@@ -226,44 +224,10 @@ class Merger:
         mine = alive[self._comm.rank]
         return [tensor * scale if mine else torch.zeros_like(tensor) for tensor in tensors]
 
-    def to_weights(self, records: Iterable[FactoredWeight], momentum: bool) -> None:
-        """The factors are about to become weights again: what is known of their changes follows.
-
-        Args:
-            records: the factored weights, their factors still in place.
-            momentum: whether outer momentum follows too, or starts anew.
-        """
-        for record, store, (name_A, name_B) in self._followed(records, momentum):
-            E_A, E_B = store.pop(name_A, None), store.pop(name_B, None)
-            if E_A is None and E_B is None:
-                continue
-            dtype = (E_A if E_A is not None else E_B).dtype  # type: ignore[union-attr]  # one of them is there
-            A, B = record.A.detach().to(dtype), record.B.detach().to(dtype)
-            # A factor that nobody trained has no change.
-            E_A, E_B = torch.zeros_like(A) if E_A is None else E_A, torch.zeros_like(B) if E_B is None else E_B
-            store[record.name] = record.matrix_shape.to_tensor(to_weight(E_A, E_B, A, B)).contiguous()
-
-    def to_factors(self, records: Iterable[FactoredWeight], momentum: bool) -> None:
-        """Weights have become factors: what is known of their changes follows, as far as factors can say it."""
-        for record, store, (name_A, name_B) in self._followed(records, momentum):
-            E = store.pop(record.name, None)
-            if E is not None:
-                matrix = record.matrix_shape.to_matrix(E)
-                store[name_A], store[name_B] = to_factors(matrix, record.A.data, record.B.data)
-
-    def _followed(
-        self, records: Iterable[FactoredWeight], momentum: bool
-    ) -> Iterator[tuple[FactoredWeight, Tensors, tuple[str, str]]]:
-        for record in records:
-            names = (f"{record.name}.A", f"{record.name}.B")
-            for wire in self._wires.values():
-                wire.forget([record.name, *names])
-            if momentum:
-                yield record, self.momentum, names
-            else:
-                for name in (record.name, *names):
-                    self.momentum.pop(name, None)
-            yield record, self.residuals, names
+    def forget(self, names: Sequence[str]) -> None:
+        """Drops what wires have learnt about tensors whose shape or basis changes."""
+        for wire in self._wires.values():
+            wire.forget(names)
 
     def _alive(self, parts: Sequence[Part], compared: Compared, deltas: Mapping[str, Tensor]) -> list[bool]:
         """Which workers' parts are finite.
