@@ -137,7 +137,7 @@ class _Worker:
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
-        while os.getpgid(self.pid) != self.pid:
+        while self._process.exitcode is None and os.getpgid(self.pid) != self.pid:
             time.sleep(0.001)  # the launcher signals all of a worker's session
 
     def poll(self) -> int | None:

@@ -93,7 +93,7 @@ def test_a_signal_to_all_processes_at_once_is_one_request(
 
 def test_workers_of_groups_stop_amid_a_round(tmp_path: Path) -> None:
     """One that waits for the others' answers would hold up the rest of its group, which then could not answer."""
-    command = ("train", "ab", *RECIPES["ab"], *LONG, "--workers", "4", "--group-size", "2")
+    command = ("train", RECIPES["ab"], *LONG, "--workers", "4", "--group-size", "2")
     run = start(tmp_path, *command, plan="term 1 40 step")
     assert assert_saved(run, tmp_path) > 40
 
