@@ -3,7 +3,10 @@ BIN := .venv/bin
 # A file of exact versions, such as constraints.txt: those that continuous integration runs with.
 CONSTRAINTS ?=
 
-.PHONY: setup demo test check format clean
+# One thread a process: tests run several at a time, on small tensors.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo quick test check format clean
 
 setup: .venv/.installed
 
@@ -15,8 +18,13 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/abtrain train ab_outer --task digits-mlp --workers 4
 
-test: setup
-	$(BIN)/python -m pytest
+# Tests of one process or of kept ranks, two files at a time: what a change should pass at every step.
+quick: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+
+# The rest may need the machine for itself: processes that are killed, links that are shaped.
+test: quick
+	$(BIN)/python -m pytest tests/multiprocess tests/faults tests/lab
 
 check: setup
 	$(BIN)/ruff format --check .

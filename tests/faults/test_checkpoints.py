@@ -20,6 +20,7 @@ import torch
 from abtrain import failpoints as faults
 from abtrain.checkpoint import store as checkpoint
 from abtrain.checkpoint import tensor_files as saved_files
+from abtrain.checkpoint import tidying
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import CheckpointError
@@ -117,7 +118,8 @@ def test_a_crash_at_any_moment_leaves_a_complete_checkpoint(
         if len(passed) == moment + 1:
             raise Crash
 
-    monkeypatch.setattr(checkpoint, "fail_at", crash)
+    for module in (checkpoint, tidying):
+        monkeypatch.setattr(module, "fail_at", crash)
     with pytest.raises(Crash):
         checkpoint.save(tmp_path, 3, content(0, 3), SingleProcess(), keep=1)
     monkeypatch.undo()

@@ -19,6 +19,7 @@ import torch.optim.lr_scheduler as schedulers
 from abtrain import ABTraining, FixedRank, recipes, weights_digest
 from abtrain import failpoints as faults
 from abtrain.checkpoint import store as checkpoint
+from abtrain.checkpoint import tidying
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import CheckpointError
@@ -57,7 +58,8 @@ def test_a_crash_while_a_step_is_saved_again_loses_neither(
         if len(passed) == moment + 1:
             raise Crash
 
-    monkeypatch.setattr(checkpoint, "fail_at", crash)
+    for module in (checkpoint, tidying):
+        monkeypatch.setattr(module, "fail_at", crash)
     # Nothing is left to prune where two are kept.
     if keep == 2 and MOMENTS[moment] == "prune":
         save(tmp_path, 10, 2.0, keep)
