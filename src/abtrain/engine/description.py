@@ -99,4 +99,6 @@ class Description:
     def _total_line(self) -> str:
         total = sum(self.parameters.values())
         shares = (f"{count:,} {kind} ({count / max(total, 1):.2%})" for kind, count in self.parameters.items())
-        return f"{total:,} parameters: {', '.join(shares)}"
+        dense = sum(t.numel for t in self.treatments if t.name in self.dense_this_cycle)
+        note = f"; of the factored, {dense:,} are dense in this cycle" if dense else ""
+        return f"{total:,} parameters: {', '.join(shares)}{note}"
