@@ -170,8 +170,8 @@ def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
     if 0 < steps < _FEW_STEPS:
         doubts.append(
             f"weights are factored after {steps} steps, when a model that is trained from scratch has not found its "
-            f"directions, and what is cut off then is lost: give a warm-up of at least {_FEW_STEPS} steps (warmup_steps), "
-            "or take local_sgd"
+            f"directions, and what is cut off then is lost: give a warm-up of at least {_FEW_STEPS} steps "
+            "(warmup_steps), or take local_sgd"
         )
     return doubts
 
