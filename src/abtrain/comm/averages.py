@@ -42,6 +42,7 @@ def sent_by_average(tensors: Sequence[Tensor]) -> Calls:
     return tuple(Traffic("all_reduce", "world", bucket.flat.nbytes) for bucket in pack(tensors))
 
 
-def largest(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The largest magnitude in each tensor, on its device: NaN or infinity where it holds any. It cannot overflow."""
-    return [torch.linalg.vector_norm(tensor.detach(), ord=float("inf")) for tensor in tensors if tensor.numel()]
+def extremes(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the least and the greatest number of each tensor, on its device: NaN or infinity if it holds any."""
+    real = (torch.view_as_real(t) if t.is_complex() else t for t in tensors if t.numel())
+    return [torch.stack(torch.aminmax(tensor.detach())) for tensor in real]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _BufferCommHookLocation
 
-from abtrain.comm.averages import largest
+from abtrain.comm.averages import extremes
 from abtrain.comm.communicator import nothing, still_open
 from abtrain.comm.following import Following
 from abtrain.comm.hooks import GradientHook
@@ -108,7 +108,7 @@ class TorchDataParallel:
         self._arrivals.order = list(arrivals)
 
     def spoiled(self) -> bool:
-        return not all(bool(one.isfinite()) for one in self._averaging.brought)
+        return not all(bool(one.isfinite().all()) for one in self._averaging.brought)
 
     def close(self) -> None:
         if self._hook is not None and self._hook.arrivals is not None and len(self.arrivals()) == len(self._trained):
@@ -190,7 +190,7 @@ class _Averaging:
     Attributes:
         rehearses: whether gradients are zeros that nobody is to hear of.
         buffers: which follow the first rank.
-        brought: of each bucket of the last pass, the largest magnitude before it was averaged.
+        brought: of each bucket of the last pass, the least and the greatest number before it was averaged.
     """
 
     def __init__(self, link: Link, buffers: Following, extra_bytes: int, hook: GradientHook | None) -> None:
@@ -211,7 +211,7 @@ class _Averaging:
             )
             done.set_result(buffer)
             return done
-        self.brought = [*([] if self._starts else self.brought), *largest([buffer])]
+        self.brought = [*([] if self._starts else self.brought), *extremes([buffer])]
         self._starts = bucket.is_last()
         work: dist.Work | torch.futures.Future[Tensor]
         if self._hook is None:

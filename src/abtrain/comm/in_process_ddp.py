@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from abtrain.comm.averages import largest
+from abtrain.comm.averages import extremes
 from abtrain.comm.communicator import still_open
 from abtrain.comm.layouts import Layouts
 from abtrain.comm.rendezvous import add, copied
@@ -83,7 +83,7 @@ class InProcessDataParallel:
         pass
 
     def spoiled(self) -> bool:
-        return not all(bool(one.isfinite()) for one in self._brought)
+        return not all(bool(one.isfinite().all()) for one in self._brought)
 
     def close(self) -> None:
         self._detach()
@@ -113,7 +113,7 @@ class InProcessDataParallel:
     def _average_gradients(self) -> None:
         parameters = list(self._parameters.values())
         shares = [torch.zeros_like(p) if p.grad is None else p.grad * self._share for p in parameters]
-        self._brought = largest(shares)
+        self._brought = extremes(shares)
         if self._find_unused:
             shares.append(torch.tensor([name in self._used for name in self._parameters], dtype=torch.int32))
         sums = self._meet("average of gradients", shares, combine=add)
