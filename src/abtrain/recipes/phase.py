@@ -39,6 +39,16 @@ class Phase:
     factor_lr: float = 1.0
     local_lr: float = 1.0
 
+    @property
+    def rounds(self) -> WeightSync | None:
+        """How groups that train alone merge; None if they never train alone."""
+        return self.sync if isinstance(self.sync, WeightSync) else None
+
+    @property
+    def shares_gradients(self) -> bool:
+        """Whether all workers step by the same gradients."""
+        return isinstance(self.sync, GradientSync)
+
     def problems(self) -> list[str]:
         """Returns the problems of the phase; empty if there are none."""
         where = f"phase {self.name!r}"
