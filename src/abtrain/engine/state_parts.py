@@ -35,6 +35,7 @@ from abtrain.comm.topology import Topology
 from abtrain.lowrank.classify import UNSHARED, Treatment
 from abtrain.lowrank.fit import Layout, buffer_layout, dense_layout, state_layout
 from abtrain.lowrank.model import FactoredModel
+from abtrain.lowrank.names import factor_names
 from abtrain.merging.merger import wide
 from abtrain.merging.roles import trained_by, trained_factors
 from abtrain.merging.rounds import CHECKING, merging
@@ -90,10 +91,10 @@ class Place:
         self.recipe, self.position = run.recipe, position_of(run.recipe, state)
         self.ended = self.step == self.recipe.total_steps
         layout = state_layout(run.model, state["model"])
-        self.factors = [f"{name}.{letter}" for name in state["model"]["factored"] for letter in "AB"]
+        self.factors = [factor for name in state["model"]["factored"] for factor in factor_names(name)]
         self.parameters: Layout = {}
         for treatment in run.treatments:
-            pair = (f"{treatment.name}.A", f"{treatment.name}.B")
+            pair = factor_names(treatment.name)
             names = pair if pair[0] in self.factors else (treatment.name,)
             self.parameters |= as_real({name: layout[name] for name in names if treatment.kind not in UNSHARED})
         self.buffers = as_real(buffer_layout(run.model, state["model"]))
@@ -127,7 +128,9 @@ def _arrivals(at: Place) -> Check:
     dense = {name: p for name, p in model.parameters().items() if name not in model.factors()}
     dense |= {name: record.dense for name, record in model.records.items()}
     own = own_names(model.model)
-    count = sum(p.requires_grad for name, p in dense.items() if f"{name}.A" not in factors and name not in own)
+    count = sum(
+        p.requires_grad for name, p in dense.items() if factor_names(name)[0] not in factors and name not in own
+    )
     both = trained_factors(at.position, at.run.topology, at.run.rank) == "all"
     count += len(at.factors) // (1 if both else 2)
     order = list(range(count))
@@ -138,7 +141,7 @@ def _merger(at: Place) -> Check:
     model, phases = at.run.model, at.recipe.phases
     wide_ones = {name: like(p, wide(p.dtype)) for name, p in at.parameters.items()}
     # Between phases of rounds, the anchors of the last one are held, and used no more.
-    stale = [*dense_layout(model), *(f"{name}.{letter}" for name in model.names for letter in "AB")]
+    stale = [*dense_layout(model), *(factor for name in model.names for factor in factor_names(name))]
     wires = {phase.sync.wire for phase in phases if isinstance(phase.sync, WeightSync)}
     workers = at.run.topology.world_size
     kept = {wire: make_wire(wire_between(workers, wire)).keeps(at.parameters) for wire in wires}
@@ -207,7 +210,7 @@ def _rebound(at: Place) -> Check:
 def _preconditioner(at: Place) -> Check:
     roots = mapping(dict.fromkeys(at.run.model.names, row(*[tensor((None, None))] * 2)), required=())
     if at.position.phase.damping and not at.ended and not at.state["round_began"]:
-        B = {name: at.parameters[f"{name}.B"] for name in at.state["model"]["factored"]}
+        B = {name: at.parameters[factor_names(name)[1]] for name in at.state["model"]["factored"]}
         square = {name: tensor((len(b),) * 2, torch.promote_types(b.dtype, torch.float32)) for name, b in B.items()}
         roots = mapping({name: row(check, check) for name, check in square.items()})
     return mapping({"damping": number(0), "scale": number(0), "roots": roots})

@@ -30,6 +30,7 @@ from abtrain.checks import (
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.model_state import modules_with_extra_state, own_tensors
+from abtrain.lowrank.names import factor_names
 from abtrain.lowrank.optimizer_fit import optimizer_problems
 from abtrain.own import caches, own_names, shared_buffers
 
@@ -99,8 +100,9 @@ def state_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
     layout = dense_layout(model)
     for name in state["factored"]:
         dense = layout.pop(name)
-        matrix, k = MatrixShape(dense.shape), state["weights"][f"{name}.B"].shape[0]
-        layout |= {f"{name}.A": meta((matrix.m, k), dense.dtype), f"{name}.B": meta((k, matrix.n), dense.dtype)}
+        name_A, name_B = factor_names(name)
+        matrix, k = MatrixShape(dense.shape), len(state["weights"][name_B])
+        layout |= {name_A: meta((matrix.m, k), dense.dtype), name_B: meta((k, matrix.n), dense.dtype)}
     return layout
 
 
@@ -115,7 +117,7 @@ def _name_problems(model: FactoredModel, state: Mapping[str, Any], factored: boo
         yield "a weight is factored twice there"
     if names and not factored:
         yield f"{names[0]} is factored there, in a phase of full weights"
-    expected = (dense_layout(model).keys() - {*names}) | {f"{name}.{letter}" for name in names for letter in "AB"}
+    expected = (dense_layout(model).keys() - {*names}) | {factor for name in names for factor in factor_names(name)}
     odd = sorted((expected - own_names(model.model)) ^ state["weights"].keys())
     if odd:
         yield f"parameters differ: {', '.join(map(said, odd[:5]))}"
@@ -123,7 +125,7 @@ def _name_problems(model: FactoredModel, state: Mapping[str, Any], factored: boo
 
 def _rank_problems(dense: Layout, state: Mapping[str, Any]) -> Iterator[str]:
     for name in state["factored"]:
-        A, B = (tuple(state["weights"][f"{name}.{letter}"].shape) for letter in "AB")
+        A, B = (tuple(state["weights"][factor].shape) for factor in factor_names(name))
         m, n = MatrixShape(dense[name].shape).m, MatrixShape(dense[name].shape).n
         if len(B) != 2 or not (1 <= B[0] <= n and (m, B[0]) == A and B[1] == n):
             yield f"factors {A} and {B} of {name} are not of an ({m}, {n}) matrix"

@@ -12,7 +12,7 @@ from abtrain.lowrank.classify import UNSHARED, Treatment
 from abtrain.lowrank.loading import cutting
 from abtrain.lowrank.mark import FactoredMark
 from abtrain.lowrank.matrix import MatrixShape
-from abtrain.lowrank.names import tensors_of, without_compiled
+from abtrain.lowrank.names import factor_names, tensors_of, without_compiled
 from abtrain.lowrank.optimizer import (
     fresh_state,
     is_projectable,
@@ -88,8 +88,10 @@ class FactoredModel:
 
     def factors(self) -> dict[str, nn.Parameter]:
         """The factors that live at present: `NAME.A` and `NAME.B` of every weight NAME that is factored."""
-        pairs = ((f"{name}.{letter}", record, letter) for name, record in self.records.items() for letter in "AB")
-        return {key: getattr(record, letter) for key, record, letter in pairs}
+        factors: dict[str, nn.Parameter] = {}
+        for name, record in self.records.items():
+            factors |= zip(factor_names(name), (record.A, record.B), strict=True)
+        return factors
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All parameters as they are at present, frozen ones too: factors as `NAME.A` and `NAME.B`."""
@@ -105,7 +107,7 @@ class FactoredModel:
         for treatment in treatments:
             name = treatment.name
             if name in self.records:
-                trained |= {f"{name}.A": factors[f"{name}.A"], f"{name}.B": factors[f"{name}.B"]}
+                trained |= {factor: factors[factor] for factor in factor_names(name)}
             elif treatment.kind not in UNSHARED:
                 trained[name] = self.model.get_parameter(name)
         return trained
@@ -205,7 +207,7 @@ class FactoredModel:
             if record is None:
                 state[name] = tensor
             else:
-                state |= {f"{name}.A": record.A.detach(), f"{name}.B": record.B.detach()}
+                state |= zip(factor_names(name), (record.A.detach(), record.B.detach()), strict=True)
         return state
 
     def load_dense_state_dict(self, state: Mapping[str, Tensor], cut: bool) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from abtrain.lowrank.model import FactoredModel
+from abtrain.lowrank.names import factor_names
 from abtrain.lowrank.optimizers import settings_of
 from abtrain.lowrank.svd import Factors
 from abtrain.own import own_names, shared_buffers
@@ -62,7 +63,7 @@ def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
     weights = state["weights"]
     device = next(iter(model.model.parameters())).device
     pairs = {
-        name: Factors(*(weights[f"{name}.{letter}"].to(device, copy=True) for letter in "AB"))
+        name: Factors(*(weights[factor].to(device, copy=True) for factor in factor_names(name)))
         for name in state["factored"]
     }
     model.reshape(pairs, float(state["damping"]), float(state["compression"]))

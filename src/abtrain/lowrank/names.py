@@ -1,4 +1,4 @@
-"""Names and entries of a model's state, as the user's model has them."""
+"""Names of weights and their factors, and of the entries of a model's state."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+
+def factor_names(weight: str) -> tuple[str, str]:
+    """Names of the factors A and B of a weight."""
+    return f"{weight}.A", f"{weight}.B"
+
+
+def factor_letter(name: str) -> str:
+    """`A` or `B` for the name of a factor, and an empty string for any other name."""
+    return name[-1] if name.endswith((".A", ".B")) else ""
+
+
+def weight_name(name: str) -> str:
+    """The name of the weight that a factor belongs to; any other name as it is."""
+    return name[:-2] if factor_letter(name) else name
 
 
 def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:

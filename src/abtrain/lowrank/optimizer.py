@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from abtrain.lowrank.names import factor_names, weight_name
 from abtrain.lowrank.optimizers import Optimizers, is_a
 from abtrain.lowrank.weight import FactoredWeight
 
@@ -66,8 +67,8 @@ def _replace_in(group: dict[str, Any], old: Sequence[nn.Parameter], new: Sequenc
         kept = [(p, i) for i, p in enumerate(parameters) if id(p) not in gone]
         names = group.get("param_names")
         if names is not None:
-            stem = names[places[0]].removesuffix(".A")
-            fresh = [stem] if len(new) == 1 else [f"{stem}.{letter}" for letter in "AB"]
+            weight = weight_name(names[places[0]])
+            fresh = (weight,) if len(new) == 1 else factor_names(weight)
             before = [names[i] for _, i in kept if i < places[0]]
             names[:] = [*before, *fresh, *(names[i] for _, i in kept if i > places[0])]
         # In place: some optimizers keep this very list.

@@ -31,6 +31,7 @@ from abtrain.checks import (
     whole,
 )
 from abtrain.lowrank.model import FactoredModel
+from abtrain.lowrank.names import weight_name
 from abtrain.lowrank.optimizers import PARAMETERS, settings_of
 
 SCHEDULED = frozenset({"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"})
@@ -84,19 +85,14 @@ def _unlike_owners(model: FactoredModel, optimizer: Optimizer, owned: Sequence[S
     """Describes a param group that holds other parameters than the saved one; empty if there is none."""
     known = {id(parameter): name for name, parameter in model.parameters().items()}
     for place, (group, saved) in enumerate(zip(optimizer.param_groups, owned, strict=False)):
-        ours = {_of_weight(known.get(id(p), "")) for p in group["params"]}
-        theirs = {_of_weight(name) for name in saved}
+        ours = {weight_name(known.get(id(p), "")) for p in group["params"]}
+        theirs = set(map(weight_name, saved))
         # A group may have grown by what was added to the model since, in another state that does not fit either.
         if ours != theirs:
             one = sorted(ours ^ theirs)[0]
             there, here = ("is", "is not") if one in theirs else ("is not", "is")
             return f"{said(one)} {there} in param group {place} there, and {here} in it here: give the same groups"
     return ""
-
-
-def _of_weight(name: str) -> str:
-    """The weight that a factor belongs to, or the parameter itself."""
-    return name.removesuffix(".A").removesuffix(".B")
 
 
 def _rate_problems(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -161,9 +157,9 @@ def _state_problems(
     group_of = {id(p): place for place, group in enumerate(optimizer.param_groups) for p in group["params"]}
     places = {name: group_of[id(p)] for name, p in model.parameters().items() if id(p) in group_of}
     # Whatever form a weight has, it is in the same group.
-    places |= {name: places[f"{name}.A"] for name in model.records if f"{name}.A" in places}
+    places |= {weight_name(name): place for name, place in places.items()}
     for name, weight in layout.items():
-        place = places.get(name, places.get(name.removesuffix(".A").removesuffix(".B")))
+        place = places.get(name, places.get(weight_name(name)))
         if place is None:
             continue
         try:

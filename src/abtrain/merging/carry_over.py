@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from abtrain.lowrank.names import factor_names
 from abtrain.lowrank.tangent import to_factors, to_weight
 from abtrain.lowrank.weight import FactoredWeight
 from abtrain.merging.merger import Merger, Tensors
@@ -44,7 +45,7 @@ def _stores(
 ) -> Iterator[tuple[FactoredWeight, Tensors, tuple[str, str]]]:
     """Yields each weight with each store that is converted, and the names of its factors."""
     for record in records:
-        names = (f"{record.name}.A", f"{record.name}.B")
+        names = factor_names(record.name)
         merger.forget([record.name, *names])
         if momentum:
             yield record, merger.momentum, names

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from abtrain.comm.communicator import Communicator
+from abtrain.lowrank.names import factor_letter
 
 
 class Divergence:
@@ -55,7 +56,7 @@ class Divergence:
         roots = (sums / self._comm.topology.world_size).clamp(min=0).sqrt().tolist()
         found = {}
         for name, (distance, subspace) in zip(names, roots, strict=True):
-            found[name] = {"distance": distance} | ({"subspace": subspace} if _is_factor(name) else {})
+            found[name] = {"distance": distance} | ({"subspace": subspace} if factor_letter(name) else {})
         self.last = found
 
     def take(self) -> dict[str, Any] | None:
@@ -64,17 +65,13 @@ class Divergence:
         return taken
 
 
-def _is_factor(name: str) -> bool:
-    return name.endswith((".A", ".B"))
-
-
 def _local(name: str, anchor: Tensor, change: Tensor, mean: Tensor) -> tuple[float, float]:
     """This worker's part of the two: |X_i - X|^2 / |X|^2, and 1 - |Q_i^T Q|^2 / k."""
     X_i, X = (anchor + change).double(), (anchor + mean).double()
     square = float(torch.linalg.vector_norm(X_i - X) ** 2 / torch.linalg.vector_norm(X).clamp(min=1e-30) ** 2)
-    if not _is_factor(name) or torch.equal(X_i, X):
+    if not factor_letter(name) or torch.equal(X_i, X):
         return square, 0.0
-    if name.endswith(".B"):
+    if factor_letter(name) == "B":
         X_i, X = X_i.T, X.T
     Q_i, Q = torch.linalg.qr(X_i)[0], torch.linalg.qr(X)[0]
     return square, float(1 - torch.linalg.matrix_norm(Q_i.T @ Q) ** 2 / Q.shape[1])

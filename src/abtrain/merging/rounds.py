@@ -16,6 +16,7 @@ from abtrain.comm.stages import Background, Stages, finish
 from abtrain.consistency.agreement import Told, roll_call
 from abtrain.consistency.replicas import check_replicas
 from abtrain.failpoints import fail_at
+from abtrain.lowrank.names import factor_names, weight_name
 from abtrain.merging.merger import Merger
 from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.recipes.recipe import Position
@@ -292,7 +293,7 @@ def cut_into_fragments(tensors: Mapping[str, Tensor], count: int) -> list[dict[s
     fragments: list[dict[str, Tensor]] = [{} for _ in range(count)]
     before, place, previous = 0, 0, ""
     for name, tensor in tensors.items():
-        partner = name.endswith(".B") and previous == f"{name[:-1]}A"
+        partner = (previous, name) == factor_names(weight_name(name))
         if not partner:
             place = min(before * count // max(total, 1), count - 1)
         fragments[place][name] = tensor

@@ -17,6 +17,7 @@ from abtrain.commands.paper.runs import Run
 from abtrain.commands.paper.studies import STUDIES
 from abtrain.commands.paper.tables import Row, Table, remarked, study_table
 from abtrain.files import write_whole
+from abtrain.lowrank.names import factor_letter, weight_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,12 +116,12 @@ def _divergence_figures(name: str, runs: Sequence[Run], folder: Path) -> list[Fi
         histories = _histories(run)
 
         def lines(axes: Axes, histories: dict[str, Any] = histories) -> None:
-            weights = list(dict.fromkeys(_weight(layer) for layer in histories))
+            weights = list(dict.fromkeys(weight_name(layer) for layer in histories))
             for layer, history in histories.items():
                 steps = [step for step, _ in history]
                 values = [distances["distance"] for _, distances in history]
-                dash = "--" if layer.endswith(".B") else "-"
-                colour = COLOURS[weights.index(_weight(layer)) % len(COLOURS)]
+                dash = "--" if factor_letter(layer) == "B" else "-"
+                colour = COLOURS[weights.index(weight_name(layer)) % len(COLOURS)]
                 axes.plot(steps, values, dash, color=colour, label=layer)
             axes.set_yscale("log")
             axes.set_xlabel("step")
@@ -132,11 +133,6 @@ def _divergence_figures(name: str, runs: Sequence[Run], folder: Path) -> list[Fi
         title = f"{run.cell.method}, {run.cell.nodes} nodes"
         figures.append(Figure(file, title, f"Each merge of seed 0: sqrt(mean |X_i - X|^2) / |X|, by layer. {_NOTE}"))
     return figures
-
-
-def _weight(layer: str) -> str:
-    """The weight that a layer's name is of: its own, or that of its factors."""
-    return layer.removesuffix(".A").removesuffix(".B")
 
 
 def _divergence_table(runs: Sequence[Run]) -> Table:

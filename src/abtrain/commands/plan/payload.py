@@ -28,6 +28,7 @@ from abtrain.consistency.optimizers import OptimizerShape, sent_by_equalize_opti
 from abtrain.consistency.replicas import sent_by_check_replicas
 from abtrain.consistency.settings import sent_by_check_settings
 from abtrain.lowrank.classify import UNSHARED
+from abtrain.lowrank.names import factor_names
 from abtrain.lowrank.svd import Factors
 from abtrain.merging.buffers import sent_by_first_comparison
 from abtrain.merging.merger import sent_by_merge
@@ -192,8 +193,8 @@ class _Walk:
         held = []
         for name, W in self._model.parameters.items():
             if name in self._matrices and name in ranks:
-                A, B = self._factors(name, ranks)
-                held += [_Held(f"{name}.A", A, "A"), _Held(f"{name}.B", B, "B")]
+                (name_A, name_B), (A, B) = factor_names(name), self._factors(name, ranks)
+                held += [_Held(name_A, A, "A"), _Held(name_B, B, "B")]
             else:
                 part: Literal["whole", "frozen"] = "frozen" if self._model.kinds[name] in UNSHARED else "whole"
                 held.append(_Held(name, W, part, name not in self._model.without_gradient))
