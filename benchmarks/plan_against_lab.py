@@ -23,7 +23,7 @@ from abtrain.commands.compare.contestants import contestants
 from abtrain.commands.compare.result_files import read_record
 from abtrain.commands.plan.advice import Setting
 from abtrain.commands.plan.bench import Bench, measure_decompositions
-from abtrain.commands.plan.collectives import Cluster, Link
+from abtrain.commands.plan.collectives import Cluster, NodeLink
 from abtrain.commands.plan.shapes import shapes_of
 from abtrain.commands.plan.worker_seconds import WorkerSeconds
 from abtrain.commands.tasks.task import TASKS
@@ -68,7 +68,7 @@ def _line(settings: dict[str, Any], row: dict[str, Any], rows: list[dict[str, An
         compression=row["compression"],
         steps=settings["steps"],
         alone=replace(alone.times(slower), step=step_seconds),
-        cluster=Cluster(settings["nodes"], Link(settings["rate"], latency), settings["workers_per_node"]),
+        cluster=Cluster(settings["nodes"], NodeLink(settings["rate"], latency), settings["workers_per_node"]),
         measure_factors=lambda ranks: bench.factors(ranks).times(slower),
     )
     workers = settings["nodes"] * settings["workers_per_node"]

@@ -10,14 +10,14 @@ import pytest
 from abtrain.commands.compare import command as compare
 from abtrain.commands.compare import comparison as arguments
 from abtrain.commands.compare.contestants import Contestant
-from abtrain.commands.compare.runs import Task
+from abtrain.commands.compare.runs import ComparisonRun
 from tests.faults.kept_runs import CONFIG, StandInLab, finish
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> Task:
+def task(tmp_path: Path) -> ComparisonRun:
     """A run of a comparison that has come to its end."""
-    return finish(Task(Contestant("ab_outer", CONFIG), 0, 10**8, tmp_path / "runs" / "ab_outer"))
+    return finish(ComparisonRun(Contestant("ab_outer", CONFIG), 0, 10**8, tmp_path / "runs" / "ab_outer"))
 
 
 @pytest.fixture

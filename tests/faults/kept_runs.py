@@ -12,10 +12,10 @@ import pytest
 from abtrain import __version__
 from abtrain.commands import cli
 from abtrain.commands.compare import kept
-from abtrain.commands.compare.runs import Task
+from abtrain.commands.compare.runs import ComparisonRun
 from abtrain.commands.paper.experiments import SCALES, cells
 from abtrain.commands.paper.published import AB
-from abtrain.commands.paper.runs import Run, plan_runs
+from abtrain.commands.paper.runs import PaperRun, plan_runs
 from abtrain.commands.train.config import TrainConfig, resolve
 from abtrain.commands.train.config_file import from_toml
 
@@ -37,7 +37,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def finish(task: Task, **values: object) -> Task:
+def finish(task: ComparisonRun, **values: object) -> ComparisonRun:
     """Puts into its folder what a run leaves that came to its end."""
     task.folder.mkdir(parents=True, exist_ok=True)
     if not (task.folder / "request.toml").exists():
@@ -92,11 +92,11 @@ def compared(out: Path, *more: str, recipes: tuple[str, ...] = ("ab_outer",)) ->
     return int(ended.value.code or 0)
 
 
-def full_run(out: Path) -> Run:
+def full_run(out: Path) -> PaperRun:
     return plan_runs(cells("table1", SCALES["full"], methods=(AB,)), 1, out)[0]
 
 
-def put_result(run: Run) -> Path:
+def put_result(run: PaperRun) -> Path:
     (run.folder / "train/checkpoints").mkdir(parents=True)
     (run.folder / "train/checkpoints/model.safetensors").write_text("weights of two days")
     (run.folder / "train/result.json").write_text(json.dumps(RESULT))

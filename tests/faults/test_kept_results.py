@@ -19,11 +19,11 @@ from abtrain.commands import cli
 from abtrain.commands.compare import command as compare
 from abtrain.commands.compare import kept, runs
 from abtrain.commands.compare.contestants import Contestant
-from abtrain.commands.compare.runs import Task, check, outcome
+from abtrain.commands.compare.runs import ComparisonRun, check, outcome
 from abtrain.commands.lab import LabConfig
 from abtrain.commands.paper.experiments import Cell
 from abtrain.commands.paper.published import AB
-from abtrain.commands.paper.runs import Run, run_all, write_request
+from abtrain.commands.paper.runs import PaperRun, run_all, write_request
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import TrainConfig, resolve
 from abtrain.commands.train.config_file import from_toml, to_toml
@@ -58,7 +58,7 @@ EDITS: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("record", ["with a record", "without one"])
 @pytest.mark.parametrize("edit", EDITS)
-def test_requests_that_ask_for_the_same(edit: str, record: str, task: Task) -> None:
+def test_requests_that_ask_for_the_same(edit: str, record: str, task: ComparisonRun) -> None:
     request = task.folder / "request.toml"
     request.write_text(EDITS[edit](request.read_text()))
     if record == "without one":
@@ -89,7 +89,7 @@ DIFFERENCES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("record", ["with a record", "without one"])
 @pytest.mark.parametrize("kind", DIFFERENCES)
-def test_runs_with_other_settings_are_refused_by_name(kind: str, record: str, task: Task) -> None:
+def test_runs_with_other_settings_are_refused_by_name(kind: str, record: str, task: ComparisonRun) -> None:
     spoil, named = DIFFERENCES[kind]
     spoil(task.folder / "request.toml")
     if record == "without one":
@@ -105,7 +105,7 @@ def test_runs_with_other_settings_are_refused_by_name(kind: str, record: str, ta
     assert contents(task.folder / "train") == before
 
 
-def test_a_folder_without_a_request_is_not_ours(task: Task) -> None:
+def test_a_folder_without_a_request_is_not_ours(task: ComparisonRun) -> None:
     for name in ("request.toml", "request.json"):
         (task.folder / name).unlink()
     with pytest.raises(ConfigurationError, match=r"request.toml is missing"):
@@ -113,14 +113,14 @@ def test_a_folder_without_a_request_is_not_ours(task: Task) -> None:
 
 
 @pytest.mark.parametrize("record", [b"", b"[]", b"\xff", b'{"abtrain": 1, "settings": {}}', b'{"settings": []}'])
-def test_a_record_that_is_damaged(record: bytes, task: Task) -> None:
+def test_a_record_that_is_damaged(record: bytes, task: ComparisonRun) -> None:
     (task.folder / "request.json").write_bytes(record)
     assert not task.done
     with pytest.raises(ConfigurationError, match=r"request.json is damaged"):
         check([task], overwrite=False)
 
 
-def test_a_request_of_another_version(task: Task) -> None:
+def test_a_request_of_another_version(task: ComparisonRun) -> None:
     """It may have settings that this one does not know; one that its user has added is named all the same."""
     record, request = task.folder / "request.json", task.folder / "request.toml"
     content = json.loads(record.read_text())
@@ -141,7 +141,7 @@ def test_a_default_of_the_task_that_has_changed(
     name: str, record: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(recipe="ddp", workers=2)
-    task = Task(Contestant("ddp", config), 0, 10**8, tmp_path / "ddp")
+    task = ComparisonRun(Contestant("ddp", config), 0, 10**8, tmp_path / "ddp")
     trained = dataclasses.asdict(resolve(dataclasses.replace(config, device="cpu")))
     if record != "with a record":
         task.folder.mkdir()
@@ -154,7 +154,7 @@ def test_a_default_of_the_task_that_has_changed(
     assert kept.differences(task.folder, task.config) == [f"{name} is {before!r} there and {before * 2!r} here"]
 
 
-def test_a_default_of_the_recipe_that_has_changed(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_default_of_the_recipe_that_has_changed(task: ComparisonRun, monkeypatch: pytest.MonkeyPatch) -> None:
     build = recipes.build
 
     def changed(name: str, steps: int, **options: Any) -> Any:
@@ -168,7 +168,7 @@ def test_a_default_of_the_recipe_that_has_changed(task: Task, monkeypatch: pytes
     ]
 
 
-def test_a_field_that_recipes_have_in_another_version(task: Task) -> None:
+def test_a_field_that_recipes_have_in_another_version(task: ComparisonRun) -> None:
     record = task.folder / "request.json"
     content = json.loads(record.read_text())
     content["recipe"]["cycle"][0]["grafting"] = None
@@ -182,13 +182,13 @@ def test_a_field_that_recipes_have_in_another_version(task: Task) -> None:
 
 
 @pytest.mark.parametrize("recipe", [None, 3, [], {}, {"kind": "Recipe", "cycle": {}}, {"kind": ["Recipe"]}])
-def test_a_recorded_recipe_that_cannot_be(recipe: object, task: Task) -> None:
+def test_a_recorded_recipe_that_cannot_be(recipe: object, task: ComparisonRun) -> None:
     record = task.folder / "request.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"recipe": recipe}))
     assert not task.done and kept.differences(task.folder, task.config)[0].startswith("recipe")
 
 
-def test_a_link_to_the_runs_of_another_disk(task: Task, tmp_path: Path) -> None:
+def test_a_link_to_the_runs_of_another_disk(task: ComparisonRun, tmp_path: Path) -> None:
     shutil.move(task.folder, tmp_path / "elsewhere")
     task.folder.symlink_to(tmp_path / "elsewhere")
     assert task.done
@@ -363,7 +363,7 @@ def test_real_runs_can_go_on(tmp_path: Path) -> None:
     without.write_text(without.read_text() + "# mine\n")
     assert written(tmp_path) == 0 and without.read_text().endswith("# mine\n")
     short = dataclasses.replace(run.cell, config=dataclasses.replace(run.cell.config, steps=1000))
-    write_request(Run(short, 0, tmp_path / "short"), checkpoints=True)
+    write_request(PaperRun(short, 0, tmp_path / "short"), checkpoints=True)
     assert from_toml(tmp_path / "short/request.toml").checkpoint_every == 100
 
 
@@ -392,7 +392,7 @@ def test_requests_say_what_defaults_were(tmp_path: Path) -> None:
 def test_a_search_does_not_remove_trials_of_another(tmp_path: Path) -> None:
     """Trials are numbered by a file that may be gone while their folders are there."""
     config = dataclasses.replace(CONFIG, workers=4)
-    run = Run(Cell("global", config.task, "ab_outer", 1, config), 0, tmp_path / "trials/ab_outer-0-200")
+    run = PaperRun(Cell("global", config.task, "ab_outer", 1, config), 0, tmp_path / "trials/ab_outer-0-200")
     write_request(run)
     put_result(run)
     other = dataclasses.replace(

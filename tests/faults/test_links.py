@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from abtrain.commands.lab import Fault, Job, Lab, LabConfig
+from abtrain.commands.lab import Job, Lab, LabConfig, LabFault
 from abtrain.errors import HostFailedError
 from tests.lab.conftest import _lab_works, _needs_lab  # noqa: F401  they skip these tests where there can be no labs
 
@@ -31,7 +31,7 @@ def lab() -> Iterator[Lab]:
         yield lab
 
 
-def run(lab: Lab, folder: Path, *arguments: str, faults: tuple[Fault, ...] = ()) -> str:
+def run(lab: Lab, folder: Path, *arguments: str, faults: tuple[LabFault, ...] = ()) -> str:
     """The digest of a run on both hosts, in a folder that they share."""
     script = folder / "worker.py"
     script.write_text(WORKER)
@@ -51,13 +51,13 @@ def test_a_link_of_one_mbit_is_no_lost_peer(at_one_mbit: str) -> None:
 
 
 def test_a_link_that_is_cut_for_a_moment_changes_nothing(lab: Lab, at_one_mbit: str, tmp_path: Path) -> None:
-    cut = Fault("cut", host=1, at=6, duration=2)
+    cut = LabFault("cut", host=1, at=6, duration=2)
     assert run(lab, tmp_path, "--steps", "2", "--timeout", "30", faults=(cut,)) == at_one_mbit
 
 
 def test_a_link_that_is_cut_for_good_ends_the_run(lab: Lab, tmp_path: Path) -> None:
     with pytest.raises(HostFailedError) as failed:
-        run(lab, tmp_path, "--steps", "1000", "--timeout", "10", faults=(Fault("cut", host=1, at=12),))
+        run(lab, tmp_path, "--steps", "1000", "--timeout", "10", faults=(LabFault("cut", host=1, at=12),))
     assert failed.value.exit_code == 6
     said = "".join(log.read_text() for log in (tmp_path / "lab").glob("host-*.log"))
     # On a machine that is slow itself, the link may be gone before the workers have met.

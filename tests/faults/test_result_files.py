@@ -12,10 +12,10 @@ import pytest
 
 from abtrain import __version__
 from abtrain.commands.compare.comparison import parse_arguments
-from abtrain.commands.compare.runs import Task, check, outcome
+from abtrain.commands.compare.runs import ComparisonRun, check, outcome
 from abtrain.commands.paper.experiments import SCALES, cells
 from abtrain.commands.paper.published import AB
-from abtrain.commands.paper.runs import Run, run_all, write_request
+from abtrain.commands.paper.runs import PaperRun, run_all, write_request
 from abtrain.commands.paper.runs import outcome as paper_outcome
 from abtrain.commands.paper.studies import study_cells
 from abtrain.commands.paper.study_page import write_study
@@ -78,7 +78,7 @@ VALUES: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("kind", VALUES)
-def test_a_result_with_values_that_cannot_be(kind: str, task: Task) -> None:
+def test_a_result_with_values_that_cannot_be(kind: str, task: ComparisonRun) -> None:
     values, said = VALUES[kind]
     finish(task, **values)
     with pytest.raises(DataError, match=said):
@@ -90,14 +90,14 @@ def test_a_result_with_values_that_cannot_be(kind: str, task: Task) -> None:
 @pytest.mark.parametrize(
     "hosts", ["[]", "{}", "3", "[1]", "[{}]", '[{"tx_bytes": 0}]', '[{"tx_bytes": "1"}]', '[{"tx_bytes": NaN}]']
 )
-def test_hosts_that_cannot_be(hosts: str, task: Task) -> None:
+def test_hosts_that_cannot_be(hosts: str, task: ComparisonRun) -> None:
     (task.folder / "lab/lab.json").write_text(f'{{"hosts": {hosts}}}')
     with pytest.raises(DataError, match=r"lab.json is damaged: hosts"):
         outcome(task)
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "", "{", '{"seconds": "1", "loss": 1}', '{"seconds": 1, "loss": NaN}'])
-def test_a_line_of_the_metrics_that_cannot_be(line: str, task: Task) -> None:
+def test_a_line_of_the_metrics_that_cannot_be(line: str, task: ComparisonRun) -> None:
     (task.folder / "train/metrics.jsonl").write_text(f'{{"seconds": 1, "loss": 2}}\n{line}\n')
     with pytest.raises(DataError, match=r"metrics.jsonl is damaged: line 2"):
         outcome(task)
@@ -159,10 +159,10 @@ def test_results_of_several_versions_in_one_table(
     assert json.loads((tmp_path / "compare.json").read_text())["note"] == note
 
 
-def simulated(out: Path) -> Run:
+def simulated(out: Path) -> PaperRun:
     """A simulated run that has come to its end."""
     cell = cells("table2-global", SCALES["tiny"], (4,), (AB,))[0]
-    run = Run(cell, 0, out / "run")
+    run = PaperRun(cell, 0, out / "run")
     write_request(run)
     ranks = [{"step": 1, "ranks": {}}]
     (run.folder / "result.json").write_text(json.dumps(RESULT | {"cpu_seconds_per_step": 0.1, "ranks": ranks}))
@@ -222,9 +222,9 @@ def test_a_result_of_the_paper_with_values_that_cannot_be(values: dict[str, obje
         run.check_results()
 
 
-def divergent(out: Path, divergence: object) -> Run:
+def divergent(out: Path, divergence: object) -> PaperRun:
     cell = study_cells("divergence", (4,), (AB,))[0]
-    run = Run(cell, 0, out / "runs" / "run")
+    run = PaperRun(cell, 0, out / "runs" / "run")
     write_request(run)
     content = RESULT | {"cpu_seconds_per_step": 0.1, "ranks": [], "divergence": divergence}
     run.result_file.write_text(json.dumps(content))

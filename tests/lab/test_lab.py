@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from abtrain.commands.lab import Fault, Job, Lab, LabConfig, namespaces
+from abtrain.commands.lab import Job, Lab, LabConfig, LabFault, namespaces
 from abtrain.commands.lab.namespaces import lab_prefix
 from abtrain.commands.lab.network import CONGESTION_CONTROLS
 from abtrain.errors import ConfigurationError, HostFailedError, LabError
@@ -155,7 +155,7 @@ def longest_gap(moments: list[float]) -> float:
 @pytest.mark.parametrize("kind", ["cut", "freeze"])
 def test_faults_that_pass(kind: str, lab: Lab, script: Path, tmp_path: Path) -> None:
     script.write_text(CALLER)
-    fault = Fault(kind, host=1, at=2, duration=0.6)  # type: ignore[arg-type]
+    fault = LabFault(kind, host=1, at=2, duration=0.6)  # type: ignore[arg-type]
     result = lab.run(Job((str(script),), tmp_path / "out", faults=(fault,), launcher="python"))
     moments = heard(tmp_path / "out/host-0.log")
     assert longest_gap(moments) > 0.5
@@ -166,7 +166,7 @@ def test_faults_that_pass(kind: str, lab: Lab, script: Path, tmp_path: Path) -> 
 
 def test_a_host_that_is_killed_on_purpose_has_not_failed(lab: Lab, script: Path, tmp_path: Path) -> None:
     script.write_text(CALLER)
-    result = lab.run(Job((str(script),), tmp_path / "out", faults=(Fault("kill", host=1, at=1),), launcher="python"))
+    result = lab.run(Job((str(script),), tmp_path / "out", faults=(LabFault("kill", host=1, at=1),), launcher="python"))
     assert [(host.exit_code, host.killed) for host in result.hosts] == [(0, False), (137, True)]
     assert result.failed_host is None and result.seconds > 3
 
@@ -174,22 +174,22 @@ def test_a_host_that_is_killed_on_purpose_has_not_failed(lab: Lab, script: Path,
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (Fault("cut", host=1, at=1), r"host 1 was cut off at \d.\d s and never joined again"),
-        (Fault("cut", host=1, at=1, duration=1.5), r"host 1 was cut off at \d.\d s"),
-        (Fault("freeze", host=1, at=1), r"host 1 was frozen at \d.\d s and never thawed"),
-        (Fault("kill", host=1, at=1), r"host 1 was killed at \d.\d s"),
+        (LabFault("cut", host=1, at=1), r"host 1 was cut off at \d.\d s and never joined again"),
+        (LabFault("cut", host=1, at=1, duration=1.5), r"host 1 was cut off at \d.\d s"),
+        (LabFault("freeze", host=1, at=1), r"host 1 was frozen at \d.\d s and never thawed"),
+        (LabFault("kill", host=1, at=1), r"host 1 was killed at \d.\d s"),
         (
-            Fault("change", host=1, at=0.2, rate=10**6),
+            LabFault("change", host=1, at=0.2, rate=10**6),
             r"host 1 got a link of 1mbit at \d.\d s, and host 1 was killed at",
         ),
     ],
     ids=str,
 )
 def test_a_fault_that_the_lab_caused_is_named(
-    fault: Fault, said: str, spoilt_lab: Lab, script: Path, tmp_path: Path
+    fault: LabFault, said: str, spoilt_lab: Lab, script: Path, tmp_path: Path
 ) -> None:
     script.write_text(LISTENER)
-    faults = (fault, Fault("kill", host=1, at=1)) if fault.kind == "change" else (fault,)
+    faults = (fault, LabFault("kill", host=1, at=1)) if fault.kind == "change" else (fault,)
     with pytest.raises(HostFailedError, match=rf"^host 0 failed with exit code 6: see .*log. Before that, {said}"):
         spoilt_lab.run(Job((str(script),), tmp_path / "out", faults=faults, launcher="python"))
 
@@ -197,12 +197,12 @@ def test_a_fault_that_the_lab_caused_is_named(
 def test_a_fault_after_the_failure_is_not_named(lab: Lab, script: Path, tmp_path: Path) -> None:
     script.write_text("import os, sys, time\nsys.exit(3) if os.environ['LAB_HOST'] == '1' else time.sleep(600)\n")
     with pytest.raises(HostFailedError, match=r"host-1.log$"):
-        lab.run(Job((str(script),), tmp_path / "out", faults=(Fault("freeze", 0, 0.7),), launcher="python"))
+        lab.run(Job((str(script),), tmp_path / "out", faults=(LabFault("freeze", 0, 0.7),), launcher="python"))
 
 
 def test_a_fault_that_leaves_a_command_hanging_is_named(lab: Lab, script: Path, tmp_path: Path) -> None:
     script.write_text("import time\ntime.sleep(600)\n")
-    job = Job((str(script),), tmp_path / "out", faults=(Fault("freeze", 1, 0.5),), launcher="python", timeout=1.5)
+    job = Job((str(script),), tmp_path / "out", faults=(LabFault("freeze", 1, 0.5),), launcher="python", timeout=1.5)
     with pytest.raises(LabError, match=r"was ended. Before that, host 1 was frozen at \d.\d s and never thawed$"):
         lab.run(job)
 

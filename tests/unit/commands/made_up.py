@@ -1,9 +1,9 @@
 """Outcomes of runs that never were."""
 
-from abtrain.commands.compare.runs import Outcome
+from abtrain.commands.compare.runs import ComparisonOutcome
 
 
-def outcome(label: str, seed: int = 0, rate: int = 10**8, **values: object) -> Outcome:
+def outcome(label: str, seed: int = 0, rate: int = 10**8, **values: object) -> ComparisonOutcome:
     known: dict[str, object] = {
         "top1": 90.0 + seed,
         "loss": 0.3,
@@ -15,10 +15,10 @@ def outcome(label: str, seed: int = 0, rate: int = 10**8, **values: object) -> O
         "compression": 1.0,
         "curve": ((1.0, 2.0), (10.0, 0.5)),
     }
-    return Outcome(label=label, seed=seed, rate=rate, **{**known, **values})  # type: ignore[arg-type]
+    return ComparisonOutcome(label=label, seed=seed, rate=rate, **{**known, **values})  # type: ignore[arg-type]
 
 
-def outcomes(seeds: int = 2) -> list[Outcome]:
+def outcomes(seeds: int = 2) -> list[ComparisonOutcome]:
     """A comparison of the references, ab and ab_outer."""
     made = []
     for seed in range(seeds):

@@ -19,8 +19,8 @@ from abtrain.commands.compare.kept import held, versions_note, writing
 from abtrain.commands.compare.plots import draw_all
 from abtrain.commands.compare.report import FILE as REPORT_FILE
 from abtrain.commands.compare.report import write_report
-from abtrain.commands.compare.runs import Outcome, check, outcome, run, tasks
-from abtrain.commands.compare.summary import Row, rows, utilisations
+from abtrain.commands.compare.runs import ComparisonOutcome, check, outcome, run, tasks
+from abtrain.commands.compare.summary import ComparisonRow, rows, utilisations
 from abtrain.commands.lab import Lab
 from abtrain.commands.lab.command import stopped_by_signals
 from abtrain.commands.train.config import resolve
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     console.print(f"written to {comparison.out / REPORT_FILE}")
 
 
-def write_results(comparison: Comparison, outcomes: Sequence[Outcome], command: str) -> list[Row]:
+def write_results(comparison: Comparison, outcomes: Sequence[ComparisonOutcome], command: str) -> list[ComparisonRow]:
     """Writes compare.json, the figures and report.html; returns the rows of the table."""
     rate, workers = comparison.lab.rate(0), comparison.lab.nodes * comparison.lab.workers_per_node
     found = rows([outcome for outcome in outcomes if outcome.rate == rate], workers)
@@ -67,7 +67,7 @@ def write_results(comparison: Comparison, outcomes: Sequence[Outcome], command: 
     return found
 
 
-def _run_all(comparison: Comparison, console: Console) -> list[Outcome]:
+def _run_all(comparison: Comparison, console: Console) -> list[ComparisonOutcome]:
     """Runs what is not done; the outcomes of all."""
     planned = tasks(comparison)
     check(planned, comparison.overwrite)
@@ -81,12 +81,14 @@ def _run_all(comparison: Comparison, console: Console) -> list[Outcome]:
     return [outcome(task) for task in planned]
 
 
-def _in_short(result: Outcome) -> str:
+def _in_short(result: ComparisonOutcome) -> str:
     score = f"loss {result.loss:.3f}" if result.top1 is None else f"top-1 {result.top1:.2f}"
     return f"{score}, {human_bytes(result.wire_bytes)} a host, {result.seconds:.1f} s"
 
 
-def _record(comparison: Comparison, found: Sequence[Row], outcomes: Sequence[Outcome], command: str) -> dict[str, Any]:
+def _record(
+    comparison: Comparison, found: Sequence[ComparisonRow], outcomes: Sequence[ComparisonOutcome], command: str
+) -> dict[str, Any]:
     """The content of compare.json: sizes in bytes, rates in bits per second, shares of 1."""
     return {
         "command": command,
@@ -105,7 +107,7 @@ def _record(comparison: Comparison, found: Sequence[Row], outcomes: Sequence[Out
     }
 
 
-def _table(found: Sequence[Row]) -> Table:
+def _table(found: Sequence[ComparisonRow]) -> Table:
     score = "loss" if found[0].top1 is None else "top-1"
     table = Table(box=SIMPLE, padding=(0, 1))
     for column in ("recipe", score, "wire", "of ddp", "seconds", "of bf16", "used", "comp."):

@@ -41,7 +41,7 @@ LOCK_FILE = ".lock"
 _OWN_FILES = frozenset({REQUEST_FILE, RECORD_FILE, f"{REQUEST_FILE}.partial", f"{RECORD_FILE}.partial"})
 
 
-class Place(Protocol):
+class FolderRun(Protocol):
     """A run and the folder that it has for itself."""
 
     @property
@@ -111,7 +111,7 @@ def refusal(folder: Path, config: TrainConfig) -> str | None:
     )
 
 
-def check(places: Iterable[Place], overwrite: bool, problems: Sequence[str] = ()) -> None:
+def check(places: Iterable[FolderRun], overwrite: bool, problems: Sequence[str] = ()) -> None:
     """Looks into the folders of all runs before the first of them is run.
 
     Args:
@@ -139,7 +139,7 @@ def check(places: Iterable[Place], overwrite: bool, problems: Sequence[str] = ()
         raise DataError("\n".join(damaged))
 
 
-def make_room(place: Place, overwrite: bool) -> bool:
+def make_room(place: FolderRun, overwrite: bool) -> bool:
     """Removes a run with other settings that its user has given up; returns whether there was one.
 
     Raises:

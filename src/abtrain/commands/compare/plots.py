@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abtrain.commands.compare.contestants import REFERENCES
-from abtrain.commands.compare.runs import Outcome
-from abtrain.commands.compare.summary import Row, expected_utilisation, utilisations
+from abtrain.commands.compare.runs import ComparisonOutcome
+from abtrain.commands.compare.summary import ComparisonRow, expected_utilisation, utilisations
 from abtrain.commands.lab.measure import WIRE_SHARE
 from abtrain.commands.train.never_fatal import Aside
 from abtrain.commands.units import format_rate
@@ -55,7 +55,9 @@ class Figure:
     caption: str
 
 
-def draw_all(rows: Sequence[Row], outcomes: Sequence[Outcome], rate: int, folder: Path) -> list[Figure]:
+def draw_all(
+    rows: Sequence[ComparisonRow], outcomes: Sequence[ComparisonOutcome], rate: int, folder: Path
+) -> list[Figure]:
     """Draws all figures, and returns those that could be: the numbers are not to be lost over a picture.
 
     Args:
@@ -139,14 +141,16 @@ def _colours(labels: Sequence[str]) -> dict[str, str]:
     return greys | {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(others)}
 
 
-def _score(row: Row) -> tuple[float, float]:
+def _score(row: ComparisonRow) -> tuple[float, float]:
     """Mean and deviation of what says how good a contestant is."""
     if row.top1 is not None:
         return row.top1, row.top1_std or 0.0
     return row.loss, row.loss_std or 0.0
 
 
-def _points(axes: Axes, rows: Sequence[Row], colours: Mapping[str, str], value: Callable[[Row], float]) -> None:
+def _points(
+    axes: Axes, rows: Sequence[ComparisonRow], colours: Mapping[str, str], value: Callable[[ComparisonRow], float]
+) -> None:
     for row in rows:
         mean, deviation = _score(row)
         axes.errorbar(value(row), mean, deviation, fmt="o", color=colours[row.label], capsize=3, markersize=7)
@@ -183,7 +187,7 @@ def _room(
     return off_names and all(abs(place[0] - x) > 110 or abs(middle - y) > 24 for x, y in dots)
 
 
-def _curves(axes: Axes, outcomes: Sequence[Outcome], colours: Mapping[str, str]) -> None:
+def _curves(axes: Axes, outcomes: Sequence[ComparisonOutcome], colours: Mapping[str, str]) -> None:
     first = min(outcome.seed for outcome in outcomes)
     for outcome in outcomes:
         if outcome.seed == first and outcome.curve:
@@ -199,7 +203,7 @@ def _curves(axes: Axes, outcomes: Sequence[Outcome], colours: Mapping[str, str])
     legend_below(axes)
 
 
-def _phases(axes: Axes, rows: Sequence[Row]) -> None:
+def _phases(axes: Axes, rows: Sequence[ComparisonRow]) -> None:
     phases = list(dict.fromkeys(phase for row in rows for phase in row.payload_by_phase))
     places = range(len(rows), 0, -1)
     left = [0.0] * len(rows)
@@ -217,7 +221,11 @@ def _phases(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _utilisation(
-    axes: Axes, rows: Sequence[Row], outcomes: Sequence[Outcome], colours: Mapping[str, str], rate: int
+    axes: Axes,
+    rows: Sequence[ComparisonRow],
+    outcomes: Sequence[ComparisonOutcome],
+    colours: Mapping[str, str],
+    rate: int,
 ) -> None:
     measured = utilisations(outcomes)
     lowest, highest = min(rate, 5 * 10**6), max(rate, 10**10)

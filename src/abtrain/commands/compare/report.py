@@ -10,7 +10,7 @@ from typing import Any
 
 from abtrain.commands.compare.contestants import DDP, DDP_BF16, SOLO
 from abtrain.commands.compare.plots import Figure
-from abtrain.commands.compare.summary import Row
+from abtrain.commands.compare.summary import ComparisonRow
 from abtrain.commands.units import human_bytes
 from abtrain.files import write_whole
 
@@ -18,7 +18,9 @@ FILE = "report.html"
 _TEMPLATE = "report.html.j2"
 
 
-def write_report(record: Mapping[str, Any], rows: Sequence[Row], figures: Sequence[Figure], folder: Path) -> None:
+def write_report(
+    record: Mapping[str, Any], rows: Sequence[ComparisonRow], figures: Sequence[Figure], folder: Path
+) -> None:
     """Writes report.html.
 
     Args:
@@ -45,7 +47,7 @@ def write_report(record: Mapping[str, Any], rows: Sequence[Row], figures: Sequen
     write_whole(folder / FILE, page)
 
 
-def _findings(rows: Sequence[Row]) -> list[str]:
+def _findings(rows: Sequence[ComparisonRow]) -> list[str]:
     """Summarizes the table in sentences: the fewest bytes and the shortest time, references aside."""
     others = [row for row in rows if row.label not in (SOLO, DDP, DDP_BF16)]
     by_label = {row.label: row for row in rows}
@@ -62,13 +64,13 @@ def _findings(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _speed(row: Row) -> str:
+def _speed(row: ComparisonRow) -> str:
     """How fast a contestant is beside ddp in bf16."""
     faster = 1 / row.seconds_ratio
     return f"as fast as {DDP_BF16}" if 0.97 < faster < 1.03 else f"{_times(faster)} the speed of {DDP_BF16}"
 
 
-def _score_against(row: Row, reference: Row) -> str:
+def _score_against(row: ComparisonRow, reference: ComparisonRow) -> str:
     if row.top1 is None or reference.top1 is None:
         return f", at a validation loss of {row.loss:.3f} against {reference.loss:.3f}"
     return f", at {row.top1:.2f} % top-1 against {reference.top1:.2f} %"

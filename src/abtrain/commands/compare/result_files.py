@@ -23,7 +23,7 @@ _LARGEST = 1e30
 
 
 @dataclass(frozen=True)
-class Record:
+class JsonRecord:
     """A JSON object of a result file. Its values are checked as they are asked for; keys lead through nested objects.
 
     Attributes:
@@ -82,12 +82,12 @@ class Record:
         value = self._value(keys, default=None)
         return None if value is None else _text(self, value, keys)
 
-    def records(self, *keys: str) -> list[Record]:
+    def records(self, *keys: str) -> list[JsonRecord]:
         """A list of objects; raises likewise."""
         value = self._value(keys)
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise self.error(keys, value, "a list of objects")
-        return [Record(self.path, item, f"{self._name(keys)}[{index}]") for index, item in enumerate(value)]
+        return [JsonRecord(self.path, item, f"{self._name(keys)}[{index}]") for index, item in enumerate(value)]
 
     def error(self, keys: Sequence[str], value: object, wanted: str) -> DataError:
         """Returns the error for a value that is not one of those wanted."""
@@ -125,19 +125,19 @@ def is_empty(path: Path) -> bool:
         return False
 
 
-def read_record(path: Path) -> Record:
+def read_record(path: Path) -> JsonRecord:
     """The object that a JSON file holds.
 
     Raises:
         DataError: the file is missing, unreadable, a link, no regular file, too large, or holds no JSON object.
     """
-    return Record(path, _parsed(path, read_text(path), ""))
+    return JsonRecord(path, _parsed(path, read_text(path), ""))
 
 
-def read_lines(path: Path) -> list[Record]:
+def read_lines(path: Path) -> list[JsonRecord]:
     """The objects of a file with one JSON object a line; raises likewise."""
     lines = read_text(path).splitlines()
-    return [Record(path, _parsed(path, line, f"line {n}"), f"line {n}") for n, line in enumerate(lines, 1)]
+    return [JsonRecord(path, _parsed(path, line, f"line {n}"), f"line {n}") for n, line in enumerate(lines, 1)]
 
 
 def read_text(path: Path) -> str:
@@ -175,7 +175,7 @@ def _parsed(path: Path, text: str, place: str) -> Mapping[str, Any]:
     return content
 
 
-def _text(record: Record, value: Any, keys: Sequence[str]) -> str:
+def _text(record: JsonRecord, value: Any, keys: Sequence[str]) -> str:
     # Half a surrogate pair is a string to JSON, and cannot be written to any file.
     if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise record.error(keys, value, "a text")

@@ -28,7 +28,7 @@ _LAB_FOLDER = "lab"
 
 
 @dataclass(frozen=True)
-class Task:
+class ComparisonRun:
     """One run that belongs to a comparison."""
 
     contestant: Contestant
@@ -69,7 +69,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ComparisonOutcome:
     """The outcome of one run.
 
     Attributes:
@@ -103,23 +103,23 @@ class Outcome:
     version: str | None = None
 
 
-def tasks(comparison: Comparison) -> list[Task]:
+def tasks(comparison: Comparison) -> list[ComparisonRun]:
     """All runs, each once: first one seed of every contestant, so that a picture is there early."""
     pairs = [(seed, comparison.lab.rate(0)) for seed in comparison.seeds]
     pairs += [(comparison.seeds[0], rate) for rate in comparison.more_rates if rate != comparison.lab.rate(0)]
     return [
-        Task(contestant, seed, rate, comparison.out / "runs" / _folder_name(contestant.label, seed, rate))
+        ComparisonRun(contestant, seed, rate, comparison.out / "runs" / _folder_name(contestant.label, seed, rate))
         for seed, rate in dict.fromkeys(pairs)
         for contestant in comparison.contestants
     ]
 
 
-def check(planned: Sequence[Task], overwrite: bool) -> None:
+def check(planned: Sequence[ComparisonRun], overwrite: bool) -> None:
     """Looks into the folders of all runs before the first of them is run; arguments and errors as of `kept.check`."""
     kept.check(planned, overwrite, _shared_folders(planned))
 
 
-def run(task: Task, lab: Lab, overwrite: bool = False) -> None:
+def run(task: ComparisonRun, lab: Lab, overwrite: bool = False) -> None:
     """Runs what is not done, from its start, since its seconds are measured.
 
     Args:
@@ -148,7 +148,7 @@ def run(task: Task, lab: Lab, overwrite: bool = False) -> None:
         raise HostFailedError(f"{task}: {error}", error.exit_code) from None
 
 
-def outcome(task: Task) -> Outcome:
+def outcome(task: ComparisonRun) -> ComparisonOutcome:
     """Reads the outcome of a finished run.
 
     Raises:
@@ -162,7 +162,7 @@ def outcome(task: Task) -> Outcome:
     lines = read_lines(task.folder / TRAIN_FOLDER / "metrics.jsonl")
     # A loss that was not finite is null, and has no place in a curve.
     curve = [(line.number("seconds"), line.optional_number("loss")) for line in lines]
-    return Outcome(
+    return ComparisonOutcome(
         label=task.contestant.label,
         seed=task.seed,
         rate=task.rate,
@@ -179,7 +179,7 @@ def outcome(task: Task) -> Outcome:
     )
 
 
-def _make_room(task: Task, overwrite: bool) -> None:
+def _make_room(task: ComparisonRun, overwrite: bool) -> None:
     """Removes what an unfinished run of the same settings has left, or a run that its user has given up."""
     if kept.make_room(task, overwrite):
         return
@@ -189,9 +189,9 @@ def _make_room(task: Task, overwrite: bool) -> None:
             kept.remove(task.folder / part)
 
 
-def _shared_folders(planned: Sequence[Task]) -> list[str]:
+def _shared_folders(planned: Sequence[ComparisonRun]) -> list[str]:
     """Runs whose labels differ in letters that folders' names do not have."""
-    first: dict[Path, Task] = {}
+    first: dict[Path, ComparisonRun] = {}
     return [
         f"{first[task.folder]} and {task} would share the folder {task.folder}: compare them under two --out"
         for task in planned

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from abtrain.commands.compare.contestants import DDP, DDP_BF16, SOLO
-from abtrain.commands.compare.runs import Outcome
+from abtrain.commands.compare.runs import ComparisonOutcome
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One contestant: means over its seeds at the comparison's rate.
 
     Attributes:
@@ -51,14 +51,14 @@ class Row:
     payload_by_phase: dict[str, float]
 
 
-def rows(outcomes: Sequence[Outcome], workers: int) -> list[Row]:
+def rows(outcomes: Sequence[ComparisonOutcome], workers: int) -> list[ComparisonRow]:
     """A row for each contestant, in the order of their first runs.
 
     Args:
         outcomes: of runs at one rate, those of the references among them.
         workers: that take part in each run.
     """
-    by_label: dict[str, list[Outcome]] = {}
+    by_label: dict[str, list[ComparisonOutcome]] = {}
     for outcome in outcomes:
         by_label.setdefault(outcome.label, []).append(outcome)
     wire = {label: _mean(run.wire_bytes for run in runs) for label, runs in by_label.items()}
@@ -68,7 +68,7 @@ def rows(outcomes: Sequence[Outcome], workers: int) -> list[Row]:
         top1 = [run.top1 for run in runs if run.top1 is not None]
         payload = _mean(run.payload for run in runs)
         found.append(
-            Row(
+            ComparisonRow(
                 label=label,
                 seeds=len(runs),
                 top1=_mean(top1) if top1 else None,
@@ -91,7 +91,7 @@ def rows(outcomes: Sequence[Outcome], workers: int) -> list[Row]:
     return found
 
 
-def utilisations(outcomes: Sequence[Outcome]) -> dict[str, list[tuple[int, float]]]:
+def utilisations(outcomes: Sequence[ComparisonOutcome]) -> dict[str, list[tuple[int, float]]]:
     """For each contestant (bits per second, utilisation), as measured, the slowest link first."""
     found: dict[str, list[tuple[int, float]]] = {}
     for rate in sorted({outcome.rate for outcome in outcomes}):
@@ -103,7 +103,7 @@ def utilisations(outcomes: Sequence[Outcome]) -> dict[str, list[tuple[int, float
     return found
 
 
-def expected_utilisation(row: Row, measured_rate: int, rate: float, wire_share: float) -> float:
+def expected_utilisation(row: ComparisonRow, measured_rate: int, rate: float, wire_share: float) -> float:
     """Predicts a contestant's utilisation on other links.
 
     On slower ones its measured seconds grow by what its bytes take longer on the link. On faster ones the time that it
@@ -121,7 +121,7 @@ def expected_utilisation(row: Row, measured_rate: int, rate: float, wire_share: 
     return min(1.0, row.utilisation * row.seconds / (row.seconds + more))
 
 
-def _mean_by_phase(runs: Sequence[Outcome]) -> dict[str, float]:
+def _mean_by_phase(runs: Sequence[ComparisonOutcome]) -> dict[str, float]:
     phases = dict.fromkeys(phase for run in runs for phase in run.payload_by_phase)
     return {phase: _mean(run.payload_by_phase.get(phase, 0) for run in runs) for phase in phases}
 

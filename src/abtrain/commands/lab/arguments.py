@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 from abtrain.commands.lab.config import LabConfig, config_problems, system_problems
-from abtrain.commands.lab.faults import Fault, Kind, form_of, parse_fault
+from abtrain.commands.lab.faults import Kind, LabFault, form_of, parse_fault
 from abtrain.commands.lab.job import Job, Launcher, job_problems
 from abtrain.commands.lab.rates import parse_link_rate
 from abtrain.commands.units import format_rate
@@ -29,7 +29,7 @@ Bytes are counted at the hosts' interfaces and written to lab.json. A fault's ti
 
 
 @dataclass(frozen=True)
-class Request:
+class LabRequest:
     """The lab and the command that a command line asks for.
 
     Attributes:
@@ -41,7 +41,7 @@ class Request:
     job: Job | None
 
 
-def parse_arguments(arguments: Sequence[str]) -> Request:
+def parse_arguments(arguments: Sequence[str]) -> LabRequest:
     """Parses a command line and checks that this system can run it.
 
     Raises:
@@ -51,10 +51,10 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
     own = list(arguments).index("--") if "--" in arguments else len(arguments)
     given = _parser().parse_args(arguments[:own])
     if given.clean:
-        return Request(LabConfig(), None)
+        return LabRequest(LabConfig(), None)
     problems: list[str] = []
     rates = _all(given.rates.split(",") if given.rates else [given.rate], parse_link_rate, problems)
-    faults: list[Fault] = []
+    faults: list[LabFault] = []
     for kind in get_args(Kind):
         faults += _all(getattr(given, kind), functools.partial(parse_fault, kind), problems)
     # A rate that cannot be read has been reported; its place is taken by one that can be.
@@ -66,7 +66,7 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
     problems += [*config_problems(config), *job_problems(job, config.nodes), *system_problems()]
     if problems:
         raise ConfigurationError(problems)
-    return Request(config, job)
+    return LabRequest(config, job)
 
 
 def _all(texts: Sequence[str], parse: Callable[[str], Value], problems: list[str]) -> list[Value]:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from abtrain.commands.lab.arguments import Request, parse_arguments
+from abtrain.commands.lab.arguments import LabRequest, parse_arguments
 from abtrain.commands.lab.lab import Lab, clean
 from abtrain.commands.lab.result import FILE, as_table
 from abtrain.commands.units import format_rate
@@ -55,7 +55,7 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run(request: Request, console: Console) -> None:
+def _run(request: LabRequest, console: Console) -> None:
     config, job = request.config, request.job
     assert job is not None
     with Lab(config) as lab:

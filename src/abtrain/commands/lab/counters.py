@@ -13,7 +13,7 @@ SAMPLE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Traffic:
+class HostTraffic:
     """The bytes and packets that passed a host's interface.
 
     Attributes:
@@ -56,11 +56,11 @@ class Sampler:
             )
         self._last, self._time = counts, now
 
-    def totals(self) -> list[Traffic]:
+    def totals(self) -> list[HostTraffic]:
         """Returns the traffic of each host's interface so far."""
         self._last = self._read()
         ends = zip(self._first, self._last, self._peaks, strict=True)
-        return [Traffic(tx - tx0, rx - rx0, *peaks) for (tx0, rx0), (tx, rx), peaks in ends]
+        return [HostTraffic(tx - tx0, rx - rx0, *peaks) for (tx0, rx0), (tx, rx), peaks in ends]
 
     def close(self) -> None:
         """Closes the files. A namespace lives as long as one of its counters is open."""

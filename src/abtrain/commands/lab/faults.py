@@ -15,7 +15,7 @@ Kind = Literal["cut", "freeze", "kill", "change"]
 
 
 @dataclass(frozen=True)
-class Fault:
+class LabFault:
     """One fault of one host.
 
     Attributes:
@@ -54,7 +54,7 @@ def form_of(kind: Kind) -> str:
     return _FORMS[kind][1]
 
 
-def parse_fault(kind: Kind, text: str) -> Fault:
+def parse_fault(kind: Kind, text: str) -> LabFault:
     """A fault as it is written on the command line, such as 3@20s+10s.
 
     Raises:
@@ -70,10 +70,12 @@ def parse_fault(kind: Kind, text: str) -> Fault:
         new_rate = None if rate is None else parse_link_rate(rate)
     except ConfigurationError as error:
         raise ConfigurationError(f"--{kind} {text!r}: {error}") from None
-    return Fault(kind, int(parts["host"]), float(parts["at"]), None if duration is None else float(duration), new_rate)
+    return LabFault(
+        kind, int(parts["host"]), float(parts["at"]), None if duration is None else float(duration), new_rate
+    )
 
 
-def fault_problems(faults: Iterable[Fault], nodes: int) -> list[str]:
+def fault_problems(faults: Iterable[LabFault], nodes: int) -> list[str]:
     """Returns one message for each problem of faults in a lab of `nodes` hosts."""
     problems = []
     for fault in faults:
@@ -98,7 +100,7 @@ class Action:
 
     at: float
     verb: str
-    fault: Fault
+    fault: LabFault
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Event:
 _ENDS = {"cut": "join", "freeze": "thaw"}
 
 
-def timeline(faults: Iterable[Fault]) -> list[Action]:
+def timeline(faults: Iterable[LabFault]) -> list[Action]:
     """The actions that faults consist of, in the order of time."""
     actions = []
     for fault in faults:

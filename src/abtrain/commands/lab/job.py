@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from abtrain.commands.lab.config import LabConfig
-from abtrain.commands.lab.faults import Fault, fault_problems
+from abtrain.commands.lab.faults import LabFault, fault_problems
 from abtrain.commands.lab.network import INTERFACE
 
 Launcher = Literal["torchrun", "python"]
@@ -39,7 +39,7 @@ class Job:
 
     command: tuple[str, ...]
     out: Path
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[LabFault, ...] = ()
     launcher: Launcher = "torchrun"
     environment: Mapping[str, str] = field(default_factory=dict)
     timeout: float | None = None

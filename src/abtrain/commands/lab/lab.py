@@ -22,7 +22,7 @@ from abtrain.commands.lab.measure import verify_links
 from abtrain.commands.lab.network import Network
 from abtrain.commands.lab.processes import Show
 from abtrain.commands.lab.result import LabResult
-from abtrain.commands.lab.run import Run
+from abtrain.commands.lab.run import LabRun
 from abtrain.errors import ConfigurationError, LabError
 
 log = logging.getLogger("abtrain")
@@ -68,7 +68,7 @@ class Lab:
         self.measured: list[tuple[float, float]] = []
         self._network: Network
         self._watcher: subprocess.Popen[bytes]
-        self._run: Run | None = None
+        self._run: LabRun | None = None
         self._cut_off: set[int] = set()
 
     def __enter__(self) -> Lab:
@@ -117,7 +117,7 @@ class Lab:
         problems = job_problems(job, self.config.nodes)
         if problems:
             raise ConfigurationError(problems)
-        self._run = Run(self._network, job, self.measured, self._act, show, sorted(self._cut_off))
+        self._run = LabRun(self._network, job, self.measured, self._act, show, sorted(self._cut_off))
         try:
             result = self._run.finish()
         finally:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from abtrain.commands.lab.config import LabConfig
-from abtrain.commands.lab.counters import SAMPLE_SECONDS, Traffic
+from abtrain.commands.lab.counters import SAMPLE_SECONDS, HostTraffic
 from abtrain.commands.lab.measure import WIRE_SHARE
 from abtrain.commands.lab.network import INTERFACE, LATENCY, burst_bytes
 from abtrain.commands.units import format_rate
@@ -42,7 +42,7 @@ class HostResult:
     rate: int
     measured_up: float
     measured_down: float
-    traffic: Traffic
+    traffic: HostTraffic
     exit_code: int
     killed: bool
 

@@ -17,7 +17,7 @@ from abtrain.files import write_json
 _POLL_SECONDS = 0.02
 
 
-class Run:
+class LabRun:
     """A job that has been started on all hosts.
 
     Args:

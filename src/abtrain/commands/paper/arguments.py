@@ -30,7 +30,7 @@ two cores; the full one needs the cluster that its launcher starts on."""
 
 
 @dataclass(frozen=True)
-class Request:
+class PaperRequest:
     """The experiments and settings that a command line asks for.
 
     Attributes:
@@ -68,7 +68,7 @@ class Request:
     overwrite: bool
 
 
-def parse_arguments(arguments: Sequence[str]) -> Request:
+def parse_arguments(arguments: Sequence[str]) -> PaperRequest:
     """Parses and validates a command line.
 
     Raises:
@@ -84,7 +84,7 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
         problems += _missing_packages()
     if problems:
         raise ConfigurationError(problems)
-    return Request(
+    return PaperRequest(
         experiment=given.experiment,
         scale=SCALES[given.scale],
         seeds=given.seeds,

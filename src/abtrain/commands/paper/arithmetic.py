@@ -14,8 +14,8 @@ from abtrain.commands.paper.published import (
     SCHEDULES,
     TABLE1,
     VGG,
-    Method,
-    Schedule,
+    PublishedMethod,
+    PublishedSchedule,
 )
 from abtrain.recipes.building_blocks import WARMUP_SHARE
 from abtrain.recipes.paper import AB_SHARE, REBOUND_SHARE
@@ -44,7 +44,7 @@ def guideline_share() -> float:
     return WARMUP_SHARE + (1 - WARMUP_SHARE) * AB_SHARE * REBOUND_SHARE / cycle
 
 
-def full_share(schedule: Schedule) -> float:
+def full_share(schedule: PublishedSchedule) -> float:
     """Share of a run's steps in full-rank data parallel training, the last cycle cut off where the steps are spent."""
     cycles, rest = divmod(schedule.total - schedule.warmup, schedule.cycle)
     group = schedule.cycle - schedule.rebound
@@ -61,7 +61,7 @@ class ECRRow:
         remark: why the two differ, or what is assumed.
     """
 
-    method: Method
+    method: PublishedMethod
     computed: float | None
     remark: str = ""
 
@@ -79,7 +79,7 @@ def ecr_rows() -> list[ECRRow]:
     return [_ecr_row(method) for method in TABLE1]
 
 
-def _ecr_row(method: Method) -> ECRRow:
+def _ecr_row(method: PublishedMethod) -> ECRRow:
     if method.name == AB:
         return _ecr_of_ab(method)
     computed = ecr(NEAR_FULL, NEAR_COMPRESSED, method.compression)
@@ -90,7 +90,7 @@ def _ecr_row(method: Method) -> ECRRow:
     return ECRRow(method, computed, said)
 
 
-def _ecr_of_ab(method: Method) -> ECRRow:
+def _ecr_of_ab(method: PublishedMethod) -> ECRRow:
     """Groups send nothing while they train alone, so that L is 0 and F, the schedule's, decides."""
     implied = f"the paper's value implies F = {100 - method.ecr:.1f} %"
     if method.model == VGG:

@@ -14,11 +14,19 @@ from rich.table import Table as Printed
 from abtrain.commands.compare import kept
 from abtrain.commands.lab.command import stopped_by_signals
 from abtrain.commands.page import write_page
-from abtrain.commands.paper.arguments import ECR, HPO, Request, parse_arguments
+from abtrain.commands.paper.arguments import ECR, HPO, PaperRequest, parse_arguments
 from abtrain.commands.paper.experiments import FIGURES, SCALING_TABLES, Cell, cells
 from abtrain.commands.paper.figures import draw, draw_ecr
 from abtrain.commands.paper.listing import ecr_table, plan_tables, traffic_table
-from abtrain.commands.paper.runs import Outcome, Run, launch_command, outcome, plan_runs, run_all, write_request
+from abtrain.commands.paper.runs import (
+    PaperOutcome,
+    PaperRun,
+    launch_command,
+    outcome,
+    plan_runs,
+    run_all,
+    write_request,
+)
 from abtrain.commands.paper.studies import STUDIES, study_cells
 from abtrain.commands.paper.study_page import write_study
 from abtrain.commands.paper.tables import Table, comparison_table, remarked, rows, scaling_table
@@ -58,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
         _experiment(request, console, shlex.join(("abtrain", "paper", *arguments)))
 
 
-def _experiment(request: Request, console: Console, command: str) -> None:
+def _experiment(request: PaperRequest, console: Console, command: str) -> None:
     if request.experiment in STUDIES:
         chosen = study_cells(request.experiment, request.nodes, request.methods)
     else:
@@ -95,14 +103,14 @@ def _experiment(request: Request, console: Console, command: str) -> None:
     console.print(f"written to {request.out / request.experiment}.html")
 
 
-def _outcomes(chosen: Sequence[Cell], runs: Sequence[Run]) -> list[Outcome]:
+def _outcomes(chosen: Sequence[Cell], runs: Sequence[PaperRun]) -> list[PaperOutcome]:
     """Returns the outcome of each cell; several cells may share a run."""
     by_settings = {(str(run.cell.config), run.seed): outcome(run) for run in runs}
     seeds = sorted({run.seed for run in runs})
     return [dataclasses.replace(by_settings[str(cell.config), seed], cell=cell) for cell in chosen for seed in seeds]
 
 
-def _write(request: Request, outcomes: Sequence[Outcome], command: str, remark: str) -> list[Table]:
+def _write(request: PaperRequest, outcomes: Sequence[PaperOutcome], command: str, remark: str) -> list[Table]:
     """Writes EXPERIMENT.json, the figures and EXPERIMENT.html; returns the tables, with a remark on all of them."""
     name, scale, out = request.experiment, request.scale, request.out
     found = rows(outcomes)
@@ -131,7 +139,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _require(runs: Sequence[Run], request: Request) -> None:
+def _require(runs: Sequence[PaperRun], request: PaperRequest) -> None:
     """A figure shows runs that are done.
 
     Raises:

@@ -12,7 +12,7 @@ from abtrain.commands.compare.plots import COLOURS, Figure, legend_below, save
 from abtrain.commands.paper.arithmetic import ecr_rows
 from abtrain.commands.paper.experiments import METHODS, Cell, Scaling
 from abtrain.commands.paper.published import DDP, TABLE2_GLOBAL, TABLE2_LOCAL, PaperCell, Value
-from abtrain.commands.paper.tables import Row
+from abtrain.commands.paper.tables import PaperRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ class _Panel:
     name: str
     title: str
     axis: str
-    value: Callable[[Row], Value]
+    value: Callable[[PaperRow], Value]
     paper: Callable[[PaperCell], Value | None]
     scaling: Scaling
     over: Literal["batch", "nodes"]
@@ -50,7 +50,7 @@ def _ratio(cell: PaperCell) -> Value | None:
     return None if cell.compression is None else Value(cell.compression, 0.0)
 
 
-def _minutes(row: Row) -> Value:
+def _minutes(row: PaperRow) -> Value:
     return Value(row.seconds.mean / 60, row.seconds.std / 60)
 
 
@@ -106,7 +106,7 @@ PANELS: dict[str, tuple[_Panel, ...]] = {
 }
 
 
-def draw(figure: str, found: Sequence[Row], folder: Path, note: str, prefix: str = "") -> list[Figure]:
+def draw(figure: str, found: Sequence[PaperRow], folder: Path, note: str, prefix: str = "") -> list[Figure]:
     """Draws the panels of a figure that there are rows for, one PNG file for each of its models.
 
     Args:
@@ -152,7 +152,7 @@ def draw_ecr(folder: Path) -> Figure:
     return Figure("ecr.png", "Estimated communication reduction", "Dots: eq. 4. Bars: the paper's Table I.")
 
 
-def _draw(axes: Axes, here: Sequence[Row], panel: _Panel) -> None:
+def _draw(axes: Axes, here: Sequence[PaperRow], panel: _Panel) -> None:
     for method in METHODS:
         found = [row for row in here if row.cell.method == method]
         if found:
@@ -168,7 +168,7 @@ def _draw(axes: Axes, here: Sequence[Row], panel: _Panel) -> None:
     legend_below(axes)
 
 
-def _line(axes: Axes, found: Sequence[Row], panel: _Panel, colour: str) -> None:
+def _line(axes: Axes, found: Sequence[PaperRow], panel: _Panel, colour: str) -> None:
     places = [_place(row.cell, panel) for row in found]
     values = [panel.value(row) for row in found]
     means, deviations = [value.mean for value in values], [value.std for value in values]

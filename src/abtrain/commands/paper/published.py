@@ -8,7 +8,7 @@ AB, NO_GROUPS, DDP = "AB", "AB - No Groups", "Traditional DDP"
 VIT, RESNET, VGG = "ViT B/16", "ResNet-50", "VGG16"
 
 
-class Method(NamedTuple):
+class PublishedMethod(NamedTuple):
     """A row of Table I.
 
     Attributes:
@@ -27,21 +27,21 @@ class Method(NamedTuple):
 
 
 TABLE1 = (
-    Method(RESNET, AB, 1.55, 1.39, 73.29),
-    Method(RESNET, NO_GROUPS, -0.02, 1.27, 15.94),
-    Method(RESNET, "OIALR", -1.72, 1.21, 63.64),
-    Method(RESNET, "DLRT", -0.56, 1.85, 64.35),
-    Method(RESNET, "PP-1", -0.20, 2.26, 41.81),
-    Method(RESNET, "CP", -1.40, 2.00, 37.5),
-    Method(RESNET, "SFP", -0.20, 2.39, 43.62),
-    Method(RESNET, "ThiNet", -1.50, 2.71, 47.32),
-    Method(RESNET, "ABCPrune", -2.15, 1.84, 34.24),
-    Method(VGG, AB, -0.23, 44.14, 65.60),
-    Method(VGG, NO_GROUPS, -0.89, 36.63, 72.95),
-    Method(VGG, "OIALR", 0.10, 3.70, 64.59),
-    Method(VGG, "DLRT", -1.89, 1.79, 16.88),
-    Method(VGG, "ABCPrune", 0.06, 8.83, 66.51),
-    Method(VGG, "ICP", -0.31, 27.25, 72.25),
+    PublishedMethod(RESNET, AB, 1.55, 1.39, 73.29),
+    PublishedMethod(RESNET, NO_GROUPS, -0.02, 1.27, 15.94),
+    PublishedMethod(RESNET, "OIALR", -1.72, 1.21, 63.64),
+    PublishedMethod(RESNET, "DLRT", -0.56, 1.85, 64.35),
+    PublishedMethod(RESNET, "PP-1", -0.20, 2.26, 41.81),
+    PublishedMethod(RESNET, "CP", -1.40, 2.00, 37.5),
+    PublishedMethod(RESNET, "SFP", -0.20, 2.39, 43.62),
+    PublishedMethod(RESNET, "ThiNet", -1.50, 2.71, 47.32),
+    PublishedMethod(RESNET, "ABCPrune", -2.15, 1.84, 34.24),
+    PublishedMethod(VGG, AB, -0.23, 44.14, 65.60),
+    PublishedMethod(VGG, NO_GROUPS, -0.89, 36.63, 72.95),
+    PublishedMethod(VGG, "OIALR", 0.10, 3.70, 64.59),
+    PublishedMethod(VGG, "DLRT", -1.89, 1.79, 16.88),
+    PublishedMethod(VGG, "ABCPrune", 0.06, 8.83, 66.51),
+    PublishedMethod(VGG, "ICP", -0.31, 27.25, 72.25),
 )
 
 
@@ -150,7 +150,7 @@ ITERATIONS_4K = 300
 """An epoch of ImageNet at a global batch of 4,096, and twice as many at 2,048 (Section IV.D)."""
 
 
-class Schedule(NamedTuple):
+class PublishedSchedule(NamedTuple):
     """Steps of a run as the authors' published configurations have them; `cycle` includes `rebound`."""
 
     total: int
@@ -160,9 +160,7 @@ class Schedule(NamedTuple):
 
 
 SCHEDULES = {
-    VIT: Schedule(EPOCHS * ITERATIONS_4K, 12_300, 2_180, 300),
-    RESNET: Schedule(EPOCHS * ITERATIONS_4K, 9_300, 3_000, 300),
+    VIT: PublishedSchedule(EPOCHS * ITERATIONS_4K, 12_300, 2_180, 300),
+    RESNET: PublishedSchedule(EPOCHS * ITERATIONS_4K, 9_300, 3_000, 300),
 }
 """At a global batch of 4,096."""
-VGG_SCHEDULE = Schedule(0, 4_330, 759, 60)
-"""Of VGG16 on CIFAR-10; how many steps its run took is not said."""

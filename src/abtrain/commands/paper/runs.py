@@ -20,10 +20,10 @@ from typing import Any
 from abtrain.comm.topology import Topology
 from abtrain.commands.compare import kept
 from abtrain.commands.compare.kept import REQUEST_FILE, RESULT_FILE, TRAIN_FOLDER
-from abtrain.commands.compare.result_files import Record, is_empty, read_record
+from abtrain.commands.compare.result_files import JsonRecord, is_empty, read_record
 from abtrain.commands.paper.experiments import Cell, ScaleName
 from abtrain.commands.paper.published import BACKWARD_SHARE
-from abtrain.commands.plan.collectives import Cluster, Link
+from abtrain.commands.plan.collectives import Cluster, NodeLink
 from abtrain.commands.plan.forecast import forecast
 from abtrain.commands.plan.payload import predict
 from abtrain.commands.plan.shapes import ModelShapes, shapes_of
@@ -36,14 +36,14 @@ from abtrain.files import write_whole
 
 CHECKPOINTS, LEAST_BETWEEN_CHECKPOINTS = 50, 100
 """Of a real run: a checkpoint every 2 % of its steps, but not more often than every 100 steps."""
-TINY_LINK = Link(rate=1e9, latency=1e-4)
+TINY_LINK = NodeLink(rate=1e9, latency=1e-4)
 """Of the cluster that seconds of simulated runs are forecast for: 1 Gbit/s, 0.1 ms."""
 LAUNCHER = "torchrun --nnodes {nodes} --nproc-per-node {workers_per_node}"
 """How a real run is started by default; the module and its arguments follow."""
 
 
 @dataclass(frozen=True)
-class Run:
+class PaperRun:
     """A cell with a seed, and where it lives."""
 
     cell: Cell
@@ -85,7 +85,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PaperOutcome:
     """The outcome of one run.
 
     Attributes:
@@ -110,15 +110,15 @@ class Outcome:
     version: str | None = None
 
 
-def plan_runs(cells: Iterable[Cell], seeds: int, out: Path) -> list[Run]:
+def plan_runs(cells: Iterable[Cell], seeds: int, out: Path) -> list[PaperRun]:
     """All runs, each once: first one seed of every cell, so that a picture is there early."""
     chosen = list(cells)
-    runs = [Run(cell, seed, out / "runs" / _name(cell, seed)) for seed in range(seeds) for cell in chosen]
+    runs = [PaperRun(cell, seed, out / "runs" / _name(cell, seed)) for seed in range(seeds) for cell in chosen]
     return list({run.folder: run for run in runs}.values())
 
 
 def run_all(
-    runs: Sequence[Run],
+    runs: Sequence[PaperRun],
     scale: ScaleName,
     launcher: str,
     data: Path | None,
@@ -160,14 +160,14 @@ def run_all(
         )
 
 
-def _simulate(run: Run, data: Any) -> None:
+def _simulate(run: PaperRun, data: Any) -> None:
     from abtrain.commands.train.simulate import simulate
 
     result = simulate(resolve(dataclasses.replace(run.config, device="cpu")), data)
     write_whole(run.folder / RESULT_FILE, json.dumps(result, indent=2, default=str) + "\n")
 
 
-def _launch(run: Run, launcher: str, data: Path | None) -> None:
+def _launch(run: PaperRun, launcher: str, data: Path | None) -> None:
     """Starts a real run, which goes on where a stopped one left its checkpoint.
 
     Raises:
@@ -184,7 +184,7 @@ def _launch(run: Run, launcher: str, data: Path | None) -> None:
         raise failure
 
 
-def launch_command(run: Run, launcher: str, data: Path | None) -> list[str]:
+def launch_command(run: PaperRun, launcher: str, data: Path | None) -> list[str]:
     """The command line of a real run."""
     per_node = run.config.workers // run.cell.nodes
     start = shlex.split(launcher.format(nodes=run.cell.nodes, workers_per_node=per_node))
@@ -192,7 +192,7 @@ def launch_command(run: Run, launcher: str, data: Path | None) -> list[str]:
     return [*start, "-m", "abtrain", "train", "--config", str(run.folder / REQUEST_FILE), *place]
 
 
-def write_request(run: Run, overwrite: bool = False, checkpoints: bool = False) -> None:
+def write_request(run: PaperRun, overwrite: bool = False, checkpoints: bool = False) -> None:
     """Writes the request of a run, unless the folder holds one that asks for the same.
 
     Args:
@@ -213,7 +213,7 @@ def write_request(run: Run, overwrite: bool = False, checkpoints: bool = False) 
         kept.write_request(run.folder, config)
 
 
-def _asks_for(run: Run, checkpoints: bool) -> bool:
+def _asks_for(run: PaperRun, checkpoints: bool) -> bool:
     """Whether the folder has a request of the same run, with checkpoints if there are to be any."""
     if not (run.folder / kept.RECORD_FILE).exists() or kept.differences(run.folder, run.config):
         return False
@@ -223,7 +223,7 @@ def _asks_for(run: Run, checkpoints: bool) -> bool:
         return False
 
 
-def outcome(run: Run) -> Outcome:
+def outcome(run: PaperRun) -> PaperOutcome:
     """Reads the outcome of a finished run.
 
     Raises:
@@ -234,7 +234,7 @@ def outcome(run: Run) -> Outcome:
     seconds = result.positive("seconds", "total")
     if "cpu_seconds_per_step" in result.content:
         seconds = _forecast(run.config, result)
-    return Outcome(
+    return PaperOutcome(
         cell=run.cell,
         seed=run.seed,
         top1=result.number("top1"),
@@ -247,7 +247,7 @@ def outcome(run: Run) -> Outcome:
     )
 
 
-def _forecast(config: TrainConfig, result: Record) -> float:
+def _forecast(config: TrainConfig, result: JsonRecord) -> float:
     """Seconds of a simulated run on a cluster of as many nodes, with the ranks that it had."""
     import torch
 
@@ -262,7 +262,7 @@ def _forecast(config: TrainConfig, result: Record) -> float:
     return forecast(stretches, cluster, alone, group_size=group_size_of(config)).seconds
 
 
-def _ranks(entry: Record, shapes: ModelShapes) -> dict[str, int]:
+def _ranks(entry: JsonRecord, shapes: ModelShapes) -> dict[str, int]:
     """k of each weight after one decomposition.
 
     Raises:

@@ -17,9 +17,9 @@ from rich.console import Console
 from abtrain import recipes
 from abtrain.commands.compare.plots import COLOURS, Figure, save
 from abtrain.commands.page import write_page
-from abtrain.commands.paper.arguments import Request
+from abtrain.commands.paper.arguments import PaperRequest
 from abtrain.commands.paper.experiments import Cell
-from abtrain.commands.paper.runs import Run, outcome, run_all
+from abtrain.commands.paper.runs import PaperRun, outcome, run_all
 from abtrain.commands.paper.tables import Table
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import TrainConfig, resolve
@@ -65,7 +65,7 @@ def suggested(recipe: str, trial: Any, steps: int) -> dict[str, Any]:
     }
 
 
-def search(request: Request, console: Console) -> None:
+def search(request: PaperRequest, console: Console) -> None:
     """Runs trials until there are as many as asked for, and writes hpo-RECIPE.json, the figures and hpo.html.
 
     Raises:
@@ -97,7 +97,7 @@ def search(request: Request, console: Console) -> None:
     console.print(f"written to {page}")
 
 
-def _base(request: Request) -> TrainConfig:
+def _base(request: PaperRequest) -> TrainConfig:
     """Returns the settings that all trials share: the mini ViT on CIFAR-100 as in the paper, or the small CNN."""
     task, batch = ("fashion-cnn", _BATCH) if request.scale.name == "tiny" else ("cifar100-mini-vit", _FULL_BATCH)
     steps = 240 if request.scale.name == "tiny" else TASKS[task].steps
@@ -105,7 +105,7 @@ def _base(request: Request) -> TrainConfig:
     return TrainConfig(task=task, workers=_WORKERS, batch_size=batch, steps=steps, device=device)
 
 
-def _trainer(request: Request, base: TrainConfig) -> Callable[[TrainConfig, int], float]:
+def _trainer(request: PaperRequest, base: TrainConfig) -> Callable[[TrainConfig, int], float]:
     """Returns a function that trains by given settings for a trial, and returns its top-1."""
     if request.scale.name == "tiny":
         data = TASKS[base.task].load(request.data)
@@ -114,7 +114,7 @@ def _trainer(request: Request, base: TrainConfig) -> Callable[[TrainConfig, int]
 
     def on_a_node(config: TrainConfig, trial: int) -> float:
         folder = request.out / "trials" / f"{config.recipe_name}-{trial}-{config.steps}"
-        run = Run(Cell("global", config.task, config.recipe_name, 1, config), config.seed, folder)
+        run = PaperRun(Cell("global", config.task, config.recipe_name, 1, config), config.seed, folder)
         run_all([run], "full", request.launcher, request.data, lambda line: None, request.overwrite)
         return outcome(run).top1
 

@@ -13,9 +13,9 @@ from abtrain.commands.compare.plots import COLOURS, Figure, legend_below, plain_
 from abtrain.commands.compare.result_files import read_record
 from abtrain.commands.page import write_page
 from abtrain.commands.paper.figures import draw
-from abtrain.commands.paper.runs import Run
+from abtrain.commands.paper.runs import PaperRun
 from abtrain.commands.paper.studies import STUDIES
-from abtrain.commands.paper.tables import Row, Table, remarked, study_table
+from abtrain.commands.paper.tables import PaperRow, Table, remarked, study_table
 from abtrain.files import write_whole
 from abtrain.lowrank.names import factor_letter, weight_name
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 _MARKERS = "os^Dvp*XPh"
 _NOTE = "Simulated workers, one a node."
-_AXES: dict[str, tuple[str, Callable[[Row], float]]] = {
+_AXES: dict[str, tuple[str, Callable[[PaperRow], float]]] = {
     "bytes": ("bytes between nodes, % of DDP's", lambda row: 100 * row.payload_ratio),
     "compression": ("compression", lambda row: row.compression.mean),
 }
 
 
 def write_study(
-    name: str, found: Sequence[Row], runs: Sequence[Run], folder: Path, command: str, remark: str = ""
+    name: str, found: Sequence[PaperRow], runs: Sequence[PaperRun], folder: Path, command: str, remark: str = ""
 ) -> list[Table]:
     """Writes NAME.html, NAME.md and the figures; returns the tables.
 
@@ -61,12 +61,12 @@ def write_study(
     return tables
 
 
-def _scatter_figure(name: str, found: Sequence[Row], folder: Path) -> Figure:
+def _scatter_figure(name: str, found: Sequence[PaperRow], folder: Path) -> Figure:
     study = STUDIES[name]
     axis, value = _AXES[study.shown]
 
     def scatter(axes: Axes) -> None:
-        series: dict[str, list[Row]] = {}
+        series: dict[str, list[PaperRow]] = {}
         for row in found:
             series.setdefault(_series(row.cell.method)[0], []).append(row)
         for i, (label, rows) in enumerate(series.items()):
@@ -98,7 +98,7 @@ def _series(label: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else (label, "")
 
 
-def _histories(run: Run) -> dict[str, list[tuple[float, dict[str, float]]]]:
+def _histories(run: PaperRun) -> dict[str, list[tuple[float, dict[str, float]]]]:
     """By layer, (step, distances) of every merge of the run."""
     found: dict[str, list[tuple[float, dict[str, float]]]] = {}
     for entry in read_record(run.result_file).records("divergence"):
@@ -110,7 +110,7 @@ def _histories(run: Run) -> dict[str, list[tuple[float, dict[str, float]]]]:
     return found
 
 
-def _divergence_figures(name: str, runs: Sequence[Run], folder: Path) -> list[Figure]:
+def _divergence_figures(name: str, runs: Sequence[PaperRun], folder: Path) -> list[Figure]:
     figures = []
     for run in (run for run in runs if run.seed == 0):
         histories = _histories(run)
@@ -135,7 +135,7 @@ def _divergence_figures(name: str, runs: Sequence[Run], folder: Path) -> list[Fi
     return figures
 
 
-def _divergence_table(runs: Sequence[Run]) -> Table:
+def _divergence_table(runs: Sequence[PaperRun]) -> Table:
     """Tabulates each layer's distances over all merges of a run, whose learning rate ends at zero."""
     lines = []
     for run in (run for run in runs if run.seed == 0):

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from abtrain.commands.paper.experiments import Cell, Scale, Scaling
 from abtrain.commands.paper.published import DDP, RESNET, TABLE1, TABLE2_GLOBAL, TABLE2_LOCAL, VIT, Value
-from abtrain.commands.paper.runs import Outcome
+from abtrain.commands.paper.runs import PaperOutcome
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """A cell: means and deviations over its seeds.
 
     Attributes:
@@ -36,9 +36,9 @@ class Row:
     traffic: Value
 
 
-def rows(outcomes: Sequence[Outcome]) -> list[Row]:
+def rows(outcomes: Sequence[PaperOutcome]) -> list[PaperRow]:
     """A row for each cell, in the order of their first runs."""
-    by_cell: dict[Cell, list[Outcome]] = {}
+    by_cell: dict[Cell, list[PaperOutcome]] = {}
     for outcome in outcomes:
         by_cell.setdefault(outcome.cell, []).append(outcome)
     baselines = {
@@ -51,7 +51,7 @@ def rows(outcomes: Sequence[Outcome]) -> list[Row]:
         top1 = _value(run.top1 for run in runs)
         baseline = baselines.get((cell.scaling, cell.model, cell.nodes))
         found.append(
-            Row(
+            PaperRow(
                 cell,
                 len(runs),
                 top1,
@@ -93,7 +93,7 @@ def remarked(tables: Sequence[Table], remark: str) -> list[Table]:
     return [replace(table, note=f"{table.note} {remark}".strip()) for table in tables]
 
 
-def scaling_table(found: Sequence[Row], scaling: Scaling, scale: Scale) -> Table:
+def scaling_table(found: Sequence[PaperRow], scaling: Scaling, scale: Scale) -> Table:
     """Table II, or the half of it, beside the paper's values for the same number of nodes."""
     papers = [VIT, RESNET] if scale.name == "tiny" else []
     header = ["model", "nodes", "batch", "method", "top-1 %", "to DDP", "bytes of DDP", "compr.", "traffic", "minutes"]
@@ -136,7 +136,7 @@ def _scaling_note(scale: Scale) -> str:
     return note
 
 
-def study_table(found: Sequence[Row], title: str) -> Table:
+def study_table(found: Sequence[PaperRow], title: str) -> Table:
     """A row for each cell, without the paper's."""
     lines = [
         (
@@ -172,7 +172,7 @@ def paper_text(label: str, cell: Cell, scaling: Scaling) -> str:
     return f"{there.top1.mean:.2f} ({gain:+.2f}), {share:.0f} %, {there.compression:.2f}"
 
 
-def comparison_table(found: Sequence[Row], scale: Scale) -> Table:
+def comparison_table(found: Sequence[PaperRow], scale: Scale) -> Table:
     """Table I: difference to the baseline, compression and ECR, beside the paper's for other methods."""
     lines = [
         (

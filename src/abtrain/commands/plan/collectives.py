@@ -51,7 +51,7 @@ def wire_bytes(nbytes: float, messages: float = 1) -> float:
 
 
 @dataclass(frozen=True)
-class Link:
+class NodeLink:
     """How a node is joined to the others.
 
     Args:
@@ -74,7 +74,7 @@ class Link:
         return self.latency + 8 * wire_bytes(nbytes, messages) / self.rate
 
 
-LOCAL = Link(rate=100e9, latency=2e-6)
+LOCAL = NodeLink(rate=100e9, latency=2e-6)
 """Between the workers of one node: memory, or an NVLink."""
 
 
@@ -93,9 +93,9 @@ class Cluster:
     """
 
     nodes: int
-    link: Link
+    link: NodeLink
     per_node: int = 1
-    local: Link = LOCAL
+    local: NodeLink = LOCAL
 
     def __post_init__(self) -> None:
         found = whole_number_problems("nodes", self.nodes, 1) + whole_number_problems("per_node", self.per_node, 1)
@@ -108,14 +108,14 @@ class Cluster:
         return self.nodes * self.per_node
 
     @property
-    def pace(self) -> Link:
+    def pace(self) -> NodeLink:
         """The link that holds up a round in which everybody sends as much."""
         return self.link if self.nodes > 1 else self.local
 
     @property
     def swift(self) -> Cluster:
         """The same without latency: what bytes alone take."""
-        return replace(self, link=Link(self.link.rate), local=Link(self.local.rate))
+        return replace(self, link=NodeLink(self.link.rate), local=NodeLink(self.local.rate))
 
     def part(self, workers: int) -> Cluster:
         """As many of its workers as sit side by side: those of one node, or of several whole nodes."""

@@ -12,7 +12,7 @@ from abtrain import recipes
 from abtrain.comm.topology import topology_problems
 from abtrain.commands.plan.advice import RARE, Offer, Setting, recommend
 from abtrain.commands.plan.bench import Bench, measure_decompositions
-from abtrain.commands.plan.collectives import ALL_REDUCES, Cluster, Link
+from abtrain.commands.plan.collectives import ALL_REDUCES, Cluster, NodeLink
 from abtrain.commands.plan.forecast import PhaseForecast
 from abtrain.commands.plan.recipes_command import ratio_in_short, ratio_in_words
 from abtrain.commands.plan.settings import (
@@ -108,7 +108,7 @@ def _rates(config: PlanConfig) -> list[str]:
 
 def _cluster(config: PlanConfig) -> Cluster:
     slowest = min(parse_rate(rate) for rate in _rates(config))
-    return Cluster(config.nodes, Link(slowest, parse_seconds(config.latency)), config.workers_per_node)
+    return Cluster(config.nodes, NodeLink(slowest, parse_seconds(config.latency)), config.workers_per_node)
 
 
 def _speeds(config: PlanConfig) -> Speeds:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from abtrain.commands.lab import Fault, LabConfig, arguments
+from abtrain.commands.lab import LabConfig, LabFault, arguments
 from abtrain.commands.lab.arguments import parse_arguments
 from abtrain.errors import ConfigurationError
 
@@ -23,7 +23,7 @@ def test_everything_that_can_be_said() -> None:
     assert job is not None
     # What is behind -- is the script's, whatever it looks like.
     assert job.command == ("train.py", "--nodes", "9", "--", "x")
-    assert job.faults == (Fault("cut", 1, 20, 10), Fault("cut", 0, 1), Fault("change", 0, 10, rate=5 * 10**6))
+    assert job.faults == (LabFault("cut", 1, 20, 10), LabFault("cut", 0, 1), LabFault("change", 0, 10, rate=5 * 10**6))
     assert (job.out, job.timeout, job.launcher) == (Path("run"), 60, "python")
 
 

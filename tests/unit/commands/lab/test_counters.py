@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from abtrain.commands.lab.counters import Sampler, Traffic, parse_counters
+from abtrain.commands.lab.counters import HostTraffic, Sampler, parse_counters
 
 TEXT = """\
 Inter-|   Receive                                                |  Transmit
@@ -34,5 +34,5 @@ def test_totals_and_peaks(tmp_path: Path) -> None:
     write(path, 3500, 300)
     sampler.sample(11.0)
     write(path, 3600, 300)
-    assert sampler.totals() == [Traffic(2600, 300, peak_tx=8 * 2000 / 0.5, peak_rx=8 * 200 / 0.5)]
+    assert sampler.totals() == [HostTraffic(2600, 300, peak_tx=8 * 2000 / 0.5, peak_rx=8 * 200 / 0.5)]
     sampler.close()

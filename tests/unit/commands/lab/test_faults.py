@@ -1,20 +1,20 @@
 import pytest
 
-from abtrain.commands.lab.faults import Event, Fault, fault_problems, faults_in_words, parse_fault, timeline
+from abtrain.commands.lab.faults import Event, LabFault, fault_problems, faults_in_words, parse_fault, timeline
 from abtrain.errors import ConfigurationError
 
 
 @pytest.mark.parametrize(
     ("kind", "text", "fault"),
     [
-        ("cut", "3@20s+10s", Fault("cut", 3, 20, 10)),
-        ("cut", "0@0.5s", Fault("cut", 0, 0.5)),
-        ("freeze", "2@5s+3s", Fault("freeze", 2, 5, 3)),
-        ("kill", "1@8s", Fault("kill", 1, 8)),
-        ("change", "2@10s=20mbit", Fault("change", 2, 10, rate=20 * 10**6)),
+        ("cut", "3@20s+10s", LabFault("cut", 3, 20, 10)),
+        ("cut", "0@0.5s", LabFault("cut", 0, 0.5)),
+        ("freeze", "2@5s+3s", LabFault("freeze", 2, 5, 3)),
+        ("kill", "1@8s", LabFault("kill", 1, 8)),
+        ("change", "2@10s=20mbit", LabFault("change", 2, 10, rate=20 * 10**6)),
     ],
 )
-def test_faults_are_read_and_written_alike(kind: str, text: str, fault: Fault) -> None:
+def test_faults_are_read_and_written_alike(kind: str, text: str, fault: LabFault) -> None:
     assert parse_fault(kind, text) == fault  # type: ignore[arg-type]
     assert str(fault) == f"{kind} {text}"
 
@@ -34,7 +34,7 @@ def test_a_change_to_a_rate_that_cannot_be() -> None:
 
 
 def test_faults_that_do_not_fit_the_lab() -> None:
-    faults = (Fault("cut", 4, 1), Fault("kill", 0, 1), Fault("freeze", 1, 2, 0), Fault("change", 2, 1))
+    faults = (LabFault("cut", 4, 1), LabFault("kill", 0, 1), LabFault("freeze", 1, 2, 0), LabFault("change", 2, 1))
     problems = fault_problems(faults, nodes=4)
     assert len(problems) == 3
     assert "no host 4: hosts are numbered 0 to 3" in problems[0]
@@ -42,7 +42,7 @@ def test_faults_that_do_not_fit_the_lab() -> None:
 
 
 def test_the_timeline_has_the_end_of_what_passes() -> None:
-    actions = timeline([Fault("cut", 1, 5, 10), Fault("kill", 0, 6), Fault("freeze", 2, 1, 1)])
+    actions = timeline([LabFault("cut", 1, 5, 10), LabFault("kill", 0, 6), LabFault("freeze", 2, 1, 1)])
     assert [(action.at, action.verb, action.fault.host) for action in actions] == [
         (1, "freeze", 2),
         (2, "thaw", 2),

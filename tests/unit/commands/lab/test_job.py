@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from abtrain.commands.lab import Fault, Job, LabConfig
+from abtrain.commands.lab import Job, LabConfig, LabFault
 from abtrain.commands.lab.job import host_command, host_environment, job_problems
 
 
@@ -45,7 +45,7 @@ def test_a_folder_that_is_in_use() -> None:
 
 
 def test_all_problems_are_found_at_once() -> None:
-    job = Job(("nowhere.py",), Path("out"), faults=(Fault("kill", 5, 1),), timeout=0)
+    job = Job(("nowhere.py",), Path("out"), faults=(LabFault("kill", 5, 1),), timeout=0)
     assert len(job_problems(job, nodes=2)) == 3
 
 

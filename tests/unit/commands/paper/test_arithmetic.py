@@ -24,7 +24,7 @@ from abtrain.commands.paper.published import (
     TABLE2_LOCAL,
     VGG,
     VIT,
-    Schedule,
+    PublishedSchedule,
 )
 
 PARAMETERS = {VIT: 86_567_656, RESNET: 25_557_032}
@@ -56,9 +56,9 @@ def test_ecr_by_hand() -> None:
 def test_the_guideline_keeps_a_good_third_of_the_steps_in_full_rank() -> None:
     assert guideline_share() == pytest.approx(0.36)
     assert full_share(SCHEDULES[RESNET]) == pytest.approx(0.28)
-    assert full_share(Schedule(total=100, warmup=20, cycle=10, rebound=2)) == pytest.approx(0.36)
+    assert full_share(PublishedSchedule(total=100, warmup=20, cycle=10, rebound=2)) == pytest.approx(0.36)
     # The last cycle is cut off in its group phase.
-    assert full_share(Schedule(total=95, warmup=20, cycle=10, rebound=2)) == pytest.approx(34 / 95)
+    assert full_share(PublishedSchedule(total=95, warmup=20, cycle=10, rebound=2)) == pytest.approx(34 / 95)
 
 
 def test_scaled_traffic_of_vit_on_two_nodes_is_the_papers() -> None:

@@ -1,14 +1,14 @@
 import pytest
 
 from abtrain.commands.plan.advice import Setting, recommend
-from abtrain.commands.plan.collectives import Cluster, Link
+from abtrain.commands.plan.collectives import Cluster, NodeLink
 from abtrain.commands.plan.shapes import assumed_shapes
 from abtrain.commands.plan.worker_seconds import WorkerSeconds
 
 
 def setting(rate: float, step: float = 0.1, nodes: int = 4, parameters: int = 10**7) -> Setting:
     model = assumed_shapes(parameters, 1000)
-    return Setting(lambda factoring: model, 4, 2000, WorkerSeconds(step), Cluster(nodes, Link(rate, 1e-4)))
+    return Setting(lambda factoring: model, 4, 2000, WorkerSeconds(step), Cluster(nodes, NodeLink(rate, 1e-4)))
 
 
 def test_on_a_fast_link_data_parallel_training_is_the_better_choice() -> None:

@@ -14,7 +14,7 @@ from abtrain.commands.plan.collectives import (
     LOCAL,
     RING_PARTS,
     Cluster,
-    Link,
+    NodeLink,
     cost_of,
     hierarchical,
     ring,
@@ -22,7 +22,7 @@ from abtrain.commands.plan.collectives import (
 )
 from abtrain.errors import ConfigurationError
 
-FAST = Link(100e6, 5e-4)
+FAST = NodeLink(100e6, 5e-4)
 PER_FRAME = 66 * (1 + 1 / 16)
 
 
@@ -91,17 +91,17 @@ def test_large_all_reduces_move_what_bandwidth_allows_at_least(n: int, megabytes
 def test_a_ring_goes_at_the_pace_of_its_slowest_link(rates: list[float]) -> None:
     """Message by message: a node sends on in a round what it got in the one before."""
     n, nbytes = len(rates), 1e6
-    links = [Link(rate, 1e-4) for rate in rates]
+    links = [NodeLink(rate, 1e-4) for rate in rates]
     done = [0.0] * n
     for _ in range(2 * (n - 1)):
         sent = [at + link.seconds(nbytes / n, RING_PARTS) for at, link in zip(done, links, strict=True)]
         done = [max(sent[i], sent[i - 1]) for i in range(n)]
-    assert max(done) == pytest.approx(ring(Cluster(n, Link(min(rates), 1e-4)), nbytes).seconds)
+    assert max(done) == pytest.approx(ring(Cluster(n, NodeLink(min(rates), 1e-4)), nbytes).seconds)
 
 
 def test_a_cluster_that_cannot_be() -> None:
     with pytest.raises(ConfigurationError) as error:
-        Cluster(0, Link(-1, math.nan), per_node=0)
+        Cluster(0, NodeLink(-1, math.nan), per_node=0)
     assert len(error.value.problems) == 4
 
 

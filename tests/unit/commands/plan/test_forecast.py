@@ -6,7 +6,7 @@ from abtrain import Recipe, recipes
 from abtrain.comm.topology import Topology
 from abtrain.comm.traffic import Traffic
 from abtrain.commands.plan.bench import Bench, measure_decompositions
-from abtrain.commands.plan.collectives import Cluster, Link, cost_of, ring
+from abtrain.commands.plan.collectives import Cluster, NodeLink, cost_of, ring
 from abtrain.commands.plan.forecast import Forecast, forecast
 from abtrain.commands.plan.payload import predict
 from abtrain.commands.plan.shapes import ModelShapes, assumed_shapes
@@ -16,7 +16,7 @@ from abtrain.commands.plan.worker_seconds import FactorSeconds, WorkerSeconds
 from abtrain.commands.tasks.task import TASKS
 from abtrain.recipes.sync import GradientSync, GradientWire
 
-LINK = Link(100e6, 1e-3)
+LINK = NodeLink(100e6, 1e-3)
 CLUSTER = Cluster(4, LINK)
 LATENCY = 6 * LINK.latency  # of the messages of one all-reduce
 MIB = 2**20
