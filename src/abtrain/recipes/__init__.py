@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, KeysView, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.ab_outer import ab_local, ab_outer
 from abtrain.recipes.full_rank import ddp, diloco, local_sgd, powersgd, solo
-from abtrain.recipes.options import kinds_of, read_options, unknown_options, written
+from abtrain.recipes.options import Option, declared_options, read_options, unknown_options, written
 from abtrain.recipes.paper import ab, ab_no_groups
 from abtrain.recipes.recipe import Recipe
 
@@ -26,26 +26,22 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 DEFAULT = "ab_outer"
 
 
-def options_of(name: str) -> KeysView[str]:
-    """Names of the options that a recipe takes, in the order of its signature.
+def options_of(name: str) -> Mapping[str, Option]:
+    """The options that a recipe takes, by name, in the order of its signature.
 
     Raises:
         ConfigurationError: no recipe has this name.
     """
-    return _kinds(name).keys()
-
-
-def _kinds(name: str) -> Mapping[str, Any]:
     if name not in RECIPES:
         raise ConfigurationError(f"unknown recipe {name!r}: {nearest(name, RECIPES)}")
-    return kinds_of(RECIPES[name])
+    return declared_options(RECIPES[name])
 
 
 def build(name: str, total_steps: int, /, **options: Any) -> Recipe:
     """The recipe called `name`.
 
     Raises:
-        ConfigurationError: an unknown name or option, or values that cannot be; all of them at once.
+        ConfigurationError: an unknown name or option, or values out of range; all of them at once.
     """
     unknown = unknown_options(name, options, options_of(name))
     if unknown:
@@ -57,37 +53,38 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     """The name and the options of RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE, such as `ab_outer:every=40,wire=int4`.
 
     Raises:
-        ConfigurationError: an unknown recipe or option, an option without a value or with two, a value of another kind;
+        ConfigurationError: an unknown recipe or option, an option without a value or with two, a value of another type;
             all of them at once.
     """
     name, _, options = text.partition(":")
-    return name, read_options(name, options, _kinds(name))
+    return name, read_options(name, options, options_of(name))
 
 
 def from_text(text: str, total_steps: int) -> Recipe:
     """The recipe that a text names, with its options.
 
     Raises:
-        ConfigurationError: as for `parse` and `build`; the messages name the options that were given.
+        ConfigurationError: as for `parse` and `build`; messages about values start with the text.
     """
     name, options = parse(text)
     try:
         return build(name, total_steps, **options)
     except ConfigurationError as error:
-        # A recipe speaks of its phases, its user of options.
-        where = f"{text}: " if options else ""
-        own = f"recipe {name!r}: " if options else ""
-        raise ConfigurationError([f"{where}{problem.removeprefix(own)}" for problem in error.problems]) from None
+        if not options:
+            raise
+        # The text says more than the recipe's name, which the messages start with.
+        problems = [problem.removeprefix(f"recipe {name!r}: ") for problem in error.problems]
+        raise ConfigurationError([f"{text}: {problem}" for problem in problems]) from None
 
 
 def write(name: str, options: Mapping[str, Any]) -> str:
-    """A recipe and its options as the text that `parse` reads back."""
+    """The text of a recipe and its options, the inverse of `parse`."""
     given = ",".join(f"{option}={written(value)}" for option, value in options.items())
     return f"{name}:{given}" if given else name
 
 
 def canonical(text: str) -> str:
-    """The one text of all that have the same meaning: options in the order of the signature, values in one form.
+    """The same recipe in a unique text: options in the order of the signature, values in one form.
 
     Raises:
         ConfigurationError: as for `parse`.

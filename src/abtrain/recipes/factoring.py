@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Annotated, Literal, Protocol, get_args
 
 from abtrain.recipes.numbers import whole_number_problems
 
 OptimizerState = Literal["reset", "project", "auto"]
-SVDMode = Literal["each", "shared"]
+
+_OptimizerState = Annotated[
+    OptimizerState,
+    "When a weight changes shape, reset the optimizer's state for it, or project it; auto: project it for known "
+    "optimizers, and reset it for others.",
+]
+_SVD = Annotated[
+    Literal["each", "shared"],
+    "Each worker decomposes every weight, or the work is shared: one owner a weight sends its factors.",
+]
 
 
 class RankRule(Protocol):
@@ -26,24 +35,16 @@ class RankRule(Protocol):
 
 @dataclass(frozen=True)
 class Factoring:
-    """Which weights are factored, and how.
+    """Which weights are factored, and how."""
 
-    Args:
-        rank_rule: how many singular values each weight keeps.
-        keep_dense_if_larger: leave a weight dense where its factors would be no smaller, k (m + n) >= m n.
-        min_dim: leave a weight dense whose smaller matrix dimension is below this.
-        exclude: globs of parameter names that stay dense, such as `head.*`.
-        optimizer_state: at a change of shape, `reset` the optimizer's state of the weight, or `project` it; `auto`:
-            project it where the optimizer is known, and reset it elsewhere.
-        svd: `each` worker decomposes every weight, or the work is `shared`: one owner a weight sends its factors.
-    """
-
-    rank_rule: RankRule
-    keep_dense_if_larger: bool = False
-    min_dim: int = 2
-    exclude: tuple[str, ...] = ()
-    optimizer_state: OptimizerState = "reset"
-    svd: SVDMode = "each"
+    rank_rule: Annotated[RankRule, "Chooses how many singular values of a weight are kept."]
+    keep_dense_if_larger: Annotated[bool, "Leave a weight dense unless its factors are smaller, k (m + n) < m n."] = (
+        False
+    )
+    min_dim: Annotated[int, "Leave a weight dense if its smaller matrix dimension is below this."] = 2
+    exclude: Annotated[tuple[str, ...], "Globs of parameter names that stay dense, such as `head.*`."] = ()
+    optimizer_state: _OptimizerState = "reset"
+    svd: _SVD = "each"
 
     def problems(self) -> list[str]:
         """Returns the problems of these settings; empty if there are none."""

@@ -1,55 +1,62 @@
-"""Options of recipes as text. A recipe's signature is the only list of its options: their names, kinds and defaults."""
+"""Options of recipes as text. A recipe's signature declares each option once: name, type, default and meaning."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 import tomllib
-import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import fields
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.factoring import Factoring
 
 
+class Option(NamedTuple):
+    """An option of a recipe: the type of its values, and its meaning for users."""
+
+    kind: Any
+    meaning: str
+
+
 @cache
-def kinds_of(recipe: Callable[..., Any]) -> Mapping[str, Any]:
-    """The annotation of each option that a recipe takes, by name, in the order of its signature."""
+def declared_options(recipe: Callable[..., Any]) -> Mapping[str, Option]:
+    """The options that a recipe takes, by name, in the order of its signature.
+
+    A signature declares an option as `name: Annotated[kind, "Meaning."] = default`. `**factoring` stands for the fields
+    of `Factoring`, which are declared in the same way.
+    """
     parameters = inspect.signature(recipe).parameters
-    # From the signature, which a recipe may have from another one: annotations are names in the recipe's module.
+    # Annotations are strings, to be resolved in the recipe's module. Those of a preset are only in its signature.
     declared = SimpleNamespace(__annotations__={name: one.annotation for name, one in parameters.items()})
-    hints = typing.get_type_hints(declared, vars(sys.modules[recipe.__module__]))
-    kinds: dict[str, Any] = {}
-    for parameter in parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            kinds[parameter.name] = hints[parameter.name]
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            factoring = typing.get_type_hints(Factoring)
-            kinds |= {name: factoring[name] for name in Factoring.__dataclass_fields__ if name != "rank_rule"}
-    return kinds
+    hints = get_type_hints(declared, vars(sys.modules[recipe.__module__]), include_extras=True)
+    names = [name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY]
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        hints = get_type_hints(Factoring, include_extras=True) | hints
+        names += [field.name for field in fields(Factoring) if field.name not in names]
+    return {name: Option(hints[name].__origin__, hints[name].__metadata__[0]) for name in names}
 
 
 def unknown_options(recipe: str, names: Iterable[str], known: Collection[str]) -> list[str]:
-    """The messages for options that a recipe does not have; empty if it has all of them."""
+    """One message for each option that a recipe does not have."""
     return [f"recipe {recipe!r} has no option {name!r}: {nearest(name, known)}" for name in names if name not in known]
 
 
-def read_options(recipe: str, text: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `OPTION=VALUE,OPTION=VALUE`, each of the kind that the recipe's signature declares.
+def read_options(recipe: str, text: str, known: Mapping[str, Option]) -> dict[str, Any]:
+    """The values of `OPTION=VALUE,OPTION=VALUE`, each converted to the type of its option.
 
-    Items of a list follow each other with commas: `exclude=head.*,embed.*`. Whether a value is in range, the recipe
-    says when it is built.
+    Commas also separate the items of a list: `exclude=head.*,embed.*`. Ranges are checked when the recipe is built.
 
     Args:
         recipe: its name, for messages.
-        text: what follows the name and its colon; may be empty.
-        kinds: from `kinds_of`.
+        text: the part after the name and its colon; may be empty.
+        known: the recipe's options.
 
     Raises:
-        ConfigurationError: an unknown option, an option without a value or with two, a value of another kind; all of
+        ConfigurationError: an unknown option, an option without a value or with two, a value of another type; all of
             them at once.
     """
     found: dict[str, str] = {}
@@ -58,7 +65,7 @@ def read_options(recipe: str, text: str, kinds: Mapping[str, Any]) -> dict[str, 
     for piece in text.split(",") if text else ():
         name, equals, value = piece.partition("=")
         name = name.strip().replace("-", "_")
-        if not equals and _is_list(kinds.get(last)):
+        if not equals and last in known and _is_list(known[last]):
             found[last] += f",{piece}"
         elif not equals:
             problems.append(f"recipe {recipe!r}: {piece!r} has no value: use OPTION=VALUE, such as ddp:wire=bf16")
@@ -66,11 +73,11 @@ def read_options(recipe: str, text: str, kinds: Mapping[str, Any]) -> dict[str, 
             problems.append(f"recipe {recipe!r}: option {name!r} is given twice: leave one out")
         else:
             found[name], last = value.strip(), name
-    problems += unknown_options(recipe, found, kinds)
+    problems += unknown_options(recipe, found, known)
     values = {}
-    for name in [name for name in found if name in kinds]:
+    for name in [name for name in found if name in known]:
         try:
-            values[name] = _value(found[name], kinds[name])
+            values[name] = _value(found[name], known[name])
         except ValueError as error:
             problems.append(f"recipe {recipe!r}: {name}={found[name]!r} is {error}")
     if problems:
@@ -79,44 +86,42 @@ def read_options(recipe: str, text: str, kinds: Mapping[str, Any]) -> dict[str, 
 
 
 def written(value: Any) -> str:
-    """A value as `read_options` reads it back."""
+    """A value in the form that `read_options` reads."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, tuple | list):
-        return ",".join(map(str, value))
-    return str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
-def _value(text: str, kind: Any) -> Any:
+_READERS: Mapping[type, tuple[Callable[[str], Any], str]] = {
+    bool: (lambda text: {"true": True, "false": False}[text.lower()], "neither true nor false"),
+    int: (int, "not a whole number"),
+    float: (float, "not a number"),
+}
+"""By type: the function that reads a value, and the message where it raises."""
+
+
+def _value(text: str, option: Option) -> Any:
     """
     Raises:
-        ValueError: a text of another kind, with what is wrong and a remedy.
+        ValueError: the text is of another type.
     """
-    kinds = (kind, *typing.get_args(kind))
-    if _is_list(kind):
+    if _is_list(option):
         return _items(text)
-    if bool in kinds:
-        return _read(text, lambda text: {"true": True, "false": False}[text.lower()], "neither true nor false")
-    if int in kinds:
-        return _read(text, int, "not a whole number")
-    if float in kinds:
-        return _read(text, float, "not a number")
+    for kind in _READERS.keys() & {option.kind, *get_args(option.kind)}:
+        read, wrong = _READERS[kind]
+        try:
+            return read(text)
+        except (ValueError, KeyError):
+            raise ValueError(f"{wrong}: use one") from None
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
-def _read(text: str, reader: Callable[[str], Any], wrong: str) -> Any:
-    try:
-        return reader(text)
-    except (ValueError, KeyError):
-        raise ValueError(f"{wrong}: use one") from None
-
-
-def _is_list(kind: Any) -> bool:
-    return typing.get_origin(kind) is tuple
+def _is_list(option: Option) -> bool:
+    return get_origin(option.kind) is tuple
 
 
 def _items(text: str) -> tuple[str, ...]:
-    """The items of `a,b`, or of a list as TOML has it: `["a", "b"]`."""
+    """The items of `a,b`, or of a list in TOML: `["a", "b"]`."""
     try:
         items = tomllib.loads(f"items = {text}")["items"]
     except (tomllib.TOMLDecodeError, RecursionError):

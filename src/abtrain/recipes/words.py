@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from abtrain import recipes
-from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.options import written
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
@@ -28,18 +26,17 @@ GRADIENT_WIRES = {
     "powersgd": "gradients averaged at every step as factors of rank {rank}",
 }
 
-
 _LONG_RUN = 10_000
 """Steps in which every recipe has room for its defaults."""
 
 
 def purpose_of(name: str) -> str:
-    """The first sentence of what a recipe says of itself."""
+    """The first sentence of a recipe's docstring."""
     return (inspect.getdoc(recipes.RECIPES[name]) or "").splitlines()[0]
 
 
 class OptionInWords(NamedTuple):
-    """An option as users read of it: its name, its default (empty where that depends), and its meaning."""
+    """An option for users: its name, its default (empty where that depends on others), and its meaning."""
 
     name: str
     default: str
@@ -47,34 +44,18 @@ class OptionInWords(NamedTuple):
 
 
 def options_in_words(name: str) -> list[OptionInWords]:
-    """The options of a recipe, in the order of its signature, with the meaning that a docstring gives them.
-
-    What a recipe's own docstring leaves out is taken from other recipes of its module.
-    """
+    """The options of a recipe, in the order of its signature."""
     recipe = recipes.RECIPES[name]
-    same_module = [other for other in recipes.RECIPES.values() if other.__module__ == recipe.__module__]
-    meanings: dict[str, str] = {}
-    for documented in (Factoring, *same_module, recipe):
-        meanings |= _arguments(inspect.getdoc(documented) or "")
-    factoring = recipe(_LONG_RUN).factoring
-    signature = inspect.signature(recipe).parameters
+    signature, factoring = inspect.signature(recipe).parameters, recipe(_LONG_RUN).factoring
     found = []
-    for option in recipes.options_of(name):
+    for option, (_, meaning) in recipes.options_of(name).items():
         default = signature[option].default if option in signature else getattr(factoring, option)
-        found.append(OptionInWords(option, "" if default is None else written(default), meanings[option]))
+        found.append(OptionInWords(option, "" if default is None else written(default), meaning.replace("`", "")))
     return found
 
 
-def _arguments(docstring: str) -> dict[str, str]:
-    """The meaning of each argument, by its name, from the section `Args:` of a docstring."""
-    _, _, section = docstring.partition("\nArgs:\n")
-    section = re.split(r"\n(?=\S)", section)[0]
-    entries = re.findall(r"^    (\w+): (.*(?:\n      .*)*)", section, flags=re.MULTILINE)
-    return {argument: " ".join(meaning.split()).replace("`", "") for argument, meaning in entries}
-
-
 def phases_in_words(recipe: Recipe) -> list[str]:
-    """A line for each phase, in their order: name, how often and how long, weights, what is trained, sync."""
+    """One line for each phase: name, number of runs, length, weights, trained parts, sync."""
     runs = Counter(position.phase_index for position in recipe.runs())
     lengths = {position.phase_index: position.steps_in_phase for position in reversed(list(recipe.runs()))}
     lines = []
@@ -86,7 +67,7 @@ def phases_in_words(recipe: Recipe) -> list[str]:
 
 
 def sync_in_words(sync: Sync) -> str:
-    """How workers agree."""
+    """Describes how workers agree."""
     if sync is None:
         return "never averaged"
     if isinstance(sync, GradientSync):
@@ -96,7 +77,7 @@ def sync_in_words(sync: Sync) -> str:
 
 
 def _manner(sync: WeightSync) -> Iterator[str]:
-    """How a merge is made and sent."""
+    """Yields how a merge is computed and sent."""
     yield sync.merge.words
     yield _sent(sync.wire)
     if sync.fragments > 1:
@@ -106,7 +87,7 @@ def _manner(sync: WeightSync) -> Iterator[str]:
 
 
 def _sent(name: str) -> str:
-    """In which numbers."""
+    """Describes the format in which a merge is sent."""
     if name == AUTO:
         *some, last = (wire for _, wire in AUTO_WIRES)
         return f"{', '.join(some)} or {last}, by the number of workers"
@@ -114,7 +95,7 @@ def _sent(name: str) -> str:
 
 
 def _clauses(phase: Phase) -> Iterator[str]:
-    """Weights, trained parts and sync of a phase."""
+    """Yields weights, trained parts and sync of a phase."""
     yield "full" if phase.weights == "full" else TRAINS[phase.trains]
     if phase.damping:
         yield f"steps preconditioned (damping {phase.damping:g}, times {phase.factor_lr:g})"
