@@ -33,6 +33,11 @@ def shared_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if name not in own}
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The shared parameters that require a gradient."""
+    return {name: parameter for name, parameter in shared_parameters(model).items() if parameter.requires_grad}
+
+
 def shared_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers that workers share, likewise."""
     own = own_names(model)

@@ -1,11 +1,11 @@
 """Talking to other workers: the only part of abtrain that knows torch.distributed.
 
-`communicator.py` has the contract; `torch_distributed.py` and `in_process.py` keep it, and one test suite
-holds all forms to it. `agreement.py` is built on the contract: proving that workers hold the same, and
-sharing where they do not.
+`communicator.py` has the contract, `data_parallel.py` that of averaged gradients. `torch_distributed.py` and
+`in_process.py` implement both, and one test suite runs on all of them.
 """
 
-from abtrain.comm.communicator import Communicator, DataParallel, SingleProcess
+from abtrain.comm.communicator import Communicator, SingleProcess
+from abtrain.comm.data_parallel import DataParallel
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.meter import Meter
 from abtrain.comm.topology import Topology

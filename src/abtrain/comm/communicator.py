@@ -1,85 +1,50 @@
 """The contract between workers, and its form for one worker alone.
 
-Everything else in abtrain talks to other workers through a `Communicator`, so the same engine runs on Gloo
-and NCCL (`torch_distributed.py`), on threads of one process (`in_process.py`), and alone (`SingleProcess`,
-here). Every collective is counted in the communicator's `meter`.
+Everything else in abtrain talks to other workers through a `Communicator`, so the same engine runs on Gloo and NCCL
+(`torch_distributed.py`), on threads of one process (`in_process.py`), and alone (`SingleProcess`, here). Every
+collective is counted in the communicator's `meter`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from abtrain.comm.data_parallel import DataParallel, Unsynchronized
 from abtrain.comm.meter import Meter, Spans
 from abtrain.comm.topology import Topology
+from abtrain.own import trained_parameters
 from abtrain.recipes.sync import GradientSync, Sync
 
 Scope = Literal["world", "group"]
 Reduction = Literal["sum", "max"]
 PLAIN = GradientSync()
-Module = TypeVar("Module", bound=nn.Module)
 T = TypeVar("T")
 
 
 class Pending(Generic[T]):
-    """A collective under way. Until `wait` has returned, what was handed over must not change."""
+    """A collective in progress. Its tensors must not change until `wait` has returned."""
 
     def __init__(self, finish: Callable[[], T]) -> None:
         self._finish = finish
 
     def wait(self) -> T:
-        """Its outcome, once it is there. To be called once, on all ranks in the order of the launches."""
+        """Waits for the collective and returns its outcome. Called once, on all ranks in the order of the launches."""
         return self._finish()
 
 
-class DataParallel(Protocol):
-    """A model whose gradients are averaged over a scope while `backward` runs.
-
-    With gradients disabled, a call is the model's own and talks to nobody: one rank may make it alone. Eval mode
-    changes nothing by itself: models are fine-tuned in it, with their norms frozen.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Gradients made by forward passes inside this context accumulate locally."""
-        ...
-
-    def arrivals(self) -> list[int]:
-        """The order in which the first shared backward pass completed gradients, by the places of trained parameters.
-
-        Buckets follow it from then on, and with them the order in which three or more ranks add up numbers. Empty
-        before that pass, and where there are no buckets.
-        """
-        ...
-
-    def follow(self, arrivals: Sequence[int]) -> None:
-        """Lays out buckets as a wrapper that had these `arrivals` did. Sends nothing, and leaves no gradients.
-
-        Raises:
-            ValueError: arrivals of another number of parameters.
-        """
-        ...
-
-    def spoiled(self) -> bool:
-        """Whether what this worker brought to the last average held NaN or infinity."""
-        ...
-
-    def close(self) -> None:
-        """Lets go of the model: no gradient is averaged from now on, and a call is an error."""
-        ...
-
-
-class Communicator(Protocol):
+class Communicator:
     """The operations that connect one worker with the others.
 
-    Every call is collective over its scope: all of its ranks make it, in the same order. A scope of one rank does
-    nothing and counts nothing. What `launch_...` starts goes on while the caller computes. `device` is where tensors
-    must live for the backend to carry them; they are contiguous.
+    Every operation is collective over its scope: all of its ranks call it, in the same order. A scope of one rank
+    communicates nothing and counts nothing. The caller may compute between `launch_...` and `wait`. `device` is where
+    tensors must be for the backend to carry them; they must be contiguous.
+
+    A backend implements the methods that raise NotImplementedError here. They get detached, checked tensors and a
+    scope of several ranks.
 
     Raises:
         ValueError: a tensor that is not contiguous.
@@ -87,158 +52,134 @@ class Communicator(Protocol):
         PeerLostError: another worker died or did not answer in time.
     """
 
-    rank: int
-    topology: Topology
-    device: torch.device
-    meter: Meter
+    def __init__(self, rank: int, topology: Topology, device: torch.device, meter: Meter | None = None) -> None:
+        self.rank = rank
+        self.topology = topology
+        self.device = device
+        self.meter = meter or Meter()
+
+    def ranks(self, scope: Scope) -> tuple[int, ...]:
+        """The world ranks of this worker's scope, in order."""
+        topology = self.topology
+        return topology.groups[topology.group_of(self.rank)] if scope == "group" else tuple(range(topology.world_size))
 
     def all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> None:
         """Reduces in place; every rank of the scope ends with the same bits."""
-        ...
+        self.launch_all_reduce(tensor, op, scope).wait()
+
+    def launch_all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> Pending[None]:
+        """Starts an `all_reduce`."""
+        check_reducible(tensor, op)
+        if len(self.ranks(scope)) == 1:
+            return Pending(lambda: None)
+        return self._start_all_reduce(tensor.detach(), op, scope)
 
     def all_gather(self, tensor: Tensor, scope: Scope = "world") -> Tensor:
         """Returns (ranks in scope, *tensor.shape), in rank order, for any dtype."""
-        ...
+        return self.launch_all_gather(tensor, scope).wait()
 
-    def cannot_carry(self, sync: Sync) -> str:
-        """Why this way of agreeing is out of reach of the backend; empty if it is not. Talks to nobody."""
-        ...
-
-    def launch_all_reduce(self, tensor: Tensor, op: Reduction = "sum") -> Pending[None]:
-        """Starts an `all_reduce` over the world."""
-        ...
-
-    def launch_all_gather(self, tensor: Tensor) -> Pending[Tensor]:
-        """Starts an `all_gather` over the world."""
-        ...
+    def launch_all_gather(self, tensor: Tensor, scope: Scope = "world") -> Pending[Tensor]:
+        """Starts an `all_gather`."""
+        check_contiguous(tensor)
+        if len(self.ranks(scope)) == 1:
+            gathered = tensor.detach()[None].clone()
+            return Pending(lambda: gathered)
+        return self._start_all_gather(tensor.detach(), scope)
 
     def launch_exchange(self, rows: Tensor) -> Pending[Tensor]:
-        """Sends row i of (world size, ...) to rank i; the outcome is the rows that came, in rank order. For any dtype.
+        """Sends row i of (world size, ...) to rank i, for any dtype. The outcome is the received rows, in rank order.
 
-        The own row stays where it is, and is not counted.
+        A rank keeps its own row, which is not counted.
         """
-        ...
+        check_contiguous(rows)
+        workers = self.topology.world_size
+        if rows.ndim == 0 or rows.shape[0] != workers:
+            raise ValueError(
+                f"exchange of a tensor of shape {list(rows.shape)}: it needs {workers} rows, one for each rank"
+            )
+        if workers == 1:
+            received = rows.detach().clone()
+            return Pending(lambda: received)
+        return self._start_exchange(rows.detach(), nbytes=rows.nbytes - rows.nbytes // workers)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Overwrites `tensor` everywhere with that of world rank `source`, bit by bit, for any dtype."""
-        ...
+        check_contiguous(tensor)
+        workers = self.topology.world_size
+        if not 0 <= source < workers:
+            raise ValueError(f"broadcast from rank {source}: ranks go from 0 to {workers - 1} in this world")
+        if workers > 1:
+            self._broadcast(tensor.detach(), source)
 
     def barrier(self) -> None:
-        """Returns once every worker is here."""
-        ...
+        """Returns once every worker has called it."""
+        if self.topology.world_size > 1:
+            self._barrier()
+
+    def cannot_carry(self, sync: Sync) -> str:
+        """Says why the backend cannot carry this way of synchronizing; empty if it can. Communicates nothing."""
+        return ""
 
     def begin_run(self) -> None:
         """Drops the state that gradient compression kept from an earlier run, such as PowerSGD's errors."""
-        ...
 
     def data_parallel(
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
     ) -> DataParallel:
         """Wraps `module` so that `backward` averages its gradients over the scope.
 
-        Of the parameters, those that require a gradient at the time of the call take part. In training, buffers follow
-        the scope's first rank at each forward pass, as in DDP. What the module tells DDP to ignore is left out of both
-        (see `abtrain.own`). A scope of one rank needs no synchronization.
+        The parameters that require a gradient at the time of the call are averaged. In training, buffers follow the
+        scope's first rank at each forward pass, as in DDP. Both leave out what the module tells DDP to ignore (see
+        `abtrain.own`). A scope of one rank needs no synchronization.
 
         Args:
             module: the model, on one device, with the same parameters on every rank of the scope.
             scope: over whom to average.
             find_unused_parameters: allow a backward pass that leaves some parameters without a gradient. Otherwise
-                the forward pass after it raises UsageError.
+                the next forward pass raises UsageError.
+            sync: with the wire that gradients are sent in.
+
+        Raises:
+            ConfigurationError: the backend cannot carry this wire, or the model's SyncBatchNorm layers have nobody to
+                synchronize with.
         """
-        ...
+        if len(self.ranks(scope)) == 1 or not trained_parameters(module):
+            return Unsynchronized(module)
+        return self._wrap(module, scope, find_unused_parameters, sync)
+
+    def _start_all_reduce(self, tensor: Tensor, op: Reduction, scope: Scope) -> Pending[None]:
+        raise NotImplementedError
+
+    def _start_all_gather(self, tensor: Tensor, scope: Scope) -> Pending[Tensor]:
+        raise NotImplementedError
+
+    def _start_exchange(self, rows: Tensor, nbytes: int) -> Pending[Tensor]:
+        raise NotImplementedError
+
+    def _broadcast(self, tensor: Tensor, source: int) -> None:
+        raise NotImplementedError
+
+    def _barrier(self) -> None:
+        raise NotImplementedError
+
+    def _wrap(self, module: nn.Module, scope: Scope, find_unused_parameters: bool, sync: GradientSync) -> DataParallel:
+        raise NotImplementedError
 
 
-def nothing() -> None:
-    """Does nothing when a wrapper closes that has changed nothing."""
-
-
-class Unsynchronized:
-    """The `DataParallel` of a scope of one rank, or of a model with nothing to train: the model as it is."""
-
-    def __init__(self, module: nn.Module, at_close: Callable[[], None] = nothing) -> None:
-        self._module: nn.Module | None = module
-        self._at_close = at_close
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return still_open(self._module)(*args, **kwargs)
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def arrivals(self) -> list[int]:
-        return []
-
-    def follow(self, arrivals: Sequence[int]) -> None:
-        pass
-
-    def spoiled(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        self._module = None
-        self._at_close()
-
-
-class SingleProcess:
+class SingleProcess(Communicator):
     """The `Communicator` of a worker that is alone: no `init_process_group`, no communication."""
 
     def __init__(self, meter: Meter | None = None) -> None:
-        self.rank = 0
-        self.topology = Topology(world_size=1)
-        self.device = torch.device("cpu")
-        self.meter = meter or Meter()
-
-    def all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> None:
-        check_reducible(tensor, op)
-
-    def all_gather(self, tensor: Tensor, scope: Scope = "world") -> Tensor:
-        check_contiguous(tensor)
-        return tensor.detach()[None].clone()
-
-    def launch_all_reduce(self, tensor: Tensor, op: Reduction = "sum") -> Pending[None]:
-        check_reducible(tensor, op)
-        return Pending(lambda: None)
-
-    def launch_all_gather(self, tensor: Tensor) -> Pending[Tensor]:
-        gathered = self.all_gather(tensor)
-        return Pending(lambda: gathered)
-
-    def launch_exchange(self, rows: Tensor) -> Pending[Tensor]:
-        check_rows(rows, self.topology)
-        received = rows.detach().clone()
-        return Pending(lambda: received)
-
-    def broadcast(self, tensor: Tensor, source: int) -> None:
-        check_source(source, self.topology)
-        check_contiguous(tensor)
-
-    def barrier(self) -> None:
-        pass
-
-    def cannot_carry(self, sync: Sync) -> str:
-        return ""
-
-    def begin_run(self) -> None: ...
-
-    def data_parallel(
-        self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
-    ) -> DataParallel:
-        return Unsynchronized(module)
-
-
-def scope_ranks(topology: Topology, rank: int, scope: Scope) -> tuple[int, ...]:
-    """The world ranks of the scope that `rank` is in, in order."""
-    return topology.groups[topology.group_of(rank)] if scope == "group" else tuple(range(topology.world_size))
+        super().__init__(0, Topology(world_size=1), torch.device("cpu"), meter)
 
 
 def scope_spans(topology: Topology, scope: Scope) -> Spans:
-    """Whether payload of this scope is meant for other groups: only if the scope holds more than one."""
+    """Whether payload of this scope goes to other groups: only if the scope holds more than one."""
     return "between_groups" if scope == "world" and topology.n_groups > 1 else "within_groups"
 
 
 def check_contiguous(tensor: Tensor) -> None:
-    """Refuses what no backend can carry as it lies in memory."""
+    """Raises a ValueError for a tensor that no backend can send from its place in memory."""
     if not tensor.is_contiguous():
         raise ValueError(
             f"a collective needs a contiguous tensor, not one of shape {list(tensor.shape)} with strides "
@@ -246,39 +187,17 @@ def check_contiguous(tensor: Tensor) -> None:
         )
 
 
-# What Gloo and NCCL can both reduce. Gloo finds out about the rest in the middle of a collective, where it
-# looks as if a peer had gone; bool it "sums" without a warning.
+# The dtypes that both Gloo and NCCL reduce. Gloo fails on others in the middle of a collective, with an error that
+# looks as if a peer had died; it "sums" bool without a warning.
 _REDUCIBLE = frozenset(
     {torch.float16, torch.bfloat16, torch.float32, torch.float64} | {torch.int8, torch.uint8, torch.int32, torch.int64}
 )
 
 
 def check_reducible(tensor: Tensor, op: Reduction) -> None:
-    """Refuses what some backend cannot reduce, or not without a surprise."""
+    """Raises an error for a tensor that some backend cannot reduce, or reduces to something unexpected."""
     check_contiguous(tensor)
     if tensor.dtype not in _REDUCIBLE and not (tensor.dtype.is_complex and op == "sum"):
         raise TypeError(
             f"all_reduce({op}) cannot take {tensor.dtype}: convert it to float32 or int32, or all_gather it"
         )
-
-
-def check_rows(rows: Tensor, topology: Topology) -> None:
-    """Refuses what does not have one row for each rank of the world."""
-    check_contiguous(rows)
-    if rows.ndim == 0 or rows.shape[0] != topology.world_size:
-        raise ValueError(
-            f"exchange of a tensor of shape {list(rows.shape)}: it needs {topology.world_size} rows, one for each rank"
-        )
-
-
-def check_source(source: int, topology: Topology) -> None:
-    """Refuses a source that is no rank of the world."""
-    if not 0 <= source < topology.world_size:
-        raise ValueError(f"broadcast from rank {source}: ranks go from 0 to {topology.world_size - 1} in this world")
-
-
-def still_open(module: Module | None) -> Module:
-    """Returns the wrapped module; raises RuntimeError after `close`."""
-    if module is None:
-        raise RuntimeError("this data-parallel wrapper was closed: make a new one with data_parallel()")
-    return module

@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations` here: DDP compares the annotations of a communication hook with classes.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -14,77 +14,53 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _BufferCommHookLocation
 
 from abtrain.comm.averages import extremes
-from abtrain.comm.communicator import nothing, still_open
+from abtrain.comm.data_parallel import DataParallel, unused_error
 from abtrain.comm.following import Following
-from abtrain.comm.hooks import GradientHook
+from abtrain.comm.hooks import Average, Bucket, GradientHook
 from abtrain.comm.link import Link
-from abtrain.comm.sync_batch_norm import point_at, release
-from abtrain.errors import ConfigurationError, UsageError
-from abtrain.own import IGNORED, own_names, shared_buffers, shared_parameters
+from abtrain.own import IGNORED, own_names, shared_buffers, trained_parameters
 
 
-class TorchDataParallel:
+class TorchDataParallel(DataParallel):
     """The `DataParallel` of a scope of several ranks: DDP with its defaults, so the bits are those of a plain DDP.
 
-    DDP is in no reference cycle: dropped or closed, it frees its buckets at once. `at_close` is called then.
+    DDP is in no reference cycle: dropped or closed, it frees its buckets at once.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        link: Link,
-        find_unused_parameters: bool,
-        hook: GradientHook | None,
-        at_close: Callable[[], None] = nothing,
-    ) -> None:
-        self._link, self._at_close = link, at_close
-        self._hook = hook
-        self._rebuilds = not find_unused_parameters  # or else buckets stay as they are laid out at first
-        self._trained = [p for p in shared_parameters(module).values() if p.requires_grad]
+    def __init__(self, module: nn.Module, link: Link, find_unused_parameters: bool, hook: GradientHook) -> None:
+        super().__init__(module)
+        self._link, self._hook = link, hook
+        self._rebuilds = not find_unused_parameters  # otherwise DDP keeps its first buckets
+        self._trained = list(trained_parameters(module).values())
         with _every_name_ignored(module):
-            self._ddp: DistributedDataParallel | None = DistributedDataParallel(
-                module,
-                process_group=link.group,
-                find_unused_parameters=find_unused_parameters,
-                init_sync=False,
+            self._ddp: Any = DistributedDataParallel(
+                module, process_group=link.group, find_unused_parameters=find_unused_parameters, init_sync=False
             )
         self._arrivals = _Arrivals(self._trained)
         # To find unused parameters, DDP adds up one int32 for each parameter.
         extra_bytes = 4 * len(self._trained) if find_unused_parameters else 0
-        self._averaging = _Averaging(link, Following(link, shared_buffers(module)), extra_bytes, hook)
+        buffers = Following(link, shared_buffers(module))
+        self._averaging = _Averaging(link, buffers, extra_bytes, hook, self._sent_extremes)
         self._ddp.register_comm_hook(self._averaging, _average_gradients)
         self._ddp._register_buffer_comm_hook(self._averaging, _follow_first_rank, _BufferCommHookLocation.PRE_FORWARD)
-        if hook is not None and hook.arrivals:
+        if hook.arrivals:
             self.follow(hook.arrivals)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        ddp = still_open(self._ddp)
-        if not torch.is_grad_enabled():
-            return ddp.module(*args, **kwargs)
-        self._arrivals.listen(ddp.require_backward_grad_sync)
+    def _differentiable(self, *args: Any, **kwargs: Any) -> Any:
+        self._arrivals.listen(self._ddp.require_backward_grad_sync)
         try:
-            return ddp(*args, **kwargs)
+            return self._ddp(*args, **kwargs)
         except RuntimeError as error:
-            explained = self._explain(error)
-            if explained is None:
-                raise
-            raise explained from error
+            if "Expected to have finished reduction" in str(error):
+                raise unused_error("some parameters") from error
+            # At its second forward pass DDP agrees on the order of its buckets, out of reach of our hooks.
+            if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+                raise self._link.peer_lost("DDP's forward pass") from error
+            raise
 
     def no_sync(self) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = still_open(self._ddp).no_sync()
+        context: AbstractContextManager[None] = self._ddp.no_sync()
         return context
-
-    def _explain(self, error: RuntimeError) -> Exception | None:
-        """The error that tells the user more than one of DDP does; None for an error of the model itself."""
-        if "Expected to have finished reduction" in str(error):
-            return UsageError(
-                "the last backward pass left some parameters without a gradient: freeze them "
-                "(requires_grad_(False)), or set find_unused_parameters=True"
-            )
-        # At its second forward pass DDP agrees on the order of its buckets, out of reach of our hooks.
-        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
-            return self._link.peer_lost("DDP's forward pass")
-        return None
 
     def arrivals(self) -> list[int]:
         return list(self._arrivals.order) if self._rebuilds else []
@@ -94,36 +70,31 @@ class TorchDataParallel:
             return
         if sorted(arrivals) != list(range(len(self._trained))):
             raise ValueError(f"gradients of {len(arrivals)} parameters came, but {len(self._trained)} are trained")
-        ddp = still_open(self._ddp)
-        model = ddp.module
-        ddp.module = _Rehearsal(model, [self._trained[place] for place in arrivals])
+        self._ddp.module = _Rehearsal(self.module, [self._trained[place] for place in arrivals])
         self._averaging.rehearses = True
         try:
             with torch.enable_grad():
-                ddp().backward()
+                self._ddp().backward()
         finally:
-            ddp.module, self._averaging.rehearses = model, False
+            self._ddp.module, self._averaging.rehearses = self.module, False
         for parameter in self._trained:
             parameter.grad = None
         self._arrivals.order = list(arrivals)
 
-    def spoiled(self) -> bool:
-        return not all(bool(one.isfinite().all()) for one in self._averaging.brought)
-
     def close(self) -> None:
-        if self._hook is not None and self._hook.arrivals is not None and len(self.arrivals()) == len(self._trained):
+        if self._hook.arrivals is not None and len(self.arrivals()) == len(self._trained):
             self._hook.arrivals = self.arrivals()
         self._ddp = None
         self._arrivals.stop()
-        self._at_close()
+        super().close()
 
 
 @contextmanager
 def _every_name_ignored(module: nn.Module) -> Iterator[None]:
-    """Inside it, DDP finds what it is to ignore by every name that it looks for.
+    """Inside it, the module's list of ignored tensors holds every name under which DDP looks for them.
 
-    By itself it misses a tied parameter of which one name is listed, and one of the model's own, whose name it begins
-    with a dot.
+    By itself DDP misses a tied parameter that is listed under one of its names, and a parameter held by the model
+    itself, whose name DDP starts with a dot.
     """
     own = own_names(module)
     if not own:
@@ -138,9 +109,9 @@ def _every_name_ignored(module: nn.Module) -> Iterator[None]:
 
 
 class _Arrivals:
-    """Listens to the order in which gradients are completed, until each has come once.
+    """Records the order in which gradients are completed, until each has been completed once.
 
-    DDP lays its buckets out by this order after its first backward pass, but does not tell it.
+    DDP rebuilds its buckets in this order after the first backward pass, but does not reveal it.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -152,9 +123,9 @@ class _Arrivals:
             for place, parameter in enumerate(parameters)
         ]
 
-    def listen(self, shares: bool) -> None:
-        """A forward pass begins, whose gradients are shared or not."""
-        self._listens = shares
+    def listen(self, averaged: bool) -> None:
+        """Called when a forward pass begins, with whether its gradients are averaged."""
+        self._listens = averaged
         if len(self.order) == self._count:
             self.stop()
 
@@ -169,7 +140,7 @@ class _Arrivals:
 
 
 class _Rehearsal(nn.Module):
-    """In the model's place: a pass in which parameters get gradients of zero, in the order in which they are given."""
+    """Takes the model's place for one pass, which gives parameters gradients of zero in the given order."""
 
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
@@ -178,66 +149,62 @@ class _Rehearsal(nn.Module):
 
     def forward(self) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self._order[0].device)
-        # Autograd goes back the way that it came.
+        # Backward visits the sum's terms from the last to the first.
         for parameter in reversed(self._order):
             total = total + parameter.real.sum().double() * 0
         return total
 
 
 class _Averaging:
-    """The all-reduces of one backward pass that are under way.
+    """Averages the gradients of a backward pass bucket by bucket, as DDP completes them.
 
     Attributes:
-        rehearses: whether gradients are zeros that nobody is to hear of.
-        buffers: which follow the first rank.
-        brought: of each bucket of the last pass, the least and the greatest number before it was averaged.
+        rehearses: whether gradients are the zeros of a rehearsal, which are not sent.
+        buffers: follow the first rank.
     """
 
-    def __init__(self, link: Link, buffers: Following, extra_bytes: int, hook: GradientHook | None) -> None:
-        self.link = link
-        self._extra_bytes = extra_bytes
-        self._hook = hook
-        self.rehearses = False
-        self.brought: list[Tensor] = []
+    def __init__(
+        self, link: Link, buffers: Following, extra_bytes: int, hook: GradientHook, sent_extremes: list[Tensor]
+    ) -> None:
         self.buffers = buffers
+        self.rehearses = False
+        self._link, self._hook = link, hook
+        self._extra_bytes = extra_bytes
+        self._sent_extremes = sent_extremes
         self._starts = True
-        self._works: list[dist.Work | torch.futures.Future[Tensor]] = []
+        self._averages: list[Average] = []
 
-    def launch(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    def launch(self, bucket: Bucket) -> Average:
         buffer = bucket.buffer()
         if self.rehearses:
-            done: torch.futures.Future[Tensor] = torch.futures.Future(
-                devices=[buffer.device] if buffer.device.type == "cuda" else []
-            )
+            done: Average = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else [])
             done.set_result(buffer)
             return done
-        self.brought = [*([] if self._starts else self.brought), *extremes([buffer])]
+        if self._starts:
+            self._sent_extremes.clear()
+        self._sent_extremes += extremes([buffer])
         self._starts = bucket.is_last()
-        work: dist.Work | torch.futures.Future[Tensor]
-        if self._hook is None:
-            # DDP without a hook multiplies by the reciprocal too; for three ranks, a division gives other bits.
-            buffer.mul_(1.0 / len(self.link.ranks))
-            nbytes, work = buffer.nbytes, self.link.launch("all_reduce of gradients", dist.all_reduce, buffer)
-            future = work.get_future().then(lambda future: future.value()[0])
-        else:
-            if self._hook.in_turn:
-                self._wait()
-            future, nbytes = self._hook(bucket)
-            work = future
-        self.link.meter.count(nbytes + (self._extra_bytes if bucket.is_last() else 0), self.link.spans)
+        if self._hook.in_turn:
+            self._wait()
+        with self._link.naming_lost_peer(_CALL, dist.DistError):
+            average, nbytes = self._hook(bucket)
+        self._link.meter.count(nbytes + (self._extra_bytes if bucket.is_last() else 0), self._link.spans)
         if buffer.device.type == "cpu":
-            self._works.append(work)
+            self._averages.append(average)
             if bucket.is_last():
-                # Runs when backward has nothing left to compute and before DDP's own wait, so what is measured is
-                # the wait that no computation hides, and a lost peer is an error with a name.
+                # Runs when backward has nothing left to compute and before DDP's own wait, so it measures the wait that
+                # no computation hides, and reports a lost peer as such.
                 torch.autograd.Variable._execution_engine.queue_callback(self._wait)
-        return future
+        return average
 
     def _wait(self) -> None:
-        works, self._works = self._works, []
-        with self.link.meter.waiting():
-            for work in works:
-                self.link.wait("all_reduce of gradients", work)
+        averages, self._averages = self._averages, []
+        with self._link.meter.waiting(), self._link.naming_lost_peer(_CALL, RuntimeError):
+            for average in averages:
+                average.wait()
+
+
+_CALL = "all_reduce of gradients"
 
 
 def _average_gradients(
@@ -250,30 +217,3 @@ def _average_gradients(
 def _follow_first_rank(averaging: _Averaging, named_buffers: Mapping[str, Tensor]) -> None:
     if not averaging.rehearses:
         averaging.buffers.follow(named_buffers)
-
-
-def point_sync_batch_norm(module: nn.Module, link: Link, alone: bool) -> Callable[[], None]:
-    """Makes every SyncBatchNorm take its statistics over the ranks of the link.
-
-    By itself a SyncBatchNorm talks to the world at every step, which is what groups are there to avoid.
-
-    Returns:
-        What makes all of them what they were.
-
-    Raises:
-        ConfigurationError: the scope is one rank of a larger world.
-    """
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.SyncBatchNorm)]
-    if layers and len(link.ranks) == 1 and not alone:
-        raise ConfigurationError(
-            f"the model has {len(layers)} SyncBatchNorm layers, but groups of one worker: nobody to "
-            "synchronize with. Use BatchNorm, or a group size of at least 2"
-        )
-    for layer in layers:
-        point_at(layer, link.group)
-
-    def release_all() -> None:
-        while layers:
-            release(layers.pop())
-
-    return release_all

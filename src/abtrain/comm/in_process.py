@@ -1,7 +1,8 @@
 """The contract for threads of one process: tests, notebooks, the reference.
 
-Nothing is sent, but everything is counted as if it were. Results do not depend on which thread comes first: sums are
-taken in rank order. Threads share the random generators of the process, so a worker that draws numbers brings its own.
+Nothing is sent, but every byte is counted as if it were. Results do not depend on the order in which threads arrive:
+sums are taken in rank order. Threads share the random generators of the process, so each worker needs its own
+generator.
 """
 
 from __future__ import annotations
@@ -14,27 +15,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from abtrain.comm.communicator import (
-    PLAIN,
-    Communicator,
-    DataParallel,
-    Pending,
-    Reduction,
-    Scope,
-    Unsynchronized,
-    check_contiguous,
-    check_reducible,
-    check_rows,
-    check_source,
-    scope_ranks,
-    scope_spans,
-)
+from abtrain.comm.communicator import Communicator, Pending, Reduction, Scope, scope_spans
+from abtrain.comm.data_parallel import DataParallel
 from abtrain.comm.in_process_ddp import InProcessDataParallel
-from abtrain.comm.meter import Meter
 from abtrain.comm.rendezvous import Combine, Rendezvous, add, copied
 from abtrain.comm.topology import Topology
 from abtrain.errors import ConfigurationError
-from abtrain.own import shared_parameters
 from abtrain.recipes.sync import GradientSync, Sync
 
 T = TypeVar("T")
@@ -50,44 +36,45 @@ def run_in_process(
 
     Args:
         world_size: how many ranks.
-        worker: called in a thread of its own with the rank's communicator.
+        worker: called in a separate thread with the rank's communicator.
         group_size: ranks in a group.
-        timeout: seconds that a collective waits for the last rank to come.
+        timeout: seconds that a collective waits for the last rank to arrive.
 
     Returns:
-        What the workers returned, in rank order.
+        The workers' results, in rank order.
 
     Raises:
-        The first error of any worker. The others are freed at once, by a PeerLostError in the collective that they wait
-        in or in the next one with the rank that is gone.
+        The first error of any worker. The others are freed at once: the collective in which they wait, or the next one
+        with the dead rank, raises a PeerLostError.
     """
     topology = Topology(world_size, group_size)
     rendezvous = Rendezvous(timeout)
     results: dict[int, T] = {}
     errors: list[BaseException] = []
 
-    def give_up() -> None:
-        for rank in range(world_size):
-            rendezvous.leave(rank, "was interrupted")
-
     def run(rank: int) -> None:
         try:
             results[rank] = worker(InProcessCommunicator(rank, topology, rendezvous))
         except BaseException as error:
-            # Before the others can see that this rank is gone: theirs come later in the list.
+            # Listed before the others notice that this rank is gone, so that their errors come after it.
             errors.append(error)
             rendezvous.leave(rank, f"died of {type(error).__name__}: {error}")
         else:
             rendezvous.leave(rank, "has finished its work")
 
     threads = [threading.Thread(target=run, args=(r,), name=f"rank {r}", daemon=True) for r in range(world_size)]
-    _run_threads(threads, give_up)
+    try:
+        _run_threads(threads)
+    except BaseException:
+        for rank in range(world_size):
+            rendezvous.leave(rank, "was interrupted")
+        raise
     if errors:
         raise errors[0]
     return [results[rank] for rank in range(world_size)]
 
 
-def _run_threads(threads: Sequence[threading.Thread], give_up: Callable[[], None]) -> None:
+def _run_threads(threads: Sequence[threading.Thread]) -> None:
     """Runs all threads to their end, each with one intra-op thread: the ranks are the parallelism."""
     intra_op = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -96,103 +83,65 @@ def _run_threads(threads: Sequence[threading.Thread], give_up: Callable[[], None
             thread.start()
         for thread in threads:
             thread.join()
-    except BaseException:
-        give_up()
-        raise
     finally:
         torch.set_num_threads(intra_op)
 
 
-class InProcessCommunicator:
+class InProcessCommunicator(Communicator):
     """The `Communicator` of one thread among the ranks of a `Rendezvous`."""
 
-    def __init__(self, rank: int, topology: Topology, rendezvous: Rendezvous, meter: Meter | None = None) -> None:
-        self.rank = rank
-        self.topology = topology
-        self.device = torch.device("cpu")
-        self.meter = meter or Meter()
+    def __init__(self, rank: int, topology: Topology, rendezvous: Rendezvous) -> None:
+        super().__init__(rank, topology, torch.device("cpu"))
         self._rendezvous = rendezvous
 
-    def all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> None:
-        check_reducible(tensor, op)
-        if len(self.ranks(scope)) > 1:
-            reduced = self.meet(f"all_reduce({op})", [tensor], scope, add if op == "sum" else _take_largest)
-            tensor.detach().copy_(reduced[0])
+    # Threads meet when they wait: nothing happens between a launch and its wait.
 
-    def all_gather(self, tensor: Tensor, scope: Scope = "world") -> Tensor:
-        check_contiguous(tensor)
-        if len(self.ranks(scope)) == 1:
-            return tensor.detach()[None].clone()
-        return self.meet("all_gather", [tensor], scope, _stack)[0].clone()
+    def _start_all_reduce(self, tensor: Tensor, op: Reduction, scope: Scope) -> Pending[None]:
+        combine = add if op == "sum" else _largest
 
-    # Threads meet when they wait: what was launched before goes on in name only.
+        def finish() -> None:
+            tensor.copy_(self._meet(f"all_reduce({op})", [tensor], scope, combine)[0])
 
-    def launch_all_reduce(self, tensor: Tensor, op: Reduction = "sum") -> Pending[None]:
-        return Pending(lambda: self.all_reduce(tensor, op))
+        return Pending(finish)
 
-    def launch_all_gather(self, tensor: Tensor) -> Pending[Tensor]:
-        return Pending(lambda: self.all_gather(tensor))
+    def _start_all_gather(self, tensor: Tensor, scope: Scope) -> Pending[Tensor]:
+        return Pending(lambda: self._meet("all_gather", [tensor], scope, _stacked)[0].clone())
 
-    def launch_exchange(self, rows: Tensor) -> Pending[Tensor]:
-        check_rows(rows, self.topology)
-        return Pending(lambda: self._exchange(rows))
+    def _start_exchange(self, rows: Tensor, nbytes: int) -> Pending[Tensor]:
+        return Pending(lambda: self._meet("exchange", [rows], "world", _stacked, nbytes)[0][:, self.rank].clone())
 
-    def _exchange(self, rows: Tensor) -> Tensor:
-        workers = self.topology.world_size
-        if workers == 1:
-            return rows.detach().clone()
-        # Everybody's rows meet; what would not have been sent is not counted.
-        nbytes = rows.nbytes - rows.nbytes // workers
-        return self.meet("exchange", [rows], "world", _stack, nbytes)[0][:, self.rank].clone()
+    def _broadcast(self, tensor: Tensor, source: int) -> None:
+        call = f"broadcast(from {source})"
+        tensor.copy_(self._meet(call, [tensor], "world", lambda of_ranks: copied(of_ranks[source]))[0])
 
-    def broadcast(self, tensor: Tensor, source: int) -> None:
-        check_source(source, self.topology)
-        check_contiguous(tensor)
-        if self.topology.world_size > 1:
-            sent = self.meet(f"broadcast(from {source})", [tensor], "world", lambda of: copied(of[source]))
-            tensor.detach().copy_(sent[0])
-
-    def barrier(self) -> None:
-        if self.topology.world_size > 1:
-            self.meet("barrier", [], "world", lambda of: [])
+    def _barrier(self) -> None:
+        self._meet("barrier", [], "world", lambda of_ranks: [])
 
     def cannot_carry(self, sync: Sync) -> str:
         if not isinstance(sync, GradientSync) or sync.wire == "fp32":
             return ""
         return f"threads cannot send gradients as {sync.wire!r}: PyTorch's hooks need torch.distributed. Use 'fp32'"
 
-    def begin_run(self) -> None: ...
-
-    def data_parallel(
-        self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
-    ) -> DataParallel:
-        if len(self.ranks(scope)) == 1 or not any(p.requires_grad for p in shared_parameters(module).values()):
-            return Unsynchronized(module)
+    def _wrap(self, module: nn.Module, scope: Scope, find_unused_parameters: bool, sync: GradientSync) -> DataParallel:
         refused = self.cannot_carry(sync)
         if refused:
             raise ConfigurationError(refused)
-        return InProcessDataParallel(
-            module, partial(self.meet, scope=scope), len(self.ranks(scope)), find_unused_parameters
-        )
+        meet = partial(self._meet, scope=scope)
+        return InProcessDataParallel(module, meet, len(self.ranks(scope)), find_unused_parameters)
 
-    def ranks(self, scope: Scope) -> tuple[int, ...]:
-        """The world ranks of a scope, in order."""
-        return scope_ranks(self.topology, self.rank, scope)
-
-    def meet(
+    def _meet(
         self, call: str, tensors: Sequence[Tensor], scope: Scope, combine: Combine, nbytes: int | None = None
     ) -> list[Tensor]:
-        """Brings `tensors` to the other ranks of the scope; see `Rendezvous.meet`. Counts `nbytes`, or all of them."""
+        """Brings `tensors` to the other ranks of the scope; see `Rendezvous.meet`. Counts `nbytes` (None: all)."""
         counted = sum(t.nbytes for t in tensors) if nbytes is None else nbytes
         self.meter.count(counted, scope_spans(self.topology, scope))
-        brought = [t.detach() for t in tensors]
         with self.meter.waiting():
-            return self._rendezvous.meet(self.rank, self.ranks(scope), call, brought, combine, self.meter.where)
+            return self._rendezvous.meet(self.rank, self.ranks(scope), call, tensors, combine, self.meter.where)
 
 
-def _take_largest(of_ranks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [torch.stack(same).amax(dim=0) for same in zip(*of_ranks, strict=True)]
+def _largest(of_ranks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [stacked.amax(dim=0) for stacked in _stacked(of_ranks)]
 
 
-def _stack(of_ranks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def _stacked(of_ranks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.stack(same) for same in zip(*of_ranks, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from abtrain.comm.averages import extremes
-from abtrain.comm.communicator import still_open
+from abtrain.comm.data_parallel import DataParallel, unused_error
 from abtrain.comm.layouts import Layouts
 from abtrain.comm.rendezvous import add, copied
-from abtrain.errors import UsageError
-from abtrain.own import shared_buffers, shared_parameters
+from abtrain.own import shared_buffers, trained_parameters
 
 
-class InProcessDataParallel:
+class InProcessDataParallel(DataParallel):
     """The `DataParallel` of threads. It follows DDP's rules, and counts the same bytes.
 
-    A forward pass in training takes the first rank's buffers, unless the pass before it was inside `no_sync`, and arms
-    the hooks on the parameters. When backward has given all of them a gradient, the gradients are averaged.
+    A forward pass takes the first rank's buffers, unless the pass before it was inside `no_sync`, and arms the hooks on
+    the parameters. When backward has completed all of their gradients, the gradients are averaged. Sums are taken in
+    rank order whatever the order of gradients, so there are no `arrivals`.
 
     Args:
-        module: what is trained.
+        module: the model to train.
         meet: brings tensors to the other workers, given the name of the call and how they are combined.
         workers: how many bring them.
         find_unused_parameters: see `Communicator.data_parallel`.
@@ -36,16 +36,15 @@ class InProcessDataParallel:
     def __init__(
         self, module: nn.Module, meet: Callable[..., list[Tensor]], workers: int, find_unused_parameters: bool
     ) -> None:
-        self._module: nn.Module | None = module
+        super().__init__(module)
         self._meet = meet
         self._share = 1.0 / workers
         self._find_unused = find_unused_parameters
-        self._parameters = {name: p for name, p in shared_parameters(module).items() if p.requires_grad}
+        self._parameters = trained_parameters(module)
         self._ready: set[str] = set()  # have their gradient from the backward pass to be averaged
-        self._used: set[str] = set()  # have had one since the last average, be it inside no_sync
+        self._used: set[str] = set()  # have had one since the last average, including inside no_sync
         self._synchronizing = self._buffers_due = True
         self._armed = self._queued = False
-        self._brought: list[Tensor] = []
         self._layouts = Layouts(shared_buffers(module))
         # A hook that held this object would keep it, and through it the model, alive.
         me = weakref.ref(self)
@@ -53,42 +52,26 @@ class InProcessDataParallel:
             p.register_post_accumulate_grad_hook(partial(_gradient_ready, me, name))
             for name, p in self._parameters.items()
         ]
-        self._detach = weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+        self.at_close.callback(weakref.finalize(self, lambda: [handle.remove() for handle in handles]))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = still_open(self._module)
-        if not torch.is_grad_enabled():
-            return module(*args, **kwargs)
-        self._check_last_backward()
+    def _differentiable(self, *args: Any, **kwargs: Any) -> Any:
+        missing = [name for name in self._parameters if name not in self._ready]
+        if self._ready and missing:
+            raise unused_error(f"{len(missing)} parameters ({missing[0]} is one)")
         if self._buffers_due:
-            self._follow_first_rank(shared_buffers(module))
+            self._follow_first_rank(shared_buffers(self.module))
         self._buffers_due = self._synchronizing
-        output = module(*args, **kwargs)
+        output = self.module(*args, **kwargs)
         self._armed = self._armed or self._synchronizing
         return output
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        still_open(self._module)
         before, self._synchronizing = self._synchronizing, False
         try:
             yield
         finally:
             self._synchronizing = before
-
-    def arrivals(self) -> list[int]:
-        return []  # sums are taken in rank order, whatever the order of gradients
-
-    def follow(self, arrivals: Sequence[int]) -> None:
-        pass
-
-    def spoiled(self) -> bool:
-        return not all(bool(one.isfinite().all()) for one in self._brought)
-
-    def close(self) -> None:
-        self._detach()
-        self._module = None
-        self._parameters = {}
 
     def note_gradient(self, name: str) -> None:
         """Called by autograd when the gradient of a parameter is complete for this backward pass."""
@@ -113,7 +96,7 @@ class InProcessDataParallel:
     def _average_gradients(self) -> None:
         parameters = list(self._parameters.values())
         shares = [torch.zeros_like(p) if p.grad is None else p.grad * self._share for p in parameters]
-        self._brought = extremes(shares)
+        self._sent_extremes = extremes(shares)
         if self._find_unused:
             shares.append(torch.tensor([name in self._used for name in self._parameters], dtype=torch.int32))
         sums = self._meet("average of gradients", shares, combine=add)
@@ -124,14 +107,6 @@ class InProcessDataParallel:
                 p.grad.copy_(average)
             elif users:
                 p.grad = average.clone()
-
-    def _check_last_backward(self) -> None:
-        missing = [name for name in self._parameters if name not in self._ready]
-        if self._ready and missing:
-            raise UsageError(
-                f"the last backward pass left {len(missing)} parameters without a gradient ({missing[0]} is one): "
-                "freeze them (requires_grad_(False)), or set find_unused_parameters=True"
-            )
 
     def _follow_first_rank(self, named: Mapping[str, Tensor]) -> None:
         if not named:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from abtrain.errors import PeerLostError
 
 @dataclass(frozen=True)
 class Link:
-    """The ranks of one scope as torch.distributed knows them (`group` None: the world), their meter, and all peers."""
+    """The ranks of one scope and their process group (None: the world), with this worker's meter and all its peers."""
 
     rank: int
     ranks: tuple[int, ...]
@@ -28,12 +28,8 @@ class Link:
     meter: Meter
     peers: Peers | None = None
 
-    def carry(self, name: str, nbytes: int, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Runs one collective to its end, timed, and counts `nbytes`; skips it if there is nothing to do."""
-        self.start(name, nbytes, collective, *args, **kwargs).wait()
-
     def start(self, name: str, nbytes: int, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Pending[None]:
-        """As `carry`, but only what is left to wait for at the end is waited for, and timed."""
+        """Starts a collective and counts `nbytes`; only the wait at its end is timed. Skips one with nothing to do."""
         if len(self.ranks) == 1 or nbytes == 0:
             return Pending(lambda: None)
         self.meter.count(nbytes, self.spans)
@@ -47,21 +43,25 @@ class Link:
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Overwrites a contiguous tensor of any dtype with that of world rank `source`."""
-        self.carry("broadcast", tensor.nbytes, dist.broadcast, as_bytes(tensor), src=source)
+        self.start("broadcast", tensor.nbytes, dist.broadcast, as_bytes(tensor), src=source).wait()
 
     def launch(self, name: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> dist.Work:
-        """Starts a collective. What is wrong with its arguments comes out as PyTorch's own error."""
-        try:
+        """Starts a collective. Wrong arguments raise PyTorch's own error."""
+        with self.naming_lost_peer(name, dist.DistError):
             work: dist.Work = collective(*args, group=self.group, async_op=True, **kwargs)
-        except dist.DistError as error:
-            raise self.peer_lost(name) from error
         return work
 
-    def wait(self, name: str, work: dist.Work | torch.futures.Future[Any]) -> None:
-        """Waits for a collective under way. By now its arguments are good, so what fails is a peer."""
-        try:
+    def wait(self, name: str, work: dist.Work) -> None:
+        """Waits for a launched collective. Its arguments have been accepted, so a failure is that of a peer."""
+        with self.naming_lost_peer(name, RuntimeError):
             work.wait()
-        except RuntimeError as error:
+
+    @contextmanager
+    def naming_lost_peer(self, name: str, kind: type[RuntimeError]) -> Iterator[None]:
+        """Turns an error of this kind into a PeerLostError."""
+        try:
+            yield
+        except kind as error:
             raise self.peer_lost(name) from error
 
     def peer_lost(self, name: str) -> PeerLostError:

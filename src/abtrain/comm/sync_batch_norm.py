@@ -1,37 +1,64 @@
-"""SyncBatchNorm layers that talk to the ranks of a scope, and can be copied and saved all the while.
+"""SyncBatchNorm layers that communicate over a scope, in a model that can still be copied and saved.
 
-A process group can be neither copied nor pickled, and with it in a layer nor can the model. So a layer that is pointed
-at a group changes its class to one that finds the group outside of the layer, and is a plain layer again in a copy.
+A process group can be neither copied nor pickled, nor can a layer that holds one. So a layer that is pointed at a group
+gets a subclass that finds the group outside of the layer; its copies are plain layers again.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import MutableMapping
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import nn
 
+from abtrain.comm.link import Link
+from abtrain.errors import ConfigurationError
+
 _GROUPS: MutableMapping[nn.Module, dist.ProcessGroup | None] = WeakKeyDictionary()
-"""Of every layer that is pointed at a group; None: at the world."""
+"""The group of every layer that is pointed at one; None: the world."""
 _OWN = "process_group"
-"""The layer's own group stays in it under this name, and is hidden by a property."""
+"""The layer keeps its own group under this name, hidden by a property."""
 _KIND = "_kind_before"
-"""In a class of layers that are pointed at a group: the class before."""
+"""The attribute of such a subclass that holds the original class."""
 
 
-def point_at(layer: nn.SyncBatchNorm, group: dist.ProcessGroup | None) -> None:
-    """From now on the layer takes its statistics over a group (None: the world)."""
+def point_sync_batch_norm(module: nn.Module, link: Link, alone: bool) -> ExitStack:
+    """Makes every SyncBatchNorm take its statistics over the ranks of the link.
+
+    By itself a SyncBatchNorm communicates with the whole world at every step, which groups are meant to avoid.
+
+    Returns:
+        Restores all of them when it is closed.
+
+    Raises:
+        ConfigurationError: the scope is one rank of a larger world (`alone` is False).
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.SyncBatchNorm)]
+    if layers and len(link.ranks) == 1 and not alone:
+        raise ConfigurationError(
+            f"the model has {len(layers)} SyncBatchNorm layers, but groups of one worker: nobody to "
+            "synchronize with. Use BatchNorm, or a group size of at least 2"
+        )
+    pointed = ExitStack()
+    for layer in layers:
+        _point_at(layer, link.group)
+        pointed.callback(_release, layer)
+    return pointed
+
+
+def _point_at(layer: nn.SyncBatchNorm, group: dist.ProcessGroup | None) -> None:
     _GROUPS[layer] = group
     kind: Any = type(layer)
     if _KIND not in vars(kind):
         layer.__class__ = _pointed(kind)
 
 
-def release(layer: nn.SyncBatchNorm) -> None:
-    """The layer is what it was before `point_at`: its class, and the group it had."""
+def _release(layer: nn.SyncBatchNorm) -> None:
+    """Restores the layer's class and group from before `_point_at`."""
     _GROUPS.pop(layer, None)
     layer.__class__ = vars(type(layer)).get(_KIND, type(layer))
 
@@ -46,10 +73,10 @@ def _set_group(layer: nn.Module, group: Any) -> None:
 
 @functools.cache
 def _pointed(kind: Any) -> Any:
-    """The class of layers of this kind that are pointed at a group. It looks like the kind itself."""
+    """Returns the subclass for layers of this kind that are pointed at a group. It has the name of the kind itself."""
 
     def as_plain(layer: nn.Module, protocol: Any) -> Any:
-        # Later protocols insist on the object's own class.
+        # Later protocols require the object's actual class.
         made_by, args, *rest = kind.__reduce_ex__(layer, 1)
         plain = tuple(kind if arg is type(layer) else arg for arg in args)
         return made_by, plain, *({**part, _OWN: None} if isinstance(part, dict) else part for part in rest)

@@ -16,30 +16,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from abtrain.comm.checksums import as_bytes
-from abtrain.comm.communicator import (
-    PLAIN,
-    Communicator,
-    DataParallel,
-    Pending,
-    Reduction,
-    Scope,
-    SingleProcess,
-    Unsynchronized,
-    check_contiguous,
-    check_reducible,
-    check_rows,
-    check_source,
-    scope_ranks,
-    scope_spans,
-)
-from abtrain.comm.ddp import TorchDataParallel, point_sync_batch_norm
+from abtrain.comm.communicator import PLAIN, Communicator, Pending, Reduction, Scope, SingleProcess, scope_spans
+from abtrain.comm.data_parallel import DataParallel
+from abtrain.comm.ddp import TorchDataParallel
 from abtrain.comm.hooks import GradientHook, make_hook
 from abtrain.comm.link import Link
 from abtrain.comm.meter import Meter
 from abtrain.comm.peers import peers_of_world
+from abtrain.comm.sync_batch_norm import point_sync_batch_norm
 from abtrain.comm.topology import Topology, default_group_size
 from abtrain.errors import ConfigurationError
-from abtrain.own import shared_parameters
+from abtrain.own import trained_parameters
 from abtrain.recipes.sync import GradientSync, Sync
 
 # "undefined": init_process_group was given no backend, and takes NCCL for CUDA tensors and Gloo for the rest.
@@ -72,75 +59,49 @@ def default_communicator(group_size: int | None = None) -> Communicator:
     return SingleProcess()
 
 
-class TorchCommunicator:
+class TorchCommunicator(Communicator):
     """The `Communicator` of one process of an initialized torch.distributed world.
 
     Every rank constructs it at the same time with the same topology, because making the groups is collective.
 
     Raises:
-        ConfigurationError: torch.distributed is not initialized, or its world has another size than the
-            topology.
+        ConfigurationError: torch.distributed is not initialized, or its world has another size than the topology.
     """
 
     def __init__(self, topology: Topology, meter: Meter | None = None) -> None:
         _check_world(topology)
-        self.rank = dist.get_rank()
-        self.topology = topology
-        self.device = _device_of_backend()
-        self.meter = meter or Meter()
+        super().__init__(dist.get_rank(), topology, _device_of_backend(), meter)
         self.peers = peers_of_world()
         self._group = self._make_groups()
         if self._group is not None:
-            # Whoever cannot be reached is found now, and not in the first phase that needs the group.
-            link = self._link("group")
-            link.wait(
-                "first meeting", link.launch("first meeting", dist.all_reduce, torch.zeros(1, device=self.device))
-            )
+            # Finds a rank that cannot be reached now, and not in the first phase that needs the group.
+            link, call = self._link("group"), "first meeting"
+            link.wait(call, link.launch(call, dist.all_reduce, torch.zeros(1, device=self.device)))
         self._hooks: dict[tuple[GradientSync, Scope, tuple[torch.Size, ...]], GradientHook] = {}
 
-    def all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> None:
-        self._launch_all_reduce(tensor, op, scope).wait()
+    def _start_all_reduce(self, tensor: Tensor, op: Reduction, scope: Scope) -> Pending[None]:
+        return self._link(scope).start(f"all_reduce({op})", tensor.nbytes, dist.all_reduce, tensor, op=_OPS[op])
 
-    def all_gather(self, tensor: Tensor, scope: Scope = "world") -> Tensor:
-        return self._launch_all_gather(tensor, scope).wait()
-
-    def launch_all_reduce(self, tensor: Tensor, op: Reduction = "sum") -> Pending[None]:
-        return self._launch_all_reduce(tensor, op, "world")
-
-    def launch_all_gather(self, tensor: Tensor) -> Pending[Tensor]:
-        return self._launch_all_gather(tensor, "world")
-
-    def launch_exchange(self, rows: Tensor) -> Pending[Tensor]:
-        check_rows(rows, self.topology)
-        received, link = rows.detach().clone(), self._link("world")
-        others = rows.nbytes - rows.nbytes // len(link.ranks)
-        sent = link.start("exchange", others, dist.all_to_all_single, as_bytes(received), as_bytes(rows))
-        return _with_outcome(sent, received)
-
-    def _launch_all_reduce(self, tensor: Tensor, op: Reduction, scope: Scope) -> Pending[None]:
-        check_reducible(tensor, op)
-        name, link = f"all_reduce({op})", self._link(scope)
-        return link.start(name, tensor.nbytes, dist.all_reduce, tensor.detach(), op=_OPS[op])
-
-    def _launch_all_gather(self, tensor: Tensor, scope: Scope) -> Pending[Tensor]:
-        check_contiguous(tensor)
+    def _start_all_gather(self, tensor: Tensor, scope: Scope) -> Pending[Tensor]:
         link = self._link(scope)
-        gathered = torch.stack([tensor.detach()] * len(link.ranks))
+        gathered = torch.stack([tensor] * len(link.ranks))
         rows = list(as_bytes(gathered).view(len(link.ranks), tensor.nbytes))
         sent = link.start("all_gather", tensor.nbytes, dist.all_gather, rows, as_bytes(tensor))
         return _with_outcome(sent, gathered)
 
-    def broadcast(self, tensor: Tensor, source: int) -> None:
-        check_source(source, self.topology)
-        check_contiguous(tensor)
+    def _start_exchange(self, rows: Tensor, nbytes: int) -> Pending[Tensor]:
+        received = rows.clone()
+        sent = self._link("world").start("exchange", nbytes, dist.all_to_all_single, as_bytes(received), as_bytes(rows))
+        return _with_outcome(sent, received)
+
+    def _broadcast(self, tensor: Tensor, source: int) -> None:
         self._link("world").broadcast(tensor, source)
 
-    def barrier(self) -> None:
+    def _barrier(self) -> None:
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         link = self._link("world")
-        if len(link.ranks) > 1:
-            with self.meter.waiting():
-                link.wait("barrier", link.launch("barrier", dist.barrier, device_ids=device_ids))
+        with self.meter.waiting():
+            link.wait("barrier", link.launch("barrier", dist.barrier, device_ids=device_ids))
 
     def cannot_carry(self, sync: Sync) -> str:
         backend = str(dist.get_backend())
@@ -157,29 +118,23 @@ class TorchCommunicator:
     def data_parallel(
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
     ) -> DataParallel:
-        link = self._link(scope)
-        release = point_sync_batch_norm(module, link, alone=self.topology.world_size == 1)
-        if len(link.ranks) == 1 or not any(p.requires_grad for p in shared_parameters(module).values()):
-            return Unsynchronized(module, release)
-        try:
-            return TorchDataParallel(module, link, find_unused_parameters, self._hook(sync, scope, module), release)
-        except BaseException:
-            release()
-            raise
+        with point_sync_batch_norm(module, self._link(scope), alone=self.topology.world_size == 1) as pointed:
+            parallel = super().data_parallel(module, scope, find_unused_parameters, sync)
+            parallel.at_close.callback(pointed.pop_all().close)
+        return parallel
 
-    def _hook(self, sync: GradientSync, scope: Scope, module: nn.Module) -> GradientHook | None:
-        """PyTorch's hook for a wire, the same whenever the same shapes are trained: its state outlives phases."""
-        if sync.wire == "fp32":
-            return None
-        key = (sync, scope, tuple(p.shape for p in shared_parameters(module).values() if p.requires_grad))
+    def _wrap(self, module: nn.Module, scope: Scope, find_unused_parameters: bool, sync: GradientSync) -> DataParallel:
+        link = self._link(scope)
+        # The same hook whenever the same shapes are trained: its state outlives phases.
+        key = (sync, scope, tuple(p.shape for p in trained_parameters(module).values()))
         if key not in self._hooks:
-            self._hooks[key] = make_hook(sync, self._link(scope).group or _world_group())
-        return self._hooks[key]
+            self._hooks[key] = make_hook(sync, link.group)
+        return TorchDataParallel(module, link, find_unused_parameters, self._hooks[key])
 
     def _link(self, scope: Scope) -> Link:
         return Link(
             rank=self.rank,
-            ranks=scope_ranks(self.topology, self.rank, scope),
+            ranks=self.ranks(scope),
             group=self._group if scope == "group" else None,
             spans=scope_spans(self.topology, scope),
             meter=self.meter,
@@ -219,12 +174,6 @@ def _check_world(topology: Topology) -> None:
             f"the topology is for {topology.world_size} workers, but torch.distributed has "
             f"{dist.get_world_size()}: make it Topology({dist.get_world_size()}, group_size)"
         )
-
-
-def _world_group() -> dist.ProcessGroup:
-    world = dist.group.WORLD
-    assert world is not None  # torch.distributed is initialized
-    return world
 
 
 def _device_of_backend() -> torch.device:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from abtrain.comm.checksums import checksum, fingerprint
-from abtrain.comm.communicator import Communicator, Scope, scope_ranks
+from abtrain.comm.communicator import Communicator, Scope
 from abtrain.comm.layouts import layouts_of
 from abtrain.comm.traffic import Calls, Traffic
 from abtrain.consistency.agreement import ABSENT, gather_json, values_by_rank
@@ -50,7 +50,7 @@ def check_replicas(
     Raises:
         RanksDisagreeError: a rank has drifted, with its number; on all ranks of the scope.
     """
-    ranks = scope_ranks(comm.topology, comm.rank, scope)
+    ranks = comm.ranks(scope)
     if len(ranks) == 1:
         return
     sums = [checksum(tensor) for tensor in tensors.values()]
@@ -94,7 +94,7 @@ def _level(comm: Communicator, tensors: Mapping[str, Tensor], sums: Sequence[int
     Raises:
         RanksDisagreeError: they differ by more.
     """
-    ranks = scope_ranks(comm.topology, comm.rank, scope)
+    ranks = comm.ranks(scope)
     rows = comm.all_gather(torch.tensor(sums, dtype=torch.int64, device=comm.device), scope).tolist()
     largest = 0.0
     for place, (name, tensor) in enumerate(tensors.items(), start=1):

@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from abtrain.comm.communicator import PLAIN, Communicator, DataParallel, Scope, Unsynchronized
+from abtrain.comm.communicator import PLAIN, Communicator, Scope
+from abtrain.comm.data_parallel import DataParallel, Unsynchronized
 from abtrain.consistency.agreement import take_first
 from abtrain.consistency.factors import agree_on_factors
 from abtrain.consistency.optimizers import equalize_optimizers

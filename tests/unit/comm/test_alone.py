@@ -52,5 +52,5 @@ def test_powersgd_factors_what_is_large_enough() -> None:
 
 
 def test_not_in_a_process_that_has_joined_others() -> None:
-    with world_of_one(), pytest.raises(UsageError, match="use a process of its own"), world_of_one():
+    with world_of_one(), pytest.raises(UsageError, match="use a separate process"), world_of_one():
         pass

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from abtrain.comm import Communicator, run_in_process
-from abtrain.comm.ddp import point_sync_batch_norm
 from abtrain.comm.link import Link
 from abtrain.comm.meter import Meter
+from abtrain.comm.sync_batch_norm import point_sync_batch_norm
 from abtrain.errors import ConfigurationError
 from tests.gloo import run_gloo
 

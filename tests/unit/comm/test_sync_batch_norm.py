@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from abtrain.comm import Meter
 from abtrain.comm.communicator import Communicator
-from abtrain.comm.ddp import point_sync_batch_norm
 from abtrain.comm.link import Link
+from abtrain.comm.sync_batch_norm import point_sync_batch_norm
 from tests.gloo import run_gloo
 
 
@@ -44,7 +44,7 @@ def pointed(layer: nn.SyncBatchNorm) -> tuple[nn.Module, Any, Any]:
     group: Any = Group()
     model = nn.Sequential(nn.Linear(2, 2), layer)
     link = Link(rank=2, ranks=(2, 3), group=group, spans="within_groups", meter=Meter())
-    return model, group, point_sync_batch_norm(model, link, alone=False)
+    return model, group, point_sync_batch_norm(model, link, alone=False).close
 
 
 def pickled(model: nn.Module) -> nn.Module:

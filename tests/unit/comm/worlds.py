@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from abtrain.comm import Communicator, SingleProcess, run_in_process
-from abtrain.comm.communicator import Scope, scope_ranks
+from abtrain.comm.communicator import Scope
 from tests.gloo import run_gloo
 
 
@@ -47,4 +47,4 @@ SCOPES: list[Scope] = ["world", "group"]
 
 def peers(comm: Communicator, scope: Scope) -> tuple[int, ...]:
     """The ranks of a scope."""
-    return scope_ranks(comm.topology, comm.rank, scope)
+    return comm.ranks(scope)

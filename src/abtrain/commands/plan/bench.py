@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from abtrain.comm.alone import world_of_one
-from abtrain.comm.communicator import DataParallel, Unsynchronized
+from abtrain.comm.data_parallel import DataParallel, Unsynchronized
 from abtrain.commands.plan.shapes import ModelShapes
 from abtrain.commands.plan.worker_seconds import FactorSeconds
 from abtrain.commands.tasks.task import Task, batches, build_model, build_optimizer

@@ -1,0 +1,82 @@
+"""A model whose gradients workers average: the contract, and its form where there is nobody to average with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from abtrain.errors import UsageError
+
+
+class DataParallel:
+    """A model whose gradients are averaged over a scope while `backward` runs.
+
+    With gradients disabled, a call runs the model and communicates nothing, so one rank may call it alone. Eval mode
+    does not change the averaging: models are fine-tuned in it, with frozen normalization layers.
+
+    Attributes:
+        at_close: what `close` undoes.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module: nn.Module | None = module
+        self._sent_extremes: list[Tensor] = []
+        self.at_close = ExitStack()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        return self._differentiable(*args, **kwargs) if torch.is_grad_enabled() else module(*args, **kwargs)
+
+    def _differentiable(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model; after `close`, a RuntimeError."""
+        if self._module is None:
+            raise RuntimeError("this data-parallel wrapper was closed: make a new one with data_parallel()")
+        return self._module
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Gradients of forward passes inside this context accumulate locally."""
+        return nullcontext()
+
+    def arrivals(self) -> list[int]:
+        """The order in which the first averaged backward pass completed gradients, as positions of trained parameters.
+
+        DDP rebuilds its buckets in this order, which then decides the order in which three or more ranks add up
+        numbers. Empty before that pass, and where there are no buckets.
+        """
+        return []
+
+    def follow(self, arrivals: Sequence[int]) -> None:
+        """Lays out the buckets as in a wrapper that had these `arrivals`. Sends nothing, and leaves no gradients.
+
+        Raises:
+            ValueError: the number of arrivals is not the number of trained parameters.
+        """
+
+    def spoiled(self) -> bool:
+        """Whether this worker's contribution to the last average held NaN or infinity."""
+        return not all(bool(numbers.isfinite().all()) for numbers in self._sent_extremes)
+
+    def close(self) -> None:
+        """Lets go of the model: gradients are no longer averaged, and a call is an error."""
+        self._module = None
+        self.at_close.close()
+
+
+class Unsynchronized(DataParallel):
+    """The `DataParallel` of a scope of one rank, or of a model with nothing to train: the model as it is."""
+
+
+def unused_error(missing: str) -> UsageError:
+    """The error for a backward pass that left parameters without a gradient."""
+    return UsageError(
+        f"the last backward pass left {missing} without a gradient: freeze them (requires_grad_(False)), or set "
+        "find_unused_parameters=True"
+    )
