@@ -1,26 +1,28 @@
-"""Methods of other libraries and of this one, on the same links: python benchmarks/in_lab.py --rate 100mbit (as root)
+"""Compares other libraries with this one on the same links: python benchmarks/in_lab.py --rate 100mbit (as root)
 
-Every host of the lab has one worker; bytes are read off its interface, start-up and the first broadcast of the weights
-included. Seconds are those of the training loop. A run is kept as a line of benchmarks/results/in-lab.jsonl, and not
-run again while it is there; `--table` prints what is there and runs nothing. `--speed STEPS` runs so many steps, which
-is enough for the seconds of a step where a whole run would take hours.
+Every host of the lab has one worker. Bytes are those that its interface sent, start-up and the first broadcast of the
+weights included. Seconds are those of the training loop. The result of a run is a line of
+benchmarks/results/in-lab.jsonl, and a run with a line there is not repeated. `--table` prints the results that exist
+and runs nothing. `--speed STEPS` runs fewer steps: enough to measure the seconds of a step where a whole run would
+take hours.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
 import statistics
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from records import FOLDER, Record, keep, recorded
+from records import FOLDER, Record, RecordedRun, in_short, keep, say
 
 from abtrain.commands.lab import Job, Lab, LabConfig, parse_link_rate
+from abtrain.commands.runs.once import run_once
 
 FILE = FOLDER / "in-lab.jsonl"
 PEER_LOOPS = Path(__file__).parent / "peers" / "loops.py"
@@ -51,30 +53,35 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--lr", default="2e-3")
     parser.add_argument("--only", nargs="+", help="labels to run; all by default")
-    parser.add_argument("--table", action="store_true", help="print the results that there are, run nothing")
+    parser.add_argument("--table", action="store_true", help="print the results that exist, run nothing")
     options = parser.parse_args()
     steps = options.speed or options.steps
-    wanted = {
-        (label, seed): f"{command} --task {options.task} --steps {steps} --lr {options.lr} --seed {seed}"
+    place = f"--nodes {options.nodes} --rate {options.rate}"
+    common = f"--task {options.task} --steps {steps} --lr {options.lr}"
+    runs = {
+        label: [RecordedRun(FILE, f"{command} {common} --seed {seed} {place}") for seed in options.seeds]
         for label, command in LINES.items()
         if not options.only or label in options.only
-        for seed in options.seeds
     }
-    place = f"--nodes {options.nodes} --rate {options.rate}"
-    missing = [command for command in wanted.values() if recorded(FILE, f"{command} {place}") is None]
-    if missing and not options.table:
-        with Lab(LabConfig(nodes=options.nodes, rates=(parse_link_rate(options.rate),))) as lab:
-            for command in missing:
-                _run(lab, command, place)
+    if not options.table:
+        config = LabConfig(nodes=options.nodes, rates=(parse_link_rate(options.rate),))
+        run_once([run for own in runs.values() for run in own], _runner(config, place), say, in_short)
+    records = {label: [run.record for run in own] for label, own in runs.items()}
+    found = {label: there for label, own in records.items() if (there := [record for record in own if record])}
     print(f"\n{options.task}, {steps} steps, learning rate {options.lr}, {options.nodes} hosts at {options.rate}\n")
     print("| | runs | top-1 | MB a host | of DDP's | ms a step | DDP bf16's over it | used |")
     print("|---|---|---|---|---|---|---|---|")
-    print("\n".join(_rows({key: recorded(FILE, f"{command} {place}") for key, command in wanted.items()}, steps)))
+    print("\n".join(_rows(found, steps)))
 
 
-def _run(lab: Lab, command: str, place: str) -> None:
-    print(command, file=sys.stderr, flush=True)
-    owner, *arguments = shlex.split(command)
+@contextlib.contextmanager
+def _runner(config: LabConfig, place: str) -> Iterator[Callable[[RecordedRun], None]]:
+    with Lab(config) as lab:
+        yield lambda run: _run(lab, run, place)
+
+
+def _run(lab: Lab, run: RecordedRun, place: str) -> None:
+    owner, *arguments = shlex.split(run.arguments.removesuffix(place))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         if owner == "peer":
@@ -88,7 +95,7 @@ def _run(lab: Lab, command: str, place: str) -> None:
     keep(
         FILE,
         {
-            "arguments": f"{command} {place}",
+            "arguments": run.arguments,
             "top1": came["top1"],
             "loss": came["loss"],
             "seconds": seconds,
@@ -100,11 +107,7 @@ def _run(lab: Lab, command: str, place: str) -> None:
     )
 
 
-def _rows(found: dict[tuple[str, int], Record | None], steps: int) -> list[str]:
-    runs: dict[str, list[Record]] = {}
-    for (label, _), record in found.items():
-        if record is not None:
-            runs.setdefault(label, []).append(record)
+def _rows(runs: dict[str, list[Record]], steps: int) -> list[str]:
     size = {label: _mean(records, "wire_bytes") for label, records in runs.items()}
     step = {label: 1000 * _mean(records, "seconds") / steps for label, records in runs.items()}
     rows = []

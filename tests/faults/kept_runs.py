@@ -11,11 +11,11 @@ import pytest
 
 from abtrain import __version__
 from abtrain.commands import cli
-from abtrain.commands.compare import kept
 from abtrain.commands.compare.runs import ComparisonRun
 from abtrain.commands.paper.experiments import SCALES, cells
 from abtrain.commands.paper.published import AB
 from abtrain.commands.paper.runs import PaperRun, plan_runs
+from abtrain.commands.runs.request import write_request
 from abtrain.commands.train.config import TrainConfig, resolve
 from abtrain.commands.train.config_file import from_toml
 
@@ -41,7 +41,7 @@ def finish(task: ComparisonRun, **values: object) -> ComparisonRun:
     """Puts into its folder what a run leaves that came to its end."""
     task.folder.mkdir(parents=True, exist_ok=True)
     if not (task.folder / "request.toml").exists():
-        kept.write_request(task.folder, task.config)
+        write_request(task.folder, task.config)
     (task.folder / "train/checkpoints").mkdir(parents=True, exist_ok=True)
     (task.folder / "train/checkpoints/model.safetensors").write_text("weights of two days")
     (task.folder / "train/result.json").write_text(json.dumps(RESULT | values))

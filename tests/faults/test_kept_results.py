@@ -17,13 +17,14 @@ import pytest
 from abtrain import __version__, recipes
 from abtrain.commands import cli
 from abtrain.commands.compare import command as compare
-from abtrain.commands.compare import kept, runs
+from abtrain.commands.compare import runs
 from abtrain.commands.compare.contestants import Contestant
 from abtrain.commands.compare.runs import ComparisonRun, check, outcome
 from abtrain.commands.lab import LabConfig
 from abtrain.commands.paper.experiments import Cell
 from abtrain.commands.paper.published import AB
 from abtrain.commands.paper.runs import PaperRun, run_all, write_request
+from abtrain.commands.runs.request import differences
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import TrainConfig, resolve
 from abtrain.commands.train.config_file import from_toml, to_toml
@@ -101,7 +102,7 @@ def test_runs_with_other_settings_are_refused_by_name(kind: str, record: str, ta
     assert len(told.value.problems) == 1
     assert named in str(told.value) and str(task.folder) in str(told.value) and "--overwrite" in str(told.value)
     with pytest.raises(ConfigurationError, match="--overwrite"):
-        runs.run(task, StandInLab(LabConfig(nodes=2)))  # type: ignore[arg-type]
+        runs.run_in_lab(task, StandInLab(LabConfig(nodes=2)))  # type: ignore[arg-type]
     assert contents(task.folder / "train") == before
 
 
@@ -130,7 +131,7 @@ def test_a_request_of_another_version(task: ComparisonRun) -> None:
     request.write_text(request.read_text() + 'grafting = "none"\n')
     assert task.done
     request.write_text(request.read_text() + "extra_field = 1\n")
-    assert not task.done and kept.differences(task.folder, task.config) == [
+    assert not task.done and differences(task.folder, task.config) == [
         f"extra_field is 1 there and not known to abtrain {__version__}"
     ]
 
@@ -151,7 +152,7 @@ def test_a_default_of_the_task_that_has_changed(
     before = getattr(TASKS["digits-mlp"], name)
     monkeypatch.setitem(TASKS, "digits-mlp", dataclasses.replace(TASKS["digits-mlp"], **{name: before * 2}))
     assert not task.done
-    assert kept.differences(task.folder, task.config) == [f"{name} is {before!r} there and {before * 2!r} here"]
+    assert differences(task.folder, task.config) == [f"{name} is {before!r} there and {before * 2!r} here"]
 
 
 def test_a_default_of_the_recipe_that_has_changed(task: ComparisonRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +163,7 @@ def test_a_default_of_the_recipe_that_has_changed(task: ComparisonRun, monkeypat
 
     monkeypatch.setattr(recipes, "build", changed)
     assert not task.done
-    said = kept.differences(task.folder, task.config)
+    said = differences(task.folder, task.config)
     assert said == [
         f"recipe.{part}[0].sync.merge.momentum is 0.8 there and 0.5 here, by default" for part in ("prologue", "cycle")
     ]
@@ -177,7 +178,7 @@ def test_a_field_that_recipes_have_in_another_version(task: ComparisonRun) -> No
     assert task.done
     content["recipe"]["cycle"][0]["steps"] += 1
     record.write_text(json.dumps(content))
-    (said,) = kept.differences(task.folder, task.config)
+    (said,) = differences(task.folder, task.config)
     assert said.startswith("recipe.cycle[0].steps is ")
 
 
@@ -185,7 +186,7 @@ def test_a_field_that_recipes_have_in_another_version(task: ComparisonRun) -> No
 def test_a_recorded_recipe_that_cannot_be(recipe: object, task: ComparisonRun) -> None:
     record = task.folder / "request.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"recipe": recipe}))
-    assert not task.done and kept.differences(task.folder, task.config)[0].startswith("recipe")
+    assert not task.done and differences(task.folder, task.config)[0].startswith("recipe")
 
 
 def test_a_link_to_the_runs_of_another_disk(task: ComparisonRun, tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def test_a_link_to_the_runs_of_another_disk(task: ComparisonRun, tmp_path: Path)
     assert task.done
     request = task.folder / "request.toml"
     request.write_text(request.read_text().replace("0.003", "0.001"))
-    kept.make_room(task, overwrite=True)
+    task.make_room(overwrite=True)
     assert not task.folder.exists() and (tmp_path / "elsewhere/train/result.json").exists()
 
 
@@ -257,7 +258,7 @@ def test_a_result_is_never_removed_for_what_it_lacks(
 def test_a_comparison_in_use(tmp_path: Path, labs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Another process would take its unfinished runs for abandoned ones."""
     assert compared(tmp_path) == 0
-    with (tmp_path / kept.LOCK_FILE).open("a") as file:
+    with (tmp_path / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert compared(tmp_path) == 2
     assert "in use by another process" in capsys.readouterr().err

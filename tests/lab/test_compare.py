@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from abtrain.commands.compare.comparison import parse_arguments
-from abtrain.commands.compare.runs import outcome, run, tasks
+from abtrain.commands.compare.runs import outcome, plan_runs, run_in_lab
 from abtrain.commands.lab import Lab
 
 pytest.importorskip("matplotlib")
@@ -28,10 +28,10 @@ def test_a_run_is_done_once_and_says_what_came_out(tmp_path: Path) -> None:
         "4",
     )
     comparison = parse_arguments([*line, "--seeds", "1", "--out", str(tmp_path)])
-    task = tasks(comparison)[-2]
+    task = plan_runs(comparison)[-2]
     assert str(task) == "ddp, seed 0, 50mbit" and not task.done
     with Lab(comparison.lab) as lab:
-        run(task, lab)
+        run_in_lab(task, lab)
         assert lab.rates == [50 * 10**6] * 2
     assert task.done
     result = outcome(task)

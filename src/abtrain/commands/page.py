@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import platform
 from collections.abc import Sequence
 from importlib import resources
-from importlib.metadata import version
 from pathlib import Path
 
+from abtrain.commands.circumstances import versions
 from abtrain.commands.compare.plots import Figure
 from abtrain.commands.paper.tables import Table
 from abtrain.files import write_whole
-from abtrain.version import __version__
 
 _TEMPLATE = "page.html.j2"
 _LEAD = "AB-training (Coquelin et al., arXiv 2405.01067), run again. Every number here is of runs in this folder."
@@ -36,10 +34,9 @@ def write_page(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8"))
     images = {figure.file: base64.b64encode((folder / figure.file).read_bytes()).decode() for figure in figures}
-    versions = {"abtrain": __version__, "torch": version("torch"), "python": platform.python_version()}
     page = folder / f"{name}.html"
     text = template.render(
-        title=title, lead=_LEAD, tables=tables, figures=figures, images=images, command=command, versions=versions
+        title=title, lead=_LEAD, tables=tables, figures=figures, images=images, command=command, versions=versions()
     )
     write_whole(page, text)
     return page

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import platform
+import contextlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from abtrain.commands.circumstances import hardware, versions, versions_note
 from abtrain.commands.compare.comparison import Comparison, parse_arguments
-from abtrain.commands.compare.kept import held, versions_note, writing
 from abtrain.commands.compare.plots import draw_all
 from abtrain.commands.compare.report import FILE as REPORT_FILE
 from abtrain.commands.compare.report import write_report
-from abtrain.commands.compare.runs import ComparisonOutcome, check, outcome, run, tasks
+from abtrain.commands.compare.runs import ComparisonOutcome, ComparisonRun, check, outcome, plan_runs, run_in_lab
 from abtrain.commands.compare.summary import ComparisonRow, rows, utilisations
 from abtrain.commands.lab import Lab
 from abtrain.commands.lab.command import stopped_by_signals
+from abtrain.commands.runs.folder_run import held, writing
+from abtrain.commands.runs.once import run_once
 from abtrain.commands.train.config import resolve
 from abtrain.commands.units import format_rate, human_bytes
 from abtrain.files import write_json
-from abtrain.version import __version__
 
 FILE = "compare.json"
 
@@ -43,10 +42,13 @@ def main(arguments: Sequence[str]) -> None:
         StoppedError: SIGINT, SIGTERM or SIGHUP. In all cases the runs that are done are kept.
     """
     comparison = parse_arguments(arguments)
-    # What a recipe is called may look like markup.
+    # The name of a recipe with options may look like markup.
     console = Console(soft_wrap=True, highlight=False, markup=False)
+    planned = plan_runs(comparison)
     with stopped_by_signals(), held(comparison.out):
-        outcomes = _run_all(comparison, console)
+        check(planned, comparison.overwrite)
+        run_once(planned, _runner(comparison), console.print, lambda run: _in_short(outcome(run)))
+        outcomes = [outcome(run) for run in planned]
     command = shlex.join(("abtrain", "compare", *arguments))
     with writing(comparison.out):
         found = write_results(comparison, outcomes, command)
@@ -67,18 +69,11 @@ def write_results(comparison: Comparison, outcomes: Sequence[ComparisonOutcome],
     return found
 
 
-def _run_all(comparison: Comparison, console: Console) -> list[ComparisonOutcome]:
-    """Runs what is not done; the outcomes of all."""
-    planned = tasks(comparison)
-    check(planned, comparison.overwrite)
-    missing = [task for task in planned if not task.done]
-    console.print(f"{len(planned)} runs, {len(planned) - len(missing)} of them done before")
-    if missing:
-        with Lab(comparison.lab) as lab:
-            for number, task in enumerate(missing, 1):
-                run(task, lab, comparison.overwrite)
-                console.print(f"{number}/{len(missing)} {task}: {_in_short(outcome(task))}")
-    return [outcome(task) for task in planned]
+@contextlib.contextmanager
+def _runner(comparison: Comparison) -> Iterator[Callable[[ComparisonRun], None]]:
+    """Gives the function that runs one run, in a lab that is there meanwhile."""
+    with Lab(comparison.lab) as lab:
+        yield lambda run: run_in_lab(run, lab, comparison.overwrite)
 
 
 def _in_short(result: ComparisonOutcome) -> str:
@@ -101,8 +96,8 @@ def _record(
             for label, points in utilisations(outcomes).items()
         },
         "runs": [asdict(outcome) for outcome in outcomes],
-        "versions": {"abtrain": __version__, "torch": version("torch"), "python": platform.python_version()},
-        "hardware": {"platform": platform.platform(), "cores": os.cpu_count()},
+        "versions": versions(),
+        "hardware": hardware(),
         "note": versions_note(outcome.version for outcome in outcomes),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +65,3 @@ def _contestant(text: str, rates: Mapping[str, float], common: Mapping[str, Any]
     rate = rates.get(text, rates.get(name))
     own = {} if rate is None else {"lr": rate}
     return Contestant(text, from_values({**common, "recipe": text, **own}, text))
-
-
-def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
-    """The settings of one run."""
-    return dataclasses.replace(config, seed=seed)

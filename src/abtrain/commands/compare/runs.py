@@ -1,26 +1,29 @@
-"""The runs of a comparison: what there is to do, what is done, and what came out.
+"""The runs of a comparison: which there are, how one is run in the lab, and its outcome.
 
-Each has a folder of its own: the request (see `kept.py`), lab/ (bytes, and the hosts' output) and train/ (the run
-folder).
+The folder of a run holds its request (see `abtrain.commands.runs.request`), lab/ (bytes, and the output of the hosts)
+and train/ (the run folder of `abtrain train`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from abtrain.commands.compare import kept
 from abtrain.commands.compare.comparison import Comparison
-from abtrain.commands.compare.contestants import Contestant, with_seed
-from abtrain.commands.compare.kept import RESULT_FILE, TRAIN_FOLDER
-from abtrain.commands.compare.result_files import read_lines, read_record
+from abtrain.commands.compare.contestants import Contestant
 from abtrain.commands.lab import Job, Lab
 from abtrain.commands.lab.result import FILE as LAB_FILE
+from abtrain.commands.runs import folder_run
+from abtrain.commands.runs.folder_run import FolderRun, remove
+from abtrain.commands.runs.request import REQUEST_FILE, TRAIN_FOLDER, write_request
+from abtrain.commands.runs.result_files import read_lines, read_record
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import TrainConfig
+from abtrain.commands.train.folder_content import METRICS_FILE, RESULT_FILE
 from abtrain.commands.units import format_rate
 from abtrain.errors import HostFailedError
 
@@ -28,8 +31,8 @@ _LAB_FOLDER = "lab"
 
 
 @dataclass(frozen=True)
-class ComparisonRun:
-    """One run that belongs to a comparison."""
+class ComparisonRun(FolderRun):
+    """One run of a comparison: a contestant with a seed, at a rate."""
 
     contestant: Contestant
     seed: int
@@ -41,30 +44,14 @@ class ComparisonRun:
 
     @property
     def config(self) -> TrainConfig:
-        """Its settings."""
-        return with_seed(self.contestant.config, self.seed)
+        return dataclasses.replace(self.contestant.config, seed=self.seed)
 
     @property
-    def request(self) -> str:
-        """Its settings, as TOML."""
-        return kept.request_text(self.config)
-
-    @property
-    def result_file(self) -> Path:
-        """Where its result is, or will be."""
-        return self.folder / TRAIN_FOLDER / RESULT_FILE
-
-    @property
-    def done(self) -> bool:
-        """Whether it has been run with these settings, to its end."""
-        return kept.is_done(self.folder, self.config, self.result_file, self.folder / _LAB_FOLDER / LAB_FILE)
+    def results(self) -> tuple[Path, ...]:
+        return self.folder / TRAIN_FOLDER / RESULT_FILE, self.folder / _LAB_FOLDER / LAB_FILE
 
     def check_results(self) -> None:
-        """
-        Raises:
-            DataError: the folder holds a result that cannot be used.
-        """
-        if os.path.lexists(self.result_file):
+        if os.path.lexists(self.results[0]):
             outcome(self)
 
 
@@ -76,16 +63,16 @@ class ComparisonOutcome:
         label: of the contestant.
         seed: of the run.
         rate: bits per second of all links.
-        top1: per cent; None where the task has none.
+        top1: in per cent; None if the task has none.
         loss: on the validation data, in nats.
-        seconds: of the training loop, start-up of processes not included.
-        sync_seconds: of these, waiting for others.
+        seconds: of the training loop, without the start-up of processes.
+        sync_seconds: those of `seconds` in which worker 0 waited for others.
         payload: bytes that worker 0 handed to collectives.
-        payload_by_phase: the same, by the recipe's phases.
-        wire_bytes: bytes that a host transmitted, the mean over hosts, start-up included.
-        compression: full parameters over factored ones.
+        payload_by_phase: `payload`, by the phases of the recipe.
+        wire_bytes: bytes that a host transmitted, start-up included; the mean over hosts.
+        compression: parameters of the full model over those of the factored one.
         curve: (seconds, mean loss since the last point) of worker 0's training.
-        version: of abtrain that trained it; None where its result does not say.
+        version: of abtrain that trained it; None if the result does not tell.
     """
 
     label: str
@@ -103,8 +90,8 @@ class ComparisonOutcome:
     version: str | None = None
 
 
-def tasks(comparison: Comparison) -> list[ComparisonRun]:
-    """All runs, each once: first one seed of every contestant, so that a picture is there early."""
+def plan_runs(comparison: Comparison) -> list[ComparisonRun]:
+    """All runs, each once. Every contestant's first seed comes first, so that an early table has all contestants."""
     pairs = [(seed, comparison.lab.rate(0)) for seed in comparison.seeds]
     pairs += [(comparison.seeds[0], rate) for rate in comparison.more_rates if rate != comparison.lab.rate(0)]
     return [
@@ -115,58 +102,57 @@ def tasks(comparison: Comparison) -> list[ComparisonRun]:
 
 
 def check(planned: Sequence[ComparisonRun], overwrite: bool) -> None:
-    """Looks into the folders of all runs before the first of them is run; arguments and errors as of `kept.check`."""
-    kept.check(planned, overwrite, _shared_folders(planned))
+    """Inspects the folders of all runs before the first of them is run (see `folder_run.check`)."""
+    folder_run.check(planned, overwrite, _shared_folders(planned))
 
 
-def run(task: ComparisonRun, lab: Lab, overwrite: bool = False) -> None:
-    """Runs what is not done, from its start, since its seconds are measured.
+def run_in_lab(run: ComparisonRun, lab: Lab, overwrite: bool = False) -> None:
+    """Runs what is not done. A stopped run starts again from step 0, because its seconds are measured.
 
     Args:
-        task: what to run.
-        lab: where.
-        overwrite: whether a run with other settings is given up.
+        run: one of a comparison.
+        lab: the cluster; its links are set to the rate of the run.
+        overwrite: whether the user gives up a run with other settings in the folder.
 
     Raises:
         ConfigurationError: the folder holds a run with other settings.
-        DataError: the folder holds a result.
-        HostFailedError: it failed; the message begins with which run it was.
+        DataError: the folder holds a result that cannot be used.
+        HostFailedError: the run failed; the message begins with which run it was.
     """
-    _make_room(task, overwrite)
-    if task.done:  # by another process, since this one has looked
+    _make_room(run, overwrite)
+    if run.done:  # another process has run it since this one looked
         return
-    kept.write_request(task.folder, task.config)
-    if lab.rates != [task.rate] * lab.config.nodes:
+    write_request(run.folder, run.config)
+    if lab.rates != [run.rate] * lab.config.nodes:
         for host in range(lab.config.nodes):
-            lab.change(host, task.rate)
+            lab.change(host, run.rate)
         lab.measure()
-    request, train = task.folder / kept.REQUEST_FILE, task.folder / TRAIN_FOLDER
+    request, train = run.folder / REQUEST_FILE, run.folder / TRAIN_FOLDER
     command = ("-m", "abtrain", "train", "--config", str(request), "--out", str(train))
     try:
-        lab.run(Job(command, task.folder / _LAB_FOLDER))
+        lab.run(Job(command, run.folder / _LAB_FOLDER))
     except HostFailedError as error:
-        raise HostFailedError(f"{task}: {error}", error.exit_code) from None
+        raise HostFailedError(f"{run}: {error}", error.exit_code) from None
 
 
-def outcome(task: ComparisonRun) -> ComparisonOutcome:
+def outcome(run: ComparisonRun) -> ComparisonOutcome:
     """Reads the outcome of a finished run.
 
     Raises:
         DataError: a file of its results is damaged.
     """
-    result = read_record(task.result_file)
-    hosts = read_record(task.folder / _LAB_FOLDER / LAB_FILE)
+    result, hosts = map(read_record, run.results)
     sent = [host.number("tx_bytes") for host in hosts.records("hosts")]
     if not sum(sent):
         raise hosts.error(("hosts",), sent, "a list of hosts of which at least one has sent something")
-    lines = read_lines(task.folder / TRAIN_FOLDER / "metrics.jsonl")
-    # A loss that was not finite is null, and has no place in a curve.
+    lines = read_lines(run.folder / TRAIN_FOLDER / METRICS_FILE)
+    # A loss that was not finite is null in the file, and is left out of the curve.
     curve = [(line.number("seconds"), line.optional_number("loss")) for line in lines]
     return ComparisonOutcome(
-        label=task.contestant.label,
-        seed=task.seed,
-        rate=task.rate,
-        top1=result.number("top1") if TASKS[task.contestant.config.task].classifies else None,
+        label=run.contestant.label,
+        seed=run.seed,
+        rate=run.rate,
+        top1=result.number("top1") if TASKS[run.contestant.config.task].classifies else None,
         loss=result.number("loss"),
         seconds=result.positive("seconds", "total"),
         sync_seconds=result.number("seconds", "sync"),
@@ -179,23 +165,23 @@ def outcome(task: ComparisonRun) -> ComparisonOutcome:
     )
 
 
-def _make_room(task: ComparisonRun, overwrite: bool) -> None:
-    """Removes what an unfinished run of the same settings has left, or a run that its user has given up."""
-    if kept.make_room(task, overwrite):
+def _make_room(run: ComparisonRun, overwrite: bool) -> None:
+    """Removes the rest of a stopped run with the same settings, or a run that the user gives up."""
+    if run.make_room(overwrite):
         return
-    task.check_results()
-    if not task.done:
+    run.check_results()
+    if not run.done:
         for part in (TRAIN_FOLDER, _LAB_FOLDER):
-            kept.remove(task.folder / part)
+            remove(run.folder / part)
 
 
 def _shared_folders(planned: Sequence[ComparisonRun]) -> list[str]:
-    """Runs whose labels differ in letters that folders' names do not have."""
+    """Returns a problem for each two runs whose labels differ only in characters that folder names leave out."""
     first: dict[Path, ComparisonRun] = {}
     return [
-        f"{first[task.folder]} and {task} would share the folder {task.folder}: compare them under two --out"
-        for task in planned
-        if first.setdefault(task.folder, task) != task
+        f"{first[run.folder]} and {run} would share the folder {run.folder}: compare them under two --out"
+        for run in planned
+        if first.setdefault(run.folder, run) != run
     ]
 
 

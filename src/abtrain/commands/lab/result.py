@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from abtrain.commands.circumstances import hardware, versions
 from abtrain.commands.lab.config import LabConfig
 from abtrain.commands.lab.counters import SAMPLE_SECONDS, HostTraffic
 from abtrain.commands.lab.measure import WIRE_SHARE
 from abtrain.commands.lab.network import INTERFACE, LATENCY, burst_bytes
 from abtrain.commands.units import format_rate
 from abtrain.errors import HostFailedError, LabError
-from abtrain.version import __version__
 
 FILE = "lab.json"
 
@@ -109,14 +107,8 @@ def as_record(result: LabResult, config: LabConfig) -> dict[str, Any]:
             "tolerance": config.tolerance,
         },
         "counters": {"interface": INTERFACE, "sample_seconds": SAMPLE_SECONDS},
-        "versions": {
-            "abtrain": __version__,
-            "torch": version("torch"),
-            "python": platform.python_version(),
-            "kernel": platform.release(),
-            "iproute2": _iproute2(),
-        },
-        "hardware": {"platform": platform.platform(), "cores": os.cpu_count()},
+        "versions": {**versions(), "kernel": platform.release(), "iproute2": _iproute2()},
+        "hardware": hardware(),
     }
 
 

@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table as Printed
 
-from abtrain.commands.compare import kept
+from abtrain.commands.circumstances import versions_note
 from abtrain.commands.lab.command import stopped_by_signals
 from abtrain.commands.page import write_page
 from abtrain.commands.paper.arguments import ECR, HPO, PaperRequest, parse_arguments
@@ -30,6 +30,7 @@ from abtrain.commands.paper.runs import (
 from abtrain.commands.paper.studies import STUDIES, study_cells
 from abtrain.commands.paper.study_page import write_study
 from abtrain.commands.paper.tables import Table, comparison_table, remarked, rows, scaling_table
+from abtrain.commands.runs.folder_run import check, writing
 from abtrain.commands.tasks.task import TASKS
 from abtrain.errors import ConfigurationError
 from abtrain.files import write_json
@@ -78,7 +79,7 @@ def _experiment(request: PaperRequest, console: Console, command: str) -> None:
             _print(console, table)
         return
     runs = plan_runs(chosen, request.seeds, request.out)
-    kept.check(runs, request.overwrite)
+    check(runs, request.overwrite)
     if request.write:
         for run in runs:
             write_request(run, request.overwrite, checkpoints=True)
@@ -92,8 +93,8 @@ def _experiment(request: PaperRequest, console: Console, command: str) -> None:
     with stopped_by_signals():
         run_all(runs, request.scale.name, request.launcher, request.data, console.print, request.overwrite)
     found = _outcomes(chosen, runs)
-    remark = kept.versions_note(outcome.version for outcome in found)
-    with kept.writing(request.out):
+    remark = versions_note(outcome.version for outcome in found)
+    with writing(request.out):
         if request.experiment in STUDIES:
             tables = write_study(request.experiment, rows(found), runs, request.out, command, remark)
         else:

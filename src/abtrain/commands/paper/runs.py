@@ -13,14 +13,13 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from abtrain.comm.topology import Topology
-from abtrain.commands.compare import kept
-from abtrain.commands.compare.kept import REQUEST_FILE, RESULT_FILE, TRAIN_FOLDER
-from abtrain.commands.compare.result_files import JsonRecord, is_empty, read_record
 from abtrain.commands.paper.experiments import Cell, ScaleName
 from abtrain.commands.paper.published import BACKWARD_SHARE
 from abtrain.commands.plan.collectives import Cluster, NodeLink
@@ -28,9 +27,15 @@ from abtrain.commands.plan.forecast import forecast
 from abtrain.commands.plan.payload import predict
 from abtrain.commands.plan.shapes import ModelShapes, shapes_of
 from abtrain.commands.plan.worker_seconds import WorkerSeconds
+from abtrain.commands.runs import request
+from abtrain.commands.runs.folder_run import FolderRun, check
+from abtrain.commands.runs.once import run_once
+from abtrain.commands.runs.request import RECORD_FILE, REQUEST_FILE, TRAIN_FOLDER, differences
+from abtrain.commands.runs.result_files import JsonRecord, is_empty, read_record
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import TrainConfig, group_size_of, recipe_of, resolve
 from abtrain.commands.train.config_file import from_toml
+from abtrain.commands.train.folder_content import RESULT_FILE
 from abtrain.errors import AbtrainError, ConfigurationError
 from abtrain.files import write_whole
 
@@ -43,8 +48,8 @@ LAUNCHER = "torchrun --nnodes {nodes} --nproc-per-node {workers_per_node}"
 
 
 @dataclass(frozen=True)
-class PaperRun:
-    """A cell with a seed, and where it lives."""
+class PaperRun(FolderRun):
+    """One run of an experiment: a cell with a seed."""
 
     cell: Cell
     seed: int
@@ -58,28 +63,18 @@ class PaperRun:
         return dataclasses.replace(self.cell.config, seed=self.seed)
 
     @property
-    def request(self) -> str:
-        """Its settings, as TOML."""
-        return kept.request_text(self.config)
-
-    @property
     def result_file(self) -> Path:
-        """Where its result is, or will be: simulated runs write it themselves."""
+        """The file that holds its result, or will hold it. Simulated runs have no folder of `abtrain train`."""
         trained = self.folder / TRAIN_FOLDER / RESULT_FILE
         return trained if os.path.lexists(trained) else self.folder / RESULT_FILE
 
     @property
-    def done(self) -> bool:
-        """Whether it was run with these settings, to its end."""
-        return kept.is_done(self.folder, self.config, self.result_file)
+    def results(self) -> tuple[Path, ...]:
+        return (self.result_file,)
 
     def check_results(self) -> None:
-        """
-        Raises:
-            DataError: the folder holds a result that cannot be used.
-        """
         result = self.result_file
-        # An empty file is written again by a simulated run. `abtrain train` would refuse its folder for one.
+        # A simulated run replaces an empty file. `abtrain train` would refuse the folder because of it.
         if os.path.lexists(result) and not (result.parent == self.folder and is_empty(result)):
             outcome(self)
 
@@ -140,24 +135,23 @@ def run_all(
         DataError: results that are damaged; likewise.
         AbtrainError: a run failed.
     """
-    kept.check(runs, overwrite)
-    missing = [run for run in runs if not run.done]
-    say(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before")
-    loaded: dict[str, Any] = {}
-    for number, run in enumerate(missing, 1):
+    check(runs, overwrite)
+    load = cache(lambda task: TASKS[task].load(data))
+
+    def run_one(run: PaperRun) -> None:
         if scale == "tiny":
-            task = run.config.task
-            if task not in loaded:
-                loaded[task] = TASKS[task].load(data)
+            samples = load(run.config.task)
             write_request(run, overwrite)
-            _simulate(run, loaded[task])
+            _simulate(run, samples)
         else:
             write_request(run, overwrite, checkpoints=True)
             _launch(run, launcher, data)
-        result = outcome(run)
-        say(
-            f"{number}/{len(missing)} {run}: top-1 {result.top1:.2f}, {100 * result.payload_ratio:.2f} % of DDP's bytes"
-        )
+
+    run_once(runs, nullcontext(run_one), say, lambda run: _in_short(outcome(run)))
+
+
+def _in_short(result: PaperOutcome) -> str:
+    return f"top-1 {result.top1:.2f}, {100 * result.payload_ratio:.2f} % of DDP's bytes"
 
 
 def _simulate(run: PaperRun, data: Any) -> None:
@@ -203,19 +197,19 @@ def write_request(run: PaperRun, overwrite: bool = False, checkpoints: bool = Fa
     Raises:
         ConfigurationError: the folder holds a run with other settings.
     """
-    kept.make_room(run, overwrite)
+    run.make_room(overwrite)
     config = run.config
     if checkpoints:
         assert config.steps is not None
         every = max(LEAST_BETWEEN_CHECKPOINTS, config.steps // CHECKPOINTS)
         config = dataclasses.replace(config, checkpoint_every=every)
     if not (run.done or _asks_for(run, checkpoints)):
-        kept.write_request(run.folder, config)
+        request.write_request(run.folder, config)
 
 
 def _asks_for(run: PaperRun, checkpoints: bool) -> bool:
     """Whether the folder has a request of the same run, with checkpoints if there are to be any."""
-    if not (run.folder / kept.RECORD_FILE).exists() or kept.differences(run.folder, run.config):
+    if not (run.folder / RECORD_FILE).exists() or differences(run.folder, run.config):
         return False
     try:
         return not checkpoints or from_toml(run.folder / REQUEST_FILE).checkpoint_every > 0

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abtrain.commands.compare.plots import COLOURS, Figure, legend_below, plain_numbers, save
-from abtrain.commands.compare.result_files import read_record
 from abtrain.commands.page import write_page
 from abtrain.commands.paper.figures import draw
 from abtrain.commands.paper.runs import PaperRun
 from abtrain.commands.paper.studies import STUDIES
 from abtrain.commands.paper.tables import PaperRow, Table, remarked, study_table
+from abtrain.commands.runs.result_files import read_record
 from abtrain.files import write_whole
 from abtrain.lowrank.names import factor_letter, weight_name
 

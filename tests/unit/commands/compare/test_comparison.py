@@ -5,8 +5,9 @@ import pytest
 
 from abtrain.commands.compare import comparison as arguments
 from abtrain.commands.compare.comparison import parse_arguments
-from abtrain.commands.compare.runs import tasks
+from abtrain.commands.compare.runs import plan_runs
 from abtrain.commands.lab import LabConfig
+from abtrain.commands.runs.request import request_text
 from abtrain.errors import ConfigurationError
 
 
@@ -24,20 +25,20 @@ def test_everything_that_can_be_said() -> None:
     assert comparison.lab == LabConfig(2, (20 * 10**6,))
     assert (comparison.more_rates, comparison.seeds, comparison.steps) == ((10**9, 5 * 10**6), (0, 1), 50)
     # Five contestants, two seeds at the one rate and one at each of two more.
-    planned = tasks(comparison)
+    planned = plan_runs(comparison)
     assert len(planned) == 5 * (2 + 2) == len({task.folder for task in planned})
     assert [task.seed for task in planned[:5]] == [0] * 5
     assert not any(task.done for task in planned)
 
 
 def test_a_run_is_done_if_it_ended_with_the_same_settings() -> None:
-    task = tasks(parse_arguments(["ab", "--steps", "50", "--out", "o"]))[-1]
+    task = plan_runs(parse_arguments(["ab", "--steps", "50", "--out", "o"]))[-1]
     for file in ("train/result.json", "lab/lab.json"):
         (task.folder / file).parent.mkdir(parents=True)
         (task.folder / file).write_text("{}")
-    (task.folder / "request.toml").write_text(task.request)
+    (task.folder / "request.toml").write_text(request_text(task.config))
     assert task.done
-    changed = tasks(parse_arguments(["ab", "--steps", "50", "--lr", "ab=7e-3", "--out", "o"]))[-1]
+    changed = plan_runs(parse_arguments(["ab", "--steps", "50", "--lr", "ab=7e-3", "--out", "o"]))[-1]
     assert changed.folder == task.folder and not changed.done
 
 

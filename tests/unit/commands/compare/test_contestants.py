@@ -1,7 +1,7 @@
 import pytest
 
 from abtrain import recipes
-from abtrain.commands.compare.contestants import REFERENCES, contestants, with_seed
+from abtrain.commands.compare.contestants import REFERENCES, contestants
 from abtrain.errors import ConfigurationError
 
 COMMON = {"task": "digits-mlp", "steps": 100, "workers": 4}
@@ -17,7 +17,6 @@ def test_options_are_read_as_the_settings_want_them() -> None:
     (*_, entry) = contestants(["ab_outer:every=10,wire=int8,outer-lr=0.5,keep_dense_if_larger=true"], {}, COMMON)
     options = {"every": 10, "wire": "int8", "outer_lr": 0.5, "keep_dense_if_larger": True}
     assert recipes.parse(entry.config.recipe) == ("ab_outer", options)
-    assert with_seed(entry.config, 3).seed == 3
 
 
 def test_learning_rates_by_recipe_or_by_label() -> None:

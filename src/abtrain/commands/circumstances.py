@@ -1,0 +1,26 @@
+"""The circumstances of results: versions, and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+
+from abtrain.version import __version__
+
+
+def versions() -> dict[str, str]:
+    """The versions that results depend on."""
+    return {"abtrain": __version__, "torch": version("torch"), "python": platform.python_version()}
+
+
+def hardware() -> dict[str, str | int | None]:
+    """The machine that results depend on."""
+    return {"platform": platform.platform(), "cores": os.cpu_count()}
+
+
+def versions_note(found: Iterable[str | None]) -> str:
+    """Returns a note on tables that mix results of several versions of abtrain; empty if there is one version."""
+    known = sorted({each or "unknown" for each in found})
+    return f"Results of several versions of abtrain: {', '.join(known)}." if len(known) > 1 else ""
