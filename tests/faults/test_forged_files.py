@@ -19,7 +19,7 @@ from abtrain.checkpoint.dcp import TrainingState
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.consistency.saved_marks import marked
-from abtrain.engine.saved_state import resized
+from abtrain.engine.resizing import resized
 from abtrain.errors import CheckpointError
 from tests.faults.test_checkpoints import forge, put
 from tests.faults.test_forged_states import HUGE, NAN, RECIPES, Loop, made, put_at

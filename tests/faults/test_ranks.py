@@ -222,7 +222,7 @@ def drifting(comm: Communicator, recipe: Recipe, step: int, odd: int, part: str)
     loop = Loop(comm, recipe, build("mlp", torch.float32))
     loop.run(step)
     if comm.rank == odd:
-        tensors = loop.ab._merger.anchors if part == "anchors" else loop.ab._model.parameters()
+        tensors = loop.ab._rounds.merger.anchors if part == "anchors" else loop.ab._model.parameters()
         next(iter(tensors.values())).data.view(-1)[0] += 1e-3
     loop.run()
 

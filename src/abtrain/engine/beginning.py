@@ -1,4 +1,4 @@
-"""The beginning of a run: workers compare what they were started with, and take the same initial values."""
+"""The beginning of a run: workers compare their settings, and take the same initial values."""
 
 from __future__ import annotations
 
@@ -8,52 +8,55 @@ import sys
 import torch
 
 from abtrain.comm.communicator import Communicator
-from abtrain.consistency.settings import check_start
-from abtrain.lowrank.model import FactoredModel
+from abtrain.consistency.settings import check_start, optimizer_settings, settings_at_start
+from abtrain.engine.description import Description
+from abtrain.engine.optimizer_problems import doubts_about_optimizers
+from abtrain.engine.problems import doubts_about
 from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.own import IGNORED, own_names
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.sync import GradientSync, WeightSync
 from abtrain.version import __version__
 
 log = logging.getLogger("abtrain")
 
 
-def begin(state: SharedTensors, model: FactoredModel, recipe: Recipe, comm: Communicator, **options: object) -> None:
+def begin(shared: SharedTensors, recipe: Recipe, comm: Communicator, **options: object) -> None:
     """Compares versions, recipe, options and layouts, and makes initial values equal. Collective over the world.
 
     Args:
-        state: the tensors that merges make equal.
-        model: with its optimizers.
+        shared: the tensors that merges make equal, with their model and its optimizers.
         recipe: of the run.
         comm: of this worker.
-        options: the other arguments that have to be equal on all workers.
+        options: further arguments that have to be equal on all workers.
 
     Raises:
         RanksDisagreeError: on all workers, with what differs and where.
     """
+    model, optimizers = shared.model, shared.model.optimizers
+    settings = settings_at_start(optimizers) if shared.same_settings else ()
     check_start(
         comm,
         recipe,
         abtrain=__version__,
         torch=torch.__version__,
+        optimizers=optimizers.kinds,
         **options,
+        param_groups=optimizer_settings(optimizers, model.parameters(), settings),
         **{IGNORED: ", ".join(sorted(own_names(model.model)))},
-        names=list(state.layout()),
-        model=state.layout(),
+        names=list(shared.layout()),
+        model=shared.layout(),
     )
-    state.agree()
+    shared.agree()
     comm.begin_run()
+    if comm.rank == 0:
+        if comm.topology.world_size > 1:
+            _announce(Description(recipe, comm.topology, tuple(shared.treatments), {}).beginning())
+        for doubt in [*doubts_about(recipe, comm), *doubts_about_optimizers(optimizers, recipe)]:
+            log.warning(doubt)
 
 
-def levels(recipe: Recipe) -> bool:
-    """Whether a recipe goes from rounds to shared gradients."""
-    kinds = {type(phase.sync) for phase in recipe.phases}
-    return {WeightSync, GradientSync} <= kinds
-
-
-def announce(text: str) -> None:
-    """Logs a line that every user needs, or prints it where the program has not set up logging."""
+def _announce(text: str) -> None:
+    """Logs a line that every user needs, or prints it if the program has not set up logging."""
     if log.hasHandlers() or logging.root.manager.disable >= logging.INFO:
         log.info(text)
     else:

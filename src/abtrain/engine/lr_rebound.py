@@ -105,6 +105,12 @@ class LRRebound:
                 _restore(one)
 
 
+def rewound(state: Mapping[str, int], back: int, in_phase: int) -> dict[str, int]:
+    """Returns the `LRRebound.state_dict` of `back` steps before, when `in_phase` steps of the phase were done."""
+    # The ramp may have ended since, or have begun in an earlier phase.
+    return {"length": state["length"], "done": max(state["done"] - back, min(state["length"], in_phase))}
+
+
 def _restore(one: _Scaled) -> None:
     """Puts the scheduled rate back, with what the step itself has made of it.
 

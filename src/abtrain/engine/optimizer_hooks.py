@@ -1,8 +1,8 @@
-"""Hooks around optimizer steps: they check ownership and gradients, and precondition the steps of factors."""
+"""Hooks around the optimizers' steps: learning rates, ownership, gradients, and the preconditioning of factors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from abtrain.engine.gradient_guard import GradientGuard
+from abtrain.engine.lr_rebound import LRRebound
+from abtrain.engine.lr_rebound import rewound as rewound_rebound
 from abtrain.engine.ownership import Ownership
+from abtrain.engine.progress import Progress
 from abtrain.errors import OnNonFinite, UsageError
+from abtrain.failpoints import fail_at
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizers import is_nested
 from abtrain.lowrank.precondition import Preconditioner
@@ -26,8 +30,8 @@ class Coming(NamedTuple):
     Attributes:
         step: its index.
         phase: that it belongs to.
-        shared: whether all workers have its gradients.
-        averaged: whether its gradients are averaged over several workers, of a group at least.
+        shared: whether its gradients are the same on all workers.
+        averaged: whether its gradients are averages over several workers, of a group at least.
     """
 
     step: int
@@ -37,76 +41,79 @@ class Coming(NamedTuple):
 
 
 _UNSEEN = 2
-"""Training steps in a row whose changes no optimizer has announced, after which another one is at work."""
+"""Training steps in a row that change weights, without a step of a known optimizer, until an error is raised."""
 
 
-class StepHooks:
-    """Hooks on the optimizers of a model, from here until `close`.
+class OptimizerHooks:
+    """Owns everything that happens around the optimizers' steps, from here until `close`.
+
+    The order before a step: the learning rates are scaled (LR rebound), the parameters are checked (ownership), the
+    gradients are checked (guard), and the gradients of factors are preconditioned at the scaled rates. After it: the
+    scheduled rates come back first, for schedulers that other hooks call, and then the steps of factors are
+    preconditioned.
 
     Args:
-        model: with its optimizers; its factors are preconditioned.
-        frozen: names of the parameters that were not trained when training began.
+        model: with its optimizers.
+        frozen: names of the parameters that are not trained.
+        progress: of the run.
         on_nonfinite: what becomes of gradients that are not finite.
-        speaks: whether this worker logs what happens on all workers.
-        coming: tells of the step that is about to be made; None: of none that a recipe knows.
-        whose: tells, after shared gradients that are not finite, which worker brought them.
+        whose: says which worker brought shared gradients that are not finite.
 
     Attributes:
-        round_began: whether a round begins with the next step. One that a gradient scaler skips calls no hook, so it
-            stays due.
-        preconditioner: of the round.
-        guard: what looks at the gradients.
+        round_began: whether a round begins with the next step. A step that a gradient scaler skips calls no hook, and
+            this stays true.
+        rebound: scales the learning rates.
+        guard: checks the gradients.
+        preconditioner: of the present round.
     """
 
     def __init__(
         self,
         model: FactoredModel,
         frozen: Sequence[str],
+        progress: Progress,
         on_nonfinite: OnNonFinite,
-        speaks: bool,
-        coming: Callable[[], Coming | None],
-        whose: Callable[[], str] = str,
+        whose: Callable[[], str],
     ) -> None:
         self.round_began = True
-        self._optimizers = model.optimizers
-        self.preconditioner = Preconditioner(self._optimizers, damping=0)
-        own = own_names(model.model)
-        self.guard = GradientGuard(self._optimizers.acting, on_nonfinite, speaks, model.parameters, own, whose)
-        self._model = model
+        self._model, self._progress = model, progress
+        acting = self._acting = model.optimizers.acting
+        self.rebound = LRRebound(acting, self._local_lr)
+        self.guard = GradientGuard(
+            acting, on_nonfinite, progress.comm.rank == 0, model.parameters, own_names(model.model), whose
+        )
+        self.preconditioner = Preconditioner(model.optimizers, damping=0)
         self._ownership = Ownership(model, frozen)
-        self._coming = coming
         self._stepped: set[int] = set()
         self._before_any: dict[str, Tensor] | None = {}
         self._versions: dict[str, int] = {}
         self._unseen = 0
-        self._handles = [
-            handle
-            for optimizer in self._optimizers.acting
-            for handle in (
-                optimizer.register_step_pre_hook(self._before),
-                optimizer.register_step_post_hook(self._after),
-            )
-        ]
+        self._handles = [one.register_step_pre_hook(self._before) for one in acting]
+        self._handles += [one.register_step_post_hook(self._after) for one in acting]
+
+    def _local_lr(self) -> float:
+        position = self._progress.position
+        return 1.0 if position is None else position.phase.local_lr
 
     @property
     def stepped(self) -> bool:
-        """Whether an optimizer has stepped since `next_step`."""
+        """Whether an optimizer has stepped since `end_step`."""
         return bool(self._stepped)
 
     @property
     def all_stepped(self) -> bool:
-        """Whether every optimizer has."""
-        return len(self._stepped) == len(self._optimizers.acting)
+        """Whether every optimizer has stepped since `end_step`."""
+        return len(self._stepped) == len(self._acting)
 
-    def next_step(self) -> None:
-        """A training step ends.
+    def end_step(self) -> None:
+        """Ends a training step, whether the optimizers made it or a gradient scaler skipped it.
 
         Raises:
             UsageError: weights have changed, and no optimizer was seen to step.
         """
         changed = "" if self._stepped else self._changed_unseen()
         if changed:
-            kinds = ", ".join(type(optimizer).__name__ for optimizer in self._optimizers.given)
+            kinds = ", ".join(type(optimizer).__name__ for optimizer in self._model.optimizers.given)
             raise UsageError(
                 f"{changed} has changed, but no step of {kinds} was seen: abtrain listens to optimizer.step(), and to "
                 "that of optimizers inside it. Let the optimizers that ABTraining was built with change weights, and "
@@ -116,12 +123,13 @@ class StepHooks:
             self._before_any, self._unseen = None, 0
         self._versions = self._count_changes()
         self._stepped.clear()
+        self.rebound.advance()
 
     def _changed_unseen(self) -> str:
-        """Names a weight that has changed although no optimizer was seen to step; empty if there is none.
+        """Returns the name of a weight that has changed without a step of a known optimizer; empty if there is none.
 
-        Once a step has been seen, one change alone may be the loop's own, such as clipping beside a step that a
-        gradient scaler has left out.
+        Once a step was seen, a single change may come from the loop, such as clipping in a step that a gradient scaler
+        skips.
         """
         if self._before_any is not None:
             now = self._sample()
@@ -136,25 +144,51 @@ class StepHooks:
         return {name: parameter._version for name, parameter in self._model.parameters().items()}
 
     def watch(self) -> None:
-        """Merges and changes of phase are done: from here on only an optimizer changes weights."""
+        """Watches the weights after merges and changes of phase: from here on only an optimizer changes them."""
         if self._before_any is not None:
             self._before_any = self._sample()
 
-    def goes_on(self) -> None:
-        """Weights were loaded: that they are others says nothing."""
-        self._stepped.clear()
-        self._before_any = None
-
     def close(self) -> None:
-        """Takes the hooks off the optimizers."""
+        """Removes the hooks from the optimizers."""
+        self.rebound.close()
         for handle in self._handles:
             handle.remove()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of everything that happens around steps."""
+        return {
+            "round_began": self.round_began,
+            "skipped_steps": list(self.guard.skipped),
+            "rebound": self.rebound.state_dict(),
+            "preconditioner": self.preconditioner.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Continues from a `state_dict`, with tensors on `device`."""
+        self.round_began, self.guard.skipped = state["round_began"], list(state["skipped_steps"])
+        self.rebound.load_state_dict(state["rebound"])
+        self.preconditioner.load_state_dict(state["preconditioner"], device)
+        self._stepped.clear()
+        # The loaded weights differ from those before, without a step.
+        self._before_any = None
+
     def _sample(self) -> dict[str, Tensor]:
-        """A row of each parameter that is held: a step changes more than that."""
-        held = {id(parameter) for parameter in self._optimizers.parameters()}
+        """Returns a row of each parameter of the optimizers: a step changes at least that."""
+        held = {id(parameter) for parameter in self._model.optimizers.parameters()}
         rows = {name: p.detach() for name, p in self._model.parameters().items() if id(p) in held and p.numel()}
         return {name: row[(0,) * max(row.ndim - 1, 0)].clone() for name, row in rows.items()}
+
+    def _coming(self) -> Coming | None:
+        """Returns the step that an optimizer is about to make; None after the end of the recipe."""
+        progress = self._progress
+        if progress.position is None:
+            return None
+        progress.refuse_in_view("optimizer.step()")
+        shared = progress.shares_gradients
+        if shared:
+            fail_at(progress.comm.rank, progress.steps_done, "sync.end")
+        in_group = progress.in_rounds and progress.comm.topology.group_size > 1
+        return Coming(progress.steps_done, progress.position.phase, shared, averaged=shared or in_group)
 
     @in_own_modes
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -172,12 +206,12 @@ class StepHooks:
                 "workers: call it after loss.backward()"
             )
         self._ownership.check(optimizer)
-        # PyTorch hands over the arguments of optimizer.step, the optimizer itself the first of them.
+        # These are the arguments of optimizer.step; the first is the optimizer itself.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if callable(closure):
             self._refuse_closure(coming)
-            looked = self._looked(optimizer, closure, coming)
-            return ((args[0], looked, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": looked})
+            checked = self._checked(optimizer, closure, coming)
+            return ((args[0], checked, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": checked})
         self.guard.look(optimizer, coming.step, coming.shared)
         if coming.phase.damping:
             self._precondition(optimizer, coming.phase)
@@ -186,12 +220,12 @@ class StepHooks:
     def _refuse_closure(self, coming: Coming) -> None:
         if coming.phase.damping:
             raise UsageError(
-                "optimizer.step(closure) makes gradients after they ought to be preconditioned: "
+                "optimizer.step(closure) makes gradients too late to be preconditioned: "
                 "call backward before optimizer.step(), or set damping=0"
             )
 
-    def _looked(self, optimizer: Optimizer, closure: Callable[[], Any], coming: Coming) -> Callable[[], Any]:
-        """A closure after which its gradients are looked at: there are none before."""
+    def _checked(self, optimizer: Optimizer, closure: Callable[[], Any], coming: Coming) -> Callable[[], Any]:
+        """Returns a closure that checks its gradients: there are none before it is called."""
 
         def look() -> Any:
             loss = closure()
@@ -204,7 +238,7 @@ class StepHooks:
     def _precondition(self, optimizer: Optimizer, phase: Phase) -> None:
         records = self._model.records
         if self.round_began:
-            self.preconditioner = Preconditioner(self._optimizers, phase.damping, phase.factor_lr)
+            self.preconditioner = Preconditioner(self._model.optimizers, phase.damping, phase.factor_lr)
             self.preconditioner.refresh(records.values())
             self.round_began = False
         self.preconditioner.before_step(optimizer, records.values())
@@ -214,3 +248,19 @@ class StepHooks:
         if not is_nested(optimizer):
             self._stepped.add(id(optimizer))
             self.preconditioner.after_step(optimizer)
+
+
+def rewound(state: Mapping[str, Any], step: int, back: int, in_phase: int) -> dict[str, Any]:
+    """Returns those entries of an engine's state that belong to `OptimizerHooks`, at an earlier start of a round.
+
+    Args:
+        state: of the engine.
+        step: the number of steps that are done there.
+        back: by how many steps that is earlier.
+        in_phase: how many of the steps that are done belong to the phase.
+    """
+    return {
+        "round_began": True,
+        "skipped_steps": [skipped for skipped in state["skipped_steps"] if skipped < step],
+        "rebound": rewound_rebound(state["rebound"], back, in_phase),
+    }

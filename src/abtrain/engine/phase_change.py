@@ -7,66 +7,63 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+from abtrain.checks import told_names
 from abtrain.comm.communicator import PLAIN, Communicator, Scope
 from abtrain.comm.data_parallel import DataParallel, Unsynchronized
 from abtrain.consistency.agreement import take_first
 from abtrain.consistency.factors import agree_on_factors
-from abtrain.consistency.optimizers import equalize_optimizers
+from abtrain.consistency.optimizers import equalize_grad_scaler, equalize_optimizers
 from abtrain.consistency.settings import HYPERPARAMETERS, check_phase
-from abtrain.engine.lr_rebound import LRRebound
-from abtrain.lowrank.classify import Treatment
+from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.lowrank.model import FactoredModel
+from abtrain.merging.buffers import is_finite
 from abtrain.merging.carry_over import carry_to_factors, carry_to_weights
-from abtrain.merging.merger import Merger
 from abtrain.merging.roles import trained_factors
 from abtrain.merging.rounds import Rounds
 from abtrain.recipes.recipe import Position, Recipe
-from abtrain.recipes.sync import GradientSync, WeightSync
+from abtrain.recipes.sync import GradientSync
 
 log = logging.getLogger("abtrain")
 
 
 class PhaseChange:
-    """Model, optimizer and wrapper, as the phase of a recipe wants them.
+    """Gives model, optimizer and wrapper the form that the phase of a recipe asks for.
 
     Args:
-        model: with its optimizer.
-        treatments: what becomes of each parameter.
+        model: with its optimizers.
+        rounds: which begin with a phase that merges, and whose anchors and momentum follow the form of the weights.
+        hooks: whose learning rates climb after a change of shapes.
         comm: of this worker.
-        merger: whose anchors and momentum follow the form of the weights.
-        rounds: which begin with a phase that merges.
-        rebound: climbs after a change of shapes.
         find_unused_parameters: as in DDP.
-        same_settings: whether the optimizers' settings have to be equal on all workers.
+        grad_scaler: of the loop, if it has one.
 
     Attributes:
-        parallel: through which forward passes go, so that gradients are averaged as the phase says.
+        parallel: the wrapper for forward passes, which averages gradients over the scope of the phase.
         rank_history: of every factoring, the step, k of each weight, and why others stay dense.
-        dense_this_cycle: weights that could be factored but are not at present, with the reason.
-        seconds: spent on decompositions (`svd`), without what was waited for others.
+        dense_this_cycle: weights that could be factored but are dense at present, with the reason.
+        seconds: spent on decompositions (`svd`), without the time that was waited for others.
     """
 
     def __init__(
         self,
         model: FactoredModel,
-        treatments: Sequence[Treatment],
-        comm: Communicator,
-        merger: Merger,
         rounds: Rounds,
-        rebound: LRRebound,
+        hooks: OptimizerHooks,
+        comm: Communicator,
         find_unused_parameters: bool,
-        same_settings: bool,
+        grad_scaler: torch.amp.GradScaler | None,
     ) -> None:
         self.parallel: DataParallel = Unsynchronized(model.model)
         self.rank_history: list[dict[str, Any]] = []
         self.dense_this_cycle: dict[str, str] = {}
         self.seconds = {"svd": 0.0}
-        self._model, self._treatments, self._comm = model, treatments, comm
-        self._merger, self._rounds, self._rebound = merger, rounds, rebound
-        self._find_unused_parameters, self._same_settings = find_unused_parameters, same_settings
+        self._model, self._rounds, self._hooks, self._comm = model, rounds, hooks, comm
+        self._find_unused_parameters, self._grad_scaler = find_unused_parameters, grad_scaler
 
     def enter(self, position: Position, recipe: Recipe) -> None:
-        """A phase begins. Collective over the world.
+        """Begins a phase. Collective over the world.
 
         Args:
             position: of its first step.
@@ -78,69 +75,93 @@ class PhaseChange:
         # The old wrapper holds gradient buffers as large as the model: they go before new parameters come.
         self.unwrap()
         reshaped = bool(records) or phase.weights == "factored"
-        carry_to_weights(self._merger, records.values(), momentum=self._model.projects)
+        carry_to_weights(self._rounds.merger, records.values(), momentum=self._model.projects)
         self._model.restore()
         if phase.weights == "factored":
             self._factorize(position, recipe)
-            carry_to_factors(self._merger, self._model.records.values(), momentum=self._model.projects)
+            carry_to_factors(self._rounds.merger, self._model.records.values(), momentum=self._model.projects)
         if reshaped:
-            self._make_alike(restored)
-            self._rebound.start(recipe.lr_rebound_steps)
-        if isinstance(phase.sync, WeightSync):
+            self._make_equal(restored)
+            self._hooks.rebound.start(recipe.lr_rebound_steps)
+        if phase.rounds is not None:
             self._rounds.begin()
         self._check(position)
         self.train(position)
+        self._rounds.shared.copies.renew()
 
     def _check(self, position: Position) -> None:
-        """DDP adds up elements by their place in memory, and hangs or aborts where parameters differ in number."""
+        """Compares the layouts of all workers: DDP sums elements by their place in memory, or hangs.
+
+        Equal gradients keep workers equal only under equal settings, so these are compared too.
+        """
         if position.phase.sync is not None:
             where = f"step {position.step}, phase {position.phase.name}"
-            # Equal gradients keep workers equal only under equal settings.
-            compared = self._same_settings or isinstance(position.phase.sync, GradientSync)
+            compared = self._rounds.shared.same_settings or position.phase.shares_gradients
             check_phase(self._comm, self._model, where, HYPERPARAMETERS if compared else ())
 
-    def _make_alike(self, restored: Sequence[str]) -> None:
+    def _make_equal(self, restored: Sequence[str]) -> None:
         """Makes tensors bitwise equal that each worker has computed separately, by taking rank 0's."""
         dense = [name for name in restored if name not in self._model.records]
         weights = {name: self._model.model.get_parameter(name).data for name in dense}
-        momentum = {f"momentum of {name}": tensor for name, tensor in self._merger.momentum.items()}
+        momentum = {f"momentum of {name}": tensor for name, tensor in self._rounds.merger.momentum.items()}
         differed = take_first(self._comm, weights | momentum)
         if differed and self._comm.rank == 0:
             log.info("%d tensors differed between workers by rounding: rank 0's were taken", len(differed))
 
     def train(self, position: Position) -> None:
-        """Lets train what is trained at this position, its gradients averaged over the scope of the phase."""
+        """Unfreezes the parameters of a position, and averages their gradients over the scope of its phase."""
         self.unwrap()
         phase = position.phase
         if phase.weights == "factored":
             self._model.train_only(trained_factors(position, self._comm.topology, self._comm.rank))
-        if isinstance(phase.sync, WeightSync):
+        if phase.rounds is not None:
             self._wrap("group", PLAIN)
-        elif phase.sync is not None:
+        elif isinstance(phase.sync, GradientSync):
             self._wrap("world", phase.sync)
 
     def unwrap(self) -> None:
-        """Gradients are averaged no more."""
+        """Ends the averaging of gradients."""
         self.parallel.close()
         self.parallel = Unsynchronized(self._model.model)
 
     def _wrap(self, scope: Scope, sync: GradientSync) -> None:
         self.parallel = self._comm.data_parallel(self._model.model, scope, self._find_unused_parameters, sync)
 
-    def level(self, position: Position) -> None:
-        """Groups ran alone up to this position, and gradients are shared from here on: optimizers become alike.
+    def after_merge(self, position: Position, upcoming: Position) -> None:
+        """Prepares the optimizer for the step after one of a phase of rounds. Collective over the world.
 
-        Collective over the world.
+        Args:
+            position: of the step that is done.
+            upcoming: of the next one.
         """
+        if upcoming.first and upcoming.phase.shares_gradients:
+            self._equalize(position)
+        if position.phase.trains == "a_then_b" and upcoming.turn != position.turn and not upcoming.first:
+            self.train(upcoming)
+
+    def _equalize(self, position: Position) -> None:
+        """Makes optimizer state and loss scale equal on all workers."""
         if position.phase.trains in ("a_then_b", "b"):
-            # Every worker has a state of its own for both factors: that of the frozen one is levelled too.
+            # Each worker has state for both factors; that of the frozen one becomes equal too.
             self._model.train_only("all")
         reset = self._model.resets()
-        kept = [p for name, p in self._model.trained(self._treatments).items() if name not in reset]
+        kept = [p for name, p in self._model.trained(self._rounds.shared.treatments).items() if name not in reset]
         equalize_optimizers(self._model.optimizers, kept, self._comm)
+        if self._grad_scaler is not None:
+            equalize_grad_scaler(self._grad_scaler, self._comm)
+
+    def whose_gradients(self) -> str:
+        """Says which worker brought shared gradients that are not finite, as far as this one can tell."""
+        rank = self._comm.rank
+        if not self.parallel.spoiled():
+            return f", brought by another worker than rank {rank}"
+        shared = self._rounds.shared
+        held = shared.replicated() | {f"buffer {name}": buffer for name, buffer in shared.buffers().items()}
+        broken = told_names([name for name, tensor in held.items() if not is_finite(tensor)])
+        return f", brought by rank {rank}{f' (it holds NaN or infinity in {broken})' if broken else ''}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the record of factorings so far, and what the wrapper has learnt."""
+        """Returns the record of factorings, and the order in which gradients arrive."""
         return {
             "rank_history": list(self.rank_history),
             "dense_this_cycle": dict(self.dense_this_cycle),
@@ -149,7 +170,7 @@ class PhaseChange:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], position: Position | None) -> None:
-        """Goes on from a `state_dict` at a position, or at the recipe's end; the model has its form and values."""
+        """Continues from a `state_dict` at a position (None: the end), once the model has its form and values."""
         self.rank_history, self.dense_this_cycle = list(state["rank_history"]), dict(state["dense_this_cycle"])
         self.seconds = dict(state["seconds"])
         if position is not None:

@@ -36,9 +36,10 @@ from abtrain.lowrank.classify import UNSHARED, Treatment
 from abtrain.lowrank.fit import Layout, buffer_layout, dense_layout, state_layout
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.names import factor_names
+from abtrain.merging.fragments import merging, whole_round
 from abtrain.merging.merger import wide
 from abtrain.merging.roles import trained_by, trained_factors
-from abtrain.merging.rounds import CHECKING, merging
+from abtrain.merging.rounds import CHECKING
 from abtrain.merging.shared_tensors import as_real
 from abtrain.merging.wires import make_wire
 from abtrain.own import own_names
@@ -185,7 +186,7 @@ def _under_way(at: Place, place: str, entry: Any) -> Iterator[str]:
         yield f"{place} is {said(entry)} of step {said(begun)}, not a merge that may be under way at step {at.step}"
         return
     who = trained_by(position, at.run.topology, at.factors)
-    parameters, buffers = merging(position, at.parameters, at.buffers, who)
+    merged = merging(position, at.parameters, who) | (at.buffers if whole_round(position) else {})
     stages = CHECKING + make_wire(wire_between(at.run.topology.world_size, sync.wire)).stages
     passed = at.step - position.step - 1
     yield from mapping(
@@ -193,7 +194,7 @@ def _under_way(at: Place, place: str, entry: Any) -> Iterator[str]:
             "step": anything,
             "progress": row(whole(passed, passed), whole(0, stages - 1)),
             "loss": maybe(tensor((), torch.float64)),
-            "started": mapping({name: like(held) for name, held in (parameters | buffers).items()}),
+            "started": mapping({name: like(held) for name, held in merged.items()}),
         }
     )(place, entry)
 

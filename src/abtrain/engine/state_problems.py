@@ -6,6 +6,7 @@ Whoever can write to a checkpoint can put any value anywhere, with digests that 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,11 +17,39 @@ from abtrain.checks import (
     brief,
     first_problems,
     mapping,
+    said,
     whole,
 )
-from abtrain.engine.saved_state import run_problem
+from abtrain.comm.checksums import stable_repr
 from abtrain.engine.state_parts import PARTS, Place, Run, position_of
 from abtrain.lowrank.fit import MODEL_STATE, model_problems
+from abtrain.recipes.recipe import Recipe
+
+VERSION = 7
+"""Version of the content of `ABTraining.state_dict`. It grows with each change."""
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """Returns 64 hexadecimal digits, the same for the same recipe in every process."""
+    return hashlib.sha256(stable_repr(recipe).encode()).hexdigest()
+
+
+def run_problem(state: Any, recipe: Recipe) -> str:
+    """Returns the reason why a state is not of this version, or not of this recipe; empty if it is of both."""
+    version = state.get("version") if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or type(version) is not int or version != VERSION:
+        return (
+            f"this is no state of version {VERSION} of abtrain's checkpoints, but {said(version)}: load what "
+            "ABTraining.state_dict() returned, with the version of abtrain that saved it"
+        )
+    saved, wanted = state.get("recipe"), recipe_fingerprint(recipe)
+    if isinstance(saved, str) and saved == wanted:
+        return ""
+    other = saved[:12] if isinstance(saved, str) else saved
+    return (
+        f"the checkpoint is of another recipe than {recipe.name!r} of {recipe.total_steps} steps (fingerprint "
+        f"{said(other)}, not {wanted[:12]!r}): build the recipe with the same settings, or start a new run"
+    )
 
 
 def state_problem(state: Any, run: Run) -> str:

@@ -1,4 +1,4 @@
-"""Warns when a process ends amid a round, with a different model on each worker."""
+"""Warns when a process ends within a round, with a different model on each worker."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Run(Protocol):
     """The part of a run that this module needs."""
 
     @property
-    def amid_round(self) -> str:
-        """Why the workers hold unlike weights that nobody has saved to go on from; empty if they do not."""
+    def within_round(self) -> str:
+        """A warning if the model is this worker's own and was not saved; empty if it is not."""
         ...
 
 
@@ -38,6 +38,6 @@ def forget(run: Run) -> None:
 def tell() -> None:
     """Says what becomes of the runs of this process."""
     for run in list(_RUNS):
-        why = run.amid_round
+        why = run.within_round
         if why:
             log.warning("%s", why)

@@ -26,7 +26,7 @@ def carry_to_weights(merger: Merger, records: Iterable[FactoredWeight], momentum
             continue
         dtype = (E_A if E_A is not None else E_B).dtype  # type: ignore[union-attr]  # one of them is there
         A, B = record.A.detach().to(dtype), record.B.detach().to(dtype)
-        # A factor that nobody trained has no change.
+        # A factor that nobody trained did not change.
         E_A, E_B = torch.zeros_like(A) if E_A is None else E_A, torch.zeros_like(B) if E_B is None else E_B
         store[record.name] = record.matrix_shape.to_tensor(to_weight(E_A, E_B, A, B)).contiguous()
 

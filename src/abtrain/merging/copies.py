@@ -1,14 +1,14 @@
 """Copies of the weights that optimizers keep: float32 masters of bf16 parameters, slow weights, averages.
 
-An optimizer that steps its own copy, and writes that to the parameter, undoes at its next step whatever a merge has
-made of the parameter. So a merge moves the copies as it moves the weights.
+Such an optimizer steps its own copy and overwrites the parameter with it, which would undo a merge. So a merge moves
+the copies by the same change as the weights.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,14 +25,14 @@ from abtrain.lowrank.optimizers import parameters_of
 log = logging.getLogger("abtrain")
 
 _COSINE, _LONGEST = 0.7, 2.0
-"""A copy has the direction of the weights and about their length; what is made of gradients has neither."""
+"""A copy has the direction of the weights and about their length. State made from gradients has neither."""
 _DEEPEST = 4
 _Name = tuple[int, str]
-"""Of state: the place of its optimizer among all, and its key."""
+"""The name of a kind of state: the index of the optimizer, and the key."""
 
 
 class WeightCopies:
-    """Finds copies of the weights in the state of optimizers, and lets them follow.
+    """Finds copies of the weights in the state of optimizers, and moves them with the weights.
 
     Args:
         model: with its optimizers.
@@ -46,11 +46,7 @@ class WeightCopies:
         self._from_start = frozenset(self._copies)
 
     def look(self) -> bool:
-        """Looks at state of a name that was not there before; at little cost where there is none.
-
-        Returns:
-            Whether there was any.
-        """
+        """Examines state whose name is new. Returns whether there was any."""
         found = False
         for place, optimizer in enumerate(self._model.optimizers.all):
             held = {key for state in optimizer.state.values() if isinstance(state, Mapping) for key in state}
@@ -60,35 +56,35 @@ class WeightCopies:
                 found = True
                 if is_copy:
                     self._copies.add((place, key))
-                # Of weights that are all zero nothing can be said yet.
+                # Weights that are all zero do not tell yet.
                 if is_copy is not None:
                     self._seen.add((place, key))
         return found
 
     @property
     def names(self) -> str:
-        """The places and keys of all copies, as one word."""
+        """Names all copies in one word, by optimizer and key."""
         return " ".join(f"{place}/{key}" for place, key in sorted(self._copies))
 
     def renew(self) -> None:
-        """Gives new parameters the copies that their optimizer has made of all when it was built."""
+        """Gives new parameters the copies that their optimizer makes when it is built."""
         for place, key in self._from_start:
             optimizer = self._model.optimizers.all[place]
             for parameter in parameters_of(optimizer):
                 optimizer.state.setdefault(parameter, {}).setdefault(key, parameter.detach().clone())
 
     def state_dict(self) -> dict[str, Any]:
-        """Which state is known, and which of it are copies: places of optimizers, and names."""
+        """Returns the names of known state, and of copies."""
         return {"seen": sorted(map(list, self._seen)), "copies": sorted(map(list, self._copies))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on with what a `state_dict` knows."""
+        """Takes the names of a `state_dict`."""
         self._seen = {(place, key) for place, key in state["seen"]}
         self._copies = {(place, key) for place, key in state["copies"]}
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Moves the copies as the weights are moved inside it."""
+        """Moves the copies by the changes that the block makes to the weights."""
         if not self._copies:
             yield
             return
@@ -101,18 +97,10 @@ class WeightCopies:
 
     @contextmanager
     def averaged(self, comm: Communicator) -> Iterator[None]:
-        """Inside it the copies are averages over all workers. Collective on entry, not on exit."""
-        if not self._copies:
+        """Shows averages over all workers inside the block. Collective on entry, not on exit."""
+        with restored([copy for _, copy in self._pairs()]):
+            self.average(comm)
             yield
-            return
-        copies = [copy for _, copy in self._pairs()]
-        own = [copy.clone() for copy in copies]
-        self.average(comm)
-        try:
-            yield
-        finally:
-            for copy, value in zip(copies, own, strict=True):
-                copy.copy_(value)
 
     def average(self, comm: Communicator) -> None:
         """Averages the copies over all workers, in place. Collective over the world."""
@@ -121,7 +109,7 @@ class WeightCopies:
             copy.copy_(mean)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Weights and their copies; each copy once, whichever optimizers hand it out."""
+        """Yields weights and their copies, each copy once, even if several optimizers share it."""
         pairs: dict[int, tuple[Tensor, Tensor]] = {}
         for place, key in sorted(self._copies):
             for parameter, state in self._model.optimizers.all[place].state.items():
@@ -132,7 +120,7 @@ class WeightCopies:
 
 
 def _is_copy(optimizer: Optimizer, key: str) -> bool | None:
-    """Whether items of state of this name are near the weights that they belong to; None: these are all zero."""
+    """Whether state of this name is near the weights; None if these are all zero."""
     dot = size = length = 0.0
     for parameter, state in optimizer.state.items():
         held = state.get(key) if isinstance(state, Mapping) else None
@@ -147,12 +135,12 @@ def _is_copy(optimizer: Optimizer, key: str) -> bool | None:
 
 
 def _near(dot: float, size: float, length: float) -> bool:
-    """Whether two vectors are about the same, given their product and their squares."""
+    """Whether two vectors are about equal, given their inner product and squared lengths."""
     return dot > _COSINE * math.sqrt(size * length) and 1 < _LONGEST**2 * length / size < _LONGEST**4
 
 
 def _follow(copy: Tensor, old: Tensor, new: Tensor) -> None:
-    """Moves a copy as its weight was moved. A master, which is finer than its weight, stays one of it."""
+    """Adds the change of a weight to its copy. A master still rounds to its weight afterwards."""
     was_master = copy.dtype != old.dtype and torch.equal(copy.to(old.dtype), old)
     copy.add_((new.to(copy.dtype) - old.to(copy.dtype)).to(copy.device))
     if was_master:
@@ -160,13 +148,13 @@ def _follow(copy: Tensor, old: Tensor, new: Tensor) -> None:
 
 
 def kept_elsewhere(optimizer: Optimizer) -> str:
-    """The attribute in which an optimizer keeps copies of weights beside its parameters' state; empty if none does."""
+    """Returns the attribute in which an optimizer keeps copies of weights outside its state; empty if there is none."""
     weights = parameters_of(optimizer)
     general = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
     for name, value in {**vars(optimizer), "state": general}.items():
         if name not in ("param_groups", "defaults") and any(
             tensor.data_ptr() != weight.data_ptr() and _resembles(tensor, weight)
-            for tensor in _tensors(value, _DEEPEST)
+            for tensor in tensors_in(value)
             for weight in weights
         ):
             return name
@@ -174,7 +162,7 @@ def kept_elsewhere(optimizer: Optimizer) -> str:
 
 
 def _resembles(tensor: Tensor, weight: Tensor) -> bool:
-    """Whether a tensor may be a copy of a weight; of a single number nobody can tell."""
+    """Whether a tensor may be a copy of a weight. A single number does not tell."""
     if tensor.shape != weight.shape or not tensor.is_floating_point() or tensor.numel() < 2:
         return False
     a, b = tensor.detach().to(weight.device).double(), weight.detach().double()
@@ -182,10 +170,22 @@ def _resembles(tensor: Tensor, weight: Tensor) -> bool:
     return size > 0 and _near(float((a * b).sum()), size, float(a.square().sum()))
 
 
-def _tensors(value: Any, levels: int) -> Iterator[Tensor]:
+def tensors_in(value: Any, depth: int = _DEEPEST) -> Iterator[Tensor]:
+    """Yields all tensors of a value, those in lists and dicts included, down to a depth."""
     if isinstance(value, Tensor):
         yield value
-    elif levels and not isinstance(value, Optimizer):
+    elif depth and not isinstance(value, Optimizer):
         items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
         for item in items:
-            yield from _tensors(item, levels - 1)
+            yield from tensors_in(item, depth - 1)
+
+
+@contextmanager
+def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Restores the values of tensors after the block."""
+    own = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, value in zip(tensors, own, strict=True):
+            tensor.copy_(value)

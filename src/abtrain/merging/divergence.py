@@ -1,12 +1,12 @@
-"""How far groups have come apart when they merge, layer by layer.
+"""Divergence of the groups when they merge, layer by layer.
 
-With X_i what worker i holds of a weight or factor at the end of a round, and X their average:
+With X_i a weight or factor of worker i at the end of a round, and X the average over workers:
 
     distance = sqrt(mean_i |X_i - X|^2) / |X|
     subspace = sqrt(mean_i (1 - |Q_i^T Q|^2 / k)),    Q_i, Q orthonormal bases of the k columns of A_i and A (rows of B)
 
-so that 0 is no difference; subspaces are at 1 where they have no direction in common. The paper suspects that groups
-come apart in the small singular values (Section V), where a distance of factors shows little and one of subspaces much.
+0 is no difference; 1 is the largest distance of subspaces, without a common direction. The paper suspects that groups
+diverge in the small singular values (Section V), where the distance of factors shows little and that of subspaces much.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from abtrain.lowrank.names import factor_letter
 
 
 class Divergence:
-    """Measures at merges, from what workers hold anyway: two numbers a layer are added up over them.
+    """Measures divergence at merges, for two numbers per layer on the wire.
 
-    Reads tensors and changes none, so that training is the same with it and without.
+    It changes no tensor of the training.
 
     Args:
         comm: of this worker.
 
     Attributes:
-        last: of the last merge, by layer, `distance` and for factors `subspace`; None before the first.
+        last: of the last merge, by layer, `distance` and for factors `subspace`; None after `take`.
     """
 
     def __init__(self, comm: Communicator) -> None:
@@ -39,12 +39,12 @@ class Divergence:
 
     @torch.no_grad()
     def observe(self, changes: Mapping[str, Tensor], mean: Mapping[str, Tensor], anchors: Mapping[str, Tensor]) -> None:
-        """A merge is about to be made of these changes. Collective over the world.
+        """Measures a merge before its outcome is written. Collective over the world.
 
         Args:
-            changes: what this worker has changed since the anchors, by name.
+            changes: the changes of this worker since the anchors, by name.
             mean: the average of all workers' changes.
-            anchors: what all workers began the round from.
+            anchors: the weights that all workers began the round from.
         """
         names = [name for name in changes if changes[name].ndim > 1 and name in mean]
         if not names:
@@ -66,7 +66,7 @@ class Divergence:
 
 
 def _local(name: str, anchor: Tensor, change: Tensor, mean: Tensor) -> tuple[float, float]:
-    """This worker's part of the two: |X_i - X|^2 / |X|^2, and 1 - |Q_i^T Q|^2 / k."""
+    """Returns this worker's terms, |X_i - X|^2 / |X|^2 and 1 - |Q_i^T Q|^2 / k."""
     X_i, X = (anchor + change).double(), (anchor + mean).double()
     square = float(torch.linalg.vector_norm(X_i - X) ** 2 / torch.linalg.vector_norm(X).clamp(min=1e-30) ** 2)
     if not factor_letter(name) or torch.equal(X_i, X):

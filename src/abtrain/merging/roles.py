@@ -1,4 +1,4 @@
-"""Which factors a worker trains: by the phase, its group's role, and the turn."""
+"""Which factors each worker trains: it depends on the phase, the group's role, and the turn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from abtrain.recipes.sync import Trains
 
 
 def trained_factors(position: Position, topology: Topology, rank: int) -> TrainedFactors:
-    """The factors that a worker trains at this position."""
+    """Returns the factors that a worker trains at a position."""
     by_role: dict[Trains, TrainedFactors] = {
         "all": "all",
         "b": "B",
@@ -22,7 +22,7 @@ def trained_factors(position: Position, topology: Topology, rank: int) -> Traine
 
 
 def trained_by(position: Position, topology: Topology, factors: Iterable[str]) -> dict[str, list[bool]]:
-    """By factor (`NAME.A` or `NAME.B`), for each worker whether it trains it; empty where all train all."""
+    """Returns by factor (`NAME.A` or `NAME.B`) for each worker whether it trains it; empty if all train all factors."""
     if position.phase.trains == "all":
         return {}
     trained = [trained_factors(position, topology, rank) for rank in range(topology.world_size)]
@@ -30,6 +30,6 @@ def trained_by(position: Position, topology: Topology, factors: Iterable[str]) -
 
 
 def idle_factors(position: Position, topology: Topology, ranks: Iterable[int]) -> set[str]:
-    """Returns the factors, of A and B, that none of these workers trains."""
+    """Returns those of A and B that none of these workers trains."""
     trained = {trained_factors(position, topology, rank) for rank in ranks}
     return set() if "all" in trained else {"A", "B"} - trained

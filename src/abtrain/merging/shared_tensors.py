@@ -19,22 +19,24 @@ from abtrain.errors import RanksDisagreeError
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.model import FactoredModel
 from abtrain.merging.buffers import averaged_buffers, settled
-from abtrain.merging.copies import WeightCopies
+from abtrain.merging.copies import WeightCopies, restored, tensors_in
 from abtrain.own import IGNORED, shared_buffers, shared_parameters
 
 log = logging.getLogger("abtrain")
 
 
 class SharedTensors:
-    """The tensors of a model that merges make equal, as they are at present: factors while they live.
+    """The trained parameters and the buffers that merges make equal, in their present form: factors, while they exist.
 
     Args:
-        model: with its optimizer.
+        model: with its optimizers.
         treatments: what becomes of each parameter.
         comm: of this worker.
-        copies: of the weights that optimizers keep.
-        average_buffers: globs of buffers that are averaged beside running statistics.
+        average_buffers: globs of buffers that are averaged in addition to running statistics.
         same_settings: whether the optimizers' settings have to be equal at merges.
+
+    Attributes:
+        copies: the copies of the weights that optimizers keep.
     """
 
     def __init__(
@@ -42,44 +44,46 @@ class SharedTensors:
         model: FactoredModel,
         treatments: Sequence[Treatment],
         comm: Communicator,
-        copies: WeightCopies,
         average_buffers: Sequence[str] = (),
         same_settings: bool = True,
     ) -> None:
-        self._copies = copies
-        self._frozen_sums: dict[str, int] = {}
-        self._average_buffers, self._same_settings = tuple(average_buffers), same_settings
-        self._model = model
-        self._treatments = treatments
+        self.model, self.treatments, self.same_settings = model, treatments, same_settings
+        self.copies = WeightCopies(model)
         self._comm = comm
+        self._average_buffers = tuple(average_buffers)
+        self._frozen_sums: dict[str, int] = {}
+
+    def factors(self) -> list[str]:
+        """Returns the names of the factors, `NAME.A` and `NAME.B`."""
+        return list(self.model.factors())
 
     def parameters(self) -> dict[str, Tensor]:
-        """The trained parameters by name, as real tensors that write through; the same order on all workers."""
-        return as_real({name: p.data for name, p in self._model.trained(self._treatments).items()})
+        """Returns the trained parameters by name, as real views, in the same order on all workers."""
+        return as_real({name: p.data for name, p in self.model.trained(self.treatments).items()})
 
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers that workers share by name, likewise."""
-        return as_real(shared_buffers(self._model.model))
+        """Returns the buffers that workers share, likewise."""
+        return as_real(shared_buffers(self.model.model))
 
     def replicated(self) -> dict[str, Tensor]:
-        """Returns the tensors that are equal while gradients are shared: trained parameters, and frozen ones."""
+        """Returns the parameters that are equal while gradients are shared: trained ones and frozen ones."""
         return self.parameters() | self._frozen()
 
     def _frozen(self) -> dict[str, Tensor]:
-        """The frozen parameters that are plain tensors."""
-        held = {name: self._model.model.get_parameter(name).data for name in self.frozen()}
+        """Returns the frozen parameters that are plain tensors."""
+        held = {name: self.model.model.get_parameter(name).data for name in self.frozen()}
         return as_real({name: tensor for name, tensor in held.items() if type(tensor) is Tensor})
 
     def averaged_buffers(self) -> list[str]:
-        """Names of the buffers that are averaged where they differ."""
+        """Returns the names of the buffers that are averaged where they differ."""
         buffers = self.buffers()
         real = [name for name, buffer in buffers.items() if buffer.is_floating_point()]
         return averaged_buffers(real, self._average_buffers)
 
     def layout(self) -> dict[str, dict[str, object]]:
-        """Returns the properties that have to be equal on all workers before training, by parameter and buffer."""
-        kinds = {treatment.name: treatment.kind for treatment in self._treatments}
-        model = self._model.model
+        """Returns, by parameter and buffer, the properties that have to be equal on all workers before training."""
+        kinds = {treatment.name: treatment.kind for treatment in self.treatments}
+        model = self.model.model
         parameters = {
             name: layout(p, requires_grad=p.requires_grad, treatment=kinds[name])
             for name, p in shared_parameters(model).items()
@@ -87,17 +91,16 @@ class SharedTensors:
         return parameters | {name: layout(buffer) for name, buffer in shared_buffers(model).items()}
 
     def frozen(self) -> list[str]:
-        """Names of the parameters that nobody trains, and no merge shares."""
-        return [treatment.name for treatment in self._treatments if treatment.kind == "frozen"]
+        """Returns the names of the parameters that nobody trains, and that do not merge."""
+        return [treatment.name for treatment in self.treatments if treatment.kind == "frozen"]
 
     def agree(self) -> None:
-        """Makes what workers share the same on all of them, frozen parameters too: where they differ, rank 0's.
+        """Makes parameters and buffers equal on all workers, frozen parameters too, by taking rank 0's.
 
         Raises:
-            RanksDisagreeError: tensors of a class of their own, such as quantised weights, differ. They cannot be
-                written.
+            RanksDisagreeError: tensor subclasses differ, such as quantized weights. They cannot be written.
         """
-        model = self._model.model
+        model = self.model.model
         tensors = {name: p.data for name, p in shared_parameters(model).items()} | shared_buffers(model)
         plain = {name: tensor for name, tensor in tensors.items() if type(tensor) is Tensor}
         differed = agree_on_tensors(self._comm, plain)
@@ -105,8 +108,8 @@ class SharedTensors:
         unlike = differing_tensors(self._comm, wrapped)
         if unlike:
             raise RanksDisagreeError(
-                f"{', '.join(unlike[:4])} differ between workers, and are tensors of a class of their own, which "
-                "cannot be sent: load the same weights on all workers before ABTraining is built"
+                f"{', '.join(unlike[:4])} differ between workers, and are tensor subclasses, which cannot be sent: "
+                "load the same weights on all workers before ABTraining is built"
             )
         self._frozen_sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
         if differed and self._comm.rank == 0:
@@ -116,9 +119,9 @@ class SharedTensors:
         """Returns everything that has to be equal on all workers before they average.
 
         Args:
-            step: how many steps are done.
-            phase: which of the recipe's phases this is.
-            more: what else has to be equal.
+            step: the number of steps that are done.
+            phase: the index of the phase in the recipe.
+            more: further values that have to be equal.
         """
         shapes = layouts_of(self.parameters() | self.buffers())
         sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
@@ -129,74 +132,53 @@ class SharedTensors:
         }
         place: dict[str, int | Mapping[str, str]] = {"step": step, "phase": phase, "shapes": shapes, **more}
         place["frozen"] = changed
-        if self._copies.names:
-            place["copies"] = {"state that is a copy of weights": self._copies.names}
-        if self._same_settings:
-            settings = optimizer_settings(self._model.optimizers, self._model.parameters(), HYPERPARAMETERS)
+        if self.copies.names:
+            place["copies"] = {"state that is a copy of weights": self.copies.names}
+        if self.same_settings:
+            settings = optimizer_settings(self.model.optimizers, self.model.parameters(), HYPERPARAMETERS)
             place["settings"] = dict(leaves("param_groups", settings))
         return place
 
     def forget_nonfinite(self) -> None:
         """Drops this worker's optimizer state of every parameter for which it holds NaN or infinity."""
-        for optimizer in self._model.optimizers.stateful:
+        for optimizer in self.model.optimizers.stateful:
             for parameter, held in list(optimizer.state.items()):
-                if not all(bool(torch.isfinite(value).all()) for value in _tensors_in(held)):
-                    self._model.drop_state(parameter)
+                if not all(bool(torch.isfinite(value).all()) for value in tensors_in(held)):
+                    self.model.drop_state(parameter)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside it the model holds the average of all workers. Collective on entry, not on exit.
+        """Shows the average of all workers inside the block. Collective on entry, not on exit.
 
-        Buffers are treated as in a merge: what all hold the same stays, and of the others what is not averaged follows
-        rank 0.
+        Buffers are treated as in a merge: those that all workers hold equally stay as they are. Of the others, those
+        that are not averaged follow rank 0. Copies of weights that optimizers keep are averaged with the weights.
         """
         buffers = self.buffers()
         differing = {name: buffers[name] for name in differing_tensors(self._comm, buffers)}
-        tensors = self.parameters() | differing
-        own = {name: tensor.clone() for name, tensor in tensors.items()}
         averaged = self.averaged_buffers()
         followed = [tensor for name, tensor in differing.items() if name not in averaged]
-        numbers = {name: tensor for name, tensor in tensors.items() if name not in differing or name in averaged}
-        means = exact_average(list(numbers.values()), self._comm)
-        for (name, tensor), mean in zip(numbers.items(), means, strict=True):
-            tensor.copy_(settled(name, mean) if name in differing else mean)
-        share(self._comm, followed, [0] * len(followed))
-        try:
+        numbers = self.parameters() | {name: tensor for name, tensor in differing.items() if name in averaged}
+        with restored([*numbers.values(), *followed]), self.copies.averaged(self._comm):
+            means = exact_average(list(numbers.values()), self._comm)
+            for (name, tensor), mean in zip(numbers.items(), means, strict=True):
+                tensor.copy_(settled(name, mean) if name in differing else mean)
+            share(self._comm, followed, [0] * len(followed))
             yield
-        finally:
-            for name, tensor in tensors.items():
-                tensor.copy_(own[name])
 
-    def told_of_buffers(self) -> int:
-        """62 bits that are equal on all workers if they hold the same buffers."""
+    def buffers_fingerprint(self) -> int:
+        """Returns 62 bits that are equal on all workers if they hold the same buffers."""
         return fingerprint(*((name, checksum(buffer)) for name, buffer in self.buffers().items()))
 
     @contextmanager
     def with_first_buffers(self) -> Iterator[None]:
-        """Inside it the buffers that differ between workers are rank 0's. Collective on entry, not on exit."""
+        """Shows rank 0's buffers inside the block. Collective on entry, not on exit."""
         buffers = self.buffers()
         differing = [buffers[name] for name in differing_tensors(self._comm, buffers)]
-        own = [tensor.clone() for tensor in differing]
-        share(self._comm, differing, [0] * len(differing))
-        try:
+        with restored(differing):
+            share(self._comm, differing, [0] * len(differing))
             yield
-        finally:
-            for tensor, value in zip(differing, own, strict=True):
-                tensor.copy_(value)
-
-
-def _tensors_in(value: object) -> Iterator[Tensor]:
-    """All tensors of a parameter's optimizer state, complex ones and those in lists and dicts included."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors_in(item)
 
 
 def as_real(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Complex tensors as real ones that write through, with a last dimension of 2."""
+    """Returns complex tensors as real ones that share their memory, with a last dimension of 2."""
     return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in tensors.items()}

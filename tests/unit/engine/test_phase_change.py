@@ -31,7 +31,11 @@ def test_factoring_anew_lets_ranks_fall_and_keeps_what_is_owed_and_the_outer_mom
             41, every=4, warmup_steps=8, refactor_every=2, rank_rule=Energy(0.9), optimizer_state="project", wire="int8"
         )
         ab = run(comm, recipe)
-        return [entry["ranks"] for entry in ab.rank_history], set(ab._merger.momentum), set(ab._merger.residuals)
+        return (
+            [entry["ranks"] for entry in ab.rank_history],
+            set(ab._rounds.merger.momentum),
+            set(ab._rounds.merger.residuals),
+        )
 
     ranks, momentum, residuals = run_in_process(2, work)[0]
     assert len(ranks) == 5
@@ -54,9 +58,11 @@ def test_a_reset_starts_outer_momentum_anew_but_forgets_no_residual() -> None:
             optimizer.step()
             optimizer.zero_grad()
             ab.step()
-        assert "0.weight" not in ab._merger.momentum and "0.weight.A" not in ab._merger.momentum
+        assert "0.weight" not in ab._rounds.merger.momentum and "0.weight.A" not in ab._rounds.merger.momentum
         A, B = model[0].weight_A.detach(), model[0].weight_B.detach()
-        owed = to_weight(ab._merger.residuals["0.weight.A"], ab._merger.residuals["0.weight.B"], A.float(), B.float())
+        owed = to_weight(
+            ab._rounds.merger.residuals["0.weight.A"], ab._rounds.merger.residuals["0.weight.B"], A.float(), B.float()
+        )
         assert owed.norm() > 0
 
     run_in_process(2, work)
@@ -78,7 +84,7 @@ def test_what_is_owed_of_one_factor_alone_follows_the_weight() -> None:
             optimizer.step()
             optimizer.zero_grad()
             ab.step()
-        assert ab._merger.residuals["0.weight"].shape == model[0].weight.shape
-        return float(ab._merger.residuals["0.weight"].norm())
+        assert ab._rounds.merger.residuals["0.weight"].shape == model[0].weight.shape
+        return float(ab._rounds.merger.residuals["0.weight"].norm())
 
     assert all(owed > 0 for owed in run_in_process(2, work))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from abtrain import ABTraining, FixedRank, recipes, weights_digest
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
-from abtrain.engine.saved_state import can_be_resized, resized
+from abtrain.engine.resizing import can_be_resized, resized
 from abtrain.errors import CheckpointError, UsageError
 from abtrain.recipes.recipe import Recipe
 from tests.cases import adamw, batch, build, sgd

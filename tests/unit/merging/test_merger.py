@@ -13,7 +13,7 @@ from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.stages import finish
 from abtrain.errors import NonFiniteError
-from abtrain.merging.merger import Merger
+from abtrain.merging.merger import MergeInput, Merger
 from abtrain.recipes.merges import Mean, MergeRule, Outer, TrainedOnly
 
 START = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
@@ -28,7 +28,7 @@ def rounds(comm: Communicator, rule: MergeRule, count: int, trainers: dict[str, 
     merger.begin({"w": w})
     for _ in range(count):
         w += MOVES[comm.rank]
-        finish(merger.merge({"w": w}, WeightSync(1, rule), trainers))
+        finish(merger.merge(MergeInput({"w": w}, WeightSync(1, rule), trainers)))
     return w
 
 
@@ -45,7 +45,7 @@ def test_the_number_of_workers_chooses_the_wire(workers: int, wire: str) -> None
         merger = Merger(comm)
         merger.begin({"w": w})
         w += torch.randn(100, generator=torch.Generator().manual_seed(comm.rank))
-        finish(merger.merge({"w": w}, WeightSync(1, wire=wire), {}))
+        finish(merger.merge(MergeInput({"w": w}, WeightSync(1, wire=wire), {})))
         return w
 
     chosen, named = (run_in_process(workers, partial(merged, name))[0] for name in ("auto", wire))
@@ -80,7 +80,7 @@ def test_an_average_that_overflows_stops_all_and_changes_nothing(wire: str, chan
         merger.begin({"w": w})
         w += change
         with pytest.raises(NonFiniteError, match="its average is not"):
-            finish(merger.merge({"w": w}, WeightSync(1, wire=wire), {}))
+            finish(merger.merge(MergeInput({"w": w}, WeightSync(1, wire=wire), {})))
         return w, merger.anchors["w"]
 
     for w, anchor in run_in_process(3, work):
@@ -96,7 +96,7 @@ def test_steps_too_small_for_halves_add_up(dtype: torch.dtype) -> None:
         step = 2 * torch.finfo(dtype).eps
         for _ in range(8):
             w += step
-            finish(merger.merge({"w": w}, WeightSync(1, Outer(0.125, 0.0)), {}))
+            finish(merger.merge(MergeInput({"w": w}, WeightSync(1, Outer(0.125, 0.0)), {})))
         return w, torch.ones(4) + step
 
     for merged, expected in run_in_process(2, work):

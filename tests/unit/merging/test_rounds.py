@@ -17,7 +17,7 @@ from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.consistency.agreement import disagreeing
 from abtrain.errors import ConfigurationError, NonFiniteError, RanksDisagreeError, UsageError
-from abtrain.merging.rounds import cut_into_fragments
+from abtrain.merging.fragments import cut_into_fragments
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.merges import Mean, MergeRule, Outer, TrainedOnly, Weighted
 from tests.cases import adamw, batch, build, largest_difference, sgd, train
@@ -404,8 +404,8 @@ def test_a_merge_on_one_rank_only_is_an_error_on_all() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
                 if comm.rank == 1 and step == 3:
-                    ab.steps_done = 7
-                    ab._position = ab.recipe.at(7)
+                    ab._progress.steps_done = 7
+                    ab._progress.position = ab.recipe.at(7)
                 ab.step()
 
     run_in_process(2, work)

@@ -31,9 +31,9 @@ from abtrain.lowrank.classify import UNSHARED
 from abtrain.lowrank.names import factor_names
 from abtrain.lowrank.svd import Factors
 from abtrain.merging.buffers import sent_by_first_comparison
+from abtrain.merging.fragments import cut_into_fragments
 from abtrain.merging.merger import sent_by_merge
 from abtrain.merging.roles import idle_factors
-from abtrain.merging.rounds import cut_into_fragments
 from abtrain.recipes.recipe import Position, Recipe
 from abtrain.recipes.sync import GradientSync, WeightSync
 

@@ -13,7 +13,7 @@ from abtrain import checkpoint
 from abtrain.commands.train.config import TrainConfig, differences, identity
 from abtrain.commands.train.generators import generators_state, load_generators_state
 from abtrain.engine.ab_training import ABTraining
-from abtrain.engine.saved_state import can_be_resized, resized
+from abtrain.engine.resizing import can_be_resized, resized
 from abtrain.errors import CheckpointError
 
 log = logging.getLogger("abtrain")

@@ -1,0 +1,85 @@
+"""The order of calls in a training loop: forward pass, optimizer step, `ab.step()`."""
+
+from __future__ import annotations
+
+from abtrain.engine.optimizer_hooks import OptimizerHooks
+from abtrain.engine.progress import Progress
+from abtrain.errors import UsageError
+from abtrain.failpoints import fail_at
+
+
+class CallOrder:
+    """Checks the order in which a loop calls.
+
+    Args:
+        progress: of the run.
+        hooks: which see the optimizer's steps.
+    """
+
+    def __init__(self, progress: Progress, hooks: OptimizerHooks) -> None:
+        self._progress, self._hooks = progress, hooks
+        self._forwards = 0
+
+    def forward(self) -> None:
+        """Notes a forward pass with gradients.
+
+        Raises:
+            UsageError: `ab.step()` was forgotten, the recipe has ended, or the run was closed.
+        """
+        progress = self._progress
+        progress.check_open()
+        progress.refuse_in_view("a forward pass with gradients")
+        if self._hooks.all_stepped:
+            raise UsageError(
+                f"a forward pass with gradients began, but ab.step() was not called after optimizer.step() of step "
+                f"{progress.steps_done}: call ab.step() once after every optimizer.step(), and validate under no_grad"
+            )
+        progress.check_unfinished()
+        if progress.shares_gradients:
+            fail_at(progress.comm.rank, progress.steps_done, "sync.begin")
+        self._forwards += 1
+
+    def step(self, has_loss: bool) -> None:
+        """Notes a call of `ab.step()`.
+
+        Raises:
+            UsageError: nothing is left to train, a rule needs a loss, or no forward pass came before.
+        """
+        progress = self._progress
+        progress.check_unfinished()
+        weighted = None if has_loss else progress.recipe.phase_weighted_by_loss
+        if weighted is not None:
+            raise UsageError(
+                f"phase {weighted!r} weights workers by their training loss, but ab.step() was called without one: "
+                "call ab.step(loss) at every step"
+            )
+        fail_at(progress.comm.rank, progress.steps_done, "step")
+        if not self._forwards and not progress.alone:
+            raise UsageError(
+                "the optimizer stepped, but no ab(...) call came before: call ab(x) in place of model(x)"
+                if self._hooks.stepped
+                else "no ab(...) call came since the last ab.step(): call it once for each optimizer step, on every "
+                "worker as often, and ab.merged() to look at the average during a round"
+            )
+        progress.refuse_in_view("ab.step()")
+        self._forwards = 0
+
+    def save(self) -> None:
+        """Checks that a state can be saved now.
+
+        Raises:
+            UsageError: a step is not complete, or the run was closed.
+        """
+        self._progress.check_open()
+        if self._hooks.stepped:
+            raise UsageError("the state between optimizer.step() and ab.step() cannot be saved: call ab.step() first")
+        self._progress.refuse_in_view("ab.state_dict()")
+
+    def load(self) -> None:
+        """Checks that a state can be loaded now, and begins a step.
+
+        Raises:
+            UsageError: the run was closed.
+        """
+        self._progress.check_open()
+        self._forwards = 0

@@ -1,0 +1,150 @@
+"""The model of a run as others see it, and the records of the run: the side of ABTraining that does not train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from abtrain.engine.description import Description
+from abtrain.engine.ema import EMA
+from abtrain.engine.merged_view import merged_view
+from abtrain.engine.optimizer_hooks import OptimizerHooks
+from abtrain.engine.phase_change import PhaseChange
+from abtrain.engine.progress import Progress
+from abtrain.lowrank.model import FactoredModel
+from abtrain.merging.rounds import Rounds
+from abtrain.modes import in_own_modes
+from abtrain.own import IGNORED, own_names
+from abtrain.recipes.recipe import Position
+
+
+class ModelAccess:
+    """Dense, factored and averaged views of the model in training, and the records of its run."""
+
+    module: nn.Module
+    _progress: Progress
+    _model: FactoredModel
+    _rounds: Rounds
+    _hooks: OptimizerHooks
+    _phases: PhaseChange
+
+    @property
+    def steps_done(self) -> int:
+        """The number of steps that are done."""
+        return self._progress.steps_done
+
+    @property
+    def position(self) -> Position | None:
+        """The position of the next step in the recipe; None after the last."""
+        return self._progress.position
+
+    @property
+    def finished(self) -> bool:
+        """Whether the recipe has ended."""
+        return self.position is None
+
+    @property
+    def lr_factor(self) -> float:
+        """The factor of the learning rates in the next optimizer step: `Phase.local_lr` times the LR rebound."""
+        return self._hooks.rebound.factor
+
+    @property
+    def compression(self) -> float:
+        """Parameters of the full model over parameters as last factored."""
+        return self._model.compression
+
+    @property
+    def rank_history(self) -> list[dict[str, Any]]:
+        """Of every factoring, the step, k of each weight, and why others stay dense."""
+        return self._phases.rank_history
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of this run that were spent on decompositions (`svd`)."""
+        return self._phases.seconds
+
+    @property
+    def divergence(self) -> list[dict[str, Any]]:
+        """Of every merge in this process, if measured: step, phase, and the distances by layer."""
+        return self._rounds.divergence
+
+    @property
+    def dropped_parts(self) -> list[dict[str, Any]]:
+        """Of merges that left workers' parts out, the step and their ranks (`on_nonfinite="drop_worker"`)."""
+        return self._rounds.dropped
+
+    @property
+    def skipped_steps(self) -> list[int]:
+        """Indexes of the steps that were skipped for their gradients (`on_nonfinite="skip"`)."""
+        return self._hooks.guard.skipped
+
+    @contextmanager
+    def merged(self) -> Iterator[nn.Module]:
+        """Shows the average of the groups in the model, for validation. Collective on entry, not on exit.
+
+        If all workers hold the same weights, buffers that differ are rank 0's inside the block, as under DDP. A recipe
+        without any sync has no average: the model stays the worker's own.
+        """
+        with merged_view(self._progress, self._rounds):
+            yield self.module
+
+    def describe(self) -> Description:
+        """Describes the phases, the groups, and what becomes of every parameter and buffer, and why."""
+        shared = self._rounds.shared
+        averaged = shared.averaged_buffers()
+        buffers = {name: "averaged" if name in averaged else "follows one worker" for name in shared.buffers()}
+        own = own_names(self.module)
+        buffers |= {name: f"own: in {IGNORED}" for name, _ in self.module.named_buffers() if name in own}
+        topology, dense = self._progress.comm.topology, dict(self._phases.dense_this_cycle)
+        return Description(self._progress.recipe, topology, tuple(shared.treatments), dense, buffers)
+
+    @in_own_modes
+    def dense_state_dict(self) -> dict[str, Tensor]:
+        """Returns the full-rank state dict, loadable into the model as it was built; factored weights as W = A B."""
+        return self._model.dense_state_dict()
+
+    @in_own_modes
+    def factored_state_dict(self) -> dict[str, Tensor]:
+        """Returns the compressed model: NAME.A (m, k) and NAME.B (k, n) in the place of a factored weight NAME.
+
+        `abtrain.lowrank.matrix.MatrixShape` gives the product W = A B the shape of the weight.
+        """
+        return self._model.factored_state_dict()
+
+    @in_own_modes
+    def load_dense_state_dict(self, state: Mapping[str, Tensor], *, cut: bool = False) -> None:
+        """Loads weights and buffers into the live model, by the names that it was built with. Sends no messages.
+
+        Factored weights keep their ranks, and their factors if the product is the loaded weight already, or was
+        before the last load. Other weights are written in the basis of the present factors.
+
+        Args:
+            state: as `dense_state_dict` gives it, equal on all workers: all of its names and no others.
+            cut: whether weights of a higher rank may be cut, whatever that loses.
+
+        Raises:
+            RuntimeError: names or shapes differ, or cutting a weight to its rank would lose more than rounding does.
+                Other weights may have been loaded then.
+        """
+        self._model.load_dense_state_dict(state, cut)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clips the gradients of the live parameters, factors included, by their total norm, and returns that norm.
+
+        Args:
+            max_norm: the largest norm; gradients above it are scaled down to it.
+            norm_type: the order of the norm; infinity: the largest element.
+        """
+        return torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm, norm_type)
+
+    def ema(self, decay: float) -> EMA:
+        """Returns a running average of this worker's dense weights. Call its `update()` after each `ab.step()`.
+
+        Raises:
+            ConfigurationError: not 0 <= decay < 1.
+        """
+        return EMA(self.dense_state_dict, decay)

@@ -1,0 +1,120 @@
+"""Progress of a run: where it stands in its recipe, and which workers hold equal weights there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from abtrain.comm.communicator import Communicator, Scope
+from abtrain.errors import UsageError
+from abtrain.recipes.recipe import Position, Recipe
+
+
+class Progress:
+    """Where a run stands.
+
+    Args:
+        recipe: of the run.
+        comm: of this worker.
+
+    Attributes:
+        steps_done: the number of steps that are done.
+        position: of the next step in the recipe; None after the last.
+        workers_equal: whether all workers hold the same weights.
+        closed: whether `ABTraining.close` was called.
+        shows_average: whether the model shows the average of the workers, inside `ABTraining.merged`.
+    """
+
+    def __init__(self, recipe: Recipe, comm: Communicator) -> None:
+        self.recipe, self.comm = recipe, comm
+        self.steps_done = comm.meter.step = 0
+        self.position: Position | None = recipe.at(0)
+        self.workers_equal = True
+        self.closed = self.shows_average = False
+        self._saved_step = 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is the only worker."""
+        return self.comm.topology.world_size == 1
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether groups train alone in the next step."""
+        return self.position is not None and self.position.phase.rounds is not None
+
+    @property
+    def shares_gradients(self) -> bool:
+        """Whether all of several workers make the next step by the same gradients."""
+        return not self.alone and self.position is not None and self.position.phase.shares_gradients
+
+    @property
+    def equal_scope(self) -> Scope | None:
+        """The scope whose workers hold the same weights; None if each worker has its own."""
+        if self.workers_equal:
+            return "world"
+        return "group" if self.in_rounds else None
+
+    @property
+    def within_round(self) -> str:
+        """A warning if the model is this worker's own and was not saved at this step; empty if it is not."""
+        position = self.position
+        if self.alone or self.workers_equal or position is None or not self.in_rounds:
+            return ""
+        if self._saved_step == self.steps_done:
+            return ""
+        return (
+            f"the run ends at step {self.steps_done}, within a round of phase {position.phase.name!r}: each worker has "
+            "a different model. Save the model of `with ab.merged() as model`, or ab.state_dict() to continue later"
+        )
+
+    def advance(self) -> Position | None:
+        """Counts a step. Returns the position of the next one; `position` follows when the step is complete."""
+        self.steps_done += 1
+        self.comm.meter.step = self.steps_done
+        return self.recipe.at(self.steps_done) if self.steps_done < self.recipe.total_steps else None
+
+    def refuse_in_view(self, action: str) -> None:
+        """Refuses an action whose effect the end of `ABTraining.merged` would undo.
+
+        Raises:
+            UsageError: the model shows the average of the workers.
+        """
+        if self.shows_average:
+            raise UsageError(
+                f"{action} inside `with ab.merged():`, where the model shows the average of the workers for a while: "
+                "leave the block first"
+            )
+
+    def check_open(self) -> None:
+        """Checks that the run was not closed.
+
+        Raises:
+            UsageError: it was.
+        """
+        if self.closed:
+            raise UsageError("ABTraining was closed: build it again to continue, or train the model without it")
+
+    def check_unfinished(self) -> None:
+        """Checks that steps are left to train.
+
+        Raises:
+            UsageError: the run was closed, or its recipe has ended.
+        """
+        self.check_open()
+        if self.position is None:
+            raise UsageError(
+                f"recipe {self.recipe.name!r} ended after its {self.recipe.total_steps} steps: "
+                "stop the loop there, or build the recipe with more total_steps"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the step and whether workers are equal, and remembers that the step was saved."""
+        self._saved_step = self.steps_done
+        return {"step": self.steps_done, "workers_equal": self.workers_equal}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a `state_dict`."""
+        self.steps_done = self._saved_step = self.comm.meter.step = state["step"]
+        self.workers_equal = state["workers_equal"]
+        self.position = self.recipe.at(state["step"]) if state["step"] < self.recipe.total_steps else None

@@ -1,0 +1,114 @@
+"""Continues a run with another number of workers, from the states of the former ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abtrain.checks import as_checkpoint_error
+from abtrain.comm.checksums import checksum
+from abtrain.engine import optimizer_hooks
+from abtrain.engine.state_problems import run_problem
+from abtrain.errors import CheckpointError, UsageError
+from abtrain.merging import rounds
+from abtrain.merging.buffers import averaged_buffers
+from abtrain.recipes.recipe import Position, Recipe
+
+
+def can_be_resized(state: Mapping[str, Any], position: Position | None) -> bool:
+    """Whether another number of workers can continue: all hold the same model, or held it after their last merge.
+
+    Args:
+        state: of a worker.
+        position: of the next step; None at the end.
+    """
+    return bool(state["workers_equal"]) or (position is not None and position.phase.rounds is not None)
+
+
+def resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> dict[str, Any]:
+    """Returns the state of worker `rank` in a run of another number of workers.
+
+    Within a round, that is the state at its start, which all workers held after their last merge. A worker takes over
+    the optimizer state of one of the former workers. The residuals of wires belong to all workers together: each takes
+    their average, so that the average over all stays the same.
+
+    Args:
+        states: of all former workers, at the same step.
+        rank: of the worker in the new run.
+        recipe: of the run.
+
+    Raises:
+        CheckpointError: a state is malformed; the same on all workers, since each examines all states.
+    """
+    try:
+        with as_checkpoint_error("the states of the former workers are malformed: load another checkpoint"):
+            return _resized(states, rank, recipe)
+    except UsageError as error:
+        raise CheckpointError(f"the states of the former workers are of no step of the recipe: {error}") from error
+
+
+def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> dict[str, Any]:
+    for problem in filter(None, (run_problem(state, recipe) for state in states)):
+        raise CheckpointError(problem)
+    residuals = [other["merger"]["residuals"] for other in states]
+    shared = {name: torch.stack([held[name] for held in residuals]).mean(0) for name in residuals[0]}
+    buffers = {
+        name: _merged(name, [other["model"]["buffers"][name] for other in states])
+        for name in states[0]["model"]["buffers"]
+    }
+    own: dict[str, Any] = {}
+    # All states are converted, so that all workers find a malformed one.
+    for former, state in enumerate(states):
+        converted = {**state, "merger": {**state["merger"], "residuals": shared}}
+        if not state["workers_equal"] or state["rounds"]["under_way"]:
+            converted |= _at_last_merge(state, buffers, recipe)
+        if former == rank % len(states):
+            own = converted
+    return own
+
+
+def _at_last_merge(state: Mapping[str, Any], buffers: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Any]:
+    """Returns the entries of a state that change when its worker goes back to the last merge, with these `buffers`."""
+    position = _last_merge(state, recipe)
+    anchors = state["merger"]["anchors"]
+    weights = {
+        name: _as_parameter(anchors[name], weight) if name in anchors else weight
+        for name, weight in state["model"]["weights"].items()
+    }
+    back = state["step"] - position.step
+    return {
+        "step": position.step,
+        "workers_equal": True,
+        "model": {**state["model"], "weights": weights, "buffers": dict(buffers)},
+        "rounds": {**state["rounds"], **rounds.rewound(state["rounds"], position.step)},
+        **optimizer_hooks.rewound(state, position.step, back, position.step_in_phase),
+    }
+
+
+def _merged(name: str, buffers: Sequence[Tensor]) -> Tensor:
+    """Returns the value that a merge would give to a buffer (see `abtrain.merging.buffers`)."""
+    first = buffers[0]
+    if not averaged_buffers([name]) or all(checksum(buffer) == checksum(first) for buffer in buffers):
+        return first
+    return torch.stack(list(buffers)).mean(0)
+
+
+def _last_merge(state: Mapping[str, Any], recipe: Recipe) -> Position:
+    """Returns the start of the last round at which all workers held the same, before merges that are under way."""
+    step = state["step"] - (1 if state["step"] == recipe.total_steps else 0)
+    left = 2 if state["rounds"]["under_way"] else 1
+    while True:
+        position = recipe.at(step)
+        left -= position.starts_round
+        if position.first or left <= 0:
+            return position
+        step -= 1
+
+
+def _as_parameter(anchor: Tensor, parameter: Tensor) -> Tensor:
+    """Returns an anchor, which is real and wide, in the dtype of its parameter."""
+    held = torch.view_as_complex(anchor) if parameter.is_complex() else anchor
+    return held.to(parameter.dtype)

@@ -1,0 +1,55 @@
+"""Which tensors merge after a step: all of them, or a fragment of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from abtrain.lowrank.names import factor_names, weight_name
+from abtrain.recipes.recipe import Position
+from abtrain.recipes.sync import WeightSync
+
+
+def rounds_of(position: Position) -> WeightSync:
+    """Returns how the phase of a position merges."""
+    sync = position.phase.rounds
+    assert sync is not None, f"phase {position.phase.name!r} does not merge"
+    return sync
+
+
+def whole_round(position: Position) -> bool:
+    """Whether the last of the fragments begins to merge, and buffers with it."""
+    return rounds_of(position).fragments - 1 in position.merging
+
+
+def merging(
+    position: Position, parameters: Mapping[str, Tensor], trained_by: Mapping[str, Sequence[bool]]
+) -> dict[str, Tensor]:
+    """Returns the parameters that merge after a step, without factors that nobody has trained.
+
+    Args:
+        position: of the step.
+        parameters: all that are shared, by name.
+        trained_by: by name, for each worker whether it trained the parameter. A missing name means that all did.
+    """
+    parts = cut_into_fragments(parameters, rounds_of(position).fragments)
+    tensors = {name: tensor for fragment in position.merging for name, tensor in parts[fragment].items()}
+    return {name: tensor for name, tensor in tensors.items() if any(trained_by.get(name, (True,)))}
+
+
+def cut_into_fragments(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Cuts named tensors, in their order, into `count` parts of about the same size; factors of a weight stay together.
+
+    With fewer weights than parts, some parts are empty.
+    """
+    total = sum(tensor.numel() for tensor in tensors.values())
+    fragments: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    before, place, previous = 0, 0, ""
+    for name, tensor in tensors.items():
+        partner = (previous, name) == factor_names(weight_name(name))
+        if not partner:
+            place = min(before * count // max(total, 1), count - 1)
+        fragments[place][name] = tensor
+        before, previous = before + tensor.numel(), name
+    return fragments
