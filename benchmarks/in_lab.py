@@ -19,10 +19,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from abtrain.commands.runs.once import run_once
 from records import FOLDER, Record, RecordedRun, in_short, keep, say
 
 from abtrain.commands.lab import Job, Lab, LabConfig, parse_link_rate
+from abtrain.commands.runs.once import run_once
 
 FILE = FOLDER / "in-lab.jsonl"
 PEER_LOOPS = Path(__file__).parent / "peers" / "loops.py"

@@ -19,9 +19,10 @@ import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
-from abtrain.commands.runs.once import run_once
 from lines import BENCHMARKS
 from records import FOLDER, Record, RecordedRun, in_short, keep, say
+
+from abtrain.commands.runs.once import run_once
 
 KEPT = ("top1", "loss", "payload_ratio", "payload_bytes", "compression", "seconds", "weights_digest")
 
