@@ -1,42 +1,88 @@
-"""Tables and figures of an experiment, in one self-contained HTML page."""
+"""Tables and figures as one HTML page that needs nothing else: no network, no script, no other file."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
-from abtrain.commands.circumstances import versions
-from abtrain.commands.compare.plots import Figure
-from abtrain.commands.paper.tables import Table
+from abtrain.commands.figures import Figure
 from abtrain.files import write_whole
 
 _TEMPLATE = "page.html.j2"
-_LEAD = "AB-training (Coquelin et al., arXiv 2405.01067), run again. Every number here is of runs in this folder."
+_NEEDED = ("matplotlib", "jinja2")
 
 
-def write_page(
-    name: str, title: str, tables: Sequence[Table], figures: Sequence[Figure], folder: Path, command: str
-) -> Path:
-    """Writes NAME.html.
+@dataclass(frozen=True)
+class Table:
+    """A table as text.
 
-    Args:
-        name: of the experiment.
-        title: of the page.
-        tables: that it shows.
-        figures: that lie in the folder.
-        folder: of the experiments.
-        command: that made it.
+    Attributes:
+        title: of the table.
+        header: names of its columns.
+        lines: its cells; every line has one for each column.
+        note: how the numbers were made, and what to keep in mind about them.
+        muted: numbers of the lines that are printed in grey.
     """
+
+    title: str
+    header: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    note: str
+    muted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """The content of a page.
+
+    Attributes:
+        title: of the page.
+        lead: a sentence below the title.
+        parts: in the order of the page.
+        circumstances: how the results were made: command, versions and so on, by name.
+        findings: the results in sentences.
+        note: at the end of the page.
+    """
+
+    title: str
+    lead: str
+    parts: Sequence[Table | Figure]
+    circumstances: Mapping[str, str]
+    findings: Sequence[str] = ()
+    note: str = ""
+
+
+def write_page(page: Page, path: Path) -> None:
+    """Writes the page. The files of its figures are read from the folder that `path` is in."""
     from jinja2 import Environment, StrictUndefined
 
+    def png(figure: Figure) -> str:
+        return base64.b64encode((path.parent / figure.file).read_bytes()).decode()
+
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.tests["table"] = lambda part: isinstance(part, Table)
+    environment.filters.update(png=png, kinds=_kinds)
     template = environment.from_string(resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8"))
-    images = {figure.file: base64.b64encode((folder / figure.file).read_bytes()).decode() for figure in figures}
-    page = folder / f"{name}.html"
-    text = template.render(
-        title=title, lead=_LEAD, tables=tables, figures=figures, images=images, command=command, versions=versions()
-    )
-    write_whole(page, text)
-    return page
+    write_whole(path, template.render(page=page))
+
+
+def remarked(tables: Sequence[Table], remark: str) -> list[Table]:
+    """The tables with a remark at the end of their notes."""
+    return [replace(table, note=f"{table.note} {remark}".strip()) for table in tables]
+
+
+def missing_packages() -> list[str]:
+    """Returns the problem that pages cannot be made without optional packages; empty if all are installed."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    return [f"no page without {' and '.join(missing)}: pip install 'abtrain[report]'"] if missing else []
+
+
+def _kinds(table: Table) -> list[str]:
+    """For each column `number`, which is aligned at the right, or `text`."""
+    columns = zip(*table.lines, strict=True) if table.lines else [()] * len(table.header)
+    return ["number" if all(re.match(r"[-+]?[0-9]|-$", cell) for cell in column) else "text" for column in columns]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import reprlib
 from collections.abc import Sequence
@@ -14,13 +13,13 @@ from typing import Any
 from abtrain.commands.compare.contestants import Contestant, contestants
 from abtrain.commands.lab.config import LabConfig, config_problems, system_problems
 from abtrain.commands.lab.rates import parse_link_rate
+from abtrain.commands.page import missing_packages
 from abtrain.commands.runs.result_files import read_record
 from abtrain.commands.tasks.task import TASKS
 from abtrain.errors import ConfigurationError, DataError, nearest
 from abtrain.files import write_json
 
 SETTINGS_FILE = "settings.json"
-_NEEDED = ("matplotlib", "jinja2")
 _EXAMPLES = """\
 a recipe may carry options, which `abtrain recipes RECIPE` lists:
   abtrain compare ab_outer "diloco:every=40,wire=int4" --task fashion-cnn --lr ab_outer=4e-3
@@ -73,7 +72,7 @@ def parse_arguments(arguments: Sequence[str]) -> Comparison:
         SystemExit: --help, or an option that there is not.
     """
     given = _parser().parse_args(arguments)
-    problems = [*system_problems(), *_missing_packages()]
+    problems = [*system_problems(), *missing_packages()]
     rates = _rates([given.rate, *filter(None, given.more_rates.split(","))], problems)
     lab = LabConfig(given.nodes, (rates[0] if rates else LabConfig.rates[0],), given.workers_per_node)
     problems += config_problems(lab)
@@ -124,11 +123,6 @@ def _learning_rates(texts: Sequence[str], problems: list[str]) -> dict[str, floa
         if not name:
             problems.append(f"--lr {text!r} cannot be read: use RECIPE=VALUE, such as ab=4e-3")
     return rates
-
-
-def _missing_packages() -> list[str]:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    return [f"no report without {' and '.join(missing)}: pip install 'abtrain[report]'"] if missing else []
 
 
 def _folder_problems(comparison: Comparison) -> list[str]:

@@ -1,70 +1,35 @@
-"""The figures of a comparison, as PNG files. What is to be read off is written beside the marks, not in a legend."""
+"""The figures of a comparison. Labels stand beside the marks where there is room, else in a legend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from abtrain.commands.compare.contestants import REFERENCES
 from abtrain.commands.compare.runs import ComparisonOutcome
 from abtrain.commands.compare.summary import ComparisonRow, expected_utilisation, utilisations
+from abtrain.commands.figures import COLOURS, Figure, legend_below, plain_numbers, save
 from abtrain.commands.lab.measure import WIRE_SHARE
 from abtrain.commands.train.never_fatal import Aside
-from abtrain.commands.units import format_rate
-from abtrain.commands.units import human_bytes as size_text
+from abtrain.commands.units import format_rate, human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
 
-_INK, _GREY = "#1f2933", "#8a94a0"
-# Told apart by people who see colours differently, too (Okabe and Ito).
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#7f4f24")
 _SHADES = ("#123f5a", "#2f7ea8", "#8cc5e3", "#f0b46c", "#d55e00", "#7a3b69", "#9aa5b1", "#4b8b3b", "#e3d26f", "#e58fb1")
-_STYLE: Any = {
-    "figure.dpi": 200,
-    "font.size": 11,
-    "font.family": "DejaVu Sans",
-    "text.color": _INK,
-    "axes.edgecolor": "#c3cad1",
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e9edf0",
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of the report.
-
-    Attributes:
-        file: its name, in the comparison's folder.
-        title: what it is about.
-        caption: what is to be seen, and how it was made.
-    """
-
-    file: str
-    title: str
-    caption: str
 
 
 def draw_all(
     rows: Sequence[ComparisonRow], outcomes: Sequence[ComparisonOutcome], rate: int, folder: Path
 ) -> list[Figure]:
-    """Draws all figures, and returns those that could be: the numbers are not to be lost over a picture.
+    """Draws all figures; returns those that could be drawn. A failed drawing is logged, and costs no other result.
 
     Args:
         rows: of the table.
         outcomes: of all runs, at all rates.
-        rate: bits per second of the table's runs.
-        folder: that gets the files.
+        rate: bits per second of the runs in the table.
+        folder: for the files.
     """
     colours = _colours([row.label for row in rows])
     here = [outcome for outcome in outcomes if outcome.rate == rate]
@@ -94,55 +59,44 @@ def draw_all(
 _WIRE = Figure(
     "accuracy-over-bytes.png",
     "Accuracy over wire bytes",
-    "Up and to the left is better. Dots are means over seeds, bars one standard deviation; bytes are on a logarithmic "
-    "scale, counted at the hosts' interfaces, start-up included. solo sends nothing but its start-up.",
+    "Up and to the left is better. Dots are means over seeds, bars one standard deviation. Bytes are on a logarithmic "
+    "scale; they are counted at the hosts' interfaces, start-up included. solo sends nothing but its start-up.",
 )
 _SECONDS = Figure(
     "accuracy-over-seconds.png",
     "Accuracy over seconds",
-    "Up and to the left is better. Seconds are those of the training loop; solo is how fast it could be without any "
+    "Up and to the left is better. Seconds are those of the training loop; solo shows how fast training is without "
     "communication.",
 )
 _LOSS = Figure(
     "loss-over-seconds.png",
     "Training loss over seconds",
-    "Worker 0 of the first seed; of recipes with groups it is the loss of that worker's own group, not of the average.",
+    "The loss on worker 0's batches, first seed. Between merges it is the loss of that worker's group, not of the "
+    "average over all.",
 )
 _PHASES = Figure(
     "bytes-by-phase.png",
     "Bytes by phase",
-    "What share of a worker's payload each phase of the recipe takes; the number on the right is all of it.",
+    "The share of each phase of the recipe in a worker's payload; the number on the right is the whole payload.",
 )
 _UTILISATION = Figure(
     "utilisation-over-rate.png",
     "Utilisation over link rate",
-    "Share of the time that is not spent on others: seconds of solo over the recipe's own. Dots are measured; lines "
-    "reckon from the dot at the table's rate, by the time that the bytes take on the link.",
+    "The share of the time that is spent computing: seconds of solo over seconds of the recipe. Dots are measured. "
+    "Lines are estimates: they start from the dot at the table's rate, and add the time that the bytes take on a "
+    "slower or faster link.",
 )
 
 
-def save(path: Path, height: float, draw: Callable[[Axes], None]) -> None:
-    """Draws one figure into a PNG file, `height` inches high."""
-    # A figure of its own, without pyplot: that would keep it, and want a display.
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas
-
-    with rc_context(_STYLE):
-        canvas = Canvas(figsize=(5.8, height), layout="constrained")
-        draw(canvas.add_subplot())
-        FigureCanvasAgg(canvas).print_png(str(path))
-
-
 def _colours(labels: Sequence[str]) -> dict[str, str]:
-    """A colour for each contestant; the references are grey, as they are there to be compared with."""
+    """A colour for each contestant; the references are grey."""
     greys = dict(zip(REFERENCES, ("#8a94a0", "#1f2933", "#616e7c"), strict=True))
     others = [label for label in labels if label not in greys]
     return greys | {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(others)}
 
 
 def _score(row: ComparisonRow) -> tuple[float, float]:
-    """Mean and deviation of what says how good a contestant is."""
+    """Mean and deviation of top-1, or of the loss if the task has no top-1."""
     if row.top1 is not None:
         return row.top1, row.top1_std or 0.0
     return row.loss, row.loss_std or 0.0
@@ -162,8 +116,8 @@ def _points(
 
 
 def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours: Mapping[str, str]) -> None:
-    """Writes names beside points, each on the side and at the height where it is least in the way of others."""
-    axes.get_xlim(), axes.get_ylim()  # settles the scales, which the places of names depend on
+    """Writes each name above or below its point, at a height where it covers neither other names nor points."""
+    axes.get_xlim(), axes.get_ylim()  # fixes the scales, which the positions of names depend on
     placed: list[tuple[float, float]] = []
     dots = [tuple(axes.transData.transform((x, y))) for _, x, y in points]
     for label, x, y in sorted(points, key=lambda point: -point[2]):
@@ -181,7 +135,7 @@ def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours
 def _room(
     place: tuple[float, float], placed: Sequence[tuple[float, float]], dots: Sequence[tuple[float, float]]
 ) -> bool:
-    """Whether a name here would stand clear of those that are there, and of the points; in pixels."""
+    """Whether a name at `place` would cover neither the names that are placed nor the points; in pixels."""
     middle = place[1] + 13
     off_names = all(abs(place[0] - x) > 190 or abs(place[1] - y) > 28 for x, y in placed)
     return off_names and all(abs(place[0] - x) > 110 or abs(middle - y) > 24 for x, y in dots)
@@ -216,7 +170,7 @@ def _phases(axes: Axes, rows: Sequence[ComparisonRow]) -> None:
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of the payload in %")
     for place, row in zip(places, rows, strict=True):
-        axes.text(102, place, size_text(row.payload), va="center")
+        axes.text(102, place, human_bytes(row.payload), va="center")
     axes.legend(frameon=False, ncols=min(len(phases), 4), loc="lower left", bbox_to_anchor=(-0.02, 1.0), fontsize=9.5)
 
 
@@ -247,20 +201,5 @@ def _utilisation(
 
 
 def _line(label: str) -> str:
-    """The references are told apart by their dashes."""
+    """The line style of a contestant; the references have dashes."""
     return dict(zip(REFERENCES, (":", "-", "--"), strict=True)).get(label, "-")
-
-
-def legend_below(axes: Axes) -> None:
-    """The legend, under the axes."""
-    # Beside the axes it would leave them little room on a phone.
-    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.46, -0.16), fontsize=9.5)
-
-
-def plain_numbers(axis: Axis, decades: bool = False) -> None:
-    """Ticks of a logarithmic axis, as people write numbers: 1, 2, 5, 10; only 1, 10, 100 where it spans decades."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1.0,) if decades else (1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axis.set_minor_formatter(NullFormatter())

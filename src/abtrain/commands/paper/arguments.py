@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from abtrain.commands.page import missing_packages
 from abtrain.commands.paper.experiments import FIGURES, METHODS, SCALES, TABLES, Scale
 from abtrain.commands.paper.runs import LAUNCHER
 from abtrain.commands.paper.studies import STUDIES
@@ -81,7 +81,7 @@ def parse_arguments(arguments: Sequence[str]) -> PaperRequest:
     methods = tuple(filter(None, given.methods.split(";")))
     problems += _problems(given, methods)
     if not (given.arithmetic or given.dry_run or given.write or (given.experiment == ECR and given.out is None)):
-        problems += _missing_packages()
+        problems += missing_packages()
     if problems:
         raise ConfigurationError(problems)
     return PaperRequest(
@@ -138,11 +138,6 @@ def _nodes(text: str, problems: list[str]) -> tuple[int, ...]:
             continue
         found.append(int(part))
     return tuple(found)
-
-
-def _missing_packages() -> list[str]:
-    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
-    return [f"no page without {' and '.join(missing)}: pip install 'abtrain[report]'"] if missing else []
 
 
 def _parser() -> argparse.ArgumentParser:

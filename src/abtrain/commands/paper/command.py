@@ -13,11 +13,12 @@ from rich.table import Table as Printed
 
 from abtrain.commands.circumstances import versions_note
 from abtrain.commands.lab.command import stopped_by_signals
-from abtrain.commands.page import write_page
+from abtrain.commands.page import Table, remarked
 from abtrain.commands.paper.arguments import ECR, HPO, PaperRequest, parse_arguments
 from abtrain.commands.paper.experiments import FIGURES, SCALING_TABLES, Cell, cells
 from abtrain.commands.paper.figures import draw, draw_ecr
 from abtrain.commands.paper.listing import ecr_table, plan_tables, traffic_table
+from abtrain.commands.paper.page import write_paper_page
 from abtrain.commands.paper.runs import (
     PaperOutcome,
     PaperRun,
@@ -29,7 +30,7 @@ from abtrain.commands.paper.runs import (
 )
 from abtrain.commands.paper.studies import STUDIES, study_cells
 from abtrain.commands.paper.study_page import write_study
-from abtrain.commands.paper.tables import Table, comparison_table, remarked, rows, scaling_table
+from abtrain.commands.paper.tables import comparison_table, rows, scaling_table
 from abtrain.commands.runs.folder_run import check, writing
 from abtrain.commands.tasks.task import TASKS
 from abtrain.errors import ConfigurationError
@@ -127,7 +128,7 @@ def _write(request: PaperRequest, outcomes: Sequence[PaperOutcome], command: str
         of_table = [figure for figure in FIGURES if FIGURES[figure] == tuple(scalings) and name not in FIGURES]
         figures += [panel for figure in of_table for panel in draw(figure, found, out, note)]
     tables = remarked(tables, remark)
-    write_page(name, f"{name}, {scale.name} scale", tables, figures, out, command)
+    write_paper_page(name, f"{name}, {scale.name} scale", [*tables, *figures], out, command)
     return tables
 
 

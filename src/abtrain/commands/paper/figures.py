@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from abtrain.commands.compare.plots import COLOURS, Figure, legend_below, save
+from abtrain.commands.figures import COLOURS, Figure, legend_below, save
 from abtrain.commands.paper.arithmetic import ecr_rows
 from abtrain.commands.paper.experiments import METHODS, Cell, Scaling
 from abtrain.commands.paper.published import DDP, TABLE2_GLOBAL, TABLE2_LOCAL, PaperCell, Value

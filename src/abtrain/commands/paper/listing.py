@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from abtrain.comm.topology import Topology
+from abtrain.commands.page import Table
 from abtrain.commands.paper.arithmetic import ecr_rows, epoch_seconds, iterations, scaled_traffic
 from abtrain.commands.paper.experiments import AB_OUTER, SCALES, Cell, Scaling, cells
 from abtrain.commands.paper.published import (
@@ -22,7 +23,6 @@ from abtrain.commands.paper.published import (
     Value,
 )
 from abtrain.commands.paper.runs import LAUNCHER
-from abtrain.commands.paper.tables import Table
 from abtrain.commands.plan.payload import payload, predict
 from abtrain.commands.plan.shapes import ModelShapes, ranks_for, shapes_of
 from abtrain.commands.tasks.task import TASKS

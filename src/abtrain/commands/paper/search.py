@@ -15,12 +15,12 @@ from typing import Any
 from rich.console import Console
 
 from abtrain import recipes
-from abtrain.commands.compare.plots import COLOURS, Figure, save
-from abtrain.commands.page import write_page
+from abtrain.commands.figures import COLOURS, Figure, save
+from abtrain.commands.page import Table
 from abtrain.commands.paper.arguments import PaperRequest
 from abtrain.commands.paper.experiments import Cell
+from abtrain.commands.paper.page import write_paper_page
 from abtrain.commands.paper.runs import PaperRun, outcome, run_all
-from abtrain.commands.paper.tables import Table
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import TrainConfig, resolve
 from abtrain.commands.train.simulate import simulate
@@ -76,7 +76,7 @@ def search(request: PaperRequest, console: Console) -> None:
     request.out.mkdir(parents=True, exist_ok=True)
     base = _base(request)
     train = _trainer(request, base)
-    tables, figures = [], []
+    tables, figures = list[Table](), list[Figure]()
     for recipe in _RECIPES:
         study = optuna.create_study(
             study_name=f"{base.task}-{recipe}",
@@ -93,7 +93,8 @@ def search(request: PaperRequest, console: Console) -> None:
         table, figure = _written(study, recipe, request.out)
         tables.append(table)
         figures += figure
-    page = write_page("hpo", f"Hyperparameters of {base.task}", tables, figures, request.out, "abtrain paper hpo")
+    parts: list[Table | Figure] = [*tables, *figures]
+    page = write_paper_page("hpo", f"Hyperparameters of {base.task}", parts, request.out, "abtrain paper hpo")
     console.print(f"written to {page}")
 
 

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abtrain.commands.compare.plots import COLOURS, Figure, legend_below, plain_numbers, save
-from abtrain.commands.page import write_page
+from abtrain.commands.figures import COLOURS, Figure, legend_below, plain_numbers, save
+from abtrain.commands.page import Table, remarked
 from abtrain.commands.paper.figures import draw
+from abtrain.commands.paper.page import write_paper_page
 from abtrain.commands.paper.runs import PaperRun
 from abtrain.commands.paper.studies import STUDIES
-from abtrain.commands.paper.tables import PaperRow, Table, remarked, study_table
+from abtrain.commands.paper.tables import PaperRow, study_table
 from abtrain.commands.runs.result_files import read_record
 from abtrain.files import write_whole
 from abtrain.lowrank.names import factor_letter, weight_name
@@ -56,7 +57,7 @@ def write_study(
     else:
         figures = [_scatter_figure(name, found, folder)]
     tables = remarked(tables, remark)
-    write_page(name, study.question, tables, figures, folder, command)
+    write_paper_page(name, study.question, [*tables, *figures], folder, command)
     write_whole(folder / f"{name}.md", _markdown(study.question, tables, figures, command))
     return tables
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from abtrain.commands.page import Table
 from abtrain.commands.paper.experiments import Cell, Scale, Scaling
 from abtrain.commands.paper.published import DDP, RESNET, TABLE1, TABLE2_GLOBAL, TABLE2_LOCAL, VIT, Value
 from abtrain.commands.paper.runs import PaperOutcome
@@ -69,28 +70,6 @@ def _value(numbers: Iterable[float]) -> Value:
     """Mean and deviation of a sample; 0 of a single number."""
     values = list(numbers)
     return Value(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as text.
-
-    Attributes:
-        title: what it is about.
-        header: names of its columns.
-        lines: of cells, alike in number.
-        note: how it was made, and what to mind.
-    """
-
-    title: str
-    header: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
-    note: str
-
-
-def remarked(tables: Sequence[Table], remark: str) -> list[Table]:
-    """The tables with a remark at the end of their notes."""
-    return [replace(table, note=f"{table.note} {remark}".strip()) for table in tables]
 
 
 def scaling_table(found: Sequence[PaperRow], scaling: Scaling, scale: Scale) -> Table:

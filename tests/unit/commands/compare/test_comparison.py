@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from abtrain.commands import page
 from abtrain.commands.compare import comparison as arguments
 from abtrain.commands.compare.comparison import parse_arguments
 from abtrain.commands.compare.runs import plan_runs
@@ -56,7 +57,7 @@ def test_a_folder_holds_one_comparison() -> None:
 
 def test_all_that_is_wrong_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments, "system_problems", lambda: ["no root"])
-    monkeypatch.setattr(arguments, "_NEEDED", ("no_such_package",))
+    monkeypatch.setattr(page, "_NEEDED", ("no_such_package",))
     line = "abb --rate fast --more-rates slow --nodes 0 --seeds 0 --lr ab --out o"
     with pytest.raises(ConfigurationError) as caught:
         parse_arguments(line.split())

@@ -1,0 +1,73 @@
+"""Figures as PNG files, in one style."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+
+_INK = "#1f2933"
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#7f4f24")
+"""Colours that people with any colour vision can tell apart (Okabe and Ito), and two more."""
+_STYLE: Any = {
+    "figure.dpi": 200,
+    "font.size": 11,
+    "font.family": "DejaVu Sans",
+    "text.color": _INK,
+    "axes.edgecolor": "#c3cad1",
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e9edf0",
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a page.
+
+    Attributes:
+        file: name of the PNG file, in the folder of the page.
+        title: of the figure.
+        caption: explains what it shows, and how it was made.
+    """
+
+    file: str
+    title: str
+    caption: str
+
+
+def save(path: Path, height: float, draw: Callable[[Axes], None]) -> None:
+    """Draws one figure into a PNG file, `height` inches high."""
+    # pyplot would keep the figure in memory, and needs a display.
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    with rc_context(_STYLE):
+        canvas = Canvas(figsize=(5.8, height), layout="constrained")
+        draw(canvas.add_subplot())
+        FigureCanvasAgg(canvas).print_png(str(path))
+
+
+def legend_below(axes: Axes) -> None:
+    """Draws the legend below the axes: beside them it would leave them little room on a phone."""
+    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.46, -0.16), fontsize=9.5)
+
+
+def plain_numbers(axis: Axis, decades: bool = False) -> None:
+    """Labels a logarithmic axis with plain numbers: 1, 2, 5, 10, or with `decades` only 1, 10, 100."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0,) if decades else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
