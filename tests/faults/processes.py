@@ -25,8 +25,8 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 
 from abtrain import failpoints as faults
 from abtrain.commands.cli import main
-from abtrain.commands.train import launch, worker
-from abtrain.commands.train.requests import end_at_once
+from abtrain.commands.process import end_at_once
+from abtrain.commands.train import launcher, worker
 from tests import forks
 
 GRACE_SECONDS = 3
@@ -123,7 +123,7 @@ def _command(folder: Path, arguments: tuple[str, ...], variables: dict[str, str]
     os.environ.update(variables)
     faults.load()
     SubprocessHandler._popen = lambda handler, program, variables: _Worker(program, variables)  # type: ignore[method-assign]
-    launch._SHUTDOWN_SECONDS = grace
+    launcher._SHUTDOWN_SECONDS = grace
     main(arguments)
 
 

@@ -150,7 +150,7 @@ def test_a_crash_at_any_moment_of_an_overwrite_brings_the_old_run_back_nowhere(f
     def check() -> None:
         assert validate(config) == []
         with RunFolder(config, "this launch") as folder:
-            if folder.goes_on:
+            if folder.resumes:
                 assert not (folder.path / "checkpoints").exists()
             folder.begin(0)
         assert sorted(path.name for path in folder.path.iterdir()) == ["config.toml", "metrics.jsonl"]
@@ -166,12 +166,12 @@ def test_an_overwrite_is_done_once_for_all_attempts_of_a_launch(
     assert steps_saved(tmp_path) == [2, 4]
     for launch, goes_on in (("a", False), ("a", True), ("a", True), ("b", False), ("", False), ("", False)):
         with RunFolder(config, launch) as folder:
-            assert folder.goes_on is goes_on, launch
+            assert folder.resumes is goes_on, launch
             folder.begin(1 if goes_on else 0)
     assert not (tmp_path / "checkpoints").exists()
     # A person who runs the command without --overwrite goes on with whatever is there.
     with RunFolder(settings(tmp_path)) as folder:
-        assert folder.goes_on
+        assert folder.resumes
 
 
 def test_attempts_of_a_launch_know_each_other_by_the_launchers_store() -> None:
@@ -190,7 +190,7 @@ def test_a_worker_killed_before_it_has_overwritten_brings_the_old_run_back_nowhe
     os.kill(again.workers()[0], 9)
     ended = again.wait()
     assert ended.code == 0, ended.err
-    assert "started again" in ended.err and "going on" not in ended.err
+    assert "started again" in ended.err and "resuming" not in ended.err
     assert [line.split()[1] for line in ended.out.splitlines() if line.startswith("step")] == [
         f"{step}/30" for step in range(1, 31)
     ]
@@ -202,7 +202,7 @@ def test_attempts_after_the_overwrite_go_on(tmp_path: Path) -> None:
     plan = "kill 0 12 step|kill 1 17 step|kill 1 22 step"
     ended = start(tmp_path, *train, "--overwrite", "--max-restarts", "3", plan=plan).wait()
     assert ended.code == 0, ended.err
-    assert [line.rpartition(" ")[2] for line in ended.err.splitlines() if "going on from" in line] == ["10", "10", "20"]
+    assert [line.rpartition(" ")[2] for line in ended.err.splitlines() if "resuming from" in line] == ["10", "10", "20"]
 
 
 FOREIGN = {

@@ -14,7 +14,7 @@ from abtrain import errors
 from abtrain import failpoints as faults
 from abtrain.comm.communicator import SingleProcess
 from abtrain.commands import cli
-from abtrain.commands.train.config import TrainConfig
+from abtrain.commands.train.config import TrainConfig, resolve
 from abtrain.commands.train.config_problems import validate
 from abtrain.commands.train.world import WorldError, check_world, joined_world
 from abtrain.errors import ConfigurationError
@@ -184,8 +184,8 @@ def test_settings_in_a_run_folder_that_are_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_bytes(b'recipe = "a\xff"\n')
     from abtrain.commands.train.loop import train
 
-    config = TrainConfig("ddp", workers=1, steps=2, batch_size=4, lr=0.1, device="cpu", out=tmp_path)
-    with pytest.raises(ConfigurationError, match=r"config\.toml is no UTF-8"):
+    config = resolve(TrainConfig("ddp", workers=1, steps=2, device="cpu", out=tmp_path))
+    with pytest.raises(ConfigurationError, match=r"config\.toml is not UTF-8"):
         train(config, SingleProcess())
 
 

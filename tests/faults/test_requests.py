@@ -18,10 +18,11 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from abtrain.comm.communicator import SingleProcess
 from abtrain.commands import cli
+from abtrain.commands import process as requests
+from abtrain.commands.process import PASSED_ON, Afterwards, Requests
 from abtrain.commands.tasks import images as image_data
-from abtrain.commands.train import launch, requests
-from abtrain.commands.train.passing_on import PassingOn
-from abtrain.commands.train.requests import PASSED_ON, Afterwards, Requests
+from abtrain.commands.train import launcher
+from abtrain.commands.train.launcher import PassingOn
 from abtrain.commands.train.stopping import Stopping
 from abtrain.errors import PeerLostError, StoppedError
 from tests.faults.processes import GRACE_SECONDS, Running, start
@@ -88,7 +89,7 @@ def test_a_signal_to_all_processes_at_once_is_one_request(
     run.signal_all(signal.Signals[number])
     step = assert_saved(run, tmp_path)
     again = start(tmp_path, *command, plan="; ".join(f"term {rank} {step + 2} step" for rank in range(workers))).wait()
-    assert again.code == 75 and f"going on from the checkpoint of step {step}\n" in again.err
+    assert again.code == 75 and f"resuming from the checkpoint of step {step}\n" in again.err
 
 
 def test_workers_of_groups_stop_amid_a_round(tmp_path: Path) -> None:
@@ -221,7 +222,7 @@ def test_a_second_request_to_the_launcher_ends_the_run_at_once(tmp_path: Path) -
 def test_a_worker_that_a_request_ended_before_it_trained_is_no_lost_peer(number: int, tmp_path: Path) -> None:
     told = failure(tmp_path, 0, PeerLostError.exit_code, "PeerLostError: rank 0 lost a peer", when=int(time.time()) + 9)
     for failures in ([failure(tmp_path, 1, -number)], [failure(tmp_path, 1, -number), told]):
-        error = launch._first_error(failures)
+        error = launcher._first_error(failures)
         assert type(error) is StoppedError and signal.Signals(number).name in str(error)
 
 

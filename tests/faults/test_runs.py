@@ -23,11 +23,13 @@ from abtrain import failpoints as faults
 from abtrain.checkpoint import store as checkpoint
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
+from abtrain.commands import process as requests
 from abtrain.commands.compare import comparison as arguments
 from abtrain.commands.compare import plots
 from abtrain.commands.compare.command import write_results
 from abtrain.commands.tasks.datasets import Data, Split
-from abtrain.commands.train import loop, requests, trackers
+from abtrain.commands.train import loop, trackers
+from abtrain.commands.train import trainer as trainers
 from abtrain.commands.train.config import TrainConfig, resolve
 from abtrain.commands.train.config_file import from_toml
 from abtrain.commands.train.config_problems import validate
@@ -113,7 +115,7 @@ def test_a_disk_that_fails_does_not_end_the_run(
 ) -> None:
     result = run(settings(tmp_path), f"{error} 1 12 checkpoint.fsync", monkeypatch)
     assert result["weights_digest"] == whole["ab"]
-    assert "the run goes on with the older checkpoints" in caplog.text
+    assert "the run continues with the older checkpoints" in caplog.text
     assert sorted(path.name[-2:] for path in (tmp_path / "checkpoints").iterdir()) == ["20", "24"]
 
 
@@ -192,7 +194,7 @@ def test_a_loss_that_is_not_finite(
     loss: float, step: int, policy: str, ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On one worker, where gradients are shared (step 2) and where groups are alone (step 7)."""
-    calls, loss_of = {0: 0, 1: 0}, loop.loss_of
+    calls, loss_of = {0: 0, 1: 0}, trainers.loss_of
 
     def spoilt(model: Any, *arguments: Any) -> torch.Tensor:
         rank = model.communicator.rank
@@ -200,7 +202,7 @@ def test_a_loss_that_is_not_finite(
         value = loss_of(model, *arguments)
         return value * loss if (rank, calls[rank]) == (1, step + 1) else value
 
-    monkeypatch.setattr(loop, "loss_of", spoilt)
+    monkeypatch.setattr(trainers, "loss_of", spoilt)
     config = settings(tmp_path / "run", on_nonfinite=policy)
     if ends:
         with pytest.raises(NonFiniteError, match=f"{ends} {loss} at step {step} .*lower --lr") as told:
@@ -219,7 +221,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     damaged = tmp_path / "checkpoints" / "step-000000000016" / "part-1.json"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert run(settings(tmp_path))["weights_digest"] == whole["ab"]
-    assert str(damaged) in caplog.text and "going on from the checkpoint of step 12" in caplog.text
+    assert str(damaged) in caplog.text and "resuming from the checkpoint of step 12" in caplog.text
 
 
 def test_nothing_is_begun_anew_where_all_checkpoints_are_damaged(
@@ -265,7 +267,10 @@ def test_another_number_of_workers(
         )
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{saved:012d}"]
     result = run(settings(tmp_path, recipe, workers=workers, checkpoint_every=every, keep=1))
-    assert f"going on from the checkpoint of {goes_on}" in caplog.text and "samples are dealt out anew" in caplog.text
+    assert (
+        f"resuming from the checkpoint of {goes_on}" in caplog.text
+        and "samples are divided among them again" in caplog.text
+    )
     assert result["steps"] == STEPS and result["world_size"] == workers
     assert recorded(tmp_path) == list(range(1, STEPS + 1))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{STEPS // every * every:012d}"]
@@ -302,13 +307,13 @@ def test_files_of_a_run_that_are_damaged(
 def test_an_evaluation_that_takes_longer_than_workers_wait(
     tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate, config = loop.evaluate, settings(tmp_path)
+    evaluate, config = trainers.evaluate, settings(tmp_path)
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(6)
         return evaluate(*arguments)
 
-    monkeypatch.setattr(loop, "evaluate", slowly)
+    monkeypatch.setattr(trainers, "evaluate", slowly)
     result = run_in_process(config.workers, lambda comm: train(config, comm), timeout=4)[0]
     assert result["weights_digest"] == whole["ab"]
 
@@ -319,7 +324,7 @@ def test_a_stopped_run_whose_workers_are_started_again(tmp_path: Path, monkeypat
     with pytest.raises(StoppedError):
         train(alone(tmp_path), SingleProcess())
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(StoppedError, match="was stopped on request: run again to go on"):
+    with pytest.raises(StoppedError, match="was stopped on request: run again to resume it"):
         train(alone(tmp_path), SingleProcess())
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     assert train(alone(tmp_path), SingleProcess())["steps"] == STEPS
@@ -383,7 +388,7 @@ def test_what_only_shows_a_run_cannot_end_it(
     track = ("broken",) if part == "tracker" else ()
     assert run(settings(tmp_path, track=track))["weights_digest"] == whole["ab"]
     assert json.loads((tmp_path / "result.json").read_text())["weights_digest"] == whole["ab"]
-    told = [record.getMessage() for record in caplog.records if "the run goes on without it" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "the run continues without it" in record.getMessage()]
     assert len(told) == 1 and "No space left on device" in told[0]
 
 

@@ -1,53 +1,51 @@
-"""The `abtrain` command: finds the subcommand, and turns errors into messages and exit codes."""
+"""The `abtrain` command: runs a subcommand and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from abtrain.commands.train.requests import SIGNALS, Requests, ignore_all
-from abtrain.commands.train.world import WorldError, check_world
+from abtrain.commands.process import SIGNALS, Requests, handling, ignore_all, leave, stopped_message
+from abtrain.commands.train.world import WorldError, check_world, is_first, is_joined
 from abtrain.errors import AbtrainError, ConfigurationError, StoppedError
 from abtrain.version import __version__
 
-# Each command imports what it needs when it is called, so that `abtrain --help` answers at once.
+# Each command imports its modules when it is called, so that `abtrain --help` answers immediately.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line, and exits with its code: 0, or that of the error."""
+    """Runs the command line and exits with 0 or the exit code of the error."""
     parser = argparse.ArgumentParser(
         prog="abtrain", description="Train PyTorch models on machines joined by slow links.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"abtrain {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for name, (purpose, _) in COMMANDS.items():
-        # The command parses its own arguments, --help among them.
+        # The command parses its own arguments, including --help.
         commands.add_parser(name, help=purpose, add_help=False)
     given = sys.argv[1:] if arguments is None else list(arguments)
-    # What stands behind -- belongs to another program, and is handed on as it is.
+    # Arguments after -- belong to another program and are passed on unchanged.
     own = given.index("--") if "--" in given else len(given)
     chosen, rest = parser.parse_known_args(given[:own])
     _, command = COMMANDS[chosen.command]
     is_program = arguments is None
     code = _run(command, [*rest, *given[own:]], last=is_program)
-    if chosen.command == "train" and (is_program or "RANK" in os.environ):
-        # While Python takes itself apart a signal would end the process, and the code would be lost.
-        from abtrain.commands.process import leave
-
+    if chosen.command == "train" and (is_program or is_joined()):
+        # A signal during Python's shutdown would end the process and lose the exit code.
         leave(code)
     sys.exit(code)
 
 
 def _train(arguments: Sequence[str]) -> None:
     check_world()
-    with _ended_at_once():
+    with handling(_ended_at_once):
         import tyro
 
         from abtrain.commands.train.config import TrainConfig
@@ -59,7 +57,7 @@ def _train(arguments: Sequence[str]) -> None:
     defaults = TrainConfig() if file is None else from_toml(file)
     config = tyro.cli(TrainConfig, prog="abtrain train", args=arguments, default=defaults)
 
-    with _ended_at_once():
+    with handling(_ended_at_once):
         from abtrain.commands.train.launch import run
 
     run(config)
@@ -89,51 +87,43 @@ def _plan(arguments: Sequence[str]) -> None:
     plan(config)
 
 
-def _lab(arguments: Sequence[str]) -> None:
-    from abtrain.commands.lab.command import main
+def _main_of(room: str) -> Callable[[Sequence[str]], None]:
+    """Returns a command that is the `main` of `command.py` in its own package."""
 
-    main(arguments)
+    def command(arguments: Sequence[str]) -> None:
+        importlib.import_module(f"abtrain.commands.{room}.command").main(arguments)
 
-
-def _compare(arguments: Sequence[str]) -> None:
-    from abtrain.commands.compare.command import main
-
-    main(arguments)
-
-
-def _paper(arguments: Sequence[str]) -> None:
-    from abtrain.commands.paper.command import main
-
-    main(arguments)
+    return command
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "train": ("train a task by a recipe", _train),
     "recipes": ("list the recipes, and what each would send", _recipes),
     "plan": ("predict bytes and seconds on given links, and recommend a recipe", _plan),
-    "compare": ("train a task by several recipes on an emulated cluster, and report (Linux, root)", _compare),
-    "paper": ("the paper's experiments, tables, figures and arithmetic", _paper),
-    "lab": ("run a script on an emulated cluster with slow links (Linux, root)", _lab),
+    "compare": (
+        "train a task by several recipes on an emulated cluster, and report (Linux, root)",
+        _main_of("compare"),
+    ),
+    "paper": ("the paper's experiments, tables, figures and arithmetic", _main_of("paper")),
+    "lab": ("run a script on an emulated cluster with slow links (Linux, root)", _main_of("lab")),
 }
 
 
 def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str], last: bool = False) -> int:
-    """Runs a command; its exit code.
+    """Runs a command and returns its exit code.
 
-    Args:
-        command: to run.
-        arguments: of it.
-        last: whether the program ends with it. A request that comes once the code is decided changes nothing then.
+    `last` says that the program ends with the command. A request that arrives once the exit code is decided then
+    changes nothing.
     """
     requests, over = Requests(), False
 
     def stop(number: int, frame: FrameType | None) -> None:
         first = not requests.number
-        # The same request, seen again, must not disturb what the first one has begun.
+        # A repetition of the same request must not interrupt what the first one has started.
         if (requests.note(number) or first) and not over:
-            raise KeyboardInterrupt if number == signal.SIGINT else StoppedError(_stopped(number))
+            raise KeyboardInterrupt if number == signal.SIGINT else StoppedError(stopped_message(number))
 
-    # What a command does about signals itself comes later, behind imports that take seconds.
+    # Commands set their own handlers only after imports that take seconds.
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         command(arguments)
@@ -142,43 +132,28 @@ def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str], las
         return _fail(error)
     except KeyboardInterrupt:
         over = True
-        return _fail(StoppedError(_stopped(signal.SIGINT)))
+        return _fail(StoppedError(stopped_message(signal.SIGINT)))
     finally:
         over = True
         if last:
             ignore_all()
         for number, handler in before.items():
-            # A worker at its end ignores signals from here on, and has to.
+            # A worker that is about to end ignores signals, which must stay so.
             if signal.getsignal(number) is stop:
                 signal.signal(number, handler)
     return 0
 
 
-@contextlib.contextmanager
-def _ended_at_once() -> Iterator[None]:
-    """Inside it, a request to stop ends the process at once: amid an import, an error may be caught and lost."""
-
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        os._exit(_fail(StoppedError(_stopped(number))))
-
-    before = {number: signal.signal(number, end) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stopped(number: int) -> str:
-    return f"stopped on request ({signal.Signals(number).name})"
+def _ended_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends the process at a request. During an import, an exception could be caught and lost."""
+    os._exit(_fail(StoppedError(stopped_message(number))))
 
 
 def _fail(error: AbtrainError) -> int:
-    """Says what went wrong, once for all workers; the exit code."""
-    rank = os.environ.get("RANK", "0")
-    # Settings are wrong on all workers, and all are stopped: the first speaks for them.
-    alike = isinstance(error, ConfigurationError | StoppedError) and not isinstance(error, WorldError)
-    if rank == "0" or not alike:
+    """Prints an error, only once if all workers have it, and returns its exit code."""
+    # Wrong settings and requests to stop concern all workers: the first one reports them.
+    shared = isinstance(error, ConfigurationError | StoppedError) and not isinstance(error, WorldError)
+    if is_first() or not shared:
         problems = error.problems if isinstance(error, ConfigurationError) else (str(error),)
         for problem in problems:
             print(f"abtrain: error: {problem}", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from abtrain.commands.compare.report import write_report
 from abtrain.commands.compare.runs import ComparisonOutcome, ComparisonRun, check, outcome, plan_runs, run_in_lab
 from abtrain.commands.compare.summary import ComparisonRow, rows, utilisations
 from abtrain.commands.lab import Lab
-from abtrain.commands.lab.command import stopped_by_signals
+from abtrain.commands.process import stopped_by_signals
 from abtrain.commands.runs.folder_run import held, writing
 from abtrain.commands.runs.once import run_once
 from abtrain.commands.train.config import resolve

@@ -11,7 +11,7 @@ from abtrain.commands.compare.runs import ComparisonOutcome
 from abtrain.commands.compare.summary import ComparisonRow, expected_utilisation, utilisations
 from abtrain.commands.figures import COLOURS, Figure, legend_below, plain_numbers, save
 from abtrain.commands.lab.measure import WIRE_SHARE
-from abtrain.commands.train.never_fatal import Aside
+from abtrain.commands.never_fatal import NeverFatal
 from abtrain.commands.units import format_rate, human_bytes
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def draw_all(
         (_PHASES, 1.7 + 0.34 * len(rows), lambda axes: _phases(axes, rows)),
         (_UTILISATION, 4.4, lambda axes: _utilisation(axes, rows, outcomes, colours, rate)),
     ]
-    aside = Aside()
-    return [figure for figure, height, draw in drawings if aside(figure.file, save, folder / figure.file, height, draw)]
+    draws = NeverFatal()
+    return [figure for figure, height, draw in drawings if draws(figure.file, save, folder / figure.file, height, draw)]
 
 
 _WIRE = Figure(

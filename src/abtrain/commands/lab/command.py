@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Iterator, Sequence
-from types import FrameType
-from typing import NoReturn
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from abtrain.commands.lab.arguments import LabRequest, parse_arguments
 from abtrain.commands.lab.lab import Lab, clean
 from abtrain.commands.lab.result import FILE, as_table
+from abtrain.commands.process import stopped_by_signals
 from abtrain.commands.units import format_rate
-from abtrain.errors import StoppedError
-
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -36,23 +30,6 @@ def main(arguments: Sequence[str]) -> None:
         return
     with stopped_by_signals():
         _run(request, console)
-
-
-@contextlib.contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Turns the signals that ask a program to stop into StoppedError, once."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        for other in _STOP_SIGNALS:
-            signal.signal(other, signal.SIG_IGN)  # removing the lab takes a moment, and must not be cut short
-        raise StoppedError(f"stopped on request ({signal.Signals(number).name})")
-
-    previous = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _run(request: LabRequest, console: Console) -> None:

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table as Printed
 
 from abtrain.commands.circumstances import versions_note
-from abtrain.commands.lab.command import stopped_by_signals
 from abtrain.commands.page import Table, remarked
 from abtrain.commands.paper.arguments import ECR, HPO, PaperRequest, parse_arguments
 from abtrain.commands.paper.experiments import FIGURES, SCALING_TABLES, Cell, cells
@@ -31,6 +30,7 @@ from abtrain.commands.paper.runs import (
 from abtrain.commands.paper.studies import STUDIES, study_cells
 from abtrain.commands.paper.study_page import write_study
 from abtrain.commands.paper.tables import comparison_table, rows, scaling_table
+from abtrain.commands.process import stopped_by_signals
 from abtrain.commands.runs.folder_run import check, writing
 from abtrain.commands.tasks.task import TASKS
 from abtrain.errors import ConfigurationError

@@ -1,12 +1,11 @@
-"""The choices of settings. Pure: the command's help is built from it, and should not wait for torch."""
+"""The values of settings with a fixed choice. Imports no torch, so that the command's help answers immediately."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 Init = Literal["default", "orthogonal"]
-OnNonFinite = Literal["stop", "drop_worker", "skip"]
-OnCheckpointError = Literal["warn", "stop"]
 Precision = Literal["fp32", "bf16"]
 OnBadImage = Literal["stop", "skip"]
+OnCheckpointError = Literal["warn", "stop"]
 DEVICES = ("auto", "cpu", "cuda")

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from abtrain.commands.process import PASSED_ON, SIGNALS
 from abtrain.commands.tasks.samples import Data, Reading, Samples, Split
-from abtrain.commands.train.requests import PASSED_ON, SIGNALS
 from abtrain.errors import DataError
 
 log = logging.getLogger("abtrain")

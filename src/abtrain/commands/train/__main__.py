@@ -1,19 +1,18 @@
-"""`python -m abtrain.commands.train FOLDER`: a worker that `launch.py` started, see `worker.py`."""
+"""`python -m abtrain.commands.train FOLDER`: a worker that `launcher.py` started, see `worker.py`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from abtrain.commands.train.requests import end_at_once
+from abtrain.commands.process import end_at_once, leave
 
 
 def main() -> None:
-    """Trains as a worker, and ends with its exit code."""
-    # Imports take seconds. Until training begins there is nothing to save, and nothing to say either.
+    """Trains as a worker and ends with its exit code."""
+    # Imports take seconds. Before training begins there is nothing to save, so a request ends the process.
     end_at_once()
 
-    from abtrain.commands.process import leave
     from abtrain.commands.train import worker
 
     leave(worker.main(Path(sys.argv[1])))

@@ -1,69 +1,52 @@
-"""Checkpoints of a run: what the engine holds, and what belongs to the loop beside it."""
+"""Checkpoints of a run: the state of the engine, the schedule, random generators and the record."""
 
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from torch.optim.lr_scheduler import LRScheduler
+import torch
 
 from abtrain import checkpoint
-from abtrain.commands.train.config import TrainConfig, differences, identity
-from abtrain.commands.train.generators import generators_state, load_generators_state
-from abtrain.engine.ab_training import ABTraining
+from abtrain.commands.train.config import differences, identity
+from abtrain.commands.train.recorder import Recorder
+from abtrain.commands.train.trainer import Trainer
 from abtrain.engine.resizing import can_be_resized, resized
 from abtrain.errors import CheckpointError
 
 log = logging.getLogger("abtrain")
 
 
-class Record(Protocol):
-    """The records that rank 0 keeps beside training."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 class Saving:
-    """Saves a run and goes on with it. Every call is collective: all workers make it, at the same step.
+    """Saves a run and resumes it. Every call is collective: all workers make it at the same step.
 
     Args:
-        config: of the run.
-        ab: its engine.
-        schedule: of the learning rate.
-        record: on rank 0, what it keeps; elsewhere None.
-        folder: of the checkpoints, the same on all workers.
-        samples: that there are to train on; a checkpoint of a run on others is refused.
+        trainer: this worker's trainer.
+        recorder: the recorder on rank 0; None elsewhere.
+        folder: the folder of checkpoints, the same on all workers.
+        samples: the number of training samples. A checkpoint of a run on another number is refused.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        ab: ABTraining,
-        schedule: LRScheduler,
-        record: Record | None,
-        folder: Path,
-        samples: int = 0,
-    ) -> None:
-        self._config = config
-        self._run = {**identity(config), "samples": samples}
-        self._ab = ab
-        self._schedule = schedule
-        self._record = record
+    def __init__(self, trainer: Trainer, recorder: Recorder | None, folder: Path, samples: int) -> None:
+        self._config = trainer.config
+        self._run = {**identity(trainer.config), "samples": samples}
+        self._ab = trainer.ab
+        self._schedule = trainer.schedule
+        self._recorder = recorder
         self._folder = folder
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written after so many steps."""
+        """Whether a checkpoint follows after this many steps."""
         return self._config.checkpoint_every > 0 and step % self._config.checkpoint_every == 0
 
     def save(self) -> Path | None:
-        """Writes a checkpoint; None where it could not be written, and the run is to go on.
+        """Writes a checkpoint and returns its folder; None if that failed and the run continues.
 
         Raises:
-            CheckpointError: it could not be written, and the run is to stop.
+            CheckpointError: writing failed, and `on_checkpoint_error` is `stop`.
         """
         ab, comm = self._ab, self._ab.communicator
         engine = ab.state_dict()
@@ -71,8 +54,8 @@ class Saving:
             "run": self._run,
             "ab": engine,
             "schedule": self._schedule.state_dict(),
-            "generators": generators_state(comm.device),
-            "record": {} if self._record is None else self._record.state_dict(),
+            "generators": _generators_state(comm.device),
+            "record": {} if self._recorder is None else self._recorder.state_dict(),
         }
         phase, comm.meter.phase = comm.meter.phase, "checkpoint"
         try:
@@ -88,16 +71,16 @@ class Saving:
             if self._config.on_checkpoint_error == "stop":
                 raise
             if comm.rank == 0:
-                log.warning("%s: the run goes on with the older checkpoints", error)
+                log.warning("%s: the run continues with the older checkpoints", error)
             return None
         finally:
             comm.meter.phase = phase
 
     def resume(self) -> int:
-        """Goes on from the newest checkpoint that all workers can use; how many steps are done then.
+        """Loads the newest checkpoint that all workers can use, and returns the number of steps done.
 
         Raises:
-            CheckpointError: there are checkpoints, but none that fits or is whole.
+            CheckpointError: there are checkpoints, but none of this run that is intact.
         """
         comm = self._ab.communicator
         saved = checkpoint.latest(self._folder, comm)
@@ -112,10 +95,10 @@ class Saving:
             ) from error
         if comm.rank == 0:
             back = f", back at the merge of step {self._ab.steps_done}" if self._ab.steps_done != saved.step else ""
-            log.info("going on from the checkpoint of step %d%s", saved.step, back)
+            log.info("resuming from the checkpoint of step %d%s", saved.step, back)
             if saved.workers != comm.topology.world_size:
                 log.info(
-                    "%d workers go on with what %d left: samples are dealt out anew",
+                    "%d workers resume a run of %d: samples are divided among them again",
                     comm.topology.world_size,
                     saved.workers,
                 )
@@ -135,26 +118,41 @@ class Saving:
             self._schedule.last_epoch = engine["step"] - 1
             self._schedule.step()
             record = {**record, "losses": record["losses"][:0]} if record else record
-        load_generators_state(own["generators"], comm.device)
-        if self._record is not None:
-            self._record.load_state_dict(record)
+        _load_generators_state(own["generators"], comm.device)
+        if self._recorder is not None:
+            self._recorder.load_state_dict(record)
 
     def _check_run(self, state: Mapping[str, Any], step: int) -> None:
-        """Makes sure that a state is of a run of the same settings, on data of the same size.
-
-        Raises:
-            CheckpointError: it is not, with what differs.
-        """
+        """Checks that a state belongs to a run of the same settings on as many samples."""
         run = state.get("run")
         which = f"the checkpoint of step {step} in {self._folder}"
         if not isinstance(run, Mapping):
             raise CheckpointError(
-                f"{which} does not say which settings it was saved with: it is of another version of abtrain. Remove "
-                "it, or start a new run"
+                f"{which} does not hold the settings of its run: another version of abtrain wrote it. Remove it, or "
+                "start a new run"
             )
         differing = differences(run, self._run)
         if differing:
             raise CheckpointError(
-                f"{which} is of another run ({'; '.join(differing)}): use the same settings to go on from it, or "
-                "remove it"
+                f"{which} is of another run ({'; '.join(differing)}): use the same settings to resume it, or remove it"
             )
+
+
+def _generators_state(device: torch.device) -> dict[str, Any]:
+    """Returns the state of Python's random generator and of torch's on the CPU and on `device`."""
+    version, numbers, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "python": {"version": version, "numbers": torch.tensor(numbers, dtype=torch.int64), "gauss": gauss},
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _load_generators_state(state: Mapping[str, Any], device: torch.device) -> None:
+    python = state["python"]
+    random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

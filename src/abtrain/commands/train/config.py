@@ -1,4 +1,4 @@
-"""The settings of a run and their defaults. What can be wrong with them: `config_problems.py`."""
+"""The settings of a run and their defaults. `config_problems.py` validates them."""
 
 from __future__ import annotations
 
@@ -11,81 +11,82 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from abtrain import recipes
-from abtrain.commands.tasks.choices import Init, OnBadImage, OnCheckpointError, OnNonFinite, Precision
+from abtrain.commands.tasks.choices import Init, OnBadImage, OnCheckpointError, Precision
 from abtrain.commands.train.world import is_joined, local_size
+from abtrain.errors import OnNonFinite
 from abtrain.recipes.recipe import Recipe
 
-# torch takes seconds to import: what needs it is imported where it is used, so that `--help` answers at once.
+# torch takes seconds to import. Functions that need it import it, so that `--help` answers immediately.
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Trains a task by a recipe, on workers of its own or on those of torchrun."""
+    """Train a task by a recipe, on workers that this command starts or on those of torchrun."""
 
     recipe: Annotated[
         Positional[str],
         arg(
             help=f"RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE, such as ab_outer:every=40,wire=int4. Recipes are "
-            f"{', '.join(recipes.RECIPES)}; `abtrain recipes RECIPE` lists the options of one."
+            f"{', '.join(recipes.RECIPES)}; `abtrain recipes RECIPE` lists the options of a recipe."
         ),
     ] = recipes.DEFAULT
     task: str = "digits-mlp"
-    """digits-mlp, fashion-cnn, fashion-vit, pysrc-gpt, or one of the paper's: imagenet-vit-b16, imagenet-resnet50,
+    """digits-mlp, fashion-cnn, fashion-vit, pysrc-gpt, or a task of the paper: imagenet-vit-b16, imagenet-resnet50,
     cifar10-vgg16, cifar100-mini-vit."""
     workers: int = 4
-    """Processes to start on this machine; under torchrun it is torchrun that says."""
+    """Processes to start on this machine; ignored under torchrun, which starts them itself."""
     group_size: int | None = None
-    """Workers that share their gradients at every step; by default those of a machine, and 1 on a single machine."""
+    """Workers that average gradients at every step; by default those of one machine, or 1 on a single machine."""
     steps: int | None = None
-    """Optimizer steps of the run; by default the task's."""
+    """Optimizer steps; by default the task's."""
     batch_size: int | None = None
     """Samples per worker and step; by default the task's."""
     lr: float | None = None
-    """Highest learning rate: reached after 5 % of the steps, then a cosine to zero; by default the task's."""
+    """Peak learning rate, reached after 5 % of the steps and followed by a cosine to zero; by default the task's."""
     weight_decay: float | None = None
-    """AdamW's, on matrices only; by default the task's."""
+    """AdamW's weight decay, on matrices only; by default the task's."""
     clip: float | None = None
-    """Largest norm of all gradients together, longer ones are shortened to it; 0: any; by default the task's."""
+    """Gradients are scaled to at most this joint norm; 0 turns it off; by default the task's."""
     precision: Precision | None = None
-    """Of forward and backward passes: fp32, or bf16 where autocast finds that safe; by default the task's."""
+    """Precision of forward and backward passes: fp32, or bf16 by autocast; by default the task's."""
     seed: int = 0
-    """Of the initial weights, the order of the samples, and their augmentation."""
+    """Seed of the initial weights, the order of the samples, and their augmentation."""
     init: Init | None = None
-    """Initial weights: PyTorch's own (default), or every matrix orthogonal; by default the task's."""
+    """Initial weights: PyTorch's own (default) or orthogonal matrices; by default the task's."""
     data: Path | None = None
-    """Folder with the task's data; by default its usual place."""
+    """Folder with the task's data; by default where the task usually finds it."""
     loaders: int = 4
-    """Processes that read images for each worker, where they are not held in memory; 0: the worker itself."""
+    """Processes that read images for each worker, for data that is not held in memory; 0: the worker reads them."""
     on_bad_image: OnBadImage = "stop"
-    """Where an image cannot be read: stop, or name it and take the next one in its place (skip)."""
+    """If an image cannot be read: stop, or log it and use the next image (skip)."""
     out: Path | None = None
     """Run folder; by default runs/TASK-RECIPE-seedSEED-TIME."""
     overwrite: bool = False
-    """Replace the run that the folder holds."""
+    """Replace the run in the folder."""
     config: Path | None = None
-    """TOML file with any of these settings; the command line wins over it."""
+    """TOML file with any of these settings; the command line takes precedence."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where every worker has a GPU of its own."""
+    """cpu, cuda, or auto: cuda if every worker has its own GPU."""
     timeout: float = 600
-    """Seconds that a worker waits for the others before it gives up."""
+    """Seconds that a worker waits for the others before it fails."""
     on_nonfinite: OnNonFinite = "stop"
-    """At NaN or infinity stop; or drop_worker, leave a worker's part of a merge out; or skip, leave a step out."""
+    """At NaN or infinity: stop, leave the worker out of a merge (drop_worker), or leave out the step (skip)."""
     log_every: int = 20
     """Steps between two lines of metrics."""
     divergence: bool = False
-    """Measure, at merges, how far workers have come apart, layer by layer: in metrics.jsonl."""
+    """At merges, record in metrics.jsonl how far the workers have diverged, layer by layer."""
     track: tuple[str, ...] = ()
-    """Where metrics go beside metrics.jsonl: tensorboard, wandb (offline with WANDB_MODE=offline), mlflow."""
+    """Trackers to send metrics to: tensorboard, wandb (offline with WANDB_MODE=offline), mlflow."""
     checkpoint_every: int = 0
-    """Steps between two checkpoints; 0: one only where the run is stopped on request."""
+    """Steps between two checkpoints; 0: a checkpoint only when the run is stopped on request."""
     keep: int = 2
-    """Checkpoints that are kept, the newest ones."""
+    """Number of newest checkpoints to keep."""
     resume: bool = True
-    """Go on with an unfinished run of the same settings that the folder holds."""
+    """Resume an unfinished run of the same settings in the folder."""
     max_restarts: int = 0
-    """How often workers are started again where one of them died, to go on from the last checkpoint."""
+    """How often to start the workers again after one of them died; they resume from the last checkpoint."""
     on_checkpoint_error: OnCheckpointError = "warn"
-    """Where a checkpoint cannot be written: warn and go on with the older ones, or stop."""
+    """If a checkpoint cannot be written: warn and continue with the older ones, or stop."""
 
     @property
     def recipe_name(self) -> str:
@@ -94,36 +95,25 @@ class TrainConfig:
 
 
 def recipe_of(config: TrainConfig) -> Recipe:
-    """The recipe of a run whose number of steps is known.
+    """Returns the recipe of a run whose number of steps is known.
 
     Raises:
-        ConfigurationError: no such recipe, or options that cannot be.
+        ConfigurationError: there is no such recipe, or its options are invalid.
     """
     assert config.steps is not None
     return recipes.from_text(config.recipe, config.steps)
 
 
 NOT_OF_THE_METHOD = frozenset(
-    {
-        "workers",
-        "data",
-        "out",
-        "overwrite",
-        "config",
-        "device",
-        "timeout",
-        "log_every",
-        "loaders",
-        "track",
-        "divergence",
-    }
+    {"workers", "device", "timeout", "loaders", "data", "config", "out", "overwrite"}
+    | {"log_every", "divergence", "track"}
     | {"checkpoint_every", "keep", "resume", "max_restarts", "on_checkpoint_error"}
 )
-"""Settings that may change when a run goes on: they do not say what is computed."""
+"""Settings that may change when a run is resumed, because they do not affect what is computed."""
 
 
 def notices(config: TrainConfig) -> list[str]:
-    """The settings of a valid configuration that are ignored, a line each."""
+    """Returns a line for each setting of a valid configuration that is ignored."""
     from abtrain.commands.tasks.task import TASKS
 
     if config.data is None or TASKS[config.task].reads_folder:
@@ -132,10 +122,12 @@ def notices(config: TrainConfig) -> list[str]:
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """A valid configuration with the task's defaults filled in, the recipe's text in its canonical form, and `device`
-    either cpu or cuda.
+    """Fills in the task's defaults, the canonical text of the recipe, and the device (cpu or cuda).
 
-    Under a launcher workers find out together which of them share a machine: a group size that nobody gave stays open.
+    Under a launcher, workers find out together which of them share a machine, so a missing group size stays None.
+
+    Args:
+        config: valid.
     """
     from abtrain.commands.tasks.task import TASKS
 
@@ -157,22 +149,22 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def group_size_of(config: TrainConfig) -> int:
-    """The group size of a run that no launcher joins, where nobody gave one: each worker is a group."""
+    """Returns the group size; 1 if it is not set, so that each worker is a group."""
     return config.group_size or 1
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """Everything in a resolved configuration that says what is computed, as JSON values.
+    """Returns the settings of a resolved configuration that determine what is computed, as JSON values.
 
     Raises:
-        ConfigurationError: the recipe's text cannot be read.
+        ConfigurationError: the recipe's text cannot be parsed.
     """
     held = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NOT_OF_THE_METHOD}
     return held | {"recipe": recipes.canonical(config.recipe)}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings in which two runs differ, in words; `before` is there, and `now` is here."""
+    """Returns a message for each setting in which two runs differ, `before` there and `now` here."""
     return [
         f"{name} is {before.get(name)!r} there and {now.get(name)!r} here"
         for name in dict.fromkeys((*now, *before))
@@ -181,7 +173,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def choose_device(config: TrainConfig) -> str:
-    """`cpu` or `cuda`; where that is left open, cuda if every worker on this machine has a GPU of its own."""
+    """Returns `cpu` or `cuda`; for `auto`, cuda if every worker on this machine can have its own GPU."""
     if config.device != "auto":
         return config.device
     import torch
@@ -190,5 +182,5 @@ def choose_device(config: TrainConfig) -> str:
 
 
 def local_workers(config: TrainConfig) -> int:
-    """Workers on this machine."""
+    """Returns the number of workers on this machine."""
     return local_size(config.workers)

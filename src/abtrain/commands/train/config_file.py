@@ -1,4 +1,4 @@
-"""The TOML form of a run's settings: flat keys, the names of `TrainConfig`'s fields."""
+"""Reads and writes the settings of a run as TOML, whose keys are the names of `TrainConfig`'s fields."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from abtrain.recipes.numbers import is_finite_number
 
 
 def from_toml(path: Path) -> TrainConfig:
-    """The settings of a TOML file, defaults for the rest.
+    """Reads the settings in a TOML file; the others have their defaults.
 
     Raises:
-        ConfigurationError: a file that cannot be read, and every unknown key and value of a wrong type, at once.
+        ConfigurationError: the file cannot be read; or lists every unknown key and every value of a wrong type.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -31,14 +31,14 @@ def from_toml(path: Path) -> TrainConfig:
 
 
 def from_text(text: str, source: str) -> TrainConfig:
-    """The settings of TOML text, defaults for the rest.
+    """Reads the settings in TOML text; the others have their defaults.
 
     Args:
         text: the content of a file.
-        source: where it is from, for messages.
+        source: the origin of the text, for messages.
 
     Raises:
-        ConfigurationError: text that is no TOML, and every unknown key and value of a wrong type, at once.
+        ConfigurationError: the text is not TOML; or lists every unknown key and every value of a wrong type.
     """
     try:
         content = tomllib.loads(text)
@@ -48,17 +48,17 @@ def from_text(text: str, source: str) -> TrainConfig:
 
 
 def from_values(content: Mapping[str, Any], source: str) -> TrainConfig:
-    """The settings of a table as TOML has it, defaults for the rest.
+    """Reads the settings in a parsed TOML table; the others have their defaults.
 
     Args:
         content: values by the names of `TrainConfig`'s fields.
-        source: where they are from, for messages.
+        source: the origin of the table, for messages.
 
     Raises:
-        ConfigurationError: every unknown key and value of a wrong type, at once.
+        ConfigurationError: lists every unknown key and every value of a wrong type.
     """
     known = typing.get_type_hints(TrainConfig)
-    del known["config"]  # a file does not name another
+    del known["config"]  # a file cannot name another file
     options = {option for recipe in recipes.RECIPES for option in recipes.options_of(recipe)}
     problems = []
     for key, value in content.items():
@@ -74,7 +74,7 @@ def from_values(content: Mapping[str, Any], source: str) -> TrainConfig:
 
 
 def to_toml(config: TrainConfig) -> str:
-    """The settings as TOML that `from_toml` reads back; TOML has no null, so what is None is left out."""
+    """Returns the settings as TOML that `from_toml` reads. Settings that are None are left out: TOML has no null."""
     names = [field.name for field in dataclasses.fields(config) if field.name != "config"]
     values = {name: getattr(config, name) for name in names}
     return "".join(f"{name} = {_toml_value(value)}\n" for name, value in values.items() if value is not None)
@@ -86,13 +86,13 @@ def _toml_value(value: object) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, str | Path):
-        # A JSON string is a TOML string, but for the one control character that JSON lets through.
+        # A JSON string is a TOML string, except for one control character that JSON does not escape.
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
 
 
 def _fits(value: object, expected: Any) -> bool:
-    """Whether a value read from TOML can stand for a setting of type `expected`."""
+    """Whether a value from TOML fits a setting of type `expected`."""
     origin = typing.get_origin(expected)
     if origin in (types.UnionType, Union):
         return any(_fits(value, option) for option in typing.get_args(expected) if option is not types.NoneType)

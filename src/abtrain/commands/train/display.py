@@ -1,4 +1,4 @@
-"""Shows a run: a progress bar on a terminal, plain lines elsewhere, and a table at the end."""
+"""Shows a run: a progress bar on a terminal or plain lines elsewhere, and a table at the end."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from abtrain.commands.units import human_bytes
 
 
 class Display:
-    """Shows a run of `steps` steps while it goes on; use it as a context.
+    """Shows a run while it trains. Use it as a context.
 
     Args:
-        steps: of the whole run.
-        console: where to write; default standard output.
+        steps: the number of steps of the whole run.
+        console: where to write; by default standard output.
     """
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
@@ -48,16 +48,16 @@ class Display:
         self._bar.stop()
 
     def heading(self, config: TrainConfig, parameters: int) -> None:
-        """Says in a line what is about to run."""
+        """Prints a line about the run that is about to start."""
         groups = config.workers // group_size_of(config)
         self._plain(
             f"{config.recipe} on {config.task} ({parameters:,} parameters): {config.steps} steps of "
-            f"{config.workers} x {config.batch_size} samples, {_some(config.workers, 'worker')} in "
-            f"{_some(groups, 'group')}, {config.device}"
+            f"{config.workers} x {config.batch_size} samples, {_counted(config.workers, 'worker')} in "
+            f"{_counted(groups, 'group')}, {config.device}"
         )
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """Shows a line of metrics: step, phase, loss, lr, payload_bytes."""
+        """Shows the metrics of a step: step, phase, loss, lr, payload_bytes."""
         figures = (
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {human_bytes(record['payload_bytes'])} sent per worker"
         )
@@ -67,12 +67,12 @@ class Display:
             self._plain(f"step {record['step']:>5}/{self._steps}  {record['phase']:<9}{figures}")
 
     def summary(self, result: Mapping[str, Any], folder: Path) -> None:
-        """The table at the end of a run."""
+        """Prints the table at the end of a run."""
         seconds, payload = result["seconds"], result["payload_bytes"]
         parts = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("compute", "sync", "svd"))
         table = Table(title=f"{result['recipe']} on {result['task']}, seed {result['seed']}", show_header=False)
         table.add_column()
-        table.add_column(overflow="fold")  # a path is of use only when it is whole
+        table.add_column(overflow="fold")  # a shortened path would be useless
         if result["top1"] is not None:
             table.add_row("top-1", f"{result['top1']:.2f} %")
         table.add_row("validation loss", f"{result['loss']:.4f}")
@@ -85,9 +85,9 @@ class Display:
         self.console.print(table)
 
     def _plain(self, line: str) -> None:
-        # A pipe has no width to wrap to, and a figure is no markup.
+        # A pipe has no width to wrap to, and numbers in brackets are not markup.
         self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _some(count: int, noun: str) -> str:
+def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

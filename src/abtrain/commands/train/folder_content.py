@@ -1,8 +1,8 @@
-"""Inspects a run folder before a run begins in it. Changes nothing.
+"""Names the files of a run folder, and inspects a folder before a run begins in it.
 
-nothing         it is missing, empty, or holds only what a crash leaves before a run has begun
+nothing         the folder is missing, empty, or holds only what a crash leaves before a run has begun
 unfinished run  config.toml without result.json
-anything else   a finished run, or files of others
+anything else   a finished run, or other files
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ CONFIG_FILE, METRICS_FILE, RESULT_FILE, OUTCOME_FILE = "config.toml", "metrics.j
 LOCK_FILE = ".lock"
 
 _STACKS = re.compile(r"stacks-rank\d+\.txt")
-# Earlier versions wrote a file under this name first.
+# Earlier versions wrote files under this temporary name.
 _PARTIAL = re.compile(r"(config\.toml|metrics\.jsonl|result\.json|outcome\.json)\.partial")
 
 
 def stacks_file(rank: int) -> str:
-    """The name of the file that holds a worker's stacks if it hung."""
+    """Returns the name of the file for the stacks of a worker that hangs."""
     return f"stacks-rank{rank}.txt"
 
 
 def holds_unfinished_run(folder: Path) -> bool:
-    """Whether a run began in the folder, and did not come to its end."""
+    """Whether a run has begun in the folder and has not finished."""
     config = folder / CONFIG_FILE
     return is_regular(config) and config.stat().st_size > 0 and not os.path.lexists(folder / RESULT_FILE)
 
 
 def holds_nothing(folder: Path) -> bool:
-    """Whether nothing is lost if a run begins in the folder: at most what a crash left before a run had begun.
+    """Whether a run may begin in the folder without a loss: it holds at most what a crash left before a run began.
 
     Raises:
-        OSError: the folder cannot be looked into.
+        OSError: the folder cannot be read.
     """
     return all(map(_is_nothing, folder.iterdir()))
 
@@ -50,7 +50,7 @@ def _is_nothing(path: Path) -> bool:
         return unused or path.name == OLD_CHECKPOINTS
     if not is_regular(path):
         return False
-    # A run that was stopped before it began leaves outcome.json.
+    # A run that is stopped before its first step leaves outcome.json.
     expected = path.name in (LOCK_FILE, OUTCOME_FILE) or is_leftover(path)
     begun = path.name in (CONFIG_FILE, METRICS_FILE) and path.stat().st_size == 0
     return expected or begun or any(pattern.fullmatch(path.name) for pattern in (_STACKS, _PARTIAL))

@@ -1,7 +1,8 @@
-"""How the workers of one attempt at a run find each other in a store that may hold what earlier attempts left.
+"""Lets the workers of one attempt at a run find each other in a store that may hold entries of earlier attempts.
 
-torchrun keeps its store when it starts workers again, and with it the addresses of workers that are gone. Whoever reads
-those before they are replaced waits for nobody. So every attempt meets under a name of its own.
+torchrun keeps its store when it starts workers again, and with it the addresses of workers that are gone. A worker that
+read those before they are replaced would wait for a process that no longer exists. So every attempt meets under a fresh
+name.
 """
 
 from __future__ import annotations
@@ -22,32 +23,32 @@ _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.02, 0.5
 
 
 def meet(store: Store, rank: int, world_size: int, seconds: float) -> Store:
-    """The part of a store that belongs to this attempt alone. All workers call it.
+    """Returns the part of a store that belongs to this attempt alone. All workers call it.
 
-    Each worker says hello by a number that nobody had before. Rank 0 answers every number that it sees, old ones in
-    vain, with the name of the meeting, until all have been there. Nobody waits in native code, where a request to stop
-    would not be seen.
+    Each worker writes a fresh identifier. Rank 0 answers every identifier that it sees, including those of earlier
+    attempts, with the name of the meeting, until all workers have come to it. No worker waits in native code, where it
+    would not notice a request to stop.
 
     Args:
-        store: that all workers reach.
-        rank: of this worker.
-        world_size: how many there are.
-        seconds: how long to wait for the others.
+        store: a store that all workers reach.
+        rank: the rank of this worker.
+        world_size: the number of workers.
+        seconds: the time to wait for the others.
 
     Raises:
-        PeerLostError: not all came in time; on rank 0 it names those who did not. Or the store is out of reach.
+        PeerLostError: not all workers arrived in time (rank 0 names the missing ones), or the store is out of reach.
     """
     with _in_reach(rank, world_size):
-        return _welcome(store, world_size, seconds) if rank == 0 else _arrive(store, rank, seconds)
+        return _host_meeting(store, world_size, seconds) if rank == 0 else _arrive(store, rank, seconds)
 
 
 def launch_of(store: Store, rank: int, world_size: int) -> str:
-    """Identifies one launch with all its attempts: the launcher's store outlives them.
+    """Returns a name for one launch with all its attempts, which the launcher's store outlives.
 
     Args:
-        store: the launcher's, and not the part of it that belongs to an attempt.
-        rank: of this worker.
-        world_size: how many there are.
+        store: the launcher's store, not the part of it that belongs to an attempt.
+        rank: the rank of this worker.
+        world_size: the number of workers.
 
     Raises:
         PeerLostError: the store is out of reach.
@@ -63,28 +64,28 @@ def _in_reach(rank: int, world_size: int) -> Iterator[None]:
     except dist.DistError as error:
         raise PeerLostError(
             f"rank {rank} cannot meet the others of {world_size}: the store where workers meet is out of reach. The "
-            "worker or launcher that held it has ended, or the link to it is cut: look at their output"
+            "worker or launcher that holds it has ended, or the link to it is cut: look at their output"
         ) from error
 
 
 def _arrive(store: Store, rank: int, seconds: float) -> Store:
-    number = uuid.uuid4().hex
-    store.set(f"hello/{rank}", number)
+    identifier = uuid.uuid4().hex
+    store.set(f"hello/{rank}", identifier)
     pause, deadline = _PAUSE_SECONDS, time.monotonic() + seconds
-    while not store.check([f"welcome/{number}"]):
+    while not store.check([f"welcome/{identifier}"]):
         if time.monotonic() > deadline:
             raise PeerLostError(
-                f"rank {rank} was alone for {seconds:g} s at the start: rank 0 did not come. Look at its output, or "
-                "give more time with --timeout"
+                f"rank {rank} waited {seconds:g} s at the start, and rank 0 did not arrive: look at its output, or "
+                "allow more time with --timeout"
             )
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-    meeting = PrefixStore(store.get(f"welcome/{number}").decode(), store)
+    meeting = PrefixStore(store.get(f"welcome/{identifier}").decode(), store)
     meeting.set(host_key(rank), platform.node())
     return meeting
 
 
-def _welcome(store: Store, world_size: int, seconds: float) -> Store:
+def _host_meeting(store: Store, world_size: int, seconds: float) -> Store:
     name = uuid.uuid4().hex
     meeting = PrefixStore(name, store)
     meeting.set(host_key(0), platform.node())
@@ -94,14 +95,14 @@ def _welcome(store: Store, world_size: int, seconds: float) -> Store:
             if meeting.check([host_key(rank)]):
                 missing.remove(rank)
             elif store.check([f"hello/{rank}"]):
-                number = store.get(f"hello/{rank}").decode()
-                if number not in welcomed:
-                    store.set(f"welcome/{number}", name)
-                    welcomed.add(number)
+                identifier = store.get(f"hello/{rank}").decode()
+                if identifier not in welcomed:
+                    store.set(f"welcome/{identifier}", name)
+                    welcomed.add(identifier)
         if missing and time.monotonic() > deadline:
             raise PeerLostError(
-                f"rank {', '.join(map(str, sorted(missing)))} of {world_size} did not come within {seconds:g} s: look "
-                "at its output, or give more time with --timeout"
+                f"rank {', '.join(map(str, sorted(missing)))} of {world_size} did not arrive within {seconds:g} s: "
+                "look at its output, or allow more time with --timeout"
             )
         time.sleep(_PAUSE_SECONDS if missing else 0)
     return meeting

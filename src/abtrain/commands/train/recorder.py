@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
+from abtrain.commands.never_fatal import NeverFatal
 from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.display import Display
-from abtrain.commands.train.never_fatal import Aside
 from abtrain.commands.train.run_folder import RunFolder
 from abtrain.commands.train.trackers import Trackers
 from abtrain.errors import StoppedError
 
 
 class Recorder:
-    """The recording that rank 0 alone does beside training."""
+    """Records and shows a run on rank 0. Use it as a context, which also records a stop on request."""
 
     def __init__(self, config: TrainConfig, folder: RunFolder, parameters: int) -> None:
         assert config.steps is not None
@@ -28,7 +28,7 @@ class Recorder:
         self._step = 0
         self._folder = folder
         self._display = Display(config.steps)
-        self._aside = Aside()
+        self._never_fatal = NeverFatal()
         self._heading = config, parameters
         self._trackers: Trackers | None = None
 
@@ -36,37 +36,37 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._aside("the display", self._display.__exit__, kind, error, trace)
+        self._never_fatal("the display", self._display.__exit__, kind, error, trace)
         if isinstance(error, StoppedError):
             outcome = {"outcome": "stopped", "exit_code": error.exit_code, "step": self._step, "message": str(error)}
-            self._aside("outcome.json", self._folder.stop, outcome)
+            self._never_fatal("outcome.json", self._folder.stop, outcome)
 
     @property
     def seconds(self) -> float:
-        """That the run has taken so far, earlier attempts included."""
+        """The seconds that the run has taken so far, including earlier attempts."""
         return time.perf_counter() - self._started
 
     def begin(self, step: int) -> None:
-        """The run begins, or goes on after so many steps."""
+        """Begins a run, or resumes it after this many steps."""
         self._step = step
         self._folder.begin(step)
         self._trackers = Trackers(self._heading[0], self._folder.path)
-        self._aside("the display", self._display.heading, *self._heading)
-        self._aside("the display", self._display.__enter__)
+        self._never_fatal("the display", self._display.heading, *self._heading)
+        self._never_fatal("the display", self._display.__enter__)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on recording."""
+        """Returns the state from which `load_state_dict` resumes recording."""
         return {"losses": torch.tensor(self._losses, dtype=torch.float64), "seconds": self.seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`."""
+        """Resumes recording from a `state_dict`."""
         self._losses = state["losses"].tolist()
         self._started = time.perf_counter() - float(state["seconds"])
 
     def step(
         self, step: int, phase: str, loss: float, lr: float, payload_bytes: int, divergence: Sequence[Any] = ()
     ) -> None:
-        """Every so many steps: a line of metrics, the loss averaged since the last, and the last merge's divergence."""
+        """Records a step. Every `log_every` steps this writes a line of metrics, with the mean loss since the last."""
         self._losses.append(loss)
         self._step = step
         if step % self._every and step != self._last_step:
@@ -82,15 +82,15 @@ class Recorder:
         if divergence:
             record["divergence"] = divergence[-1]
         self._losses.clear()
-        self._aside("metrics.jsonl", self._folder.log, record)
+        self._never_fatal("metrics.jsonl", self._folder.log, record)
         if self._trackers is not None:
             self._trackers.log(step, record)
-        self._aside("the display", self._display.show, record)
+        self._never_fatal("the display", self._display.show, record)
 
     def finish(self, result: dict[str, Any]) -> None:
-        """The end of a run that went well."""
+        """Records and shows the result of a finished run."""
         self._folder.finish(result)
         if self._trackers is not None:
             self._trackers.finish(result)
-        self._aside("the display", self._display.__exit__, None, None, None)
-        self._aside("the display", self._display.summary, result, self._folder.path)
+        self._never_fatal("the display", self._display.__exit__, None, None, None)
+        self._never_fatal("the display", self._display.summary, result, self._folder.path)

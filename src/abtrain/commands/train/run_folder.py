@@ -1,12 +1,12 @@
-"""The run folder: what a run was, how it went, and how it ended.
+"""The run folder: the settings, metrics, checkpoints and result of a run.
 
-config.toml      the settings, with all defaults filled in; `abtrain train --config` repeats the run. Its first line may
+config.toml      the settings with all defaults filled in; `abtrain train --config` repeats the run. Its first line may
                  name the launch that wrote it
 metrics.jsonl    one JSON object per line: step, phase, loss, lr, payload_bytes, seconds
-result.json      appears complete, at the end, or not at all
-checkpoints/     what the run goes on from (see `abtrain.checkpoint.store`)
+result.json      appears at the end, complete or not at all
+checkpoints/     where the run resumes (see `abtrain.checkpoint.store`)
 outcome.json     how a run ended that was stopped on request
-.lock            held while a process writes here
+.lock            locked while a process writes here
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ from abtrain.files import is_leftover, is_regular, open_regular, read_regular, r
 
 
 def default_folder(config: TrainConfig) -> Path:
-    """Where a run goes that was given no folder."""
+    """Returns the folder of a run without `--out`."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{config.task}-{config.recipe_name}-seed{config.seed}-{stamp}"
 
 
 class RunFolder:
-    """The folder of one run, written by one process.
+    """The folder of one run, which one process writes.
 
     Args:
         config: valid and resolved.
-        launch: identifies one start of the command with all its attempts; empty if it has only one.
+        launch: identifies one start of the command with all its attempts; empty if it has only one attempt.
 
     Attributes:
-        path: of the folder.
-        goes_on: whether it holds an unfinished run that is to go on; any other run is replaced. With `overwrite` only
-            a run of the same launch goes on.
+        path: the folder.
+        resumes: whether the folder holds an unfinished run that is resumed. Any other run is replaced. With `overwrite`
+            only a run of the same launch is resumed.
 
     Raises:
-        ConfigurationError: the folder cannot be written, another process is writing it, or the unfinished run has other
+        ConfigurationError: the folder cannot be written, another process uses it, or its unfinished run has other
             settings.
-        StoppedError: the run was stopped on request, and its workers have been started again nevertheless.
+        StoppedError: the run was stopped on request, but its workers have been started again.
     """
 
     def __init__(self, config: TrainConfig, launch: str = "") -> None:
         self.path = config.out or default_folder(config)
-        # Neither the folder nor the permission to overwrite belong to the run that the file describes.
+        # config.toml describes the run, not the folder or the permission to overwrite it.
         self._settings = dataclasses.replace(config, out=None, overwrite=False, config=None)
         self._launch = launch
         self._metrics: TextIO | None = None
@@ -76,8 +76,8 @@ class RunFolder:
         except OSError as error:
             raise self._unwritable(error) from error
         try:
-            self.goes_on = config.resume and holds_unfinished_run(self.path) and self._may_go_on(config.overwrite)
-            if self.goes_on:
+            self.resumes = config.resume and holds_unfinished_run(self.path) and self._may_resume(config.overwrite)
+            if self.resumes:
                 self._check_entries()
                 self._check_settings()
                 self._check_outcome()
@@ -89,9 +89,9 @@ class RunFolder:
             raise
 
     def begin(self, step: int) -> None:
-        """The run begins (0), or goes on where so many steps are done: what was recorded after them goes.
+        """Begins a run (step 0), or resumes it after this many steps and removes later records.
 
-        A crash at any moment leaves a folder in which the same command begins or goes on.
+        After a crash at any moment, the same command begins or resumes the run in this folder.
 
         Raises:
             ConfigurationError: the folder cannot be written.
@@ -103,7 +103,7 @@ class RunFolder:
                 self._set_checkpoints_aside()
             for name in (RESULT_FILE, OUTCOME_FILE):
                 (self.path / name).unlink(missing_ok=True)
-            # From here on the folder holds this run, so nothing of another one may be left that it could go on from.
+            # From here on the folder holds this run, so nothing may be left of another run that could be resumed.
             write_whole(self.path / CONFIG_FILE, f"{_mark(self._launch)}{to_toml(self._settings)}")
             write_whole(metrics, "".join(kept))
             handle = open_regular(metrics, os.O_WRONLY | os.O_APPEND)
@@ -119,7 +119,7 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._metrics is not None:
-            with contextlib.suppress(OSError):  # told when the lines that it still holds could not be written
+            with contextlib.suppress(OSError):  # reported when a line could not be written
                 self._metrics.close()
         self._release()
 
@@ -127,20 +127,20 @@ class RunFolder:
         """Adds a line to metrics.jsonl."""
         assert self._metrics is not None
         self._metrics.write(_json(record) + "\n")
-        self._metrics.flush()  # a run that dies keeps the lines written so far
+        self._metrics.flush()  # so that a crash does not lose it
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes result.json.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: the file cannot be written.
         """
         try:
             self._write(RESULT_FILE, result)
         except OSError as error:
             raise CheckpointError(
-                f"the run has come to its end, but {self.path / RESULT_FILE} cannot be written: {error}. Make room "
-                "for it, and run again: the run goes on from its last checkpoint"
+                f"the run has finished, but {self.path / RESULT_FILE} cannot be written: {error}. Free some space and "
+                "run again: the run resumes from its last checkpoint"
             ) from error
 
     def stop(self, outcome: Mapping[str, Any]) -> None:
@@ -154,15 +154,15 @@ class RunFolder:
     def _unwritable(self, error: OSError) -> ConfigurationError:
         return ConfigurationError(f"--out {self.path} cannot be written: {error}")
 
-    def _may_go_on(self, overwrite: bool) -> bool:
-        """Whether an unfinished run need not be replaced: one of this launch has replaced the former run already."""
+    def _may_resume(self, overwrite: bool) -> bool:
+        """Whether an unfinished run need not be overwritten, because this launch wrote it."""
         if not overwrite:
             return True
         mark = _mark(self._launch)
         return bool(mark) and read_regular(self.path / CONFIG_FILE, errors="replace").startswith(mark)
 
     def _set_checkpoints_aside(self) -> None:
-        """Takes the checkpoints of another run out of the way in one step; `_sweep` removes them."""
+        """Renames the checkpoints of another run, which is atomic; `_sweep` removes them."""
         checkpoints, aside = self.path / CHECKPOINTS, self.path / OLD_CHECKPOINTS
         remove(aside)
         if checkpoints.is_dir() and not checkpoints.is_symlink():
@@ -171,7 +171,7 @@ class RunFolder:
             remove(checkpoints)
 
     def _sweep(self) -> None:
-        """Removes what crashes left, and the checkpoints of a run that was replaced."""
+        """Removes leftovers of crashes, and the checkpoints of a replaced run."""
         remove(self.path / OLD_CHECKPOINTS)
         for path in list(self.path.iterdir()):
             if is_leftover(path):
@@ -181,25 +181,21 @@ class RunFolder:
         write_whole(self.path / name, _json(content, indent=2) + "\n")
 
     def _check_outcome(self) -> None:
-        # torchrun starts workers again whatever ended them.
+        # torchrun restarts workers after any exit code.
         if attempt() and (self.path / OUTCOME_FILE).exists():
-            raise StoppedError(f"--out {self.path} holds a run that was stopped on request: run again to go on")
+            raise StoppedError(f"--out {self.path} holds a run that was stopped on request: run again to resume it")
 
     def _check_entries(self) -> None:
-        """Makes sure that nothing stands where the run goes on but files and folders of its own.
-
-        Raises:
-            ConfigurationError: there is a link, or something else.
-        """
+        """Refuses links, and anything but a folder of checkpoints and a file of metrics, where the run resumes."""
         checkpoints, metrics = self.path / CHECKPOINTS, self.path / METRICS_FILE
         odd = []
         if os.path.lexists(checkpoints) and (checkpoints.is_symlink() or not checkpoints.is_dir()):
-            odd.append(f"{checkpoints} is a link or no folder")
+            odd.append(f"{checkpoints} is a link or not a folder")
         if os.path.lexists(metrics) and not is_regular(metrics):
-            odd.append(f"{metrics} is a link or no file")
+            odd.append(f"{metrics} is a link or not a file")
         if odd:
             raise ConfigurationError(
-                f"--out {self.path} cannot go on: {' and '.join(odd)}, which is not followed. Remove it (the run "
+                f"--out {self.path} cannot be resumed: {' and '.join(odd)}, which is not followed. Remove it (the run "
                 "folder itself may be a link), or name another folder"
             )
 
@@ -208,25 +204,27 @@ class RunFolder:
         try:
             before = identity(from_text(read_regular(file), str(file)))
         except UnicodeError as error:
-            raise ConfigurationError(f"--out {self.path} holds a run whose config.toml is no UTF-8: {error}") from error
+            raise ConfigurationError(
+                f"--out {self.path} holds a run whose config.toml is not UTF-8: {error}"
+            ) from error
         except ConfigurationError as error:
             raise ConfigurationError(
-                f"--out {self.path} holds a run whose config.toml is damaged ({'; '.join(error.problems)}): put it in "
-                "order, name another folder, or add --overwrite to replace it"
+                f"--out {self.path} holds a run whose config.toml is damaged ({'; '.join(error.problems)}): repair it, "
+                "name another folder, or add --overwrite to replace the run"
             ) from error
         differing = differences(before, identity(self._settings))
         if differing:
             raise ConfigurationError(
                 f"--out {self.path} holds an unfinished run with other settings ({'; '.join(differing)}): use the same "
-                "to go on with it, name another folder, or add --overwrite to replace it"
+                "settings to resume it, name another folder, or add --overwrite to replace it"
             )
 
 
 def _lock(path: Path) -> TextIO:
-    """The lock file, locked.
+    """Opens and locks the lock file.
 
     Raises:
-        ConfigurationError: another process holds it.
+        ConfigurationError: another process has locked it.
     """
     while True:
         handle = open_regular(path, os.O_WRONLY | os.O_CREAT)
@@ -238,7 +236,7 @@ def _lock(path: Path) -> TextIO:
             raise ConfigurationError(
                 f"--out {path.parent} is in use by another run: wait for its end, or name another folder"
             ) from None
-        # The one who held it before may have removed it in between: then this is not the file that others see.
+        # The process that held it may have removed it meanwhile. Then this is not the file that others see.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.lstat()):
                 return file
@@ -246,12 +244,12 @@ def _lock(path: Path) -> TextIO:
 
 
 def _mark(launch: str) -> str:
-    """The first line of config.toml, by which a later attempt of the launch knows its run."""
+    """Returns the first line of config.toml, by which a later attempt of the launch recognizes its run."""
     return f"# launch {launch}\n" if launch else ""
 
 
 def _lines_until(metrics: Path, step: int) -> list[str]:
-    """The lines of metrics up to a step; one that a crash tore is not among them."""
+    """Returns the lines of metrics up to a step, without a line that a crash cut short."""
     kept = []
     text = read_regular(metrics, errors="replace") if metrics.exists() else ""
     for line in text.splitlines(keepends=True):
@@ -268,7 +266,7 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinity are no JSON: they become null."""
+    """Replaces NaN and infinity, which JSON cannot hold, by null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

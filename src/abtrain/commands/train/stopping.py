@@ -1,114 +1,227 @@
-"""A request to stop, which all workers obey at the same step: SIGTERM, SIGINT or SIGHUP, at any of them."""
+"""All workers stop at the same step after a request to stop at any one of them.
+
+Workers learn of requests from a number that they reduce where they communicate anyway. If the next merge is
+far away, they vote on a step through the store (`StopVote`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import signal
-import threading
+import time
 from types import FrameType, TracebackType
-from typing import Any
 
 import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from abtrain.comm.communicator import Communicator, Pending
-from abtrain.commands.train.requests import PASSED_ON, SIGNALS, Afterwards, Requests
-from abtrain.commands.train.stop_vote import Between
+from abtrain.commands.process import PASSED_ON, SIGNALS, Requests
 from abtrain.errors import StoppedError
+
+_LOOK_SECONDS = 1.0
+_MAX_STEPS_AHEAD = 1000
+_PATIENCE_SECONDS, _HIDDEN_PATIENCE_SECONDS = 10.0, 2.0
+"""How long a worker waits for the others' votes. The second value holds while a merge is hidden behind steps: another
+worker may then wait for this one in any step."""
+_PAUSE_SECONDS = 0.02
+_REQUEST, _COUNT, _VERDICT, _MEETINGS = "asked", "count", "verdict", "meetings"
+_GO, _TOO_LATE = "go", "too late"
 
 
 class Stopping:
-    """Inside it, a request asks for a stop at the next step at which workers meet; a second one stops at once.
+    """Inside this context a request stops all workers at their next meeting; a second request stops at once.
 
-    Every worker enters it before any of them begins to train. A worker that a signal could still end at once, while
-    others train, would cost them the checkpoint.
-
-    Workers find out about each other's signals by a number that they add up where they meet anyway: at merges, and
-    beside the gradients, hidden behind the next step. Where the next merge is far away, they agree on a step through
-    the store, which they look into about once a second.
+    Every worker enters it before any of them starts to train. A signal that ended a worker while the others train would
+    cost them the checkpoint.
 
     Args:
-        comm: of this worker.
-        store: that all workers reach; None: they agree where they meet only.
+        comm: the communicator of this worker.
+        store: a store that all workers reach; without one they agree only where they communicate.
     """
 
     def __init__(self, comm: Communicator, store: Store | None = None) -> None:
         self._comm = comm
-        self._between = None if store is None else _between(store, comm)
+        self._vote = None if store is None else _vote_of(comm, store)
         self._requests = Requests()
-        self._before: dict[int, Any] = {}
+        self._handlers = contextlib.ExitStack()
         self._hidden_until: int | None = None
         self._under_way: tuple[torch.Tensor, Pending[None]] | None = None
 
     def __enter__(self) -> Stopping:
-        # Only the main thread may set handlers, and only it is interrupted.
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (*SIGNALS, PASSED_ON)}
+        self._handlers.enter_context(self._requests.handled_by(self._note, (*SIGNALS, PASSED_ON)))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            # The end takes a moment, in which the same request may come again by another way.
-            signal.signal(number, Afterwards(self._requests, handler) if self._requests.number else handler)
+        self._handlers.close()
 
     def before_step(self, step: int, waits: bool, hidden: int) -> None:
-        """Says in the store where this worker is about to wait for workers that may be at an earlier step.
+        """Announces in the store that this worker is about to wait for workers that may be at an earlier step.
 
-        They may wait there for it to agree on a stop, and learn by this that it cannot answer.
+        Those may wait for its vote, and learn from this that it cannot answer.
 
         Args:
-            step: that comes next, of a phase in which workers train alone.
+            step: the next step, of a phase without shared gradients.
             waits: whether a merge or a checkpoint begins in it, or the run ends.
-            hidden: how many steps a merge goes on after the one in which it begins.
+            hidden: the number of steps for which a merge continues after the step in which it begins.
         """
-        if self._between is None or self._comm.topology.world_size == 1:
+        if self._vote is None or self._comm.topology.world_size == 1:
             return
-        # Where a run goes on, a merge may be under way.
+        # A resumed run may begin with a merge under way.
         if waits or self._hidden_until is None:
             self._hidden_until = step + hidden
-        self._between.before_step(waits, hides=step <= self._hidden_until)
+        self._vote.before_step(waits, hides=step <= self._hidden_until)
 
     def agreed(self, meets: bool, wait: bool) -> int:
-        """The signal by which a worker was asked to stop, the same on all; 0 if none was. Collective where they meet.
+        """Returns the signal of a request, the same on all workers; 0 without one. Collective if they meet.
 
         Args:
-            meets: whether this is a step at which workers meet; where they do not, nothing new is asked.
-            wait: for the newest answer; otherwise it is the one of the last meeting, and 0 where workers do not meet.
+            meets: whether workers communicate at this step. Only then a new answer is asked for.
+            wait: whether to wait for the newest answer. Otherwise the result is the answer of the last meeting, or 0 if
+                workers do not meet.
         """
         if self._comm.topology.world_size == 1:
             return self._requests.number
         if not meets:
             return self._answer() if wait else 0
         answer = self._answer()
-        asked = torch.tensor([self._requests.number], dtype=torch.int32, device=self._comm.device)
-        self._under_way = asked, self._comm.launch_all_reduce(asked, "max")
+        number = torch.tensor([self._requests.number], dtype=torch.int32, device=self._comm.device)
+        self._under_way = number, self._comm.launch_all_reduce(number, "max")
         return answer or (self._answer() if wait else 0)
 
     def agreed_between(self, step: int) -> int:
-        """Likewise, amid a round, where workers do not meet. Stops within seconds, if all workers are amid that round.
+        """Like `agreed`, but in the middle of a round, where workers do not meet: they vote through the store.
 
         Args:
-            step: how many steps this worker has done.
+            step: the number of steps that this worker has done.
         """
         if self._comm.topology.world_size == 1:
             return self._requests.number
-        return 0 if self._between is None else self._between.agreed(self._requests.number, step)
+        return 0 if self._vote is None else self._vote.agreed(self._requests.number, step)
 
     def _answer(self) -> int:
         if self._under_way is None:
             return 0
-        asked, pending = self._under_way
+        number, pending = self._under_way
         self._under_way = None
         pending.wait()
-        return int(asked.item())
+        return int(number.item())
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if self._requests.note(number):
             raise StoppedError(f"stopped at once on a second request ({signal.Signals(number).name})")
 
 
-def _between(store: Store, comm: Communicator) -> Between:
+def _vote_of(comm: Communicator, store: Store) -> StopVote:
     topology = comm.topology
     group = str(topology.group_of(comm.rank)) if topology.group_size > 1 else None
-    return Between(store, topology.world_size, group)
+    return StopVote(store, topology.world_size, group)
+
+
+class StopVote:
+    """Workers that train alone agree on the step at which all stop, without waiting for the next merge.
+
+    A worker with a request announces it in the store. Every worker that reads it there, about once a second, writes its
+    step and waits until all have done so. The largest step is the one to stop at; the others train up to it. A worker
+    that waits at a merge for those who wait here cannot vote: then all continue, and stop where they meet.
+
+    Workers of a group share gradients, so a worker that waits here also blocks the others of its group at their next
+    step. They read the store at the same steps, and the first one there decides for the group what it sees.
+
+    Args:
+        store: a store that only this run uses.
+        world_size: the number of workers.
+        group: the name of this worker's group; None if it trains alone.
+    """
+
+    def __init__(self, store: Store, world_size: int, group: str | None = None) -> None:
+        self._store = store
+        self._world_size = world_size
+        self._group = group
+        self._looked = time.monotonic()
+        self._looked_at = self._next_look = -1
+        self._meetings = 0
+        self._patience = _PATIENCE_SECONDS
+        self._number = 0
+        self._target: int | None = None
+        self._given_up = False
+
+    def agreed(self, requested: int, step: int) -> int:
+        """Returns the signal of a request if this is the step to stop at, else 0.
+
+        Args:
+            requested: the signal of a request to this worker; 0 without one.
+            step: the number of steps that this worker has done.
+        """
+        if self._given_up:
+            return 0
+        if self._target is None and self._is_request_seen(requested, step):
+            self._number = int(self._store.get(_REQUEST))
+            self._target = self._settle(step)
+            self._given_up = self._target is None
+        return self._number if step == self._target else 0
+
+    def before_step(self, waits: bool, hides: bool) -> None:
+        """Prepares for a step.
+
+        Args:
+            waits: whether this worker is about to wait for all others, at a merge or a checkpoint.
+            hides: whether a merge is hidden behind the step.
+        """
+        self._patience = _HIDDEN_PATIENCE_SECONDS if hides else _PATIENCE_SECONDS
+        if waits:
+            self._meetings += 1
+            self._store.set(_MEETINGS, str(self._meetings))
+
+    def _is_request_seen(self, requested: int, step: int) -> bool:
+        if self._group is not None:
+            return self._is_request_seen_by(self._group, requested, step)
+        now = time.monotonic()
+        if not requested and now - self._looked < _LOOK_SECONDS:
+            return False
+        self._looked = now
+        return self._is_announced(requested)
+
+    def _is_request_seen_by(self, group: str, requested: int, step: int) -> bool:
+        if step < self._next_look:
+            return False
+        now = time.monotonic()
+        # The number of steps that take about as long as a worker goes without a look.
+        pace = (step - self._looked_at) / max(now - self._looked, 1e-6) if self._looked_at >= 0 else 0
+        ahead = min(max(int(pace * _LOOK_SECONDS), 1), _MAX_STEPS_AHEAD)
+        self._looked, self._looked_at = now, step
+        mine = f"{int(self._is_announced(requested))} {step + ahead}"
+        seen, self._next_look = map(int, self._store.compare_set(f"look/{group}/{step}", "", mine).split())
+        return bool(seen)
+
+    def _is_announced(self, requested: int) -> bool:
+        """Whether a request is in the store; puts this worker's own there."""
+        if requested and not self._store.check([_REQUEST]):
+            self._store.set(_REQUEST, str(requested))
+        return bool(self._store.check([_REQUEST]))
+
+    def _settle(self, step: int) -> int | None:
+        """Votes, and returns the step to stop at; None if not all workers vote."""
+        place = self._store.add(_COUNT, 1)
+        self._store.set(f"step/{place}", str(step))
+        deadline = time.monotonic() + self._patience
+        everyone = [f"step/{place}" for place in range(1, self._world_size + 1)]
+        while not self._store.check([_VERDICT]):
+            if self._store.check(everyone):
+                self._decide(_GO)
+            elif self._is_waited_for() or time.monotonic() > deadline:
+                self._decide(_TOO_LATE)
+            else:
+                time.sleep(_PAUSE_SECONDS)
+        if self._store.get(_VERDICT).decode() == _TOO_LATE:
+            return None
+        return max(int(self._store.get(key)) for key in everyone)
+
+    def _is_waited_for(self) -> bool:
+        """Whether another worker waits for this one at a merge or a checkpoint."""
+        return bool(self._store.check([_MEETINGS])) and int(self._store.get(_MEETINGS)) > self._meetings
+
+    def _decide(self, verdict: str) -> None:
+        # The first verdict counts for all.
+        self._store.compare_set(_VERDICT, "", verdict)

@@ -1,6 +1,7 @@
-"""Where metrics go beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow. Each is imported when it is asked for.
+"""Sends metrics to TensorBoard, Weights & Biases or MLflow, beside metrics.jsonl.
 
-A tracker never ends a run: what it raises is told once, and it is left alone from then on.
+Each is imported only if it is requested. A tracker never ends a run: its first error is logged, and it is not called
+again.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from abtrain.commands.never_fatal import NeverFatal
 from abtrain.commands.train.config import TrainConfig
-from abtrain.commands.train.never_fatal import Aside
 from abtrain.errors import nearest
 
 Numbers = Mapping[str, float]
@@ -24,16 +25,16 @@ class Tracker(Protocol):
     """The interface of a tracker."""
 
     def log(self, step: int, numbers: Numbers) -> None:
-        """Records numbers of a step."""
+        """Records the numbers of a step."""
         ...
 
     def finish(self, numbers: Numbers) -> None:
-        """Records the outcome of a run, and ends."""
+        """Records the result of a run, and closes the tracker."""
         ...
 
 
 class TensorBoard:
-    """Event files in FOLDER/tensorboard, for `tensorboard --logdir`."""
+    """Writes event files to FOLDER/tensorboard, for `tensorboard --logdir`."""
 
     def __init__(self, folder: Path, config: TrainConfig) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -50,12 +51,12 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of project `abtrain`. WANDB_MODE=offline keeps it in FOLDER/wandb, for `wandb sync`."""
+    """Records a run of project `abtrain`. WANDB_MODE=offline keeps it in FOLDER/wandb, for `wandb sync`."""
 
     def __init__(self, folder: Path, config: TrainConfig) -> None:
         import wandb
 
-        # The same folder is the same run, so that one that goes on does not begin another.
+        # The identifier comes from the folder, so a resumed run continues its record.
         number = hashlib.blake2b(str(folder.absolute()).encode(), digest_size=8).hexdigest()
         settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
         self._run: Any = wandb.init(
@@ -71,7 +72,7 @@ class WandB:
 
 
 class MLflow:
-    """A run of experiment `abtrain`, in FOLDER/mlflow unless MLFLOW_TRACKING_URI names another place."""
+    """Records a run of experiment `abtrain`, in FOLDER/mlflow unless MLFLOW_TRACKING_URI is set."""
 
     def __init__(self, folder: Path, config: TrainConfig) -> None:
         import mlflow
@@ -96,7 +97,7 @@ TRACKERS: dict[str, tuple[str, Callable[[Path, TrainConfig], Tracker]]] = {
     "wandb": ("wandb", WandB),
     "mlflow": ("mlflow", MLflow),
 }
-"""By name: the package that it needs, and how it is begun."""
+"""By name, the package that a tracker needs, and its class."""
 
 
 def tracker_problems(names: Sequence[str]) -> list[str]:
@@ -114,31 +115,31 @@ class Trackers:
     """All trackers of a run, none of which can end it.
 
     Args:
-        config: of the run.
-        folder: of the run.
+        config: the settings of the run.
+        folder: the run folder.
     """
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         self._live: dict[str, Tracker] = {}
-        self._aside = Aside()
+        self._never_fatal = NeverFatal()
 
         def begin(name: str) -> None:
             self._live[name] = TRACKERS[name][1](folder, config)
 
         for name in config.track:
-            self._aside(name, begin, name)
+            self._never_fatal(name, begin, name)
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
-        """Records those values of a step that are numbers."""
+        """Records the numeric values of a step."""
         self._each(lambda tracker: tracker.log(step, _numbers(record)))
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Records those values of the outcome that are numbers, and ends."""
+        """Records the numeric values of the result, and closes all trackers."""
         self._each(lambda tracker: tracker.finish(_numbers(result)))
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._live.items()):
-            if not self._aside(name, call, tracker):
+            if not self._never_fatal(name, call, tracker):
                 del self._live[name]
 
 

@@ -13,19 +13,19 @@ from types import TracebackType
 from abtrain.errors import PeerLostError
 from abtrain.files import whole_file
 
-# What collectives that time out get to raise their own error, which says more.
+# Collectives that time out have this long to raise their own error, which is more specific.
 _MARGIN_SECONDS = 10.0
 
 
 class Watchdog:
-    """Inside it, a worker that makes no step for longer than the others wait writes its stacks to a file and ends.
+    """Inside this context a worker that hangs for longer than the others wait writes its stacks to a file and exits.
 
-    Collectives have time-outs of their own; this is for hangs elsewhere, and for backends that wait in silence.
+    Collectives have their own time-outs. This is for hangs elsewhere, and for backends that wait without one.
 
     Args:
-        seconds: that workers wait for each other.
+        seconds: the time that workers wait for each other.
         who: the worker, for the message.
-        file: where stacks go; None: to standard error.
+        file: the file for the stacks; None writes them to standard error.
     """
 
     def __init__(self, seconds: float, who: str, file: Path | None) -> None:
@@ -49,11 +49,11 @@ class Watchdog:
             self.dump()
 
     def beat(self, place: str) -> None:
-        """The worker is alive, and about to do what `place` says."""
+        """Reports that the worker is alive and about to run `place`, which is named if it hangs there."""
         self._place, self._last = place, time.monotonic()
 
     def dump(self) -> str:
-        """Writes the stacks of all threads; says where."""
+        """Writes the stacks of all threads, and returns where they are."""
         if self._file is None:
             faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
             return "standard error"
@@ -70,7 +70,7 @@ class Watchdog:
             if time.monotonic() - self._last > limit:
                 where = self.dump()
                 print(
-                    f"abtrain: error: {self._who} made no step for {limit:g} s, {self._place}: it ends. "
+                    f"abtrain: error: {self._who} made no step for {limit:g} s ({self._place}) and exits. "
                     f"Stacks of its threads: {where}",
                     file=sys.stderr,
                     flush=True,

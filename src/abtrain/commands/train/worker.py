@@ -1,6 +1,6 @@
-"""One worker of a run: joins the others where there are any, and trains.
+"""One worker of a run: joins the other workers, if there are any, and trains.
 
-`main` is a worker that `launch.py` started as a program, `python -m abtrain.commands.train FOLDER`. FOLDER holds the
+`main` is the program of a worker that `launcher.py` starts, `python -m abtrain.commands.train FOLDER`. FOLDER holds the
 settings and the file through which the workers find each other.
 """
 
@@ -27,55 +27,55 @@ from torch.distributed.rendezvous import rendezvous
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.peers import Peers
 from abtrain.comm.torch_distributed import TorchCommunicator, default_communicator
+from abtrain.commands.process import end_at_once, ignore_all
 from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.config_file import from_toml
 from abtrain.commands.train.join import launch_of, meet
 from abtrain.commands.train.loop import train
-from abtrain.commands.train.requests import end_at_once, ignore_all
-from abtrain.commands.train.world import joined_world
+from abtrain.commands.train.world import LAUNCH, is_first, joined_world
 from abtrain.errors import AbtrainError, ConfigurationError, OutOfMemoryError, PeerLostError, StoppedError
 
-_NO_MEMORY = "DefaultCPUAllocator: "  # it has no error of its own
+_NO_MEMORY = "DefaultCPUAllocator: "
+"""Starts the message if the CPU's memory is exhausted, for which torch has no separate exception."""
 _SIGNS_OF_LOSS = ("timeout", "timed out", "connect", "closed by peer", "reset by peer")
-"""In the messages of Gloo, which has no error of its own for a peer that is gone."""
-LAUNCH = "ABTRAIN_LAUNCH"
-"""Identifies a launch of our own with all its attempts."""
+"""Words in Gloo's messages about a lost peer, for which it has no separate exception."""
 SETTINGS_FILE = "config.toml"
 STORE_FILE = "store"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the name that torch gives it
 _START_SECONDS = 30.0
-"""For what follows the meeting. All workers are there, so it takes less than a second unless one of them is lost."""
+"""The time limit for making connections. All workers are present by then, so it takes less than a second unless one of
+them is lost."""
 
 
 def set_up_log() -> None:
-    """The library's log goes to standard error; of several workers, the first speaks for all."""
+    """Sends the library's log to standard error. Of several workers, only the first logs notes."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("abtrain: note: %(message)s"))
     log = logging.getLogger("abtrain")
     log.addHandler(handler)
-    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    log.setLevel(logging.INFO if is_first() else logging.ERROR)
 
 
 def train_alone(config: TrainConfig) -> None:
-    """Trains in this process, without others."""
+    """Trains in this process as the only worker."""
     communicator = default_communicator(config.group_size)
-    # Nothing has to be carried anywhere, so the model may be where it is fastest.
+    # Nothing is sent anywhere, so any device will do.
     communicator.device = torch.device(config.device)
     with memory_named(rank=0):
         train(_grouped(config, communicator), communicator)
 
 
 def _grouped(config: TrainConfig, communicator: Communicator) -> TrainConfig:
-    """The settings with the group size that workers have agreed on."""
+    """Returns the settings with the group size that the workers have agreed on."""
     return dataclasses.replace(config, group_size=communicator.topology.group_size)
 
 
 def train_together(config: TrainConfig, store: Store | None = None) -> None:
-    """Joins the other workers, by the variables that torchrun sets, and trains with them.
+    """Joins the other workers by the variables that torchrun sets, and trains with them.
 
     Args:
         config: valid and resolved; `workers` is WORLD_SIZE.
-        store: where the workers find each other; default the one that torchrun announces.
+        store: the store through which the workers find each other; by default the one at MASTER_ADDR.
     """
     world = joined_world(at_master=store is None)
     if config.device == "cuda":
@@ -92,7 +92,7 @@ def train_together(config: TrainConfig, store: Store | None = None) -> None:
             communicator = _join(config, store, rank)
             peers.learn_hosts()
             if isinstance(communicator, TorchCommunicator):
-                communicator.peers = peers  # whose store also has the word of those who ended by themselves
+                communicator.peers = peers  # in whose store workers say why they end
             train(_grouped(config, communicator), communicator, PrefixStore("stopping", store), launch)
     finally:
         if dist.is_initialized():
@@ -100,13 +100,13 @@ def train_together(config: TrainConfig, store: Store | None = None) -> None:
 
 
 def _join(config: TrainConfig, store: Store, rank: int) -> Communicator:
-    """Makes the process groups. All workers have met, so who is lost from here on is not waited for long.
+    """Creates the process groups. All workers have met, so the wait for one that is lost from here on is short.
 
     Raises:
-        PeerLostError: a worker was lost meanwhile.
+        PeerLostError: a worker was lost.
     """
     timeout = timedelta(seconds=config.timeout)
-    # NCCL connects in its first collectives, which may take longer; it keeps only the store waiting here.
+    # NCCL connects in its first collectives, which may take longer, and uses only the store here.
     first = timedelta(seconds=min(config.timeout, _START_SECONDS))
     store.set_timeout(first)
     try:
@@ -118,25 +118,25 @@ def _join(config: TrainConfig, store: Store, rank: int) -> Communicator:
             timeout=timeout if config.device == "cuda" else first,
         )
         communicator = default_communicator(config.group_size)
-        # Once all workers are here, all have found the settings valid: only then rank 0 may make a run folder.
+        # Once all workers are here, all have found the settings valid. Only then may rank 0 create a run folder.
         communicator.barrier()
     except RuntimeError as error:
-        told = str(error)
-        if not (isinstance(error, dist.DistError) or any(sign in told.lower() for sign in _SIGNS_OF_LOSS)):
+        message = str(error)
+        if not (isinstance(error, dist.DistError) or any(sign in message.lower() for sign in _SIGNS_OF_LOSS)):
             raise
         raise PeerLostError(
             f"rank {rank} lost a peer of {config.workers} at the start, after all had met, while connections were made "
-            f"({told.splitlines()[0][:200]}). Look at the other workers' output"
+            f"({message.splitlines()[0][:200]}). Look at the other workers' output"
         ) from error
     _wait_as_long_as(timeout, store)
     return communicator
 
 
 def _wait_as_long_as(timeout: timedelta, store: Store) -> None:
-    """Gives all collectives from here on this much time."""
+    """Sets the time-out of all further collectives."""
     store.set_timeout(timeout)
     distributed: Any = dist.distributed_c10d
-    # It has had no underscore since torch 2.14.
+    # The function is public since torch 2.14.
     set_timeout = getattr(dist, "set_timeout", None) or distributed._set_pg_timeout
     for group in list(distributed._world.pg_map):
         set_timeout(timeout, group)
@@ -144,32 +144,28 @@ def _wait_as_long_as(timeout: timedelta, store: Store) -> None:
 
 @contextlib.contextmanager
 def _losses_named(peers: Peers) -> Iterator[None]:
-    """The error of a lost peer says who is missing; any other error is told to those who will miss this worker.
-
-    Raises:
-        PeerLostError: with the names.
-    """
+    """Adds the missing ranks to the error about a lost peer, and reports any other error to the remaining workers."""
     try:
         yield
     except OutOfMemoryError as error:
         peers.leave_word(error)
         raise
     except PeerLostError as error:
-        told = peers.roll_call()
-        if told in str(error):
+        missing = peers.roll_call()
+        if missing in str(error):
             raise
-        raise PeerLostError(f"{error}. {told}") from error
+        raise PeerLostError(f"{error}. {missing}") from error
     except BaseException as error:
         peers.leave_word(error)
         raise
 
 
 def _announced_store(rank: int, world_size: int, timeout: timedelta) -> Store:
-    """The store at MASTER_ADDR and MASTER_PORT.
+    """Returns the store at MASTER_ADDR and MASTER_PORT.
 
     Raises:
         ConfigurationError: another program listens there.
-        PeerLostError: who holds it, or those who ought to join it, did not come in time.
+        PeerLostError: the worker that holds the store, or workers that should join it, did not arrive in time.
     """
     try:
         store: Store
@@ -178,40 +174,32 @@ def _announced_store(rank: int, world_size: int, timeout: timedelta) -> Store:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error):
             raise ConfigurationError(
-                f"another program listens at {place}, where workers are to meet: give torchrun another --master-port"
+                f"another program listens at {place}, where workers should meet: give torchrun another --master-port"
             ) from error
         raise PeerLostError(
-            f"rank {rank} waited {timeout.total_seconds():g} s at {place} for the others of {world_size} in vain: look "
-            "at their output, or give more time with --timeout"
+            f"rank {rank} waited {timeout.total_seconds():g} s at {place} for the others of {world_size}, and not all "
+            "arrived: look at their output, or allow more time with --timeout"
         ) from error
     return store
 
 
 @contextlib.contextmanager
 def memory_named(rank: int) -> Iterator[None]:
-    """Turns the various errors of torch and Python for exhausted memory into one message.
-
-    Raises:
-        OutOfMemoryError: it did.
-    """
+    """Turns the various errors of torch and Python for exhausted memory into OutOfMemoryError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        told = str(error)
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and _NO_MEMORY not in told:
+        message = str(error)
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and _NO_MEMORY not in message:
             raise
+        reason = message.splitlines()[0] if message else type(error).__name__
         raise OutOfMemoryError(
-            f"rank {rank} ran out of memory ({told.splitlines()[0] if told else type(error).__name__}): use a smaller "
-            "--batch-size, or fewer --workers on this machine"
+            f"rank {rank} ran out of memory ({reason}): use a smaller --batch-size, or fewer --workers on this machine"
         ) from error
 
 
 def main(folder: Path) -> int:
-    """Trains as a worker of `launch.py`, which learns of an error through the launcher's error file.
-
-    Returns:
-        The exit code.
-    """
+    """Trains as a worker of `launcher.py`, and returns the exit code. An error goes into the launcher's error file."""
     end_at_once()  # until training begins
     threading.Thread(target=_end_with_parent, args=(os.getppid(), folder), daemon=True).start()
     set_up_log()
@@ -222,26 +210,26 @@ def main(folder: Path) -> int:
         train_together(config, FileStore(str(folder / STORE_FILE), config.workers))
     except Exception as error:
         ignore_all()
-        tell_launcher(error)
+        report_to_launcher(error)
         return error.exit_code if isinstance(error, AbtrainError) else AbtrainError.exit_code
     ignore_all()
     return 0
 
 
-def tell_launcher(error: Exception) -> None:
-    """Writes the launcher's error file, whole or not at all.
+def report_to_launcher(error: Exception) -> None:
+    """Writes the launcher's error file completely or not at all.
 
-    The launcher ends workers as soon as another one has failed, and itself fails at a file that was begun.
+    The launcher ends workers as soon as one has failed, and it cannot read an incomplete file.
     """
     file = os.environ[_ERROR_FILE]
-    os.environ[_ERROR_FILE] = begun = f"{file}.begun"
+    os.environ[_ERROR_FILE] = partial = f"{file}.begun"
     get_error_handler().record_exception(error)
     with contextlib.suppress(FileNotFoundError):  # the launcher is gone, and its folder with it
-        Path(begun).replace(file)
+        Path(partial).replace(file)
 
 
 def _end_with_parent(parent: int, folder: Path) -> None:
-    """Ends this worker once the launcher is gone, however that came about: no worker is left alone."""
+    """Ends this worker once the launcher is gone for any reason, so that no worker is left behind."""
     while os.getppid() == parent:
         time.sleep(1)
     shutil.rmtree(folder, ignore_errors=True)  # in the launcher's place

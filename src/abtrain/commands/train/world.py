@@ -1,4 +1,4 @@
-"""Reads the launcher's variables: which worker this process is, and where the others are."""
+"""Reads the launcher's environment variables: which worker this process is, and where the workers meet."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import NamedTuple
 from abtrain.errors import ConfigurationError
 from abtrain.failpoints import ATTEMPT, RESTARTS
 
-_MOST = 10**6  # workers, and attempts; what is more is no number that a launcher wrote
+LAUNCH = "ABTRAIN_LAUNCH"
+"""Identifies one start of our own launcher, with all its attempts."""
+_MAX_COUNT = 10**6  # of workers and attempts; no launcher writes a larger number
 _SET_BY = "start workers with torchrun, which sets it, or unset RANK and WORLD_SIZE to train without a launcher"
 
 
 class WorldError(ConfigurationError):
-    """Variables of a launcher that cannot be. They differ between workers, so each of them speaks for itself."""
+    """A launcher's variables have impossible values. They differ between workers, so each worker reports its own."""
 
 
 class World(NamedTuple):
-    """Which worker this process is."""
+    """The place of this process among the workers."""
 
     rank: int
     size: int
@@ -30,100 +32,100 @@ def is_joined() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_first() -> bool:
+    """Whether this process is rank 0 or has no launcher. Does not check the variables."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def joined_world(at_master: bool = True) -> World:
-    """Which worker a launcher has started this process as.
+    """Returns the place of this process among the launcher's workers.
 
     Args:
-        at_master: whether workers meet where MASTER_ADDR and MASTER_PORT say.
+        at_master: whether workers meet at MASTER_ADDR and MASTER_PORT, which then must be set.
 
     Raises:
-        WorldError: variables that cannot be.
+        WorldError: a variable has an impossible value.
     """
     check_world(at_master=at_master)
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def local_size(default: int) -> int:
-    """Workers on this machine, as the launcher says; `default` if it says nothing.
+    """Returns the number of workers on this machine; `default` if the launcher does not say.
 
     Raises:
-        WorldError: variables that cannot be.
+        WorldError: a variable has an impossible value.
     """
-    check_world()
+    check_world(at_master=False)
     return int(os.environ.get("LOCAL_WORLD_SIZE", default))
 
 
+def is_restarted_by_torchrun() -> bool:
+    """Whether torchrun starts workers again if one of them fails."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
 def check_world(variables: Mapping[str, str] = os.environ, at_master: bool = True) -> None:
-    """Makes sure that the variables of a launcher make sense; none need be set.
+    """Checks the launcher's variables, none of which has to be set.
 
     Args:
-        variables: by name.
+        variables: values by name.
         at_master: as for `joined_world`.
 
     Raises:
-        WorldError: all of them that do not.
+        WorldError: lists every variable that has an impossible value.
     """
-    problems = [_count(variables, name, 0, _MOST, "unset it") for name in (RESTARTS, ATTEMPT)]
-    problems.append(_count(variables, "LOCAL_WORLD_SIZE", 1, _most_here(variables), _SET_BY))
+    problems = [_count_problem(variables, name, 0, _MAX_COUNT, "unset it") for name in (RESTARTS, ATTEMPT)]
+    problems.append(_count_problem(variables, "LOCAL_WORLD_SIZE", 1, _max_local_size(variables), _SET_BY))
     given = [name for name in ("RANK", "WORLD_SIZE") if name in variables]
     if len(given) == 1:
         other = "WORLD_SIZE" if given == ["RANK"] else "RANK"
         problems.append(f"{given[0]} is {variables[given[0]]!r}, but {other} is not set: set both, or neither")
     if len(given) == 2:
-        problems += _rank_problems(variables)
+        problems += [
+            _rank_problem(variables, "RANK", "WORLD_SIZE", _MAX_COUNT),
+            _count_problem(variables, "WORLD_SIZE", 1, _MAX_COUNT, _SET_BY),
+            _rank_problem(variables, "LOCAL_RANK", "LOCAL_WORLD_SIZE", _max_local_size(variables)),
+        ]
         problems += _master_problems(variables) if at_master else []
     found = [problem for problem in problems if problem]
     if found:
         raise WorldError(found)
 
 
-def _rank_problems(variables: Mapping[str, str]) -> list[str]:
-    return [
-        _place(variables, "RANK", "WORLD_SIZE", _MOST),
-        _count(variables, "WORLD_SIZE", 1, _MOST, _SET_BY),
-        _place(variables, "LOCAL_RANK", "LOCAL_WORLD_SIZE", _most_here(variables)),
-    ]
-
-
 def _master_problems(variables: Mapping[str, str]) -> list[str]:
-    problems = [_count(variables, "MASTER_PORT", 1, 2**16 - 1, _SET_BY, needed=True)]
+    problems = []
+    if "MASTER_PORT" in variables:
+        problems.append(_count_problem(variables, "MASTER_PORT", 1, 2**16 - 1, _SET_BY))
+    else:
+        problems.append(f"MASTER_PORT is not set, but must be a whole number from 1 to {2**16 - 1}: {_SET_BY}")
     if not variables.get("MASTER_ADDR", "").strip():
-        held = f"is {variables['MASTER_ADDR']!r}" if "MASTER_ADDR" in variables else "is not set"
-        problems.append(f"MASTER_ADDR {held}, but must name the host where workers meet: {_SET_BY}")
+        state = f"is {variables['MASTER_ADDR']!r}" if "MASTER_ADDR" in variables else "is not set"
+        problems.append(f"MASTER_ADDR {state}, but must name the host where workers meet: {_SET_BY}")
     return problems
 
 
-def _most_here(variables: Mapping[str, str]) -> int:
-    """The most workers that a machine can have."""
-    return _number(variables.get("WORLD_SIZE", "")) or _MOST
+def _max_local_size(variables: Mapping[str, str]) -> int:
+    return _number(variables.get("WORLD_SIZE", "")) or _MAX_COUNT
 
 
-def _place(variables: Mapping[str, str], name: str, size: str, most: int) -> str:
-    """Returns the problem of a rank, which counts from 0 and is below `size` if that is known."""
+def _rank_problem(variables: Mapping[str, str], name: str, size: str, default: int) -> str:
+    """Returns the problem of a rank, which must be below `size` if that is known, else below `default`."""
     known = _number(variables.get(size, ""))
-    below = f" (below {size})" if known else ""
-    return _count(variables, name, 0, (known or most) - 1, _SET_BY, below=below)
+    bound = f" (below {size})" if known else ""
+    return _count_problem(variables, name, 0, (known or default) - 1, _SET_BY, bound)
 
 
-def _count(
-    variables: Mapping[str, str],
-    name: str,
-    least: int,
-    most: int,
-    remedy: str,
-    *,
-    needed: bool = False,
-    below: str = "",
-) -> str:
-    """Returns the problem of a variable that holds a whole number; empty if there is none."""
+def _count_problem(variables: Mapping[str, str], name: str, low: int, high: int, remedy: str, bound: str = "") -> str:
+    """Returns the problem of a variable that must hold a whole number; empty if there is none or it is not set."""
     if name not in variables:
-        return f"{name} is not set, but must be a whole number from {least} to {most}: {remedy}" if needed else ""
-    number = _number(variables[name])
-    if number is not None and least <= number <= most:
         return ""
-    return f"{name} is {variables[name]!r}, but must be a whole number from {least} to {most}{below}: {remedy}"
+    number = _number(variables[name])
+    if number is not None and low <= number <= high:
+        return ""
+    return f"{name} is {variables[name]!r}, but must be a whole number from {low} to {high}{bound}: {remedy}"
 
 
 def _number(text: str) -> int | None:
-    """A number in plain digits; anything else that `int` would take is no launcher's."""
+    """Parses plain digits. `int` would also accept signs, spaces and underscores, which no launcher writes."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 9 else None

@@ -16,7 +16,7 @@ from abtrain.commands.tasks.task import TASKS, Task, batches, build_optimizer, s
 from abtrain.commands.train.config import TrainConfig, resolve
 from abtrain.commands.train.config_problems import validate
 from abtrain.commands.train.loop import train
-from abtrain.commands.train.step import clip_gradients, loss_of
+from abtrain.commands.train.trainer import clip_gradients, loss_of
 from abtrain.errors import ConfigurationError
 
 pytest.importorskip("torchvision")

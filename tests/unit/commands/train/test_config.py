@@ -79,7 +79,7 @@ def test_a_run_folder_is_never_mixed_with_what_is_there(tmp_path: Path) -> None:
     file.write_text("")
     assert "--overwrite" in validate(TrainConfig(out=tmp_path))[0]
     assert validate(TrainConfig(out=tmp_path, overwrite=True)) == []
-    assert "cannot be looked into" in validate(TrainConfig(out=Path("x" * 300)))[0]
+    assert "cannot be read" in validate(TrainConfig(out=Path("x" * 300)))[0]
     assert "is a file" in validate(TrainConfig(out=file, overwrite=True))[0]
 
 

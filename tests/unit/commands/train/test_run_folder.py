@@ -44,7 +44,7 @@ def test_a_new_run_does_not_keep_the_old_result(tmp_path: Path) -> None:
         folder.log({"step": 1})
         folder.finish({"top1": 1})
     with RunFolder(config) as folder:
-        assert not folder.goes_on
+        assert not folder.resumes
         folder.begin(0)
         assert not (tmp_path / "result.json").exists()
         assert (tmp_path / "metrics.jsonl").read_text() == ""
@@ -73,7 +73,7 @@ def test_an_unfinished_run_goes_on_with_what_was_recorded_before(tmp_path: Path)
         torn.write('{"step": 2, "lo')
     assert (tmp_path / "outcome.json").exists()
     with RunFolder(dataclasses.replace(config, workers=7, log_every=3)) as folder:
-        assert folder.goes_on
+        assert folder.resumes
         folder.begin(2)
         folder.log({"step": 4})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -89,7 +89,7 @@ def test_an_unfinished_run_of_other_settings_is_kept(tmp_path: Path) -> None:
         RunFolder(dataclasses.replace(config, lr=0.1, seed=3))
     for replaced in ({"overwrite": True}, {"resume": False}):
         with RunFolder(dataclasses.replace(config, lr=0.1, **replaced)) as folder:  # type: ignore[arg-type]
-            assert not folder.goes_on
+            assert not folder.resumes
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_tracker_that_fails_is_told_once_and_left_alone(
         assert trained(tmp_path, "failing")["steps"] == 4
     assert len(made) == 1 and len(made[0].calls) == calls
     assert [record.message for record in caplog.records] == [
-        "failing failed (RuntimeError: no network): the run goes on without it"
+        "failing failed (RuntimeError: no network): the run continues without it"
     ]
 
 

@@ -7,16 +7,16 @@ from collections.abc import Callable
 import pytest
 from torch.distributed import HashStore
 
-from abtrain.commands.train import stop_vote as between
-from abtrain.commands.train.stop_vote import Between
+from abtrain.commands.train import stopping
+from abtrain.commands.train.stopping import StopVote
 
 
-def stopped_at(workers: list[Callable[[Between], int]]) -> list[int]:
+def stopped_at(workers: list[Callable[[StopVote], int]]) -> list[int]:
     """Where each worker, a thread, stops; what they return."""
     store, ended = HashStore(), [0] * len(workers)
 
     def run(rank: int) -> None:
-        ended[rank] = workers[rank](Between(store, len(workers)))
+        ended[rank] = workers[rank](StopVote(store, len(workers)))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(workers))]
     for thread in threads:
@@ -26,8 +26,8 @@ def stopped_at(workers: list[Callable[[Between], int]]) -> list[int]:
     return ended
 
 
-def training(pause: float, asked_at: int | None, steps: int = 100_000) -> Callable[[Between], int]:
-    def worker(part: Between) -> int:
+def training(pause: float, asked_at: int | None, steps: int = 100_000) -> Callable[[StopVote], int]:
+    def worker(part: StopVote) -> int:
         for step in range(steps):
             number = part.agreed(15 if asked_at is not None and step >= asked_at else 0, step)
             if number:
@@ -47,9 +47,9 @@ def test_all_stop_at_the_step_of_the_foremost() -> None:
 
 def test_one_who_cannot_answer_lets_the_others_train_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits at a merge, and answers once it is too late."""
-    monkeypatch.setattr(between, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(stopping, "_PATIENCE_SECONDS", 0.5)
 
-    def waiting(part: Between) -> int:
+    def waiting(part: StopVote) -> int:
         time.sleep(2.5)
         return training(0.001, None, steps=50)(part)
 
@@ -59,7 +59,7 @@ def test_one_who_cannot_answer_lets_the_others_train_on(monkeypatch: pytest.Monk
 def test_who_waits_at_a_merge_is_not_waited_for() -> None:
     """It has said that it would, so the others train on at once."""
     store = HashStore()
-    ahead, behind = Between(store, 2), Between(store, 2)
+    ahead, behind = StopVote(store, 2), StopVote(store, 2)
     ahead.before_step(waits=True, hides=False)
     began = time.monotonic()
     assert behind.agreed(15, 7) == 0
@@ -70,7 +70,7 @@ def test_who_waits_at_a_merge_is_not_waited_for() -> None:
 def test_workers_of_a_group_find_out_at_the_same_step(first: int) -> None:
     """Whoever looks first decides for the group, whatever has been asked since."""
     store = HashStore()
-    group = [Between(store, 2, "0"), Between(store, 2, "0")]
+    group = [StopVote(store, 2, "0"), StopVote(store, 2, "0")]
     assert group[first].agreed(0, 5) == 0
     # The other one was asked meanwhile: it would wait alone now.
     assert group[1 - first].agreed(15, 5) == 0

@@ -1,0 +1,256 @@
+"""Our own launcher: starts the workers of a run on this machine, watches them, and starts them again.
+
+Workers start through PyTorch's elastic launcher and find each other through files, so that nothing listens beyond the
+loopback interface. PyTorch's usual TCPStore would listen on all interfaces, whatever its host name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from rich.console import Console
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from abtrain.commands.process import PASSED_ON, SIGNALS, Requests, stopped_message
+from abtrain.commands.train import worker
+from abtrain.commands.train.config import TrainConfig
+from abtrain.commands.train.config_file import to_toml
+from abtrain.commands.train.folder_content import RESULT_FILE
+from abtrain.commands.train.run_folder import default_folder
+from abtrain.commands.train.world import LAUNCH
+from abtrain.errors import AbtrainError, ConfigurationError, OutOfMemoryError, PeerLostError, StoppedError
+from abtrain.failpoints import ATTEMPT
+from abtrain.files import is_regular
+
+log = logging.getLogger("abtrain")
+
+_SHUTDOWN_SECONDS = 30  # for workers to save and to end by themselves; the same as torchrun's
+_RETRY_SECONDS = 0.1
+_PROGRAM = "abtrain.commands.train"
+_RESTARTED = frozenset({AbtrainError.exit_code, PeerLostError.exit_code})
+"""Exit codes of runs that may succeed the next time: a worker died, or an unforeseen error occurred."""
+
+
+def start_workers(config: TrainConfig) -> None:
+    """Runs the workers of a run, and returns when all are done.
+
+    Raises:
+        StoppedError: a request to stop was received, and all workers have ended.
+        AbtrainError: the error of the worker that failed first; all others have ended.
+    """
+    # All attempts use the same folder.
+    config = dataclasses.replace(config, out=config.out or default_folder(config))
+    # The launcher's own log repeats, at length, what is raised here.
+    launcher_log = logging.getLogger("torch.distributed.elastic")
+    launcher_log.propagate = False
+    launcher_log.addHandler(logging.NullHandler())
+    started = time.time()
+    try:
+        with PassingOn():
+            _start_until_done(config)
+    except SignalException as stopped:
+        # A run that is in its evaluation finishes it: there is nothing left to stop.
+        if not _is_done(config, started):
+            raise StoppedError(str(stopped)) from None
+    finally:
+        # A worker that was killed could not restore the cursor that its progress bar hid.
+        Console().show_cursor()
+
+
+def _is_done(config: TrainConfig, started: float) -> bool:
+    """Whether a run has finished in the folder since `started`."""
+    result = None if config.out is None else config.out / RESULT_FILE
+    return result is not None and is_regular(result) and result.stat().st_mtime >= started
+
+
+def _start_until_done(config: TrainConfig) -> None:
+    """Starts workers, and starts them again if one of them dies, as often as the settings allow.
+
+    Raises:
+        AbtrainError: the error of the last attempt. Errors that would occur again, and requests to stop, allow no other
+            attempt.
+        SignalException: this process received a request to stop.
+    """
+    launch, started = uuid.uuid4().hex, time.time()
+    for attempt in itertools.count():
+        # Workers that are stopped while they start may still write into it.
+        scratch = tempfile.TemporaryDirectory(prefix="abtrain-", ignore_cleanup_errors=True)
+        with scratch as name, _worker_environment(attempt, launch):
+            folder = Path(name)
+            (folder / worker.SETTINGS_FILE).write_text(to_toml(config), encoding="utf-8")
+            try:
+                elastic_launch(_launch_config(config, folder), sys.executable)("-m", _PROGRAM, name)
+                return
+            except ChildFailedError as failed:
+                error = _first_error(list(failed.failures.values()))
+        last = attempt == config.max_restarts or _is_done(config, started)
+        if error.exit_code not in _RESTARTED or last:
+            raise error
+        log.info("%s", error)
+        log.info("workers are started again, restart %d of at most %d", attempt + 1, config.max_restarts)
+
+
+def _launch_config(config: TrainConfig, folder: Path) -> LaunchConfig:
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.workers,
+        run_id="abtrain",
+        role="worker",
+        rdzv_backend="c10d",
+        rdzv_endpoint=str(folder / "rendezvous"),
+        rdzv_configs={"store_type": "file"},
+        max_restarts=0,  # it would restart workers after any error
+        local_addr="127.0.0.1",
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
+        # `PassingOn` handles the others.
+        signals_to_handle="SIGQUIT",
+        shutdown_timeout=_SHUTDOWN_SECONDS,
+    )
+
+
+@contextlib.contextmanager
+def _worker_environment(attempt: int = 0, launch: str = "") -> Iterator[None]:
+    """Sets the variables that workers of this attempt inherit from this process, and restores them after it."""
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    before = dict(os.environ)
+    os.environ |= {
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": loopback,
+        # Otherwise the launcher opens a TCPStore for the workers, on all interfaces.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        ATTEMPT: str(attempt),
+        LAUNCH: launch,
+    }
+    # As torchrun does: workers that each use all cores slow each other down.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class PassingOn:
+    """Inside this context the launcher passes requests to stop on to its workers.
+
+    At the first request the launcher waits for the workers to save; a second one ends them at once. PyTorch's launcher
+    does both at a SignalException. That is raised in whatever code the main thread runs. If this is a destructor or a
+    callback, Python drops the exception. So a thread sends the signal again until the exception is being handled.
+    """
+
+    def __init__(self) -> None:
+        self._requests = Requests()
+        self._handlers = contextlib.ExitStack()
+        self._error: SignalException | None = None
+        self._asked = threading.Event()
+        self._over = threading.Event()
+        self._retries = False
+        self._thread = threading.Thread(target=self._insist, name="abtrain requests", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+        self._handlers.enter_context(self._requests.handled_by(self._note))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._asked.set()
+        self._thread.join()
+        self._handlers.close()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._over.is_set():
+            return
+        if self._retries:
+            self._retries = False
+            if self._error is not None and not _is_handled(self._error):
+                raise self._error
+            return
+        first = not self._requests.number
+        again = self._requests.note(number)
+        if first:
+            self._error = SignalException(stopped_message(number), PASSED_ON)
+        elif again:
+            name = signal.Signals(number).name
+            self._error = SignalException(f"stopped at once on a second request ({name})", signal.SIGTERM)
+        else:
+            return
+        self._asked.set()
+        raise self._error
+
+    def _insist(self) -> None:
+        self._asked.wait()
+        while not self._over.wait(_RETRY_SECONDS):
+            self._retries = True
+            os.kill(os.getpid(), self._requests.number)
+
+
+def _is_handled(error: BaseException) -> bool:
+    """Whether the main thread, interrupted by a signal, is inside an `except` or `finally` clause for the error."""
+    current = sys.exc_info()[1]
+    while current is not None:
+        if current is error:
+            return True
+        current = current.__context__
+    return False
+
+
+def _first_error(failures: list[ProcessFailure]) -> AbtrainError:
+    """Returns the error that made the run fail, as the worker raised it."""
+    # A worker that had to be killed long after others had failed did not react: it was frozen or unreachable.
+    long_before = min(failure.timestamp for failure in failures) + _SHUTDOWN_SECONDS - 1
+    frozen = [f for f in failures if f.exitcode == -signal.SIGKILL and f.timestamp >= long_before]
+    rest = [failure for failure in failures if failure not in frozen] or failures
+    first = min(rest, key=lambda failure: (_is_consequence(failure), failure.timestamp))
+    if -first.exitcode in (*SIGNALS, PASSED_ON):
+        name = first.signal_name()
+        return StoppedError(f"stopped on request ({name} at worker {first.local_rank}, before training began)")
+    if first.exitcode < 0:
+        why = "if the machine ran out of memory, use fewer --workers or a smaller --batch-size"
+        remedy = f": {why}" if first.exitcode == -signal.SIGKILL else ""
+        return PeerLostError(f"worker {first.local_rank} was killed by {first.signal_name()}{remedy}")
+    error = _error_of(first)
+    if frozen and type(error) is PeerLostError:
+        ranks = ", ".join(str(failure.local_rank) for failure in frozen)
+        return PeerLostError(
+            f"{error}. Worker {ranks} did not react to SIGTERM for {_SHUTDOWN_SECONDS} s and was killed: it was frozen"
+        )
+    return error
+
+
+def _error_of(failure: ProcessFailure) -> AbtrainError:
+    """Returns the error that a worker left in its error file."""
+    content = failure.error_file_data.get("message", "")
+    if not isinstance(content, dict):
+        return AbtrainError(f"worker {failure.local_rank} ended with exit code {failure.exitcode} and left no message")
+    kind = {kind.exit_code: kind for kind in AbtrainError.__subclasses__()}.get(failure.exitcode)
+    if kind is None:  # for an unforeseen error the place where it occurred is what helps
+        return AbtrainError(f"worker {failure.local_rank} failed\n{content['extraInfo']['py_callstack']}")
+    message = content["message"].partition(": ")[2]
+    return ConfigurationError(message.splitlines()) if kind is ConfigurationError else kind(message)
+
+
+def _is_consequence(failure: ProcessFailure) -> bool:
+    """Whether a worker ended because another one had ended."""
+    content = failure.error_file_data.get("message", "")
+    own = isinstance(content, dict) and content["message"].startswith(f"{OutOfMemoryError.__name__}: ")
+    # A worker that loses its peers while it ends aborts.
+    ended = failure.exitcode in (-signal.SIGTERM, -PASSED_ON, -signal.SIGABRT)
+    return ended or (failure.exitcode == PeerLostError.exit_code and not own)

@@ -1,0 +1,139 @@
+"""One worker's training: the engine around a task's model, and one step. Shared by real and simulated workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from abtrain.checkpoint.digest import weights_digest
+from abtrain.comm.communicator import Communicator
+from abtrain.commands.tasks.choices import Precision
+from abtrain.commands.tasks.samples import Data
+from abtrain.commands.tasks.task import TASKS, Task, build_optimizer, build_schedule, evaluate
+from abtrain.commands.train.config import TrainConfig, recipe_of
+from abtrain.engine.ab_training import ABTraining
+from abtrain.errors import NonFiniteError
+from abtrain.recipes.recipe import Position
+from abtrain.recipes.sync import GradientSync
+from abtrain.version import __version__
+
+
+class Trainer:
+    """A task's model with its optimizer, schedule and engine. Building it is collective over the world.
+
+    Args:
+        config: valid and resolved.
+        model: of the config's task, on the communicator's device.
+        communicator: connects this worker to the others.
+
+    Attributes:
+        parameters: the number of parameters before any of them is factored.
+    """
+
+    def __init__(self, config: TrainConfig, model: nn.Module, communicator: Communicator) -> None:
+        assert config.steps is not None and config.lr is not None and config.weight_decay is not None
+        self.config, self.task, self.model = config, TASKS[config.task], model
+        self.parameters = sum(p.numel() for p in model.parameters())
+        optimizer = build_optimizer(model, config.lr, config.weight_decay)
+        self.schedule = build_schedule(optimizer, config.steps, self.task.lr_warmup)
+        self.ab = ABTraining(
+            model,
+            optimizer,
+            recipe_of(config),
+            communicator=communicator,
+            on_nonfinite=config.on_nonfinite,
+            measure_divergence=config.divergence,
+        )
+
+    def optimizer_step(self, position: Position, x: Tensor, y: Tensor) -> tuple[float, float]:
+        """Takes one optimizer step on a batch. The caller still has to call `ab.step`.
+
+        Returns:
+            The loss and the learning rate of the step.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite, and `on_nonfinite` cannot do without this worker or step.
+        """
+        ab = self.ab
+        lr = float(self.schedule.get_last_lr()[0]) * ab.lr_factor
+        loss = loss_of(ab, self.task, x, y, self.config.precision)
+        value = loss.item()
+        self._check_loss(value, lr, position)
+        loss.backward()
+        clip_gradients(ab.optimizer, self.config.clip)
+        ab.optimizer.step()
+        self.schedule.step()
+        ab.optimizer.zero_grad()
+        return value, lr
+
+    def _check_loss(self, value: float, lr: float, position: Position) -> None:
+        policy, phase = self.config.on_nonfinite, position.phase
+        shared = isinstance(phase.sync, GradientSync)
+        if not math.isfinite(value) and (policy == "stop" or (shared and policy != "skip")):
+            # Before this worker's gradients reach the others; the launcher ends those.
+            raise NonFiniteError(
+                f"the loss of worker {self.ab.communicator.rank} is {value} at step {self.ab.steps_done} "
+                f"({phase.name}), learning rate {lr:.3g}: lower --lr (now {self.config.lr}), or try another --seed"
+            )
+
+    def result(self, seconds: float, data: Data) -> dict[str, Any]:
+        """Evaluates the model and returns the content of result.json. Call it inside `ab.merged()`."""
+        ab, config = self.ab, self.config
+        meter, topology = ab.communicator.meter, ab.communicator.topology
+        payload, svd = meter.payload(), ab.seconds["svd"]
+        return {
+            "recipe": config.recipe_name,
+            "task": config.task,
+            "seed": config.seed,
+            "world_size": topology.world_size,
+            "group_size": topology.group_size,
+            "steps": ab.steps_done,
+            **evaluate(self.model, self.task, data),
+            "seconds": {
+                "total": seconds,
+                "compute": seconds - meter.sync_seconds - svd,
+                "sync": meter.sync_seconds,
+                "svd": svd,
+            },
+            "payload_bytes": payload,
+            # DDP sends the gradient of every parameter, 4 bytes each, at every step.
+            "payload_ratio": payload["total"] / (4 * self.parameters * ab.steps_done),
+            "parameters": self.parameters,
+            "compression": ab.compression,
+            "ranks": ab.rank_history,
+            "dropped_parts": ab.dropped_parts,
+            "weights_digest": weights_digest(ab.dense_state_dict()),
+            "schedule": repr(ab.recipe),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "abtrain": __version__},
+            "hardware": _hardware(ab.communicator.device),
+            "config": dataclasses.asdict(config),
+        }
+
+
+def loss_of(model: Callable[[Tensor], Any], task: Task, x: Tensor, y: Tensor, precision: Precision | None) -> Tensor:
+    """Returns the task's training loss on a batch, under autocast to bf16 if that is the precision."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return task.loss(model(x), y)
+
+
+def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> None:
+    """Scales all gradients so that their joint norm is at most `max_norm`; 0 or None leaves them unchanged."""
+    if max_norm:
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cores": os.cpu_count(),
+        "threads_per_worker": torch.get_num_threads(),
+    }
