@@ -395,8 +395,8 @@ def test_what_only_shows_a_run_cannot_end_it(
 @pytest.mark.parametrize(
     ("train_samples", "test_samples", "error", "why"),
     [
-        (0, 9, DataError, "0 samples to train on"),
-        (9, 0, DataError, "0 to be judged by"),
+        (0, 9, DataError, "0 training samples"),
+        (9, 0, DataError, "and 0 test samples"),
         (2, 9, ConfigurationError, "2 samples are too few for 3 workers: use at most 2 --workers"),
         (9, 9, ConfigurationError, "use a batch size of at most 3"),
     ],

@@ -21,7 +21,7 @@ from abtrain.recipes.recipe import Recipe
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a task by a recipe, on workers that this command starts or on those of torchrun."""
+    """Train a task by a recipe, on workers of its own or on those of torchrun."""
 
     recipe: Annotated[
         Positional[str],
