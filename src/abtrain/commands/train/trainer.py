@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch.optim import Optimizer
 
 from abtrain.checkpoint.digest import weights_digest
 from abtrain.comm.communicator import Communicator
+from abtrain.commands.circumstances import hardware, versions
 from abtrain.commands.tasks.choices import Precision
 from abtrain.commands.tasks.samples import Data
 from abtrain.commands.tasks.task import TASKS, Task, build_optimizer, build_schedule, evaluate
@@ -23,7 +22,6 @@ from abtrain.engine.ab_training import ABTraining
 from abtrain.errors import NonFiniteError
 from abtrain.recipes.recipe import Position
 from abtrain.recipes.sync import GradientSync
-from abtrain.version import __version__
 
 
 class Trainer:
@@ -87,7 +85,7 @@ class Trainer:
     def result(self, seconds: float, data: Data) -> dict[str, Any]:
         """Evaluates the model and returns the content of result.json. Call it inside `ab.merged()`."""
         ab, config = self.ab, self.config
-        meter, topology = ab.communicator.meter, ab.communicator.topology
+        meter, topology, device = ab.communicator.meter, ab.communicator.topology, ab.communicator.device
         payload, svd = meter.payload(), ab.seconds["svd"]
         return {
             "recipe": config.recipe_name,
@@ -112,8 +110,12 @@ class Trainer:
             "dropped_parts": ab.dropped_parts,
             "weights_digest": weights_digest(ab.dense_state_dict()),
             "schedule": repr(ab.recipe),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "abtrain": __version__},
-            "hardware": _hardware(ab.communicator.device),
+            "versions": versions(),
+            "hardware": {
+                **hardware(),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                "threads_per_worker": torch.get_num_threads(),
+            },
             "config": dataclasses.asdict(config),
         }
 
@@ -128,12 +130,3 @@ def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> None:
     """Scales all gradients so that their joint norm is at most `max_norm`; 0 or None leaves them unchanged."""
     if max_norm:
         torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
-
-
-def _hardware(device: torch.device) -> dict[str, Any]:
-    return {
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cores": os.cpu_count(),
-        "threads_per_worker": torch.get_num_threads(),
-    }
