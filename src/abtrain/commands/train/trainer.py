@@ -110,7 +110,7 @@ class Trainer:
             "dropped_parts": ab.dropped_parts,
             "weights_digest": weights_digest(ab.dense_state_dict()),
             "schedule": repr(ab.recipe),
-            "versions": versions(),
+            "versions": {**versions(), "torch": torch.__version__},
             "hardware": {
                 **hardware(),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
