@@ -50,9 +50,9 @@ def _average(progress: Progress, rounds: Rounds) -> AbstractContextManager[None]
     return nullcontext() if equal else shared.with_first_buffers()
 
 
-def _meet(progress: Progress, rounds: Rounds, told: int = 0) -> bool:
+def _meet(progress: Progress, rounds: Rounds, number: int = 0) -> bool:
     """Checks that all workers are at the same step. Returns whether they sent the same number. Collective."""
     recipe, position = progress.recipe, progress.position
     phase = len(recipe.phases) if position is None else position.phase_index
-    rows = rounds.roll_call(progress.steps_done, phase, recipe.at, (told, 0.0))
+    rows = rounds.roll_call(progress.steps_done, phase, recipe.at, (number, 0.0))
     return len({row[0] for row in rows}) == 1

@@ -130,7 +130,7 @@ class Rounds:
             tensor.copy_(self.merger.eager(sync.merge, name, started[name]))
         return False
 
-    def roll_call(self, step: int, phase: int, at: Callable[[int], Position], told: Told = (0, 0.0)) -> list[Told]:
+    def roll_call(self, step: int, phase: int, at: Callable[[int], Position], numbers: Told = (0, 0.0)) -> list[Told]:
         """Checks, during a round, that all workers are about to average the same tensors. Collective over the world.
 
         Messages of merges under way go first, in the order of the steps to come, up to the next merge. So a worker that
@@ -140,7 +140,7 @@ class Rounds:
             step: the number of steps that are done.
             phase: the index of the phase in the recipe.
             at: returns the position of a step in the recipe.
-            told: two numbers for all other workers.
+            numbers: two numbers for all other workers.
 
         Returns:
             The numbers of each worker, in rank order.
@@ -156,7 +156,7 @@ class Rounds:
             if position.merges:
                 break
             ahead += 1
-        calling = roll_call(self._comm, self.shared.place(step, phase), told)
+        calling = roll_call(self._comm, self.shared.place(step, phase), numbers)
         next(calling)
         # In a merge, the others wait for its roll call one step after it began, and advance older merges before.
         self._go_ahead(ahead + 1)

@@ -1,4 +1,4 @@
-"""From the name of a wire to the wire."""
+"""Wires, built by name."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from abtrain.recipes.wires import WireName
 
 
 def make_wire(name: str) -> Wire:
-    """The wire called `name` (see `WireName.parse`), with nothing kept yet.
+    """Returns a new wire of that name (see `WireName.parse`).
 
     Raises:
-        ConfigurationError: no wire is called so.
+        ConfigurationError: no wire has this name.
     """
     parsed = WireName.parse(name)
     wire: Wire = resolve_name(parsed.wire)(**parsed.values)

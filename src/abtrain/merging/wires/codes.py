@@ -1,9 +1,9 @@
-"""Numbers in few bits: a 1-D float32 tensor <-> a 1-D tensor of bytes. Pure: no communication.
+"""Codes of few bits: a 1-D float32 tensor <-> a 1-D tensor of bytes.
 
-Integers are block-scaled: every block of numbers has a scale of its own, sent as bfloat16. That of int8, int4 and int3
-is the block's largest magnitude over the largest integer, so a number is off by at most half a scale. That of ternary
-numbers (-1, 0, 1) is the mean magnitude of those that do not become 0 (Li et al., arXiv 1605.04711): a block loses less
-than it holds, which is all that error feedback asks for (Karimireddy et al., arXiv 1901.09847).
+Integers are scaled by block: each block of numbers has a scale, sent as bfloat16. For int8, int4 and int3 it is the
+block's largest magnitude over the largest integer, so the error of a number is at most half a scale. For ternary
+numbers (-1, 0, 1) it is the mean magnitude of those that do not become 0 (Li et al., arXiv 1605.04711). The error of a
+block is smaller than the block, which is all that error feedback asks for (Karimireddy et al., arXiv 1901.09847).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Code:
     """A way to write numbers in bytes.
 
     Attributes:
-        name: what it is called.
-        bits: of one number; five ternary ones share a byte, and eight of three bits share three.
+        name: of the code.
+        bits: per number; five ternary numbers share one byte, eight of three bits share three.
         block: how many numbers share a scale; 0: no scales.
     """
 
@@ -32,21 +32,21 @@ class Code:
 
     @property
     def exact(self) -> bool:
-        """Whether float32 comes back as it went in."""
+        """Whether decoding restores float32 without error."""
         return self.bits == 32
 
     @property
     def granule(self) -> int:
-        """Only a multiple of so many numbers can be written."""
+        """The number of numbers that are written together: counts have to be multiples of it."""
         return self.block or 1
 
     def nbytes(self, count: int) -> int:
-        """Bytes that `count` numbers take, scales included."""
+        """Returns the bytes of `count` numbers, scales included."""
         scales = count // self.block * _SCALE.itemsize if self.block else 0
         return round(count * self.bits / 8) + scales
 
     def encode(self, numbers: Tensor) -> Tensor:
-        """(count,) finite float32 -> (nbytes(count),) uint8; count a multiple of `granule`."""
+        """Encodes (count,) finite float32 as (nbytes(count),) uint8; count is a multiple of `granule`."""
         if not self.block:
             return numbers.to(_FLOATS[self.name]).view(torch.uint8)
         blocks = numbers.view(-1, self.block)
@@ -55,11 +55,11 @@ class Code:
         return torch.cat([scales.view(torch.uint8), _packed(integers, self.bits)])
 
     def decode(self, data: Tensor, count: int) -> Tensor:
-        """(nbytes(count),) uint8 -> (count,) float32."""
+        """Decodes (nbytes(count),) uint8 to (count,) float32."""
         if not self.block:
             return data.view(_FLOATS[self.name]).float()
         split = count // self.block * _SCALE.itemsize
-        # A copy, since the integers start where a bfloat16 need not.
+        # A copy, because the bytes may not be aligned for bfloat16.
         scales = data[:split].clone().view(_SCALE).float()
         integers = _unpacked(data[split:], self.bits).view(-1, self.block)
         return (integers * scales[:, None]).view(-1)
@@ -85,21 +85,21 @@ _BYTE_SHIFTS = torch.arange(0, 24, 8, dtype=torch.int32)
 
 
 def _uniform(blocks: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Scales (blocks,) and integers from -limit to limit, of the shape of `blocks`."""
-    # The scale as the receiver will read it decides; rounded up, so that no number is cut off.
+    """Returns scales (blocks,) and integers from -limit to limit, of the shape of `blocks`."""
+    # The scale is rounded as the receiver reads it, and upwards, so that no number is cut off.
     scales = _rounded_up(blocks.abs().amax(dim=1) / limit)
     safe = torch.where(scales > 0, scales, 1).float()
     return scales, (blocks / safe[:, None]).round_().clamp_(-limit, limit).to(torch.int8)
 
 
 def _ternary(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales (blocks,) and the signs of what is above 0.7 of the mean magnitude, 0 elsewhere: of the shape of `blocks`.
+    """Returns scales (blocks,) and, of the shape of `blocks`, the signs of numbers above 0.7 of the mean magnitude.
 
-    0.7 is near the least error for normal and uniform numbers alike (Li et al., section 2.2); the scale is then the
-    one of the least error.
+    The threshold 0.7 is near the least error for normal and for uniform numbers (Li et al., section 2.2). The scale is
+    that of the least error.
     """
     largest = blocks.abs().amax(dim=1, keepdim=True)
-    # Shares of the largest, since a sum of large numbers may be infinite.
+    # Divided by the largest, because the sum of large numbers may be infinite.
     shares = blocks.abs() / torch.where(largest > 0, largest, 1)
     kept = shares > 0.7 * shares.mean(dim=1, keepdim=True)
     mean = torch.where(kept, shares, 0).sum(dim=1) / kept.sum(dim=1).clamp(min=1)

@@ -1,13 +1,12 @@
 """The wire that sends every number: an average over the world, in few bits, with error feedback.
 
-A narrow merge is narrow both ways: each worker sends every other one its chunk of the numbers, adds up the chunks that
-it gets in float32, and sends the average back, encoded again. So what crosses the network shrinks, not only a counter.
-The way back may have a wider code: what rounding takes on the way there differs from worker to worker and is averaged,
-what it takes on the way back is the same for all.
+A narrow merge is narrow in both directions. Each worker sends every other worker a chunk of its numbers, sums the
+chunks that it receives in float32, and sends their average back, encoded again. The reply may have a wider code:
+rounding errors of the first direction differ between workers and average out, those of the reply are common to all.
 
-What rounding takes from a number is handed back, for the caller to add it the next time (error feedback, Seide et al.
-2014; Karimireddy et al., arXiv 1901.09847). The worker that averages a chunk keeps what its own rounding took from the
-average as well. Over all merges, what workers received and what they kept sum to the truth.
+Rounding errors are returned to the caller, who adds them to the next merge (error feedback, Seide et al. 2014;
+Karimireddy et al., arXiv 1901.09847). The worker that averages a chunk also keeps the rounding error of its reply.
+Summed over all merges, averages plus errors equal the exact average.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from abtrain.merging.wires.codes import CODES, Code
 from abtrain.merging.wires.wire import Averages, Wire
 
 CAPACITY = 64 * 2**20
-"""Bytes of float32 that are encoded and sent at once: what a merge needs beside the weights."""
+"""Bytes of float32 that are encoded and sent at once: the memory that a merge needs in addition to the weights."""
 
 
 class DirectWire(Wire):
     """Sends every number, in one code.
 
     Args:
-        code: in which numbers are sent.
-        reply: in which their average comes back; by default the same.
+        code: the code of the numbers.
+        reply: the code of their average; by default the same.
     """
 
     def __init__(self, code: str, reply: str | None = None) -> None:
@@ -64,7 +63,7 @@ class DirectWire(Wire):
 def _average_narrowly(
     tensors: Sequence[Tensor], code: Code, reply: Code, comm: Communicator
 ) -> Stages[tuple[list[Tensor], list[Tensor]]]:
-    """Averages and this worker's errors, in float32."""
+    """Returns averages and this worker's errors, in float32."""
     wanted = [tensor.float() for tensor in tensors]
     buckets = pack(wanted, CAPACITY)
     # Gloo exchanges tensors on the CPU only.
@@ -80,20 +79,13 @@ def _average_narrowly(
 
 
 def _chunk_of(count: int, workers: int, code: Code, reply: Code) -> int:
-    """How many of `count` numbers each of the workers averages: the last ones may get fewer, the rest is padding."""
+    """Returns how many of `count` numbers each worker averages. Padding fills up the last chunk."""
     granule = math.lcm(code.granule, reply.granule)
     return -(-count // (workers * granule)) * granule
 
 
 class _Exchange:
-    """One bucket's way: chunks are sent on construction, `reply` sends averages back, `outcome` gathers them.
-
-    Args:
-        flat: (count,) float32.
-        code: in which it is sent.
-        reply: in which averages are sent back.
-        comm: of this worker.
-    """
+    """The exchange of one bucket, (count,) float32: sends chunks, then averages, and then gathers these."""
 
     def __init__(self, flat: Tensor, code: Code, reply: Code, comm: Communicator) -> None:
         self._code, self._reply_code, self._comm, self._count = code, reply, comm, flat.numel()
@@ -106,18 +98,18 @@ class _Exchange:
 
     def reply(self) -> None:
         workers = self._comm.topology.world_size
-        # In rank order and in float32; every other worker takes over these very bits.
+        # In rank order and in float32; all other workers take over these bits.
         total = self._error.new_zeros(self._chunk)
         for row in self._chunks.wait():
             total += self._code.decode(row, self._chunk)
         total /= workers
         reply = self._reply_code.encode(total)
-        # The average is divided by the number of workers: what its rounding took is that much larger in one's part.
+        # An average is divided by the number of workers: its rounding error is that much larger in one worker's part.
         self._error[self._comm.rank] += workers * (total - self._reply_code.decode(reply, self._chunk))
         self._replies = self._comm.launch_all_gather(reply)
 
     def outcome(self) -> tuple[Tensor, Tensor]:
-        """The average (count,), and what rounding took from this worker's part of it."""
+        """Returns the average (count,), and the rounding error of this worker's part of it."""
         mean = torch.cat([self._reply_code.decode(row, self._chunk) for row in self._replies.wait()])
         return mean[: self._count], self._error.view(-1)[: self._count]
 

@@ -1,13 +1,12 @@
-"""Changes of whole matrices, sent as low-rank factors: PowerSGD's algorithm, on what a round changed.
+"""Changes of matrices, sent as low-rank factors: PowerSGD's algorithm, for the changes of a round.
 
 Vogels, Karimireddy, Jaggi, "PowerSGD" (arXiv 1905.13727), algorithm 1, with the change of a weight in the place of its
-gradient. One step of a power iteration a merge, started from where the last one ended:
+gradient. Each merge makes one step of a power iteration, started from the end of the last one:
 
     P = mean(M_i) Q ;  P orthonormal ;  Q = mean(M_i)^T P ;  mean(M_i) ~ P Q^T ;  E_i = M_i - P (M_i^T P)^T
 
-What all workers are to hold, P and P Q^T, each computes for itself, and to the same bits whatever its processor: by
-sums and products of single numbers in a fixed order, which IEEE 754 rounds in one way. Those of a matrix product or a
-norm depend on the instruction set.
+Each worker computes P and P Q^T itself, with the same bits on any processor: by sums and products of single numbers in
+a fixed order, which IEEE 754 rounds in one way. The bits of a matrix product or a norm depend on the instruction set.
 """
 
 from __future__ import annotations
@@ -24,18 +23,16 @@ from abtrain.comm.traffic import Calls
 from abtrain.merging.wires.direct import DirectWire
 from abtrain.merging.wires.wire import Averages, Wire
 
-# What is left of a column after its projection on the others, below this share of it, is rounding.
 _DEPENDENT = 1e-4
-
+"""The rest of a column after projection on the others is rounding below this share of the column."""
 _CACHED = 2**17
-"""Numbers of a product that are worked on at once."""
+"""Numbers of a product that are computed at once."""
 
 
 class LowRankWire(Wire):
     """Sends a tensor of two or more dimensions, seen as (first dimension, rest), as two factors of rank `rank`.
 
-    Tensors whose factors would be no smaller, and all others, are sent as they are. The factors themselves are sent in
-    `code`.
+    Other tensors, and those whose factors would not be smaller, are sent as they are. All are sent in `code`.
 
     Attributes:
         starts: by name, the (n, rank) factor that the next merge's iteration starts from; the same on all workers.
@@ -52,7 +49,7 @@ class LowRankWire(Wire):
         matrices = {name: t.float().flatten(1) for name, t in numbers.items() if _pays(t, self._rank)}
         rest = {name: tensor for name, tensor in numbers.items() if name not in matrices}
         P = {name: M @ self._start(name, M) for name, M in matrices.items()}
-        # What rounding takes from P only tilts the subspace: Q, made with the P that all share, makes up for it.
+        # The rounding error of P only tilts the subspace: Q, made with the P that all share, compensates it.
         averages = yield from self._direct.average(P | rest, comm)
         P = {name: orthonormal(averages.mean[name]) for name in matrices}
         Q = {name: M.T @ P[name] for name, M in matrices.items()}
@@ -80,21 +77,21 @@ class LowRankWire(Wire):
         return {name: (t.numel() // t.shape[0], self._rank) for name, t in tensors.items() if _pays(t, self._rank)}
 
     def _start(self, name: str, M: Tensor) -> Tensor:
-        # All workers draw the same, wherever they are.
+        # All workers draw the same numbers, on any device.
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         drawn = torch.randn(M.shape[1], self._rank, generator=generator).to(M.device)
         known = self.starts.get(name)
         if known is None or known.shape != drawn.shape:
             return drawn
-        # A column that had nothing to send would have nothing ever after.
+        # A column of zeros would stay zero.
         return _scaled(torch.where(known.any(dim=0), known, drawn))
 
 
 def _scaled(Q: Tensor) -> Tensor:
     """Columns scaled to absolute sums between 1/2 and 1, so that M Q overflows for no finite M.
 
-    Scaling by powers of two is exact, and the iteration depends on the columns' directions alone: its outcome has the
-    same bits.
+    Scaling by powers of two is exact, and the iteration depends on the columns' directions alone: the bits of its
+    outcome stay the same.
     """
     exponents = torch.frexp(Q.double().abs().sum(0)).exponent
     return torch.ldexp(Q.double(), -exponents).to(Q.dtype)
@@ -110,10 +107,10 @@ def _pays(tensor: Tensor, rank: int) -> bool:
 
 
 def orthonormal(P: Tensor) -> Tensor:
-    """Columns of P (m, r) made orthonormal, one after the other (Gram-Schmidt, twice, in float64).
+    """Makes the columns of P (m, r) orthonormal, one after the other (Gram-Schmidt, twice, in float64).
 
-    A column that depends on those before it becomes zero. QR would put an arbitrary direction there, which rounding
-    picks, and workers on unlike machines would not pick the same.
+    A column that depends on those before it becomes zero. QR would put an arbitrary direction there, chosen by
+    rounding, and different on different processors.
     """
     columns = P.new_empty(P.shape[0], 0, dtype=torch.float64)
     for column in P.double().unbind(1):
@@ -129,10 +126,10 @@ def orthonormal(P: Tensor) -> Tensor:
 
 
 def product(P: Tensor, Q: Tensor) -> Tensor:
-    """P Q^T (m, n) of P (m, r) and Q (n, r), column after column."""
+    """Returns P Q^T (m, n) of P (m, r) and Q (n, r), computed column after column."""
     m, n = len(P), len(Q)
     result, columns = P.new_empty(m, n), Q.T.contiguous()
-    # On a CPU, so many rows at once as its cache holds.
+    # On a CPU, as many rows at once as its cache holds.
     rows = m if P.is_cuda else max(1, _CACHED // n)
     term = P.new_empty(min(rows, m), n)
     for start in range(0, m, rows):
@@ -148,7 +145,7 @@ def _norm(column: Tensor) -> Tensor:
 
 
 def _total(terms: Tensor) -> Tensor:
-    """Their sum over the first dimension, half added to half until one is left."""
+    """Sums over the first dimension: adds one half to the other until one row is left."""
     while len(terms) > 1:
         half = len(terms) // 2
         folded = terms[:half] + terms[half : 2 * half]

@@ -19,9 +19,9 @@ class Averages(NamedTuple):
     """The outcome of one merge on the wire.
 
     Attributes:
-        mean: by name, the average over all workers: the same bits on all of them.
-        error: by name, what the wire took from this worker's own numbers; the average of it over all workers is what
-            `mean` lacks. Empty where the wire is exact.
+        mean: by name, the average over all workers, bitwise equal on all of them.
+        error: by name, the rounding error of this worker's own numbers. Its average over all workers is the difference
+            between the exact average and `mean`. Empty if the wire is exact.
     """
 
     mean: Tensors
@@ -32,7 +32,7 @@ class Wire(ABC):
     """A way to average over all workers. `abtrain.recipes.wires` has the names of wires.
 
     Attributes:
-        starts: by name, in float32, what a wire keeps of a tensor from merge to merge; the same on all workers.
+        starts: by tensor name, in float32, the wire's own state between merges; the same on all workers.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Wire(ABC):
 
     @abstractmethod
     def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
-        """The average over all workers, in stages. Collective over the world.
+        """Averages over all workers, in stages. Collective over the world.
 
         Args:
             numbers: finite tensors by name, with the same names, shapes and dtypes in the same order on all workers.
@@ -52,23 +52,23 @@ class Wire(ABC):
 
     @abstractmethod
     def sends(self, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
-        """The calls of one average, stage by stage, by one of two or more workers.
+        """Returns the calls that each of two or more workers makes for one average, stage by stage.
 
         Args:
-            tensors: by their shapes and dtypes.
-            workers: how many average.
+            tensors: the tensors to average; only shapes and dtypes matter.
+            workers: the number of workers.
         """
 
     @property
     def stages(self) -> int:
-        """How often `average` yields, at most."""
+        """The largest number of times that `average` yields."""
         return len(self.sends((), workers=2))
 
     def keeps(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """The shapes of the `starts` that merges of these tensors leave, by name."""
+        """Returns the shapes of `starts` after merges of these tensors, by name."""
         return {}
 
     def forget(self, names: Iterable[str]) -> None:
-        """Drops what is kept of these tensors: their shape or their basis changes."""
+        """Drops the state of tensors whose shape or basis changes."""
         for name in names:
             self.starts.pop(name, None)
