@@ -30,6 +30,7 @@ from abtrain import ABTraining, recipes
 from abtrain.consistency import replicas
 from abtrain.consistency import saved_marks as same
 from abtrain.engine import ab_training as engine
+from abtrain.engine import beginning
 from abtrain.engine import phase_change as arrangement
 from abtrain.merging import buffers, rounds
 from abtrain.merging import merger as merge
@@ -88,7 +89,7 @@ def work(rank: int, folder: str, layers: int, count: int) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     clock = Clock()
     for module, name in (
-        (engine, "check_start"),
+        (beginning, "check_equal"),
         (engine, "check_replicas"),
         (arrangement, "check_phase"),
         (state, "agree_on_tensors"),

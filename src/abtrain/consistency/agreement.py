@@ -1,155 +1,213 @@
-"""How workers find out whether they hold the same, and how they come to. Built on the contract alone.
+"""How workers compare what they hold, and make it equal. Built on the communicator's contract alone.
 
-All of it costs a few dozen bytes, and 16 for each tensor compared, until something differs.
+While nothing differs, a comparison costs a few dozen bytes, and 16 for each tensor that is compared on its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from abtrain.comm.buckets import pack, unpack
-from abtrain.comm.checksums import BITS, LIMIT, checksum, fingerprint
+from abtrain.comm.checksums import BITS, LIMIT, checksum, fingerprint, stable_repr
 from abtrain.comm.communicator import Communicator, Scope
+from abtrain.comm.layouts import layouts_of
 from abtrain.comm.stages import Stages, finish
 from abtrain.comm.traffic import Calls, Traffic
 from abtrain.errors import CheckpointError, RanksDisagreeError
 
-ABSENT = "absent"
-_MOST_TOLD = 5
+_MOST_LISTED = 5
+_ABSENT = "absent"
 
-# Larger numbers are digests, of which only says something who holds which.
-_READABLE = 10**9
+# Longer whole numbers are digests. Their digits mean nothing to a reader.
+_READABLE_DIGITS = 9
 
-Place = Mapping[str, int | Mapping[str, str]]
-"""What says where a rank is: whole numbers by name, and names with words, of which those are told that differ."""
+Place = Mapping[str, object]
+"""Values by name that have to be equal on all ranks: numbers, strings, dataclasses, and any nesting of them."""
 Told = tuple[int, float]
-"""What a rank tells all others in a roll call: a whole number below 2**63, and a real one."""
-_NOTHING: Told = (0, 0.0)
+"""The two numbers that a rank sends to all others in a roll call: a whole one from 0 to 2**63 - 1, and a real one."""
 
+_DISAGREE = "workers disagree"
 _REMEDY = (
-    "Every rank needs the same model, recipe and optimizer settings (unless same_settings=False), and one ab.step() "
-    "for each optimizer step, on every rank the same number of times"
+    "Give every worker the same model, recipe and optimizer settings (unless same_settings=False), and call ab.step() "
+    "once for each optimizer step, on every worker the same number of times"
 )
 
 
-def disagreeing(comm: Communicator, values: Sequence[int]) -> list[int]:
-    """The indexes at which ranks hold different values; every rank gets the same list.
+def largest(
+    comm: Communicator, values: Sequence[float], dtype: torch.dtype = torch.float64, scope: Scope = "world"
+) -> list[Any]:
+    """Returns the largest value that any rank of a scope holds at each index; as many values on every rank."""
+    numbers = torch.tensor(values, dtype=dtype, device=comm.device)
+    comm.all_reduce(numbers, "max", scope)
+    return numbers.tolist()
+
+
+def disagreeing(comm: Communicator, values: Sequence[int], scope: Scope = "world") -> list[int]:
+    """Returns the indexes at which ranks of a scope hold different values; the same list on every rank.
 
     Args:
-        comm: over whose world to compare.
+        comm: the communicator.
         values: from 0 to 2**62 - 1, as many on every rank.
+        scope: the ranks to compare.
     """
-    lowest, highest = _ranges(comm, values)
-    return [i for i, (low, high) in enumerate(zip(lowest, highest, strict=True)) if low != high]
+    outside = [value for value in values if not 0 <= value < LIMIT]
+    if outside:
+        raise ValueError(f"{outside[0]} cannot be compared between ranks: values go from 0 to 2**{BITS} - 1")
+    if not values:
+        return []
+    # The largest of -v is minus the smallest v: one call finds both ends of the range.
+    ends = largest(comm, [*values, *(-value for value in values)], torch.int64, scope)
+    return [i for i in range(len(values)) if ends[i] != -ends[i + len(values)]]
 
 
-def check_fingerprint(comm: Communicator, **fields: int) -> None:
-    """Makes sure that all ranks are at the same place before they average anything.
+def sent_by_comparison(count: int, scope: Scope = "world") -> Calls:
+    """The call of `disagreeing` for `count` values, and of `differing_tensors` for as many tensors."""
+    return (Traffic("all_reduce", scope, 2 * count * torch.int64.itemsize),) if count else ()
 
-    Collectives of the same shape in another order raise no error, they mix up weights. Here every rank sends
-    the same few bytes wherever it is.
+
+def check_equal(comm: Communicator, values: Place, what: str = _DISAGREE, remedy: str = _REMEDY) -> None:
+    """Checks that all ranks hold the same values. Collective over the world; 24 bytes, until something differs.
+
+    Every rank sends the same few bytes wherever it is in the program. Collectives of the same shape in another order
+    raise no error: they would mix up weights.
 
     Args:
-        comm: over whose world to compare.
-        fields: whole numbers that say where this rank is, such as `step=120`.
+        comm: the communicator.
+        values: see `Place`.
+        what: the first words of the error.
+        remedy: its last words.
 
     Raises:
-        RanksDisagreeError: on every rank, if any field differs.
+        RanksDisagreeError: on all ranks, with the first differences and the ranks that hold each value.
     """
-    finish(roll_call(comm, fields))
+    finish(roll_call(comm, values, what=what, remedy=remedy))
 
 
-def differing_fields(comm: Communicator, **fields: int) -> list[str]:
-    """As `check_fingerprint`, with the same bytes, for callers who can say more of a difference than two numbers.
+def roll_call(
+    comm: Communicator, place: Place, told: Told = (0, 0.0), what: str = _DISAGREE, remedy: str = _REMEDY
+) -> Stages[list[Told]]:
+    """Does the work of `check_equal` in stages, and sends two numbers of each rank to all others.
 
     Returns:
-        The names of the fields that differ; the same on every rank.
-
-    Raises:
-        RanksDisagreeError: another rank compares other fields.
+        The numbers of every rank, in rank order.
     """
-    return _differing(fields, finish(_meet(comm, fields, _NOTHING))[1])
-
-
-def roll_call(comm: Communicator, place: Place, told: Told = _NOTHING) -> Stages[list[Told]]:
-    """`check_fingerprint` of a place, in stages, at which every rank tells all others two numbers.
-
-    Returns:
-        What each rank told, in rank order.
-
-    Raises:
-        RanksDisagreeError: on every rank, if they are not all at the same place.
-    """
-    rows, places = yield from _meet(comm, place, told)
-    differing = _differing(place, places)
-    if differing:
-        held = [text for name in differing for text in _by_rank(name, [one[name] for one in places])]
-        more = f"; and {len(held) - _MOST_TOLD} more" if len(held) > _MOST_TOLD else ""
-        raise RanksDisagreeError(f"ranks disagree: {'; '.join(held[:_MOST_TOLD])}{more}. {_REMEDY}")
-    return rows
-
-
-def _meet(comm: Communicator, place: Place, told: Told) -> Stages[tuple[list[Told], list[dict[str, Any]]]]:
-    """Returns the numbers of every rank; and the place of each if they are not all at the same one."""
-    whole = torch.tensor([fingerprint(*place.items()), told[0]], dtype=torch.int64)
+    held = {name: dict(_leaves(name, value)) for name, value in place.items()}
+    whole = torch.tensor([fingerprint(held), told[0]], dtype=torch.int64)
     row = torch.cat([whole, torch.tensor([told[1]], dtype=torch.float64).view(torch.int64)])
     under_way = comm.launch_all_gather(row.to(comm.device))
     yield
     rows = under_way.wait().cpu()
-    reals = rows[:, 2].contiguous().view(torch.float64)
-    numbers = [(int(one), float(other)) for one, other in zip(rows[:, 1], reals, strict=True)]
-    if bool((rows[:, 0] == rows[0, 0]).all()):
-        return numbers, []
-    # All ranks are here, since all have seen it.
-    return numbers, gather_json(comm, dict(place))
+    if bool((rows[:, 0] != rows[0, 0]).any()):
+        # Every rank has seen this, so all take part in the next call.
+        everyone = gather_json(comm, held)
+        if any(other.keys() != held.keys() for other in everyone):
+            raise RanksDisagreeError(
+                f"ranks are at different places of the program: this one compares {', '.join(place) or 'nothing'}, "
+                f"another one does not. {remedy}"
+            )
+        flat = [{leaf: text for parts in other.values() for leaf, text in parts.items()} for other in everyone]
+        listed = differences(flat) or "they hold the same values in different orders"
+        raise RanksDisagreeError(f"{what}: {listed}. {remedy}")
+    return list(zip(rows[:, 1].tolist(), rows[:, 2].contiguous().view(torch.float64).tolist(), strict=True))
 
 
-def _differing(place: Place, places: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of the fields of which not all places have the same."""
-    if any(one.keys() != place.keys() for one in places):
-        raise RanksDisagreeError(
-            f"ranks are at different places of the program: this one compares {', '.join(place) or 'nothing'}, "
-            f"another one does not. {_REMEDY}"
-        )
-    return [name for name in place if any(one[name] != places[0][name] for one in places)]
+ROLL_CALL: Calls = (Traffic("all_gather", "world", 3 * torch.int64.itemsize),)
+"""The call of `roll_call` and `check_equal` while nothing differs."""
 
 
-def _by_rank(name: str, values: Sequence[Any]) -> list[str]:
-    """Who holds what; of digests, who holds the same; of words by name, those that differ."""
-    if isinstance(values[0], dict):
-        keys = dict.fromkeys(key for held in values for key in held)
-        columns = {key: [held.get(key, ABSENT) for held in values] for key in keys}
-        return [values_by_rank(key, column) for key, column in columns.items() if len(set(column)) > 1]
-    if max(values) < _READABLE:
-        return [values_by_rank(name, values)]
-    return [f"{name} of rank " + " and of rank ".join(ranks for _, ranks in _holders(values)[::-1]) + " are unlike"]
+def _leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
+    """Yields the parts of a value as text, each with its place: fields of dataclasses, items of dicts and lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield place, type(value).__name__
+        for field in dataclasses.fields(value):
+            yield from _leaves(f"{place}.{field.name}", getattr(value, field.name))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(f"{place}.{key}", item)
+    elif isinstance(value, tuple | list):
+        for i, item in enumerate(value):
+            yield from _leaves(f"{place}[{i}]", item)
+    else:
+        yield place, stable_repr(value)
 
 
-def values_by_rank(name: str, values: Sequence[int | str]) -> str:
-    """Words for what each rank holds of something: what most hold comes first."""
-    return f"{name} is " + " and ".join(f"{value} on rank {ranks}" for value, ranks in _holders(values))
+def differences(everyone: Sequence[Mapping[str, str]]) -> str:
+    """Lists the places at which ranks hold different texts, and which rank holds which; empty if there are none.
+
+    Args:
+        everyone: texts by place, for each rank.
+    """
+    found: dict[str, str] = {}
+    for place in dict.fromkeys(place for held in everyone for place in held):
+        values = [held.get(place, _ABSENT) for held in everyone]
+        # A value that is missing or of another kind on some rank is listed without its parts.
+        listed = place.startswith(tuple(f"{outer}{mark}" for outer in found for mark in ".["))
+        if len(set(values)) > 1 and not listed:
+            found[place] = _by_rank(place, values)
+    more = f"; and {len(found) - _MOST_LISTED} more" if len(found) > _MOST_LISTED else ""
+    return "; ".join(list(found.values())[:_MOST_LISTED]) + more
 
 
-def _holders(values: Sequence[int | str]) -> list[tuple[int | str, str]]:
-    """Every value with the ranks that hold it, most of them first."""
-    holders: dict[int | str, list[str]] = {}
+def _by_rank(place: str, values: Sequence[str]) -> str:
+    """Says which ranks hold which value. The value of most ranks comes first; of digests only the ranks are listed."""
+    holders: dict[str, list[str]] = {}
     for rank, value in enumerate(values):
         holders.setdefault(value, []).append(str(rank))
-    return [(value, ", ".join(ranks)) for value, ranks in sorted(holders.items(), key=lambda item: -len(item[1]))]
+    ranked = sorted(holders.items(), key=lambda item: -len(item[1]))
+    if all(value.isdigit() and len(value) > _READABLE_DIGITS for value in values):
+        return f"{place} differs between rank " + " and rank ".join(", ".join(ranks) for _, ranks in ranked)
+    return f"{place} is " + " and ".join(f"{value} on rank {', '.join(ranks)}" for value, ranks in ranked)
+
+
+def gather_json(comm: Communicator, value: Any, nbytes: int = 0) -> list[Any]:
+    """Returns every rank's value, in rank order. Values travel as JSON: no bytes from another rank are ever executed.
+
+    Args:
+        comm: the communicator, over whose world to gather.
+        value: anything that JSON can hold.
+        nbytes: the size of the longest JSON text, the same on all ranks; 0: ranks exchange their sizes first.
+    """
+    text = json.dumps(value).encode()
+    if comm.topology.world_size == 1:
+        return [json.loads(text)]
+    if not nbytes:
+        sizes = comm.all_gather(torch.tensor([len(text)], dtype=torch.int64, device=comm.device))
+        nbytes = int(sizes.max())
+    row = torch.zeros(nbytes, dtype=torch.uint8)
+    row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return [json.loads(bytes(row.numpy()).rstrip(b"\0")) for row in comm.all_gather(row.to(comm.device)).cpu()]
+
+
+def raise_together(comm: Communicator, problem: str) -> None:
+    """Raises an error on all workers if any of them cannot continue from its state. Collective over the world.
+
+    Args:
+        comm: the communicator.
+        problem: the reason; empty if this worker can continue.
+
+    Raises:
+        CheckpointError: a worker cannot; on all workers.
+    """
+    problems = gather_json(comm, problem)
+    ranks = [str(rank) for rank, reason in enumerate(problems) if reason]
+    if ranks:
+        where = f"on rank {', '.join(ranks)}: " if comm.topology.world_size > 1 else ""
+        raise CheckpointError(f"{where}{next(filter(None, problems))}")
 
 
 def share(comm: Communicator, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
     """Overwrites every tensor in place, on every rank, with that of its owner, bit by bit.
 
     Args:
-        comm: over whose world to share.
+        comm: the communicator, over whose world to share.
         tensors: of the same shapes and dtypes on all ranks.
-        owners: for each tensor, the rank that has the right one.
+        owners: for each tensor, the rank whose values all take.
     """
     if len(tensors) != len(owners):
         raise ValueError(f"{len(tensors)} tensors, but {len(owners)} owners: each tensor needs one")
@@ -165,121 +223,62 @@ def share(comm: Communicator, tensors: Sequence[Tensor], owners: Sequence[int]) 
                 tensor.detach().copy_(received)
 
 
-def agree_on_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
-    """Makes named tensors the same on all ranks: where ranks differ, all take rank 0's, in place.
-
-    Returns:
-        The names that differed, in order; the same list on every rank.
-
-    Raises:
-        RanksDisagreeError: on every rank, if the names, shapes or dtypes differ, which no broadcast can mend.
-    """
-    check_fingerprint(
-        comm,
-        tensors=len(named),
-        names=fingerprint(*named),
-        shapes=fingerprint(*(tuple(t.shape) for t in named.values())),
-        dtypes=fingerprint(*(t.dtype for t in named.values())),
-    )
-    differing = differing_tensors(comm, named)
-    share(comm, [named[name] for name in differing], owners=[0] * len(differing))
-    return differing
+def sent_by_share(tensors: Sequence[Tensor]) -> Calls:
+    """The calls of `share` of tensors of one owner."""
+    return tuple(Traffic("broadcast", "world", bucket.flat.nbytes) for bucket in pack(tensors, widen=False))
 
 
 def differing_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors that ranks hold differently, in order; the same list on every rank.
+    """Returns the names of the tensors that ranks hold differently, in order; the same list on every rank.
 
     Args:
-        comm: over whose world to compare; 16 bytes a tensor.
+        comm: the communicator, over whose world to compare; 16 bytes a tensor.
         named: the same names, shapes and dtypes on all ranks.
     """
     names = list(named)
     return [names[i] for i in disagreeing(comm, [checksum(tensor) for tensor in named.values()])]
 
 
-def take_first(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
-    """Makes tensors bitwise equal that every rank computed from the same numbers, by taking rank 0's.
+def agree_on_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
+    """Makes tensors equal: those that ranks hold differently become rank 0's, in place. Collective over the world.
 
-    On unlike processors they do. Collective over the world; 16 bytes, until something differs.
+    Returns:
+        The names that differed, in order; the same list on every rank.
+
+    Raises:
+        RanksDisagreeError: on every rank, if names, shapes or dtypes differ.
+    """
+    check_equal(comm, {"names": list(named), "tensors": layouts_of(named)})
+    return _take_first(comm, named)
+
+
+def sent_by_agree_on_tensors(count: int) -> Calls:
+    """The calls of `agree_on_tensors` for `count` tensors that ranks hold equally."""
+    return (*ROLL_CALL, *sent_by_comparison(count))
+
+
+def take_first(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
+    """Makes tensors bitwise equal that every rank computed from equal numbers, by taking rank 0's, in place.
+
+    They differ, by rounding, only between processors of different kinds. Collective over the world; 16 bytes, until
+    something differs.
 
     Args:
-        comm: of this worker.
+        comm: the communicator.
         named: the same names, shapes and dtypes on all ranks.
 
     Returns:
         The names that differed, in order; the same list on every rank.
     """
-    names, sums = list(named), [checksum(tensor) for tensor in named.values()]
-    if not disagreeing(comm, [fingerprint(*sums)]):
-        return []
-    differing = [names[i] for i in disagreeing(comm, sums)]
-    share(comm, [named[name] for name in differing], owners=[0] * len(differing))
-    return differing
-
-
-def gather_json(comm: Communicator, value: Any) -> list[Any]:
-    """Returns every rank's value, in rank order. Values travel as JSON: no bytes from another rank are ever executed.
-
-    Args:
-        comm: over whose world.
-        value: anything that JSON can hold.
-    """
-    if comm.topology.world_size == 1:
-        return [json.loads(json.dumps(value))]
-    text = json.dumps(value).encode()
-    sizes = comm.all_gather(torch.tensor([len(text)], dtype=torch.int64, device=comm.device)).flatten().tolist()
-    row = torch.zeros(max(sizes), dtype=torch.uint8)
-    row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    rows = comm.all_gather(row.to(comm.device)).cpu()
-    return [json.loads(bytes(row[:size].numpy())) for row, size in zip(rows, sizes, strict=True)]
-
-
-def raise_together(comm: Communicator, problem: str) -> None:
-    """Shares why workers cannot go on from their states (empty: they can). Collective over the world.
-
-    Raises:
-        CheckpointError: one cannot; on all workers.
-    """
-    told = gather_json(comm, problem)
-    ranks = [str(rank) for rank, why in enumerate(told) if why]
-    if ranks:
-        where = f"on rank {', '.join(ranks)}: " if comm.topology.world_size > 1 else ""
-        raise CheckpointError(f"{where}{next(filter(None, told))}")
-
-
-ROLL_CALL: Calls = (Traffic("all_gather", "world", 3 * torch.int64.itemsize),)
-"""The call of `roll_call`, `check_fingerprint` and `differing_fields` where all ranks are at the same place."""
-
-
-def sent_by_comparison(count: int, scope: Scope = "world") -> Calls:
-    """The call of `disagreeing` and `differing_tensors`: both ends of the range of `count` numbers."""
-    return (Traffic("all_reduce", scope, 2 * count * torch.int64.itemsize),) if count else ()
-
-
-def sent_by_share(tensors: Sequence[Tensor]) -> Calls:
-    """The calls of `share` of tensors of one owner."""
-    return tuple(Traffic("broadcast", "world", bucket.flat.nbytes) for bucket in pack(tensors, widen=False))
-
-
-def sent_by_agree_on_tensors(count: int) -> Calls:
-    """The calls of `agree_on_tensors` of `count` tensors that ranks hold equally."""
-    return (*ROLL_CALL, *sent_by_comparison(count))
+    return _take_first(comm, named) if disagreeing(comm, [fingerprint(*map(checksum, named.values()))]) else []
 
 
 def sent_by_take_first() -> Calls:
-    """The call of `take_first` where the last bits are equal."""
+    """The call of `take_first` while nothing differs."""
     return sent_by_comparison(1)
 
 
-def _ranges(comm: Communicator, values: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The lowest and the highest value that any rank holds, at each index."""
-    outside = [value for value in values if not 0 <= value < LIMIT]
-    if outside:
-        raise ValueError(f"{outside[0]} cannot be compared between ranks: values go from 0 to 2**{BITS} - 1")
-    if not values:
-        return [], []
-    mine = torch.tensor(values, dtype=torch.int64, device=comm.device)
-    ends = torch.cat([mine, -mine])
-    comm.all_reduce(ends, "max")
-    highest, lowest = ends.split(len(values))
-    return (-lowest).tolist(), highest.tolist()
+def _take_first(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
+    differing = differing_tensors(comm, named)
+    share(comm, [named[name] for name in differing], owners=[0] * len(differing))
+    return differing

@@ -1,8 +1,9 @@
-"""The same factors on every worker.
+"""Makes all workers use the same factors.
 
 Two processes may compute different decompositions of the same matrix: the number of threads and the instruction set
-change the rounding, and where singular values repeat, the rounding picks the basis. Averaging factors of different
-bases destroys the weight. So factors are compared by checksum, and where they differ all take those of one owner.
+change the rounding, and where singular values repeat, the rounding picks the basis. The average of factors in different
+bases is not a factorization of the weight. So factors are compared by checksum, and those that differ are replaced by
+the factors of one owner.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Communicator
-from abtrain.comm.traffic import Calls, Traffic
-from abtrain.consistency.agreement import disagreeing, sent_by_comparison, sent_by_share, share
+from abtrain.comm.traffic import Calls
+from abtrain.consistency.agreement import disagreeing, largest, sent_by_comparison, sent_by_share, share
 from abtrain.errors import NonFiniteError
 from abtrain.lowrank.svd import Factors, decompose
 from abtrain.recipes.factoring import Factoring
@@ -40,62 +41,57 @@ _WHY_DENSE = {
 
 @dataclass(frozen=True)
 class Agreed:
-    """Factors by weight name, alike on all workers; and the weights that stay dense, with the reason."""
+    """Factors by weight name, equal on all workers; and the weights that stay dense, with the reason."""
 
     factors: dict[str, Factors]
     dense: dict[str, str]
 
 
 def agree_on_factors(comm: Communicator, weights: Mapping[str, Tensor], factoring: Factoring) -> Agreed:
-    """Decomposes the weights and proves that all workers hold the same factors. Collective over the world.
+    """Decomposes the weights, and makes the factors equal on all workers. Collective over the world.
 
     Args:
-        comm: of this worker.
+        comm: the communicator.
         weights: (m, n) matrices by name, the same names in the same order on all workers.
         factoring: rank rule and policies.
 
     Raises:
         NonFiniteError: a weight holds NaN or infinity, on any worker; raised on all.
     """
-    names, matrices = list(weights), list(weights.values())
-    owners = [i % comm.topology.world_size for i in range(len(names))]
-    mine = [i for i, owner in enumerate(owners) if owner == comm.rank]
-    work = mine if factoring.svd == "shared" else range(len(names))
-    outcomes, factors = _decompose_some(matrices, work, factoring)
-
-    ranks = {i: factors[i].k for i in mine if i in factors}
-    outcomes, k = _agree(comm, outcomes, ranks, len(names))
-    broken = [name for name, outcome in zip(names, outcomes, strict=True) if outcome == _Outcome.NON_FINITE]
+    owners = {name: i % comm.topology.world_size for i, name in enumerate(weights)}
+    shared = factoring.svd == "shared"
+    work = [name for name, owner in owners.items() if owner == comm.rank or not shared]
+    outcomes, factors = _decompose(weights, work, factoring)
+    # The worst outcome of any worker, and the owner's k.
+    mine = [factors[name].k if name in factors and owner == comm.rank else 0 for name, owner in owners.items()]
+    numbers = largest(comm, [*(outcomes[name] for name in weights), *mine], torch.int64)
+    outcomes = {name: _Outcome(number) for name, number in zip(weights, numbers[: len(weights)], strict=True)}
+    k = dict(zip(weights, numbers[len(weights) :], strict=True))
+    broken = [name for name, outcome in outcomes.items() if outcome == _Outcome.NON_FINITE]
     if broken:
         raise NonFiniteError(
             f"cannot factor {', '.join(broken)}: NaN or infinity in the weight. Training has diverged: "
             "lower the learning rate, or clip gradients"
         )
     dense: dict[str, str] = {}
-    kept: list[int] = []
-    for i, (name, W) in enumerate(zip(names, matrices, strict=True)):
-        m, n = W.shape
-        if outcomes[i]:
-            dense[name] = _WHY_DENSE[outcomes[i]]
-        elif factoring.keep_dense_if_larger and k[i] * (m + n) >= m * n:
-            dense[name] = f"factors of rank {k[i]} would be no smaller"
-        else:
-            kept.append(i)
-    final = _exchange(comm, {i: matrices[i] for i in kept}, factors, k, owners, shared=factoring.svd == "shared")
-    return Agreed({names[i]: final[i] for i in kept}, dense)
+    for name, (m, n) in ((name, W.shape) for name, W in weights.items()):
+        if outcomes[name]:
+            dense[name] = _WHY_DENSE[outcomes[name]]
+        elif factoring.keep_dense_if_larger and k[name] * (m + n) >= m * n:
+            dense[name] = f"factors of rank {k[name]} would be no smaller"
+    kept = {name: W for name, W in weights.items() if name not in dense}
+    return Agreed(_exchange(comm, kept, factors, k, owners, shared), dense)
 
 
 def sent_by_agree_on_factors(factors: Sequence[Factors | None], workers: int, shared: bool) -> Calls:
-    """The calls of `agree_on_factors` where all workers compute the same factors.
+    """The calls of `agree_on_factors` if all workers compute the same factors.
 
     Args:
-        factors: by the shapes of A (m, k) and B (k, n), for each weight in their order; None where it stays dense.
-        workers: how many.
+        factors: for each weight in their order, by the shapes of A (m, k) and B (k, n); None if it stays dense.
+        workers: the number of workers.
         shared: whether each weight is decomposed by its owner alone.
     """
-    calls: Calls = ()
-    if factors:
-        calls = (Traffic("all_reduce", "world", 2 * len(factors) * torch.int64.itemsize),)
+    calls = sent_by_comparison(len(factors))  # outcomes and ranks: two numbers a weight, too
     if not shared:
         return (*calls, *sent_by_comparison(sum(pair is not None for pair in factors)))
     for owner in range(workers):
@@ -104,59 +100,46 @@ def sent_by_agree_on_factors(factors: Sequence[Factors | None], workers: int, sh
     return calls
 
 
-def _decompose_some(
-    matrices: Sequence[Tensor], work: Sequence[int], factoring: Factoring
-) -> tuple[list[_Outcome], dict[int, Factors]]:
-    outcomes = [_Outcome.FACTORED] * len(matrices)
-    factors: dict[int, Factors] = {}
-    for i in work:
-        if not matrices[i].any():
-            outcomes[i] = _Outcome.ALL_ZERO
+def _decompose(
+    weights: Mapping[str, Tensor], work: Sequence[str], factoring: Factoring
+) -> tuple[dict[str, _Outcome], dict[str, Factors]]:
+    """Decomposes the weights named in `work`; the others count as factored."""
+    outcomes = dict.fromkeys(weights, _Outcome.FACTORED)
+    factors: dict[str, Factors] = {}
+    for name in work:
+        if not weights[name].any():
+            outcomes[name] = _Outcome.ALL_ZERO
             continue
         try:
-            factors[i] = decompose(matrices[i], factoring.rank_rule)
+            factors[name] = decompose(weights[name], factoring.rank_rule)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but missing from the stubs
-            outcomes[i] = _Outcome.FAILED
+            outcomes[name] = _Outcome.FAILED
         except NonFiniteError:
-            outcomes[i] = _Outcome.NON_FINITE
+            outcomes[name] = _Outcome.NON_FINITE
     return outcomes, factors
-
-
-def _agree(
-    comm: Communicator, outcomes: Sequence[_Outcome], owned_ranks: Mapping[int, int], count: int
-) -> tuple[list[_Outcome], list[int]]:
-    """The worst outcome of any worker, and the owner's k, for each weight."""
-    table = torch.tensor([*outcomes, *(owned_ranks.get(i, 0) for i in range(count))], dtype=torch.int64)
-    table = table.to(comm.device)
-    comm.all_reduce(table, op="max")
-    numbers = table.tolist()
-    return [_Outcome(number) for number in numbers[:count]], numbers[count:]
 
 
 def _exchange(
     comm: Communicator,
-    matrices: Mapping[int, Tensor],
-    factors: Mapping[int, Factors],
-    k: Sequence[int],
-    owners: Sequence[int],
+    matrices: Mapping[str, Tensor],
+    factors: Mapping[str, Factors],
+    k: Mapping[str, int],
+    owners: Mapping[str, int],
     shared: bool,
-) -> dict[int, Factors]:
-    """The factors of `matrices`, with those that workers do not hold alike taken from their owners."""
-    wanted = list(matrices)
-    if shared:
-        unlike = wanted
-    else:
-        digests = [fingerprint(checksum(factors[i].A), checksum(factors[i].B)) for i in wanted]
-        unlike = [wanted[place] for place in disagreeing(comm, digests)]
-    final = {i: factors[i] for i in wanted if i not in unlike}
-    tensors: list[Tensor] = []
-    for i in unlike:
-        if comm.rank == owners[i]:
-            final[i] = factors[i]
-        else:
-            m, n = matrices[i].shape
-            final[i] = Factors(matrices[i].new_empty(m, k[i]), matrices[i].new_empty(k[i], n))
-        tensors += final[i]
-    if tensors:
-        share(comm, tensors, [owners[i] for i in unlike for _ in Factors._fields])
-    return final
+) -> dict[str, Factors]:
+    """Returns the factors of `matrices`; those that workers hold differently are taken from their owners."""
+    names = list(matrices)
+    if not shared:
+        digests = [fingerprint(checksum(factors[name].A), checksum(factors[name].B)) for name in names]
+        names = [names[place] for place in disagreeing(comm, digests)]
+    final = dict(factors)
+    for name in names:
+        if comm.rank != owners[name]:
+            (m, n), empty = matrices[name].shape, matrices[name].new_empty
+            final[name] = Factors(empty(m, k[name]), empty(k[name], n))
+    share(
+        comm,
+        [tensor for name in names for tensor in final[name]],
+        [owners[name] for name in names for _ in Factors._fields],
+    )
+    return {name: final[name] for name in matrices}

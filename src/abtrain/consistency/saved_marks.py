@@ -1,7 +1,7 @@
-"""Tensors that workers hold the same, proven when they are saved and when they are loaded.
+"""Marks the tensors of a saved state that are equal on all workers, and checks them at saving and at loading.
 
-A worker whose weights have drifted apart unseen would otherwise leave a checkpoint that nobody can load, and good ones
-would be removed for it.
+Without the checks, a worker whose weights have drifted unnoticed would save a checkpoint that cannot be loaded, and
+good ones would be removed to make room for it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _SCOPE_OF = "_same_on"
 """In a tree, `NAME_same_on: SCOPE` beside `NAME` says that all workers of a scope hold the same tensors there."""
 
 Marks = list[list[str]]
-"""Of one worker's state: place, scope and fingerprint of everything that has to be the same."""
+"""The marks in one worker's state: for each its place, scope and the fingerprint of the tensors."""
 
 
-def marked(name: str, tensors: Mapping[str, Tensor], scope: str | None) -> dict[str, Any]:
-    """Tensors by name as an entry `name` of a tree, marked as the same on all workers of a scope; None: of no scope."""
+def marked(name: str, tensors: Mapping[str, Tensor], scope: Scope | None) -> dict[str, Any]:
+    """Returns tensors as the entry `name` of a tree, marked as equal on all workers of a scope (None: not marked)."""
     return {name: tensors} if scope is None else {name: tensors, f"{name}{_SCOPE_OF}": scope}
 
 
 def same_in(tree: Any, place: str = "") -> Iterator[tuple[str, Scope, Any]]:
-    """Place, scope and content of everything in a tree that is marked."""
+    """Yields the place, scope and content of every marked entry of a tree."""
     if not isinstance(tree, Mapping):
         return
     for key, item in tree.items():
@@ -43,15 +43,15 @@ def same_in(tree: Any, place: str = "") -> Iterator[tuple[str, Scope, Any]]:
 
 
 def check_same(tree: Any, comm: Communicator, where: str) -> None:
-    """Compares all that is marked. Differences that rounding makes are levelled, in place. Collective over the world.
+    """Compares the marked tensors of a tree; rounding differences are removed, in place. Collective over the world.
 
     Args:
-        tree: of this worker; on all workers with the same places and scopes.
-        comm: of this worker.
+        tree: of this worker, with the same marks on all workers.
+        comm: the communicator.
         where: for the message.
 
     Raises:
-        RanksDisagreeError: a worker has drifted apart; on all workers.
+        RanksDisagreeError: a worker has drifted; on all workers.
     """
     problem = ""
     for _, scope, tensors in same_in(tree):
@@ -61,30 +61,30 @@ def check_same(tree: Any, comm: Communicator, where: str) -> None:
             check_replicas(comm, real, scope, where)
         except RanksDisagreeError as error:
             problem = problem or str(error)
-    for told in gather_json(comm, problem):
-        if told:
-            raise RanksDisagreeError(told)
+    problem = next(filter(None, gather_json(comm, problem)), "")
+    if problem:
+        raise RanksDisagreeError(problem)
 
 
 def marks(structure: Any) -> Marks:
-    """Returns the marks in a structure of references: equal references are equal tensors."""
+    """Returns the marks in a structure of references to tensors: equal references mean equal tensors."""
     return [[place.strip("/"), scope, str(fingerprint(refs))] for place, scope, refs in same_in(structure)]
 
 
 def drifted(answers: Sequence[Sequence[Marks]], topology: Topology) -> str:
-    """Describes a state that workers saved differently although it should be the same; empty if there is none.
+    """Describes a state that workers saved differently although it was marked as equal; empty if there is none.
 
     Args:
         answers: for each worker, the marks of the states that it has read: its own, or those of all former workers.
-        topology: of the workers now.
+        topology: of the present workers.
     """
     found: dict[tuple[str, str], set[str]] = {}
     for rank, states in enumerate(answers):
-        for place, scope, print_ in (row for state in states for row in state):
-            # Where others have saved than those who load, nobody knows who belonged to a group.
+        for place, scope, digest in (row for state in states for row in state):
+            # If other workers saved than load now, it is unknown who belonged to which group.
             if scope == "group" and len(states) > 1:
                 continue
             group = str(topology.group_of(rank)) if scope == "group" else "world"
-            found.setdefault((place, group), set()).add(print_)
-    odd = sorted(place for (place, _), prints in found.items() if len(prints) > 1)
+            found.setdefault((place, group), set()).add(digest)
+    odd = sorted(place for (place, _), digests in found.items() if len(digests) > 1)
     return f"workers had drifted apart in {odd[0]} when they saved it" if odd else ""

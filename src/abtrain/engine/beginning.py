@@ -8,7 +8,8 @@ import sys
 import torch
 
 from abtrain.comm.communicator import Communicator
-from abtrain.consistency.settings import check_start, optimizer_settings, settings_at_start
+from abtrain.consistency.agreement import check_equal
+from abtrain.consistency.settings import optimizer_settings, settings_at_start
 from abtrain.engine.description import Description
 from abtrain.engine.optimizer_problems import doubts_about_optimizers
 from abtrain.engine.problems import doubts_about
@@ -34,17 +35,23 @@ def begin(shared: SharedTensors, recipe: Recipe, comm: Communicator, **options: 
     """
     model, optimizers = shared.model, shared.model.optimizers
     settings = settings_at_start(optimizers) if shared.same_settings else ()
-    check_start(
-        comm,
-        recipe,
-        abtrain=__version__,
-        torch=torch.__version__,
-        optimizers=optimizers.kinds,
+    values = {
+        "topology": comm.topology,
+        "recipe": recipe,
+        "abtrain": __version__,
+        "torch": torch.__version__,
+        "optimizers": optimizers.kinds,
         **options,
-        param_groups=optimizer_settings(optimizers, model.parameters(), settings),
-        **{IGNORED: ", ".join(sorted(own_names(model.model)))},
-        names=list(shared.layout()),
-        model=shared.layout(),
+        "param_groups": optimizer_settings(optimizers, model.parameters(), settings),
+        IGNORED: ", ".join(sorted(own_names(model.model))),
+        "names": list(shared.layout()),
+        "model": shared.layout(),
+    }
+    check_equal(
+        comm,
+        values,
+        "workers were started with different software or settings",
+        "Build ABTraining with the same recipe, options, model and optimizer on every worker, under the same versions",
     )
     shared.agree()
     comm.begin_run()

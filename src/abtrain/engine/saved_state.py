@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from abtrain.checks import as_checkpoint_error
-from abtrain.consistency.agreement import raise_together
+from abtrain.consistency.agreement import check_equal, raise_together
 from abtrain.consistency.replicas import check_replicas
 from abtrain.consistency.saved_marks import marked
-from abtrain.consistency.settings import HYPERPARAMETERS, check_loaded, chosen
+from abtrain.consistency.settings import HYPERPARAMETERS, chosen
 from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.engine.phase_change import PhaseChange
 from abtrain.engine.progress import Progress
@@ -63,7 +63,12 @@ class EngineState:
         run = Run(recipe, self.model, treatments, comm.topology, comm.rank, self.grad_scaler)
         raise_together(comm, state_problem(state, run))
         position = recipe.at(state["step"]) if state["step"] < recipe.total_steps else None
-        check_loaded(comm, recipe, state, **_equal_on_all(state, position))
+        check_equal(
+            comm,
+            _equal_on_all(state, position),
+            "workers load states that do not belong together",
+            "Load on every worker what was saved at the same step of the same run",
+        )
         with as_checkpoint_error(
             "the state could not be applied, and the model must not be trained now: build model, optimizer and "
             "ABTraining again, and load another checkpoint"
@@ -99,15 +104,19 @@ def _equal_on_all(state: Mapping[str, Any], position: Position | None) -> dict[s
         state: of a worker.
         position: of the next step; None at the end.
     """
-    model, merger = state["model"], state["merger"]
+    model, merger, under_way = state["model"], state["merger"], state["rounds"]["under_way"]
     shared = position is not None and position.phase.sync is not None
     groups = [group for one in model["optimizers"] for group in one["groups"]] if shared else []
     return {
+        "step": int(state["step"]),
+        "phase": "none, the recipe has ended" if position is None else position.phase.name,
+        "workers_equal": bool(state["workers_equal"]),
+        "merges_since_step": [merge["step"] for merge in under_way],
         "shape": {name: str(tuple(weight.shape)) for name, weight in model["weights"].items()},
         "momentum_of": sorted(merger["momentum"]),
         "residuals_of": sorted(merger["residuals"]),
         "starts_of": {wire: sorted(starts) for wire, starts in merger["starts"].items()},
-        "progress": [entry["progress"] for entry in state["rounds"]["under_way"]],
+        "progress": [merge["progress"] for merge in under_way],
         "order_of_gradients_known": bool(state["arrivals"]),
         "param_groups": [chosen(group, HYPERPARAMETERS) for group in groups],
     }

@@ -14,7 +14,7 @@ from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.layouts import layouts_of
 from abtrain.consistency.agreement import agree_on_tensors, differing_tensors, share
-from abtrain.consistency.settings import HYPERPARAMETERS, layout, leaves, optimizer_settings
+from abtrain.consistency.settings import HYPERPARAMETERS, layout, optimizer_settings
 from abtrain.errors import RanksDisagreeError
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.model import FactoredModel
@@ -115,7 +115,7 @@ class SharedTensors:
         if differed and self._comm.rank == 0:
             log.info("initial values of %d tensors differed between workers: rank 0's were taken", len(differed))
 
-    def place(self, step: int, phase: int, **more: int) -> dict[str, int | Mapping[str, str]]:
+    def place(self, step: int, phase: int, **more: object) -> dict[str, object]:
         """Returns everything that has to be equal on all workers before they average.
 
         Args:
@@ -123,20 +123,17 @@ class SharedTensors:
             phase: the index of the phase in the recipe.
             more: further values that have to be equal.
         """
-        shapes = layouts_of(self.parameters() | self.buffers())
         sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
         changed = {
-            name: f"frozen and changed ({total:x}): list what a model moves itself in {IGNORED}, or make it a buffer,"
+            name: f"{total:x}: list a tensor that the model changes itself in {IGNORED}, or make it a buffer"
             for name, total in sums.items()
             if total != self._frozen_sums.get(name)
         }
-        place: dict[str, int | Mapping[str, str]] = {"step": step, "phase": phase, "shapes": shapes, **more}
-        place["frozen"] = changed
-        if self.copies.names:
-            place["copies"] = {"state that is a copy of weights": self.copies.names}
+        place = {"step": step, "phase": phase, "shapes": layouts_of(self.parameters() | self.buffers()), **more}
+        place |= {"frozen_but_changed": changed, "copies_of_weights": self.copies.names}
         if self.same_settings:
-            settings = optimizer_settings(self.model.optimizers, self.model.parameters(), HYPERPARAMETERS)
-            place["settings"] = dict(leaves("param_groups", settings))
+            model = self.model
+            place["param_groups"] = optimizer_settings(model.optimizers, model.parameters(), HYPERPARAMETERS)
         return place
 
     def forget_nonfinite(self) -> None:

@@ -13,7 +13,7 @@ from abtrain.comm import Communicator, SingleProcess, run_in_process
 from abtrain.comm.stages import finish
 from abtrain.consistency.agreement import (
     agree_on_tensors,
-    check_fingerprint,
+    check_equal,
     disagreeing,
     roll_call,
     share,
@@ -52,20 +52,24 @@ def test_values_out_of_range_are_refused(value: int) -> None:
 
 
 def compare_places(comm: Communicator) -> None:
-    check_fingerprint(comm, step=120, phase=2)
+    check_equal(comm, {"step": 120, "phase": 2})
     assert comm.meter.payload()["total"] == (24 if comm.topology.world_size > 1 else 0)
     if comm.topology.world_size == 1:
         return
     with pytest.raises(RanksDisagreeError) as disagreement:
-        check_fingerprint(comm, step=120 + comm.rank, phase=2, shapes=7 - comm.rank)
+        check_equal(comm, {"step": 120 + comm.rank, "phase": 2, "shapes": 7 - comm.rank})
     message = str(disagreement.value)
     for rank in range(comm.topology.world_size):
         assert f"{120 + rank} on rank {rank}" in message and f"{7 - rank} on rank {rank}" in message
     assert "phase" not in message
-    assert "one ab.step() for each optimizer step" in message
+    assert "call ab.step() once for each optimizer step" in message
     with pytest.raises(RanksDisagreeError, match="different places of the program"):
-        check_fingerprint(comm, **({"step": 1} if comm.rank else {"step": 1, "phase": 1}))
-    check_fingerprint(comm)
+        check_equal(comm, {"step": 1} if comm.rank else {"step": 1, "phase": 1})
+    with pytest.raises(RanksDisagreeError, match=r"anchors differs between rank 0.* and rank 1"):
+        check_equal(comm, {"anchors": 2**61 + (comm.rank == 1)})
+    with pytest.raises(RanksDisagreeError, match="the same values in different orders"):
+        check_equal(comm, {"options": {"a": 1, "b": 2} if comm.rank else {"b": 2, "a": 1}})
+    check_equal(comm, {})
 
 
 @on_every_communicator
@@ -131,15 +135,18 @@ def test_ranks_agree_on_rank_0(world: World) -> None:
 
 def hold_other_models(comm: Communicator) -> None:
     odd = comm.rank == 1
-    for field, tensors in {
-        "shapes": {"w": torch.ones(3 if odd else 2)},
-        "dtypes": {"w": torch.ones(2, dtype=torch.float64 if odd else torch.float32)},
-        "names": {"v" if odd else "w": torch.ones(2)},
-        "tensors": {f"w{i}": torch.ones(2) for i in range(3 if odd else 2)},
+    for words, tensors in {
+        r"tensors.w is '\(2,\) of torch.float32' on rank 0.* and '\(3,\)": {"w": torch.ones(3 if odd else 2)},
+        "tensors.w is .* of torch.float64' on rank 1": {
+            "w": torch.ones(2, dtype=torch.float64 if odd else torch.float32)
+        },
+        r"names\[0\] is 'w' on rank 0.* and 'v' on rank 1": {"v" if odd else "w": torch.ones(2)},
+        r"names\[2\] is absent on rank 0.* and 'w2' on rank 1": {
+            f"w{i}": torch.ones(2) for i in range(3 if odd else 2)
+        },
     }.items():
         if comm.topology.world_size > 1:
-            told = "tensors is .*3 on rank 1" if field == "tensors" else f"{field} of rank .* are unlike"
-            with pytest.raises(RanksDisagreeError, match=f"{told}.*same model"):
+            with pytest.raises(RanksDisagreeError, match=f"{words}.*same model"):
                 agree_on_tensors(comm, tensors)
 
 

@@ -20,9 +20,9 @@ def test_two_right_decompositions_become_one() -> None:
     def work(comm: Communicator) -> tuple[Tensor, Tensor]:
         basis = torch.eye(4) if comm.rank == 0 else P
         W = 4 * torch.eye(4)
-        outcomes = {0: Factors(2 * basis, 2 * basis)}
-        agreed = _exchange(comm, {0: W}, outcomes, [4], [0], shared=False)
-        return agreed[0].A, agreed[0].B
+        factors = {"w": Factors(2 * basis, 2 * basis)}
+        agreed = _exchange(comm, {"w": W}, factors, {"w": 4}, {"w": 0}, shared=False)["w"]
+        return agreed.A, agreed.B
 
     for A, B in run_in_process(2, work):
         assert torch.equal(A, 2 * torch.eye(4))

@@ -10,7 +10,7 @@ import pytest
 
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
-from abtrain.consistency.settings import check_start
+from abtrain.consistency.agreement import check_equal
 from abtrain.errors import RanksDisagreeError
 from abtrain.recipes.factoring import Factoring
 from tests.faults.loops import AB, told
@@ -30,7 +30,8 @@ def test_equal_settings_cost_24_bytes() -> None:
     def work(comm: Communicator) -> int:
         # Neither an address nor the kind of a sequence is a difference.
         exclude: Any = ("0.*",) if comm.rank else ["0.*"]
-        check_start(comm, replace(AB, factoring=Factoring(OwnRule(), exclude=exclude)), on_nonfinite="stop")
+        recipe = replace(AB, factoring=Factoring(OwnRule(), exclude=exclude))
+        check_equal(comm, {"recipe": recipe, "on_nonfinite": "stop"})
         return int(comm.meter.payload()["total"])
 
     assert run_in_process(3, work) == [24] * 3
@@ -38,23 +39,24 @@ def test_equal_settings_cost_24_bytes() -> None:
 
 def test_one_worker_alone_agrees_with_itself() -> None:
     comm = SingleProcess()
-    check_start(comm, AB, on_nonfinite="stop")
+    check_equal(comm, {"recipe": AB, "topology": comm.topology})
     assert comm.meter.payload()["total"] == 0
 
 
 def test_a_few_differences_are_told_and_the_others_counted() -> None:
     def work(comm: Communicator) -> None:
-        check_start(comm, AB, **dict.fromkeys("abcdefg", comm.rank))
+        check_equal(comm, dict.fromkeys("abcdefg", comm.rank), "they differ", "Mend it")
 
     for error in told(2, work):
         assert isinstance(error, RanksDisagreeError)
-        assert "a is 0 on rank 0 and 1 on rank 1; b is" in str(error) and "; and 2 more. Build" in str(error)
+        assert str(error).startswith("they differ: a is 0 on rank 0 and 1 on rank 1; b is")
+        assert str(error).endswith("; and 2 more. Mend it")
 
 
 @pytest.mark.parametrize(("field", "value"), [("abtrain", "0.0.1"), ("torch", "1.13")])
 def test_versions_that_differ(field: str, value: str) -> None:
     def work(comm: Communicator) -> None:
         versions = {"abtrain": "0.1.0", "torch": "2.10"}
-        check_start(comm, AB, **versions | ({field: value} if comm.rank else {}))
+        check_equal(comm, versions | ({field: value} if comm.rank else {}))
 
     assert all(f"{field} is" in str(error) and f"{value}' on rank 1" in str(error) for error in told(2, work))

@@ -22,11 +22,10 @@ from abtrain.comm.traffic import Calls
 from abtrain.commands.plan.rounds import Turn, turns
 from abtrain.commands.plan.shapes import ModelShapes
 from abtrain.commands.plan.stretches import Merging, Stretch
-from abtrain.consistency.agreement import sent_by_agree_on_tensors, sent_by_take_first
+from abtrain.consistency.agreement import ROLL_CALL, sent_by_agree_on_tensors, sent_by_take_first
 from abtrain.consistency.factors import sent_by_agree_on_factors
 from abtrain.consistency.optimizers import OptimizerShape, sent_by_equalize_optimizers
 from abtrain.consistency.replicas import sent_by_check_replicas
-from abtrain.consistency.settings import sent_by_check_settings
 from abtrain.lowrank.classify import UNSHARED
 from abtrain.lowrank.names import factor_names
 from abtrain.lowrank.svd import Factors
@@ -123,7 +122,7 @@ class _Walk:
     def stretches(self) -> Iterator[Stretch]:
         shared = [name for name in self._model.parameters if self._model.kinds[name] != "own"]
         tensors = len(shared) + len(self._model.buffers)
-        yield Stretch("setup", 0, entry=(*sent_by_check_settings(), *sent_by_agree_on_tensors(tensors)))
+        yield Stretch("setup", 0, entry=(*ROLL_CALL, *sent_by_agree_on_tensors(tensors)))
         for position in self._recipe.runs():
             yield from self._phase(position)
 
@@ -139,7 +138,7 @@ class _Walk:
             # The tensors that each worker computed for itself.
             entry = (*entry, *sent_by_take_first())
         if phase.sync is not None:
-            entry = (*entry, *sent_by_check_settings())
+            entry = (*entry, *ROLL_CALL)
         self._factored = bool(ranks)
         held = self._held(ranks)
         if isinstance(phase.sync, GradientSync):

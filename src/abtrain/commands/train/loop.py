@@ -27,8 +27,7 @@ from abtrain.commands.train.run_folder import RunFolder
 from abtrain.commands.train.stopping import Stopping
 from abtrain.commands.train.trainer import Trainer
 from abtrain.commands.train.watchdog import Watchdog
-from abtrain.consistency.agreement import gather_json
-from abtrain.consistency.settings import check_equal
+from abtrain.consistency.agreement import check_equal, gather_json
 from abtrain.errors import ConfigurationError, DataError, StoppedError
 from abtrain.recipes.recipe import Position
 from abtrain.recipes.sync import GradientSync, WeightSync
