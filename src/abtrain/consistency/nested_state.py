@@ -1,8 +1,8 @@
-"""State of any form made alike on all workers: lists, dicts, codes of few bits, rows and columns in place of a matrix.
+"""Makes optimizer state of any form equal: lists, dicts, quantized codes, or rows and columns instead of a matrix.
 
-Where all workers that have state of a parameter have it in the same form, and it is real numbers throughout, it becomes
-their average. Else the items belong together in a way that nobody here knows, such as codes and their scales: then all
-take the whole of it from the first worker that has some.
+If all workers that have state of a parameter hold it in the same form, and it consists of real numbers, they take its
+average. In any other state the items belong together in a way that is unknown here, such as codes and their scales:
+then all workers take the whole state of the first worker that has some.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch import Tensor, nn
 
 from abtrain.comm.averages import exact_average
 from abtrain.comm.communicator import Communicator
-from abtrain.consistency.agreement import gather_json, share
+from abtrain.consistency.agreement import gather_json, largest, share
 from abtrain.lowrank.optimizer import State
 
 Path = tuple[tuple[str, Any], ...]
 Form = list[Any]
-"""Of one parameter's state, in words that JSON can hold: for each item its path, and what it is."""
+"""The form of one parameter's state, as JSON can hold it: for each item its path and its kind."""
 
 _AVERAGED = {str(dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
 class _Item(NamedTuple):
-    """A value in a state, its place, and where that is.
+    """A value in a state, and its place there.
 
     Attributes:
-        holder: the dict or list that it is in.
-        key: its place there.
-        path: for each level, `k` or `i` (a dict's key, a list's index) and the key.
+        holder: the dict or list that holds the value.
+        key: the value's key or index in it.
+        path: for each level, `k` (a dict) or `i` (a list), and the key or index.
     """
 
     holder: Any
@@ -46,76 +46,66 @@ class _Item(NamedTuple):
 
 
 class _Slot(NamedTuple):
-    """A parameter's state on all workers.
-
-    Attributes:
-        state: of this worker; in the form of the others, too, once they are known.
-        holders: the workers that have some.
-        averaged: whether theirs are averaged, and not taken from the first of them.
-    """
+    """This worker's state of a parameter, in the form that all workers use, and the workers that have some."""
 
     state: State
     holders: list[int]
-    averaged: bool
 
 
 @torch.no_grad()
 def equalize_nested(states: Sequence[State], parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
-    """Makes states alike, in place. Collective over the world.
+    """Makes states equal on all workers, in place. Collective over the world.
 
     Args:
-        states: one for each parameter; empty where this worker has none.
-        parameters: whose they are, the same on all workers.
-        comm: of this worker.
+        states: one for each parameter; empty if this worker has none.
+        parameters: the same on all workers.
+        comm: the communicator.
     """
-    forms = [_form(state) for state in states]
+    forms = [[[[list(step) for step in item.path], _kind(item.value)] for item in _items(state)] for state in states]
     distinct = [form for i, form in enumerate(forms) if form not in forms[:i]]
     gathered = gather_json(comm, {"forms": distinct, "of": [distinct.index(form) for form in forms]})
-    slots = []
+    averaged, taken = list[_Slot](), list[_Slot]()
     for place, (state, parameter) in enumerate(zip(states, parameters, strict=True)):
         theirs = [row["forms"][row["of"][place]] for row in gathered]
         holders = [rank for rank, form in enumerate(theirs) if form]
         if not holders:
             continue
         form = theirs[holders[0]]
-        averaged = all(theirs[rank] == form for rank in holders) and all(_is_real(kind) for _, kind in form)
         if theirs[comm.rank] != form:
             _build(state, form, parameter)
-        slots.append(_Slot(state, holders, averaged))
-    _average([slot for slot in slots if slot.averaged], comm)
-    _follow([slot for slot in slots if not slot.averaged], comm)
+        alike = all(theirs[rank] == form for rank in holders) and all(_is_real(kind) for _, kind in form)
+        (averaged if alike else taken).append(_Slot(state, holders))
+    _average(averaged, comm)
+    _take_first(taken, comm)
 
 
 def _average(slots: Sequence[_Slot], comm: Communicator) -> None:
+    """Averages tensors over the workers that have some, and takes the largest of single numbers."""
     tensors, numbers = _split(slots)
     held = [item.value if comm.rank in slot.holders else torch.zeros_like(item.value) for slot, item in tensors]
     for (slot, item), mean in zip(tensors, exact_average(held, comm), strict=True):
         item.value.copy_(mean * (comm.topology.world_size / len(slot.holders)))
     if numbers:
-        lowest = -torch.inf
-        mine = [_number(item.value) if comm.rank in slot.holders else lowest for slot, item in numbers]
-        values = torch.tensor(mine, dtype=torch.float64).to(comm.device)
-        comm.all_reduce(values, op="max")
-        for (_, item), value in zip(numbers, values.tolist(), strict=True):
-            _set(item, value)
+        mine = [float(item.value) if comm.rank in slot.holders else -torch.inf for slot, item in numbers]
+        for (_, item), value in zip(numbers, largest(comm, mine), strict=True):
+            set_number(item.holder, item.key, value)
 
 
-def _follow(slots: Sequence[_Slot], comm: Communicator) -> None:
+def _take_first(slots: Sequence[_Slot], comm: Communicator) -> None:
+    """Takes the state of the first worker that has some."""
     tensors, numbers = _split(slots)
     share(comm, [item.value for _, item in tensors], [slot.holders[0] for slot, _ in tensors])
-    if numbers:
-        values = torch.tensor([_number(item.value) for _, item in numbers], dtype=torch.float64).view(-1, 1)
-        share(comm, list(values), [slot.holders[0] for slot, _ in numbers])
-        for (_, item), value in zip(numbers, values.flatten().tolist(), strict=True):
-            _set(item, value)
+    values = [torch.tensor([float(item.value)], dtype=torch.float64) for _, item in numbers]
+    share(comm, values, [slot.holders[0] for slot, _ in numbers])
+    for (_, item), value in zip(numbers, values, strict=True):
+        set_number(item.holder, item.key, value.item())
 
 
 def _split(slots: Sequence[_Slot]) -> tuple[list[tuple[_Slot, _Item]], list[tuple[_Slot, _Item]]]:
-    """The tensors in the states, and the single numbers."""
+    """Returns the tensors in the states, and the single numbers."""
     items = [(slot, item) for slot in slots for item in _items(slot.state)]
-    tensors = [pair for pair in items if isinstance(pair[1].value, Tensor) and not _is_count(pair[1])]
-    numbers = [pair for pair in items if _is_number(pair[1].value) or _is_count(pair[1])]
-    return tensors, numbers
+    numbers = [pair for pair in items if _kind(pair[1].value)[0] == "number"]
+    return [pair for pair in items if _kind(pair[1].value)[0] == "tensor"], numbers
 
 
 def _items(holder: Any, path: Path = ()) -> Iterator[_Item]:
@@ -129,48 +119,37 @@ def _items(holder: Any, path: Path = ()) -> Iterator[_Item]:
             yield _Item(holder, key, here)
 
 
-def _form(state: State) -> Form:
-    return [[[list(step) for step in item.path], _kind(item)] for item in _items(state)]
-
-
-def _kind(item: _Item) -> Any:
-    value = item.value
-    if _is_count(item) or _is_number(value):
-        tensor = isinstance(value, Tensor)
-        return ["number", str(value.dtype) if tensor else type(value).__name__, value.device.type if tensor else ""]
-    if isinstance(value, Tensor):
+def _kind(value: Any) -> list[Any]:
+    """Describes a value by its type, without its numbers. Tensors of one element, such as step counts, are numbers."""
+    if isinstance(value, Tensor) and (value.ndim or value.is_complex()):
         return ["tensor", str(value.dtype), list(value.shape)]
+    if isinstance(value, Tensor):
+        return ["number", str(value.dtype), value.device.type]
+    if is_number(value):
+        return ["number", type(value).__name__, ""]
     return ["constant", repr(tuple(value) if isinstance(value, tuple) else value)]
 
 
-def _is_real(kind: Any) -> bool:
+def _is_real(kind: list[Any]) -> bool:
     return kind[0] == "number" or (kind[0] == "tensor" and kind[1] in _AVERAGED)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is a number of Python's; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_count(item: _Item) -> bool:
-    """Whether a tensor is one number, such as a count of steps."""
-    value = item.value
-    return isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex()
-
-
-def _number(value: Any) -> float:
-    return float(value)
-
-
-def _set(item: _Item, value: float) -> None:
-    held = item.value
+def set_number(holder: Any, key: Any, value: float) -> None:
+    """Replaces the number at `key`, which may be a tensor, by a value in the same type."""
+    held = holder[key]
     if isinstance(held, Tensor):
         held.fill_(value)
     else:
-        item.holder[item.key] = type(held)(value)
+        holder[key] = type(held)(value)
 
 
 def _build(state: State, form: Form, parameter: nn.Parameter) -> None:
-    """Gives a state the form that another worker's has, its values still without a meaning."""
+    """Gives a state the form of another worker's; its values are placeholders."""
     state.clear()
     for path, kind in form:
         holder: Any = state
@@ -180,7 +159,7 @@ def _build(state: State, form: Form, parameter: nn.Parameter) -> None:
 
 
 def _enter(holder: Any, key: Any, value: Any) -> Any:
-    """Returns the value at a place; if there is none, `value` is put there. Lists fill in order of index."""
+    """Returns the value at a place; if there is none, puts `value` there. Lists are filled in order of index."""
     if isinstance(holder, list):
         if key == len(holder):
             holder.append(value)
@@ -188,23 +167,20 @@ def _enter(holder: Any, key: Any, value: Any) -> Any:
     return holder.setdefault(key, value)
 
 
-def _blank(kind: Any, parameter: nn.Parameter) -> Any:
-    if kind[0] == "constant":
-        return ast.literal_eval(kind[1])
+def _blank(kind: list[Any], parameter: nn.Parameter) -> Any:
+    """Returns a placeholder of a kind."""
+    match kind:
+        case ["constant", text]:
+            return ast.literal_eval(text)
+        case ["number", name, ""]:
+            return 0 if name == "int" else 0.0
+    dtype = getattr(torch, kind[1].removeprefix("torch."))
     if kind[0] == "number":
-        if kind[2]:
-            device = "cpu" if kind[2] == "cpu" else parameter.device
-            return torch.zeros((), dtype=_dtype(kind[1]), device=device)
-        return 0 if kind[1] == "int" else 0.0
+        return torch.zeros((), dtype=dtype, device="cpu" if kind[2] == "cpu" else parameter.device)
     if kind[2] == list(parameter.shape):
-        # Laid out as the parameter is: fused optimizers go by it.
-        return torch.zeros_like(parameter, dtype=_dtype(kind[1]), requires_grad=False)
-    return torch.zeros(kind[2], dtype=_dtype(kind[1]), device=parameter.device)
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
-    return dtype
+        # In the parameter's memory layout, which fused optimizers require.
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.zeros(kind[2], dtype=dtype, device=parameter.device)
 
 
 def cannot_be_shared(states: Mapping[Any, Any]) -> str:
