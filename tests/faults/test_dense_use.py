@@ -117,7 +117,7 @@ def test_writing_to_the_weight_of_a_module_is_an_error(first: type[nn.Linear], w
     loop = factored_loop(net(first))
     before = copy.deepcopy(loop.model.state_dict())
     for mode in (torch.no_grad, torch.enable_grad):
-        with mode(), pytest.raises(UsageError, match="factored at present would have no effect"):
+        with mode(), pytest.raises(UsageError, match="currently factored would have no effect"):
             write(loop.model[0])
     assert largest_difference(before, loop.model.state_dict()) == 0
 

@@ -25,7 +25,7 @@ Act = Callable[[Any], object]
 
 
 def factored_loop(kind: str = "mlp", **options: Any) -> tuple[Loop, list[nn.Parameter]]:
-    """A loop whose weights are factored at present, and the parameters that it kept from before."""
+    """A loop whose weights are currently factored, and the parameters that it kept from before."""
     model = build(kind)
     kept = list(model.parameters())
     loop = Loop(SingleProcess(), recipes.ab(15, **{**SCHEDULE, "warmup_steps": 0}, sigma_cutoff=0.2), model, **options)
@@ -82,7 +82,7 @@ def test_writing_to_a_kept_parameter_is_an_error(write: Act) -> None:
     before = copy.deepcopy(loop.model.state_dict())
     with (
         torch.no_grad(),
-        pytest.raises(UsageError, match=r"factored at present .* before the factored phases.*exclude"),
+        pytest.raises(UsageError, match=r"currently factored .* before the factored phases.*exclude"),
     ):
         write(kept[0])
     assert largest_difference(before, loop.model.state_dict()) == 0

@@ -1,7 +1,7 @@
-"""Tensor hooks of the user's own on a weight, while it is factored.
+"""Hooks that users have registered on a weight, called while the weight is factored.
 
-They see the gradient of the product, once for each backward pass as before: until it has come, all reads of a weight
-give the same tensor.
+A tensor hook sees the gradient of the product W = A B, once in each backward pass, as it saw that of the dense weight.
+Therefore all reads of a hooked weight return the same tensor until its gradient has arrived.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from abtrain.lowrank.weight import FactoredWeight, without_autocast
 
 
 class _Read(NamedTuple):
-    """The last product of a weight's factors, with copies of the factors and whether each trained."""
+    """The last product of a weight's factors, with copies of the factors and whether each required a gradient."""
 
     W: Tensor
     A: Tensor
@@ -26,11 +26,11 @@ class _Read(NamedTuple):
 
 
 _reads: weakref.WeakKeyDictionary[FactoredWeight, _Read] = weakref.WeakKeyDictionary()
-"""Of each weight, until a gradient of it has come."""
+"""The last read of each hooked weight, until its gradient has arrived."""
 
 
 class _Product(torch.autograd.Function):
-    """A B, whose backward pass may run again: what several forward passes share outlives the first of them."""
+    """A B with a backward pass that can run again: several forward passes share a read that outlives the first."""
 
     @staticmethod
     def forward(ctx: Any, A: Tensor, B: Tensor) -> Tensor:
@@ -49,25 +49,27 @@ class _Product(torch.autograd.Function):
         return G @ B.T if of_A else None, A.T @ G if of_B else None
 
 
-def hooked_product(weight: FactoredWeight, A: Tensor, B: Tensor) -> Tensor:
-    """The dense weight, with the user's hooks on it."""
+def read_product(weight: FactoredWeight, A: Tensor, B: Tensor) -> Tensor:
+    """The product of A and B as the dense weight, contiguous, with a gradient to both and the user's hooks on it.
+
+    Its dtype is that of the factors, whatever autocast says.
+    """
     trained = (A.requires_grad, B.requires_grad)
-    if not torch.is_grad_enabled() or not any(trained):
-        with without_autocast(A):
-            return weight.matrix_shape.to_tensor(A @ B).contiguous()
-    last = _reads.get(weight)
+    hooked = bool(weight.hooks) and torch.is_grad_enabled() and any(trained)
+    last = _reads.get(weight) if hooked else None
     # By value: what merges write leaves no trace in a tensor's version.
     if last is not None and last.trained == trained and torch.equal(last.A, A) and torch.equal(last.B, B):
         return last.W
     with without_autocast(A):
-        W = weight.matrix_shape.to_tensor(_Product.apply(A, B)).contiguous()
-    W.register_hook(_calling(weight))
-    _reads[weight] = _Read(W, A.detach().clone(), B.detach().clone(), trained)
+        W = weight.matrix_shape.to_tensor(_Product.apply(A, B) if hooked else A @ B).contiguous()
+    if hooked:
+        W.register_hook(_calling(weight))
+        _reads[weight] = _Read(W, A.detach().clone(), B.detach().clone(), trained)
     return W
 
 
 def _calling(weight: FactoredWeight) -> Callable[[Tensor], Tensor]:
-    """A hook that calls those of the user. It does not hold the weight: what holds the hook is kept for it."""
+    """A hook that calls the user's hooks. It refers to the weight weakly, since `_reads` keeps it for the weight."""
     hooks, held = weight.hooks, weakref.ref(weight)
 
     def call(gradient: Tensor) -> Tensor:
@@ -80,24 +82,24 @@ def _calling(weight: FactoredWeight) -> Callable[[Tensor], Tensor]:
     return call
 
 
-class AfterAccumulation:
-    """Calls hooks with the dense parameter once all of its factors that train have got their gradient.
+def after_accumulation(
+    dense: nn.Parameter, hooks: Mapping[int, Callable[[Any], None]], factors: Sequence[Tensor]
+) -> None:
+    """Has hooks called with the dense parameter whenever all of its factors that train have their gradients.
 
     Args:
         dense: the parameter that the hooks were registered on.
         hooks: as `register_post_accumulate_grad_hook` keeps them.
-        factors: that have its place.
+        factors: of the weight.
     """
+    arrived: set[int] = set()
 
-    def __init__(self, dense: nn.Parameter, hooks: Mapping[int, Callable[[Any], None]], factors: Sequence[Tensor]):
-        self._dense, self._hooks, self._factors = dense, hooks, factors
-        self._came: set[int] = set()
-        for factor in factors:
-            factor.register_post_accumulate_grad_hook(self._arrived)
+    def arrive(factor: Tensor) -> None:
+        arrived.add(id(factor))
+        if all(id(one) in arrived for one in factors if one.requires_grad):
+            arrived.clear()
+            for hook in tuple(hooks.values()):
+                hook(dense)
 
-    def _arrived(self, factor: Tensor) -> None:
-        self._came.add(id(factor))
-        if all(id(one) in self._came for one in self._factors if one.requires_grad):
-            self._came.clear()
-            for hook in tuple(self._hooks.values()):
-                hook(self._dense)
+    for factor in factors:
+        factor.register_post_accumulate_grad_hook(arrive)

@@ -1,7 +1,7 @@
-"""Factored weights as others see them: a Parameter that was kept from before, or what `module.weight` reads.
+"""Factored weights as other code sees them: as a Parameter that was kept from before, or as what `module.weight` reads.
 
-Both read as W = A B, with a gradient to the factors where gradients are enabled. Their own gradient is that of the
-factors. Writing to them is an error, for it would change nothing.
+Both read as W = A B, with a gradient to the factors where gradients are enabled, and their own gradient is that of the
+factors. Writing to them is an error, because it would not change the model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from abtrain.errors import UsageError
-from abtrain.lowrank.hooked import hooked_product
+from abtrain.lowrank.hooked import read_product
+from abtrain.lowrank.nested import tensors_in, with_tensors
 from abtrain.lowrank.weight import FactoredWeight
 
 _RECORD = "_abtrain_record"
@@ -25,10 +26,11 @@ _NEEDS_NO_VALUE = frozenset(
     | {"get_device", "__len__", "is_leaf", "grad_fn", "_version"}
 )
 _NO_WRITE = frozenset({"__invert__", "__index__", "__int__", "__iter__"})
+_HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 
 
 def keep_(record: FactoredWeight) -> None:
-    """Makes the weight's own Parameter read as the product of its factors, from here until `give_back_`."""
+    """Makes the weight's own Parameter read as the product of its factors, until `give_back_`."""
     setattr(record.dense, _RECORD, record)
     record.dense.__class__ = FactoredParameter
 
@@ -41,58 +43,14 @@ def give_back_(dense: nn.Parameter) -> None:
 
 
 def shown(record: FactoredWeight, W: Tensor) -> Tensor:
-    """The value of a factored weight, as it is read from its module."""
+    """The value W of a factored weight, as it is read from its module."""
     read = W.as_subclass(ReadOnly)
     setattr(read, _RECORD, record)
     return read
 
 
-def _guarded(func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """A function of torch on tensors some of which stand for factored weights, or show their values."""
-    name = _name_of(func)
-    for written in _written_by(name, args, kwargs):
-        _refuse(written, name)
-    memory: set[int] = set()
-    foreign = not all(issubclass(one, ReadOnly | nn.Parameter) for one in types)
-
-    def value(tensor: Any) -> Any:
-        if isinstance(tensor, FactoredParameter):
-            tensor = tensor._stand_in() if name in _NEEDS_NO_VALUE else tensor._product()
-        if isinstance(tensor, ReadOnly):
-            memory.update(_memory(tensor))
-            tensor = tensor.as_subclass(Tensor) if foreign else tensor
-        return tensor
-
-    with torch._C.DisableTorchFunctionSubclass():
-        args, kwargs = _mapped(args, value), _mapped(kwargs, value)
-        if not foreign:
-            return _of_result(name, func(*args, **kwargs), memory)
-    # Tensors of another class come to their own word.
-    return func(*args, **kwargs)
-
-
-def _of_result(name: str, result: Any, memory: set[int]) -> Any:
-    """A view of a value that is shown shows it too; everything computed from it is a plain tensor."""
-
-    def read_only(item: Tensor) -> Tensor:
-        views = type(item) is Tensor and item.numel() and memory.intersection(_memory(item))
-        return item.as_subclass(ReadOnly) if views else item
-
-    if name == "_base":
-        return result  # a view of the base would have a base again, without end
-    return result.copy() if name in ("numpy", "__array__") else _mapped(result, read_only)
-
-
-def _memory(tensor: Tensor) -> tuple[int, ...]:
-    """Where the tensor lies; empty if it lies nowhere, as inside a transform of functorch or on the meta device."""
-    if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return ()
-    place = tensor.untyped_storage().data_ptr()
-    return (place,) if place else ()
-
-
-class ReadOnly(Tensor):
-    """The value of a factored weight, which its record comes with if it was read from the module."""
+class _StandIn(Tensor):
+    """A tensor that stands for a factored weight, or shows its value."""
 
     @classmethod
     def __torch_function__(
@@ -102,11 +60,27 @@ class ReadOnly(Tensor):
 
     @property
     def _weight(self) -> FactoredWeight | None:
+        """The record of the weight that the tensor stands for; None for a view or another tensor of its memory."""
         return self.__dict__.get(_RECORD)
+
+    def _plain(self) -> Tensor:
+        """A copy that can be written to, of the type that the dense module would give."""
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copied = memo[id(self)] = self._plain()
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._plain().__reduce_ex__(protocol)
+
+
+class ReadOnly(_StandIn):
+    """The value of a factored weight, with the record of the weight if it was read from the module."""
 
     @property
     def grad(self) -> Tensor | None:
-        """The gradients of the factors, as a kept parameter gives them."""
+        """The gradients of the factors, in the form that a kept Parameter has."""
         if self._weight is not None:
             return self._weight.dense.grad
         with torch._C.DisableTorchFunctionSubclass():
@@ -118,48 +92,27 @@ class ReadOnly(Tensor):
             _refuse(self, "grad")
         self._weight.dense.grad = value
 
-    def register_hook(self, hook: Any) -> Any:
-        if self._weight is not None:
-            _refuse(self, "register_hook")
-        return super().register_hook(hook)
-
-    def retain_grad(self) -> None:
-        if self._weight is not None:
-            _refuse(self, "retain_grad")
-        super().retain_grad()
-
     def _plain(self) -> Tensor:
-        """A copy that can be written to, of the type that the dense module would give."""
         with torch._C.DisableTorchFunctionSubclass():
             copied = self.detach().clone().as_subclass(Tensor)
             return copied if self._weight is None else nn.Parameter(copied)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        copied = memo[id(self)] = self._plain()
-        return copied
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._plain().__reduce_ex__(protocol)
-
-
-class FactoredParameter(nn.Parameter):
-    """The Parameter of a weight that is factored at present."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        return _guarded(func, types, args, kwargs or {})
+class FactoredParameter(_StandIn, nn.Parameter):
+    """The Parameter of a weight that is currently factored."""
 
     def _product(self) -> Tensor:
         """W = A B, with a gradient to the factors where gradients are enabled."""
         record = self._record
-        W = hooked_product(record, record.A, record.B) if record.hooks else record.product_of(record.A, record.B)
+        W = read_product(record, record.A, record.B) if record.hooks else record.product_of(record.A, record.B)
         return record.lay_out(W).as_subclass(ReadOnly)
 
-    def _stand_in(self) -> Tensor:
-        """A tensor of W's shape, dtype and device."""
+    def _without_value(self) -> Tensor:
+        """A tensor of W's shape, dtype and device, without a value."""
         return self._record.A.detach().new_empty(()).expand(self._record.matrix_shape.tensor)
+
+    def _plain(self) -> Tensor:
+        return nn.Parameter(self._record.laid_out())
 
     @property
     def _record(self) -> FactoredWeight:
@@ -176,7 +129,7 @@ class FactoredParameter(nn.Parameter):
 
     @property
     def _base(self) -> None:  # type: ignore[override]  # nobody can set it in torch either
-        """It is no view. Compilers ask for it while they trace, and would take the empty tensor for the weight."""
+        """None: it is no view. Compilers ask while they trace, and would take the empty tensor for the weight."""
         if torch._guards.TracingContext.try_get() is not None:
             raise UsageError(
                 f"a parameter of shape {tuple(self.shape)} that was kept from before its weight was factored is used "
@@ -212,7 +165,7 @@ class FactoredParameter(nn.Parameter):
         if tuple(value.shape) != expected:
             raise UsageError(
                 f"a gradient of shape {tuple(value.shape)} was set on a weight of shape {tuple(self.shape)} that is "
-                f"factored at present: gradients of its factors are one vector of shape {expected}. Change "
+                f"currently factored: the gradients of its factors are one vector of shape {expected}. Change "
                 "gradients of live parameters, model.parameters(), or in place"
             )
         if flat is None:
@@ -225,50 +178,67 @@ class FactoredParameter(nn.Parameter):
         self.grad = None
 
     def _flatten(self, gradients: list[tuple[nn.Parameter, Any]]) -> Tensor:
-        """Makes gradients of factors views of one vector."""
+        """Makes the gradients of factors views of one vector, and returns it."""
         flat = torch.cat([gradient.detach().reshape(-1) for _, gradient in gradients])
         pieces = flat.split([factor.numel() for factor, _ in gradients])
         for (factor, _), piece in zip(gradients, pieces, strict=True):
             factor.grad = piece.view(factor.shape)
-        # The vector is held here, so nothing else comes to lie in its place.
+        # The vector is held here, so that no other gradient can come to lie at its address.
         self.__dict__[_FLAT] = (flat, _places([factor for factor, _ in gradients]))
         return flat
 
-    def register_hook(self, hook: Any) -> NoReturn:
-        _refuse(self, "register_hook")
-
-    def register_post_accumulate_grad_hook(self, hook: Any) -> NoReturn:
-        _refuse(self, "register_post_accumulate_grad_hook")
-
-    def retain_grad(self) -> NoReturn:
-        _refuse(self, "retain_grad")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        copied = nn.Parameter(self._record.laid_out())
-        memo[id(self)] = copied
-        return copied
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(self._record.laid_out()).__reduce_ex__(protocol)
-
 
 def _places(factors: Sequence[nn.Parameter]) -> list[int]:
-    """Where in memory the gradients of factors lie."""
+    """The addresses of the factors' gradients."""
     return [factor.grad.data_ptr() for factor in factors if factor.grad is not None]
 
 
-def _refuse(tensor: Tensor, name: str) -> NoReturn:
+def _guarded(func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Calls a torch function on arguments of which some stand for factored weights, or show their values."""
+    name = _name_of(func)
+    for refused in _refused_by(name, args, kwargs):
+        _refuse(refused, name)
+    memory: set[int] = set()
+    foreign = not all(issubclass(one, ReadOnly | nn.Parameter) for one in types)
+
+    def value(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FactoredParameter):
+            tensor = tensor._without_value() if name in _NEEDS_NO_VALUE else tensor._product()
+        if isinstance(tensor, ReadOnly):
+            memory.update(_memory(tensor))
+            tensor = tensor.as_subclass(Tensor) if foreign else tensor
+        return tensor
+
     with torch._C.DisableTorchFunctionSubclass():
-        shape = tensor._record.matrix_shape.tensor if isinstance(tensor, FactoredParameter) else tensor.shape
-    raise UsageError(
-        f"{name} on a weight of shape {tuple(shape)} that is factored at present would have no effect on the model, "
-        "which holds its factors A and B: do it before the factored phases, or exclude this weight from factoring "
-        "(exclude=)"
-    )
+        args, kwargs = with_tensors(args, value), with_tensors(kwargs, value)
+        if not foreign:
+            return _of_result(name, func(*args, **kwargs), memory)
+    # Outside, so that the `__torch_function__` of other tensor classes is called.
+    return func(*args, **kwargs)
+
+
+def _of_result(name: str, result: Any, memory: set[int]) -> Any:
+    """Makes views of a shown value read-only, too; everything computed from it is a plain tensor."""
+
+    def read_only(item: Tensor) -> Tensor:
+        views = type(item) is Tensor and item.numel() and memory.intersection(_memory(item))
+        return item.as_subclass(ReadOnly) if views else item
+
+    if name == "_base":
+        return result  # a view of the base would have a base again, without end
+    return result.copy() if name in ("numpy", "__array__") else with_tensors(result, read_only)
+
+
+def _memory(tensor: Tensor) -> tuple[int, ...]:
+    """The address of the tensor's storage; empty if it has none, as on the meta device and in functorch transforms."""
+    if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return ()
+    place = tensor.untyped_storage().data_ptr()
+    return (place,) if place else ()
 
 
 def _name_of(func: Callable[..., Any]) -> str:
-    """Names the function that was called, or the attribute that was read; `NAME=` where one was set."""
+    """The name of the function that was called or of the attribute that was read; `NAME=` where one was set."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -276,23 +246,22 @@ def _name_of(func: Callable[..., Any]) -> str:
     return name
 
 
-def _written_by(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """The tensors among the arguments that stand for factored weights and that a function would change."""
+def _refused_by(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[_StandIn]:
+    """The stand-ins among the arguments that a function would write to, and the weights that it would put a hook on."""
+    first = args[:1] or list(kwargs.values())
     in_place = (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
     operator = name == "__setitem__" or (name.startswith("__i") and name not in _NO_WRITE)
-    targets: list[Any] = [args[:1] or list(kwargs.values())] if in_place or operator or name.endswith("=") else []
-    found: list[Any] = []
-    _mapped([targets, kwargs.get("out")], lambda item: found.append(item) if isinstance(item, _GUARDED) else None)
-    return found
+    written = first if in_place or operator or name.endswith("=") else []
+    refused = [tensor for tensor in tensors_in([written, kwargs.get("out")]) if isinstance(tensor, _StandIn)]
+    hooked = first if name in _HOOKS else []
+    return refused + [one for one in hooked if isinstance(one, _StandIn) and one._weight is not None]
 
 
-_GUARDED = (FactoredParameter, ReadOnly)
-
-
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """The same lists, tuples and dicts with other tensors."""
-    if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_mapped(item, change) for item in value)
-    return change(value) if isinstance(value, Tensor) else value
+def _refuse(tensor: Tensor, name: str) -> NoReturn:
+    with torch._C.DisableTorchFunctionSubclass():
+        shape = tensor._record.matrix_shape.tensor if isinstance(tensor, FactoredParameter) else tensor.shape
+    raise UsageError(
+        f"{name} on a weight of shape {tuple(shape)} that is currently factored would have no effect on the model, "
+        "which holds its factors A and B: do it before the factored phases, or exclude this weight from factoring "
+        "(exclude=)"
+    )

@@ -1,6 +1,6 @@
 """Modules that hold the factors A (m, k) and B (k, n) of a weight, and look dense from outside.
 
-A module becomes one of these by a change of its class (`surgery.py`), so hooks, names and references to it stay valid.
+A module becomes one of these when its class is changed (`surgery.py`), so hooks, names and references to it stay valid.
 Linear layers and convolutions compute with the factors; every other module rebuilds the weight whenever it reads it.
 The weight remains readable on all of them, as the product; writing to it is an error. State dicts, copies and pickles
 show the dense module.
@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abtrain.errors import UsageError
-from abtrain.lowrank.hooked import hooked_product
+from abtrain.lowrank.hooked import read_product
 from abtrain.lowrank.kept import shown
 from abtrain.lowrank.loading import empty_like_dense, load_
 from abtrain.lowrank.svd import Factors
-from abtrain.lowrank.weight import FactoredWeight, without_autocast
+from abtrain.lowrank.weight import FactoredWeight
 
 
 class Factored(nn.Module):
@@ -43,7 +43,7 @@ class Factored(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name in self._abtrain_weights and name not in self._parameters:
             raise UsageError(
-                f"{name} of a {self._abtrain_dense_type.__name__} cannot be set: it is factored at present. Set it "
+                f"{name} of a {self._abtrain_dense_type.__name__} cannot be set: it is currently factored. Set it "
                 "before the factored phases, or exclude this weight from factoring (exclude=)"
             )
         super().register_parameter(name, param)
@@ -53,15 +53,15 @@ class Factored(nn.Module):
         return ", ".join(filter(None, (super().extra_repr(), *ranks)))
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """A copy or a pickle is that of the dense module."""
-        # Where others keep the weight's Parameter too, their copies are that of the module.
+        """Copies and pickles the dense module."""
+        # The weight's own Parameter goes in: in a deep copy, whatever else holds it still shares it with the module.
         reduced: Any = _twin(self, lambda weight: weight.dense).__reduce_ex__(protocol)
         make, args, *rest = reduced
         # Pickle checks the class of what goes through `__newobj__`, and this is not the twin.
         return (args[0].__new__ if make is copyreg.__newobj__ else make, args, *rest)  # type: ignore[attr-defined]
 
     def _abtrain_copied_by_its_class(self, memo: dict[int, Any]) -> nn.Module:
-        """The `__deepcopy__` of a module whose class has one; the module is dense inside it, as its parts see it."""
+        """The `__deepcopy__` of a module whose class defines one, which sees the module as dense."""
         kind: type[nn.Module] = type(self)
         own = self.__dict__
         dense = _twin(self, lambda weight: weight.dense).__dict__
@@ -79,26 +79,16 @@ class Factored(nn.Module):
         def value(weight: FactoredWeight) -> Tensor:
             return product(self, weight.attribute) if keep_vars else weight.weight()
 
-        # Factors are looked up while they are the module's parameters.
+        # Computed first, because factors are only found while they are the module's parameters.
         values = {name: value(weight) for name, weight in self._abtrain_weights.items()}
         with _shown_dense(self, lambda weight: values[weight.attribute]):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        error_msgs: list[str] = args[-1]
         known = len(error_msgs)
         with _shown_dense(self, empty_like_dense) as dense:
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
+            super()._load_from_state_dict(state_dict, prefix, *args)
         refused = " ".join(error_msgs[known:])
         for attribute, weight in self._abtrain_weights.items():
             key = prefix + attribute
@@ -114,17 +104,11 @@ def factors_of(module: Factored, attribute: str) -> Factors:
 
 def product(module: Factored, attribute: str) -> Tensor:
     """The dense weight, in the dtype of its factors whatever autocast says, with a gradient to both."""
-    weight, (A, B) = module._abtrain_weights[attribute], factors_of(module, attribute)
-    if weight.hooks:
-        return hooked_product(weight, A, B)
-    with without_autocast(A):
-        W = A @ B
-    # Modules may take a view of their weight, as `.view(-1)` does.
-    return weight.matrix_shape.to_tensor(W).contiguous()
+    return read_product(module._abtrain_weights[attribute], *factors_of(module, attribute))
 
 
 def _twin(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> nn.Module:
-    """A module of the dense class that shares all but the factored weights."""
+    """A module of the dense class that shares everything but the factored weights; `value` makes these."""
     twin: nn.Module = object.__new__(module._abtrain_dense_type)
     own = {name: item for name, item in module.__dict__.items() if name != "_abtrain_weights"}
     twin.__dict__ = own | {"_parameters": _dense_parameters(module, value)}
@@ -132,22 +116,21 @@ def _twin(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> nn.Mod
 
 
 def _dense_parameters(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> dict[str, Any]:
-    """The module's own parameters, as they are named and ordered while it is dense."""
-    weights = module._abtrain_weights.values()
-    marks = {weight.names.mark: weight for weight in weights}
-    factors = {name for weight in weights for name in (weight.names.A, weight.names.B)}
+    """The module's own parameters, named and ordered as in the dense module."""
+    replaced = {name: weight for weight in module._abtrain_weights.values() for name in weight.names}
     dense: dict[str, Any] = {}
     for name, parameter in module._parameters.items():
-        if name in marks:
-            dense[marks[name].attribute] = value(marks[name])
-        elif name not in factors:
+        weight = replaced.get(name)
+        if weight is None:
             dense[name] = parameter
+        elif name == weight.names.mark:
+            dense[weight.attribute] = value(weight)
     return dense
 
 
 @contextmanager
 def _shown_dense(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> Iterator[dict[str, Any]]:
-    """Inside it, the module's own parameters are those of the dense module; what is set then stays set."""
+    """Shows the module with the parameters of the dense module; dense parameters that are set meanwhile stay set."""
     own, dense = module._parameters, _dense_parameters(module, value)
     module.__dict__["_parameters"] = dense
     try:
@@ -177,13 +160,13 @@ def _is_forward_of_torch(frame: types.FrameType) -> bool:
 
 
 class LowRank(Factored):
-    """A module that computes with the factors of its weight; `weight` is built only when somebody asks for it."""
+    """A module that computes with the factors of its weight; `weight` is only built when it is read."""
 
     weight = _product_of("weight")
 
 
 def _inner_and_outer(module: Factored) -> tuple[Tensor, Tensor]:
-    """(k, in * ...), the factor that meets the input, and (out, k), the factor that makes the output."""
+    """The factor that is applied to the input, (k, in * ...), and the one that makes the output, (out, k)."""
     A, B = factors_of(module, "weight")
     return (A.T, B.T) if module._abtrain_weights["weight"].matrix_shape.transposed else (B, A)
 
@@ -206,38 +189,24 @@ class _LowRankConv(LowRank, nn.modules.conv._ConvNd):
         filters = inner.reshape(len(inner), self.in_channels, *self.kernel_size)
         hidden = self._conv_forward(input, filters, None)
         mix = outer.reshape(self.out_channels, len(inner), *(1 for _ in self.kernel_size))
-        return self._mix(hidden, mix, self.bias)
-
-    def _mix(self, hidden: Tensor, mix: Tensor, bias: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
+        return convolve(hidden, mix, self.bias)
 
 
 class LowRankConv1d(_LowRankConv, nn.Conv1d):
     _abtrain_dense_type = nn.Conv1d
 
-    def _mix(self, hidden: Tensor, mix: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv1d(hidden, mix, bias)
-
 
 class LowRankConv2d(_LowRankConv, nn.Conv2d):
     _abtrain_dense_type = nn.Conv2d
-
-    def _mix(self, hidden: Tensor, mix: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(hidden, mix, bias)
 
 
 class LowRankConv3d(_LowRankConv, nn.Conv3d):
     _abtrain_dense_type = nn.Conv3d
 
-    def _mix(self, hidden: Tensor, mix: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv3d(hidden, mix, bias)
-
 
 FACTORED_LAYERS: dict[type[nn.Module], type[LowRank]] = {
-    nn.Linear: LowRankLinear,
-    nn.Conv1d: LowRankConv1d,
-    nn.Conv2d: LowRankConv2d,
-    nn.Conv3d: LowRankConv3d,
+    kind._abtrain_dense_type: kind for kind in (LowRankLinear, LowRankConv1d, LowRankConv2d, LowRankConv3d)
 }
 """Exact types that have a factored form. A subclass may compute something else with its weight, so it has none."""
 

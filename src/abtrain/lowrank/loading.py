@@ -1,4 +1,4 @@
-"""Loads a dense weight into the factors that stand for it, cut to their rank and in their basis."""
+"""Loads a dense weight into its factors: cut to their rank, and in their basis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from abtrain.lowrank.weight import FactoredWeight, without_autocast
 from abtrain.recipes.rank_rules import FixedRank
 
 _ROUNDING = 1e-5
-"""Relative error that is no loss, in float32."""
+"""Relative error that counts as rounding in float32."""
 
 _SAME = 8
 """Units of rounding between two products of the same factors."""
@@ -25,7 +25,7 @@ _CONDITION = 1e-4
 """The smallest over the largest singular value of a factor that can still be inverted without harm."""
 
 _replaced: WeakKeyDictionary[FactoredWeight, Factors] = WeakKeyDictionary()
-"""Each weight's factors from before the last load that changed them: an average is swapped in, and out again."""
+"""Each weight's factors from before the last load that changed them, for loops that swap an average in and out."""
 
 _cuts: ContextVar[bool] = ContextVar("cuts", default=False)
 
@@ -48,28 +48,28 @@ def empty_like_dense(weight: FactoredWeight) -> nn.Parameter:
 def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -> list[str]:
     """Writes a dense value into the factors of a weight, in place; ranks stay.
 
-    Momentum, anchors and residuals refer to the factors by their elements, so the pair is changed as little as the
-    value allows: not at all if its product is the value already, back to the pair that the last load replaced if
-    the value is its product, and otherwise to factors of the value in the basis nearest to the present one.
+    Momentum, anchors and residuals refer to the factors element by element, so the pair is changed as little as the
+    value allows: not at all if its product already is the value; back to the pair that the last load replaced if the
+    value is its product; and otherwise to factors of the value in the basis nearest to the present one.
 
     Args:
-        weight: whose factors they are.
+        weight: the weight whose factors are written.
         key: the weight's name, for messages.
         value: of the dense weight's shape.
-        dtype: that it was saved in.
+        dtype: the dtype in which the value was saved.
 
     Returns:
-        What is wrong, and then nothing has changed.
+        The problems; if there are any, nothing has changed.
     """
     present = Factors(weight.A.detach(), weight.B.detach())
     if _makes(present, weight, value, dtype):
         return []
-    replaced = _replaced.get(weight)
-    if replaced is not None:
-        replaced = Factors(*(factor.to(weight.A.device) for factor in replaced))
-    if replaced is None or not _makes(replaced, weight, value, dtype):
+    pair = _replaced.get(weight)
+    if pair is not None:
+        pair = Factors(*(factor.to(weight.A.device) for factor in pair))
+    if pair is None or not _makes(pair, weight, value, dtype):
         try:
-            replaced, lost = _factors_of(weight, present, value)
+            pair, lost = _factors_of(weight, present, value)
         except (NonFiniteError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # not in the stubs
             return [f"While loading {key} into its factors: {error}"]
         if lost > _allowed(weight.A.dtype, dtype) and not _cuts.get():
@@ -80,13 +80,13 @@ def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -
             ]
     _replaced[weight] = Factors(present.A.clone(), present.B.clone())
     with torch.no_grad():
-        weight.A.copy_(replaced.A)
-        weight.B.copy_(replaced.B)
+        weight.A.copy_(pair.A)
+        weight.B.copy_(pair.B)
     return []
 
 
 def _makes(pair: Factors, weight: FactoredWeight, value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the product of a pair is a value that was saved in `dtype`, but for rounding."""
+    """Whether the product of a pair is a value that was saved in `dtype`, up to rounding."""
     wide = torch.promote_types(value.dtype, torch.float32)
     W = weight.product_of(*pair)
     if dtype.is_floating_point and bool(value.any()):
@@ -106,34 +106,33 @@ def _factors_of(weight: FactoredWeight, present: Factors, value: Tensor) -> tupl
     W = weight.matrix_shape.to_matrix(value.to(weight.A.device, wide))
     size = W.norm()
 
-    def missed(pair: Factors) -> float:
-        return float((W - pair.A.to(wide) @ pair.B.to(wide)).norm() / size) if size > 0 else 0.0
+    def rounded(pair: Factors) -> tuple[Factors, float]:
+        """The pair in the dtype of the weight's factors, and the share that it misses."""
+        pair = Factors(*(factor.to(weight.A.dtype) for factor in pair))
+        missed = (W - pair.A.to(wide) @ pair.B.to(wide)).norm()
+        return pair, float(missed / size) if size > 0 else 0.0
 
     with without_autocast(W):
         cut = _of_rank(decompose(W, FixedRank(weight.k)), weight.k)
+        by_svd, lost = rounded(cut)
         near = _in_basis_of(present, cut)
-        by_svd, by_basis = (
-            None if pair is None else Factors(*(factor.to(weight.A.dtype) for factor in pair)) for pair in (cut, near)
-        )
-        assert by_svd is not None
-        lost = missed(by_svd)
-        if by_basis is not None and missed(by_basis) <= lost + _allowed(weight.A.dtype):
-            return by_basis, lost
+        if near is not None:
+            by_basis, missed = rounded(near)
+            if missed <= lost + _allowed(weight.A.dtype):
+                return by_basis, lost
     return by_svd, lost
 
 
 def _in_basis_of(present: Factors, cut: Factors) -> Factors | None:
-    """Other factors of the same product: B' = A^+ W, then A' = W B'^+, in float64; None where B' has not full rank."""
+    """Other factors of the same product: B' = A^+ W, then A' = W B'^+, in float64; None if B' lacks full rank."""
     W = cut.A.double() @ cut.B.double()
     B = torch.linalg.pinv(present.A.double()) @ W
     S = torch.linalg.svdvals(B)
-    if not S[-1] > _CONDITION * S[0]:
-        return None
-    return Factors(W @ torch.linalg.pinv(B), B)
+    return Factors(W @ torch.linalg.pinv(B), B) if S[-1] > _CONDITION * S[0] else None
 
 
 def _of_rank(pair: Factors, k: int) -> Factors:
-    """Factors with signs that do not depend on the machine, and zeros for what is rounding, up to rank k."""
+    """The pair with signs that do not depend on the machine, and zeros in place of rounding errors, up to rank k."""
     A, B = pair
     largest = A.gather(0, A.abs().argmax(0, keepdim=True))[0]
     signs = torch.where(largest < 0, -1.0, 1.0).to(A.dtype)

@@ -1,8 +1,9 @@
 """The placeholder of a factored weight among a module's parameters.
 
-Loops that pair `parameters()` of a model with those of a copy of it (averages of weights, such as AveragedModel of
-torch) would pair a weight of the copy with a factor, and broadcasting may hide it. They meet the mark first: it fits no
-tensor. Whoever adds up norms or counts parameters may read it: it is one zero, which is not trained.
+Some loops pair the `parameters()` of a model with those of a copy of it, as averages of weights such as torch's
+AveragedModel do. They would pair a weight of the copy with a factor, and broadcasting may hide the mistake. The mark
+comes first in the order and fits no tensor, so such a loop fails with an explanation. Loops that sum norms or count
+parameters may read the mark: it is a single zero that does not train.
 """
 
 from __future__ import annotations
@@ -14,25 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from abtrain.errors import UsageError
+from abtrain.lowrank.nested import tensors_in
 
 _SHAPE = (1,) * 8
-"""Of more dimensions than a weight has, so that nothing in place broadcasts to it."""
+"""More dimensions than any weight has, so that the mark broadcasts to no tensor in place."""
 
 
 class FactoredMark(nn.Parameter):
-    """One zero that cannot be combined with other tensors, and that nobody can let train."""
+    """A single zero that cannot be combined with other tensors, and never trains."""
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        others = [tensor for tensor in _tensors((args, kwargs)) if not isinstance(tensor, FactoredMark)]
-        if any(other.ndim for other in others):
+        if any(other.ndim for other in tensors_in((args, kwargs)) if not isinstance(other, FactoredMark)):
             raise UsageError(
-                "parameters of a model whose weights are factored at present were paired with other tensors, one by "
-                "one: the model holds A and B in the place of such a weight. Pair `state_dict()`, which is dense at "
-                "all times, or use ABTraining.ema for a running average"
+                "parameters of a model whose weights are currently factored were paired with other tensors, one by "
+                "one: the model holds A and B in the place of such a weight. Pair `state_dict()`, which is always "
+                "dense, or use ABTraining.ema for a running average"
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
@@ -47,7 +48,7 @@ class FactoredMark(nn.Parameter):
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
-        """Who lets all parameters of a model train does not mean this one."""
+        """Ignores the value: a loop that lets all parameters of a model train does not mean the mark."""
 
     def requires_grad_(self, requires_grad: bool = True) -> FactoredMark:
         return self
@@ -57,13 +58,3 @@ def mark_like(tensor: Tensor) -> FactoredMark:
     """A mark of the tensor's dtype and device."""
     zero = torch.zeros(_SHAPE, dtype=tensor.dtype, device=tensor.device)
     return zero.as_subclass(FactoredMark)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []

@@ -1,7 +1,7 @@
 """factorize_ / restore_: a weight of a live model <-> its factors, in place.
 
-The module object stays, and so does the `Parameter` object of the weight: its storage is freed while the factors live,
-and filled again afterwards. Whoever holds either keeps a valid reference.
+The module object stays, and so does the weight's `Parameter` object, so references to either stay valid. The storage
+of the Parameter is freed while the factors live, and filled again afterwards.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from abtrain.lowrank.classify import has_factored_form, owner
-from abtrain.lowrank.hooked import AfterAccumulation
+from abtrain.lowrank.hooked import after_accumulation
 from abtrain.lowrank.kept import give_back_, keep_
 from abtrain.lowrank.layers import FACTORED_LAYERS, Factored, rebuilding
 from abtrain.lowrank.mark import mark_like
@@ -19,10 +19,10 @@ from abtrain.lowrank.weight import FactoredWeight, Names
 
 
 def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
-    """Puts factors in the place of weight `name`, in place, and frees the dense weight.
+    """Replaces weight `name` by factors, in place, and frees the dense weight.
 
     Args:
-        model: that holds the weight.
+        model: the model that holds the weight.
         name: the weight's name, as in `named_parameters()`.
         factors: A (m, k) and B (k, n).
 
@@ -44,20 +44,20 @@ def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
     dense.grad = None
     dense.data = dense.data.new_empty(0)
     if dense._post_accumulate_grad_hooks:
-        AfterAccumulation(dense, dense._post_accumulate_grad_hooks, (A, B))
+        after_accumulation(dense, dense._post_accumulate_grad_hooks, (A, B))
     keep_(record)
     return record
 
 
 def restore_(record: FactoredWeight) -> nn.Parameter:
-    """Undoes `factorize_`: W = A B is back in the module, in the Parameter object that was there before."""
+    """Undoes `factorize_`: puts W = A B into the Parameter object that the module held before."""
     module, attribute = record.module, record.attribute
     assert isinstance(module, Factored)
     give_back_(record.dense)
     for factor in (record.A, record.B):
-        # They hold the factors in a cycle.
+        # The hooks refer to the factors, and would keep them alive in a cycle.
         (factor._post_accumulate_grad_hooks or {}).clear()
-    # In the memory layout of before: optimizer state of dense neighbours, and fused optimizers, go by it.
+    # The former memory layout matters to optimizer state of dense neighbours and to fused optimizers.
     record.dense.data = record.laid_out()
     del module._parameters[record.names.A], module._parameters[record.names.B]
     _rename_(module, record.names.mark, attribute, record.dense)
@@ -66,14 +66,14 @@ def restore_(record: FactoredWeight) -> nn.Parameter:
 
 
 def _show_(module: nn.Module, records: dict[str, FactoredWeight]) -> None:
-    """Gives a module the class in which just these of its weights are factored."""
+    """Gives a module the class in which exactly these of its weights are factored."""
     dense_type = module._abtrain_dense_type if isinstance(module, Factored) else type(module)
     module.__class__ = dense_type
     if not records:
         del module._abtrain_weights
         return
-    alone = next(iter(records.values()))
-    if len(records) == 1 and has_factored_form(module, alone.attribute, bool(alone.hooks)):
+    first = next(iter(records.values()))
+    if len(records) == 1 and has_factored_form(module, first.attribute, bool(first.hooks)):
         module.__class__ = FACTORED_LAYERS[dense_type]
     else:
         module.__class__ = rebuilding(dense_type, frozenset(records))  # type: ignore[arg-type]  # a class is hashable
@@ -81,14 +81,14 @@ def _show_(module: nn.Module, records: dict[str, FactoredWeight]) -> None:
 
 
 def _rename_(module: nn.Module, old: str, new: str, parameter: nn.Parameter) -> None:
-    """Puts a parameter in the place of another, which keeps the order of all."""
+    """Replaces a parameter by another at the same place in the module's order."""
     renamed = [(new, parameter) if name == old else (name, p) for name, p in module._parameters.items()]
     module._parameters.clear()
     module._parameters.update(renamed)
 
 
 def _free_name(module: nn.Module, name: str) -> str:
-    """The name, or one like it that the module does not use yet."""
+    """The name, with underscores added until the module does not use it yet."""
     while hasattr(module, name):
         name += "_"
     return name

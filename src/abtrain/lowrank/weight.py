@@ -14,12 +14,9 @@ from abtrain.lowrank.matrix import MatrixShape
 
 
 class Names(NamedTuple):
-    """The names of the parameters that replace one weight in its module.
+    """The names in a module of the parameters that replace one weight: its mark, A and B.
 
-    Attributes:
-        mark: stands where the weight stood; see `abtrain.lowrank.mark`.
-        A: (m, k).
-        B: (k, n).
+    The mark takes the weight's place in the order of parameters; see `abtrain.lowrank.mark`.
     """
 
     mark: str
@@ -33,14 +30,14 @@ class FactoredWeight:
 
     Attributes:
         name: the weight's name in the model.
-        module: that holds it.
+        module: the module that holds it.
         attribute: the weight's name in the module.
         dense: the weight's own Parameter; its storage is empty while the factors live.
         A: (m, k).
         B: (k, n).
-        names: of the factors in the module.
-        matrix_shape: how the weight is seen as a matrix.
-        strides: of the dense weight before.
+        names: of mark and factors in the module.
+        matrix_shape: the matrix view of the weight.
+        strides: of the dense weight before it was factored.
         hooks: tensor hooks that the user has registered on the dense weight.
     """
 
@@ -74,13 +71,13 @@ class FactoredWeight:
         return self.lay_out(self.weight())
 
     def lay_out(self, W: Tensor) -> Tensor:
-        """A value of the weight in the memory layout that the dense weight had."""
+        """W in the memory layout that the dense weight had."""
         if W.stride() == self.strides:
             return W
         return torch.empty_strided(W.shape, self.strides, dtype=W.dtype, device=W.device).copy_(W)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Inside it, products of tensors on this tensor's device have the dtype of what is multiplied."""
+    """Turns autocast off on the tensor's device, so that products have the dtype of their factors."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

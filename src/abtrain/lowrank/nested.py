@@ -1,0 +1,26 @@
+"""The tensors in nested dicts, lists and tuples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yields all tensors in a value, the value itself included."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
+
+
+def with_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A copy of nested dicts, lists and tuples in which `change` has replaced every tensor."""
+    if isinstance(value, dict):
+        return {key: with_tensors(item, change) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(with_tensors(item, change) for item in value)
+    return change(value) if isinstance(value, Tensor) else value
