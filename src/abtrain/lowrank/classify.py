@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ from abtrain.recipes.factoring import Factoring
 
 Kind = Literal["factored", "averaged", "frozen", "own"]
 UNSHARED: tuple[Kind, ...] = ("frozen", "own")
-"""Kinds that no merge shares."""
+"""Kinds that merges leave out."""
 
 _NORMS = (
     nn.LayerNorm,
@@ -35,9 +36,9 @@ class Treatment:
     Attributes:
         name: its first name in the model.
         shape: of the dense parameter.
-        kind: `factored` into A and B in factored phases; `averaged` at merges, dense always; `frozen`: never
-            trained, so never sent; or `own`: left to each worker, so neither sent nor compared.
-        reason: why.
+        kind: `factored`: A and B in factored phases; `averaged`: always dense, and averaged at merges; `frozen`: never
+            trained, so never sent; `own`: left to each worker, so neither sent nor compared.
+        reason: why it has this kind, for people.
     """
 
     name: str
@@ -47,19 +48,16 @@ class Treatment:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] | None = None) -> list[Treatment]:
-    """A treatment for every parameter of the model, tied ones once.
+    """Decides how every parameter of the model is treated; tied parameters appear once.
 
     Args:
         model: with all its weights dense.
-        factoring: None where the recipe has no factored phase.
-        optimized: `id`s of the parameters that the optimizer holds; None: all of them.
+        factoring: None if the recipe has no factored phase.
+        optimized: `id`s of the parameters that the optimizer holds; None: it holds all of them.
     """
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -78,9 +76,7 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
         elif factoring is None:
             reason = "the recipe has no factored phase"
         else:
-            reason = _why_dense(model, name, parameter, factoring)
-            if not reason and name in sharing:
-                reason = f"shares memory with {sharing[name]}"
+            reason = _why_dense(model, name, parameter, factoring) or sharing.get(name, "")
             if not reason:
                 kind, reason = "factored", _how_factored(model, name, parameter)
         treatments.append(Treatment(name, tuple(parameter.shape), kind, reason))
@@ -88,40 +84,36 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
 
 
 def _why_dense(model: nn.Module, name: str, parameter: nn.Parameter, factoring: Factoring) -> str:
-    """The reason why a trained parameter stays dense; empty if nothing speaks against factoring it."""
+    """The reason why a trained parameter stays dense; empty if it can be factored."""
     module, attribute = owner(model, name)
-    matrix = MatrixShape(parameter.shape) if parameter.ndim >= 2 else None
+    least_dim = MatrixShape(parameter.shape).n if parameter.ndim >= 2 else 0
+    excluded = next((pattern for pattern in factoring.exclude if fnmatchcase(name, pattern)), None)
     rules = (
         (parameter.numel() == 0, "empty"),
         (type(parameter) is not nn.Parameter, f"a {type(parameter).__name__}: only plain nn.Parameters are factored"),
-        (matrix is None, "a vector or scalar"),
+        (parameter.ndim < 2, "a vector or scalar"),
         (not parameter.is_floating_point(), f"{parameter.dtype}: only real weights are factored"),
         (isinstance(module, nn.Embedding | nn.EmbeddingBag), "an embedding"),
         (isinstance(module, _NORMS), "a norm"),
         (isinstance(module, nn.RNNBase), "a recurrent layer keeps flat copies of its weights"),
-        (not attribute.endswith("weight"), "not a weight by its name"),
+        (not attribute.endswith("weight"), "its name does not end in 'weight'"),
+        (excluded is not None, f"excluded by {excluded!r}"),
+        (least_dim < factoring.min_dim, f"smaller matrix dimension {least_dim} is below min_dim={factoring.min_dim}"),
     )
-    for applies, reason in rules:
-        if applies:
-            return reason
-    for pattern in factoring.exclude:
-        if fnmatchcase(name, pattern):
-            return f"excluded by {pattern!r}"
-    if matrix is not None and matrix.n < factoring.min_dim:
-        return f"smaller matrix dimension {matrix.n} is below min_dim={factoring.min_dim}"
-    return ""
+    return next((reason for applies, reason in rules if applies), "")
 
 
 def _sharing_memory(model: nn.Module) -> dict[str, str]:
-    """Parameters and buffers that lie in one storage, tied by `.data`, each with the first other one that does."""
+    """The reasons why parameters stay dense whose storage is shared, as by ties of `.data`; by parameter and buffer."""
     places: dict[int, list[str]] = defaultdict(list)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        # Tensors of a class of their own, and sparse ones, have no storage to ask for.
+        # Sparse tensors and those of other classes may have no storage.
         plain = tensor.layout == torch.strided and type(tensor.data) is torch.Tensor
         if plain and tensor.untyped_storage().data_ptr():
             places[tensor.untyped_storage().data_ptr()].append(name)
     shared = [names for names in places.values() if len(names) > 1]
-    return {name: next(other for other in names if other != name) for names in shared for name in names}
+    first = {name: next(other for other in names if other != name) for names in shared for name in names}
+    return {name: f"shares memory with {other}" for name, other in first.items()}
 
 
 def _how_factored(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
@@ -135,9 +127,9 @@ def has_factored_form(module: nn.Module, attribute: str, hooked: bool) -> bool:
     """Whether a dense module can compute with A and B without rebuilding W.
 
     Args:
-        module: that holds the weight.
+        module: the module that holds the weight.
         attribute: the weight's name in the module.
-        hooked: whether somebody wants to see the gradient of W.
+        hooked: whether a tensor hook needs the gradient of W.
     """
     alone = attribute == "weight" and not hooked
     return alone and type(module) in FACTORED_LAYERS and getattr(module, "groups", 1) == 1

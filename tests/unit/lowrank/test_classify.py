@@ -51,7 +51,7 @@ def test_every_parameter_is_accounted_for_with_its_reason() -> None:
         "rnn.weight_ih_l0": "recurrent",
         "thin.weight": "below min_dim=2",
         "frozen.weight": "does not require a gradient",
-        "position": "not a weight by its name",
+        "position": "its name does not end in 'weight'",
         "complex_weight": "only real weights",
         "empty_weight": "empty",
         "own_weight": "excluded by 'own_*'",
