@@ -1,4 +1,4 @@
-"""Optimizer steps of factors in coordinates of the weight, which do not depend on the split into A and B.
+"""Optimizer steps of factors in coordinates of the weight, whatever the split into A and B.
 
 W = A B does not determine how a weight is split between A and B, yet optimizer steps depend on the split: the gradient
 of A is that of W times B^T, and a step of A moves W by that step times B. So directions with small singular values have
