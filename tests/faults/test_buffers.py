@@ -336,7 +336,7 @@ def test_a_buffer_that_grows_on_one_worker_is_named() -> None:
         train(comm, model, recipes.local_sgd(8, every=4), grow)
 
     for error in told(2, work):
-        assert "cache is (3,) of torch.float32 on rank 0 and (5,) of torch.float32 on rank 1" in str(error)
+        assert "cache is '(3,) of torch.float32' on rank 0 and '(5,) of torch.float32' on rank 1" in str(error)
 
 
 @pytest.mark.parametrize("fragments", [1, 2])

@@ -405,7 +405,7 @@ def test_a_closed_engine_says_so() -> None:
     loop, _ = factored_loop()
     loop.ab.close()
     for use in (lambda: loop.ab(torch.zeros(1, 10).double()), loop.ab.step, loop.ab.state_dict):
-        with pytest.raises(UsageError, match="was closed: build it anew"):
+        with pytest.raises(UsageError, match="was closed: build it again"):
             use()
     with torch.no_grad():
         loop.ab(torch.zeros(1, 10).double())
@@ -425,7 +425,7 @@ def test_closing_amid_a_round_says_that_groups_are_apart(
 
     with caplog.at_level(logging.WARNING, logger="abtrain"):
         (average, one), (same, other) = run_in_process(2, work)
-    assert ("the model of this worker is its own" in caplog.text) is warns
+    assert ("each worker has a different model" in caplog.text) is warns
     assert largest_difference(average, same) == 0
     assert (largest_difference(one, other) > 0) is warns
 

@@ -530,5 +530,5 @@ def test_a_run_that_is_left_amid_a_round_is_told(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING, "abtrain"):
         unfinished.tell()
     told_of = [record.message for record in caplog.records]
-    assert any("left at step 5, amid a round of phase 'local'" in message for message in told_of)
-    assert not any("left at step 6" in message for message in told_of)
+    assert any("ends at step 5, within a round of phase 'local'" in message for message in told_of)
+    assert not any("ends at step 6" in message for message in told_of)
