@@ -16,6 +16,7 @@ from torch.distributed import HashStore
 
 from abtrain import failpoints as faults
 from abtrain.comm.communicator import SingleProcess
+from abtrain.commands.files import read_regular, whole_file, write_whole
 from abtrain.commands.train import checkpoints as saving
 from abtrain.commands.train.config import NOT_OF_THE_METHOD, TrainConfig, identity, resolve
 from abtrain.commands.train.config_problems import validate
@@ -24,7 +25,6 @@ from abtrain.commands.train.loop import train
 from abtrain.commands.train.run_folder import RunFolder
 from abtrain.commands.train.watchdog import Watchdog
 from abtrain.errors import CheckpointError, ConfigurationError
-from abtrain.files import read_regular, whole_file, write_whole
 from tests import forks
 from tests.faults.processes import start
 

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from abtrain.commands.figures import Figure
-from abtrain.files import write_whole
+from abtrain.commands.files import write_whole
 
 _TEMPLATE = "page.html.j2"
 _NEEDED = ("matplotlib", "jinja2")

@@ -19,13 +19,13 @@ from abtrain.commands.compare.report import FILE as REPORT_FILE
 from abtrain.commands.compare.report import write_report
 from abtrain.commands.compare.runs import ComparisonOutcome, ComparisonRun, check, outcome, plan_runs, run_in_lab
 from abtrain.commands.compare.summary import ComparisonRow, rows, utilisations
+from abtrain.commands.files import write_json
 from abtrain.commands.lab import Lab
 from abtrain.commands.process import stopped_by_signals
 from abtrain.commands.runs.folder_run import held, writing
 from abtrain.commands.runs.once import run_once
 from abtrain.commands.train.config import resolve
 from abtrain.commands.units import format_rate, human_bytes
-from abtrain.files import write_json
 
 FILE = "compare.json"
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from abtrain.commands.compare.contestants import Contestant, contestants
+from abtrain.commands.files import write_json
 from abtrain.commands.lab.config import LabConfig, config_problems, system_problems
 from abtrain.commands.lab.rates import parse_link_rate
 from abtrain.commands.page import missing_packages
 from abtrain.commands.runs.result_files import read_record
 from abtrain.commands.tasks.task import TASKS
 from abtrain.errors import ConfigurationError, DataError, nearest
-from abtrain.files import write_json
 
 SETTINGS_FILE = "settings.json"
 _EXAMPLES = """\

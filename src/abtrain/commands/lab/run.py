@@ -6,13 +6,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 
+from abtrain.commands.files import write_json
 from abtrain.commands.lab.counters import Sampler
 from abtrain.commands.lab.faults import Action, Event, faults_in_words, timeline
 from abtrain.commands.lab.job import LAUNCHER_FOLDER, Job, host_command, host_environment
 from abtrain.commands.lab.network import Network
 from abtrain.commands.lab.processes import HostProcesses, Show
 from abtrain.commands.lab.result import FILE, HostResult, LabResult, as_record
-from abtrain.files import write_json
 
 _POLL_SECONDS = 0.02
 

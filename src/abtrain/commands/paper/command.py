@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table as Printed
 
 from abtrain.commands.circumstances import versions_note
+from abtrain.commands.files import write_json
 from abtrain.commands.page import Table, remarked
 from abtrain.commands.paper.arguments import ECR, HPO, PaperRequest, parse_arguments
 from abtrain.commands.paper.experiments import FIGURES, SCALING_TABLES, Cell, cells
@@ -34,7 +35,6 @@ from abtrain.commands.process import stopped_by_signals
 from abtrain.commands.runs.folder_run import check, writing
 from abtrain.commands.tasks.task import TASKS
 from abtrain.errors import ConfigurationError
-from abtrain.files import write_json
 
 _WIDTH = 200
 _TINY_NOTE = "Simulated workers, one a node; times and traffic are forecast for links of 1 Gbit/s."

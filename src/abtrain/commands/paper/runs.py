@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from abtrain.comm.topology import Topology
+from abtrain.commands.files import write_whole
 from abtrain.commands.paper.experiments import Cell, ScaleName
 from abtrain.commands.paper.published import BACKWARD_SHARE
 from abtrain.commands.plan.collectives import Cluster, NodeLink
@@ -37,7 +38,6 @@ from abtrain.commands.train.config import TrainConfig, group_size_of, recipe_of,
 from abtrain.commands.train.config_file import from_toml
 from abtrain.commands.train.folder_content import RESULT_FILE
 from abtrain.errors import AbtrainError, ConfigurationError
-from abtrain.files import write_whole
 
 CHECKPOINTS, LEAST_BETWEEN_CHECKPOINTS = 50, 100
 """Of a real run: a checkpoint every 2 % of its steps, but not more often than every 100 steps."""

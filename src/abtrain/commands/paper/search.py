@@ -16,6 +16,7 @@ from rich.console import Console
 
 from abtrain import recipes
 from abtrain.commands.figures import COLOURS, Figure, save
+from abtrain.commands.files import write_json
 from abtrain.commands.page import Table
 from abtrain.commands.paper.arguments import PaperRequest
 from abtrain.commands.paper.experiments import Cell
@@ -25,7 +26,6 @@ from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import TrainConfig, resolve
 from abtrain.commands.train.simulate import simulate
 from abtrain.errors import ConfigurationError, NonFiniteError
-from abtrain.files import write_json
 from abtrain.recipes.paper import AB_SHARE
 
 FILE = "search.db"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abtrain.commands.figures import COLOURS, Figure, legend_below, plain_numbers, save
+from abtrain.commands.files import write_whole
 from abtrain.commands.page import Table, remarked
 from abtrain.commands.paper.figures import draw
 from abtrain.commands.paper.page import write_paper_page
@@ -17,7 +18,6 @@ from abtrain.commands.paper.runs import PaperRun
 from abtrain.commands.paper.studies import STUDIES
 from abtrain.commands.paper.tables import PaperRow, study_table
 from abtrain.commands.runs.result_files import read_record
-from abtrain.files import write_whole
 from abtrain.lowrank.names import factor_letter, weight_name
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ import os
 import tomllib
 from pathlib import Path
 
+from abtrain.commands.files import write_json, write_whole
 from abtrain.commands.runs.method import (
     DEFAULTS,
     SETTINGS,
@@ -28,7 +29,6 @@ from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.config_file import from_values, to_toml
 from abtrain.commands.train.folder_content import RESULT_FILE
 from abtrain.errors import ConfigurationError, DataError
-from abtrain.files import write_json, write_whole
 from abtrain.version import __version__
 
 REQUEST_FILE, RECORD_FILE, TRAIN_FOLDER = "request.toml", "request.json", "train"

@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from abtrain.files import is_leftover, is_regular
+from abtrain.commands.files import is_leftover, is_regular
 
 CHECKPOINTS, OLD_CHECKPOINTS = "checkpoints", ".old-checkpoints"
 CONFIG_FILE, METRICS_FILE, RESULT_FILE, OUTCOME_FILE = "config.toml", "metrics.jsonl", "result.json", "outcome.json"

@@ -26,6 +26,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from abtrain.commands.files import is_regular
 from abtrain.commands.process import PASSED_ON, SIGNALS, Requests, stopped_message
 from abtrain.commands.train import worker
 from abtrain.commands.train.config import TrainConfig
@@ -35,7 +36,6 @@ from abtrain.commands.train.run_folder import default_folder
 from abtrain.commands.train.world import LAUNCH
 from abtrain.errors import AbtrainError, ConfigurationError, OutOfMemoryError, PeerLostError, StoppedError
 from abtrain.failpoints import ATTEMPT
-from abtrain.files import is_regular
 
 log = logging.getLogger("abtrain")
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from abtrain.commands.files import is_leftover, is_regular, open_regular, read_regular, remove, write_whole
 from abtrain.commands.train.config import TrainConfig, differences, identity
 from abtrain.commands.train.config_file import from_text, to_toml
 from abtrain.commands.train.folder_content import (
@@ -37,7 +38,6 @@ from abtrain.commands.train.folder_content import (
 )
 from abtrain.errors import CheckpointError, ConfigurationError, StoppedError
 from abtrain.failpoints import attempt
-from abtrain.files import is_leftover, is_regular, open_regular, read_regular, remove, write_whole
 
 
 def default_folder(config: TrainConfig) -> Path:

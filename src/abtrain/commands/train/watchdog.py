@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from abtrain.commands.files import whole_file
 from abtrain.errors import PeerLostError
-from abtrain.files import whole_file
 
 # Collectives that time out have this long to raise their own error, which is more specific.
 _MARGIN_SECONDS = 10.0

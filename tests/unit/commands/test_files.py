@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from abtrain.files import write_json, write_whole
+from abtrain.commands.files import write_json, write_whole
 
 
 def test_what_is_written_is_read_and_nothing_else_is_left(tmp_path: Path) -> None:
