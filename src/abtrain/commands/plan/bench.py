@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from abtrain.comm.alone import world_of_one
 from abtrain.comm.data_parallel import DataParallel, Unsynchronized
+from abtrain.comm.ddp import TorchDataParallel
+from abtrain.comm.hooks import make_hook
+from abtrain.comm.link import Link
+from abtrain.comm.meter import Meter
 from abtrain.commands.plan.shapes import ModelShapes
 from abtrain.commands.plan.worker_seconds import FactorSeconds
 from abtrain.commands.tasks.task import Task, batches, build_model, build_optimizer
+from abtrain.errors import UsageError
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.lowrank.svd import Factors, decompose
@@ -114,6 +121,27 @@ class Bench:
     def _trainer(self, wrap: Callable[[nn.Module], DataParallel] = Unsynchronized) -> _Trainer:
         stream = batches(self._task, self._data, seed=0, rank=0, world_size=1, batch_size=self._batch_size)
         return _Trainer(self._task, stream, wrap)
+
+
+@contextmanager
+def world_of_one() -> Iterator[Callable[[GradientSync, nn.Module], DataParallel]]:
+    """Yields a function that wraps a model in DDP as a phase with this gradient synchronization does; sends nothing.
+
+    Raises:
+        UsageError: this process has joined other workers.
+    """
+    if dist.is_initialized():
+        raise UsageError("this process has already joined other workers: use a separate process for a world of one")
+    # init_process_group prefixes messages of uncaught errors with the rank; destroy_process_group does not undo that.
+    shown = sys.excepthook
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        link = Link(rank=0, ranks=(0,), group=None, spans="between_groups", meter=Meter())
+        yield lambda sync, module: TorchDataParallel(module, link, False, make_hook(sync, link.group))
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = shown
 
 
 def measure_decompositions(model: ModelShapes) -> float:

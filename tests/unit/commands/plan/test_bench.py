@@ -1,4 +1,4 @@
-"""A world of one worker: DDP in all its motions, with nobody to send to."""
+"""Steps in a world of one worker: DDP does all its work, and sends nothing."""
 
 import sys
 from typing import get_args
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from abtrain.comm.alone import world_of_one
+from abtrain.commands.plan.bench import world_of_one
 from abtrain.errors import UsageError
 from abtrain.recipes.sync import GradientSync, GradientWire
 from tests.cases import batch, build
