@@ -25,4 +25,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = sum(report.nodeid.startswith(FOLDER) for report in terminalreporter.getreports("skipped"))
     if total or skipped:
         note = f", {skipped} skipped" if skipped else ""
-        terminalreporter.write_line(f"faults: {counts['passed']} of {total} ended as they ought to{note}")
+        terminalreporter.write_line(f"faults: {counts['passed']} of {total} ended as expected{note}")

@@ -109,7 +109,7 @@ def test_constants_stay_as_they_are_in_processes() -> None:
 @pytest.mark.parametrize("workers", [3, 7])
 @pytest.mark.parametrize("delay", [0, 2])
 def test_what_changes_everywhere_in_the_same_way_stays_too(delay: int, workers: int) -> None:
-    """A schedule in a buffer, and a mask that is made anew."""
+    """A schedule in a buffer, and a mask that is recreated."""
 
     def work(comm: Communicator) -> list[tuple[bytes, bytes]]:
         model = WithBuffers({"decay": torch.tensor(0.1), "mask": torch.zeros(5)})
@@ -340,7 +340,7 @@ def test_a_buffer_that_grows_on_one_worker_is_named() -> None:
 
 
 @pytest.mark.parametrize("fragments", [1, 2])
-def test_a_buffer_that_is_bound_anew_under_a_hidden_merge_gets_its_outcome(fragments: int) -> None:
+def test_a_buffer_replaced_during_a_hidden_merge_gets_its_result(fragments: int) -> None:
     """As in `self.m = 0.9 * self.m + 0.1 * new`."""
 
     def work(comm: Communicator, anew: bool) -> list[list[float]]:
@@ -377,7 +377,7 @@ def test_buffers_of_odd_dtypes_follow_one_worker(dtype: torch.dtype, delay: int)
     assert run_in_process(3, work) == [bits(torch.full((3,), 2.0).to(dtype))] * 3
 
 
-def test_buffers_that_differ_in_layout_are_told_at_the_next_phase() -> None:
+def test_buffers_of_different_layout_are_reported_at_the_next_phase() -> None:
     def work(comm: Communicator) -> None:
         model = WithBuffers({"table": torch.zeros(3)})
 

@@ -76,7 +76,7 @@ def test_what_is_loaded_is_what_was_saved(workers: int, tmp_path: Path) -> None:
     run_in_process(workers, work)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000000020", "step-000000000030"]
     sizes = [(tmp_path / "step-000000000030" / f"part-{rank}.safetensors").stat().st_size for rank in range(workers)]
-    # What all hold alike is written once.
+    # Values equal on all workers are written once.
     assert all(size < sizes[0] for size in sizes[1:])
 
 
@@ -131,7 +131,7 @@ def test_a_crash_at_any_moment_leaves_a_complete_checkpoint(
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
 @pytest.mark.parametrize(("rank", "point"), [*((0, point) for point in POINTS), (1, "write"), (1, "fsync")])
-def test_a_disk_that_fails_is_told_by_all_and_loses_nothing(
+def test_a_failing_disk_is_reported_by_all_workers_and_loses_nothing(
     error: str, rank: int, point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(faults, "_planned", faults.parse(f"{error} {rank} 2 checkpoint.{point}"))
@@ -260,7 +260,7 @@ def test_an_extra_file_and_a_torn_folder(tmp_path: Path, caplog: pytest.LogCaptu
     )
 
 
-def test_a_damage_that_one_worker_sees_is_told_by_all(tmp_path: Path) -> None:
+def test_damage_seen_by_one_worker_is_reported_by_all(tmp_path: Path) -> None:
     for step in (1, 2):
         run_in_process(2, lambda comm, s=step: checkpoint.save(tmp_path, s, content(comm.rank, s), comm))
     flip(tmp_path / "step-000000000002" / "part-1.json")
@@ -351,7 +351,7 @@ def test_a_folder_that_is_a_link(tmp_path: Path) -> None:
         latest_step(tmp_path / "there")
 
 
-def test_what_cannot_be_saved_is_told_with_its_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unsaveable_value_is_reported_with_its_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     for state, why in (
         ({"a": {"b": [object()]}}, "a/b/0 is a object"),

@@ -426,7 +426,7 @@ def test_a_factored_model_can_be_exported(first: type[nn.Linear], strict: bool) 
     torch.testing.assert_close(torch.export.export(model, (x,), strict=strict).module()(x), model(x))
 
 
-def test_a_kept_parameter_in_a_compiled_function_is_told() -> None:
+def test_a_kept_parameter_in_a_compiled_function_is_reported() -> None:
     model = net()
     kept = model[0].weight
     layer: Any = factored_loop(model).model[0]

@@ -1,4 +1,4 @@
-"""Workers that ought to hold the same and do not: it is seen, whatever differs, and no checkpoint is spoilt by it."""
+"""Replicas that drift apart: any difference is detected, and none reaches a checkpoint."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_any_change_of_one_replica_is_seen(
     ids=["signs of zero", "one ulp", "another ulp"],
 )
 @pytest.mark.parametrize("shape", [(), (1,), (3, 2), (0, 4)], ids=str)
-def test_rounding_is_levelled_whatever_the_shape(mine: float, others: float, shape: tuple[int, ...]) -> None:
+def test_rounding_differences_of_any_shape_are_equalized(mine: float, others: float, shape: tuple[int, ...]) -> None:
     def work(comm: Communicator) -> str:
         tensor = torch.full(shape, mine if comm.rank == 0 else others)
         check_replicas(comm, {"scale": tensor}, "world", "step 1")
@@ -180,7 +180,7 @@ def test_a_drift_commits_no_checkpoint_and_costs_no_good_one(name: str, tmp_path
     assert run_in_process(workers, again, group_size=group_size) == [(6, digest) for digest in digests]
 
 
-def test_differences_by_rounding_are_levelled_before_they_are_saved(tmp_path: Path) -> None:
+def test_rounding_differences_are_equalized_before_saving(tmp_path: Path) -> None:
     def work(comm: Communicator) -> Any:
         weights = {
             "w": torch.ones(4) + comm.rank * 1e-7,
@@ -216,7 +216,7 @@ def test_a_drifted_checkpoint_is_passed_over_for_an_older_one(
     assert "step-000000000002: workers had drifted apart in ab/weights when they saved it" in caplog.text
 
 
-def test_checkpoints_of_unlike_steps_are_never_mixed(tmp_path: Path) -> None:
+def test_checkpoints_of_different_steps_are_never_mixed(tmp_path: Path) -> None:
     def work(comm: Communicator) -> None:
         checkpoint.save(tmp_path, 3 + comm.rank, {"x": torch.ones(1)}, comm)
 
@@ -225,7 +225,7 @@ def test_checkpoints_of_unlike_steps_are_never_mixed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_state_that_one_worker_cannot_save_is_told_on_all(tmp_path: Path) -> None:
+def test_a_state_that_one_worker_cannot_save_is_reported_on_all(tmp_path: Path) -> None:
     def work(comm: Communicator) -> str:
         odd = {"x": {1, 2}} if comm.rank == 1 else {"x": [1, 2]}
         with pytest.raises(TypeError if comm.rank == 1 else CheckpointError) as error:

@@ -74,7 +74,7 @@ LEFT: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("left", LEFT)
-def test_what_a_crash_leaves_before_a_run_has_begun_is_in_nobodys_way(left: str, tmp_path: Path) -> None:
+def test_leftovers_of_a_crash_before_the_run_do_not_block_the_next(left: str, tmp_path: Path) -> None:
     LEFT[left](tmp_path)
     (tmp_path / ".lock").touch()
     assert run(settings(tmp_path))["steps"] == STEPS
@@ -137,7 +137,7 @@ def test_a_crash_at_any_moment_of_the_beginning_blocks_no_later_start(tmp_path: 
 
 @pytest.mark.parametrize("finished", [True, False], ids=["a finished run", "an unfinished run"])
 def test_a_crash_at_any_moment_of_an_overwrite_brings_the_old_run_back_nowhere(finished: bool, tmp_path: Path) -> None:
-    """The next attempt either overwrites or goes on with what its own launch wrote; it never finds old checkpoints."""
+    """The next attempt either overwrites or resumes what its own launch wrote; it never finds old checkpoints."""
     config, old = settings(tmp_path / "run", overwrite=True), tmp_path / "old"
     run(settings(old))
     if not finished:
@@ -169,7 +169,7 @@ def test_an_overwrite_is_done_once_for_all_attempts_of_a_launch(
             assert folder.resumes is goes_on, launch
             folder.begin(1 if goes_on else 0)
     assert not (tmp_path / "checkpoints").exists()
-    # A person who runs the command without --overwrite goes on with whatever is there.
+    # A person who runs the command without --overwrite resumes whatever is there.
     with RunFolder(settings(tmp_path)) as folder:
         assert folder.resumes
 

@@ -79,7 +79,7 @@ class Loop:
 
 
 class Made(NamedTuple):
-    """The states of workers amid a run, and their digests at its end."""
+    """The states of workers during a run, and their digests at its end."""
 
     recipe: Recipe
     states: list[dict[str, Any]]

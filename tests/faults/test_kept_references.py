@@ -412,7 +412,7 @@ def test_a_closed_engine_says_so() -> None:
 
 
 @pytest.mark.parametrize(("steps", "warns"), [(8, False), (10, True), (14, True), (12, False)])
-def test_closing_amid_a_round_says_that_groups_are_apart(
+def test_closing_during_a_round_reports_that_groups_differ(
     steps: int, warns: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     def work(comm: Communicator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -430,7 +430,7 @@ def test_closing_amid_a_round_says_that_groups_are_apart(
     assert (largest_difference(one, other) > 0) is warns
 
 
-def test_training_goes_on_after_closing_from_an_engine_that_is_built_anew() -> None:
+def test_a_new_engine_continues_training_after_close() -> None:
     loop, _ = factored_loop()
     loop.step()
     loop.ab.close()

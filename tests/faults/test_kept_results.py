@@ -199,7 +199,7 @@ def test_a_link_to_the_runs_of_another_disk(task: ComparisonRun, tmp_path: Path)
     assert not task.folder.exists() and (tmp_path / "elsewhere/train/result.json").exists()
 
 
-def test_everything_in_the_way_is_said_before_a_lab_is_built(
+def test_all_obstacles_are_reported_before_a_lab_is_built(
     tmp_path: Path, labs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert compared(tmp_path) == 0 and len(labs) == 4

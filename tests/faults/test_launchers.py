@@ -81,7 +81,7 @@ def test_variables_that_make_sense(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_the_command_says_what_is_wrong_on_every_worker(name: str, tmp_path: Path) -> None:
+def test_the_command_reports_the_bad_variable_on_every_worker(name: str, tmp_path: Path) -> None:
     ended = start(tmp_path, "train", "ddp", "--out", "run", environment=GOOD | {name: "many"}).wait(60)
     assert ended.code == 2 and ended.out == ""
     assert ended.err.startswith(f"abtrain: error: {name} is 'many', but must be a whole number")
@@ -104,7 +104,7 @@ PLANS = {
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_plan_of_faults_that_cannot_be_read(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Importing the library never fails because of it; whoever comes to a place where faults happen is told."""
+    """Importing the library never fails because of it; the error is raised where a fault would happen."""
     monkeypatch.setenv(faults.VARIABLE, plan)
     try:
         importlib.reload(faults)
@@ -118,7 +118,7 @@ def test_a_plan_of_faults_that_cannot_be_read(plan: str, monkeypatch: pytest.Mon
         faults.load()
 
 
-def test_all_that_is_wrong_with_a_plan_is_told_at_once() -> None:
+def test_all_errors_in_a_plan_are_reported_at_once() -> None:
     with pytest.raises(ConfigurationError) as error:
         faults.parse("kill one * nowhere; EIO 0 3 checkpoint.write; x 0 0 step")
     assert len(error.value.problems) == 3

@@ -12,6 +12,8 @@ from abtrain.commands.lab import Job, Lab, LabConfig, LabFault
 from abtrain.errors import HostFailedError
 from tests.lab.conftest import _lab_works, _needs_lab  # noqa: F401  they skip these tests where there can be no labs
 
+pytestmark = pytest.mark.alone
+
 # A worker on each host, as torchrun would start it, without the time that torchrun takes.
 WORKER = """
 import os, sys

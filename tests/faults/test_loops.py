@@ -172,7 +172,7 @@ def test_param_groups_in_another_order_are_no_resume() -> None:
         other.load_state_dict(reread(one.state_dict()))
 
 
-def test_an_optimizer_that_takes_anothers_place_is_told() -> None:
+def test_a_replaced_optimizer_is_reported() -> None:
     model = build("mlp")
     ab = ABTraining(model, sgd(model.parameters()), recipes.local_sgd(8, every=4))
     step(ab)
@@ -193,7 +193,7 @@ def test_lbfgs_is_refused_where_gradients_are_shared() -> None:
     assert all(isinstance(e, ConfigurationError) and "LBFGS calls its closure" in str(e) for e in told(2, work))
 
 
-def test_unlike_rates_are_refused_where_gradients_are_shared() -> None:
+def test_different_learning_rates_are_refused_where_gradients_are_shared() -> None:
     def work(comm: Communicator) -> None:
         model = build("mlp")
         optimizer = SGD(model.parameters(), 0.1 * (1 + comm.rank))
@@ -239,7 +239,7 @@ class ByName(ByHand):
         return gradient / (1 + everyone["sum"]) * (1 + 1 / state["step"])
 
 
-def test_state_under_a_word_and_tuples_in_state_are_levelled_and_resumed() -> None:
+def test_state_under_string_keys_and_tuples_is_equalized_and_resumed() -> None:
     def make(model: nn.Module) -> ByName:
         return ByName(model.parameters())
 
@@ -304,7 +304,7 @@ def test_slow_weights_are_known_however_far_the_first_step_goes(moves: float) ->
     assert float(one) == pytest.approx(moves, abs=1e-5) and float(other) == pytest.approx(2 * moves, abs=1e-5)
 
 
-def test_copies_that_an_optimizer_makes_in_an_attribute_later_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_copies_that_an_optimizer_keeps_in_a_later_attribute_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     class Late(Masters):
         def step(self, closure: Any = None) -> None:
             if not hasattr(self, "masters"):
@@ -337,7 +337,7 @@ def test_nothing_is_trained_or_saved_inside_merged(what: str) -> None:
     assert all(isinstance(e, UsageError) and "leave the block first" in str(e) for e in told(2, work))
 
 
-def test_a_frozen_parameter_that_the_model_moves_itself_is_told_with_the_remedy() -> None:
+def test_a_frozen_parameter_moved_by_the_model_is_reported_with_the_remedy() -> None:
     def work(comm: Communicator) -> None:
         model = build("mlp")
         model[0].requires_grad_(False)

@@ -81,7 +81,7 @@ def test_a_run_of_nothing_but_such_steps_ends() -> None:
 @pytest.mark.parametrize("spoil", SPOILS)
 @pytest.mark.parametrize("policy", ["stop", "drop_worker", "skip"])
 def test_a_weight_that_is_not_finite_is_never_averaged(spoil: str, policy: str) -> None:
-    """On one worker alone, amid a group phase."""
+    """On one worker alone, during a group phase."""
 
     def work(comm: Communicator) -> dict[str, Tensor]:
         loop = Loop(comm, AB, on_nonfinite=policy)
@@ -183,7 +183,7 @@ def test_processors_and_threads_that_differ(svd: str) -> None:
 UNLIKE: dict[str, Recipe] = {
     "lowrank": recipes.diloco(12, every=3, wire="lowrank:4"),
     "lowrank int8": recipes.diloco(12, every=3, wire="lowrank:4:int8"),
-    "factored anew": recipes.ab_outer(30, every=3, warmup_steps=6, rank_rule=FixedRank(8), refactor_every=2),
+    "factored again": recipes.ab_outer(30, every=3, warmup_steps=6, rank_rule=FixedRank(8), refactor_every=2),
     "rebound": recipes.ab_outer(30, every=3, warmup_steps=6, rank_rule=FixedRank(8), refactor_every=2, rebound_steps=3),
     "the paper's, rebound merged": recipes.ab(
         24, warmup_steps=6, ab_steps=6, rebound_steps=4, rebound_every=2, rank_rule=FixedRank(8)
@@ -211,7 +211,7 @@ def all_trained(comm: Communicator) -> dict[str, dict[str, Tensor]]:
     return {case: trained(comm, case) for case in UNLIKE}
 
 
-def test_what_each_multiplies_out_for_itself_is_alike_on_unlike_processors() -> None:
+def test_products_computed_separately_are_equal_on_different_processors() -> None:
     other = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}
     one, two = run_gloo(2, all_trained, environments=[{"OMP_NUM_THREADS": "1"}, other])
     for case in UNLIKE:

@@ -70,7 +70,7 @@ def reread(state: Any) -> Any:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("maker", MAKERS)
-def test_workers_end_alike_and_a_run_that_was_cut_ends_with_the_same_bits(maker: str, recipe: str) -> None:
+def test_workers_end_equal_and_an_interrupted_run_ends_with_the_same_bits(maker: str, recipe: str) -> None:
     def whole(comm: Communicator) -> dict[str, Tensor]:
         return Loop(comm, RECIPES[recipe], make=MAKERS[maker]).run()
 
@@ -126,7 +126,7 @@ def test_optimizers_may_step_after_backward_passes_of_their_own() -> None:
         (lambda model: (p for p in model.parameters()), "is a generator, and no torch.optim.Optimizer"),
     ],
 )
-def test_what_is_no_list_of_optimizers_for_the_model_is_told(make: Callable[[nn.Module], Any], words: str) -> None:
+def test_an_invalid_list_of_optimizers_is_reported(make: Callable[[nn.Module], Any], words: str) -> None:
     model = build("mlp")
     with pytest.raises(ConfigurationError, match=words):
         ABTraining(model, make(model), recipes.local_sgd(4, every=2))
@@ -196,7 +196,7 @@ def test_a_class_below_a_known_one_trains_as_that_one_does(kind: type[AdamW]) ->
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_weights_that_change_without_a_step_are_told_at_the_first() -> None:
+def test_weights_changed_without_a_step_are_reported_at_the_first_step() -> None:
     model = build("mlp")
     optimizer = Silent(model.parameters(), 0.05)
     ab = ABTraining(model, optimizer, recipes.local_sgd(4, every=2))
@@ -221,7 +221,7 @@ def test_an_optimizer_without_hooks_is_refused() -> None:
         type(optimizer).param_groups, type(optimizer).state = kept, state
 
 
-def test_a_step_inside_the_backward_pass_is_told_where_gradients_are_averaged() -> None:
+def test_a_step_inside_backward_is_reported_where_gradients_are_averaged() -> None:
     errors = run_gloo(2, _step_in_backward)
     assert all("inside the backward pass" in error for error in errors)
 
@@ -353,7 +353,7 @@ def test_slow_weights_follow_merges() -> None:
     assert other == pytest.approx(2 - 0.03 + 0.5 * 0.04, abs=1e-6)
 
 
-def test_copies_that_nobody_can_find_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_copies_that_cannot_be_found_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     model = build("mlp")
     with caplog.at_level(logging.WARNING, "abtrain"):
         ABTraining(model, SlowInAttribute(model.parameters()), recipes.local_sgd(4, every=2))
@@ -383,7 +383,7 @@ def test_state_that_can_only_be_copied_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("maker", ["lists", "codes", "rows"])
-def test_state_that_a_worker_has_none_of_is_levelled(maker: str) -> None:
+def test_state_missing_on_one_worker_is_equalized(maker: str) -> None:
     """A part of the model that some workers never used, until all share its gradients."""
 
     def work(comm: Communicator) -> Tensor:
@@ -409,7 +409,7 @@ def test_state_that_a_worker_has_none_of_is_levelled(maker: str) -> None:
     assert torch.equal(one, other) and torch.isfinite(one).all()
 
 
-def test_counts_in_param_groups_are_levelled() -> None:
+def test_counts_in_param_groups_are_equalized() -> None:
     def work(comm: Communicator) -> list[int]:
         recipe = recipes.local_sgd(6, every=4, rebound_steps=2)
         loop = Loop(comm, recipe, make=lambda model: ScheduleFree(model.parameters()))
@@ -445,7 +445,7 @@ def test_unknown_state_is_reset_where_weights_are_factored_and_said_once(caplog:
         assert not caplog.records or "is reset" not in caplog.text
 
 
-def test_a_run_that_begins_anew_with_an_old_optimizer_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_new_run_with_an_old_optimizer_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     model = build("mlp")
     optimizer = AdamW(model.parameters())
     F.cross_entropy(model(batch("mlp", 0, 0)[0]), batch("mlp", 0, 0)[1]).backward()
@@ -499,7 +499,7 @@ def test_muon_follows_weights_into_their_factors() -> None:
     assert moments[0] == 3 and moments[8] == len(ab.optimizers[0].param_groups[0]["params"]) > 3
 
 
-def test_state_of_an_old_run_that_is_loaded_later_is_told_at_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
+def test_old_state_loaded_later_is_reported_at_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
     model = build("mlp")
     old = AdamW(model.parameters())
     F.cross_entropy(model(batch("mlp", 0, 0)[0]), batch("mlp", 0, 0)[1]).backward()
@@ -515,7 +515,7 @@ def test_state_of_an_old_run_that_is_loaded_later_is_told_at_the_first_step(capl
     assert "has stepped 1 times already" in caplog.text
 
 
-def test_a_run_that_is_left_amid_a_round_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_left_during_a_round_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     loops: list[Loop] = []
 
     def work(comm: Communicator) -> None:

@@ -173,7 +173,7 @@ def test_names_of_nothing_are_refused() -> None:
         start(None, recipes.ddp(8), Model(["nets.0.bias"]))  # type: ignore[arg-type]
 
 
-def test_unlike_lists_are_told_at_the_start() -> None:
+def test_different_lists_are_reported_at_the_start() -> None:
     errors = told(2, lambda comm: start(comm, recipes.local_sgd(8, every=4), Model(OWN[: 3 + comm.rank])))
     for error in errors:
         assert isinstance(error, RanksDisagreeError)
@@ -233,7 +233,7 @@ def test_shared_gradients_that_are_not_finite_are_named_with_the_rank_that_broug
     assert "brought by rank 1 (it holds NaN or infinity in buffer norm.running_var)" in whose
 
 
-def test_on_gloo_the_rank_is_told_likewise() -> None:
+def test_on_gloo_the_rank_is_reported_too() -> None:
     other, whose = run_gloo(2, gradients_break)
     assert "brought by another worker than rank 0" in other and "brought by rank 1" in whose
 
@@ -292,7 +292,7 @@ def buffer_grows(comm: Communicator) -> list[float]:
 
 
 @pytest.mark.parametrize("recipe", ["ddp", "local_sgd", "ab"])
-def test_a_buffer_that_grows_on_all_workers_alike_is_shared_on(recipe: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_buffer_that_grows_equally_on_all_workers_stays_shared(recipe: str, caplog: pytest.LogCaptureFixture) -> None:
     def work(comm: Communicator) -> list[float]:
         model, optimizer, ab = start(comm, RECIPES[recipe], Model(["bias"]))
         go(comm, ab, optimizer, 1)

@@ -108,7 +108,7 @@ def test_torchrun_starts_it_again(whole: str, tmp_path: Path) -> None:
     assert digest(tmp_path) == whole
 
 
-def test_a_run_that_was_killed_goes_on_when_it_is_run_again(whole: str, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_when_run_again(whole: str, tmp_path: Path) -> None:
     killed = start(tmp_path, *TRAIN, plan="kill 1 10 merge.begin").wait()
     assert killed.code == 6
     assert killed.err.splitlines()[-1].startswith("abtrain: error: worker 1 was killed by SIGKILL")
@@ -118,7 +118,7 @@ def test_a_run_that_was_killed_goes_on_when_it_is_run_again(whole: str, tmp_path
 
 
 def places(recipe: Recipe, step: int, every: int) -> list[tuple[str, int]]:
-    """The points that a run passes at a step, and the checkpoint from which it goes on if it ends there."""
+    """The points that a run passes at a step, and the checkpoint from which it resumes if it ends there."""
     before = (step - 1) // every * every
     committed = step if step % every == 0 else before
     points = [("step", committed)]
@@ -297,7 +297,7 @@ def test_a_stop_does_not_wait_for_a_merge_that_is_far_away(everybody: bool, tmp_
 
 
 @pytest.mark.parametrize("numbers", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGTERM", "SIGINT")], ids="-".join)
-def test_a_run_that_is_told_to_stop_twice(numbers: tuple[str, str], tmp_path: Path) -> None:
+def test_a_run_asked_to_stop_twice(numbers: tuple[str, str], tmp_path: Path) -> None:
     """The second signal comes at once, while the first is being obeyed."""
     run = start(tmp_path, "train", "ab:rank_rule=fixed:4", "--steps", "100000", *COMMON)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100

@@ -1,4 +1,4 @@
-"""Workers that differ where they ought to agree, and workers that are gone. Workers are threads here, but for some."""
+"""Workers that differ where they should agree, and workers that are gone. Workers are threads here, but for some."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_a_replica_that_drifts(recipe: Recipe, step: int, group_size: int, part:
     assert all(isinstance(error, PeerLostError) for error in errors if error not in found)
 
 
-def test_rounding_on_unlike_processors_is_levelled() -> None:
+def test_rounding_differences_between_processors_are_equalized() -> None:
     def work(comm: Communicator) -> dict[str, Tensor]:
         loop = Loop(comm, AB, build("mlp", torch.float32))
         loop.run(2)

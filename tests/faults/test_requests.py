@@ -92,7 +92,7 @@ def test_a_signal_to_all_processes_at_once_is_one_request(
     assert again.code == 75 and f"resuming from the checkpoint of step {step}\n" in again.err
 
 
-def test_workers_of_groups_stop_amid_a_round(tmp_path: Path) -> None:
+def test_workers_in_groups_stop_during_a_round(tmp_path: Path) -> None:
     """One that waits for the others' answers would hold up the rest of its group, which then could not answer."""
     command = ("train", RECIPES["ab"], *LONG, "--workers", "4", "--group-size", "2")
     run = start(tmp_path, *command, plan="term 1 40 step")
@@ -241,7 +241,7 @@ def test_the_same_request_does_not_disturb_a_command_that_ends(capsys: pytest.Ca
 def test_a_request_at_the_end_of_the_program_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its workers have been told first, and have ended; it says so, and is told itself."""
+    """Its workers have been told first, and have ended; it reports that, and gets the signal itself."""
     before = {number: signal.getsignal(number) for number in ENDS}
 
     def command(arguments: Any) -> None:

@@ -224,7 +224,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     assert str(damaged) in caplog.text and "resuming from the checkpoint of step 12" in caplog.text
 
 
-def test_nothing_is_begun_anew_where_all_checkpoints_are_damaged(
+def test_a_run_with_only_damaged_checkpoints_does_not_start_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RuntimeError):
@@ -243,7 +243,7 @@ def test_nothing_is_begun_anew_where_all_checkpoints_are_damaged(
         ("ab", 3, 17, 15, "step 15, back at the merge of step 13"),
         ("ab_outer", 4, 18, 16, "step 16, back at the merge of step 10"),
     ],
-    ids=["at a merge", "amid a round", "a merge under way"],
+    ids=["at a merge", "during a round", "a merge under way"],
 )
 def test_another_number_of_workers(
     before: int,
@@ -319,7 +319,7 @@ def test_an_evaluation_that_takes_longer_than_workers_wait(
 
 
 def test_a_stopped_run_whose_workers_are_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun does so, whatever made them end; the next start by a person goes on."""
+    """torchrun does so, whatever made them end; the next start by a person resumes."""
     monkeypatch.setattr(faults, "_planned", faults.parse("term 0 7 step"))
     with pytest.raises(StoppedError):
         train(alone(tmp_path), SingleProcess())
@@ -337,7 +337,7 @@ def test_an_unfinished_run_of_other_settings(tmp_path: Path, monkeypatch: pytest
         run(settings(tmp_path, seed=1))
 
 
-def test_workers_with_unlike_settings(tmp_path: Path) -> None:
+def test_workers_with_different_settings(tmp_path: Path) -> None:
     def start(comm: Communicator) -> str:
         with pytest.raises(RanksDisagreeError) as told:
             agree_on_start(settings(tmp_path, seed=comm.rank, out=None), comm)
@@ -350,7 +350,7 @@ def test_workers_with_unlike_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("software", ["abtrain", "torch"])
-def test_workers_with_unlike_versions(software: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_with_different_versions(software: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = loop.check_equal
 
     def other(comm: Communicator, values: dict[str, Any], *words: str) -> None:

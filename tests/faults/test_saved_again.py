@@ -118,7 +118,7 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_loop_goes_on_with_its_schedule(name: str, tmp_path: Path) -> None:
+def test_a_loop_continues_with_its_schedule(name: str, tmp_path: Path) -> None:
     recipe = recipes.ab_outer(16, every=4, warmup_steps=8, rank_rule=FixedRank(3))
 
     def start() -> tuple[ABTraining, Any]:

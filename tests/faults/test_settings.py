@@ -49,7 +49,7 @@ def transposed(model: nn.Module, rank: int) -> None:
 
 
 UNLIKE: dict[str, tuple[Callable[[nn.Module, int], None], str]] = {
-    "unlike ones frozen": (freeze_another, "model.0.bias.requires_grad is True on rank 0"),
+    "different ones frozen": (freeze_another, "model.0.bias.requires_grad is True on rank 0"),
     "one more frozen": (freeze_one_more, "model.5.weight.requires_grad is True on rank 0"),
     "channels last": (channels_last, "model.0.weight.strides is '(18, 9, 3, 1)' on rank 0"),
     "a transposed weight": (transposed, "model.5.weight.strides is '(24, 1)' on rank 0"),
@@ -69,13 +69,13 @@ def build_unlike(comm: Communicator, recipe: str, kind: str) -> str:
 
 @pytest.mark.parametrize("kind", UNLIKE)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_models_that_lie_or_train_unlike(recipe: str, kind: str) -> None:
+def test_models_that_differ_in_layout_or_training(recipe: str, kind: str) -> None:
     messages = run_in_process(3, lambda comm: build_unlike(comm, recipe, kind))
     assert len(set(messages)) == 1 and UNLIKE[kind][1] in messages[0] and "on rank 1" in messages[0]
 
 
 @pytest.mark.parametrize("kind", UNLIKE)
-def test_models_that_lie_or_train_unlike_in_processes(kind: str) -> None:
+def test_models_that_differ_in_layout_or_training_in_processes(kind: str) -> None:
     """Where DDP would abort, or average elements that do not belong together."""
     messages = run_gloo(3, build_unlike, "ddp", kind)
     assert len(set(messages)) == 1 and UNLIKE[kind][1] in messages[0] and "on rank 1" in messages[0]
@@ -134,7 +134,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], Callable[[An
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_optimizers_with_unlike_settings(recipe: str, kind: str) -> None:
+def test_optimizers_with_different_settings(recipe: str, kind: str) -> None:
     most, odd, words = OPTIMIZERS[kind]
 
     def work(comm: Communicator) -> None:
@@ -202,10 +202,10 @@ def change_betas(loop: Loop) -> None:
         (change_betas, "param_groups[0].betas[0] is 0.9 on rank 0 and 0.8 on rank 1"),
     ],
 )
-def test_what_changes_on_one_worker_is_told_at_the_next_merge(change: Callable[[Loop], None], words: str) -> None:
+def test_changes_on_one_worker_are_reported_at_the_next_merge(change: Callable[[Loop], None], words: str) -> None:
     def work(comm: Communicator) -> None:
         loop = Loop(comm, AB)
-        loop.run(6)  # amid the group phase, which ends after step 7
+        loop.run(6)  # during the group phase, which ends after step 7
         if comm.rank == 1:
             change(loop)
         loop.run()
@@ -216,10 +216,10 @@ def test_what_changes_on_one_worker_is_told_at_the_next_merge(change: Callable[[
 
 
 @pytest.mark.parametrize("change", [lower_the_rate, change_betas])
-def test_what_changes_where_gradients_are_shared_is_told_at_the_next_phase(change: Callable[[Loop], None]) -> None:
+def test_changes_where_gradients_are_shared_are_reported_at_the_next_phase(change: Callable[[Loop], None]) -> None:
     def work(comm: Communicator) -> None:
         loop = Loop(comm, AB)
-        loop.run(8)  # amid the rebound, which ends after step 9
+        loop.run(8)  # during the rebound, which ends after step 9
         x, y = batch("mlp", comm.rank, 8)
         F.cross_entropy(loop.ab(x), y).backward()
         loop.optimizer.step()
@@ -231,7 +231,7 @@ def test_what_changes_where_gradients_are_shared_is_told_at_the_next_phase(chang
         assert isinstance(error, RanksDisagreeError) and "workers differ at step 9, phase group" in str(error)
 
 
-def test_unlike_settings_may_be_meant() -> None:
+def test_different_settings_may_be_intended() -> None:
     """Then weights are compared as ever, and nothing else of the optimizer's is looked at."""
 
     def work(comm: Communicator) -> str:
@@ -411,7 +411,7 @@ def test_a_long_recipe_is_built_at_once(recipe: Recipe) -> None:
     ABTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), recipe)
 
 
-def test_what_is_doubtful_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_doubtful_settings_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     run_in_process(4, lambda comm: Loop(comm, recipes.local_sgd(8, every=4)) and None, group_size=4)
     assert caplog.text.count("group_size=4 makes one group of all 4 workers") == 1
     assert "Use group_size=1" in caplog.text
@@ -518,7 +518,7 @@ def test_trained_parameters_that_the_optimizer_does_not_hold(recipe: str) -> Non
 
 
 @pytest.mark.parametrize("optimizer", [None, [], "adamw", object()], ids=repr)
-def test_what_is_no_optimizer(optimizer: Any) -> None:
+def test_an_object_that_is_no_optimizer(optimizer: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"give a torch.optim.Optimizer, or a list of them"):
         ABTraining(build("mlp"), optimizer, AB)
 

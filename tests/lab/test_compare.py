@@ -12,6 +12,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 pytest.importorskip("sklearn")
 
+pytestmark = pytest.mark.alone
+
 
 def test_a_run_is_done_once_and_says_what_came_out(tmp_path: Path) -> None:
     line = (

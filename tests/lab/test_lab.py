@@ -14,6 +14,8 @@ from abtrain.commands.lab.namespaces import lab_prefix
 from abtrain.commands.lab.network import CONGESTION_CONTROLS
 from abtrain.errors import ConfigurationError, HostFailedError, LabError
 
+pytestmark = pytest.mark.alone
+
 RATES = (100 * 10**6, 20 * 10**6)
 
 # Host 0 sends to host 1, which says how long it took.
@@ -160,7 +162,7 @@ def test_faults_that_pass(kind: str, lab: Lab, script: Path, tmp_path: Path) -> 
     moments = heard(tmp_path / "out/host-0.log")
     assert longest_gap(moments) > 0.5
     assert [event for _, event in result.events] == [f"{kind} 1", {"cut": "join 1", "freeze": "thaw 1"}[kind]]
-    # Behind the gap it goes on as before.
+    # After the gap, traffic continues as before.
     assert sum(moment > moments[0] + 3 for moment in moments) >= 5
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from abtrain.commands.lab import Lab, LabConfig, namespaces
 
+pytestmark = pytest.mark.alone
+
 ABTRAIN = (sys.executable, "-m", "abtrain", "lab")
 ALLREDUCE = Path(__file__).parents[2] / "benchmarks/allreduce.py"
 
@@ -128,7 +130,7 @@ def test_what_is_left_is_removed_later(by: str, tmp_path: Path) -> None:
     assert not any(runs(pid) for pid in inside)
 
 
-def test_all_that_is_wrong_is_said_before_anything_is_built(tmp_path: Path) -> None:
+def test_all_errors_are_reported_before_anything_is_built(tmp_path: Path) -> None:
     process = start("--rate", "fast", "--cut", "7@1s", "--kill", "one", "--", "nowhere.py", cwd=tmp_path)
     _, errors = process.communicate()
     assert process.returncode == 2

@@ -15,6 +15,8 @@ from abtrain.commands.lab import Job, Lab, LabConfig, clean, namespaces
 from abtrain.errors import LabError
 from tests.lab.test_lab_command import left_of, runs, start, start_sleepers, watcher_of
 
+pytestmark = pytest.mark.alone
+
 # Dies with its watcher once so many commands of Network.build have begun; the last of them may still be under way.
 VICTIM = """
 import os, signal, subprocess, sys
@@ -158,7 +160,7 @@ def test_names_that_are_left(kind: str, litter: Path) -> None:
     assert frozen is None or frozen.wait(5) == -signal.SIGKILL
 
 
-def test_what_cannot_be_removed_keeps_nobody_from_a_lab(
+def test_leftovers_that_cannot_be_removed_do_not_prevent_a_lab(
     litter: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(namespaces, "_REMOVAL_SECONDS", 0.2)

@@ -105,7 +105,7 @@ def test_narrow_gradients_keep_ranks_equal_and_send_less(recipe: str, options: d
 
 
 def reordered(comm: Communicator) -> dict[str, Tensor]:
-    """PowerSGD before and after a group phase: its state has to fit the wrapper that comes anew."""
+    """PowerSGD before and after a group phase: its state has to fit the new wrapper."""
     model = build("conv", torch.float32)
     optimizer = adamw(model.parameters())
     narrow = GradientSync("powersgd", 1)
@@ -121,7 +121,7 @@ def reordered(comm: Communicator) -> dict[str, Tensor]:
 
 
 class Backwards(nn.Module):
-    """Registered in another order than it is run in, so that DDP lays its buckets out anew after the first pass."""
+    """Registered in another order than it is run in, so that DDP rebuilds its buckets after the first pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,6 +208,6 @@ def test_powersgd_takes_buckets_in_turn() -> None:
     assert largest_difference(one, other) == 0
 
 
-def test_powersgd_goes_on_after_a_phase_of_another_kind() -> None:
+def test_powersgd_resumes_after_a_phase_of_another_kind() -> None:
     one, other = run_gloo(2, reordered)
     assert largest_difference(one, other) == 0

@@ -14,7 +14,7 @@ def digest(comm: Communicator, name: str, stops: tuple[int, ...]) -> str:
 
 
 # Three workers add up gradients in an order that depends on DDP's buckets.
-@pytest.mark.parametrize(("name", "workers"), [("ab", 3), ("ab_outer", 2), ("ab_outer anew", 3), ("ab_outer", 3)])
+@pytest.mark.parametrize(("name", "workers"), [("ab", 3), ("ab_outer", 2), ("ab_outer refactored", 3), ("ab_outer", 3)])
 def test_resumed_in_every_phase(name: str, workers: int) -> None:
     steps = RECIPES[name].total_steps
     whole = run_gloo(workers, digest, name, (), timeout=240)

@@ -142,7 +142,7 @@ def start(cwd: Path) -> "subprocess.Popen[str]":
 
 
 def errors_in(said: str) -> list[str]:
-    """The lines of standard error, but for what every run is told at its start."""
+    """The lines of standard error, except the note at the start of every run."""
     return [line for line in said.splitlines() if "between groups travel" not in line]
 
 

@@ -117,7 +117,7 @@ def test_errors_become_messages_and_exit_codes(
     assert capsys.readouterr().err.splitlines() == lines
 
 
-def test_one_worker_speaks_for_all_where_all_fail_alike(
+def test_one_worker_reports_an_error_that_all_share(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")

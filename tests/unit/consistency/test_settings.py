@@ -43,7 +43,7 @@ def test_one_worker_alone_agrees_with_itself() -> None:
     assert comm.meter.payload()["total"] == 0
 
 
-def test_a_few_differences_are_told_and_the_others_counted() -> None:
+def test_a_few_differences_are_shown_and_the_others_counted() -> None:
     def work(comm: Communicator) -> None:
         check_equal(comm, dict.fromkeys("abcdefg", comm.rank), "they differ", "Mend it")
 

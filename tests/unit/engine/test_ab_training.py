@@ -145,7 +145,7 @@ def test_narrow_merges_keep_workers_equal_and_learn_the_same(wire: str) -> None:
     assert loss < 0.5
 
 
-def test_a_factored_phase_that_follows_another_decomposes_anew() -> None:
+def test_a_factored_phase_after_another_decomposes_again() -> None:
     """Algorithm 1 without rebound: every cycle begins with a decomposition, and ranks may fall."""
     _, optimizer, ab = mlp_run(None, recipes.ab(9, warmup_steps=0, ab_steps=3, rebound_steps=0, sigma_cutoff=0.2))
     while not ab.finished:

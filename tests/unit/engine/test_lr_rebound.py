@@ -71,7 +71,7 @@ def test_a_step_that_raises_leaves_no_scaled_rate_behind() -> None:
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
-def test_a_scheduler_after_a_step_that_raised_goes_on_from_its_own_value() -> None:
+def test_a_scheduler_after_a_failed_step_continues_from_its_own_value() -> None:
     model, optimizer, rebound = make(1.0)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     rebound.start(3)

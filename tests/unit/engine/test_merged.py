@@ -112,7 +112,7 @@ def test_an_own_buffer_stays_own() -> None:
     assert run_in_process(2, work) == [(0, 0), (1, 0)]
 
 
-def test_whoever_trains_on_meanwhile_is_told() -> None:
+def test_training_during_an_average_is_reported() -> None:
     def work(comm: Communicator) -> None:
         _, optimizer, ab = start(comm, recipes.ddp(8))
         go(comm, ab, optimizer, 2)

@@ -25,7 +25,7 @@ def run(comm: Communicator, recipe: Recipe) -> ABTraining:
     return ab
 
 
-def test_factoring_anew_lets_ranks_fall_and_keeps_what_is_owed_and_the_outer_momentum() -> None:
+def test_refactoring_lets_ranks_fall_and_keeps_residuals_and_outer_momentum() -> None:
     def work(comm: Communicator) -> tuple[list[dict[str, int]], set[str], set[str]]:
         recipe = recipes.ab_outer(
             41, every=4, warmup_steps=8, refactor_every=2, rank_rule=Energy(0.9), optimizer_state="project", wire="int8"
@@ -45,7 +45,7 @@ def test_factoring_anew_lets_ranks_fall_and_keeps_what_is_owed_and_the_outer_mom
     assert {"0.weight.A", "0.weight.B"} <= residuals
 
 
-def test_a_reset_starts_outer_momentum_anew_but_forgets_no_residual() -> None:
+def test_a_reset_clears_outer_momentum_but_keeps_residuals() -> None:
     def work(comm: Communicator) -> None:
         model = build("mlp")
         optimizer = adamw(model.parameters())

@@ -24,7 +24,7 @@ RECIPES = {
     "ab": recipes.ab(24, **AB),
     "ab in turns": recipes.ab(24, **{**AB, "ab_steps": 6}, every=2, trains="a_then_b", warmup_every=2, wire="int4"),
     "ab_outer": recipes.ab_outer(27, **HIDDEN, warmup_steps=10, rank_rule=FixedRank(3), lr_rebound_steps=4),
-    "ab_outer anew": recipes.ab_outer(
+    "ab_outer refactored": recipes.ab_outer(
         33,
         **{**HIDDEN, "wire": "lowrank:2:int8"},
         warmup_steps=8,
@@ -157,7 +157,7 @@ def test_nothing_is_taken_from_a_state_that_does_not_fit() -> None:
     assert loop.ab.steps_done == 7 and weights_digest(loop.ab.dense_state_dict()) != before
 
 
-def test_a_state_amid_a_step_is_refused() -> None:
+def test_a_state_saved_during_a_step_is_refused() -> None:
     loop, _ = saved(RECIPES["ab"], 2)
     loop.ab(torch.zeros(2, 10)).sum().backward()
     loop.optimizer.step()
@@ -166,7 +166,7 @@ def test_a_state_amid_a_step_is_refused() -> None:
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-def test_another_number_of_workers_goes_on_at_a_merge(workers: int) -> None:
+def test_another_number_of_workers_resumes_at_a_merge(workers: int) -> None:
     recipe = recipes.ab_outer(30, every=5, wire="int8", warmup_steps=10, rank_rule=FixedRank(3))
 
     def first(comm: Communicator) -> dict[str, Any]:

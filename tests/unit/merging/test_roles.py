@@ -32,7 +32,7 @@ def test_who_trains_what(trains: Trains, round_: int, by_rank: list[str]) -> Non
     assert [trained_factors(factored(trains, round_), SIX_IN_PAIRS, rank) for rank in range(6)] == by_rank
 
 
-def test_it_is_told_by_factor() -> None:
+def test_roles_depend_on_the_factor() -> None:
     by_factor = trained_by(factored("a_or_b"), SIX_IN_PAIRS, ["1.weight.A", "1.weight.B"])
     assert by_factor == {"1.weight.A": [True] * 4 + [False] * 2, "1.weight.B": [False] * 4 + [True] * 2}
     assert trained_by(factored("all"), SIX_IN_PAIRS, ["1.weight.A"]) == {}

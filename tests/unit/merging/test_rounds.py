@@ -122,7 +122,7 @@ def test_validation_while_a_merge_is_under_way_sees_the_average_and_changes_noth
     ],
     ids=["just begun", "half way", "short", "fragments", "fragments in full", "the last merge"],
 )
-def test_an_average_that_one_worker_asks_for_amid_hidden_merges(sync: WeightSync, step: int) -> None:
+def test_an_average_that_one_worker_requests_during_hidden_merges(sync: WeightSync, step: int) -> None:
     told = run_gloo(3, one_looks_at_the_average, sync, step)
     assert all("ranks are at different places of the program" in words for words in told)
 

@@ -227,21 +227,21 @@ def test_a_preset_takes_the_options_of_its_recipe_but_the_fixed_ones(
         ("ddp", {"wire": "powersgd"}, "unknown wire 'powersgd' of gradients"),
     ],
 )
-def test_bad_values_are_told_of_also_where_they_play_no_part(name: str, options: dict[str, Any], message: str) -> None:
+def test_bad_values_are_reported_even_where_they_are_ignored(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         recipes.build(name, 600, **options)
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 @pytest.mark.parametrize("steps", [10**400, None, "5", 0, -1, 2.5])
-def test_what_is_no_number_of_steps_is_told_of(name: str, steps: Any) -> None:
+def test_an_invalid_number_of_steps_is_reported(name: str, steps: Any) -> None:
     with pytest.raises(ConfigurationError, match="total_steps"):
         recipes.build(name, steps)
 
 
 @pytest.mark.parametrize("option", ["every", "warmup_steps", "refactor_every", "rebound_steps"])
 @pytest.mark.parametrize("value", ["5", 10**400, 2.5])
-def test_what_is_no_number_is_told_of(option: str, value: Any) -> None:
+def test_an_invalid_number_is_reported(option: str, value: Any) -> None:
     with pytest.raises(ConfigurationError):
         recipes.ab_outer(600, **{option: value})
 

@@ -14,7 +14,7 @@ from abtrain.errors import ConfigurationError
         ("change", "2@10s=20mbit", LabFault("change", 2, 10, rate=20 * 10**6)),
     ],
 )
-def test_faults_are_read_and_written_alike(kind: str, text: str, fault: LabFault) -> None:
+def test_faults_are_written_as_they_are_read(kind: str, text: str, fault: LabFault) -> None:
     assert parse_fault(kind, text) == fault  # type: ignore[arg-type]
     assert str(fault) == f"{kind} {text}"
 
@@ -23,7 +23,7 @@ def test_faults_are_read_and_written_alike(kind: str, text: str, fault: LabFault
     ("kind", "text"),
     [("cut", "3"), ("cut", "3@20"), ("kill", "1@8s+2s"), ("change", "2@10s"), ("freeze", "-1@5s"), ("change", "2@1s=")],
 )
-def test_what_is_no_fault_is_told_how_to_write_it(kind: str, text: str) -> None:
+def test_an_invalid_fault_is_reported_with_the_syntax(kind: str, text: str) -> None:
     with pytest.raises(ConfigurationError, match=f"--{kind} '.*' cannot be read: use HOST@STARTs.*such as"):
         parse_fault(kind, text)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""The search: what it suggests can be trained, it prunes, it goes on, and it says what matters."""
+"""The search: what it suggests can be trained, it prunes, it resumes, and it reports what matters."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run(out: Path, trials: int) -> None:
     assert not ended.value.code
 
 
-def test_a_search_goes_on_and_says_what_matters(
+def test_a_search_resumes_and_reports_what_matters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[TrainConfig] = []

@@ -33,7 +33,7 @@ def test_solo_only_computes() -> None:
     assert expected.seconds == pytest.approx(10, rel=0.01)
 
 
-def test_gradients_are_hidden_as_far_as_backward_goes_on() -> None:
+def test_gradients_are_hidden_while_backward_runs() -> None:
     """Forward 1 s, backward 2 s. The first bucket is ready at 2 s, the last at 3 s, when the first has been through."""
     sizes = (1_000_000, 1_000_000)
     buckets = tuple(

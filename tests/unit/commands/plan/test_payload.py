@@ -74,12 +74,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ab of those who trained": ("ab", {**SHORT, "merge": "trained_only", "every": 3}),
     "ab in merges": ("ab", {**SHORT, "warmup_every": 2, "rebound_every": 1, "wire": "lowrank:2"}),
     "ab_no_groups in merges": ("ab_no_groups", {**SHORT, "warmup_every": 2, "rebound_every": 2, "wire": "bf16"}),
-    "ab_outer anew": ("ab_outer", {**OUTER, "refactor_every": 1}),
-    "ab_outer anew after merges": (
+    "ab_outer refactored": ("ab_outer", {**OUTER, "refactor_every": 1}),
+    "ab_outer refactored after merges": (
         "ab_outer",
         {**OUTER, "warmup_steps": 4, "refactor_every": 1, "rebound_steps": 2, "rebound_every": 1},
     ),
-    "ab_outer anew after ddp": (
+    "ab_outer refactored after ddp": (
         "ab_outer",
         {**OUTER, "warmup_steps": 4, "refactor_every": 1, "rebound_steps": 2, "rebound_every": 0, "delay": 2},
     ),

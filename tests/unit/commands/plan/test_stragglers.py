@@ -6,7 +6,7 @@ from abtrain.commands.plan.stragglers import Speeds
 from abtrain.errors import ConfigurationError
 
 
-def test_alike_workers_wait_for_nobody() -> None:
+def test_equal_workers_do_not_wait() -> None:
     assert Speeds(1000).stretch(20, 1) == 1
 
 

@@ -62,7 +62,7 @@ def test_the_default_folder_says_what_it_holds() -> None:
     assert folder.parent == Path("runs") and folder.name.startswith("fashion-cnn-ddp-seed3-20")
 
 
-def test_an_unfinished_run_goes_on_with_what_was_recorded_before(tmp_path: Path) -> None:
+def test_an_unfinished_run_keeps_the_records_before(tmp_path: Path) -> None:
     config = resolve(TrainConfig(out=tmp_path, device="cpu"))
     with RunFolder(config) as folder:
         folder.begin(0)

@@ -93,7 +93,7 @@ class Failing:
 
 
 @pytest.mark.parametrize(("at", "calls"), [("begin", 1), ("log", 2), ("finish", 4)])
-def test_a_tracker_that_fails_is_told_once_and_left_alone(
+def test_a_failing_tracker_is_reported_once_and_dropped(
     at: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made: list[Failing] = []
