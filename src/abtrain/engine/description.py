@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from abtrain.comm.topology import Topology
 from abtrain.lowrank.classify import Kind, Treatment
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.sync import GradientSync, WeightSync
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ class Description:
     def beginning(self) -> str:
         """One line for the start of a run: who belongs together, and what travels between groups."""
         topology, phases = self.topology, self.recipe.phases
-        shared = [phase.name for phase in phases if isinstance(phase.sync, GradientSync)]
-        merged = [f"every {p.sync.every} steps ({p.name})" for p in phases if isinstance(p.sync, WeightSync)]
+        shared = [phase.name for phase in phases if phase.shares_gradients]
+        merged = [f"every {p.rounds.every} steps ({p.name})" for p in phases if p.rounds]
         travels = [f"gradients at every step ({', '.join(shared)})"] if shared else []
         travels += [f"merges {', '.join(dict.fromkeys(merged))}"] if merged else []
         groups = f"{topology.n_groups} group{'s' * (topology.n_groups > 1)} of {topology.group_size}"

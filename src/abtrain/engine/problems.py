@@ -21,7 +21,6 @@ from abtrain.lowrank.classify import classify
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.own import IGNORED, ignored_names
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.sync import GradientSync, WeightSync
 
 _FEW_STEPS = 100
 """Before weights are factored. Measured: docs/studies/large-batch.md, where 24 steps cost 11 points and 48 cost 4."""
@@ -132,17 +131,13 @@ def problems_here(model: nn.Module, optimizers: Optimizers, recipe: Recipe, comm
     refused = [comm.cannot_carry(phase.sync) for phase in recipe.phases] if comm.topology.world_size > 1 else []
     problems += list(dict.fromkeys(filter(None, refused)))
     topology = comm.topology
-    shared = topology.group_size > 1 or any(isinstance(phase.sync, GradientSync) for phase in recipe.phases)
+    shared = topology.group_size > 1 or any(phase.shares_gradients for phase in recipe.phases)
     if topology.world_size > 1 and shared and any(isinstance(one, LBFGS) for one in optimizers.all):
         problems.append(
             "LBFGS calls its closure as often as each worker's own loss asks for, so that workers would average "
             "gradients unequally often: use another optimizer, or a recipe of rounds alone with group_size=1"
         )
-    alone = [
-        phase.name
-        for phase in recipe.phases
-        if phase.sync is None or (isinstance(phase.sync, WeightSync) and topology.group_size == 1)
-    ]
+    alone = [phase.name for phase in recipe.phases if phase.sync is None or (phase.rounds and topology.group_size == 1)]
     layers = sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     if layers and alone and topology.world_size > 1:
         problems.append(
@@ -156,7 +151,7 @@ def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
     """Returns warnings about settings that are allowed but may not be intended; equal on all workers."""
     doubts = []
     topology = comm.topology
-    merges = any(isinstance(phase.sync, WeightSync) for phase in recipe.phases)
+    merges = any(phase.rounds for phase in recipe.phases)
     if topology.n_groups == 1 and any(phase.trains == "a_or_b" for phase in recipe.phases):
         doubts.append("one group alone: it trains A and B in turn, cycle by cycle")
     if topology.n_groups == 1 and topology.world_size > 1 and merges:

@@ -143,8 +143,8 @@ class _Walk:
         held = self._held(ranks)
         if isinstance(phase.sync, GradientSync):
             stretches = self._synchronous(position, held, phase.sync, entry)
-        elif isinstance(phase.sync, WeightSync):
-            stretches = self._rounds(position, held, phase.sync, entry)
+        elif phase.rounds is not None:
+            stretches = self._rounds(position, held, phase.rounds, entry)
         else:
             stretches = iter([Stretch(phase.name, position.steps_in_phase, entry=entry)])
         factored = phase.weights == "factored"
@@ -263,15 +263,15 @@ class _Walk:
 
     def _all_have_both(self, position: Position) -> bool:
         """Whether every worker leaves with optimizer state of its own for both factors, frozen ones included."""
-        trains, sync = position.phase.trains, position.phase.sync
-        in_turns = trains == "a_then_b" and isinstance(sync, WeightSync) and position.steps_in_phase > sync.every
+        trains, rounds = position.phase.trains, position.phase.rounds
+        in_turns = trains == "a_then_b" and rounds is not None and position.steps_in_phase > rounds.every
         # A phase that others came before has what is left of theirs.
         return in_turns or (trains in ("a_then_b", "b") and position.step > 0)
 
     def _level(self, position: Position, held: Sequence[_Held]) -> Calls:
         """Optimizer state, levelled where gradients are shared next: of all that keeps its shape, or its moments."""
         after = position.step + position.steps_in_phase
-        if after >= self._recipe.total_steps or not isinstance(self._recipe.at(after).phase.sync, GradientSync):
+        if after >= self._recipe.total_steps or not self._recipe.at(after).phase.shares_gradients:
             return ()
         factoring = self._recipe.factoring
         projects = factoring is not None and factoring.optimizer_state != "reset"

@@ -30,7 +30,6 @@ from abtrain.commands.train.watchdog import Watchdog
 from abtrain.consistency.agreement import check_equal, gather_json
 from abtrain.errors import ConfigurationError, DataError, StoppedError
 from abtrain.recipes.recipe import Position
-from abtrain.recipes.sync import GradientSync, WeightSync
 from abtrain.version import __version__
 
 # Settings that may differ between workers: where each finds and puts things.
@@ -181,7 +180,7 @@ class _Loop:
     def _step(self, position: Position, x: Tensor, y: Tensor) -> None:
         ab = self.trainer.ab
         loss, lr = self.trainer.optimizer_step(position, x, y)
-        shares_gradients = isinstance(position.phase.sync, GradientSync)
+        shares_gradients = position.phase.shares_gradients
         if not shares_gradients:
             self._before_merge(position)
         ab.step(loss)
@@ -191,15 +190,15 @@ class _Loop:
         self._save_or_stop(position, shares_gradients)
 
     def _before_merge(self, position: Position) -> None:
-        done, sync = self.trainer.ab.steps_done + 1, position.phase.sync
+        done, rounds = self.trainer.ab.steps_done + 1, position.phase.rounds
         waits = position.merges or self.saving.due(done) or done == self.trainer.config.steps
-        self.stopping.before_step(done - 1, waits, sync.delay if isinstance(sync, WeightSync) else 0)
+        self.stopping.before_step(done - 1, waits, rounds.delay if rounds else 0)
 
     def _save_or_stop(self, position: Position, shares_gradients: bool) -> None:
-        ab, sync = self.trainer.ab, position.phase.sync
+        ab, rounds = self.trainer.ab, position.phase.rounds
         due = self.saving.due(ab.steps_done)
         # Beside gradients and hidden merges the answer may arrive at the next meeting, which costs no time.
-        waits_anyway = isinstance(sync, WeightSync) and position.merges and (position.last or not sync.delay)
+        waits_anyway = rounds is not None and position.merges and (position.last or not rounds.delay)
         # After the last step there is nothing left to stop.
         meets = not ab.finished and (shares_gradients or position.merges or due)
         number = self.stopping.agreed(meets, wait=waits_anyway or due or ab.finished)

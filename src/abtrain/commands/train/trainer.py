@@ -21,7 +21,6 @@ from abtrain.commands.train.config import TrainConfig, recipe_of
 from abtrain.engine.ab_training import ABTraining
 from abtrain.errors import NonFiniteError
 from abtrain.recipes.recipe import Position
-from abtrain.recipes.sync import GradientSync
 
 
 class Trainer:
@@ -74,7 +73,7 @@ class Trainer:
 
     def _check_loss(self, value: float, lr: float, position: Position) -> None:
         policy, phase = self.config.on_nonfinite, position.phase
-        shared = isinstance(phase.sync, GradientSync)
+        shared = phase.shares_gradients
         if not math.isfinite(value) and (policy == "stop" or (shared and policy != "skip")):
             # Before this worker's gradients reach the others; the launcher ends those.
             raise NonFiniteError(
