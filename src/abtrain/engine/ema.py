@@ -35,58 +35,52 @@ class EMA:
         self.decay = decay
         self._source = source
         state = source()
-        self._average = {name: _wide(tensor).detach().clone() for name, tensor in tensors_of(state).items()}
-        self._more = _more_than_tensors(state)
+        # One step's change would be rounded away in halves.
+        self._average = {
+            name: (tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor).detach().clone()
+            for name, tensor in tensors_of(state).items()
+        }
+        self._more = _other_entries(state)
 
     @in_own_modes
     @torch.no_grad()
     def update(self) -> None:
-        """One training step is done: call it after `ab.step()`."""
+        """Adds the present weights: call it after each `ab.step()`."""
         state = self._source()
-        self._more = _more_than_tensors(state)
+        self._more = _other_entries(state)
         for name, tensor in tensors_of(state).items():
             average = self._average[name]
-            if _is_averaged(tensor):
+            if tensor.is_floating_point() or tensor.is_complex():
                 average.lerp_(tensor.to(average), 1 - self.decay)
             else:
                 average.copy_(tensor)
 
     @in_own_modes
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of the average, loadable into the model as it was built, and by `load_state_dict`."""
+        """Returns a copy of the average, loadable into the model as it was built, and by `load_state_dict`."""
         state: dict[str, Tensor] = {name: tensor.clone() for name, tensor in self._average.items()}
         return state | copy.deepcopy(self._more)
 
     @in_own_modes
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from a `state_dict`.
+        """Continues from a `state_dict`.
 
         Raises:
-            CheckpointError: its names or shapes are not those of this model; nothing has changed then.
+            CheckpointError: its names or shapes are not those of this model, and nothing has changed.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(state).items()}
         expected = {name: tuple(tensor.shape) for name, tensor in self._average.items()}
-        unlike = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
-        if unlike:
+        different = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
+        if different:
             raise CheckpointError(
-                f"the average is not one of this model: {', '.join(unlike[:4])} differ in shape, or are missing on one "
-                "side. Load what EMA.state_dict() gave for the same model"
+                f"the average is not one of this model: {', '.join(different[:4])} differ in shape, or are missing on "
+                "one side. Load what EMA.state_dict() gave for the same model"
             )
         for name, tensor in self._average.items():
             tensor.copy_(state[name])
-        self._more = _more_than_tensors(state)
+        self._more = _other_entries(state)
 
 
-def _more_than_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of all other entries."""
+def _other_entries(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: copy.deepcopy(value) for name, value in state.items() if not isinstance(value, Tensor)}
-
-
-def _is_averaged(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In halves, what one step adds would be rounded away."""
-    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
-
-from abtrain.lowrank.optimizers import is_nested
-from abtrain.modes import in_own_modes
 
 
 class _Scaled(NamedTuple):
@@ -24,27 +21,19 @@ class _Scaled(NamedTuple):
 class LRRebound:
     """Scales the learning rates of optimizers while they step, and only then.
 
-    A scheduler beside it reads and writes the values that it knows: the factor is applied when `optimizer.step` begins
-    and taken back when it ends. In step j = 0, 1, ... after `start(N)` the factor is (j + 1) / (N + 1) of the
-    target, and the target from j = N on.
+    A scheduler beside it reads and writes the scheduled rates: `scale` is called when `optimizer.step` begins, and
+    `put_back` when it ends. In step j = 0, 1, ... after `start(N)` the factor is (j + 1) / (N + 1) of the target,
+    and the target from j = N on.
 
     Args:
-        optimizers: whose rates they are.
-        target: tells what the phase of the coming step multiplies them by.
+        target: tells what the phase of the coming step multiplies learning rates by.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], target: Callable[[], float]) -> None:
+    def __init__(self, target: Callable[[], float]) -> None:
         self._target = target
         self._length = 0
         self._done = 0
         self._scaled: dict[int, list[_Scaled]] = {}
-        self._hooks: list[Any] = []
-        for optimizer in optimizers:
-            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
-            after = optimizer.register_step_post_hook(self._after_step)
-            # The first: a scheduler that is called by another hook finds the scheduled rate.
-            optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
-            self._hooks.append(after)
 
     @property
     def factor(self) -> float:
@@ -56,31 +45,23 @@ class LRRebound:
         self._length, self._done = steps, 0
 
     def advance(self) -> None:
-        """One training step is done, whether the optimizer took it or a gradient scaler skipped it."""
-        self._put_back()
+        """Ends a training step, whether the optimizer made it or a gradient scaler skipped it."""
+        self.put_back()
         self._done = min(self._done + 1, self._length)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the climb stands; JSON can hold it."""
+        """Returns the length of the climb and its steps done, as JSON values."""
         return {"length": self._length, "done": self._done}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on with the climb of a `state_dict`."""
-        self._put_back()
+        """Continues the climb of a `state_dict`."""
+        self.put_back()
         self._length, self._done = int(state["length"]), int(state["done"])
 
-    def close(self) -> None:
-        """Takes the hooks off the optimizer, and gives it its learning rates back."""
-        self._put_back()
-        for hook in self._hooks:
-            hook.remove()
-
-    @in_own_modes
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if is_nested(optimizer):
-            return
-        # A step that raised never came to its post-hook: its learning rates are still scaled.
-        self._put_back(optimizer)
+    def scale(self, optimizer: Optimizer) -> None:
+        """Scales the rates of an optimizer that is about to step."""
+        # A step that raised never reached its end, and its learning rates are still scaled.
+        self.put_back(optimizer)
         factor = self.factor
         if factor == 1.0:
             return
@@ -93,13 +74,8 @@ class LRRebound:
                 scheduled, group["lr"] = group["lr"], group["lr"] * factor
                 entries.append(_Scaled(group, scheduled, float(group["lr"]), factor))
 
-    @in_own_modes
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not is_nested(optimizer):
-            self._put_back(optimizer)
-
-    def _put_back(self, optimizer: Optimizer | None = None) -> None:
-        """Gives an optimizer, or all, the scheduled rates again."""
+    def put_back(self, optimizer: Optimizer | None = None) -> None:
+        """Gives an optimizer, or all of them, the scheduled rates again."""
         for key in list(self._scaled) if optimizer is None else [id(optimizer)]:
             for one in self._scaled.pop(key, ()):
                 _restore(one)

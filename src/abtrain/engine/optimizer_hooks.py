@@ -24,20 +24,13 @@ from abtrain.own import own_names
 from abtrain.recipes.phase import Phase
 
 
-class Coming(NamedTuple):
-    """The step that an optimizer is about to make.
-
-    Attributes:
-        step: its index.
-        phase: that it belongs to.
-        shared: whether its gradients are the same on all workers.
-        averaged: whether its gradients are averages over several workers, of a group at least.
-    """
+class _Coming(NamedTuple):
+    """The step that an optimizer is about to make."""
 
     step: int
     phase: Phase
-    shared: bool
-    averaged: bool
+    shared: bool  # its gradients are the same on all workers
+    averaged: bool  # its gradients are averages over several workers, of a group at least
 
 
 _UNSEEN = 2
@@ -78,7 +71,7 @@ class OptimizerHooks:
         self.round_began = True
         self._model, self._progress = model, progress
         acting = self._acting = model.optimizers.acting
-        self.rebound = LRRebound(acting, self._local_lr)
+        self.rebound = LRRebound(self._local_lr)
         self.guard = GradientGuard(
             acting, on_nonfinite, progress.comm.rank == 0, model.parameters, own_names(model.model), whose
         )
@@ -88,8 +81,12 @@ class OptimizerHooks:
         self._before_any: dict[str, Tensor] | None = {}
         self._versions: dict[str, int] = {}
         self._unseen = 0
-        self._handles = [one.register_step_pre_hook(self._before) for one in acting]
-        self._handles += [one.register_step_post_hook(self._after) for one in acting]
+        self._handles: list[Any] = []
+        for one in acting:
+            first = one.register_step_post_hook(self._put_rates_back)
+            # A scheduler that is called by another hook finds the scheduled rate.
+            one._optimizer_step_post_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
+            self._handles += [first, one.register_step_pre_hook(self._before), one.register_step_post_hook(self._after)]
 
     def _local_lr(self) -> float:
         position = self._progress.position
@@ -150,7 +147,7 @@ class OptimizerHooks:
 
     def close(self) -> None:
         """Removes the hooks from the optimizers."""
-        self.rebound.close()
+        self.rebound.put_back()
         for handle in self._handles:
             handle.remove()
 
@@ -178,7 +175,7 @@ class OptimizerHooks:
         rows = {name: p.detach() for name, p in self._model.parameters().items() if id(p) in held and p.numel()}
         return {name: row[(0,) * max(row.ndim - 1, 0)].clone() for name, row in rows.items()}
 
-    def _coming(self) -> Coming | None:
+    def _coming(self) -> _Coming | None:
         """Returns the step that an optimizer is about to make; None after the end of the recipe."""
         progress = self._progress
         if progress.position is None:
@@ -188,11 +185,14 @@ class OptimizerHooks:
         if shared:
             fail_at(progress.comm.rank, progress.steps_done, "sync.end")
         in_group = progress.in_rounds and progress.comm.topology.group_size > 1
-        return Coming(progress.steps_done, progress.position.phase, shared, averaged=shared or in_group)
+        return _Coming(progress.steps_done, progress.position.phase, shared, averaged=shared or in_group)
 
     @in_own_modes
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        coming = None if is_nested(optimizer) else self._coming()
+        if is_nested(optimizer):
+            return None
+        self.rebound.scale(optimizer)
+        coming = self._coming()
         if coming is None:
             return None
         if id(optimizer) in self._stepped:
@@ -209,7 +209,11 @@ class OptimizerHooks:
         # These are the arguments of optimizer.step; the first is the optimizer itself.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if callable(closure):
-            self._refuse_closure(coming)
+            if coming.phase.damping:
+                raise UsageError(
+                    "optimizer.step(closure) makes gradients too late to be preconditioned: "
+                    "call backward before optimizer.step(), or set damping=0"
+                )
             checked = self._checked(optimizer, closure, coming)
             return ((args[0], checked, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": checked})
         self.guard.look(optimizer, coming.step, coming.shared)
@@ -217,14 +221,7 @@ class OptimizerHooks:
             self._precondition(optimizer, coming.phase)
         return None
 
-    def _refuse_closure(self, coming: Coming) -> None:
-        if coming.phase.damping:
-            raise UsageError(
-                "optimizer.step(closure) makes gradients too late to be preconditioned: "
-                "call backward before optimizer.step(), or set damping=0"
-            )
-
-    def _checked(self, optimizer: Optimizer, closure: Callable[[], Any], coming: Coming) -> Callable[[], Any]:
+    def _checked(self, optimizer: Optimizer, closure: Callable[[], Any], coming: _Coming) -> Callable[[], Any]:
         """Returns a closure that checks its gradients: there are none before it is called."""
 
         def look() -> Any:
@@ -242,6 +239,11 @@ class OptimizerHooks:
             self.preconditioner.refresh(records.values())
             self.round_began = False
         self.preconditioner.before_step(optimizer, records.values())
+
+    @in_own_modes
+    def _put_rates_back(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not is_nested(optimizer):
+            self.rebound.put_back(optimizer)
 
     @in_own_modes
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
