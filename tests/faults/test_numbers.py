@@ -66,7 +66,7 @@ def test_a_step_by_such_a_gradient_can_be_left_out(
     # Where gradients are shared all leave the step out, elsewhere the one whose gradient it was.
     shared = recipe is AB and at == 1
     assert [skipped for _, skipped in results] == [[at] if shared or rank == 1 else [] for rank in range(3)]
-    assert f"step {at}: its gradient is not finite" in caplog.text
+    assert f"step {at} is skipped: its gradients are not finite" in caplog.text
 
 
 def test_a_run_of_nothing_but_such_steps_ends() -> None:

@@ -1,4 +1,4 @@
-"""The beginning of a run: workers compare their settings, and take the same initial values."""
+"""Begins a run: workers compare their settings, and take the same initial values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from abtrain.comm.communicator import Communicator
 from abtrain.consistency.agreement import check_equal
 from abtrain.consistency.settings import optimizer_settings, settings_at_start
-from abtrain.engine.description import Description
+from abtrain.engine.description import groups_and_traffic
 from abtrain.engine.optimizer_problems import doubts_about_optimizers
 from abtrain.engine.problems import doubts_about
 from abtrain.merging.shared_tensors import SharedTensors
@@ -28,7 +28,7 @@ def begin(shared: SharedTensors, recipe: Recipe, comm: Communicator, **options: 
         shared: the tensors that merges make equal, with their model and its optimizers.
         recipe: of the run.
         comm: of this worker.
-        options: further arguments that have to be equal on all workers.
+        options: other arguments that must be equal on all workers.
 
     Raises:
         RanksDisagreeError: on all workers, with what differs and where.
@@ -57,7 +57,7 @@ def begin(shared: SharedTensors, recipe: Recipe, comm: Communicator, **options: 
     comm.begin_run()
     if comm.rank == 0:
         if comm.topology.world_size > 1:
-            _announce(Description(recipe, comm.topology, tuple(shared.treatments), {}).beginning())
+            _announce(groups_and_traffic(recipe, comm.topology))
         for doubt in [*doubts_about(recipe, comm), *doubts_about_optimizers(optimizers, recipe)]:
             log.warning(doubt)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from abtrain.comm.topology import Topology
 from abtrain.lowrank.classify import Kind, Treatment
@@ -20,33 +20,26 @@ class Description:
         topology: workers and groups.
         treatments: one for every parameter of the model.
         dense_this_cycle: weights that could be factored but are not at present, with the reason.
-        buffers: by name, what becomes of a buffer at a merge, where workers hold it differently.
+        buffers: by name, the treatment of a buffer at a merge, where workers hold it differently.
     """
 
     recipe: Recipe
     topology: Topology
     treatments: tuple[Treatment, ...]
-    dense_this_cycle: dict[str, str]
-    buffers: Mapping[str, str] = field(default_factory=dict)
+    dense_this_cycle: Mapping[str, str]
+    buffers: Mapping[str, str]
 
     @property
     def parameters(self) -> dict[Kind, int]:
-        """Elements by what becomes of them; they sum to the model's parameters."""
+        """The number of elements of each kind; they sum to the model's parameters."""
         counts: Counter[Kind] = Counter({"factored": 0, "averaged": 0, "frozen": 0})
         for treatment in self.treatments:
             counts[treatment.kind] += treatment.numel
         return dict(counts)
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                *self._phase_lines(),
-                self._group_line(),
-                *self._parameter_lines(),
-                self._total_line(),
-                *self._buffer_lines(),
-            ]
-        )
+        lines = [*self._phase_lines(), self._group_line(), *self._parameter_lines(), self._total_line()]
+        return "\n".join(lines + self._buffer_lines())
 
     def _phase_lines(self) -> list[str]:
         recipe = self.recipe
@@ -64,19 +57,9 @@ class Description:
         if not any(phase.trains == "a_or_b" for phase in self.recipe.phases):
             return line
         if topology.n_groups == 1:
-            return f"{line}: one group alone trains A and B in turn, cycle by cycle"
+            return f"{line}: the only group trains A and B in turn, cycle by cycle"
         roles = [topology.role(group[0], cycle=0) for group in topology.groups]
         return f"{line}: {roles.count('A')} train A, {roles.count('B')} train B"
-
-    def beginning(self) -> str:
-        """One line for the start of a run: who belongs together, and what travels between groups."""
-        topology, phases = self.topology, self.recipe.phases
-        shared = [phase.name for phase in phases if phase.shares_gradients]
-        merged = [f"every {p.rounds.every} steps ({p.name})" for p in phases if p.rounds]
-        travels = [f"gradients at every step ({', '.join(shared)})"] if shared else []
-        travels += [f"merges {', '.join(dict.fromkeys(merged))}"] if merged else []
-        groups = f"{topology.n_groups} group{'s' * (topology.n_groups > 1)} of {topology.group_size}"
-        return f"{topology.world_size} workers in {groups}; between groups travel {' and '.join(travels) or 'nothing'}"
 
     def _parameter_lines(self) -> list[str]:
         width = max((len(treatment.name) for treatment in self.treatments), default=0)
@@ -88,6 +71,13 @@ class Description:
             lines.append(f"  {t.name:<{width}}  {shape:>16}  {t.kind:<8}  {reason}")
         return lines
 
+    def _total_line(self) -> str:
+        total = sum(self.parameters.values())
+        shares = (f"{count:,} {kind} ({count / max(total, 1):.2%})" for kind, count in self.parameters.items())
+        dense = sum(t.numel for t in self.treatments if t.name in self.dense_this_cycle)
+        note = f"; of the factored, {dense:,} are dense in this cycle" if dense else ""
+        return f"{total:,} parameters: {', '.join(shares)}{note}"
+
     def _buffer_lines(self) -> list[str]:
         if not self.buffers:
             return []
@@ -95,9 +85,12 @@ class Description:
         lines = [f"  {name:<{width}}  {treatment}" for name, treatment in self.buffers.items()]
         return ["buffers that workers hold differently at a merge (all others stay as they are):", *lines]
 
-    def _total_line(self) -> str:
-        total = sum(self.parameters.values())
-        shares = (f"{count:,} {kind} ({count / max(total, 1):.2%})" for kind, count in self.parameters.items())
-        dense = sum(t.numel for t in self.treatments if t.name in self.dense_this_cycle)
-        note = f"; of the factored, {dense:,} are dense in this cycle" if dense else ""
-        return f"{total:,} parameters: {', '.join(shares)}{note}"
+
+def groups_and_traffic(recipe: Recipe, topology: Topology) -> str:
+    """Says in one line how workers are grouped, and what travels between groups."""
+    shared = [phase.name for phase in recipe.phases if phase.shares_gradients]
+    merged = [f"every {phase.rounds.every} steps ({phase.name})" for phase in recipe.phases if phase.rounds]
+    travels = [f"gradients at every step ({', '.join(shared)})"] if shared else []
+    travels += [f"merges {', '.join(dict.fromkeys(merged))}"] if merged else []
+    groups = f"{topology.n_groups} group{'s' * (topology.n_groups > 1)} of {topology.group_size}"
+    return f"{topology.world_size} workers in {groups}; between groups travel {' and '.join(travels) or 'nothing'}"

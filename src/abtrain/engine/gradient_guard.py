@@ -1,123 +1,114 @@
-"""NaN and infinity in gradients, found before an optimizer steps by them."""
+"""Finds NaN and infinity in gradients before an optimizer steps by them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from abtrain.checks import told_names
 from abtrain.errors import NonFiniteError, OnNonFinite
+from abtrain.lowrank.model import FactoredModel
+from abtrain.own import own_names
 
 log = logging.getLogger("abtrain")
 
-
 _MOST_IN_A_ROW = 50
-"""Steps left out, after which a run has diverged."""
+"""Skipped steps in a row after which a run counts as diverged."""
 
 
 class GradientGuard:
-    """Looks at all gradients before each step of optimizers.
+    """Checks all gradients before each step of optimizers.
 
-    Gradients that workers share are the same on all of them, and so is what becomes of the step, without a word sent.
+    Shared gradients are the same on all workers. So all workers skip the same steps without any communication.
 
     Args:
-        optimizers: whose gradients they are.
-        policy: `skip` leaves the step out; otherwise it is an error where gradients are shared, and left for the next
-            merge to find where they are a worker's own.
+        model: with its optimizers.
+        policy: `skip` skips the step. Otherwise, shared gradients raise an error, and a worker's own gradients are left
+            to the next merge.
         speaks: whether this worker logs what happens on all workers.
-        parameters: gives all parameters by name.
-        own: names of those that are each worker's own, though gradients are shared.
-        whose: tells, after shared gradients that are not finite, which worker brought them.
+        whose: says which worker brought shared gradients that are not finite.
 
     Attributes:
-        skipped: indexes of the steps that were left out.
+        skipped: indexes of the skipped steps.
     """
 
-    def __init__(
-        self,
-        optimizers: Sequence[Optimizer],
-        policy: OnNonFinite,
-        speaks: bool,
-        parameters: Callable[[], Mapping[str, nn.Parameter]] = dict,
-        own: Collection[str] = (),
-        whose: Callable[[], str] = str,
-    ) -> None:
-        self._optimizers = optimizers
-        self._policy = policy
-        self._speaks = speaks
-        self._parameters, self._own, self._whose = parameters, own, whose
+    def __init__(self, model: FactoredModel, policy: OnNonFinite, speaks: bool, whose: Callable[[], str]) -> None:
+        self._model, self._policy, self._speaks, self._whose = model, policy, speaks, whose
+        self._own = own_names(model.model)
         self.skipped: list[int] = []
         self._looked = -1
 
     def look(self, optimizer: Optimizer, step: int, shared: bool, in_closure: bool = False) -> None:
-        """Drops the gradients of a step that is to be left out: optimizers pass over parameters without.
+        """Removes the gradients of a step that is to be skipped: optimizers ignore parameters without a gradient.
 
         Args:
-            optimizer: that is about to step. Where steps may be left out, the first of several looks at the gradients
-                of all: they come from the same backward pass.
+            optimizer: that is about to step. Under `skip`, the first of several optimizers checks the gradients of all,
+                since they come from the same backward pass.
             step: its index.
             shared: whether all workers have these gradients.
-            in_closure: whether the optimizer has begun its step, and called for these gradients.
+            in_closure: whether the optimizer has begun its step, and called its closure for these gradients.
 
         Raises:
-            NonFiniteError: the step cannot be made, or too many in a row were left out.
+            NonFiniteError: the step cannot be made, or too many in a row were skipped.
         """
-        # A GradScaler that leaves it to the optimizer to skip has looked already.
-        if not (shared or self._policy == "skip") or getattr(optimizer, "found_inf", None) is not None:
+        skips = self._policy == "skip"
+        # A GradScaler that lets the optimizer skip steps has checked the gradients.
+        if not (shared or skips) or getattr(optimizer, "found_inf", None) is not None:
             return
-        among = self._optimizers if self._policy == "skip" and step != self._looked else [optimizer]
+        checked = self._model.optimizers.acting if skips and step != self._looked else [optimizer]
         self._looked = step
-        parameters = [p for one in among for group in one.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for one in checked for group in one.param_groups for p in group["params"] if p.grad is not None]
         if shared and self._own:
             parameters = self._without_own(parameters)
-        if _finite([p.grad for p in parameters]):
+        if _finite(parameters):
             return
-        if self._policy != "skip":
+        if not skips:
             unchanged = "the optimizer may have moved weights before" if in_closure else "no weight was changed by them"
             raise NonFiniteError(
                 f"NaN or infinity in the gradients that workers share at step {step}{self._where(parameters)}: "
-                f"{unchanged}. Lower the learning rate, clip gradients, or leave such steps out: on_nonfinite='skip'"
+                f"{unchanged}. Lower the learning rate, clip gradients, or skip such steps: on_nonfinite='skip'"
             )
-        self._leave_out(step, shared)
+        self._skip(step, shared)
         for parameter in parameters:
             parameter.grad = None
 
-    def _leave_out(self, step: int, shared: bool) -> None:
+    def _skip(self, step: int, shared: bool) -> None:
         if step in self.skipped[-1:]:
             return
         self.skipped.append(step)
         if self.skipped[-_MOST_IN_A_ROW:] == list(range(step - _MOST_IN_A_ROW + 1, step + 1)):
             raise NonFiniteError(
                 f"the gradients of the last {_MOST_IN_A_ROW} steps up to {step} were all NaN or infinite: training has "
-                "diverged. Lower the learning rate, or go on from an earlier checkpoint"
+                "diverged. Lower the learning rate, or continue from an earlier checkpoint"
             )
         if not shared or self._speaks:
-            log.warning("step %d: its gradient is not finite, and the step is left out", step)
+            log.warning("step %d is skipped: its gradients are not finite", step)
 
     def _without_own(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """The parameters that workers share. What the policy leaves out of the others concerns this worker alone."""
-        held = self._parameters()
-        own = {id(held[name]) for name in self._own if name in held}
+        """Returns the shared parameters. Under `skip`, the others lose gradients that are not finite."""
+        own = {id(parameter) for name, parameter in self._model.parameters().items() if name in self._own}
         alone = [p for p in parameters if id(p) in own]
-        if self._policy == "skip" and not _finite([p.grad for p in alone if p.grad is not None]):
-            log.warning("this worker's own gradients are not finite, and the step leaves their parameters alone")
+        if self._policy == "skip" and not _finite(alone):
+            log.warning("this worker's own gradients are not finite: the step leaves their parameters unchanged")
             for parameter in alone:
                 parameter.grad = None
         return [p for p in parameters if id(p) not in own]
 
     def _where(self, parameters: Sequence[nn.Parameter]) -> str:
-        """The names of the parameters whose gradients are not finite, in brackets, and who brought them."""
-        broken = {id(p) for p in parameters if p.grad is not None and not bool(torch.isfinite(p.grad).all())}
-        names = told_names([name for name, parameter in self._parameters().items() if id(parameter) in broken])
+        """Names the parameters whose gradients are not finite, in brackets, and the worker that brought them."""
+        broken = {id(p) for p in parameters if not _finite([p])}
+        names = told_names([name for name, parameter in self._model.parameters().items() if id(parameter) in broken])
         return f" ({names}){self._whose()}" if names else self._whose()
 
 
-def _finite(gradients: list[Tensor]) -> bool:
-    # A norm is read at the speed of memory. One that overflows says nothing yet.
+def _finite(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether all gradients are finite."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    # The norm is read at the speed of memory. It may overflow although all elements are finite.
     if not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
         return True
     return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)

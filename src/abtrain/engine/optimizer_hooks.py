@@ -20,7 +20,6 @@ from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizers import is_nested
 from abtrain.lowrank.precondition import Preconditioner
 from abtrain.modes import in_own_modes, own_modes
-from abtrain.own import own_names
 from abtrain.recipes.phase import Phase
 
 
@@ -72,9 +71,7 @@ class OptimizerHooks:
         self._model, self._progress = model, progress
         acting = self._acting = model.optimizers.acting
         self.rebound = LRRebound(self._local_lr)
-        self.guard = GradientGuard(
-            acting, on_nonfinite, progress.comm.rank == 0, model.parameters, own_names(model.model), whose
-        )
+        self.guard = GradientGuard(model, on_nonfinite, progress.comm.rank == 0, whose)
         self.preconditioner = Preconditioner(model.optimizers, damping=0)
         self._ownership = Ownership(model, frozen)
         self._stepped: set[int] = set()

@@ -5,39 +5,27 @@ from __future__ import annotations
 import atexit
 import logging
 import weakref
-from typing import Protocol
+
+from abtrain.engine.progress import Progress
 
 log = logging.getLogger("abtrain")
 
-
-class Run(Protocol):
-    """The part of a run that this module needs."""
-
-    @property
-    def within_round(self) -> str:
-        """A warning if the model is this worker's own and was not saved; empty if it is not."""
-        ...
+_WATCHED: weakref.WeakSet[Progress] = weakref.WeakSet()
 
 
-_RUNS: weakref.WeakSet[Run] = weakref.WeakSet()
+def watch(progress: Progress) -> None:
+    """Warns when the process ends, if the run still exists then and is within a round."""
+    _WATCHED.add(progress)
 
 
-def watch(run: Run) -> None:
-    """Lets a run be asked when the process ends, if it is still there."""
-    if not _RUNS:
-        atexit.unregister(tell)
-        atexit.register(tell)
-    _RUNS.add(run)
+def forget(progress: Progress) -> None:
+    """Stops watching a run."""
+    _WATCHED.discard(progress)
 
 
-def forget(run: Run) -> None:
-    """The run is closed: what was to be said has been."""
-    _RUNS.discard(run)
-
-
-def tell() -> None:
-    """Says what becomes of the runs of this process."""
-    for run in list(_RUNS):
-        why = run.within_round
-        if why:
-            log.warning("%s", why)
+@atexit.register
+def warn() -> None:
+    """Warns of every watched run that is within a round."""
+    for progress in list(_WATCHED):
+        if progress.within_round:
+            log.warning("%s", progress.within_round)
