@@ -461,7 +461,7 @@ def test_an_optimizer_whose_own_state_cannot_be_saved_is_refused() -> None:
             return {**super().state_dict(), "generator": torch.Generator()}
 
     model = build("mlp")
-    with pytest.raises(ConfigurationError, match=r"Broken\.state_dict\(\) holds cannot be saved: generator"):
+    with pytest.raises(ConfigurationError, match=r"Broken\.state_dict\(\) cannot be saved: generator"):
         ABTraining(model, Broken(model.parameters(), 0.1), recipes.local_sgd(4, every=2))
 
 
@@ -471,7 +471,7 @@ def test_an_optimizer_that_talks_itself_is_refused() -> None:
             torch.distributed.all_reduce(self.param_groups[0]["params"][0].grad)
 
     model = build("mlp")
-    with pytest.raises(ConfigurationError, match=r"Gathering talks to other workers itself \("):
+    with pytest.raises(ConfigurationError, match=r"Gathering communicates with other workers itself \("):
         ABTraining(model, Gathering(model.parameters(), 0.1), recipes.local_sgd(4, every=2))
 
 

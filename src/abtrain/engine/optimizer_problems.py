@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from abtrain.checkpoint.tensor_files import split
-from abtrain.checks import brief
+from abtrain.checks import brief, told_names
 from abtrain.consistency.nested_state import cannot_be_shared
 from abtrain.engine.communicating_optimizers import communicates
 from abtrain.errors import UsageError
@@ -18,14 +19,17 @@ from abtrain.lowrank.model_state import more_of
 from abtrain.lowrank.optimizer import PROJECTABLE, is_projectable
 from abtrain.lowrank.optimizers import Optimizers, announces_steps, parameters_of
 from abtrain.merging.copies import kept_elsewhere
-from abtrain.own import shared_parameters
+from abtrain.own import trained_parameters
+from abtrain.recipes.factoring import OptimizerState
 from abtrain.recipes.recipe import Recipe
 
-_MOST_TOLD = 4
+_WITHOUT_FACTORS = "use another optimizer, or a recipe without factors such as local_sgd"
+_CANNOT_FOLLOW = f"which cannot follow weights that are factored: {_WITHOUT_FACTORS}"
+_NOT_MOVED = "outside of its state: merges do not move them, and are undone where the optimizer restores them"
 
 
 def form_problems(optimizer: object) -> list[str]:
-    """Why this is neither an optimizer nor a list of them; empty if it is."""
+    """Returns why this is neither an optimizer nor a list of them; empty if it is."""
     remedy = "give a torch.optim.Optimizer, or a list of them with parameters of their own"
     if isinstance(optimizer, Optimizer):
         return []
@@ -42,15 +46,16 @@ def form_problems(optimizer: object) -> list[str]:
 
 
 def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe) -> list[str]:
-    """One message for each thing that cannot be; empty if all is well."""
+    """Returns one message for each problem; empty if there are none."""
     problems = _held_problems(model, optimizers)
     for optimizer in optimizers.given:
-        talks = communicates(optimizer)
-        if talks:
+        evidence = communicates(optimizer)
+        if evidence:
             problems.append(
-                f"{type(optimizer).__name__} talks to other workers itself ({talks}), which abtrain does: give an "
-                "optimizer of one process, such as the one inside, or the same without its distributed options"
+                f"{type(optimizer).__name__} communicates with other workers itself ({evidence}), which abtrain does: "
+                "give an optimizer of one process, such as the one inside, or the same without its distributed options"
             )
+    scales_rates = recipe.lr_rebound_steps > 0 or any(phase.local_lr != 1 for phase in recipe.phases)
     for optimizer in optimizers.acting:
         kind = type(optimizer).__name__
         if not announces_steps(optimizer):
@@ -58,7 +63,7 @@ def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe)
                 f"{kind} does not call Optimizer.__init__, so that its steps cannot be seen: call it there, or give "
                 "the optimizer inside"
             )
-        if _scales_rates(recipe) and any("lr" not in group for group in optimizer.param_groups):
+        if scales_rates and any("lr" not in group for group in optimizer.param_groups):
             problems.append(
                 f"a param group of {kind} has no 'lr', which recipe {recipe.name!r} multiplies: use another optimizer, "
                 "or a recipe without local_lr and LR rebound"
@@ -69,19 +74,13 @@ def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe)
 
 def doubts_about_optimizers(optimizers: Optimizers, recipe: Recipe) -> list[str]:
     """Returns warnings about settings that are allowed but may not be intended; equal on all workers."""
-    doubts = [*filter(None, [old_steps(optimizers)])]
-    for optimizer in optimizers.all:
-        name = kept_elsewhere(optimizer)
-        if name:
-            doubts.append(_not_moved(type(optimizer).__name__, name))
-    automatic = recipe.factoring is not None and recipe.factoring.optimizer_state == "auto"
-    unknown = [type(one).__name__ for one in optimizers.acting if not is_projectable(one)] if automatic else []
+    doubts = [doubt for optimizer in optimizers.all for doubt in _copies_outside_state(optimizer, _NOT_MOVED)]
+    unknown = _not_projectable(optimizers, recipe, "auto")
     if unknown:
         doubts.append(
-            f"the state of {', '.join(dict.fromkeys(unknown))} cannot follow weights into their factors: it is reset "
-            "where weights are factored"
+            f"the state of {unknown} cannot follow weights into their factors: it is reset where weights are factored"
         )
-    return doubts
+    return [*filter(None, [old_steps(optimizers)]), *doubts]
 
 
 def old_steps(optimizers: Optimizers, most: int = 0) -> str:
@@ -90,16 +89,16 @@ def old_steps(optimizers: Optimizers, most: int = 0) -> str:
     if steps <= most:
         return ""
     return (
-        f"the optimizer has stepped {steps - most:g} times already, and the recipe begins at step 0: to go on with a "
-        "run of abtrain, load what ab.state_dict() gave with ab.load_state_dict()"
+        f"the optimizer has stepped {steps - most:g} times already, and the recipe begins at step 0: to continue a run "
+        "of abtrain, pass what ab.state_dict() returned to ab.load_state_dict()"
     )
 
 
 def check_modes(optimizers: Optimizers) -> None:
-    """Checks that no optimizer evaluates while it is to train.
+    """Checks that no optimizer is in its mode of evaluation while it is to train.
 
     Raises:
-        UsageError: a schedule-free optimizer says so.
+        UsageError: a schedule-free optimizer is.
     """
     for optimizer in optimizers.all:
         if any(group.get("train_mode") is False for group in optimizer.param_groups):
@@ -109,13 +108,13 @@ def check_modes(optimizers: Optimizers) -> None:
             )
 
 
-def doubts_about_state(optimizers: Optimizers, recipe: Recipe, levels: bool) -> list[str]:
-    """Returns warnings about state that shows for the first time.
+def doubts_about_state(optimizers: Optimizers, recipe: Recipe, equalized: bool) -> list[str]:
+    """Returns warnings about new state.
 
     Args:
         optimizers: that have stepped.
         recipe: of the run.
-        levels: whether the state will have to be made equal on all workers.
+        equalized: whether the state will have to be made equal on all workers.
 
     Raises:
         UsageError: the recipe needs what the state does not allow.
@@ -123,65 +122,57 @@ def doubts_about_state(optimizers: Optimizers, recipe: Recipe, levels: bool) -> 
     doubts = []
     for optimizer in optimizers.stateful:
         kind, odd = type(optimizer).__name__, cannot_be_shared(optimizer.state)
-        if odd and levels:
+        if odd and equalized:
             raise UsageError(
                 f"{kind} keeps {odd} in its state, which cannot be made equal on all workers before recipe "
                 f"{recipe.name!r} shares gradients: use another optimizer, or rounds alone, as in local_sgd"
             )
         if odd:
             doubts.append(f"{kind} keeps {odd} in its state, so that ab.state_dict() cannot be saved")
-        where = kept_elsewhere(optimizer)
-        if where and recipe.factored:
-            raise UsageError(_cannot_follow(kind, where))
-        if where:
-            doubts.append(_not_moved(kind, where))
+        copies = _copies_outside_state(optimizer, _CANNOT_FOLLOW if recipe.factored else _NOT_MOVED)
+        if copies and recipe.factored:
+            raise UsageError(copies)
+        doubts += copies
     return doubts
 
 
-def _not_moved(kind: str, attribute: str) -> str:
-    return (
-        f"{kind} keeps copies of the weights in its attribute {attribute!r}, outside of its state: merges do not move "
-        "them, and are undone as far as the optimizer goes back to them"
-    )
+def _copies_outside_state(optimizer: Optimizer, consequence: str) -> list[str]:
+    """Returns a message with this end if an optimizer keeps copies of weights outside of its state."""
+    name = kept_elsewhere(optimizer)
+    kind = type(optimizer).__name__
+    return [f"{kind} keeps copies of the weights in its attribute {name!r}, {consequence}"] if name else []
 
 
-def _cannot_follow(kind: str, attribute: str) -> str:
-    return (
-        f"{kind} keeps copies of the weights in its attribute {attribute!r}, which cannot follow weights that are "
-        "factored: use another optimizer, or a recipe without factors such as local_sgd"
-    )
+def _not_projectable(optimizers: Optimizers, recipe: Recipe, policy: OptimizerState) -> str:
+    """Names the optimizers whose state cannot be converted into that of factors; empty under another policy."""
+    if recipe.factoring is None or recipe.factoring.optimizer_state != policy:
+        return ""
+    return ", ".join(dict.fromkeys(type(one).__name__ for one in optimizers.acting if not is_projectable(one)))
 
 
 def _held_problems(model: nn.Module, optimizers: Optimizers) -> list[str]:
-    """Every trained parameter has to be held, once, and no other."""
+    """Checks that optimizers hold every trained parameter once, and no others."""
     held = optimizers.parameters()
     known = {id(parameter): name for name, parameter in model.named_parameters()}
     problems = []
-    strangers = [tuple(parameter.shape) for parameter in held if id(parameter) not in known]
+    strangers = [str(tuple(parameter.shape)) for parameter in held if id(parameter) not in known]
     if strangers:
         problems.append(
             f"the optimizer holds {len(strangers)} parameters that the model does not have "
-            f"(shapes {', '.join(map(str, strangers[:_MOST_TOLD]))}): build it from this model's parameters()"
+            f"(shapes {told_names(strangers)}): build it from this model's parameters()"
         )
     held_ids = set(map(id, held))
-    idle = [name for name, p in shared_parameters(model).items() if p.requires_grad and id(p) not in held_ids]
+    idle = [name for name, p in trained_parameters(model).items() if id(p) not in held_ids]
     if idle:
-        more = f" and {len(idle) - _MOST_TOLD} more" if len(idle) > _MOST_TOLD else ""
         problems.append(
-            f"{', '.join(idle[:_MOST_TOLD])}{more} require gradients, but no optimizer that was given holds them: no "
-            "worker would share what another one makes of them. Give all optimizers, as a list, and freeze what is "
-            "not trained (requires_grad_(False))"
+            f"{told_names(idle)} require gradients, but no optimizer that was given holds them: no worker would share "
+            "what another optimizer makes of them. Give all optimizers, as a list, and freeze what is not trained "
+            "(requires_grad_(False))"
         )
-    seen: set[int] = set()
-    twice: list[str] = []
-    for optimizer in optimizers.given:
-        mine = set(map(id, parameters_of(optimizer)))
-        twice += [known.get(key, "a parameter") for key in mine & seen]
-        seen |= mine
+    holders = Counter(key for optimizer in optimizers.given for key in set(map(id, parameters_of(optimizer))))
+    twice = sorted(known.get(key, "a parameter") for key, count in holders.items() if count > 1)
     if twice:
-        problems.append(
-            f"{', '.join(sorted(twice)[:_MOST_TOLD])} is held by two optimizers: give each parameter to one of them"
-        )
+        problems.append(f"{told_names(twice)} is held by two optimizers: give each parameter to one of them")
     return problems
 
 
@@ -191,9 +182,9 @@ def _saving_problems(optimizer: Optimizer) -> list[str]:
     try:
         split(more_of(optimizer))
     except TypeError as error:
-        return [f"what {kind}.state_dict() holds cannot be saved: {error}"]
+        return [f"the content of {kind}.state_dict() cannot be saved: {error}"]
     except Exception as error:
-        return [f"{kind}.state_dict() fails, so that what it holds cannot be saved: {brief(error)}"]
+        return [f"{kind}.state_dict() fails, so that its content cannot be saved: {brief(error)}"]
     return []
 
 
@@ -202,40 +193,30 @@ def _factoring_problems(optimizers: Optimizers, recipe: Recipe) -> list[str]:
     if recipe.phases[0].weights == "factored" and any(map(_steps_of, optimizers.stateful)):
         problems.append("the optimizer has stepped already, and the recipe starts factored: begin with a new optimizer")
     for optimizer in optimizers.all:
-        kind, name = type(optimizer).__name__, kept_elsewhere(optimizer)
         if isinstance(optimizer, LBFGS):
-            problems.append(
-                "LBFGS keeps one flat copy of all gradients, which cannot follow weights that are factored: use "
-                "another optimizer, or a recipe without factors such as local_sgd"
-            )
-        if name:
-            problems.append(_cannot_follow(kind, name))
+            problems.append(f"LBFGS keeps one flat copy of all gradients, {_CANNOT_FOLLOW}")
+        problems += _copies_outside_state(optimizer, _CANNOT_FOLLOW)
         odd = _state_from_start(optimizer)
         if odd:
             problems.append(
-                f"{kind} makes {odd!r} in its state when it is built, which factors would lack: use another "
-                "optimizer, or a recipe without factors such as local_sgd"
+                f"{type(optimizer).__name__} makes {odd!r} in its state when it is built, which factors would lack: "
+                f"{_WITHOUT_FACTORS}"
             )
-    projects = recipe.factoring is not None and recipe.factoring.optimizer_state == "project"
-    unknown = [type(one).__name__ for one in optimizers.acting if not is_projectable(one)] if projects else []
+    unknown = _not_projectable(optimizers, recipe, "project")
     if unknown:
         problems.append(
-            f"optimizer_state='project' does not know the state of {', '.join(dict.fromkeys(unknown))}: use 'auto' or "
-            f"'reset', or one of {', '.join(sorted(known.__name__ for known in PROJECTABLE))}"
+            f"optimizer_state='project' does not know the state of {unknown}: use 'auto' or 'reset', or one of "
+            f"{', '.join(sorted(known.__name__ for known in PROJECTABLE))}"
         )
     return problems
 
 
-def _scales_rates(recipe: Recipe) -> bool:
-    return recipe.lr_rebound_steps > 0 or any(phase.local_lr != 1 for phase in recipe.phases)
-
-
 def _state_from_start(optimizer: Optimizer) -> str:
-    """Names state that an optimizer has made before its first step, and that nobody else can make; empty if none."""
+    """Names state that an optimizer has made before its first step, and that only itself can make; empty if none."""
     if is_projectable(optimizer) or _steps_of(optimizer):
         return ""
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items() if isinstance(parameter, Tensor) and isinstance(state, dict) else ():
+    for parameter, state in _states_of(optimizer):
+        for key, value in state.items():
             # Copies of weights are made again.
             if not isinstance(value, Tensor) or value.shape != parameter.shape or not torch.equal(value, parameter):
                 return str(key)
@@ -245,9 +226,7 @@ def _state_from_start(optimizer: Optimizer) -> str:
 def _steps_of(optimizer: Optimizer) -> float:
     """Returns how many steps an optimizer has made, as far as its state says; without a count, at least one."""
     made = 0.0
-    for parameter, state in optimizer.state.items():
-        if not isinstance(parameter, Tensor) or not isinstance(state, dict):
-            continue
+    for parameter, state in _states_of(optimizer):
         count = state.get("step")
         if isinstance(count, int | float | Tensor):
             made = max(made, float(count))
@@ -256,8 +235,14 @@ def _steps_of(optimizer: Optimizer) -> float:
     return made
 
 
+def _states_of(optimizer: Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Returns parameters with their state."""
+    states = optimizer.state.items()
+    return [(held, state) for held, state in states if isinstance(held, Tensor) and isinstance(state, dict)]
+
+
 def _has_moved(value: Any, parameter: Tensor) -> bool:
-    """Whether an item of state shows that a step was made: it is not zero, nor a copy of its weight."""
+    """Whether an item of state shows that a step was made: it is neither zero nor a copy of its weight."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape or not value.any():
         return False
     return not torch.equal(value.to(parameter), parameter)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
@@ -26,8 +25,37 @@ _FEW_STEPS = 100
 """Before weights are factored. Measured: docs/studies/large-batch.md, where 24 steps cost 11 points and 48 cost 4."""
 
 
-def problems_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], recipe: Recipe) -> list[str]:
-    """One message for each thing that cannot be; empty if all is well."""
+def checked(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    recipe: Recipe,
+    communicator: Communicator | None,
+    group_size: int | None,
+    on_nonfinite: OnNonFinite,
+    average_buffers: Sequence[str],
+) -> Communicator:
+    """Returns the communicator to use, if these arguments of `ABTraining` are valid.
+
+    Raises:
+        ConfigurationError: all problems.
+    """
+    problems = _problems_of(model, optimizer, recipe)
+    if on_nonfinite not in get_args(OnNonFinite):
+        problems.append(f"on_nonfinite={on_nonfinite!r} is unknown: use {', '.join(get_args(OnNonFinite))}")
+    if communicator is not None and group_size is not None:
+        problems.append("group_size is the communicator's own: give one of the two")
+    if isinstance(model, nn.Module):
+        problems += _buffer_problems(model, average_buffers) + _ignored_problems(model)
+    if problems:
+        raise ConfigurationError(problems)
+    comm = default_communicator(group_size) if communicator is None else communicator
+    problems = _problems_here(model, Optimizers(optimizer), recipe, comm)
+    if problems:
+        raise ConfigurationError(problems)
+    return comm
+
+
+def _problems_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], recipe: Recipe) -> list[str]:
     if not isinstance(recipe, Recipe):
         return [f"recipe={recipe!r} is no Recipe: build one, as abtrain.recipes.ab(total_steps=10_000) does"]
     unusable = form_problems(optimizer)
@@ -39,23 +67,27 @@ def problems_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], re
             f"the model is wrapped in {wrapper}: pass the bare model ({wrapper}(...).module), abtrain wraps it itself"
         ]
     optimizers = Optimizers(optimizer)
-    return optimizer_problems(model, optimizers, recipe) + _model_problems(model, optimizers, recipe)
+    unfit = _tensor_problems(model) or (_factoring_problems(model, optimizers, recipe) if recipe.factored else [])
+    return optimizer_problems(model, optimizers, recipe) + unfit
 
 
-def _model_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe) -> list[str]:
-    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+def _tensor_problems(model: nn.Module) -> list[str]:
+    """Returns the first problem of the model's tensors as a list; an empty list if there is none."""
+    parameters = dict(model.named_parameters())
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in parameters.values()):
         return ["the model has lazy parameters without a shape: run one forward pass before"]
-    if any(parameter.device != next(model.parameters()).device for parameter in model.parameters()):
-        devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    devices = sorted({str(parameter.device) for parameter in parameters.values()})
+    if len(devices) > 1:
         return [f"the model lies on several devices ({', '.join(devices)}): move it to one"]
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = parameters | dict(model.named_buffers())
     wrapped = [f"{name} ({type(t.data).__name__})" for name, t in tensors.items() if _is_wrapped(t)]
     if wrapped:
         return [
-            f"{', '.join(wrapped[:4])}: sharded tensors, and trained tensors of a class of their own, cannot be "
+            f"{told_names(wrapped)}: sharded tensors, and trained tensors of a class of their own, cannot be "
             "merged. Build the model with plain tensors, or freeze such weights if they are not sharded"
         ]
-    odd = [f"{name} ({_layout(t)})" for name, t in tensors.items() if t.is_nested or t.layout != torch.strided]
+    layouts = {name: "nested" if t.is_nested else str(t.layout).removeprefix("torch.") for name, t in tensors.items()}
+    odd = [f"{name} ({layout})" for name, layout in layouts.items() if layout != "strided"]
     if odd:
         return [
             f"{told_names(odd)}: only dense tensors can be compared, merged and saved. Keep such a tensor as an "
@@ -66,80 +98,79 @@ def _model_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe) ->
     ]
     if expanded:
         return [
-            f"{', '.join(expanded)}: several elements share one place in memory (an expanded tensor), and cannot be "
+            f"{told_names(expanded)}: several elements share one place in memory (an expanded tensor), and cannot be "
             "written one by one: use a copy, made by .clone()"
         ]
     sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
     if sparse:
-        return [f"{', '.join(sparse)}: sparse gradients cannot be averaged in buckets. Build it with sparse=False"]
-    if not recipe.factored:
-        return []
+        return [f"{told_names(sparse)}: sparse gradients cannot be averaged in buckets. Build it with sparse=False"]
+    return []
+
+
+def _factoring_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     patterns = recipe.factoring.exclude if recipe.factoring else ()
-    idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
-    problems = [f"exclude {pattern!r} matches no parameter: {nearest(pattern, names)}" for pattern in idle]
-    held = set(map(id, optimizers.parameters()))
-    treatments = classify(model, recipe.factoring, held)
-    if any(treatment.kind == "factored" for treatment in treatments):
-        return problems
-    reasons = "; ".join(f"{t.name} {list(t.shape)}: {t.reason}" for t in treatments[:8]) or "it has no parameters"
-    return [
-        *problems,
-        f"recipe {recipe.name!r} factors weights, but none of the model's is eligible ({reasons}): "
-        "loosen exclude or min_dim, or use the recipe local_sgd",
-    ]
-
-
-def _layout(tensor: Tensor) -> str:
-    return "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+    problems = [f"exclude {problem}" for problem in _unmatched(patterns, names, "parameter")]
+    treatments = classify(model, recipe.factoring, set(map(id, optimizers.parameters())))
+    if not any(treatment.kind == "factored" for treatment in treatments):
+        reasons = "; ".join(f"{t.name} {list(t.shape)}: {t.reason}" for t in treatments[:8])
+        problems.append(
+            f"recipe {recipe.name!r} factors weights, but none of the model's is eligible "
+            f"({reasons or 'it has no parameters'}): loosen exclude or min_dim, or use the recipe local_sgd"
+        )
+    return problems
 
 
 def _is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor holds its elements elsewhere, and is trained, or split over workers."""
-    # Its module takes half a second to import: where nobody has, there are none.
+    """Whether a tensor is trained and holds its elements elsewhere, or is split over workers."""
+    # Importing the module takes half a second. If nobody has imported it, no tensor is sharded.
     distributed = sys.modules.get("torch.distributed.tensor")
     sharded = distributed is not None and isinstance(tensor, distributed.DTensor)
     return sharded or (tensor.requires_grad and type(tensor.data) is not Tensor)
 
 
-def buffer_problems(model: nn.Module, average_buffers: Sequence[str]) -> list[str]:
-    """Returns the problems of globs of buffers; empty if there are none."""
+def _buffer_problems(model: nn.Module, average_buffers: Sequence[str]) -> list[str]:
     if isinstance(average_buffers, str):
         return [f"average_buffers={average_buffers!r} is one text: give a list of globs, such as [{average_buffers!r}]"]
-    names = [name for name, _ in model.named_buffers()]
-    idle = [pattern for pattern in average_buffers if not any(fnmatchcase(name, pattern) for name in names)]
-    return [f"average_buffers: {pattern!r} matches no buffer: {nearest(pattern, names)}" for pattern in idle]
+    unmatched = _unmatched(average_buffers, [name for name, _ in model.named_buffers()], "buffer")
+    return [f"average_buffers: {problem}" for problem in unmatched]
 
 
-def ignored_problems(model: nn.Module) -> list[str]:
-    """Returns the problems of the names that the model tells DDP to ignore; empty if there are none."""
+def _ignored_problems(model: nn.Module) -> list[str]:
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     names = [name for name, _ in tensors]
     idle = sorted(ignored_names(model).difference(names))
     return [f"{IGNORED}: {name!r} is no parameter and no buffer: {nearest(name, names)}" for name in idle]
 
 
-def problems_here(model: nn.Module, optimizers: Optimizers, recipe: Recipe, comm: Communicator) -> list[str]:
+def _unmatched(patterns: Iterable[str], names: Sequence[str], kind: str) -> list[str]:
+    """Returns one message for each glob that matches none of the names."""
+    idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    return [f"{pattern!r} matches no {kind}: {nearest(pattern, names)}" for pattern in idle]
+
+
+def _problems_here(model: nn.Module, optimizers: Optimizers, recipe: Recipe, comm: Communicator) -> list[str]:
     """Returns the problems of a model and a recipe on these workers; empty if there are none."""
-    problems = []
+    problems, topology = [], comm.topology
     device = next((p.device for p in model.parameters()), comm.device)
     if comm.device.type != "cpu" and device != comm.device:
         problems.append(
             f"the model lies on {device}, but this worker's backend carries tensors of {comm.device} only: "
             f"move the model there, or use the backend gloo"
         )
-    refused = [comm.cannot_carry(phase.sync) for phase in recipe.phases] if comm.topology.world_size > 1 else []
-    problems += list(dict.fromkeys(filter(None, refused)))
-    topology = comm.topology
+    if topology.world_size == 1:
+        return problems
+    refused = [comm.cannot_carry(phase.sync) for phase in recipe.phases]
+    problems += dict.fromkeys(filter(None, refused))
     shared = topology.group_size > 1 or any(phase.shares_gradients for phase in recipe.phases)
-    if topology.world_size > 1 and shared and any(isinstance(one, LBFGS) for one in optimizers.all):
+    if shared and any(isinstance(one, LBFGS) for one in optimizers.all):
         problems.append(
-            "LBFGS calls its closure as often as each worker's own loss asks for, so that workers would average "
+            "LBFGS calls its closure as often as each worker's own loss requires, so that workers would average "
             "gradients unequally often: use another optimizer, or a recipe of rounds alone with group_size=1"
         )
     alone = [phase.name for phase in recipe.phases if phase.sync is None or (phase.rounds and topology.group_size == 1)]
     layers = sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    if layers and alone and topology.world_size > 1:
+    if layers and alone:
         problems.append(
             f"the model has {layers} SyncBatchNorm layers, but in phase {alone[0]!r} workers are alone, with nobody to "
             "synchronize with: use BatchNorm, or a group size of at least 2"
@@ -149,15 +180,13 @@ def problems_here(model: nn.Module, optimizers: Optimizers, recipe: Recipe, comm
 
 def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
     """Returns warnings about settings that are allowed but may not be intended; equal on all workers."""
-    doubts = []
-    topology = comm.topology
-    merges = any(phase.rounds for phase in recipe.phases)
+    doubts, topology = [], comm.topology
     if topology.n_groups == 1 and any(phase.trains == "a_or_b" for phase in recipe.phases):
-        doubts.append("one group alone: it trains A and B in turn, cycle by cycle")
-    if topology.n_groups == 1 and topology.world_size > 1 and merges:
+        doubts.append("the only group trains A and B in turn, cycle by cycle")
+    if topology.n_groups == 1 and topology.world_size > 1 and any(phase.rounds for phase in recipe.phases):
         doubts.append(
             f"group_size={topology.group_size} makes one group of all {topology.world_size} workers: they average "
-            "gradients at every step, as with ddp, and send merges beside that, so that nothing is saved. Use "
+            "gradients at every step, as with ddp, and send merges as well, so that nothing is saved. Use "
             "group_size=1, the workers of one machine, or the recipe ddp"
         )
     # A recipe that factors at once is for weights that were trained before.
@@ -169,33 +198,3 @@ def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
             "(warmup_steps), or take local_sgd"
         )
     return doubts
-
-
-def checked(
-    model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer],
-    recipe: Recipe,
-    communicator: Communicator | None,
-    group_size: int | None,
-    on_nonfinite: OnNonFinite,
-    average_buffers: Sequence[str],
-) -> Communicator:
-    """The communicator to use, if nothing is wrong with these arguments of `ABTraining`.
-
-    Raises:
-        ConfigurationError: all that is wrong.
-    """
-    problems = problems_of(model, optimizer, recipe)
-    if on_nonfinite not in get_args(OnNonFinite):
-        problems.append(f"on_nonfinite={on_nonfinite!r} is unknown: use {', '.join(get_args(OnNonFinite))}")
-    if communicator is not None and group_size is not None:
-        problems.append("group_size is the communicator's own: give one of the two")
-    if isinstance(model, nn.Module):
-        problems += buffer_problems(model, average_buffers) + ignored_problems(model)
-    if problems:
-        raise ConfigurationError(problems)
-    comm = default_communicator(group_size) if communicator is None else communicator
-    problems = problems_here(model, Optimizers(optimizer), recipe, comm)
-    if problems:
-        raise ConfigurationError(problems)
-    return comm
