@@ -22,9 +22,10 @@ demo: setup
 quick: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
-# The rest may need the machine for itself: processes that are killed, links that are shaped.
+# The rest also runs two files at a time, except tests that need the machine for themselves (marked `alone`).
 test: quick
-	$(BIN)/python -m pytest tests/multiprocess tests/faults tests/lab
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone" tests/multiprocess tests/faults
+	$(BIN)/python -m pytest -m alone tests/multiprocess tests/faults tests/lab
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""What a run of the tests says at its end about the table of faults."""
+"""Reports at the end of a run how many tests of faults passed."""
 
 from __future__ import annotations
 

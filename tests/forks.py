@@ -1,4 +1,4 @@
-"""Processes that start at once: forked from one that has imported torch and more already, which takes seconds."""
+"""Processes that start at once: forked from one that has already imported torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _IMPORTED = [
 
 
 def context() -> ForkServerContext:
-    """Of `multiprocessing`; the process that is forked is started with the first of its processes.
+    """Returns a context of `multiprocessing` whose processes are forked from one that runs on one thread.
 
-    It has one thread, as libraries read the number when they are imported.
+    Libraries read the number of threads when they are imported.
     """
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(_IMPORTED)

@@ -2,8 +2,8 @@
 
     results = run_gloo(2, worker, "an argument", group_size=1)
 
-`worker` is a module-level function `(comm, *args) -> result`; what goes in and out has to be picklable. Inside a rank
-warnings are errors, as they are for pytest. Ranks find each other through a file, and talk over the loopback device.
+`worker` is a module-level function `(comm, *args) -> result`; arguments and results have to be picklable. Inside a rank
+warnings are errors, as they are for pytest. Ranks find each other through a file and talk over the loopback device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests import forks
 
 RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
-# What ranks get to end by themselves once one of them has failed.
+# Time for the other ranks to end by themselves once one has failed.
 GRACE_SECONDS = 5.0
 
 
@@ -53,11 +53,11 @@ def run_gloo(
     Args:
         world_size: how many ranks.
         worker: a picklable function.
-        args: what it gets beside its communicator.
+        args: its arguments after the communicator.
         group_size: ranks in a group.
         timeout: seconds after which the ranks are killed.
-        environments: for each rank, variables to set before it starts. Its process is then a fresh one, which imports
-            torch by itself, so that variables count that are read then.
+        environments: for each rank, variables to set before it starts. Its process is then a new one that imports torch
+            itself, so that variables read on import take effect.
         may_die: ranks whose process may end; their result is then None. All processes are then new ones.
 
     Raises:
@@ -67,7 +67,7 @@ def run_gloo(
     try:
         results = crew.run(world_size, worker, args, group_size, timeout, may_die)
     except BaseException:
-        # Ranks may wait in collectives that nobody will complete: the next test gets new ones.
+        # Ranks may hang in a collective: the next test gets new ones.
         crew.close()
         raise
     if crew is not _shared:
@@ -180,7 +180,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _serve(pipe: Connection, environment: Mapping[str, str]) -> None:
-    """The life of a rank: one worker after another, until the pipe closes."""
+    """Runs one worker after another until the pipe closes."""
     os.environ.update(environment)
     warnings.simplefilter("error")
     joined = ""
@@ -194,7 +194,7 @@ def _serve(pipe: Connection, environment: Mapping[str, str]) -> None:
             if store != joined:
                 _join(store, rank, world_size)
                 joined = store
-                # Process groups cannot be taken back one by one, so each group size keeps its own.
+                # Process groups cannot be destroyed one by one, so each group size keeps its own.
                 communicators = {}
             if group_size not in communicators:
                 communicators[group_size] = TorchCommunicator(Topology(world_size, group_size))

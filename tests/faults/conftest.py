@@ -1,4 +1,4 @@
-"""Fixtures of more than one file."""
+"""Fixtures that several files use."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.faults.kept_runs import CONFIG, StandInLab, finish
 
 @pytest.fixture
 def task(tmp_path: Path) -> ComparisonRun:
-    """A run of a comparison that has come to its end."""
+    """A finished run of a comparison."""
     return finish(ComparisonRun(Contestant("ab_outer", CONFIG), 0, 10**8, tmp_path / "runs" / "ab_outer"))
 
 
 @pytest.fixture
 def labs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Comparisons on any system; the names of the folders that were run."""
+    """Lets comparisons run on any system; the names of the folders that were run."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(arguments, "system_problems", list)
     monkeypatch.setattr(compare, "Lab", StandInLab)

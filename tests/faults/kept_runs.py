@@ -1,4 +1,4 @@
-"""Folders of runs that never were, and a lab that runs nothing, for tests of what is kept of comparisons."""
+"""Folders of made-up runs, and a lab that runs nothing, for tests of the files that comparisons keep."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def finish(task: ComparisonRun, **values: object) -> ComparisonRun:
-    """Puts into its folder what a run leaves that came to its end."""
+    """Writes the files of a finished run into its folder."""
     task.folder.mkdir(parents=True, exist_ok=True)
     if not (task.folder / "request.toml").exists():
         write_request(task.folder, task.config)
@@ -52,7 +52,7 @@ def finish(task: ComparisonRun, **values: object) -> ComparisonRun:
 
 
 class StandInLab:
-    """In place of a lab: what its jobs would leave is written at once."""
+    """Replaces a lab: the files of a job are written at once."""
 
     ran: list[str] = []  # noqa: RUF012  # emptied by the fixture
 
@@ -64,13 +64,13 @@ class StandInLab:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Nothing is left of it."""
+        """Nothing is left."""
 
     def change(self, host: int, rate: int) -> None:
         self.rates[host] = rate
 
     def measure(self) -> None:
-        """Its links are what they are said to be."""
+        """Every link has its stated rate."""
 
     def run(self, job: Any) -> None:
         folder = job.out.parent
@@ -85,7 +85,7 @@ class StandInLab:
 
 
 def compared(out: Path, *more: str, recipes: tuple[str, ...] = ("ab_outer",)) -> int:
-    """Runs `abtrain compare`; its exit code."""
+    """Runs `abtrain compare`; returns its exit code."""
     line = ("compare", *recipes, "--nodes", "2", "--rate", "100mbit", "--steps", "200", "--out", str(out), *more)
     with pytest.raises(SystemExit) as ended:
         cli.main(line)

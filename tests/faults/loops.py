@@ -1,4 +1,4 @@
-"""A user's loop on threads, for things to happen to."""
+"""A user's training loop on threads, in which tests cause faults."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Loop:
 
 
 def told(workers: int, worker: Any, **options: Any) -> list[AbtrainError]:
-    """The error of every worker, in their order."""
+    """Returns the error of every worker, by rank."""
 
     def caught(comm: Communicator) -> AbtrainError:
         with pytest.raises(AbtrainError) as error:

@@ -33,7 +33,7 @@ GRACE_SECONDS = 3
 
 
 class Ended(NamedTuple):
-    """What came of a command."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -41,14 +41,14 @@ class Ended(NamedTuple):
 
 
 class Running:
-    """A command that runs in a folder."""
+    """A command that is running in a folder."""
 
     def __init__(self, process: BaseProcess, folder: Path) -> None:
         self.process = process
         self._folder = folder
 
     def wait(self, seconds: float = 240) -> Ended:
-        """Waits for its end, and kills it if that does not come."""
+        """Waits for its end; kills it if it takes longer."""
         self.process.join(seconds)
         late = self.process.exitcode is None
         if late:
@@ -60,7 +60,7 @@ class Running:
         return Ended(self.process.exitcode, out, err)
 
     def workers(self) -> list[int]:
-        """The process ids of the workers that it has started so far, and that have not ended."""
+        """Returns the process ids of its workers that are running."""
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):  # it has ended meanwhile
@@ -78,7 +78,7 @@ class Running:
                 os.kill(pid, number)
 
     def wait_for(self, path: Path, seconds: float = 100) -> None:
-        """Waits until there is something in a file."""
+        """Waits until a file is not empty."""
         deadline = time.monotonic() + seconds
         while not (path.exists() and path.stat().st_size):
             assert self.process.is_alive() and time.monotonic() < deadline
@@ -104,7 +104,7 @@ def start(
         arguments: of the command.
         plan: of faults.
         environment: variables beside those of this process.
-        grace: seconds that workers get to end by themselves before they are killed; users give them more.
+        grace: seconds for workers to end by themselves before they are killed; the command's default is longer.
     """
     launched = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     variables = {name: value for name, value in os.environ.items() if name not in launched}
@@ -128,10 +128,10 @@ def _command(folder: Path, arguments: tuple[str, ...], variables: dict[str, str]
 
 
 class _Worker:
-    """What the launcher needs of subprocess.Popen, for a worker that is its fork and no program of its own."""
+    """Replaces subprocess.Popen in the launcher: the worker is a fork, not a new program."""
 
     def __init__(self, program: tuple[str, ...], variables: dict[str, str]) -> None:
-        # A launcher that is stopped while it starts a worker does not wait for it.
+        # daemon: a launcher that is stopped while it starts a worker does not wait for it.
         context = multiprocessing.get_context("fork")
         self._process = context.Process(target=_work, args=(program[-1], variables), daemon=True)
         self._process.start()
@@ -151,7 +151,7 @@ class _Worker:
 
 
 def _work(folder: str, variables: dict[str, str]) -> None:
-    # A program that is started has none of the launcher's handlers, of signals and of logs.
+    # A new program would not inherit the launcher's handlers of signals and logs.
     logging.getLogger("abtrain").handlers.clear()
     end_at_once()
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)

@@ -517,7 +517,7 @@ def test_trained_parameters_that_the_optimizer_does_not_hold(recipe: str) -> Non
         assert "0.bias, 2.bias, 4.bias require gradients, but no optimizer that was given holds them" in str(error)
 
 
-@pytest.mark.parametrize("optimizer", [None, [], "adamw", object()], ids=repr)
+@pytest.mark.parametrize("optimizer", [None, [], "adamw", object()], ids=["None", "a list", "a name", "an object"])
 def test_an_object_that_is_no_optimizer(optimizer: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"give a torch.optim.Optimizer, or a list of them"):
         ABTraining(build("mlp"), optimizer, AB)

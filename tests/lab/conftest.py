@@ -1,4 +1,4 @@
-"""Labs need root, Linux and iproute2, and a kernel that lets them be: without these the tests are skipped."""
+"""Skips the tests of labs without root, Linux, iproute2 and a kernel that permits labs."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from abtrain.errors import AbtrainError
 
 @pytest.fixture(scope="session")
 def _lab_works() -> str:
-    """Why there can be no labs here; empty if there can."""
+    """Why labs cannot run here; empty if they can."""
     if problems := system_problems():
         return "; ".join(problems)
     try:
         with Lab(LabConfig(nodes=1)):
             return ""
     except AbtrainError as error:
-        # Anything else that goes wrong here is for the tests to find.
+        # Other errors are for the tests to find.
         return str(error) if "Operation not permitted" in str(error) or "not supported" in str(error) else ""
 
 
@@ -30,5 +30,5 @@ def _needs_lab(_lab_works: str) -> None:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    """Where a test may put the script that hosts run."""
+    """Path for the script that hosts run."""
     return tmp_path / "script.py"
