@@ -18,10 +18,9 @@ from abtrain.comm.in_process import run_in_process
 from abtrain.comm.stages import finish
 from abtrain.consistency.factors import agree_on_factors
 from abtrain.errors import NonFiniteError
-from abtrain.merging.wires import make_wire
+from abtrain.merging.wires.wire import make_wire
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.wires import wire_between
 from tests.cases import SCHEDULE, batch, build, largest_difference, sgd
 from tests.faults.loops import AB, HIDDEN, OUTER, Loop, told
 from tests.gloo import run_gloo
@@ -277,7 +276,7 @@ def test_low_rank_merges_of_any_size_neither_overflow_nor_lose_anything(wire: st
     merges = 6
 
     def work(comm: Communicator) -> tuple[Tensor, Tensor, Tensor]:
-        generator, own = torch.Generator().manual_seed(comm.rank), make_wire(wire)
+        generator, own = torch.Generator().manual_seed(comm.rank), make_wire(wire, comm.topology.world_size)
         owed, received, brought = (torch.zeros(20, 30, dtype=torch.float64) for _ in range(3))
         for _ in range(merges):
             change = torch.randn(20, 30, generator=generator) * size
@@ -302,7 +301,7 @@ WIRES = ["fp32", "bf16", "int8", "int4", "int3", "ternary", "ternary:int3", "low
 @pytest.mark.parametrize("wire", WIRES)
 def test_one_worker_alone_loses_nothing_on_any_wire(wire: str) -> None:
     numbers = {"w": torch.randn(32, 48, generator=torch.Generator().manual_seed(0)), "b": torch.tensor(0.1)}
-    averages = finish(make_wire(wire_between(1, wire)).average(numbers, SingleProcess()))
+    averages = finish(make_wire(wire, 1).average(numbers, SingleProcess()))
     assert all(torch.equal(averages.mean[name], tensor) for name, tensor in numbers.items())
     assert all(not error.any() for error in averages.error.values())
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from abtrain.checks import as_checkpoint_error
-from abtrain.comm.checksums import checksum
 from abtrain.engine import optimizer_hooks
 from abtrain.engine.state_problems import run_problem
 from abtrain.errors import CheckpointError, UsageError
 from abtrain.merging import rounds
-from abtrain.merging.buffers import averaged_buffers
+from abtrain.merging.buffers import pooled_buffers
+from abtrain.merging.merger import pooled, rewound_weights
 from abtrain.recipes.recipe import Position, Recipe
 
 
@@ -53,16 +52,12 @@ def resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> d
 def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> dict[str, Any]:
     for problem in filter(None, (run_problem(state, recipe) for state in states)):
         raise CheckpointError(problem)
-    residuals = [other["merger"]["residuals"] for other in states]
-    shared = {name: torch.stack([held[name] for held in residuals]).mean(0) for name in residuals[0]}
-    buffers = {
-        name: _merged(name, [other["model"]["buffers"][name] for other in states])
-        for name in states[0]["model"]["buffers"]
-    }
+    mergers = pooled([state["merger"] for state in states])
+    buffers = pooled_buffers([state["model"]["buffers"] for state in states])
     own: dict[str, Any] = {}
     # All states are converted, so that all workers find a malformed one.
-    for former, state in enumerate(states):
-        converted = {**state, "merger": {**state["merger"], "residuals": shared}}
+    for former, (state, merger) in enumerate(zip(states, mergers, strict=True)):
+        converted = {**state, "merger": merger}
         if not state["workers_equal"] or state["rounds"]["under_way"]:
             converted |= _at_last_merge(state, buffers, recipe)
         if former == rank % len(states):
@@ -72,28 +67,16 @@ def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> 
 
 def _at_last_merge(state: Mapping[str, Any], buffers: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Any]:
     """Returns the entries of a state that change when its worker goes back to the last merge, with these `buffers`."""
-    position = _last_merge(state, recipe)
-    anchors = state["merger"]["anchors"]
-    weights = {
-        name: _as_parameter(anchors[name], weight) if name in anchors else weight
-        for name, weight in state["model"]["weights"].items()
-    }
+    position, model = _last_merge(state, recipe), state["model"]
+    weights = rewound_weights(state["merger"], model["weights"])
     back = state["step"] - position.step
     return {
         "step": position.step,
         "workers_equal": True,
-        "model": {**state["model"], "weights": weights, "buffers": dict(buffers)},
-        "rounds": {**state["rounds"], **rounds.rewound(state["rounds"], position.step)},
+        "model": {**model, "weights": weights, "buffers": dict(buffers)},
+        "rounds": rounds.rewound(state["rounds"], position.step),
         **optimizer_hooks.rewound(state, position.step, back, position.step_in_phase),
     }
-
-
-def _merged(name: str, buffers: Sequence[Tensor]) -> Tensor:
-    """Returns the value that a merge would give to a buffer (see `abtrain.merging.buffers`)."""
-    first = buffers[0]
-    if not averaged_buffers([name]) or all(checksum(buffer) == checksum(first) for buffer in buffers):
-        return first
-    return torch.stack(list(buffers)).mean(0)
 
 
 def _last_merge(state: Mapping[str, Any], recipe: Recipe) -> Position:
@@ -106,9 +89,3 @@ def _last_merge(state: Mapping[str, Any], recipe: Recipe) -> Position:
         if position.first or left <= 0:
             return position
         step -= 1
-
-
-def _as_parameter(anchor: Tensor, parameter: Tensor) -> Tensor:
-    """Returns an anchor, which is real and wide, in the dtype of its parameter."""
-    held = torch.view_as_complex(anchor) if parameter.is_complex() else anchor
-    return held.to(parameter.dtype)

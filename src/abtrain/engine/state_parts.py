@@ -36,17 +36,15 @@ from abtrain.lowrank.classify import UNSHARED, Treatment
 from abtrain.lowrank.fit import Layout, buffer_layout, dense_layout, state_layout
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.names import factor_names
+from abtrain.merging.changes import as_real, wide
 from abtrain.merging.fragments import merging, whole_round
-from abtrain.merging.merger import wide
 from abtrain.merging.roles import trained_by, trained_factors
 from abtrain.merging.rounds import CHECKING
-from abtrain.merging.shared_tensors import as_real
-from abtrain.merging.wires import make_wire
+from abtrain.merging.wires.wire import make_wire
 from abtrain.own import own_names
 from abtrain.recipes.numbers import MOST
 from abtrain.recipes.recipe import Position, Recipe
 from abtrain.recipes.sync import GradientSync, WeightSync
-from abtrain.recipes.wires import wire_between
 
 _FLOAT32 = torch.finfo(torch.float32)
 _FLAG = one_of(True, False)
@@ -145,7 +143,7 @@ def _merger(at: Place) -> Check:
     stale = [*dense_layout(model), *(factor for name in model.names for factor in factor_names(name))]
     wires = {phase.sync.wire for phase in phases if isinstance(phase.sync, WeightSync)}
     workers = at.run.topology.world_size
-    kept = {wire: make_wire(wire_between(workers, wire)).keeps(at.parameters) for wire in wires}
+    kept = {wire: make_wire(wire, workers).keeps(at.parameters) for wire in wires}
     return mapping(
         {
             "anchors": mapping(wide_ones) if at.rounds else mapping(dict.fromkeys(stale, tensor()), required=()),
@@ -187,7 +185,7 @@ def _under_way(at: Place, place: str, entry: Any) -> Iterator[str]:
         return
     who = trained_by(position, at.run.topology, at.factors)
     merged = merging(position, at.parameters, who) | (at.buffers if whole_round(position) else {})
-    stages = CHECKING + make_wire(wire_between(at.run.topology.world_size, sync.wire)).stages
+    stages = CHECKING + make_wire(sync.wire, at.run.topology.world_size).stages
     passed = at.step - position.step - 1
     yield from mapping(
         {

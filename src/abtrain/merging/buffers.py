@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,23 +52,20 @@ def settled(name: str, mean: Tensor) -> Tensor:
     return torch.nn.functional.normalize(mean, dim=0, eps=torch.finfo(mean.dtype).tiny)
 
 
-class Compared(NamedTuple):
-    """The outcome of a comparison of all workers' buffers.
+def pooled_buffers(held: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns the buffers that a merge of these workers' buffers would leave, by name."""
+    return {name: _pooled(name, [buffers[name] for buffers in held]) for name in held[0]}
 
-    Attributes:
-        differing: names of the buffers that differ between workers.
-        broken: by name, the ranks on which a differing buffer is not finite.
-    """
 
-    differing: list[str]
-    broken: dict[str, list[int]]
+def _pooled(name: str, buffers: Sequence[Tensor]) -> Tensor:
+    first = buffers[0]
+    if not averaged_buffers([name]) or all(checksum(buffer) == checksum(first) for buffer in buffers):
+        return first
+    return torch.stack(list(buffers)).mean(0)
 
 
 class Buffers:
     """Compares the buffers of workers, merge by merge.
-
-    Args:
-        comm: of this worker.
 
     Attributes:
         differed: by name, for each buffer that differed at the last merge, the checksum of its value after it; the same
@@ -93,39 +89,35 @@ class Buffers:
             return _COMPARE
         return fingerprint(*((name, total) for name, total in sums.items() if name not in self.differed), *still)
 
-    def compare(self, buffers: Mapping[str, Tensor], sums: Mapping[str, int], reports: Sequence[int]) -> Compared:
+    def compare(
+        self, buffers: Mapping[str, Tensor], sums: Mapping[str, int], reports: Sequence[int]
+    ) -> dict[str, list[int]]:
         """Finds the buffers that differ between workers. Collective if the reports do not tell.
 
         Args:
             buffers: by name, the same names on all workers.
             sums: the checksums of the buffers.
             reports: of all workers.
+
+        Returns:
+            By name of each buffer that differs, the ranks on which it is not finite.
         """
         if not buffers:
-            return Compared([], {})
+            return {}
         if len(set(reports)) == 1 and reports[0] != _COMPARE:
             still = self._still(sums)
-            return Compared([name for name in sums if name in self.differed and name not in still], {})
+            return {name: [] for name in sums if name in self.differed and name not in still}
         # One number for each buffer: its checksum, and in the lowest bit whether it is not finite.
         row = [2 * sums[name] + (not is_finite(buffer)) for name, buffer in buffers.items()]
         rows = self._comm.all_gather(torch.tensor(row, dtype=torch.int64, device=self._comm.device)).tolist()
         columns = dict(zip(buffers, zip(*rows, strict=True), strict=True))
-        differing = [name for name, column in columns.items() if len(set(column)) > 1]
-        broken = {name: [rank for rank, value in enumerate(columns[name]) if value % 2] for name in differing}
+        differing = {name: column for name, column in columns.items() if len(set(column)) > 1}
         self.differed = dict.fromkeys(differing, -1)
-        return Compared(differing, {name: ranks for name, ranks in broken.items() if ranks})
+        return {name: [rank for rank, value in enumerate(column) if value % 2] for name, column in differing.items()}
 
     def merged(self, outcome: Mapping[str, Tensor]) -> None:
         """Remembers the values, by name, that a merge has written to buffers that differed."""
         self.differed |= {name: checksum(tensor) for name, tensor in outcome.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the checksums of `differed`, as JSON values."""
-        return dict(self.differed)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict`."""
-        self.differed = {str(name): int(total) for name, total in state.items()}
 
     def _still(self, sums: Mapping[str, int]) -> list[str]:
         """Returns the buffers that differed before, and that have not changed here since the last merge."""

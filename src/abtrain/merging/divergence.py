@@ -12,7 +12,6 @@ diverge in the small singular values (Section V), where the distance of factors 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,48 +20,32 @@ from abtrain.comm.communicator import Communicator
 from abtrain.lowrank.names import factor_letter
 
 
-class Divergence:
-    """Measures divergence at merges, for two numbers per layer on the wire.
-
-    It changes no tensor of the training.
+@torch.no_grad()
+def divergence(
+    comm: Communicator, changes: Mapping[str, Tensor], mean: Mapping[str, Tensor], anchors: Mapping[str, Tensor]
+) -> dict[str, dict[str, float]]:
+    """Measures a merge before its outcome is written, for two numbers per layer. Collective over the world.
 
     Args:
         comm: of this worker.
+        changes: the changes of this worker since the anchors, by name.
+        mean: the average of all workers' changes.
+        anchors: the weights that all workers began the round from.
 
-    Attributes:
-        last: of the last merge, by layer, `distance` and for factors `subspace`; None after `take`.
+    Returns:
+        By layer of two or more dimensions, `distance` and for factors `subspace`.
     """
-
-    def __init__(self, comm: Communicator) -> None:
-        self._comm = comm
-        self.last: dict[str, dict[str, float]] | None = None
-
-    @torch.no_grad()
-    def observe(self, changes: Mapping[str, Tensor], mean: Mapping[str, Tensor], anchors: Mapping[str, Tensor]) -> None:
-        """Measures a merge before its outcome is written. Collective over the world.
-
-        Args:
-            changes: the changes of this worker since the anchors, by name.
-            mean: the average of all workers' changes.
-            anchors: the weights that all workers began the round from.
-        """
-        names = [name for name in changes if changes[name].ndim > 1 and name in mean]
-        if not names:
-            return
-        sums = torch.tensor(
-            [_local(name, anchors[name], changes[name], mean[name]) for name in names], dtype=torch.float64
-        ).to(self._comm.device)
-        self._comm.all_reduce(sums)
-        roots = (sums / self._comm.topology.world_size).clamp(min=0).sqrt().tolist()
-        found = {}
-        for name, (distance, subspace) in zip(names, roots, strict=True):
-            found[name] = {"distance": distance} | ({"subspace": subspace} if factor_letter(name) else {})
-        self.last = found
-
-    def take(self) -> dict[str, Any] | None:
-        """Returns the measurements since the last call."""
-        taken, self.last = self.last, None
-        return taken
+    names = [name for name in changes if changes[name].ndim > 1 and name in mean]
+    if not names:
+        return {}
+    terms = [_local(name, anchors[name], changes[name], mean[name]) for name in names]
+    sums = torch.tensor(terms, dtype=torch.float64).to(comm.device)
+    comm.all_reduce(sums)
+    roots = (sums / comm.topology.world_size).clamp(min=0).sqrt().tolist()
+    return {
+        name: {"distance": distance} | ({"subspace": subspace} if factor_letter(name) else {})
+        for name, (distance, subspace) in zip(names, roots, strict=True)
+    }
 
 
 def _local(name: str, anchor: Tensor, change: Tensor, mean: Tensor) -> tuple[float, float]:

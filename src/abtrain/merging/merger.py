@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,27 +21,21 @@ from torch import Tensor
 
 from abtrain.checks import told_names
 from abtrain.comm.averages import average_exactly, sent_by_average
-from abtrain.comm.checksums import as_bytes, checksum
+from abtrain.comm.checksums import checksum
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Stages, together
 from abtrain.comm.traffic import Calls
 from abtrain.consistency.agreement import ROLL_CALL, Place, gather_json, roll_call, share
 from abtrain.errors import NonFiniteError, OnNonFinite
 from abtrain.failpoints import fail_at
-from abtrain.merging.buffers import Buffers, Compared, is_finite, settled
-from abtrain.merging.wires import make_wire
-from abtrain.merging.wires.wire import Averages, Wire
+from abtrain.merging.buffers import Buffers, is_finite, settled
+from abtrain.merging.changes import as_parameter, change, wide, write
+from abtrain.merging.divergence import divergence
+from abtrain.merging.wires.wire import Averages, Wire, make_wire
 from abtrain.recipes.merges import MergeRule, Part
 from abtrain.recipes.sync import WeightSync
-from abtrain.recipes.wires import wire_between
 
 Tensors = dict[str, Tensor]
-_SUBTRACTED = frozenset(
-    {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
-)
-"""Dtypes that a merge adds to. A tensor of another dtype that changed during a merge keeps its own value."""
-Observer = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,8 @@ class MergeInput:
         averaged: names of the buffers that are averaged where they differ; the others follow one worker.
         started: copies of tensors and buffers from the moment when the merge began. None: it ends at once.
         loss: this worker's mean training loss in the round, if known.
-        place: values that have to be equal on all workers that merge, such as `step`.
+        step: the number of steps that are done.
+        place: values that have to be equal on all workers that merge.
     """
 
     tensors: Mapping[str, Tensor]
@@ -67,18 +62,13 @@ class MergeInput:
     averaged: Collection[str] = ()
     started: Mapping[str, Tensor] | None = None
     loss: float | None = None
-    place: Place | None = None
+    step: int = 0
+    place: Place = field(default_factory=dict)
 
     @property
     def held(self) -> Tensors:
         """The present tensors and buffers, by name."""
         return {**self.tensors, **self.buffers()}
-
-    @property
-    def step(self) -> int:
-        """The step of the merge, if `place` has it; else 0."""
-        step = (self.place or {}).get("step")
-        return step if isinstance(step, int) else 0
 
 
 class Merger:
@@ -89,33 +79,34 @@ class Merger:
         anchors: by name, the weights that all workers held at the start of the round; halves in float32.
         momentum: by name, the outer momentum of a merge rule; the same on all workers.
         residuals: by name, float32: the part of this worker's changes that narrow wires have not sent yet.
-        observer: called in each merge in which all workers have a share, on all of them, with changes, their average
-            and the anchors.
+        measures_divergence: whether merges in which all workers have a share measure the divergence of their weights.
+        divergence: by layer, as last measured (see `abtrain.merging.divergence`).
     """
 
-    def __init__(self, comm: Communicator, on_nonfinite: OnNonFinite = "stop") -> None:
+    def __init__(
+        self, comm: Communicator, on_nonfinite: OnNonFinite = "stop", measures_divergence: bool = False
+    ) -> None:
         self._comm = comm
-        self.on_nonfinite = on_nonfinite
+        self.on_nonfinite, self.measures_divergence = on_nonfinite, measures_divergence
+        self.divergence: dict[str, dict[str, float]] = {}
         self._wires: dict[str, Wire] = {}
         self.anchors: Tensors = {}
         self.momentum: Tensors = {}
         self.residuals: Tensors = {}
         self._buffers = Buffers(comm)
-        self.observer: Observer | None = None
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         """Begins a phase of rounds from these tensors, which all workers hold equally."""
         self.anchors = {name: tensor.to(wide(tensor.dtype), copy=True) for name, tensor in tensors.items()}
-        for store in (self.momentum, self.residuals):
-            for name in store.keys() - tensors.keys():
-                del store[name]
+        self.momentum = {name: tensor for name, tensor in self.momentum.items() if name in tensors}
+        self.residuals = {name: tensor for name, tensor in self.residuals.items() if name in tensors}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns anchors, momentum, residuals, and the state of wires and buffers."""
         starts = {name: dict(wire.starts) for name, wire in self._wires.items() if wire.starts}
         stores = {"anchors": self.anchors, "momentum": self.momentum, "residuals": self.residuals}
         stored = {name: dict(store) for name, store in stores.items()}
-        return {"starts": starts, "buffers": self._buffers.state_dict(), **stored}
+        return {"starts": starts, "buffers": dict(self._buffers.differed), **stored}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Takes copies of the tensors of a `state_dict`, on `device`."""
@@ -125,14 +116,14 @@ class Merger:
 
         self.anchors, self.momentum = copies(state["anchors"]), copies(state["momentum"])
         self.residuals, self._wires = copies(state["residuals"]), {}
-        self._buffers.load_state_dict(state["buffers"])
+        self._buffers.differed = dict(state["buffers"])
         for name, starts in state["starts"].items():
             self.wire(name).starts = copies(starts)
 
     def wire(self, name: str) -> Wire:
         """Returns the wire of that name, the same object at every call."""
         if name not in self._wires:
-            self._wires[name] = make_wire(wire_between(self._comm.topology.world_size, name))
+            self._wires[name] = make_wire(name, self._comm.topology.world_size)
         return self._wires[name]
 
     def merge(self, part: MergeInput) -> Stages[tuple[int, ...]]:
@@ -151,11 +142,11 @@ class Merger:
         """
         started = part.held if part.started is None else part.started
         buffers = {name: started[name] for name in part.buffers()}
-        changes = {name: _change(self.anchors[name], started[name]) for name in part.tensors}
-        reports, compared = yield from self._compare(part, changes, buffers)
-        alive = self._alive(reports, compared, changes)
-        floats = [name for name in compared.differing if name in part.averaged]
-        merged = {name: buffers[name].clone() for name in compared.differing if name not in part.averaged}
+        changes = {name: change(self.anchors[name], started[name]) for name in part.tensors}
+        reports, differing = yield from self._compare(part, changes, buffers)
+        alive = self._alive(reports, differing, changes)
+        floats = [name for name in differing if name in part.averaged]
+        merged = {name: buffers[name].clone() for name in differing if name not in part.averaged}
         share(self._comm, list(merged.values()), [alive.index(True)] * len(merged))
         averages, means = yield from together(
             self.wire(part.sync.wire).average(self._shares(part, changes, alive, reports), self._comm),
@@ -163,24 +154,24 @@ class Merger:
         )
         mean_buffers = dict(zip(floats, means, strict=True))
         _check_finite(averages.mean | mean_buffers)
-        if self.observer is not None and all(alive):
-            self.observer(changes, averages.mean, self.anchors)
+        if self.measures_divergence and all(alive):
+            self.divergence = divergence(self._comm, changes, averages.mean, self.anchors) or self.divergence
         # Training continued from there. The anchors are still those of this round.
         eager = {} if part.started is None else {n: self.eager(part.sync.merge, n, started[n]) for n in part.tensors}
         merged |= {name: settled(name, mean) for name, mean in mean_buffers.items()}
         self._buffers.merged(merged)
         outcome = self._advance_anchors(part.sync.merge, averages) | merged
-        _write(part.held, outcome, {**started, **eager} if alive[self._comm.rank] else None)
+        write(part.held, outcome, {**started, **eager} if alive[self._comm.rank] else None)
         return tuple(rank for rank, is_alive in enumerate(alive) if not is_alive)
 
     def _compare(
         self, part: MergeInput, changes: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-    ) -> Stages[tuple[list[Part], Compared]]:
-        """Calls the roll, and returns the reports of all workers and how their buffers compare."""
+    ) -> Stages[tuple[list[Part], dict[str, list[int]]]]:
+        """Calls the roll. Returns the reports of all workers, and the buffers that differ (see `Buffers.compare`)."""
         sums = {name: checksum(buffer) for name, buffer in buffers.items()}
         content = self._buffers.report(buffers, sums) if all(map(is_finite, changes.values())) else -1
         loss = math.nan if part.loss is None else part.loss if math.isfinite(part.loss) else math.inf
-        rows = yield from roll_call(self._comm, part.place or {}, (content, loss))
+        rows = yield from roll_call(self._comm, part.place, (content, loss))
         reports = [Part(*row) for row in rows]
         fail_at(self._comm.rank, part.step, "merge.agreed")
         return reports, self._buffers.compare(buffers, sums, [report.buffers for report in reports])
@@ -188,10 +179,10 @@ class Merger:
     def eager(self, rule: MergeRule, name: str, started: Tensor) -> Tensor:
         """Returns the weights that a worker continues from during a hidden merge, given those when it began."""
         anchor = self.anchors[name]
-        change = _change(anchor, started)
-        step, _ = rule.step(change, self.momentum.get(name))
+        own = change(anchor, started)
+        step, _ = rule.step(own, self.momentum.get(name))
         # A step by the change itself leads back to `started`, but for rounding.
-        return started if step is change else (anchor + step).to(started.dtype)
+        return started if step is own else (anchor + step).to(started.dtype)
 
     def _advance_anchors(self, rule: MergeRule, averages: Averages) -> Tensors:
         """Returns the weights that all workers hold next, by name, and keeps the wire's residuals."""
@@ -210,10 +201,10 @@ class Merger:
         """Returns this worker's terms of the plain average over all workers: its share, and the wire's residuals."""
         rank, workers = self._comm.rank, self._comm.topology.world_size
         numbers = {}
-        for name, change in changes.items():
+        for name, own in changes.items():
             trained = [a and t for a, t in zip(alive, part.trained_by.get(name, [True] * workers), strict=True)]
             share = part.sync.merge.shares(alive, trained, reports)[rank]
-            numbers[name] = change * (share * workers) if alive[rank] else torch.zeros_like(change)
+            numbers[name] = own * (share * workers) if alive[rank] else torch.zeros_like(own)
             if name in self.residuals:
                 numbers[name] += self.residuals[name]
         return numbers
@@ -229,28 +220,32 @@ class Merger:
         for wire in self._wires.values():
             wire.forget(names)
 
-    def _alive(self, reports: Sequence[Part], compared: Compared, changes: Mapping[str, Tensor]) -> list[bool]:
+    def _alive(
+        self, reports: Sequence[Part], differing: Mapping[str, Sequence[int]], changes: Mapping[str, Tensor]
+    ) -> list[bool]:
         """Returns for each worker whether its part is finite.
 
         Raises:
             NonFiniteError: as `merge` says.
         """
-        spoiled = {rank for ranks in compared.broken.values() for rank in ranks}
+        spoiled = {rank for ranks in differing.values() for rank in ranks}
         alive = [report.finite and rank not in spoiled for rank, report in enumerate(reports)]
         broken = [rank for rank, is_alive in enumerate(alive) if not is_alive]
         if broken and (self.on_nonfinite != "drop_worker" or not any(alive)):
             remedy = ", or leave such parts out: on_nonfinite='drop_worker'" if any(alive) else ""
             raise NonFiniteError(
                 f"NaN or infinity in what rank {', '.join(map(str, broken))} brought to the merge"
-                f"{self._where(broken, compared, changes)}: nothing was averaged. Lower the learning rate, or clip "
+                f"{self._where(broken, differing, changes)}: nothing was averaged. Lower the learning rate, or clip "
                 f"gradients{remedy}"
             )
         return alive
 
-    def _where(self, broken: Sequence[int], compared: Compared, changes: Mapping[str, Tensor]) -> str:
+    def _where(
+        self, broken: Sequence[int], differing: Mapping[str, Sequence[int]], changes: Mapping[str, Tensor]
+    ) -> str:
         """Names the tensors that are not finite on these ranks, in brackets. Collective over the world."""
-        named = [told_names([name for name, change in changes.items() if not is_finite(change)])]
-        named += [f"buffer {name}" for name, ranks in compared.broken.items() if self._comm.rank in ranks]
+        named = [told_names([name for name, own in changes.items() if not is_finite(own)])]
+        named += [f"buffer {name}" for name, ranks in differing.items() if self._comm.rank in ranks]
         of_all = gather_json(self._comm, ", ".join(filter(None, named)))
         of_ranks = [f"rank {rank}: {of_all[rank]}" if len(broken) > 1 else of_all[rank] for rank in broken]
         return f" ({'; '.join(of_ranks)})"
@@ -265,24 +260,8 @@ def sent_by_merge(wire: str, tensors: Sequence[Tensor], averaged: Sequence[Tenso
         averaged: the buffers that differ and are averaged.
         workers: the number of workers.
     """
-    first, *more = make_wire(wire_between(workers, wire)).sends(tensors, workers)
+    first, *more = make_wire(wire, workers).sends(tensors, workers)
     return ROLL_CALL, (*first, *sent_by_average(averaged)), *more
-
-
-def _write(held: Mapping[str, Tensor], outcome: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> None:
-    """Writes an outcome in place, with the changes since `base` added; without them if there is no `base`."""
-    for name, value in outcome.items():
-        # A buffer may have got another shape during the merge.
-        if held[name].shape == value.shape:
-            held[name].copy_(value if base is None else _moved(value, held[name], base[name]))
-
-
-def _moved(outcome: Tensor, tensor: Tensor, base: Tensor) -> Tensor:
-    """Returns the outcome of a merge plus the change of `tensor` since it was `base`."""
-    if outcome.dtype not in _SUBTRACTED:
-        same = as_bytes(tensor.contiguous()).equal(as_bytes(base.contiguous()))
-        return outcome if same else tensor
-    return outcome + (tensor.to(outcome.dtype) - base)
 
 
 def _check_finite(averages: Mapping[str, Tensor]) -> None:
@@ -296,11 +275,17 @@ def _check_finite(averages: Mapping[str, Tensor]) -> None:
         )
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of a parameter's anchor: float32 for halves, in which small outer steps would be lost."""
-    return torch.float32 if dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize else dtype
+def pooled(states: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the `Merger.state_dict` of each worker, all with the average of their residuals.
+
+    Residuals belong to all workers together: any number of workers that hold the average have the same average.
+    """
+    residuals = [state["residuals"] for state in states]
+    shared = {name: torch.stack([held[name] for held in residuals]).mean(0) for name in residuals[0]}
+    return [{**state, "residuals": shared} for state in states]
 
 
-def _change(anchor: Tensor, tensor: Tensor) -> Tensor:
-    """Returns the change since the anchor, in the anchor's precision."""
-    return tensor.to(anchor.dtype) - anchor.to(tensor.dtype).to(anchor.dtype)
+def rewound_weights(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Tensors:
+    """Returns the weights at the start of the round, given a `Merger.state_dict` and the present weights."""
+    anchors = state["anchors"]
+    return {name: as_parameter(anchors[name], held) if name in anchors else held for name, held in weights.items()}

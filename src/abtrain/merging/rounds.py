@@ -17,7 +17,6 @@ from abtrain.consistency.agreement import Told, roll_call
 from abtrain.consistency.replicas import check_replicas
 from abtrain.errors import OnNonFinite
 from abtrain.failpoints import fail_at
-from abtrain.merging.divergence import Divergence
 from abtrain.merging.fragments import merging, rounds_of, whole_round
 from abtrain.merging.merger import MergeInput, Merger
 from abtrain.merging.roles import trained_by
@@ -64,15 +63,12 @@ class Rounds:
         self, shared: SharedTensors, comm: Communicator, on_nonfinite: OnNonFinite, measure_divergence: bool
     ) -> None:
         self.shared = shared
-        self.merger = Merger(comm, on_nonfinite)
+        self.merger = Merger(comm, on_nonfinite, measure_divergence and comm.topology.world_size > 1)
         self._comm = comm
         self._under_way: list[_UnderWay] = []
         self._losses: list[float] = []
         self.dropped: list[dict[str, Any]] = []
         self.divergence: list[dict[str, Any]] = []
-        self._divergence = Divergence(comm)
-        if measure_divergence and comm.topology.world_size > 1:
-            self.merger.observer = self._divergence.observe
 
     def begin(self) -> None:
         """Begins a phase of rounds, with the same weights on all workers."""
@@ -100,8 +96,8 @@ class Rounds:
         with self.shared.copies.following():
             self._advance(all_of_them=position.last)
             merged = bool(position.merging) and self._begin_merge(position, step)
-        layers = self._divergence.take()
-        if layers is not None:
+        layers, self.merger.divergence = self.merger.divergence, {}
+        if layers:
             self.divergence.append({"step": step, "phase": position.phase.name, "layers": layers})
         return merged
 
@@ -240,6 +236,7 @@ class Rounds:
             averaged=averaged,
             started=started,
             loss=loss,
+            step=step,
             place=place,
         )
         dropped = yield from self.merger.merge(part)
@@ -253,9 +250,9 @@ class Rounds:
 
 
 def rewound(state: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """Returns the `Rounds.state_dict` of a run that goes back to the start of a round, after `step` steps."""
+    """Returns a `Rounds.state_dict` for a run that goes back to the start of a round, after `step` steps."""
     dropped = [entry for entry in state["dropped"] if entry["step"] <= step]
-    return {"losses": torch.zeros(0, dtype=torch.float64), "dropped": dropped, "under_way": []}
+    return {**state, "losses": torch.zeros(0, dtype=torch.float64), "dropped": dropped, "under_way": []}
 
 
 def _mean(losses: Sequence[float]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,7 @@ from abtrain.errors import RanksDisagreeError
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.model import FactoredModel
 from abtrain.merging.buffers import averaged_buffers, settled
+from abtrain.merging.changes import as_real
 from abtrain.merging.copies import WeightCopies, restored, tensors_in
 from abtrain.own import IGNORED, shared_buffers, shared_parameters
 
@@ -174,8 +175,3 @@ class SharedTensors:
         with restored(differing):
             share(self._comm, differing, [0] * len(differing))
             yield
-
-
-def as_real(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns complex tensors as real ones that share their memory, with a last dimension of 2."""
-    return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in tensors.items()}

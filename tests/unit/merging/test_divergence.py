@@ -12,7 +12,7 @@ from abtrain.checkpoint.digest import weights_digest
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.engine.ab_training import ABTraining
-from abtrain.merging.divergence import Divergence
+from abtrain.merging.divergence import divergence
 from tests import cases
 
 SUBSPACE = pytest.approx(0.5**0.5)
@@ -21,15 +21,9 @@ SUBSPACE = pytest.approx(0.5**0.5)
 def observed(changes: list[dict[str, torch.Tensor]], anchors: dict[str, torch.Tensor]) -> dict[str, Any]:
     mean = {name: torch.stack([change[name] for change in changes]).mean(dim=0) for name in anchors}
 
-    def worker(comm: Communicator) -> Any:
-        divergence = Divergence(comm)
-        divergence.observe(changes[comm.rank], mean, anchors)
-        return divergence.take(), divergence.take()
-
-    results = run_in_process(len(changes), worker)
-    assert results[0] == results[1] and results[0][1] is None
-    found: dict[str, Any] = results[0][0]
-    return found
+    results = run_in_process(len(changes), lambda comm: divergence(comm, changes[comm.rank], mean, anchors))
+    assert all(found == results[0] for found in results)
+    return results[0]
 
 
 def test_distance_and_subspace_by_hand() -> None:

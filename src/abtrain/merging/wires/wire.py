@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Stages
 from abtrain.comm.traffic import Calls
+from abtrain.recipes.wires import WireName, wire_between
 
 Tensors = dict[str, Tensor]
 
@@ -72,3 +74,14 @@ class Wire(ABC):
         """Drops the state of tensors whose shape or basis changes."""
         for name in names:
             self.starts.pop(name, None)
+
+
+def make_wire(name: str, workers: int) -> Wire:
+    """Returns a new wire of that name (see `WireName.parse`); the number of workers decides which one is `auto`.
+
+    Raises:
+        ConfigurationError: no wire has this name.
+    """
+    parsed = WireName.parse(wire_between(workers, name))
+    wire: Wire = resolve_name(parsed.wire)(**parsed.values)
+    return wire

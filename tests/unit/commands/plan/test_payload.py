@@ -18,12 +18,12 @@ from abtrain.commands.plan.payload import payload, payload_ratio, predict
 from abtrain.commands.plan.rounds import turns
 from abtrain.commands.plan.shapes import assumed_shapes, ranks_for, shapes_of
 from abtrain.consistency.optimizers import OptimizerShape
-from abtrain.merging.wires import make_wire
+from abtrain.merging.wires.wire import make_wire
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.merges import Mean
 from abtrain.recipes.recipe import Position
 from abtrain.recipes.sync import GradientWire, Trains
-from abtrain.recipes.wires import CodeName, wire_between
+from abtrain.recipes.wires import CodeName
 from tests.cases import SCHEDULE, adamw, sgd
 from tests.gloo import run_gloo
 
@@ -191,9 +191,9 @@ def test_gradients_of_every_wire(wire: GradientWire) -> None:
 @pytest.mark.parametrize("name", WIRES)
 def test_a_wire_stops_as_often_as_it_says(name: str) -> None:
     def stops(comm: Communicator) -> int:
-        return sum(1 for _ in make_wire(wire_between(2, name)).average({"w": torch.ones(8, 8)}, comm))
+        return sum(1 for _ in make_wire(name, 2).average({"w": torch.ones(8, 8)}, comm))
 
-    assert run_in_process(2, stops)[0] == make_wire(wire_between(2, name)).stages
+    assert run_in_process(2, stops)[0] == make_wire(name, 2).stages
 
 
 def test_a_worker_sends_about_as_much_however_many_they_are() -> None:
@@ -201,7 +201,7 @@ def test_a_worker_sends_about_as_much_however_many_they_are() -> None:
 
     def sent(workers: int) -> int:
         """With its own average passed on to each of the others."""
-        (chunks,), (reply,) = make_wire(wire_between(workers, "auto")).sends(numbers, workers)
+        (chunks,), (reply,) = make_wire("auto", workers).sends(numbers, workers)
         return chunks.nbytes + (workers - 1) * reply.nbytes
 
     two = sent(2)

@@ -9,8 +9,8 @@ from torch import Tensor
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.stages import finish
-from abtrain.merging.wires import make_wire
 from abtrain.merging.wires.low_rank import orthonormal, product
+from abtrain.merging.wires.wire import make_wire
 from tests.gloo import run_gloo
 
 SHAPES = {"weight": (40, 33), "bias": (7,), "empty": (0, 3), "scalar": ()}
@@ -35,7 +35,7 @@ def numbers(rank: int, turn: int) -> dict[str, Tensor]:
 
 def several_turns(comm: Communicator, name: str, turns: int) -> tuple[list[dict[str, Tensor]], dict[str, Tensor], int]:
     """The averages, what this worker kept, and what it handed over."""
-    wire, kept = make_wire(name), dict[str, Tensor]()
+    wire, kept = make_wire(name, comm.topology.world_size), dict[str, Tensor]()
     before = comm.meter.payload()["total"]
     averages = []
     for turn in range(turns):
@@ -80,7 +80,7 @@ def test_one_average_is_close(code: str, error: float) -> None:
 )
 def test_payload_is_that_share_of_float32(code: str, share: float, tolerance: float) -> None:
     def work(comm: Communicator) -> int:
-        finish(make_wire(code).average({"weight": torch.ones(400, 500)}, comm))
+        finish(make_wire(code, comm.topology.world_size).average({"weight": torch.ones(400, 500)}, comm))
         return int(comm.meter.payload()["total"])
 
     assert run_in_process(4, work)[0] / (4 * 200_000) == pytest.approx(share, rel=tolerance)
@@ -98,7 +98,7 @@ def test_gloo_ranks_get_the_bits_of_threads(code: str) -> None:
 def test_dtypes_come_back() -> None:
     def work(comm: Communicator) -> Tensor:
         halves = {"half": torch.full((4,), 0.5, dtype=torch.bfloat16), "w": torch.linspace(-0.5, 0.5, 3)}
-        return finish(make_wire("int8").average(halves, comm)).mean["half"]
+        return finish(make_wire("int8", comm.topology.world_size).average(halves, comm)).mean["half"]
 
     half = run_in_process(2, work)[0]
     assert half.dtype == torch.bfloat16
@@ -111,7 +111,7 @@ def test_a_low_rank_change_arrives_whole() -> None:
 
     def work(comm: Communicator) -> tuple[Tensor, Tensor, Tensor]:
         M = columns @ torch.randn(2, 20, generator=torch.Generator().manual_seed(10 + comm.rank))
-        mean, error = finish(make_wire("lowrank:2").average({"M": M}, comm))
+        mean, error = finish(make_wire("lowrank:2", comm.topology.world_size).average({"M": M}, comm))
         return M, mean["M"], error["M"]
 
     (M0, mean, error), (M1, other, _) = run_in_process(2, work)
@@ -125,7 +125,7 @@ def test_warm_starts_find_the_leading_directions_of_a_lasting_change() -> None:
     M = U @ torch.diag(2.0 ** -torch.arange(40)) @ V
 
     def work(comm: Communicator) -> list[float]:
-        wire = make_wire("lowrank:3")
+        wire = make_wire("lowrank:3", comm.topology.world_size)
         return [float((finish(wire.average({"M": M}, comm)).mean["M"] - M).norm()) for _ in range(8)]
 
     errors = run_in_process(2, work)[0]
@@ -137,7 +137,9 @@ def test_warm_starts_find_the_leading_directions_of_a_lasting_change() -> None:
 def test_low_rank_payload_is_that_of_the_factors() -> None:
     def work(comm: Communicator, name: str) -> int:
         finish(
-            make_wire(name).average({"M": torch.randn(400, 500), "small": torch.randn(3, 4), "b": torch.ones(9)}, comm)
+            make_wire(name, comm.topology.world_size).average(
+                {"M": torch.randn(400, 500), "small": torch.randn(3, 4), "b": torch.ones(9)}, comm
+            )
         )
         return int(comm.meter.payload()["total"])
 
@@ -152,7 +154,7 @@ def test_a_dependent_column_becomes_zero_and_comes_back_later() -> None:
     torch.testing.assert_close(Q.T @ Q, torch.diag(torch.tensor([1.0, 0.0, 1.0])))
 
     def work(comm: Communicator) -> float:
-        wire = make_wire("lowrank:2")
+        wire = make_wire("lowrank:2", comm.topology.world_size)
         finish(wire.average({"M": torch.zeros(6, 6)}, comm))
         M = torch.diag(torch.tensor([3.0, 2.0, 0, 0, 0, 0]))
         for _ in range(12):

@@ -1,0 +1,52 @@
+"""Changes of tensors: subtracted before a merge, and added to its outcome after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from abtrain.comm.checksums import as_bytes
+
+_SUBTRACTED = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+)
+"""Dtypes that a merge adds to. A tensor of another dtype that changed during a merge keeps its own value."""
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of a parameter's anchor: float32 for halves, in which small outer steps would be lost."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize else dtype
+
+
+def change(anchor: Tensor, tensor: Tensor) -> Tensor:
+    """Returns the change since the anchor, in the anchor's precision."""
+    return tensor.to(anchor.dtype) - anchor.to(tensor.dtype).to(anchor.dtype)
+
+
+def write(held: Mapping[str, Tensor], outcome: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> None:
+    """Writes an outcome in place, plus the changes of `held` since `base` if there is one."""
+    for name, value in outcome.items():
+        # A buffer may have got another shape during the merge.
+        if held[name].shape == value.shape:
+            held[name].copy_(value if base is None else _moved(value, held[name], base[name]))
+
+
+def _moved(outcome: Tensor, tensor: Tensor, base: Tensor) -> Tensor:
+    if outcome.dtype not in _SUBTRACTED:
+        same = as_bytes(tensor.contiguous()).equal(as_bytes(base.contiguous()))
+        return outcome if same else tensor
+    return outcome + (tensor.to(outcome.dtype) - base)
+
+
+def as_real(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns complex tensors as real ones that share their memory, with a last dimension of 2."""
+    return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in tensors.items()}
+
+
+def as_parameter(anchor: Tensor, parameter: Tensor) -> Tensor:
+    """Returns an anchor, which is real and wide, in the dtype of its parameter."""
+    held = torch.view_as_complex(anchor) if parameter.is_complex() else anchor
+    return held.to(parameter.dtype)
