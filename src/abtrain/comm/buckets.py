@@ -1,54 +1,47 @@
-"""Many tensors <-> few flat buffers, because a slow link is best asked seldom. Pure: no communication."""
+"""Many tensors <-> few flat buffers, since each message over a slow link costs a delay. Pure: no communication."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 MIB = 2**20
-DEFAULT_CAPACITY = 25 * MIB
 
 
 @dataclass(frozen=True)
 class Bucket:
     """Some tensors of a sequence, laid end to end.
 
-    `flat` is contiguous and 1-D; it holds the tensors whose places in the sequence are `indices`, in that
-    order.
+    `flat` is contiguous and 1-D. It holds the tensors at the places `indices` of the sequence, in that order.
     """
 
     flat: Tensor
     indices: tuple[int, ...]
 
 
-class _Kind(NamedTuple):
-    """The dtype and device that all tensors of a bucket share."""
-
-    dtype: torch.dtype
-    device: torch.device
+_Kind = tuple[torch.dtype, torch.device]  # shared by all tensors of a bucket
 
 
-def pack(tensors: Sequence[Tensor], capacity_bytes: int = DEFAULT_CAPACITY, widen: bool = True) -> list[Bucket]:
+def pack(tensors: Sequence[Tensor], capacity_bytes: int = 25 * MIB, widen: bool = True) -> list[Bucket]:
     """Copies tensors of any shape, dtype and device into few flat buffers.
 
     A bucket holds tensors of one dtype on one device, in their order, and at most `capacity_bytes`; a tensor
     larger than that has a bucket of its own. The same shapes and dtypes give the same layout on every rank.
 
     Args:
-        tensors: what to pack; empty tensors are allowed.
+        tensors: empty tensors are allowed.
         capacity_bytes: the largest bucket.
-        widen: make float32 of narrower floats, which lose digits when they are summed. Without it the bits
+        widen: convert narrower floats to float32, since they lose digits when they are summed. Without it the bits
             are kept.
     """
     layouts: list[tuple[_Kind, list[int]]] = []
     filling: dict[_Kind, tuple[list[int], int]] = {}
     for index, tensor in enumerate(tensors):
-        kind = _Kind(_dtype_in_bucket(tensor.dtype, widen), tensor.device)
-        nbytes = tensor.numel() * kind.dtype.itemsize
+        dtype = _dtype_in_bucket(tensor.dtype, widen)
+        kind, nbytes = (dtype, tensor.device), tensor.numel() * dtype.itemsize
         indices, filled = filling.get(kind, ([], 0))
         if not indices or filled + nbytes > capacity_bytes:
             indices, filled = [], 0
@@ -59,9 +52,9 @@ def pack(tensors: Sequence[Tensor], capacity_bytes: int = DEFAULT_CAPACITY, wide
 
 
 def unpack(buckets: Sequence[Bucket], like: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in `buckets`, with the shapes, dtypes and order of `like`.
+    """Returns the tensors in `buckets`, with the shapes, dtypes and order of `like`.
 
-    Where a bucket has the dtype of a tensor, what is returned is a view into the bucket.
+    Those that have the dtype of their bucket are views into it.
     """
     tensors: dict[int, Tensor] = {}
     for bucket in buckets:
@@ -77,8 +70,8 @@ def _dtype_in_bucket(dtype: torch.dtype, widen: bool) -> torch.dtype:
 
 
 def _lay_out(kind: _Kind, tensors: Sequence[Tensor]) -> Tensor:
-    flat = torch.empty(sum(t.numel() for t in tensors), dtype=kind.dtype, device=kind.device)
-    pieces = flat.split([t.numel() for t in tensors])
-    for piece, tensor in zip(pieces, tensors, strict=True):
+    dtype, device = kind
+    flat = torch.empty(sum(t.numel() for t in tensors), dtype=dtype, device=device)
+    for piece, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True):
         piece.view(tensor.shape).copy_(tensor.detach())
     return flat

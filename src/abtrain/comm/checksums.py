@@ -1,8 +1,7 @@
 """Hashes by which workers compare tensors and settings without sending them.
 
-A checksum is XXH3 over a tensor's bytes. It depends on every bit and on its place, and reads memory at several GB/s. It
-detects drift and damage; it is no protection against forgery. Rank-local hashes are compared across processes, so none
-of them may depend on the device, the memory layout, or the process.
+A checksum is XXH3 over a tensor's bytes, at several GB/s. It detects drift and damage, but does not protect against
+forgery. Hashes are compared across processes, so they do not depend on the device, the memory layout, or the process.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import xxhash
 from torch import Tensor
 
 BITS = 62
-"""One int64 MAX finds both ends of a range if -v can be sent beside v. 62 bits leave that room to spare."""
+"""One int64 MAX finds both ends of a range if -v is sent beside v; 62 bits leave room for both."""
 LIMIT: int = 2**BITS
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of an object without one of its own
@@ -26,10 +25,9 @@ _CHUNK_BYTES = 64 * 2**20
 
 
 def checksum(tensor: Tensor) -> int:
-    """62 bits of the XXH3 hash of a tensor's elements, in row-major order.
+    """Returns 62 bits of the XXH3 hash of a tensor's elements, in row-major order.
 
-    Args:
-        tensor: of any dtype, layout and device; shape and dtype are not part of the hash (see `digest`).
+    The tensor may have any dtype, layout and device. Shape and dtype are not part of the hash (see `digest`).
     """
     held = tensor.detach().resolve_conj().resolve_neg().contiguous()
     hashed = xxhash.xxh3_64()
@@ -39,33 +37,33 @@ def checksum(tensor: Tensor) -> int:
 
 
 def digest(tensor: Tensor) -> int:
-    """62 bits that depend on a tensor's dtype, shape and elements."""
+    """Returns 62 bits that depend on a tensor's dtype, shape and elements."""
     return fingerprint(tensor.dtype, tuple(tensor.shape), checksum(tensor))
 
 
 def fingerprint(*parts: object) -> int:
-    """62 bits of the SHA-256 of the parts' `repr`, which has to be the same in every process."""
+    """Returns 62 bits of the SHA-256 of the parts' `repr`, which must be the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> (64 - BITS)
 
 
 def stable_repr(value: object) -> str:
-    """Its `repr`, the same in every process."""
+    """Returns the value's `repr` without addresses, so that it is the same in every process."""
     return _ADDRESS.sub("", repr(value))
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """A 1-D view of a contiguous tensor's bytes: Gloo cannot move every dtype, but it can move bits."""
-    # A single element is contiguous whatever its stride, and only stride 1 can be seen as bytes.
+    """Returns a 1-D view of a contiguous tensor's bytes: Gloo cannot send every dtype, but it can send bytes."""
+    # A single element is contiguous whatever its stride, but only stride 1 can be viewed as bytes.
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def bytes_of(held: Tensor) -> Any:
-    """A contiguous CPU tensor's memory as a buffer, without a copy; numpy knows fewer dtypes."""
+    """Returns a contiguous CPU tensor's memory as a buffer, without a copy; numpy knows fewer dtypes."""
     return (ctypes.c_char * held.nbytes).from_address(held.data_ptr()) if held.nbytes else b""
 
 
 def _chunks(flat: Tensor) -> Iterator[Tensor]:
-    """The bytes of a flat tensor on the CPU; those of an accelerator come piece by piece through one small buffer."""
+    """Yields the bytes of a flat tensor on the CPU; those of an accelerator in pieces, through one small buffer."""
     if flat.device.type == "cpu":
         yield flat
         return

@@ -8,6 +8,7 @@ collective is counted in the communicator's `meter`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -25,23 +26,22 @@ PLAIN = GradientSync()
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
 class Pending(Generic[T]):
-    """A collective in progress. Its tensors must not change until `wait` has returned."""
+    """A collective in progress, whose tensors must not change until `wait` has returned its outcome.
 
-    def __init__(self, finish: Callable[[], T]) -> None:
-        self._finish = finish
+    `wait` is called once, on all ranks in the order of the launches.
+    """
 
-    def wait(self) -> T:
-        """Waits for the collective and returns its outcome. Called once, on all ranks in the order of the launches."""
-        return self._finish()
+    wait: Callable[[], T]
 
 
 class Communicator:
     """The operations that connect one worker with the others.
 
     Every operation is collective over its scope: all of its ranks call it, in the same order. A scope of one rank
-    communicates nothing and counts nothing. The caller may compute between `launch_...` and `wait`. `device` is where
-    tensors must be for the backend to carry them; they must be contiguous.
+    communicates nothing and counts nothing. The caller may compute between `launch_...` and `wait`. Tensors must be
+    contiguous and on `device`, where the backend can carry them.
 
     A backend implements the methods that raise NotImplementedError here. They get detached, checked tensors and a
     scope of several ranks.
@@ -52,11 +52,11 @@ class Communicator:
         PeerLostError: another worker died or did not answer in time.
     """
 
-    def __init__(self, rank: int, topology: Topology, device: torch.device, meter: Meter | None = None) -> None:
+    def __init__(self, rank: int, topology: Topology, device: torch.device) -> None:
         self.rank = rank
         self.topology = topology
         self.device = device
-        self.meter = meter or Meter()
+        self.meter = Meter()
 
     def ranks(self, scope: Scope) -> tuple[int, ...]:
         """The world ranks of this worker's scope, in order."""
@@ -94,9 +94,7 @@ class Communicator:
         check_contiguous(rows)
         workers = self.topology.world_size
         if rows.ndim == 0 or rows.shape[0] != workers:
-            raise ValueError(
-                f"exchange of a tensor of shape {list(rows.shape)}: it needs {workers} rows, one for each rank"
-            )
+            raise ValueError(f"exchange of shape {list(rows.shape)}: give {workers} rows, one for each rank")
         if workers == 1:
             received = rows.detach().clone()
             return Pending(lambda: received)
@@ -107,7 +105,7 @@ class Communicator:
         check_contiguous(tensor)
         workers = self.topology.world_size
         if not 0 <= source < workers:
-            raise ValueError(f"broadcast from rank {source}: ranks go from 0 to {workers - 1} in this world")
+            raise ValueError(f"broadcast from rank {source}: give one of the ranks 0 to {workers - 1} of this world")
         if workers > 1:
             self._broadcast(tensor.detach(), source)
 
@@ -117,11 +115,11 @@ class Communicator:
             self._barrier()
 
     def cannot_carry(self, sync: Sync) -> str:
-        """Says why the backend cannot carry this way of synchronizing; empty if it can. Communicates nothing."""
+        """Returns why the backend cannot carry this synchronization; empty if it can. Communicates nothing."""
         return ""
 
     def begin_run(self) -> None:
-        """Drops the state that gradient compression kept from an earlier run, such as PowerSGD's errors."""
+        """Drops the state of gradient compression from an earlier run, such as PowerSGD's errors."""
 
     def data_parallel(
         self, module: nn.Module, scope: Scope, find_unused_parameters: bool = False, sync: GradientSync = PLAIN
@@ -129,15 +127,15 @@ class Communicator:
         """Wraps `module` so that `backward` averages its gradients over the scope.
 
         The parameters that require a gradient at the time of the call are averaged. In training, buffers follow the
-        scope's first rank at each forward pass, as in DDP. Both leave out what the module tells DDP to ignore (see
-        `abtrain.own`). A scope of one rank needs no synchronization.
+        scope's first rank at each forward pass, as in DDP. Both leave out the tensors that the module tells DDP to
+        ignore (see `abtrain.own`).
 
         Args:
-            module: the model, on one device, with the same parameters on every rank of the scope.
-            scope: over whom to average.
+            module: on one device, with the same parameters on every rank of the scope.
+            scope: the ranks to average over; one rank needs no synchronization.
             find_unused_parameters: allow a backward pass that leaves some parameters without a gradient. Otherwise
                 the next forward pass raises UsageError.
-            sync: with the wire that gradients are sent in.
+            sync: its wire is the one that gradients are sent in.
 
         Raises:
             ConfigurationError: the backend cannot carry this wire, or the model's SyncBatchNorm layers have nobody to
@@ -169,12 +167,12 @@ class Communicator:
 class SingleProcess(Communicator):
     """The `Communicator` of a worker that is alone: no `init_process_group`, no communication."""
 
-    def __init__(self, meter: Meter | None = None) -> None:
-        super().__init__(0, Topology(world_size=1), torch.device("cpu"), meter)
+    def __init__(self) -> None:
+        super().__init__(0, Topology(world_size=1), torch.device("cpu"))
 
 
 def scope_spans(topology: Topology, scope: Scope) -> Spans:
-    """Whether payload of this scope goes to other groups: only if the scope holds more than one."""
+    """Returns whether payload of this scope goes to other groups: only if the scope holds more than one."""
     return "between_groups" if scope == "world" and topology.n_groups > 1 else "within_groups"
 
 
@@ -187,15 +185,14 @@ def check_contiguous(tensor: Tensor) -> None:
         )
 
 
-# The dtypes that both Gloo and NCCL reduce. Gloo fails on others in the middle of a collective, with an error that
-# looks as if a peer had died; it "sums" bool without a warning.
-_REDUCIBLE = frozenset(
-    {torch.float16, torch.bfloat16, torch.float32, torch.float64} | {torch.int8, torch.uint8, torch.int32, torch.int64}
-)
+# The dtypes that both Gloo and NCCL reduce. On others Gloo fails within a collective, with an error that looks as if a
+# peer had died; it "sums" bool without a warning.
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_REDUCIBLE = _FLOATS | {torch.int8, torch.uint8, torch.int32, torch.int64}
 
 
 def check_reducible(tensor: Tensor, op: Reduction) -> None:
-    """Raises an error for a tensor that some backend cannot reduce, or reduces to something unexpected."""
+    """Raises an error for a tensor that some backend cannot reduce, or reduces to wrong numbers."""
     check_contiguous(tensor)
     if tensor.dtype not in _REDUCIBLE and not (tensor.dtype.is_complex and op == "sum"):
         raise TypeError(

@@ -1,8 +1,8 @@
-"""A model whose gradients workers average: the contract, and its form where there is nobody to average with."""
+"""A model whose gradients workers average: the contract, and its form for a worker alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -19,7 +19,7 @@ class DataParallel:
     does not change the averaging: models are fine-tuned in it, with frozen normalization layers.
 
     Attributes:
-        at_close: what `close` undoes.
+        at_close: callbacks of `close`.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -36,7 +36,7 @@ class DataParallel:
 
     @property
     def module(self) -> nn.Module:
-        """The model; after `close`, a RuntimeError."""
+        """The model. Raises a RuntimeError after `close`."""
         if self._module is None:
             raise RuntimeError("this data-parallel wrapper was closed: make a new one with data_parallel()")
         return self._module
@@ -46,26 +46,26 @@ class DataParallel:
         return nullcontext()
 
     def arrivals(self) -> list[int]:
-        """The order in which the first averaged backward pass completed gradients, as positions of trained parameters.
+        """Returns the order in which the first averaged backward pass completed gradients, as parameters' positions.
 
-        DDP rebuilds its buckets in this order, which then decides the order in which three or more ranks add up
-        numbers. Empty before that pass, and where there are no buckets.
+        Only trained parameters count. DDP rebuilds its buckets in this order, which decides the order of sums over
+        three or more ranks. Empty before that pass, and where there are no buckets.
         """
         return []
 
     def follow(self, arrivals: Sequence[int]) -> None:
-        """Lays out the buckets as in a wrapper that had these `arrivals`. Sends nothing, and leaves no gradients.
+        """Lays out the buckets as in a wrapper with these `arrivals`. Sends nothing, and leaves no gradients.
 
         Raises:
             ValueError: the number of arrivals is not the number of trained parameters.
         """
 
     def spoiled(self) -> bool:
-        """Whether this worker's contribution to the last average held NaN or infinity."""
+        """Returns whether this worker's contribution to the last average held NaN or infinity."""
         return not all(bool(numbers.isfinite().all()) for numbers in self._sent_extremes)
 
     def close(self) -> None:
-        """Lets go of the model: gradients are no longer averaged, and a call is an error."""
+        """Releases the model: gradients are no longer averaged, and a call is an error."""
         self._module = None
         self.at_close.close()
 
@@ -80,3 +80,9 @@ def unused_error(missing: str) -> UsageError:
         f"the last backward pass left {missing} without a gradient: freeze them (requires_grad_(False)), or set "
         "find_unused_parameters=True"
     )
+
+
+def extremes(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the least and the greatest number of each tensor, on its device: NaN or infinity if it holds any."""
+    real = (torch.view_as_real(t) if t.is_complex() else t for t in tensors if t.numel())
+    return [torch.stack(torch.aminmax(tensor.detach())) for tensor in real]

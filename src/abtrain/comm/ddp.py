@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _BufferCommHookLocation
 
-from abtrain.comm.averages import extremes
-from abtrain.comm.data_parallel import DataParallel, unused_error
+from abtrain.comm.data_parallel import DataParallel, extremes, unused_error
 from abtrain.comm.following import Following
-from abtrain.comm.hooks import Average, Bucket, GradientHook
+from abtrain.comm.hooks import Average, GradientHook
 from abtrain.comm.link import Link
 from abtrain.own import IGNORED, own_names, shared_buffers, trained_parameters
+
+_CALL = "all_reduce of gradients"
 
 
 class TorchDataParallel(DataParallel):
     """The `DataParallel` of a scope of several ranks: DDP with its defaults, so the bits are those of a plain DDP.
 
-    DDP is in no reference cycle: dropped or closed, it frees its buckets at once.
+    No reference cycle holds DDP, so its buckets are freed as soon as it is dropped or closed.
     """
 
     def __init__(self, module: nn.Module, link: Link, find_unused_parameters: bool, hook: GradientHook) -> None:
@@ -41,8 +42,9 @@ class TorchDataParallel(DataParallel):
         extra_bytes = 4 * len(self._trained) if find_unused_parameters else 0
         buffers = Following(link, shared_buffers(module))
         self._averaging = _Averaging(link, buffers, extra_bytes, hook, self._sent_extremes)
-        self._ddp.register_comm_hook(self._averaging, _average_gradients)
-        self._ddp._register_buffer_comm_hook(self._averaging, _follow_first_rank, _BufferCommHookLocation.PRE_FORWARD)
+        self._ddp.register_comm_hook(self._averaging, _Averaging.launch)
+        before_forward = _BufferCommHookLocation.PRE_FORWARD
+        self._ddp._register_buffer_comm_hook(self._averaging, _Averaging.follow_first_rank, before_forward)
         if hook.arrivals:
             self.follow(hook.arrivals)
 
@@ -53,7 +55,7 @@ class TorchDataParallel(DataParallel):
         except RuntimeError as error:
             if "Expected to have finished reduction" in str(error):
                 raise unused_error("some parameters") from error
-            # At its second forward pass DDP agrees on the order of its buckets, out of reach of our hooks.
+            # In its second forward pass DDP agrees on the order of its buckets, without calling our hooks.
             if isinstance(error, dist.DistError) or "/gloo/" in str(error):
                 raise self._link.peer_lost("DDP's forward pass") from error
             raise
@@ -69,7 +71,7 @@ class TorchDataParallel(DataParallel):
         if not arrivals or not self._rebuilds:
             return
         if sorted(arrivals) != list(range(len(self._trained))):
-            raise ValueError(f"gradients of {len(arrivals)} parameters came, but {len(self._trained)} are trained")
+            raise ValueError(f"arrivals of {len(arrivals)} gradients: give those of the {len(self._trained)} trained")
         self._ddp.module = _Rehearsal(self.module, [self._trained[place] for place in arrivals])
         self._averaging.rehearses = True
         try:
@@ -91,9 +93,9 @@ class TorchDataParallel(DataParallel):
 
 @contextmanager
 def _every_name_ignored(module: nn.Module) -> Iterator[None]:
-    """Inside it, the module's list of ignored tensors holds every name under which DDP looks for them.
+    """Adds every name under which DDP looks for ignored tensors to the module's list of them, and removes them after.
 
-    By itself DDP misses a tied parameter that is listed under one of its names, and a parameter held by the model
+    Otherwise DDP misses a tied parameter that is listed under one of its names, and a parameter held by the model
     itself, whose name DDP starts with a dot.
     """
     own = own_names(module)
@@ -111,7 +113,7 @@ def _every_name_ignored(module: nn.Module) -> Iterator[None]:
 class _Arrivals:
     """Records the order in which gradients are completed, until each has been completed once.
 
-    DDP rebuilds its buckets in this order after the first backward pass, but does not reveal it.
+    DDP rebuilds its buckets in this order after the first backward pass, but does not expose it.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -124,7 +126,7 @@ class _Arrivals:
         ]
 
     def listen(self, averaged: bool) -> None:
-        """Called when a forward pass begins, with whether its gradients are averaged."""
+        """Begins a forward pass; `averaged` says whether its gradients are averaged."""
         self._listens = averaged
         if len(self.order) == self._count:
             self.stop()
@@ -140,7 +142,7 @@ class _Arrivals:
 
 
 class _Rehearsal(nn.Module):
-    """Takes the model's place for one pass, which gives parameters gradients of zero in the given order."""
+    """Replaces the model in a pass that gives parameters gradients of zero, in the given order."""
 
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
@@ -158,23 +160,23 @@ class _Rehearsal(nn.Module):
 class _Averaging:
     """Averages the gradients of a backward pass bucket by bucket, as DDP completes them.
 
-    Attributes:
-        rehearses: whether gradients are the zeros of a rehearsal, which are not sent.
-        buffers: follow the first rank.
+    Nothing is sent while it `rehearses`: gradients are the zeros of a rehearsal then.
     """
 
     def __init__(
         self, link: Link, buffers: Following, extra_bytes: int, hook: GradientHook, sent_extremes: list[Tensor]
     ) -> None:
-        self.buffers = buffers
         self.rehearses = False
-        self._link, self._hook = link, hook
-        self._extra_bytes = extra_bytes
-        self._sent_extremes = sent_extremes
+        self._link, self._buffers, self._hook = link, buffers, hook
+        self._extra_bytes, self._sent_extremes = extra_bytes, sent_extremes
         self._starts = True
         self._averages: list[Average] = []
 
-    def launch(self, bucket: Bucket) -> Average:
+    def launch(
+        self,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> Average:
+        """DDP's hook of gradients: starts the average of a bucket."""
         buffer = bucket.buffer()
         if self.rehearses:
             done: Average = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else [])
@@ -192,8 +194,8 @@ class _Averaging:
         if buffer.device.type == "cpu":
             self._averages.append(average)
             if bucket.is_last():
-                # Runs when backward has nothing left to compute and before DDP's own wait, so it measures the wait that
-                # no computation hides, and reports a lost peer as such.
+                # Runs after all computation of backward and before DDP's own wait. So it measures the wait that no
+                # computation hides, and reports a lost peer as such.
                 torch.autograd.Variable._execution_engine.queue_callback(self._wait)
         return average
 
@@ -203,17 +205,7 @@ class _Averaging:
             for average in averages:
                 average.wait()
 
-
-_CALL = "all_reduce of gradients"
-
-
-def _average_gradients(
-    averaging: _Averaging,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]
-) -> torch.futures.Future[Tensor]:
-    return averaging.launch(bucket)
-
-
-def _follow_first_rank(averaging: _Averaging, named_buffers: Mapping[str, Tensor]) -> None:
-    if not averaging.rehearses:
-        averaging.buffers.follow(named_buffers)
+    def follow_first_rank(self, named_buffers: Mapping[str, Tensor]) -> None:
+        """DDP's hook of buffers."""
+        if not self.rehearses:
+            self._buffers.follow(named_buffers)

@@ -16,20 +16,20 @@ from abtrain.comm.traffic import Calls, Traffic
 from abtrain.errors import RanksDisagreeError
 
 _MARK = 0x3A7E_91C4_D05B_682F
-"""What a message begins with that holds no buffers: no buffer does but by a chance of 2**-64."""
+"""The first number of a message without buffers. Buffers begin with it by a chance of 2**-64."""
 _MARK_BYTES = 16
 
 
 class Following:
     """The buffers of a module follow those of a link's first rank.
 
-    A message of another size than a rank expects ends its process, without a word of what was wrong, or is taken for
-    what it is not. So a rank whose buffers have changed their shapes sends or takes one more message of the old size.
-    In it the first rank tells what it has now; ranks that have not changed theirs find the mark.
+    A message of an unexpected size ends the receiver's process without explanation, or its bytes are misread. So a rank
+    whose buffers have changed their shapes sends or receives one more message of the old size. In it, the first rank
+    describes its buffers; ranks whose buffers have not changed find the mark.
 
     Args:
         link: to the other ranks.
-        buffers: of the module by name, alike on all ranks at first.
+        buffers: by name, at first of the same shapes and dtypes on all ranks.
     """
 
     def __init__(self, link: Link, buffers: Mapping[str, Tensor]) -> None:
@@ -41,7 +41,7 @@ class Following:
         """Overwrites buffers, by name, with those of the first rank. Collective over the link.
 
         Raises:
-            RanksDisagreeError: this rank's buffers have changed, and not as the first rank's, or only those have.
+            RanksDisagreeError: the shapes of this rank's buffers and of the first rank's changed differently.
         """
         first, buffers = self._link.ranks[0], list(named.values())
         changed = self._layouts.changes(named)
@@ -51,7 +51,7 @@ class Following:
         self._sizes = [bucket.flat.nbytes for bucket in buckets]
         for place, bucket in enumerate(buckets):
             self._link.broadcast(bucket.flat, first)
-            # An accelerator would have to be waited for.
+            # Reading the mark from an accelerator would block.
             if place == self._place and bucket.flat.device.type == "cpu" and _mark_in(bucket.flat)[0] == _MARK:
                 raise RanksDisagreeError(
                     f"buffers have changed on rank {first}, whose log names them, and not on rank {self._link.rank}. "
@@ -62,7 +62,7 @@ class Following:
 
     @property
     def _place(self) -> int | None:
-        """Which of the messages is large enough for the mark, if any is."""
+        """The index of the first message that is large enough for the mark; None if there is none."""
         return next((place for place, nbytes in enumerate(self._sizes) if nbytes >= _MARK_BYTES), None)
 
     def _agree(self, changed: str, device: torch.device) -> None:
@@ -81,7 +81,7 @@ class Following:
 
 
 def sent_by_follow(buffers: Sequence[Tensor], scope: Scope) -> Calls:
-    """The calls of `Following.follow`, where no buffer has changed its shape."""
+    """Returns the calls of `Following.follow` while no buffer changes its shape."""
     return tuple(Traffic("broadcast", scope, bucket.flat.nbytes) for bucket in pack(buffers, widen=False))
 
 

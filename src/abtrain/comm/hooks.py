@@ -1,6 +1,6 @@
-"""PyTorch's own communication hooks for DDP: gradients sent in few bits, counted by what is really sent."""
+"""PyTorch's own communication hooks for DDP: gradients sent in few bits, with the number of bytes."""
 
-# No `from __future__ import annotations` here: DDP compares the annotations of a communication hook with classes.
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,20 +19,16 @@ from abtrain.recipes.sync import GradientSync
 _FIRST_BUCKET, _BUCKET = 1 * MIB, 25 * MIB
 """DDP's defaults for the bytes at which it closes its first bucket, and the others."""
 
-# A torch.distributed.GradBucket, which its stubs leave out.
-Bucket = Any
-
-
-# The average of a bucket that is under way.
-Average = torch.futures.Future[Tensor]
+Bucket = Any  # a torch.distributed.GradBucket, which PyTorch's stubs leave out
+Average = torch.futures.Future[Tensor]  # of a bucket, in progress
 
 
 class GradientHook:
-    """Averages one bucket of gradients over a process group: in float32, bit by bit as DDP without a hook.
+    """Averages one bucket of gradients over a process group: in float32, to the same bits as DDP without a hook.
 
     Attributes:
-        in_turn: whether a bucket must wait until the one before it is averaged.
-        arrivals: the order of gradients that the hook's state fits; empty while there is none. None: without state.
+        in_turn: whether a bucket must wait until the previous one is averaged.
+        arrivals: the order of gradients that the hook's state fits; empty while it has none. None: stateless.
     """
 
     in_turn = False
@@ -42,8 +38,8 @@ class GradientHook:
         self.arrivals: list[int] | None = None
 
     def __call__(self, bucket: Bucket) -> tuple[Average, int]:
-        """Starts the average; returns it, and the bytes handed over."""
-        # DDP too multiplies by the reciprocal; for three ranks, a division gives other bits.
+        """Starts the average. Returns it with its payload in bytes."""
+        # DDP multiplies by the reciprocal too; for three ranks, a division gives other bits.
         buffer = bucket.buffer().mul_(1.0 / self._group.size())
         work = dist.all_reduce(buffer, group=self._group, async_op=True)
         return work.get_future().then(lambda future: future.value()[0]), buffer.nbytes
@@ -53,31 +49,26 @@ class BFloat16(GradientHook):
     """Gradients rounded to bfloat16: half the bytes (PyTorch's `bf16_compress_hook`)."""
 
     def __call__(self, bucket: Bucket) -> tuple[Average, int]:
-        return bf16_compress_hook(self._group, bucket), self.nbytes([bucket.buffer()])
-
-    @staticmethod
-    def nbytes(gradients: Sequence[Tensor]) -> int:
-        """Bytes that a bucket of these gradients is sent in."""
-        return sum(gradient.numel() for gradient in gradients) * torch.bfloat16.itemsize
+        return bf16_compress_hook(self._group, bucket), bucket.buffer().numel() * torch.bfloat16.itemsize
 
 
 class PowerSGD(GradientHook):
     """Gradients as rank-r factors with error feedback (Vogels et al., arXiv 1905.13727; PyTorch's `powerSGD_hook`).
 
-    The state outlives the DDP wrapper that it serves, so errors and warm starts carry over from phase to phase. It is
-    kept by bucket, so the next wrapper must lay its buckets out in the same way: by `arrivals`.
+    The state outlives its DDP wrapper, so errors and warm starts carry over from phase to phase. Since it is kept by
+    bucket, the next wrapper must lay out the same buckets: by `arrivals`.
     """
 
-    # The hook continues in the backend's threads and sends from there. Two buckets in flight would send in another
-    # order on every rank, and on Gloo, which has two such threads, wait for each other.
+    # The hook continues in the backend's threads and sends from there. Two buckets in flight would send in different
+    # orders on different ranks, and block each other on Gloo, which has two such threads.
     in_turn = True
-    # DDP rebuilds its buckets after the first backward pass: errors of the first layout would no longer fit.
+    # DDP rebuilds its buckets after the first backward pass; errors of the first layout would not fit the second.
     PLAIN_STEPS = 2
-    # Of a compressed bucket: the gradients that are not factored, then P, then Q, one after another.
+    # Successive collectives of a compressed bucket: the gradients that are not factored, then P, then Q.
     ROUNDS = 3
     # PyTorch's default: a gradient is factored only if that makes it smaller by this ratio.
-    _MIN_SAVING = 2
-    # A weight whose gradient is zero for some steps has columns of zeros, which cannot be normalized.
+    MIN_SAVING = 2
+    # Columns of zeros, from a weight whose gradient is zero for some steps, cannot be normalized.
     _EPSILON = 1e-8
 
     def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
@@ -87,7 +78,7 @@ class PowerSGD(GradientHook):
             matrix_approximation_rank=rank,
             start_powerSGD_iter=self.PLAIN_STEPS,
             orthogonalization_epsilon=self._EPSILON,
-            min_compression_rate=self._MIN_SAVING,
+            min_compression_rate=self.MIN_SAVING,
         )
         self.arrivals = []
         self._noise: dict[int, Tensor] = {}
@@ -96,7 +87,7 @@ class PowerSGD(GradientHook):
         state, buffer = self._state, bucket.buffer()
         error = state.error_dict.get(bucket.index())
         if error is not None and error.numel() != buffer.numel():
-            # A new wrapper's first layout: this bucket is sent uncompressed once, and the state waits for its layout.
+            # In a new wrapper's first layout, this bucket is sent uncompressed once; the state is kept for the second.
             return super().__call__(bucket)
         self._refill_starts(bucket.index())
         before = state.total_numel_after_compression
@@ -107,7 +98,7 @@ class PowerSGD(GradientHook):
     def _refill_starts(self, index: int) -> None:
         """Replaces zeros in a bucket's warm starts by noise, the same on all ranks.
 
-        A gradient of zero leaves a warm start of zero, from which no later gradient would ever be found.
+        A gradient of zero leaves a warm start of zero, from which a later gradient could not be approximated.
         """
         starts = self._state.q_memory_dict.get(index)
         if starts is None:
@@ -118,21 +109,9 @@ class PowerSGD(GradientHook):
             noise = self._noise[index] = drawn.to(starts)
         starts.copy_(torch.where(starts == 0, noise, starts))
 
-    @classmethod
-    def nbytes(cls, gradients: Sequence[Tensor], rank: int) -> int:
-        """Bytes that a bucket of these gradients is sent in, after the plain steps, as factors of that rank."""
-        total = 0
-        for gradient in gradients:
-            rows = gradient.shape[0] if gradient.ndim else 1
-            columns = gradient.numel() // max(rows, 1)
-            factored = (rows + columns) * min(rows, columns, rank)
-            is_worth_it = factored * cls._MIN_SAVING < gradient.numel()
-            total += (factored if is_worth_it else gradient.numel()) * gradient.itemsize
-        return total
-
 
 def make_hook(sync: GradientSync, group: dist.ProcessGroup | None) -> GradientHook:
-    """The hook for a wire, over a process group (None: the world)."""
+    """Returns the hook for a wire, over a process group (None: the world)."""
     group = group or dist.distributed_c10d._get_default_group()
     if sync.wire == "powersgd":
         return PowerSGD(group, sync.rank)
@@ -140,30 +119,39 @@ def make_hook(sync: GradientSync, group: dist.ProcessGroup | None) -> GradientHo
 
 
 def plain_steps(sync: GradientSync) -> int:
-    """How many of the first steps send gradients uncompressed."""
+    """Returns how many of the first steps send gradients uncompressed."""
     return PowerSGD.PLAIN_STEPS if sync.wire == "powersgd" else 0
 
 
 def sent_by_backward(parameters: Sequence[Tensor], scope: Scope, sync: GradientSync) -> Calls:
-    """The buckets of one backward pass over these parameters, in the order in which they become ready.
+    """Returns the buckets of one backward pass over these parameters, in the order in which they become ready.
 
-    The share of backward after which a bucket is ready is estimated by the share of the gradients' bytes in it and in
-    the buckets before it. PowerSGD is described as it sends after its plain steps.
+    A bucket is assumed to be ready after the share of backward that equals its cumulative share of the gradients'
+    bytes. PowerSGD's buckets are those after its plain steps.
     """
     total, done, calls = sum(parameter.nbytes for parameter in parameters), 0, []
+    rounds = PowerSGD.ROUNDS if sync.wire == "powersgd" else 1
     for bucket in _buckets(parameters):
-        nbytes, rounds = sum(parameter.nbytes for parameter in bucket), 1
-        done += nbytes
-        if sync.wire == "bf16":
-            nbytes = BFloat16.nbytes(bucket)
-        elif sync.wire == "powersgd":
-            nbytes, rounds = PowerSGD.nbytes(bucket, sync.rank), PowerSGD.ROUNDS
+        done += sum(parameter.nbytes for parameter in bucket)
+        nbytes = sum(_payload(parameter, sync) for parameter in bucket)
         calls.append(Traffic("gradients", scope, nbytes, rounds, done / max(total, 1)))
     return tuple(calls)
 
 
+def _payload(gradient: Tensor, sync: GradientSync) -> int:
+    if sync.wire == "bf16":
+        return gradient.numel() * torch.bfloat16.itemsize
+    if sync.wire == "powersgd":
+        rows = gradient.shape[0] if gradient.ndim else 1
+        columns = gradient.numel() // max(rows, 1)
+        factored = (rows + columns) * min(rows, columns, sync.rank)
+        if factored * PowerSGD.MIN_SAVING < gradient.numel():
+            return factored * gradient.itemsize
+    return gradient.nbytes
+
+
 def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """DDP fills buckets from the model's end to its start, and closes one that has reached its size."""
+    """Yields DDP's buckets: filled from the model's end to its start, and closed at their size."""
     bucket: list[Tensor] = []
     limit = _FIRST_BUCKET
     for parameter in reversed(parameters):

@@ -1,26 +1,29 @@
 """The contract for threads of one process: tests, notebooks, the reference.
 
-Nothing is sent, but every byte is counted as if it were. Results do not depend on the order in which threads arrive:
-sums are taken in rank order. Threads share the random generators of the process, so each worker needs its own
-generator.
+Nothing is sent, but every byte is counted as if it were. Sums are taken in rank order, whatever the order in which
+threads arrive. Threads share the random generators of the process, so each worker needs a generator of its own.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from abtrain.comm.communicator import Communicator, Pending, Reduction, Scope, scope_spans
-from abtrain.comm.data_parallel import DataParallel
-from abtrain.comm.in_process_ddp import InProcessDataParallel
-from abtrain.comm.rendezvous import Combine, Rendezvous, add, copied
+from abtrain.comm.data_parallel import DataParallel, extremes, unused_error
+from abtrain.comm.layouts import Layouts
+from abtrain.comm.rendezvous import Combine, Rendezvous
 from abtrain.comm.topology import Topology
 from abtrain.errors import ConfigurationError
+from abtrain.own import shared_buffers, trained_parameters
 from abtrain.recipes.sync import GradientSync, Sync
 
 T = TypeVar("T")
@@ -35,10 +38,10 @@ def run_in_process(
     """Runs `worker` once for each rank of a world of threads.
 
     Args:
-        world_size: how many ranks.
-        worker: called in a separate thread with the rank's communicator.
+        world_size: the number of ranks.
+        worker: called in a thread for each rank, with its communicator.
         group_size: ranks in a group.
-        timeout: seconds that a collective waits for the last rank to arrive.
+        timeout: seconds that a collective waits for its last rank.
 
     Returns:
         The workers' results, in rank order.
@@ -56,7 +59,7 @@ def run_in_process(
         try:
             results[rank] = worker(InProcessCommunicator(rank, topology, rendezvous))
         except BaseException as error:
-            # Listed before the others notice that this rank is gone, so that their errors come after it.
+            # Listed before the others notice that this rank has left, so that their errors come later.
             errors.append(error)
             rendezvous.leave(rank, f"died of {type(error).__name__}: {error}")
         else:
@@ -75,7 +78,7 @@ def run_in_process(
 
 
 def _run_threads(threads: Sequence[threading.Thread]) -> None:
-    """Runs all threads to their end, each with one intra-op thread: the ranks are the parallelism."""
+    """Runs all threads to their end, each with one intra-op thread, since the ranks are the parallelism."""
     intra_op = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -97,7 +100,7 @@ class InProcessCommunicator(Communicator):
     # Threads meet when they wait: nothing happens between a launch and its wait.
 
     def _start_all_reduce(self, tensor: Tensor, op: Reduction, scope: Scope) -> Pending[None]:
-        combine = add if op == "sum" else _largest
+        combine = _sums if op == "sum" else _maxima
 
         def finish() -> None:
             tensor.copy_(self._meet(f"all_reduce({op})", [tensor], scope, combine)[0])
@@ -112,7 +115,7 @@ class InProcessCommunicator(Communicator):
 
     def _broadcast(self, tensor: Tensor, source: int) -> None:
         call = f"broadcast(from {source})"
-        tensor.copy_(self._meet(call, [tensor], "world", lambda of_ranks: copied(of_ranks[source]))[0])
+        tensor.copy_(self._meet(call, [tensor], "world", lambda of_ranks: _copied(of_ranks[source]))[0])
 
     def _barrier(self) -> None:
         self._meet("barrier", [], "world", lambda of_ranks: [])
@@ -132,16 +135,128 @@ class InProcessCommunicator(Communicator):
     def _meet(
         self, call: str, tensors: Sequence[Tensor], scope: Scope, combine: Combine, nbytes: int | None = None
     ) -> list[Tensor]:
-        """Brings `tensors` to the other ranks of the scope; see `Rendezvous.meet`. Counts `nbytes` (None: all)."""
+        """Calls `Rendezvous.meet` for the scope, and counts `nbytes` (None: all of them)."""
         counted = sum(t.nbytes for t in tensors) if nbytes is None else nbytes
         self.meter.count(counted, scope_spans(self.topology, scope))
         with self.meter.waiting():
             return self._rendezvous.meet(self.rank, self.ranks(scope), call, tensors, combine, self.meter.where)
 
 
-def _largest(of_ranks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+class InProcessDataParallel(DataParallel):
+    """The `DataParallel` of threads. It follows DDP's rules, and counts the same bytes.
+
+    A forward pass takes the first rank's buffers, unless the previous pass was inside `no_sync`, and arms the hooks on
+    the parameters. When backward has completed all of their gradients, these are averaged. Sums are taken in rank order
+    whatever the order of gradients, so there are no `arrivals`.
+
+    Args:
+        module: the model to train.
+        meet: combines tensors with those of the other workers, given the name of the call and a `Combine` function.
+        workers: the number of workers that meet.
+        find_unused_parameters: see `Communicator.data_parallel`.
+    """
+
+    def __init__(
+        self, module: nn.Module, meet: Callable[..., list[Tensor]], workers: int, find_unused_parameters: bool
+    ) -> None:
+        super().__init__(module)
+        self._meet = meet
+        self._share = 1.0 / workers
+        self._find_unused = find_unused_parameters
+        self._parameters = trained_parameters(module)
+        self._ready: set[str] = set()  # parameters with a gradient of the backward pass that is to be averaged
+        self._used: set[str] = set()  # parameters with a gradient since the last average, also inside no_sync
+        self._synchronizing = self._buffers_due = True
+        self._armed = self._queued = False
+        self._layouts = Layouts(shared_buffers(module))
+        # A strong reference in a hook would keep this object, and through it the model, alive.
+        me: Any = weakref.proxy(self)
+        note = partial(InProcessDataParallel._note_gradient, me)
+        handles = [p.register_post_accumulate_grad_hook(partial(note, name)) for name, p in self._parameters.items()]
+        self.at_close.callback(weakref.finalize(self, lambda: [handle.remove() for handle in handles]))
+
+    def _differentiable(self, *args: Any, **kwargs: Any) -> Any:
+        missing = [name for name in self._parameters if name not in self._ready]
+        if self._ready and missing:
+            raise unused_error(f"{len(missing)} parameters ({missing[0]} is one)")
+        if self._buffers_due:
+            self._follow_first_rank(shared_buffers(self.module))
+        self._buffers_due = self._synchronizing
+        output = self.module(*args, **kwargs)
+        self._armed = self._armed or self._synchronizing
+        return output
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        before, self._synchronizing = self._synchronizing, False
+        try:
+            yield
+        finally:
+            self._synchronizing = before
+
+    def _note_gradient(self, name: str, _: Tensor) -> None:
+        """Called by autograd when this backward pass has completed the gradient of a parameter."""
+        self._used.add(name)
+        if not self._armed:
+            return
+        self._ready.add(name)
+        if not self._queued:
+            self._queued = True
+            # Runs at the end of this backward pass, as DDP's own last step does.
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
+
+    def _finish_backward(self) -> None:
+        self._queued = False
+        if self._find_unused or len(self._ready) == len(self._parameters):
+            self._average_gradients()
+            self._ready.clear()
+            self._used.clear()
+            self._armed = False
+
+    @torch.no_grad()
+    def _average_gradients(self) -> None:
+        parameters = list(self._parameters.values())
+        shares = [torch.zeros_like(p) if p.grad is None else p.grad * self._share for p in parameters]
+        self._sent_extremes = extremes(shares)
+        if self._find_unused:
+            shares.append(torch.tensor([name in self._used for name in self._parameters], dtype=torch.int32))
+        sums = self._meet("average of gradients", shares, combine=_sums)
+        used = sums[-1].tolist() if self._find_unused else [1] * len(parameters)
+        for p, average, users in zip(parameters, sums, used, strict=False):
+            # A parameter that no rank used keeps its .grad, or stays without one.
+            if p.grad is not None and users:
+                p.grad.copy_(average)
+            elif users:
+                p.grad = average.clone()
+
+    def _follow_first_rank(self, named: Mapping[str, Tensor]) -> None:
+        if not named:
+            return
+        buffers, changed = list(named.values()), self._layouts.changes(named)
+        call = f"broadcast of buffers ({changed} now)" if changed else "broadcast of buffers"
+        first = self._meet(call, buffers, combine=lambda of: _copied(of[0]))
+        # As in DDP: autograd does not refuse the backward of an earlier pass because its buffers have changed.
+        with torch.no_grad(), _unsafe_preserve_version_counter(tuple(buffers)):
+            for buffer, received in zip(buffers, first, strict=True):
+                buffer.copy_(received)
+
+
+def _sums(of_ranks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Adds tensors in rank order."""
+    sums = _copied(of_ranks[0])
+    for tensors in of_ranks[1:]:
+        for total, tensor in zip(sums, tensors, strict=True):
+            total += tensor
+    return sums
+
+
+def _maxima(of_ranks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [stacked.amax(dim=0) for stacked in _stacked(of_ranks)]
 
 
 def _stacked(of_ranks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.stack(same) for same in zip(*of_ranks, strict=True)]
+
+
+def _copied(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]

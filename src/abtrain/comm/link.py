@@ -1,4 +1,4 @@
-"""The ranks of one scope on torch.distributed: how a collective is started, awaited, counted and timed."""
+"""Starts, awaits, counts and times collectives of one scope on torch.distributed."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Link:
     peers: Peers | None = None
 
     def start(self, name: str, nbytes: int, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Pending[None]:
-        """Starts a collective and counts `nbytes`; only the wait at its end is timed. Skips one with nothing to do."""
+        """Launches a collective and counts `nbytes`; only `wait` is timed. Skips a collective with nothing to send."""
         if len(self.ranks) == 1 or nbytes == 0:
             return Pending(lambda: None)
         self.meter.count(nbytes, self.spans)
-        work = self.launch(name, collective, *args, **kwargs)
+        launched = self.launch(name, collective, *args, **kwargs)
 
         def finish() -> None:
             with self.meter.waiting():
-                self.wait(name, work)
+                launched.wait()
 
         return Pending(finish)
 
@@ -45,29 +45,30 @@ class Link:
         """Overwrites a contiguous tensor of any dtype with that of world rank `source`."""
         self.start("broadcast", tensor.nbytes, dist.broadcast, as_bytes(tensor), src=source).wait()
 
-    def launch(self, name: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> dist.Work:
-        """Starts a collective. Wrong arguments raise PyTorch's own error."""
+    def launch(self, name: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Pending[None]:
+        """Starts a collective, neither counted nor timed. Wrong arguments raise PyTorch's own error."""
         with self.naming_lost_peer(name, dist.DistError):
             work: dist.Work = collective(*args, group=self.group, async_op=True, **kwargs)
-        return work
 
-    def wait(self, name: str, work: dist.Work) -> None:
-        """Waits for a launched collective. Its arguments have been accepted, so a failure is that of a peer."""
-        with self.naming_lost_peer(name, RuntimeError):
-            work.wait()
+        def finish() -> None:
+            # The arguments have been accepted, so any failure is that of a peer.
+            with self.naming_lost_peer(name, RuntimeError):
+                work.wait()
+
+        return Pending(finish)
 
     @contextmanager
     def naming_lost_peer(self, name: str, kind: type[RuntimeError]) -> Iterator[None]:
-        """Turns an error of this kind into a PeerLostError."""
+        """Converts errors of this kind into a PeerLostError."""
         try:
             yield
         except kind as error:
             raise self.peer_lost(name) from error
 
     def peer_lost(self, name: str) -> PeerLostError:
-        """The error to raise when a collective failed because of another worker."""
-        told = "" if self.peers is None else f"{self.peers.roll_call()}. "
+        """Returns the error for a collective that failed because of another worker."""
+        missing = "" if self.peers is None else f"{self.peers.roll_call()}. "
         return PeerLostError(
             f"rank {self.rank} lost a peer in {name} over ranks {list(self.ranks)}, {self.meter.where}: a worker died "
-            f"or did not answer in time. {told}The first error in the other workers' output tells why"
+            f"or did not answer in time. {missing}Look at the first error in the other workers' output"
         )

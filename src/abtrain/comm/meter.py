@@ -1,7 +1,7 @@
 """Counts the bytes that a worker passes to collectives, and the seconds that it waits for them.
 
-Payload is counted where it is handed over, so it does not depend on how a backend routes it. What really
-crosses the network interface (wire bytes) differs by the algorithm, the headers and what is lost.
+Payload is counted where it is handed over, so it does not depend on how a backend routes it. The bytes that cross the
+network interface (wire bytes) differ by the algorithm, headers and retransmissions.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Spans = Literal["between_groups", "within_groups"]
 
 
 class Meter:
-    """Payload by phase and by scope, and the seconds spent waiting, of one worker.
+    """One worker's payload by phase and by scope, and its seconds of waiting.
 
-    `phase` is the name under which the next payload is counted, and `step` says how many steps are done; the engine
-    sets both. Counting is safe from any thread: autograd may run a hook in one of its own.
+    `phase` is the name under which the next payload is counted, and `step` the number of steps that are done; the
+    engine sets both. Counting is safe from any thread: autograd may run a hook in one of its own.
     """
 
     def __init__(self) -> None:
@@ -35,25 +35,20 @@ class Meter:
 
     @property
     def where(self) -> str:
-        """At which step, in which phase and on which host this worker is, for messages."""
+        """The step, the phase and the host of this worker, for messages."""
         return f"step {self.step}, phase {self.phase!r}, host {platform.node()}"
 
     def count(self, nbytes: int, spans: Spans) -> None:
-        """Adds payload to the current phase; `spans` says whether it is for other groups as well."""
+        """Adds payload to the current phase; `spans` says whether it is also for other groups."""
         if nbytes == 0:
             return
         with self._lock:
             self._by_scope[spans] += nbytes
             self._by_phase[self.phase] = self._by_phase.get(self.phase, 0) + nbytes
 
-    def add_wait(self, seconds: float) -> None:
-        """Adds time that the worker was held up, for waits that `waiting` cannot enclose."""
-        with self._lock:
-            self.sync_seconds += seconds
-
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Adds the wall time spent inside. Of nested or overlapping waits, time is added once."""
+        """Adds the wall time spent inside, once where waits are nested or overlap."""
         with self._lock:
             self._waits += 1
             if self._waits == 1:
@@ -67,13 +62,13 @@ class Meter:
                     self.sync_seconds += time.perf_counter() - self._waiting_since
 
     def payload(self) -> dict[str, Any]:
-        """Bytes so far: `total`, `between_groups`, `within_groups`, and `by_phase`, a number for each."""
+        """Returns the bytes so far: `total`, `between_groups`, `within_groups`, and `by_phase`, a number for each."""
         with self._lock:
             total = sum(self._by_scope.values())
             return {"total": total, **self._by_scope, "by_phase": dict(self._by_phase)}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to count on from here; JSON can hold it."""
+        """Returns the counts as JSON values."""
         with self._lock:
             return {
                 "phase": self.phase,
@@ -83,12 +78,9 @@ class Meter:
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replaces what was counted by the content of a `state_dict`."""
+        """Replaces the counts by those of a `state_dict`."""
         with self._lock:
             self.phase = str(state["phase"])
             self.sync_seconds = float(state["sync_seconds"])
-            self._by_scope = {
-                "between_groups": int(state["by_scope"]["between_groups"]),
-                "within_groups": int(state["by_scope"]["within_groups"]),
-            }
+            self._by_scope = {spans: int(state["by_scope"][spans]) for spans in self._by_scope}
             self._by_phase = {str(phase): int(nbytes) for phase, nbytes in state["by_phase"].items()}

@@ -1,4 +1,4 @@
-"""Who is missing when a worker is lost. A collective only says that somebody is."""
+"""Finds out which workers are missing when one is lost. A collective only reports that somebody is."""
 
 from __future__ import annotations
 
@@ -14,93 +14,91 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 _WAIT_SECONDS = 2.0
-"""For the others' word. Those who lose a peer notice at about the same time."""
+"""The wait for the others' word. Workers that lose a peer notice at about the same time."""
 _STORE_SECONDS = 2.0
-"""More than a store that can be reached takes to answer."""
+"""A store that can be reached answers in less."""
 _PAUSE_SECONDS = 0.05
 _HERE = "here"
 _LONGEST_WORD = 300
 
 
 def host_key(rank: int) -> str:
-    """Under which a worker says in the store which host it is on."""
+    """Returns the key in the store under which a worker leaves the name of its host."""
     return f"host/{rank}"
 
 
 class Peers:
-    """The workers of one attempt, who leave word in the store when they lose a peer or end before their time.
+    """The workers of one attempt, which leave word in the store when they lose a peer or end early.
 
     No call raises an error or takes longer than seconds, even if the store is gone.
 
     Args:
         store: of these workers alone, in which each may have left its host (see `host_key`).
         rank: of this worker.
-        world_size: how many workers there are.
+        world_size: the number of workers.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
-        self._store = store
-        self._rank = rank
+        self._store, self._rank = store, rank
         self._others = [other for other in range(world_size) if other != rank]
         self._hosts: dict[int, str] = {}
         self._words: dict[int, str] = {}
-        self._told = ""
+        self._findings = ""
 
     def learn_hosts(self) -> None:
-        """Asks where the others are, while the store can still be reached."""
-        _within(_STORE_SECONDS, self._ask_for_hosts)
+        """Reads the hosts of the others, while the store can still be reached."""
+        _within(_STORE_SECONDS, lambda: self._read(host_key, self._hosts))
 
     def leave_word(self, error: BaseException) -> None:
-        """Tells those who will miss this worker why it ended."""
+        """Leaves word for the others why this worker ended."""
         text = str(error)
         word = f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"[:_LONGEST_WORD]
-        _within(_STORE_SECONDS, lambda: self._store.set(_key(self._rank), word))
+        _within(_STORE_SECONDS, lambda: self._store.set(_word_key(self._rank), word))
 
     def roll_call(self) -> str:
-        """Waits a moment for the others' word; a sentence on who is missing, or what they said. Once: it is kept."""
-        self._told = self._told or self._ask_around()
-        return self._told
+        """Waits a moment for the others' word. Returns a sentence on who is missing or has ended; asks only once."""
+        self._findings = self._findings or self._ask()
+        return self._findings
 
-    def _ask_around(self) -> str:
-        if not _within(_WAIT_SECONDS + _STORE_SECONDS, self._call_roll):
+    def _ask(self) -> str:
+        if not _within(_WAIT_SECONDS + _STORE_SECONDS, self._collect_words):
             return (
-                "Who is missing cannot be told, since the store where workers meet is out of reach: the process that "
+                "The missing workers are unknown, since the store where workers meet is out of reach: the process that "
                 "held it has ended, or the link to it is cut"
             )
-        ended = [f"{self._name(other)} ended ({word})" for other, word in self._words.items() if word != _HERE]
+        found = [f"{self._name(other)} ended ({word})" for other, word in self._words.items() if word != _HERE]
         silent = [self._name(other) for other in self._others if other not in self._words]
         if silent:
-            ended.append(f"no word from {', '.join(silent)}: it died, froze, is out of reach, or is still computing")
-        told = "; ".join(ended) or "all others are there and lost a peer too: a link between workers failed or is slow"
-        return f"{told[0].upper()}{told[1:]}"
+            found.append(f"no word from {', '.join(silent)}: it died, froze, is out of reach, or is still computing")
+        text = "; ".join(found) or "all others are there and lost a peer too: a link between workers failed or is slow"
+        return f"{text[0].upper()}{text[1:]}"
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self._hosts[rank]}" if rank in self._hosts else f"rank {rank}"
 
-    def _ask_for_hosts(self) -> None:
-        for other in self._others:
-            if other not in self._hosts and self._store.check([host_key(other)]):
-                self._hosts[other] = self._store.get(host_key(other)).decode()
-
-    def _call_roll(self) -> None:
-        self._store.set(_key(self._rank), _HERE)
-        self._ask_for_hosts()
+    def _collect_words(self) -> None:
+        self._store.set(_word_key(self._rank), _HERE)
+        self._read(host_key, self._hosts)
         deadline = time.monotonic() + _WAIT_SECONDS
         while True:
-            for other in self._others:
-                if other not in self._words and self._store.check([_key(other)]):
-                    self._words[other] = self._store.get(_key(other)).decode()
+            self._read(_word_key, self._words)
             if len(self._words) == len(self._others) or time.monotonic() > deadline:
                 return
             time.sleep(_PAUSE_SECONDS)
+
+    def _read(self, key: Callable[[int], str], texts: dict[int, str]) -> None:
+        """Adds the texts that the others have left under their keys since the last call."""
+        for other in self._others:
+            if other not in texts and self._store.check([key(other)]):
+                texts[other] = self._store.get(key(other)).decode()
 
 
 _worlds = itertools.count()
 
 
 def peers_of_world() -> Peers:
-    """The workers of torch.distributed's world. All workers call it, as often as the others."""
-    # A world may see several of them, and what was said to one of them says nothing to the next.
+    """Returns the workers of torch.distributed's world. All workers call it equally often."""
+    # One world may have several `Peers`: each has keys of its own, so that none reads the words of an earlier one.
     distributed: Any = dist.distributed_c10d
     store = PrefixStore(f"abtrain/{next(_worlds)}", distributed._get_default_store())
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -108,12 +106,12 @@ def peers_of_world() -> Peers:
     return Peers(store, rank, size)
 
 
-def _key(rank: int) -> str:
+def _word_key(rank: int) -> str:
     return f"word/{rank}"
 
 
 def _within(seconds: float, call: Callable[[], None]) -> bool:
-    """Makes a call that may fail or hang; whether it came back in time, and without an error."""
+    """Makes a call that may fail or hang. Returns whether it succeeded in time."""
     done = threading.Event()
 
     def work() -> None:

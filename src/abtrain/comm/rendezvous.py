@@ -1,46 +1,41 @@
-"""Where the threads of one process meet for a collective: each brings tensors, all leave with the outcome."""
+"""Collectives of threads: each thread brings tensors, and all leave with the outcome."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 
 from torch import Tensor
 
 from abtrain.errors import PeerLostError, RanksDisagreeError
 
-# The tensors of each rank of the scope, in rank order -> the tensors that all of them get.
+# The tensors of each rank of the scope, in rank order -> the tensors that every rank gets.
 Combine = Callable[[Sequence[Sequence[Tensor]]], list[Tensor]]
 
 
 @dataclass(eq=False)
 class _Post:
-    """One rank's call of a collective, and what becomes of it."""
+    """One rank's call of a collective, and its outcome."""
 
     rank: int
     ranks: tuple[int, ...]
     call: str
     tensors: Sequence[Tensor]
     where: str
-    layout: list[str] = field(init=False)
-    outcome: list[Tensor] | None = None
-    disagreement: str | None = None
-
-    def __post_init__(self) -> None:
-        self.layout = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in self.tensors]
+    outcome: list[Tensor] | RanksDisagreeError | None = None
 
     @property
-    def settled(self) -> bool:
-        return self.outcome is not None or self.disagreement is not None
+    def layout(self) -> list[str]:
+        return [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in self.tensors]
 
 
 class Rendezvous:
     """Collectives between threads, for scopes that may overlap.
 
-    A rank posts its call and waits; the last rank of the scope to arrive settles it for all. A rank that
-    leaves frees those who wait for it, and a rank that does not come is waited for during `timeout` seconds.
+    A rank posts its call and waits; the last rank of the scope to arrive settles it for all. A rank that leaves frees
+    the ranks that wait for it. A rank that does not come is waited for during `timeout` seconds.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -58,10 +53,10 @@ class Rendezvous:
         combine: Combine,
         where: str,
     ) -> list[Tensor]:
-        """Brings `tensors` to a collective of `ranks`; returns what `combine` makes of everyone's.
+        """Brings `tensors` to a collective of `ranks`; returns the outcome of `combine`.
 
-        What is returned is shared by all the ranks: copy it before writing to it. `where` the rank is goes into the
-        message if a peer is lost.
+        All ranks share the returned tensors: copy them before writing to them. The message about a lost peer says
+        `where` the rank is.
 
         Raises:
             RanksDisagreeError: another rank made another call, or brought other shapes or dtypes.
@@ -72,26 +67,26 @@ class Rendezvous:
             self._posts[rank] = post
             try:
                 self._settle(post, combine)
-                self._changed.wait_for(lambda: post.settled or self._missed(post), self._timeout)
+                self._changed.wait_for(lambda: post.outcome is not None or self._missed(post), self._timeout)
             finally:
                 del self._posts[rank]
-            if post.disagreement is not None:
-                raise RanksDisagreeError(post.disagreement)
             if post.outcome is None:
                 raise PeerLostError(self._why_alone(post))
+            if isinstance(post.outcome, RanksDisagreeError):
+                raise post.outcome
             return post.outcome
 
     def leave(self, rank: int, why: str) -> None:
-        """Tells the others that `rank` will make no more calls."""
+        """Tells the others that `rank` makes no more calls."""
         with self._changed:
             self._gone[rank] = why
             self._changed.notify_all()
 
     def _settle(self, post: _Post, combine: Combine) -> None:
-        """Settles the collective if `post` completes it, or if it shows that it never can be."""
+        """Settles the collective if `post` completes it, or shows that it cannot be completed."""
         peers = self._waiting(post.ranks)
         for peer in peers:
-            # Each of the two waits for the other in a place where the other is not.
+            # Each of the two waits for the other in a collective that the other has not called.
             if peer.ranks != post.ranks and post.rank in peer.ranks:
                 self._refuse(self._waiting({*post.ranks, *peer.ranks}), post, peer)
                 return
@@ -108,18 +103,18 @@ class Rendezvous:
 
     def _refuse(self, posts: Sequence[_Post], one: _Post, other: _Post) -> None:
         for post in posts:
-            post.disagreement = (
-                f"{_tell(one, other)}, but {_tell(other, one)}: all ranks of a scope have to make the same calls "
+            post.outcome = RanksDisagreeError(
+                f"{_call_of(one, other)}, but {_call_of(other, one)}: all ranks of a scope have to make the same calls "
                 "in the same order"
             )
         self._changed.notify_all()
 
     def _waiting(self, ranks: Iterable[int]) -> list[_Post]:
-        """The calls of these ranks that are not settled; one that is settled is left until its rank wakes up."""
-        return [self._posts[r] for r in ranks if r in self._posts and not self._posts[r].settled]
+        """Returns the calls of these ranks that are not settled; a settled one stays listed until its rank wakes up."""
+        return [self._posts[r] for r in ranks if r in self._posts and self._posts[r].outcome is None]
 
     def _missed(self, post: _Post) -> list[int]:
-        """The ranks that `post` waits for in vain; first the one that left first, as it may be why others left."""
+        """Returns the ranks of the call that have left; first the first to leave, as it may be why others left."""
         return [r for r in self._gone if r in post.ranks]
 
     def _why_alone(self, post: _Post) -> str:
@@ -133,22 +128,8 @@ class Rendezvous:
         return f"rank {post.rank} lost a peer in {post.call} over ranks {list(post.ranks)}, {post.where}: {why}"
 
 
-def _tell(post: _Post, other: _Post) -> str:
+def _call_of(post: _Post, other: _Post) -> str:
     """Describes `post` by the first tensor in which it differs from `other`."""
     pairs = list(zip_longest(post.layout, other.layout, fillvalue="nothing"))
     mine = next((a for a, b in pairs if a != b), pairs[0][0] if pairs else "nothing")
     return f"rank {post.rank} called {post.call} over ranks {list(post.ranks)} with {mine}"
-
-
-def add(of_ranks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Sums over the ranks, in rank order."""
-    sums = copied(of_ranks[0])
-    for tensors in of_ranks[1:]:
-        for total, tensor in zip(sums, tensors, strict=True):
-            total += tensor
-    return sums
-
-
-def copied(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies, for all ranks to read."""
-    return [tensor.clone() for tensor in tensors]

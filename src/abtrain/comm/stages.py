@@ -1,12 +1,13 @@
-"""Work that is done in stages: a generator that yields whenever a collective is under way.
+"""Work in stages: a generator that yields whenever a collective is under way.
 
-To go on with it is to wait for that collective and to start the next. So one piece of code serves a caller that waits
-for everything at once and one that computes in between, and all collectives are started by the caller's own thread, in
-an order that its calls decide.
+Its next stage waits for that collective and starts the next one. So the same code serves a caller that waits for
+everything at once and one that computes in between. The caller's own thread starts all collectives, in the order of
+its calls.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from typing import Any, Generic, TypeVar
 
@@ -16,7 +17,7 @@ Stages = Generator[None, None, T]
 
 
 def finish(stages: Stages[T]) -> T:
-    """Goes through all stages at once; what they return."""
+    """Runs all stages at once and returns their result."""
     try:
         while True:
             next(stages)
@@ -26,7 +27,7 @@ def finish(stages: Stages[T]) -> T:
 
 
 def together(first: Stages[T], second: Stages[U]) -> Stages[tuple[T, U]]:
-    """Both at once, the first one's collectives always started before the second one's."""
+    """Runs both at once. In each stage, the first one's collectives start before the second one's."""
     results: dict[int, Any] = {}
     running: dict[int, Stages[Any]] = {0: first, 1: second}
     while running:
@@ -42,66 +43,56 @@ def together(first: Stages[T], second: Stages[U]) -> Stages[tuple[T, U]]:
 
 
 def stages_due(count: int, steps: int, passed: int) -> int:
-    """How many of `count` stages, to be done in `steps` steps, are due after `passed` of them.
+    """Returns how many of `count` stages, spread over `steps` steps, are due after `passed` of them.
 
-    The first stage, a few bytes, gets one step; the others share what is left.
+    The first stage, a few bytes, gets one step; the others share the rest.
     """
     return count if passed >= steps else min(1, count - 1) + (count - 1) * (passed - 1) // (steps - 1)
 
 
 class Background(Generic[T]):
-    """Stages that are spread over some steps of training. The first begins here and now.
+    """Stages that are spread over some steps of training. The first one runs at once.
 
     Args:
-        stages: what to do.
-        count: how often it yields; it is paced by this, so a wrong number costs overlap and nothing else.
-        steps: after how many calls of `advance` it has to be done.
+        stages: the work.
+        count: how often it yields. This sets the pace only: a wrong number costs overlap and nothing else.
+        steps: the number of calls of `advance` after which it is done.
     """
 
     def __init__(self, stages: Stages[T], count: int, steps: int) -> None:
-        self._stages = stages
-        self._count = count
-        self._steps = steps
-        self._passed = self._done = 0
+        self._stages, self._count, self._steps = stages, count, steps
+        self._passed, self._done = 0, -1
         self._ended = False
-        self._next()
+        self._run_to(0)
 
     def advance(self) -> bool:
-        """One step has passed: as many stages as are due by now. True once all is done."""
+        """Runs the stages that are due after one more step. Returns whether all are done."""
         self._passed += 1
         due = stages_due(self._count, self._steps, self._passed)
-        while not self._ended and (self._done < due or self._passed >= self._steps):
-            self._next()
-            self._done += 1
+        self._run_to(math.inf if self._passed >= self._steps else due)
         return self._ended
 
     def go_ahead(self, steps: int) -> bool:
-        """Begins now what would be begun in the next steps. True once all has begun, and is only to be waited for."""
-        due = min(stages_due(self._count, self._steps, self._passed + steps), self._count - 1)
-        while self._done < due:
-            self._next()
-            self._done += 1
-        return self._done >= self._count - 1
+        """Starts now what the next steps would start. Returns whether all has started, and is only to be waited for."""
+        last = self._count - 1
+        self._run_to(min(stages_due(self._count, self._steps, self._passed + steps), last))
+        return self._ended or self._done >= last
 
     @property
     def progress(self) -> tuple[int, int]:
-        """How many steps have passed, and how many stages were gone on with since the first."""
+        """The number of steps that have passed, and of stages that have run after the first."""
         return self._passed, self._done
 
     def catch_up(self, passed: int, done: int) -> None:
-        """Goes on, at once, to where stages were that had this `progress`."""
-        while self._done < done and not self._ended:
-            self._next()
-            self._done += 1
+        """Runs to this `progress` at once."""
+        self._run_to(done)
         self._passed = passed
 
     def finish(self) -> None:
-        """All that is left, now."""
-        while not self._ended:
-            self._next()
+        """Runs all remaining stages now."""
+        self._run_to(math.inf)
 
-    def _next(self) -> None:
-        try:
-            next(self._stages)
-        except StopIteration:
-            self._ended = True
+    def _run_to(self, done: float) -> None:
+        while self._done < done and not self._ended:
+            self._ended = next(self._stages, "ended") == "ended"
+            self._done += 1

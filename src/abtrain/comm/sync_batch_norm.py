@@ -1,7 +1,7 @@
 """SyncBatchNorm layers that communicate over a scope, in a model that can still be copied and saved.
 
-A process group can be neither copied nor pickled, nor can a layer that holds one. So a layer that is pointed at a group
-gets a subclass that finds the group outside of the layer; its copies are plain layers again.
+Neither a process group nor a layer that holds one can be copied or pickled. So a layer that is pointed at a group gets
+a subclass that finds the group outside of the layer; its copies are plain layers again.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from abtrain.errors import ConfigurationError
 _GROUPS: MutableMapping[nn.Module, dist.ProcessGroup | None] = WeakKeyDictionary()
 """The group of every layer that is pointed at one; None: the world."""
 _OWN = "process_group"
-"""The layer keeps its own group under this name, hidden by a property."""
+"""The attribute of a layer's own group, hidden by a property of the subclass."""
 _KIND = "_kind_before"
-"""The attribute of such a subclass that holds the original class."""
+"""The attribute of the subclass that holds the original class."""
 
 
 def point_sync_batch_norm(module: nn.Module, link: Link, alone: bool) -> ExitStack:
     """Makes every SyncBatchNorm take its statistics over the ranks of the link.
 
-    By itself a SyncBatchNorm communicates with the whole world at every step, which groups are meant to avoid.
+    Otherwise a SyncBatchNorm communicates with the whole world at every step, which groups are meant to avoid.
 
     Returns:
-        Restores all of them when it is closed.
+        A stack that restores all of them when it is closed.
 
     Raises:
         ConfigurationError: the scope is one rank of a larger world (`alone` is False).
@@ -40,25 +40,20 @@ def point_sync_batch_norm(module: nn.Module, link: Link, alone: bool) -> ExitSta
     layers = [layer for layer in module.modules() if isinstance(layer, nn.SyncBatchNorm)]
     if layers and len(link.ranks) == 1 and not alone:
         raise ConfigurationError(
-            f"the model has {len(layers)} SyncBatchNorm layers, but groups of one worker: nobody to "
-            "synchronize with. Use BatchNorm, or a group size of at least 2"
+            f"the model has {len(layers)} SyncBatchNorm layers, but groups of one worker have nobody to synchronize "
+            "with: use BatchNorm, or a group size of at least 2"
         )
     pointed = ExitStack()
     for layer in layers:
-        _point_at(layer, link.group)
+        _GROUPS[layer] = link.group
+        kind: Any = type(layer)
+        if _KIND not in vars(kind):
+            layer.__class__ = _pointed(kind)
         pointed.callback(_release, layer)
     return pointed
 
 
-def _point_at(layer: nn.SyncBatchNorm, group: dist.ProcessGroup | None) -> None:
-    _GROUPS[layer] = group
-    kind: Any = type(layer)
-    if _KIND not in vars(kind):
-        layer.__class__ = _pointed(kind)
-
-
 def _release(layer: nn.SyncBatchNorm) -> None:
-    """Restores the layer's class and group from before `_point_at`."""
     _GROUPS.pop(layer, None)
     layer.__class__ = vars(type(layer)).get(_KIND, type(layer))
 
@@ -73,7 +68,7 @@ def _set_group(layer: nn.Module, group: Any) -> None:
 
 @functools.cache
 def _pointed(kind: Any) -> Any:
-    """Returns the subclass for layers of this kind that are pointed at a group. It has the name of the kind itself."""
+    """Returns the subclass for layers of this kind that are pointed at a group, under the name of the kind itself."""
 
     def as_plain(layer: nn.Module, protocol: Any) -> Any:
         # Later protocols require the object's actual class.

@@ -15,11 +15,10 @@ Role = Literal["A", "B"]
 
 @dataclass(frozen=True)
 class Topology:
-    """`world_size` workers, cut into groups of `group_size` consecutive ranks.
+    """`world_size` workers in groups of `group_size` consecutive ranks.
 
     Raises:
-        ConfigurationError: a size below 1, more workers in a group than in the world, or a world that the
-            group size does not divide.
+        ConfigurationError: a size below 1, or a group size that does not divide the world size.
     """
 
     world_size: int
@@ -41,14 +40,14 @@ class Topology:
         return tuple(tuple(range(g * size, (g + 1) * size)) for g in range(self.n_groups))
 
     def group_of(self, rank: int) -> int:
-        """Index of the group that `rank` belongs to."""
+        """Returns the index of the rank's group."""
         return rank // self.group_size
 
     def role(self, rank: int, cycle: int) -> Role:
-        """Which factor the worker trains (Algorithm 1, lines 1 to 4): the first half of the groups trains A.
+        """Returns the factor that the worker trains (Algorithm 1, lines 1 to 4): A in the first half of the groups.
 
-        An odd number of groups gives the extra one to A. One group alone would never train B: it alternates
-        by cycle.
+        If the number of groups is odd, the one in the middle trains A. A single group alternates by cycle, since it
+        would never train B otherwise.
         """
         if self.n_groups == 1:
             return "A" if cycle % 2 == 0 else "B"
@@ -56,27 +55,27 @@ class Topology:
 
 
 def default_group_size(machines: Sequence[int]) -> int:
-    """Workers in a group, where nobody says: the workers of a machine, or one worker if there is one machine only.
+    """Returns the default group size: the workers of one machine, or 1 if there is one machine only.
 
-    On one machine a group of all workers would average every gradient, and there would be nobody to merge with.
+    With all workers of the only machine in one group, there would be no other group to merge with.
 
     Args:
         machines: for each rank, an identifier of the machine that it runs on.
 
     Raises:
-        ConfigurationError: machines have unlike numbers of workers.
+        ConfigurationError: machines have different numbers of workers.
     """
     workers = Counter(machines)
     runs = sum(1 for before, after in pairwise(machines) if before != after) + 1
-    # Groups are made of consecutive ranks: where ranks are dealt out over machines in turn, no machine is a group.
+    # Groups are consecutive ranks: if ranks are dealt out over machines in turn, a group cannot be a machine.
     if len(workers) == 1 or runs > len(workers):
         return 1
     if len(set(workers.values())) > 1:
         sizes = ", ".join(f"{size} on that of rank {machines.index(machine)}" for machine, size in workers.items())
         common = [d for d in range(1, min(workers.values()) + 1) if all(size % d == 0 for size in workers.values())]
         raise ConfigurationError(
-            f"machines have unlike numbers of workers ({sizes}), and all groups need the same: give group_size, which "
-            f"may be {' or '.join(map(str, common))} here, or start as many workers on every machine"
+            f"machines have different numbers of workers ({sizes}), but groups must have equal sizes: give group_size, "
+            f"which may be {' or '.join(map(str, common))} here, or start as many workers on every machine"
         )
     return workers[machines[0]]
 

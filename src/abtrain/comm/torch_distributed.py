@@ -1,7 +1,7 @@
 """The contract on torch.distributed: Gloo on CPU, NCCL on GPU.
 
-On NCCL a collective is queued on the current CUDA stream, as always in PyTorch: the seconds that the meter
-then sees are those of the queueing, and a lost peer ends the process through NCCL's watchdog.
+On NCCL a collective is queued on the current CUDA stream, as always in PyTorch. The meter then measures the seconds of
+queueing, and NCCL's watchdog ends the process if a peer is lost.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import platform
 import zlib
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,6 @@ from abtrain.comm.data_parallel import DataParallel
 from abtrain.comm.ddp import TorchDataParallel
 from abtrain.comm.hooks import GradientHook, make_hook
 from abtrain.comm.link import Link
-from abtrain.comm.meter import Meter
 from abtrain.comm.peers import peers_of_world
 from abtrain.comm.sync_batch_norm import point_sync_batch_norm
 from abtrain.comm.topology import Topology, default_group_size
@@ -29,20 +29,19 @@ from abtrain.errors import ConfigurationError
 from abtrain.own import trained_parameters
 from abtrain.recipes.sync import GradientSync, Sync
 
-# "undefined": init_process_group was given no backend, and takes NCCL for CUDA tensors and Gloo for the rest.
+# "undefined": init_process_group was given no backend, and uses NCCL for CUDA tensors and Gloo for the rest.
 _NARROW_BACKENDS = ("gloo", "nccl", "undefined")
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 def default_communicator(group_size: int | None = None) -> Communicator:
-    """The communicator that fits how this process was started.
+    """Returns the communicator that fits how this process was started.
 
     Args:
-        group_size: workers in a group, the same on all workers; if None, those of one machine, or 1 if all workers run
-            on one (see `default_group_size`).
+        group_size: workers in a group, the same on all workers. None: see `default_group_size`.
 
     Raises:
-        ConfigurationError: a group size that does not fit the world or differs between workers, machines with unlike
+        ConfigurationError: a group size that does not fit the world or differs between workers, machines with different
             numbers of workers and no group size, or a launcher that announced other workers to a process that has not
             joined them.
     """
@@ -54,7 +53,7 @@ def default_communicator(group_size: int | None = None) -> Communicator:
             f"WORLD_SIZE is {announced}, but this process has not joined the other workers: call "
             "torch.distributed.init_process_group() first, or unset WORLD_SIZE to train alone"
         )
-    # A group of several would be a mistake here too, so let the topology refuse it.
+    # The topology refuses a group of several here too.
     Topology(world_size=1, group_size=1 if group_size is None else group_size)
     return SingleProcess()
 
@@ -62,21 +61,20 @@ def default_communicator(group_size: int | None = None) -> Communicator:
 class TorchCommunicator(Communicator):
     """The `Communicator` of one process of an initialized torch.distributed world.
 
-    Every rank constructs it at the same time with the same topology, because making the groups is collective.
+    Constructing it is collective, since it makes the groups: every rank does so with the same topology.
 
     Raises:
         ConfigurationError: torch.distributed is not initialized, or its world has another size than the topology.
     """
 
-    def __init__(self, topology: Topology, meter: Meter | None = None) -> None:
+    def __init__(self, topology: Topology) -> None:
         _check_world(topology)
-        super().__init__(dist.get_rank(), topology, _device_of_backend(), meter)
+        super().__init__(dist.get_rank(), topology, _device_of_backend())
         self.peers = peers_of_world()
         self._group = self._make_groups()
         if self._group is not None:
-            # Finds a rank that cannot be reached now, and not in the first phase that needs the group.
-            link, call = self._link("group"), "first meeting"
-            link.wait(call, link.launch(call, dist.all_reduce, torch.zeros(1, device=self.device)))
+            # Finds an unreachable rank now, and not in the first phase that needs the group.
+            self._link("group").launch("first meeting", dist.all_reduce, torch.zeros(1, device=self.device)).wait()
         self._hooks: dict[tuple[GradientSync, Scope, tuple[torch.Size, ...]], GradientHook] = {}
 
     def _start_all_reduce(self, tensor: Tensor, op: Reduction, scope: Scope) -> Pending[None]:
@@ -99,9 +97,8 @@ class TorchCommunicator(Communicator):
 
     def _barrier(self) -> None:
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        link = self._link("world")
         with self.meter.waiting():
-            link.wait("barrier", link.launch("barrier", dist.barrier, device_ids=device_ids))
+            self._link("world").launch("barrier", dist.barrier, device_ids=device_ids).wait()
 
     def cannot_carry(self, sync: Sync) -> str:
         backend = str(dist.get_backend())
@@ -125,7 +122,7 @@ class TorchCommunicator(Communicator):
 
     def _wrap(self, module: nn.Module, scope: Scope, find_unused_parameters: bool, sync: GradientSync) -> DataParallel:
         link = self._link(scope)
-        # The same hook whenever the same shapes are trained: its state outlives phases.
+        # The same shapes get the same hook, since its state outlives phases.
         key = (sync, scope, tuple(p.shape for p in trained_parameters(module).values()))
         if key not in self._hooks:
             self._hooks[key] = make_hook(sync, link.group)
@@ -142,17 +139,12 @@ class TorchCommunicator(Communicator):
         )
 
     def _make_groups(self) -> dist.ProcessGroup | None:
-        """This rank's group; None where that is the rank alone or the world."""
+        """Returns this rank's group; None if that is the rank alone or the world."""
         if self.topology.group_size in (1, self.topology.world_size):
             return None
-        mine: dist.ProcessGroup | None = None
-        timeout = _world_timeout(self.device)
-        # Every rank takes part in making every group, in the same order.
-        for ranks in self.topology.groups:
-            group = dist.new_group(list(ranks), timeout=timeout)
-            if isinstance(group, dist.ProcessGroup):  # and not the placeholder that other ranks get
-                mine = group
-        return mine
+        groups = [list(ranks) for ranks in self.topology.groups]
+        mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=_world_timeout(self.device))
+        return cast(dist.ProcessGroup, mine)  # every rank is in a group
 
 
 def _with_outcome(sent: Pending[None], outcome: Tensor) -> Pending[Tensor]:
@@ -184,7 +176,7 @@ def _device_of_backend() -> torch.device:
 
 
 def _world_timeout(device: torch.device) -> timedelta | None:
-    """The timeout given to init_process_group: by itself new_group takes PyTorch's default."""
+    """Returns the timeout given to init_process_group, for new groups; their default is PyTorch's."""
     options = getattr(dist.group.WORLD._get_backend(device), "options", None)  # type: ignore[union-attr]
     timeout: timedelta | None = getattr(options, "_timeout", None)
     return timeout
@@ -192,21 +184,21 @@ def _world_timeout(device: torch.device) -> timedelta | None:
 
 def _agreed_group_size(group_size: int | None) -> int:
     """Returns the group size that all workers ask for, or the default. Collective, before any group is made."""
-    # A group size may be any number that a caller gives: what it cannot be is told by `Topology`.
+    # Any number fits into the tensor; `Topology` refuses impossible sizes.
     asked = -1 if group_size is None else max(-1, min(int(group_size), 2**62))
-    meeting = TorchCommunicator(Topology(dist.get_world_size()))
-    row = torch.tensor([asked, _machine(meeting.rank)], dtype=torch.int64, device=meeting.device)
-    sizes, machines = meeting.all_gather(row).cpu().unbind(1)
-    if len(set(sizes.tolist())) > 1:
-        told = ", ".join(f"{'none' if size < 0 else size} on rank {rank}" for rank, size in enumerate(sizes.tolist()))
-        raise ConfigurationError(f"group_size differs between workers ({told}): give all of them the same")
-    return default_group_size(machines.tolist()) if group_size is None else group_size
+    comm = TorchCommunicator(Topology(dist.get_world_size()))
+    row = torch.tensor([asked, _machine(comm.rank)], dtype=torch.int64, device=comm.device)
+    sizes, machines = comm.all_gather(row).T.tolist()
+    if len(set(sizes)) > 1:
+        given = ", ".join(f"{'none' if size < 0 else size} on rank {rank}" for rank, size in enumerate(sizes))
+        raise ConfigurationError(f"group_size differs between workers ({given}): give all of them the same")
+    return default_group_size(machines) if group_size is None else group_size
 
 
 def _machine(rank: int) -> int:
-    """An identifier of this machine: its first rank where the launcher tells, otherwise a hash of its name."""
+    """Returns an identifier of this machine: its first rank if the launcher gives it, otherwise a hash of its name."""
     local_rank, local_size = (os.environ.get(name, "") for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    # Hosts in containers and network namespaces may share a name, so the launcher is asked first.
+    # Hosts in containers and network namespaces may share a name, so the launcher's variables come first.
     if local_size.isdecimal() and int(local_size) and local_rank.isdecimal() and int(local_rank) <= rank:
         return rank - int(local_rank)
     return 2**32 + zlib.crc32(platform.node().encode())

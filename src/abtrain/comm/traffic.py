@@ -1,7 +1,7 @@
 """The vocabulary in which modules describe the collectives that they call.
 
-A function `sent_by_...` beside the code that sends gives its calls from shapes alone; its tensors may be on PyTorch's
-meta device. `abtrain.comm.meter` counts the same bytes when they are sent.
+Beside the code that sends, a function `sent_by_...` predicts its calls from shapes alone; its tensors may be on
+PyTorch's meta device. `abtrain.comm.meter` counts the same bytes when they are sent.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Traffic:
     """One collective, or one bucket of DDP's gradients.
 
     Attributes:
-        call: how it is sent. `gradients` is an all-reduce that overlaps with backward.
-        scope: over whom.
+        call: the kind of collective; `gradients` is an all-reduce that overlaps with backward.
+        scope: the ranks that take part.
         nbytes: payload of one worker.
-        rounds: collectives one after another that `nbytes` are spread over evenly; PowerSGD's buckets take three.
-        ready: of `gradients`, the share of the backward pass after which they can be sent.
+        rounds: the number of successive collectives that share `nbytes` evenly; 3 for PowerSGD's buckets.
+        ready: for `gradients`, the share of the backward pass after which they can be sent.
     """
 
     call: Call

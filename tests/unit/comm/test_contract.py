@@ -146,7 +146,7 @@ def refuse_what_cannot_be_sent(comm: Communicator) -> None:
         comm.all_reduce(torch.ones(1, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"all_reduce\(max\) cannot take torch.complex64"):
         comm.all_reduce(torch.ones(1, dtype=torch.complex64), "max")
-    with pytest.raises(ValueError, match="ranks go from 0 to"):
+    with pytest.raises(ValueError, match="give one of the ranks 0 to"):
         comm.broadcast(torch.ones(1), source=comm.topology.world_size)
     assert comm.meter.payload()["total"] == 0
 

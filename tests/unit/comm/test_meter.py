@@ -51,13 +51,6 @@ def test_a_wait_that_fails_is_added_too() -> None:
     assert meter.sync_seconds >= before + 0.02
 
 
-def test_waits_may_be_added_by_hand() -> None:
-    meter = Meter()
-    meter.add_wait(1.5)
-    meter.add_wait(0.5)
-    assert meter.sync_seconds == 2.0
-
-
 def test_counting_from_many_threads_loses_nothing() -> None:
     meter = Meter()
 
@@ -77,7 +70,7 @@ def test_a_meter_counts_on_from_its_saved_state() -> None:
     meter = Meter()
     meter.phase = "ab"
     meter.count(7, "within_groups")
-    meter.add_wait(0.25)
+    meter.sync_seconds = 0.25
     resumed = Meter()
     resumed.load_state_dict(json.loads(json.dumps(meter.state_dict())))
     assert resumed.payload() == meter.payload()
