@@ -13,15 +13,7 @@ from abtrain.recipes.paper import ab, ab_no_groups
 from abtrain.recipes.recipe import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
-    "ab": ab,
-    "ab_local": ab_local,
-    "ab_no_groups": ab_no_groups,
-    "ab_outer": ab_outer,
-    "ddp": ddp,
-    "diloco": diloco,
-    "local_sgd": local_sgd,
-    "powersgd": powersgd,
-    "solo": solo,
+    recipe.__name__: recipe for recipe in (ab, ab_local, ab_no_groups, ab_outer, ddp, diloco, local_sgd, powersgd, solo)
 }
 DEFAULT = "ab_outer"
 
@@ -41,7 +33,7 @@ def build(name: str, total_steps: int, /, **options: Any) -> Recipe:
     """The recipe called `name`.
 
     Raises:
-        ConfigurationError: an unknown name or option, or values out of range; all of them at once.
+        ConfigurationError: an unknown name, or unknown options, or all values out of range.
     """
     unknown = unknown_options(name, options, options_of(name))
     if unknown:
@@ -53,8 +45,7 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     """The name and the options of RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE, such as `ab_outer:every=40,wire=int4`.
 
     Raises:
-        ConfigurationError: an unknown recipe or option, an option without a value or with two, a value of another type;
-            all of them at once.
+        ConfigurationError: an unknown recipe, or all problems of the options (see `read_options`).
     """
     name, _, options = text.partition(":")
     return name, read_options(name, options, options_of(name))
@@ -72,7 +63,7 @@ def from_text(text: str, total_steps: int) -> Recipe:
     except ConfigurationError as error:
         if not options:
             raise
-        # The text says more than the recipe's name, which the messages start with.
+        # The text replaces the recipe's name at the start of messages.
         problems = [problem.removeprefix(f"recipe {name!r}: ") for problem in error.problems]
         raise ConfigurationError([f"{text}: {problem}" for problem in problems]) from None
 

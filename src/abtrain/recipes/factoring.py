@@ -22,14 +22,14 @@ _SVD = Annotated[
 
 
 class RankRule(Protocol):
-    """How many singular values to keep. The rules themselves are in `abtrain.recipes.rank_rules`."""
+    """Chooses how many singular values to keep. The rules are in `abtrain.recipes.rank_rules`."""
 
     def __call__(self, singular_values: Sequence[float], m: int, n: int) -> int:
         """Returns k >= 1, given min(m, n) singular values in descending order of an m x n matrix."""
         ...
 
     def problems(self) -> list[str]:
-        """Returns the problems of the rule's settings; empty if there are none."""
+        """One message for each problem of the rule's settings."""
         ...
 
 
@@ -47,10 +47,10 @@ class Factoring:
     svd: _SVD = "each"
 
     def problems(self) -> list[str]:
-        """Returns the problems of these settings; empty if there are none."""
+        """One message for each problem of these settings."""
         rule = self.rank_rule
         known = hasattr(rule, "problems")
-        found = rule.problems() if known else [f"rank_rule={rule!r} is no rank rule: use SigmaCutoff(0.15), for one"]
+        found = rule.problems() if known else [f"rank_rule={rule!r} is not a rank rule: use one, such as SigmaCutoff()"]
         found += whole_number_problems("min_dim", self.min_dim, least=1)
         if not isinstance(self.exclude, tuple | list) or not all(isinstance(glob, str) for glob in self.exclude):
             found.append(f"exclude={self.exclude!r} is not a list of globs: use one, such as ('head.*',)")

@@ -1,15 +1,15 @@
-"""Recipes without factors: today's common methods, the baselines of the others."""
+"""Recipes without factors: common methods, the baselines of the others."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
 from abtrain.errors import ConfigurationError, nearest
-from abtrain.recipes import shared_options as shared
-from abtrain.recipes.building_blocks import at_local_lr, full_phase, merge_rule
+from abtrain.recipes import shared
 from abtrain.recipes.merges import Outer
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
+from abtrain.recipes.shared import full_phase, merge_rule
 from abtrain.recipes.sync import GradientSync, WeightSync
 
 
@@ -53,10 +53,10 @@ def local_sgd(
     `abtrain recipes local_sgd` lists the options.
     """
     sync = WeightSync(every, merge_rule(merge, temperature), wire, delay, fragments)
-    local = Phase("local", every if rebound_steps else total_steps, sync=sync)
-    cycle = (local, *full_phase("rebound", rebound_steps, rebound_every, wire))
-    prologue = full_phase("warmup", warmup_steps, warmup_every, wire)
-    return Recipe("local_sgd", total_steps, at_local_lr(prologue, local_lr), at_local_lr(cycle, local_lr))
+    local = Phase("local", every if rebound_steps else total_steps, sync=sync, local_lr=local_lr)
+    rebound = full_phase("rebound", rebound_steps, rebound_every, wire, local_lr=local_lr)
+    prologue = full_phase("warmup", warmup_steps, warmup_every, wire, local_lr=local_lr)
+    return Recipe("local_sgd", total_steps, prologue, (local, *rebound))
 
 
 def diloco(
@@ -75,5 +75,4 @@ def diloco(
     `abtrain recipes diloco` lists the options.
     """
     sync = WeightSync(every, Outer(outer_lr, outer_momentum), wire, delay, fragments)
-    cycle = (Phase("local", total_steps, sync=sync),)
-    return Recipe("diloco", total_steps, cycle=at_local_lr(cycle, local_lr))
+    return Recipe("diloco", total_steps, cycle=(Phase("local", total_steps, sync=sync, local_lr=local_lr),))

@@ -1,15 +1,14 @@
-"""Merge rules: how the changes of a round become what all workers hold next. Pure: tensors are handed in, no torch.
+"""Merge rules: from the workers' changes of a round to the weights that all hold next. Pure: no torch.
 
-A merge averages the workers' changes of a round, D = sum_i s_i (W_i - W_0). A rule says which share s_i each worker
-has, and which step it takes for D. W_0 are the weights that all workers started the round from, W_i those of worker i
-at its end:
+A merge averages the workers' changes of a round, D = sum_i s_i (W_i - W_0). A rule gives each worker's share s_i, and
+the step for D. All workers start the round from weights W_0, and worker i ends it with W_i:
 
     mean            s_i = 1 / workers                                 W = W_0 + D
     trained_only    s_i = 1 / (workers that trained it)               W = W_0 + D
     weighted        s_i ~ exp(-loss_i / T) of those that trained it   W = W_0 + D
     outer           s_i = 1 / workers      M = mu M + D ;  W = W_0 + lr (D + mu M)      (DiLoCo, arXiv 2311.08105)
 
-A new rule is a subclass of `MergeRule`, and a line in `BY_NAME` where recipes are to take it by name.
+A new rule is a subclass of `MergeRule`. A line in `BY_NAME` lets recipes take it by name.
 """
 
 from __future__ import annotations
@@ -29,9 +28,8 @@ class Part(NamedTuple):
     """A worker's report on its part of a merge.
 
     Attributes:
-        buffers: its fingerprint of its buffers (see `abtrain.merging.buffers`); -1 if what it has trained is not
-            finite.
-        loss: its mean training loss in the round; NaN where none is known, infinite where it is not finite.
+        buffers: the fingerprint of its buffers (see `abtrain.merging.buffers`); -1 if its weights are not finite.
+        loss: its mean training loss in the round; NaN if it has none, infinite if the loss is not finite.
     """
 
     buffers: int
@@ -48,14 +46,14 @@ class MergeRule:
 
     Attributes:
         words: its name for people.
-        needs_losses: whether shares depend on training losses, so that `ab.step(loss)` has to be called with them.
+        needs_losses: whether shares depend on training losses, so that `ab.step(loss)` needs them.
     """
 
     words: ClassVar[str]
     needs_losses: ClassVar[bool] = False
 
     def problems(self) -> list[str]:
-        """One message for each setting that cannot be; empty if all can."""
+        """One message for each problem of these settings."""
         return []
 
     def shares(self, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]) -> list[float]:
@@ -75,25 +73,25 @@ class MergeRule:
         """The step from the weights that the round started from.
 
         Args:
-            change: D, of any shape; not to be written to.
-            momentum: what the rule has kept of this tensor; None at first.
+            change: D, of any shape; never modified.
+            momentum: the momentum that the last merge returned for this tensor; None at first.
 
         Returns:
-            The step, and what the rule keeps of the tensor, both of the shape of `change`; None: it keeps nothing.
+            The step and the new momentum, both of the shape of `change`; a rule without momentum returns None for it.
         """
         return change, None
 
 
 @dataclass(frozen=True)
 class Mean(MergeRule):
-    """All workers take the average over all, of trained and frozen parts: the paper's merge (Algorithm 1)."""
+    """The average over all workers, of trained and frozen parts: the paper's merge (Algorithm 1)."""
 
     words = "mean"
 
 
 @dataclass(frozen=True)
 class TrainedOnly(MergeRule):
-    """All workers take the average over those workers that trained the tensor, such as one of two factors."""
+    """The average over the workers that trained the tensor: others may have frozen it."""
 
     words = "mean over those that trained it"
 
@@ -105,8 +103,7 @@ class TrainedOnly(MergeRule):
 class Weighted(TrainedOnly):
     """The average over the workers that trained a tensor, each weighted by exp(-mean loss of the round / temperature).
 
-    Args:
-        temperature: in the units of the loss; the larger it is, the nearer the weights are to equal.
+    `temperature` has the units of the loss; a larger one makes the weights more equal.
     """
 
     temperature: float = 0.1
@@ -119,24 +116,20 @@ class Weighted(TrainedOnly):
 
     def shares(self, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]) -> list[float]:
         # A worker that skipped all steps of a round has no loss, and no change.
-        known = [did and not math.isnan(part.loss) for part, did in zip(parts, trained, strict=True)]
-        if not any(known):
+        losses = [part.loss if did else math.nan for part, did in zip(parts, trained, strict=True)]
+        known = [loss for loss in losses if not math.isnan(loss)]
+        if not known:
             return super().shares(alive, trained, parts)
-        best = min(part.loss for part, has in zip(parts, known, strict=True) if has)
-        weights = [
-            math.exp((best - part.loss) / self.temperature) if has else 0.0
-            for part, has in zip(parts, known, strict=True)
-        ]
-        return [weight / max(sum(weights), 1e-300) for weight in weights]
+        best = min(known)
+        weights = [0.0 if math.isnan(loss) else math.exp((best - loss) / self.temperature) for loss in losses]
+        return [weight / sum(weights) for weight in weights]
 
 
 @dataclass(frozen=True)
 class Outer(MergeRule):
     """The average change of a round is the gradient of an outer Nesterov optimizer (DiLoCo, arXiv 2311.08105).
 
-    Args:
-        lr: of the outer optimizer; 1 with no momentum is `Mean`.
-        momentum: of the outer optimizer.
+    With `lr` 1 and `momentum` 0 it is `Mean`.
     """
 
     lr: float = 0.7

@@ -1,4 +1,4 @@
-"""Messages for settings that are not the numbers they have to be. Pure: no torch."""
+"""Messages about settings that should be numbers in a range. Pure: no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import TypeGuard
 
 MOST = 2**53
-"""The largest whole number up to which all whole numbers are floating-point numbers too."""
+"""Doubles represent all whole numbers up to this one exactly."""
 
 
 def whole_number_problems(name: str, value: object, least: int) -> list[str]:
@@ -19,7 +19,7 @@ def whole_number_problems(name: str, value: object, least: int) -> list[str]:
 
 
 def is_finite_number(value: object) -> TypeGuard[int | float]:
-    """Whether this is a number that floating-point numbers can say."""
+    """Whether this is a number that a double represents as a finite one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= MOST if isinstance(value, int) else math.isfinite(value)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
-from types import SimpleNamespace
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from abtrain.errors import ConfigurationError, nearest
@@ -30,9 +29,7 @@ def declared_options(recipe: Callable[..., Any]) -> Mapping[str, Option]:
     of `Factoring`, which are declared in the same way.
     """
     parameters = inspect.signature(recipe).parameters
-    # Annotations are strings, to be resolved in the recipe's module. Those of a preset are only in its signature.
-    declared = SimpleNamespace(__annotations__={name: one.annotation for name, one in parameters.items()})
-    hints = get_type_hints(declared, vars(sys.modules[recipe.__module__]), include_extras=True)
+    hints = get_type_hints(recipe, include_extras=True)
     names = [name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY]
     if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         hints = get_type_hints(Factoring, include_extras=True) | hints
@@ -46,18 +43,12 @@ def unknown_options(recipe: str, names: Iterable[str], known: Collection[str]) -
 
 
 def read_options(recipe: str, text: str, known: Mapping[str, Option]) -> dict[str, Any]:
-    """The values of `OPTION=VALUE,OPTION=VALUE`, each converted to the type of its option.
+    """The values of `OPTION=VALUE,OPTION=VALUE`, which may be empty, each converted to the type of its option.
 
     Commas also separate the items of a list: `exclude=head.*,embed.*`. Ranges are checked when the recipe is built.
 
-    Args:
-        recipe: its name, for messages.
-        text: the part after the name and its colon; may be empty.
-        known: the recipe's options.
-
     Raises:
-        ConfigurationError: an unknown option, an option without a value or with two, a value of another type; all of
-            them at once.
+        ConfigurationError: lists unknown options, options without a value or with two, and values of another type.
     """
     found: dict[str, str] = {}
     problems: list[str] = []
@@ -97,13 +88,14 @@ _READERS: Mapping[type, tuple[Callable[[str], Any], str]] = {
     int: (int, "not a whole number"),
     float: (float, "not a number"),
 }
-"""By type: the function that reads a value, and the message where it raises."""
+"""By type: the function that reads a value, and the message if it raises."""
 
 
 def _value(text: str, option: Option) -> Any:
-    """
+    """Converts a text to the type of its option.
+
     Raises:
-        ValueError: the text is of another type.
+        ValueError: the text is of another type; the message says which, and completes "NAME=TEXT is ...".
     """
     if _is_list(option):
         return _items(text)
@@ -122,10 +114,8 @@ def _is_list(option: Option) -> bool:
 
 def _items(text: str) -> tuple[str, ...]:
     """The items of `a,b`, or of a list in TOML: `["a", "b"]`."""
-    try:
+    with suppress(tomllib.TOMLDecodeError, RecursionError):
         items = tomllib.loads(f"items = {text}")["items"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        items = None
-    if isinstance(items, list) and all(isinstance(item, str) for item in items):
-        return tuple(items)
+        if isinstance(items, list) and all(isinstance(item, str) for item in items):
+            return tuple(items)
     return tuple(item.strip() for item in text.split(",") if item.strip())

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from abtrain.recipes import shared_options as shared
-from abtrain.recipes.building_blocks import WARMUP_SHARE, full_phase, merge_rule, preset, rank_rule_of, share_of
+from abtrain.recipes import shared
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
+from abtrain.recipes.shared import WARMUP_SHARE, full_phase, given_or, merge_rule, preset, rank_rule_of, share_of
 from abtrain.recipes.sync import GradientSync, Sync, Trains, WeightSync
 
 AB_SHARE = 1 / 30
-"""Steps of one group phase over all steps: 3.33 % in the guideline."""
+"""Steps of a group phase over all steps: 3.33 % in the guideline."""
 REBOUND_SHARE = 0.25
 """Steps of the full-rank rebound over those of the group phase."""
 LR_REBOUND_SHARE = 0.5
@@ -56,14 +56,14 @@ def ab(
     Raises:
         ConfigurationError: values out of range.
     """
-    ab_steps = share_of(total_steps, AB_SHARE) if ab_steps is None else ab_steps
-    warmup_steps = share_of(total_steps, WARMUP_SHARE, least=0) if warmup_steps is None else warmup_steps
-    rebound_steps = share_of(ab_steps, REBOUND_SHARE) if rebound_steps is None else rebound_steps
-    lr_rebound_steps = share_of(ab_steps, LR_REBOUND_SHARE, least=0) if lr_rebound_steps is None else lr_rebound_steps
+    ab_steps = given_or(ab_steps, share_of(total_steps, AB_SHARE))
+    warmup_steps = given_or(warmup_steps, share_of(total_steps, WARMUP_SHARE, least=0))
+    rebound_steps = given_or(rebound_steps, share_of(ab_steps, REBOUND_SHARE))
+    lr_rebound_steps = given_or(lr_rebound_steps, share_of(ab_steps, LR_REBOUND_SHARE, least=0))
     rule = merge_rule(merge, temperature)
     settings = Factoring(rank_rule_of(rank_rule, sigma_cutoff), **factoring)
     together = type(every) is int and every == 0
-    sync: Sync = GradientSync() if together else WeightSync(ab_steps if every is None else every, rule, wire)
+    sync: Sync = GradientSync() if together else WeightSync(given_or(every, ab_steps), rule, wire)
     low_rank = Phase("low_rank" if together else "group", ab_steps, weights="factored", trains=trains, sync=sync)
     prologue = full_phase("warmup", warmup_steps, warmup_every, wire)
     cycle = (low_rank, *full_phase("rebound", rebound_steps, rebound_every, wire))

@@ -17,22 +17,22 @@ from abtrain.recipes.numbers import number_problems, share_problems, whole_numbe
 
 
 def _bounded(k: int, multiple: int, m: int, n: int) -> int:
-    """k rounded up to a multiple, from 1 to min(m, n)."""
     rounded = -(-max(k, 1) // multiple) * multiple
     return min(rounded, m, n)
+
+
+def _multiple_problems(rank_multiple: int) -> list[str]:
+    return whole_number_problems("rank_multiple", rank_multiple, least=1)
 
 
 @dataclass(frozen=True)
 class SigmaCutoff:
     """Keeps the singular values of at least `cutoff` times the largest (Section III of the paper, `sigmaCutoff`).
 
-    Attributes:
-        cutoff: share of the largest.
-        rank_multiple: k is rounded up to a multiple of it.
-        outliers: whether one direction far above the others may decide what is kept of them, as in the paper. A
-            language model's output layer has such a direction, the frequencies of its words, and would be left with
-            two or three others. False: all are kept where the largest holds over a quarter of all squares, the others
-            over a hundredth, and less than a third of theirs would be kept.
+    With `outliers`, one dominant singular value may cut most others off, as in the paper. A language model's output
+    layer has one, the frequencies of its words, and would keep only two or three others. Without `outliers`, a weight
+    keeps full rank if the largest holds more than 1/4 of the energy (the sum of all squares), the rest more than 1/100,
+    and the cutoff would keep less than 1/3 of that rest.
     """
 
     cutoff: float = 0.15
@@ -75,7 +75,7 @@ class Energy:
 
 @dataclass(frozen=True)
 class FixedRank:
-    """Keeps `k` singular values, or all where there are fewer."""
+    """Keeps `k` singular values, or all if there are fewer."""
 
     k: int
     rank_multiple: int = 1
@@ -91,8 +91,7 @@ class FixedRank:
 class StableRank:
     """Keeps `factor` times the stable rank, the sum of all squares over the largest one, rounded up.
 
-    The stable rank says how many directions as strong as the strongest there are; it moves little when a matrix does
-    (Rudelson and Vershynin, arXiv math/0503442).
+    The stable rank changes little under small changes of a matrix (Rudelson and Vershynin, arXiv math/0503442).
     """
 
     factor: float = 4.0
@@ -118,7 +117,7 @@ def parse_rule(text: str) -> RankRule:
     """The rank rule that `KIND:NUMBER` names, such as `energy:0.95`.
 
     Raises:
-        ConfigurationError: no rule is called so, or what follows is no number.
+        ConfigurationError: an unknown KIND, or an invalid NUMBER.
     """
     kind, _, number = text.partition(":")
     try:
@@ -127,7 +126,3 @@ def parse_rule(text: str) -> RankRule:
         raise ConfigurationError(
             f"rank rule {text!r} is unknown: use sigma:CUTOFF, energy:SHARE, stable:FACTOR or fixed:K"
         ) from None
-
-
-def _multiple_problems(rank_multiple: int) -> list[str]:
-    return whole_number_problems("rank_multiple", rank_multiple, least=1)

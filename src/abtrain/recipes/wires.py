@@ -1,13 +1,13 @@
 """The names of wires: how a merge is sent, in words. Pure: no torch.
 
-A wire is a class below `abtrain.merging.wires`. This is the one place that knows what it is called: a new wire is its
-class, and a line in `FORMS`.
+A wire is a class in `abtrain.merging.wires`. Its name is known here only: a new wire is its class, and a line in
+`FORMS`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
 from typing import Literal, NamedTuple, get_args
 
 from abtrain.errors import ConfigurationError, nearest
@@ -21,7 +21,7 @@ AUTO_WIRES = ((2, "int4"), (5, "int3"), (math.inf, "ternary:int3"))
 
 
 class Form(NamedTuple):
-    """A form that names of wires have, such as `lowrank:RANK`. A word in capitals stands for a value.
+    """A form of wire names, such as `lowrank:RANK`. A word in capitals stands for a value.
 
     Attributes:
         wire: the class of the wire, as `module:name`; it takes the values as keyword arguments (`rank`). A string,
@@ -41,73 +41,31 @@ FORMS: dict[str, Form] = {
     "lowrank:RANK:CODE": Form(_LOW_RANK, "factors of rank {rank} in {code}"),
 }
 
-
-def _code(text: str) -> str | None:
-    return text if text in get_args(CodeName) else None
-
-
-def _rank(text: str) -> int | None:
-    is_rank = text.isdecimal() and len(text) <= len(str(MOST)) and int(text) >= 1
-    return int(text) if is_rank else None
-
-
-_READERS: Mapping[str, Callable[[str], str | int | None]] = {"CODE": _code, "REPLY": _code, "RANK": _rank}
-"""For each word in capitals, what reads a value of it; None: the text is no such value."""
+_CODES = "|".join(get_args(CodeName))
+_VALUES = {
+    "CODE": f"(?P<code>{_CODES})",
+    # A sum of exact numbers is exact: fp32 has no reply.
+    "REPLY": f"(?<!fp32:)(?P<reply>{_CODES})",
+    "RANK": rf"(?P<rank>\d{{1,{len(str(MOST))}}})",
+}
+"""For each word in capitals, the pattern of its values."""
 
 
-class WireName(NamedTuple):
-    """The name of a wire, parsed.
+def parse_wire(name: str) -> tuple[Form, dict[str, str | int]]:
+    """The form of a name that is not `auto`, and its values by the form's words in small letters.
 
-    Attributes:
-        form: which of `FORMS` it has.
-        values: of the words in capitals, by these words in small letters.
+    Raises:
+        ConfigurationError: no wire has this name.
     """
-
-    form: str
-    values: dict[str, str | int]
-
-    @classmethod
-    def parse(cls, name: str) -> WireName:
-        """The form and the values of a name that is not `auto`.
-
-        Raises:
-            ConfigurationError: no wire is called so.
-        """
-        for form in FORMS:
-            values = _values(form, str(name))
-            if values is not None:
-                return cls(form, values)
-        known = (AUTO, *get_args(CodeName), *(form for form in FORMS if form != "CODE"))
-        raise ConfigurationError(f"unknown wire {name!r}: {nearest(str(name), known)}")
-
-    @property
-    def wire(self) -> str:
-        """The class of the wire, as `module:name`."""
-        return FORMS[self.form].wire
-
-    @property
-    def words(self) -> str:
-        """The wire's name for people."""
-        return FORMS[self.form].words.format(**self.values)
-
-
-def _values(form: str, name: str) -> dict[str, str | int] | None:
-    """The values that a name of this form has; None if it has another form."""
-    words, texts = form.split(":"), name.split(":")
-    if len(words) != len(texts):
-        return None
-    values: dict[str, str | int] = {}
-    for word, text in zip(words, texts, strict=True):
-        if word not in _READERS:
-            if word != text:
-                return None
+    for words, form in FORMS.items():
+        match = re.fullmatch(":".join(_VALUES.get(word, word) for word in words.split(":")), str(name))
+        if match is None:
             continue
-        value = _READERS[word](text)
-        if value is None:
-            return None
-        values[word.lower()] = value
-    # A sum of exact numbers is exact: it has no way back of its own.
-    return None if values.get("code") == "fp32" and "reply" in values else values
+        values = {word: int(text) if word == "rank" else text for word, text in match.groupdict().items()}
+        if values.get("rank") != 0:
+            return form, values
+    known = (AUTO, *get_args(CodeName), *(words for words in FORMS if words != "CODE"))
+    raise ConfigurationError(f"unknown wire {name!r}: {nearest(str(name), known)}")
 
 
 def wire_between(workers: int, name: str) -> str:

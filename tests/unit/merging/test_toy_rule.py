@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from abtrain import ABTraining, recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
+from abtrain.commands.plan.recipe_words import phases_in_words
 from abtrain.errors import ConfigurationError, UsageError
 from abtrain.recipes.merges import BY_NAME, MergeRule
 from abtrain.recipes.numbers import share_problems
-from abtrain.recipes.words import phases_in_words
 
 STEPS, EVERY, LR = 6, 3, 0.1
 

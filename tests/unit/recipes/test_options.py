@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from abtrain import recipes
 from abtrain.errors import ConfigurationError
-from abtrain.recipes.words import options_in_words
 
 
 @pytest.mark.parametrize(
@@ -83,13 +82,3 @@ def test_what_is_written_is_read_back(data: st.DataObject) -> None:
     assert recipes.parse(recipes.write(name, options)) == (name, options)
     text = recipes.canonical(recipes.write(name, options))
     assert recipes.parse(text) == (name, options) and recipes.canonical(text) == text
-
-
-@pytest.mark.parametrize("name", recipes.RECIPES)
-def test_every_option_has_a_default_and_a_meaning(name: str) -> None:
-    listed = options_in_words(name)
-    assert [option.name for option in listed] == list(recipes.options_of(name))
-    assert all(option.meaning.endswith((".", ")")) for option in listed)
-    given_ = {option.name: option.default for option in listed if option.default}
-    text = recipes.write(name, given_)
-    assert recipes.from_text(text, 600) == recipes.build(name, 600)

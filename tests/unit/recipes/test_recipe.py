@@ -1,4 +1,4 @@
-"""A recipe is data: where a step stands, and what cannot be."""
+"""Recipes as data: positions of steps, and invalid settings."""
 
 import dataclasses
 import inspect
@@ -174,7 +174,7 @@ def test_ab_no_groups_is_ab_with_one_factor_and_shared_gradients() -> None:
         ("low_rank", "b", GradientSync()),
         ("rebound", "all", GradientSync()),
     ]
-    with pytest.raises(ConfigurationError, match="phase 'low_rank': trains='a_or_b' goes by groups and rounds"):
+    with pytest.raises(ConfigurationError, match="phase 'low_rank': trains='a_or_b' needs groups that train alone"):
         recipes.ab(600, every=0)
     with pytest.raises(ConfigurationError, match="every=False is not a whole number"):
         recipes.ab(600, every=False)

@@ -17,8 +17,8 @@ from abtrain.commands.paper.published import (
     PublishedMethod,
     PublishedSchedule,
 )
-from abtrain.recipes.building_blocks import WARMUP_SHARE
 from abtrain.recipes.paper import AB_SHARE, REBOUND_SHARE
+from abtrain.recipes.shared import WARMUP_SHARE
 
 NEAR_FULL, NEAR_COMPRESSED = 25.0, 75.0
 """F and L of methods that shrink step by step, in per cent: the paper's assumption (Section V)."""

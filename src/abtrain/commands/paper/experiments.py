@@ -10,8 +10,8 @@ from typing import Any, Literal
 from abtrain import recipes
 from abtrain.commands.paper.published import AB, DDP, GPUS, NO_GROUPS, RESNET, VGG, VIT
 from abtrain.commands.train.config import TrainConfig
-from abtrain.recipes.building_blocks import WARMUP_SHARE
 from abtrain.recipes.paper import AB_SHARE, REBOUND_SHARE
+from abtrain.recipes.shared import WARMUP_SHARE
 
 LOCAL_SGD, AB_OUTER = "local SGD", "ab_outer"
 METHODS = {

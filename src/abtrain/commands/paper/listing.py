@@ -24,13 +24,13 @@ from abtrain.commands.paper.published import (
 )
 from abtrain.commands.paper.runs import LAUNCHER
 from abtrain.commands.plan.payload import payload, predict
+from abtrain.commands.plan.recipe_words import phases_in_words
 from abtrain.commands.plan.shapes import ModelShapes, ranks_for, shapes_of
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import group_size_of, recipe_of
 from abtrain.commands.units import human_bytes
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.words import phases_in_words
 
 _ASSUMED = 4.0
 """Compression where the paper has none."""

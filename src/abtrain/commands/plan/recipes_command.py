@@ -12,6 +12,7 @@ from rich.text import Text
 from abtrain import recipes
 from abtrain.comm.topology import Topology, topology_problems
 from abtrain.commands.plan.payload import payload, payload_ratio, predict
+from abtrain.commands.plan.recipe_words import options_in_words, phases_in_words, purpose_of
 from abtrain.commands.plan.settings import (
     ALL,
     RecipesConfig,
@@ -25,7 +26,6 @@ from abtrain.commands.plan.shapes import ranks_for
 from abtrain.commands.units import human_bytes
 from abtrain.errors import ConfigurationError
 from abtrain.recipes.recipe import Recipe
-from abtrain.recipes.words import options_in_words, phases_in_words, purpose_of
 
 _NEXT_TO_NOTHING = 1e-6
 _SMALL = 0.1

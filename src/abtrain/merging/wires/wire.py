@@ -12,7 +12,7 @@ from torch import Tensor
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Stages
 from abtrain.comm.traffic import Calls
-from abtrain.recipes.wires import WireName, wire_between
+from abtrain.recipes.wires import parse_wire, wire_between
 
 Tensors = dict[str, Tensor]
 
@@ -77,11 +77,11 @@ class Wire(ABC):
 
 
 def make_wire(name: str, workers: int) -> Wire:
-    """Returns a new wire of that name (see `WireName.parse`); the number of workers decides which one is `auto`.
+    """Returns a new wire of that name (see `parse_wire`); the number of workers decides which one is `auto`.
 
     Raises:
         ConfigurationError: no wire has this name.
     """
-    parsed = WireName.parse(wire_between(workers, name))
-    wire: Wire = resolve_name(parsed.wire)(**parsed.values)
+    form, values = parse_wire(wire_between(workers, name))
+    wire: Wire = resolve_name(form.wire)(**values)
     return wire

@@ -8,8 +8,8 @@ import pytest
 
 from abtrain import recipes
 from abtrain.commands import cli
+from abtrain.commands.plan.recipe_words import GRADIENT_WIRES, TRAINS, options_in_words, phases_in_words, purpose_of
 from abtrain.recipes.sync import GradientWire, Trains
-from abtrain.recipes.words import GRADIENT_WIRES, TRAINS, phases_in_words, purpose_of
 
 GIVEN = ("--parameters", "1e6", "--step-time", "50ms")
 
@@ -204,3 +204,13 @@ def test_a_local_learning_rate_in_words() -> None:
     assert phases_in_words(recipes.local_sgd(100, every=10, local_lr=2.0)) == [
         "local, 100 steps: full, learning rate times 2, merged every 10 steps (mean, fp32)"
     ]
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_option_has_a_default_and_a_meaning(name: str) -> None:
+    listed = options_in_words(name)
+    assert [option.name for option in listed] == list(recipes.options_of(name))
+    assert all(option.meaning.endswith((".", ")")) for option in listed)
+    given_ = {option.name: option.default for option in listed if option.default}
+    text = recipes.write(name, given_)
+    assert recipes.from_text(text, 600) == recipes.build(name, 600)

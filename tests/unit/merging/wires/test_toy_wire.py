@@ -17,11 +17,11 @@ from abtrain.comm.stages import Stages
 from abtrain.comm.topology import Topology
 from abtrain.comm.traffic import Calls
 from abtrain.commands.plan.payload import payload, predict
+from abtrain.commands.plan.recipe_words import phases_in_words
 from abtrain.commands.plan.shapes import shapes_of
 from abtrain.errors import ConfigurationError
 from abtrain.merging.wires.wire import Averages, Wire
 from abtrain.recipes.wires import FORMS, Form
-from abtrain.recipes.words import phases_in_words
 from tests.cases import sgd
 
 

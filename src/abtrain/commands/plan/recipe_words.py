@@ -12,7 +12,7 @@ from abtrain.recipes.options import written
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.sync import GradientSync, Sync, WeightSync
-from abtrain.recipes.wires import AUTO, AUTO_WIRES, WireName
+from abtrain.recipes.wires import AUTO, AUTO_WIRES, parse_wire
 
 TRAINS = {
     "all": "all train A and B",
@@ -91,7 +91,8 @@ def _sent(name: str) -> str:
     if name == AUTO:
         *some, last = (wire for _, wire in AUTO_WIRES)
         return f"{', '.join(some)} or {last}, by the number of workers"
-    return WireName.parse(name).words
+    form, values = parse_wire(name)
+    return form.words.format(**values)
 
 
 def _clauses(phase: Phase) -> Iterator[str]:
