@@ -31,11 +31,9 @@ _NORMS = (
 
 @dataclass(frozen=True)
 class Treatment:
-    """The treatment of one parameter.
+    """The treatment of one parameter, by its first name in the model and its dense shape.
 
     Attributes:
-        name: its first name in the model.
-        shape: of the dense parameter.
         kind: `factored`: A and B in factored phases; `averaged`: always dense, and averaged at merges; `frozen`: never
             trained, so never sent; `own`: left to each worker, so neither sent nor compared.
         reason: why it has this kind, for people.
@@ -78,7 +76,10 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
         else:
             reason = _why_dense(model, name, parameter, factoring) or sharing.get(name, "")
             if not reason:
-                kind, reason = "factored", _how_factored(model, name, parameter)
+                module, attribute = owner(model, name)
+                in_form = has_factored_form(module, attribute, bool(parameter._backward_hooks))
+                how = "computed in factored form" if in_form else "rebuilt from its factors when read"
+                kind, reason = "factored", f"{type(module).__name__}, {how}"
         treatments.append(Treatment(name, tuple(parameter.shape), kind, reason))
     return treatments
 
@@ -104,7 +105,7 @@ def _why_dense(model: nn.Module, name: str, parameter: nn.Parameter, factoring: 
 
 
 def _sharing_memory(model: nn.Module) -> dict[str, str]:
-    """The reasons why parameters stay dense whose storage is shared, as by ties of `.data`; by parameter and buffer."""
+    """The reasons why tensors that share storage stay dense, as ties of `.data` do, by parameter and buffer."""
     places: dict[int, list[str]] = defaultdict(list)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # Sparse tensors and those of other classes may have no storage.
@@ -112,27 +113,13 @@ def _sharing_memory(model: nn.Module) -> dict[str, str]:
         if plain and tensor.untyped_storage().data_ptr():
             places[tensor.untyped_storage().data_ptr()].append(name)
     shared = [names for names in places.values() if len(names) > 1]
-    first = {name: next(other for other in names if other != name) for names in shared for name in names}
-    return {name: f"shares memory with {other}" for name, other in first.items()}
-
-
-def _how_factored(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
-    module, attribute = owner(model, name)
-    if has_factored_form(module, attribute, bool(parameter._backward_hooks)):
-        return f"{type(module).__name__}, computed in factored form"
-    return f"{type(module).__name__}, rebuilt from its factors when read"
+    return {n: f"shares memory with {next(o for o in names if o != n)}" for names in shared for n in names}
 
 
 def has_factored_form(module: nn.Module, attribute: str, hooked: bool) -> bool:
-    """Whether a dense module can compute with A and B without rebuilding W.
-
-    Args:
-        module: the module that holds the weight.
-        attribute: the weight's name in the module.
-        hooked: whether a tensor hook needs the gradient of W.
-    """
-    alone = attribute == "weight" and not hooked
-    return alone and type(module) in FACTORED_LAYERS and getattr(module, "groups", 1) == 1
+    """Whether a dense module can compute with A and B; if the weight is `hooked`, a tensor hook needs W's gradient."""
+    plain = attribute == "weight" and not hooked
+    return plain and type(module) in FACTORED_LAYERS and getattr(module, "groups", 1) == 1
 
 
 def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

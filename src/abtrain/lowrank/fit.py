@@ -1,4 +1,4 @@
-"""Whether a saved state fits a model that may be factored, and its optimizer. Nothing is changed.
+"""Checks whether a saved state fits a model that may be factored, and its optimizers. Changes nothing.
 
 Layouts are tensors on the meta device: shapes and dtypes without values.
 """
@@ -72,12 +72,9 @@ MODEL_STATE: Check = mapping({**_PARTS, **_OPTIONAL}, required=_PARTS)
 
 
 def model_problems(model: FactoredModel, state: Mapping[str, Any], factored: bool) -> list[str]:
-    """Why a state cannot be this model's; empty if it can.
+    """Why a state of the form `MODEL_STATE` cannot be that of a model in any form; empty if it can.
 
-    Args:
-        model: with its optimizer, in any form.
-        state: in the form of `MODEL_STATE`.
-        factored: whether weights may be factored in the phase of the state.
+    `factored`: whether weights may be factored in the phase of the state.
     """
     return first_problems(
         lambda: _name_problems(model, state, factored),
@@ -89,14 +86,14 @@ def model_problems(model: FactoredModel, state: Mapping[str, Any], factored: boo
 
 
 def dense_layout(model: FactoredModel) -> Layout:
-    """All parameters by name, as they are when no weight is factored."""
+    """All parameters of the dense model, by name."""
     factors = model.factors()
     dense = {name: meta(p.shape, p.dtype) for name, p in model.parameters().items() if name not in factors}
     return dense | {name: meta(record.matrix_shape.tensor, record.A.dtype) for name, record in model.records.items()}
 
 
 def state_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
-    """All parameters by name, in the form of a state whose names and ranks are known to fit."""
+    """All parameters by name, in the form of a state whose names and ranks have been checked."""
     layout = dense_layout(model)
     for name in state["factored"]:
         dense = layout.pop(name)
@@ -126,18 +123,19 @@ def _name_problems(model: FactoredModel, state: Mapping[str, Any], factored: boo
 def _rank_problems(dense: Layout, state: Mapping[str, Any]) -> Iterator[str]:
     for name in state["factored"]:
         A, B = (tuple(state["weights"][factor].shape) for factor in factor_names(name))
-        m, n = MatrixShape(dense[name].shape).m, MatrixShape(dense[name].shape).n
-        if len(B) != 2 or not (1 <= B[0] <= n and (m, B[0]) == A and B[1] == n):
+        matrix = MatrixShape(dense[name].shape)
+        m, n, k = matrix.m, matrix.n, B[0] if B else 0
+        if not (1 <= k <= n and (m, k) == A and (k, n) == B):
             yield f"factors {A} and {B} of {name} are not of an ({m}, {n}) matrix"
 
 
 def buffer_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
-    """The buffers that workers share, by name, in the form of a state: caches have the sizes that they had there."""
-    saved, grown = state["buffers"], caches(model.model)
-    buffers = shared_buffers(model.model)
+    """The buffers that workers share, by name, in the form of a state: caches have the sizes of the saved ones."""
+    saved = state["buffers"]
+    grown = caches(model.model) & saved.keys()
     return {
-        name: meta(saved[name].shape, held.dtype) if name in grown and name in saved else held
-        for name, held in buffers.items()
+        name: meta(saved[name].shape, held.dtype) if name in grown else held
+        for name, held in shared_buffers(model.model).items()
     }
 
 

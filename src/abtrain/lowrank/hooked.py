@@ -1,6 +1,6 @@
-"""Hooks that users have registered on a weight, called while the weight is factored.
+"""Calls hooks that users have registered on a weight while the weight is factored.
 
-A tensor hook sees the gradient of the product W = A B, once in each backward pass, as it saw that of the dense weight.
+A tensor hook sees the gradient of the product W = A B once in each backward pass, as it saw that of the dense weight.
 Therefore all reads of a hooked weight return the same tensor until its gradient has arrived.
 """
 
@@ -30,7 +30,7 @@ _reads: weakref.WeakKeyDictionary[FactoredWeight, _Read] = weakref.WeakKeyDictio
 
 
 class _Product(torch.autograd.Function):
-    """A B with a backward pass that can run again: several forward passes share a read that outlives the first."""
+    """A B with a backward pass that can run again, because several forward passes share one read."""
 
     @staticmethod
     def forward(ctx: Any, A: Tensor, B: Tensor) -> Tensor:
@@ -50,14 +50,11 @@ class _Product(torch.autograd.Function):
 
 
 def read_product(weight: FactoredWeight, A: Tensor, B: Tensor) -> Tensor:
-    """The product of A and B as the dense weight, contiguous, with a gradient to both and the user's hooks on it.
-
-    Its dtype is that of the factors, whatever autocast says.
-    """
+    """The product of A and B as the dense weight, contiguous, in their dtype, with a gradient to both and the hooks."""
     trained = (A.requires_grad, B.requires_grad)
     hooked = bool(weight.hooks) and torch.is_grad_enabled() and any(trained)
     last = _reads.get(weight) if hooked else None
-    # By value: what merges write leaves no trace in a tensor's version.
+    # By value, because merges do not advance a tensor's version.
     if last is not None and last.trained == trained and torch.equal(last.A, A) and torch.equal(last.B, B):
         return last.W
     with without_autocast(A):
@@ -69,7 +66,7 @@ def read_product(weight: FactoredWeight, A: Tensor, B: Tensor) -> Tensor:
 
 
 def _calling(weight: FactoredWeight) -> Callable[[Tensor], Tensor]:
-    """A hook that calls the user's hooks. It refers to the weight weakly, since `_reads` keeps it for the weight."""
+    """A hook that calls the user's hooks. `_reads` keeps it, so it refers to the weight weakly."""
     hooks, held = weight.hooks, weakref.ref(weight)
 
     def call(gradient: Tensor) -> Tensor:
@@ -85,13 +82,7 @@ def _calling(weight: FactoredWeight) -> Callable[[Tensor], Tensor]:
 def after_accumulation(
     dense: nn.Parameter, hooks: Mapping[int, Callable[[Any], None]], factors: Sequence[Tensor]
 ) -> None:
-    """Has hooks called with the dense parameter whenever all of its factors that train have their gradients.
-
-    Args:
-        dense: the parameter that the hooks were registered on.
-        hooks: as `register_post_accumulate_grad_hook` keeps them.
-        factors: of the weight.
-    """
+    """Has hooks called with the dense parameter whenever all of its trained factors have their gradients."""
     arrived: set[int] = set()
 
     def arrive(factor: Tensor) -> None:

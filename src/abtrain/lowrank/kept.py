@@ -1,6 +1,6 @@
-"""Factored weights as other code sees them: as a Parameter that was kept from before, or as what `module.weight` reads.
+"""Factored weights as other code sees them: as a Parameter kept from before the factoring, or by `module.weight`.
 
-Both read as W = A B, with a gradient to the factors where gradients are enabled, and their own gradient is that of the
+Both read as W = A B, with a gradient to the factors if gradients are enabled, and their own gradient is that of the
 factors. Writing to them is an error, because it would not change the model.
 """
 
@@ -17,9 +17,6 @@ from abtrain.lowrank.hooked import read_product
 from abtrain.lowrank.nested import tensors_in, with_tensors
 from abtrain.lowrank.weight import FactoredWeight
 
-_RECORD = "_abtrain_record"
-_FLAT = "_abtrain_gradient"
-
 _NEEDS_NO_VALUE = frozenset(
     {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized"}
     | {"size", "numel", "nelement", "dim", "ndimension", "is_floating_point", "is_complex", "element_size"}
@@ -31,37 +28,54 @@ _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "reta
 
 def keep_(record: FactoredWeight) -> None:
     """Makes the weight's own Parameter read as the product of its factors, until `give_back_`."""
-    setattr(record.dense, _RECORD, record)
     record.dense.__class__ = FactoredParameter
+    record.dense._abtrain_record = record  # type: ignore[attr-defined]
 
 
 def give_back_(dense: nn.Parameter) -> None:
     """Undoes `keep_`."""
     dense.__class__ = nn.Parameter
-    for name in (_RECORD, _FLAT):
+    for name in ("_abtrain_record", "_abtrain_gradient"):
         dense.__dict__.pop(name, None)
 
 
 def shown(record: FactoredWeight, W: Tensor) -> Tensor:
     """The value W of a factored weight, as it is read from its module."""
     read = W.as_subclass(ReadOnly)
-    setattr(read, _RECORD, record)
+    read._abtrain_record = record
     return read
 
 
 class _StandIn(Tensor):
     """A tensor that stands for a factored weight, or shows its value."""
 
+    _abtrain_record: FactoredWeight | None = None
+    """The weight that the tensor stands for; None for a view or another tensor of its memory."""
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        return _guarded(func, types, args, kwargs or {})
+        name, kwargs = _name_of(func), kwargs or {}
+        for refused in _refused_by(name, args, kwargs):
+            _refuse(refused, name)
+        memory: set[int] = set()
+        foreign = not all(issubclass(one, ReadOnly | nn.Parameter) for one in types)
 
-    @property
-    def _weight(self) -> FactoredWeight | None:
-        """The record of the weight that the tensor stands for; None for a view or another tensor of its memory."""
-        return self.__dict__.get(_RECORD)
+        def value(tensor: Tensor) -> Tensor:
+            if isinstance(tensor, FactoredParameter):
+                tensor = tensor._without_value() if name in _NEEDS_NO_VALUE else tensor._product()
+            if isinstance(tensor, ReadOnly):
+                memory.update(_memory(tensor))
+                tensor = tensor.as_subclass(Tensor) if foreign else tensor
+            return tensor
+
+        with torch._C.DisableTorchFunctionSubclass():
+            args, kwargs = with_tensors(args, value), with_tensors(kwargs, value)
+            if not foreign:
+                return _of_result(name, func(*args, **kwargs), memory)
+        # Outside, so that the `__torch_function__` of other tensor classes is called.
+        return func(*args, **kwargs)
 
     def _plain(self) -> Tensor:
         """A copy that can be written to, of the type that the dense module would give."""
@@ -81,47 +95,46 @@ class ReadOnly(_StandIn):
     @property
     def grad(self) -> Tensor | None:
         """The gradients of the factors, in the form that a kept Parameter has."""
-        if self._weight is not None:
-            return self._weight.dense.grad
+        if self._abtrain_record is not None:
+            return self._abtrain_record.dense.grad
         with torch._C.DisableTorchFunctionSubclass():
             return super().grad
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        if self._weight is None:
+        if self._abtrain_record is None:
             _refuse(self, "grad")
-        self._weight.dense.grad = value
+        self._abtrain_record.dense.grad = value
 
     def _plain(self) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
             copied = self.detach().clone().as_subclass(Tensor)
-            return copied if self._weight is None else nn.Parameter(copied)
+            return copied if self._abtrain_record is None else nn.Parameter(copied)
 
 
 class FactoredParameter(_StandIn, nn.Parameter):
     """The Parameter of a weight that is currently factored."""
 
+    _abtrain_record: FactoredWeight
+    _abtrain_gradient: tuple[Tensor, list[int]] | None = None
+    """The gradients of the factors in one vector, and their addresses."""
+
     def _product(self) -> Tensor:
         """W = A B, with a gradient to the factors where gradients are enabled."""
-        record = self._record
+        record = self._abtrain_record
         W = read_product(record, record.A, record.B) if record.hooks else record.product_of(record.A, record.B)
         return record.lay_out(W).as_subclass(ReadOnly)
 
     def _without_value(self) -> Tensor:
         """A tensor of W's shape, dtype and device, without a value."""
-        return self._record.A.detach().new_empty(()).expand(self._record.matrix_shape.tensor)
+        return self._abtrain_record.A.detach().new_empty(()).expand(self._abtrain_record.matrix_shape.tensor)
 
     def _plain(self) -> Tensor:
-        return nn.Parameter(self._record.laid_out())
-
-    @property
-    def _record(self) -> FactoredWeight:
-        record: FactoredWeight = self.__dict__[_RECORD]
-        return record
+        return nn.Parameter(self._abtrain_record.laid_out())
 
     @property
     def data(self) -> Tensor:
-        return self._record.laid_out().as_subclass(ReadOnly)
+        return self._abtrain_record.laid_out().as_subclass(ReadOnly)
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -129,7 +142,7 @@ class FactoredParameter(_StandIn, nn.Parameter):
 
     @property
     def _base(self) -> None:  # type: ignore[override]  # nobody can set it in torch either
-        """None: it is no view. Compilers ask while they trace, and would take the empty tensor for the weight."""
+        """None: it is no view. Compilers that read it while tracing would take the empty tensor for the weight."""
         if torch._guards.TracingContext.try_get() is not None:
             raise UsageError(
                 f"a parameter of shape {tuple(self.shape)} that was kept from before its weight was factored is used "
@@ -138,7 +151,7 @@ class FactoredParameter(_StandIn, nn.Parameter):
 
     @property
     def requires_grad(self) -> bool:
-        return self._record.A.requires_grad or self._record.B.requires_grad
+        return self._abtrain_record.A.requires_grad or self._abtrain_record.B.requires_grad
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
@@ -148,19 +161,22 @@ class FactoredParameter(_StandIn, nn.Parameter):
     @property
     def grad(self) -> Tensor | None:
         """The gradients of A and B in one vector, which shares their memory; None where neither has one."""
-        factors = [factor for factor in (self._record.A, self._record.B) if factor.grad is not None]
-        known: tuple[Tensor, list[int]] | None = self.__dict__.get(_FLAT)
+        factors = [factor for factor in (self._abtrain_record.A, self._abtrain_record.B) if factor.grad is not None]
+        known = self._abtrain_gradient
         if known is not None and known[1] == _places(factors):
             return known[0]
-        self.__dict__.pop(_FLAT, None)
+        self._abtrain_gradient = None
         return self._flatten([(factor, factor.grad) for factor in factors]) if factors else None
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         if value is None:
-            self._record.A.grad = self._record.B.grad = None
+            self._abtrain_record.A.grad = self._abtrain_record.B.grad = None
             return
-        flat, trained = self.grad, [factor for factor in (self._record.A, self._record.B) if factor.requires_grad]
+        flat, trained = (
+            self.grad,
+            [factor for factor in (self._abtrain_record.A, self._abtrain_record.B) if factor.requires_grad],
+        )
         expected = (sum(factor.numel() for factor in trained),) if flat is None else tuple(flat.shape)
         if tuple(value.shape) != expected:
             raise UsageError(
@@ -183,8 +199,8 @@ class FactoredParameter(_StandIn, nn.Parameter):
         pieces = flat.split([factor.numel() for factor, _ in gradients])
         for (factor, _), piece in zip(gradients, pieces, strict=True):
             factor.grad = piece.view(factor.shape)
-        # The vector is held here, so that no other gradient can come to lie at its address.
-        self.__dict__[_FLAT] = (flat, _places([factor for factor, _ in gradients]))
+        # The reference to the vector keeps other gradients from its address.
+        self._abtrain_gradient = (flat, _places([factor for factor, _ in gradients]))
         return flat
 
 
@@ -193,32 +209,8 @@ def _places(factors: Sequence[nn.Parameter]) -> list[int]:
     return [factor.grad.data_ptr() for factor in factors if factor.grad is not None]
 
 
-def _guarded(func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Calls a torch function on arguments of which some stand for factored weights, or show their values."""
-    name = _name_of(func)
-    for refused in _refused_by(name, args, kwargs):
-        _refuse(refused, name)
-    memory: set[int] = set()
-    foreign = not all(issubclass(one, ReadOnly | nn.Parameter) for one in types)
-
-    def value(tensor: Tensor) -> Tensor:
-        if isinstance(tensor, FactoredParameter):
-            tensor = tensor._without_value() if name in _NEEDS_NO_VALUE else tensor._product()
-        if isinstance(tensor, ReadOnly):
-            memory.update(_memory(tensor))
-            tensor = tensor.as_subclass(Tensor) if foreign else tensor
-        return tensor
-
-    with torch._C.DisableTorchFunctionSubclass():
-        args, kwargs = with_tensors(args, value), with_tensors(kwargs, value)
-        if not foreign:
-            return _of_result(name, func(*args, **kwargs), memory)
-    # Outside, so that the `__torch_function__` of other tensor classes is called.
-    return func(*args, **kwargs)
-
-
 def _of_result(name: str, result: Any, memory: set[int]) -> Any:
-    """Makes views of a shown value read-only, too; everything computed from it is a plain tensor."""
+    """Makes views of a shown value read-only, too; anything computed from it is a plain tensor."""
 
     def read_only(item: Tensor) -> Tensor:
         views = type(item) is Tensor and item.numel() and memory.intersection(_memory(item))
@@ -238,7 +230,7 @@ def _memory(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _name_of(func: Callable[..., Any]) -> str:
-    """The name of the function that was called or of the attribute that was read; `NAME=` where one was set."""
+    """The name of the function that was called or the attribute that was read; `NAME=` if it was set."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -247,19 +239,19 @@ def _name_of(func: Callable[..., Any]) -> str:
 
 
 def _refused_by(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[_StandIn]:
-    """The stand-ins among the arguments that a function would write to, and the weights that it would put a hook on."""
+    """The stand-ins that a function would write to, and the weights that it would put a hook on."""
     first = args[:1] or list(kwargs.values())
     in_place = (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
     operator = name == "__setitem__" or (name.startswith("__i") and name not in _NO_WRITE)
     written = first if in_place or operator or name.endswith("=") else []
     refused = [tensor for tensor in tensors_in([written, kwargs.get("out")]) if isinstance(tensor, _StandIn)]
     hooked = first if name in _HOOKS else []
-    return refused + [one for one in hooked if isinstance(one, _StandIn) and one._weight is not None]
+    return refused + [one for one in hooked if isinstance(one, _StandIn) and one._abtrain_record is not None]
 
 
 def _refuse(tensor: Tensor, name: str) -> NoReturn:
     with torch._C.DisableTorchFunctionSubclass():
-        shape = tensor._record.matrix_shape.tensor if isinstance(tensor, FactoredParameter) else tensor.shape
+        shape = tensor._abtrain_record.matrix_shape.tensor if isinstance(tensor, FactoredParameter) else tensor.shape
     raise UsageError(
         f"{name} on a weight of shape {tuple(shape)} that is currently factored would have no effect on the model, "
         "which holds its factors A and B: do it before the factored phases, or exclude this weight from factoring "

@@ -1,9 +1,8 @@
 """The placeholder of a factored weight among a module's parameters.
 
-Some loops pair the `parameters()` of a model with those of a copy of it, as averages of weights such as torch's
-AveragedModel do. They would pair a weight of the copy with a factor, and broadcasting may hide the mistake. The mark
-comes first in the order and fits no tensor, so such a loop fails with an explanation. Loops that sum norms or count
-parameters may read the mark: it is a single zero that does not train.
+Averages of weights such as torch's AveragedModel pair the `parameters()` of a model with those of a copy. They would
+pair a weight of the copy with a factor, and broadcasting might hide the mistake. The mark precedes the factors and fits
+no tensor, so such a loop fails with an explanation. Loops that sum norms or count parameters may read the mark.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ class FactoredMark(nn.Parameter):
         kwargs = kwargs or {}
         if any(other.ndim for other in tensors_in((args, kwargs)) if not isinstance(other, FactoredMark)):
             raise UsageError(
-                "parameters of a model whose weights are currently factored were paired with other tensors, one by "
-                "one: the model holds A and B in the place of such a weight. Pair `state_dict()`, which is always "
-                "dense, or use ABTraining.ema for a running average"
+                "parameters of a model whose weights are currently factored were paired with other tensors: the model "
+                "holds A and B in the place of each factored weight. Pair `state_dict()`, which is always dense, or "
+                "use ABTraining.ema for a running average"
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)

@@ -1,14 +1,15 @@
-"""A model whose weights may be factored, and its optimizer, as what can be saved: tensors and JSON values by name.
+"""Saves and loads a model whose weights may be factored, and its optimizers, as tensors and JSON values by name.
 
-The optimizer's own `state_dict` counts parameters by their place, and `load_state_dict` casts what it gets to the
-parameter's dtype. Places change as factors come and go, and a resumed run is to hold the same bits, so state goes by
-name here, and as it is.
+An optimizer's own `state_dict` numbers parameters by their place, and its `load_state_dict` casts state to the
+parameter's dtype. Places change as factors come and go, and a resumed run must hold the same bits. Therefore state is
+kept by name here, and without casts.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -18,17 +19,18 @@ from torch.optim import Optimizer
 
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.names import factor_names
+from abtrain.lowrank.nested import with_tensors
 from abtrain.lowrank.optimizers import settings_of
 from abtrain.lowrank.svd import Factors
 from abtrain.own import own_names, shared_buffers
 
 
 def model_state(model: FactoredModel) -> dict[str, Any]:
-    """All that `load_model_state` needs. Tensors are the model's own: copy what is to outlive the next step.
+    """The state that `load_model_state` takes. Its tensors are the model's own: copy them to keep them past a step.
 
-    `weights` are all parameters by name, frozen ones too; a weight NAME that is factored is NAME.A (m, k) and NAME.B
-    (k, n). Parameters and buffers that are each worker's own are in `own`, where there are any, and what modules give
-    by `get_extra_state` is in `extra`, by the names of the modules.
+    `weights` are all parameters by name, frozen ones too; a factored weight NAME is NAME.A (m, k) and NAME.B (k, n).
+    Parameters and buffers that belong to one worker are in `own`, and the results of `get_extra_state` in `extra`, by
+    the names of the modules; both entries are left out if they are empty.
     """
     names, own = model.parameters(), own_tensors(model)
     extra = {name: module.get_extra_state() for name, module in modules_with_extra_state(model).items()}
@@ -59,7 +61,7 @@ def own_tensors(model: FactoredModel) -> dict[str, Tensor]:
 
 
 def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
-    """Makes model and optimizer what they were: shapes, values, param groups and state. The state must fit."""
+    """Restores shapes, values, param groups and optimizer state from a state that fits."""
     weights = state["weights"]
     device = next(iter(model.model.parameters())).device
     pairs = {
@@ -74,13 +76,15 @@ def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
                 parameter.copy_(weights[name])
         for part, tensors in (("buffers", shared_buffers(model.model)), ("own", own)):
             for name, tensor in tensors.items():
-                # A cache that had grown is left as the model makes it; all others are known to fit.
+                # Only a cache that had grown may differ, and the model makes it itself.
                 if tensor.shape == state[part][name].shape:
                     tensor.copy_(state[part][name])
     for name, module in modules_with_extra_state(model).items():
         module.set_extra_state(copy.deepcopy(state["extra"][name]))
     for optimizer, saved in zip(model.optimizers.all, state["optimizers"], strict=True):
-        _load_more(optimizer, saved["more"])
+        if saved["more"]:
+            optimizer.load_state_dict({**optimizer.state_dict(), **_with_tuples(saved["more"])})
+    # Afterwards, since `load_state_dict` casts state.
     for optimizer, saved in zip(model.optimizers.all, state["optimizers"], strict=True):
         _load_optimizer_state(optimizer, names, saved)
 
@@ -98,52 +102,51 @@ def _optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter]) ->
         "kind": type(optimizer).__name__,
         "groups": groups,
         "owned": owned,
-        "state": _with_tuples_told(state),
-        "general": _with_tuples_told(general),
-        "more": _with_tuples_told(more_of(optimizer)),
+        "state": _with_marked_tuples(state),
+        "general": _with_marked_tuples(general),
+        "more": _with_marked_tuples(more_of(optimizer)),
     }
 
 
 _TUPLE = "(tuple)"
 
 
-def _with_tuples_told(value: Any) -> Any:
+def _with_marked_tuples(value: Any) -> Any:
     """Replaces tuples, which files keep as lists, by dicts of one key."""
     if isinstance(value, tuple):
-        return {_TUPLE: [_with_tuples_told(item) for item in value]}
+        return {_TUPLE: [_with_marked_tuples(item) for item in value]}
     if isinstance(value, Mapping):
-        return {key: _with_tuples_told(item) for key, item in value.items()}
-    return [_with_tuples_told(item) for item in value] if isinstance(value, list) else value
+        return {key: _with_marked_tuples(item) for key, item in value.items()}
+    return [_with_marked_tuples(item) for item in value] if isinstance(value, list) else value
+
+
+def _with_tuples(value: Any) -> Any:
+    """The inverse of `_with_marked_tuples`."""
+    if isinstance(value, Mapping):
+        items = {key: _with_tuples(item) for key, item in value.items()}
+        return tuple(items[_TUPLE]) if items.keys() == {_TUPLE} else items
+    return [_with_tuples(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a setting is data. A dtype or a function is what the optimizer was built with, and will be again."""
+    """Whether a setting is data. Others, such as a dtype or a function, are given when an optimizer is built."""
     if isinstance(value, Mapping | list | tuple):
         return all(map(_is_plain, value.values() if isinstance(value, Mapping) else value))
     return value is None or isinstance(value, str | bool | Real | Tensor)
 
 
 def _plain(value: Any) -> Any:
-    """A scheduler may compute rates in numbers of numpy."""
+    """Converts numbers of numpy, in which a scheduler may compute rates."""
     known = isinstance(value, bool | int | float) or not isinstance(value, Real)
     return value if known else float(value)
 
 
 def more_of(optimizer: Optimizer) -> dict[str, Any]:
-    """Returns the entries of an optimizer's `state_dict` other than `state` and `param_groups`, such as counters.
-
-    None of PyTorch's own has any.
-    """
+    """The entries of an optimizer's `state_dict` other than `state` and `param_groups`. PyTorch's own have none."""
     hooks = getattr(optimizer, "_optimizer_state_dict_post_hooks", None)
     if type(optimizer).state_dict is Optimizer.state_dict and not hooks:
         return {}
     return {key: value for key, value in optimizer.state_dict().items() if key not in ("state", "param_groups")}
-
-
-def _load_more(optimizer: Optimizer, more: Mapping[str, Any]) -> None:
-    """Hands an optimizer what `more_of` it was saved; what goes by name is loaded after this, and as it was."""
-    if more:
-        optimizer.load_state_dict({**optimizer.state_dict(), **_with_tuples(more)})
 
 
 def _load_optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter], saved: Mapping[str, Any]) -> None:
@@ -155,36 +158,19 @@ def _load_optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter
             else:
                 group[key] = tuple(value) if isinstance(known, tuple) else value
     optimizer.state.clear()
-    # Only then are step counts where the parameters are.
+    # Only these keep step counts on the parameters' device.
     moved = {id(p) for g in optimizer.param_groups if g.get("capturable") or g.get("fused") for p in g["params"]}
     for name, held in saved["state"].items():
         parameter = names[name]
-        optimizer.state[parameter] = _copied(parameter, held, id(parameter) in moved)
+        copied = partial(_copied, parameter, moved=id(parameter) in moved)
+        optimizer.state[parameter] = with_tensors(_with_tuples(held), copied)
+    copied = partial(_copied, next(iter(names.values())), moved=False)
     for key, held in saved["general"].items():
-        optimizer.state[key] = _copied(next(iter(names.values())), held, moved=False)
+        optimizer.state[key] = with_tensors(_with_tuples(held), copied)
 
 
-def _copied(parameter: nn.Parameter, value: Any, moved: bool) -> Any:
-    """A copy of state, however nested, its tensors where the optimizer wants them."""
-    if isinstance(value, Tensor):
-        return _like(parameter, value, moved)
-    if isinstance(value, Mapping):
-        items = {key: _copied(parameter, item, moved) for key, item in value.items()}
-        return tuple(items[_TUPLE]) if items.keys() == {_TUPLE} else items
-    if isinstance(value, list | tuple):
-        return [_copied(parameter, item, moved) for item in value]
-    return value
-
-
-def _with_tuples(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        items = {key: _with_tuples(item) for key, item in value.items()}
-        return tuple(items[_TUPLE]) if items.keys() == {_TUPLE} else items
-    return [_with_tuples(item) for item in value] if isinstance(value, list) else value
-
-
-def _like(parameter: nn.Parameter, value: Tensor, moved: bool) -> Tensor:
-    """A copy of an item of state where the optimizer wants it, laid out as the parameter if it is of its shape."""
+def _copied(parameter: nn.Parameter, value: Tensor, moved: bool) -> Tensor:
+    """A copy of a tensor of state on the optimizer's device for it, laid out as the parameter if it is of its shape."""
     if value.ndim and value.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
     return value.to(parameter.device if value.ndim or moved else "cpu", copy=True)

@@ -1,7 +1,6 @@
-"""The optimizer's part of a change of shape: parameters are replaced in place, and moments are converted.
+"""The optimizer's part of a change of shape: replaces parameters in param groups, and converts moments.
 
-The optimizer object and its param groups stay those of the user, so learning rates, weight decay and schedulers keep
-working.
+The user's optimizer and its param groups stay, so learning rates, weight decay and schedulers keep working.
 """
 
 from __future__ import annotations
@@ -48,8 +47,7 @@ def replace_(
     """Puts `new` in the place of `old[0]` in its param groups, and removes the other `old`.
 
     Returns:
-        For each optimizer with its own state, the states of the `old` parameters in their order (empty if there was
-        none).
+        For each optimizer with its own state, the states of the `old` parameters in their order; {} for none.
     """
     for group in optimizers.groups():
         if any(parameter is old[0] for parameter in group["params"]):
@@ -77,16 +75,9 @@ def project_to_factors(state: State, record: FactoredWeight, A: Tensor, B: Tenso
 
     The gradients are G_A = G B^T and G_B = A^T G, so running means are converted in the same way. Running means of
     squares are multiplied by the squared factors, which is exact where the entries of G are uncorrelated. Step counts
-    and other state are copied.
-
-    Args:
-        state: of the dense weight.
-        record: of the factored one.
-        A, B: through which the optimizer sees the weight's gradients: the factors, or what a preconditioner makes of
-            them (see `abtrain.lowrank.precondition.seen_through`).
+    and other state are copied. A and B are those of `abtrain.lowrank.precondition.seen_through`.
     """
-    state_A: State = {}
-    state_B: State = {}
+    state_A, state_B = State(), State()
     for key, value in state.items():
         if key in LINEAR_MOMENTS | SQUARED_MOMENTS and isinstance(value, Tensor):
             M = record.matrix_shape.to_matrix(value).to(A.dtype)
@@ -98,17 +89,16 @@ def project_to_factors(state: State, record: FactoredWeight, A: Tensor, B: Tenso
 
 
 def project_to_weight(state_A: State, state_B: State, record: FactoredWeight, A: Tensor, B: Tensor) -> State:
-    """Converts states of A and B into the state of W; either may be empty. See `project_to_factors` for the arguments.
+    """Converts states of A and B into the state of W; either may be empty. A and B are as in `project_to_factors`.
 
-    Given a mean M_A of G B^T and a mean M_B of A^T G, the smallest G that explains both is taken: with P the projector
-    onto the columns of A, G = A (A^T A)^-1 M_B + (I - P) M_A (B B^T)^-1 B. A mean of squares is spread evenly over the
-    entries that it was summed over, which keeps it positive.
+    A mean M_A of G B^T and a mean M_B of A^T G give the smallest G that explains both: with P the projector onto the
+    columns of A, G = A (A^T A)^-1 M_B + (I - P) M_A (B B^T)^-1 B. A mean of squares is spread evenly over the entries
+    that it was summed over, which keeps it positive.
     """
     A, B = A.double(), B.double()
     A_plus, B_plus = torch.linalg.pinv(A), torch.linalg.pinv(B)
-    # Step counts and the like come from the factor that was trained: the frozen one's stood still.
-    further = state_A if float(state_A.get("step", 0)) >= float(state_B.get("step", 0)) else state_B
-    merged: State = dict(further)
+    # Step counts and similar state come from the trained factor: the frozen one's stood still.
+    merged = dict(state_A if float(state_A.get("step", 0)) >= float(state_B.get("step", 0)) else state_B)
     for key in (LINEAR_MOMENTS | SQUARED_MOMENTS) & (state_A.keys() | state_B.keys()):
         of_A, of_B = state_A.get(key), state_B.get(key)
         if of_A is None and of_B is None:
@@ -119,25 +109,21 @@ def project_to_weight(state_A: State, state_B: State, record: FactoredWeight, A:
 
 
 def _consistent(state: State) -> State:
-    """Restores inequalities without which an optimizer would take the root of a negative number, or divide by one.
+    """Raises mean squares to their lower bounds, so that no optimizer takes the root of a negative number.
 
     Means of gradients and of their squares are converted by different sums, so the first may come out larger than the
-    root of the second.
+    root of the second. RMSprop's centred variance is square_avg - grad_avg^2.
     """
-
-    def raise_to(key: str, least: Tensor | None) -> None:
-        if isinstance(state.get(key), Tensor) and isinstance(least, Tensor):
-            state[key] = torch.maximum(state[key], least)
-
-    raise_to("max_exp_avg_sq", state.get("exp_avg_sq"))
-    # RMSprop's centred variance is square_avg - grad_avg^2.
     mean = state.get("grad_avg")
-    raise_to("square_avg", mean * mean if isinstance(mean, Tensor) else None)
+    least = {"max_exp_avg_sq": state.get("exp_avg_sq"), "square_avg": mean * mean if isinstance(mean, Tensor) else None}
+    for key, bound in least.items():
+        if isinstance(state.get(key), Tensor) and isinstance(bound, Tensor):
+            state[key] = torch.maximum(state[key], bound)
     return state
 
 
 def _explain(M_A: Tensor | None, M_B: Tensor | None, A: Tensor, A_plus: Tensor, B_plus: Tensor) -> Tensor:
-    """The smallest G with M_A = G B^T and M_B = A^T G, of which one may be unknown."""
+    """The smallest G with M_A = G B^T and M_B = A^T G; one of the two may be unknown."""
     if M_A is None:
         assert M_B is not None
         return A_plus.T @ M_B.double()
@@ -160,8 +146,7 @@ def _spread(V_A: Tensor | None, V_B: Tensor | None, A: Tensor, B: Tensor) -> Ten
 def fresh_state(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> State:
     """The state that an optimizer needs for a parameter before its first step; empty for most optimizers.
 
-    Adagrad creates state only when it is built, for the parameters that it has then. Fused SGD decides by the first
-    parameter whether all have momentum.
+    Adagrad creates state only in its constructor. Fused SGD decides by the first parameter whether all have momentum.
     """
     if is_a(optimizer, (torch.optim.Adagrad,)):
         twin = torch.optim.Adagrad([parameter], initial_accumulator_value=group["initial_accumulator_value"])

@@ -1,13 +1,13 @@
-"""Whether saved settings and state of an optimizer fit the one that is here. Nothing is changed.
+"""Checks whether saved settings and state of an optimizer fit the present one. Changes nothing.
 
-PyTorch's own optimizers are asked: a twin with the saved settings makes one step for a parameter of a few numbers, and
-so shows which state belongs to these settings. Of other optimizers, only what all have in common is checked.
+For PyTorch's own optimizers, a twin with the saved settings makes one step of a tiny parameter, which shows the state
+that belongs to these settings. For others, only their param groups and learning rates are checked.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -42,16 +42,11 @@ _MOST = 2**31 - 1
 _SIDE = 2
 """Of the twin's parameter. State with sides of 1 in their place holds one number for a row or a column."""
 
-Example = Callable[[int, int, torch.dtype], Mapping[str, Any]]
-
 
 def optimizer_problems(model: FactoredModel, state: Mapping[str, Any], layout: Mapping[str, Tensor]) -> list[str]:
-    """Why a state cannot be that of a model's optimizers; empty if it can.
+    """Why a state of the form `abtrain.lowrank.fit.MODEL_STATE` cannot be that of a model's optimizers; empty if it can.
 
-    Args:
-        model: with its optimizers.
-        state: of all of them, in the form of `abtrain.lowrank.fit.MODEL_STATE`.
-        layout: all parameters by name, in the form of the state.
+    `layout`: all parameters by name, in the form of the state.
     """
     ours, saved = model.optimizers.all, state["optimizers"]
     if len(saved) != len(ours):
@@ -67,50 +62,38 @@ def _problems(
             f"the optimizer is {said(saved['kind'])} with {len(saved['groups'])} param groups there and "
             f"{type(optimizer).__name__} with {len(optimizer.param_groups)} here"
         ]
-    unlike = _unlike_owners(model, optimizer, saved["owned"])
-    if unlike:
-        return [unlike]
     strange = [name for name in saved["state"] if name not in layout]
-    if strange:
-        return [f"the optimizer's state of {said(strange[0])} belongs to another phase"]
-    if not type(optimizer).__module__.startswith("torch.optim"):
-        return first_problems(lambda: _rate_problems(optimizer, saved["groups"]))
+    of_torch = type(optimizer).__module__.startswith("torch.optim")
     return first_problems(
-        lambda: _setting_problems(optimizer, saved["groups"]),
-        lambda: _state_problems(model, optimizer, saved, layout),
+        lambda: _group_problems(model, optimizer, saved["owned"]),
+        lambda: iter([f"the optimizer's state of {said(name)} belongs to another phase" for name in strange[:1]]),
+        lambda: _setting_problems(optimizer, saved["groups"], of_torch),
+        lambda: _state_problems(model, optimizer, saved, layout) if of_torch else iter(()),
     )
 
 
-def _unlike_owners(model: FactoredModel, optimizer: Optimizer, owned: Sequence[Sequence[str]]) -> str:
-    """Describes a param group that holds other parameters than the saved one; empty if there is none."""
+def _group_problems(model: FactoredModel, optimizer: Optimizer, owned: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Names a parameter by which a param group differs from the saved one, for the first such group."""
     known = {id(parameter): name for name, parameter in model.parameters().items()}
     for place, (group, saved) in enumerate(zip(optimizer.param_groups, owned, strict=False)):
         ours = {weight_name(known.get(id(p), "")) for p in group["params"]}
         theirs = set(map(weight_name, saved))
-        # A group may have grown by what was added to the model since, in another state that does not fit either.
         if ours != theirs:
-            one = sorted(ours ^ theirs)[0]
+            one = min(ours ^ theirs)
             there, here = ("is", "is not") if one in theirs else ("is not", "is")
-            return f"{said(one)} {there} in param group {place} there, and {here} in it here: give the same groups"
-    return ""
+            yield f"{said(one)} {there} in param group {place} there, and {here} in it here: give the same groups"
+            return
 
 
-def _rate_problems(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Checks only learning rates, since other optimizers may add and drop settings of any kind."""
+def _setting_problems(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], of_torch: bool) -> Iterator[str]:
+    """Checks all settings of PyTorch's optimizers. Others may add and drop settings, so only learning rates count."""
     for place, (group, settings) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        rest = dict.fromkeys(settings.keys() - {*PARAMETERS}, anything)
-        rates = {"lr": partial(_rate, group["lr"])} if "lr" in group else {}
-        yield from mapping({**rest, **rates}, required=rates)(f"param group {place}", settings)
-
-
-def _setting_problems(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for place, (group, settings) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        ours = {key: _setting(key, value) for key, value in settings_of(group).items()}
-        added = {key: partial(_rate, group.get(key)) for key in SCHEDULED}
+        ours = {key: _setting(key, value) for key, value in settings_of(group).items() if of_torch or key == "lr"}
+        scheduled = {key: partial(_rate, group.get(key)) for key in SCHEDULED if of_torch}
         # Loops, and optimizers around this one, add keys of their own.
-        others: dict[str, Check] = dict.fromkeys(settings.keys() - ours.keys() - added.keys() - {*PARAMETERS}, _added)
-        known: dict[str, Check] = {**ours, **added, **others}
-        yield from mapping(known, required=ours.keys() - added.keys())(f"param group {place}", settings)
+        rest: dict[str, Check] = dict.fromkeys(settings.keys() - {*PARAMETERS}, _added if of_torch else anything)
+        known: dict[str, Check] = {**rest, **ours, **scheduled}
+        yield from mapping(known, required=ours.keys() - scheduled.keys())(f"param group {place}", settings)
 
 
 def _added(place: str, value: Any) -> Iterator[str]:
@@ -122,7 +105,7 @@ def _added(place: str, value: Any) -> Iterator[str]:
 
 
 def _setting(key: str, known: Any) -> Check:
-    """The check of a setting, by the value that it has here."""
+    """The check of a setting whose present value is `known`."""
     if key in _IMPLEMENTATIONS:
         return one_of(None, True, False)
     if known is None or isinstance(known, bool):
@@ -140,7 +123,7 @@ def _setting(key: str, known: Any) -> Check:
 
 
 def _rate(known: Any, place: str, value: Any) -> Iterator[str]:
-    """A learning rate, and other numbers that may be tensors: those that are one here are overwritten in place."""
+    """A learning rate or another number that may be a tensor. A tensor that is `known` is overwritten in place."""
     if not isinstance(value, Tensor):
         yield from number()(place, value)
     elif not value.is_floating_point() or value.numel() != 1 or not bool(torch.isfinite(value)):
@@ -156,7 +139,7 @@ def _state_problems(
     example = cache(partial(_example, optimizer, saved["groups"], device))
     group_of = {id(p): place for place, group in enumerate(optimizer.param_groups) for p in group["params"]}
     places = {name: group_of[id(p)] for name, p in model.parameters().items() if id(p) in group_of}
-    # Whatever form a weight has, it is in the same group.
+    # A weight and its factors are in the same group.
     places |= {weight_name(name): place for name, place in places.items()}
     for name, weight in layout.items():
         place = places.get(name, places.get(weight_name(name)))
@@ -187,19 +170,19 @@ def _example(
     ndim: int,
     dtype: torch.dtype,
 ) -> Mapping[str, Any]:
-    """The state that a parameter has after a step by these settings; empty if not even the present ones can be tried.
+    """The state of a parameter after a step by the saved settings; empty if even the present ones cannot be tried.
 
     Raises:
-        Whatever the optimizer says of the settings.
+        Exception: any error of the optimizer about the saved settings.
     """
-    ours = settings_of(optimizer.param_groups[place])
+    ones = partial(torch.ones, (_SIDE,) * ndim, dtype=dtype, device=device)
     try:
-        _step(type(optimizer), ours, torch.ones((_SIDE,) * ndim, dtype=dtype, device=device))
+        _step(type(optimizer), settings_of(optimizer.param_groups[place]), ones())
     except Exception as error:
         if not blames_data(error):
             raise
         return {}
-    return _step(type(optimizer), groups[place], torch.ones((_SIDE,) * ndim, dtype=dtype, device=device))
+    return _step(type(optimizer), groups[place], ones())
 
 
 def _step(kind: type[Optimizer], settings: Mapping[str, Any], ones: Tensor) -> Mapping[str, Any]:
@@ -216,7 +199,7 @@ def _step(kind: type[Optimizer], settings: Mapping[str, Any], ones: Tensor) -> M
 
 
 def _fits(held: Any, weight: Tensor, wanted: Any) -> bool:
-    """Whether an item of state can belong to a weight, given the one of the twin (None: unknown)."""
+    """Whether an item of state can belong to a weight, given the twin's item (None: it has none)."""
     if not isinstance(held, Tensor):
         return not isinstance(wanted, Tensor) and (wanted is None or (is_number(held) and held >= 0))
     if held.layout != torch.strided or held.device.type == "meta":
@@ -225,7 +208,7 @@ def _fits(held: Any, weight: Tensor, wanted: Any) -> bool:
         pairs = zip(held.shape, weight.shape, strict=False)
         return wanted is None and (held.ndim < 2 or (held.ndim == weight.ndim and all(s in (1, w) for s, w in pairs)))
     if wanted.ndim == 0:
-        # Step counts, and what is like them.
+        # Step counts and similar numbers.
         return held.numel() == 1 and held.is_floating_point() and bool(torch.isfinite(held)) and float(held) >= 0
     shape = [whole if side == _SIDE else 1 for side, whole in zip(wanted.shape, weight.shape, strict=False)]
     return held.dtype == wanted.dtype and list(held.shape) == shape

@@ -2,7 +2,7 @@
 
 People split a model between optimizers (Muon for matrices, AdamW for the rest), and wrap them: Accelerate's wrapper
 decides whether a step is made, SAM's makes two passes of one step, Lookahead's averages over several steps. The
-innermost optimizer that holds a weight is the one that changes it, so hooks are put on that one.
+innermost optimizer that holds a weight changes it, so hooks are put on that one.
 """
 
 from __future__ import annotations
@@ -24,15 +24,12 @@ PARAMETERS = ("params", "param_names")
 
 
 class Optimizers:
-    """All optimizers that a loop steps by.
-
-    Args:
-        given: one optimizer, or several with different parameters.
+    """All optimizers of a loop.
 
     Attributes:
-        given: as a tuple.
+        given: one optimizer, or several with different parameters; kept as a tuple.
         all: those given and those inside them, outer ones first.
-        acting: those of them whose steps change weights: for each parameter, the innermost that holds it.
+        acting: those whose steps change weights: for each parameter, the innermost that holds it.
     """
 
     def __init__(self, given: Optimizer | Sequence[Optimizer]) -> None:
@@ -44,7 +41,7 @@ class Optimizers:
 
     @property
     def stateful(self) -> list[Optimizer]:
-        """All with their own state; not a wrapper that gives the state of the optimizer inside it."""
+        """All with their own state: no wrapper that returns the state of the optimizer inside it."""
         return list({id(optimizer.state): optimizer for optimizer in self.all}.values())
 
     @property
@@ -110,12 +107,12 @@ def is_nested(optimizer: Optimizer) -> bool:
     return found > 1
 
 
-# The code that PyTorch wraps around the `step` of every optimizer.
 _HOOKED_STEP = next(
     constant
     for constant in Optimizer.profile_hook_step.__code__.co_consts
     if inspect.iscode(constant) and "pre_hook" in constant.co_varnames
 )
+"""The code that PyTorch wraps around the `step` of every optimizer."""
 
 
 def _inside(value: Any, levels: int, seen: set[int]) -> Iterator[Optimizer]:
@@ -125,7 +122,7 @@ def _inside(value: Any, levels: int, seen: set[int]) -> Iterator[Optimizer]:
     if isinstance(value, Optimizer):
         seen.add(id(value))
         yield value
-        # Each may hold others just as deep.
+        # The levels are counted from each optimizer again.
         value, levels = {name: held for name, held in vars(value).items() if name not in _NOT_SEARCHED}, _DEEPEST
     if isinstance(value, Mapping | list | tuple):
         for held in value.values() if isinstance(value, Mapping) else value:

@@ -31,19 +31,12 @@ from abtrain.lowrank.weight import FactoredWeight
 
 
 class _Start(NamedTuple):
-    """A factor before the optimizer's step.
-
-    Attributes:
-        value: a copy of the factor.
-        decay: the share by which decoupled weight decay shrinks it in the step.
-        root: R_B for A, and R_A for B.
-        is_A: whether the factor is A.
-    """
+    """A factor before the optimizer's step."""
 
     factor: nn.Parameter
-    value: Tensor
-    decay: float
-    root: Tensor
+    value: Tensor  # a copy of the factor
+    decay: float  # the share by which decoupled weight decay shrinks it in the step
+    root: Tensor  # R_B for A, and R_A for B
     is_A: bool
 
     def converted(self, change: Tensor) -> Tensor:
@@ -88,7 +81,7 @@ class Preconditioner:
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, records: Iterable[FactoredWeight]) -> None:
-        """Converts the gradients of the factors that an optimizer steps, in place, where there are any."""
+        """Converts the gradients of the factors that an optimizer steps, in place."""
         decays = {id(p): _decay(group) for group in optimizer.param_groups for p in group["params"]}
         starts = self._starts[id(optimizer)] = []
         for record in records:
@@ -105,8 +98,8 @@ class Preconditioner:
     def after_step(self, optimizer: Optimizer) -> None:
         """Converts the steps that the factors have made since `before_step` of the same optimizer, in place.
 
-        A step that the optimizer skips, as fused ones do where a GradScaler found infinity, does not decay either: the
-        absent decay must not be taken for a step. The choice is made on the device, without waiting for it.
+        Fused optimizers skip a step, with its decay, if a GradScaler found infinity: the absent decay is no step. The
+        device makes this choice, so that the host need not wait for it.
         """
         for start in self._starts.pop(id(optimizer), ()):
             factor, value = start.factor, start.value

@@ -19,12 +19,7 @@ from abtrain.lowrank.weight import FactoredWeight, Names
 
 
 def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
-    """Replaces weight `name` by factors, in place, and frees the dense weight.
-
-    Args:
-        model: the model that holds the weight.
-        name: the weight's name, as in `named_parameters()`.
-        factors: A (m, k) and B (k, n).
+    """Replaces the weight `name` of a model by factors, in place, and frees the dense weight.
 
     Returns:
         The record that `restore_` takes.
@@ -55,9 +50,9 @@ def restore_(record: FactoredWeight) -> nn.Parameter:
     assert isinstance(module, Factored)
     give_back_(record.dense)
     for factor in (record.A, record.B):
-        # The hooks refer to the factors, and would keep them alive in a cycle.
+        # The hooks refer to the factors, in a cycle that would keep them alive.
         (factor._post_accumulate_grad_hooks or {}).clear()
-    # The former memory layout matters to optimizer state of dense neighbours and to fused optimizers.
+    # Fused optimizers and the optimizer state of dense weights depend on the former memory layout.
     record.dense.data = record.laid_out()
     del module._parameters[record.names.A], module._parameters[record.names.B]
     _rename_(module, record.names.mark, attribute, record.dense)

@@ -46,18 +46,14 @@ def decompose(W: Tensor, rank_rule: RankRule) -> Factors:
         raise NonFiniteError(f"cannot decompose a matrix of shape {tuple(W.shape)}: it holds NaN or infinity")
     U, S, Vh = _svd(W.detach())
     m, n = W.shape
-    # A rule of the user's own may overshoot.
+    # A user's rule may exceed n.
     k = min(max(int(rank_rule(S.tolist(), m, n)), 1), n) if S[0] > 0 else 1
     root = S[:k].sqrt()
     # eq. 3: W = (U sqrt(S)) (sqrt(S) Vh)
     A = U[:, :k] * root
     B = root[:, None] * Vh[:k]
-    return Factors(_laid_out(A.to(W.dtype)), _laid_out(B.to(W.dtype)))
-
-
-def _laid_out(factor: Tensor) -> Tensor:
-    """A copy by rows: a column of `U` counts as contiguous with strides by which its products are rounded otherwise."""
-    return factor.clone(memory_format=torch.contiguous_format)
+    # Copied by rows: a column of U counts as contiguous, with strides by which its products are rounded differently.
+    return Factors(*(factor.to(W.dtype).clone(memory_format=torch.contiguous_format) for factor in (A, B)))
 
 
 def _svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:

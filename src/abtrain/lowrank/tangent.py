@@ -1,7 +1,7 @@
 """Small changes of a weight <-> small changes of its factors.
 
-A change of the factors W = A B changes the weight by E_A B + A E_B, to first order. The changes of this form are the
-tangent space of matrices of rank k at W; of any other change E only its projection can be said in factors:
+To first order, changes of the factors of W = A B change the weight by E_A B + A E_B. The changes of this form are the
+tangent space of matrices of rank k at W. Factors can express any other change E only by its projection,
 P_A E + E P_B - P_A E P_B, with P_A on the columns of A and P_B on the rows of B.
 """
 
@@ -17,9 +17,9 @@ def to_weight(E_A: Tensor, E_B: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def to_factors(E: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A change (m, n) of the weight -> changes of A (m, k) and B (k, n) that say its projection.
+    """A change (m, n) of the weight -> changes of A (m, k) and B (k, n) that express its projection.
 
-    The part that both factors can say is shared evenly: E_A = (I - P_A / 2) E B^+ and E_B = A^+ E (I - P_B / 2).
+    The part that both factors can express is shared evenly: E_A = (I - P_A / 2) E B^+ and E_B = A^+ E (I - P_B / 2).
     """
     A_plus, B_plus = torch.linalg.pinv(A.double()), torch.linalg.pinv(B.double())
     right, left = E.double() @ B_plus, A_plus @ E.double()

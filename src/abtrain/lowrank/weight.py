@@ -1,4 +1,4 @@
-"""The record of one factored weight: what it stands for, and what it takes to undo it."""
+"""The record of one factored weight."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from abtrain.lowrank.matrix import MatrixShape
 
 
 class Names(NamedTuple):
-    """The names in a module of the parameters that replace one weight: its mark, A and B.
-
-    The mark takes the weight's place in the order of parameters; see `abtrain.lowrank.mark`.
-    """
+    """The names in a module of the parameters that replace one weight: its `abtrain.lowrank.mark`, A and B."""
 
     mark: str
     A: str
@@ -26,17 +23,13 @@ class Names(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class FactoredWeight:
-    """The record of one factored weight: all that is needed to use it and to undo it.
+    """The record of one factored weight: all that is needed to use it and to undo the factoring.
 
     Attributes:
         name: the weight's name in the model.
-        module: the module that holds it.
-        attribute: the weight's name in the module.
+        attribute: the weight's name in `module`.
         dense: the weight's own Parameter; its storage is empty while the factors live.
-        A: (m, k).
-        B: (k, n).
-        names: of mark and factors in the module.
-        matrix_shape: the matrix view of the weight.
+        A, B: (m, k) and (k, n).
         strides: of the dense weight before it was factored.
         hooks: tensor hooks that the user has registered on the dense weight.
     """
