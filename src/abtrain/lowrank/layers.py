@@ -1,9 +1,8 @@
 """Modules that hold the factors A (m, k) and B (k, n) of a weight, and look dense from outside.
 
-A module becomes one of these when its class is changed (`surgery.py`), so hooks, names and references to it stay valid.
+`surgery.py` changes the class of a module to one of these, so hooks, names and references to the module stay valid.
 Linear layers and convolutions compute with the factors; every other module rebuilds the weight whenever it reads it.
-The weight remains readable on all of them, as the product; writing to it is an error. State dicts, copies and pickles
-show the dense module.
+The weight reads as the product; writing to it is an error. State dicts, copies and pickles show the dense module.
 """
 
 from __future__ import annotations
@@ -24,21 +23,18 @@ from torch import Tensor, nn
 from abtrain.errors import UsageError
 from abtrain.lowrank.hooked import read_product
 from abtrain.lowrank.kept import shown
-from abtrain.lowrank.loading import empty_like_dense, load_
+from abtrain.lowrank.loading import load_
 from abtrain.lowrank.svd import Factors
 from abtrain.lowrank.weight import FactoredWeight
 
 
 class Factored(nn.Module):
-    """Base of all modules with factored weights. Its names begin with `_abtrain`, so that they collide with no other.
-
-    Attributes:
-        _abtrain_dense_type: the module's class while its weights are dense.
-        _abtrain_weights: the records of its factored weights, by their names in the module.
-    """
+    """Base of all modules with factored weights. Its names begin with `_abtrain`, to collide with no other."""
 
     _abtrain_dense_type: ClassVar[type[nn.Module]]
+    """The module's class while its weights are dense."""
     _abtrain_weights: dict[str, FactoredWeight]
+    """The records of its factored weights, by their names in the module."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name in self._abtrain_weights and name not in self._parameters:
@@ -54,40 +50,43 @@ class Factored(nn.Module):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Copies and pickles the dense module."""
-        # The weight's own Parameter goes in: in a deep copy, whatever else holds it still shares it with the module.
+        # With the weight's own Parameter: in a deep copy, the module still shares it with its other holders.
         reduced: Any = _twin(self, lambda weight: weight.dense).__reduce_ex__(protocol)
         make, args, *rest = reduced
-        # Pickle checks the class of what goes through `__newobj__`, and this is not the twin.
+        # Through `__newobj__`, pickle would compare the twin's class with that of this module.
         return (args[0].__new__ if make is copyreg.__newobj__ else make, args, *rest)  # type: ignore[attr-defined]
 
     def _abtrain_copied_by_its_class(self, memo: dict[int, Any]) -> nn.Module:
         """The `__deepcopy__` of a module whose class defines one, which sees the module as dense."""
-        kind: type[nn.Module] = type(self)
-        own = self.__dict__
+        kind, own = type(self), self.__dict__
         dense = _twin(self, lambda weight: weight.dense).__dict__
         self.__class__, self.__dict__ = self._abtrain_dense_type, dense  # type: ignore[assignment]  # it is a base
         try:
             copied: nn.Module = copy.deepcopy(self, memo)
         finally:
-            self.__class__, self.__dict__ = kind, own  # type: ignore[assignment]  # what it was
+            self.__class__, self.__dict__ = kind, own
         return copied
 
     def __copy__(self) -> nn.Module:
         return copy.copy(_twin(self, lambda weight: nn.Parameter(weight.laid_out())))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        def value(weight: FactoredWeight) -> Tensor:
-            return product(self, weight.attribute) if keep_vars else weight.weight()
-
         # Computed first, because factors are only found while they are the module's parameters.
-        values = {name: value(weight) for name, weight in self._abtrain_weights.items()}
+        values = {
+            name: product(self, name) if keep_vars else weight.weight()
+            for name, weight in self._abtrain_weights.items()
+        }
         with _shown_dense(self, lambda weight: values[weight.attribute]):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         error_msgs: list[str] = args[-1]
         known = len(error_msgs)
-        with _shown_dense(self, empty_like_dense) as dense:
+
+        def empty(weight: FactoredWeight) -> nn.Parameter:
+            return nn.Parameter(weight.A.detach().new_empty(weight.matrix_shape.tensor))
+
+        with _shown_dense(self, empty) as dense:
             super()._load_from_state_dict(state_dict, prefix, *args)
         refused = " ".join(error_msgs[known:])
         for attribute, weight in self._abtrain_weights.items():
@@ -108,7 +107,7 @@ def product(module: Factored, attribute: str) -> Tensor:
 
 
 def _twin(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> nn.Module:
-    """A module of the dense class that shares everything but the factored weights; `value` makes these."""
+    """A module of the dense class that shares everything but the factored weights, which `value` makes."""
     twin: nn.Module = object.__new__(module._abtrain_dense_type)
     own = {name: item for name, item in module.__dict__.items() if name != "_abtrain_weights"}
     twin.__dict__ = own | {"_parameters": _dense_parameters(module, value)}
@@ -130,7 +129,7 @@ def _dense_parameters(module: Factored, value: Callable[[FactoredWeight], Tensor
 
 @contextmanager
 def _shown_dense(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> Iterator[dict[str, Any]]:
-    """Shows the module with the parameters of the dense module; dense parameters that are set meanwhile stay set."""
+    """Shows the module with the dense module's parameters; those that are set inside stay set, factored ones aside."""
     own, dense = module._parameters, _dense_parameters(module, value)
     module.__dict__["_parameters"] = dense
     try:
@@ -148,15 +147,13 @@ def _product_of(attribute: str) -> Any:
 
     def read(module: Factored) -> Tensor:
         W = product(module, attribute)
-        if torch.compiler.is_compiling() or _is_forward_of_torch(sys._getframe(1)):
+        if torch.compiler.is_compiling():
             return W
-        return shown(module._abtrain_weights[attribute], W)
+        code, place = sys._getframe(1).f_code, sys._getframe(1).f_globals.get("__name__", "")
+        in_torch = code.co_name == "forward" and place.startswith("torch.nn.modules.")
+        return W if in_torch else shown(module._abtrain_weights[attribute], W)
 
     return property(read)
-
-
-def _is_forward_of_torch(frame: types.FrameType) -> bool:
-    return frame.f_code.co_name == "forward" and frame.f_globals.get("__name__", "").startswith("torch.nn.modules.")
 
 
 class LowRank(Factored):
@@ -166,7 +163,7 @@ class LowRank(Factored):
 
 
 def _inner_and_outer(module: Factored) -> tuple[Tensor, Tensor]:
-    """The factor that is applied to the input, (k, in * ...), and the one that makes the output, (out, k)."""
+    """The factor that is applied to the input, (k, in * ...), and the factor that makes the output, (out, k)."""
     A, B = factors_of(module, "weight")
     return (A.T, B.T) if module._abtrain_weights["weight"].matrix_shape.transposed else (B, A)
 

@@ -1,4 +1,4 @@
-"""Loads a dense weight into its factors: cut to their rank, and in their basis."""
+"""Loads a dense weight into its factors, cut to their rank and in their basis."""
 
 from __future__ import annotations
 
@@ -17,22 +17,20 @@ from abtrain.recipes.rank_rules import FixedRank
 
 _ROUNDING = 1e-5
 """Relative error that counts as rounding in float32."""
-
 _SAME = 8
 """Units of rounding between two products of the same factors."""
-
 _CONDITION = 1e-4
 """The smallest over the largest singular value of a factor that can still be inverted without harm."""
 
 _replaced: WeakKeyDictionary[FactoredWeight, Factors] = WeakKeyDictionary()
-"""Each weight's factors from before the last load that changed them, for loops that swap an average in and out."""
+"""Each weight's factors before the last load that changed them, for loops that swap an average in and out."""
 
 _cuts: ContextVar[bool] = ContextVar("cuts", default=False)
 
 
 @contextmanager
 def cutting(cut: bool) -> Iterator[None]:
-    """Inside it, weights that are loaded are cut to the ranks of the model, whatever that loses (`cut`)."""
+    """Decides whether weights that are loaded inside may lose more than rounding when they are cut to their ranks."""
     token = _cuts.set(cut)
     try:
         yield
@@ -40,26 +38,15 @@ def cutting(cut: bool) -> Iterator[None]:
         _cuts.reset(token)
 
 
-def empty_like_dense(weight: FactoredWeight) -> nn.Parameter:
-    """A Parameter of the dense weight's shape, for a value to be loaded into."""
-    return nn.Parameter(weight.A.detach().new_empty(weight.matrix_shape.tensor))
-
-
 def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -> list[str]:
-    """Writes a dense value into the factors of a weight, in place; ranks stay.
+    """Writes a dense value that was saved in `dtype` into the factors of a weight, in place; ranks stay.
 
-    Momentum, anchors and residuals refer to the factors element by element, so the pair is changed as little as the
-    value allows: not at all if its product already is the value; back to the pair that the last load replaced if the
-    value is its product; and otherwise to factors of the value in the basis nearest to the present one.
-
-    Args:
-        weight: the weight whose factors are written.
-        key: the weight's name, for messages.
-        value: of the dense weight's shape.
-        dtype: the dtype in which the value was saved.
+    Momentum, anchors and residuals refer to the factors element by element, so the pair changes as little as the value
+    allows: not at all if its product already is the value; back to the pair that the last load replaced if the value is
+    its product; and otherwise to factors of the value in the basis nearest to the current one.
 
     Returns:
-        The problems; if there are any, nothing has changed.
+        The problems, with `key` as the weight's name; if there are any, nothing has changed.
     """
     present = Factors(weight.A.detach(), weight.B.detach())
     if _makes(present, weight, value, dtype):
@@ -74,9 +61,9 @@ def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -
             return [f"While loading {key} into its factors: {error}"]
         if lost > _allowed(weight.A.dtype, dtype) and not _cuts.get():
             return [
-                f"{key} is factored with rank {weight.k} at present, and cutting the loaded weight to that rank would "
-                f"lose {lost:.2%} of it (in Frobenius norm): load it with ABTraining.load_dense_state_dict(state, "
-                "cut=True), or into the model before the factored phases."
+                f"{key} is factored with rank {weight.k} now, and cutting the loaded weight to that rank would lose "
+                f"{lost:.2%} of it (in Frobenius norm): load it before the factored phases, or with "
+                "ABTraining.load_dense_state_dict(state, cut=True)."
             ]
     _replaced[weight] = Factors(present.A.clone(), present.B.clone())
     with torch.no_grad():
@@ -86,7 +73,7 @@ def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -
 
 
 def _makes(pair: Factors, weight: FactoredWeight, value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the product of a pair is a value that was saved in `dtype`, up to rounding."""
+    """Whether the product of a pair equals a value that was saved in `dtype`, up to rounding."""
     wide = torch.promote_types(value.dtype, torch.float32)
     W = weight.product_of(*pair)
     if dtype.is_floating_point and bool(value.any()):
@@ -96,7 +83,7 @@ def _makes(pair: Factors, weight: FactoredWeight, value: Tensor, dtype: torch.dt
 
 
 def _factors_of(weight: FactoredWeight, present: Factors, value: Tensor) -> tuple[Factors, float]:
-    """Factors of a dense value at the weight's rank, near to the present ones, and the share of its norm they miss.
+    """Factors of a dense value at the weight's rank, near the current ones, and the share of its norm they miss.
 
     Raises:
         NonFiniteError: the value holds NaN or infinity.
@@ -132,7 +119,7 @@ def _in_basis_of(present: Factors, cut: Factors) -> Factors | None:
 
 
 def _of_rank(pair: Factors, k: int) -> Factors:
-    """The pair with signs that do not depend on the machine, and zeros in place of rounding errors, up to rank k."""
+    """The pair with signs that do not depend on the machine, and zeros instead of rounding errors, up to rank k."""
     A, B = pair
     largest = A.gather(0, A.abs().argmax(0, keepdim=True))[0]
     signs = torch.where(largest < 0, -1.0, 1.0).to(A.dtype)

@@ -1,4 +1,4 @@
-"""A model whose weights change between full and factored, its optimizer with it."""
+"""A model whose weights change between full and factored, with its optimizers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,7 @@ from abtrain.lowrank.loading import cutting
 from abtrain.lowrank.mark import FactoredMark
 from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.names import factor_names, tensors_of, without_compiled
-from abtrain.lowrank.optimizer import (
-    fresh_state,
-    is_projectable,
-    project_to_factors,
-    project_to_weight,
-    replace_,
-)
+from abtrain.lowrank.optimizer import fresh_state, is_projectable, project_to_factors, project_to_weight, replace_
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.lowrank.precondition import seen_through
 from abtrain.lowrank.surgery import factorize_, restore_
@@ -31,17 +25,15 @@ TrainedFactors = Literal["all", "A", "B"]
 
 
 class FactoredModel:
-    """A model of which some weights may be factored, and the factors while they are.
+    """A model of which some weights may be factored, and its optimizers. Changes both in place.
 
     Args:
-        model: changed in place.
-        optimizers: changed in place; factors take the place of their weight in its param group.
         names: of the weights that may be factored.
-        optimizer_state: at a change of shape, `reset` a weight's state or `project` it; `auto`: project it where the
-            optimizer is known, and reset it elsewhere.
+        optimizer_state: at a change of shape, `reset` a weight's state or `project` it; `auto`: project it if the
+            optimizer is known, and reset it otherwise.
 
     Attributes:
-        records: the weights that are factored at present, by name.
+        records: the weights that are currently factored, by name.
         damping: the preconditioner's damping, as last passed to `factorize`.
         compression: parameters of the full model over parameters as last factored; 1 before that.
     """
@@ -76,21 +68,21 @@ class FactoredModel:
         return {name for name, holder in holders.items() if holder is None or not self._projects_state_of(holder)}
 
     def factors(self) -> dict[str, nn.Parameter]:
-        """The factors that live at present: `NAME.A` and `NAME.B` of every weight NAME that is factored."""
+        """The current factors: `NAME.A` and `NAME.B` of every factored weight NAME."""
         factors: dict[str, nn.Parameter] = {}
         for name, record in self.records.items():
             factors |= zip(factor_names(name), (record.A, record.B), strict=True)
         return factors
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters in their present form, frozen ones included: factors as `NAME.A` and `NAME.B`."""
+        """All parameters in their current form, frozen ones included: factors as `NAME.A` and `NAME.B`."""
         factors = self.factors()
         known = {id(parameter) for parameter in factors.values()}
         named = self.model.named_parameters()
         return factors | {name: p for name, p in named if id(p) not in known and not isinstance(p, FactoredMark)}
 
     def trained(self, treatments: Sequence[Treatment]) -> dict[str, nn.Parameter]:
-        """The parameters that workers train together, in their present form, in the order of `treatments`."""
+        """The parameters that workers train together, in their current form, in the order of `treatments`."""
         factors = self.factors()
         trained: dict[str, nn.Parameter] = {}
         for treatment in treatments:
@@ -102,18 +94,12 @@ class FactoredModel:
         return trained
 
     def matrices(self) -> dict[str, Tensor]:
-        """The weights that may be factored and are dense at present, as (m, n) matrices, without gradients."""
-        dense = [name for name in self.names if name not in self.records]
-        weights = {name: self.model.get_parameter(name).detach() for name in dense}
+        """The weights that may be factored and are currently dense, as (m, n) matrices, without gradients."""
+        weights = {n: self.model.get_parameter(n).detach() for n in self.names if n not in self.records}
         return {name: MatrixShape(weight.shape).to_matrix(weight) for name, weight in weights.items()}
 
     def factorize(self, factors: Mapping[str, Factors], damping: float = 0.0) -> None:
-        """Replaces weights by their factors.
-
-        Args:
-            factors: by the names of the weights.
-            damping: of the preconditioner that will surround the optimizer's steps; 0: there is none.
-        """
+        """Replaces weights, by name, by factors. `damping`: of the preconditioner of the coming steps; 0: none."""
         self.damping = damping
         for name, pair in factors.items():
             record = factorize_(self.model, name, pair)
@@ -153,9 +139,9 @@ class FactoredModel:
         self._begin_state(parameter)
 
     def reshape(self, factors: Mapping[str, Factors], damping: float, compression: float) -> None:
-        """Factors exactly these weights, whatever is factored now, so that a saved state can be loaded.
+        """Factors exactly these weights, so that a saved state can be loaded.
 
-        The optimizers' state is dropped, and weights that become dense have meaningless values.
+        Drops the optimizers' state. Weights that become dense have meaningless values.
         """
         for optimizer in self.optimizers.all:
             optimizer.state.clear()
@@ -172,13 +158,13 @@ class FactoredModel:
             record.B.requires_grad_(which in ("all", "B"))
 
     def keep_frozen(self) -> None:
-        """Freezes the factors that do not train again, after a loop that thaws all parameters of a module."""
+        """Freezes the factors that do not train, after a loop that thaws all parameters of a module."""
         if self._trains != "all":
             for record in self.records.values():
                 (record.B if self._trains == "A" else record.A).requires_grad_(False)
 
     def frozen_factors(self) -> dict[str, nn.Parameter]:
-        """Returns the factors that should train and were frozen by the loop, by the names of their weights."""
+        """The factors that should train and that the loop has frozen, by the names of their weights."""
         trained = {name: record.A if self._trains == "A" else record.B for name, record in self.records.items()}
         return {name: factor for name, factor in trained.items() if not factor.requires_grad}
 
@@ -187,23 +173,19 @@ class FactoredModel:
         return {without_compiled(name): tensor for name, tensor in self.model.state_dict().items()}
 
     def factored_state_dict(self) -> dict[str, Tensor]:
-        """The tensors of the model in their present form: NAME.A (m, k) and NAME.B (k, n) for a factored weight."""
+        """The tensors of the model in their current form: NAME.A (m, k) and NAME.B (k, n) for a factored weight."""
         records = {without_compiled(name): record for name, record in self.records.items()}
         state: dict[str, Tensor] = {}
         for name, tensor in tensors_of(self.dense_state_dict()).items():
-            record = records.get(name)
-            if record is None:
-                state[name] = tensor
+            if name in records:
+                pair = records[name].A.detach(), records[name].B.detach()
+                state |= zip(factor_names(name), pair, strict=True)
             else:
-                state |= zip(factor_names(name), (record.A.detach(), record.B.detach()), strict=True)
+                state[name] = tensor
         return state
 
     def load_dense_state_dict(self, state: Mapping[str, Tensor], cut: bool) -> None:
-        """Loads a `dense_state_dict`; factored weights keep their ranks.
-
-        Args:
-            state: of the full-rank model; all of its names and no others.
-            cut: whether a weight may be cut to its rank, whatever that loses.
+        """Loads a `dense_state_dict`; factored weights keep their ranks, and lose the rest if they may be `cut`.
 
         Raises:
             RuntimeError: names or shapes differ, or a weight would lose more than rounding.

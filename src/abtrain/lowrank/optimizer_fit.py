@@ -44,7 +44,7 @@ _SIDE = 2
 
 
 def optimizer_problems(model: FactoredModel, state: Mapping[str, Any], layout: Mapping[str, Tensor]) -> list[str]:
-    """Why a state of the form `abtrain.lowrank.fit.MODEL_STATE` cannot be that of a model's optimizers; empty if it can.
+    """Why a state of the form `MODEL_STATE` cannot be that of a model's optimizers; empty if it can.
 
     `layout`: all parameters by name, in the form of the state.
     """
