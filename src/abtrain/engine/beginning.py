@@ -40,7 +40,7 @@ def begin(shared: SharedTensors, recipe: Recipe, comm: Communicator, **options: 
         "recipe": recipe,
         "abtrain": __version__,
         "torch": torch.__version__,
-        "optimizers": optimizers.kinds,
+        "optimizers": [f"{type(one).__module__}.{type(one).__qualname__}" for one in optimizers.all],
         **options,
         "param_groups": optimizer_settings(optimizers, model.parameters(), settings),
         IGNORED: ", ".join(sorted(own_names(model.model))),

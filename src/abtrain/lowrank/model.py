@@ -128,7 +128,7 @@ class FactoredModel:
         for parameter in parameters:
             optimizer = self.optimizers.steps(parameter)
             if optimizer is not None and parameter not in optimizer.state:
-                state = fresh_state(optimizer, self.optimizers.group_of(parameter), parameter)
+                state = fresh_state(optimizer, parameter)
                 if state:
                     optimizer.state[parameter] = state
 

@@ -143,11 +143,12 @@ def _spread(V_A: Tensor | None, V_B: Tensor | None, A: Tensor, B: Tensor) -> Ten
     return torch.stack(estimates).mean(0)
 
 
-def fresh_state(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> State:
+def fresh_state(optimizer: Optimizer, parameter: Tensor) -> State:
     """The state that an optimizer needs for a parameter before its first step; empty for most optimizers.
 
     Adagrad creates state only in its constructor. Fused SGD decides by the first parameter whether all have momentum.
     """
+    group = next(group for group in optimizer.param_groups if any(held is parameter for held in group["params"]))
     if is_a(optimizer, (torch.optim.Adagrad,)):
         twin = torch.optim.Adagrad([parameter], initial_accumulator_value=group["initial_accumulator_value"])
         return dict(twin.state[parameter])

@@ -135,8 +135,20 @@ def _rate(known: Any, place: str, value: Any) -> Iterator[str]:
 def _state_problems(
     model: FactoredModel, optimizer: Optimizer, saved: Mapping[str, Any], layout: Mapping[str, Tensor]
 ) -> Iterator[str]:
-    device = next(model.model.parameters()).device
-    example = cache(partial(_example, optimizer, saved["groups"], device))
+    kind, device = type(optimizer), next(model.model.parameters()).device
+
+    @cache
+    def example(place: int, ndim: int, dtype: torch.dtype) -> Mapping[str, Any]:
+        """The state of a parameter after a step by the saved settings; empty if the present ones cannot be tried."""
+        ones = torch.ones((_SIDE,) * ndim, dtype=dtype, device=device)
+        try:
+            _step(kind, settings_of(optimizer.param_groups[place]), ones.clone())
+        except Exception as error:
+            if not blames_data(error):
+                raise
+            return {}
+        return _step(kind, saved["groups"][place], ones)
+
     group_of = {id(p): place for place, group in enumerate(optimizer.param_groups) for p in group["params"]}
     places = {name: group_of[id(p)] for name, p in model.parameters().items() if id(p) in group_of}
     # A weight and its factors are in the same group.
@@ -150,7 +162,7 @@ def _state_problems(
         except Exception as error:
             if not blames_data(error):
                 raise
-            yield f"param group {place}: {type(optimizer).__name__} cannot step by its settings: {brief(error)}"
+            yield f"param group {place}: {kind.__name__} cannot step by its settings: {brief(error)}"
             return
         held = saved["state"].get(name)
         if held:
@@ -160,29 +172,6 @@ def _state_problems(
                 for key, value in held.items()
                 if not _fits(value, weight, wanted.get(key))
             )
-
-
-def _example(
-    optimizer: Optimizer,
-    groups: Sequence[Mapping[str, Any]],
-    device: torch.device,
-    place: int,
-    ndim: int,
-    dtype: torch.dtype,
-) -> Mapping[str, Any]:
-    """The state of a parameter after a step by the saved settings; empty if even the present ones cannot be tried.
-
-    Raises:
-        Exception: any error of the optimizer about the saved settings.
-    """
-    ones = partial(torch.ones, (_SIDE,) * ndim, dtype=dtype, device=device)
-    try:
-        _step(type(optimizer), settings_of(optimizer.param_groups[place]), ones())
-    except Exception as error:
-        if not blames_data(error):
-            raise
-        return {}
-    return _step(type(optimizer), groups[place], ones())
 
 
 def _step(kind: type[Optimizer], settings: Mapping[str, Any], ones: Tensor) -> Mapping[str, Any]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,11 +46,6 @@ class Optimizers:
         """All with their own state: no wrapper that returns the state of the optimizer inside it."""
         return list({id(optimizer.state): optimizer for optimizer in self.all}.values())
 
-    @property
-    def kinds(self) -> list[str]:
-        """The names of their classes."""
-        return [f"{type(optimizer).__module__}.{type(optimizer).__qualname__}" for optimizer in self.all]
-
     def groups(self) -> list[dict[str, Any]]:
         """All param groups; one that several optimizers share appears once."""
         return list({id(group): group for optimizer in self.all for group in optimizer.param_groups}.values())
@@ -60,11 +57,6 @@ class Optimizers:
     def steps(self, parameter: Tensor) -> Optimizer | None:
         """The optimizer that changes a parameter; None if no optimizer holds it."""
         return self._holders.get(id(parameter))
-
-    def group_of(self, parameter: Tensor) -> dict[str, Any]:
-        """The param group of a parameter that an optimizer holds."""
-        groups = self._holders[id(parameter)].param_groups
-        return next(group for group in groups if any(held is parameter for held in group["params"]))
 
     def hand_over(self, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]) -> None:
         """Records that the holder of `old` has replaced them by `new`."""
@@ -99,12 +91,9 @@ def is_nested(optimizer: Optimizer) -> bool:
 
     If a class's `step` calls that of its parent, PyTorch's hooks see two steps for one.
     """
-    frame, found = sys._getframe(1), 0
-    while frame is not None and found < 2:
-        if frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer:
-            found += 1
-        frame = frame.f_back  # type: ignore[assignment]
-    return found > 1
+    frames = (frame for frame, _ in traceback.walk_stack(sys._getframe(1)))
+    steps = (one for one in frames if one.f_code is _HOOKED_STEP and one.f_locals.get("self") is optimizer)
+    return len(list(islice(steps, 2))) == 2
 
 
 _HOOKED_STEP = next(
