@@ -53,7 +53,7 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
     """Decides how every parameter of the model is treated; tied parameters appear once.
 
     Args:
-        model: with all its weights dense.
+        model: with dense weights only.
         factoring: None if the recipe has no factored phase.
         optimized: `id`s of the parameters that the optimizer holds; None: it holds all of them.
     """

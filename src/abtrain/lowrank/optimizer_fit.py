@@ -36,11 +36,11 @@ from abtrain.lowrank.optimizers import PARAMETERS, settings_of
 
 SCHEDULED = frozenset({"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"})
 """Schedulers add these to param groups. They may be built before or after a state is loaded."""
-# A state may be loaded where the same step is computed in another way.
 _IMPLEMENTATIONS = frozenset({"foreach", "fused"})
+"""Settings that select how the same step is computed. They may differ from the saved ones."""
 _MOST = 2**31 - 1
 _SIDE = 2
-"""Of the twin's parameter. State with sides of 1 in their place holds one number for a row or a column."""
+"""The sides of the twin's parameter. State with a side of 1 instead holds one number for a row or a column."""
 
 
 def optimizer_problems(model: FactoredModel, state: Mapping[str, Any], layout: Mapping[str, Tensor]) -> list[str]:
@@ -116,7 +116,7 @@ def _setting(key: str, known: Any) -> Check:
         return row(*(_setting(f"{key}/{i}", item) for i, item in enumerate(known)))
     if isinstance(known, str):
         return text()
-    # 0 and 1 may be written for numbers that schedules make fractions of.
+    # 0 and 1 may stand for settings that schedules turn into fractions.
     if isinstance(known, int) and known > 1:
         return whole(1, _MOST)
     return number() if is_number(known) else anything
@@ -179,7 +179,7 @@ def _step(kind: type[Optimizer], settings: Mapping[str, Any], ones: Tensor) -> M
     known: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in accepted
     }
-    # Schedules may end a rounding error below 0.
+    # Schedules may end below 0, by a rounding error.
     parameter, known["lr"] = nn.Parameter(ones), abs(settings["lr"])
     parameter.grad = torch.ones_like(ones)
     twin = kind([parameter], **known)

@@ -46,10 +46,9 @@ class _Start(NamedTuple):
 
 
 class Preconditioner:
-    """Surrounds the steps of optimizers.
+    """Surrounds the steps of optimizers of factors.
 
     Args:
-        optimizers: over the factors.
         damping: d, as a share of the mean of the Gram matrix's diagonal.
         scale: factor by which steps are multiplied. A step of Adam in k of n coordinates is shorter than a step of the
             whole weight, by sqrt(k / n) at most.
@@ -76,7 +75,7 @@ class Preconditioner:
 
     @torch.no_grad()
     def refresh(self, records: Iterable[FactoredWeight]) -> None:
-        """Computes R_A and R_B from the present factors; they can be used for several steps."""
+        """Computes R_A and R_B from the current factors; they can be used for several steps."""
         self._roots = {record.name: _inverse_roots(record.A, record.B, self._damping) for record in records}
 
     @torch.no_grad()

@@ -23,14 +23,10 @@ class Factors(NamedTuple):
 
 
 def decompose(W: Tensor, rank_rule: RankRule) -> Factors:
-    """Cuts a matrix to the rank that `rank_rule` picks from its singular values.
+    """Cuts an (m, n) matrix to the rank that `rank_rule` picks from its singular values.
 
     Halves are computed in float32 and returned as halves. An SVD that does not converge is tried again in float64.
     An all-zero matrix gives zero factors of rank 1.
-
-    Args:
-        W: (m, n) matrix, real, not empty.
-        rank_rule: how many singular values to keep.
 
     Returns:
         A = U sqrt(S), (m, k), and B = sqrt(S) Vh, (k, n), contiguous, in W's dtype and on its device.
