@@ -5,7 +5,6 @@
 """
 
 from abtrain.comm.communicator import Communicator, SingleProcess
-from abtrain.comm.data_parallel import DataParallel
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.meter import Meter
 from abtrain.comm.topology import Topology
@@ -13,7 +12,6 @@ from abtrain.comm.torch_distributed import TorchCommunicator, default_communicat
 
 __all__ = [
     "Communicator",
-    "DataParallel",
     "Meter",
     "SingleProcess",
     "Topology",

@@ -18,14 +18,9 @@ def exact_average(tensors: Sequence[Tensor], comm: Communicator) -> list[Tensor]
 
 
 def average_exactly(tensors: Sequence[Tensor], comm: Communicator) -> Stages[list[Tensor]]:
-    """Averages each tensor over all workers, to the same bits on all of them. Half precision is summed in float32.
+    """Returns the average of each tensor over all workers, to the same bits on all of them.
 
-    Args:
-        tensors: of the same shapes and dtypes on all workers; not changed.
-        comm: the communicator.
-
-    Returns:
-        New tensors of the same shapes and dtypes.
+    Shapes and dtypes are the same on all workers, and those of the averages. Half precision is summed in float32.
     """
     buckets = pack(tensors)
     launched = [comm.launch_all_reduce(bucket.flat) for bucket in buckets]

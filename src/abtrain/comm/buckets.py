@@ -31,11 +31,7 @@ def pack(tensors: Sequence[Tensor], capacity_bytes: int = 25 * MIB, widen: bool 
     A bucket holds tensors of one dtype on one device, in their order, and at most `capacity_bytes`; a tensor
     larger than that has a bucket of its own. The same shapes and dtypes give the same layout on every rank.
 
-    Args:
-        tensors: empty tensors are allowed.
-        capacity_bytes: the largest bucket.
-        widen: convert narrower floats to float32, since they lose digits when they are summed. Without it the bits
-            are kept.
+    With `widen`, narrower floats become float32, since they lose digits when they are summed. Otherwise bits are kept.
     """
     layouts: list[tuple[_Kind, list[int]]] = []
     filling: dict[_Kind, tuple[list[int], int]] = {}

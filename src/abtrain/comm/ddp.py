@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: DDP compares the annotations of a communication hook with classes.
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -60,9 +60,8 @@ class TorchDataParallel(DataParallel):
                 raise self._link.peer_lost("DDP's forward pass") from error
             raise
 
-    def no_sync(self) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = self._ddp.no_sync()
-        return context
+    def no_sync(self) -> Any:
+        return self._ddp.no_sync()
 
     def arrivals(self) -> list[int]:
         return list(self._arrivals.order) if self._rebuilds else []

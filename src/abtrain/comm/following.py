@@ -27,9 +27,7 @@ class Following:
     whose buffers have changed their shapes sends or receives one more message of the old size. In it, the first rank
     describes its buffers; ranks whose buffers have not changed find the mark.
 
-    Args:
-        link: to the other ranks.
-        buffers: by name, at first of the same shapes and dtypes on all ranks.
+    At first, `buffers` have the same names, shapes and dtypes on all ranks.
     """
 
     def __init__(self, link: Link, buffers: Mapping[str, Tensor]) -> None:

@@ -30,21 +30,15 @@ T = TypeVar("T")
 
 
 def run_in_process(
-    world_size: int,
-    worker: Callable[[Communicator], T],
-    group_size: int = 1,
-    timeout: float = 60.0,
+    world_size: int, worker: Callable[[Communicator], T], group_size: int = 1, timeout: float = 60.0
 ) -> list[T]:
-    """Runs `worker` once for each rank of a world of threads.
+    """Runs `worker` once for each rank of a world of threads, and returns the results in rank order.
 
     Args:
         world_size: the number of ranks.
         worker: called in a thread for each rank, with its communicator.
         group_size: ranks in a group.
         timeout: seconds that a collective waits for its last rank.
-
-    Returns:
-        The workers' results, in rank order.
 
     Raises:
         The first error of any worker. The others are freed at once: the collective in which they wait, or the next one
@@ -100,10 +94,8 @@ class InProcessCommunicator(Communicator):
     # Threads meet when they wait: nothing happens between a launch and its wait.
 
     def _start_all_reduce(self, tensor: Tensor, op: Reduction, scope: Scope) -> Pending[None]:
-        combine = _sums if op == "sum" else _maxima
-
         def finish() -> None:
-            tensor.copy_(self._meet(f"all_reduce({op})", [tensor], scope, combine)[0])
+            tensor.copy_(self._meet(f"all_reduce({op})", [tensor], scope, _sums if op == "sum" else _maxima)[0])
 
         return Pending(finish)
 
@@ -149,11 +141,7 @@ class InProcessDataParallel(DataParallel):
     the parameters. When backward has completed all of their gradients, these are averaged. Sums are taken in rank order
     whatever the order of gradients, so there are no `arrivals`.
 
-    Args:
-        module: the model to train.
-        meet: combines tensors with those of the other workers, given the name of the call and a `Combine` function.
-        workers: the number of workers that meet.
-        find_unused_parameters: see `Communicator.data_parallel`.
+    `meet` combines tensors with those of the other `workers`, given the name of the call and a `Combine` function.
     """
 
     def __init__(

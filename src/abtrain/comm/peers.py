@@ -30,12 +30,8 @@ def host_key(rank: int) -> str:
 class Peers:
     """The workers of one attempt, which leave word in the store when they lose a peer or end early.
 
-    No call raises an error or takes longer than seconds, even if the store is gone.
-
-    Args:
-        store: of these workers alone, in which each may have left its host (see `host_key`).
-        rank: of this worker.
-        world_size: the number of workers.
+    The store is of these workers alone; each may have left its host there (see `host_key`). No call raises an error or
+    takes longer than seconds, even if the store is gone.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:

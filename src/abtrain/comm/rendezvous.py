@@ -23,7 +23,6 @@ class _Post:
     ranks: tuple[int, ...]
     call: str
     tensors: Sequence[Tensor]
-    where: str
     outcome: list[Tensor] | RanksDisagreeError | None = None
 
     @property
@@ -45,13 +44,7 @@ class Rendezvous:
         self._changed = threading.Condition()
 
     def meet(
-        self,
-        rank: int,
-        ranks: tuple[int, ...],
-        call: str,
-        tensors: Sequence[Tensor],
-        combine: Combine,
-        where: str,
+        self, rank: int, ranks: tuple[int, ...], call: str, tensors: Sequence[Tensor], combine: Combine, where: str
     ) -> list[Tensor]:
         """Brings `tensors` to a collective of `ranks`; returns the outcome of `combine`.
 
@@ -62,7 +55,7 @@ class Rendezvous:
             RanksDisagreeError: another rank made another call, or brought other shapes or dtypes.
             PeerLostError: another rank left, or did not come in time.
         """
-        post = _Post(rank, ranks, call, tensors, where)
+        post = _Post(rank, ranks, call, tensors)
         with self._changed:
             self._posts[rank] = post
             try:
@@ -71,7 +64,8 @@ class Rendezvous:
             finally:
                 del self._posts[rank]
             if post.outcome is None:
-                raise PeerLostError(self._why_alone(post))
+                why = self._why_alone(post)
+                raise PeerLostError(f"rank {rank} lost a peer in {call} over ranks {list(ranks)}, {where}: {why}")
             if isinstance(post.outcome, RanksDisagreeError):
                 raise post.outcome
             return post.outcome
@@ -120,12 +114,10 @@ class Rendezvous:
     def _why_alone(self, post: _Post) -> str:
         missed = self._missed(post)
         if missed:
-            why = f"rank {missed[0]} {self._gone[missed[0]]}"
-        else:
-            here = {post.rank, *(p.rank for p in self._waiting(post.ranks))}
-            late = [r for r in post.ranks if r not in here]
-            why = f"ranks {late} did not come within {self._timeout:g} s"
-        return f"rank {post.rank} lost a peer in {post.call} over ranks {list(post.ranks)}, {post.where}: {why}"
+            return f"rank {missed[0]} {self._gone[missed[0]]}"
+        here = {post.rank, *(p.rank for p in self._waiting(post.ranks))}
+        late = [r for r in post.ranks if r not in here]
+        return f"ranks {late} did not come within {self._timeout:g} s"
 
 
 def _call_of(post: _Post, other: _Post) -> str:

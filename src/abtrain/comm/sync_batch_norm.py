@@ -27,12 +27,9 @@ _KIND = "_kind_before"
 
 
 def point_sync_batch_norm(module: nn.Module, link: Link, alone: bool) -> ExitStack:
-    """Makes every SyncBatchNorm take its statistics over the ranks of the link.
+    """Makes every SyncBatchNorm take its statistics over the ranks of the link, until the returned stack is closed.
 
     Otherwise a SyncBatchNorm communicates with the whole world at every step, which groups are meant to avoid.
-
-    Returns:
-        A stack that restores all of them when it is closed.
 
     Raises:
         ConfigurationError: the scope is one rank of a larger world (`alone` is False).

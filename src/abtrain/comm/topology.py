@@ -57,10 +57,8 @@ class Topology:
 def default_group_size(machines: Sequence[int]) -> int:
     """Returns the default group size: the workers of one machine, or 1 if there is one machine only.
 
-    With all workers of the only machine in one group, there would be no other group to merge with.
-
-    Args:
-        machines: for each rank, an identifier of the machine that it runs on.
+    With all workers of the only machine in one group, there would be no other group to merge with. `machines` has an
+    identifier of the machine of each rank.
 
     Raises:
         ConfigurationError: machines have different numbers of workers.
@@ -84,11 +82,6 @@ def topology_problems(world_size: int, group_size: int) -> list[str]:
     """Returns the problems of these sizes; empty if there are none."""
     if world_size < 1 or group_size < 1:
         return [f"world size {world_size} and group size {group_size}: both must be at least 1"]
-    if group_size > world_size:
-        return [
-            f"group size {group_size} is larger than the {world_size} workers there are: "
-            f"choose a group size from 1 to {world_size}"
-        ]
     if world_size % group_size:
         divisors = ", ".join(str(d) for d in range(1, world_size + 1) if world_size % d == 0)
         return [

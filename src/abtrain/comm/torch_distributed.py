@@ -53,8 +53,7 @@ def default_communicator(group_size: int | None = None) -> Communicator:
             f"WORLD_SIZE is {announced}, but this process has not joined the other workers: call "
             "torch.distributed.init_process_group() first, or unset WORLD_SIZE to train alone"
         )
-    # The topology refuses a group of several here too.
-    Topology(world_size=1, group_size=1 if group_size is None else group_size)
+    Topology(world_size=1, group_size=1 if group_size is None else group_size)  # refuses other sizes
     return SingleProcess()
 
 
@@ -68,7 +67,17 @@ class TorchCommunicator(Communicator):
     """
 
     def __init__(self, topology: Topology) -> None:
-        _check_world(topology)
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ConfigurationError(
+                "torch.distributed is not initialized: call torch.distributed.init_process_group() first, and start "
+                "the workers with torchrun"
+            )
+        world_size = dist.get_world_size()
+        if world_size != topology.world_size:
+            raise ConfigurationError(
+                f"the topology is for {topology.world_size} workers, but torch.distributed has {world_size}: make it "
+                f"Topology({world_size}, group_size)"
+            )
         super().__init__(dist.get_rank(), topology, _device_of_backend())
         self.peers = peers_of_world()
         self._group = self._make_groups()
@@ -153,19 +162,6 @@ def _with_outcome(sent: Pending[None], outcome: Tensor) -> Pending[Tensor]:
         return outcome
 
     return Pending(finish)
-
-
-def _check_world(topology: Topology) -> None:
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ConfigurationError(
-            "torch.distributed is not initialized: call torch.distributed.init_process_group() first, "
-            "and start the workers with torchrun"
-        )
-    if dist.get_world_size() != topology.world_size:
-        raise ConfigurationError(
-            f"the topology is for {topology.world_size} workers, but torch.distributed has "
-            f"{dist.get_world_size()}: make it Topology({dist.get_world_size()}, group_size)"
-        )
 
 
 def _device_of_backend() -> torch.device:

@@ -37,7 +37,7 @@ def test_a_process_that_nobody_launched_is_alone() -> None:
 
 
 def test_alone_there_are_no_larger_groups() -> None:
-    with pytest.raises(ConfigurationError, match="group size 2 is larger than the 1 workers"):
+    with pytest.raises(ConfigurationError, match="world size 1 is not a multiple of group size 2"):
         default_communicator(group_size=2)
 
 
