@@ -215,66 +215,57 @@ def test_all_obstacles_are_reported_before_a_lab_is_built(
     assert contents(tmp_path / "runs") == before
 
 
-def test_overwrite_replaces_what_differs_and_nothing_else(tmp_path: Path, labs: list[str]) -> None:
-    assert compared(tmp_path) == 0
-    labs.clear()
-    (tmp_path / "runs/mine").mkdir()
-    (tmp_path / "runs/mine/notes.txt").write_text("what I saw")
-    assert compared(tmp_path, "--lr", "ab_outer=1e-3") == 2 and labs == []
-    before = contents(tmp_path / "runs")
-    assert compared(tmp_path, "--lr", "ab_outer=1e-3", "--overwrite") == 0
+def test_overwrite_replaces_what_differs_and_nothing_else(finished: Path, labs: list[str]) -> None:
+    (finished / "runs/mine").mkdir()
+    (finished / "runs/mine/notes.txt").write_text("what I saw")
+    assert compared(finished, "--lr", "ab_outer=1e-3") == 2 and labs == []
+    before = contents(finished / "runs")
+    assert compared(finished, "--lr", "ab_outer=1e-3", "--overwrite") == 0
     assert labs == ["ab_outer-seed0-100mbit"]
-    after = contents(tmp_path / "runs")
+    after = contents(finished / "runs")
     assert {name for name in before if before[name] != after.get(name)} == {
         f"ab_outer-seed0-100mbit/{name}" for name in ("request.toml", "request.json", "train/result.json")
     }
 
 
-def test_a_stopped_run_of_the_same_settings_is_run_again(tmp_path: Path, labs: list[str]) -> None:
-    assert compared(tmp_path) == 0
-    labs.clear()
-    folder = tmp_path / "runs/ab_outer-seed0-100mbit"
+def test_a_stopped_run_of_the_same_settings_is_run_again(finished: Path, labs: list[str]) -> None:
+    folder = finished / "runs/ab_outer-seed0-100mbit"
     (folder / "train/result.json").unlink()
     (folder / "lab/lab.json").unlink()
     (folder / "notes.txt").write_text("what I saw")
-    assert compared(tmp_path) == 0 and labs == [folder.name]
+    assert compared(finished) == 0 and labs == [folder.name]
     assert (folder / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("missing", ["lab/lab.json", "train/metrics.jsonl"])
 def test_a_result_is_never_removed_for_what_it_lacks(
-    missing: str, tmp_path: Path, labs: list[str], capsys: pytest.CaptureFixture[str]
+    missing: str, finished: Path, labs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert compared(tmp_path) == 0
-    labs.clear()
-    folder = tmp_path / "runs/ab_outer-seed0-100mbit"
+    folder = finished / "runs/ab_outer-seed0-100mbit"
     (folder / missing).unlink()
     for more in ((), ("--overwrite",)):
-        assert compared(tmp_path, *more) == 3 and labs == []
+        assert compared(finished, *more) == 3 and labs == []
         assert f"{folder / missing} is missing" in capsys.readouterr().err
     assert (folder / "train/result.json").exists()
 
 
-def test_a_comparison_in_use(tmp_path: Path, labs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_in_use(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another process would take its unfinished runs for abandoned ones."""
-    assert compared(tmp_path) == 0
-    with (tmp_path / ".lock").open("a") as file:
+    with (finished / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert compared(tmp_path) == 2
+        assert compared(finished) == 2
     assert "in use by another process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [(), ("--lr", "ab_outer=1e-3", "--overwrite")], ids=["unfinished", "given up"])
 def test_a_run_that_is_under_way(
-    more: tuple[str, ...], tmp_path: Path, labs: list[str], capsys: pytest.CaptureFixture[str]
+    more: tuple[str, ...], finished: Path, labs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert compared(tmp_path) == 0
-    labs.clear()
-    train = tmp_path / "runs/ab_outer-seed0-100mbit/train"
+    train = finished / "runs/ab_outer-seed0-100mbit/train"
     (train / "result.json").unlink()
     with RunFolder(dataclasses.replace(CONFIG, out=train)) as folder:
         folder.begin(0)
-        assert compared(tmp_path, *more) == 2 and labs == []
+        assert compared(finished, *more) == 2 and labs == []
         assert (train / "config.toml").exists()
     assert f"{train} is in use by another process" in capsys.readouterr().err
 

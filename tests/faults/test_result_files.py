@@ -44,17 +44,15 @@ DAMAGED: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("kind", DAMAGED)
 @pytest.mark.parametrize("name", ["train/result.json", "lab/lab.json", "train/metrics.jsonl"])
 def test_a_damaged_file_of_a_comparison(
-    name: str, kind: str, tmp_path: Path, labs: list[str], capsys: pytest.CaptureFixture[str]
+    name: str, kind: str, finished: Path, labs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert compared(tmp_path) == 0
-    labs.clear()
-    file = tmp_path / "runs/ab_outer-seed0-100mbit" / name
+    file = finished / "runs/ab_outer-seed0-100mbit" / name
     DAMAGED[kind](file)
     capsys.readouterr()
     if name == "train/metrics.jsonl" and kind == "empty":
-        assert compared(tmp_path) == 0  # a run that is shorter than --log-every has no curve
+        assert compared(finished) == 0  # a run that is shorter than --log-every has no curve
         return
-    assert compared(tmp_path) == 3 and labs == []
+    assert compared(finished) == 3 and labs == []
     said = capsys.readouterr().err
     assert str(file) in said and "Remedy: restore the file" in said and "Traceback" not in said
     assert os.path.lexists(file)
@@ -105,13 +103,12 @@ def test_a_line_of_the_metrics_that_cannot_be(line: str, task: ComparisonRun) ->
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b'{"steps": {"a": 1}}'])
 def test_the_settings_of_a_comparison_that_are_damaged(
-    content: bytes, tmp_path: Path, labs: list[str], capsys: pytest.CaptureFixture[str]
+    content: bytes, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert compared(tmp_path) == 0
-    (tmp_path / "settings.json").write_bytes(content)
-    before = contents(tmp_path)
-    assert compared(tmp_path) == 2
-    assert str(tmp_path) in capsys.readouterr().err and contents(tmp_path) == before
+    (finished / "settings.json").write_bytes(content)
+    before = contents(finished)
+    assert compared(finished) == 2
+    assert str(finished) in capsys.readouterr().err and contents(finished) == before
 
 
 @pytest.mark.parametrize("name", ["compare.json", "report.html"])
@@ -132,15 +129,14 @@ def test_a_page_that_cannot_be_written_costs_no_run(
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_names_in_a_result_are_text(tmp_path: Path, labs: list[str]) -> None:
-    assert compared(tmp_path) == 0
-    file = tmp_path / "runs/ab_outer-seed0-100mbit/train/result.json"
+def test_names_in_a_result_are_text(finished: Path) -> None:
+    file = finished / "runs/ab_outer-seed0-100mbit/train/result.json"
     content = json.loads(file.read_text())
     content["versions"]["abtrain"] = "<script>alert(1)</script>"
     content["payload_bytes"]["by_phase"] = {"<img src=x>": 1000}
     file.write_text(json.dumps(content))
-    assert compared(tmp_path) == 0
-    page = (tmp_path / "report.html").read_text()
+    assert compared(finished) == 0
+    page = (finished / "report.html").read_text()
     assert "<script" not in page and "<img src=x>" not in page and "&lt;script&gt;" in page
 
 
