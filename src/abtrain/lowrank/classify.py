@@ -20,13 +20,7 @@ Kind = Literal["factored", "averaged", "frozen", "own"]
 UNSHARED: tuple[Kind, ...] = ("frozen", "own")
 """Kinds that merges leave out."""
 
-_NORMS = (
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-    nn.modules.batchnorm._NormBase,
-)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 
 @dataclass(frozen=True)

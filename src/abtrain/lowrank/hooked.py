@@ -7,7 +7,7 @@ Therefore all reads of a hooked weight return the same tensor until its gradient
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,10 +79,9 @@ def _calling(weight: FactoredWeight) -> Callable[[Tensor], Tensor]:
     return call
 
 
-def after_accumulation(
-    dense: nn.Parameter, hooks: Mapping[int, Callable[[Any], None]], factors: Sequence[Tensor]
-) -> None:
-    """Has hooks called with the dense parameter whenever all of its trained factors have their gradients."""
+def after_accumulation(dense: nn.Parameter, factors: Sequence[Tensor]) -> None:
+    """Calls the parameter's hooks with it whenever all of its trained factors have their gradients."""
+    hooks: dict[int, Callable[[Any], None]] = dense._post_accumulate_grad_hooks or {}
     arrived: set[int] = set()
 
     def arrive(factor: Tensor) -> None:
@@ -92,5 +91,5 @@ def after_accumulation(
             for hook in tuple(hooks.values()):
                 hook(dense)
 
-    for factor in factors:
+    for factor in factors if hooks else ():
         factor.register_post_accumulate_grad_hook(arrive)

@@ -160,23 +160,28 @@ class FactoredParameter(_StandIn, nn.Parameter):
 
     @property
     def grad(self) -> Tensor | None:
-        """The gradients of A and B in one vector, which shares their memory; None where neither has one."""
-        factors = [factor for factor in (self._abtrain_record.A, self._abtrain_record.B) if factor.grad is not None]
+        """The gradients of A and B in one vector, which shares their memory; None if neither has one."""
+        gradients = {factor: factor.grad for factor in self._abtrain_record.factors if factor.grad is not None}
         known = self._abtrain_gradient
-        if known is not None and known[1] == _places(factors):
+        if known is not None and known[1] == [gradient.data_ptr() for gradient in gradients.values()]:
             return known[0]
         self._abtrain_gradient = None
-        return self._flatten([(factor, factor.grad) for factor in factors]) if factors else None
+        if not gradients:
+            return None
+        flat = torch.cat([gradient.detach().reshape(-1) for gradient in gradients.values()])
+        pieces = flat.split([factor.numel() for factor in gradients])
+        for factor, piece in zip(gradients, pieces, strict=True):
+            factor.grad = piece.view(factor.shape)
+        # The reference to the vector keeps other gradients from its address.
+        self._abtrain_gradient = (flat, [piece.data_ptr() for piece in pieces])
+        return flat
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         if value is None:
             self._abtrain_record.A.grad = self._abtrain_record.B.grad = None
             return
-        flat, trained = (
-            self.grad,
-            [factor for factor in (self._abtrain_record.A, self._abtrain_record.B) if factor.requires_grad],
-        )
+        flat, trained = self.grad, [factor for factor in self._abtrain_record.factors if factor.requires_grad]
         expected = (sum(factor.numel() for factor in trained),) if flat is None else tuple(flat.shape)
         if tuple(value.shape) != expected:
             raise UsageError(
@@ -185,28 +190,16 @@ class FactoredParameter(_StandIn, nn.Parameter):
                 "gradients of live parameters, model.parameters(), or in place"
             )
         if flat is None:
-            flat = self._flatten([(factor, torch.zeros_like(factor)) for factor in trained])
+            for factor in trained:
+                factor.grad = torch.zeros_like(factor)
+            flat = self.grad
+        assert flat is not None
         with torch.no_grad():
             flat.copy_(value)
 
     @grad.deleter
     def grad(self) -> None:
         self.grad = None
-
-    def _flatten(self, gradients: list[tuple[nn.Parameter, Any]]) -> Tensor:
-        """Makes the gradients of factors views of one vector, and returns it."""
-        flat = torch.cat([gradient.detach().reshape(-1) for _, gradient in gradients])
-        pieces = flat.split([factor.numel() for factor, _ in gradients])
-        for (factor, _), piece in zip(gradients, pieces, strict=True):
-            factor.grad = piece.view(factor.shape)
-        # The reference to the vector keeps other gradients from its address.
-        self._abtrain_gradient = (flat, _places([factor for factor, _ in gradients]))
-        return flat
-
-
-def _places(factors: Sequence[nn.Parameter]) -> list[int]:
-    """The addresses of the factors' gradients."""
-    return [factor.grad.data_ptr() for factor in factors if factor.grad is not None]
 
 
 def _of_result(name: str, result: Any, memory: set[int]) -> Any:

@@ -71,7 +71,7 @@ class FactoredModel:
         """The current factors: `NAME.A` and `NAME.B` of every factored weight NAME."""
         factors: dict[str, nn.Parameter] = {}
         for name, record in self.records.items():
-            factors |= zip(factor_names(name), (record.A, record.B), strict=True)
+            factors |= zip(factor_names(name), record.factors, strict=True)
         return factors
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -103,18 +103,18 @@ class FactoredModel:
         self.damping = damping
         for name, pair in factors.items():
             record = factorize_(self.model, name, pair)
-            for optimizer, (state,) in replace_(self.optimizers, [record.dense], [record.A, record.B]):
+            for optimizer, (state,) in replace_(self.optimizers, [record.dense], record.factors):
                 if state and self._projects_state_of(optimizer):
                     states = project_to_factors(state, record, *seen_through(record, damping))
                     optimizer.state[record.A], optimizer.state[record.B] = states
-            self._begin_state(record.A, record.B)
+            self._begin_state(*record.factors)
             self.records[name] = record
         self.compression = self._full_numel / sum(parameter.numel() for parameter in self.parameters().values())
 
     def restore(self) -> None:
         """Makes every weight W = A B again."""
         for record in reversed(self.records.values()):
-            states = replace_(self.optimizers, [record.A, record.B], [record.dense])
+            states = replace_(self.optimizers, record.factors, [record.dense])
             seen = seen_through(record, self.damping) if self.projects else None
             restore_(record)
             for optimizer, (state_A, state_B) in states:
@@ -178,8 +178,7 @@ class FactoredModel:
         state: dict[str, Tensor] = {}
         for name, tensor in tensors_of(self.dense_state_dict()).items():
             if name in records:
-                pair = records[name].A.detach(), records[name].B.detach()
-                state |= zip(factor_names(name), pair, strict=True)
+                state |= zip(factor_names(name), (factor.detach() for factor in records[name].factors), strict=True)
             else:
                 state[name] = tensor
         return state

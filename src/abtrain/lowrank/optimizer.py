@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop
 
 from abtrain.lowrank.names import factor_names, weight_name
 from abtrain.lowrank.optimizers import Optimizers, is_a
@@ -22,16 +22,7 @@ LINEAR_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 """State that is a running mean of gradients."""
 SQUARED_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
 """State that is a running mean (or sum) of squared gradients."""
-PROJECTABLE = (
-    torch.optim.SGD,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Adagrad,
-    torch.optim.Muon,
-)
+PROJECTABLE = (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, Muon)
 """Optimizers whose whole state is known to be linear or squared moments and step counts."""
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -149,9 +140,9 @@ def fresh_state(optimizer: Optimizer, parameter: Tensor) -> State:
     Adagrad creates state only in its constructor. Fused SGD decides by the first parameter whether all have momentum.
     """
     group = next(group for group in optimizer.param_groups if any(held is parameter for held in group["params"]))
-    if is_a(optimizer, (torch.optim.Adagrad,)):
-        twin = torch.optim.Adagrad([parameter], initial_accumulator_value=group["initial_accumulator_value"])
+    if is_a(optimizer, (Adagrad,)):
+        twin = Adagrad([parameter], initial_accumulator_value=group["initial_accumulator_value"])
         return dict(twin.state[parameter])
-    if is_a(optimizer, (torch.optim.SGD,)) and group.get("fused") and group["momentum"]:
+    if is_a(optimizer, (SGD,)) and group.get("fused") and group["momentum"]:
         return {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
     return {}

@@ -38,8 +38,7 @@ def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
     _show_(module, {**known, attribute: record})
     dense.grad = None
     dense.data = dense.data.new_empty(0)
-    if dense._post_accumulate_grad_hooks:
-        after_accumulation(dense, dense._post_accumulate_grad_hooks, (A, B))
+    after_accumulation(dense, record.factors)
     keep_(record)
     return record
 
@@ -49,7 +48,7 @@ def restore_(record: FactoredWeight) -> nn.Parameter:
     module, attribute = record.module, record.attribute
     assert isinstance(module, Factored)
     give_back_(record.dense)
-    for factor in (record.A, record.B):
+    for factor in record.factors:
         # The hooks refer to the factors, in a cycle that would keep them alive.
         (factor._post_accumulate_grad_hooks or {}).clear()
     # Fused optimizers and the optimizer state of dense weights depend on the former memory layout.

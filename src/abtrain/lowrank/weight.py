@@ -49,6 +49,10 @@ class FactoredWeight:
     def k(self) -> int:
         return self.B.shape[0]
 
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.A, self.B
+
     def weight(self) -> Tensor:
         """W = A B in the weight's own shape, contiguous, without a gradient. Halves are multiplied in float32."""
         return self.product_of(self.A.detach(), self.B.detach())
