@@ -1,8 +1,7 @@
 """abtrain: train PyTorch models on machines joined by slow links.
 
-A model, an optimizer and a loop stay as they are; a recipe says what the weights look like, what is trained and how
-the workers agree. The recipes implement AB-training (Coquelin et al., arXiv 2405.01067) and the methods it is compared
-with.
+Model, optimizer and loop stay as they are; a recipe says what the weights look like, what is trained and how the
+workers agree. The recipes are AB-training (Coquelin et al., arXiv 2405.01067) and the methods it is compared with.
 """
 
 import importlib
@@ -54,7 +53,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Names are imported when they are first used: torch takes seconds, and `abtrain --help` should not.
+    # Lazy imports: torch takes seconds to load, and `abtrain --help` must not.
     if name == "recipes":
         return importlib.import_module("abtrain.recipes")
     if name in _HOMES:

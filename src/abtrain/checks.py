@@ -1,16 +1,16 @@
-"""Checks of data that another process wrote. A check yields one message for each thing that is wrong with a value.
+"""Checks of data that another process wrote. A check yields a message for each problem of a value.
 
     step = whole(0, 20)
     list(step("step", 21))   # ["step is 21, not a whole number from 0 to 20"]
 
-Checks of parts make checks of the whole: `mapping`, `by_name`, `each`, `row`, `maybe`.
+`mapping`, `by_name`, `each`, `row` and `maybe` build checks of containers from checks of their parts.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from numbers import Real
@@ -22,26 +22,17 @@ from torch import Tensor
 from abtrain.errors import CheckpointError
 
 Check = Callable[[str, Any], Iterator[str]]
-"""Takes the place of a value, for the message, and the value."""
+"""(place of the value, for messages; the value) -> a message for each problem."""
 
 POSITIVE = sys.float_info.min
 """The lowest bound of a number that must not be 0."""
 
 _LARGEST: Any = sys.float_info.max
-_MOST_TOLD = 5
+_MOST_LISTED = 4
 _MOST_CHARACTERS = 60
-# PyTorch has no errors of their own for a CPU without memory, and for a peer that is gone.
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+# PyTorch raises a plain RuntimeError if the CPU has no memory left, or if a peer is lost.
 _NOT_THE_DATA = ("DefaultCPUAllocator: ", "out of memory", "/gloo/")
-_MALFORMED = (
-    KeyError,
-    TypeError,
-    ValueError,
-    IndexError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-)
 
 
 def whole(low: int, high: int) -> Check:
@@ -58,22 +49,20 @@ def text() -> Check:
 
 
 def one_of(*choices: str | bool | None) -> Check:
-    """One of these very values: 1 is not True."""
+    """One of these values, of the same type: 1 is not True."""
     known = " or ".join(map(repr, choices))
     return _one(lambda value: any(type(value) is type(one) and value == one for one in choices), known)
 
 
 def tensor(shape: Sequence[int | None] | None = None, dtype: torch.dtype | None = None) -> Check:
-    """A dense tensor with values; None stands for any shape, any size and any dtype."""
+    """A dense tensor with values; None allows any shape, size or dtype."""
 
     def fits(value: object) -> bool:
-        return (
-            isinstance(value, Tensor)
-            and value.layout == torch.strided
-            and value.device.type != "meta"
-            and (dtype is None or value.dtype == dtype)
-            and (shape is None or _agree(value.shape, shape))
-        )
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type == "meta":
+            return False
+        wanted = value.shape if shape is None else shape
+        sizes_fit = all(want in (None, size) for size, want in zip(value.shape, wanted, strict=False))
+        return dtype in (None, value.dtype) and len(wanted) == value.ndim and sizes_fit
 
     kind = "" if dtype is None else f" of {dtype}"
     size = "" if shape is None else f" of shape {str(tuple(shape)).replace('None', 'any')}"
@@ -81,8 +70,8 @@ def tensor(shape: Sequence[int | None] | None = None, dtype: torch.dtype | None 
 
 
 def like(layout: Tensor, dtype: torch.dtype | None = None) -> Check:
-    """A tensor of the shape and dtype (or of another `dtype`) of this one."""
-    return tensor(layout.shape, layout.dtype if dtype is None else dtype)
+    """A tensor of the shape and dtype of `layout`, or of another `dtype`."""
+    return tensor(layout.shape, dtype or layout.dtype)
 
 
 def anything(place: str, value: Any) -> Iterator[str]:
@@ -90,7 +79,7 @@ def anything(place: str, value: Any) -> Iterator[str]:
 
 
 def data(place: str, value: Any) -> Iterator[str]:
-    """Dicts, lists and tuples, however nested, of dense tensors, numbers, strings, booleans and None."""
+    """Nested dicts, lists and tuples of dense tensors, numbers, strings, booleans and None."""
     if isinstance(value, Mapping):
         value = [item for pair in value.items() for item in pair]
     if isinstance(value, list | tuple):
@@ -103,12 +92,12 @@ def data(place: str, value: Any) -> Iterator[str]:
 
 
 def maybe(check: Check) -> Check:
-    """None, or what passes the check."""
+    """None, or a value that passes the check."""
     return lambda place, value: iter(()) if value is None else check(place, value)
 
 
 def mapping(known: Mapping[str, Check], required: Collection[str] | None = None) -> Check:
-    """A dict of these keys and no others; `required`: the keys that it must have (None: all)."""
+    """A dict with these keys and no others; the `required` ones (None: all) must be there."""
 
     def check(place: str, value: Any) -> Iterator[str]:
         if not isinstance(value, Mapping):
@@ -126,7 +115,7 @@ def mapping(known: Mapping[str, Check], required: Collection[str] | None = None)
 
 
 def by_name(check: Check) -> Check:
-    """A dict of any strings, each with a value that passes the check."""
+    """A dict whose keys are any strings, and whose values pass the check."""
 
     def of_all(place: str, value: Any) -> Iterator[str]:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -139,20 +128,19 @@ def by_name(check: Check) -> Check:
 
 
 def each(check: Check) -> Check:
-    """A list of what passes the check."""
+    """A list whose items pass the check."""
 
     def of_all(place: str, value: Any) -> Iterator[str]:
-        if not isinstance(value, list | tuple):
+        if isinstance(value, list | tuple):
+            yield from row(*[check] * len(value))(place, value)
+        else:
             yield f"{place} is {said(value)}, not a list"
-            return
-        for i, item in enumerate(value):
-            yield from check(f"{place}/{i}", item)
 
     return of_all
 
 
 def row(*checks: Check) -> Check:
-    """A list of as many items as there are checks."""
+    """A list with one item for each of the checks."""
 
     def of_all(place: str, value: Any) -> Iterator[str]:
         if not isinstance(value, list | tuple) or len(value) != len(checks):
@@ -165,7 +153,7 @@ def row(*checks: Check) -> Check:
 
 
 def also(check: Check, holds: Callable[[Any], bool], what: str) -> Check:
-    """Combines a check with a condition that only makes sense once the check has passed."""
+    """A check, and a condition on values that pass it."""
 
     def both(place: str, value: Any) -> Iterator[str]:
         problems = list(check(place, value))
@@ -177,13 +165,13 @@ def also(check: Check, holds: Callable[[Any], bool], what: str) -> Check:
 
 
 def is_number(value: object) -> bool:
-    """Whether this is a finite real number; True and False are none."""
-    # Compared as it is: a whole number may be too large to become a float.
+    """Whether a value is a finite real number; booleans are not."""
+    # No conversion: a whole number may be too large for a float.
     return isinstance(value, int | float | Real) and not isinstance(value, bool) and bool(abs(value) <= _LARGEST)
 
 
 def said(value: object) -> str:
-    """A value for a message: never long, and never an error, whatever the value is."""
+    """Describes any value in a few words for a message; never fails."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     if isinstance(value, list | tuple | Mapping):
@@ -197,21 +185,23 @@ def said(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
+def told_names(names: Sequence[str]) -> str:
+    """Lists names for a message: the first four, and how many more there are."""
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return f"{', '.join(names[:_MOST_LISTED])}{more}"
+
+
 def first_problems(*stages: Callable[[], Iterator[str]]) -> list[str]:
-    """The first few problems of the first stage that has any: a stage may rely on those before it."""
-    for stage in stages:
-        problems = list(islice(stage(), _MOST_TOLD))
-        if problems:
-            return problems
-    return []
+    """Returns the first few problems of the first stage that has any: a stage may rely on those before it."""
+    found = (list(islice(stage(), _MOST_LISTED)) for stage in stages)
+    return next(filter(None, found), [])
 
 
 @contextmanager
 def as_checkpoint_error(what: str) -> Iterator[None]:
-    """Turns errors that malformed data causes into one that says so. Errors of abtrain and lack of memory pass through.
+    """Turns errors that malformed data causes into a CheckpointError of `what` and the error.
 
-    Raises:
-        CheckpointError: `what`, and the error.
+    Errors of abtrain, lack of memory and lost peers pass through.
     """
     try:
         yield
@@ -222,7 +212,7 @@ def as_checkpoint_error(what: str) -> Iterator[None]:
 
 
 def blames_data(error: Exception) -> bool:
-    """Whether malformed data can have caused an error: it tells neither of lack of memory nor of a lost worker."""
+    """Whether malformed data can have caused an error, and not lack of memory or a lost peer."""
     if not isinstance(error, RuntimeError):
         return isinstance(error, _MALFORMED)
     other = isinstance(error, torch.OutOfMemoryError | torch.distributed.DistError)
@@ -230,7 +220,7 @@ def blames_data(error: Exception) -> bool:
 
 
 def brief(error: Exception) -> str:
-    """The kind of an error and the beginning of its first line."""
+    """Returns the type of an error and the beginning of its first line."""
     return f"{type(error).__name__}: {ascii(str(error).partition(chr(10))[0][:200])[1:-1]}"
 
 
@@ -240,17 +230,3 @@ def _one(holds: Callable[[Any], bool], what: str) -> Check:
             yield f"{place} is {said(value)}, not {what}"
 
     return check
-
-
-def _agree(shape: Iterable[int], wanted: Sequence[int | None]) -> bool:
-    sizes = tuple(shape)
-    return len(sizes) == len(wanted) and all(want in (None, size) for size, want in zip(sizes, wanted, strict=True))
-
-
-_MOST_TOLD = 4
-
-
-def told_names(names: Sequence[str]) -> str:
-    """Names for a message: the first four, and how many more there are."""
-    more = f" and {len(names) - _MOST_TOLD} more" if len(names) > _MOST_TOLD else ""
-    return f"{', '.join(names[:_MOST_TOLD])}{more}"

@@ -1,17 +1,17 @@
 """Every error that abtrain raises, each with the exit code of the command.
 
 AbtrainError                 1
-├── ConfigurationError       2   a setting, or how the library is called
-│   └── UsageError           2   the training loop breaks a rule (a forgotten `ab.step()`, a step after the end)
-├── DataError                3   data that is missing or cannot be read
-├── CheckpointError          4   a checkpoint that is missing, incomplete or does not fit
-├── RanksDisagreeError       5   workers that ought to agree do not
-├── PeerLostError            6   a worker died, or did not answer in time
-│   └── OutOfMemoryError     6   this worker has no memory left: to the others it is lost
-├── NonFiniteError           7   NaN or infinity where a number is needed
-├── LabError                 8   an emulated cluster that cannot be built, or is not as fast as it should be
-│   └── HostFailedError          a command failed on a host of it; the exit code is the command's
-└── StoppedError            75   stopped on request (sysexits' EX_TEMPFAIL: run again to go on)
+├── ConfigurationError       2
+│   └── UsageError           2
+├── DataError                3
+├── CheckpointError          4
+├── RanksDisagreeError       5
+├── PeerLostError            6
+│   └── OutOfMemoryError     6
+├── NonFiniteError           7
+├── LabError                 8
+│   └── HostFailedError          the exit code of the command that failed
+└── StoppedError            75   sysexits' EX_TEMPFAIL: the same command resumes the run
 
 A message gives the value, the constraint that it breaks, and the remedy.
 """
@@ -30,11 +30,7 @@ class AbtrainError(Exception):
 
 
 class ConfigurationError(AbtrainError):
-    """One or more settings that cannot be. All of them are reported at once.
-
-    Args:
-        problems: one message, or one message a setting.
-    """
+    """One or more invalid settings, all reported at once: one message, or one for each setting."""
 
     exit_code = 2
 
@@ -44,23 +40,23 @@ class ConfigurationError(AbtrainError):
 
 
 class UsageError(ConfigurationError):
-    """The training loop calls abtrain in an order that cannot be right."""
+    """The training loop calls abtrain in an invalid order: a forgotten `ab.step()`, or a step after the end."""
 
 
 class DataError(AbtrainError):
-    """Data that is missing, incomplete or not what it says it is."""
+    """Data that is missing, incomplete or malformed."""
 
     exit_code = 3
 
 
 class CheckpointError(AbtrainError):
-    """A checkpoint that is missing, incomplete, damaged or of another run."""
+    """A checkpoint that is missing, incomplete or damaged, or that belongs to another run."""
 
     exit_code = 4
 
 
 class RanksDisagreeError(AbtrainError):
-    """Workers hold different steps, phases or shapes where they ought to hold the same."""
+    """Workers hold different steps, phases, shapes or weights where they must hold the same."""
 
     exit_code = 5
 
@@ -72,28 +68,23 @@ class PeerLostError(AbtrainError):
 
 
 class OutOfMemoryError(PeerLostError):
-    """This worker has no memory left."""
+    """This worker has no memory left: the other workers have lost it."""
 
 
 class NonFiniteError(AbtrainError):
-    """NaN or infinity where training cannot go on with it."""
+    """NaN or infinity with which training cannot continue."""
 
     exit_code = 7
 
 
 class LabError(AbtrainError):
-    """An emulated cluster that cannot be built, or whose links do not carry what they should."""
+    """An emulated cluster that cannot be built, or whose links do not have the rate that was set."""
 
     exit_code = 8
 
 
 class HostFailedError(LabError):
-    """A command failed on a host of an emulated cluster.
-
-    Args:
-        message: which host, and how.
-        exit_code: that of the command.
-    """
+    """A command failed on a host of an emulated cluster, with this exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -107,7 +98,7 @@ class StoppedError(AbtrainError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The remedy for an unknown name: the nearest known one if there is one, and all of them."""
+    """Returns the remedy for an unknown name: the most similar known name, if there is one, and all known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
@@ -115,4 +106,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 OnNonFinite = Literal["stop", "drop_worker", "skip"]
-"""A policy for NaN and infinity: stop, leave a worker out of a merge, or leave steps out."""
+"""A policy for NaN and infinity: stop the run, drop a worker from a merge, or skip steps."""

@@ -1,20 +1,18 @@
-"""Faults on demand: what happens to a worker at a named point of the code. For tests; nothing happens by itself.
+"""Fault injection for tests: a worker fails at a named point of the code.
 
     ABTRAIN_FAULTS="kill 1 12 merge.begin; ENOSPC 0 20 checkpoint.write"
 
-kills rank 1 at the point `merge.begin` of step 12, and lets rank 0's disk be full at step 20. Step `*` is any step. Of
-a run that is started again (see `attempt`), the first attempt has the faults before the first `|`, the second those
-behind it, and so on.
+kills rank 1 at the point `merge.begin` of step 12, and reports a full disk to rank 0 at step 20. Step `*` is any step.
+`|` separates the faults of the attempts at a run: the first attempt has those before the first `|` (see `attempt`).
 
-Actions: `kill` (SIGKILL), `freeze` (SIGSTOP), `term`, `int` and `hup` (the signals, at this worker), `slow` (it sleeps
-for a second), `memory` (a limit leaves it no more of it), `fail` (a RuntimeError), and the names of system errors, such
-as ENOSPC and EIO (an OSError).
+Actions: `kill` (SIGKILL), `freeze` (SIGSTOP), `term`, `int` and `hup` (these signals), `slow` (sleeps for a second),
+`memory` (allocates beyond a limit), `fail` (a RuntimeError), and the names of system errors, such as ENOSPC and EIO (an
+OSError).
 
-Points: `sync.begin` and `sync.end` (before a forward pass whose gradients are shared, and before the optimizer steps by
-them), `step` (`ABTraining.step` begins; STEP is how many are done), `merge.begin`, `merge.agreed` (all have proven that
-they merge the same, nothing is averaged yet), `merge.end`, and `checkpoint.prepare`, `checkpoint.write`,
-`checkpoint.fsync`, `checkpoint.manifest`, `checkpoint.rename`, `checkpoint.replace` (of a step that is saved again),
-`checkpoint.prune`.
+Points: `sync.begin` (before a forward pass whose gradients are averaged), `sync.end` (before the optimizer's step),
+`step` (`ABTraining.step` begins; STEP counts the steps done before), `merge.begin`, `merge.agreed` (the roll call has
+passed, nothing is averaged yet), `merge.end`, and `checkpoint.prepare`, `checkpoint.write`, `checkpoint.fsync`,
+`checkpoint.manifest`, `checkpoint.rename`, `checkpoint.replace` (of a step that is saved again), `checkpoint.prune`.
 """
 
 from __future__ import annotations
@@ -23,18 +21,18 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from abtrain.errors import ConfigurationError, nearest
 
 VARIABLE = "ABTRAIN_FAULTS"
 ATTEMPT = "ABTRAIN_ATTEMPT"
-"""How often our own launcher has started the workers again."""
+"""Our own launcher's count of restarts."""
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
-"""How often torchrun has."""
+"""torchrun's count of restarts."""
 _SIGNALS = {"kill": "SIGKILL", "freeze": "SIGSTOP", "term": "SIGTERM", "int": "SIGINT", "hup": "SIGHUP"}
-ACTIONS = (*_SIGNALS, "slow", "memory", "fail")
-"""Beside the names of system errors."""
+_ACTIONS = (*_SIGNALS, "slow", "memory", "fail")
 POINTS = (
     *("sync.begin", "sync.end", "step", "merge.begin", "merge.agreed", "merge.end"),
     *(f"checkpoint.{point}" for point in ("prepare", "write", "fsync", "manifest", "rename", "replace", "prune")),
@@ -43,44 +41,40 @@ _FORM = "ACTION RANK STEP POINT, as in 'kill 1 12 merge.begin'; STEP may be *"
 
 
 class Fault(NamedTuple):
-    """One thing that goes wrong. `step` None: at any step."""
-
     action: str
     rank: int
-    step: int | None
+    step: int | None  # None: any step
     point: str
 
 
 def parse(plan: str) -> list[Fault]:
-    """The faults of one attempt.
+    """Returns the faults of one attempt.
 
     Raises:
         ConfigurationError: every part of the plan that cannot be read.
     """
     parts = list(filter(None, map(str.strip, plan.split(";"))))
-    problems = [problem for part in parts for problem in _part_problems(part)]
+    problems = [f"{VARIABLE}: {part!r} cannot be read: {problem}" for part in parts for problem in _problems(part)]
     if problems:
         raise ConfigurationError(problems)
     words = [part.split() for part in parts]
     return [Fault(action, int(rank), None if step == "*" else int(step), point) for action, rank, step, point in words]
 
 
-def _part_problems(part: str) -> list[str]:
-    where = f"{VARIABLE}: {part!r} cannot be read"
+def _problems(part: str) -> Iterator[str]:
     words = part.split()
     if len(words) != 4:
-        return [f"{where}: it has {len(words)} words, and a fault has 4: {_FORM}"]
+        yield f"it has {len(words)} words, and a fault has 4: {_FORM}"
+        return
     action, rank, step, point = words
-    problems = []
-    if action not in ACTIONS and action not in errno.errorcode.values():
-        problems.append(f"{where}: unknown action {action!r}: {nearest(action, ACTIONS)}, or a system error as ENOSPC")
+    if action not in _ACTIONS and action not in errno.errorcode.values():
+        yield f"unknown action {action!r}: {nearest(action, _ACTIONS)}, or a system error such as ENOSPC"
     if not _is_number(rank):
-        problems.append(f"{where}: rank {rank!r} is not a whole number of at least 0: {_FORM}")
+        yield f"rank {rank!r} is not a whole number of at least 0: {_FORM}"
     if step != "*" and not _is_number(step):
-        problems.append(f"{where}: step {step!r} is not a whole number of at least 0, or *: {_FORM}")
+        yield f"step {step!r} is not a whole number of at least 0, or *: {_FORM}"
     if point not in POINTS:
-        problems.append(f"{where}: unknown point {point!r}: {nearest(point, POINTS)}")
-    return problems
+        yield f"unknown point {point!r}: {nearest(point, POINTS)}"
 
 
 def _is_number(text: str) -> bool:
@@ -92,43 +86,33 @@ _unreadable: list[ConfigurationError] = []
 
 
 def load() -> None:
-    """Plans what the variable says for this attempt. What is wrong with it is told when the plan is used."""
+    """Reads this attempt's faults from the environment. Errors are raised by `check`, not by an import."""
     _planned.clear()
     _unreadable.clear()
     text = os.environ.get(VARIABLE, "")
-    if not text.strip():
-        return
     try:
-        plans = [parse(plan) for plan in text.split("|")]
-        _planned[:] = plans[attempt()] if attempt() < len(plans) else []
+        if text.strip():
+            _planned.extend(dict(enumerate(map(parse, text.split("|")))).get(attempt(), []))
     except ConfigurationError as error:
         _unreadable.append(error)
 
 
 def check() -> None:
-    """Makes sure that the plan can be read.
-
-    Raises:
-        ConfigurationError: it cannot.
-    """
+    """Raises ConfigurationError if the plan cannot be read."""
     if _unreadable:
         raise ConfigurationError(_unreadable[0].problems)
 
 
 def attempt() -> int:
-    """How often the workers of this run have been started again, by torchrun or by our own launcher.
+    """Returns how often torchrun or our own launcher has restarted the workers of this run.
 
     Raises:
-        ConfigurationError: the variables that say so hold no numbers.
+        ConfigurationError: the variables that count restarts hold no whole numbers.
     """
     held = {name: os.environ.get(name, "0") for name in (RESTARTS, ATTEMPT)}
-    wrong = [
-        f"{name} is {text!r}, but must be a whole number: unset it"
-        for name, text in held.items()
-        if not _is_number(text)
-    ]
+    wrong = [name for name, text in held.items() if not _is_number(text)]
     if wrong:
-        raise ConfigurationError(wrong)
+        raise ConfigurationError([f"{name} is {held[name]!r}, but must be a whole number: unset it" for name in wrong])
     return sum(map(int, held.values()))
 
 
@@ -136,7 +120,7 @@ load()
 
 
 def fail_at(rank: int, step: int, point: str) -> None:
-    """Lets happen what is planned for this place; usually nothing.
+    """Carries out the fault that is planned for this place; usually there is none.
 
     Raises:
         ConfigurationError: the plan cannot be read.
@@ -155,19 +139,15 @@ def _act(fault: Fault) -> None:
     elif fault.action == "slow":
         time.sleep(1)
     elif fault.action == "memory":
-        _exhaust_memory()
+        import resource
+
+        import torch
+
+        limit = 2**40
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        torch.empty(2 * limit, dtype=torch.uint8)
     elif hasattr(errno, fault.action):
         number = getattr(errno, fault.action)
         raise OSError(number, os.strerror(number), fault.point)
     else:
         raise RuntimeError(f"a fault was asked for: {fault}")
-
-
-def _exhaust_memory() -> None:
-    import resource
-
-    import torch
-
-    limit = 2**40
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    torch.empty(2 * limit, dtype=torch.uint8)

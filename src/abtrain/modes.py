@@ -1,7 +1,7 @@
-"""The caller's modes: none of them changes what abtrain computes, or which kind of tensors it keeps.
+"""Runs abtrain in PyTorch's default modes, whatever modes the caller has set.
 
 Loops call abtrain under autocast, in inference mode, with another default dtype or device, under deterministic or
-anomaly mode. Every entry point of the engine runs in modes of its own, which are PyTorch's defaults.
+anomaly mode. None of these may change what abtrain computes, or which kind of tensors it keeps.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -20,27 +20,24 @@ T = TypeVar("T")
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-class _Shared(Generic[T]):
-    """A setting of the whole process, which several threads may want to have changed at once.
+class _ProcessSetting:
+    """A setting of the whole process, which several threads may change at the same time."""
 
-    Args:
-        get: the setting.
-        set_to: changes it.
-        own: what it is to be meanwhile.
-    """
-
-    def __init__(self, get: Callable[[], T], set_to: Callable[[T], object], own: T) -> None:
-        self._get, self._set, self._own = get, set_to, own
+    def __init__(self, get: Callable[[], Any], set_to: Callable[[Any], object], default: Any) -> None:
+        self._get, self._set, self._default = get, set_to, default
         self._lock = threading.Lock()
         self._inside = 0
 
+    def differs(self) -> bool:
+        return self._inside > 0 or self._get() != self._default
+
     @contextmanager
-    def changed(self) -> Iterator[None]:
-        """Inside it the setting is our own; the last thread to leave puts the caller's back."""
+    def at_default(self) -> Iterator[None]:
+        """Sets the default; the last thread to leave restores the caller's value."""
         with self._lock:
             if not self._inside:
                 self._callers = self._get()
-                self._set(self._own)
+                self._set(self._default)
             self._inside += 1
         try:
             yield
@@ -50,33 +47,25 @@ class _Shared(Generic[T]):
                 if not self._inside:
                     self._set(self._callers)
 
-    @property
-    def differs(self) -> bool:
-        return self._inside > 0 or self._get() != self._own
 
-
-def _deterministic() -> tuple[bool, bool]:
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-
-
-def _set_deterministic(mode: tuple[bool, bool]) -> None:
-    torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
-
-
-def _set_anomaly(enabled: bool) -> None:
-    torch.autograd.set_detect_anomaly(enabled, torch.is_anomaly_check_nan_enabled())
-
-
-_SHARED: tuple[_Shared[Any], ...] = (
-    _Shared(torch.get_default_dtype, torch.set_default_dtype, torch.float32),
-    _Shared(_deterministic, _set_deterministic, (False, False)),
-    _Shared(torch.is_anomaly_enabled, _set_anomaly, False),
+_PROCESS_SETTINGS = (
+    _ProcessSetting(torch.get_default_dtype, torch.set_default_dtype, torch.float32),
+    _ProcessSetting(
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        lambda mode: torch.use_deterministic_algorithms(mode[0], warn_only=mode[1]),
+        (False, False),
+    ),
+    _ProcessSetting(
+        torch.is_anomaly_enabled,
+        lambda enabled: torch.autograd.set_detect_anomaly(enabled, torch.is_anomaly_check_nan_enabled()),
+        False,
+    ),
 )
 
 
 @contextmanager
 def own_modes() -> Iterator[None]:
-    """Inside it PyTorch's modes are its defaults, whatever the caller has set."""
+    """Sets PyTorch's modes to their defaults within the context."""
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
@@ -87,14 +76,14 @@ def own_modes() -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        for setting in _SHARED:
-            if setting.differs:
-                stack.enter_context(setting.changed())
+        for setting in _PROCESS_SETTINGS:
+            if setting.differs():
+                stack.enter_context(setting.at_default())
         yield
 
 
 def in_own_modes(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, run in `own_modes`."""
+    """Decorates a function to run in `own_modes`."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,7 +1,7 @@
-"""Tensors of each worker's own: the parameters and buffers that a model tells DDP to ignore.
+"""Tensors that workers do not share: the parameters and buffers that a model tells DDP to ignore.
 
-`DistributedDataParallel` reads their names from an attribute of the model. Here they are left out of all that workers
-compare, average or follow: each worker trains, saves and resumes its own.
+`DistributedDataParallel` reads their names from an attribute of the model. abtrain does not compare, average or
+broadcast them: each worker trains, saves and resumes its own.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"
-"""The attribute; `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model` sets it."""
+"""The attribute that `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model` sets."""
 
 
 def own_names(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters and buffers that workers do not share; a tied one by all of its names."""
+    """Returns the names of the parameters and buffers that workers do not share; all names of a tied one."""
     listed = ignored_names(model)
     if not listed:
         return frozenset()
@@ -28,24 +28,24 @@ def ignored_names(model: nn.Module) -> frozenset[str]:
 
 
 def shared_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that workers share, by name, tied ones once."""
+    """Returns the parameters that workers share, by name, tied ones once."""
     own = own_names(model)
     return {name: parameter for name, parameter in model.named_parameters() if name not in own}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The shared parameters that require a gradient."""
+    """Returns the shared parameters that require a gradient."""
     return {name: parameter for name, parameter in shared_parameters(model).items() if parameter.requires_grad}
 
 
 def shared_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that workers share, likewise."""
+    """Returns the buffers that workers share, by name, tied ones once."""
     own = own_names(model)
     return {name: buffer for name, buffer in model.named_buffers() if name not in own}
 
 
 def caches(model: nn.Module) -> frozenset[str]:
-    """Names of the buffers that a state dict leaves out (`persistent=False`), such as caches that grow on demand."""
+    """Returns the names of buffers that are not in state dicts (`persistent=False`), such as caches that grow."""
     return frozenset(
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()

@@ -1,15 +1,14 @@
 """Algorithm 1 of the paper on one page: all workers simulated in one process, without torch.distributed.
 
-This is what the engine must match. Nothing is shared with it but the recipe's numbers: weights live in plain
-dictionaries, a factored weight enters the model as the product A B, and every tensor has an optimizer of its own, so
-that a change of shape is a new tensor with a new optimizer.
-
-Inside a group all workers hold the same weights, so a group is one set of tensors with the mean of its workers'
+The engine must match it, and shares no code with it: weights live in plain dictionaries, a factored weight enters the
+model as the product A B, and every tensor has an optimizer of its own, so that a change of shape is a new tensor with a
+new optimizer. All workers of a group hold the same weights, so one replica stands for them and takes the mean of their
 gradients.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Schedule(NamedTuple):
-    """The numbers of Algorithm 1, as the paper calls them."""
+    """The numbers of Algorithm 1, with the paper's names."""
 
     workers: int
     total_steps: int
@@ -47,12 +46,12 @@ def ab_training(
     """Trains a model by Algorithm 1, or with `groups=False` by the paper's "AB - No Groups".
 
     Args:
-        model: its parameters are the start; not changed.
+        model: with the initial parameters; it is not changed.
         factored: names of the weights to decompose.
         batch: (worker, step) -> inputs and targets.
         loss: (output, targets) -> scalar.
         make_optimizer: one tensor in a list -> an optimizer over it, with the scheduled learning rate.
-        groups: whether groups train on their own.
+        groups: whether groups train separately.
         sigma_cutoff: singular values below this share of the largest are removed.
         schedule: the fields of `Schedule`.
 
@@ -66,7 +65,7 @@ def ab_training(
     cycle = 0
     while run.step < run.schedule.total_steps:  # lines 7, 22
         if groups:
-            world = [world[0].copy() for _ in range(run.n_groups)]
+            world = [copy.deepcopy(world[0]) for _ in range(run.n_groups)]
         for g, replica in enumerate(world):
             replica.decompose(factored, sigma_cutoff)  # lines 8-10
             first_half = g < (run.n_groups + 1) / 2 - 0.5 if run.n_groups > 1 else cycle % 2 == 0
@@ -82,7 +81,7 @@ def ab_training(
 
 
 class _Run:
-    """Where a run stands: the step, and the steps since the learning rate's rebound began."""
+    """The progress of a run: the step, and the steps since the learning rate's rebound began."""
 
     def __init__(
         self, model: nn.Module, batch: Callable[[int, int], Batch], loss: Callable[..., Tensor], schedule: Schedule
@@ -92,14 +91,13 @@ class _Run:
         self.step, self.rebound = 0, schedule.lr_rebound_steps
 
     def train(self, replicas: list[_Replica], steps: int) -> None:
-        """Every replica steps by the mean gradient of its workers, `steps` times or until the steps are spent."""
+        """Trains every replica on the mean gradient of its workers, for `steps` steps or until the end."""
         size, ramp = self.schedule.workers // len(replicas), self.schedule.lr_rebound_steps + 1
         for _ in range(min(steps, self.schedule.total_steps - self.step)):
             for g, replica in enumerate(replicas):
                 members = range(g * size, (g + 1) * size)
-                gradients = [
-                    replica.gradients(self.model, self.loss, *self.batch(worker, self.step)) for worker in members
-                ]
+                batches = [self.batch(worker, self.step) for worker in members]
+                gradients = [replica.gradients(self.model, self.loss, x, y) for x, y in batches]
                 replica.update(gradients, lr_factor=min(1.0, (self.rebound + 1) / ramp))
             self.step, self.rebound = self.step + 1, self.rebound + 1
 
@@ -120,18 +118,7 @@ class _Replica:
         self.tensors[name] = tensor.detach().clone().requires_grad_()
         self.optimizers[name] = self.make_optimizer([self.tensors[name]])
         if state:
-            self.optimizers[name].state[self.tensors[name]] = _map_tensors(state, torch.clone)
-
-    def state(self, name: str) -> dict[str, Any]:
-        state: dict[str, Any] = self.optimizers[name].state[self.tensors[name]]
-        return state
-
-    def copy(self) -> _Replica:
-        twin = _Replica({}, self.make_optimizer)
-        for name, tensor in self.tensors.items():
-            twin.put(name, tensor, self.state(name))
-        twin.shapes = dict(self.shapes)
-        return twin
+            self.optimizers[name].state[self.tensors[name]] = state
 
     def weights(self) -> dict[str, Tensor]:
         full = {name: t for name, t in self.tensors.items() if name.rpartition(".")[0] not in self.shapes}
@@ -145,7 +132,7 @@ class _Replica:
         return list(torch.autograd.grad(value, list(self.tensors.values())))
 
     def update(self, gradients: list[list[Tensor]], lr_factor: float) -> None:
-        """eq. 1: a step along the mean gradient of the workers in the group; the frozen factor does not move."""
+        """eq. 1: a step along the mean gradient of the group's workers; the frozen factor does not change."""
         for (name, tensor), *parts in zip(self.tensors.items(), *gradients, strict=True):
             path, _, factor = name.rpartition(".")
             if path in self.shapes and factor != self.trained:
@@ -177,15 +164,10 @@ class _Replica:
 
 
 def _mean(replicas: Sequence[_Replica]) -> _Replica:
-    """A and B and all else averaged over the workers, and the optimizer state of what keeps its shape."""
-    merged = replicas[0].copy()
+    """Averages all tensors over the replicas, and the optimizer state of those that keep their shape."""
+    merged = copy.deepcopy(replicas[0])
     for name in merged.tensors:
-        states = [replica.state(name) for replica in replicas]
-        known = [state for state in states if state]
+        known = [state for replica in replicas if (state := replica.optimizers[name].state[replica.tensors[name]])]
         state = {key: torch.stack([s[key] for s in known]).mean(0) for key in (known[0] if known else {})}
         merged.put(name, torch.stack([replica.tensors[name].detach() for replica in replicas]).mean(0), state)
     return merged
-
-
-def _map_tensors(state: dict[str, Any], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    return {key: function(value) if isinstance(value, Tensor) else value for key, value in state.items()}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from abtrain import ABTraining, FixedRank, recipes, weights_digest
-from abtrain.checkpoint.tensor_files import split
+from abtrain.checkpoint.trees import split
 from abtrain.comm.checksums import digest
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process

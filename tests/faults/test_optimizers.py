@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adagrad, AdamW, Muon, RMSprop
 
 from abtrain import ABTraining, FixedRank, recipes
-from abtrain.checkpoint.tensor_files import join, refer, split
+from abtrain.checkpoint.trees import join, refer, split
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.engine import unfinished

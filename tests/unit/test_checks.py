@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abtrain.checkpoint.strict_json import parse_json
+from abtrain.checkpoint.trees import parse_json
 from abtrain.checks import by_name, each, mapping, maybe, number, one_of, row, said, tensor, text, whole
 
 DEEP: Any = reduce(lambda inner, _: [inner], range(5000), 1)

@@ -1,4 +1,4 @@
-"""Checkpoints of all workers, complete or not there at all."""
+"""Checkpoints of all workers, written completely or not at all."""
 
 from abtrain.checkpoint.store import Saved, latest, save
 

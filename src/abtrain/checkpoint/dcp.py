@@ -1,7 +1,7 @@
-"""An adapter to PyTorch's distributed checkpoints (DCP), for storage that is trusted.
+"""An adapter to PyTorch's distributed checkpoints (DCP), for trusted storage.
 
-DCP's metadata, and what it stores beside tensors, is pickle: who can write to such a checkpoint can have code executed
-by whoever loads it. Use it where your platform asks for it, and `abtrain.checkpoint.store` elsewhere.
+DCP pickles its metadata and all values but tensors: whoever can write to such a checkpoint can have code executed by
+those who load it. Use it if your platform requires it, and `abtrain.checkpoint.store` otherwise.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any, Protocol
 import safetensors.torch
 from safetensors import SafetensorError
 
-from abtrain.checkpoint.strict_json import parse_json
-from abtrain.checkpoint.tensor_files import join, refer, split
+from abtrain.checkpoint.trees import join, parse_json, refer, split
 from abtrain.checks import as_checkpoint_error
 from abtrain.comm.communicator import Communicator
 from abtrain.consistency.agreement import raise_together
@@ -41,11 +40,11 @@ class TrainingState:
         dcp.save({"ab": TrainingState(ab)}, checkpoint_id=folder)
         dcp.load({"ab": TrainingState(ab)}, checkpoint_id=folder)
 
-    Each worker's state is one value of bytes, since workers hold different things between merges, and tensors of other
-    shapes in every phase, which DCP would load into those that are there. As many workers load as have saved.
+    Each worker's state is one value of bytes: between merges workers hold different tensors, and their shapes change
+    from phase to phase, but DCP loads into existing tensors. As many workers load as have saved.
 
     Args:
-        ab: an ABTraining, built as the one that was saved, with the same recipe, model and optimizer.
+        ab: an ABTraining with the same recipe, model and optimizer as the one that was saved.
     """
 
     def __init__(self, ab: Saveable) -> None:
@@ -53,7 +52,7 @@ class TrainingState:
         self._key = f"rank-{ab.communicator.rank}"
 
     def state_dict(self) -> dict[str, bytes]:
-        """This worker's state: SHA-256, length of the JSON part, JSON, safetensors."""
+        """Returns this worker's state as bytes: SHA-256, length of the JSON part, JSON, safetensors."""
         structure, tensors = split(self._ab.state_dict())
         text = json.dumps(refer(structure, dict.fromkeys(tensors, ""))).encode()
         held = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -61,7 +60,7 @@ class TrainingState:
         return {self._key: hashlib.sha256(body).digest() + body}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state_dict` gave. Collective: all workers load.
+        """Loads a result of `state_dict`. Collective: all workers load.
 
         Raises:
             CheckpointError: a worker's state is missing, damaged, or of another recipe, model or optimizer; on all.
@@ -75,13 +74,13 @@ class TrainingState:
         self._ab.load_state_dict(tree)
 
     def _tree(self, state: Mapping[str, Any]) -> Any:
-        """This worker's state, verified to be the bytes that were saved."""
+        """Returns this worker's verified state."""
         saved = state.get(self._key) if isinstance(state, Mapping) else None
         if not isinstance(saved, bytes):
-            raise CheckpointError(f"there is no state of {self._key}: load as many workers as have saved")
+            raise CheckpointError(f"there is no state of {self._key}: load with as many workers as have saved")
         digest, body = saved[:_DIGEST], saved[_DIGEST:]
         if hashlib.sha256(body).digest() != digest:
-            raise CheckpointError(f"the state of {self._key} is damaged: it has not the bytes that were saved")
+            raise CheckpointError(f"the state of {self._key} is damaged: its bytes are not those that were saved")
         end = _LENGTH + int.from_bytes(body[:_LENGTH], "little")
         with as_checkpoint_error(f"the state of {self._key} is malformed"):
             try:

@@ -1,4 +1,4 @@
-"""The digest of weights, by which two runs are compared."""
+"""The digest of weights, which compares two runs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from abtrain.lowrank.names import tensors_of, without_compiled
 
 
 def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a state dict, in the order of names.
+    """Returns the SHA-256 of names, dtypes, shapes and bytes of a state dict, in order of names.
 
-    Names count without the segments `_orig_mod` that torch.compile adds. Entries that are no tensors do not count.
+    Names lose the segments `_orig_mod` that torch.compile adds. Entries that are not tensors do not count.
 
     Args:
         weights: a state dict or a model; factored weights count as the products W = A B.

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: which files there are, and how they are recognized."""
+"""The manifest of a checkpoint: its files, their sizes and digests."""
 
 from __future__ import annotations
 
@@ -22,46 +22,45 @@ _MOST_WORKERS = 10**6
 
 
 def manifest(step: int, resizable: bool, workers: int, written: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a manifest.
+    """Returns the content of a manifest.
 
     Args:
-        step: how many steps are done.
-        resizable: whether another number of workers may go on from here.
-        workers: that saved.
-        written: by file name, size and SHA-256.
+        step: the number of steps done.
+        resizable: whether another number of workers may continue from here.
+        workers: the number of workers that saved.
+        written: size and SHA-256 by file name.
     """
     body = {"format": FORMAT, "step": step, "workers": workers, "resizable": resizable, "files": dict(written)}
     return {"manifest": body, "sha256": _digest(body)}
 
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
-    """A manifest that says what it may, of a folder that holds the files that it names; and its digest.
+    """Returns the valid manifest of a folder that holds exactly the files in it, and the manifest's digest.
 
     Raises:
-        CheckpointError: the folder or the manifest is missing, damaged, or not what it ought to be.
+        CheckpointError: the folder or the manifest is missing, damaged or invalid.
     """
     try:
         if not stat.S_ISDIR(path.lstat().st_mode):
             raise CheckpointError(f"{path} is no folder")
-        held = {entry.name for entry in os.scandir(path)}
+        held = set(os.listdir(path))  # noqa: PTH208
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be looked into: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be listed: {error.strerror}") from error
     content = read_json(path / MANIFEST)
     body = content.get("manifest") if isinstance(content, dict) else None
     try:
         sha = _digest(body)
     except RecursionError:
-        sha = ""  # what can be read may still be too deep to be written
+        sha = ""  # Python reads more levels than it writes
     if not isinstance(body, dict) or not sha or content.get("sha256") != sha:
-        raise CheckpointError(f"{path / MANIFEST} is damaged: it has not the digest that was written")
-    problem = _problem(body)
-    if problem:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: its digest is not the one that was written")
+    if problem := _problem(body):
         raise CheckpointError(f"{path / MANIFEST}: {problem}")
     wanted = {*body["files"], MANIFEST}
     for name in sorted(wanted - held):
         raise CheckpointError(f"{path / name} is missing")
     for name in sorted(held - wanted):
-        raise CheckpointError(f"{path / name} does not belong there: remove it if you know where it comes from")
+        raise CheckpointError(f"{path / name} does not belong there: remove it if you know its origin")
     return body, sha
 
 
@@ -71,14 +70,14 @@ def _problem(body: Mapping[str, Any]) -> str:
         return f"its format is {said(body.get('format'))}, and this version of abtrain reads {FORMAT}"
     step, workers, files = body.get("step"), body.get("workers"), body.get("files")
     if type(step) is not int or step < 0 or type(workers) is not int or not 1 <= workers <= _MOST_WORKERS:
-        return f"step {said(step)} of {said(workers)} workers cannot be"
+        return f"step {said(step)} of {said(workers)} workers is impossible"
     if not isinstance(files, dict) or not isinstance(body.get("resizable"), bool):
-        return "it does not say which files there are"
+        return "it does not say which files there are, or whether another number of workers may continue"
     for name, entry in files.items():
         if not _FILE.fullmatch(name):
-            return f"the file name {said(name)} cannot be: parts are called part-0.json and the like"
+            return f"the file name {said(name)} is impossible: parts have names such as part-0.json"
         if not (isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is int and isinstance(entry[1], str)):
-            return f"it does not say how {name} is recognized"
+            return f"it lacks the size or the digest of {name}"
     expected = {f"part-{rank}.{kind}" for rank in range(workers) for kind in ("json", "safetensors")}
     return "" if expected == files.keys() else f"it does not name the files of {workers} workers"
 

@@ -1,14 +1,14 @@
-"""Checkpoints: what all workers saved, complete or not there at all, and nothing in them trusted before it is verified.
+"""Saves and loads the states of all workers: a checkpoint is complete or absent, and verified before it is used.
 
-    FOLDER/step-000000000120/manifest.json          the files with their sizes and SHA-256; itself with a SHA-256
-                         part-0.json            what rank 0 saved, all but the tensors
+    FOLDER/step-000000000120/manifest.json          sizes and SHA-256 of the files, and a SHA-256 of the manifest
+                         part-0.json            the state of rank 0, without tensors
                          part-0.safetensors     the tensors that rank 0 is the first to hold; other parts refer to them
 
-They are written to a temporary folder, synced to the disk and renamed. A crash at any moment leaves the older ones and
-at most a temporary folder, which the next one removes. A step that is saved again is complete as step-...120.new before
-the old one goes. All workers write to and read from one folder, so it has to be
-on a file system that they share. A lost write is found by its digest. Who can write to the folder can replace its
-content, digests and all; what they cannot do is to have code executed by it.
+A checkpoint is written to a temporary folder, synced to the disk and renamed. A crash at any moment leaves the older
+checkpoints and at most a temporary folder, which the next save removes. A step that is saved again is complete as
+step-...120.new before the old one is removed. All workers write to and read from one folder on a file system that they
+share. Digests find lost writes. Whoever can write to the folder can replace its content and the digests, but cannot
+have code executed.
 """
 
 from __future__ import annotations
@@ -17,24 +17,16 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from torch import Tensor
 
 from abtrain.checkpoint.manifest import MANIFEST, manifest, read_manifest
-from abtrain.checkpoint.tensor_files import (
-    TensorFile,
-    Written,
-    join,
-    read_json,
-    refer,
-    split,
-    write_json,
-    write_tensors,
-)
+from abtrain.checkpoint.tensor_files import TensorFile, Written, read_json, write_json, write_tensors
 from abtrain.checkpoint.tidying import AGAIN, TEMPORARY, checkpoints_in, prune, settle, sweep, sync_folder
+from abtrain.checkpoint.trees import join, refer, split
 from abtrain.checks import as_checkpoint_error, said
 from abtrain.comm.checksums import digest
 from abtrain.comm.communicator import Communicator
@@ -50,9 +42,9 @@ class Saved(NamedTuple):
     """A checkpoint that all workers have verified.
 
     Attributes:
-        step: steps done when it was saved.
-        workers: by which it was saved.
-        states: what this worker saved; or, where there are more or fewer workers now, what each of the former saved.
+        step: the number of steps done.
+        workers: the number of workers that saved it.
+        states: this worker's state; or, if the number of workers has changed, the states of all former workers.
     """
 
     step: int
@@ -66,35 +58,31 @@ def save(
     """Writes a checkpoint, and removes the oldest ones. Collective over the world.
 
     Args:
-        folder: of the checkpoints; one that all workers share. It is made if it is missing.
-        step: how many steps are done.
-        state: of this worker: dicts, lists, tensors and JSON values (see `abtrain.checkpoint.tensor_files`).
-        comm: of this worker.
-        keep: how many checkpoints are left, this one included; at least 1.
-        resizable: whether another number of workers may go on from here.
+        folder: of the checkpoints, shared by all workers; it is created if it is missing.
+        step: the number of steps done.
+        state: of this worker: dicts, lists, tensors and JSON values (see `abtrain.checkpoint.trees`).
+        comm: the communicator.
+        keep: how many checkpoints remain, this one included; at least 1.
+        resizable: whether another number of workers may continue from here.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
-        CheckpointError: it cannot be written, on all workers. Older checkpoints are as they were.
-        RanksDisagreeError: workers have drifted apart that ought to hold the same, on all workers; likewise.
+        CheckpointError: it cannot be written; on all workers. Older checkpoints are unchanged.
+        RanksDisagreeError: workers that must hold the same have drifted apart; likewise.
         TypeError: the state holds something that cannot be saved, with its place; on the workers whose state it is.
     """
     final, temporary = folder / f"step-{step:012d}", folder / f"{TEMPORARY[0]}step-{step:012d}"
     structure, tensors = _split_together(state, comm, step)
     check_same(state, comm, f"a checkpoint of step {step}")
-
-    def commit() -> None:
-        if comm.rank == 0:
-            _commit(temporary, final, manifest(step, resizable, comm.topology.world_size, written), comm, step)
-
     try:
         _together(comm, step, lambda: _prepare(temporary, comm, step))
         file_of, mine = _divide(tensors, comm)
         parts = _together(comm, step, lambda: _write_part(temporary, refer(structure, file_of), mine, comm, step))
         written = {name: file for part in parts for name, file in part.items()}
-        _together(comm, step, commit)
+        content = manifest(step, resizable, comm.topology.world_size, written)
+        _together(comm, step, lambda: _commit(temporary, final, content, comm, step))
     except CheckpointError:
         if comm.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -105,7 +93,7 @@ def save(
 
 
 def _prepare(temporary: Path, comm: Communicator, step: int) -> None:
-    """Makes room for a checkpoint, on the first worker."""
+    """Creates the temporary folder, on the first worker."""
     if comm.rank == 0:
         fail_at(comm.rank, step, "checkpoint.prepare")
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -115,13 +103,13 @@ def _prepare(temporary: Path, comm: Communicator, step: int) -> None:
 
 
 def _split_together(state: Mapping[str, Any], comm: Communicator, step: int) -> tuple[Any, dict[str, Tensor]]:
-    """`split` of this worker's state, and whose state cannot be saved: a worker alone must not leave the others."""
-    problem, parts = "", None
+    """Does `split`; if the state of any worker cannot be saved, raises an error on all of them."""
+    problem, structure, tensors, places = "", None, dict[str, Tensor](), list[list[str]]()
     try:
-        parts = split(state)
+        structure, tensors = split(state)
+        places = [[place, scope] for place, scope, _ in same_in(state)]
     except TypeError as error:
         problem = str(error)
-    places = [[place, scope] for place, scope, _ in same_in(state)] if parts is not None else []
     answers = gather_json(comm, [problem, step, places])
     if problem:
         raise TypeError(problem)
@@ -131,59 +119,62 @@ def _split_together(state: Mapping[str, Any], comm: Communicator, step: int) -> 
         if (other, marked) != (step, places):
             raise RanksDisagreeError(
                 f"rank {rank} saves a checkpoint of step {other}, and rank {comm.rank} one of step {step}: save on all "
-                "workers, at the same step, what the same loop holds"
+                "workers, at the same step of the same loop"
             )
-    assert parts is not None
-    return parts
+    return structure, tensors
 
 
 def latest(folder: Path, comm: Communicator) -> Saved | None:
-    """The newest checkpoint that is complete and undamaged for all workers, verified. Collective over the world.
+    """Returns the newest checkpoint that all workers have verified. Collective over the world.
 
-    Where the newest is damaged, or workers saved unlike weights that ought to be the same, an older one is taken, with
-    a warning that names it. Where there are more or
-    fewer workers than before, it is the newest from which another number of workers may go on.
+    A checkpoint is skipped, with a warning, if it is damaged, if workers had drifted apart when they saved it, or if
+    the number of workers has changed and it is not resizable.
 
     Returns:
         None if there is no checkpoint at all.
 
     Raises:
-        CheckpointError: there are checkpoints, but none that can be used; on all workers.
+        CheckpointError: there are checkpoints, but none can be used; on all workers.
     """
     names = gather_json(comm, checkpoints_in(folder))[0]
     problems = []
     for name in sorted(names, reverse=True):
-        saved: Saved | None = None
-        problem, sha, held = "", "", list[Marks]()
-        try:
-            sha, saved, held = _open(folder / name, comm)
-        except CheckpointError as error:
-            problem = str(error)
-        answers = gather_json(comm, [problem, sha, held])
-        found = next((f"{told} (rank {rank})" for rank, (told, _, _) in enumerate(answers) if told), "")
-        if not found and len({sha for _, sha, _ in answers}) > 1:
-            found = f"{folder / name} is not the same on all workers: they need a folder that they share"
-        if not found:
-            found = drifted([held for _, _, held in answers], comm.topology)
-            found = found and f"{folder / name}: {found}"
-        if not found and saved is not None:
+        saved, problem = _open_together(folder / name, comm)
+        if saved is not None:
             return saved
-        problems.append(found)
+        problems.append(problem)
         if comm.rank == 0:
-            log.warning("checkpoint left out: %s", found)
+            log.warning("checkpoint left out: %s", problem)
     if problems:
         raise CheckpointError(
             f"none of the {len(problems)} checkpoints in {folder} can be used: {'; '.join(problems[:3])}. "
-            "Remove them to start anew"
+            "Remove them to start from the beginning"
         )
     return None
 
 
+def _open_together(path: Path, comm: Communicator) -> tuple[Saved | None, str]:
+    """Returns a checkpoint if all workers can use it; otherwise None and the reason."""
+    problem, sha, saved, held = "", "", None, list[Marks]()
+    try:
+        sha, saved, held = _open(path, comm)
+    except CheckpointError as error:
+        problem = str(error)
+    answers = gather_json(comm, [problem, sha, held])
+    for rank, (told, _, _) in enumerate(answers):
+        if told:
+            return None, f"{told} (rank {rank})"
+    if len({sha for _, sha, _ in answers}) > 1:
+        return None, f"{path} is not the same on all workers: they need a folder that they share"
+    drift = drifted([held for _, _, held in answers], comm.topology)
+    return (None, f"{path}: {drift}") if drift else (saved, "")
+
+
 def _open(path: Path, comm: Communicator) -> tuple[str, Saved, list[Marks]]:
-    """A checkpoint's part that this worker needs, verified.
+    """Verifies the files that this worker needs.
 
     Returns:
-        The digest of the manifest, the states, and for each of these what has to be the same on all workers.
+        The digest of the manifest, the states, and the marks of each state.
     """
     body, sha = read_manifest(path)
     workers = body["workers"]
@@ -193,34 +184,30 @@ def _open(path: Path, comm: Communicator) -> tuple[str, Saved, list[Marks]]:
         ranks = list(range(workers))
     else:
         raise CheckpointError(
-            f"{path} was saved by {workers} workers, and there are {comm.topology.world_size} now: only as many can go "
-            "on from it"
+            f"{path} was saved by {workers} workers, and there are {comm.topology.world_size} now: it can only be "
+            f"resumed by {workers}"
         )
     files = {name: Written(*entry) for name, entry in body["files"].items()}
-    opened: dict[str, TensorFile] = {}
 
-    def tensor(file: str, key: str) -> Tensor:
+    @cache
+    def opened(file: str) -> TensorFile:
         if file not in files or not file.endswith(".safetensors"):
             raise CheckpointError(f"{path} refers to {said(file)}, which is not one of its files")
-        if file not in opened:
-            opened[file] = TensorFile(path / file, files[file])
-        return opened[file].tensor(key)
+        return TensorFile(path / file, files[file])
 
     states, held = [], list[Marks]()
     for rank in ranks:
         structure = read_json(path / f"part-{rank}.json", files[f"part-{rank}.json"])
         with as_checkpoint_error(f"{path}/part-{rank}.json is malformed"):
-            states.append(join(structure, tensor))
+            states.append(join(structure, lambda file, key: opened(file).tensor(key)))
             held.append(marks(structure))
-        # Its own tensors too, even if none is referred to: every file is verified by somebody.
-        own = f"part-{rank}.safetensors"
-        if own not in opened:
-            opened[own] = TensorFile(path / own, files[own])
+        # Opening verifies: every file is verified by some worker, even if no part refers to it.
+        opened(f"part-{rank}.safetensors")
     return sha, Saved(body["step"], workers, states), held
 
 
 def _divide(tensors: Mapping[str, Tensor], comm: Communicator) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Who writes which tensor: the first rank that holds it. The file of every key, and what this rank writes."""
+    """Lets the first rank that holds a tensor write it. Returns the file of every key, and this rank's tensors."""
     if comm.topology.world_size == 1:
         return dict.fromkeys(tensors, "part-0.safetensors"), dict(tensors)
     held = gather_json(comm, {key: digest(tensor) for key, tensor in tensors.items()})
@@ -236,21 +223,21 @@ def _divide(tensors: Mapping[str, Tensor], comm: Communicator) -> tuple[dict[str
 def _write_part(
     folder: Path, structure: Any, tensors: Mapping[str, Tensor], comm: Communicator, step: int
 ) -> dict[str, Written]:
-    """This worker's files, with what the manifest says about them."""
+    """Writes this worker's files, and returns their entries of the manifest."""
     sync = partial(_sync, comm, step)
-    names = f"part-{comm.rank}.safetensors", f"part-{comm.rank}.json"
+    file = f"part-{comm.rank}"
     fail_at(comm.rank, step, "checkpoint.write")
-    return {
-        names[0]: write_tensors(folder / names[0], tensors, sync),
-        names[1]: write_json(folder / names[1], structure, sync),
-    }
+    written = write_tensors(folder / f"{file}.safetensors", tensors, sync)
+    return {f"{file}.safetensors": written, f"{file}.json": write_json(folder / f"{file}.json", structure, sync)}
 
 
 def _commit(temporary: Path, final: Path, content: Mapping[str, Any], comm: Communicator, step: int) -> None:
-    """All parts are written: from here on, it is a matter of names."""
+    """Writes the manifest and renames the temporary folder, on the first worker; all parts have been written."""
+    if comm.rank:
+        return
     for name, (size, _) in content["manifest"]["files"].items():
         if (temporary / name).stat().st_size != size:
-            raise OSError(0, "other workers' parts are not there: they need a folder that they share", str(name))
+            raise OSError(0, "other workers' parts are missing: they need a folder that they share", str(name))
     fail_at(comm.rank, step, "checkpoint.manifest")
     write_json(temporary / MANIFEST, content, partial(_sync, comm, step))
     sync_folder(temporary)
@@ -268,10 +255,10 @@ def _sync(comm: Communicator, step: int, file: BinaryIO) -> None:
 
 
 def _together(comm: Communicator, step: int, work: Callable[[], Any]) -> list[Any]:
-    """Does a part of the work on all workers; what came of it on each.
+    """Does a part of the work, and returns its results on all workers.
 
     Raises:
-        CheckpointError: it failed on one of them, on all.
+        CheckpointError: it failed on one of them; on all.
     """
     outcome, problem = None, ""
     try:

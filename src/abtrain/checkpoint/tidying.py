@@ -1,17 +1,14 @@
-"""The folder of checkpoints: which there are, and which are removed.
+"""The folder of checkpoints: lists and removes checkpoints.
 
-Nothing is removed under its own name. It is renamed first, so that what a crash leaves half removed is never mistaken
-for a damaged checkpoint.
+A checkpoint is renamed before it is removed, so that one that a crash leaves half removed does not count as damaged.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from abtrain.comm.communicator import Communicator
@@ -26,13 +23,11 @@ TEMPORARY = (".writing-", ".old-")
 
 def checkpoints_in(folder: Path) -> list[str]:
     """Returns the names of the checkpoints in a folder; empty if there is no folder."""
-    with contextlib.suppress(FileNotFoundError):
-        return [entry.name for entry in os.scandir(folder) if _NAME.fullmatch(entry.name)]
-    return []
+    return [path.name for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.exists() else []
 
 
 def settle(folder: Path, comm: Communicator, step: int) -> None:
-    """Replaces checkpoints by those of the same step that were saved later."""
+    """Replaces checkpoints by later ones of the same step."""
     for path in [folder / name for name in checkpoints_in(folder) if name.endswith(AGAIN)]:
         final = path.with_name(path.name.removesuffix(AGAIN))
         if final.exists():
@@ -45,14 +40,13 @@ def settle(folder: Path, comm: Communicator, step: int) -> None:
 def prune(folder: Path, keep: int, comm: Communicator, step: int) -> None:
     """Removes all but the newest checkpoints. Failures are logged, not raised.
 
-    Checkpoints of later steps are damaged, or the run has gone back since: they are removed first.
+    Checkpoints of later steps are removed first: they are damaged, or the run has gone back since.
     """
     names = sorted(checkpoints_in(folder), reverse=True)
     later = [name for name in names if name > f"step-{step:012d}"]
     try:
         for name in [*later, *names[len(later) + max(keep, 1) :]]:
             fail_at(comm.rank, step, "checkpoint.prune")
-            # Under another name first: what is half removed must not be taken for damaged.
             (folder / name).rename(folder / f"{TEMPORARY[1]}{name}")
         sweep(folder)
     except OSError as error:
@@ -61,16 +55,13 @@ def prune(folder: Path, keep: int, comm: Communicator, step: int) -> None:
 
 def sweep(folder: Path) -> None:
     """Removes the leftovers of crashes."""
-    for path in _leftovers(folder):
-        shutil.rmtree(path)
-
-
-def _leftovers(folder: Path) -> Iterator[Path]:
-    return (path for path in list(folder.iterdir()) if path.name.startswith(TEMPORARY))
+    for path in list(folder.iterdir()):
+        if path.name.startswith(TEMPORARY):
+            shutil.rmtree(path)
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder last."""
+    """Makes renames in a folder durable."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

@@ -1,6 +1,6 @@
-"""How workers compare what they hold, and make it equal. Built on the communicator's contract alone.
+"""Compares values and tensors of workers, and makes tensors equal, through the communicator's contract alone.
 
-While nothing differs, a comparison costs a few dozen bytes, and 16 for each tensor that is compared on its own.
+While nothing differs, a comparison costs a few dozen bytes, and 16 for each tensor that is compared separately.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from abtrain.errors import CheckpointError, RanksDisagreeError
 _MOST_LISTED = 5
 _ABSENT = "absent"
 
-# Longer whole numbers are digests. Their digits mean nothing to a reader.
-_READABLE_DIGITS = 9
+_READABLE_DIGITS = 9  # longer whole numbers are digests, whose digits mean nothing to a reader
 
 Place = Mapping[str, object]
-"""Values by name that have to be equal on all ranks: numbers, strings, dataclasses, and any nesting of them."""
+"""Values by name that must be equal on all ranks: numbers, strings, dataclasses, and any nesting of them."""
 Told = tuple[int, float]
-"""The two numbers that a rank sends to all others in a roll call: a whole one from 0 to 2**63 - 1, and a real one."""
+"""The two numbers that a rank sends to all others in a roll call: an integer from 0 to 2**63 - 1, and a real number."""
 
 _DISAGREE = "workers disagree"
 _REMEDY = (
@@ -42,7 +41,7 @@ _REMEDY = (
 def largest(
     comm: Communicator, values: Sequence[float], dtype: torch.dtype = torch.float64, scope: Scope = "world"
 ) -> list[Any]:
-    """Returns the largest value that any rank of a scope holds at each index; as many values on every rank."""
+    """Returns the largest value of any rank at each index; the ranks of a scope hold equally many."""
     numbers = torch.tensor(values, dtype=dtype, device=comm.device)
     comm.all_reduce(numbers, "max", scope)
     return numbers.tolist()
@@ -51,37 +50,34 @@ def largest(
 def disagreeing(comm: Communicator, values: Sequence[int], scope: Scope = "world") -> list[int]:
     """Returns the indexes at which ranks of a scope hold different values; the same list on every rank.
 
-    Args:
-        comm: the communicator.
-        values: from 0 to 2**62 - 1, as many on every rank.
-        scope: the ranks to compare.
+    The values go from 0 to 2**62 - 1, and every rank has equally many.
     """
     outside = [value for value in values if not 0 <= value < LIMIT]
     if outside:
         raise ValueError(f"{outside[0]} cannot be compared between ranks: values go from 0 to 2**{BITS} - 1")
     if not values:
         return []
-    # The largest of -v is minus the smallest v: one call finds both ends of the range.
+    # The largest -v is minus the smallest v: one call finds both ends of the range.
     ends = largest(comm, [*values, *(-value for value in values)], torch.int64, scope)
     return [i for i in range(len(values)) if ends[i] != -ends[i + len(values)]]
 
 
 def sent_by_comparison(count: int, scope: Scope = "world") -> Calls:
-    """The call of `disagreeing` for `count` values, and of `differing_tensors` for as many tensors."""
+    """The call of `disagreeing` for `count` values, or of `differing_tensors` for `count` tensors."""
     return (Traffic("all_reduce", scope, 2 * count * torch.int64.itemsize),) if count else ()
 
 
 def check_equal(comm: Communicator, values: Place, what: str = _DISAGREE, remedy: str = _REMEDY) -> None:
     """Checks that all ranks hold the same values. Collective over the world; 24 bytes, until something differs.
 
-    Every rank sends the same few bytes wherever it is in the program. Collectives of the same shape in another order
-    raise no error: they would mix up weights.
+    Every check has the same shape, wherever a rank is in the program: ranks at different places find that out here.
+    Collectives in different orders would raise no error and mix up weights.
 
     Args:
         comm: the communicator.
         values: see `Place`.
-        what: the first words of the error.
-        remedy: its last words.
+        what: the beginning of the error's message.
+        remedy: the end of the message.
 
     Raises:
         RanksDisagreeError: on all ranks, with the first differences and the ranks that hold each value.
@@ -92,11 +88,7 @@ def check_equal(comm: Communicator, values: Place, what: str = _DISAGREE, remedy
 def roll_call(
     comm: Communicator, place: Place, told: Told = (0, 0.0), what: str = _DISAGREE, remedy: str = _REMEDY
 ) -> Stages[list[Told]]:
-    """Does the work of `check_equal` in stages, and sends two numbers of each rank to all others.
-
-    Returns:
-        The numbers of every rank, in rank order.
-    """
+    """Does `check_equal` in stages, and returns the two numbers `told` of every rank, in rank order."""
     held = {name: dict(_leaves(name, value)) for name, value in place.items()}
     whole = torch.tensor([fingerprint(held), told[0]], dtype=torch.int64)
     row = torch.cat([whole, torch.tensor([told[1]], dtype=torch.float64).view(torch.int64)])
@@ -104,7 +96,7 @@ def roll_call(
     yield
     rows = under_way.wait().cpu()
     if bool((rows[:, 0] != rows[0, 0]).any()):
-        # Every rank has seen this, so all take part in the next call.
+        # All ranks see the same rows, so all take part in the next call.
         everyone = gather_json(comm, held)
         if any(other.keys() != held.keys() for other in everyone):
             raise RanksDisagreeError(
@@ -118,11 +110,11 @@ def roll_call(
 
 
 ROLL_CALL: Calls = (Traffic("all_gather", "world", 3 * torch.int64.itemsize),)
-"""The call of `roll_call` and `check_equal` while nothing differs."""
+"""The call of `roll_call` or `check_equal` while nothing differs."""
 
 
 def _leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
-    """Yields the parts of a value as text, each with its place: fields of dataclasses, items of dicts and lists."""
+    """Yields (place, text) of the parts of a value: fields of dataclasses, items of dicts and lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield place, type(value).__name__
         for field in dataclasses.fields(value):
@@ -138,15 +130,15 @@ def _leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
 
 
 def differences(everyone: Sequence[Mapping[str, str]]) -> str:
-    """Lists the places at which ranks hold different texts, and which rank holds which; empty if there are none.
+    """Describes the places at which ranks hold different texts; empty if there are none.
 
     Args:
-        everyone: texts by place, for each rank.
+        everyone: for each rank, its texts by place.
     """
     found: dict[str, str] = {}
     for place in dict.fromkeys(place for held in everyone for place in held):
         values = [held.get(place, _ABSENT) for held in everyone]
-        # A value that is missing or of another kind on some rank is listed without its parts.
+        # If a value is missing or of another type on some rank, its parts are not listed.
         listed = place.startswith(tuple(f"{outer}{mark}" for outer in found for mark in ".["))
         if len(set(values)) > 1 and not listed:
             found[place] = _by_rank(place, values)
@@ -155,7 +147,7 @@ def differences(everyone: Sequence[Mapping[str, str]]) -> str:
 
 
 def _by_rank(place: str, values: Sequence[str]) -> str:
-    """Says which ranks hold which value. The value of most ranks comes first; of digests only the ranks are listed."""
+    """Says which ranks hold which value, the most frequent first; digests are not shown."""
     holders: dict[str, list[str]] = {}
     for rank, value in enumerate(values):
         holders.setdefault(value, []).append(str(rank))
@@ -166,12 +158,12 @@ def _by_rank(place: str, values: Sequence[str]) -> str:
 
 
 def gather_json(comm: Communicator, value: Any, nbytes: int = 0) -> list[Any]:
-    """Returns every rank's value, in rank order. Values travel as JSON: no bytes from another rank are ever executed.
+    """Returns every rank's value, in rank order. Values are sent as JSON, so received bytes are never executed.
 
     Args:
-        comm: the communicator, over whose world to gather.
-        value: anything that JSON can hold.
-        nbytes: the size of the longest JSON text, the same on all ranks; 0: ranks exchange their sizes first.
+        comm: the communicator.
+        value: a value that JSON can hold.
+        nbytes: the size of the longest JSON text, equal on all ranks; 0: ranks exchange their sizes first.
     """
     text = json.dumps(value).encode()
     if comm.topology.world_size == 1:
@@ -185,14 +177,9 @@ def gather_json(comm: Communicator, value: Any, nbytes: int = 0) -> list[Any]:
 
 
 def raise_together(comm: Communicator, problem: str) -> None:
-    """Raises an error on all workers if any of them cannot continue from its state. Collective over the world.
+    """Raises a CheckpointError on all workers if any has a problem with its state. Collective over the world.
 
-    Args:
-        comm: the communicator.
-        problem: the reason; empty if this worker can continue.
-
-    Raises:
-        CheckpointError: a worker cannot; on all workers.
+    `problem` is empty if this worker has none.
     """
     problems = gather_json(comm, problem)
     ranks = [str(rank) for rank, reason in enumerate(problems) if reason]
@@ -202,12 +189,12 @@ def raise_together(comm: Communicator, problem: str) -> None:
 
 
 def share(comm: Communicator, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
-    """Overwrites every tensor in place, on every rank, with that of its owner, bit by bit.
+    """Overwrites every tensor in place, on every rank, with the bits of its owner's. Collective over the world.
 
     Args:
-        comm: the communicator, over whose world to share.
+        comm: the communicator.
         tensors: of the same shapes and dtypes on all ranks.
-        owners: for each tensor, the rank whose values all take.
+        owners: for each tensor, the rank whose values all ranks take.
     """
     if len(tensors) != len(owners):
         raise ValueError(f"{len(tensors)} tensors, but {len(owners)} owners: each tensor needs one")
@@ -224,29 +211,27 @@ def share(comm: Communicator, tensors: Sequence[Tensor], owners: Sequence[int]) 
 
 
 def sent_by_share(tensors: Sequence[Tensor]) -> Calls:
-    """The calls of `share` of tensors of one owner."""
+    """The calls of `share` for tensors of one owner."""
     return tuple(Traffic("broadcast", "world", bucket.flat.nbytes) for bucket in pack(tensors, widen=False))
 
 
 def differing_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
     """Returns the names of the tensors that ranks hold differently, in order; the same list on every rank.
 
-    Args:
-        comm: the communicator, over whose world to compare; 16 bytes a tensor.
-        named: the same names, shapes and dtypes on all ranks.
+    Names, shapes and dtypes are the same on all ranks. Collective over the world; 16 bytes for each tensor.
     """
     names = list(named)
     return [names[i] for i in disagreeing(comm, [checksum(tensor) for tensor in named.values()])]
 
 
 def agree_on_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
-    """Makes tensors equal: those that ranks hold differently become rank 0's, in place. Collective over the world.
+    """Replaces tensors that ranks hold differently by rank 0's, in place. Collective over the world.
 
     Returns:
-        The names that differed, in order; the same list on every rank.
+        The names of these tensors, in order; the same list on every rank.
 
     Raises:
-        RanksDisagreeError: on every rank, if names, shapes or dtypes differ.
+        RanksDisagreeError: names, shapes or dtypes differ; on every rank.
     """
     check_equal(comm, {"names": list(named), "tensors": layouts_of(named)})
     return _take_first(comm, named)
@@ -258,17 +243,9 @@ def sent_by_agree_on_tensors(count: int) -> Calls:
 
 
 def take_first(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
-    """Makes tensors bitwise equal that every rank computed from equal numbers, by taking rank 0's, in place.
+    """Does `agree_on_tensors` for tensors that every rank computed from equal numbers; 16 bytes, until one differs.
 
-    They differ, by rounding, only between processors of different kinds. Collective over the world; 16 bytes, until
-    something differs.
-
-    Args:
-        comm: the communicator.
-        named: the same names, shapes and dtypes on all ranks.
-
-    Returns:
-        The names that differed, in order; the same list on every rank.
+    They differ only by rounding, between different processors. Names, shapes and dtypes are the same on all ranks.
     """
     return _take_first(comm, named) if disagreeing(comm, [fingerprint(*map(checksum, named.values()))]) else []
 

@@ -25,7 +25,7 @@ from abtrain.recipes.factoring import Factoring
 
 
 class _Outcome(IntEnum):
-    """The outcome of one decomposition, from best to worst; the worst of any worker applies to all."""
+    """The outcome of a decomposition, from best to worst; the worst of any worker applies to all."""
 
     FACTORED = 0
     ALL_ZERO = 1
@@ -41,7 +41,7 @@ _WHY_DENSE = {
 
 @dataclass(frozen=True)
 class Agreed:
-    """Factors by weight name, equal on all workers; and the weights that stay dense, with the reason."""
+    """Factors by weight name, equal on all workers; and the reasons why other weights stay dense."""
 
     factors: dict[str, Factors]
     dense: dict[str, str]
@@ -52,11 +52,11 @@ def agree_on_factors(comm: Communicator, weights: Mapping[str, Tensor], factorin
 
     Args:
         comm: the communicator.
-        weights: (m, n) matrices by name, the same names in the same order on all workers.
+        weights: (m, n) matrices by name, in the same order on all workers.
         factoring: rank rule and policies.
 
     Raises:
-        NonFiniteError: a weight holds NaN or infinity, on any worker; raised on all.
+        NonFiniteError: a weight holds NaN or infinity on any worker; on all.
     """
     owners = {name: i % comm.topology.world_size for i, name in enumerate(weights)}
     shared = factoring.svd == "shared"
@@ -64,8 +64,8 @@ def agree_on_factors(comm: Communicator, weights: Mapping[str, Tensor], factorin
     outcomes, factors = _decompose(weights, work, factoring)
     # The worst outcome of any worker, and the owner's k.
     mine = [factors[name].k if name in factors and owner == comm.rank else 0 for name, owner in owners.items()]
-    numbers = largest(comm, [*(outcomes[name] for name in weights), *mine], torch.int64)
-    outcomes = {name: _Outcome(number) for name, number in zip(weights, numbers[: len(weights)], strict=True)}
+    numbers = largest(comm, [*outcomes.values(), *mine], torch.int64)
+    outcomes = dict(zip(weights, map(_Outcome, numbers), strict=False))
     k = dict(zip(weights, numbers[len(weights) :], strict=True))
     broken = [name for name, outcome in outcomes.items() if outcome == _Outcome.NON_FINITE]
     if broken:
@@ -74,7 +74,8 @@ def agree_on_factors(comm: Communicator, weights: Mapping[str, Tensor], factorin
             "lower the learning rate, or clip gradients"
         )
     dense: dict[str, str] = {}
-    for name, (m, n) in ((name, W.shape) for name, W in weights.items()):
+    for name, W in weights.items():
+        m, n = W.shape
         if outcomes[name]:
             dense[name] = _WHY_DENSE[outcomes[name]]
         elif factoring.keep_dense_if_larger and k[name] * (m + n) >= m * n:
@@ -87,11 +88,11 @@ def sent_by_agree_on_factors(factors: Sequence[Factors | None], workers: int, sh
     """The calls of `agree_on_factors` if all workers compute the same factors.
 
     Args:
-        factors: for each weight in their order, by the shapes of A (m, k) and B (k, n); None if it stays dense.
+        factors: for each weight in order, A (m, k) and B (k, n), whose shapes count; None if it stays dense.
         workers: the number of workers.
-        shared: whether each weight is decomposed by its owner alone.
+        shared: whether only the owner of a weight decomposes it.
     """
-    calls = sent_by_comparison(len(factors))  # outcomes and ranks: two numbers a weight, too
+    calls = sent_by_comparison(len(factors))  # outcomes and ranks are two numbers for each weight, too
     if not shared:
         return (*calls, *sent_by_comparison(sum(pair is not None for pair in factors)))
     for owner in range(workers):
@@ -103,7 +104,7 @@ def sent_by_agree_on_factors(factors: Sequence[Factors | None], workers: int, sh
 def _decompose(
     weights: Mapping[str, Tensor], work: Sequence[str], factoring: Factoring
 ) -> tuple[dict[str, _Outcome], dict[str, Factors]]:
-    """Decomposes the weights named in `work`; the others count as factored."""
+    """Decomposes the weights that `work` names; the others count as factored."""
     outcomes = dict.fromkeys(weights, _Outcome.FACTORED)
     factors: dict[str, Factors] = {}
     for name in work:
@@ -127,7 +128,7 @@ def _exchange(
     owners: Mapping[str, int],
     shared: bool,
 ) -> dict[str, Factors]:
-    """Returns the factors of `matrices`; those that workers hold differently are taken from their owners."""
+    """Returns the factors of `matrices`; where workers differ, all take the owner's."""
     names = list(matrices)
     if not shared:
         digests = [fingerprint(checksum(factors[name].A), checksum(factors[name].B)) for name in names]
@@ -137,9 +138,6 @@ def _exchange(
         if comm.rank != owners[name]:
             (m, n), empty = matrices[name].shape, matrices[name].new_empty
             final[name] = Factors(empty(m, k[name]), empty(k[name], n))
-    share(
-        comm,
-        [tensor for name in names for tensor in final[name]],
-        [owners[name] for name in names for _ in Factors._fields],
-    )
+    pairs = [(tensor, owners[name]) for name in names for tensor in final[name]]
+    share(comm, [tensor for tensor, _ in pairs], [owner for _, owner in pairs])
     return {name: final[name] for name in matrices}

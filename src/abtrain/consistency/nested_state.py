@@ -1,8 +1,8 @@
 """Makes optimizer state of any form equal: lists, dicts, quantized codes, or rows and columns instead of a matrix.
 
-If all workers that have state of a parameter hold it in the same form, and it consists of real numbers, they take its
-average. In any other state the items belong together in a way that is unknown here, such as codes and their scales:
-then all workers take the whole state of the first worker that has some.
+If all workers that have state of a parameter hold it in the same form, and it consists of real numbers, they take the
+average. Otherwise its items may depend on each other, like codes and their scales, so all workers take the whole state
+of the first worker that has some.
 """
 
 from __future__ import annotations
@@ -20,36 +20,23 @@ from abtrain.comm.communicator import Communicator
 from abtrain.consistency.agreement import gather_json, largest, share
 from abtrain.lowrank.optimizer import State
 
-Path = tuple[tuple[str, Any], ...]
-Form = list[Any]
-"""The form of one parameter's state, as JSON can hold it: for each item its path and its kind."""
-
 _AVERAGED = {str(dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
 class _Item(NamedTuple):
-    """A value in a state, and its place there.
+    """A value in a state, the dict or list that holds it, and its key or index there.
 
-    Attributes:
-        holder: the dict or list that holds the value.
-        key: the value's key or index in it.
-        path: for each level, `k` (a dict) or `i` (a list), and the key or index.
+    `path` has for each level `k` (a dict) or `i` (a list), and the key or index.
     """
 
     holder: Any
     key: Any
-    path: Path
-
-    @property
-    def value(self) -> Any:
-        return self.holder[self.key]
+    value: Any
+    path: list[tuple[str, Any]]
 
 
-class _Slot(NamedTuple):
-    """This worker's state of a parameter, in the form that all workers use, and the workers that have some."""
-
-    state: State
-    holders: list[int]
+_Slot = tuple[State, list[int]]
+"""This worker's state of a parameter, in the form that all workers use; and the workers that have some."""
 
 
 @torch.no_grad()
@@ -61,6 +48,7 @@ def equalize_nested(states: Sequence[State], parameters: Sequence[nn.Parameter],
         parameters: the same on all workers.
         comm: the communicator.
     """
+    # The form of a state, in types that survive JSON: for each item its path and its kind.
     forms = [[[[list(step) for step in item.path], _kind(item.value)] for item in _items(state)] for state in states]
     distinct = [form for i, form in enumerate(forms) if form not in forms[:i]]
     gathered = gather_json(comm, {"forms": distinct, "of": [distinct.index(form) for form in forms]})
@@ -73,54 +61,53 @@ def equalize_nested(states: Sequence[State], parameters: Sequence[nn.Parameter],
         form = theirs[holders[0]]
         if theirs[comm.rank] != form:
             _build(state, form, parameter)
-        alike = all(theirs[rank] == form for rank in holders) and all(_is_real(kind) for _, kind in form)
-        (averaged if alike else taken).append(_Slot(state, holders))
+        one_form = all(theirs[rank] == form for rank in holders)
+        real = all(kind[0] == "number" or (kind[0] == "tensor" and kind[1] in _AVERAGED) for _, kind in form)
+        (averaged if one_form and real else taken).append((state, holders))
     _average(averaged, comm)
     _take_first(taken, comm)
 
 
 def _average(slots: Sequence[_Slot], comm: Communicator) -> None:
     """Averages tensors over the workers that have some, and takes the largest of single numbers."""
-    tensors, numbers = _split(slots)
-    held = [item.value if comm.rank in slot.holders else torch.zeros_like(item.value) for slot, item in tensors]
-    for (slot, item), mean in zip(tensors, exact_average(held, comm), strict=True):
-        item.value.copy_(mean * (comm.topology.world_size / len(slot.holders)))
+    tensors, numbers = _of_kind("tensor", slots), _of_kind("number", slots)
+    held = [item.value if comm.rank in holders else torch.zeros_like(item.value) for item, holders in tensors]
+    for (item, holders), mean in zip(tensors, exact_average(held, comm), strict=True):
+        item.value.copy_(mean * (comm.topology.world_size / len(holders)))
     if numbers:
-        mine = [float(item.value) if comm.rank in slot.holders else -torch.inf for slot, item in numbers]
-        for (_, item), value in zip(numbers, largest(comm, mine), strict=True):
+        mine = [float(item.value) if comm.rank in holders else -torch.inf for item, holders in numbers]
+        for (item, _), value in zip(numbers, largest(comm, mine), strict=True):
             set_number(item.holder, item.key, value)
 
 
 def _take_first(slots: Sequence[_Slot], comm: Communicator) -> None:
     """Takes the state of the first worker that has some."""
-    tensors, numbers = _split(slots)
-    share(comm, [item.value for _, item in tensors], [slot.holders[0] for slot, _ in tensors])
-    values = [torch.tensor([float(item.value)], dtype=torch.float64) for _, item in numbers]
-    share(comm, values, [slot.holders[0] for slot, _ in numbers])
-    for (_, item), value in zip(numbers, values, strict=True):
+    tensors, numbers = _of_kind("tensor", slots), _of_kind("number", slots)
+    share(comm, [item.value for item, _ in tensors], [holders[0] for _, holders in tensors])
+    values = [torch.tensor([float(item.value)], dtype=torch.float64) for item, _ in numbers]
+    share(comm, values, [holders[0] for _, holders in numbers])
+    for (item, _), value in zip(numbers, values, strict=True):
         set_number(item.holder, item.key, value.item())
 
 
-def _split(slots: Sequence[_Slot]) -> tuple[list[tuple[_Slot, _Item]], list[tuple[_Slot, _Item]]]:
-    """Returns the tensors in the states, and the single numbers."""
-    items = [(slot, item) for slot in slots for item in _items(slot.state)]
-    numbers = [pair for pair in items if _kind(pair[1].value)[0] == "number"]
-    return [pair for pair in items if _kind(pair[1].value)[0] == "tensor"], numbers
+def _of_kind(kind: str, slots: Sequence[_Slot]) -> list[tuple[_Item, list[int]]]:
+    """Returns the tensors or the single numbers in states, each with the workers that have some."""
+    return [(item, holders) for state, holders in slots for item in _items(state) if _kind(item.value)[0] == kind]
 
 
-def _items(holder: Any, path: Path = ()) -> Iterator[_Item]:
+def _items(holder: Any, path: Sequence[tuple[str, Any]] = ()) -> Iterator[_Item]:
     """Yields the values in a state, in an order that does not depend on how it was built."""
     pairs = sorted(holder.items(), key=lambda pair: repr(pair[0])) if isinstance(holder, dict) else enumerate(holder)
     for key, value in pairs:
-        here = (*path, ("k" if isinstance(holder, dict) else "i", key))
+        here = [*path, ("k" if isinstance(holder, dict) else "i", key)]
         if isinstance(value, dict | list):
             yield from _items(value, here)
         else:
-            yield _Item(holder, key, here)
+            yield _Item(holder, key, value, here)
 
 
 def _kind(value: Any) -> list[Any]:
-    """Describes a value by its type, without its numbers. Tensors of one element, such as step counts, are numbers."""
+    """Describes a value without its numbers. Tensors without dimensions, such as step counts, are single numbers."""
     if isinstance(value, Tensor) and (value.ndim or value.is_complex()):
         return ["tensor", str(value.dtype), list(value.shape)]
     if isinstance(value, Tensor):
@@ -130,17 +117,13 @@ def _kind(value: Any) -> list[Any]:
     return ["constant", repr(tuple(value) if isinstance(value, tuple) else value)]
 
 
-def _is_real(kind: list[Any]) -> bool:
-    return kind[0] == "number" or (kind[0] == "tensor" and kind[1] in _AVERAGED)
-
-
 def is_number(value: object) -> bool:
-    """Whether a value is a number of Python's; booleans are not."""
+    """Whether a value is a Python number; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def set_number(holder: Any, key: Any, value: float) -> None:
-    """Replaces the number at `key`, which may be a tensor, by a value in the same type."""
+    """Replaces the number at `key`, which may be a tensor, by a value of the same type."""
     held = holder[key]
     if isinstance(held, Tensor):
         held.fill_(value)
@@ -148,14 +131,14 @@ def set_number(holder: Any, key: Any, value: float) -> None:
         holder[key] = type(held)(value)
 
 
-def _build(state: State, form: Form, parameter: nn.Parameter) -> None:
-    """Gives a state the form of another worker's; its values are placeholders."""
+def _build(state: State, form: list[Any], parameter: nn.Parameter) -> None:
+    """Gives a state the form of another worker's, with placeholders as values."""
     state.clear()
     for path, kind in form:
         holder: Any = state
         for (_, key), (following, _) in pairwise(path):
             holder = _enter(holder, key, {} if following == "k" else [])
-        _enter(holder, path[-1][1], _blank(kind, parameter))
+        _enter(holder, path[-1][1], _placeholder(kind, parameter))
 
 
 def _enter(holder: Any, key: Any, value: Any) -> Any:
@@ -167,8 +150,7 @@ def _enter(holder: Any, key: Any, value: Any) -> Any:
     return holder.setdefault(key, value)
 
 
-def _blank(kind: list[Any], parameter: nn.Parameter) -> Any:
-    """Returns a placeholder of a kind."""
+def _placeholder(kind: list[Any], parameter: nn.Parameter) -> Any:
     match kind:
         case ["constant", text]:
             return ast.literal_eval(text)
@@ -178,7 +160,7 @@ def _blank(kind: list[Any], parameter: nn.Parameter) -> Any:
     if kind[0] == "number":
         return torch.zeros((), dtype=dtype, device="cpu" if kind[2] == "cpu" else parameter.device)
     if kind[2] == list(parameter.shape):
-        # In the parameter's memory layout, which fused optimizers require.
+        # With the parameter's memory layout, which fused optimizers require.
         return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
     return torch.zeros(kind[2], dtype=dtype, device=parameter.device)
 

@@ -1,7 +1,7 @@
 """Makes optimizer state and loss scale equal on all workers before gradients are averaged again.
 
 Workers that apply the same gradient stay equal only if their optimizers hold the same state, and averaged gradients
-are right only if all were scaled by the same factor. Groups that trained separately differ in both.
+are correct only if all were scaled by the same factor. Groups that trained separately differ in both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from abtrain.lowrank.optimizers import Optimizers, settings_of
 
 _TENSOR, _NUMBER, _NESTED = "tensor", "number", "nested"
 _KEY_BYTES = 512
-"""The room for the keys of an optimizer's state when workers compare them."""
+"""The size of the message in which workers compare the keys of their optimizers' state."""
 
 
 def equalize_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
@@ -35,8 +35,7 @@ def equalize_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Paramete
 
     Tensors become the average over the workers that trained the parameter and have one. Single numbers, such as step
     counts, become the largest of any worker (a gradient scaler may have skipped steps in some groups), and so do
-    settings of param groups that are state. State of any other form is equalized by
-    `abtrain.consistency.nested_state`.
+    settings of param groups that are state. `abtrain.consistency.nested_state` equalizes state of any other form.
     """
     if comm.topology.world_size == 1 or not parameters:
         return
@@ -47,12 +46,7 @@ def equalize_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Paramete
 
 @dataclass(frozen=True)
 class OptimizerShape:
-    """The state that an optimizer keeps for each parameter.
-
-    Args:
-        tensors: of the parameter's shape; AdamW's are its two moments.
-        numbers: single ones; AdamW's is its step count.
-    """
+    """How many tensors of a parameter's shape, and single numbers, an optimizer keeps for it; the default is AdamW."""
 
     tensors: int = 2
     numbers: int = 1
@@ -61,17 +55,17 @@ class OptimizerShape:
 def sent_by_equalize_optimizers(
     parameters: Sequence[Tensor], trained: Sequence[Tensor], shape: OptimizerShape
 ) -> Calls:
-    """The calls of `equalize_optimizers` of one optimizer of PyTorch's.
+    """The calls of `equalize_optimizers` for one of PyTorch's optimizers.
 
     Args:
-        parameters: by their shapes.
+        parameters: only their shapes count.
         trained: those of them for which some worker has state.
         shape: of the optimizer's state.
     """
     if not parameters:
         return ()
     slots = len(parameters) * (shape.tensors + shape.numbers)
-    # Which worker holds which, in int64, and the single numbers, in float64.
+    # The counts of holders in int64, and the single numbers in float64.
     table = (Traffic("all_reduce", "world", slots * torch.int64.itemsize),) * 2 if slots else ()
     moments = [tensor for tensor in trained for _ in range(shape.tensors)]
     return (Traffic("all_gather", "world", _KEY_BYTES), *table, *sent_by_average(moments))
@@ -79,7 +73,7 @@ def sent_by_equalize_optimizers(
 
 @torch.no_grad()
 def _equalize_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
-    # The state of a frozen factor is out of date: this worker did not train it.
+    # This worker did not train a frozen factor, so its state is out of date.
     states: list[State] = [optimizer.state.get(p, {}) if p.requires_grad else {} for p in parameters]
     general: dict[Any, Any] = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
     kinds = _agree_on_keys(states, parameters, comm, nested=bool(general))
@@ -105,14 +99,14 @@ def _equalize_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter], co
     for (parameter, key, _, count), average in zip(tensors, exact_average(local, comm), strict=True):
         known = optimizer.state[parameter]
         if not isinstance(known.get(key), Tensor):
-            # In the parameter's memory layout, which fused optimizers require.
+            # With the parameter's memory layout, which fused optimizers require.
             known[key] = torch.empty_like(parameter, requires_grad=False)
         # `exact_average` divides by the number of all workers.
         known[key].copy_(average * (comm.topology.world_size / count))
 
 
 def _equalize_settings(optimizers: Optimizers, comm: Communicator) -> None:
-    """Equalizes step counts and estimated rates that optimizers keep in their param groups; PyTorch's own do not."""
+    """Equalizes step counts and estimated rates in param groups, where PyTorch's own optimizers keep none."""
     groups = {id(g): g for o in optimizers.all if not type(o).__module__.startswith("torch.") for g in o.param_groups}
     slots = [
         (group, key)
@@ -120,18 +114,16 @@ def _equalize_settings(optimizers: Optimizers, comm: Communicator) -> None:
         for key, value in sorted(settings_of(group).items())
         if key not in HYPERPARAMETERS | SCHEDULED and (is_number(value) or _is_single(value))
     ]
-    if slots:
-        for (group, key), value in zip(
-            slots, largest(comm, [_number(group[key]) for group, key in slots]), strict=True
-        ):
-            set_number(group, key, value)
+    values = largest(comm, [_number(group[key]) for group, key in slots]) if slots else []
+    for (group, key), value in zip(slots, values, strict=True):
+        set_number(group, key, value)
 
 
 def equalize_grad_scaler(scaler: torch.amp.GradScaler, comm: Communicator) -> None:
     """Gives all workers the largest loss scale of any, in place.
 
-    If it is too large for one of them, all lower it together, at the cost of a skipped step each time. The smallest
-    would be that of a worker whose gradients always overflow, and those of the others would vanish.
+    If it is too large for one of them, all lower it together, and each time skip a step. The smallest could be that of
+    a worker whose gradients always overflow: those of the others would vanish.
     """
     state = scaler.state_dict()
     if not state:  # the scaler is disabled
@@ -145,11 +137,7 @@ def _agree_on_keys(
 ) -> dict[str, str]:
     """Returns the keys of all workers' states, sorted, each with its kind.
 
-    Args:
-        states: one for each of the parameters.
-        parameters: of the model.
-        comm: the communicator.
-        nested: whether this worker also has state that belongs to no parameter.
+    `nested` says whether this worker also has state that belongs to no parameter.
     """
     mine: dict[str, str] = {"": _NESTED} if nested else {}
     for state, parameter in zip(states, parameters, strict=True):
@@ -157,7 +145,7 @@ def _agree_on_keys(
             kind = _kind(key, value, parameter)
             if not kind or mine.get(key) == _NESTED:
                 continue
-            # For a parameter of one number, moments and counts look the same: other parameters decide, if any.
+            # Moments and counts of a parameter without dimensions look the same: other parameters decide, if any.
             if parameter.ndim or kind == _NESTED:
                 mine[key] = kind
             else:
@@ -167,7 +155,7 @@ def _agree_on_keys(
     everyone: dict[str, str] = {}
     for keys in gather_json(comm, mine, _KEY_BYTES):
         for key, kind in keys.items():
-            # If kinds differ, the more general way serves all.
+            # If kinds differ, the general way handles both.
             everyone[key] = kind if everyone.get(key, kind) == kind else _NESTED
     return dict(sorted(everyone.items()))
 
@@ -186,17 +174,16 @@ def _kind(key: Any, value: object, parameter: nn.Parameter) -> str:
 
 
 def _is_single(value: object) -> bool:
-    """Whether a value is a tensor of one real number."""
     return isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
 
 
 def _number(value: Any) -> float:
-    """Returns a single number as a float, and 0 for other values, which nobody reads."""
+    """Returns a single number as a float, and 0 for other values, which are not used."""
     return float(value) if is_number(value) or _is_single(value) else 0.0
 
 
 def _blank_number(optimizer: Optimizer, parameter: nn.Parameter, key: str) -> Any:
-    """Returns a placeholder for a number, in the type that the optimizer uses for other parameters."""
+    """Returns a placeholder for a number, of the type that the optimizer uses for other parameters."""
     like = next((state[key] for state in optimizer.state.values() if state.get(key) is not None), None)
     if like is not None:
         return torch.zeros_like(like) if isinstance(like, Tensor) else like

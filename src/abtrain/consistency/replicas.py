@@ -1,7 +1,7 @@
 """Checks that replicas hold the same weights: after every phase, and inside groups before every merge.
 
-Workers that share gradients apply equal changes to weights that they assume to be equal; nothing else would show that
-one of them has drifted. Different processors may round differently: such differences are removed.
+Workers that average gradients apply equal changes to weights that they assume to be equal; without a check, nobody
+would notice that one of them has drifted. Differences that processors cause by rounding are removed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from abtrain.errors import RanksDisagreeError
 
 log = logging.getLogger("abtrain")
 
-_ROUNDING = 1e-5
-"""The largest difference that rounding can cause, relative to the largest number of the tensor."""
-_ULPS = 4
-"""The same in units of the last place, for dtypes that round more coarsely."""
+# The largest difference that counts as rounding, relative to the largest number of the tensor; for dtypes that round
+# more coarsely, in units of the last place.
+_ROUNDING, _ULPS = 1e-5, 4
 
 
 def check_replicas(
@@ -40,14 +39,14 @@ def check_replicas(
 
     Args:
         comm: the communicator.
-        tensors: by name, the same names and shapes on all ranks. Where they differ by rounding alone, they become
-            those of the scope's first rank, in place.
-        scope: the ranks that have to hold the same.
-        where: for the message, such as `step 120, phase warmup`.
-        buffers: by name; only their names, shapes and dtypes are compared, and only over the scope `world`.
+        tensors: by name, of the same shapes on all ranks. If they differ only by rounding, all take those of the
+            scope's first rank, in place.
+        scope: the ranks that must hold the same.
+        where: for messages, such as `step 120, phase warmup`.
+        buffers: by name; only their names, shapes and dtypes are compared. For the scope `world` alone.
 
     Raises:
-        RanksDisagreeError: a rank has drifted, with its number; on all ranks of the scope.
+        RanksDisagreeError: a rank has drifted; on all ranks of the scope, with the rank.
     """
     ranks = comm.ranks(scope)
     if len(ranks) == 1:
@@ -57,8 +56,7 @@ def check_replicas(
     mine = fingerprint(*sums, *layouts.items())
     if not disagreeing(comm, [mine], scope):
         return
-    different = differences(gather_json(comm, layouts)) if layouts else ""
-    if different:
+    if layouts and (different := differences(gather_json(comm, layouts))):
         raise RanksDisagreeError(
             f"{where}: workers hold buffers of different shapes: {different}. Change buffers on all workers at the "
             "same step"
@@ -79,27 +77,23 @@ def sent_by_check_replicas(scope: Scope) -> Calls:
 
 
 def _equalize(comm: Communicator, name: str, tensor: Tensor, scope: Scope, what: str) -> float:
-    """Overwrites a tensor with the first rank's if ranks differ by rounding; returns the relative difference.
-
-    Raises:
-        RanksDisagreeError: they differ by more.
-    """
+    """Takes the first rank's tensor if ranks differ only by rounding; returns the relative difference."""
     held = comm.all_gather(tensor.detach().contiguous().to(comm.device), scope)
     wide = held.double().view(len(held), -1)
     distance, size = (wide - wide[0]).abs().max().item(), wide.abs().max().item()
-    # A zero and its negative are no distance apart, whatever `size` is. NaN and infinity do not come of rounding.
+    # 0 and -0 have distance 0, whatever `size` is. Rounding does not cause NaN or infinity.
     if not math.isfinite(distance) or distance > max(_ROUNDING, _ULPS * torch.finfo(tensor.dtype).eps) * size:
         raise RanksDisagreeError(
             f"{what}, where all must be equal, {name} differs by up to {distance:.1e}. Resume from the last "
-            "checkpoint, and look for what changes weights on one worker alone (a hook, its memory, its optimizer, its "
-            "learning rate)"
+            "checkpoint, and find the cause that changes weights on one worker alone (a hook, its memory, its "
+            "optimizer, its learning rate)"
         )
     tensor.copy_(held[0])
     return distance / max(size, torch.finfo(torch.float64).tiny)
 
 
 def _odd(digests: Sequence[int], ranks: Sequence[int]) -> str:
-    """Says which ranks have drifted: the minority. Between two, nobody can tell: the first rank counts as right."""
+    """Says which ranks have drifted: those that differ from the majority or, without one, from the first rank."""
     common, count = Counter(digests).most_common(1)[0]
     kept = common if 2 * count > len(digests) else digests[0]
     odd = [rank for rank, value in zip(ranks, digests, strict=True) if value != kept]

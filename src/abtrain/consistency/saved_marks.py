@@ -1,7 +1,7 @@
 """Marks the tensors of a saved state that are equal on all workers, and checks them at saving and at loading.
 
-Without the checks, a worker whose weights have drifted unnoticed would save a checkpoint that cannot be loaded, and
-good ones would be removed to make room for it.
+Without the checks, a worker whose weights have drifted would save a checkpoint that cannot be loaded, and save would
+remove good ones in its favor.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from abtrain.consistency.replicas import check_replicas
 from abtrain.errors import RanksDisagreeError
 
 _SCOPE_OF = "_same_on"
-"""In a tree, `NAME_same_on: SCOPE` beside `NAME` says that all workers of a scope hold the same tensors there."""
+"""In a tree, `NAME_same_on: SCOPE` beside `NAME` means that all workers of the scope hold the same tensors there."""
 
 Marks = list[list[str]]
-"""The marks in one worker's state: for each its place, scope and the fingerprint of the tensors."""
+"""The marks in one worker's state: place, scope, and fingerprint of the tensors."""
 
 
 def marked(name: str, tensors: Mapping[str, Tensor], scope: Scope | None) -> dict[str, Any]:
-    """Returns tensors as the entry `name` of a tree, marked as equal on all workers of a scope (None: not marked)."""
+    """Returns the entry `name` of a tree, marked as equal on all workers of a scope (None: not marked)."""
     return {name: tensors} if scope is None else {name: tensors, f"{name}{_SCOPE_OF}": scope}
 
 
@@ -45,10 +45,7 @@ def same_in(tree: Any, place: str = "") -> Iterator[tuple[str, Scope, Any]]:
 def check_same(tree: Any, comm: Communicator, where: str) -> None:
     """Compares the marked tensors of a tree; rounding differences are removed, in place. Collective over the world.
 
-    Args:
-        tree: of this worker, with the same marks on all workers.
-        comm: the communicator.
-        where: for the message.
+    All workers have the same marks. `where` is for messages.
 
     Raises:
         RanksDisagreeError: a worker has drifted; on all workers.
@@ -61,18 +58,17 @@ def check_same(tree: Any, comm: Communicator, where: str) -> None:
             check_replicas(comm, real, scope, where)
         except RanksDisagreeError as error:
             problem = problem or str(error)
-    problem = next(filter(None, gather_json(comm, problem)), "")
-    if problem:
-        raise RanksDisagreeError(problem)
+    for found in filter(None, gather_json(comm, problem)):
+        raise RanksDisagreeError(found)
 
 
 def marks(structure: Any) -> Marks:
-    """Returns the marks in a structure of references to tensors: equal references mean equal tensors."""
+    """Returns the marks in a structure of references to tensors: equal references are equal tensors."""
     return [[place.strip("/"), scope, str(fingerprint(refs))] for place, scope, refs in same_in(structure)]
 
 
 def drifted(answers: Sequence[Sequence[Marks]], topology: Topology) -> str:
-    """Describes a state that workers saved differently although it was marked as equal; empty if there is none.
+    """Describes a part of a state that was marked as equal but saved differently; empty if there is none.
 
     Args:
         answers: for each worker, the marks of the states that it has read: its own, or those of all former workers.
@@ -81,7 +77,7 @@ def drifted(answers: Sequence[Sequence[Marks]], topology: Topology) -> str:
     found: dict[tuple[str, str], set[str]] = {}
     for rank, states in enumerate(answers):
         for place, scope, digest in (row for state in states for row in state):
-            # If other workers saved than load now, it is unknown who belonged to which group.
+            # If the number of workers has changed, their former groups are unknown.
             if scope == "group" and len(states) > 1:
                 continue
             group = str(topology.group_of(rank)) if scope == "group" else "world"

@@ -1,7 +1,7 @@
 """Compares the settings of workers: before a run begins, at each phase, and before it resumes from saved states.
 
-A recipe, an option, a memory format or a learning rate that differs on one worker would hang the others at best. At
-worst it would change what is averaged, and nobody would notice.
+If one worker has another recipe, option, memory format or learning rate, the others hang at best. At worst, wrong
+values are averaged, and nobody notices.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def check_phase(comm: Communicator, model: FactoredModel, where: str, settings: 
         comm: the communicator.
         model: with its optimizer, in the form of the phase that begins.
         where: for the message, such as `step 120, phase rebound`.
-        settings: the names of those settings of param groups that have to be equal.
+        settings: names of the settings of param groups that must be equal.
 
     Raises:
         RanksDisagreeError: on all ranks, with the differences and the ranks that hold each value.
@@ -57,31 +57,23 @@ def check_phase(comm: Communicator, model: FactoredModel, where: str, settings: 
 
 
 def settings_at_start(optimizers: Optimizers) -> frozenset[str]:
-    """Returns the names of the settings that optimizers were built with, not those that schedulers and loops added."""
+    """Returns the names of the settings with which optimizers were built, without those that schedulers add."""
     defaults = {key for optimizer in optimizers.all for key in getattr(optimizer, "defaults", ())}
     return frozenset(defaults - _IMPLEMENTATION)
 
 
 def layout(tensor: Tensor, **more: object) -> dict[str, object]:
-    """Returns the properties that must be equal before elements at the same place in memory are added, and `more`.
-
-    A dimension of one element has no stride: PyTorch's value for it says nothing.
-    """
+    """Returns the properties that must be equal before elements at the same place in memory are added, and `more`."""
+    # The stride of a dimension of one element has no meaning.
     strides = tuple(stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return {"shape": str(tuple(tensor.shape)), "dtype": str(tensor.dtype), "strides": str(strides), **more}
 
 
 def optimizer_settings(
-    optimizers: Optimizers, names: Mapping[str, nn.Parameter], keys: Collection[str]
+    optimizers: Optimizers, parameters: Mapping[str, nn.Parameter], keys: Collection[str]
 ) -> list[dict[str, object]]:
-    """Returns the settings `keys` of every param group, and the names of its parameters, as values to compare.
-
-    Args:
-        optimizers: of the run.
-        names: the model's parameters by name.
-        keys: the names of the settings that are compared.
-    """
-    known = {id(parameter): name for name, parameter in names.items()}
+    """Returns, for comparison, the settings `keys` of every param group and the names of its parameters."""
+    known = {id(parameter): name for name, parameter in parameters.items()}
     return [
         {**chosen(group, keys), "parameters": sorted(known.get(id(p), "a stranger") for p in group["params"])}
         for group in optimizers.groups()

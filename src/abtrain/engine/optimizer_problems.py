@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from abtrain.checkpoint.tensor_files import split
+from abtrain.checkpoint.trees import split
 from abtrain.checks import brief, told_names
 from abtrain.consistency.nested_state import cannot_be_shared
 from abtrain.engine.communicating_optimizers import communicates

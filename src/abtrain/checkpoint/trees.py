@@ -1,0 +1,192 @@
+"""Trees of tensors and JSON values <-> a structure for a JSON file, and tensors by key.
+
+A tree consists of dicts, lists, tensors, strings, numbers, booleans and None. Tuples become lists, and numpy scalars
+become Python's. Keys of dicts are strings, numbers, booleans, None, or tuples of them. In the structure, every tensor
+is a reference, {"$tensor": KEY, "file": NAME}. JSON is read strictly, since another process wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abtrain.checks import said
+
+_DEEPEST = 200
+_MOST_DIGITS = 4000
+"""The longest whole number; Python reads few more digits from a text."""
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The dtypes that can be saved, by their names in safetensors files."""
+
+
+def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Returns the structure of a tree, with references in place of tensors, and the tensors by key.
+
+    Raises:
+        TypeError: a value cannot be saved; with its place.
+    """
+    tensors: dict[str, Tensor] = {}
+    return _cut(tree, "", 0, tensors), tensors
+
+
+def _cut(value: Any, place: str, depth: int, tensors: dict[str, Tensor]) -> Any:
+    if depth > _DEEPEST:
+        raise TypeError(f"{place[:80]}... is nested more than {_DEEPEST} levels deep, which cannot be saved")
+    if isinstance(value, Tensor):
+        return _refer_to(value, place, tensors)
+    if isinstance(value, Mapping):
+        plain = all(isinstance(key, str) and not key.startswith("$") and "/" not in key for key in value)
+        if plain and not isinstance(value, Counter):
+            return {
+                key: _cut(item, f"{place}/{key}" if place else key, depth + 1, tensors) for key, item in value.items()
+            }
+        items = enumerate(value.items())
+        pairs = [[_key(key, place), _cut(item, f"{place}/{i}", depth + 1, tensors)] for i, (key, item) in items]
+        return {"$items": pairs, "counter": isinstance(value, Counter)}
+    if isinstance(value, list | tuple):
+        return [_cut(item, f"{place}/{i}" if place else str(i), depth + 1, tensors) for i, item in enumerate(value)]
+    return _scalar(value, place)
+
+
+def _refer_to(value: Tensor, place: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    # The memory of conjugate and negative views holds other values than the views show.
+    held = value.detach().resolve_conj().resolve_neg()
+    if held.layout != torch.strided or held.device.type == "meta":
+        kind = "meta" if held.device.type == "meta" else str(held.layout)
+        raise TypeError(f"{place} is a {kind} tensor, which cannot be saved: make it a dense one with values")
+    real = torch.view_as_real(held) if held.is_complex() else held
+    if real.dtype not in DTYPES:
+        raise TypeError(f"{place} is of {real.dtype}, which cannot be saved")
+    tensors[place] = real
+    return {"$tensor": place, **({"complex": True} if held.is_complex() else {})}
+
+
+def _key(key: object, place: str) -> Any:
+    if isinstance(key, tuple):
+        return [_key(part, place) for part in key]
+    if key is None or isinstance(key, str | int | float | bool):
+        return _scalar(key, place)
+    raise TypeError(
+        f"{place or 'the tree'} has the key {key!r}, which cannot be saved: use strings, numbers, booleans, None, or "
+        "tuples of them"
+    )
+
+
+def _scalar(value: Any, place: str) -> Any:
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$number": repr(value)}  # JSON has no such numbers
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_MOST_DIGITS:
+        raise TypeError(f"{place or 'the tree'} is a number of more than {_MOST_DIGITS} digits, which cannot be saved")
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    kind = type(value).__name__
+    hint = ": save torch.from_numpy(...) of it" if kind == "ndarray" else ""
+    raise TypeError(f"{place or 'the tree'} is a {kind}, which cannot be saved{hint}")
+
+
+def refer(structure: Any, file_of: Mapping[str, str]) -> Any:
+    """Returns the structure with the file of each reference, which is given by key."""
+    if isinstance(structure, list):
+        return [refer(item, file_of) for item in structure]
+    if not isinstance(structure, dict):
+        return structure
+    if "$tensor" in structure:
+        return {**structure, "file": file_of[structure["$tensor"]]}
+    return {key: refer(item, file_of) for key, item in structure.items()}
+
+
+def join(structure: Any, tensor: Callable[[str, str], Tensor]) -> Any:
+    """Returns the tree of a structure; `tensor` maps (file, key) to the tensor that a reference stands for.
+
+    Raises:
+        ValueError: `split` and `refer` do not make such a structure.
+    """
+    if isinstance(structure, list):
+        return [join(item, tensor) for item in structure]
+    if not isinstance(structure, dict):
+        return structure
+    if not any(key.startswith("$") for key in structure):
+        return {key: join(item, tensor) for key, item in structure.items()}
+    match structure:
+        case {"$tensor": str(key), "file": str(file), **rest} if rest in ({}, {"complex": True}):
+            return torch.view_as_complex(tensor(file, key)) if rest else tensor(file, key)
+        case {"$number": "nan" | "inf" | "-inf" as number, **rest} if not rest:
+            return float(number)
+        case {"$items": list(pairs), "counter": bool(counts), **rest} if not rest:
+            items = {_joined_key(key, tensor): join(item, tensor) for key, item in pairs}
+            if len(items) < len(pairs):
+                raise ValueError("a dict has the same key twice")
+            return Counter(items) if counts else items
+    raise ValueError(f"an object with {', '.join(map(said, list(structure)[:3]))} is not what was saved")
+
+
+def _joined_key(key: Any, tensor: Callable[[str, str], Tensor]) -> Any:
+    if isinstance(key, list):
+        return tuple(_joined_key(part, tensor) for part in key)
+    name = join(key, tensor)
+    if isinstance(name, Tensor | dict):
+        raise ValueError("a dict has a key that cannot be one")
+    return name
+
+
+def parse_json(data: bytes) -> Any:
+    """Returns the value of a JSON text in UTF-8.
+
+    Raises:
+        ValueError: the text is not UTF-8 or not JSON; or it has NaN or Infinity, a number too large for Python, a
+            repeated key in an object, or too many levels.
+    """
+    try:
+        return json.loads(
+            data.decode(),
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=_without_repetition,
+        )
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS + 1:
+        raise ValueError(f"a number has {len(text)} digits: at most {_MOST_DIGITS} are read")
+    return int(text)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key comes twice in one object")
+    return content
