@@ -17,6 +17,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from abtrain.errors import CheckpointError
@@ -30,7 +31,10 @@ POSITIVE = sys.float_info.min
 _LARGEST: Any = sys.float_info.max
 _MOST_LISTED = 4
 _MOST_CHARACTERS = 60
-_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+_MALFORMED = (
+    *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
+    SafetensorError,
+)
 # PyTorch raises a plain RuntimeError if the CPU has no memory left, or if a peer is lost.
 _NOT_THE_DATA = ("DefaultCPUAllocator: ", "out of memory", "/gloo/")
 
@@ -122,7 +126,7 @@ def by_name(check: Check) -> Check:
             yield f"{place} is {said(value)}, not a dict of strings"
             return
         for key, item in value.items():
-            yield from check(f"{place}/{key[:_MOST_CHARACTERS]}", item)
+            yield from check(f"{place}/{ascii(key[:_MOST_CHARACTERS])[1:-1]}", item)
 
     return of_all
 

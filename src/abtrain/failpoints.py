@@ -48,11 +48,7 @@ class Fault(NamedTuple):
 
 
 def parse(plan: str) -> list[Fault]:
-    """Returns the faults of one attempt.
-
-    Raises:
-        ConfigurationError: every part of the plan that cannot be read.
-    """
+    """Returns the faults of one attempt; a ConfigurationError names every part that cannot be read."""
     parts = list(filter(None, map(str.strip, plan.split(";"))))
     problems = [f"{VARIABLE}: {part!r} cannot be read: {problem}" for part in parts for problem in _problems(part)]
     if problems:
@@ -104,11 +100,7 @@ def check() -> None:
 
 
 def attempt() -> int:
-    """Returns how often torchrun or our own launcher has restarted the workers of this run.
-
-    Raises:
-        ConfigurationError: the variables that count restarts hold no whole numbers.
-    """
+    """Returns the number of restarts of this run; a ConfigurationError if its variables hold no whole number."""
     held = {name: os.environ.get(name, "0") for name in (RESTARTS, ATTEMPT)}
     wrong = [name for name, text in held.items() if not _is_number(text)]
     if wrong:
@@ -120,11 +112,7 @@ load()
 
 
 def fail_at(rank: int, step: int, point: str) -> None:
-    """Carries out the fault that is planned for this place; usually there is none.
-
-    Raises:
-        ConfigurationError: the plan cannot be read.
-    """
+    """Carries out the fault that is planned for this place, if any; raises what `check` raises."""
     check()
     for fault in _planned:
         if (fault.rank, fault.point) == (rank, point) and fault.step in (None, step):

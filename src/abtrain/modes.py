@@ -6,16 +6,12 @@ anomaly mode. None of these may change what abtrain computes, or which kind of t
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -82,12 +78,5 @@ def own_modes() -> Iterator[None]:
         yield
 
 
-def in_own_modes(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a function to run in `own_modes`."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        with own_modes():
-            return function(*args, **kwargs)
-
-    return wrapped
+in_own_modes = own_modes()
+"""Decorates a function to run in `own_modes`."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +19,6 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 Batch = tuple[Tensor, Tensor]
-
-
-class Schedule(NamedTuple):
-    """The numbers of Algorithm 1, with the paper's names."""
-
-    workers: int
-    total_steps: int
-    warmup_steps: int
-    ab_steps: int
-    rebound_steps: int
-    lr_rebound_steps: int
-    group_size: int = 1
 
 
 def ab_training(
@@ -53,17 +42,17 @@ def ab_training(
         make_optimizer: one tensor in a list -> an optimizer over it, with the scheduled learning rate.
         groups: whether groups train separately.
         sigma_cutoff: singular values below this share of the largest are removed.
-        schedule: the fields of `Schedule`.
+        schedule: workers, group_size and the numbers of Algorithm 1, fields of `_Run`.
 
     Returns:
         The averaged full-rank parameters at the end, by name.
     """
-    run = _Run(model, batch, loss, Schedule(**schedule))
+    run = _Run(model, batch, loss, **schedule)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     world = [_Replica(start, make_optimizer)]  # one replica while all workers are equal
-    run.train(world, run.schedule.warmup_steps)  # lines 5-6
+    run.train(world, run.warmup_steps)  # lines 5-6
     cycle = 0
-    while run.step < run.schedule.total_steps:  # lines 7, 22
+    while run.step < run.total_steps:  # lines 7, 22
         if groups:
             world = [copy.deepcopy(world[0]) for _ in range(run.n_groups)]
         for g, replica in enumerate(world):
@@ -71,29 +60,38 @@ def ab_training(
             first_half = g < (run.n_groups + 1) / 2 - 0.5 if run.n_groups > 1 else cycle % 2 == 0
             replica.trained = ("A" if first_half else "B") if groups else "B"  # lines 1-4, 12
         run.rebound = 0  # line 11
-        run.train(world, run.schedule.ab_steps)  # lines 13-14
+        run.train(world, run.ab_steps)  # lines 13-14
         world = [_mean(world)]  # lines 15-16
         world[0].recompose()  # lines 17-18
         run.rebound = 0  # line 19
-        run.train(world, run.schedule.rebound_steps)  # lines 20-21
+        run.train(world, run.rebound_steps)  # lines 20-21
         cycle += 1
     return {name: tensor.detach() for name, tensor in world[0].tensors.items()}
 
 
+@dataclass
 class _Run:
-    """The progress of a run: the step, and the steps since the learning rate's rebound began."""
+    """The numbers of Algorithm 1, with the paper's names, and the progress of a run."""
 
-    def __init__(
-        self, model: nn.Module, batch: Callable[[int, int], Batch], loss: Callable[..., Tensor], schedule: Schedule
-    ) -> None:
-        self.model, self.batch, self.loss, self.schedule = model, batch, loss, schedule
-        self.n_groups = schedule.workers // schedule.group_size
-        self.step, self.rebound = 0, schedule.lr_rebound_steps
+    model: nn.Module
+    batch: Callable[[int, int], Batch]
+    loss: Callable[..., Tensor]
+    workers: int
+    total_steps: int
+    warmup_steps: int
+    ab_steps: int
+    rebound_steps: int
+    lr_rebound_steps: int
+    group_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.n_groups = self.workers // self.group_size
+        self.step, self.rebound = 0, self.lr_rebound_steps  # rebound: steps since the learning rate's rebound began
 
     def train(self, replicas: list[_Replica], steps: int) -> None:
         """Trains every replica on the mean gradient of its workers, for `steps` steps or until the end."""
-        size, ramp = self.schedule.workers // len(replicas), self.schedule.lr_rebound_steps + 1
-        for _ in range(min(steps, self.schedule.total_steps - self.step)):
+        size, ramp = self.workers // len(replicas), self.lr_rebound_steps + 1
+        for _ in range(min(steps, self.total_steps - self.step)):
             for g, replica in enumerate(replicas):
                 members = range(g * size, (g + 1) * size)
                 batches = [self.batch(worker, self.step) for worker in members]

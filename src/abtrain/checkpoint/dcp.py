@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import safetensors.torch
-from safetensors import SafetensorError
 
 from abtrain.checkpoint.trees import join, parse_json, refer, split
 from abtrain.checks import as_checkpoint_error
@@ -83,8 +82,5 @@ class TrainingState:
             raise CheckpointError(f"the state of {self._key} is damaged: its bytes are not those that were saved")
         end = _LENGTH + int.from_bytes(body[:_LENGTH], "little")
         with as_checkpoint_error(f"the state of {self._key} is malformed"):
-            try:
-                tensors = safetensors.torch.load(body[end:])
-            except SafetensorError as error:
-                raise ValueError(f"{error}") from error
+            tensors = safetensors.torch.load(body[end:])
             return join(parse_json(body[_LENGTH:end]), lambda _, key: tensors[key])

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 from torch import Tensor
 
 from abtrain.checkpoint.manifest import MANIFEST, manifest, read_manifest
-from abtrain.checkpoint.tensor_files import TensorFile, Written, read_json, write_json, write_tensors
+from abtrain.checkpoint.tensor_files import Written, open_tensors, read_json, write_json, write_tensors
 from abtrain.checkpoint.tidying import AGAIN, TEMPORARY, checkpoints_in, prune, settle, sweep, sync_folder
 from abtrain.checkpoint.trees import join, refer, split
 from abtrain.checks import as_checkpoint_error, said
@@ -190,16 +190,16 @@ def _open(path: Path, comm: Communicator) -> tuple[str, Saved, list[Marks]]:
     files = {name: Written(*entry) for name, entry in body["files"].items()}
 
     @cache
-    def opened(file: str) -> TensorFile:
+    def opened(file: str) -> Any:
         if file not in files or not file.endswith(".safetensors"):
             raise CheckpointError(f"{path} refers to {said(file)}, which is not one of its files")
-        return TensorFile(path / file, files[file])
+        return open_tensors(path / file, files[file])
 
     states, held = [], list[Marks]()
     for rank in ranks:
         structure = read_json(path / f"part-{rank}.json", files[f"part-{rank}.json"])
         with as_checkpoint_error(f"{path}/part-{rank}.json is malformed"):
-            states.append(join(structure, lambda file, key: opened(file).tensor(key)))
+            states.append(join(structure, lambda file, key: opened(file).get_tensor(key)))
             held.append(marks(structure))
         # Opening verifies: every file is verified by some worker, even if no part refers to it.
         opened(f"part-{rank}.safetensors")
@@ -255,11 +255,7 @@ def _sync(comm: Communicator, step: int, file: BinaryIO) -> None:
 
 
 def _together(comm: Communicator, step: int, work: Callable[[], Any]) -> list[Any]:
-    """Does a part of the work, and returns its results on all workers.
-
-    Raises:
-        CheckpointError: it failed on one of them; on all.
-    """
+    """Does a part of the work, and returns its results on all workers; if it fails on one, raises an error on all."""
     outcome, problem = None, ""
     try:
         outcome = work()

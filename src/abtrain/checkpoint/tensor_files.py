@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from abtrain.checkpoint.trees import DTYPES, parse_json
-from abtrain.checks import brief, said
 from abtrain.comm.checksums import bytes_of
 from abtrain.errors import CheckpointError
 
@@ -42,13 +41,7 @@ def write_json(path: Path, value: Any, sync: Callable[[BinaryIO], None]) -> Writ
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], sync: Callable[[BinaryIO], None]) -> Written:
-    """Writes a new safetensors file in one pass; `sync` makes it durable.
-
-    Args:
-        path: of the file.
-        tensors: by key; their dtypes are in `DTYPES`.
-        sync: syncs the open file to the disk.
-    """
+    """Writes tensors of the dtypes in `DTYPES` to a new safetensors file, in one pass; `sync` makes it durable."""
     # Wide dtypes first, so that all are aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header: dict[str, Any] = {}
@@ -127,37 +120,26 @@ def read_json(path: Path, expected: Written | None = None) -> Any:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-class TensorFile:
-    """A verified safetensors file: it holds exactly the bytes that were written.
+def open_tensors(path: Path, expected: Written) -> safe_open:
+    """Opens a safetensors file that holds exactly the bytes that were written.
 
     Raises:
         CheckpointError: it is missing or damaged; or there is no /dev/fd.
     """
-
-    def __init__(self, path: Path, expected: Written) -> None:
-        self._path = path
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != expected.size:
-                raise CheckpointError(f"{path} is damaged: it has {size} bytes, {expected.size} were written")
-            header = int.from_bytes(file.read(8), "little")
-            if header > min(MAX_JSON_BYTES, size - 8):
-                raise CheckpointError(f"{path} is damaged: it claims a header of {header} bytes")
-            file.seek(0)
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
-                raise CheckpointError(f"{path} is damaged: it has not the bytes that were written")
-            try:
-                # The descriptor is that of the verified file; the path may lead to another one by now.
-                self._file = safe_open(f"/dev/fd/{file.fileno()}", framework="pt", device="cpu")
-            except SafetensorError as error:
-                raise CheckpointError(f"{path} is damaged: {error}") from error
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read by its descriptor: {error}") from error
-
-    def tensor(self, key: str) -> Tensor:
-        """Returns a tensor by its key; a CheckpointError says that there is none."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != expected.size:
+            raise CheckpointError(f"{path} is damaged: it has {size} bytes, {expected.size} were written")
+        header = int.from_bytes(file.read(8), "little")
+        if header > min(MAX_JSON_BYTES, size - 8):
+            raise CheckpointError(f"{path} is damaged: it claims a header of {header} bytes")
+        file.seek(0)
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
+            raise CheckpointError(f"{path} is damaged: it has not the bytes that were written")
         try:
-            found: Tensor = self._file.get_tensor(key)
+            # The descriptor is that of the verified file; the path may lead to another one by now.
+            return safe_open(f"/dev/fd/{file.fileno()}", framework="pt", device="cpu")
         except SafetensorError as error:
-            raise CheckpointError(f"{self._path} has no tensor {said(key)}: {brief(error)}") from error
-        return found
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read by its descriptor: {error}") from error

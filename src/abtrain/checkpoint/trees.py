@@ -52,17 +52,16 @@ def _cut(value: Any, place: str, depth: int, tensors: dict[str, Tensor]) -> Any:
         raise TypeError(f"{place[:80]}... is nested more than {_DEEPEST} levels deep, which cannot be saved")
     if isinstance(value, Tensor):
         return _refer_to(value, place, tensors)
+    inside = f"{place}/" if place else ""
     if isinstance(value, Mapping):
         plain = all(isinstance(key, str) and not key.startswith("$") and "/" not in key for key in value)
         if plain and not isinstance(value, Counter):
-            return {
-                key: _cut(item, f"{place}/{key}" if place else key, depth + 1, tensors) for key, item in value.items()
-            }
+            return {key: _cut(item, f"{inside}{key}", depth + 1, tensors) for key, item in value.items()}
         items = enumerate(value.items())
         pairs = [[_key(key, place), _cut(item, f"{place}/{i}", depth + 1, tensors)] for i, (key, item) in items]
         return {"$items": pairs, "counter": isinstance(value, Counter)}
     if isinstance(value, list | tuple):
-        return [_cut(item, f"{place}/{i}" if place else str(i), depth + 1, tensors) for i, item in enumerate(value)]
+        return [_cut(item, f"{inside}{i}", depth + 1, tensors) for i, item in enumerate(value)]
     return _scalar(value, place)
 
 
@@ -159,7 +158,7 @@ def parse_json(data: bytes) -> Any:
     try:
         return json.loads(
             data.decode(),
-            parse_constant=_no_constant,
+            parse_constant=_finite,
             parse_float=_finite,
             parse_int=_whole,
             object_pairs_hook=_without_repetition,
@@ -168,14 +167,10 @@ def parse_json(data: bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
-
-
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"the number {text[:20]} is too large")
+        raise ValueError(f"the number {text[:20]} is not finite")
     return number
 
 

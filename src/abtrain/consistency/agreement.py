@@ -71,13 +71,8 @@ def check_equal(comm: Communicator, values: Place, what: str = _DISAGREE, remedy
     """Checks that all ranks hold the same values. Collective over the world; 24 bytes, until something differs.
 
     Every check has the same shape, wherever a rank is in the program: ranks at different places find that out here.
-    Collectives in different orders would raise no error and mix up weights.
-
-    Args:
-        comm: the communicator.
-        values: see `Place`.
-        what: the beginning of the error's message.
-        remedy: the end of the message.
+    Collectives in different orders would raise no error and mix up weights. `what` begins the error's message, and
+    `remedy` ends it.
 
     Raises:
         RanksDisagreeError: on all ranks, with the first differences and the ranks that hold each value.
@@ -160,10 +155,7 @@ def _by_rank(place: str, values: Sequence[str]) -> str:
 def gather_json(comm: Communicator, value: Any, nbytes: int = 0) -> list[Any]:
     """Returns every rank's value, in rank order. Values are sent as JSON, so received bytes are never executed.
 
-    Args:
-        comm: the communicator.
-        value: a value that JSON can hold.
-        nbytes: the size of the longest JSON text, equal on all ranks; 0: ranks exchange their sizes first.
+    All ranks give the same `nbytes`, the size of the longest JSON text, or 0: then they exchange their sizes first.
     """
     text = json.dumps(value).encode()
     if comm.topology.world_size == 1:
@@ -189,12 +181,9 @@ def raise_together(comm: Communicator, problem: str) -> None:
 
 
 def share(comm: Communicator, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
-    """Overwrites every tensor in place, on every rank, with the bits of its owner's. Collective over the world.
+    """Overwrites every tensor in place, on every rank, with that of its owner, bit by bit. Collective over the world.
 
-    Args:
-        comm: the communicator.
-        tensors: of the same shapes and dtypes on all ranks.
-        owners: for each tensor, the rank whose values all ranks take.
+    Shapes and dtypes are the same on all ranks; `owners` has a rank for each tensor.
     """
     if len(tensors) != len(owners):
         raise ValueError(f"{len(tensors)} tensors, but {len(owners)} owners: each tensor needs one")

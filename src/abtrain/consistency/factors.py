@@ -9,7 +9,6 @@ the factors of one owner.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -39,21 +38,13 @@ _WHY_DENSE = {
 }
 
 
-@dataclass(frozen=True)
-class Agreed:
-    """Factors by weight name, equal on all workers; and the reasons why other weights stay dense."""
+def agree_on_factors(
+    comm: Communicator, weights: Mapping[str, Tensor], factoring: Factoring
+) -> tuple[dict[str, Factors], dict[str, str]]:
+    """Decomposes (m, n) matrices, given in the same order on all workers. Collective over the world.
 
-    factors: dict[str, Factors]
-    dense: dict[str, str]
-
-
-def agree_on_factors(comm: Communicator, weights: Mapping[str, Tensor], factoring: Factoring) -> Agreed:
-    """Decomposes the weights, and makes the factors equal on all workers. Collective over the world.
-
-    Args:
-        comm: the communicator.
-        weights: (m, n) matrices by name, in the same order on all workers.
-        factoring: rank rule and policies.
+    Returns:
+        Factors by name, equal on all workers; and the reasons why other weights stay dense.
 
     Raises:
         NonFiniteError: a weight holds NaN or infinity on any worker; on all.
@@ -81,16 +72,14 @@ def agree_on_factors(comm: Communicator, weights: Mapping[str, Tensor], factorin
         elif factoring.keep_dense_if_larger and k[name] * (m + n) >= m * n:
             dense[name] = f"factors of rank {k[name]} would be no smaller"
     kept = {name: W for name, W in weights.items() if name not in dense}
-    return Agreed(_exchange(comm, kept, factors, k, owners, shared), dense)
+    return _exchange(comm, kept, factors, k, owners, shared), dense
 
 
 def sent_by_agree_on_factors(factors: Sequence[Factors | None], workers: int, shared: bool) -> Calls:
     """The calls of `agree_on_factors` if all workers compute the same factors.
 
-    Args:
-        factors: for each weight in order, A (m, k) and B (k, n), whose shapes count; None if it stays dense.
-        workers: the number of workers.
-        shared: whether only the owner of a weight decomposes it.
+    `factors` has A (m, k) and B (k, n) of each weight in order, whose shapes count; None for a weight that stays dense.
+    `shared`: only the owner of a weight decomposes it.
     """
     calls = sent_by_comparison(len(factors))  # outcomes and ranks are two numbers for each weight, too
     if not shared:

@@ -43,10 +43,7 @@ _Slot = tuple[State, list[int]]
 def equalize_nested(states: Sequence[State], parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
     """Makes states equal on all workers, in place. Collective over the world.
 
-    Args:
-        states: one for each parameter; empty if this worker has none.
-        parameters: the same on all workers.
-        comm: the communicator.
+    There is one state for each parameter, empty if this worker has none; parameters are the same on all workers.
     """
     # The form of a state, in types that survive JSON: for each item its path and its kind.
     forms = [[[[list(step) for step in item.path], _kind(item.value)] for item in _items(state)] for state in states]

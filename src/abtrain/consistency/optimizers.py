@@ -55,12 +55,9 @@ class OptimizerShape:
 def sent_by_equalize_optimizers(
     parameters: Sequence[Tensor], trained: Sequence[Tensor], shape: OptimizerShape
 ) -> Calls:
-    """The calls of `equalize_optimizers` for one of PyTorch's optimizers.
+    """The calls of `equalize_optimizers` for one of PyTorch's optimizers; of tensors, only the shapes count.
 
-    Args:
-        parameters: only their shapes count.
-        trained: those of them for which some worker has state.
-        shape: of the optimizer's state.
+    `trained` has those parameters for which some worker has state.
     """
     if not parameters:
         return ()

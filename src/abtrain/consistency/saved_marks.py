@@ -43,12 +43,9 @@ def same_in(tree: Any, place: str = "") -> Iterator[tuple[str, Scope, Any]]:
 
 
 def check_same(tree: Any, comm: Communicator, where: str) -> None:
-    """Compares the marked tensors of a tree; rounding differences are removed, in place. Collective over the world.
+    """Compares the marked tensors of a tree; all workers have the same marks. Collective over the world.
 
-    All workers have the same marks. `where` is for messages.
-
-    Raises:
-        RanksDisagreeError: a worker has drifted; on all workers.
+    Rounding differences are removed, in place. If a worker has drifted, all raise a RanksDisagreeError.
     """
     problem = ""
     for _, scope, tensors in same_in(tree):
@@ -70,9 +67,8 @@ def marks(structure: Any) -> Marks:
 def drifted(answers: Sequence[Sequence[Marks]], topology: Topology) -> str:
     """Describes a part of a state that was marked as equal but saved differently; empty if there is none.
 
-    Args:
-        answers: for each worker, the marks of the states that it has read: its own, or those of all former workers.
-        topology: of the present workers.
+    `answers` has, for each present worker, the marks of the states that it has read: its own, or those of all former
+    workers.
     """
     found: dict[tuple[str, str], set[str]] = {}
     for rank, states in enumerate(answers):

@@ -30,11 +30,7 @@ _IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"}
 def check_phase(comm: Communicator, model: FactoredModel, where: str, settings: Collection[str]) -> None:
     """Compares the tensors that DDP is about to wrap, and the optimizer. Collective over the world; 24 bytes.
 
-    Args:
-        comm: the communicator.
-        model: with its optimizer, in the form of the phase that begins.
-        where: for the message, such as `step 120, phase rebound`.
-        settings: names of the settings of param groups that must be equal.
+    The model has the form of the phase that begins; `settings` names the settings of param groups that must be equal.
 
     Raises:
         RanksDisagreeError: on all ranks, with the differences and the ranks that hold each value.

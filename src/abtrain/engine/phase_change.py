@@ -181,11 +181,10 @@ class PhaseChange:
     def _factorize(self, position: Position, recipe: Recipe) -> None:
         assert recipe.factoring is not None
         start, waited = time.perf_counter(), self._comm.meter.sync_seconds
-        agreed = agree_on_factors(self._comm, self._model.matrices(), recipe.factoring)
+        factors, self.dense_this_cycle = agree_on_factors(self._comm, self._model.matrices(), recipe.factoring)
         waited = self._comm.meter.sync_seconds - waited
         self.seconds["svd"] += time.perf_counter() - start - waited
-        self._model.factorize(agreed.factors, position.phase.damping)
-        self.dense_this_cycle = agreed.dense
-        ranks = {name: pair.k for name, pair in agreed.factors.items()}
+        self._model.factorize(factors, position.phase.damping)
+        ranks = {name: pair.k for name, pair in factors.items()}
         entry = {"cycle": position.cycle, "step": position.step, "ranks": ranks, "dense": dict(self.dense_this_cycle)}
         self.rank_history.append(entry)

@@ -33,7 +33,7 @@ def test_each_and_shared_give_the_same_factors() -> None:
     weights = {f"w{i}": torch.randn(8, 5, generator=torch.Generator().manual_seed(i)) for i in range(5)}
     for svd in ("each", "shared"):
         settings = Factoring(SigmaCutoff(0.3), svd=svd)  # type: ignore[arg-type]
-        results = run_in_process(3, lambda comm, s=settings: agree_on_factors(comm, weights, s).factors)
+        results = run_in_process(3, lambda comm, s=settings: agree_on_factors(comm, weights, s)[0])
         for name, W in weights.items():
             assert all(torch.equal(result[name].A, results[0][name].A) for result in results)
             S = torch.linalg.svdvals(W)
