@@ -347,7 +347,7 @@ def test_a_folder_that_is_a_link(tmp_path: Path) -> None:
     (folder,) = save_alone(tmp_path / "here", 1)
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / folder.name).symlink_to(folder)
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         latest_step(tmp_path / "there")
 
 

@@ -82,8 +82,8 @@ DIFFERENCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no TOML": (lambda file: file.write_text(file.read_text() + "[[["), "request.toml cannot be parsed"),
     "no UTF-8": (lambda file: file.write_bytes(b"\xff\xfe"), "it is no UTF-8"),
     "empty": (lambda file: file.write_text(""), "steps is"),
-    "a FIFO": (lambda file: (file.unlink(), os.mkfifo(file)), "is no regular file"),
-    "a folder": (lambda file: (file.unlink(), file.mkdir()), "is no regular file"),
+    "a FIFO": (lambda file: (file.unlink(), os.mkfifo(file)), "is not a regular file"),
+    "a folder": (lambda file: (file.unlink(), file.mkdir()), "is not a regular file"),
     "a link": (lambda file: (file.rename(file.with_name("r")), file.symlink_to("r")), "cannot be opened"),
 }
 

@@ -41,7 +41,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     """
     try:
         if not stat.S_ISDIR(path.lstat().st_mode):
-            raise CheckpointError(f"{path} is no folder")
+            raise CheckpointError(f"{path} is not a folder")
         held = set(os.listdir(path))  # noqa: PTH208
     except OSError as error:
         raise CheckpointError(f"{path} cannot be listed: {error.strerror}") from error
@@ -72,7 +72,7 @@ def _problems(body: Mapping[str, Any]) -> Iterator[str]:
     if not problems:
         files, workers = body["files"].keys(), body["workers"]
         expected = {f"part-{rank}.{kind}" for rank in range(workers) for kind in ("json", "safetensors")}
-        yield from (f"it lists {said(name)}, no file of {workers} workers" for name in sorted(files - expected))
+        yield from (f"it lists {said(name)}, which {workers} workers do not write" for name in sorted(files - expected))
         yield from (f"it does not list {name}" for name in sorted(expected - files))
 
 

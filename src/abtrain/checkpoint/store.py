@@ -113,9 +113,9 @@ def _split_together(state: Mapping[str, Any], comm: Communicator, step: int) -> 
     answers = gather_json(comm, [problem, step, places])
     if problem:
         raise TypeError(problem)
-    for rank, (told, other, marked) in enumerate(answers):
-        if told:
-            raise CheckpointError(f"the checkpoint of step {step} could not be written: on rank {rank}, {told}")
+    for rank, (found, other, marked) in enumerate(answers):
+        if found:
+            raise CheckpointError(f"the checkpoint of step {step} could not be written: on rank {rank}, {found}")
         if (other, marked) != (step, places):
             raise RanksDisagreeError(
                 f"rank {rank} saves a checkpoint of step {other}, and rank {comm.rank} one of step {step}: save on all "
@@ -144,7 +144,7 @@ def latest(folder: Path, comm: Communicator) -> Saved | None:
             return saved
         problems.append(problem)
         if comm.rank == 0:
-            log.warning("checkpoint left out: %s", problem)
+            log.warning("checkpoint skipped: %s", problem)
     if problems:
         raise CheckpointError(
             f"none of the {len(problems)} checkpoints in {folder} can be used: {'; '.join(problems[:3])}. "
@@ -161,9 +161,9 @@ def _open_together(path: Path, comm: Communicator) -> tuple[Saved | None, str]:
     except CheckpointError as error:
         problem = str(error)
     answers = gather_json(comm, [problem, sha, held])
-    for rank, (told, _, _) in enumerate(answers):
-        if told:
-            return None, f"{told} (rank {rank})"
+    for rank, (found, _, _) in enumerate(answers):
+        if found:
+            return None, f"{found} (rank {rank})"
     if len({sha for _, sha, _ in answers}) > 1:
         return None, f"{path} is not the same on all workers: they need a folder that they share"
     drift = drifted([held for _, _, held in answers], comm.topology)
@@ -263,7 +263,7 @@ def _together(comm: Communicator, step: int, work: Callable[[], Any]) -> list[An
         where = f" ({error.filename})" if error.filename else ""
         problem = f"{error.strerror or error}{where}"
     answers = gather_json(comm, [outcome, problem])
-    for rank, (_, told) in enumerate(answers):
-        if told:
-            raise CheckpointError(f"the checkpoint of step {step} could not be written by rank {rank}: {told}")
+    for rank, (_, found) in enumerate(answers):
+        if found:
+            raise CheckpointError(f"the checkpoint of step {step} could not be written by rank {rank}: {found}")
     return [outcome for outcome, _ in answers]

@@ -97,7 +97,7 @@ def open_regular(path: Path) -> BufferedReader:
         raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise CheckpointError(f"{path} is no regular file")
+        raise CheckpointError(f"{path} is not a regular file")
     return open(handle, "rb")  # noqa: PTH123
 
 
@@ -113,7 +113,7 @@ def read_json(path: Path, expected: Written | None = None) -> Any:
             raise CheckpointError(f"{path} has {size} bytes: more than {MAX_JSON_BYTES} are not read")
         data = file.read(MAX_JSON_BYTES + 1)
     if expected is not None and Written(len(data), hashlib.sha256(data).hexdigest()) != expected:
-        raise CheckpointError(f"{path} is damaged: it has not the bytes that were written")
+        raise CheckpointError(f"{path} is damaged: its bytes are not those that were written")
     try:
         return parse_json(data)
     except ValueError as error:
@@ -135,7 +135,7 @@ def open_tensors(path: Path, expected: Written) -> safe_open:
             raise CheckpointError(f"{path} is damaged: it claims a header of {header} bytes")
         file.seek(0)
         if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
-            raise CheckpointError(f"{path} is damaged: it has not the bytes that were written")
+            raise CheckpointError(f"{path} is damaged: its bytes are not those that were written")
         try:
             # The descriptor is that of the verified file; the path may lead to another one by now.
             return safe_open(f"/dev/fd/{file.fileno()}", framework="pt", device="cpu")

@@ -136,7 +136,7 @@ def join(structure: Any, tensor: Callable[[str, str], Tensor]) -> Any:
             if len(items) < len(pairs):
                 raise ValueError("a dict has the same key twice")
             return Counter(items) if counts else items
-    raise ValueError(f"an object with {', '.join(map(said, list(structure)[:3]))} is not what was saved")
+    raise ValueError(f"an object with {', '.join(map(said, list(structure)[:3]))} is not one that abtrain saves")
 
 
 def _joined_key(key: Any, tensor: Callable[[str, str], Tensor]) -> Any:
@@ -144,7 +144,7 @@ def _joined_key(key: Any, tensor: Callable[[str, str], Tensor]) -> Any:
         return tuple(_joined_key(part, tensor) for part in key)
     name = join(key, tensor)
     if isinstance(name, Tensor | dict):
-        raise ValueError("a dict has a key that cannot be one")
+        raise ValueError("a dict has a tensor or a dict as a key")
     return name
 
 
