@@ -227,7 +227,7 @@ class Silent(SGD):
 
 
 class ScheduleFree(ByHand):
-    """Evaluates and trains at unlike weights, and says at which it is."""
+    """Evaluates and trains at different weights, and records which are in use."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 0.05) -> None:
         super().__init__(parameters, lr)

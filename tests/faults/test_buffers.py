@@ -212,7 +212,7 @@ def test_what_cannot_be_averaged_follows_the_first_finite_worker() -> None:
 
 @pytest.mark.parametrize("spoil", [False, True], ids=["changed", "spoilt"])
 def test_a_hidden_merge_that_is_begun_again_merges_what_it_began_with(spoil: bool) -> None:
-    """Whatever has become of the buffers since."""
+    """Later changes of the buffers do not matter."""
 
     def run(comm: Communicator, resumes: bool) -> list[float]:
         model = WithBuffers({}, norm=True)
@@ -343,12 +343,12 @@ def test_a_buffer_that_grows_on_one_worker_is_named() -> None:
 def test_a_buffer_replaced_during_a_hidden_merge_gets_its_result(fragments: int) -> None:
     """As in `self.m = 0.9 * self.m + 0.1 * new`."""
 
-    def work(comm: Communicator, anew: bool) -> list[list[float]]:
+    def work(comm: Communicator, replaces: bool) -> list[list[float]]:
         model, seen = WithBuffers({"m": torch.zeros(2)}), []
 
         def change(ab: ABTraining) -> None:
             new = 0.9 * model.m + 0.1 * (1 + comm.rank)
-            if anew:
+            if replaces:
                 model.m = new
             else:
                 model.m.copy_(new)

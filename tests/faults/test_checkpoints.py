@@ -92,7 +92,7 @@ def test_another_number_of_workers_reads_all_parts_of_a_merge(tmp_path: Path) ->
 
 
 def test_a_run_that_has_gone_back_keeps_its_new_checkpoints(tmp_path: Path) -> None:
-    """Not those of later steps, which it has left behind."""
+    """It drops those of later steps, which it has given up."""
     save_alone(tmp_path, 5, 6)
     checkpoint.save(tmp_path, 4, content(0, 4), SingleProcess(), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000000004"]
@@ -285,7 +285,7 @@ def put(folder: Path, name: str, data: bytes) -> None:
 
 
 class Payload:
-    """What a pickle would do."""
+    """Runs code when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.abort, ()

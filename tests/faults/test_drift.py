@@ -71,7 +71,7 @@ AB = recipes.ab(15, **SCHEDULE, sigma_cutoff=0.2)
 def test_any_change_of_one_replica_is_seen(
     damage: Callable[[Tensor], None], recipe: Recipe, workers: int, group_size: int, dtype: torch.dtype
 ) -> None:
-    """Of a row that this data does not train, so that nothing but its bits tell."""
+    """The changed row is not trained by this data, so only its bits show the difference."""
 
     def work(comm: Communicator) -> None:
         model = nn.Sequential(nn.Embedding(50, 8), nn.Flatten(), nn.Linear(16, 5)).to(dtype)

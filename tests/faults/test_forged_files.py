@@ -115,7 +115,7 @@ def test_a_part_that_was_never_written(name: str, tmp_path: Path, caplog: pytest
 @pytest.mark.parametrize("levels", [300, 900, 940, 960, 980, 990, 995, 1000, 3000, 10**6])
 @pytest.mark.parametrize("within", ["manifest", "part"])
 def test_a_file_of_many_levels(within: str, levels: int, tmp_path: Path) -> None:
-    """Wherever Python comes to its limit: while it reads, hashes, or looks for tensors."""
+    """Python may reach its recursion limit while it reads, hashes, or looks for tensors."""
     newest = saved(tmp_path)
     if within == "part":
         put(newest, PART, b'{"weights_same_on": "world", "weights": {"x": ' + deep(levels) + b"}}")

@@ -39,9 +39,9 @@ RECIPES: dict[str, tuple[Recipe, int]] = {
     ),
     # Full weights and shared gradients after factors, with stale anchors and roots.
     "rebound": (recipes.ab(20, warmup_steps=3, ab_steps=6, rebound_steps=4, lr_rebound_steps=3, sigma_cutoff=0.2), 11),
-    # Amid a round of factors, all merged at once.
+    # During a round of factors, all merged at once.
     "factors": (recipes.ab_outer(24, **REST, every=4, warmup_every=2), 10),
-    # Amid a round, with room for a merge under way.
+    # During a round, with room for a merge under way.
     "quiet": (recipes.local_sgd(20, every=10, delay=5), 13),
     "ended": (recipes.diloco(8, every=4, wire="int4"), 8),
 }
@@ -104,7 +104,7 @@ Forgery = Callable[[dict[str, Any], int], Any]
 
 
 def refused(name: str, *forgeries: Forgery, kind: type[AbtrainError] = CheckpointError) -> list[str]:
-    """What all of two workers say of each forgery; nothing has come of any."""
+    """Returns the message of two workers for each forgery, and checks that none has changed anything."""
     run = made(name)
 
     def work(comm: Communicator) -> list[str]:

@@ -1,4 +1,4 @@
-"""What `abtrain compare` and `abtrain paper` keep: no run is removed that its user has not given up."""
+"""`abtrain compare` and `abtrain paper` keep every run that its user has not given up."""
 
 from __future__ import annotations
 

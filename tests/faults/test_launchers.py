@@ -1,4 +1,4 @@
-"""What launchers and users write into variables and on the command line, garbled."""
+"""Garbled environment variables and command lines, from launchers or users."""
 
 from __future__ import annotations
 

@@ -272,7 +272,7 @@ def test_odd_weights(recipe: Recipe, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", [1e-30, 1e-15, 1.0, 1e15, 1e19, 1e30, 1e36])
 @pytest.mark.parametrize("wire", ["lowrank:2", "lowrank:4:int8", "lowrank:2:bf16"])
 def test_low_rank_merges_of_any_size_neither_overflow_nor_lose_anything(wire: str, size: float) -> None:
-    """What all received and what they still owe is what they brought, merge after merge."""
+    """Summed over all merges, averages plus residuals equal what workers contributed."""
     merges = 6
 
     def work(comm: Communicator) -> tuple[Tensor, Tensor, Tensor]:
@@ -344,7 +344,7 @@ def test_powersgd_of_a_gradient_of_zero(rank: int, dtype: torch.dtype) -> None:
 
 
 def test_factors_that_are_not_finite_end_the_run_by_name() -> None:
-    """Where the preconditioner looks at them, before a merge does."""
+    """The preconditioner checks them before a merge does."""
 
     def work(comm: Communicator) -> None:
         loop = Loop(comm, OUTER)

@@ -1,4 +1,4 @@
-"""What the model tells DDP to ignore is each worker's own, under every recipe."""
+"""Tensors that the model tells DDP to ignore are each worker's own, under every recipe."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OWN = ["bias", "tail.weight", "count", "norm.running_mean"]
 
 
 class Model(nn.Module):
-    """Of every kind something shared and something own; one of them is the model's own parameter."""
+    """Has shared and own tensors of every kind, among them a parameter of the root module."""
 
     def __init__(self, own: Any = OWN) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ from tests import forks
 
 
 def told(store: Store, ranks: list[int], size: int, losses: dict[int, BaseException | None]) -> dict[int, str]:
-    """What workers, threads here, learn in a roll call; those who end for a reason of their own leave word."""
+    """Runs a roll call of workers, which are threads; a worker with an error in `losses` leaves word of it instead."""
     heard: dict[int, str] = {}
 
     def work(rank: int) -> None:
@@ -84,7 +84,7 @@ class Gone(HashStore):
 
 
 class Stuck(HashStore):
-    """A store behind a link that is cut."""
+    """A store that does not answer, as if its link were cut."""
 
     def check(self, keys: list[str]) -> bool:
         time.sleep(60)

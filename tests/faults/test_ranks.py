@@ -122,7 +122,7 @@ def test_an_average_that_not_all_ask_for_at_the_same_step(asks_at: tuple[int | N
         loop = Loop(comm, recipes.local_sgd(20, every=5))
         loop.run(asks_at[comm.rank] or 5)
         with loop.ab.merged():
-            raise AssertionError("an average of unlike steps was shown")
+            raise AssertionError("an average of different steps was shown")
 
     errors = told(2, work)
     assert {type(error) for error in errors} == {RanksDisagreeError} and errors[0].exit_code == 5
@@ -218,7 +218,7 @@ def test_any_number_of_workers(recipe: str, workers: int) -> None:
 
 
 def drifting(comm: Communicator, recipe: Recipe, step: int, odd: int, part: str) -> None:
-    """A worker whose weights, or what it takes for those of the last merge, change by 1e-3 behind abtrain's back."""
+    """Changes a weight, or the anchor of the last merge, by 1e-3 on one worker without abtrain's knowledge."""
     loop = Loop(comm, recipe, build("mlp", torch.float32))
     loop.run(step)
     if comm.rank == odd:

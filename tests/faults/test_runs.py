@@ -290,7 +290,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 def test_files_of_a_run_that_are_damaged(
     tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the metrics the readable lines stay; settings that cannot be read are said to be so."""
+    """Readable lines of the metrics stay; unreadable settings are reported."""
     with pytest.raises(RuntimeError):
         run(settings(tmp_path), "fail 0 7 step", monkeypatch)
     with (tmp_path / "metrics.jsonl").open("ab") as file:

@@ -76,7 +76,7 @@ def test_models_that_differ_in_layout_or_training(recipe: str, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", UNLIKE)
 def test_models_that_differ_in_layout_or_training_in_processes(kind: str) -> None:
-    """Where DDP would abort, or average elements that do not belong together."""
+    """DDP alone would abort, or average elements that do not belong together."""
     messages = run_gloo(3, build_unlike, "ddp", kind)
     assert len(set(messages)) == 1 and UNLIKE[kind][1] in messages[0] and "on rank 1" in messages[0]
 
@@ -251,7 +251,7 @@ def test_different_settings_may_be_intended() -> None:
 
 
 def test_settings_that_an_optimizer_changes_itself_are_no_difference() -> None:
-    """A step that a gradient scaler skips on one worker leaves such a count behind there."""
+    """A step that a gradient scaler skips on one worker leaves such a count there."""
 
     class Counting(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
@@ -291,7 +291,7 @@ def parametrized(loop: Loop) -> None:
     parametrize.register_parametrization(loop.model.get_submodule("4"), "bias", nn.Identity())
 
 
-def set_anew(loop: Loop) -> None:
+def set_again(loop: Loop) -> None:
     loop.model.get_submodule("2").bias = nn.Parameter(loop.model.get_parameter("2.bias").detach().clone())
 
 
@@ -313,7 +313,7 @@ def taken_out(loop: Loop) -> None:
         (frozen_later, "2.bias was trained when ABTraining was built, and is frozen now"),
         (pruned, "2.bias is no longer a parameter of the model: pruning, weight norm"),
         (parametrized, "4.bias is no longer a parameter of the model"),
-        (set_anew, "2.bias is no longer a parameter of the model"),
+        (set_again, "2.bias is no longer a parameter of the model"),
         (deleted, "2.bias is no longer a parameter of the model"),
     ],
 )

@@ -233,7 +233,7 @@ def test_a_host_that_fails_ends_the_others(lab: Lab, script: Path, tmp_path: Pat
     assert json.loads((tmp_path / "out/lab.json").read_text())["failed_host"] == 1
 
 
-def test_processes_that_a_command_leaves_behind_end_with_it(lab: Lab, script: Path, tmp_path: Path) -> None:
+def test_processes_that_a_command_started_end_with_it(lab: Lab, script: Path, tmp_path: Path) -> None:
     script.write_text(
         "import subprocess\nsubprocess.Popen(['sleep', '600'], start_new_session=True, stdout=subprocess.DEVNULL)\n"
     )

@@ -25,7 +25,7 @@ def left_of(pid: int) -> list[str]:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process still runs; one that nobody has asked how it ended does not."""
+    """Whether a process still runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:

@@ -132,7 +132,7 @@ class Backwards(nn.Module):
 
 
 def layouts_where_errors_are_kept(comm: Communicator) -> list[list[tuple[int, ...]]]:
-    """Of every step that PowerSGD compressed, the shapes in its bucket."""
+    """Returns the shapes in the bucket at every step that PowerSGD compressed."""
     torch.manual_seed(0)
     model = Backwards()
     optimizer = sgd(model.parameters())

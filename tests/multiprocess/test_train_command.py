@@ -65,11 +65,11 @@ def running(marker: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with two workers of its own, from start to end; its folder."""
+    """The folder of a finished run with two workers."""
     folder = tmp_path_factory.mktemp("finished")
     ended = run(*ABTRAIN, *SHORT, "--workers", "2", "--out", "run", cwd=folder)
     assert ended.returncode == 0, ended.stderr
-    # What travels, and what a run as short as this one risks, each once and not by every worker; nothing else is said.
+    # Each note comes once, not from every worker, and there are no others.
     travels = (
         "abtrain: note: 2 workers in 2 groups of 1; between groups travel gradients at every step (warmup, rebound) "
         "and merges every 6 steps (group)"

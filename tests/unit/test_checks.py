@@ -1,4 +1,4 @@
-"""What checks say of values that may be anything."""
+"""Messages of the checks for values of any kind."""
 
 from __future__ import annotations
 

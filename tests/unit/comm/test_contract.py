@@ -1,4 +1,4 @@
-"""What every communicator promises about its collectives."""
+"""Every communicator keeps the same promises about its collectives."""
 
 from __future__ import annotations
 

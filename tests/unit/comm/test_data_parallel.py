@@ -1,4 +1,4 @@
-"""What every communicator promises about averaging gradients: the rules, and the payload, of DDP."""
+"""Every communicator averages gradients by the rules, and with the payload, of DDP."""
 
 from __future__ import annotations
 

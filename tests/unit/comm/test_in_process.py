@@ -1,4 +1,4 @@
-"""What only threads can do: notice that ranks disagree, and free each other at once."""
+"""Threads also notice that ranks disagree, and free each other at once."""
 
 from __future__ import annotations
 

@@ -53,6 +53,6 @@ def test_a_group_is_a_machine_where_there_are_several(machines: list[int], size:
 
 
 @pytest.mark.parametrize(("machines", "sizes"), [([1, 1, 2], "1 here"), ([1, 1, 1, 1, 2, 2], "1 or 2 here")])
-def test_machines_with_unlike_numbers_of_workers(machines: list[int], sizes: str) -> None:
+def test_machines_with_different_numbers_of_workers(machines: list[int], sizes: str) -> None:
     with pytest.raises(ConfigurationError, match=f"give group_size, which may be {sizes}"):
         default_group_size(machines)

@@ -1,4 +1,4 @@
-"""What is particular to torch.distributed: starting, defaults, and peers that die."""
+"""Particulars of torch.distributed: starting, defaults, and peers that die."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def unlike_machines(comm: Communicator) -> tuple[str, int]:
     return str(error.value), default_communicator(1).topology.group_size
 
 
-def test_machines_with_unlike_numbers_of_workers_need_a_group_size() -> None:
+def test_machines_with_different_numbers_of_workers_need_a_group_size() -> None:
     told = run_gloo(3, unlike_machines)
     assert [size for _, size in told] == [1] * 3
     assert all("2 on that of rank 0, 1 on that of rank 2" in text and "give group_size" in text for text, _ in told)

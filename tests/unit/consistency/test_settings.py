@@ -1,4 +1,4 @@
-"""What workers compare before they train."""
+"""Settings that workers compare before they train."""
 
 from __future__ import annotations
 

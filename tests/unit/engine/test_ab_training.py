@@ -174,7 +174,7 @@ def test_payload_of_ab_is_gradients_plus_merges() -> None:
     moments = 2 * biases
     merge = (factors + biases + moments) * 8
     assert merge <= payload["by_phase"]["group"] < merge + 2500
-    # And that weights multiplied out are alike, at its start.
+    # At its start, workers also check that the multiplied-out weights are equal.
     assert payload["by_phase"]["rebound"] == settings + 2 * full * 8 + 2 * proof
     assert payload["between_groups"] == payload["total"]
     assert history[0]["ranks"] == {"0.weight": 2, "2.weight": 2, "4.weight": 2}
@@ -295,7 +295,7 @@ def test_a_step_skipped_by_the_grad_scaler_keeps_workers_together() -> None:
 
 @pytest.mark.parametrize("rebound", [0, 2])
 def test_a_worker_that_always_overflows_leaves_the_others_their_loss_scale(rebound: int) -> None:
-    """Where gradients are shared next, all go down together from the largest scale."""
+    """When gradients are shared next, all workers continue from the largest scale."""
 
     def work(comm: Communicator) -> tuple[float, float]:
         model = build("mlp", torch.float32)

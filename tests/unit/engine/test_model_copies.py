@@ -43,7 +43,7 @@ def pickled(model: nn.Module) -> nn.Module:
 
 
 TYPES = [nn.Sequential, nn.BatchNorm1d, nn.Sequential, nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
-"""Of the dense model, whatever form it has when it is copied."""
+"""Types of the dense model's modules, which copies have in every phase."""
 
 
 def check_copies(model: nn.Module) -> None:

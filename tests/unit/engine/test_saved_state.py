@@ -43,7 +43,7 @@ OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
 
 
 def normed(seed: int = 0) -> nn.Module:
-    """Of float32, with buffers that are averaged, and counters that are not."""
+    """A float32 model with buffers that are averaged, and counters that are not."""
     mlp = build("mlp", torch.float32, seed)
     assert isinstance(mlp, nn.Sequential)
     return nn.Sequential(mlp[0], nn.BatchNorm1d(16), *mlp[1:])

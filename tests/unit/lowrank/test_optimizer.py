@@ -78,7 +78,7 @@ def test_reset_forgets_the_weight_and_keeps_the_dense() -> None:
 
 
 def test_moments_of_factors_are_those_of_their_gradients() -> None:
-    """Of one gradient G, SGD's momentum is G: projected, it must be G B^T and A^T G."""
+    """After one gradient G, SGD's momentum is G: projected, it must be G B^T and A^T G."""
     net, optimizer, model = setup("project", torch.optim.SGD, momentum=0.9)
     stepped(net, optimizer, steps=1)
     G = optimizer.state[net[0].weight]["momentum_buffer"].clone()  # (6, 8): the matrix is its transpose

@@ -14,7 +14,7 @@ SIX_IN_PAIRS = Topology(6, 2)
 
 
 def factored(trains: Trains, round_: int = 0) -> Position:
-    """Of a group phase with rounds of 2 steps."""
+    """Returns a position in a group phase with rounds of 2 steps."""
     return recipes.ab(40, warmup_steps=4, ab_steps=8, every=2, rebound_steps=4, trains=trains).at(4 + 2 * round_)
 
 

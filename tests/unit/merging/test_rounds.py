@@ -54,7 +54,7 @@ def go_down(comm: Communicator, sync: WeightSync, steps: int = 40) -> list[Tenso
 @pytest.mark.parametrize("merge", [Mean(), Outer(0.7, 0.9)], ids=["mean", "outer"])
 @pytest.mark.parametrize("delay", [1, 3, 7])
 def test_what_was_trained_during_a_hidden_merge_is_kept(merge: MergeRule, delay: int) -> None:
-    """Where gradients do not depend on the weights, a delay changes nothing: not a step is lost or counted twice."""
+    """If gradients do not depend on the weights, a delay changes nothing: no step is lost or counted twice."""
     at_once = run_in_process(3, lambda comm: go_down(comm, WeightSync(8, merge)))
     hidden = run_in_process(3, lambda comm: go_down(comm, WeightSync(8, merge, delay=delay)))
     for mine, other in zip(hidden, at_once, strict=True):
@@ -140,7 +140,7 @@ def one_looks_at_the_average(comm: Communicator, sync: WeightSync, step: int) ->
             ab.step()
             if comm.rank == 1 and ab.steps_done == step:
                 with ab.merged():
-                    raise AssertionError("an average of unlike steps was shown")
+                    raise AssertionError("an average of different steps was shown")
     return str(error.value)
 
 

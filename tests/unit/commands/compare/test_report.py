@@ -1,4 +1,4 @@
-"""What is written of a comparison; the page as a browser shows it."""
+"""The files of a comparison's results, and the page as a browser shows it."""
 
 import json
 import re

@@ -21,7 +21,7 @@ def test_everything_that_can_be_said() -> None:
     assert request.config == LabConfig(2, (10**9, 20 * 10**6), 3, "10.1.0.0/24")
     job = request.job
     assert job is not None
-    # What is behind -- is the script's, whatever it looks like.
+    # Arguments after -- are the script's.
     assert job.command == ("train.py", "--nodes", "9", "--", "x")
     assert job.faults == (LabFault("cut", 1, 20, 10), LabFault("cut", 0, 1), LabFault("change", 0, 10, rate=5 * 10**6))
     assert (job.out, job.timeout, job.launcher) == (Path("run"), 60, "python")

@@ -42,7 +42,7 @@ def test_one_recipe_with_the_payload_of_each_phase(capsys: pytest.CaptureFixture
     )
     assert code == 0
     text = "\n".join(lines)
-    # What a run of these settings is measured to send.
+    # The measured payload of a run with these settings.
     assert "0.18% (1/56" in text
     assert "sigma_cutoff" in text
     assert sum("merged every 20 steps" in line for line in lines) == 2

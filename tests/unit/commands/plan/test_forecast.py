@@ -65,7 +65,7 @@ def test_merges_are_not_hidden() -> None:
     assert expected.payload == pytest.approx(10 * 4e6, rel=1e-3)
 
 
-def test_a_merge_hides_behind_the_steps_of_its_delay() -> None:
+def test_the_steps_of_its_delay_hide_a_merge() -> None:
     """Two stages in 5 steps of 0.1 s: the second is begun after the first of them, and has 4 to arrive in."""
     stages = ((Traffic("all_reduce", "world", 256),), (Traffic("all_reduce", "world", 6_000_000),))
     stretch = Stretch("local", 10, "group", merges=(Merging(1, stages, hidden=5),))

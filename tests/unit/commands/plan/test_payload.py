@@ -102,7 +102,7 @@ def norm_net(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def run(comm: Communicator, model: nn.Module, recipe: Recipe, optimizer: Any = adamw) -> tuple[Any, Any]:
-    """What the meter of a whole run says, and the ranks of every decomposition."""
+    """Returns the payload of a whole run, and the ranks of every decomposition."""
     opt = optimizer([p for p in model.parameters() if p.requires_grad])
     ab = ABTraining(model, opt, recipe, communicator=comm)
     dtype = next(model.parameters()).dtype

@@ -25,7 +25,7 @@ def test_a_single_worker_takes_its_mean_time() -> None:
 
 
 def test_the_larger_of_two_by_hand() -> None:
-    """Of two normal draws the larger is 1/sqrt(pi) standard deviations above the mean; a small jitter is normal."""
+    """The larger of two normal draws is 1/sqrt(pi) standard deviations above the mean; a small jitter is normal."""
     assert Speeds(2, 0.02).stretch(2000, 2) == pytest.approx(1 + 0.02 * 0.5642, abs=5e-4)
 
 

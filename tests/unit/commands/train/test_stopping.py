@@ -12,7 +12,7 @@ from abtrain.commands.train.stopping import StopVote
 
 
 def stopped_at(workers: list[Callable[[StopVote], int]]) -> list[int]:
-    """Where each worker, a thread, stops; what they return."""
+    """Runs each worker on a thread; returns the steps at which they stop."""
     store, ended = HashStore(), [0] * len(workers)
 
     def run(rank: int) -> None:
@@ -68,7 +68,7 @@ def test_who_waits_at_a_merge_is_not_waited_for() -> None:
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_workers_of_a_group_find_out_at_the_same_step(first: int) -> None:
-    """Whoever looks first decides for the group, whatever has been asked since."""
+    """The first worker to look decides for the group; later requests do not matter."""
     store = HashStore()
     group = [StopVote(store, 2, "0"), StopVote(store, 2, "0")]
     assert group[first].agreed(0, 5) == 0
