@@ -57,7 +57,7 @@ class DataParallel:
         """Lays out the buckets as in a wrapper with these `arrivals`. Sends nothing, and leaves no gradients.
 
         Raises:
-            ValueError: the number of arrivals is not the number of trained parameters.
+            ValueError: `arrivals` does not hold each trained parameter once.
         """
 
     def spoiled(self) -> bool:

@@ -70,7 +70,8 @@ class TorchDataParallel(DataParallel):
         if not arrivals or not self._rebuilds:
             return
         if sorted(arrivals) != list(range(len(self._trained))):
-            raise ValueError(f"arrivals of {len(arrivals)} gradients: give those of the {len(self._trained)} trained")
+            count = len(self._trained)
+            raise ValueError(f"arrivals has {len(arrivals)} places: give each of the {count} trained parameters once")
         self._ddp.module = _Rehearsal(self.module, [self._trained[place] for place in arrivals])
         self._averaging.rehearses = True
         try:

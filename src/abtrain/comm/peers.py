@@ -31,7 +31,7 @@ class Peers:
     """The workers of one attempt, which leave word in the store when they lose a peer or end early.
 
     The store is of these workers alone; each may have left its host there (see `host_key`). No call raises an error or
-    takes longer than seconds, even if the store is gone.
+    takes more than a few seconds, even if the store is gone.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
