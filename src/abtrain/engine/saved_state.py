@@ -16,7 +16,7 @@ from abtrain.consistency.settings import HYPERPARAMETERS, chosen
 from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.engine.phase_change import PhaseChange
 from abtrain.engine.progress import Progress
-from abtrain.engine.state_parts import Run
+from abtrain.engine.state_parts import ResumedRun
 from abtrain.engine.state_problems import VERSION, recipe_fingerprint, state_problem
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.model_state import load_model_state, model_state
@@ -60,7 +60,7 @@ class EngineState:
         """
         comm, recipe = self.progress.comm, self.progress.recipe
         treatments = self.rounds.shared.treatments
-        run = Run(recipe, self.model, treatments, comm.topology, comm.rank, self.grad_scaler)
+        run = ResumedRun(recipe, self.model, treatments, comm.topology, comm.rank, self.grad_scaler)
         raise_together(comm, state_problem(state, run))
         position = recipe.at(state["step"]) if state["step"] < recipe.total_steps else None
         check_equal(

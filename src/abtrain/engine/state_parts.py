@@ -44,20 +44,26 @@ from abtrain.merging.wires.wire import make_wire
 from abtrain.own import own_names
 from abtrain.recipes.numbers import MOST
 from abtrain.recipes.recipe import Position, Recipe
-from abtrain.recipes.sync import GradientSync, WeightSync
 
-_FLOAT32 = torch.finfo(torch.float32)
-_FLAG = one_of(True, False)
-_RANKS = each(whole(0, 10**6))
+_FLAG, _COUNT = one_of(True, False), whole(0, MOST)
+_FACTORING = mapping({"cycle": _COUNT, "step": _COUNT, "ranks": by_name(whole(1, MOST)), "dense": by_name(text())})
+_METER = mapping(
+    {
+        "phase": text(),
+        "sync_seconds": number(0),
+        "by_scope": mapping({"between_groups": _COUNT, "within_groups": _COUNT}),
+        "by_phase": by_name(_COUNT),
+    }
+)
 
 
-class Run(NamedTuple):
-    """A run that is about to go on from a state.
+class ResumedRun(NamedTuple):
+    """A run that is about to continue from a state.
 
     Attributes:
         recipe: of the run.
         model: with its optimizer, in any form.
-        treatments: what becomes of each parameter.
+        treatments: of all parameters.
         topology: of the workers.
         rank: of this worker.
         grad_scaler: of the loop.
@@ -71,23 +77,25 @@ class Run(NamedTuple):
     grad_scaler: torch.amp.GradScaler | None
 
 
-class Place:
-    """Where a run stands once it has gone on from a state, and what it holds there.
+class Resumption:
+    """The point at which a run continues from a state, and what it holds there.
 
     Args:
-        run: that goes on.
-        state: whose step and model are known to be right.
+        run: that continues.
+        state: whose step and model are known to be valid.
 
     Attributes:
-        position: of the step that comes next; at the recipe's end, of the last.
+        position: of the next step; at the recipe's end, of the last one.
+        rounds: how the phase merges; None if it does not.
         factors: names of the factors.
-        parameters: those that are trained, as merges see them, without values.
-        buffers: likewise.
+        parameters: the layout of those that are trained, as merges see them.
+        buffers: the layout of the shared buffers, as merges see them.
     """
 
-    def __init__(self, run: Run, state: Mapping[str, Any]) -> None:
+    def __init__(self, run: ResumedRun, state: Mapping[str, Any]) -> None:
         self.run, self.state, self.step = run, state, state["step"]
         self.recipe, self.position = run.recipe, position_of(run.recipe, state)
+        self.rounds = self.position.phase.rounds
         self.ended = self.step == self.recipe.total_steps
         layout = state_layout(run.model, state["model"])
         self.factors = [factor for name in state["model"]["factored"] for factor in factor_names(name)]
@@ -98,31 +106,25 @@ class Place:
             self.parameters |= as_real({name: layout[name] for name in names if treatment.kind not in UNSHARED})
         self.buffers = as_real(buffer_layout(run.model, state["model"]))
 
-    @property
-    def rounds(self) -> WeightSync | None:
-        """How the phase merges; None if it does not."""
-        sync = self.position.phase.sync
-        return sync if isinstance(sync, WeightSync) else None
-
 
 def position_of(recipe: Recipe, state: Mapping[str, Any]) -> Position:
-    """Where the next step stands in the recipe; at the recipe's end, the last step."""
+    """Returns the position of the next step; at the recipe's end, of the last one."""
     return recipe.at(min(state["step"], recipe.total_steps - 1))
 
 
-def _workers_equal(at: Place) -> Check:
+def _workers_equal(at: Resumption) -> Check:
     before = at.recipe.at(at.step - 1) if at.step else None
-    sync = GradientSync() if before is None else before.phase.sync
-    equal = isinstance(sync, GradientSync)
-    if before is not None and isinstance(sync, WeightSync):
-        equal = len(before.merging) == sync.fragments and (before.last or not sync.delay)
-    # Another number of workers goes back to where a round starts, without the merges that were under way there.
+    equal = before is None or before.phase.shares_gradients
+    if before is not None and before.phase.rounds is not None:
+        rounds = before.phase.rounds
+        equal = len(before.merging) == rounds.fragments and (before.last or not rounds.delay)
+    # Another number of workers goes back to the start of a round, without the merges that were under way there.
     back = at.rounds is not None and at.position.starts_round and not at.ended and not at.state["rounds"]["under_way"]
     return one_of(True) if equal else _FLAG if back else one_of(False)
 
 
-def _arrivals(at: Place) -> Check:
-    """Gradients come in some order, each once; or it is not known yet."""
+def _arrivals(at: Resumption) -> Check:
+    """Gradients arrive in some order, each once; or the order is not known yet."""
     model, factors = at.run.model, {*at.factors}
     dense = {name: p for name, p in model.parameters().items() if name not in model.factors()}
     dense |= {name: record.dense for name, record in model.records.items()}
@@ -136,14 +138,13 @@ def _arrivals(at: Place) -> Check:
     return also(each(whole(0, count - 1)), lambda value: sorted(value) in ([], order), f"empty, or an order of {count}")
 
 
-def _merger(at: Place) -> Check:
+def _merger(at: Resumption) -> Check:
     model, phases = at.run.model, at.recipe.phases
     wide_ones = {name: like(p, wide(p.dtype)) for name, p in at.parameters.items()}
-    # Between phases of rounds, the anchors of the last one are held, and used no more.
+    # Between phases of rounds, the anchors of the last one remain, unused.
     stale = [*dense_layout(model), *(factor for name in model.names for factor in factor_names(name))]
-    wires = {phase.sync.wire for phase in phases if isinstance(phase.sync, WeightSync)}
-    workers = at.run.topology.world_size
-    kept = {wire: make_wire(wire, workers).keeps(at.parameters) for wire in wires}
+    wires = {phase.rounds.wire for phase in phases if phase.rounds}
+    kept = {wire: make_wire(wire, at.run.topology.world_size).keeps(at.parameters) for wire in wires}
     return mapping(
         {
             "anchors": mapping(wide_ones) if at.rounds else mapping(dict.fromkeys(stale, tensor()), required=()),
@@ -159,11 +160,11 @@ def _starts(shapes: Mapping[str, tuple[int, ...]]) -> Check:
     return mapping({name: tensor(shape, torch.float32) for name, shape in shapes.items()}, required=())
 
 
-def _rounds(at: Place) -> Check:
+def _rounds(at: Resumption) -> Check:
     return mapping(
         {
             "losses": tensor((None,), torch.float64),
-            "dropped": each(mapping({"step": whole(0, at.step), "ranks": _RANKS})),
+            "dropped": each(mapping({"step": whole(0, at.step), "ranks": each(whole(0, 10**6))})),
             "under_way": also(each(partial(_under_way, at)), _in_order, "in the order in which merges began"),
         }
     )
@@ -173,8 +174,8 @@ def _in_order(merges: Sequence[Mapping[str, Any]]) -> bool:
     return all(one["step"] < other["step"] for one, other in pairwise(merges))
 
 
-def _under_way(at: Place, place: str, entry: Any) -> Iterator[str]:
-    """The problems of a merge that is hidden behind training."""
+def _under_way(at: Resumption, place: str, entry: Any) -> Iterator[str]:
+    """Yields the problems of a hidden merge."""
     begun = entry.get("step") if isinstance(entry, Mapping) else None
     sync, first = at.rounds, at.position.step - at.position.step_in_phase
     position = None
@@ -197,7 +198,7 @@ def _under_way(at: Place, place: str, entry: Any) -> Iterator[str]:
     )(place, entry)
 
 
-def _rebound(at: Place) -> Check:
+def _rebound(at: Resumption) -> Check:
     longest = at.recipe.lr_rebound_steps
     return also(
         mapping({"length": whole(0, longest), "done": whole(0, longest)}),
@@ -206,7 +207,7 @@ def _rebound(at: Place) -> Check:
     )
 
 
-def _preconditioner(at: Place) -> Check:
+def _preconditioner(at: Resumption) -> Check:
     roots = mapping(dict.fromkeys(at.run.model.names, row(*[tensor((None, None))] * 2)), required=())
     if at.position.phase.damping and not at.ended and not at.state["round_began"]:
         B = {name: at.parameters[factor_names(name)[1]] for name in at.state["model"]["factored"]}
@@ -215,12 +216,13 @@ def _preconditioner(at: Place) -> Check:
     return mapping({"damping": number(0), "scale": number(0), "roots": roots})
 
 
-def _grad_scaler(at: Place) -> Check:
+def _grad_scaler(at: Resumption) -> Check:
     scaler = at.run.grad_scaler
     if scaler is None:
         return by_name(anything)
+    float32 = torch.finfo(torch.float32)
     known: Mapping[str, Check] = {
-        "scale": number(_FLOAT32.smallest_normal * _FLOAT32.eps, _FLOAT32.max),
+        "scale": number(float32.smallest_normal * float32.eps, float32.max),
         "growth_factor": number(1),
         "backoff_factor": number(POSITIVE, 1),
         "growth_interval": whole(1, MOST),
@@ -230,29 +232,13 @@ def _grad_scaler(at: Place) -> Check:
     return lambda place, value: iter(()) if isinstance(value, Mapping) and not value else kept(place, value)
 
 
-def _copies(at: Place) -> Check:
+def _copies(at: Resumption) -> Check:
     names = each(row(whole(0, len(at.run.model.optimizers.all) - 1), text()))
     return mapping({"seen": names, "copies": names})
 
 
-_METER = mapping(
-    {
-        "phase": text(),
-        "sync_seconds": number(0),
-        "by_scope": mapping({"between_groups": whole(0, MOST), "within_groups": whole(0, MOST)}),
-        "by_phase": by_name(whole(0, MOST)),
-    }
-)
-_FACTORING = mapping(
-    {
-        "cycle": whole(0, MOST),
-        "step": whole(0, MOST),
-        "ranks": by_name(whole(1, MOST)),
-        "dense": by_name(text()),
-    }
-)
-PARTS: Mapping[str, Callable[[Place], Check]] = {
-    # These have passed before it is known what the others have to fit.
+PARTS: Mapping[str, Callable[[Resumption], Check]] = {
+    # These are checked first, since the others have to fit them.
     **dict.fromkeys(("version", "recipe", "step", "model"), lambda at: anything),
     "round_began": lambda at: _FLAG,
     "skipped_steps": lambda at: each(whole(0, at.step - 1)),

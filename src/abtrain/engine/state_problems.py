@@ -1,4 +1,4 @@
-"""Whether a run can go on from a state, found out before anything changes.
+"""Checks whether a run can continue from a state, before anything changes.
 
 Whoever can write to a checkpoint can put any value anywhere, with digests that fit. So every value that
 `ABTraining.load_state_dict` is about to use is checked: its type, its range, and for tensors name, shape and dtype.
@@ -11,17 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from abtrain.checks import (
-    anything,
-    blames_data,
-    brief,
-    first_problems,
-    mapping,
-    said,
-    whole,
-)
+from abtrain.checks import anything, blames_data, brief, first_problems, mapping, said, whole
 from abtrain.comm.checksums import stable_repr
-from abtrain.engine.state_parts import PARTS, Place, Run, position_of
+from abtrain.engine.state_parts import PARTS, ResumedRun, Resumption, position_of
 from abtrain.lowrank.fit import MODEL_STATE, model_problems
 from abtrain.recipes.recipe import Recipe
 
@@ -52,8 +44,8 @@ def run_problem(state: Any, recipe: Recipe) -> str:
     )
 
 
-def state_problem(state: Any, run: Run) -> str:
-    """Why a run cannot go on from a state, with the remedy; empty if it can. Changes nothing, and talks to nobody."""
+def state_problem(state: Any, run: ResumedRun) -> str:
+    """Returns why a run cannot continue from a state, with the remedy; empty if it can. Sends no messages."""
     try:
         return run_problem(state, run.recipe) or _problem(state, run)
     except Exception as error:
@@ -63,8 +55,8 @@ def state_problem(state: Any, run: Run) -> str:
         return _damaged([brief(error)])
 
 
-def _problem(state: Mapping[str, Any], run: Run) -> str:
-    # Each stage relies on what those before it have found to be right.
+def _problem(state: Mapping[str, Any], run: ResumedRun) -> str:
+    # Each stage relies on those before it.
     problems = first_problems(
         lambda: mapping(dict.fromkeys(PARTS, anything))("the state", state),
         lambda: whole(0, run.recipe.total_steps)("step", state["step"]),
@@ -79,8 +71,8 @@ def _problem(state: Mapping[str, Any], run: Run) -> str:
             f"the checkpoint does not fit: {'; '.join(unfit)}. Build the model and the optimizer that it was saved "
             "from, or load another checkpoint"
         )
-    place = Place(run, state)
-    problems = first_problems(*(partial(_part_problems, part, place) for part in PARTS))
+    at = Resumption(run, state)
+    problems = first_problems(*(partial(_part_problems, part, at) for part in PARTS))
     return _damaged(problems) if problems else ""
 
 
@@ -91,5 +83,5 @@ def _damaged(problems: Sequence[str]) -> str:
     )
 
 
-def _part_problems(part: str, place: Place) -> Iterator[str]:
-    return PARTS[part](place)(part, place.state[part])
+def _part_problems(part: str, at: Resumption) -> Iterator[str]:
+    return PARTS[part](at)(part, at.state[part])
