@@ -1,4 +1,4 @@
-"""Which parameters the optimizers hold, checked before each step: those that workers share, and no others."""
+"""Checks before each step that the optimizers hold the parameters that workers share, and no others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from abtrain.checks import told_names
 from abtrain.errors import UsageError
 from abtrain.lowrank.classify import owner
 from abtrain.lowrank.model import FactoredModel
@@ -19,8 +20,8 @@ class Ownership:
     """Makes sure that optimizers train the parameters that workers share, and no others.
 
     Args:
-        model: with its optimizers, and all parameters that were there when training began.
-        frozen: names of those that were not trained then.
+        model: with its optimizers, and all parameters that exist when training begins.
+        frozen: names of those that are not trained.
     """
 
     def __init__(self, model: FactoredModel, frozen: Sequence[str]) -> None:
@@ -37,14 +38,14 @@ class Ownership:
         """Checks the parameters of all optimizers before one of them steps.
 
         Raises:
-            UsageError: they hold a parameter that no merge knows, or lack one that workers share; or one of these was
+            UsageError: they hold a parameter that no merge knows, or lack one that workers share; or a shared one was
                 frozen, thawed or replaced since training began.
         """
         held = [id(p) for one in self._model.optimizers.acting for group in one.param_groups for p in group["params"]]
-        thawed = [name for name, p in self._frozen.items() if p.requires_grad and id(p) in held] if self._frozen else []
+        thawed = [name for name, p in self._frozen.items() if p.requires_grad and id(p) in held]
         if thawed:
             raise UsageError(
-                f"{', '.join(thawed)} was frozen when ABTraining was built and is not shared, but is trained now: "
+                f"{told_names(thawed)} was frozen when ABTraining was built and is not shared, but is trained now: "
                 "build ABTraining with every parameter that is to be trained"
             )
         modules = [id(module) for module in self._model.model.modules()]
@@ -58,20 +59,17 @@ class Ownership:
         self._check_places(optimizer)
 
     def _check_modules(self) -> None:
-        """Checks that every parameter is still in the model, once modules have come or gone."""
-        now = {id(parameter) for parameter in self._model.model.parameters()}
-        held = {id(parameter) for parameter in self._model.optimizers.parameters()}
-        factored = self._model.records
-        lost = [one.name for one in self._dense if id(one.parameter) not in now and one.name not in factored]
-        lost += [name for name, factor in self._model.factors().items() if id(factor) not in now]
-        if lost:
-            raise UsageError(_moved(lost))
-        added = [
-            n for n, p in self._model.model.named_parameters() if p.requires_grad and id(p) not in held | self._known
-        ]
+        """Checks that every parameter is still in the model, after modules were added or removed."""
+        now = dict(self._model.model.named_parameters())
+        present = set(map(id, now.values()))
+        expected = {place.name: place.parameter for place in self._dense if place.name not in self._model.records}
+        expected |= self._model.factors()
+        _refuse_moved([name for name, parameter in expected.items() if id(parameter) not in present])
+        known = self._known | {id(parameter) for parameter in self._model.optimizers.parameters()}
+        added = [name for name, p in now.items() if p.requires_grad and id(p) not in known]
         if added:
             raise UsageError(
-                f"{', '.join(added[:4])} came to the model after ABTraining was built, and no optimizer holds it: "
+                f"{told_names(added)} came to the model after ABTraining was built, and no optimizer holds it: "
                 "build the model, the optimizer and then ABTraining with every parameter that is to be trained"
             )
 
@@ -82,49 +80,46 @@ class Ownership:
         if shapes:
             raise UsageError(
                 f"the optimizer holds {len(shapes)} parameters that the model did not have when ABTraining was built "
-                f"(shapes {', '.join(shapes[:4])}): no worker would share them. Build the model and the optimizer with "
+                f"(shapes {told_names(shapes)}): no worker would share them. Build the model and the optimizer with "
                 "every parameter that is to be trained, and ABTraining after them"
             )
         unshared = self._own | self._frozen.keys()
         lost = [name for key, name in known.items() if name not in unshared and key not in held]
         if lost:
             raise UsageError(
-                f"the optimizer no longer holds {', '.join(lost[:4])}, which workers share: leave the param groups as "
+                f"the optimizer no longer holds {told_names(lost)}, which workers share: leave the param groups as "
                 "they were when ABTraining was built, and freeze parameters by a learning rate of 0"
             )
 
     def _places(self) -> list[_Place]:
-        """Returns the places of the parameters that workers train together, factors aside."""
-        factors, places = self._model.factors(), []
+        """Returns the places of the parameters that workers train together, without factors."""
+        places, excluded = [], self._model.factors().keys() | self._frozen.keys() | self._own
         for name, parameter in self._model.parameters().items():
-            if name not in factors and name not in self._frozen and name not in self._own:
+            if name not in excluded:
                 module, attribute = owner(self._model.model, name)
-                # A scripted module hands out its parameters anew at each call.
+                # A scripted module returns new objects for its parameters at each call.
                 if not isinstance(module, torch.jit.ScriptModule):
                     places.append(_Place(name, module._parameters, attribute, parameter))
         return places
 
     def _check_places(self, optimizer: Optimizer) -> None:
-        moved = [one.name for one in self._dense if one.of_module.get(one.attribute) is not one.parameter]
-        if moved:
-            raise UsageError(_moved(moved))
-        steps = self._model.optimizers.steps
-        frozen = [
-            one.name for one in self._dense if not one.parameter.requires_grad and steps(one.parameter) is optimizer
-        ]
-        frozen += [name for name, factor in self._model.frozen_factors().items() if steps(factor) is optimizer]
-        if frozen:
+        _refuse_moved([one.name for one in self._dense if one.of_module.get(one.attribute) is not one.parameter])
+        frozen = {one.name: one.parameter for one in self._dense if not one.parameter.requires_grad}
+        frozen |= self._model.frozen_factors()
+        stepped = [name for name, p in frozen.items() if self._model.optimizers.steps(p) is optimizer]
+        if stepped:
             raise UsageError(
-                f"{', '.join(frozen[:4])} was trained when ABTraining was built, and is frozen now: freeze parameters "
+                f"{told_names(stepped)} was trained when ABTraining was built, and is frozen now: freeze parameters "
                 "before ABTraining is built, or by a learning rate of 0"
             )
 
 
-def _moved(names: Sequence[str]) -> str:
-    return (
-        f"{', '.join(names[:4])} is no longer a parameter of the model: pruning, weight norm, parametrizations, new "
-        "modules and the like replace it. Apply them before the optimizer and ABTraining are built"
-    )
+def _refuse_moved(names: Sequence[str]) -> None:
+    if names:
+        raise UsageError(
+            f"{told_names(names)} is no longer a parameter of the model: pruning, weight norm, parametrizations, new "
+            "modules and the like replace it. Apply them before the optimizer and ABTraining are built"
+        )
 
 
 class _Place(NamedTuple):

@@ -59,8 +59,7 @@ class EngineState:
             CheckpointError, RanksDisagreeError, NonFiniteError: see `ABTraining.load_state_dict`.
         """
         comm, recipe = self.progress.comm, self.progress.recipe
-        treatments = self.rounds.shared.treatments
-        run = ResumedRun(recipe, self.model, treatments, comm.topology, comm.rank, self.grad_scaler)
+        run = ResumedRun(recipe, comm, self.rounds.shared, self.grad_scaler)
         raise_together(comm, state_problem(state, run))
         position = recipe.at(state["step"]) if state["step"] < recipe.total_steps else None
         check_equal(

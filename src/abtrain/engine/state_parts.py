@@ -31,15 +31,15 @@ from abtrain.checks import (
     whole,
 )
 from abtrain.comm.checksums import LIMIT
-from abtrain.comm.topology import Topology
-from abtrain.lowrank.classify import UNSHARED, Treatment
+from abtrain.comm.communicator import Communicator
+from abtrain.lowrank.classify import UNSHARED
 from abtrain.lowrank.fit import Layout, buffer_layout, dense_layout, state_layout
-from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.names import factor_names
 from abtrain.merging.changes import as_real, wide
 from abtrain.merging.fragments import merging, whole_round
 from abtrain.merging.roles import trained_by, trained_factors
 from abtrain.merging.rounds import CHECKING
+from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.merging.wires.wire import make_wire
 from abtrain.own import own_names
 from abtrain.recipes.numbers import MOST
@@ -62,18 +62,14 @@ class ResumedRun(NamedTuple):
 
     Attributes:
         recipe: of the run.
-        model: with its optimizer, in any form.
-        treatments: of all parameters.
-        topology: of the workers.
-        rank: of this worker.
+        comm: of this worker.
+        shared: with the model and its optimizer, in any form.
         grad_scaler: of the loop.
     """
 
     recipe: Recipe
-    model: FactoredModel
-    treatments: Sequence[Treatment]
-    topology: Topology
-    rank: int
+    comm: Communicator
+    shared: SharedTensors
     grad_scaler: torch.amp.GradScaler | None
 
 
@@ -94,17 +90,18 @@ class Resumption:
 
     def __init__(self, run: ResumedRun, state: Mapping[str, Any]) -> None:
         self.run, self.state, self.step = run, state, state["step"]
+        self.model, self.topology = run.shared.model, run.comm.topology
         self.recipe, self.position = run.recipe, position_of(run.recipe, state)
         self.rounds = self.position.phase.rounds
         self.ended = self.step == self.recipe.total_steps
-        layout = state_layout(run.model, state["model"])
+        layout = state_layout(self.model, state["model"])
         self.factors = [factor for name in state["model"]["factored"] for factor in factor_names(name)]
         self.parameters: Layout = {}
-        for treatment in run.treatments:
+        for treatment in run.shared.treatments:
             pair = factor_names(treatment.name)
             names = pair if pair[0] in self.factors else (treatment.name,)
             self.parameters |= as_real({name: layout[name] for name in names if treatment.kind not in UNSHARED})
-        self.buffers = as_real(buffer_layout(run.model, state["model"]))
+        self.buffers = as_real(buffer_layout(self.model, state["model"]))
 
 
 def position_of(recipe: Recipe, state: Mapping[str, Any]) -> Position:
@@ -125,26 +122,26 @@ def _workers_equal(at: Resumption) -> Check:
 
 def _arrivals(at: Resumption) -> Check:
     """Gradients arrive in some order, each once; or the order is not known yet."""
-    model, factors = at.run.model, {*at.factors}
+    model, factors = at.model, {*at.factors}
     dense = {name: p for name, p in model.parameters().items() if name not in model.factors()}
     dense |= {name: record.dense for name, record in model.records.items()}
     own = own_names(model.model)
     count = sum(
         p.requires_grad for name, p in dense.items() if factor_names(name)[0] not in factors and name not in own
     )
-    both = trained_factors(at.position, at.run.topology, at.run.rank) == "all"
+    both = trained_factors(at.position, at.topology, at.run.comm.rank) == "all"
     count += len(at.factors) // (1 if both else 2)
     order = list(range(count))
     return also(each(whole(0, count - 1)), lambda value: sorted(value) in ([], order), f"empty, or an order of {count}")
 
 
 def _merger(at: Resumption) -> Check:
-    model, phases = at.run.model, at.recipe.phases
+    model, phases = at.model, at.recipe.phases
     wide_ones = {name: like(p, wide(p.dtype)) for name, p in at.parameters.items()}
     # Between phases of rounds, the anchors of the last one remain, unused.
     stale = [*dense_layout(model), *(factor for name in model.names for factor in factor_names(name))]
     wires = {phase.rounds.wire for phase in phases if phase.rounds}
-    kept = {wire: make_wire(wire, at.run.topology.world_size).keeps(at.parameters) for wire in wires}
+    kept = {wire: make_wire(wire, at.topology.world_size).keeps(at.parameters) for wire in wires}
     return mapping(
         {
             "anchors": mapping(wide_ones) if at.rounds else mapping(dict.fromkeys(stale, tensor()), required=()),
@@ -184,9 +181,9 @@ def _under_way(at: Resumption, place: str, entry: Any) -> Iterator[str]:
     if sync is None or position is None or not position.merges or at.ended:
         yield f"{place} is {said(entry)} of step {said(begun)}, not a merge that may be under way at step {at.step}"
         return
-    who = trained_by(position, at.run.topology, at.factors)
+    who = trained_by(position, at.topology, at.factors)
     merged = merging(position, at.parameters, who) | (at.buffers if whole_round(position) else {})
-    stages = CHECKING + make_wire(sync.wire, at.run.topology.world_size).stages
+    stages = CHECKING + make_wire(sync.wire, at.topology.world_size).stages
     passed = at.step - position.step - 1
     yield from mapping(
         {
@@ -208,7 +205,7 @@ def _rebound(at: Resumption) -> Check:
 
 
 def _preconditioner(at: Resumption) -> Check:
-    roots = mapping(dict.fromkeys(at.run.model.names, row(*[tensor((None, None))] * 2)), required=())
+    roots = mapping(dict.fromkeys(at.model.names, row(*[tensor((None, None))] * 2)), required=())
     if at.position.phase.damping and not at.ended and not at.state["round_began"]:
         B = {name: at.parameters[factor_names(name)[1]] for name in at.state["model"]["factored"]}
         square = {name: tensor((len(b),) * 2, torch.promote_types(b.dtype, torch.float32)) for name, b in B.items()}
@@ -233,7 +230,7 @@ def _grad_scaler(at: Resumption) -> Check:
 
 
 def _copies(at: Resumption) -> Check:
-    names = each(row(whole(0, len(at.run.model.optimizers.all) - 1), text()))
+    names = each(row(whole(0, len(at.model.optimizers.all) - 1), text()))
     return mapping({"seen": names, "copies": names})
 
 

@@ -65,7 +65,7 @@ def _problem(state: Mapping[str, Any], run: ResumedRun) -> str:
     if problems:
         return _damaged(problems)
     factored = position_of(run.recipe, state).phase.weights == "factored"
-    unfit = model_problems(run.model, state["model"], factored)
+    unfit = model_problems(run.shared.model, state["model"], factored)
     if unfit:
         return (
             f"the checkpoint does not fit: {'; '.join(unfit)}. Build the model and the optimizer that it was saved "
