@@ -47,6 +47,6 @@ class NewState:
             return
         doubts = doubts_about_state(optimizers, self._recipe, self._equalized)
         if steps_done == 0 and not self._warned_of_steps:
-            doubts += [*filter(None, [old_steps(optimizers, most=1)])]
+            doubts += old_steps(optimizers, most=1)
         for doubt in doubts if self._speaks else ():
             log.warning(doubt)

@@ -74,24 +74,26 @@ def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe)
 
 def doubts_about_optimizers(optimizers: Optimizers, recipe: Recipe) -> list[str]:
     """Returns warnings about settings that are allowed but may not be intended; equal on all workers."""
-    doubts = [doubt for optimizer in optimizers.all for doubt in _copies_outside_state(optimizer, _NOT_MOVED)]
+    doubts = old_steps(optimizers)
+    for optimizer in optimizers.all:
+        doubts += _copies_outside_state(optimizer, _NOT_MOVED)
     unknown = _not_projectable(optimizers, recipe, "auto")
     if unknown:
         doubts.append(
             f"the state of {unknown} cannot follow weights into their factors: it is reset where weights are factored"
         )
-    return [*filter(None, [old_steps(optimizers)]), *doubts]
+    return doubts
 
 
-def old_steps(optimizers: Optimizers, most: int = 0) -> str:
-    """Returns a warning if the optimizers have made more than `most` steps; empty otherwise."""
+def old_steps(optimizers: Optimizers, most: int = 0) -> list[str]:
+    """Returns a warning if the optimizers have made more than `most` steps."""
     steps = max((_steps_of(optimizer) for optimizer in optimizers.stateful), default=0)
     if steps <= most:
-        return ""
-    return (
+        return []
+    return [
         f"the optimizer has stepped {steps - most:g} times already, and the recipe begins at step 0: to continue a run "
         "of abtrain, pass what ab.state_dict() returned to ab.load_state_dict()"
-    )
+    ]
 
 
 def check_modes(optimizers: Optimizers) -> None:
