@@ -19,7 +19,7 @@ from abtrain.consistency.settings import HYPERPARAMETERS, check_phase
 from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.lowrank.model import FactoredModel
 from abtrain.merging.buffers import is_finite
-from abtrain.merging.carry_over import carry_to_factors, carry_to_weights
+from abtrain.merging.carry_over import carry_over, into_factors, into_weight
 from abtrain.merging.roles import trained_factors
 from abtrain.merging.rounds import Rounds
 from abtrain.recipes.recipe import Position, Recipe
@@ -75,11 +75,11 @@ class PhaseChange:
         # The old wrapper holds gradient buffers as large as the model: they go before new parameters come.
         self.unwrap()
         reshaped = bool(records) or phase.weights == "factored"
-        carry_to_weights(self._rounds.merger, records.values(), momentum=self._model.projects)
+        carry_over(self._rounds.merger, records.values(), self._model.projects, into_weight)
         self._model.restore()
         if phase.weights == "factored":
             self._factorize(position, recipe)
-            carry_to_factors(self._rounds.merger, self._model.records.values(), momentum=self._model.projects)
+            carry_over(self._rounds.merger, self._model.records.values(), self._model.projects, into_factors)
         if reshaped:
             self._make_equal(restored)
             self._hooks.rebound.start(recipe.lr_rebound_steps)

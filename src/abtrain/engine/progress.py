@@ -118,3 +118,8 @@ class Progress:
         self.steps_done = self._saved_step = self.comm.meter.step = state["step"]
         self.workers_equal = state["workers_equal"]
         self.position = self.recipe.at(state["step"]) if state["step"] < self.recipe.total_steps else None
+
+
+def rewound(step: int) -> dict[str, Any]:
+    """Returns the `Progress.state_dict` of a run that goes back to a merge, after `step` steps."""
+    return {"step": step, "workers_equal": True}

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from abtrain.checks import as_checkpoint_error
-from abtrain.engine import optimizer_hooks
+from abtrain.engine import optimizer_hooks, progress
 from abtrain.engine.state_problems import run_problem
 from abtrain.errors import CheckpointError, UsageError
+from abtrain.lowrank.model_state import with_values
 from abtrain.merging import rounds
 from abtrain.merging.buffers import pooled_buffers
 from abtrain.merging.merger import pooled, rewound_weights
@@ -67,13 +68,12 @@ def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> 
 
 def _at_last_merge(state: Mapping[str, Any], buffers: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Any]:
     """Returns the entries of a state that change when its worker goes back to the last merge, with these `buffers`."""
-    position, model = _last_merge(state, recipe), state["model"]
-    weights = rewound_weights(state["merger"], model["weights"])
+    position = _last_merge(state, recipe)
+    weights = rewound_weights(state["merger"], state["model"]["weights"])
     back = state["step"] - position.step
     return {
-        "step": position.step,
-        "workers_equal": True,
-        "model": {**model, "weights": weights, "buffers": dict(buffers)},
+        **progress.rewound(position.step),
+        "model": with_values(state["model"], weights, buffers),
         "rounds": rounds.rewound(state["rounds"], position.step),
         **optimizer_hooks.rewound(state, position.step, back, position.step_in_phase),
     }

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yields all tensors in a value, the value itself included."""
+def tensors_in(value: Any, depth: int = sys.maxsize) -> Iterator[Tensor]:
+    """Yields all tensors in a value, the value itself included, down to `depth` levels of nesting."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping | list | tuple):
+    elif depth and isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(item)
+            yield from tensors_in(item, depth - 1)
 
 
 def with_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:

@@ -79,9 +79,7 @@ class Buffers:
     def report(self, buffers: Mapping[str, Tensor], sums: Mapping[str, int]) -> int:
         """Returns 62 bits for the roll call, equal on all workers if only buffers differ that differed before.
 
-        Args:
-            buffers: by name.
-            sums: the checksums of the buffers.
+        The arguments are those of `compare`.
         """
         still = self._still(sums)
         changed = [buffers[name] for name in sums if name in self.differed and name not in still]

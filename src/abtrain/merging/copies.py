@@ -6,9 +6,8 @@ the copies by the same change as the weights.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,24 +18,20 @@ from torch.optim import Optimizer
 from abtrain.comm.averages import exact_average
 from abtrain.comm.communicator import Communicator
 from abtrain.lowrank.model import FactoredModel
+from abtrain.lowrank.nested import tensors_in
 from abtrain.lowrank.optimizer import LINEAR_MOMENTS, SQUARED_MOMENTS
 from abtrain.lowrank.optimizers import parameters_of
-
-log = logging.getLogger("abtrain")
 
 _COSINE, _LONGEST = 0.7, 2.0
 """A copy has the direction of the weights and about their length. State made from gradients has neither."""
 _DEEPEST = 4
+"""Levels of lists and dicts in which an optimizer may keep copies outside its state."""
 _Name = tuple[int, str]
 """The name of a kind of state: the index of the optimizer, and the key."""
 
 
 class WeightCopies:
-    """Finds copies of the weights in the state of optimizers, and moves them with the weights.
-
-    Args:
-        model: with its optimizers.
-    """
+    """Finds copies of the weights in the state of a model's optimizers, and moves them with the weights."""
 
     def __init__(self, model: FactoredModel) -> None:
         self._model = model
@@ -85,9 +80,6 @@ class WeightCopies:
     @contextmanager
     def following(self) -> Iterator[None]:
         """Moves the copies by the changes that the block makes to the weights."""
-        if not self._copies:
-            yield
-            return
         pairs = list(self._pairs())
         before = [parameter.detach().clone() for parameter, _ in pairs]
         yield
@@ -121,21 +113,21 @@ class WeightCopies:
 
 def _is_copy(optimizer: Optimizer, key: str) -> bool | None:
     """Whether state of this name is near the weights; None if these are all zero."""
+    held = ((p, state.get(key)) for p, state in optimizer.state.items() if isinstance(state, Mapping))
+    return _near((p, copy) for p, copy in held if isinstance(copy, Tensor) and isinstance(p, Tensor))
+
+
+def _near(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool | None:
+    """Whether the second tensors, seen as one vector, are near the first ones; None if the first are all zero."""
     dot = size = length = 0.0
-    for parameter, state in optimizer.state.items():
-        held = state.get(key) if isinstance(state, Mapping) else None
-        if not isinstance(held, Tensor) or not isinstance(parameter, Tensor):
-            continue
-        if held.shape != parameter.shape or not held.is_floating_point():
+    for weight, copy in pairs:
+        if copy.shape != weight.shape or not copy.is_floating_point():
             return False
-        weight, copy = parameter.detach().double(), held.detach().to(parameter.device).double()
-        dot += float((weight * copy).sum())
-        size, length = size + float(weight.square().sum()), length + float(copy.square().sum())
-    return _near(dot, size, length) if size > 0 else None
-
-
-def _near(dot: float, size: float, length: float) -> bool:
-    """Whether two vectors are about equal, given their inner product and squared lengths."""
+        a, b = weight.detach().double(), copy.detach().to(weight.device).double()
+        dot += float((a * b).sum())
+        size, length = size + float(a.square().sum()), length + float(b.square().sum())
+    if not size > 0:
+        return None
     return dot > _COSINE * math.sqrt(size * length) and 1 < _LONGEST**2 * length / size < _LONGEST**4
 
 
@@ -153,31 +145,13 @@ def kept_elsewhere(optimizer: Optimizer) -> str:
     general = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
     for name, value in {**vars(optimizer), "state": general}.items():
         if name not in ("param_groups", "defaults") and any(
-            tensor.data_ptr() != weight.data_ptr() and _resembles(tensor, weight)
-            for tensor in tensors_in(value)
+            # A single number does not tell.
+            tensor.data_ptr() != weight.data_ptr() and tensor.numel() > 1 and _near([(weight, tensor)])
+            for tensor in tensors_in(value, _DEEPEST)
             for weight in weights
         ):
             return name
     return ""
-
-
-def _resembles(tensor: Tensor, weight: Tensor) -> bool:
-    """Whether a tensor may be a copy of a weight. A single number does not tell."""
-    if tensor.shape != weight.shape or not tensor.is_floating_point() or tensor.numel() < 2:
-        return False
-    a, b = tensor.detach().to(weight.device).double(), weight.detach().double()
-    size = float(b.square().sum())
-    return size > 0 and _near(float((a * b).sum()), size, float(a.square().sum()))
-
-
-def tensors_in(value: Any, depth: int = _DEEPEST) -> Iterator[Tensor]:
-    """Yields all tensors of a value, those in lists and dicts included, down to a depth."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and not isinstance(value, Optimizer):
-        items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-        for item in items:
-            yield from tensors_in(item, depth - 1)
 
 
 @contextmanager

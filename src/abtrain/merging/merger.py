@@ -103,10 +103,13 @@ class Merger:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns anchors, momentum, residuals, and the state of wires and buffers."""
-        starts = {name: dict(wire.starts) for name, wire in self._wires.items() if wire.starts}
-        stores = {"anchors": self.anchors, "momentum": self.momentum, "residuals": self.residuals}
-        stored = {name: dict(store) for name, store in stores.items()}
-        return {"starts": starts, "buffers": dict(self._buffers.differed), **stored}
+        return {
+            "starts": {name: dict(wire.starts) for name, wire in self._wires.items() if wire.starts},
+            "buffers": dict(self._buffers.differed),
+            "anchors": dict(self.anchors),
+            "momentum": dict(self.momentum),
+            "residuals": dict(self.residuals),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Takes copies of the tensors of a `state_dict`, on `device`."""
@@ -148,9 +151,11 @@ class Merger:
         floats = [name for name in differing if name in part.averaged]
         merged = {name: buffers[name].clone() for name in differing if name not in part.averaged}
         share(self._comm, list(merged.values()), [alive.index(True)] * len(merged))
+        scale, mine = len(alive) / sum(alive), alive[self._comm.rank]
+        scaled = [buffers[name] * scale if mine else torch.zeros_like(buffers[name]) for name in floats]
         averages, means = yield from together(
             self.wire(part.sync.wire).average(self._shares(part, changes, alive, reports), self._comm),
-            average_exactly(self._equal_shares([buffers[name] for name in floats], alive), self._comm),
+            average_exactly(scaled, self._comm),
         )
         mean_buffers = dict(zip(floats, means, strict=True))
         _check_finite(averages.mean | mean_buffers)
@@ -161,7 +166,7 @@ class Merger:
         merged |= {name: settled(name, mean) for name, mean in mean_buffers.items()}
         self._buffers.merged(merged)
         outcome = self._advance_anchors(part.sync.merge, averages) | merged
-        write(part.held, outcome, {**started, **eager} if alive[self._comm.rank] else None)
+        write(part.held, outcome, {**started, **eager} if mine else None)
         return tuple(rank for rank, is_alive in enumerate(alive) if not is_alive)
 
     def _compare(
@@ -209,12 +214,6 @@ class Merger:
                 numbers[name] += self.residuals[name]
         return numbers
 
-    def _equal_shares(self, tensors: Sequence[Tensor], alive: Sequence[bool]) -> list[Tensor]:
-        """Returns this worker's terms of a mean over the workers whose parts are finite."""
-        scale = len(alive) / sum(alive)
-        mine = alive[self._comm.rank]
-        return [tensor * scale if mine else torch.zeros_like(tensor) for tensor in tensors]
-
     def forget(self, names: Sequence[str]) -> None:
         """Drops what wires have learnt about tensors whose shape or basis changes."""
         for wire in self._wires.values():
@@ -223,7 +222,7 @@ class Merger:
     def _alive(
         self, reports: Sequence[Part], differing: Mapping[str, Sequence[int]], changes: Mapping[str, Tensor]
     ) -> list[bool]:
-        """Returns for each worker whether its part is finite.
+        """Returns for each worker whether its part is finite. Collective over the world before it raises.
 
         Raises:
             NonFiniteError: as `merge` says.
@@ -231,24 +230,17 @@ class Merger:
         spoiled = {rank for ranks in differing.values() for rank in ranks}
         alive = [report.finite and rank not in spoiled for rank, report in enumerate(reports)]
         broken = [rank for rank, is_alive in enumerate(alive) if not is_alive]
-        if broken and (self.on_nonfinite != "drop_worker" or not any(alive)):
-            remedy = ", or leave such parts out: on_nonfinite='drop_worker'" if any(alive) else ""
-            raise NonFiniteError(
-                f"NaN or infinity in what rank {', '.join(map(str, broken))} brought to the merge"
-                f"{self._where(broken, differing, changes)}: nothing was averaged. Lower the learning rate, or clip "
-                f"gradients{remedy}"
-            )
-        return alive
-
-    def _where(
-        self, broken: Sequence[int], differing: Mapping[str, Sequence[int]], changes: Mapping[str, Tensor]
-    ) -> str:
-        """Names the tensors that are not finite on these ranks, in brackets. Collective over the world."""
-        named = [told_names([name for name, own in changes.items() if not is_finite(own)])]
-        named += [f"buffer {name}" for name, ranks in differing.items() if self._comm.rank in ranks]
-        of_all = gather_json(self._comm, ", ".join(filter(None, named)))
-        of_ranks = [f"rank {rank}: {of_all[rank]}" if len(broken) > 1 else of_all[rank] for rank in broken]
-        return f" ({'; '.join(of_ranks)})"
+        if not broken or (self.on_nonfinite == "drop_worker" and any(alive)):
+            return alive
+        names = [told_names([name for name, own in changes.items() if not is_finite(own)])]
+        names += [f"buffer {name}" for name, ranks in differing.items() if self._comm.rank in ranks]
+        of_all = gather_json(self._comm, ", ".join(filter(None, names)))
+        where = "; ".join(f"rank {rank}: {of_all[rank]}" if len(broken) > 1 else of_all[rank] for rank in broken)
+        remedy = ", or leave such parts out: on_nonfinite='drop_worker'" if any(alive) else ""
+        raise NonFiniteError(
+            f"the merge found NaN or infinity on rank {', '.join(map(str, broken))} ({where}): nothing was averaged. "
+            f"Lower the learning rate, or clip gradients{remedy}"
+        )
 
 
 def sent_by_merge(wire: str, tensors: Sequence[Tensor], averaged: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
@@ -269,7 +261,7 @@ def _check_finite(averages: Mapping[str, Tensor]) -> None:
     broken = [name for name, average in averages.items() if not bool(torch.isfinite(average).all())]
     if broken:
         raise NonFiniteError(
-            f"what workers brought to the merge is finite, but its average is not ({told_names(broken)}): numbers are "
+            f"all workers' parts of the merge are finite, but their average is not ({told_names(broken)}): numbers are "
             "near the largest that the wire or float32 can hold, and no weight was changed. Lower the learning rate, "
             "or clip gradients"
         )

@@ -52,7 +52,7 @@ class Rounds:
         shared: the tensors that merge.
         comm: of this worker.
         on_nonfinite: see `Merger`.
-        measure_divergence: whether to measure at each merge how far workers have come apart.
+        measure_divergence: whether to measure at each merge how far workers have diverged.
 
     Attributes:
         dropped: the step and the ranks of each merge that left parts out; the same on all workers.
@@ -94,19 +94,16 @@ class Rounds:
         if loss is not None and (math.isfinite(loss) or self.merger.on_nonfinite != "skip"):
             self._losses.append(loss)
         with self.shared.copies.following():
-            self._advance(all_of_them=position.last)
+            self._under_way = [merge for merge in self._under_way if not merge.stages.advance()]
+            if position.last:
+                for merge in self._under_way:
+                    merge.stages.finish()
+                self._under_way = []
             merged = bool(position.merging) and self._begin_merge(position, step)
         layers, self.merger.divergence = self.merger.divergence, {}
         if layers:
             self.divergence.append({"step": step, "phase": position.phase.name, "layers": layers})
         return merged
-
-    def _advance(self, all_of_them: bool) -> None:
-        self._under_way = [merge for merge in self._under_way if not merge.stages.advance()]
-        if all_of_them:
-            for merge in self._under_way:
-                merge.stages.finish()
-            self._under_way = []
 
     def _begin_merge(self, position: Position, step: int) -> bool:
         """Merges at once, or begins a hidden merge. Returns whether all workers hold the same weights then."""
@@ -119,7 +116,7 @@ class Rounds:
         if not sync.delay or position.last:
             finish(self._merge(position, step, loss, None))
             return len(position.merging) == sync.fragments
-        tensors, buffers = self._merging(position)
+        tensors, _, buffers = self._merging(position)
         started = {name: tensor.clone() for name, tensor in {**tensors, **buffers()}.items()}
         self._under_way.append(self._launch(position, step, loss, started))
         for name, tensor in tensors.items():
@@ -210,35 +207,25 @@ class Rounds:
         count = CHECKING + self.merger.wire(sync.wire).stages
         return _UnderWay(Background(self._merge(position, step, loss, started), count, sync.delay), step, loss, started)
 
-    def _trained_by(self, position: Position) -> dict[str, list[bool]]:
-        return trained_by(position, self._comm.topology, self.shared.factors())
-
-    def _merging(self, position: Position) -> tuple[dict[str, Tensor], Callable[[], Mapping[str, Tensor]]]:
-        """Returns the parameters that merge after a step, and a function that returns the buffers that do."""
-        tensors = merging(position, self.shared.parameters(), self._trained_by(position))
-        return tensors, self.shared.buffers if whole_round(position) else dict
+    def _merging(
+        self, position: Position
+    ) -> tuple[dict[str, Tensor], dict[str, list[bool]], Callable[[], Mapping[str, Tensor]]]:
+        """Returns the parameters that merge after a step, who trained them, and a function that returns the buffers."""
+        trained = trained_by(position, self._comm.topology, self.shared.model.factors())
+        tensors = merging(position, self.shared.parameters(), trained)
+        return tensors, trained, self.shared.buffers if whole_round(position) else dict
 
     def _merge(
         self, position: Position, step: int, loss: float | None, started: Mapping[str, Tensor] | None
     ) -> Stages[None]:
         sync = rounds_of(position)
-        tensors, buffers = self._merging(position)
+        tensors, trained, buffers = self._merging(position)
         fail_at(self._comm.rank, step, "merge.begin")
         # Changes can be averaged only if they were made to the same anchors.
         anchors = fingerprint(*(checksum(self.merger.anchors[name]) for name in tensors))
         place = self.shared.place(step, position.phase_index, merging=fingerprint(*tensors, sync), anchors=anchors)
         averaged = self.shared.averaged_buffers()
-        part = MergeInput(
-            tensors,
-            sync,
-            self._trained_by(position),
-            buffers=buffers,
-            averaged=averaged,
-            started=started,
-            loss=loss,
-            step=step,
-            place=place,
-        )
+        part = MergeInput(tensors, sync, trained, buffers, averaged, started, loss, step, place)
         dropped = yield from self.merger.merge(part)
         if dropped:
             self.dropped.append({"step": step, "ranks": list(dropped)})

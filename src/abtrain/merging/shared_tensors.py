@@ -18,9 +18,10 @@ from abtrain.consistency.settings import HYPERPARAMETERS, layout, optimizer_sett
 from abtrain.errors import RanksDisagreeError
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.model import FactoredModel
+from abtrain.lowrank.nested import tensors_in
 from abtrain.merging.buffers import averaged_buffers, settled
 from abtrain.merging.changes import as_real
-from abtrain.merging.copies import WeightCopies, restored, tensors_in
+from abtrain.merging.copies import WeightCopies, restored
 from abtrain.own import IGNORED, shared_buffers, shared_parameters
 
 log = logging.getLogger("abtrain")
@@ -54,10 +55,6 @@ class SharedTensors:
         self._average_buffers = tuple(average_buffers)
         self._frozen_sums: dict[str, int] = {}
 
-    def factors(self) -> list[str]:
-        """Returns the names of the factors, `NAME.A` and `NAME.B`."""
-        return list(self.model.factors())
-
     def parameters(self) -> dict[str, Tensor]:
         """Returns the trained parameters by name, as real views, in the same order on all workers."""
         return as_real({name: p.data for name, p in self.model.trained(self.treatments).items()})
@@ -77,8 +74,7 @@ class SharedTensors:
 
     def averaged_buffers(self) -> list[str]:
         """Returns the names of the buffers that are averaged where they differ."""
-        buffers = self.buffers()
-        real = [name for name, buffer in buffers.items() if buffer.is_floating_point()]
+        real = [name for name, buffer in self.buffers().items() if buffer.is_floating_point()]
         return averaged_buffers(real, self._average_buffers)
 
     def layout(self) -> dict[str, dict[str, object]]:
@@ -105,8 +101,7 @@ class SharedTensors:
         tensors = {name: p.data for name, p in shared_parameters(model).items()} | shared_buffers(model)
         plain = {name: tensor for name, tensor in tensors.items() if type(tensor) is Tensor}
         differed = agree_on_tensors(self._comm, plain)
-        wrapped = {name: tensor for name, tensor in tensors.items() if name not in plain}
-        unlike = differing_tensors(self._comm, wrapped)
+        unlike = differing_tensors(self._comm, {name: t for name, t in tensors.items() if name not in plain})
         if unlike:
             raise RanksDisagreeError(
                 f"{', '.join(unlike[:4])} differ between workers, and are tensor subclasses, which cannot be sent: "
@@ -117,13 +112,7 @@ class SharedTensors:
             log.info("initial values of %d tensors differed between workers: rank 0's were taken", len(differed))
 
     def place(self, step: int, phase: int, **more: object) -> dict[str, object]:
-        """Returns everything that has to be equal on all workers before they average.
-
-        Args:
-            step: the number of steps that are done.
-            phase: the index of the phase in the recipe.
-            more: further values that have to be equal.
-        """
+        """Returns everything that has to be equal on all workers before they average, `more` included."""
         sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
         changed = {
             name: f"{total:x}: list a tensor that the model changes itself in {IGNORED}, or make it a buffer"
@@ -133,8 +122,7 @@ class SharedTensors:
         place = {"step": step, "phase": phase, "shapes": layouts_of(self.parameters() | self.buffers()), **more}
         place |= {"frozen_but_changed": changed, "copies_of_weights": self.copies.names}
         if self.same_settings:
-            model = self.model
-            place["param_groups"] = optimizer_settings(model.optimizers, model.parameters(), HYPERPARAMETERS)
+            place["param_groups"] = optimizer_settings(self.model.optimizers, self.model.parameters(), HYPERPARAMETERS)
         return place
 
     def forget_nonfinite(self) -> None:

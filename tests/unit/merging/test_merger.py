@@ -79,7 +79,7 @@ def test_an_average_that_overflows_stops_all_and_changes_nothing(wire: str, chan
         merger = Merger(comm, on_nonfinite="drop_worker")
         merger.begin({"w": w})
         w += change
-        with pytest.raises(NonFiniteError, match="its average is not"):
+        with pytest.raises(NonFiniteError, match="their average is not"):
             finish(merger.merge(MergeInput({"w": w}, WeightSync(1, wire=wire), {})))
         return w, merger.anchors["w"]
 

@@ -241,7 +241,7 @@ def test_a_worker_is_left_out_once_for_one_bad_step(sync: WeightSync) -> None:
 def test_a_part_that_is_not_finite_stops_all_before_anything_is_averaged() -> None:
     def work(comm: Communicator) -> str:
         with pytest.raises(
-            NonFiniteError, match=r"rank 1 brought to the merge \(parts\.\d.*\): nothing was averaged"
+            NonFiniteError, match=r"found NaN or infinity on rank 1 \(parts\.\d.*\): nothing was averaged"
         ) as error:
             one_of_them_breaks(comm, 1, WeightSync(4), "stop")
         return str(error.value)

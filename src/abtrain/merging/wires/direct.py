@@ -20,7 +20,7 @@ from torch import Tensor
 from abtrain.comm.averages import average_exactly, sent_by_average
 from abtrain.comm.buckets import Bucket, pack, unpack
 from abtrain.comm.communicator import Communicator
-from abtrain.comm.stages import Stages
+from abtrain.comm.stages import Stages, finish
 from abtrain.comm.traffic import Calls, Traffic
 from abtrain.merging.wires.codes import CODES, Code
 from abtrain.merging.wires.wire import Averages, Wire
@@ -67,15 +67,19 @@ def _average_narrowly(
     wanted = [tensor.float() for tensor in tensors]
     buckets = pack(wanted, CAPACITY)
     # Gloo exchanges tensors on the CPU only.
-    exchanges = [_Exchange(bucket.flat.to(comm.device), code, reply, comm) for bucket in buckets]
-    yield
-    for exchange in exchanges:
-        exchange.reply()
-    yield
-    outcomes = [exchange.outcome() for exchange in exchanges]
+    exchanges = [_exchange(bucket.flat.to(comm.device), code, reply, comm) for bucket in buckets]
+    for _ in range(2):
+        for exchange in exchanges:
+            next(exchange)
+        yield
+    outcomes = [finish(exchange) for exchange in exchanges]
     means = unpack([_refilled(bucket, mean) for bucket, (mean, _) in zip(buckets, outcomes, strict=True)], tensors)
     errors = unpack([_refilled(bucket, error) for bucket, (_, error) in zip(buckets, outcomes, strict=True)], wanted)
     return means, errors
+
+
+def _refilled(bucket: Bucket, flat: Tensor) -> Bucket:
+    return Bucket(flat.to(bucket.flat.device), bucket.indices)
 
 
 def _chunk_of(count: int, workers: int, code: Code, reply: Code) -> int:
@@ -84,35 +88,29 @@ def _chunk_of(count: int, workers: int, code: Code, reply: Code) -> int:
     return -(-count // (workers * granule)) * granule
 
 
-class _Exchange:
-    """The exchange of one bucket, (count,) float32: sends chunks, then averages, and then gathers these."""
+def _exchange(flat: Tensor, code: Code, reply: Code, comm: Communicator) -> Stages[tuple[Tensor, Tensor]]:
+    """Sends chunks of one bucket, (count,) float32, then averages one chunk, and then gathers all averages.
 
-    def __init__(self, flat: Tensor, code: Code, reply: Code, comm: Communicator) -> None:
-        self._code, self._reply_code, self._comm, self._count = code, reply, comm, flat.numel()
-        workers = comm.topology.world_size
-        self._chunk = _chunk_of(self._count, workers, code, reply)
-        mine = torch.nn.functional.pad(flat, (0, self._chunk * workers - self._count)).view(workers, self._chunk)
-        sent = torch.stack([code.encode(row) for row in mine])
-        self._error = mine - torch.stack([code.decode(row, self._chunk) for row in sent])
-        self._chunks = comm.launch_exchange(sent)
-
-    def reply(self) -> None:
-        workers = self._comm.topology.world_size
-        # In rank order and in float32; all other workers take over these bits.
-        total = self._error.new_zeros(self._chunk)
-        for row in self._chunks.wait():
-            total += self._code.decode(row, self._chunk)
-        total /= workers
-        reply = self._reply_code.encode(total)
-        # An average is divided by the number of workers: its rounding error is that much larger in one worker's part.
-        self._error[self._comm.rank] += workers * (total - self._reply_code.decode(reply, self._chunk))
-        self._replies = self._comm.launch_all_gather(reply)
-
-    def outcome(self) -> tuple[Tensor, Tensor]:
-        """Returns the average (count,), and the rounding error of this worker's part of it."""
-        mean = torch.cat([self._reply_code.decode(row, self._chunk) for row in self._replies.wait()])
-        return mean[: self._count], self._error.view(-1)[: self._count]
-
-
-def _refilled(bucket: Bucket, flat: Tensor) -> Bucket:
-    return Bucket(flat.to(bucket.flat.device), bucket.indices)
+    Returns:
+        The average (count,), and the rounding error of this worker's part of it.
+    """
+    count, workers = flat.numel(), comm.topology.world_size
+    chunk = _chunk_of(count, workers, code, reply)
+    error = torch.nn.functional.pad(flat, (0, chunk * workers - count)).view(workers, chunk)
+    sent = torch.stack([code.encode(row) for row in error])
+    error -= torch.stack([code.decode(row, chunk) for row in sent])
+    chunks = comm.launch_exchange(sent)
+    del flat, sent
+    yield
+    # In rank order and in float32; all other workers take over these bits.
+    total = error.new_zeros(chunk)
+    for row in chunks.wait():
+        total += code.decode(row, chunk)
+    total /= workers
+    answer = reply.encode(total)
+    # An average is divided by the number of workers: its rounding error is that much larger in one worker's part.
+    error[comm.rank] += workers * (total - reply.decode(answer, chunk))
+    replies = comm.launch_all_gather(answer)
+    yield
+    mean = torch.cat([reply.decode(row, chunk) for row in replies.wait()])
+    return mean[:count], error.view(-1)[:count]

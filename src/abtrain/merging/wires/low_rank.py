@@ -57,13 +57,13 @@ class LowRankWire(Wire):
         self.starts |= second.mean
         mean, error = {}, {}
         for name, tensor in numbers.items():
-            if name in rest:
+            if name in matrices:
+                mean[name] = product(P[name], second.mean[name]).view(tensor.shape).to(tensor.dtype)
+                arrived = Q[name] - second.error[name] if name in second.error else Q[name]
+                error[name] = (matrices[name] - P[name] @ arrived.T).view(tensor.shape)
+            else:
                 mean[name] = averages.mean[name]
                 error[name] = averages.error.get(name, torch.zeros_like(tensor, dtype=torch.float32))
-                continue
-            mean[name] = product(P[name], second.mean[name]).view(tensor.shape).to(tensor.dtype)
-            arrived = Q[name] - second.error[name] if name in second.error else Q[name]
-            error[name] = (matrices[name] - P[name] @ arrived.T).view(tensor.shape)
         return Averages(mean, error)
 
     def sends(self, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
