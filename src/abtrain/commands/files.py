@@ -1,4 +1,4 @@
-"""Files that are complete or not there, and that are never reached through a link."""
+"""Writes files completely or not at all, and reads regular files without following links."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:
-    """A text file to write, which takes its place when all of it is on disk; until then the former file stays.
+    """Opens a text file for writing, which replaces the former file once all of it is on disk.
 
-    It is written under a fresh name in the same folder. A link in its place is replaced, not followed.
+    It is written under a new name in the same folder. A link in its place is replaced, not followed.
 
     Raises:
-        OSError: it cannot be written; nothing has changed then.
+        OSError: it cannot be written; nothing has changed.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    # O_EXCL follows no link, and opens nothing that is there.
+    # O_EXCL follows no link, and opens no existing file.
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         with open(handle, "w", encoding="utf-8") as file:  # noqa: PTH123  a handle has no path
@@ -36,39 +36,31 @@ def whole_file(path: Path) -> Iterator[TextIO]:
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
-        # A partial file would keep room that may be all that is missing.
+        # A full disk may need the space of the partial file.
         partial.unlink(missing_ok=True)
         raise
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file: what was there before stays until all of the new is on disk, even if the machine goes down.
+    """Writes a text file; the former one stays until all of the new one is on disk, even if the machine crashes.
 
     Raises:
-        OSError: it cannot be written; nothing has changed then.
+        OSError: it cannot be written; nothing has changed.
     """
     with whole_file(path) as file:
         file.write(text)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Likewise, a JSON file of names and values; numbers are finite.
-
-    Raises:
-        OSError: it cannot be written; nothing has changed then.
-    """
+    """Writes a JSON object of finite numbers like `write_whole`."""
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def open_regular(path: Path, flags: int) -> int:
-    """A handle of a regular file. A link is not followed, and a pipe is not waited for.
-
-    Args:
-        path: of the file.
-        flags: as for `os.open`.
+    """Returns a handle of a regular file, opened with the flags of `os.open`. Links are not followed.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file.
+        OSError: it cannot be opened, or is not a regular file.
     """
     try:
         # O_NONBLOCK: opening a pipe would wait for its other end.
@@ -84,10 +76,10 @@ def open_regular(path: Path, flags: int) -> int:
 
 
 def read_regular(path: Path, errors: str = "strict") -> str:
-    """The text of a regular file.
+    """Returns the text of a regular file.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
+        OSError: it cannot be read, or is not a regular file.
         UnicodeError: it is not UTF-8, and `errors` is "strict".
     """
     with open(open_regular(path, os.O_RDONLY), encoding="utf-8", errors=errors) as file:
@@ -95,7 +87,7 @@ def read_regular(path: Path, errors: str = "strict") -> str:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether there is a regular file at `path`, and not a link to one."""
+    """Whether `path` is a regular file, and not a link to one."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
@@ -103,16 +95,12 @@ def is_regular(path: Path) -> bool:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether `path` is a file that a crash kept `whole_file` from completing or removing."""
+    """Whether `path` is a file that `whole_file` neither completed nor removed because of a crash."""
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def remove(path: Path) -> None:
-    """Removes a folder with its content, a file, or a link itself; nothing if there is none.
-
-    Raises:
-        OSError: it cannot be removed.
-    """
+    """Removes a folder with its content, a file, or a link itself, if there is one; an OSError if it cannot."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
