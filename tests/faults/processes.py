@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
 from abtrain import failpoints as faults
 from abtrain.commands.cli import main
@@ -123,6 +124,8 @@ def _command(folder: Path, arguments: tuple[str, ...], variables: dict[str, str]
     os.environ.update(variables)
     faults.load()
     SubprocessHandler._popen = lambda handler, program, variables: _Worker(program, variables)  # type: ignore[method-assign]
+    # Names events in torch's log by inspecting the whole stack, which takes longer than all else in the launcher.
+    dynamic_rendezvous.get_method_name = lambda depth=2: "rendezvous"
     launcher._SHUTDOWN_SECONDS = grace
     main(arguments)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -125,15 +126,25 @@ def test_a_signal_to_all_before_training_begins(number: str, seconds: float, tmp
     assert start(tmp_path, *command, "--steps", "200000", plan=plan).wait().code == 75
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
 def test_a_signal_while_the_command_imports_ends_it_with_its_code(tmp_path: Path) -> None:
     """As a user starts it: torch alone takes seconds to import."""
-    for number, pause in ((signal.SIGTERM, 0.5), (signal.SIGINT, 0.9), (signal.SIGHUP, 1.3)):
+    for number, pause in ((signal.SIGTERM, 0.0), (signal.SIGINT, 0.4), (signal.SIGHUP, 0.8)):
         process = subprocess.Popen(
             [sys.executable, "-m", "abtrain", "train", "ddp", "--out", "run"],
             cwd=tmp_path,
             stderr=subprocess.PIPE,
             text=True,
         )
+        deadline = time.monotonic() + 60
+        while not all(catches(process.pid, awaited) for awaited in requests.SIGNALS):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
         time.sleep(pause)
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
