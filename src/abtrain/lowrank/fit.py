@@ -14,6 +14,7 @@ from torch import Tensor
 from abtrain.checks import (
     POSITIVE,
     Check,
+    also,
     anything,
     by_name,
     data,
@@ -37,12 +38,6 @@ from abtrain.own import caches, shared_buffers
 Layout = dict[str, Tensor]
 
 
-def _by_any_key(place: str, value: Any) -> Iterator[str]:
-    """A mapping by keys of any kind: optimizers use their own."""
-    if not isinstance(value, Mapping):
-        yield f"{place} is {said(value)}, not a dict"
-
-
 _PARTS: dict[str, Check] = {
     "factored": each(text()),
     "damping": number(0, 1),
@@ -56,7 +51,8 @@ _PARTS: dict[str, Check] = {
                 "groups": each(by_name(anything)),
                 "owned": each(each(text())),
                 "state": by_name(by_name(anything)),
-                "general": _by_any_key,
+                # Keys of an optimizer's own may be of any kind.
+                "general": also(anything, lambda value: isinstance(value, Mapping), "a dict"),
                 "more": by_name(anything),
             }
         )

@@ -11,7 +11,6 @@ import copy
 import copyreg
 import functools
 import sys
-import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, SupportsIndex
@@ -215,6 +214,4 @@ def rebuilding(dense_type: type[nn.Module], attributes: frozenset[str]) -> type[
     content |= {"_abtrain_dense_type": dense_type, "__module__": __name__}
     if hasattr(dense_type, "__deepcopy__"):
         content["__deepcopy__"] = Factored._abtrain_copied_by_its_class
-    return types.new_class(
-        f"Factored{dense_type.__name__}", (Factored, dense_type), exec_body=lambda c: c.update(content)
-    )
+    return type(f"Factored{dense_type.__name__}", (Factored, dense_type), content)

@@ -115,10 +115,10 @@ class FactoredModel:
         """Makes every weight W = A B again."""
         for record in reversed(self.records.values()):
             states = replace_(self.optimizers, record.factors, [record.dense])
-            seen = seen_through(record, self.damping) if self.projects else None
             restore_(record)
             for optimizer, (state_A, state_B) in states:
-                if seen is not None and (state_A or state_B) and self._projects_state_of(optimizer):
+                if (state_A or state_B) and self._projects_state_of(optimizer):
+                    seen = seen_through(record, self.damping)
                     optimizer.state[record.dense] = project_to_weight(state_A, state_B, record, *seen)
             self._begin_state(record.dense)
         self.records = {}

@@ -56,6 +56,6 @@ def _svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     single = W if W.dtype == torch.float64 else W.float()
     try:
         U, S, Vh = torch.linalg.svd(single, full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but missing from the stubs
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not in the stubs
         U, S, Vh = torch.linalg.svd(single.double(), full_matrices=False)
     return U, S, Vh
