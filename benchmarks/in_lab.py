@@ -22,7 +22,7 @@ from pathlib import Path
 from records import FOLDER, Record, RecordedRun, in_short, keep, say
 
 from abtrain.commands.lab import Job, Lab, LabConfig, parse_link_rate
-from abtrain.commands.runs.once import run_once
+from abtrain.commands.runs.folder_run import run_once
 
 FILE = FOLDER / "in-lab.jsonl"
 PEER_LOOPS = Path(__file__).parent / "peers" / "loops.py"

@@ -23,8 +23,8 @@ from abtrain.commands.compare.contestants import contestants
 from abtrain.commands.plan.advice import Setting
 from abtrain.commands.plan.bench import Bench, measure_decompositions
 from abtrain.commands.plan.collectives import Cluster, NodeLink
+from abtrain.commands.plan.forecast import WorkerSeconds
 from abtrain.commands.plan.shapes import shapes_of
-from abtrain.commands.plan.worker_seconds import WorkerSeconds
 from abtrain.commands.runs.result_files import read_record
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.units import format_rate

@@ -22,7 +22,7 @@ from pathlib import Path
 from lines import BENCHMARKS
 from records import FOLDER, Record, RecordedRun, in_short, keep, say
 
-from abtrain.commands.runs.once import run_once
+from abtrain.commands.runs.folder_run import run_once
 
 KEPT = ("top1", "loss", "payload_ratio", "payload_bytes", "compression", "seconds", "weights_digest")
 

@@ -19,12 +19,13 @@ from abtrain.commands import cli
 from abtrain.commands.compare import command as compare
 from abtrain.commands.compare import runs
 from abtrain.commands.compare.contestants import Contestant
-from abtrain.commands.compare.runs import ComparisonRun, check, outcome
+from abtrain.commands.compare.runs import ComparisonRun, outcome
 from abtrain.commands.lab import LabConfig
 from abtrain.commands.paper.experiments import Cell
 from abtrain.commands.paper.published import AB
-from abtrain.commands.paper.runs import PaperRun, run_all, write_request
-from abtrain.commands.runs.request import differences
+from abtrain.commands.paper.runs import PaperRun, prepare_folder, run_all
+from abtrain.commands.runs.folder_run import check_folders
+from abtrain.commands.runs.request import request_differences
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import TrainConfig, resolve
 from abtrain.commands.train.config_file import from_toml, to_toml
@@ -66,7 +67,7 @@ def test_requests_that_ask_for_the_same(edit: str, record: str, task: Comparison
         (task.folder / "request.json").unlink()
     before = contents(task.folder)
     assert task.done
-    check([task], overwrite=False)
+    check_folders([task], overwrite=False)
     assert contents(task.folder) == before and outcome(task).wire_bytes == 2000
 
 
@@ -98,7 +99,7 @@ def test_runs_with_other_settings_are_refused_by_name(kind: str, record: str, ta
     before = contents(task.folder / "train")
     assert not task.done
     with pytest.raises(ConfigurationError) as told:
-        check([task], overwrite=False)
+        check_folders([task], overwrite=False)
     assert len(told.value.problems) == 1
     assert named in str(told.value) and str(task.folder) in str(told.value) and "--overwrite" in str(told.value)
     with pytest.raises(ConfigurationError, match="--overwrite"):
@@ -110,7 +111,7 @@ def test_a_folder_without_a_request_is_not_ours(task: ComparisonRun) -> None:
     for name in ("request.toml", "request.json"):
         (task.folder / name).unlink()
     with pytest.raises(ConfigurationError, match=r"request.toml is missing"):
-        check([task], overwrite=False)
+        check_folders([task], overwrite=False)
 
 
 @pytest.mark.parametrize("record", [b"", b"[]", b"\xff", b'{"abtrain": 1, "settings": {}}', b'{"settings": []}'])
@@ -118,7 +119,7 @@ def test_a_record_that_is_damaged(record: bytes, task: ComparisonRun) -> None:
     (task.folder / "request.json").write_bytes(record)
     assert not task.done
     with pytest.raises(ConfigurationError, match=r"request.json is damaged"):
-        check([task], overwrite=False)
+        check_folders([task], overwrite=False)
 
 
 def test_a_request_of_another_version(task: ComparisonRun) -> None:
@@ -131,7 +132,7 @@ def test_a_request_of_another_version(task: ComparisonRun) -> None:
     request.write_text(request.read_text() + 'grafting = "none"\n')
     assert task.done
     request.write_text(request.read_text() + "extra_field = 1\n")
-    assert not task.done and differences(task.folder, task.config) == [
+    assert not task.done and request_differences(task.folder, task.config) == [
         f"extra_field is 1 there and not known to abtrain {__version__}"
     ]
 
@@ -152,7 +153,7 @@ def test_a_default_of_the_task_that_has_changed(
     before = getattr(TASKS["digits-mlp"], name)
     monkeypatch.setitem(TASKS, "digits-mlp", dataclasses.replace(TASKS["digits-mlp"], **{name: before * 2}))
     assert not task.done
-    assert differences(task.folder, task.config) == [f"{name} is {before!r} there and {before * 2!r} here"]
+    assert request_differences(task.folder, task.config) == [f"{name} is {before!r} there and {before * 2!r} here"]
 
 
 def test_a_default_of_the_recipe_that_has_changed(task: ComparisonRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +164,7 @@ def test_a_default_of_the_recipe_that_has_changed(task: ComparisonRun, monkeypat
 
     monkeypatch.setattr(recipes, "build", changed)
     assert not task.done
-    said = differences(task.folder, task.config)
+    said = request_differences(task.folder, task.config)
     assert said == [
         f"recipe.{part}[0].sync.merge.momentum is 0.8 there and 0.5 here, by default" for part in ("prologue", "cycle")
     ]
@@ -178,7 +179,7 @@ def test_a_field_that_recipes_have_in_another_version(task: ComparisonRun) -> No
     assert task.done
     content["recipe"]["cycle"][0]["steps"] += 1
     record.write_text(json.dumps(content))
-    (said,) = differences(task.folder, task.config)
+    (said,) = request_differences(task.folder, task.config)
     assert said.startswith("recipe.cycle[0].steps is ")
 
 
@@ -186,7 +187,7 @@ def test_a_field_that_recipes_have_in_another_version(task: ComparisonRun) -> No
 def test_a_recorded_recipe_that_cannot_be(recipe: object, task: ComparisonRun) -> None:
     record = task.folder / "request.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"recipe": recipe}))
-    assert not task.done and differences(task.folder, task.config)[0].startswith("recipe")
+    assert not task.done and request_differences(task.folder, task.config)[0].startswith("recipe")
 
 
 def test_a_link_to_the_runs_of_another_disk(task: ComparisonRun, tmp_path: Path) -> None:
@@ -320,7 +321,7 @@ def test_a_real_run_with_other_settings_is_refused(
     finished: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = full_run(tmp_path)
-    write_request(run)
+    prepare_folder(run)
     request = run.folder / "request.toml"
     request.write_text(request.read_text().replace("sigma_cutoff=0.15", "sigma_cutoff=0.2"))
     train = put_result(run)
@@ -343,7 +344,7 @@ def test_a_real_run_with_other_settings_is_refused(
 def test_real_runs_can_go_on(tmp_path: Path) -> None:
     """They write checkpoints, which do not make other runs of them."""
     run = full_run(tmp_path)
-    write_request(run)
+    prepare_folder(run)
     without = run.folder / "request.toml"
     assert from_toml(without).checkpoint_every == 0
     (run.folder / "train").mkdir()
@@ -355,7 +356,7 @@ def test_real_runs_can_go_on(tmp_path: Path) -> None:
     without.write_text(without.read_text() + "# mine\n")
     assert written(tmp_path) == 0 and without.read_text().endswith("# mine\n")
     short = dataclasses.replace(run.cell, config=dataclasses.replace(run.cell.config, steps=1000))
-    write_request(PaperRun(short, 0, tmp_path / "short"), checkpoints=True)
+    prepare_folder(PaperRun(short, 0, tmp_path / "short"), checkpoints=True)
     assert from_toml(tmp_path / "short/request.toml").checkpoint_every == 100
 
 
@@ -364,7 +365,7 @@ def test_a_request_that_was_never_run_is_written_again(tmp_path: Path) -> None:
     other = dataclasses.replace(
         run, cell=dataclasses.replace(run.cell, config=dataclasses.replace(run.cell.config, lr=1.0))
     )
-    write_request(other)
+    prepare_folder(other)
     assert not run.done and written(tmp_path) == 0
     assert from_toml(run.folder / "request.toml").lr == TASKS[run.config.task].lr
 
@@ -372,7 +373,7 @@ def test_a_request_that_was_never_run_is_written_again(tmp_path: Path) -> None:
 def test_requests_say_what_defaults_were(tmp_path: Path) -> None:
     """Whichever version starts the run."""
     run = full_run(tmp_path)
-    write_request(run)
+    prepare_folder(run)
     config, task = from_toml(run.folder / "request.toml"), TASKS[run.config.task]
     assert (config.lr, config.weight_decay, config.clip) == (task.lr, task.weight_decay, task.clip)
     assert config.device == "auto"
@@ -385,7 +386,7 @@ def test_a_search_does_not_remove_trials_of_another(tmp_path: Path) -> None:
     """Trials are numbered by a file that may be gone while their folders are there."""
     config = dataclasses.replace(CONFIG, workers=4)
     run = PaperRun(Cell("global", config.task, "ab_outer", 1, config), 0, tmp_path / "trials/ab_outer-0-200")
-    write_request(run)
+    prepare_folder(run)
     put_result(run)
     other = dataclasses.replace(
         run, cell=dataclasses.replace(run.cell, config=dataclasses.replace(config, recipe="ab_outer:every=7"))

@@ -12,14 +12,15 @@ import pytest
 
 from abtrain import __version__
 from abtrain.commands.compare.comparison import parse_arguments
-from abtrain.commands.compare.runs import ComparisonRun, check, outcome
+from abtrain.commands.compare.runs import ComparisonRun, outcome
 from abtrain.commands.paper.experiments import SCALES, cells
+from abtrain.commands.paper.pages import write_study
 from abtrain.commands.paper.published import AB
-from abtrain.commands.paper.runs import PaperRun, run_all, write_request
+from abtrain.commands.paper.runs import PaperRun, prepare_folder, run_all
 from abtrain.commands.paper.runs import outcome as paper_outcome
 from abtrain.commands.paper.studies import study_cells
-from abtrain.commands.paper.study_page import write_study
 from abtrain.commands.paper.tables import rows as paper_rows
+from abtrain.commands.runs.folder_run import check_folders
 from abtrain.errors import DataError
 from tests.faults.kept_runs import RESULT, compared, contents, finish, full_run, put_result
 
@@ -82,7 +83,7 @@ def test_a_result_with_values_that_cannot_be(kind: str, task: ComparisonRun) -> 
     with pytest.raises(DataError, match=said):
         outcome(task)
     with pytest.raises(DataError, match=said):
-        check([task], overwrite=True)
+        check_folders([task], overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def simulated(out: Path) -> PaperRun:
     """A simulated run that has come to its end."""
     cell = cells("table2-global", SCALES["tiny"], (4,), (AB,))[0]
     run = PaperRun(cell, 0, out / "run")
-    write_request(run)
+    prepare_folder(run)
     ranks = [{"step": 1, "ranks": {}}]
     (run.folder / "result.json").write_text(json.dumps(RESULT | {"cpu_seconds_per_step": 0.1, "ranks": ranks}))
     return run
@@ -175,7 +176,7 @@ def test_a_result_of_the_paper_is_read(tmp_path: Path) -> None:
 def test_a_damaged_result_of_the_paper(kind: str, scale: Any, tmp_path: Path) -> None:
     run = simulated(tmp_path) if scale == "tiny" else full_run(tmp_path)
     if scale == "full":
-        write_request(run)
+        prepare_folder(run)
         put_result(run)
     file = run.result_file
     DAMAGED[kind](file)
@@ -191,7 +192,7 @@ def test_an_empty_result_of_the_paper(tmp_path: Path) -> None:
     run.check_results()
     assert not run.done
     real = full_run(tmp_path)
-    write_request(real)
+    prepare_folder(real)
     put_result(real)
     real.result_file.write_text("")
     with pytest.raises(DataError, match="it is empty"):
@@ -221,7 +222,7 @@ def test_a_result_of_the_paper_with_values_that_cannot_be(values: dict[str, obje
 def divergent(out: Path, divergence: object) -> PaperRun:
     cell = study_cells("divergence", (4,), (AB,))[0]
     run = PaperRun(cell, 0, out / "runs" / "run")
-    write_request(run)
+    prepare_folder(run)
     content = RESULT | {"cpu_seconds_per_step": 0.1, "ranks": [], "divergence": divergence}
     run.result_file.write_text(json.dumps(content))
     return run

@@ -1,1 +1,1 @@
-"""The commands, built on the library."""
+"""The `abtrain` command and its subcommands."""

@@ -1,4 +1,4 @@
-"""The circumstances of results: versions, and the machine."""
+"""The versions and the hardware that results depend on."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from abtrain.version import __version__
 
 
 def versions() -> dict[str, str]:
-    """The versions that results depend on."""
+    """Returns the versions of abtrain, torch and Python."""
     return {"abtrain": __version__, "torch": version("torch"), "python": platform.python_version()}
 
 
 def hardware() -> dict[str, str | int | None]:
-    """The machine that results depend on."""
+    """Returns the platform and the number of cores."""
     return {"platform": platform.platform(), "cores": os.cpu_count()}
 
 

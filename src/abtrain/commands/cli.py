@@ -21,7 +21,7 @@ from abtrain.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits with 0 or the exit code of the error."""
+    """Runs the command line, and exits with 0 or the exit code of the error."""
     parser = argparse.ArgumentParser(
         prog="abtrain", description="Train PyTorch models on machines joined by slow links.", allow_abbrev=False
     )
@@ -98,13 +98,13 @@ def _main_of(room: str) -> Callable[[Sequence[str]], None]:
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "train": ("train a task by a recipe", _train),
-    "recipes": ("list the recipes, and what each would send", _recipes),
+    "recipes": ("list the recipes with their phases and predicted traffic", _recipes),
     "plan": ("predict bytes and seconds on given links, and recommend a recipe", _plan),
     "compare": (
-        "train a task by several recipes on an emulated cluster, and report (Linux, root)",
+        "compare recipes on an emulated cluster, and write a report (Linux, root)",
         _main_of("compare"),
     ),
-    "paper": ("the paper's experiments, tables, figures and arithmetic", _main_of("paper")),
+    "paper": ("run the paper's experiments, and write its tables and figures", _main_of("paper")),
     "lab": ("run a script on an emulated cluster with slow links (Linux, root)", _main_of("lab")),
 }
 
@@ -112,8 +112,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
 def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str], last: bool = False) -> int:
     """Runs a command and returns its exit code.
 
-    `last` says that the program ends with the command. A request that arrives once the exit code is decided then
-    changes nothing.
+    If this is the `last` action of the program, requests that arrive after the exit code is decided are ignored.
     """
     requests, over = Requests(), False
 

@@ -1,4 +1,4 @@
-"""Figures as PNG files, in one style."""
+"""Draws figures as PNG files in one style."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _INK = "#1f2933"
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#7f4f24")
-"""Colours that people with any colour vision can tell apart (Okabe and Ito), and two more."""
+"""The colour-blind-safe colours of Okabe and Ito, and two more."""
 _STYLE: Any = {
     "figure.dpi": 200,
     "font.size": 11,
@@ -36,9 +36,9 @@ class Figure:
     """A figure of a page.
 
     Attributes:
-        file: name of the PNG file, in the folder of the page.
-        title: of the figure.
-        caption: explains what it shows, and how it was made.
+        file: the name of the PNG file, in the folder of the page.
+        title: the title of the figure.
+        caption: an explanation of the figure and of its data.
     """
 
     file: str
@@ -47,8 +47,8 @@ class Figure:
 
 
 def save(path: Path, height: float, draw: Callable[[Axes], None]) -> None:
-    """Draws one figure into a PNG file, `height` inches high."""
-    # pyplot would keep the figure in memory, and needs a display.
+    """Draws a figure of `height` inches into a PNG file."""
+    # pyplot would keep the figure in memory, and would need a display.
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -60,12 +60,12 @@ def save(path: Path, height: float, draw: Callable[[Axes], None]) -> None:
 
 
 def legend_below(axes: Axes) -> None:
-    """Draws the legend below the axes: beside them it would leave them little room on a phone."""
+    """Draws the legend below the axes, where it leaves them the full width of a phone."""
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.46, -0.16), fontsize=9.5)
 
 
 def plain_numbers(axis: Axis, decades: bool = False) -> None:
-    """Labels a logarithmic axis with plain numbers: 1, 2, 5, 10, or with `decades` only 1, 10, 100."""
+    """Labels a logarithmic axis with plain numbers: 1, 2, 5, 10, or only 1, 10, 100 with `decades`."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1.0,) if decades else (1.0, 2.0, 5.0)))

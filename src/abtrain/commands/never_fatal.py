@@ -1,4 +1,4 @@
-"""Runs code that only shows or records something, so that its errors never end a run."""
+"""Calls code that only displays or records, and logs its errors instead of raising them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ log = logging.getLogger("abtrain")
 
 
 class NeverFatal:
-    """Makes calls whose errors are logged, each failing part once, and not raised."""
+    """Calls functions and logs their errors, once for each failing part, instead of raising them."""
 
     def __init__(self) -> None:
         self._logged: set[str] = set()
 
     def __call__(self, what: str, call: Callable[..., object], *args: object) -> bool:
-        """Calls `call(*args)` and returns whether that succeeded.
+        """Calls `call(*args)` and returns whether it succeeded.
 
         Args:
-            what: the part that is named in the log if the call fails.
+            what: the name of the part, for the log.
             call: the function to call with `args`.
 
         Raises:
-            AbtrainError: the call was interrupted by a request to stop, which is not an error of the call.
+            AbtrainError: a request to stop interrupted the call; this is not an error of the call.
         """
         try:
             call(*args)

@@ -1,4 +1,4 @@
-"""Tables and figures as one HTML page that needs nothing else: no network, no script, no other file."""
+"""Writes tables and figures as one HTML page that needs no network, no script and no other file."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _NEEDED = ("matplotlib", "jinja2")
 
 @dataclass(frozen=True)
 class Table:
-    """A table as text.
+    """A table of texts.
 
     Attributes:
-        title: of the table.
-        header: names of its columns.
-        lines: its cells; every line has one for each column.
-        note: how the numbers were made, and what to keep in mind about them.
-        muted: numbers of the lines that are printed in grey.
+        title: the title of the table.
+        header: the names of the columns.
+        lines: the cells of each line, one for each column.
+        note: an explanation of the numbers.
+        muted: the indexes of lines that are printed in grey.
     """
 
     title: str
@@ -41,12 +41,12 @@ class Page:
     """The content of a page.
 
     Attributes:
-        title: of the page.
+        title: the title of the page.
         lead: a sentence below the title.
-        parts: in the order of the page.
-        circumstances: how the results were made: command, versions and so on, by name.
-        findings: the results in sentences.
-        note: at the end of the page.
+        parts: tables and figures in the order of the page.
+        circumstances: the command, the versions and so on, by name.
+        findings: sentences that summarize the results.
+        note: a note at the end of the page.
     """
 
     title: str
@@ -58,7 +58,7 @@ class Page:
 
 
 def write_page(page: Page, path: Path) -> None:
-    """Writes the page. The files of its figures are read from the folder that `path` is in."""
+    """Writes a page to `path`. The files of its figures are in the same folder."""
     from jinja2 import Environment, StrictUndefined
 
     def png(figure: Figure) -> str:
@@ -72,17 +72,17 @@ def write_page(page: Page, path: Path) -> None:
 
 
 def remarked(tables: Sequence[Table], remark: str) -> list[Table]:
-    """The tables with a remark at the end of their notes."""
+    """Returns the tables with a remark at the end of their notes."""
     return [replace(table, note=f"{table.note} {remark}".strip()) for table in tables]
 
 
 def missing_packages() -> list[str]:
-    """Returns the problem that pages cannot be made without optional packages; empty if all are installed."""
+    """Returns a message if packages that pages need are missing; empty if all are installed."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    return [f"no page without {' and '.join(missing)}: pip install 'abtrain[report]'"] if missing else []
+    return [f"the report needs {' and '.join(missing)}: pip install 'abtrain[report]'"] if missing else []
 
 
 def _kinds(table: Table) -> list[str]:
-    """For each column `number`, which is aligned at the right, or `text`."""
+    """Returns `number` (aligned right) or `text` for each column."""
     columns = zip(*table.lines, strict=True) if table.lines else [()] * len(table.header)
     return ["number" if all(re.match(r"[-+]?[0-9]|-$", cell) for cell in column) else "text" for column in columns]

@@ -54,22 +54,15 @@ class Requests:
             return False
         return number != PASSED_ON and now - self._since > SAME_REQUEST_SECONDS
 
-    @contextlib.contextmanager
-    def handled_by(self, handler: Handler, numbers: Iterable[int] = SIGNALS) -> Iterator[None]:
-        """Calls `handler` at these signals inside the context.
+    def handled_by(self, handler: Handler, numbers: Iterable[int] = SIGNALS) -> contextlib.AbstractContextManager[None]:
+        """Returns a context in which these signals call `handler`.
 
-        After a request the former handlers return as `Afterwards`. In threads other than the main thread this does
-        nothing: only the main thread can set handlers, and only it is interrupted.
+        After a request the former handlers return as `Afterwards`. In threads other than the main thread the context
+        does nothing: only the main thread can set handlers, and only it is interrupted.
         """
         if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, handler) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, former in before.items():
-                signal.signal(number, Afterwards(self, former) if self.number else former)
+            return contextlib.nullcontext()
+        return handling(handler, numbers, lambda former: Afterwards(self, former) if self.number else former)
 
 
 class Afterwards:
@@ -95,14 +88,16 @@ class Afterwards:
 
 
 @contextlib.contextmanager
-def handling(handler: Handler) -> Iterator[None]:
-    """Calls `handler` at a request to stop inside the context, and restores the former handlers after it."""
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+def handling(
+    handler: Handler, numbers: Iterable[int] = SIGNALS, restored: Callable[[Any], Any] = lambda former: former
+) -> Iterator[None]:
+    """Calls `handler` at these signals inside the context, and sets `restored(former handler)` after it."""
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
         for number, former in before.items():
-            signal.signal(number, former)
+            signal.signal(number, restored(former))
 
 
 @contextlib.contextmanager

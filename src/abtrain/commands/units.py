@@ -1,19 +1,22 @@
-"""Numbers with units, as people read and write them: rates of links, times, sizes. Decimal units, as tc's."""
+"""Parses and formats numbers with decimal units: rates of links, times and sizes."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 from abtrain.errors import ConfigurationError
+
+Value = TypeVar("Value")
 
 RATES = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 def with_unit(text: str, units: Mapping[str, float]) -> float | None:
-    """The value of a text such as `1.5 gbit` in the base of its units; None if the text is no such number."""
+    """Returns the value of a text such as `1.5 gbit` in base units; None if it cannot be parsed."""
     found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]+)\s*", text.lower())
     if found is None or found[2] not in units:
         return None
@@ -25,10 +28,10 @@ def with_unit(text: str, units: Mapping[str, float]) -> float | None:
 
 
 def parse_rate(text: str) -> float:
-    """Bits per second of a text such as `100mbit`, `2.5gbit` or `56kbit`.
+    """Parses a rate such as `100mbit`, `2.5gbit` or `56kbit` into bits per second.
 
     Raises:
-        ConfigurationError: the text is no rate above 0.
+        ConfigurationError: the text is not a rate above 0.
     """
     value = with_unit(text, RATES)
     if value is None or value <= 0:
@@ -39,10 +42,10 @@ def parse_rate(text: str) -> float:
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds of a text such as `0.5ms`, `80us` or `2s`.
+    """Parses a time such as `0.5ms`, `80us` or `2s` into seconds.
 
     Raises:
-        ConfigurationError: the text is no time of at least 0.
+        ConfigurationError: the text is not a time of at least 0.
     """
     value = with_unit(text, TIMES)
     if value is None:
@@ -50,17 +53,33 @@ def parse_seconds(text: str) -> float:
     return value
 
 
+def parse_all(texts: Iterable[str], parse: Callable[[str], Value], problems: list[str]) -> list[Value]:
+    """Returns the values of all texts that can be parsed, and adds the problems of the others to `problems`."""
+    values = []
+    for text in texts:
+        try:
+            values.append(parse(text))
+        except ConfigurationError as error:
+            problems += error.problems
+    return values
+
+
 def format_rate(rate: float) -> str:
-    """Bits per second in the unit that suits them, in at most four digits: 95.6mbit."""
+    """Formats bits per second in kbit, mbit or gbit with up to four digits: 95.6mbit."""
     unit = next((unit for unit in ("gbit", "mbit") if rate >= 0.99995 * RATES[unit]), "kbit")
     return f"{rate / RATES[unit]:.4g}{unit}"
 
 
 def human_bytes(count: float) -> str:
-    """A number of bytes in the largest unit that keeps it at 1 or above, in three digits."""
+    """Formats a number of bytes with three digits, in the largest unit that keeps it at 1 or above."""
     for unit in ("B", "kB", "MB", "GB"):
         text = f"{count:.3g}" if count < 999.5 else f"{count:.0f}"
         if float(text) < 1000:
             return f"{text} {unit}"
         count /= 1000
     return f"{count:.3g} TB" if count < 999.5 else f"{count:,.0f} TB"
+
+
+def spread(mean: float, deviation: float | None) -> str:
+    """Formats a mean with its standard deviation; the mean alone if there is no deviation."""
+    return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"

@@ -1,1 +1,1 @@
-"""Recipes side by side in the lab, and the report."""
+"""Compares recipes in the lab, and writes a report."""

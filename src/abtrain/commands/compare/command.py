@@ -1,4 +1,4 @@
-"""`abtrain compare`: several recipes in the lab, under the same conditions, side by side."""
+"""`abtrain compare`: runs several recipes in the lab under the same conditions, and writes a report."""
 
 from __future__ import annotations
 
@@ -17,36 +17,44 @@ from abtrain.commands.compare.comparison import Comparison, parse_arguments
 from abtrain.commands.compare.plots import draw_all
 from abtrain.commands.compare.report import FILE as REPORT_FILE
 from abtrain.commands.compare.report import write_report
-from abtrain.commands.compare.runs import ComparisonOutcome, ComparisonRun, check, outcome, plan_runs, run_in_lab
+from abtrain.commands.compare.runs import (
+    ComparisonOutcome,
+    ComparisonRun,
+    outcome,
+    plan_runs,
+    run_in_lab,
+    shared_folders,
+)
 from abtrain.commands.compare.summary import ComparisonRow, rows, utilisations
 from abtrain.commands.files import write_json
 from abtrain.commands.lab import Lab
 from abtrain.commands.process import stopped_by_signals
-from abtrain.commands.runs.folder_run import held, writing
-from abtrain.commands.runs.once import run_once
+from abtrain.commands.runs.folder_run import check_folders, held, run_once, writing
 from abtrain.commands.train.config import resolve
-from abtrain.commands.units import format_rate, human_bytes
+from abtrain.commands.units import format_rate, human_bytes, spread
 
 FILE = "compare.json"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs what is not done yet, and writes compare.json, the figures and report.html.
+    """Runs everything that is not done yet, and writes compare.json, the figures and report.html.
+
+    Finished runs are kept after all errors.
 
     Raises:
-        ConfigurationError: all that is wrong with the arguments or with this system, or all runs of other settings that
-            are in the way, before anything is run.
-        DataError: results of earlier runs that are damaged; likewise before anything is run.
+        ConfigurationError: lists everything that is wrong with the arguments or with this system, and all folders that
+            hold runs with other settings. No run has started.
+        DataError: results of earlier runs are damaged. No run has started.
         HostFailedError: a run failed.
         LabError: the lab cannot be built.
-        StoppedError: SIGINT, SIGTERM or SIGHUP. In all cases the runs that are done are kept.
+        StoppedError: SIGINT, SIGTERM or SIGHUP was received.
     """
     comparison = parse_arguments(arguments)
-    # The name of a recipe with options may look like markup.
+    # A recipe with options may look like markup.
     console = Console(soft_wrap=True, highlight=False, markup=False)
     planned = plan_runs(comparison)
     with stopped_by_signals(), held(comparison.out):
-        check(planned, comparison.overwrite)
+        check_folders(planned, comparison.overwrite, shared_folders(planned))
         run_once(planned, _runner(comparison), console.print, lambda run: _in_short(outcome(run)))
         outcomes = [outcome(run) for run in planned]
     command = shlex.join(("abtrain", "compare", *arguments))
@@ -59,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def write_results(comparison: Comparison, outcomes: Sequence[ComparisonOutcome], command: str) -> list[ComparisonRow]:
-    """Writes compare.json, the figures and report.html; returns the rows of the table."""
+    """Writes compare.json, the figures and report.html. Returns the rows of the table."""
     rate, workers = comparison.lab.rate(0), comparison.lab.nodes * comparison.lab.workers_per_node
     found = rows([outcome for outcome in outcomes if outcome.rate == rate], workers)
     record = _record(comparison, found, outcomes, command)
@@ -71,20 +79,20 @@ def write_results(comparison: Comparison, outcomes: Sequence[ComparisonOutcome],
 
 @contextlib.contextmanager
 def _runner(comparison: Comparison) -> Iterator[Callable[[ComparisonRun], None]]:
-    """Gives the function that runs one run, in a lab that is there meanwhile."""
+    """Gives a function that runs one run in a lab, which exists while this context is open."""
     with Lab(comparison.lab) as lab:
         yield lambda run: run_in_lab(run, lab, comparison.overwrite)
 
 
 def _in_short(result: ComparisonOutcome) -> str:
     score = f"loss {result.loss:.3f}" if result.top1 is None else f"top-1 {result.top1:.2f}"
-    return f"{score}, {human_bytes(result.wire_bytes)} a host, {result.seconds:.1f} s"
+    return f"{score}, {human_bytes(result.wire_bytes)} per host, {result.seconds:.1f} s"
 
 
 def _record(
     comparison: Comparison, found: Sequence[ComparisonRow], outcomes: Sequence[ComparisonOutcome], command: str
 ) -> dict[str, Any]:
-    """The content of compare.json: sizes in bytes, rates in bits per second, shares of 1."""
+    """Returns the content of compare.json: sizes in bytes, rates in bits per second, ratios as fractions of 1."""
     return {
         "command": command,
         "settings": comparison.settings(),
@@ -111,7 +119,7 @@ def _table(found: Sequence[ComparisonRow]) -> Table:
         mean, deviation = (row.loss, row.loss_std) if row.top1 is None else (row.top1, row.top1_std)
         table.add_row(
             row.label,
-            f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}",
+            spread(mean, deviation),
             human_bytes(row.wire_bytes),
             f"{row.wire_ratio:.2%}",
             f"{row.seconds:.1f}",

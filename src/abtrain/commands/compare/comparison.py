@@ -1,4 +1,4 @@
-"""The arguments of `abtrain compare`: read, and all that is wrong with them said at once."""
+"""Parses and validates the arguments of `abtrain compare`."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from typing import Any
 
 from abtrain.commands.compare.contestants import Contestant, contestants
 from abtrain.commands.files import write_json
-from abtrain.commands.lab.config import LabConfig, config_problems, system_problems
-from abtrain.commands.lab.rates import parse_link_rate
+from abtrain.commands.lab.config import LabConfig, config_problems, parse_link_rate, system_problems
 from abtrain.commands.page import missing_packages
 from abtrain.commands.runs.result_files import read_record
 from abtrain.commands.tasks.task import TASKS
+from abtrain.commands.units import parse_all
 from abtrain.errors import ConfigurationError, DataError, nearest
 
 SETTINGS_FILE = "settings.json"
 _EXAMPLES = """\
-a recipe may carry options, which `abtrain recipes RECIPE` lists:
+A recipe may have options, which `abtrain recipes RECIPE` lists:
   abtrain compare ab_outer "diloco:every=40,wire=int4" --task fashion-cnn --lr ab_outer=4e-3
 
-solo, ddp and ddp:wire=bf16 always take part. Runs that are done are not done again: the same command with the same
---out goes on where it was stopped, and more recipes, seeds or rates may be added to it. Runs of other settings are
-refused unless --overwrite gives them up."""
+solo, ddp and ddp:wire=bf16 are always included. Finished runs are not repeated: the same command with the same --out
+continues where it stopped, also with more recipes, seeds or rates. A run with other settings in the folder is replaced
+only with --overwrite."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The recipes that are compared, and the conditions.
+    """The recipes to compare, and the conditions of their runs.
 
     Attributes:
-        contestants: the references first.
-        lab: the cluster; its rate is that of the table.
-        more_rates: bits per second at which every contestant is run once more.
-        seeds: of the runs at the lab's rate.
-        task: that all are trained on.
-        steps: of each run.
-        out: folder for everything.
+        contestants: the recipes with their options, the references first.
+        lab: the cluster. The table shows results at its rate.
+        more_rates: further rates, in bits per second, at which every contestant runs once.
+        seeds: the seeds of the runs at the lab's rate.
+        task: the task of all runs.
+        steps: the number of steps of each run.
+        out: the folder for all files.
         overwrite: whether runs with other settings are replaced.
     """
 
@@ -68,12 +68,12 @@ def parse_arguments(arguments: Sequence[str]) -> Comparison:
     """Parses a command line and checks that this system can run it.
 
     Raises:
-        ConfigurationError: all that is wrong.
-        SystemExit: --help, or an option that there is not.
+        ConfigurationError: lists everything that is wrong.
+        SystemExit: --help, or an unknown option.
     """
     given = _parser().parse_args(arguments)
     problems = [*system_problems(), *missing_packages()]
-    rates = _rates([given.rate, *filter(None, given.more_rates.split(","))], problems)
+    rates = parse_all([given.rate, *filter(None, given.more_rates.split(","))], parse_link_rate, problems)
     lab = LabConfig(given.nodes, (rates[0] if rates else LabConfig.rates[0],), given.workers_per_node)
     problems += config_problems(lab)
     if given.seeds < 1:
@@ -102,16 +102,6 @@ def parse_arguments(arguments: Sequence[str]) -> Comparison:
     return comparison
 
 
-def _rates(texts: Sequence[str], problems: list[str]) -> list[int]:
-    rates = []
-    for text in texts:
-        try:
-            rates.append(parse_link_rate(text))
-        except ConfigurationError as error:
-            problems += error.problems
-    return rates
-
-
 def _learning_rates(texts: Sequence[str], problems: list[str]) -> dict[str, float]:
     rates = {}
     for text in texts:
@@ -126,7 +116,7 @@ def _learning_rates(texts: Sequence[str], problems: list[str]) -> dict[str, floa
 
 
 def _folder_problems(comparison: Comparison) -> list[str]:
-    """A folder holds one comparison: runs under other conditions do not belong beside it."""
+    """Returns why the folder cannot be used; empty if it is unused or holds runs under the same conditions."""
     file, wanted = comparison.out / SETTINGS_FILE, comparison.settings()
     try:
         if not os.path.lexists(file):
@@ -138,7 +128,7 @@ def _folder_problems(comparison: Comparison) -> list[str]:
     except (OSError, DataError) as error:
         return [f"--out {comparison.out} cannot be read: {error}"]
     differing = [
-        f"{name} {reprlib.repr(there.get(name))} there, {value} here"
+        f"{name} is {reprlib.repr(there.get(name))} there and {value} here"
         for name, value in wanted.items()
         if there.get(name) != value
     ]
@@ -151,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     lab = LabConfig()
     parser = argparse.ArgumentParser(
         prog="abtrain compare",
-        description="Trains a task by several recipes on an emulated cluster, under the same conditions, and writes a "
+        description="Trains a task by several recipes on an emulated cluster under the same conditions, and writes a "
         "report. Needs root on Linux.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -160,12 +150,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE")
     parser.add_argument("--task", default="digits-mlp", help=f"{', '.join(TASKS)} (default %(default)s)")
     parser.add_argument("--nodes", type=int, default=lab.nodes, help="hosts (default %(default)s)")
-    parser.add_argument("--rate", default="100mbit", help="of every link (default %(default)s)")
-    parser.add_argument("--more-rates", default="", help="rates at which seed 0 is run too: 20mbit,1gbit")
-    parser.add_argument("--workers-per-node", type=int, default=lab.workers_per_node, help="default %(default)s")
+    parser.add_argument("--rate", default="100mbit", help="rate of every link (default %(default)s)")
+    parser.add_argument("--more-rates", default="", help="further rates, at which seed 0 runs too: 20mbit,1gbit")
+    parser.add_argument(
+        "--workers-per-node",
+        type=int,
+        default=lab.workers_per_node,
+        help="processes on each host (default %(default)s)",
+    )
     parser.add_argument("--seeds", type=int, default=1, help="runs of every recipe (default %(default)s)")
-    parser.add_argument("--steps", type=int, help="of each run; by default the task's")
-    parser.add_argument("--lr", action="append", default=[], metavar="RECIPE=VALUE", help="by default the task's")
-    parser.add_argument("--out", type=Path, help="folder for everything (default runs/compare-TASK)")
-    parser.add_argument("--overwrite", action="store_true", help="replace runs in it that have other settings")
+    parser.add_argument("--steps", type=int, help="steps of each run (default: the task's)")
+    parser.add_argument(
+        "--lr", action="append", default=[], metavar="RECIPE=VALUE", help="learning rate (default: the task's)"
+    )
+    parser.add_argument("--out", type=Path, help="folder for all files (default runs/compare-TASK)")
+    parser.add_argument("--overwrite", action="store_true", help="replace runs in the folder that have other settings")
     return parser

@@ -1,4 +1,4 @@
-"""The contestants of a comparison: recipes with their options, as the command line writes them."""
+"""The contestants of a comparison: recipes with their options from the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from abtrain.errors import ConfigurationError
 
 SOLO, DDP, DDP_BF16 = "solo", "ddp", "ddp:wire=bf16"
 REFERENCES = (SOLO, DDP, DDP_BF16)
-"""Take part in every comparison: the limit in speed, what bytes are compared with, and what seconds are."""
+"""Recipes in every comparison: solo limits the speed, ddp is the reference for bytes, and ddp in bf16 for seconds."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Contestant:
     """A recipe with options.
 
     Attributes:
-        label: as it is written, RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE.
-        config: its settings, but for the seed.
+        label: the text RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE.
+        config: the settings of its runs, except for the seed.
     """
 
     label: str
@@ -31,15 +31,15 @@ class Contestant:
 
 
 def contestants(texts: Sequence[str], rates: Mapping[str, float], common: Mapping[str, Any]) -> list[Contestant]:
-    """The references and those that are asked for, each once.
+    """Returns the references and the requested contestants, without duplicates.
 
     Args:
-        texts: as the command line has them.
-        rates: learning rates, by label or by the name of the recipe.
-        common: settings of all.
+        texts: the texts of the requested contestants.
+        rates: learning rates, by label or by recipe name.
+        common: the settings that all share.
 
     Raises:
-        ConfigurationError: all that is wrong with any of them.
+        ConfigurationError: lists everything that is wrong with any of them.
     """
     problems: list[str] = []
     found: list[Contestant] = []
@@ -54,7 +54,8 @@ def contestants(texts: Sequence[str], rates: Mapping[str, float], common: Mappin
         found.append(contestant)
     names = {contestant.config.recipe_name for contestant in found}
     labels = {contestant.label for contestant in found}
-    problems += [f"--lr {name}=...: {name} is not compared" for name in rates if name not in names | labels]
+    unknown = [name for name in rates if name not in names | labels]
+    problems += [f"--lr {name}=...: {name} is not in this comparison: add it, or leave out --lr" for name in unknown]
     if problems:
         raise ConfigurationError(list(dict.fromkeys(problems)))
     return found

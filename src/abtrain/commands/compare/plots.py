@@ -1,4 +1,4 @@
-"""The figures of a comparison. Labels stand beside the marks where there is room, else in a legend."""
+"""Draws the figures of a comparison."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _SHADES = ("#123f5a", "#2f7ea8", "#8cc5e3", "#f0b46c", "#d55e00", "#7a3b69", "#9
 def draw_all(
     rows: Sequence[ComparisonRow], outcomes: Sequence[ComparisonOutcome], rate: int, folder: Path
 ) -> list[Figure]:
-    """Draws all figures; returns those that could be drawn. A failed drawing is logged, and costs no other result.
+    """Draws all figures, and returns those that could be drawn. Failures are logged, not raised.
 
     Args:
-        rows: of the table.
-        outcomes: of all runs, at all rates.
-        rate: bits per second of the runs in the table.
-        folder: for the files.
+        rows: the rows of the table.
+        outcomes: the outcomes of all runs, at all rates.
+        rate: the rate of the runs in the table, in bits per second.
+        folder: the folder for the files.
     """
     colours = _colours([row.label for row in rows])
     here = [outcome for outcome in outcomes if outcome.rate == rate]
 
     def over_bytes(axes: Axes) -> None:
-        axes.set_xlabel("MB sent by each host, at its interface")
+        axes.set_xlabel("MB sent by each host, counted at its interface")
         axes.set_xscale("log")
         plain_numbers(axes.xaxis, decades=True)
         _points(axes, rows, colours, lambda row: row.wire_bytes / 1e6)
@@ -60,43 +60,43 @@ _WIRE = Figure(
     "accuracy-over-bytes.png",
     "Accuracy over wire bytes",
     "Up and to the left is better. Dots are means over seeds, bars one standard deviation. Bytes are on a logarithmic "
-    "scale; they are counted at the hosts' interfaces, start-up included. solo sends nothing but its start-up.",
+    "scale. They are counted at the hosts' interfaces and include the start-up. solo sends only its start-up.",
 )
 _SECONDS = Figure(
     "accuracy-over-seconds.png",
     "Accuracy over seconds",
-    "Up and to the left is better. Seconds are those of the training loop; solo shows how fast training is without "
+    "Up and to the left is better. Seconds are those of the training loop. solo shows how fast training is without "
     "communication.",
 )
 _LOSS = Figure(
     "loss-over-seconds.png",
     "Training loss over seconds",
-    "The loss on worker 0's batches, first seed. Between merges it is the loss of that worker's group, not of the "
-    "average over all.",
+    "The loss on the batches of worker 0, for the first seed. Between merges it is the loss of that worker's group, "
+    "not that of the average model.",
 )
 _PHASES = Figure(
     "bytes-by-phase.png",
     "Bytes by phase",
-    "The share of each phase of the recipe in a worker's payload; the number on the right is the whole payload.",
+    "The share of each phase in the payload of a worker. The number on the right is the total payload.",
 )
 _UTILISATION = Figure(
     "utilisation-over-rate.png",
     "Utilisation over link rate",
     "The share of the time that is spent computing: seconds of solo over seconds of the recipe. Dots are measured. "
-    "Lines are estimates: they start from the dot at the table's rate, and add the time that the bytes take on a "
-    "slower or faster link.",
+    "Lines are estimates: they start from the dot at the table's rate, and add the transfer time of the bytes on a "
+    "slower link or subtract it on a faster one.",
 )
 
 
 def _colours(labels: Sequence[str]) -> dict[str, str]:
-    """A colour for each contestant; the references are grey."""
+    """Returns a colour for each contestant; references are grey."""
     greys = dict(zip(REFERENCES, ("#8a94a0", "#1f2933", "#616e7c"), strict=True))
     others = [label for label in labels if label not in greys]
     return greys | {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(others)}
 
 
 def _score(row: ComparisonRow) -> tuple[float, float]:
-    """Mean and deviation of top-1, or of the loss if the task has no top-1."""
+    """Returns mean and deviation of top-1, or of the loss if the task has no top-1."""
     if row.top1 is not None:
         return row.top1, row.top1_std or 0.0
     return row.loss, row.loss_std or 0.0
@@ -116,8 +116,8 @@ def _points(
 
 
 def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours: Mapping[str, str]) -> None:
-    """Writes each name above or below its point, at a height where it covers neither other names nor points."""
-    axes.get_xlim(), axes.get_ylim()  # fixes the scales, which the positions of names depend on
+    """Writes each name above or below its point, where it covers neither other names nor points if possible."""
+    axes.get_xlim(), axes.get_ylim()  # fixes the scales, which determine the positions of names
     placed: list[tuple[float, float]] = []
     dots = [tuple(axes.transData.transform((x, y))) for _, x, y in points]
     for label, x, y in sorted(points, key=lambda point: -point[2]):
@@ -135,7 +135,7 @@ def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours
 def _room(
     place: tuple[float, float], placed: Sequence[tuple[float, float]], dots: Sequence[tuple[float, float]]
 ) -> bool:
-    """Whether a name at `place` would cover neither the names that are placed nor the points; in pixels."""
+    """Whether a name at `place`, in pixels, covers neither placed names nor points."""
     middle = place[1] + 13
     off_names = all(abs(place[0] - x) > 190 or abs(place[1] - y) > 28 for x, y in placed)
     return off_names and all(abs(place[0] - x) > 110 or abs(middle - y) > 24 for x, y in dots)
@@ -201,5 +201,5 @@ def _utilisation(
 
 
 def _line(label: str) -> str:
-    """The line style of a contestant; the references have dashes."""
+    """Returns the line style of a contestant; solo is dotted, and ddp in bf16 is dashed."""
     return dict(zip(REFERENCES, (":", "-", "--"), strict=True)).get(label, "-")

@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML page with findings, tables and figures."""
+"""Writes the report of a comparison: one HTML page with findings, tables and figures."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from abtrain.commands.compare.contestants import DDP, DDP_BF16, REFERENCES, SOLO
 from abtrain.commands.compare.summary import ComparisonRow
 from abtrain.commands.figures import Figure
 from abtrain.commands.page import Page, Table, remarked, write_page
-from abtrain.commands.units import human_bytes
+from abtrain.commands.units import human_bytes, spread
 
 FILE = "report.html"
 _NOTE = (
-    "The hosts are emulated on one machine. Their links are shaped by token buckets, without added delay. Runs took "
-    "place one after the other, so other load on the machine is in their seconds: a utilisation above 100 % means that "
-    "the machine was busier while solo ran. All numbers are in compare.json; the settings, metrics and interface "
-    "counters of each run are in runs/."
+    "The hosts are emulated on one machine. Token buckets shape their links, without added delay. Runs took place one "
+    "after the other, so their seconds include other load on the machine: a utilisation above 100 % means that the "
+    "machine was busier while solo ran. All numbers are in compare.json. The settings, metrics and interface counters "
+    "of each run are in runs/."
 )
 
 
 def write_report(
     record: Mapping[str, Any], rows: Sequence[ComparisonRow], figures: Sequence[Figure], folder: Path
 ) -> None:
-    """Writes report.html.
+    """Writes report.html into the folder of the comparison, which holds the files of the figures.
 
     Args:
         record: the content of compare.json.
-        rows: of the table.
-        figures: whose files are in the folder.
-        folder: of the comparison.
+        rows: the rows of the table.
+        figures: the figures of the report.
+        folder: the folder of the comparison.
     """
     settings = record["settings"]
     nodes, per_node, steps = settings["nodes"], settings["workers_per_node"], settings["steps"]
     lead = (
-        f"{nodes} hosts with {per_node} worker{'s' if per_node > 1 else ''} each, every link {record['link']}, "
-        f"{steps:,} steps. Steps, seeds and order of the data are the same for all."
+        f"{nodes} hosts with {per_node} worker{'s' if per_node > 1 else ''} each, links of {record['link']}, "
+        f"{steps:,} steps. All recipes have the same steps, seeds and order of the data."
     )
     (table,) = remarked([_results_table(rows)], record["note"])
     page = Page(
@@ -67,7 +67,7 @@ def _results_table(rows: Sequence[ComparisonRow]) -> Table:
     lines = [
         (
             row.label,
-            *([_spread(row)] if classifies else []),
+            *([] if row.top1 is None else [spread(row.top1, row.top1_std)]),
             f"{row.loss:.3f}",
             human_bytes(row.wire_bytes),
             f"{100 * row.wire_ratio:.3g} %",
@@ -80,16 +80,16 @@ def _results_table(rows: Sequence[ComparisonRow]) -> Table:
         for row in rows
     ]
     note = (
-        "Top-1 is the mean over seeds ± the standard deviation. Wire bytes are those that a host's interface sent, "
-        "start-up and the first comparison of weights included. Seconds are those of the training loop. Utilisation is "
-        "the seconds of solo, which sends nothing, over those of the recipe. Grey rows are references; solo's accuracy "
-        "is that of one worker alone, with its share of the data."
+        "Top-1 is the mean over seeds ± the standard deviation. Wire bytes are the bytes that a host's interface sent, "
+        "including start-up and the first comparison of weights. Seconds are those of the training loop. Utilisation "
+        "is the seconds of solo, which does not communicate, over those of the recipe. Grey rows are references. The "
+        "accuracy of solo is that of one worker on its share of the data."
     )
     return Table("Results", header, tuple(lines), note, _references(rows))
 
 
 def _bytes_table(rows: Sequence[ComparisonRow], workers: int) -> Table:
-    sizes = ("payload of a worker", "if all-reduced in a ring", "start-up", "wire bytes")
+    sizes = ("payload of a worker", "as ring all-reduce", "start-up", "wire bytes")
     lines = []
     for row in rows:
         rest = row.wire_bytes - row.ring_bytes - row.start_bytes
@@ -97,14 +97,14 @@ def _bytes_table(rows: Sequence[ComparisonRow], workers: int) -> Table:
         ratio = f"{row.wire_bytes / row.payload:.3g}" if row.payload else "-"
         lines.append((row.label, *counts, ratio, f"{'-' if rest < 0 else ''}{human_bytes(abs(rest))}"))
     note = (
-        "Payload is what a worker hands to collectives; wire bytes are what leaves the host. They differ for four "
-        f"reasons. A ring all-reduce of n workers sends every byte 2 (n - 1) / n times, here "
-        f"{2 * (workers - 1) / workers:.3g} times. Start-up costs bytes before training begins, to meet, connect and "
-        "compare the first weights; solo sends nothing else. Headers and acknowledgements are added. And not every "
-        "collective is a ring all-reduce: all-gathers and broadcasts send other amounts, so that a recipe that sends "
-        "little, or in a code of its own, has a rest of either sign."
+        "Payload is the data that a worker hands to collectives. Wire bytes are the bytes that leave the host. They "
+        "differ for four reasons. A ring all-reduce of n workers sends every byte 2 (n - 1) / n times, here "
+        f"{2 * (workers - 1) / workers:.3g} times. Before training, workers meet, connect and compare the first "
+        "weights; solo sends only these start-up bytes. The network adds headers and acknowledgements. Not every "
+        "collective is a ring all-reduce: all-gathers and broadcasts send other amounts, so the remainder can be "
+        "negative for recipes with little traffic or with compressed wires."
     )
-    header = ("recipe", *sizes, "wire over payload", "the rest")
+    header = ("recipe", *sizes, "wire over payload", "remainder")
     return Table("Payload and wire bytes", header, tuple(lines), note, _references(rows))
 
 
@@ -112,24 +112,20 @@ def _references(rows: Sequence[ComparisonRow]) -> tuple[int, ...]:
     return tuple(i for i, row in enumerate(rows) if row.label in REFERENCES)
 
 
-def _spread(row: ComparisonRow) -> str:
-    return f"{row.top1:.2f}" if row.top1_std is None else f"{row.top1:.2f} ± {row.top1_std:.2f}"
-
-
 def _findings(rows: Sequence[ComparisonRow]) -> list[str]:
-    """Summarizes the table in sentences: which recipe sends least and which takes least time, references aside."""
+    """Returns sentences on the recipes with the least traffic and the shortest time, without the references."""
     others = [row for row in rows if row.label not in REFERENCES]
     by_label = {row.label: row for row in rows}
     if not others:
         return []
     leanest, fastest = min(others, key=lambda row: row.wire_bytes), min(others, key=lambda row: row.seconds)
     ddp, solo = by_label[DDP], by_label[SOLO]
-    # On a busy machine solo may be slower than other recipes; then it is no limit.
-    limit = f"; without any communication it would be {solo.seconds:.1f} s" if solo.seconds < fastest.seconds else ""
+    # On a busy machine solo may be slower than other recipes; then it sets no limit.
+    limit = f"; without communication it would take {solo.seconds:.1f} s" if solo.seconds < fastest.seconds else ""
     return [
-        f"{leanest.label} sends least: {human_bytes(leanest.wire_bytes)} a host, "
+        f"{leanest.label} sends the least: {human_bytes(leanest.wire_bytes)} per host, "
         f"{_times(1 / leanest.wire_ratio)} less than {DDP}{_score_against(leanest, ddp)}.",
-        f"{fastest.label} takes least time: {fastest.seconds:.1f} s, {_speed(fastest)}{limit}.",
+        f"{fastest.label} takes the least time: {fastest.seconds:.1f} s, {_speed(fastest)}{limit}.",
     ]
 
 
@@ -141,10 +137,10 @@ def _speed(row: ComparisonRow) -> str:
 
 def _score_against(row: ComparisonRow, reference: ComparisonRow) -> str:
     if row.top1 is None or reference.top1 is None:
-        return f", at a validation loss of {row.loss:.3f} against {reference.loss:.3f}"
-    return f", at {row.top1:.2f} % top-1 against {reference.top1:.2f} %"
+        return f", with a validation loss of {row.loss:.3f} instead of {reference.loss:.3f}"
+    return f", with {row.top1:.2f} % top-1 instead of {reference.top1:.2f} %"
 
 
 def _times(ratio: float) -> str:
-    """A ratio as text: 0.37x, 4.2x, 430x."""
+    """Formats a ratio: 0.37x, 4.2x, 430x."""
     return f"{ratio:.3g}x" if ratio < 100 else f"{ratio:.0f}x"

@@ -1,6 +1,6 @@
-"""The runs of a comparison: which there are, how one is run in the lab, and its outcome.
+"""The runs of a comparison: planning them, running one in the lab, and reading its outcome.
 
-The folder of a run holds its request (see `abtrain.commands.runs.request`), lab/ (bytes, and the output of the hosts)
+The folder of a run holds its request (see `abtrain.commands.runs.request`), lab/ (lab.json and the output of the hosts)
 and train/ (the run folder of `abtrain train`).
 """
 
@@ -17,7 +17,6 @@ from abtrain.commands.compare.comparison import Comparison
 from abtrain.commands.compare.contestants import Contestant
 from abtrain.commands.lab import Job, Lab
 from abtrain.commands.lab.result import FILE as LAB_FILE
-from abtrain.commands.runs import folder_run
 from abtrain.commands.runs.folder_run import FolderRun, remove
 from abtrain.commands.runs.request import REQUEST_FILE, TRAIN_FOLDER, write_request
 from abtrain.commands.runs.result_files import read_lines, read_record
@@ -32,7 +31,7 @@ _LAB_FOLDER = "lab"
 
 @dataclass(frozen=True)
 class ComparisonRun(FolderRun):
-    """One run of a comparison: a contestant with a seed, at a rate."""
+    """One run of a comparison: a contestant with a seed at a link rate."""
 
     contestant: Contestant
     seed: int
@@ -60,19 +59,19 @@ class ComparisonOutcome:
     """The outcome of one run.
 
     Attributes:
-        label: of the contestant.
-        seed: of the run.
-        rate: bits per second of all links.
-        top1: in per cent; None if the task has none.
-        loss: on the validation data, in nats.
-        seconds: of the training loop, without the start-up of processes.
-        sync_seconds: those of `seconds` in which worker 0 waited for others.
-        payload: bytes that worker 0 handed to collectives.
-        payload_by_phase: `payload`, by the phases of the recipe.
-        wire_bytes: bytes that a host transmitted, start-up included; the mean over hosts.
-        compression: parameters of the full model over those of the factored one.
+        label: the label of the contestant.
+        seed: the seed of the run.
+        rate: the rate of all links in bits per second.
+        top1: the top-1 accuracy in percent; None if the task has none.
+        loss: the validation loss in nats.
+        seconds: the time of the training loop, without the start-up of processes.
+        sync_seconds: the part of `seconds` in which worker 0 waited for others.
+        payload: the bytes that worker 0 handed to collectives.
+        payload_by_phase: the payload of each phase of the recipe.
+        wire_bytes: the bytes that a host sent, start-up included; the mean over hosts.
+        compression: the parameters of the full model over those of the factored one.
         curve: (seconds, mean loss since the last point) of worker 0's training.
-        version: of abtrain that trained it; None if the result does not tell.
+        version: the version of abtrain that trained it; None if the result does not have it.
     """
 
     label: str
@@ -91,7 +90,7 @@ class ComparisonOutcome:
 
 
 def plan_runs(comparison: Comparison) -> list[ComparisonRun]:
-    """All runs, each once. Every contestant's first seed comes first, so that an early table has all contestants."""
+    """Returns all runs without duplicates. The first seed of all contestants comes first, for an early table."""
     pairs = [(seed, comparison.lab.rate(0)) for seed in comparison.seeds]
     pairs += [(comparison.seeds[0], rate) for rate in comparison.more_rates if rate != comparison.lab.rate(0)]
     return [
@@ -101,26 +100,21 @@ def plan_runs(comparison: Comparison) -> list[ComparisonRun]:
     ]
 
 
-def check(planned: Sequence[ComparisonRun], overwrite: bool) -> None:
-    """Inspects the folders of all runs before the first of them is run (see `folder_run.check`)."""
-    folder_run.check(planned, overwrite, _shared_folders(planned))
-
-
 def run_in_lab(run: ComparisonRun, lab: Lab, overwrite: bool = False) -> None:
-    """Runs what is not done. A stopped run starts again from step 0, because its seconds are measured.
+    """Runs a run unless it is done. A stopped run starts again from step 0, because its seconds are measured.
 
     Args:
-        run: one of a comparison.
-        lab: the cluster; its links are set to the rate of the run.
-        overwrite: whether the user gives up a run with other settings in the folder.
+        run: the run.
+        lab: the cluster, whose links are set to the rate of the run.
+        overwrite: whether a run with other settings in the folder is replaced.
 
     Raises:
         ConfigurationError: the folder holds a run with other settings.
-        DataError: the folder holds a result that cannot be used.
-        HostFailedError: the run failed; the message begins with which run it was.
+        DataError: the folder holds a damaged result.
+        HostFailedError: the run failed; the message names the run.
     """
     _make_room(run, overwrite)
-    if run.done:  # another process has run it since this one looked
+    if run.done:  # another process may have finished it
         return
     write_request(run.folder, run.config)
     if lab.rates != [run.rate] * lab.config.nodes:
@@ -139,14 +133,14 @@ def outcome(run: ComparisonRun) -> ComparisonOutcome:
     """Reads the outcome of a finished run.
 
     Raises:
-        DataError: a file of its results is damaged.
+        DataError: a result file is damaged.
     """
     result, hosts = map(read_record, run.results)
     sent = [host.number("tx_bytes") for host in hosts.records("hosts")]
     if not sum(sent):
-        raise hosts.error(("hosts",), sent, "a list of hosts of which at least one has sent something")
+        raise hosts.error(("hosts",), sent, "a list of hosts with some traffic")
     lines = read_lines(run.folder / TRAIN_FOLDER / METRICS_FILE)
-    # A loss that was not finite is null in the file, and is left out of the curve.
+    # A loss that is not finite is null in the file, and has no point in the curve.
     curve = [(line.number("seconds"), line.optional_number("loss")) for line in lines]
     return ComparisonOutcome(
         label=run.contestant.label,
@@ -166,7 +160,7 @@ def outcome(run: ComparisonRun) -> ComparisonOutcome:
 
 
 def _make_room(run: ComparisonRun, overwrite: bool) -> None:
-    """Removes the rest of a stopped run with the same settings, or a run that the user gives up."""
+    """Removes the files of a stopped run with the same settings, or of a run that may be replaced."""
     if run.make_room(overwrite):
         return
     run.check_results()
@@ -175,11 +169,11 @@ def _make_room(run: ComparisonRun, overwrite: bool) -> None:
             remove(run.folder / part)
 
 
-def _shared_folders(planned: Sequence[ComparisonRun]) -> list[str]:
-    """Returns a problem for each two runs whose labels differ only in characters that folder names leave out."""
+def shared_folders(planned: Sequence[ComparisonRun]) -> list[str]:
+    """Returns a message for each pair of runs whose labels differ only in characters that folder names cannot hold."""
     first: dict[Path, ComparisonRun] = {}
     return [
-        f"{first[run.folder]} and {run} would share the folder {run.folder}: compare them under two --out"
+        f"{first[run.folder]} and {run} have the same folder {run.folder}: compare them with different --out"
         for run in planned
         if first.setdefault(run.folder, run) != run
     ]

@@ -1,4 +1,4 @@
-"""From runs to the rows of a table: means over seeds, and ratios to the references. Pure."""
+"""Computes the rows of the table from the outcomes of runs: means over seeds, and ratios to the references."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from abtrain.commands.compare.runs import ComparisonOutcome
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One contestant: means over its seeds at the comparison's rate.
+    """The means over the seeds of one contestant, at the rate of the comparison.
 
     Attributes:
-        label: of the contestant.
-        seeds: how many runs the means are over.
-        top1, top1_std: per cent; None where the task has none, and the deviation also with a single seed.
-        loss, loss_std: on the validation data, in nats.
-        wire_bytes: transmitted by each host, everything included.
-        wire_ratio: to that of ddp in fp32.
-        seconds: of the training loop.
-        sync_seconds: of these, waiting for others.
-        seconds_ratio: to that of ddp in bf16.
-        utilisation: seconds of solo over its own: the share of time that is not spent on others.
-        compression: full parameters over factored ones.
-        payload: bytes that a worker hands to collectives.
-        ring_bytes: what the payload comes to if every byte of it is all-reduced in a ring.
-        start_bytes: of the wire bytes those that solo has too: start-up and the comparison of initial weights.
-        payload_by_phase: payload of each phase of the recipe.
+        label: the label of the contestant.
+        seeds: the number of runs.
+        top1, top1_std: the top-1 accuracy in percent and its deviation; None if the task has none. The deviation is
+            also None for a single seed.
+        loss, loss_std: the validation loss in nats and its deviation, which is None for a single seed.
+        wire_bytes: the bytes that each host sent, start-up included.
+        wire_ratio: the wire bytes over those of ddp in fp32.
+        seconds: the time of the training loop.
+        sync_seconds: the part of `seconds` spent waiting for others.
+        seconds_ratio: the seconds over those of ddp in bf16.
+        utilisation: the seconds of solo over its own seconds, the share of time spent computing.
+        compression: the parameters of the full model over those of the factored one.
+        payload: the bytes that a worker hands to collectives.
+        ring_bytes: the bytes that a ring all-reduce of the payload sends.
+        start_bytes: the wire bytes of solo: start-up and the comparison of initial weights.
+        payload_by_phase: the payload of each phase of the recipe.
     """
 
     label: str
@@ -52,11 +53,11 @@ class ComparisonRow:
 
 
 def rows(outcomes: Sequence[ComparisonOutcome], workers: int) -> list[ComparisonRow]:
-    """A row for each contestant, in the order of their first runs.
+    """Returns a row for each contestant, in the order of their first runs.
 
     Args:
-        outcomes: of runs at one rate, those of the references among them.
-        workers: that take part in each run.
+        outcomes: the outcomes of runs at one rate, including the references.
+        workers: the number of workers in each run.
     """
     by_label: dict[str, list[ComparisonOutcome]] = {}
     for outcome in outcomes:
@@ -92,7 +93,7 @@ def rows(outcomes: Sequence[ComparisonOutcome], workers: int) -> list[Comparison
 
 
 def utilisations(outcomes: Sequence[ComparisonOutcome]) -> dict[str, list[tuple[int, float]]]:
-    """For each contestant (bits per second, utilisation), as measured, the slowest link first."""
+    """Returns for each contestant its measured (bits per second, utilisation), from the slowest link to the fastest."""
     found: dict[str, list[tuple[int, float]]] = {}
     for rate in sorted({outcome.rate for outcome in outcomes}):
         here = [outcome for outcome in outcomes if outcome.rate == rate]
@@ -106,14 +107,14 @@ def utilisations(outcomes: Sequence[ComparisonOutcome]) -> dict[str, list[tuple[
 def expected_utilisation(row: ComparisonRow, measured_rate: int, rate: float, wire_share: float) -> float:
     """Predicts a contestant's utilisation on other links.
 
-    On slower ones its measured seconds grow by what its bytes take longer on the link. On faster ones the time that it
-    waited for its bytes shrinks with what they take on the link; the rest was hidden behind computing already.
+    On a slower link, the measured seconds grow by the additional transfer time of its bytes. On a faster link, they
+    shrink by the saved transfer time, at most by the time that the contestant waited: the rest was already hidden.
 
     Args:
-        row: of the contestant.
-        measured_rate: bits per second that the row was measured at.
-        rate: of the other links.
-        wire_share: payload over what a link is shaped by.
+        row: the row of the contestant.
+        measured_rate: the rate at which the row was measured, in bits per second.
+        rate: the rate of the other links, in bits per second.
+        wire_share: TCP payload over the bytes that a link is shaped by.
     """
     on_link = 8 * row.wire_bytes / wire_share / measured_rate
     slower = measured_rate / rate

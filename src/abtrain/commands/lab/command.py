@@ -1,4 +1,4 @@
-"""`abtrain lab`: a script on an emulated cluster, from the command line to the table of bytes."""
+"""`abtrain lab`: runs a script on an emulated cluster and prints a table of the bytes that its hosts sent."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the command.
 
     Raises:
-        ConfigurationError: all that is wrong with the arguments or with this system, before anything is built.
+        ConfigurationError: lists everything that is wrong with the arguments or with this system. Nothing was built.
         HostFailedError: a host failed; the exit code is that of the host.
-        LabError: the lab cannot be built, or its time is over.
-        StoppedError: SIGINT, SIGTERM or SIGHUP. In all cases nothing of the lab is left.
+        LabError: the lab cannot be built, or the job's time-out has passed.
+        StoppedError: SIGINT, SIGTERM or SIGHUP was received. The lab is removed in all cases.
     """
     request = parse_arguments(arguments)
     console = Console(soft_wrap=True, highlight=False)
     if request.job is None:
         removed = clean()
-        console.print(f"removed {', '.join(removed)}" if removed else "nothing is left of dead labs")
+        console.print(f"removed {', '.join(removed)}" if removed else "dead labs have left nothing")
         return
     with stopped_by_signals():
         _run(request, console)

@@ -1,4 +1,4 @@
-"""The configuration of a lab, and its validation."""
+"""The configuration of a lab and its validation."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ import shutil
 import sys
 from dataclasses import dataclass
 
-from abtrain.commands.lab.rates import HIGHEST, LOWEST
+from abtrain.commands.units import format_rate, parse_rate
+from abtrain.errors import ConfigurationError
 
-MOST_HOSTS = 250  # what one bridge and this many trees of processes still make sense for
+LOWEST, HIGHEST = 100 * 10**3, 100 * 10**9
+"""The range of rates, in bits per second, to which a link can be shaped sensibly."""
+MOST_HOSTS = 250  # one bridge and one machine can carry about this many trees of processes
 _REMEDY = "the lab needs root on Linux with iproute2 (Debian: apt-get install iproute2)"
 
 
 @dataclass(frozen=True)
 class LabConfig:
-    """An emulated cluster: hosts joined by a switch, each by a link of its own.
+    """An emulated cluster: hosts that are connected to a switch, each by its own link.
 
     Attributes:
-        nodes: hosts.
-        rates: bits per second of the links, the same both ways: one for all hosts, or one for each.
-        workers_per_node: processes that torchrun starts on each host.
-        network: the hosts' addresses; they are visible inside the lab only.
-        name: tells labs of one process apart.
-        tolerance: share by which a link's measured rate may be off.
+        nodes: the number of hosts.
+        rates: the rates of the links in bits per second, the same in both directions: one for all hosts, or one for
+            each host.
+        workers_per_node: the number of processes that torchrun starts on each host.
+        network: the network of the hosts' addresses, which are visible only inside the lab.
+        name: distinguishes the labs of one process.
+        tolerance: the largest relative difference between a link's measured rate and its configured rate.
     """
 
     nodes: int = 4
@@ -36,48 +40,61 @@ class LabConfig:
     tolerance: float = 0.15
 
     def rate(self, host: int) -> int:
-        """Bits per second of a host's link."""
+        """Returns the rate of a host's link in bits per second."""
         return self.rates[host if len(self.rates) > 1 else 0]
 
     def address(self, host: int) -> str:
-        """The address of a host; that of number `nodes` belongs to the switch."""
+        """Returns the address of a host; host number `nodes` is the switch."""
         return str(ipaddress.IPv4Network(self.network)[host + 1])
 
     @property
     def prefix_length(self) -> int:
-        """Bits of an address that all hosts have alike."""
+        """The length of the network's prefix in bits."""
         return ipaddress.IPv4Network(self.network).prefixlen
 
 
+def parse_link_rate(text: str) -> int:
+    """Parses the rate of a link, such as `100mbit`, into whole bits per second.
+
+    Raises:
+        ConfigurationError: the text is not a rate, or the rate is outside the range of a lab's links.
+    """
+    rate = round(parse_rate(text))
+    if not LOWEST <= rate <= HIGHEST:
+        raise ConfigurationError(f"rate {text!r} is out of range: use {format_rate(LOWEST)} to {format_rate(HIGHEST)}")
+    return rate
+
+
 def config_problems(config: LabConfig) -> list[str]:
-    """Everything that is wrong with the settings, a message each."""
+    """Returns a message for each wrong setting; empty if all are valid."""
     problems = []
     if not 1 <= config.nodes <= MOST_HOSTS:
-        problems.append(f"{config.nodes} hosts cannot be: use 1 to {MOST_HOSTS} --nodes")
+        problems.append(f"--nodes {config.nodes} is out of range: use 1 to {MOST_HOSTS} hosts")
     if config.workers_per_node < 1:
         problems.append(f"--workers-per-node {config.workers_per_node} is too small: use at least 1")
     if len(config.rates) not in (1, config.nodes):
         problems.append(
-            f"{len(config.rates)} rates for {config.nodes} hosts: give --rates one for each host, or --rate one for all"
+            f"--rates has {len(config.rates)} rates for {config.nodes} hosts: give one rate for each host, or one for "
+            "all with --rate"
         )
     for rate in config.rates:
         if not LOWEST <= rate <= HIGHEST:
-            problems.append(f"a rate of {rate} bit/s is out of range: use {LOWEST} to {HIGHEST}")
+            problems.append(f"rate {rate} bit/s is out of range: use {LOWEST} to {HIGHEST} bit/s")
     if not re.fullmatch("[a-z0-9]{1,32}", config.name):
-        problems.append(f"name {config.name!r} cannot be: use up to 32 small letters and digits")
+        problems.append(f"name {config.name!r} is not valid: use up to 32 lower-case letters and digits")
     if not 0 < config.tolerance < 1:
-        problems.append(f"a tolerance of {config.tolerance} cannot be: use a share between 0 and 1")
+        problems.append(f"tolerance {config.tolerance} is out of range: use a number between 0 and 1")
     return problems + _network_problems(config)
 
 
 def system_problems() -> list[str]:
-    """Why this system cannot run a lab, a message each."""
+    """Returns a message for each reason why this system cannot run a lab; empty if it can."""
     if sys.platform != "linux":
-        return [f"no lab on {sys.platform}: {_REMEDY}"]
+        return [f"this system is {sys.platform}: {_REMEDY}"]
     problems = []
     if os.geteuid() != 0:
-        problems.append(f"no lab as user {os.geteuid()}: {_REMEDY}")
-    problems += [f"no lab without the command {tool!r}: {_REMEDY}" for tool in ("ip", "tc") if not shutil.which(tool)]
+        problems.append(f"the command runs as user {os.geteuid()}: {_REMEDY}")
+    problems += [f"the command {tool!r} is not installed: {_REMEDY}" for tool in ("ip", "tc") if not shutil.which(tool)]
     return problems
 
 
@@ -85,10 +102,10 @@ def _network_problems(config: LabConfig) -> list[str]:
     try:
         network = ipaddress.IPv4Network(config.network)
     except ValueError as error:
-        return [f"--network {config.network!r} is no IPv4 network ({error}): use one such as {LabConfig.network}"]
-    # Beside the hosts: the network's own address, that of the switch, and the broadcast address.
+        return [f"--network {config.network!r} is not an IPv4 network ({error}): use one such as {LabConfig.network}"]
+    # The network, the switch and the broadcast need an address each.
     if network.num_addresses < config.nodes + 3:
         return [
-            f"--network {config.network} has too few addresses for {config.nodes} hosts: use one with a shorter mask"
+            f"--network {config.network} has too few addresses for {config.nodes} hosts: use a shorter network prefix"
         ]
     return []

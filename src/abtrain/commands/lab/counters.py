@@ -1,4 +1,4 @@
-"""Bytes at the hosts' interfaces, as the kernel counts them, and the highest rates at which they passed."""
+"""Reads the kernel's byte counters of the hosts' interfaces, and records peak rates."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from io import FileIO
 from abtrain.commands.lab.network import INTERFACE
 
 SAMPLE_SECONDS = 0.2
-"""Between two samples: what a peak rate is the mean over."""
+"""The time between two samples. A peak rate is a mean over this time."""
 
 
 @dataclass(frozen=True)
 class HostTraffic:
-    """The bytes and packets that passed a host's interface.
+    """The traffic of a host's interface.
 
     Attributes:
-        tx_bytes, rx_bytes: transmitted and received, with Ethernet, IP and TCP headers of the packets as the host
-            hands them over, before they are cut to the link's size.
+        tx_bytes, rx_bytes: bytes sent and received, with the Ethernet, IP and TCP headers of packets as the host hands
+            them over, before segmentation to the link's MTU.
         peak_tx, peak_rx: bits per second in the busiest sample.
     """
 
@@ -29,11 +29,11 @@ class HostTraffic:
 
 
 class Sampler:
-    """Watches the counters of all hosts, from when it is made.
+    """Samples the counters of all hosts. Totals count from its construction.
 
     Args:
-        files: for each host the file with its counters; they are closed by `close`.
-        now: seconds.
+        files: for each host the open file with its counters; `close` closes them.
+        now: the time in seconds.
     """
 
     def __init__(self, files: Sequence[FileIO], now: float) -> None:
@@ -43,7 +43,7 @@ class Sampler:
         self._time = now
 
     def sample(self, now: float) -> None:
-        """Reads the counters, if it is time for that."""
+        """Reads the counters if the last sample is at least `SAMPLE_SECONDS` old."""
         if now - self._time < SAMPLE_SECONDS:
             return
         counts, seconds = self._read(), now - self._time
@@ -63,7 +63,7 @@ class Sampler:
         return [HostTraffic(tx - tx0, rx - rx0, *peaks) for (tx0, rx0), (tx, rx), peaks in ends]
 
     def close(self) -> None:
-        """Closes the files. A namespace lives as long as one of its counters is open."""
+        """Closes the files. An open file keeps its namespace alive."""
         for file in self._files:
             file.close()
 
@@ -76,10 +76,10 @@ class Sampler:
 
 
 def parse_counters(text: str) -> tuple[int, int]:
-    """Transmitted and received bytes of the link, from the content of /proc/net/dev."""
+    """Returns the bytes sent and received over the link, from the content of /proc/net/dev."""
     for line in text.splitlines():
         device, _, fields = line.partition(":")
         if device.strip() == INTERFACE:
             numbers = fields.split()
             return int(numbers[8]), int(numbers[0])
-    raise ValueError(f"no interface {INTERFACE} among the counters")
+    raise ValueError(f"the counters have no interface {INTERFACE}")

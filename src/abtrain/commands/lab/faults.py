@@ -1,4 +1,4 @@
-"""Faults of hosts and links that are injected while a command runs, and their notation."""
+"""Faults of hosts and links that are injected while a job runs, and their notation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from abtrain.commands.lab.rates import parse_link_rate
+from abtrain.commands.lab.config import parse_link_rate
 from abtrain.commands.units import format_rate
 from abtrain.errors import ConfigurationError
 
@@ -19,11 +19,11 @@ class LabFault:
     """One fault of one host.
 
     Attributes:
-        kind: the host's link is cut, its processes are frozen or killed, or its link's rate changes.
-        host: number of the host, from 0.
-        at: seconds after the start of the command.
-        duration: seconds until a cut link is joined again, or frozen processes go on; None: not before the end.
-        rate: new rate of the link in bits per second; of a change only.
+        kind: `cut` (the link), `freeze` or `kill` (all processes), or `change` (the rate of the link).
+        host: the number of the host, from 0.
+        at: seconds after the start of the job.
+        duration: seconds until a cut link is joined or frozen processes continue; None if the fault lasts to the end.
+        rate: the new rate of the link in bits per second; only for `change`.
     """
 
     kind: Kind
@@ -50,15 +50,15 @@ _FORMS: dict[Kind, tuple[str, str]] = {
 
 
 def form_of(kind: Kind) -> str:
-    """How a fault of this kind is written, with an example."""
+    """Returns the notation for faults of this kind, with an example."""
     return _FORMS[kind][1]
 
 
 def parse_fault(kind: Kind, text: str) -> LabFault:
-    """A fault as it is written on the command line, such as 3@20s+10s.
+    """Parses a fault from the command line, such as 3@20s+10s.
 
     Raises:
-        ConfigurationError: the text is no such fault.
+        ConfigurationError: the text is not a fault of this kind.
     """
     pattern, form = _FORMS[kind]
     found = re.fullmatch(pattern, text.strip())
@@ -76,26 +76,28 @@ def parse_fault(kind: Kind, text: str) -> LabFault:
 
 
 def fault_problems(faults: Iterable[LabFault], nodes: int) -> list[str]:
-    """Returns one message for each problem of faults in a lab of `nodes` hosts."""
+    """Returns a message for each problem of faults in a lab of `nodes` hosts; empty if there are none."""
     problems = []
     for fault in faults:
         if not 0 <= fault.host < nodes:
-            problems.append(f"{fault}: there is no host {fault.host}: hosts are numbered 0 to {nodes - 1}")
+            problems.append(f"{fault}: host {fault.host} does not exist: use a number from 0 to {nodes - 1}")
         if fault.duration is not None and fault.duration <= 0:
-            problems.append(f"{fault}: a duration of {fault.duration:g} s is no time: use more, or leave it out")
+            problems.append(
+                f"{fault}: the duration {fault.duration:g} s is too short: use one above 0, or leave it out"
+            )
         if (fault.kind == "change") != (fault.rate is not None):
-            problems.append(f"{fault}: a change of rate needs a rate, and nothing else has one")
+            problems.append(f"{fault}: only a change has a rate: give a rate for a change, and leave it out elsewhere")
     return problems
 
 
 @dataclass(frozen=True)
 class Action:
-    """The beginning or end of a fault on one host, at a time.
+    """The beginning or the end of a fault.
 
     Attributes:
-        at: seconds after the start of the command.
+        at: seconds after the start of the job.
         verb: cut, join, freeze, thaw, kill or change.
-        fault: what it belongs to.
+        fault: the fault that begins or ends.
     """
 
     at: float
@@ -105,13 +107,13 @@ class Action:
 
 @dataclass(frozen=True)
 class Event:
-    """An action on a host, and when it was done.
+    """The record of an action on a host.
 
     Attributes:
-        seconds: after the start of the command; below 0 if it was done before.
+        seconds: the time of the action, in seconds after the start of the job; below 0 if it was earlier.
         verb: cut, join, freeze, thaw, kill or change.
-        host: number of the host.
-        rate: new rate of its link in bits per second; of a change only.
+        host: the number of the host.
+        rate: the new rate of its link in bits per second; only for `change`.
     """
 
     seconds: float
@@ -127,7 +129,7 @@ _ENDS = {"cut": "join", "freeze": "thaw"}
 
 
 def timeline(faults: Iterable[LabFault]) -> list[Action]:
-    """The actions that faults consist of, in the order of time."""
+    """Returns the beginnings and ends of faults in chronological order."""
     actions = []
     for fault in faults:
         actions.append(Action(fault.at, fault.kind, fault))
@@ -140,11 +142,11 @@ def faults_in_words(events: Iterable[Event], until: float) -> list[str]:
     """Describes the faults that were injected before `until`, one sentence each, without full stops.
 
     Args:
-        events: in the order of time.
-        until: seconds after the start of the command; later events do not count.
+        events: in chronological order.
+        until: seconds after the start of the job; later events do not count.
     """
-    told = [event for event in events if event.seconds <= until]
-    return [_in_words(event, told[index + 1 :]) for index, event in enumerate(told) if event.verb in _WORDS]
+    counted = [event for event in events if event.seconds <= until]
+    return [_in_words(event, counted[index + 1 :]) for index, event in enumerate(counted) if event.verb in _WORDS]
 
 
 _WORDS = {"cut": "was cut off", "freeze": "was frozen", "kill": "was killed", "change": "got a link of {rate}"}

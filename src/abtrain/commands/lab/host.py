@@ -1,7 +1,7 @@
-"""torchrun as a host of a lab runs it: it ends with the lab, and with the exit code of the worker that failed.
+"""Runs torchrun on a host of a lab, and ends with the exit code of the worker that failed first.
 
-As a program, `python -m abtrain.commands.lab.host LAB ARGUMENTS...`, LAB is the process of the lab, and the rest is
-torchrun's.
+The program is `python -m abtrain.commands.lab.host LAB ARGUMENTS...`. LAB is the process number of the lab, and
+ARGUMENTS are those of torchrun. The program ends if the lab's process ends.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def main(lab: int, arguments: list[str]) -> int:
     """Runs torchrun.
 
     Returns:
-        0, or the exit code of the worker that failed first; 128 and its number if a signal ended that.
+        0, or the exit code of the worker that failed first; 128 + N if signal N ended that worker.
     """
-    # Workers are found in the host's namespace and ended there; this is for the moment before it is entered.
+    # The lab kills all processes in the namespace of a host. This covers the moment before the host enters it.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != lab:
         return 128 + signal.SIGKILL

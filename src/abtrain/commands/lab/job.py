@@ -1,4 +1,4 @@
-"""Jobs on the hosts of a lab, and how each host starts its part."""
+"""Jobs on the hosts of a lab: their validation, and the command line and environment of each host."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from abtrain.commands.lab.network import INTERFACE
 Launcher = Literal["torchrun", "python"]
 
 LAUNCHER_FOLDER = ".torchrun"
-"""In the job's folder, for torchrun's own files while the job runs."""
+"""The folder for torchrun's files, inside the job's folder. It exists while the job runs."""
 _HOST_PROGRAM = "abtrain.commands.lab.host"
-_PORT = "29500"  # torchrun's own; a lab's addresses are its own, so nothing else is in the way
-# torchrun looks for dead workers this often, so that hosts fail in the order in which their workers did.
+_PORT = "29500"  # torchrun's default; no other program uses the addresses of a lab
+# torchrun checks its workers this often, so that hosts fail in the same order as their workers.
 _MONITOR_SECONDS = "0.02"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command for all hosts of a lab.
+    """A command that all hosts of a lab run.
 
     Attributes:
         command: a script, or -m and a module, with its arguments.
-        out: folder for lab.json and the output of each host; made if it is not there.
-        faults: what happens to hosts and links meanwhile.
-        launcher: torchrun; or python: each host runs the command once, and finds its number in LAB_HOST.
+        out: the folder for lab.json and the output of each host; created if it does not exist.
+        faults: the faults to inject while the job runs.
+        launcher: `torchrun`, or `python`, which runs the command once on each host, with the host's number in LAB_HOST.
         environment: variables to set on all hosts.
-        timeout: seconds after which the command is ended.
+        timeout: seconds after which the job is stopped.
     """
 
     command: tuple[str, ...]
@@ -46,20 +46,20 @@ class Job:
 
 
 def job_problems(job: Job, nodes: int) -> list[str]:
-    """Everything that is wrong with a job in a lab of so many hosts, a message each."""
+    """Returns a message for each problem of a job in a lab of `nodes` hosts; empty if there are none."""
     problems = [*_command_problems(job.command), *fault_problems(job.faults, nodes)]
     if job.timeout is not None and job.timeout <= 0:
-        problems.append(f"a time-out of {job.timeout:g} s is no time: use more")
+        problems.append(f"--timeout {job.timeout:g} is too short: use a number of seconds above 0")
     try:
         if job.out.exists() and (not job.out.is_dir() or any(job.out.iterdir())):
             problems.append(f"--out {job.out} is in use: name a folder that is empty or does not exist yet")
     except OSError as error:
-        problems.append(f"--out {job.out} cannot be looked into: {error}")
+        problems.append(f"--out {job.out} cannot be read: {error}. Name another folder")
     return problems
 
 
 def host_command(job: Job, config: LabConfig, host: int) -> list[str]:
-    """The command line of one host."""
+    """Returns the command line of one host."""
     if job.launcher == "python":
         return [sys.executable, *job.command]
     torchrun = {
@@ -70,7 +70,7 @@ def host_command(job: Job, config: LabConfig, host: int) -> list[str]:
         "--master-port": _PORT,
         "--local-addr": config.address(host),
         "--monitor-interval": _MONITOR_SECONDS,
-        # By default torchrun leaves a folder where all programs put their temporary files, and never removes it.
+        # By default torchrun creates a temporary folder that it never removes.
         "--log-dir": str(job.out / LAUNCHER_FOLDER),
     }
     settings = [part for setting in torchrun.items() for part in setting]
@@ -78,12 +78,12 @@ def host_command(job: Job, config: LabConfig, host: int) -> list[str]:
 
 
 def host_environment(job: Job, host: int) -> dict[str, str]:
-    """All variables of one host's command."""
+    """Returns all environment variables of one host's command."""
     return {
-        # As torchrun does: workers that each take all cores are slower together.
+        # As torchrun does: workers that each use all cores slow each other down.
         "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",  # what a host prints is seen when it prints it
-        # Hosts have no names, and PyTorch would warn of that with every connection.
+        "PYTHONUNBUFFERED": "1",  # shows output immediately
+        # Hosts have no names, and PyTorch would warn about that at every connection.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         **os.environ,
         "GLOO_SOCKET_IFNAME": INTERFACE,
@@ -95,21 +95,23 @@ def host_environment(job: Job, host: int) -> dict[str, str]:
 
 def _command_problems(command: tuple[str, ...]) -> list[str]:
     if not command:
-        return ["there is no command: give one behind --, such as -- train.py --steps 100, or -- -m MODULE"]
+        return ["there is no command: give one after --, such as -- train.py --steps 100, or -- -m MODULE"]
     first = command[0]
     if first == "-m":
         if len(command) == 1:
             return ["-m needs a module: give one, such as -- -m abtrain train ddp"]
-        return [] if _is_module(command[1]) else [f"there is no module {command[1]!r}: name one that Python can import"]
+        return (
+            [] if _is_module(command[1]) else [f"module {command[1]!r} is not found: name one that Python can import"]
+        )
     if first.startswith("-"):
-        return [f"command {first!r} is no script: begin it with a script or with -m MODULE"]
+        return [f"command {first!r} is not a script: begin it with a script or with -m MODULE"]
     if not Path(first).is_file():
-        return [f"there is no script {first!r} in {Path.cwd()}: name a Python file, or use -m MODULE"]
+        return [f"script {first!r} is not in {Path.cwd()}: name a Python file, or use -m MODULE"]
     return []
 
 
 def _is_module(name: str) -> bool:
-    # As `python -m` does, which looks into the folder that it is called in.
+    # As `python -m` does, which also searches the current folder.
     before = list(sys.path)
     sys.path.insert(0, str(Path.cwd()))
     try:

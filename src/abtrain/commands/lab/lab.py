@@ -1,4 +1,4 @@
-"""An emulated cluster, from its first namespace to its last.
+"""An emulated cluster: builds it, runs jobs in it, injects faults, and removes it.
 
 with Lab(LabConfig(nodes=4, rates=(100_000_000,))) as lab:
     result = lab.run(Job(("train.py", "--steps", "100"), out=Path("runs/lab")))
@@ -31,11 +31,11 @@ _WATCHER = "abtrain.commands.lab.watcher"
 
 
 def clean() -> list[str]:
-    """Removes what is left of labs whose process is gone; returns their names.
+    """Removes what labs have left whose process has ended, and returns their names.
 
     Raises:
-        ConfigurationError: this system can have no labs.
-        LabError: some cannot be removed; the others are.
+        ConfigurationError: this system cannot run labs.
+        LabError: some of them cannot be removed. The others are removed.
     """
     problems = system_problems()
     if problems:
@@ -53,14 +53,15 @@ def clean() -> list[str]:
 
 
 class Lab:
-    """An emulated cluster that is there inside a `with` block. It runs one job at a time; another thread may cause
-    faults meanwhile, beside those of the job.
+    """An emulated cluster that exists inside a `with` block and runs one job at a time.
+
+    Besides the faults of the job, another thread may cause faults while it runs.
 
     Args:
-        config: of hosts and links.
+        config: the settings of hosts and links.
 
     Attributes:
-        measured: for each host, bits per second that its link carries up and down, as last measured.
+        measured: for each host, the rates of its link up and down in bits per second, as last measured.
     """
 
     def __init__(self, config: LabConfig) -> None:
@@ -72,18 +73,18 @@ class Lab:
         self._cut_off: set[int] = set()
 
     def __enter__(self) -> Lab:
-        """Removes what is left of dead labs, builds this one, and measures its links.
+        """Removes what dead labs have left, builds this lab, and measures its links.
 
         Raises:
-            ConfigurationError: all that is wrong with the settings or with this system.
-            LabError: it cannot be built, or a link is not as fast as it should be.
+            ConfigurationError: lists everything that is wrong with the settings or with this system.
+            LabError: the lab cannot be built, or the rate of a link is wrong.
         """
         problems = [*config_problems(self.config), *system_problems()]
         if problems:
             raise ConfigurationError(problems)
         try:
             clean()
-        except LabError as error:  # of others; this lab can do without their leftovers being gone
+        except LabError as error:  # leftovers of other labs do not disturb this one
             log.warning("%s", error)
         self._network = Network(self.config)
         self._network.check_name()
@@ -102,17 +103,19 @@ class Lab:
         self._remove()
 
     def run(self, job: Job, *, show: Show = lambda host, line: None, check: bool = True) -> LabResult:
-        """Runs a command on every host, and waits until it has ended on all of them. Rates stay as faults leave them.
+        """Runs a command on every host, and waits until it has ended on all of them.
+
+        Rates that a fault changes stay changed.
 
         Args:
-            job: the command, and what happens meanwhile.
-            show: gets each line that a host prints, (host, line), in a thread of the host's.
-            check: raise the result's error, if it has one.
+            job: the command and its faults.
+            show: called with (host, line) for each line that a host prints, in a separate thread for each host.
+            check: whether to raise the result's error.
 
         Raises:
-            ConfigurationError: all that is wrong with the job.
-            HostFailedError: a host failed; everything has been ended.
-            LabError: the job's time-out has passed; everything has been ended.
+            ConfigurationError: lists everything that is wrong with the job.
+            HostFailedError: a host failed. The commands of all hosts have ended.
+            LabError: the job's time-out has passed. The commands of all hosts have ended.
         """
         problems = job_problems(job, self.config.nodes)
         if problems:
@@ -130,53 +133,53 @@ class Lab:
 
     @property
     def rates(self) -> list[int]:
-        """For each host, bits per second of its link as it is set now."""
+        """For each host, the current setting of its link's rate in bits per second."""
         return list(self._network.rates)
 
     def measure(self) -> list[tuple[float, float]]:
-        """Measures all links, which nothing may use meanwhile, and keeps what they carry in `measured`.
+        """Measures the rates of all links, and keeps them in `measured`. No job may run while it measures.
 
         Raises:
-            LabError: a link is not as fast as it should be.
+            LabError: the rate of a link is wrong.
         """
         self.measured = verify_links(self._network)
         return self.measured
 
     def cut(self, host: int) -> None:
-        """Takes a host off the network."""
+        """Cuts a host off from the network."""
         self._note("cut", host)
         self._network.set_link(host, up=False)
         self._cut_off.add(host)
 
     def join(self, host: int) -> None:
-        """Brings a host back that was cut off."""
+        """Reconnects a host that was cut off."""
         self._note("join", host)
         self._network.set_link(host, up=True)
         self._cut_off.discard(host)
 
     def freeze(self, host: int) -> None:
-        """Stops all processes of a host where they are."""
+        """Suspends all processes of a host."""
         self._note("freeze", host)
         names = (self._network.hosts[host],)
-        # Once more if there are new ones, started by those that were not yet stopped.
+        # Processes that are not suspended yet may start new ones, so this repeats until there are none.
         before: list[int] = []
         while (reached := namespaces.signal_all(names, signal.SIGSTOP)) != before:
             before = reached
 
     def thaw(self, host: int) -> None:
-        """Lets the processes of a frozen host go on."""
+        """Resumes the processes of a frozen host."""
         self._note("thaw", host)
         namespaces.signal_all((self._network.hosts[host],), signal.SIGCONT)
 
     def kill(self, host: int) -> None:
-        """Kills all processes of a host. The job does not fail for that, unless other hosts do."""
+        """Kills all processes of a host. The job fails only if other hosts fail."""
         self._note("kill", host)
         if self._run is not None:
             self._run.processes.killed.add(host)
         namespaces.kill_all((self._network.hosts[host],))
 
     def change(self, host: int, rate: int) -> None:
-        """Sets the rate of a host's link, both ways, in bits per second."""
+        """Sets the rate of a host's link in both directions, in bits per second."""
         self._note("change", host, rate)
         self._network.set_rate(host, rate)
 
@@ -190,7 +193,7 @@ class Lab:
         )
 
     def _note(self, verb: str, host: int, rate: int | None = None) -> None:
-        """Has a job know what is about to happen to a host: others may fail of it before it has happened."""
+        """Records an action in the job before it is carried out, because other hosts may fail before it is complete."""
         if self._run is not None:
             self._run.note(verb, host, rate)
 
@@ -202,7 +205,7 @@ class Lab:
 
 
 def _start_watcher(prefix: str) -> subprocess.Popen[bytes]:
-    """Starts what removes the lab if this process cannot; in a session of its own, where Ctrl-C does not reach it."""
+    """Starts the process that removes the lab if this process dies, in a separate session that ignores Ctrl-C."""
     return subprocess.Popen(
         (sys.executable, "-m", _WATCHER, prefix),
         stdin=subprocess.PIPE,
@@ -213,7 +216,7 @@ def _start_watcher(prefix: str) -> subprocess.Popen[bytes]:
 
 
 def _stop_watcher(watcher: subprocess.Popen[bytes]) -> None:
-    """Lets the watcher end, once it has removed what may be left."""
+    """Ends the watcher after it has removed what may be left of the lab."""
     assert watcher.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # somebody killed it
         watcher.stdin.write(b"removed\n")

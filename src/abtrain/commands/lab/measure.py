@@ -1,4 +1,4 @@
-"""Links are measured before anything runs over them: a short TCP transfer each way, between a host and the switch."""
+"""Measures links before a job uses them, by a short TCP transfer in each direction between a host and the switch."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from abtrain.commands.units import format_rate
 from abtrain.errors import LabError
 
 WIRE_SHARE = 1448 / 1514
-"""Of the bytes that a link is shaped by, those that TCP carries: of 1,514 with Ethernet, IP and TCP headers."""
+"""TCP payload over the bytes that a link is shaped by, which include Ethernet, IP and TCP headers."""
 _SECONDS = 0.2
 _LEAST_BYTES = 256 * 1024
-_ATTEMPTS = 5  # a busy machine delays the one that measures, not the link
+_ATTEMPTS = 5  # a busy machine delays the measurement, not the link
 _SILENCE_SECONDS = 5.0
-_SETTLE_SECONDS = 0.4  # in which what still queues at the links' ends has drained, and is counted with nothing else
-# What can be measured at once without the machine itself being the limit, in bits per second.
+_SETTLE_SECONDS = 0.4  # for queues at the ends of links to drain, so that a job's counters do not include them
+# The total rate in bits per second up to which all links can be measured at the same time.
 _AT_ONCE = 500 * 10**6
 
 
 def verify_links(network: Network) -> list[tuple[float, float]]:
-    """Measures what every host's link carries, up to the switch and down from it.
+    """Measures every host's link, up to the switch and down from it.
 
     Returns:
-        bits per second up and down for each host, headers included, as they are shaped.
+        For each host the rates up and down in bits per second, headers included.
 
     Raises:
-        LabError: links that are off by more than the tolerance; it names their hosts.
+        LabError: the rates of some links differ from their settings by more than the tolerance.
     """
     hosts = range(network.config.nodes)
     alone = sum(network.rates) > _AT_ONCE
     with ThreadPoolExecutor(1 if alone else len(hosts), initializer=_come_first) as pool:
         measured = list(pool.map(lambda host: _measure_host(network, host), hosts))
     problems = [
-        f"host {host}: {way} is {format_rate(rate)}, not {format_rate(network.rates[host])} within "
+        f"host {host}: the link {way} carries {format_rate(rate)}, not {format_rate(network.rates[host])} within "
         f"{network.config.tolerance:.0%}"
         for host in hosts
         for way, rate in zip(("up", "down"), measured[host], strict=True)
         if not _fits(rate, network.rates[host], network.config.tolerance)
     ]
     if problems:
-        raise LabError("\n".join([*problems, "this machine is too busy or too slow for these links: use lower rates"]))
+        raise LabError("\n".join([*problems, "this machine is too busy or too slow for these rates: use lower ones"]))
     time.sleep(_SETTLE_SECONDS)
     return measured
 
@@ -57,7 +57,7 @@ def _measure_host(network: Network, host: int) -> tuple[float, float]:
 
 
 def _closest(network: Network, host: int, sender: str, receiver: str) -> float:
-    """Measures a few times and returns the value nearest to the expected one."""
+    """Measures up to a few times, and returns the value closest to the configured rate."""
     config, rate = network.config, network.rates[host]
     address = config.address(host if receiver == network.hosts[host] else config.nodes)
     best = 0.0
@@ -65,7 +65,7 @@ def _closest(network: Network, host: int, sender: str, receiver: str) -> float:
         try:
             measured = _transfer(sender, receiver, address, rate) / WIRE_SHARE
         except OSError as error:
-            raise LabError(f"host {host} and the switch do not reach each other: {error}") from None
+            raise LabError(f"host {host} and the switch cannot reach each other: {error}") from None
         best = min(best, measured, key=lambda value: abs(value - rate))
         if _fits(best, rate, config.tolerance):
             break
@@ -77,7 +77,7 @@ def _fits(measured: float, rate: int, tolerance: float) -> bool:
 
 
 def _transfer(sender: str, receiver: str, address: str, rate: int) -> float:
-    """Bits per second of TCP payload from one namespace to another."""
+    """Transfers data from one namespace to another, and returns the rate of the TCP payload in bits per second."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(namespaces.inside(receiver, lambda: socket.create_server((address, 0))))
         source = stack.enter_context(namespaces.inside(sender, socket.socket))
@@ -96,21 +96,21 @@ def _transfer(sender: str, receiver: str, address: str, rate: int) -> float:
 
 
 def _come_first() -> None:
-    """Lets this thread run before what else the machine does, which would be taken for slowness of the link."""
-    with contextlib.suppress(OSError):  # where that is not allowed, a busy machine may fail the measurement
+    """Gives this thread priority, because a busy machine would make the link appear slow."""
+    with contextlib.suppress(OSError):  # without permission, a busy machine may fail the measurement
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
 
 def _send(source: socket.socket) -> None:
     _come_first()
     block = bytes(64 * 1024)
-    with contextlib.suppress(OSError):  # the receiver closes once it has seen enough
+    with contextlib.suppress(OSError):  # the receiver closes the connection when it has enough data
         while True:
             source.sendall(block)
 
 
 def _receive(sink: socket.socket, skip: int, count: int) -> float:
-    """Bits per second at which `count` bytes arrive after the first `skip`, which the link passes unshaped."""
+    """Returns the rate in bits per second of `count` bytes after the first `skip`, which are sent unshaped."""
     buffer = bytearray(256 * 1024)
     seen = 0
     while seen < skip:
@@ -124,5 +124,5 @@ def _receive(sink: socket.socket, skip: int, count: int) -> float:
 def _some(sink: socket.socket, buffer: bytearray) -> int:
     count = sink.recv_into(buffer)
     if not count:
-        raise ConnectionError("the transfer broke off")
+        raise ConnectionError("the sender closed the connection during the transfer")
     return count

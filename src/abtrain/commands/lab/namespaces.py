@@ -1,10 +1,10 @@
-"""Network namespaces: their names, what runs in them, and how they are removed.
+"""Network namespaces of labs: their names, their processes, and their removal.
 
-A namespace's name tells whose it is: abtrain-NAME-PID-START-PART, PID and START being the number and the start time of
-the process that made it. A lab whose process is gone is known by that, whatever became of it.
+The name of a namespace is abtrain-NAME-PID-START-PART. PID and START are the number and the start time of the process
+that created it, so labs of dead processes can be recognized.
 
-A process may leave its namespace, and a namespace may lose its name while processes are in it. So the commands of
-hosts, and all that they start, are known by a variable of their environment too.
+A process may leave its namespace, and a namespace may lose its name while processes run in it. So an environment
+variable also marks the commands of hosts, and all processes that they start.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 FOLDER = Path("/run/netns")
 MARK = "ABTRAIN_LAB_NAMESPACE"
-"""The variable that names the namespace in which a host's command was started."""
+"""The environment variable that holds the namespace in which a host's command was started."""
 _PATTERN = re.compile(r"(?P<lab>abtrain-[a-z0-9]+-(?P<pid>\d+)-(?P<start>\d+))-(?:switch|host\d+)")
 _VARIABLE = re.compile(rf"(?:^|\0){MARK}=([^\0]*)".encode())
 _CLONE_NEWNET = 0x40000000
@@ -35,17 +35,17 @@ _REMOVAL_SECONDS = 10.0
 
 
 def lab_prefix(name: str) -> str:
-    """Returns the prefix of all namespaces of this process's lab called `name`."""
+    """Returns the prefix of all namespaces of the lab `name` in this process."""
     return f"abtrain-{name}-{os.getpid()}-{_start_time(os.getpid())}"
 
 
 def of_lab(prefix: str) -> list[str]:
-    """The namespaces of one lab that there are."""
+    """Returns the existing namespaces of a lab."""
     return [name for name in _all() if name.startswith(f"{prefix}-")]
 
 
 def dead_labs() -> list[str]:
-    """The prefixes of labs whose process is gone, and of which namespaces or processes are left."""
+    """Returns the prefixes of labs whose process has ended and that have left namespaces or processes."""
     found = {}
     for name in (*_all(), *_marks().values()):
         parts = _PATTERN.fullmatch(name)
@@ -55,25 +55,25 @@ def dead_labs() -> list[str]:
 
 
 def remove_lab(prefix: str) -> None:
-    """Removes a lab: its namespaces with all that is in them, and the processes that its commands have started.
+    """Removes a lab: its namespaces, the processes in them, and all processes that its commands have started.
 
-    More than one may try.
+    Several processes may remove the same lab at the same time.
 
     Raises:
-        LabError: it cannot be removed.
+        LabError: a namespace cannot be removed.
     """
     deadline = time.monotonic() + _REMOVAL_SECONDS
-    said = "its processes do not end"
+    reason = "its processes do not end"
     while names := sorted({name for name in (*_all(), *_marks().values()) if name.startswith(f"{prefix}-")}):
         kill_all(names)
         for name in of_lab(prefix):
-            said = subprocess.run(["ip", "netns", "delete", name], capture_output=True, text=True).stderr or said
+            reason = subprocess.run(["ip", "netns", "delete", name], capture_output=True, text=True).stderr or reason
         if time.monotonic() > deadline:
-            raise LabError(f"namespace {names[0]} cannot be removed: {said.strip()}: try `abtrain lab --clean`")
+            raise LabError(f"namespace {names[0]} cannot be removed: {reason.strip()}: try `abtrain lab --clean`")
 
 
 def kill_all(names: Iterable[str]) -> None:
-    """Kills what runs in these namespaces or was started there, frozen or not, and waits until it is gone."""
+    """Kills the processes of these namespaces, including frozen ones, and waits until they have ended."""
     names = list(names)
     deadline = time.monotonic() + _REMOVAL_SECONDS
     while time.monotonic() < deadline and signal_all(names, signal.SIGKILL):
@@ -81,7 +81,7 @@ def kill_all(names: Iterable[str]) -> None:
 
 
 def signal_all(names: Iterable[str], number: signal.Signals) -> list[int]:
-    """Sends a signal to everything that runs in these namespaces; returns the processes that got it."""
+    """Sends a signal to all processes of these namespaces, and returns their numbers."""
     reached = processes_in(names)
     for pid in reached:
         with contextlib.suppress(ProcessLookupError):
@@ -90,9 +90,9 @@ def signal_all(names: Iterable[str], number: signal.Signals) -> list[int]:
 
 
 def processes_in(names: Iterable[str]) -> list[int]:
-    """The processes in these namespaces, and those that a command started there has started, wherever they are now.
+    """Returns the processes in these namespaces, and those started by a command that was started there.
 
-    Processes that have ended and await their parent are none.
+    Processes that have ended and wait for their parent (zombies) are left out.
     """
     names = set(names)
     wanted = set()
@@ -108,9 +108,9 @@ def processes_in(names: Iterable[str]) -> list[int]:
 
 
 def inside(name: str, act: Callable[[], Result]) -> Result:
-    """Calls `act` in a namespace. Sockets and files of /proc that it opens stay there for good.
+    """Calls `act` in a namespace, in a new thread, so that the other threads of this process do not enter it.
 
-    A thread of its own moves there: the others of this process stay where they are.
+    Sockets and files of /proc that `act` opens continue to belong to the namespace.
     """
     results: list[Result] = []
     errors: list[BaseException] = []
@@ -146,7 +146,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _marks() -> dict[int, str]:
-    """By process, the namespace in which its host's command was started."""
+    """Returns, by process, the namespace in which the command of its host was started."""
     found = {}
     for entry in _processes():
         with contextlib.suppress(OSError):
@@ -168,9 +168,9 @@ def _all() -> list[str]:
 
 
 def _start_time(pid: int) -> int | None:
-    """When a process started, in ticks since the machine did; nothing if there is no such process."""
+    """Returns the start time of a process in ticks since the machine booted; None if it does not exist or has ended."""
     try:
-        # The name of the program, in parentheses, may hold anything; the fields behind it are numbers.
+        # The name of the program, in parentheses, may contain anything; the fields after it are numbers.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None

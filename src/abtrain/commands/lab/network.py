@@ -1,7 +1,7 @@
-"""The hosts of a lab and what joins them: namespaces, a bridge, and shaped links.
+"""The network of a lab: a namespace for each host, a bridge as the switch, and shaped links.
 
-The switch is a bridge in a namespace of its own, so that nothing of the lab touches the machine's network. Host i has
-the interface eth0, whose other end is the switch's port i; a token bucket at either end shapes what enters the link.
+The bridge has a separate namespace, so the machine's own network stays unchanged. The interface eth0 of host i is
+connected to port i of the bridge. A token bucket at each end shapes the traffic that enters the link.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from abtrain.commands.lab.config import LabConfig
 from abtrain.errors import ConfigurationError, LabError
 
 INTERFACE = "eth0"
-LATENCY = "200ms"  # that a packet may queue for at most before it is dropped
+LATENCY = "200ms"  # the longest time that a packet may queue; it is dropped after that
 CONGESTION_CONTROLS = ("cubic", "reno")
-"""The first that the kernel lets a namespace take: Linux's own choice, and one that is never refused.
+"""Congestion controls to try, in this order. cubic is Linux's default, and the kernel always allows reno.
 
-A machine may have another by default, whose pace would be measured with the method's: BBR, which sends by its estimate
-of the rate, leaves a sixth of a link of 20 Mbit idle under a ring all-reduce.
+A machine's own default may distort measurements: BBR, which estimates the rate, leaves a sixth of a link of 20 Mbit/s
+idle during a ring all-reduce.
 """
 _BURST_SECONDS = 0.01
 _CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
@@ -29,19 +29,15 @@ _BURST_LEAST, _BURST_MOST = 16 * 1024, 128 * 1024
 
 
 def burst_bytes(rate: int) -> int:
-    """Bytes that a link of `rate` bits per second passes at once after it has been idle.
+    """Returns the number of bytes that an idle link of `rate` bits per second lets pass unshaped.
 
-    At most 128 kB, and less on slow links: there it would be seconds' worth of traffic that was never shaped.
+    It is at most 128 kB, and less on slow links, where that much would be seconds of unshaped traffic.
     """
     return min(max(int(_BURST_SECONDS * rate / 8), _BURST_LEAST), _BURST_MOST)
 
 
 class Network:
-    """The network of a lab.
-
-    Args:
-        config: valid.
-    """
+    """The namespaces and links of a lab whose configuration is valid."""
 
     def __init__(self, config: LabConfig) -> None:
         self.config = config
@@ -51,17 +47,19 @@ class Network:
         self.rates = [config.rate(host) for host in range(config.nodes)]
 
     def check_name(self) -> None:
-        """
+        """Checks that this process has no other lab of the same name.
+
         Raises:
-            ConfigurationError: this process has a lab of that name.
+            ConfigurationError: it has one.
         """
         if namespaces.of_lab(self.prefix):
-            raise ConfigurationError(f"lab {self.config.name!r} is in use by this process: give this one another name")
+            raise ConfigurationError(f"name {self.config.name!r} belongs to another lab of this process: use another")
 
     def build(self) -> None:
-        """
+        """Creates all namespaces and links.
+
         Raises:
-            LabError: the system refuses to build it.
+            LabError: a command failed.
         """
         prefix_length = self.config.prefix_length
         for name in (self.switch, *self.hosts):
@@ -70,7 +68,7 @@ class Network:
             namespaces.inside(name, _set_congestion_control)
             _run("ip", "-n", name, "link", "set", "lo", "up")
         _run("ip", "-n", self.switch, "link", "add", "bridge", "type", "bridge")
-        # The switch's own interface is not shaped: links are measured against it, one by one.
+        # The switch's own interface is not shaped, so that it can measure the links.
         address = f"{self.config.address(self.config.nodes)}/{prefix_length}"
         _run("ip", "-n", self.switch, "address", "add", address, "dev", "bridge")
         _run("ip", "-n", self.switch, "link", "set", "bridge", "up")
@@ -85,22 +83,22 @@ class Network:
         self.rates[host] = rate
 
     def set_link(self, host: int, up: bool) -> None:
-        """Cuts a host's link, or joins it again."""
+        """Connects or disconnects a host's link."""
         _run("ip", "-n", self.switch, "link", "set", _port(host), "up" if up else "down")
 
     def congestion_control(self) -> str:
-        """The congestion control that the hosts' senders use."""
+        """Returns the congestion control of the hosts."""
         return namespaces.inside(self.hosts[0], _CONGESTION_CONTROL.read_text).strip()
 
     def open_counters(self, host: int) -> FileIO:
-        """The file with the counters of a host's interfaces, as the kernel counts them."""
+        """Opens the file with the kernel's counters of a host's interfaces."""
         return namespaces.inside(self.hosts[host], lambda: FileIO("/proc/thread-self/net/dev"))
 
     def remove(self) -> None:
-        """Removes all of it, and ends what runs in it.
+        """Removes all namespaces, and ends the processes in them.
 
         Raises:
-            LabError: it cannot be removed.
+            LabError: a namespace cannot be removed.
         """
         namespaces.remove_lab(self.prefix)
 
@@ -120,7 +118,7 @@ def _port(host: int) -> str:
 
 
 def _disable_ipv6() -> None:
-    """Its announcements would be counted with the traffic, and its addresses might be taken for the hosts'."""
+    """Disables IPv6: the counters would include its announcements, and programs might use its addresses."""
     with contextlib.suppress(OSError):  # a kernel without IPv6
         for scope in ("all", "default"):
             Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6").write_text("1")
@@ -137,6 +135,6 @@ def _run(*command: str) -> None:
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         raise LabError(
-            f"`{' '.join(command)}` failed: {ended.stderr.strip() or ended.stdout.strip()}: the lab needs the rights "
-            "to make network namespaces, and a kernel with veth, bridge and tbf"
+            f"`{' '.join(command)}` failed: {ended.stderr.strip() or ended.stdout.strip()}: the lab needs permission "
+            "to create network namespaces, and a kernel with veth, bridge and tbf"
         )

@@ -1,4 +1,4 @@
-"""The commands of a run, one on each host: their output, their ends, and who failed first."""
+"""The processes of a job, one on each host: their output, their exit codes, and which host failed first."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from abtrain.commands.lab import namespaces
 from abtrain.errors import PeerLostError
 
 Show = Callable[[int, str], None]
-"""What is done with a line that a host's command prints: (host, line)."""
+"""A function that is called with (host, line) for each line that a host's command prints."""
 
-_GRACE_SECONDS = 1.0  # in which the hosts that a failure takes along are waited for
-_STOP_SECONDS = 3.0  # that commands have to end by themselves
-# A worker that lost another one, or that its launcher ended, was not the first to fail.
+_GRACE_SECONDS = 1.0  # after the first failure, for the hosts that fail because of it
+_STOP_SECONDS = 3.0  # for commands to end by themselves after SIGTERM
+# Exit codes of workers that lost a peer, or that their launcher ended: they were not the first to fail.
 _CONSEQUENCES = (PeerLostError.exit_code, 128 + signal.SIGTERM)
 
 
 class HostProcesses:
-    """One command on each host.
+    """The processes of one command, one on each host.
 
     Args:
-        names: the hosts' namespaces.
-        out: the folder that gets the output, as host-0.log and so on.
-        show: gets the output too.
+        names: the namespaces of the hosts.
+        out: the folder for the output, in files host-0.log and so on.
+        show: called with each line of the output.
 
     Attributes:
-        killed: hosts that were killed as a fault: they have not failed.
+        killed: hosts that a fault has killed, which do not count as failed.
     """
 
     def __init__(self, names: Sequence[str], out: Path, show: Show) -> None:
         self.killed: set[int] = set()
         self._names, self._out, self._show = names, out, show
-        self._ends: dict[int, float] = {}  # host: seconds; in the order in which hosts ended
+        self._ends: dict[int, float] = {}  # by host, the time of its end, in the order of these times
         self._processes: list[subprocess.Popen[str]] = []
         self._readers: list[threading.Thread] = []
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Starts the command of the next host, with exactly this environment and the mark of its namespace."""
+        """Starts the command of the next host, with this environment and the variable that marks its namespace."""
         host = len(self._processes)
         process = subprocess.Popen(
             ("ip", "netns", "exec", self._names[host], *command),
@@ -52,7 +52,7 @@ class HostProcesses:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # Ctrl-C reaches this process alone, which ends all hosts in order
+            start_new_session=True,  # Ctrl-C reaches only this process, which ends all hosts in order
         )
         log = self._out / f"host-{host}.log"
         reader = threading.Thread(target=_read, args=(host, process, log, self._show), daemon=True)
@@ -61,33 +61,33 @@ class HostProcesses:
         self._readers.append(reader)
 
     def running(self) -> bool:
-        """Whether a command has not ended yet."""
+        """Whether any command still runs."""
         for host, process in enumerate(self._processes):
             if host not in self._ends and process.poll() is not None:
                 self._ends[host] = time.monotonic()
         return len(self._ends) < len(self._processes)
 
     def failed(self) -> bool:
-        """Whether a host has failed, and those that it takes along have had the time to."""
+        """Whether a host has failed, and hosts that fail because of it have had the time to do so."""
         failures = self._failures()
         return bool(failures) and time.monotonic() - self._ends[failures[0]] > _GRACE_SECONDS
 
     def first_failed(self) -> int | None:
-        """The host to blame, if any failed: the first that was neither killed as a fault nor taken along by others."""
+        """Returns the host that failed first; None if none failed. Hosts that lost a peer come after all others."""
         failures = self._failures()
         return min(failures, key=lambda host: self.exit_code(host) in _CONSEQUENCES, default=None)
 
     def ended(self, host: int) -> float:
-        """When a command ended that has, on the monotonic clock."""
+        """Returns the time at which the command of a host ended, on the monotonic clock."""
         return self._ends[host]
 
     def exit_code(self, host: int) -> int:
-        """Returns the exit code of a command that has ended; 128 plus the signal's number after a signal."""
+        """Returns the exit code of a command that has ended; 128 + N if signal N ended it."""
         code = self._processes[host].returncode
         return code if code >= 0 else 128 - code
 
     def stop(self) -> None:
-        """Ends what still runs on any host, and waits for the last of its output."""
+        """Ends all processes of all hosts, and waits for the end of their output."""
         for process in self._processes:
             if process.poll() is None:
                 process.terminate()
@@ -97,7 +97,7 @@ class HostProcesses:
                 process.wait(max(0.0, deadline - time.monotonic()))
         namespaces.kill_all(self._names)
         for process in self._processes:
-            process.kill()  # one that has not entered its namespace yet
+            process.kill()  # it may not have entered its namespace yet
             process.wait()
         for reader in self._readers:
             reader.join()

@@ -1,4 +1,4 @@
-"""The result of a command in a lab: as data, as lab.json, and as a table."""
+"""The result of a job in a lab, as data, as lab.json, and as a table."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ FILE = "lab.json"
 
 @dataclass(frozen=True)
 class HostResult:
-    """One host of a lab, after a command.
+    """The result of one host.
 
     Attributes:
-        host: its number.
-        address: in the lab's network.
-        rate: bits per second of its link, at the start.
-        measured_up, measured_down: what its link was measured to carry before, in bits per second.
-        traffic: what passed its interface.
-        exit_code: of its command; 128 and its number if a signal ended it.
-        killed: whether it was killed as a fault.
+        host: the number of the host.
+        address: its address in the lab's network.
+        rate: the rate of its link at the start, in bits per second.
+        measured_up, measured_down: the measured rates of its link before the job, in bits per second.
+        traffic: the traffic of its interface.
+        exit_code: the exit code of its command; 128 + N if signal N ended it.
+        killed: whether a fault killed it.
     """
 
     host: int
@@ -47,18 +47,18 @@ class HostResult:
 
 @dataclass(frozen=True)
 class LabResult:
-    """The result of a command in a lab.
+    """The result of a job in a lab.
 
     Attributes:
-        command: as it was given.
-        out: the folder with lab.json and the hosts' output.
-        seconds: from the command's start to the end of its last host.
-        timed_out: whether it was ended because its time was over.
-        hosts: in the order of their numbers.
-        events: faults as they happened: (seconds, what).
-        failed_host: the host that failed first, if any did.
-        congestion_control: by which senders kept their pace.
-        caused: what the lab itself did to hosts before the first of them failed, or before the time was over; in words.
+        command: the command that all hosts ran.
+        out: the folder with lab.json and the output of the hosts.
+        seconds: the time from the start of the job to the end of its last host.
+        timed_out: whether it was stopped because its time-out had passed.
+        hosts: the results of all hosts, in the order of their numbers.
+        events: (seconds, description) of each fault, in chronological order.
+        failed_host: the host that failed first; None if none failed.
+        congestion_control: the congestion control of the hosts.
+        caused: descriptions of the faults before the first failure or the time-out.
     """
 
     command: tuple[str, ...]
@@ -72,24 +72,24 @@ class LabResult:
     caused: tuple[str, ...] = ()
 
     def error(self) -> LabError | None:
-        """Why this is no success, if it is none. Faults that the lab caused are named: they may be the reason."""
+        """Returns the error of a job that failed, with the faults that may have caused it; None if it succeeded."""
         faults = f". Before that, {', and '.join(self.caused)}" if self.caused else ""
         if self.failed_host is not None:
             code = self.hosts[self.failed_host].exit_code
             log = self.out / f"host-{self.failed_host}.log"
             return HostFailedError(f"host {self.failed_host} failed with exit code {code}: see {log}{faults}", code)
         if self.timed_out:
-            return LabError(f"the command took more than its time of {self.seconds:.0f} s, and was ended{faults}")
+            return LabError(f"the command did not end within {self.seconds:.0f} s and was stopped{faults}")
         return None
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes transmitted per host, the mean over hosts."""
+        """The mean over hosts of the bytes that a host sent."""
         return sum(host.traffic.tx_bytes for host in self.hosts) / len(self.hosts)
 
 
 def as_record(result: LabResult, config: LabConfig) -> dict[str, Any]:
-    """The content of lab.json: rates in bits per second, sizes in bytes, times in seconds."""
+    """Returns the content of lab.json: rates in bits per second, sizes in bytes, times in seconds."""
     return {
         "command": list(result.command),
         "nodes": config.nodes,
@@ -113,7 +113,7 @@ def as_record(result: LabResult, config: LabConfig) -> dict[str, Any]:
 
 
 def as_table(result: LabResult) -> Table:
-    """The hosts, a row each."""
+    """Returns a table with a row for each host."""
     table = Table(
         title=f"{result.seconds:.1f} s, {result.wire_bytes / 1e6:,.2f} MB sent per host", title_justify="left"
     )

@@ -1,4 +1,4 @@
-"""One run of a job in a lab: followed until the last host has ended, with faults in time and bytes counted."""
+"""Runs one job in a lab: starts it, injects its faults, counts bytes, and waits for its end."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _POLL_SECONDS = 0.02
 
 
 class LabRun:
-    """A job that has been started on all hosts.
+    """A job that runs on all hosts.
 
     Args:
-        network: the lab's, built.
-        job: valid.
-        measured: for each host what its link carries up and down, in bits per second.
-        act: carries out the actions of faults, and has each of them noted.
-        show: gets each line that a host prints.
-        cut_off: hosts whose links are cut already.
+        network: the network of the lab, already built.
+        job: a valid job.
+        measured: for each host the measured rates of its link up and down, in bits per second.
+        act: carries out an action of a fault and calls `note`.
+        show: called with (host, line) for each line that a host prints.
+        cut_off: hosts whose links are already cut.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class LabRun:
             raise
 
     def finish(self) -> LabResult:
-        """Waits for the end of all hosts, of the first that fails, or of the job's time; writes lab.json."""
+        """Waits until all hosts have ended, one has failed, or the time-out has passed. Then writes lab.json."""
         complete = self._follow()
         seconds = self._elapsed()
         self.processes.stop()
@@ -63,17 +63,17 @@ class LabRun:
         return result
 
     def note(self, verb: str, host: int, rate: int | None = None) -> None:
-        """Keeps in mind that something was done to a host, by a fault of the job or by the lab's user."""
+        """Records an action on a host, by a fault of the job or by a call of the lab's methods."""
         self._events.append(Event(self._elapsed(), verb, host, rate))
 
     def close(self) -> None:
-        """Ends everything that the job may have left."""
+        """Ends the job's processes, and removes its temporary files."""
         self.processes.stop()
         self._sampler.close()
         shutil.rmtree(self._job.out / LAUNCHER_FOLDER, ignore_errors=True)
 
     def _follow(self) -> bool:
-        """Follows the job until it has ended, one way or another; False if it took too long."""
+        """Waits for the end of the job while injecting faults. Returns False if the time-out has passed."""
         actions = timeline(self._job.faults)
         while self.processes.running() and not self.processes.failed():
             elapsed = self._elapsed()

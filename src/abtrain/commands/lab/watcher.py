@@ -1,7 +1,7 @@
-"""Removes a lab once its process is gone, however that came about.
+"""Removes a lab when its process ends for any reason.
 
-As a program, `python -m abtrain.commands.lab.watcher PREFIX`, it waits for the end of its standard input, which only
-that process holds open.
+The program `python -m abtrain.commands.lab.watcher PREFIX` waits for the end of its standard input, which only the
+process of the lab holds open.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import time
 from abtrain.commands.lab import namespaces
 from abtrain.errors import LabError
 
-_SETTLE_SECONDS = 0.3  # in which a command that the process had begun may still add a namespace
+_SETTLE_SECONDS = 0.3  # a command that the dead process had started may still add a namespace
 
 
 def main(prefix: str) -> None:
-    """Waits, and removes the lab."""
+    """Waits for the end of the lab's process, and removes the lab."""
     orderly = sys.stdin.buffer.read() != b""
     with contextlib.suppress(LabError):  # the next lab tries again
         namespaces.remove_lab(prefix)

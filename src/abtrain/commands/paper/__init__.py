@@ -1,1 +1,1 @@
-"""The paper (Coquelin et al., arXiv 2405.01067): its experiments, its tables and figures, and its arithmetic."""
+"""The paper's experiments, tables, figures and arithmetic (Coquelin et al., arXiv 2405.01067)."""

@@ -1,4 +1,4 @@
-"""The arguments of `abtrain paper`, and their validation."""
+"""Parses and validates the arguments of `abtrain paper`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from abtrain.errors import ConfigurationError, nearest
 ECR, HPO = "ecr", "hpo"
 EXPERIMENTS = (*TABLES, *FIGURES, HPO, ECR, *STUDIES)
 _EXAMPLES = """\
-tables run their experiments, figures draw what the tables have run (or, with --run, run it too):
+A table runs its experiments. A figure shows the runs of tables, and runs missing ones with --run:
   abtrain paper table2-local --scale tiny
   abtrain paper fig2 --scale tiny
   abtrain paper table2-local --scale full --dry-run
@@ -24,30 +24,30 @@ tables run their experiments, figures draw what the tables have run (or, with --
   abtrain paper table1 --scale full --launcher "srun -N {nodes} my-torchrun --nproc-per-node {workers_per_node}"
   abtrain paper large-batch --nodes 64 --seeds 1
 
-What is done is not run again: the same command goes on where it was stopped. Runs of other settings are refused unless
---overwrite gives them up. The small scale takes minutes a run on
-two cores; the full one needs the cluster that its launcher starts on."""
+Finished runs are not repeated: the same command continues where it stopped. A run with other settings in the folder is
+replaced only with --overwrite. The tiny scale takes minutes per run on two cores. The full scale needs the cluster on
+which the launcher starts workers."""
 
 
 @dataclass(frozen=True)
 class PaperRequest:
-    """The experiments and settings that a command line asks for.
+    """The experiment and settings of a command line.
 
     Attributes:
         experiment: one of EXPERIMENTS.
-        scale: how large.
-        seeds: runs of each cell.
-        nodes: in place of the scale's own; empty: those.
-        methods: some of METHODS; empty: all.
-        out: folder for everything.
-        data: folder with the data; by default its usual place.
-        launcher: starts the workers of a real run.
-        dry_run: only say what would be run.
-        write: only write the settings of real runs, and say how each is started.
-        arithmetic: only the paper's formulas.
-        run: a figure may run what it lacks.
-        trials: of the search.
-        draws: whether arithmetic is to be drawn into `out` too.
+        scale: the scale of the experiment.
+        seeds: the number of runs of each cell.
+        nodes: numbers of nodes that replace those of the scale; empty for the scale's own.
+        methods: some of METHODS; empty for all.
+        out: the folder for all files.
+        data: the folder with the data; None for its default place.
+        launcher: the command line that starts the workers of a real run.
+        dry_run: whether to only print the planned runs.
+        write: whether to only write the settings of real runs, and print the command that starts each of them.
+        arithmetic: whether to only evaluate the paper's formulas.
+        run: whether a figure may run missing runs.
+        trials: the number of trials of the search.
+        draws: whether to also draw the figure of `ecr` into `out`.
         overwrite: whether runs with other settings are replaced.
     """
 
@@ -72,8 +72,8 @@ def parse_arguments(arguments: Sequence[str]) -> PaperRequest:
     """Parses and validates a command line.
 
     Raises:
-        ConfigurationError: all that is wrong.
-        SystemExit: --help, or an option that there is not.
+        ConfigurationError: lists everything that is wrong.
+        SystemExit: --help, or an unknown option.
     """
     given = _parser().parse_args(arguments)
     problems: list[str] = []
@@ -104,7 +104,7 @@ def parse_arguments(arguments: Sequence[str]) -> PaperRequest:
 
 
 def _problems(given: argparse.Namespace, methods: Sequence[str]) -> list[str]:
-    """Returns the problems of a command line, nodes and packages aside."""
+    """Returns a message for each problem of a command line, except for nodes and missing packages."""
     problems = []
     if given.experiment not in EXPERIMENTS:
         problems.append(f"unknown experiment {given.experiment!r}: {nearest(given.experiment, EXPERIMENTS)}")
@@ -112,19 +112,20 @@ def _problems(given: argparse.Namespace, methods: Sequence[str]) -> list[str]:
         if getattr(given, name) < 1:
             problems.append(f"--{name} {getattr(given, name)} is too small: use at least 1")
     if given.arithmetic and not given.experiment.startswith("table2"):
-        problems.append(f"--arithmetic is about table2-local and table2-global, not {given.experiment}: leave it out")
+        problems.append(f"--arithmetic is for table2-local and table2-global, not {given.experiment}: leave it out")
     if given.experiment in STUDIES and given.scale != "tiny":
-        problems.append(f"{given.experiment} is a study of the small scale: leave out --scale {given.scale}")
+        problems.append(f"{given.experiment} has only the tiny scale: leave out --scale {given.scale}")
     labels = [label for study in STUDIES.values() for label in study.variants] + list(METHODS)
     problems += [f"unknown method {m!r}: {nearest(m, METHODS)}" for m in methods if m not in labels]
     try:
         given.launcher.format(nodes=1, workers_per_node=1)
     except (KeyError, IndexError, ValueError) as error:
         problems.append(
-            f"--launcher {given.launcher!r} cannot be filled in ({error}): use {{nodes}}, {{workers_per_node}}"
+            f"--launcher {given.launcher!r} cannot be filled in ({error}): its placeholders are {{nodes}} and "
+            "{workers_per_node}"
         )
     if given.experiment == HPO and (given.dry_run or given.write):
-        problems.append("hpo chooses its runs as it goes: leave out --dry-run and --write")
+        problems.append("hpo chooses each run after the one before: leave out --dry-run and --write")
     if given.write and given.scale == "tiny":
         problems.append("--write is for runs that a launcher starts: add --scale full")
     return problems
@@ -134,7 +135,7 @@ def _nodes(text: str, problems: list[str]) -> tuple[int, ...]:
     found = []
     for part in filter(None, text.split(",")):
         if not part.isdecimal() or int(part) < 1:
-            problems.append(f"--nodes {part!r} is not a whole number of at least 1: write them as 4,8,16")
+            problems.append(f"--nodes {part!r} is not a whole number of at least 1: use numbers such as 4,8,16")
             continue
         found.append(int(part))
     return tuple(found)
@@ -143,25 +144,29 @@ def _nodes(text: str, problems: list[str]) -> tuple[int, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="abtrain paper",
-        description="Runs the paper's experiments (arXiv 2405.01067), and sets the outcome beside its values.",
+        description="Runs the paper's experiments (arXiv 2405.01067), and compares the results with the paper's.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("experiment", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
-    parser.add_argument("--scale", choices=sorted(SCALES), default="tiny", help="default %(default)s")
+    parser.add_argument(
+        "--scale", choices=sorted(SCALES), default="tiny", help="size of the experiment (default %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of every cell (default %(default)s)")
-    parser.add_argument("--nodes", default="", help="such as 4,8,16; by default the experiment's")
-    parser.add_argument("--methods", default="", help=f"some of: {';'.join(METHODS)}")
-    parser.add_argument("--out", type=Path, help="folder for everything (default runs/paper-SCALE)")
-    parser.add_argument("--overwrite", action="store_true", help="replace runs in it that have other settings")
-    parser.add_argument("--data", type=Path, help="folder with the task's data; by default its usual place")
-    parser.add_argument("--launcher", default=LAUNCHER, help="starts real runs (default '%(default)s')")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be run and sent, and run nothing")
+    parser.add_argument("--nodes", default="", help="numbers of nodes, such as 4,8,16 (default: the experiment's)")
+    parser.add_argument("--methods", default="", help=f"some of {';'.join(METHODS)} (default: all)")
+    parser.add_argument("--out", type=Path, help="folder for all files (default runs/paper-SCALE)")
+    parser.add_argument("--overwrite", action="store_true", help="replace runs in the folder that have other settings")
+    parser.add_argument("--data", type=Path, help="folder with the task's data (default: its usual place)")
+    parser.add_argument("--launcher", default=LAUNCHER, help="command that starts real runs (default '%(default)s')")
+    parser.add_argument("--dry-run", action="store_true", help="print the planned runs and their traffic, run nothing")
     parser.add_argument(
         "--write", action="store_true", help="write the settings of all real runs, and print how to start them"
     )
-    parser.add_argument("--arithmetic", action="store_true", help="of table2: the paper's formula beside its values")
-    parser.add_argument("--run", action="store_true", help="of a figure: run what it lacks")
-    parser.add_argument("--trials", type=int, default=40, help="of the search (default %(default)s)")
+    parser.add_argument(
+        "--arithmetic", action="store_true", help="for table2: compare the paper's formula with its values"
+    )
+    parser.add_argument("--run", action="store_true", help="for a figure: run missing runs")
+    parser.add_argument("--trials", type=int, default=40, help="trials of the search (default %(default)s)")
     return parser

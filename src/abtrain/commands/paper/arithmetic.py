@@ -1,4 +1,4 @@
-"""The paper's own formulas: the estimated communication reduction (eq. 4) and scaled traffic (Table II). Pure."""
+"""Evaluates the paper's formulas: the estimated communication reduction (eq. 4) and scaled traffic (Table II)."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from abtrain.recipes.paper import AB_SHARE, REBOUND_SHARE
 from abtrain.recipes.shared import WARMUP_SHARE
 
 NEAR_FULL, NEAR_COMPRESSED = 25.0, 75.0
-"""F and L of methods that shrink step by step, in per cent: the paper's assumption (Section V)."""
+"""F and L in percent of methods that shrink the model gradually: the paper's assumption (Section V)."""
 CLOSE = 0.1
-"""Points up to which a computed ECR counts as the paper's."""
+"""The largest difference in points at which a computed ECR counts as equal to the paper's."""
 _SIGMA_ONLY = ("OIALR", "DLRT")
 
 
 def ecr(full: float, compressed: float, compression: float) -> float:
-    """Estimated communication reduction in per cent, 100 - F - L c (eq. 4).
+    """Returns the estimated communication reduction in percent, 100 - F - L c (eq. 4).
 
     Args:
-        full: F, per cent of training near full rank.
-        compressed: L, per cent of training near the final size in which something is sent.
-        compression: 1 / c, full parameters over compressed ones.
+        full: F, the percentage of training near full rank.
+        compressed: L, the percentage of training near the final size in which workers communicate.
+        compression: 1 / c, the full parameters over the compressed ones.
     """
     return 100 - full - compressed / compression
 
 
 def guideline_share() -> float:
-    """Share of a run's steps in full-rank data parallel training by the paper's guideline (Section IV.C)."""
+    """Returns the share of full-rank data parallel steps in a run by the paper's guideline (Section IV.C)."""
     cycle = AB_SHARE * (1 + REBOUND_SHARE)
     return WARMUP_SHARE + (1 - WARMUP_SHARE) * AB_SHARE * REBOUND_SHARE / cycle
 
 
 def full_share(schedule: PublishedSchedule) -> float:
-    """Share of a run's steps in full-rank data parallel training, the last cycle cut off where the steps are spent."""
+    """Returns the share of full-rank data parallel steps in a run. Its last cycle may be incomplete."""
     cycles, rest = divmod(schedule.total - schedule.warmup, schedule.cycle)
     group = schedule.cycle - schedule.rebound
     return (schedule.warmup + cycles * schedule.rebound + max(rest - group, 0)) / schedule.total
@@ -53,12 +53,12 @@ def full_share(schedule: PublishedSchedule) -> float:
 
 @dataclass(frozen=True)
 class ECRRow:
-    """One method of Table I.
+    """The ECR of one method of Table I.
 
     Attributes:
-        method: with the paper's values.
-        computed: by eq. 4; None where the paper does not give what it takes.
-        remark: why the two differ, or what is assumed.
+        method: the method with the paper's values.
+        computed: the value of eq. 4; None if the paper does not give its inputs.
+        remark: the reason for the difference, or the assumptions.
     """
 
     method: PublishedMethod
@@ -75,7 +75,7 @@ class ECRRow:
 
 
 def ecr_rows() -> list[ECRRow]:
-    """Eq. 4 for each row of Table I."""
+    """Evaluates eq. 4 for each row of Table I."""
     return [_ecr_row(method) for method in TABLE1]
 
 
@@ -86,12 +86,14 @@ def _ecr_row(method: PublishedMethod) -> ECRRow:
     if method.name not in _SIGMA_ONLY:
         return ECRRow(method, computed)
     trained = (100 - NEAR_FULL - method.ecr) / NEAR_COMPRESSED
-    said = f"trains the matrix Sigma alone; the paper's value takes c = {100 * trained:.1f} %, which it does not give"
-    return ECRRow(method, computed, said)
+    remark = (
+        f"trains only the matrix Sigma; the paper's value implies c = {100 * trained:.1f} %, which it does not give"
+    )
+    return ECRRow(method, computed, remark)
 
 
 def _ecr_of_ab(method: PublishedMethod) -> ECRRow:
-    """Groups send nothing while they train alone, so that L is 0 and F, the schedule's, decides."""
+    """Evaluates eq. 4 for AB, with L = 0 because groups send nothing while they train alone."""
     implied = f"the paper's value implies F = {100 - method.ecr:.1f} %"
     if method.model == VGG:
         return ECRRow(method, None, f"the run's length is not given; {implied}, the guideline's is {_guideline()}")
@@ -104,26 +106,26 @@ def _guideline() -> str:
 
 
 def iterations(nodes: int, epoch_batch: int = 4096 * ITERATIONS_4K, local_batch: int = 256) -> float:
-    """Steps of an ImageNet epoch at a constant local batch, by the paper's numbers: 600 on two nodes, 300 on four."""
+    """Returns the steps of an ImageNet epoch at a constant local batch, such as 600 on two nodes and 300 on four."""
     return epoch_batch / (nodes * GPUS * local_batch)
 
 
 def scaled_traffic(parameters: float, syncs_per_epoch: float, epoch_seconds: float, share: float = 1.0) -> float:
-    """Scaled traffic of a node in GB/s, by the caption of Table II, not above what its port carries.
+    """Returns the scaled traffic of a node in GB/s, by the caption of Table II, up to the limit of its port.
 
-    Every GPU of a node hands over all parameters in float32 at every sync: without these four, no row of the table
-    comes out.
+    All four GPUs of a node hand over all parameters in float32 at every sync. The caption does not state this, but
+    without the factor of four no row of the table can be reproduced.
 
     Args:
-        parameters: of the full model.
-        syncs_per_epoch: steps of an epoch.
-        epoch_seconds: that an epoch takes.
-        share: of DDP's bytes that is sent.
+        parameters: the number of parameters of the full model.
+        syncs_per_epoch: the steps of an epoch.
+        epoch_seconds: the seconds of an epoch.
+        share: the bytes sent, as a share of DDP's.
     """
     gigabytes = 4 * parameters / 1e9
     return min(share * GPUS * gigabytes * syncs_per_epoch / (BACKWARD_SHARE * epoch_seconds), PORT)
 
 
 def epoch_seconds(minutes: float) -> float:
-    """Seconds of an epoch of a run that took so many minutes."""
+    """Returns the seconds of an epoch in a run of this many minutes."""
     return 60 * minutes / EPOCHS

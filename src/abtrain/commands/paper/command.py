@@ -1,4 +1,4 @@
-"""`abtrain paper`: the paper's experiments, from the command line to the page."""
+"""`abtrain paper`: runs the paper's experiments and studies, and writes their tables, figures and pages."""
 
 from __future__ import annotations
 
@@ -18,37 +18,36 @@ from abtrain.commands.paper.arguments import ECR, HPO, PaperRequest, parse_argum
 from abtrain.commands.paper.experiments import FIGURES, SCALING_TABLES, Cell, cells
 from abtrain.commands.paper.figures import draw, draw_ecr
 from abtrain.commands.paper.listing import ecr_table, plan_tables, traffic_table
-from abtrain.commands.paper.page import write_paper_page
+from abtrain.commands.paper.pages import write_paper_page, write_study
 from abtrain.commands.paper.runs import (
     PaperOutcome,
     PaperRun,
     launch_command,
     outcome,
     plan_runs,
+    prepare_folder,
     run_all,
-    write_request,
 )
 from abtrain.commands.paper.studies import STUDIES, study_cells
-from abtrain.commands.paper.study_page import write_study
 from abtrain.commands.paper.tables import comparison_table, rows, scaling_table
 from abtrain.commands.process import stopped_by_signals
-from abtrain.commands.runs.folder_run import check, writing
+from abtrain.commands.runs.folder_run import check_folders, writing
 from abtrain.commands.tasks.task import TASKS
 from abtrain.errors import ConfigurationError
 
 _WIDTH = 200
-_TINY_NOTE = "Simulated workers, one a node; times and traffic are forecast for links of 1 Gbit/s."
+_TINY_NOTE = "Workers are simulated, one per node. Times and traffic are forecasts for links of 1 Gbit/s."
 
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the command.
 
     Raises:
-        ConfigurationError: all that is wrong with the arguments; runs of other settings that are in the way; a figure
-            whose runs are not done.
-        DataError: the data is not to be had, or results of earlier runs are damaged.
-        AbtrainError: a run failed. Those that are done are kept.
-        StoppedError: SIGINT, SIGTERM or SIGHUP; likewise.
+        ConfigurationError: lists everything that is wrong with the arguments, all folders that hold runs with other
+            settings, or the missing runs of a figure.
+        DataError: the data is not available, or results of earlier runs are damaged.
+        AbtrainError: a run failed. Finished runs are kept.
+        StoppedError: SIGINT, SIGTERM or SIGHUP was received. Finished runs are kept.
     """
     request = parse_arguments(arguments)
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -74,16 +73,18 @@ def _experiment(request: PaperRequest, console: Console, command: str) -> None:
     else:
         chosen = cells(request.experiment, request.scale, request.nodes, request.methods)
     if not chosen:
-        raise ConfigurationError(f"no run is left of {request.experiment}: name other --methods or --nodes")
+        raise ConfigurationError(
+            f"{request.experiment} has no runs with these --methods and --nodes: name others, or leave them out"
+        )
     if request.dry_run:
         for table in plan_tables(chosen, request.seeds):
             _print(console, table)
         return
     runs = plan_runs(chosen, request.seeds, request.out)
-    check(runs, request.overwrite)
+    check_folders(runs, request.overwrite)
     if request.write:
         for run in runs:
-            write_request(run, request.overwrite, checkpoints=True)
+            prepare_folder(run, request.overwrite, checkpoints=True)
             console.print(shlex.join(launch_command(run, request.launcher, request.data)))
         return
     if request.experiment in FIGURES and not request.run:
@@ -106,14 +107,14 @@ def _experiment(request: PaperRequest, console: Console, command: str) -> None:
 
 
 def _outcomes(chosen: Sequence[Cell], runs: Sequence[PaperRun]) -> list[PaperOutcome]:
-    """Returns the outcome of each cell; several cells may share a run."""
+    """Returns the outcomes of all cells, several of which may share a run."""
     by_settings = {(str(run.cell.config), run.seed): outcome(run) for run in runs}
     seeds = sorted({run.seed for run in runs})
     return [dataclasses.replace(by_settings[str(cell.config), seed], cell=cell) for cell in chosen for seed in seeds]
 
 
 def _write(request: PaperRequest, outcomes: Sequence[PaperOutcome], command: str, remark: str) -> list[Table]:
-    """Writes EXPERIMENT.json, the figures and EXPERIMENT.html; returns the tables, with a remark on all of them."""
+    """Writes EXPERIMENT.json, the figures and EXPERIMENT.html. Returns the tables with a remark in their notes."""
     name, scale, out = request.experiment, request.scale, request.out
     found = rows(outcomes)
     record: dict[str, Any] = {"command": command, "rows": [dataclasses.asdict(row) for row in found]}
@@ -133,7 +134,7 @@ def _write(request: PaperRequest, outcomes: Sequence[PaperOutcome], command: str
 
 
 def _plain(value: Any) -> Any:
-    """JSON's own types."""
+    """Converts a value to the types of JSON."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -142,10 +143,10 @@ def _plain(value: Any) -> Any:
 
 
 def _require(runs: Sequence[PaperRun], request: PaperRequest) -> None:
-    """A figure shows runs that are done.
+    """Checks that all runs of a figure are done.
 
     Raises:
-        ConfigurationError: how many are not, and which commands do them.
+        ConfigurationError: some are missing; the message names the commands that run them.
     """
     missing = [run for run in runs if not run.done]
     if not missing:
@@ -153,7 +154,7 @@ def _require(runs: Sequence[PaperRun], request: PaperRequest) -> None:
     options = f"--scale {request.scale.name} --seeds {request.seeds} --out {request.out}"
     commands = [f"`abtrain paper {SCALING_TABLES[scaling]} {options}`" for scaling in FIGURES[request.experiment]]
     raise ConfigurationError(
-        f"{request.experiment} shows {len(runs)} runs, and {len(missing)} are not done ({missing[0]} is one): run "
+        f"{request.experiment} needs {len(runs)} runs, and {len(missing)} are missing, such as {missing[0]}: run "
         f"{' and '.join(commands)} first, or add --run"
     )
 

@@ -1,4 +1,4 @@
-"""The paper's experiments as data: which runs belong to which table or figure, at full scale and shrunk."""
+"""The paper's experiments as data: the runs of each table and figure, at full and tiny scale."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METHODS = {
     LOCAL_SGD: "local_sgd",
     AB_OUTER: "ab_outer",
 }
-"""The paper's three, the ablation that it lacks (full-rank local SGD on the same schedule), and ours; their recipes."""
+"""Recipes by method: the paper's three, full-rank local SGD on the same schedule as an ablation, and ours."""
 SMALL_CNN = "small CNN"
 IMAGENET_SAMPLES = 1_281_167
 CIFAR_SAMPLES = 50_000
@@ -35,11 +35,11 @@ class Model:
     """A model with its data and the length of its runs.
 
     Attributes:
-        task: as `abtrain train` calls it.
-        samples: of an epoch.
-        epochs: of a run.
-        local_batch: samples of a worker where that is constant.
-        global_batch: samples of all workers where that is.
+        task: the name of the task in `abtrain train`.
+        samples: the number of samples in an epoch.
+        epochs: the number of epochs in a run.
+        local_batch: samples per worker and step, for experiments with a constant local batch.
+        global_batch: samples of all workers per step, for experiments with a constant global batch.
         exclude: globs of the parameters that stay dense.
     """
 
@@ -53,16 +53,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the experiments are.
+    """The size of the experiments.
 
     Attributes:
-        name: of the scale.
-        models: of Table II and the figures, by label.
-        table1: the models of Table I with the nodes that they are trained on.
-        local: nodes of the runs with a constant local batch.
-        global_: nodes of the runs with a constant global batch.
-        workers_per_node: which are one group.
-        options: of the recipes, by method.
+        name: the name of the scale.
+        models: the models of Table II and the figures, by label.
+        table1: the models of Table I with their numbers of nodes, by label.
+        local: the numbers of nodes with a constant local batch.
+        global_: the numbers of nodes with a constant global batch.
+        workers_per_node: the number of workers on a node, which are one group.
+        options: the options of recipes, by method.
     """
 
     name: ScaleName
@@ -104,7 +104,7 @@ SCALES: dict[str, Scale] = {
         local=(4, 8, 16),
         global_=(4, 8, 16),
         workers_per_node=1,
-        # Threads would each decompose every weight, on the same few cores.
+        # Otherwise each thread would decompose every weight on the same few cores.
         options={
             AB: {"sigma_cutoff": _TINY_CUTOFF, "svd": "shared"},
             NO_GROUPS: {"sigma_cutoff": _TINY_CUTOFF, "svd": "shared"},
@@ -119,9 +119,9 @@ FIGURES: dict[str, tuple[Scaling, ...]] = {
     "fig4": ("local", "global"),
     "fig5": ("global",),
 }
-"""Which of the two scalings each table and figure shows."""
+"""The scalings that each table and figure shows."""
 SCALING_TABLES: dict[Scaling, str] = {"local": "table2-local", "global": "table2-global"}
-"""The table whose runs a scaling's are."""
+"""The table with the runs of each scaling."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,12 @@ class Cell:
     """The method and settings of one cell of a table.
 
     Attributes:
-        scaling: which batch is constant.
-        model: its label.
-        method: its name in the paper, or ours.
-        nodes: that take part.
-        config: settings of its runs, but for the seed.
-        variant: tells runs apart that differ in options alone; empty for those of the tables.
+        scaling: whether the local or the global batch is constant.
+        model: the label of the model.
+        method: the name of the method.
+        nodes: the number of nodes.
+        config: the settings of its runs, except for the seed.
+        variant: distinguishes runs that differ only in options; empty for the runs of tables.
     """
 
     scaling: Scaling
@@ -146,7 +146,7 @@ class Cell:
 
     @property
     def global_batch(self) -> int:
-        """Samples of all workers in a step."""
+        """The number of samples of all workers in a step."""
         assert self.config.batch_size is not None
         return self.config.batch_size * self.config.workers
 
@@ -155,13 +155,13 @@ class Cell:
 
 
 def cells(experiment: str, scale: Scale, nodes: Sequence[int] = (), methods: Sequence[str] = ()) -> list[Cell]:
-    """The cells of a table or figure, node by node.
+    """Returns the cells of a table or figure, ordered by the number of nodes.
 
     Args:
         experiment: a key of TABLES or FIGURES.
-        scale: how large.
-        nodes: in place of the scale's own.
-        methods: some of METHODS; default all.
+        scale: the scale of the experiment.
+        nodes: numbers of nodes that replace those of the scale.
+        methods: some of METHODS; by default all.
     """
     chosen = [method for method in METHODS if not methods or method in methods]
     if experiment == "table1":
@@ -200,10 +200,10 @@ def _cell(scale: Scale, scaling: Scaling, label: str, model: Model, method: str,
 
 
 def _schedule(scale: Scale, method: str, steps: int) -> dict[str, int]:
-    """Returns the options by which a method follows the guideline (Section IV.C) if its recipe's defaults do not."""
+    """Returns the options for the guideline's schedule (Section IV.C) if the defaults of the recipe differ from it."""
     group = max(1, round(AB_SHARE * steps))
     if method == LOCAL_SGD:
         warmup, rebound = round(WARMUP_SHARE * steps), max(1, round(REBOUND_SHARE * group))
         return {"every": group, "warmup_steps": warmup, "rebound_steps": rebound}
-    # So short a run has as many merges as the paper's, whatever its length.
+    # A tiny run has as many merges as one of the paper's, whatever its length.
     return {"every": group} if method == AB_OUTER and scale.name == "tiny" else {}

@@ -1,4 +1,4 @@
-"""The paper's figures, drawn from runs: means with error bars, and the paper's own values where the models are its."""
+"""Draws the paper's figures from runs: means with error bars, and the paper's values for its own models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from abtrain.commands.figures import COLOURS, Figure, legend_below, save
 from abtrain.commands.paper.arithmetic import ecr_rows
 from abtrain.commands.paper.experiments import METHODS, Cell, Scaling
-from abtrain.commands.paper.published import DDP, TABLE2_GLOBAL, TABLE2_LOCAL, PaperCell, Value
+from abtrain.commands.paper.published import DDP, TABLE2, PaperCell, Value
 from abtrain.commands.paper.tables import PaperRow
 
 if TYPE_CHECKING:
@@ -23,16 +23,16 @@ _GREY = "#616e7c"
 
 @dataclass(frozen=True)
 class _Panel:
-    """One plot: a quantity over the number of nodes, or over the global batch.
+    """One plot: a quantity over the number of nodes or over the global batch.
 
     Attributes:
-        name: of its file.
-        title: what it is about.
-        axis: name of its vertical axis.
-        value: of a row.
-        paper: of a cell of the paper's table; None where it has none.
-        scaling: whose rows it shows.
-        over: its horizontal axis.
+        name: the name of its file.
+        title: the title of the figure.
+        axis: the name of the vertical axis.
+        value: returns the quantity of a row.
+        paper: returns the quantity of a cell of the paper's table; None if it is not given.
+        scaling: the scaling of the rows that it shows.
+        over: the quantity of the horizontal axis.
         log: whether the vertical axis is logarithmic.
     """
 
@@ -107,14 +107,14 @@ PANELS: dict[str, tuple[_Panel, ...]] = {
 
 
 def draw(figure: str, found: Sequence[PaperRow], folder: Path, note: str, prefix: str = "") -> list[Figure]:
-    """Draws the panels of a figure that there are rows for, one PNG file for each of its models.
+    """Draws the panels of a figure for which there are rows, into one PNG file for each model.
 
     Args:
         figure: a key of PANELS.
-        found: rows of all its cells.
-        folder: that gets the files.
-        note: how the numbers were made.
-        prefix: of the files' names.
+        found: the rows of all cells.
+        folder: the folder for the files.
+        note: the end of the captions.
+        prefix: the beginning of the files' names.
     """
     drawn = []
     for panel in PANELS[figure]:
@@ -124,15 +124,15 @@ def draw(figure: str, found: Sequence[PaperRow], folder: Path, note: str, prefix
             file = f"{prefix}{panel.name}-{re.sub('[^a-z0-9]+', '-', model.lower())}.png"
             save(folder / file, _HEIGHT, lambda axes, here=here, panel=panel: _draw(axes, here, panel))  # type: ignore[misc]
             seeds = min(row.seeds for row in here)
-            bars = f"means over {seeds} seeds, bars one standard deviation" if seeds > 1 else "of one seed"
-            dashed = " Dashed: the paper's values." if _published(here[0].cell) else ""
-            drawn.append(Figure(file, f"{panel.title}: {model}", f"Dots are {bars}.{dashed} {note}"))
+            dots = f"Dots are means over {seeds} seeds, bars one standard deviation." if seeds > 1 else "One seed."
+            dashed = " Dashed lines are the paper's values." if _published(here[0].cell) else ""
+            drawn.append(Figure(file, f"{panel.title}: {model}", f"{dots}{dashed} {note}"))
     return drawn
 
 
 def draw_ecr(folder: Path) -> Figure:
-    """Draws the estimated communication reduction of Table I, the paper's value beside that of eq. 4: ecr.png."""
-    found = ecr_rows()[::-1]  # the first one on top
+    """Draws ecr.png: the estimated communication reduction of Table I, by the paper and by eq. 4."""
+    found = ecr_rows()[::-1]  # puts the first one on top
     labels = [f"{row.method.model}, {row.method.name}" for row in found]
 
     def dots(axes: Axes) -> None:
@@ -149,7 +149,7 @@ def draw_ecr(folder: Path) -> Figure:
         legend_below(axes)
 
     save(folder / "ecr.png", 5.2, dots)
-    return Figure("ecr.png", "Estimated communication reduction", "Dots: eq. 4. Bars: the paper's Table I.")
+    return Figure("ecr.png", "Estimated communication reduction", "Dots are values of eq. 4, bars those of Table I.")
 
 
 def _draw(axes: Axes, here: Sequence[PaperRow], panel: _Panel) -> None:
@@ -185,8 +185,7 @@ def _place(cell: Cell, panel: _Panel) -> int:
 
 
 def _published(cell: Cell) -> PaperCell | None:
-    table = TABLE2_LOCAL if cell.scaling == "local" else TABLE2_GLOBAL
-    return table.get((cell.model, cell.method, cell.nodes))
+    return TABLE2[cell.scaling].get((cell.model, cell.method, cell.nodes))
 
 
 def _paper_value(cell: Cell, panel: _Panel) -> Value | None:

@@ -1,4 +1,4 @@
-"""Tables that need no run: the paper's formulas beside its values, and what the experiments would send."""
+"""Tables that need no runs: the paper's formulas compared with its values, and the planned runs of experiments."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from abtrain.commands.paper.published import (
     ITERATIONS_4K,
     NO_GROUPS,
     TABLE1,
-    TABLE2_GLOBAL,
-    TABLE2_LOCAL,
+    TABLE2,
     PaperCell,
-    Value,
 )
 from abtrain.commands.paper.runs import LAUNCHER
 from abtrain.commands.plan.payload import payload, predict
@@ -28,16 +26,16 @@ from abtrain.commands.plan.recipe_words import phases_in_words
 from abtrain.commands.plan.shapes import ModelShapes, ranks_for, shapes_of
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import group_size_of, recipe_of
-from abtrain.commands.units import human_bytes
+from abtrain.commands.units import human_bytes, spread
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.recipe import Recipe
 
 _ASSUMED = 4.0
-"""Compression where the paper has none."""
+"""The compression to assume where the paper gives none."""
 
 
 def ecr_table() -> Table:
-    """Eq. 4 for each row of Table I, beside the paper's value."""
+    """Compares eq. 4 with the paper's value for each row of Table I."""
     lines = []
     for row in ecr_rows():
         computed, difference = row.computed, row.difference
@@ -49,35 +47,35 @@ def ecr_table() -> Table:
                 f"{row.method.ecr:.2f}",
                 "-" if computed is None else f"{computed:.2f}",
                 "-" if difference is None else f"{difference:+.2f}",
-                "the paper's" if row.reached else row.remark,
+                "equal" if row.reached else row.remark,
             )
         )
     note = (
-        "ECR in per cent, 100 - F - L c with F = 25, L = 75 and c the inverse of the compression. For AB, groups that "
-        "train alone send nothing: L is 0, and F is the share of steps in full-rank data parallel training."
+        "ECR in percent is 100 - F - L c with F = 25, L = 75 and c the inverse of the compression. Groups of AB send "
+        "nothing while they train alone: for AB, L is 0 and F is the share of full-rank data parallel steps."
     )
-    header = ("model", "method", "compression", "paper", "eq. 4", "differs by", "remark")
+    header = ("model", "method", "compression", "paper", "eq. 4", "difference", "remark")
     return Table("Estimated communication reduction (eq. 4, Table I)", header, tuple(lines), note)
 
 
 def traffic_table(scaling: Scaling) -> Table:
-    """Scaled traffic by the caption of Table II, beside the paper's value."""
-    published = TABLE2_LOCAL if scaling == "local" else TABLE2_GLOBAL
+    """Compares the formula for scaled traffic in the caption of Table II with the paper's values."""
+    published = TABLE2[scaling]
     plan = {(c.model, c.method, c.nodes): c for c in cells(f"table2-{scaling}", SCALES["full"])}
     shares = {key: _share(plan[key], plan[(key[0], DDP, key[2])]) for key in published}
     lines = [_traffic_line(key, there, scaling, plan[key], shares[key]) for key, there in published.items()]
     note = (
-        "Scaled traffic in GB/s: 4 GPUs x float32 parameters x steps of an epoch / (53.84 % x seconds of an epoch), at "
-        "most 25; 150 epochs; 300 steps an epoch at a global batch of 4,096 (Section IV.D). The factor of 4 is not in "
-        "the caption: without it, no row comes out. AB and AB - No Groups: times the share of DDP's bytes that the "
-        "guideline's schedule sends at the paper's compression. Without groups that is B alone; the paper's values for "
-        "ViT B/16 are those of A and B together, F + (1 - F) / compression. Time is the job's own. In the row of ViT "
-        "B/16, DDP, 4 nodes, constant local batch, it varies by 12 % while traffic varies by 1 %, so that the one does "
-        "not give the other; with the 224.97 minutes of the same job in the other half of the table it would be 8.58. "
-        "ResNet-50's traffic under DDP cannot be reached from the formula: the paper's is higher everywhere, by 20 "
-        "to 60 %."
+        "Scaled traffic in GB/s is 4 GPUs x bytes of the float32 parameters x steps per epoch / (53.84 % x seconds per "
+        "epoch), at most 25. A run has 150 epochs of 300 steps at a global batch of 4,096 (Section IV.D). The caption "
+        "does not have the factor of 4, but no row can be reproduced without it. For AB and AB - No Groups the formula "
+        "is multiplied by the share of DDP's bytes that the guideline's schedule sends at the paper's compression. "
+        "AB - No Groups sends only B, but the paper's values for ViT B/16 count A and B, F + (1 - F) / compression. "
+        "Minutes are those of the job. For ViT B/16, DDP, 4 nodes, constant local batch, they vary by 12 % and traffic "
+        "varies by 1 %, so the traffic was not computed from them. With the 224.97 minutes of the same job in the "
+        "other half of the table, the formula gives 8.58. The paper's traffic of ResNet-50 with DDP is 20 to 60 % "
+        "above the formula in all rows."
     )
-    header = ("model", "method", "nodes", "minutes", "bytes of DDP", "paper", "formula", "differs by")
+    header = ("model", "method", "nodes", "minutes", "bytes of DDP", "paper", "formula", "difference")
     return Table(f"Scaled traffic, constant {scaling} batch (Table II)", header, tuple(lines), note)
 
 
@@ -93,16 +91,12 @@ def _traffic_line(
         model,
         method,
         str(nodes),
-        _text(there.minutes),
+        spread(*there.minutes),
         f"{100 * share:.1f} %",
-        _text(there.traffic),
+        spread(*there.traffic),
         f"{value:.2f}",
         f"{100 * (value / there.traffic.mean - 1):+.1f} %",
     )
-
-
-def _text(value: Value) -> str:
-    return f"{value.mean:.2f} ± {value.std:.2f}"
 
 
 def plan_tables(chosen: Sequence[Cell], seeds: int) -> list[Table]:
@@ -125,15 +119,16 @@ def plan_tables(chosen: Sequence[Cell], seeds: int) -> list[Table]:
             )
         )
     note = (
-        f"{len(lines)} cells, {seeds} seeds each. Bytes are those that a worker hands to collectives between nodes, at "
-        f"the paper's compression in the same place ({_ASSUMED:g} : 1 where it has none). Started by `{LAUNCHER}`."
+        f"{len(lines)} cells with {seeds} seeds each. Bytes are those that a worker hands to collectives between "
+        f"nodes, at the paper's compression in the same cell ({_ASSUMED:g} : 1 where the paper gives none). "
+        f"`{LAUNCHER}` starts a run."
     )
-    header = ("model", "method", "nodes", "ranks", "batch", "steps", "bytes a step", "bytes a run", "of DDP")
-    return [Table("What would be run", header, tuple(lines), note), _phase_table(chosen)]
+    header = ("model", "method", "nodes", "ranks", "batch", "steps", "bytes per step", "bytes per run", "of DDP")
+    return [Table("Planned runs", header, tuple(lines), note), _phase_table(chosen)]
 
 
 def _phase_table(chosen: Iterable[Cell]) -> Table:
-    """The phases of each method, where it is trained on the fewest nodes."""
+    """Tabulates the phases of each method on the fewest nodes of the experiment."""
     first: dict[tuple[str, str], Cell] = {}
     for cell in chosen:
         first.setdefault((cell.model, cell.method), cell)
@@ -157,7 +152,7 @@ def _shapes(cell: Cell, recipe: Recipe) -> ModelShapes:
 
 @cache
 def _task_shapes(task: str, factoring: Factoring | None) -> ModelShapes:
-    """Building a large model takes a while, also without its storage."""
+    """Returns the shapes of a task's model, cached because building a large model is slow even without storage."""
     with torch.device("meta"):
         return shapes_of(TASKS[task].model(), factoring)
 
@@ -167,7 +162,7 @@ def _model_numel(cell: Cell) -> int:
 
 
 def _sent(cell: Cell) -> float:
-    """Bytes between nodes of a worker, in a whole run."""
+    """Returns the bytes that a worker hands to collectives between nodes in a whole run."""
     recipe = _recipe(cell)
     shapes = _shapes(cell, recipe)
     ranks = ranks_for(shapes, _compression(cell)) if recipe.factored else {}
@@ -180,11 +175,10 @@ def _share(cell: Cell, baseline: Cell) -> float:
 
 
 def _compression(cell: Cell) -> float:
-    """The paper's, of the same place; of AB for `ab_outer`, which the paper does not have."""
+    """Returns the paper's compression in the same cell; for `ab_outer`, which the paper does not have, that of AB."""
     method = AB if cell.method == AB_OUTER else cell.method
-    table = TABLE2_LOCAL if cell.scaling == "local" else TABLE2_GLOBAL
     for name in (method, NO_GROUPS):
-        there = table.get((cell.model, name, cell.nodes))
+        there = TABLE2[cell.scaling].get((cell.model, name, cell.nodes))
         if there is not None and there.compression is not None:
             return there.compression
     known = [row.compression for row in TABLE1 if (row.model, row.name) == (cell.model, method)]

@@ -1,4 +1,4 @@
-"""The paper's reported numbers: Tables I and II of arXiv 2405.01067, and the inputs of its formulas. Data only."""
+"""Numbers that the paper reports: Tables I and II of arXiv 2405.01067, and the inputs of its formulas."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class PublishedMethod(NamedTuple):
 
     Attributes:
         model: RESNET (on ImageNet-2012) or VGG (on CIFAR-10).
-        name: of the method.
-        difference: top-1 against the study's own full-rank model, in points.
+        name: the name of the method.
+        difference: the difference in top-1 to the full-rank model of the same study, in points.
         compression: full parameters over compressed ones.
-        ecr: estimated communication reduction, in per cent.
+        ecr: the estimated communication reduction in percent.
     """
 
     model: str
@@ -46,20 +46,20 @@ TABLE1 = (
 
 
 class Value(NamedTuple):
-    """Mean and standard deviation over the paper's three runs."""
+    """Mean and standard deviation over runs, three in the paper."""
 
     mean: float
     std: float
 
 
 class PaperCell(NamedTuple):
-    """A cell of Table II; None where our copy of it is not legible.
+    """A cell of Table II. Values that are not legible in our copy are None.
 
     Attributes:
-        traffic: scaled traffic in GB/s.
-        compression: full parameters over factored ones, at the end.
-        minutes: to train, job wall-clock time.
-        top1: on the validation data, in per cent.
+        traffic: the scaled traffic in GB/s.
+        compression: full parameters over factored ones, at the end of the run.
+        minutes: the wall-clock time of the job.
+        top1: the validation accuracy in percent.
     """
 
     traffic: Value | None
@@ -69,7 +69,7 @@ class PaperCell(NamedTuple):
 
 
 def _cell(*numbers: float) -> PaperCell:
-    """A cell from its numbers in the paper's order, each mean followed by its deviation but that of compression."""
+    """Builds a cell from its numbers in the paper's order: means with deviations, and compression without."""
     traffic, traffic_std, compression, minutes, minutes_std, top1, top1_std = numbers
     return PaperCell(Value(traffic, traffic_std), compression, Value(minutes, minutes_std), Value(top1, top1_std))
 
@@ -108,7 +108,7 @@ TABLE2_LOCAL: dict[tuple[str, str, int], PaperCell] = {
     (RESNET, NO_GROUPS, 32): _cell(2.17, 0.04, 1.12, 37.48, 0.15, 71.38, 0.07),
     (RESNET, DDP, 32): _cell(3.00, 0.06, 1, 37.91, 0.73, 71.47, 0.08),
 }
-"""Constant local batch (256 a GPU), by model, method and nodes of four GPUs."""
+"""Constant local batch (256 per GPU), by model, method and number of nodes with four GPUs each."""
 
 TABLE2_GLOBAL: dict[tuple[str, str, int], PaperCell] = {
     (VIT, AB, 4): _cell(2.49, 0.49, 2.09, 259.44, 49.68, 70.68, 0.56),
@@ -136,22 +136,25 @@ TABLE2_GLOBAL: dict[tuple[str, str, int], PaperCell] = {
     (RESNET, NO_GROUPS, 32): _cell(5.70, 0.03, 1.27, 92.37, 3.35, 73.73, 0.10),
     (RESNET, DDP, 32): _cell(6.49, 1.85, 1, 121.55, 31.04, 73.71, 0.04),
 }
-"""Constant global batch (4,096), by model, method and nodes of four GPUs."""
+"""Constant global batch (4,096), by model, method and number of nodes with four GPUs each."""
+
+TABLE2: dict[str, dict[tuple[str, str, int], PaperCell]] = {"local": TABLE2_LOCAL, "global": TABLE2_GLOBAL}
+"""Both halves of Table II, by the batch that is constant."""
 
 BACKWARD_SHARE = 0.5384
-"""Of a step's time, the backward pass: measured by the authors on four nodes (Section V)."""
+"""The backward pass as a share of a step's time, measured by the authors on four nodes (Section V)."""
 PORT = 25.0
-"""GB/s that a node's InfiniBand port carries; no scaled traffic is above it (Table II)."""
+"""The rate of a node's InfiniBand port in GB/s, which limits the scaled traffic (Table II)."""
 GPUS = 4
-"""Of each node (Section IV.A)."""
+"""The number of GPUs of a node (Section IV.A)."""
 EPOCHS = 150
-"""Of every ImageNet run, as the authors' configurations have it."""
+"""The epochs of every ImageNet run, by the authors' configurations."""
 ITERATIONS_4K = 300
-"""An epoch of ImageNet at a global batch of 4,096, and twice as many at 2,048 (Section IV.D)."""
+"""The steps of an ImageNet epoch at a global batch of 4,096; twice as many at 2,048 (Section IV.D)."""
 
 
 class PublishedSchedule(NamedTuple):
-    """Steps of a run as the authors' published configurations have them; `cycle` includes `rebound`."""
+    """Numbers of steps in the authors' published configurations; `cycle` includes `rebound`."""
 
     total: int
     warmup: int
@@ -163,4 +166,4 @@ SCHEDULES = {
     VIT: PublishedSchedule(EPOCHS * ITERATIONS_4K, 12_300, 2_180, 300),
     RESNET: PublishedSchedule(EPOCHS * ITERATIONS_4K, 9_300, 3_000, 300),
 }
-"""At a global batch of 4,096."""
+"""Schedules at a global batch of 4,096, by model."""

@@ -1,7 +1,7 @@
-"""The runs of an experiment: what there is to do, what is done, and what came out.
+"""The runs of an experiment: planning them, running them, and reading their outcomes.
 
-Each has a folder of its own, named by its settings, so that experiments share the runs that they have in common:
-the request (see `abtrain.commands.compare.kept`) and result.json, beside what `abtrain train` writes where that ran it.
+Each run has a folder that is named after its settings, so that experiments share runs. The folder holds the request
+(see `abtrain.commands.runs.request`), and result.json or the run folder of `abtrain train`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,11 @@ from abtrain.commands.files import write_whole
 from abtrain.commands.paper.experiments import Cell, ScaleName
 from abtrain.commands.paper.published import BACKWARD_SHARE
 from abtrain.commands.plan.collectives import Cluster, NodeLink
-from abtrain.commands.plan.forecast import forecast
+from abtrain.commands.plan.forecast import WorkerSeconds, forecast
 from abtrain.commands.plan.payload import predict
 from abtrain.commands.plan.shapes import ModelShapes, shapes_of
-from abtrain.commands.plan.worker_seconds import WorkerSeconds
-from abtrain.commands.runs import request
-from abtrain.commands.runs.folder_run import FolderRun, check
-from abtrain.commands.runs.once import run_once
-from abtrain.commands.runs.request import RECORD_FILE, REQUEST_FILE, TRAIN_FOLDER, differences
+from abtrain.commands.runs.folder_run import FolderRun, check_folders, run_once
+from abtrain.commands.runs.request import RECORD_FILE, REQUEST_FILE, TRAIN_FOLDER, request_differences, write_request
 from abtrain.commands.runs.result_files import JsonRecord, is_empty, read_record
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import TrainConfig, group_size_of, recipe_of, resolve
@@ -40,11 +37,11 @@ from abtrain.commands.train.folder_content import RESULT_FILE
 from abtrain.errors import AbtrainError, ConfigurationError
 
 CHECKPOINTS, LEAST_BETWEEN_CHECKPOINTS = 50, 100
-"""Of a real run: a checkpoint every 2 % of its steps, but not more often than every 100 steps."""
+"""A real run writes 50 checkpoints, but not more often than every 100 steps."""
 TINY_LINK = NodeLink(rate=1e9, latency=1e-4)
-"""Of the cluster that seconds of simulated runs are forecast for: 1 Gbit/s, 0.1 ms."""
+"""The links of the cluster for which the seconds of simulated runs are forecast: 1 Gbit/s, 0.1 ms."""
 LAUNCHER = "torchrun --nnodes {nodes} --nproc-per-node {workers_per_node}"
-"""How a real run is started by default; the module and its arguments follow."""
+"""The default command that starts a real run; the module and its arguments follow."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class PaperRun(FolderRun):
 
     @property
     def result_file(self) -> Path:
-        """The file that holds its result, or will hold it. Simulated runs have no folder of `abtrain train`."""
+        """The file of its result, whether it exists or not. Simulated runs have no folder of `abtrain train`."""
         trained = self.folder / TRAIN_FOLDER / RESULT_FILE
         return trained if os.path.lexists(trained) else self.folder / RESULT_FILE
 
@@ -74,7 +71,7 @@ class PaperRun(FolderRun):
 
     def check_results(self) -> None:
         result = self.result_file
-        # A simulated run replaces an empty file. `abtrain train` would refuse the folder because of it.
+        # A simulated run replaces an empty file, but `abtrain train` refuses a folder with one.
         if os.path.lexists(result) and not (result.parent == self.folder and is_empty(result)):
             outcome(self)
 
@@ -84,14 +81,14 @@ class PaperOutcome:
     """The outcome of one run.
 
     Attributes:
-        cell, seed: which run it was.
-        top1: in per cent.
+        cell, seed: the cell and the seed of the run.
+        top1: the validation accuracy in percent.
         compression: full parameters over factored ones.
-        payload: bytes that a worker handed to collectives between nodes, in the whole run.
-        payload_ratio: of that to one float32 gradient of every parameter at every step.
-        seconds: of training; of a simulated run, what it would take on a cluster (`TINY_LINK`).
-        traffic: scaled traffic of a node in GB/s, as Table II has it.
-        version: of abtrain that trained it; None where its result does not say.
+        payload: the bytes that a worker handed to collectives between nodes in the whole run.
+        payload_ratio: the payload over one float32 gradient of every parameter at every step.
+        seconds: the time of training; for a simulated run, the forecast for a cluster with `TINY_LINK`.
+        traffic: the scaled traffic of a node in GB/s, as defined for Table II.
+        version: the version of abtrain that trained it; None if the result does not have it.
     """
 
     cell: Cell
@@ -106,7 +103,7 @@ class PaperOutcome:
 
 
 def plan_runs(cells: Iterable[Cell], seeds: int, out: Path) -> list[PaperRun]:
-    """All runs, each once: first one seed of every cell, so that a picture is there early."""
+    """Returns all runs without duplicates. The first seed of every cell comes first, for an early overview."""
     chosen = list(cells)
     runs = [PaperRun(cell, seed, out / "runs" / _name(cell, seed)) for seed in range(seeds) for cell in chosen]
     return list({run.folder: run for run in runs}.values())
@@ -120,31 +117,31 @@ def run_all(
     say: Callable[[str], None],
     overwrite: bool = False,
 ) -> None:
-    """Runs what is not done, one after the other; what is done is kept, however this ends.
+    """Runs everything that is not done, one run after the other. Finished runs are kept after errors.
 
     Args:
-        runs: of an experiment.
-        scale: `tiny` runs are simulated in this process, `full` ones started by the launcher.
-        launcher: command line that starts the workers, with {nodes} and {workers_per_node}.
-        data: folder with the data; by default its usual place.
-        say: takes a line for each run.
+        runs: the runs of an experiment.
+        scale: whether runs are simulated in this process (`tiny`) or started by the launcher (`full`).
+        launcher: the command line that starts the workers, with {nodes} and {workers_per_node}.
+        data: the folder with the data; None for its default place.
+        say: called with a line for each run.
         overwrite: whether runs with other settings are replaced.
 
     Raises:
-        ConfigurationError: folders that hold runs with other settings; before the first run starts.
-        DataError: results that are damaged; likewise.
+        ConfigurationError: some folders hold runs with other settings. No run has started.
+        DataError: some results are damaged. No run has started.
         AbtrainError: a run failed.
     """
-    check(runs, overwrite)
+    check_folders(runs, overwrite)
     load = cache(lambda task: TASKS[task].load(data))
 
     def run_one(run: PaperRun) -> None:
         if scale == "tiny":
             samples = load(run.config.task)
-            write_request(run, overwrite)
+            prepare_folder(run, overwrite)
             _simulate(run, samples)
         else:
-            write_request(run, overwrite, checkpoints=True)
+            prepare_folder(run, overwrite, checkpoints=True)
             _launch(run, launcher, data)
 
     run_once(runs, nullcontext(run_one), say, lambda run: _in_short(outcome(run)))
@@ -162,10 +159,10 @@ def _simulate(run: PaperRun, data: Any) -> None:
 
 
 def _launch(run: PaperRun, launcher: str, data: Path | None) -> None:
-    """Starts a real run, which goes on where a stopped one left its checkpoint.
+    """Starts a real run, which resumes from the last checkpoint if there is one.
 
     Raises:
-        AbtrainError: it failed; the exit code is the command's.
+        AbtrainError: the run failed; the exit code is that of the command.
     """
     command = launch_command(run, launcher, data)
     try:
@@ -173,26 +170,26 @@ def _launch(run: PaperRun, launcher: str, data: Path | None) -> None:
     except OSError as error:
         raise AbtrainError(f"{run}: {command[0]} cannot be started: {error}. Name another --launcher") from error
     if code:
-        failure = AbtrainError(f"{run}: `{shlex.join(command)}` ended with exit code {code}: run again to go on")
+        failure = AbtrainError(f"{run}: `{shlex.join(command)}` ended with exit code {code}: run again to continue")
         failure.exit_code = code if code > 0 else AbtrainError.exit_code
         raise failure
 
 
 def launch_command(run: PaperRun, launcher: str, data: Path | None) -> list[str]:
-    """The command line of a real run."""
+    """Returns the command line of a real run."""
     per_node = run.config.workers // run.cell.nodes
     start = shlex.split(launcher.format(nodes=run.cell.nodes, workers_per_node=per_node))
     place = ["--out", str(run.folder / TRAIN_FOLDER), *(["--data", str(data)] if data is not None else [])]
     return [*start, "-m", "abtrain", "train", "--config", str(run.folder / REQUEST_FILE), *place]
 
 
-def write_request(run: PaperRun, overwrite: bool = False, checkpoints: bool = False) -> None:
-    """Writes the request of a run, unless the folder holds one that asks for the same.
+def prepare_folder(run: PaperRun, overwrite: bool = False, checkpoints: bool = False) -> None:
+    """Writes the request of a run into its folder, unless the folder holds an equal one.
 
     Args:
-        run: which one.
-        overwrite: whether a run with other settings is removed for it.
-        checkpoints: whether the run is to write checkpoints, which make no other run of it.
+        run: the run.
+        overwrite: whether a run with other settings is removed.
+        checkpoints: whether the run writes checkpoints, which do not distinguish runs.
 
     Raises:
         ConfigurationError: the folder holds a run with other settings.
@@ -204,16 +201,16 @@ def write_request(run: PaperRun, overwrite: bool = False, checkpoints: bool = Fa
         every = max(LEAST_BETWEEN_CHECKPOINTS, config.steps // CHECKPOINTS)
         config = dataclasses.replace(config, checkpoint_every=every)
     if not (run.done or _asks_for(run, checkpoints)):
-        request.write_request(run.folder, config)
+        write_request(run.folder, config)
 
 
 def _asks_for(run: PaperRun, checkpoints: bool) -> bool:
-    """Whether the folder has a request of the same run, with checkpoints if there are to be any."""
-    if not (run.folder / RECORD_FILE).exists() or differences(run.folder, run.config):
+    """Whether the folder holds a request for this run, with checkpoints if they are wanted."""
+    if not (run.folder / RECORD_FILE).exists() or request_differences(run.folder, run.config):
         return False
     try:
         return not checkpoints or from_toml(run.folder / REQUEST_FILE).checkpoint_every > 0
-    except ConfigurationError:  # of a version with other settings
+    except ConfigurationError:  # another version with other settings wrote it
         return False
 
 
@@ -221,7 +218,7 @@ def outcome(run: PaperRun) -> PaperOutcome:
     """Reads the outcome of a finished run.
 
     Raises:
-        DataError: its result is damaged.
+        DataError: the result is damaged.
     """
     result = read_record(run.result_file)
     payload = result.number("payload_bytes", "between_groups")
@@ -242,7 +239,7 @@ def outcome(run: PaperRun) -> PaperOutcome:
 
 
 def _forecast(config: TrainConfig, result: JsonRecord) -> float:
-    """Seconds of a simulated run on a cluster of as many nodes, with the ranks that it had."""
+    """Forecasts the seconds of a simulated run on a cluster with `TINY_LINK`, from the ranks in its result."""
     import torch
 
     recipe = recipe_of(config)
@@ -257,10 +254,10 @@ def _forecast(config: TrainConfig, result: JsonRecord) -> float:
 
 
 def _ranks(entry: JsonRecord, shapes: ModelShapes) -> dict[str, int]:
-    """k of each weight after one decomposition.
+    """Returns the rank k of each weight after one decomposition.
 
     Raises:
-        DataError: one that no weight of the model can have.
+        DataError: no weight of the model can have such a rank.
     """
     found, matrices = entry.counts("ranks"), shapes.matrices()
     for name, k in found.items():

@@ -1,7 +1,7 @@
-"""The search for hyperparameters (Section IV.C): the paper's four, or those of the outer merges, with optuna.
+"""Searches hyperparameters with optuna (Section IV.C): the paper's four for `ab`, and others for `ab_outer`.
 
-Trials are simulated runs (`abtrain.commands.train.simulate`), or real ones on a node at full scale; what is bad in a
-short run is pruned before a long one. The study is kept in a file, so that the same command adds trials to it.
+Trials are simulated runs (`abtrain.commands.train.simulate`), or real ones on a node at full scale. A trial that is bad
+in a short run is pruned before the long run. A file keeps the study, so that the same command adds trials to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from abtrain.commands.files import write_json
 from abtrain.commands.page import Table
 from abtrain.commands.paper.arguments import PaperRequest
 from abtrain.commands.paper.experiments import Cell
-from abtrain.commands.paper.page import write_paper_page
+from abtrain.commands.paper.pages import write_paper_page
 from abtrain.commands.paper.runs import PaperRun, outcome, run_all
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import TrainConfig, resolve
@@ -30,7 +30,7 @@ from abtrain.recipes.paper import AB_SHARE
 
 FILE = "search.db"
 RUNGS = (0.25, 1.0)
-"""Shares of a run's steps after which a trial may be pruned: a short run first, the whole one if that was no loss."""
+"""The lengths of a trial's runs, as shares of the steps. A trial may be pruned after the short run."""
 _WORKERS, _BATCH, _FULL_BATCH = 4, 32, 256
 _RECIPES = ("ab", "ab_outer")
 
@@ -40,8 +40,8 @@ def suggested(recipe: str, trial: Any, steps: int) -> dict[str, Any]:
 
     Args:
         recipe: `ab` for the paper's four parameters, `ab_outer` for those of the outer merges.
-        trial: optuna's.
-        steps: of the run.
+        trial: the trial of optuna.
+        steps: the number of steps of the run.
     """
     if recipe == "ab":
         group = max(2, round(steps * trial.suggest_float("ab_share", AB_SHARE / 4, AB_SHARE * 4, log=True)))
@@ -66,11 +66,11 @@ def suggested(recipe: str, trial: Any, steps: int) -> dict[str, Any]:
 
 
 def search(request: PaperRequest, console: Console) -> None:
-    """Runs trials until there are as many as asked for, and writes hpo-RECIPE.json, the figures and hpo.html.
+    """Runs trials up to the requested number, and writes hpo-RECIPE.json, the figures and hpo.html.
 
     Raises:
         ConfigurationError: optuna is not installed.
-        DataError: the data is not to be had.
+        DataError: the data is not available.
     """
     optuna = _optuna()
     request.out.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def search(request: PaperRequest, console: Console) -> None:
 
 
 def _base(request: PaperRequest) -> TrainConfig:
-    """Returns the settings that all trials share: the mini ViT on CIFAR-100 as in the paper, or the small CNN."""
+    """Returns the settings that all trials share: the paper's mini ViT on CIFAR-100, or the small CNN."""
     task, batch = ("fashion-cnn", _BATCH) if request.scale.name == "tiny" else ("cifar100-mini-vit", _FULL_BATCH)
     steps = 240 if request.scale.name == "tiny" else TASKS[task].steps
     device = "cpu" if request.scale.name == "tiny" else "auto"
@@ -107,7 +107,7 @@ def _base(request: PaperRequest) -> TrainConfig:
 
 
 def _trainer(request: PaperRequest, base: TrainConfig) -> Callable[[TrainConfig, int], float]:
-    """Returns a function that trains by given settings for a trial, and returns its top-1."""
+    """Returns a function that trains with the settings of a trial, and returns the top-1 accuracy."""
     if request.scale.name == "tiny":
         data = TASKS[base.task].load(request.data)
         return lambda config, trial: float(simulate(resolve(config), data)["top1"])
@@ -125,7 +125,7 @@ def _trainer(request: PaperRequest, base: TrainConfig) -> Callable[[TrainConfig,
 def _objective(
     trial: Any, recipe: str, base: TrainConfig, train: Callable[[TrainConfig, int], float], say: Callable[[str], None]
 ) -> float:
-    """Top-1 at the end; pruned where a shorter run of the same shares is worse than the median of those before."""
+    """Returns the top-1 accuracy of a trial. Prunes it if its short run is worse than the median of earlier ones."""
     import optuna
 
     assert base.steps is not None
@@ -149,7 +149,10 @@ def _short(parameters: Mapping[str, float]) -> str:
 
 
 def _written(study: Any, recipe: str, out: Path) -> tuple[Table, list[Figure]]:
-    """The best trials as a table, and what the parameters matter, as a figure where there are trials enough."""
+    """Writes the results of a study. Returns a table of the best trials, and a figure of the parameters' importance.
+
+    Importance needs at least three complete trials.
+    """
     import optuna
 
     done = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
@@ -157,7 +160,7 @@ def _written(study: Any, recipe: str, out: Path) -> tuple[Table, list[Figure]]:
     record = [{"top1": trial.value, **trial.params} for trial in best]
     names = sorted({name for trial in best for name in trial.params})
     lines = tuple((f"{t.value:.2f}", *(f"{t.params[name]:.3g}" for name in names)) for t in best)
-    note = f"{len(done)} trials to their end, {len(study.trials) - len(done)} pruned or broken off."
+    note = f"{len(done)} trials are complete, {len(study.trials) - len(done)} were pruned or stopped."
     table = Table(f"The best trials of {recipe}", ("top-1 %", *names), lines, note)
     importance: dict[str, float] = {}
     if len(done) > 2:
@@ -167,10 +170,8 @@ def _written(study: Any, recipe: str, out: Path) -> tuple[Table, list[Figure]]:
         return table, []
     file = f"hpo-{recipe}.png"
     save(out / file, 1.2 + 0.4 * len(importance), lambda axes: _bars(axes, importance))
-    caption = (
-        "Share of the variance of top-1 that each parameter explains (fANOVA), over the trials that came to their end."
-    )
-    return table, [Figure(file, f"What matters in {recipe}", caption)]
+    caption = "The share of the variance of top-1 that each parameter explains (fANOVA), over complete trials."
+    return table, [Figure(file, f"Importance of the parameters of {recipe}", caption)]
 
 
 def _bars(axes: Any, importance: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The questions that the paper leaves open, as data: which runs answer each, at the small scale."""
+"""Questions that the paper leaves open, as data: the tiny-scale runs that answer each of them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Study:
     """A question and the runs that answer it.
 
     Attributes:
-        question: in a sentence.
-        shown: what its figure sets accuracy against; `divergence` is drawn by itself.
-        variants: options of the recipe over those of the method's own, by label: (method, options).
-        nodes: that each variant is trained on, at a constant global batch.
-        methods: of the tables' own runs, which the study shares.
-        tables: the tables that those runs are of.
+        question: the question as a sentence.
+        shown: the horizontal axis of its figure of accuracy; `divergence` has other figures.
+        variants: (method, options that change the method's) by label.
+        nodes: the numbers of nodes of each variant, at a constant global batch.
+        methods: methods of tables whose runs the study shares.
+        tables: the tables of those runs.
     """
 
     question: str
@@ -37,7 +37,7 @@ class Study:
 _CUTOFFS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 STUDIES: dict[str, Study] = {
     "merges": Study(
-        "Which rule of merging loses least?",
+        "Which merge rule loses least?",
         "bytes",
         {
             "AB, mean": (AB, {}),
@@ -74,7 +74,7 @@ STUDIES: dict[str, Study] = {
         tables=("table2-local",),
     ),
     "divergence": Study(
-        "How far do groups come apart in a phase, and in which layers?",
+        "How far do groups diverge in a phase, and in which layers?",
         "divergence",
         {"AB": (AB, {}), "ab_outer": (AB_OUTER, {})},
         nodes=(4, 16),
@@ -98,12 +98,12 @@ STUDIES: dict[str, Study] = {
 
 
 def study_cells(name: str, nodes: Sequence[int] = (), methods: Sequence[str] = ()) -> list[Cell]:
-    """All cells of a study.
+    """Returns all cells of a study.
 
     Args:
         name: a key of STUDIES.
-        nodes: in place of the study's own.
-        methods: labels or methods that take part; default all.
+        nodes: numbers of nodes that replace those of the study.
+        methods: labels or methods to include; by default all.
     """
     study, scale = STUDIES[name], SCALES["tiny"]
     counts = tuple(nodes or study.nodes)
@@ -118,7 +118,7 @@ def study_cells(name: str, nodes: Sequence[int] = (), methods: Sequence[str] = (
 
 
 def _variant(base: Cell, label: str, options: Mapping[str, Any], divergence: bool) -> Cell:
-    """A cell with other options; one without any shares the runs of the tables, unless it measures divergence."""
+    """Returns a cell with other options; without any it shares the runs of tables, unless it measures divergence."""
     if not options and not divergence:
         return replace(base, method=label)
     name, own = recipes.parse(base.config.recipe)

@@ -1,4 +1,4 @@
-"""From outcomes to tables: means and deviations over seeds, beside what the paper has in the same place. Pure."""
+"""Computes tables from outcomes: means and deviations over seeds, compared with the paper's values."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from dataclasses import dataclass
 
 from abtrain.commands.page import Table
 from abtrain.commands.paper.experiments import Cell, Scale, Scaling
-from abtrain.commands.paper.published import DDP, RESNET, TABLE1, TABLE2_GLOBAL, TABLE2_LOCAL, VIT, Value
+from abtrain.commands.paper.published import DDP, RESNET, TABLE1, TABLE2, VIT, Value
 from abtrain.commands.paper.runs import PaperOutcome
+from abtrain.commands.units import human_bytes, spread
 
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A cell: means and deviations over its seeds.
+    """Means and deviations over the seeds of a cell.
 
     Attributes:
-        cell: which it is.
-        seeds: how many runs.
-        top1: in per cent.
-        gain: top-1 over that of DDP in the same place, in points; None without it.
+        cell: the cell.
+        seeds: the number of runs.
+        top1: the validation accuracy in percent.
+        gain: the difference in top-1 to DDP with the same model and nodes, in points; None without a run of DDP.
         compression: full parameters over factored ones.
-        payload_ratio: bytes between nodes, to one float32 gradient of every parameter at every step.
-        seconds: of training.
-        traffic: scaled traffic in GB/s.
+        payload_ratio: bytes between nodes over one float32 gradient of every parameter at every step.
+        seconds: the time of training.
+        traffic: the scaled traffic in GB/s.
     """
 
     cell: Cell
@@ -38,7 +39,7 @@ class PaperRow:
 
 
 def rows(outcomes: Sequence[PaperOutcome]) -> list[PaperRow]:
-    """A row for each cell, in the order of their first runs."""
+    """Returns a row for each cell, in the order of their first runs."""
     by_cell: dict[Cell, list[PaperOutcome]] = {}
     for outcome in outcomes:
         by_cell.setdefault(outcome.cell, []).append(outcome)
@@ -67,13 +68,13 @@ def rows(outcomes: Sequence[PaperOutcome]) -> list[PaperRow]:
 
 
 def _value(numbers: Iterable[float]) -> Value:
-    """Mean and deviation of a sample; 0 of a single number."""
+    """Returns mean and sample deviation; the deviation of a single number is 0."""
     values = list(numbers)
     return Value(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
 
 
 def scaling_table(found: Sequence[PaperRow], scaling: Scaling, scale: Scale) -> Table:
-    """Table II, or the half of it, beside the paper's values for the same number of nodes."""
+    """Returns one half of Table II, with the paper's values for the same number of nodes."""
     papers = [VIT, RESNET] if scale.name == "tiny" else []
     header = ["model", "nodes", "batch", "method", "top-1 %", "to DDP", "bytes of DDP", "compr.", "traffic", "minutes"]
     header += [f"paper, {label}" for label in papers] or ["paper"]
@@ -86,62 +87,61 @@ def scaling_table(found: Sequence[PaperRow], scaling: Scaling, scale: Scale) -> 
                 str(cell.nodes),
                 f"{cell.global_batch:,}",
                 cell.method,
-                spread(row.top1, 2, row.seeds),
+                _spread(row.top1, row.seeds),
                 signed(row.gain),
                 f"{100 * row.payload_ratio:.2f} %",
-                spread(row.compression, 2, row.seeds),
-                _traffic_text(row.traffic.mean),
-                spread(Value(row.seconds.mean / 60, row.seconds.std / 60), 2, row.seeds),
+                _spread(row.compression, row.seeds),
+                f"{human_bytes(1e9 * row.traffic.mean)}/s",
+                _spread(Value(row.seconds.mean / 60, row.seconds.std / 60), row.seeds),
                 *(paper_text(label, cell, scaling) for label in papers or [cell.model]),
             )
         )
-    constant = "local" if scaling == "local" else "global"
-    title = f"Table II, constant {constant} batch, {scale.name} scale"
+    title = f"Table II, constant {scaling} batch, {scale.name} scale"
     return Table(title, tuple(header), tuple(lines), _scaling_note(scale))
 
 
 def _scaling_note(scale: Scale) -> str:
     note = (
-        "Mean ± standard deviation over seeds. To DDP: points of top-1 over DDP's on as many nodes; bytes of DDP: "
-        "what a worker hands to collectives between nodes, over one float32 gradient of every parameter at every step; "
-        "traffic: scaled as in the paper. The paper's columns say top-1 (its difference to DDP), traffic over DDP's, "
-        "and compression, for the same number of nodes."
+        "Mean ± standard deviation over seeds. `to DDP` is the difference in top-1 to DDP on as many nodes, in points. "
+        "`bytes of DDP` are the bytes that a worker hands to collectives between nodes, over one float32 gradient of "
+        "every parameter at every step. Traffic is scaled as in the paper. The paper's columns give top-1 (difference "
+        "to DDP), traffic over that of DDP, and compression, for the same number of nodes."
     )
     if scale.name == "tiny":
         note += (
-            " Workers are simulated in one process, one a node; minutes and traffic are forecast for links of 1 "
+            " Workers are simulated in one process, one per node. Minutes and traffic are forecasts for links of 1 "
             "Gbit/s, from the CPU time of a worker's step."
         )
     return note
 
 
 def study_table(found: Sequence[PaperRow], title: str) -> Table:
-    """A row for each cell, without the paper's."""
+    """Returns a table with a row for each cell, without the paper's values."""
     lines = [
         (
             row.cell.method,
             "local batch constant" if row.cell.scaling == "local" else "global batch constant",
             str(row.cell.nodes),
             f"{row.cell.global_batch:,}",
-            spread(row.top1, 2, row.seeds),
+            _spread(row.top1, row.seeds),
             signed(row.gain),
             f"{100 * row.payload_ratio:.2f} %",
-            spread(row.compression, 2, row.seeds),
+            _spread(row.compression, row.seeds),
             str(row.seeds),
         )
         for row in found
     ]
     header = ("method", "scaling", "nodes", "batch", "top-1 %", "to DDP", "bytes of DDP", "compression", "seeds")
     note = (
-        "Fashion-MNIST, the small CNN, one epoch. Mean ± standard deviation over seeds; bytes are those that a worker "
-        "hands to collectives between nodes, over one float32 gradient of every parameter at every step."
+        "The small CNN on Fashion-MNIST, one epoch. Mean ± standard deviation over seeds. `bytes of DDP` are the bytes "
+        "that a worker hands to collectives between nodes, over one float32 gradient of every parameter at every step."
     )
     return Table(title, header, tuple(lines), note)
 
 
 def paper_text(label: str, cell: Cell, scaling: Scaling) -> str:
-    """Returns the paper's own number for a cell, for one of its models."""
-    table = TABLE2_LOCAL if scaling == "local" else TABLE2_GLOBAL
+    """Returns the paper's values of one of its models in the place of a cell."""
+    table = TABLE2[scaling]
     there, baseline = table.get((label, cell.method, cell.nodes)), table.get((label, DDP, cell.nodes))
     if there is None or there.top1 is None or baseline is None or baseline.top1 is None:
         return "-"
@@ -152,7 +152,7 @@ def paper_text(label: str, cell: Cell, scaling: Scaling) -> str:
 
 
 def comparison_table(found: Sequence[PaperRow], scale: Scale) -> Table:
-    """Table I: difference to the baseline, compression and ECR, beside the paper's for other methods."""
+    """Returns Table I: difference to the baseline, compression and ECR, with the paper's values of all methods."""
     lines = [
         (
             row.cell.model,
@@ -172,21 +172,16 @@ def comparison_table(found: Sequence[PaperRow], scale: Scale) -> Table:
                 (method.model, method.name, signed(method.difference), compression, f"{method.ecr:.2f} %", "the paper")
             )
     note = (
-        "Difference of top-1 to the full-rank model. Of runs here the last column but one is measured: 100 % less the "
-        "bytes between nodes over DDP's. The paper's are estimates (eq. 4)."
+        "`to baseline` is the difference in top-1 to the full-rank model. The reduction of runs here is measured: "
+        "100 % minus the bytes between nodes over those of DDP. The reductions of the paper are estimates (eq. 4)."
     )
     header = ("model", "method", "to baseline", "compression", "reduction", "source")
     return Table(f"Table I, {scale.name} scale", header, tuple(lines), note)
 
 
-def spread(value: Value, digits: int, seeds: int) -> str:
-    """Mean and deviation as people write them; the mean alone of a single run."""
-    return f"{value.mean:.{digits}f} ± {value.std:.{digits}f}" if seeds > 1 else f"{value.mean:.{digits}f}"
+def _spread(value: Value, seeds: int) -> str:
+    return spread(value.mean, value.std if seeds > 1 else None)
 
 
 def signed(number: float | None) -> str:
     return "-" if number is None else f"{number:+.2f}"
-
-
-def _traffic_text(gigabytes: float) -> str:
-    return f"{gigabytes:.2f} GB/s" if gigabytes >= 0.1 else f"{1000 * gigabytes:.3g} MB/s"

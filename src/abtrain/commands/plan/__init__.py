@@ -1,1 +1,1 @@
-"""Predictions: what recipes send, how long that takes, and whether it pays."""
+"""Predicts the traffic and the time of recipes, and recommends one."""

@@ -1,9 +1,9 @@
-"""Which recipe suits a cluster: forecasts of many, and the one closest to plain data parallel training that is fast.
+"""Recommends a recipe for a cluster: the fast one that is closest to plain data parallel training.
 
-Nothing here knows what a recipe costs in accuracy. What is known is the order: the fewer steps between merges, the
-sooner a merge is there and the wider the wire, the closer to data parallel training. So recipes are tried in that
-order, data parallel training in bfloat16 first, and the first that takes at most a ninth longer than the fastest of all
-is recommended.
+The accuracy of a recipe is not predicted. But recipes can be ordered: training is closer to data parallel training with
+fewer steps between merges, with shorter delays of merges, and with wider wires. Recipes are tried in this order,
+beginning with data parallel training in bfloat16. The first one that takes at most a ninth longer than the fastest is
+recommended.
 """
 
 from __future__ import annotations
@@ -17,39 +17,38 @@ from typing import Any
 from abtrain import recipes
 from abtrain.comm.topology import Topology
 from abtrain.commands.plan.collectives import Cluster
-from abtrain.commands.plan.forecast import Forecast, forecast
+from abtrain.commands.plan.forecast import FactorSeconds, Forecast, WorkerSeconds, forecast
 from abtrain.commands.plan.payload import payload_ratio, predict
 from abtrain.commands.plan.settings import problem_of
 from abtrain.commands.plan.shapes import ModelShapes, ranks_for
 from abtrain.commands.plan.stragglers import Speeds
-from abtrain.commands.plan.worker_seconds import FactorSeconds, WorkerSeconds
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.recipe import Recipe
 
 GOOD_ENOUGH = 0.9
-"""Speed over that of the fastest recipe, from which a recipe closer to data parallel training is worth more."""
+"""A recipe is fast enough if its speed is at least this share of the fastest recipe's speed."""
 ROUNDS = (10, 20, 40, 80, 160, 320)
-"""Steps between merges that are tried."""
+"""Numbers of steps between merges to try."""
 WIRES = ("fp32", "bf16", "int8", "int4", "auto")
-"""Wires that are tried, widest first; `auto` is narrower than int4 among more than two workers."""
+"""Wires to try, from wide to narrow; `auto` is narrower than int4 for more than two workers."""
 HIDDEN = 0.5
-"""Share of a round that merges are hidden behind where that is tried; merges that are waited for are tried before."""
+"""The delay of hidden merges as a share of a round. Merges without delay are tried first."""
 DELAYS = ("delay", "warmup_delay")
 """Options that hide merges."""
 RARE = ("diloco", "ab_outer")
-"""Recipes that are tried with all of those: full weights before factors."""
+"""Recipes to try with all these options: full weights before factors."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A recipe with its options, and what it would take.
+    """A recipe with its options and its forecast.
 
     Attributes:
-        name: of the recipe.
-        options: those that differ from its defaults.
-        recipe: built.
-        forecast: bytes and seconds.
-        ratio: payload over that of DDP in float32.
+        name: the name of the recipe.
+        options: the options that differ from its defaults.
+        recipe: the recipe that these options build.
+        forecast: the predicted bytes and seconds.
+        ratio: the payload over that of DDP in float32.
     """
 
     name: str
@@ -64,18 +63,19 @@ class Offer:
 
 @dataclass(frozen=True)
 class Setting:
-    """All that a plan depends on but the recipe.
+    """Everything that a plan depends on, except for the recipe.
 
     Args:
-        shapes: the model's shapes, given a recipe's factoring.
-        compression: of the model while it is factored.
-        steps: of the run.
-        alone: what a worker takes for its own work.
-        cluster: nodes and links.
-        group_size: workers a group.
-        speeds: of the workers; None: all alike.
-        algorithm: of all-reduces.
-        measure_factors: tells what factors of these ranks add to that, by the name of the weight; None: nothing.
+        shapes: returns the model's shapes, given a recipe's factoring.
+        compression: the compression of the model while it is factored.
+        steps: the number of steps of the run.
+        alone: the seconds of one worker's own work.
+        cluster: the nodes and links.
+        group_size: the number of workers in a group.
+        speeds: the speeds of workers; None if all are equal.
+        algorithm: the algorithm of all-reduces.
+        measure_factors: returns the seconds that factors add, given the rank of each weight by name; None if they are
+            neglected.
     """
 
     shapes: Callable[[Factoring | None], ModelShapes]
@@ -89,10 +89,10 @@ class Setting:
     measure_factors: Callable[[Mapping[str, int]], FactorSeconds] | None = None
 
     def offer(self, name: str, **options: Any) -> Offer:
-        """Returns the cost of a recipe here.
+        """Returns a recipe with its forecast in this setting.
 
         Raises:
-            ConfigurationError: options, a compression or a group size that cannot be.
+            ConfigurationError: the options, the compression or the group size are invalid.
         """
         recipe = recipes.build(name, self.steps, **options)
         model = self.shapes(recipe.factoring)
@@ -114,13 +114,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The recommended recipe, and the reasons.
+    """The recommended recipe and the reasons.
 
     Attributes:
-        choice: what to run.
-        ddp: data parallel training in bfloat16, the measure.
-        fastest: of all that were tried.
-        smaller: the first that is as good and hands back a smaller model; None where the choice does, or none is.
+        choice: the recommended recipe.
+        ddp: data parallel training in bfloat16, the reference.
+        fastest: the fastest of all recipes that were tried.
+        smaller: the first fast recipe that ends with a smaller model; None if the choice does, or if there is none.
     """
 
     choice: Offer
@@ -130,15 +130,17 @@ class Recommendation:
 
     def __str__(self) -> str:
         saved = 1 - self.fastest.forecast.seconds / self.choice.forecast.seconds
-        more = "" if self.choice is self.fastest else f" The fastest that was tried, {self.fastest}, saves {saved:.0%}."
+        more = (
+            "" if self.choice is self.fastest else f" The fastest recipe, {self.fastest}, takes {saved:.0%} less time."
+        )
         if self.choice is self.ddp:
-            return f"{self.ddp} is the better choice here: plain data parallel training is nearly as fast as any.{more}"
+            return f"{self.ddp}: plain data parallel training is nearly as fast as any recipe here.{more}"
         text = (
             f"{self.choice} is {self._speed(self.choice)} {self.ddp}; "
             f"{self.choice.forecast.utilisation:.0%} of the time is computation.{more}"
         )
         if self.smaller is not None:
-            text += f" For a smaller model as well: {self.smaller}, {self._speed(self.smaller)} {self.ddp}."
+            text += f" For a smaller model, use {self.smaller}, {self._speed(self.smaller)} {self.ddp}."
         return text
 
     def _speed(self, offer: Offer) -> str:
@@ -146,10 +148,10 @@ class Recommendation:
 
 
 def recommend(setting: Setting, names: Sequence[str] = RARE) -> Recommendation:
-    """The recipe, rounds and wire for a setting, out of data parallel training in bfloat16 and `names`.
+    """Recommends data parallel training in bfloat16, or one of the recipes `names` with steps per round and a wire.
 
     Raises:
-        ConfigurationError: a setting that cannot be.
+        ConfigurationError: the setting is invalid.
     """
     ddp = setting.offer("ddp", wire="bf16")
     ladder = [ddp, *_ladder(setting, names)]
@@ -165,11 +167,11 @@ def recommend(setting: Setting, names: Sequence[str] = RARE) -> Recommendation:
 
 
 def _ladder(setting: Setting, names: Sequence[str]) -> Iterator[Offer]:
-    """From close to data parallel training to far from it."""
+    """Yields recipes from the closest to data parallel training to the most distant."""
     for every in ROUNDS:
         for name in names:
             known = recipes.options_of(name)
-            # A recipe needs room for a round of its first phase, and one behind it.
+            # A recipe needs room for a round of its first phase, and for one after it.
             if "every" not in known or 2 * every > setting.steps:
                 continue
             wires = [{"wire": wire} for wire in WIRES] if "wire" in known else [{}]

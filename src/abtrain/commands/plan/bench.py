@@ -1,4 +1,4 @@
-"""Measures one worker on this machine: its steps, the cost that averaging and factors add, and decompositions."""
+"""Measures one worker on this machine: training steps, the cost of averaging and of factors, and decompositions."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from abtrain.comm.ddp import TorchDataParallel
 from abtrain.comm.hooks import make_hook
 from abtrain.comm.link import Link
 from abtrain.comm.meter import Meter
+from abtrain.commands.plan.forecast import FactorSeconds
 from abtrain.commands.plan.shapes import ModelShapes
-from abtrain.commands.plan.worker_seconds import FactorSeconds
 from abtrain.commands.tasks.task import Task, batches, build_model, build_optimizer
 from abtrain.errors import UsageError
 from abtrain.lowrank.model import FactoredModel
@@ -34,23 +34,23 @@ from abtrain.recipes.sync import GradientSync, GradientWire
 _UNTIMED = 3
 _TIMED = 10
 _TURNS = 10
-"""In which steps of two kinds and more are timed side by side, at most: what else a machine does slows all of them."""
+"""The largest number of turns. Kinds of steps take turns, so that other load on the machine slows all of them."""
 _TURN = 4
-"""Steps of each kind in a turn."""
+"""The number of steps of each kind in a turn."""
 _TURNS_SECONDS = 10.0
-"""After which there is no further turn: of long steps one is enough."""
+"""No further turn starts after this time."""
 
 
 class Bench:
-    """Times a task in this process, on the CPU: what one worker takes that has as many cores as this process.
+    """Times a task on the CPU in this process, like one worker with the same number of cores.
 
     Args:
-        task: whose models are trained for a few steps.
-        folder: with the task's data.
-        batch_size: samples a step; default the task's.
+        task: the task whose model is trained for a few steps.
+        folder: the folder with the task's data; None for its default place.
+        batch_size: samples per step; by default the task's.
 
     Raises:
-        DataError: the task's data is not to be had.
+        DataError: the task's data is not available.
     """
 
     def __init__(self, task: Task, folder: Path | None = None, batch_size: int | None = None) -> None:
@@ -59,39 +59,38 @@ class Bench:
         self._factors: dict[tuple[tuple[str, int], ...], FactorSeconds] = {}
 
     def step(self) -> float:
-        """Median seconds of a training step."""
-        return statistics.median(self._trainer().seconds(_UNTIMED, _TIMED))
+        """Returns the median seconds of a training step."""
+        return statistics.median(self._timed_model().seconds(_UNTIMED, _TIMED))
 
     def averaging(self) -> dict[GradientWire, float]:
-        """Seconds that averaging gradients adds to a step beside sending them, by their wire (PowerSGD's default rank).
+        """Returns the seconds that averaging gradients adds to a step, without the transfer, by wire.
 
-        DDP copies gradients into its buckets and back, rounds or factors them, and hands them to threads of its own: in
-        a world of one worker it does all of this, and sends nothing.
+        DDP copies gradients into buckets and back, compresses them, and hands them to its threads. In a world of one
+        worker it does all of this and sends nothing. PowerSGD has its default rank.
         """
         with world_of_one() as wrap:
-            plain = self._trainer()
-            averaging = {wire: self._trainer(partial(wrap, GradientSync(wire))) for wire in get_args(GradientWire)}
-            for trainer in (plain, *averaging.values()):
-                trainer.seconds(_UNTIMED, 0)
+            plain = self._timed_model()
+            averaging = {wire: self._timed_model(partial(wrap, GradientSync(wire))) for wire in get_args(GradientWire)}
+            for model in (plain, *averaging.values()):
+                model.seconds(_UNTIMED, 0)
             plain_steps, steps = list[float](), {wire: list[float]() for wire in averaging}
             for _ in _turns():
                 plain_steps += plain.seconds(1, _TURN)
-                for wire, trainer in averaging.items():
-                    steps[wire] += trainer.seconds(1, _TURN)
-            for trainer in averaging.values():
-                trainer.close()
+                for wire, model in averaging.items():
+                    steps[wire] += model.seconds(1, _TURN)
+            for model in averaging.values():
+                model.close()
         of_plain = statistics.median(plain_steps)
         return {wire: max(statistics.median(seconds) - of_plain, 0.0) for wire, seconds in steps.items()}
 
     def factors(self, ranks: Mapping[str, int]) -> FactorSeconds:
         """Measures the seconds that factors add to a step, and those of each factoring.
 
-        A preconditioner, and the optimizer's state where a recipe projects it, are not in it. Ranks are a guess, and
-        those of a few large weights may be all that there are in the end: factors that save time here count as adding
-        none.
+        Preconditioners and the projection of optimizer state are not included. Ranks are guesses, so a measured
+        speed-up is reported as zero cost.
 
         Args:
-            ranks: of the weights that are factored, by name.
+            ranks: the rank of each factored weight, by name.
         """
         key = tuple(ranks.items())
         if key not in self._factors:
@@ -99,9 +98,9 @@ class Bench:
         return self._factors[key]
 
     def _time_factors(self, ranks: Mapping[str, int]) -> FactorSeconds:
-        plain, factored = self._trainer(), self._trainer()
+        plain, factored = self._timed_model(), self._timed_model()
         weights = FactoredModel(factored.model, Optimizers(factored.optimizer), list(ranks))
-        # Of the right shapes and about the right size; no decomposition, which is timed elsewhere.
+        # Factors of the right shapes without a decomposition, which is timed separately.
         factors = {
             name: Factors(W[:, : ranks[name]].clone(), torch.eye(ranks[name], W.shape[1], dtype=W.dtype))
             for name, W in weights.matrices().items()
@@ -110,7 +109,7 @@ class Bench:
         plain.seconds(_UNTIMED, 0)
         for _ in _turns():
             plain_steps += plain.seconds(1, _TURN)
-            # The first step in another shape is slow: the optimizer's state is made anew, and so is memory.
+            # The first step in another shape is slow, because it allocates optimizer state and memory.
             change = _timed(partial(weights.factorize, factors)) + factored.single()
             steps += factored.seconds(1, _TURN)
             changes.append(change + _timed(weights.restore) + factored.single())
@@ -118,14 +117,14 @@ class Bench:
         reshaping = statistics.median(changes) - of_factors - of_plain
         return FactorSeconds(max(of_factors - of_plain, 0.0), max(reshaping, 0.0))
 
-    def _trainer(self, wrap: Callable[[nn.Module], DataParallel] = Unsynchronized) -> _Trainer:
+    def _timed_model(self, wrap: Callable[[nn.Module], DataParallel] = Unsynchronized) -> _TimedModel:
         stream = batches(self._task, self._data, seed=0, rank=0, world_size=1, batch_size=self._batch_size)
-        return _Trainer(self._task, stream, wrap)
+        return _TimedModel(self._task, stream, wrap)
 
 
 @contextmanager
 def world_of_one() -> Iterator[Callable[[GradientSync, nn.Module], DataParallel]]:
-    """Yields a function that wraps a model in DDP as a phase with this gradient synchronization does; sends nothing.
+    """Yields a function that wraps a model in DDP with this gradient sync, in a world that sends nothing.
 
     Raises:
         UsageError: this process has joined other workers.
@@ -145,24 +144,20 @@ def world_of_one() -> Iterator[Callable[[GradientSync, nn.Module], DataParallel]
 
 
 def measure_decompositions(model: ModelShapes) -> float:
-    """Seconds in which one worker alone decomposes all weights that may be factored; each shape is timed once.
-
-    Args:
-        model: by the shapes of its weights; their values play no part.
-    """
+    """Returns the seconds in which one worker decomposes all weights that may be factored. Each shape is timed once."""
     counts = Counter((matrix.m, matrix.n) for matrix in model.matrices().values())
     return sum(count * _seconds_of_one(m, n) for (m, n), count in counts.items())
 
 
 def _seconds_of_one(m: int, n: int) -> float:
     W = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
-    # The first one of a process sets things up.
+    # The first decomposition of a process includes one-time setup.
     decompose(W[:2, :2].contiguous(), FixedRank(1))
     return _timed(lambda: decompose(W, FixedRank(1)))
 
 
 def _turns() -> Iterator[int]:
-    """At least one turn."""
+    """Yields at least one turn, and more until the time or their number is spent."""
     end = time.perf_counter() + _TURNS_SECONDS
     for turn in range(_TURNS):
         if turn and time.perf_counter() > end:
@@ -176,8 +171,8 @@ def _timed(act: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-class _Trainer:
-    """A model of a task, and steps of its training."""
+class _TimedModel:
+    """A model of a task, whose training steps are timed."""
 
     def __init__(
         self, task: Task, stream: Iterator[tuple[Tensor, Tensor]], wrap: Callable[[nn.Module], DataParallel]

@@ -1,18 +1,18 @@
-"""How long collectives take, and what they put on the wire.
+"""Predicts the seconds and the wire bytes of collectives.
 
-The alpha-beta model of Hockney (1994), as Thakur, Rabenseifner and Gropp use it (Optimization of collective
+The alpha-beta model of Hockney (1994) is used as by Thakur, Rabenseifner and Gropp (Optimization of collective
 communication operations in MPICH, 2005): a message of m bytes takes alpha + m beta. Here alpha is the latency of a
-link, and m beta the time of its frames at the link's rate; adding the numbers up costs nothing. Links are full duplex,
-and a collective goes at the pace of the slowest link that it needs.
+link, and m beta is the time of the message's frames at the link's rate. Additions take no time. Links are full duplex,
+and the slowest link that a collective uses determines its time.
 
-With n workers and M bytes:
+For n workers and M bytes:
 
-    ring           2 (n-1) rounds of M/n, the least that bandwidth allows (Patarasuk and Yuan, Bandwidth optimal
-                   all-reduce algorithms for clusters of workstations, 2009); Gloo's way
+    ring           2 (n-1) rounds of M/n, which is optimal in bandwidth (Patarasuk and Yuan, Bandwidth optimal
+                   all-reduce algorithms for clusters of workstations, 2009); Gloo uses it
     hierarchical   half a ring inside each node, a ring between the nodes, half a ring inside each node
 
-Both move 2 (n-1)/n M a node on average. A ring is laid over all workers as it is. A broadcast is a binomial tree, an
-all-gather a ring of n-1 rounds, an exchange n-1 messages one after another (all three: Thakur et al.).
+Both send 2 (n-1)/n M per node on average. The ring contains all workers in the order of their ranks. A broadcast is a
+binomial tree, an all-gather is a ring of n-1 rounds, and an exchange is n-1 messages in sequence (Thakur et al.).
 """
 
 from __future__ import annotations
@@ -27,23 +27,21 @@ from abtrain.errors import ConfigurationError
 from abtrain.recipes.numbers import number_problems, whole_number_problems
 
 SEGMENT = 1448
-"""Bytes of data in a full Ethernet frame: MTU 1500, less 20 of IP, 20 of TCP and 12 of TCP's timestamps."""
+"""Bytes of data in a full Ethernet frame: MTU 1500 minus 20 for IP, 20 for TCP and 12 for TCP's timestamps."""
 HEADERS = 66
-"""Bytes around the data of a frame: those 52, and 14 of Ethernet. An acknowledgement is nothing else."""
+"""Bytes of headers in a frame: the 52 above, and 14 for Ethernet. An acknowledgement consists only of these."""
 SEGMENTS_PER_ACK = 16
-"""Received frames that are acknowledged together. RFC 1122 (4.2.3.2) asks for one acknowledgement in two full segments,
-but Linux's receive offload puts up to 44 into one before TCP sees them; how many depends on the device."""
-
-
+"""Received frames per acknowledgement. RFC 1122 (4.2.3.2) requires one per two full segments, but Linux's receive
+offload combines up to 44 segments before TCP sees them, depending on the device."""
 ENVELOPE = 260
-"""Bytes that Gloo sends beside the data of a message: its header, and notices that buffers are ready, in frames of
-their own. Measured over a loopback device; it matters for small messages only."""
+"""Bytes that Gloo sends in addition to the data of a message, in separate frames: a header, and notices that buffers
+are ready. Measured over a loopback device; it only matters for small messages."""
 RING_PARTS = 2
-"""Messages that Gloo cuts the one of a ring's round into, so that adding up one hides the other."""
+"""The number of messages into which Gloo splits each round of a ring, so that adding one hides the other."""
 
 
 def wire_bytes(nbytes: float, messages: float = 1) -> float:
-    """Bytes at an interface that sends `nbytes` in messages of equal size, and receives and acknowledges as many."""
+    """Returns the bytes that an interface sends for `nbytes` in equal messages, and to acknowledge as many received."""
     if nbytes <= 0 or messages <= 0:
         return 0.0
     frames = messages * math.ceil(nbytes / messages / SEGMENT)
@@ -52,44 +50,44 @@ def wire_bytes(nbytes: float, messages: float = 1) -> float:
 
 @dataclass(frozen=True)
 class NodeLink:
-    """How a node is joined to the others.
+    """The link of a node.
 
     Args:
-        rate: bits per second, in each direction.
-        latency: seconds until a message's first byte arrives.
+        rate: bits per second in each direction.
+        latency: seconds until the first byte of a message arrives.
     """
 
     rate: float
     latency: float = 0.0
 
     def problems(self) -> list[str]:
-        """Returns the problems of the link; empty if there are none."""
+        """Returns a message for each problem of the link; empty if there are none."""
         found = number_problems("rate", self.rate, above=0)
         if not (math.isfinite(self.latency) and self.latency >= 0):
             found.append(f"latency={self.latency} is not a finite number of at least 0: use seconds")
         return found
 
     def seconds(self, nbytes: float, messages: float = 1) -> float:
-        """Time of some data, sent at once in so many messages of equal size."""
+        """Returns the time of data that is sent in a number of messages of equal size."""
         return self.latency + 8 * wire_bytes(nbytes, messages) / self.rate
 
 
 LOCAL = NodeLink(rate=100e9, latency=2e-6)
-"""Between the workers of one node: memory, or an NVLink."""
+"""The link between the workers of one node: memory or NVLink."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of `per_node` workers each, joined by links of which the slowest sets the pace.
+    """Nodes with equal numbers of workers. The slowest link determines the time of collectives.
 
     Args:
-        nodes: how many.
-        link: of the slowest node.
-        per_node: workers a node.
-        local: between the workers of a node.
+        nodes: the number of nodes.
+        link: the link of the slowest node.
+        per_node: the number of workers on each node.
+        local: the link between the workers of a node.
 
     Raises:
-        ConfigurationError: all that is wrong with it, at once.
+        ConfigurationError: lists everything that is wrong.
     """
 
     nodes: int
@@ -109,36 +107,36 @@ class Cluster:
 
     @property
     def pace(self) -> NodeLink:
-        """The link that holds up a round in which everybody sends as much."""
+        """The slowest link of a round in which all workers send the same amount."""
         return self.link if self.nodes > 1 else self.local
 
     @property
     def swift(self) -> Cluster:
-        """The same without latency: what bytes alone take."""
+        """The same cluster without latency."""
         return replace(self, link=NodeLink(self.link.rate), local=NodeLink(self.local.rate))
 
     def part(self, workers: int) -> Cluster:
-        """As many of its workers as sit side by side: those of one node, or of several whole nodes."""
+        """Returns a part of the cluster with this many workers: those of one node, or of several whole nodes."""
         if workers <= self.per_node:
             return Cluster(1, self.link, workers, self.local)
         return Cluster(-(-workers // self.per_node), self.link, self.per_node, self.local)
 
 
 class Cost(NamedTuple):
-    """The cost of one collective: seconds, and bytes that an average node puts on its link, headers included."""
+    """The cost of one collective: seconds, and the bytes that a node sends over its link on average, with headers."""
 
     seconds: float
     wire: float
 
 
 def ring(cluster: Cluster, nbytes: float) -> Cost:
-    """All-reduce over a ring of all workers: a node sends to one neighbour, whatever runs on it."""
+    """Returns the cost of an all-reduce over a ring of all workers, in which each node sends to one other node."""
     n = cluster.workers
     return _rounds(cluster, 2 * (n - 1), nbytes / n)
 
 
 def hierarchical(cluster: Cluster, nbytes: float) -> Cost:
-    """All-reduce by a ring between the nodes, with half a ring inside each node before it and after it."""
+    """Returns the cost of an all-reduce with a ring between nodes, and half a ring inside nodes before and after it."""
     between = ring(Cluster(cluster.nodes, cluster.link), nbytes)
     inside = 2 * (cluster.per_node - 1) * cluster.local.seconds(nbytes / cluster.per_node)
     return Cost(between.seconds + inside, between.wire)
@@ -148,13 +146,13 @@ ALL_REDUCES: dict[str, Callable[[Cluster, float], Cost]] = {"ring": ring, "hiera
 
 
 def cost_of(call: Call, cluster: Cluster, nbytes: float, algorithm: str = "ring") -> Cost:
-    """The cost of one collective over all workers of a cluster.
+    """Returns the cost of one collective over all workers of a cluster.
 
     Args:
-        call: which.
-        cluster: over whom.
-        nbytes: payload of one worker, as the meter counts it.
-        algorithm: of all-reduces, a key of `ALL_REDUCES`.
+        call: the kind of the collective.
+        cluster: the cluster.
+        nbytes: the payload of one worker, as the meter counts it.
+        algorithm: the algorithm of all-reduces, a key of `ALL_REDUCES`.
     """
     if cluster.workers == 1 or nbytes == 0:
         return Cost(0.0, 0.0)
@@ -168,7 +166,7 @@ def _all_gather(cluster: Cluster, nbytes: float) -> Cost:
 
 
 def _exchange(cluster: Cluster, nbytes: float) -> Cost:
-    """Everybody to everybody: what leaves a node is what all its workers send to the workers of others."""
+    """Returns the cost of an exchange between all pairs of workers. Traffic inside nodes does not use their links."""
     n, inside = cluster.workers, cluster.per_node
     piece = nbytes / (n - 1)
     leaving = inside * (n - inside)
@@ -191,6 +189,6 @@ _OTHERS: dict[Call, Callable[[Cluster, float], Cost]] = {
 
 
 def _rounds(cluster: Cluster, count: int, message: float) -> Cost:
-    """So many rounds in which every node sends `message` bytes to the next."""
+    """Returns the cost of `count` rounds in which every node sends `message` bytes to the next."""
     wire = count * wire_bytes(message, RING_PARTS) if cluster.nodes > 1 else 0.0
     return Cost(count * cluster.pace.seconds(message, RING_PARTS), wire)

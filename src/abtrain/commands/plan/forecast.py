@@ -1,17 +1,17 @@
-"""Seconds and wire bytes of a run, phase by phase: traffic meets links, and workers of unlike speed.
+"""Forecasts the seconds and wire bytes of a run, phase by phase, from its traffic, the links and the workers' speeds.
 
-Computing a step takes the same time in every phase, but for what factors and averaging gradients add; the arithmetic
-of merges' wires is left out. Broadcasts hold everybody up, and so do merges, but for what steps hide of them: the links
-are taken to be theirs meanwhile. DDP's gradients go while backward, two thirds of a step, goes on: a bucket is sent
-once it is ready and the one before is through, and the optimizer waits for the last (Li et al., PyTorch Distributed,
-VLDB 2020).
+Computing a step takes the same time in every phase, except for the cost of factors and of averaging gradients. The
+arithmetic of merge wires is neglected. All workers wait for broadcasts and merges, unless steps hide a merge; a hidden
+merge is assumed to have the links to itself. DDP sends gradients during the backward pass, which is two thirds of a
+step: a bucket is sent when it is ready and the previous one is complete, and the optimizer waits for the last one (Li
+et al., PyTorch Distributed, VLDB 2020).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from abtrain.comm.stages import stages_due
@@ -19,10 +19,56 @@ from abtrain.comm.traffic import Calls, Traffic
 from abtrain.commands.plan.collectives import Cluster, Cost, cost_of
 from abtrain.commands.plan.stragglers import Speeds
 from abtrain.commands.plan.stretches import Merging, Stretch
-from abtrain.commands.plan.worker_seconds import WorkerSeconds
+from abtrain.recipes.sync import GradientWire
 
 BACKWARD = 2 / 3
-"""Of a step's time: a backward pass computes about twice what a forward pass does."""
+"""The backward pass as a share of a step's time: it computes about twice as much as the forward pass."""
+
+
+@dataclass(frozen=True)
+class FactorSeconds:
+    """The seconds that factors add to training.
+
+    Args:
+        step: the seconds that they add to each step.
+        reshaping: the seconds of replacing weights by factors and back, once for each factored phase, without
+            decompositions.
+    """
+
+    step: float = 0.0
+    reshaping: float = 0.0
+
+    def times(self, slower: float) -> FactorSeconds:
+        """Returns the seconds of a worker that is slower by this factor."""
+        return FactorSeconds(slower * self.step, slower * self.reshaping)
+
+
+@dataclass(frozen=True)
+class WorkerSeconds:
+    """The seconds of one worker without communication.
+
+    Args:
+        step: the seconds of a training step.
+        averaging: the seconds that averaging gradients adds to a step without the transfer, by wire. PowerSGD has one
+            value for all ranks.
+        decompositions: the seconds of decomposing all factored weights.
+        factors: the other seconds that factors add.
+    """
+
+    step: float
+    averaging: Mapping[GradientWire, float] = field(default_factory=dict)
+    decompositions: float = 0.0
+    factors: FactorSeconds = FactorSeconds()
+
+    def times(self, slower: float) -> WorkerSeconds:
+        """Returns the seconds of a worker that is slower by this factor, such as one that shares its core."""
+        return replace(
+            self,
+            step=slower * self.step,
+            averaging={wire: slower * seconds for wire, seconds in self.averaging.items()},
+            decompositions=slower * self.decompositions,
+            factors=self.factors.times(slower),
+        )
 
 
 @dataclass(frozen=True)
@@ -30,14 +76,14 @@ class PhaseForecast:
     """The forecast of all steps of one phase.
 
     Attributes:
-        phase: its name.
-        steps: how many.
-        payload: bytes of one worker.
-        wire: bytes that a node puts on its link, headers included.
-        compute: seconds of the nominal steps.
-        waiting: seconds more until the slowest worker is done.
-        communication: seconds of it that no computation hides, and of making gradients ready to be sent.
-        decomposing: seconds of decompositions, and of putting factors in the weights' place and back.
+        phase: the name of the phase.
+        steps: the number of steps.
+        payload: the bytes that one worker hands to collectives.
+        wire: the bytes that a node sends over its link, headers included.
+        compute: the seconds of computing at nominal speed.
+        waiting: the additional seconds until the slowest worker is done.
+        communication: the seconds of communication that no computation hides, and of preparing gradients for it.
+        decomposing: the seconds of decompositions, and of replacing weights by factors and back.
     """
 
     phase: str
@@ -56,7 +102,7 @@ class PhaseForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The forecast of a run; its phases sum to it."""
+    """The forecast of a run, as the sum of its phases."""
 
     phases: tuple[PhaseForecast, ...]
 
@@ -74,7 +120,7 @@ class Forecast:
 
     @property
     def utilisation(self) -> float:
-        """Seconds of computation over all seconds: what a worker alone would take over what it takes here."""
+        """The seconds of computation over all seconds."""
         return sum(phase.compute for phase in self.phases) / self.seconds if self.seconds else 1.0
 
 
@@ -87,33 +133,33 @@ def forecast(
     speeds: Speeds | None = None,
     algorithm: str = "ring",
 ) -> Forecast:
-    """Forecasts the run of `stretches` on a cluster.
+    """Forecasts a run on a cluster.
 
     Args:
-        stretches: of one worker, from `abtrain.commands.plan.payload.predict`.
-        cluster: with as many workers as they were predicted for.
-        alone: what each worker takes for its own work.
-        group_size: workers a group.
-        speeds: of the workers; default all alike.
-        algorithm: of all-reduces (see `abtrain.commands.plan.collectives`).
+        stretches: the run of one worker, from `abtrain.commands.plan.payload.predict`.
+        cluster: a cluster with the same number of workers.
+        alone: the seconds of each worker's own work.
+        group_size: the number of workers in a group.
+        speeds: the speeds of the workers; by default all are equal.
+        algorithm: the algorithm of all-reduces (see `abtrain.commands.plan.collectives`).
     """
-    road = _Road(cluster, alone, group_size, speeds or Speeds(cluster.workers), algorithm)
+    forecaster = _Forecaster(cluster, alone, group_size, speeds or Speeds(cluster.workers), algorithm)
     by_phase: dict[str, list[PhaseForecast]] = {}
     for stretch in stretches:
-        by_phase.setdefault(stretch.phase, []).append(road.travel(stretch))
+        by_phase.setdefault(stretch.phase, []).append(forecaster.stretch(stretch))
     return Forecast(tuple(_sum(name, parts) for name, parts in by_phase.items()))
 
 
-class _Road:
-    """A cluster on which stretches are travelled."""
+class _Forecaster:
+    """Forecasts stretches of steps on a cluster."""
 
     def __init__(self, cluster: Cluster, alone: WorkerSeconds, group_size: int, speeds: Speeds, algorithm: str) -> None:
         self._cluster, self._alone, self._speeds = cluster, alone, speeds
         self._group_size, self._algorithm = group_size, algorithm
-        # Runs of a phase repeat, and so do their calls.
+        # Phases repeat, and so do their calls.
         self._cost = cache(self._cost_of)
 
-    def travel(self, stretch: Stretch) -> PhaseForecast:
+    def stretch(self, stretch: Stretch) -> PhaseForecast:
         alone = self._alone
         step = alone.step + (alone.factors.step if stretch.factored else 0.0)
         compute, slowest = stretch.steps * step, self._slowest(stretch)
@@ -129,7 +175,7 @@ class _Road:
         return PhaseForecast(stretch.phase, stretch.steps, payload, wire, compute, waiting, exposed, decomposing)
 
     def _slowest(self, stretch: Stretch) -> float:
-        """How many times longer than nominal the steps take until the last worker is done with them."""
+        """Returns the time until the last worker is done with the steps, over their nominal time."""
         if not stretch.steps or stretch.scope is None:
             return 1.0
         if stretch.scope == "world":
@@ -137,9 +183,9 @@ class _Road:
         return self._speeds.stretch(-(-stretch.steps // max(stretch.meetings, 1)), self._group_size)
 
     def _stalled(self, merging: Merging, step_seconds: float) -> float:
-        """Seconds that one merge adds: a stage is waited for as soon as the next one is due."""
+        """Returns the seconds that one merge adds. Workers wait for a stage when the next one is due."""
         count, hidden = len(merging.stages), merging.hidden
-        # How many stages are done after each step; the next one is under way then.
+        # The number of stages that are done after each step; the next one is under way then.
         done = [stages_due(count, hidden, passed) for passed in range(1, hidden + 1)]
         stalled = 0.0
         for place, calls in enumerate(merging.stages):
@@ -151,12 +197,12 @@ class _Road:
         return sum(self._cost(traffic).seconds for traffic in calls)
 
     def _exposed(self, calls: Sequence[Traffic], step_seconds: float) -> float:
-        """Seconds that the calls of a step add to it."""
-        # DDP has all of its buffers' broadcasts under way at once.
+        """Returns the seconds that the calls of a step add to it."""
+        # DDP broadcasts all buffers at the same time.
         buffers = [traffic for traffic in calls if traffic.call != "gradients"]
         before = math.fsum(map(self._sending, buffers)) + max(map(self._latency, buffers), default=0.0)
         forward, backward = (1 - BACKWARD) * step_seconds, BACKWARD * step_seconds
-        # A bucket's messages are on their way while the bytes of the one before fill the link.
+        # The latency of a bucket overlaps with the transfer of the previous one.
         away, arrived = 0.0, 0.0
         for traffic in calls:
             if traffic.call == "gradients":
@@ -165,15 +211,15 @@ class _Road:
         return before + max(arrived - step_seconds, 0.0)
 
     def _sending(self, traffic: Traffic) -> float:
-        """Seconds in which the bytes of a call fill the links."""
+        """Returns the seconds of a call without latency."""
         return self._cost(traffic, swift=True).seconds
 
     def _latency(self, traffic: Traffic) -> float:
-        """Seconds in which a call waits for messages that are on their way."""
+        """Returns the part of a call's seconds that is latency."""
         return self._cost(traffic).seconds - self._sending(traffic)
 
     def _cost_of(self, traffic: Traffic, swift: bool = False) -> Cost:
-        """Returns the cost of one call; `swift`: on a cluster without latency."""
+        """Returns the cost of one call; with `swift`, on the same cluster without latency."""
         cluster = self._cluster if traffic.scope == "world" else self._cluster.part(self._group_size)
         cluster = cluster.swift if swift else cluster
         once = cost_of(traffic.call, cluster, traffic.nbytes / traffic.rounds, self._algorithm)

@@ -1,9 +1,9 @@
-"""Payload, predicted: what `abtrain.comm.meter` will count, worked out from shapes alone.
+"""Predicts the payload that `abtrain.comm.meter` counts, from shapes alone.
 
-`predict` follows the engine through a recipe, and says for each stretch of steps what a worker hands to collectives.
-Counts are exact where nothing differs between workers that ought not to (initial weights, factors), every parameter
-gets a gradient, no GradScaler is used, and `merged()` is not entered. Of buffers, floating-point ones are taken to
-differ between workers, and all others to be equal.
+`predict` follows the engine through a recipe, and returns what a worker hands to collectives in each stretch of steps.
+The prediction is exact if initial weights and factors are equal on all workers, every parameter has a gradient, no
+GradScaler is used, and `merged()` is not entered. It assumes that floating-point buffers differ between workers, and
+that all other buffers are equal.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from abtrain.comm.following import sent_by_follow
 from abtrain.comm.hooks import plain_steps, sent_by_backward
 from abtrain.comm.topology import Topology
 from abtrain.comm.traffic import Calls
-from abtrain.commands.plan.rounds import Turn, turns
 from abtrain.commands.plan.shapes import ModelShapes
-from abtrain.commands.plan.stretches import Merging, Stretch
+from abtrain.commands.plan.stretches import Merging, Stretch, Turn, turns
 from abtrain.consistency.agreement import ROLL_CALL, sent_by_agree_on_tensors, sent_by_take_first
 from abtrain.consistency.factors import sent_by_agree_on_factors
 from abtrain.consistency.optimizers import OptimizerShape, sent_by_equalize_optimizers
@@ -47,16 +46,16 @@ def predict(
     optimizer: OptimizerShape = ADAMW,
     rank: int = 0,
 ) -> list[Stretch]:
-    """All that one worker hands to collectives in a run, stretch by stretch.
+    """Predicts what one worker hands to collectives in a run.
 
     Args:
-        recipe: which is followed to its end.
-        model: shapes by the recipe's own `factoring`.
-        topology: workers and groups.
-        ranks: k of each weight that is factored (others stay dense); a sequence has one mapping for each
-            decomposition of the run, the last one for all that follow.
-        optimizer: what it keeps, as merges before gradient syncs level it.
-        rank: of the worker in its world: roles differ, and with them what is sent inside groups.
+        recipe: the recipe of the run.
+        model: the shapes of the model, with the recipe's `factoring`.
+        topology: the workers and their groups.
+        ranks: the rank k of each factored weight (others stay dense). A sequence has one mapping for each decomposition
+            of the run; the last one is used for all further ones.
+        optimizer: the state that the optimizer keeps, which is equalized before phases with gradient sync.
+        rank: the rank of the worker in its world. Workers of a group with different roles send different amounts.
     """
     history = [ranks] if isinstance(ranks, Mapping) else list(ranks)
     if topology.world_size == 1:
@@ -65,7 +64,7 @@ def predict(
 
 
 def payload(stretches: Sequence[Stretch], topology: Topology) -> dict[str, Any]:
-    """Bytes in the form of `Meter.payload()`: total, between_groups, within_groups, by_phase."""
+    """Returns bytes in the form of `Meter.payload()`: total, between_groups, within_groups, by_phase."""
     by_scope, by_phase = {"between_groups": 0, "within_groups": 0}, dict[str, int]()
     for stretch in stretches:
         for traffic, times in stretch.all():
@@ -77,12 +76,12 @@ def payload(stretches: Sequence[Stretch], topology: Topology) -> dict[str, Any]:
 
 
 def payload_ratio(total: float, model: ModelShapes, steps: int) -> float:
-    """Payload over what DDP hands over: one float32 gradient of every parameter at every step."""
+    """Returns the payload over that of DDP, one float32 gradient of every parameter at every step."""
     return total / (4 * model.numel * steps)
 
 
 def _alone(position: Position) -> Stretch:
-    """Returns the stretch of a worker without others, which sends nothing."""
+    """Returns the stretch of a single worker, which sends nothing."""
     factored = position.phase.weights == "factored"
     return Stretch(
         position.phase.name, position.steps_in_phase, factored=factored, decompositions=1.0 if factored else 0.0
@@ -91,7 +90,7 @@ def _alone(position: Position) -> Stretch:
 
 @dataclass(frozen=True)
 class _Held:
-    """A parameter as it lives at present."""
+    """A parameter in its current form."""
 
     name: str
     tensor: Tensor
@@ -100,7 +99,7 @@ class _Held:
 
 
 class _Walk:
-    """One way of one of several workers through a recipe."""
+    """The path of one of several workers through a recipe."""
 
     def __init__(
         self,
@@ -135,7 +134,7 @@ class _Walk:
             self._factorings += 1
             entry = self._factor(ranks)
         if self._factored or phase.weights == "factored":
-            # The tensors that each worker computed for itself.
+            # The tensors that workers computed separately.
             entry = (*entry, *sent_by_take_first())
         if phase.sync is not None:
             entry = (*entry, *ROLL_CALL)
@@ -152,19 +151,19 @@ class _Walk:
         yield from (replace(stretch, factored=factored) for stretch in stretches)
 
     def _decompositions(self, position: Position) -> float:
-        """How much of the decompositions of a factoring this worker computes, about."""
+        """Returns the approximate share of a factoring's decompositions that this worker computes."""
         factoring = self._recipe.factoring
         if position.phase.weights == "full" or factoring is None:
             return 0.0
         return 1.0 if factoring.svd == "each" else 1 / self._topology.world_size
 
     def _rounds(self, position: Position, held: Sequence[_Held], sync: WeightSync, entry: Calls) -> Iterator[Stretch]:
-        """Steps of groups that run alone, and merges between them."""
-        level, entry = self._level(position, held), (*entry, *self._compare_buffers())
+        """Yields the stretches of a phase in which groups train alone and merge."""
+        equalize, entry = self._equalize(position, held), (*entry, *self._compare_buffers())
         *before, last = turns(position, sync)
         for turn in (*before, last):
             inside = self._gradients(turn.position, held, "group", PLAIN)
-            leaving = (*level, *sent_by_check_replicas("world")) if turn is last else ()
+            leaving = (*equalize, *sent_by_check_replicas("world")) if turn is last else ()
             merges = self._merges(turn, held, sync)
             averages = PLAIN.wire if inside else None
             yield Stretch(position.phase.name, turn.steps, "group", entry, inside, merges, leaving, averages)
@@ -173,9 +172,9 @@ class _Walk:
     def _synchronous(
         self, position: Position, held: Sequence[_Held], sync: GradientSync, entry: Calls
     ) -> Iterator[Stretch]:
-        """Steps that share gradients; PowerSGD's first ones share them as they are."""
+        """Yields the stretches of a phase that shares gradients. PowerSGD's first steps send them uncompressed."""
         steps = position.steps_in_phase
-        # The hook outlives the phase: it serves all phases in which the same shapes are trained.
+        # All phases that train the same shapes share one hook, which counts its steps.
         shapes = (sync, tuple(one.tensor.shape for one in held))
         done = self._hook_steps.get(shapes, 0)
         self._hook_steps[shapes] = done + steps
@@ -188,7 +187,7 @@ class _Walk:
             entry = ()
 
     def _held(self, ranks: Mapping[str, int]) -> list[_Held]:
-        """All parameters at present, in the model's order; weights in `ranks` as factors."""
+        """Returns the current form of all parameters in the model's order. Weights in `ranks` are factored."""
         held = []
         for name, W in self._model.parameters.items():
             if name in self._matrices and name in ranks:
@@ -204,7 +203,7 @@ class _Walk:
         return Factors(W.new_empty(shape.m, k), W.new_empty(k, shape.n))
 
     def _factor(self, ranks: Mapping[str, int]) -> Calls:
-        """Returns the calls before weights are factored: outcomes and ranks, then the factors or their digests."""
+        """Returns the calls of a factoring: outcomes and ranks, then the factors or their digests."""
         assert self._recipe.factoring is not None
         shared = self._recipe.factoring.svd == "shared"
         factors = [self._factors(name, ranks) if name in ranks else None for name in self._matrices]
@@ -221,8 +220,8 @@ class _Walk:
         return (*sent_by_follow(list(self._model.buffers.values()), scope), *sent_by_backward(tensors, scope, sync))
 
     def _merges(self, turn: Turn, held: Sequence[_Held], sync: WeightSync) -> tuple[Merging, ...]:
-        """All merges of a turn; a run's last one is waited for."""
-        # Of those under way at once, each has the links to itself for its part of the time.
+        """Returns the merges of a turn. Workers wait for the last merge of a phase."""
+        # Merges that overlap each have the links to themselves for their share of the time.
         hidden = min(sync.delay, sync.every // sync.fragments)
         merges = []
         for fragments, times in turn.merging.items():
@@ -232,7 +231,7 @@ class _Walk:
         return tuple(merges)
 
     def _compare_buffers(self) -> Calls:
-        """At the first merge of a run, workers learn which buffers differ (see `abtrain.merging.buffers`)."""
+        """Returns the calls of the first merge of a run that compare buffers (see `abtrain.merging.buffers`)."""
         if self._buffers_compared or not any(one.is_floating_point() for one in self._model.buffers.values()):
             return ()
         self._buffers_compared = True
@@ -241,10 +240,10 @@ class _Walk:
     def _merge(
         self, position: Position, held: Sequence[_Held], sync: WeightSync, fragments: Sequence[int]
     ) -> tuple[Calls, ...]:
-        """One merge in its stages.
+        """Returns the calls of one merge, stage by stage.
 
-        At first groups prove that each holds one model, and all that they merge the same, and tell of their parts. Then
-        come parameters that some worker trained, beside the last fragment those buffers that differ.
+        First, groups check that their workers hold the same weights, and all workers compare what they merge. Then
+        parameters follow that some worker has trained, and buffers that differ together with the last fragment.
         """
         nobody = self._trained_by_nobody(position)
         idle = {one.name for one in held if one.part in nobody}
@@ -257,19 +256,22 @@ class _Walk:
         return ((*replicas, *first), *more)
 
     def _trained_by_nobody(self, position: Position) -> set[str]:
-        """Parts that no worker trains here."""
+        """Returns the parts that no worker trains at this position."""
         one_of_each_group = (group[0] for group in self._topology.groups)
         return {"frozen"} | idle_factors(position, self._topology, one_of_each_group)
 
     def _all_have_both(self, position: Position) -> bool:
-        """Whether every worker leaves with optimizer state of its own for both factors, frozen ones included."""
+        """Whether every worker has optimizer state for both factors at the end of the phase, even for frozen ones."""
         trains, rounds = position.phase.trains, position.phase.rounds
         in_turns = trains == "a_then_b" and rounds is not None and position.steps_in_phase > rounds.every
-        # A phase that others came before has what is left of theirs.
+        # Optimizer state of earlier phases is kept.
         return in_turns or (trains in ("a_then_b", "b") and position.step > 0)
 
-    def _level(self, position: Position, held: Sequence[_Held]) -> Calls:
-        """Optimizer state, levelled where gradients are shared next: of all that keeps its shape, or its moments."""
+    def _equalize(self, position: Position, held: Sequence[_Held]) -> Calls:
+        """Returns the calls that equalize optimizer state if the next phase shares gradients.
+
+        They include all parameters that keep their shape, and factors if their optimizer state is projected.
+        """
         after = position.step + position.steps_in_phase
         if after >= self._recipe.total_steps or not self._recipe.at(after).phase.shares_gradients:
             return ()

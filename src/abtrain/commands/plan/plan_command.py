@@ -1,4 +1,4 @@
-"""`abtrain plan`: bytes and seconds of recipes on given links, and which to take."""
+"""`abtrain plan`: predicts bytes and seconds of recipes on given links, and recommends a recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from abtrain.comm.topology import topology_problems
 from abtrain.commands.plan.advice import RARE, Offer, Setting, recommend
 from abtrain.commands.plan.bench import Bench, measure_decompositions
 from abtrain.commands.plan.collectives import ALL_REDUCES, Cluster, NodeLink
-from abtrain.commands.plan.forecast import PhaseForecast
+from abtrain.commands.plan.forecast import PhaseForecast, WorkerSeconds
 from abtrain.commands.plan.recipes_command import ratio_in_short, ratio_in_words
 from abtrain.commands.plan.settings import (
     ALL,
@@ -26,7 +26,6 @@ from abtrain.commands.plan.settings import (
 )
 from abtrain.commands.plan.shapes import ranks_for
 from abtrain.commands.plan.stragglers import Speeds
-from abtrain.commands.plan.worker_seconds import WorkerSeconds
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.units import human_bytes, parse_rate, parse_seconds
 from abtrain.errors import ConfigurationError, nearest
@@ -41,8 +40,8 @@ def plan(config: PlanConfig, console: Console | None = None) -> None:
     """Prints the forecasts and the recommendation.
 
     Raises:
-        ConfigurationError: all that is wrong with the settings, at once.
-        DataError: a step is to be measured, and the task's data is not to be had.
+        ConfigurationError: lists everything that is wrong with the settings.
+        DataError: the task's data is not available, but needed to measure a step.
     """
     problems = _problems(config)
     if problems:
@@ -61,9 +60,9 @@ def plan(config: PlanConfig, console: Console | None = None) -> None:
         advice = recommend(setting, [name] if "every" in recipes.options_of(name) else RARE)
     console.print(f"Recommended: {advice}", highlight=False)
     console.print(
-        "Bytes and seconds are forecast; computing a step is taken to be as long in every recipe, but for what "
-        "factors and averaging gradients add where a step was measured. What a recipe costs in accuracy, only "
-        "training tells: rarer, narrower and hidden merges are further from data parallel training.",
+        "Bytes and seconds are forecasts. They assume that a step takes the same time in every recipe, except for the "
+        "cost of factors and of averaging gradients if a step was measured. The accuracy of a recipe is not predicted: "
+        "training differs more from data parallel training with rarer, narrower and hidden merges.",
         highlight=False,
     )
 
@@ -83,10 +82,10 @@ def _problems(config: PlanConfig) -> list[str]:
     if config.algorithm not in ALL_REDUCES:
         found.append(f"unknown algorithm {config.algorithm!r}: {nearest(config.algorithm, ALL_REDUCES)}")
     if config.task is None and config.step_time is None:
-        found.append("a model that is only a number cannot be measured: give --step-time, such as 80ms, or a --task")
+        found.append("--parameters alone cannot be measured: add --step-time, such as 80ms, or give a --task instead")
     if config.rates is not None and len(_rates(config)) != config.nodes:
         found.append(f"--rates has {len(_rates(config))} links for {config.nodes} nodes: give one for each node")
-    # The rest is looked at as far as what it is built from is right.
+    # These checks need valid settings.
     if not found:
         found += problem_of(lambda: _cluster(config))
         found += problem_of(lambda: ranks_for(shapes_for(config)(Factoring(FixedRank(1))), config.compression))
@@ -119,7 +118,7 @@ def _speeds(config: PlanConfig) -> Speeds:
 def _setting(config: PlanConfig) -> Setting:
     shapes, measure_factors = shapes_for(config), None
     if config.step_time is not None:
-        # The rest is left out: how long it takes there, a step's time does not say.
+        # The costs of averaging and of factors are unknown there, and neglected.
         alone = WorkerSeconds(parse_seconds(config.step_time))
     else:
         assert config.task is not None
@@ -140,19 +139,19 @@ def _setting(config: PlanConfig) -> Setting:
 
 
 def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
-    link, unlike = setting.cluster.link, "" if config.rates is None else ", the slowest of unlike links"
-    source = "measured here" if config.step_time is None else "as given"
+    link, slowest = setting.cluster.link, "" if config.rates is None else " (the slowest link)"
+    source = "measured here" if config.step_time is None else "by --step-time"
     for line in (
         f"{model_in_words(config, setting.shapes(None))}; {setting.steps:,} steps of "
         f"{_exactly(setting.alone.step)} ({source})",
         f"{config.nodes:,} nodes, workers on each: {config.workers_per_node}, groups of {config.workers_a_group}, "
-        f"{link.rate / 1e6:g} Mbit/s{unlike}, latency {1000 * link.latency:g} ms, all-reduce by {config.algorithm}",
+        f"{link.rate / 1e6:g} Mbit/s{slowest}, latency {1000 * link.latency:g} ms, all-reduce by {config.algorithm}",
     ):
         console.print(line, highlight=False)
 
 
 def _narrow_table(title: str | None = None) -> Table:
-    """Returns a table with little padding. Its first column needs a least width, or other columns squeeze it away."""
+    """Returns a table with little padding. Its first column needs a minimum width, or other columns displace it."""
     return Table(box=box.SIMPLE_HEAD, title=title, show_edge=False, pad_edge=False, collapse_padding=True)
 
 
@@ -181,7 +180,7 @@ def _by_phase(offer: Offer) -> Table:
     table.add_column("phase", min_width=max(len(part.phase) for part in expected.phases) + 1)
     for heading in ("steps", "payload", "wire", "compute", "wait", "send", "factor", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
-    # The last line is the run as a whole.
+    # The last line is the whole run.
     totals = [sum(column) for column in zip(*map(_figures, expected.phases), strict=True)]
     lines = [(part.phase, part.steps, _figures(part)) for part in expected.phases]
     for name, steps, (payload, wire, *seconds) in [*lines, ("all", offer.recipe.total_steps, totals)]:
@@ -199,7 +198,7 @@ def _exactly(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that suits it."""
+    """Formats a time in days, hours, minutes or seconds."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""`abtrain recipes`: what each recipe does, and what it would send."""
+"""`abtrain recipes`: lists recipes with their phases, their predicted payload and their options."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _SMALL = 0.1
 
 
 def list_recipes(config: RecipesConfig, console: Console | None = None) -> None:
-    """Prints the table; of a single recipe, its phases with the payload of each, and its options.
+    """Prints a table of all recipes, or the phases with their payload and the options of one recipe.
 
-    In the table a recipe that so few steps have no room for stands with the reason.
+    If the run is too short for a recipe, the table shows the reason.
 
     Raises:
-        ConfigurationError: all that is wrong with the settings, at once.
+        ConfigurationError: lists everything that is wrong with the settings.
     """
     problems = model_problems(config) + topology_problems(config.workers, config.group_size)
     if not problems:
@@ -59,13 +59,13 @@ def list_recipes(config: RecipesConfig, console: Console | None = None) -> None:
 
 
 def ratio_in_words(ratio: float) -> str:
-    """A ratio of payloads: in percent, and as a fraction where it is small."""
+    """Formats a ratio of payloads in percent, and also as a fraction if it is small."""
     short = ratio_in_short(ratio)
     return f"{ratio:.2%} ({short})" if _NEXT_TO_NOTHING <= ratio < _SMALL else short
 
 
 def ratio_in_short(ratio: float) -> str:
-    """A ratio of payloads: in percent, or as a fraction where it is small."""
+    """Formats a ratio of payloads in percent, or as a fraction if it is small."""
     if ratio < _NEXT_TO_NOTHING:
         return "nothing"
     return f"{ratio:.1%}" if ratio >= _SMALL else f"1/{1 / ratio:,.0f}"
@@ -74,7 +74,7 @@ def ratio_in_short(ratio: float) -> str:
 def _table(config: RecipesConfig) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column("recipe", no_wrap=True)
-    table.add_column("what it does, phase by phase")
+    table.add_column("purpose and phases")
     table.add_column("of ddp's payload", justify="right", no_wrap=True)
     for name in chosen(config):
         try:
@@ -107,7 +107,7 @@ def _phases(config: RecipesConfig, recipe: Recipe) -> Table:
 
 
 def _options(name: str) -> Table:
-    """The options of a recipe, written as NAME:OPTION=VALUE,OPTION=VALUE."""
+    """Returns a table of the options of a recipe."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("option", no_wrap=True)
     table.add_column("default", overflow="fold")
@@ -118,7 +118,7 @@ def _options(name: str) -> Table:
 
 
 def _predicted(config: RecipesConfig, recipe: Recipe) -> tuple[int, float, dict[str, int]]:
-    """Payload of a worker in bytes, over DDP's in float32, and by phase."""
+    """Returns the payload of a worker in bytes, its ratio to that of DDP in float32, and the payload by phase."""
     model = shapes_for(config)(recipe.factoring)
     topology = Topology(config.workers, config.group_size)
     ranks = ranks_for(model, config.compression) if recipe.factored else {}

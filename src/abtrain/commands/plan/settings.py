@@ -1,4 +1,4 @@
-"""The settings of `abtrain recipes` and `abtrain plan`, and everything that can be wrong with them."""
+"""The settings of `abtrain recipes` and `abtrain plan`, and their validation."""
 
 from __future__ import annotations
 
@@ -18,77 +18,77 @@ from abtrain.recipes.numbers import whole_number_problems
 if TYPE_CHECKING:
     from abtrain.commands.plan.shapes import ModelShapes
 
-# torch takes seconds to import: what needs it is imported where it is used, so that `--help` answers at once.
+# torch takes seconds to import. Functions that need it import it, so that `--help` answers immediately.
 
 ALL = "all"
 DEFAULT_PARAMETERS = 25e6
 _MOST_PARAMETERS = 1e13
-_RECIPE_HELP = f"One of {', '.join(recipes.RECIPES)}, also with options (ab_outer:every=10,wire=int8); or all."
+_RECIPE_HELP = f"One of {', '.join(recipes.RECIPES)}, with options such as ab_outer:every=10,wire=int8; or all."
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The settings of a model that both commands take."""
+    """The settings of a model that both commands share."""
 
     task: str | None = None
-    """One of `abtrain train`, such as fashion-cnn: takes that model's own shapes."""
+    """Task of `abtrain train` whose model to use, such as fashion-cnn."""
     parameters: float | None = None
-    """Of a model in square weights, in place of a task's; 25e6 by default."""
+    """Number of parameters of an assumed model of square weights, if there is no task; by default 25e6."""
     width: int | None = None
-    """Of those square weights; by default 1,024, more for very large models."""
+    """Width of these square weights; by default 1,024, or more for very large models."""
     compression: float = 4
-    """Parameters of the full model over those of the factored one, where a recipe factors."""
+    """Parameters of the full model over those of the factored one, for recipes that factor."""
 
 
 @dataclass(frozen=True)
 class RecipesConfig(ModelSettings):
-    """Lists the recipes: what each phase does, and its predicted payload against DDP in float32."""
+    """List the recipes with their phases, and their predicted payload compared with DDP in float32."""
 
     recipe: Annotated[Positional[str], arg(help=_RECIPE_HELP)] = ALL
     steps: int = 10_000
     """Optimizer steps of the run."""
     workers: int = 4
-    """Processes that train."""
+    """Number of workers."""
     group_size: int = 1
-    """Workers that share their gradients at every step."""
+    """Workers that average gradients at every step."""
 
 
 @dataclass(frozen=True)
 class PlanConfig(ModelSettings):
-    """Predicts payload, wire bytes and seconds on given links, and recommends a recipe, rounds and a wire."""
+    """Predict payload, wire bytes and seconds on given links, and recommend a recipe with its options."""
 
     recipe: Annotated[Positional[str], arg(help=_RECIPE_HELP)] = ALL
     steps: int = 10_000
     """Optimizer steps of the run."""
     step_time: str | None = None
-    """Of one worker alone, such as 80ms; with a task it is measured here by default."""
+    """Time of a step of one worker alone, such as 80ms; with a task it is measured here by default."""
     batch_size: int | None = None
-    """Samples per worker and step, when the step's time is measured; by default the task's."""
+    """Samples per worker and step if the time of a step is measured; by default the task's."""
     data: Path | None = None
-    """Folder with the task's data, when the step's time is measured; by default its usual place."""
+    """Folder with the task's data if the time of a step is measured; by default its usual place."""
     nodes: int = 4
-    """Machines."""
+    """Number of machines."""
     workers_per_node: int = 1
-    """Processes that train on each of them."""
+    """Workers on each machine."""
     group_size: int | None = None
-    """Workers that share their gradients at every step; by default those of a node, and 1 on a single node."""
+    """Workers that average gradients at every step; by default those of a node, and 1 on a single node."""
     rate: str = "1gbit"
-    """Of a node's link, in each direction: 100mbit, 1gbit."""
+    """Rate of a node's link in each direction, such as 100mbit or 1gbit."""
     rates: str | None = None
-    """Unlike links, one for each node: 1gbit,1gbit,100mbit,100mbit."""
+    """Rates of the links of all nodes, if they differ: 1gbit,1gbit,100mbit,100mbit."""
     latency: str = "0.1ms"
-    """Until a message arrives from the worker before it in the ring, but for its bytes; what software and
-    processors add is in it: 0.5ms, 80us. benchmarks/allreduce.py --megabytes 0.0004 --rounds 200 --pause 10 tells."""
+    """Time until a small message arrives, such as 0.5ms or 80us, including the overhead of software and processors.
+    benchmarks/allreduce.py --megabytes 0.0004 --rounds 200 --pause 10 measures it."""
     algorithm: str = "ring"
-    """How numbers are added up over all workers: ring (Gloo's way) or hierarchical."""
+    """Algorithm of all-reduces: ring (as in Gloo) or hierarchical."""
     jitter: float = 0.0
-    """Spread of a step's time: standard deviation over mean."""
+    """Standard deviation of a step's time over its mean."""
     slow_share: float = 0.0
-    """Share of the workers that are slower for good."""
+    """Share of workers that are permanently slower."""
     slow_factor: float = 2.0
-    """How many times longer a step of those takes."""
+    """Step time of slow workers over that of the others."""
     seed: int = 0
-    """Of the unlike workers."""
+    """Seed of the simulated speeds."""
 
     @property
     def workers_a_group(self) -> int:
@@ -99,7 +99,7 @@ class PlanConfig(ModelSettings):
 
 
 def model_problems(config: RecipesConfig | PlanConfig) -> list[str]:
-    """Returns the problems of the recipe, the model and the length of a run; empty if there are none."""
+    """Returns a message for each problem of the recipe, the model and the number of steps; empty if there are none."""
     from abtrain.commands.tasks.task import TASKS
 
     found = []
@@ -107,7 +107,7 @@ def model_problems(config: RecipesConfig | PlanConfig) -> list[str]:
     if name not in (*recipes.RECIPES, ALL):
         found.append(f"unknown recipe {name!r}: {nearest(name, [*recipes.RECIPES, ALL])}")
     elif name == ALL != config.recipe:
-        found.append(f"options belong to one recipe: name it in place of {ALL}, as in ab_outer:every=10")
+        found.append(f"recipe {config.recipe!r} has options for {ALL}: name one recipe, as in ab_outer:every=10")
     if config.task is not None and config.task not in TASKS:
         found.append(f"unknown task {config.task!r}: {nearest(config.task, TASKS)}")
     if config.task is not None and config.parameters is not None:
@@ -132,11 +132,7 @@ def problem_of(attempt: Callable[[], object]) -> list[str]:
 
 
 def shapes_for(config: ModelSettings) -> Callable[[Factoring | None], ModelShapes]:
-    """The shapes of the model that is asked about, given the factoring of a recipe.
-
-    Args:
-        config: valid.
-    """
+    """Returns a function that gives the shapes of the model for the factoring of a recipe. `config` is valid."""
     import torch
 
     from abtrain.commands.plan.shapes import assumed_shapes, shapes_of
@@ -151,14 +147,14 @@ def shapes_for(config: ModelSettings) -> Callable[[Factoring | None], ModelShape
 
 
 def chosen(config: RecipesConfig | PlanConfig) -> list[str]:
-    """The recipes asked for, as texts."""
+    """Returns the texts of the requested recipes."""
     return list(recipes.RECIPES) if config.recipe == ALL else [config.recipe]
 
 
 def model_in_words(config: ModelSettings, model: ModelShapes) -> str:
     """Describes the assumptions about the model in one line."""
-    compression = f"compression {config.compression:g} : 1 where factored"
+    compression = f"compression {config.compression:g} : 1 if factored"
     if config.task is not None:
         return f"{config.task}: {model.numel:,} parameters, {compression}"
     width = max(parameter.shape[0] for parameter in model.parameters.values())
-    return f"{model.numel:,} parameters in square weights of {width:,} or less, {compression}"
+    return f"{model.numel:,} parameters in square weights of width {width:,} or less, {compression}"

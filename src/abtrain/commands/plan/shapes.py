@@ -1,6 +1,6 @@
-"""The shapes that a prediction starts from: of a real model, or of one that is only known by its size.
+"""The shapes of a real model, or of an assumed model of a given size, for predictions.
 
-Tensors here are on PyTorch's meta device: they have shapes and dtypes, and no storage.
+Tensors are on PyTorch's meta device: they have shapes and dtypes, but no storage.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from abtrain.recipes.numbers import number_problems, whole_number_problems
 
 _WIDTH = 1024
 _COUNT = 1000
-"""Weights of an assumed model, unless a width is given: more would make predictions slow, and not better."""
+"""The approximate number of weights of an assumed model without a given width. More would only slow predictions."""
 _MOST = 20_000
 
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """A model's tensors without their content.
+    """The tensors of a model without their content.
 
     Attributes:
-        parameters: by name, tied ones once, in the model's order.
-        kinds: what becomes of each parameter (see `abtrain.lowrank.classify`).
-        without_gradient: names of parameters that DDP leaves alone: they require no gradient, or are a worker's own.
-        buffers: by name, as far as workers share them.
+        parameters: the parameters by name in the model's order, tied ones once.
+        kinds: the treatment of each parameter (see `abtrain.lowrank.classify`).
+        without_gradient: the names of parameters that DDP ignores: they require no gradient, or are a worker's own.
+        buffers: the buffers that workers share, by name.
     """
 
     parameters: Mapping[str, Tensor]
@@ -46,22 +46,22 @@ class ModelShapes:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
     def matrices(self) -> dict[str, MatrixShape]:
-        """The weights that may be factored, as matrices, in the model's order."""
+        """Returns the matrix shapes of weights that may be factored, in the model's order."""
         return {name: MatrixShape(p.shape) for name, p in self.parameters.items() if self.kinds[name] == "factored"}
 
     def compression(self, ranks: Mapping[str, int]) -> float:
-        """Parameters of the full model over parameters with the weights in `ranks` as factors of rank k."""
+        """Returns the full model's parameters over those of the model in which weights have these ranks as factors."""
         matrices = self.matrices()
         saved = sum(self.parameters[name].numel() - matrices[name].factored_numel(k) for name, k in ranks.items())
         return self.numel / max(self.numel - saved, 1)
 
 
 def shapes_of(model: nn.Module, factoring: Factoring | None = None) -> ModelShapes:
-    """The shapes of a model, on whatever device, all of whose parameters are in the optimizer.
+    """Returns the shapes of a model on any device. Its optimizer is assumed to hold all parameters.
 
     Args:
-        model: with all its weights dense.
-        factoring: of the recipe; None where it has no factored phase.
+        model: a model with dense weights.
+        factoring: the factoring of the recipe; None if the recipe has no factored phase.
     """
     own = own_names(model)
     return ModelShapes(
@@ -73,17 +73,17 @@ def shapes_of(model: nn.Module, factoring: Factoring | None = None) -> ModelShap
 
 
 def assumed_shapes(parameters: int, width: int | None = None) -> ModelShapes:
-    """A model of `parameters` float32 numbers in square weights of `width`, all of which may be factored.
+    """Returns the shapes of a model of square float32 weights, all of which may be factored.
 
-    What is left over is one narrower weight and one vector. A model too small for a weight of that width has one
-    that is as wide as fits.
+    The remaining parameters form one narrower weight and one vector. A model that is too small for the width has a
+    smaller width.
 
     Args:
-        parameters: how many.
-        width: of the weights; default 1,024, or so much more that there are about 1,000 weights.
+        parameters: the number of parameters.
+        width: the width of the weights; by default 1,024, or more so that there are about 1,000 weights.
 
     Raises:
-        ConfigurationError: numbers below 1, or a width that makes too many weights.
+        ConfigurationError: a number is below 1, or the width leads to too many weights.
     """
     problems = whole_number_problems("parameters", parameters, 1)
     if width is not None:
@@ -105,15 +105,15 @@ def assumed_shapes(parameters: int, width: int | None = None) -> ModelShapes:
 
 
 def ranks_for(model: ModelShapes, compression: float) -> dict[str, int]:
-    """Ranks k by weight that together give the whole model about this compression, each weight cut alike.
+    """Returns ranks k by weight with which the whole model has about this compression. All weights shrink equally.
 
     Args:
-        model: whose weights are factored.
-        compression: full parameters over factored ones; below 1 for factors that are larger than their weights, whose
-            ranks end at full rank.
+        model: the model whose weights are factored.
+        compression: full parameters over factored ones. A compression below 1 means factors that are larger than their
+            weights, up to full rank.
 
     Raises:
-        ConfigurationError: a compression that is no number above 0, or that ranks of 1 do not reach.
+        ConfigurationError: the compression is not a number above 0, or ranks of 1 do not reach it.
     """
     problems = number_problems("compression", compression, above=0)
     if problems:
@@ -122,11 +122,11 @@ def ranks_for(model: ModelShapes, compression: float) -> dict[str, int]:
     most = model.compression(dict.fromkeys(matrices, 1))
     if matrices and compression > most:
         raise ConfigurationError(
-            f"compression={compression} is out of reach: factors of rank 1 and what is not factored compress this "
-            f"model {most:.4g} : 1; use a number up to that"
+            f"compression={compression} is too large for this model: with factors of rank 1 it is {most:.4g}; use a "
+            "number up to that"
         )
     full = sum(shape.m * shape.n for shape in matrices.values())
-    # What is not factored keeps its size, so that the factors have to be smaller than compression alone says.
+    # Other parameters keep their size, so factors have to shrink by more than the compression of the model.
     share = (model.numel / compression - (model.numel - full)) / max(full, 1)
     return {
         name: min(max(round(share * shape.m * shape.n / (shape.m + shape.n)), 1), shape.n)

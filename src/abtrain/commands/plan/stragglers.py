@@ -1,9 +1,9 @@
-"""Workers that are not equally fast: how long the others wait for the last.
+"""Simulates workers of different speeds, to estimate how long the others wait for the slowest.
 
-A worker's step takes its nominal time, times the worker's own slowness, times a jitter that is drawn anew for each
-step. Workers of a group wait for each other at every step, groups only at the end of a round: so a round of H steps
-takes the largest, over the groups, of the sum over its steps of the largest inside the group. The expectation of that
-has no closed form; it is sampled, from a seed.
+The time of a worker's step is the nominal time, times the worker's slowness, times a jitter that is drawn for each
+step. Workers of a group wait for each other at every step, and groups wait at the end of a round. So the time of a
+round is the maximum over groups of the sum over steps of the maximum over the group's workers. Its expectation has no
+closed form, and is sampled.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from abtrain.errors import ConfigurationError
 from abtrain.recipes.numbers import number_problems, share_problems, whole_number_problems
 
 _DRAWS = 1_000_000
-"""Step times that are drawn for one estimate, unless one round takes more."""
+"""The number of step times to draw for one estimate, unless a single round has more."""
 _MOST_ROUNDS = 200
 _AT_ONCE = 1_000_000
-"""Step times that are held in memory."""
+"""The number of step times to hold in memory."""
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """How fast the workers of a cluster are.
+    """The speeds of the workers of a cluster.
 
     Args:
-        workers: how many.
-        jitter: standard deviation of a step's time over its mean, log-normal, independent from step to step.
-        slow_share: share of the workers that are slower for good, at least one where it is not 0.
-        slow_factor: how many times longer their steps take.
-        seed: of everything that is drawn.
+        workers: the number of workers.
+        jitter: the standard deviation of a step's time over its mean. The jitter is log-normal and independent from
+            step to step.
+        slow_share: the share of workers that are permanently slower, at least one worker unless it is 0.
+        slow_factor: the step time of slow workers over that of the others.
+        seed: the seed of all random numbers.
 
     Raises:
-        ConfigurationError: all that is wrong with it, at once.
+        ConfigurationError: lists everything that is wrong.
     """
 
     workers: int
@@ -59,11 +60,12 @@ class Speeds:
             raise ConfigurationError(found)
 
     def stretch(self, steps: int, together: int) -> float:
-        """How many times longer than nominal a round takes until its last worker is done, on average.
+        """Returns the expected time until the last worker is done with a round, over the nominal time of its steps.
 
         Args:
-            steps: of the round.
-            together: workers, side by side, that wait for each other at every step; the rest wait at its end.
+            steps: the number of steps in the round.
+            together: the number of neighbouring workers that wait for each other at every step. These groups wait for
+                each other only at the end of the round.
         """
         return _stretch(self, steps, together)
 
@@ -76,7 +78,7 @@ def _stretch(speeds: Speeds, steps: int, together: int) -> float:
     slowness[torch.randperm(speeds.workers, generator=generator)[:slow]] = speeds.slow_factor
     if speeds.jitter == 0:
         return float(slowness.max())
-    # Workers cut evenly into groups; where they cannot be, the last group's missing ones take no time.
+    # If the last group is incomplete, its missing workers take no time.
     groups = -(-speeds.workers // together)
     slowness = torch.nn.functional.pad(slowness, (0, groups * together - speeds.workers)).view(groups, together)
     rounds = max(1, min(_MOST_ROUNDS, _DRAWS // (steps * speeds.workers)))
@@ -84,8 +86,8 @@ def _stretch(speeds: Speeds, steps: int, together: int) -> float:
 
 
 def _round(slowness: Tensor, jitter: float, steps: int, generator: torch.Generator) -> float:
-    """One round's time in steps, drawn; slowness is (groups, workers of a group)."""
-    # Of the normal distribution behind a log-normal one with mean 1 and this standard deviation.
+    """Draws the time of a round in units of a step; slowness is (groups, workers of a group)."""
+    # The variance of the logarithm of a log-normal variable with mean 1 and this standard deviation.
     variance = math.log1p(jitter**2)
     done = torch.zeros(len(slowness), dtype=torch.float64)
     at_once = max(1, _AT_ONCE // slowness.numel())

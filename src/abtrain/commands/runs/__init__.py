@@ -1,1 +1,1 @@
-"""Runs that are done once: what each was asked for, whether it is done, and how its results are read."""
+"""Folders of runs that are not repeated: the settings of a run, whether it is done, and its results."""

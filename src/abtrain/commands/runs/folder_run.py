@@ -1,4 +1,4 @@
-"""Runs that each have a folder: request, results, and what may be removed from it."""
+"""Runs with a folder each: whether a run is done, which content may be removed, and running those that are missing."""
 
 from __future__ import annotations
 
@@ -7,21 +7,33 @@ import fcntl
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
-from abtrain.commands.runs.request import FILES, TRAIN_FOLDER, differences
+from abtrain.commands.runs.request import FILES, TRAIN_FOLDER, request_differences
 from abtrain.commands.runs.result_files import is_empty
 from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.folder_content import LOCK_FILE
 from abtrain.errors import ConfigurationError, DataError
 
 
+class Once(Protocol):
+    """A run that knows whether its result is recorded."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has finished with its current settings."""
+
+
+OnceT = TypeVar("OnceT", bound=Once)
+
+
 class FolderRun(ABC):
-    """A run in a folder of its own. A run with other settings is never removed unless its user has given it up.
+    """A run with its own folder. A run with other settings in the folder is removed only with `--overwrite`.
 
     Attributes:
-        folder: holds the request (see `request.py`) and the results.
+        folder: the folder of the request (see `request.py`) and the results.
     """
 
     folder: Path
@@ -34,29 +46,29 @@ class FolderRun(ABC):
     @property
     @abstractmethod
     def results(self) -> tuple[Path, ...]:
-        """The files that a finished run leaves, the result of training first."""
+        """The files of a finished run, the result of training first."""
 
     @abstractmethod
     def check_results(self) -> None:
-        """Reads the results, if the folder holds any.
+        """Reads the results if there are any.
 
         Raises:
-            DataError: they cannot be used.
+            DataError: they are damaged.
         """
 
     @property
     def done(self) -> bool:
-        """Whether the folder holds all results of a run of the same method. An empty file is no result."""
-        there = all(os.path.lexists(result) and not is_empty(result) for result in self.results)
-        return there and not differences(self.folder, self.config)
+        """Whether the folder holds all results of a run of the same method. An empty file does not count."""
+        complete = all(os.path.lexists(result) and not is_empty(result) for result in self.results)
+        return complete and not request_differences(self.folder, self.config)
 
     def refusal(self) -> str | None:
-        """Explains why the run may not use its folder unless the user gives up its content; None if it may."""
+        """Returns why the run may not use its folder without `--overwrite`; None if it may."""
         try:
             held = {entry.name for entry in self.folder.iterdir()} if os.path.lexists(self.folder) else set()
         except OSError as error:
             return f"run folder {self.folder} cannot be read: {error}. Move it away, or name another --out"
-        found = [] if held <= FILES else differences(self.folder, self.config)
+        found = [] if held <= FILES else request_differences(self.folder, self.config)
         if not found:
             return None
         return (
@@ -65,10 +77,10 @@ class FolderRun(ABC):
         )
 
     def make_room(self, overwrite: bool) -> bool:
-        """Removes a run with other settings if the user has given it up; returns whether there was one.
+        """Removes a run with other settings, and returns whether there was one.
 
         Raises:
-            ConfigurationError: the user has not given it up, or it cannot be removed.
+            ConfigurationError: there is one, and `overwrite` is not set or it cannot be removed.
         """
         reason = self.refusal()
         if reason is None:
@@ -79,17 +91,42 @@ class FolderRun(ABC):
         return True
 
 
-def check(runs: Sequence[FolderRun], overwrite: bool, problems: Sequence[str] = ()) -> None:
-    """Inspects the folders of all runs before the first of them is run.
+def run_once(
+    planned: Sequence[OnceT],
+    runner: contextlib.AbstractContextManager[Callable[[OnceT], object]],
+    say: Callable[[str], object],
+    in_short: Callable[[OnceT], str],
+) -> None:
+    """Runs everything that is not done, in order. Finished runs stay done if this is stopped or fails.
 
     Args:
-        runs: all that are planned.
-        overwrite: whether the user gives up runs with other settings.
-        problems: what else is wrong with the settings of the runs.
+        planned: all runs, without duplicates.
+        runner: gives the function that runs one and records its result. It is entered only if a run is missing,
+            because building a lab or loading data takes time.
+        say: prints a line.
+        in_short: describes the result of a run, for the line that reports its end.
+    """
+    missing = [run for run in planned if not run.done]
+    say(f"{len(planned)} runs, {len(planned) - len(missing)} of them done before")
+    if not missing:
+        return
+    with runner as run_one:
+        for number, run in enumerate(missing, 1):
+            run_one(run)
+            say(f"{number}/{len(missing)} {run}: {in_short(run)}")
+
+
+def check_folders(runs: Sequence[FolderRun], overwrite: bool, problems: Sequence[str] = ()) -> None:
+    """Inspects the folders of all planned runs before any of them starts.
+
+    Args:
+        runs: all planned runs.
+        overwrite: whether runs with other settings may be removed.
+        problems: other problems of the runs, to be reported together with those of the folders.
 
     Raises:
         ConfigurationError: the problems, and folders that hold runs with other settings.
-        DataError: results that are damaged. They are not replaced: that would remove them.
+        DataError: some results are damaged. They are not replaced, because that would remove them.
     """
     refused, damaged = list(problems), []
     for run in runs:
@@ -108,10 +145,10 @@ def check(runs: Sequence[FolderRun], overwrite: bool, problems: Sequence[str] = 
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder if it exists; of a link, only the link.
+    """Removes a folder if it exists. If it is a link, only the link is removed.
 
     Raises:
-        ConfigurationError: it cannot be removed, or a run in progress writes to it.
+        ConfigurationError: it cannot be removed, or another process writes to it.
     """
     for place in (folder, folder / TRAIN_FOLDER):
         if (place / LOCK_FILE).is_file():
@@ -128,25 +165,21 @@ def remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Turns failures to write tables and pages under `out` into a message that finished runs are kept.
-
-    Raises:
-        ConfigurationError: something cannot be written.
-    """
+    """Turns an OSError while tables and pages are written to `out` into a ConfigurationError."""
     try:
         yield
     except OSError as error:
         raise ConfigurationError(
-            f"--out {out} cannot be written: {error}. The runs that are done are kept: fix this, and run again"
+            f"--out {out} cannot be written: {error}. Finished runs are kept: fix this, and run again"
         ) from error
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Reserves a folder of runs for this process: another one would take its unfinished runs for abandoned ones.
+    """Locks a folder of runs for this process. Another process would take unfinished runs for abandoned ones.
 
     Raises:
-        ConfigurationError: another process has it.
+        ConfigurationError: another process has locked it.
     """
     with (folder / LOCK_FILE).open("a", encoding="utf-8") as file:
         try:

@@ -1,4 +1,4 @@
-"""The method of a run: its resolved settings, and the recipe that they build with this version's defaults."""
+"""The method of a run: its resolved settings, and the recipe that they build."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from abtrain.version import __version__
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 SETTINGS = tuple(name for name in DEFAULTS if name == "workers" or name not in NOT_OF_THE_METHOD)
-"""The settings that tell runs apart. What is measured depends on the number of workers too."""
+"""The settings that distinguish runs. The number of workers is one of them because it affects measurements."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Method:
     """The method of a run.
 
     Attributes:
-        settings: of the method, resolved, by name.
-        recipe: that the settings build, as JSON would have it.
+        settings: the resolved settings of the method, by name.
+        recipe: the recipe that the settings build, as a JSON value.
     """
 
     settings: Mapping[str, Any]
@@ -41,16 +41,16 @@ def method_of(config: TrainConfig) -> Method:
 
 
 def setting_differences(values: Mapping[str, Any], wanted: Method, excused: frozenset[str]) -> list[str]:
-    """How settings differ from those wanted, a message each.
+    """Returns a message for each difference between settings and those of a method.
 
     Args:
-        values: settings by name; what is left out has this version's default.
-        wanted: what they are compared with.
-        excused: names that are not known here, and may be there.
+        values: settings by name; missing ones have this version's defaults.
+        wanted: the method to compare them with.
+        excused: names of settings that this version does not know and accepts.
     """
     known = {name: value for name, value in values.items() if name in DEFAULTS and name != "config"}
     found = [
-        f"{name} is {reprlib.repr(value)} there and not known to abtrain {__version__}"
+        f"{name} is {reprlib.repr(value)} there and unknown to abtrain {__version__}"
         for name, value in values.items()
         if name not in known and name not in excused
     ]
@@ -67,9 +67,9 @@ def setting_differences(values: Mapping[str, Any], wanted: Method, excused: froz
 
 
 def recipe_differences(there: Any, here: Any, place: str = "recipe") -> list[str]:
-    """How recipes differ: by their defaults, since it is the same settings that build them.
+    """Returns a message for each difference between two recipes that the same settings built.
 
-    A field that only one of them has is of another version, and no difference.
+    Such recipes differ only in the defaults of versions. A field that only one of them has does not count.
     """
     if isinstance(there, dict) and isinstance(here, dict) and there.get("kind") == here["kind"]:
         both = [name for name in here if name in there]
@@ -79,13 +79,13 @@ def recipe_differences(there: Any, here: Any, place: str = "recipe") -> list[str
         return [line for n, (one, other) in pairs for line in recipe_differences(one, other, f"{place}[{n}]")]
     if there == here:
         return []
-    return [f"{place} is {reprlib.repr(there)} there and {reprlib.repr(here)} here, by default"]
+    return [f"{place} is {reprlib.repr(there)} there and {reprlib.repr(here)} here by default"]
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
-    """The settings with the task's defaults, if there is such a task.
+    """Returns the settings with the defaults of their task, unless the task is unknown.
 
-    The device is not asked for: it depends on the machine, and is not of the method.
+    The device is not part of the method: it is set to the CPU, whatever the machine has.
     """
     return resolve(dataclasses.replace(config, device="cpu")) if config.task in TASKS else config
 
@@ -95,7 +95,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def _described(value: Any) -> Any:
-    """A recipe, or what it is made of, as JSON would have it."""
+    """Returns a recipe or a part of it as a JSON value."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: _described(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"kind": type(value).__name__, **fields}

@@ -1,9 +1,9 @@
-"""The request of a run: its settings, kept in its folder, and whether that is what is asked for now.
+"""The request of a run: its settings as files in its folder, and their comparison with other settings.
 
-request.toml     the settings, resolved, as `abtrain train --config` reads them
+request.toml     the resolved settings, for `abtrain train --config`
 request.json     the settings of the method, the recipe that they build, and the version of abtrain
 
-Two requests are the same if they ask for the same method: settings are parsed, resolved and compared by value, so the
+Two requests are equal if they ask for the same method. Settings are parsed, resolved and compared by value, so the
 text of the files does not matter.
 """
 
@@ -33,11 +33,11 @@ from abtrain.version import __version__
 
 REQUEST_FILE, RECORD_FILE, TRAIN_FOLDER = "request.toml", "request.json", "train"
 FILES = frozenset({REQUEST_FILE, RECORD_FILE, f"{REQUEST_FILE}.partial", f"{RECORD_FILE}.partial"})
-"""All that a request leaves in a folder, also if its writer crashed."""
+"""All files of a request, including those of a writer that crashed."""
 
 
 def request_text(config: TrainConfig) -> str:
-    """The content of request.toml: the settings of the method, and what else differs from its default."""
+    """Returns the content of request.toml: the settings of the method, and others that differ from their defaults."""
     whole = dataclasses.replace(resolved(config), device=config.device)
     lines = [f"# resolved by abtrain {__version__}"]
     for line in to_toml(whole).splitlines():
@@ -48,10 +48,10 @@ def request_text(config: TrainConfig) -> str:
 
 
 def write_request(folder: Path, config: TrainConfig) -> None:
-    """Writes request.toml and request.json, and makes the folder if it does not exist.
+    """Writes request.toml and request.json, and creates the folder if it does not exist.
 
     Raises:
-        ConfigurationError: they cannot be written.
+        ConfigurationError: a file cannot be written.
     """
     method = method_of(config)
     try:
@@ -65,11 +65,11 @@ def write_request(folder: Path, config: TrainConfig) -> None:
         raise ConfigurationError(f"run folder {folder} cannot be written: {error}. Name another --out") from error
 
 
-def differences(folder: Path, config: TrainConfig) -> list[str]:
-    """Compares the method of the run in a folder with that of `config`; returns a message for each difference.
+def request_differences(folder: Path, config: TrainConfig) -> list[str]:
+    """Returns a message for each difference between the method of the run in a folder and that of `config`.
 
-    A request that cannot be read is a difference too. Requests of early versions left defaults out; where the run has a
-    result, the settings in it say what the defaults were.
+    A request that cannot be read counts as a difference. Early versions wrote requests without defaults; then the
+    settings in the result show which defaults the run had.
     """
     wanted = method_of(config)
     found: list[str] = []
@@ -83,7 +83,7 @@ def differences(folder: Path, config: TrainConfig) -> list[str]:
 
 
 def _record_differences(folder: Path, wanted: Method) -> tuple[list[str], frozenset[str]]:
-    """Returns the differences of request.json, and the names of settings that only another version of abtrain has."""
+    """Returns the differences of request.json, and the names of settings that only another version of abtrain knows."""
     try:
         record = read_record(folder / RECORD_FILE)
         version, settings = record.text("abtrain"), record.mapping("settings")
@@ -106,7 +106,7 @@ def _toml_differences(path: Path, wanted: Method, excused: frozenset[str]) -> li
 
 
 def _result_differences(folder: Path, wanted: Method) -> list[str]:
-    """Returns the differences of the settings in the result. One that cannot be read is left to whoever reads it."""
+    """Returns the differences of the settings in the result. Problems with the file are reported where it is read."""
     for path in (folder / TRAIN_FOLDER / RESULT_FILE, folder / RESULT_FILE):
         try:
             values = read_record(path).mapping("config")

@@ -1,7 +1,7 @@
-"""Files that runs leave behind, read without trust: whoever crashed or edited them may have left anything there.
+"""Reads and validates the result files of runs, which crashes and edits may have damaged.
 
-`abtrain compare` and `abtrain paper` read results through this module alone, so that a damaged file ends in a message
-that names it, and never in a table that shows nonsense.
+`abtrain compare` and `abtrain paper` read results only through this module, so that a damaged file leads to a message
+with its name and never to a wrong table.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from typing import Any
 from abtrain.checkpoint.tensor_files import MAX_JSON_BYTES, open_regular
 from abtrain.errors import CheckpointError, DataError
 
-_REMEDY = "restore the file from a copy, or move the folder of this run away to have it run again"
+_REMEDY = "restore the file from a copy, or move the folder of this run away and run the command again"
 _LARGEST = 1e30
-"""No time, size or score of a run is larger. Sums and ratios of such numbers stay finite."""
+"""Larger than any time, size or score of a run. Sums and ratios of numbers up to this stay finite."""
 
 
 @dataclass(frozen=True)
 class JsonRecord:
-    """A JSON object of a result file. Its values are checked as they are asked for; keys lead through nested objects.
+    """A JSON object in a result file. Methods take the keys of nested objects, and check the value that they return.
+
+    All methods raise DataError if the value is missing or of another kind.
 
     Attributes:
-        path: of the file.
-        content: as JSON has it.
-        place: where in the file the object stands, for messages.
+        path: the path of the file.
+        content: the parsed object.
+        place: the place of the object in the file, for messages.
     """
 
     path: Path
@@ -37,29 +39,25 @@ class JsonRecord:
     place: str = ""
 
     def number(self, *keys: str, least: float = 0.0) -> float:
-        """A number of at least `least`.
-
-        Raises:
-            DataError: it is missing, or no such number.
-        """
+        """Returns a number of at least `least`."""
         return self._number(self._value(keys), keys, least, exclusive=False)
 
     def positive(self, *keys: str) -> float:
-        """A number above 0; raises likewise."""
+        """Returns a number above 0."""
         return self._number(self._value(keys), keys, 0.0, exclusive=True)
 
     def optional_number(self, *keys: str, least: float = 0.0) -> float | None:
-        """A number, or None where the file has null or nothing; raises likewise."""
+        """Returns a number, or None if it is null or missing."""
         value = self._value(keys, default=None)
         return None if value is None else self._number(value, keys, least, exclusive=False)
 
     def numbers(self, *keys: str) -> dict[str, float]:
-        """An object whose values are numbers of at least 0; raises likewise."""
+        """Returns an object whose values are numbers of at least 0."""
         found = self.mapping(*keys)
         return {_text(self, name, keys): self._number(item, (*keys, name), 0.0, False) for name, item in found.items()}
 
     def counts(self, *keys: str) -> dict[str, int]:
-        """An object whose values are whole numbers of at least 0; raises likewise."""
+        """Returns an object whose values are whole numbers of at least 0."""
         found = self.numbers(*keys)
         broken = [name for name, number in found.items() if number != int(number)]
         if broken:
@@ -67,30 +65,30 @@ class JsonRecord:
         return {name: int(number) for name, number in found.items()}
 
     def mapping(self, *keys: str) -> Mapping[str, Any]:
-        """An object; raises likewise."""
+        """Returns an object."""
         value = self._value(keys)
         if not isinstance(value, dict):
             raise self.error(keys, value, "an object")
         return value
 
     def text(self, *keys: str) -> str:
-        """A string that can be printed; raises likewise."""
+        """Returns a string that can be encoded as UTF-8."""
         return _text(self, self._value(keys), keys)
 
     def optional_text(self, *keys: str) -> str | None:
-        """A string, or None where the file has null or nothing; raises likewise."""
+        """Returns a string, or None if it is null or missing."""
         value = self._value(keys, default=None)
         return None if value is None else _text(self, value, keys)
 
     def records(self, *keys: str) -> list[JsonRecord]:
-        """A list of objects; raises likewise."""
+        """Returns a list of objects."""
         value = self._value(keys)
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise self.error(keys, value, "a list of objects")
         return [JsonRecord(self.path, item, f"{self._name(keys)}[{index}]") for index, item in enumerate(value)]
 
     def error(self, keys: Sequence[str], value: object, wanted: str) -> DataError:
-        """Returns the error for a value that is not one of those wanted."""
+        """Returns the error for a wrong value; `wanted` describes the right ones."""
         shown = reprlib.repr(value)
         return DataError(f"{self.path} is damaged: {self._name(keys)} is {shown}, not {wanted}. Remedy: {_REMEDY}")
 
@@ -118,7 +116,7 @@ class JsonRecord:
 
 
 def is_empty(path: Path) -> bool:
-    """Whether a file holds nothing: whoever was to write it crashed."""
+    """Whether a file is empty, because its writer crashed."""
     try:
         return path.is_file() and path.stat().st_size == 0
     except OSError:
@@ -126,39 +124,39 @@ def is_empty(path: Path) -> bool:
 
 
 def read_record(path: Path) -> JsonRecord:
-    """The object that a JSON file holds.
+    """Reads the object in a JSON file.
 
     Raises:
-        DataError: the file is missing, unreadable, a link, no regular file, too large, or holds no JSON object.
+        DataError: the file is missing, unreadable, a link, not a regular file, too large, or not a JSON object.
     """
     return JsonRecord(path, _parsed(path, read_text(path), ""))
 
 
 def read_lines(path: Path) -> list[JsonRecord]:
-    """The objects of a file with one JSON object a line; raises likewise."""
+    """Reads a file with one JSON object per line. Raises the errors of `read_record`."""
     lines = read_text(path).splitlines()
     return [JsonRecord(path, _parsed(path, line, f"line {n}"), f"line {n}") for n, line in enumerate(lines, 1)]
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """Reads a text file.
 
     Raises:
-        DataError: the file is missing, unreadable, a link, no regular file, too large, or no UTF-8.
+        DataError: the file is missing, unreadable, a link, not a regular file, too large, or not UTF-8.
     """
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             data = b"" if size > MAX_JSON_BYTES else file.read(MAX_JSON_BYTES + 1)
     except (CheckpointError, OSError) as error:
-        said = str(error) if isinstance(error, CheckpointError) else f"{path} cannot be read: {error}"
-        raise DataError(f"{said}. Remedy: {_REMEDY}") from error
+        message = str(error) if isinstance(error, CheckpointError) else f"{path} cannot be read: {error}"
+        raise DataError(f"{message}. Remedy: {_REMEDY}") from error
     if max(size, len(data)) > MAX_JSON_BYTES:
-        raise DataError(f"{path} has {size} bytes: more than {MAX_JSON_BYTES} are not read. Remedy: {_REMEDY}")
+        raise DataError(f"{path} has {size} bytes, and the limit is {MAX_JSON_BYTES}. Remedy: {_REMEDY}")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is damaged: it is no UTF-8 ({error}). Remedy: {_REMEDY}") from error
+        raise DataError(f"{path} is damaged: it is not UTF-8 ({error}). Remedy: {_REMEDY}") from error
 
 
 def _parsed(path: Path, text: str, place: str) -> Mapping[str, Any]:
@@ -168,7 +166,7 @@ def _parsed(path: Path, text: str, place: str) -> Mapping[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: {where}it is no JSON ({error}). Remedy: {_REMEDY}") from error
+        raise DataError(f"{path} is damaged: {where}it is not JSON ({error}). Remedy: {_REMEDY}") from error
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise DataError(f"{path} is damaged: {where}it holds a {kind}, not an object. Remedy: {_REMEDY}")
@@ -176,7 +174,7 @@ def _parsed(path: Path, text: str, place: str) -> Mapping[str, Any]:
 
 
 def _text(record: JsonRecord, value: Any, keys: Sequence[str]) -> str:
-    # Half a surrogate pair is a string to JSON, and cannot be written to any file.
+    # JSON strings may hold unpaired surrogates, which cannot be written to a file.
     if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise record.error(keys, value, "a text")
     return value

@@ -1,1 +1,1 @@
-"""Tasks on real data: models, samples, and how they are evaluated."""
+"""Tasks on real data: models, samples and evaluation."""

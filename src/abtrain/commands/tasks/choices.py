@@ -1,4 +1,4 @@
-"""The values of settings with a fixed choice. Imports no torch, so that the command's help answers immediately."""
+"""The values of settings with a fixed choice. The module imports no torch, so that `--help` answers immediately."""
 
 from __future__ import annotations
 

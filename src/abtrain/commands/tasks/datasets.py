@@ -1,9 +1,9 @@
-"""The data of the tasks, found, checked and held in memory as tensors.
+"""Finds and checks small data sets, and loads them into memory as tensors.
 
 - digits: scikit-learn's handwritten digits, 1797 images of 8 x 8.
 - Fashion-MNIST: 70 000 images of 28 x 28 in IDX files, as Zalando publishes them.
-- pysrc: the bytes of the Python standard library's own sources. They differ a little from one Python version
-  to the next, so compare runs of one version only.
+- pysrc: the bytes of the Python standard library's sources. They differ slightly between versions of Python, so only
+  runs of one version are comparable.
 """
 
 from __future__ import annotations
@@ -88,13 +88,13 @@ PYSRC_FILES = sorted(
 
 
 def check_digits(folder: Path | None) -> None:
-    """Raises DataError where scikit-learn, which brings the digits, is missing. `folder` plays no part."""
+    """Raises DataError if scikit-learn, which contains the digits, is missing. `folder` is ignored."""
     if importlib.util.find_spec("sklearn") is None:
-        raise DataError("the digits come with scikit-learn, which is not installed: `pip install 'abtrain[data]'`")
+        raise DataError("the digits are part of scikit-learn, which is not installed: pip install 'abtrain[data]'")
 
 
 def load_digits(folder: Path | None) -> Data:
-    """The digits as float32 (N, 64) in 0..1 and int64 labels; the test set is a fixed fifth, even by class.
+    """Loads the digits as float32 (N, 64) in 0..1 and int64 labels. The test set is a fixed, stratified fifth.
 
     Raises:
         DataError: scikit-learn is not installed.
@@ -112,10 +112,10 @@ def load_digits(folder: Path | None) -> Data:
 
 
 def find_fashion_mnist(folder: Path | None) -> Path:
-    """The folder with the four IDX files: `folder` if given, else Debian's, else a download into the cache.
+    """Returns the folder with the four IDX files: `folder` if given, else Debian's, else a download into the cache.
 
     Raises:
-        DataError: files are missing, and how to get them.
+        DataError: files are missing; the message tells how to get them.
     """
     if folder is not None:
         _require_fashion_mnist(folder)
@@ -130,10 +130,10 @@ def find_fashion_mnist(folder: Path | None) -> Path:
 
 
 def load_fashion_mnist(folder: Path | None) -> Data:
-    """Fashion-MNIST as uint8 images (N, 1, 28, 28) and int64 labels in 0..9, in its own split.
+    """Loads Fashion-MNIST as uint8 images (N, 1, 28, 28) and int64 labels in 0..9, with its standard split.
 
     Raises:
-        DataError: files that are missing, truncated, or not what their names say.
+        DataError: files are missing, truncated, or hold other data.
     """
     found = find_fashion_mnist(folder)
     splits = {}
@@ -143,20 +143,20 @@ def load_fashion_mnist(folder: Path | None) -> Data:
         if images.shape[1:] != (28, 28) or int(labels.max()) > 9:
             raise DataError(
                 f"{found}: {images_name} holds {tuple(images.shape)} pixels and {labels_name} labels up to "
-                f"{int(labels.max())}; Fashion-MNIST has images of 28 x 28 and labels up to 9"
+                f"{int(labels.max())}; Fashion-MNIST has images of 28 x 28 and labels up to 9. {_FETCH_AGAIN}"
             )
         splits[split] = Split(images.unsqueeze(1), labels.long())
     return Data(splits["train"], splits["test"])
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
-    """The unsigned bytes of an IDX file, gzipped or plain, as a uint8 tensor of the shape in its header.
+    """Reads an IDX file of unsigned bytes, gzipped or plain, as a uint8 tensor of the shape in its header.
 
-    An IDX file is two zero bytes, the type (8: unsigned byte), the number of dimensions, each of them as a
-    big-endian 32-bit number, then the values in C order.
+    An IDX file consists of two zero bytes, the type (8 for unsigned bytes), the number of dimensions, the size of each
+    dimension as a big-endian 32-bit number, and the values in C order.
 
     Raises:
-        DataError: the file cannot be read, or is no IDX file of bytes with that many dimensions and values.
+        DataError: the file cannot be read, or is not an IDX file of bytes with this number of dimensions.
     """
     try:
         raw = path.read_bytes()
@@ -166,41 +166,41 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     header = 4 + 4 * dimensions
     if len(content) < header or content[:4] != bytes((0, 0, 8, dimensions)):
         raise DataError(
-            f"{path} starts with {content[:4].hex()}, not with 000008{dimensions:02x} as an IDX file of "
-            f"bytes with {dimensions} dimensions does. {_FETCH_AGAIN}"
+            f"{path} starts with {content[:4].hex()}, but an IDX file of bytes with {dimensions} dimensions starts "
+            f"with 000008{dimensions:02x}. {_FETCH_AGAIN}"
         )
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
     values = len(content) - header
     if values != math.prod(shape) or values == 0:
-        raise DataError(f"{path} holds {values} values, and its header promises {math.prod(shape)}. {_FETCH_AGAIN}")
-    # A bytearray, since a tensor over read-only memory draws a warning.
+        raise DataError(f"{path} holds {values} values, but its header says {math.prod(shape)}. {_FETCH_AGAIN}")
+    # torch warns about tensors over read-only memory, such as bytes.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
 
 
 def find_pysrc(folder: Path | None) -> Path:
-    """The folder of the running Python's standard library. `folder` plays no part.
+    """Returns the folder of the running Python's standard library. `folder` is ignored.
 
     Raises:
-        DataError: more than a tenth of the fixed list of files is not there.
+        DataError: more than a tenth of the files that the task reads are missing.
     """
     library = Path(sysconfig.get_path("stdlib"))
     missing = [name for name in PYSRC_FILES if not (library / name).is_file()]
     if len(missing) > (1 - _PYSRC_SHARE_NEEDED) * len(PYSRC_FILES):
         raise DataError(
             f"{library} lacks {len(missing)} of {len(PYSRC_FILES)} standard library sources that this task reads, "
-            f"among them {', '.join(missing[:5])}: use CPython 3.11 to 3.14 with its sources as files"
+            f"such as {', '.join(missing[:5])}: use CPython 3.11 to 3.14 with its sources as files"
         )
     return library
 
 
 def load_pysrc(folder: Path | None, context: int = 128) -> Data:
-    """The standard library's bytes, cut into windows that do not overlap; every 20th file is held out.
+    """Loads the bytes of the standard library as windows that do not overlap. Every 20th file is held out.
 
     Returns:
-        uint8 (N, context); a target is the byte that follows its input.
+        uint8 (N, context); each target is the byte after its input.
 
     Raises:
-        DataError: more than a tenth of the fixed list of files is not there.
+        DataError: more than a tenth of the files that the task reads are missing.
     """
     library = find_pysrc(folder)
     held_out = PYSRC_FILES[_PYSRC_HELD_OUT_EVERY - 1 :: _PYSRC_HELD_OUT_EVERY]
@@ -228,7 +228,7 @@ def _require_fashion_mnist(folder: Path) -> None:
             raise DataError(f"{folder} is not a folder: {_HOW_TO_GET_FASHION_MNIST}")
         missing = [name for name in names if not _idx_file(folder, name).is_file()]
     except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error}") from error
+        raise DataError(f"{folder} cannot be read: {error}. Name another folder with --data") from error
     if missing:
         raise DataError(f"{folder} lacks {', '.join(missing)} (or with .gz): {_HOW_TO_GET_FASHION_MNIST}")
 
@@ -238,7 +238,7 @@ def _cache_folder() -> Path:
 
 
 def _download_fashion_mnist(target: Path) -> None:
-    """Lets torchvision download the files, and moves them into `target` once they are complete."""
+    """Downloads the files with torchvision, and moves them to `target` when they are complete."""
     try:
         from torchvision.datasets import FashionMNIST
     except ImportError as error:

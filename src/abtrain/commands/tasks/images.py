@@ -1,6 +1,6 @@
-"""The paper's image data: CIFAR in memory, ImageNet read from its files as training goes on.
+"""The image data of the paper: CIFAR in memory, and ImageNet, which is read from its files during training.
 
-- CIFAR-10 and CIFAR-100 in the files of their authors, as torchvision reads and checks them.
+- CIFAR-10 and CIFAR-100 in the files of their authors, which torchvision reads and checks.
 - ImageNet-2012 as folders of classes, `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`.
 """
 
@@ -26,7 +26,7 @@ from abtrain.errors import DataError
 log = logging.getLogger("abtrain")
 
 SIDE = 224
-"""Pixels of an ImageNet sample, in both directions."""
+"""The width and height of an ImageNet sample in pixels."""
 IMAGENET_CLASSES = 1000
 _RESIZED = 256
 _MOST_IN_A_ROW = 100
@@ -35,17 +35,17 @@ _OUTLASTS_SECONDS = 60  # longer than launchers wait for their workers to save
 
 
 class Bad(NamedTuple):
-    """An image that could not be read. It travels as data: an error would lose its name between processes."""
+    """A message about an image that cannot be read. It is data because exceptions of loaders lose the file's name."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Images(Samples):
-    """Images in files with their labels, in place of a `Split` that would not fit into memory.
+    """Images in files with their labels, for data sets that do not fit into memory.
 
-    Samples are uint8 (3, 224, 224): of the training set a random crop, resized and perhaps mirrored, of the test set
-    the middle of the image. What is drawn for a sample depends on seed, worker, step and place alone.
+    Samples are uint8 (3, 224, 224). Training samples are random crops, resized and possibly mirrored. Test samples are
+    the centers of images. The random numbers for a sample depend only on seed, worker, step and place in the batch.
     """
 
     files: tuple[tuple[str, int], ...]
@@ -57,21 +57,24 @@ class Images(Samples):
         return len(self.files)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, tuple[str, ...]] | Bad:
-        """A sample, its label, and the files that were passed over for it."""
+        """Returns a sample, its label, and messages about the files that were skipped before it."""
         index, draw = key
-        passed: list[str] = []
+        skipped: list[str] = []
         for step in range(_MOST_IN_A_ROW):
             path, label = self.files[(index + step) % len(self.files)]
             try:
-                return _sample(path, draw if self.random else None), label, tuple(passed)
+                return _sample(path, draw if self.random else None), label, tuple(skipped)
             except (OSError, ValueError, SyntaxError) as error:
                 if self.reading.on_bad_image == "stop":
                     return Bad(
-                        f"{path} cannot be read as an image: {error}. Replace it, or pass over such files with "
+                        f"{path} cannot be read as an image: {error}. Replace it, or skip such files with "
                         "--on-bad-image skip"
                     )
-                passed.append(f"{path} ({error})")
-        return Bad(f"{_MOST_IN_A_ROW} images in a row cannot be read, the last of them {passed[-1]}")
+                skipped.append(f"{path} ({error})")
+        return Bad(
+            f"{_MOST_IN_A_ROW} consecutive images cannot be read, the last of them {skipped[-1]}: check the folder "
+            "that --data names"
+        )
 
     def to(self, device: torch.device) -> Images:
         return replace(self, device=device)
@@ -97,22 +100,25 @@ class Images(Samples):
             worker_init_fn=_outlast_requests if loaders else None,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=_PREFETCHED if loaders else None,
-            # Or else it would draw from torch's own generator, which belongs to the model's dropout.
+            # Without a generator it would use torch's global one, and change the model's dropout.
             generator=torch.Generator(),
         )
-        told: set[str] = set()
+        logged: set[str] = set()
         for x, y, notes in loader:
             for note in notes:
                 if isinstance(note, Bad):
                     raise DataError(note.message)
-                if note not in told:
-                    log.warning("passed over %s", note)
-                    told.add(note)
+                if note not in logged:
+                    log.warning("skipped %s", note)
+                    logged.add(note)
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
 
 def _outlast_requests(loader: int) -> None:
-    """A request to stop, which may go to all processes of a run, ends a loader only long after its worker has saved."""
+    """Delays the end of a loader after a request to stop until long after its worker has saved.
+
+    Requests may be sent to all processes of a run.
+    """
     for number in (*SIGNALS, PASSED_ON):
         signal.signal(number, lambda number, frame: signal.alarm(_OUTLASTS_SECONDS))
 
@@ -121,18 +127,18 @@ def _collate(samples: Sequence[Any]) -> tuple[Tensor, Tensor, list[Any]]:
     bad = [sample for sample in samples if isinstance(sample, Bad)]
     if bad:
         return torch.empty(0), torch.empty(0), bad[:1]
-    notes = [note for _, _, passed in samples for note in passed]
+    notes = [note for _, _, skipped in samples for note in skipped]
     return torch.stack([x for x, _, _ in samples]), torch.tensor([y for _, y, _ in samples]), notes
 
 
 def _draw(seed: int, rank: int, step: int, place: int) -> int:
-    """The seed of what is drawn for one sample."""
+    """Returns the seed of the random numbers for one sample."""
     digest = hashlib.blake2b(f"{seed}/{rank}/{step}/{place}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def _sample(path: str, draw: int | None) -> Tensor:
-    """An image as uint8 (3, 224, 224): a random part of it drawn from `draw`, or its middle (None)."""
+    """Reads an image as uint8 (3, 224, 224): a random crop with the seed `draw`, or the center if it is None."""
     from PIL import Image
     from torchvision.transforms import RandomResizedCrop
     from torchvision.transforms import functional as VF
@@ -151,18 +157,18 @@ def _sample(path: str, draw: int | None) -> Tensor:
 
 
 def find_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Path:
-    """The folder with `train` and `val`, both of which have all classes.
+    """Checks that `folder` has `train` and `val` with all classes, and returns it.
 
     Args:
-        folder: as given.
-        classes: how many there ought to be.
+        folder: the folder that --data names.
+        classes: the expected number of classes.
 
     Raises:
-        DataError: what is missing.
+        DataError: there is no folder, or classes are missing.
     """
     how = f"pass --data FOLDER with train/CLASS/*.JPEG and val/CLASS/*.JPEG of ImageNet-2012, {classes:,} classes"
     if folder is None:
-        raise DataError(f"ImageNet has no usual place: {how}")
+        raise DataError(f"ImageNet has no default folder: {how}")
     names = {}
     for part in ("train", "val"):
         try:
@@ -170,20 +176,18 @@ def find_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Path:
         except OSError as error:
             raise DataError(f"{folder / part} cannot be read ({error}): {how}") from error
         if len(names[part]) != classes:
-            raise DataError(
-                f"{folder / part} has {len(names[part]):,} classes, and there ought to be {classes:,}: {how}"
-            )
-    unlike = sorted(names["train"] ^ names["val"])
-    if unlike:
-        raise DataError(f"{folder}: train and val differ in {len(unlike)} classes, {unlike[0]} among them: {how}")
+            raise DataError(f"{folder / part} has {len(names[part]):,} classes instead of {classes:,}: {how}")
+    differing = sorted(names["train"] ^ names["val"])
+    if differing:
+        raise DataError(f"{folder}: train and val differ in {len(differing)} classes, such as {differing[0]}: {how}")
     return folder
 
 
 def load_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Data:
-    """ImageNet-2012 from its files; the validation set is the test set.
+    """Lists the files of ImageNet-2012. The validation set serves as the test set.
 
     Raises:
-        DataError: torchvision is missing, or folders are missing, incomplete, or have other classes.
+        DataError: torchvision is missing; or folders are missing, incomplete, or have wrong classes.
     """
     found = find_imagenet(folder, classes)
     datasets = _torchvision_datasets()
@@ -192,17 +196,17 @@ def load_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Data:
         try:
             listed = datasets.ImageFolder(str(found / part))
         except (OSError, RuntimeError) as error:
-            raise DataError(f"{found / part} is incomplete: {error}") from error
+            raise DataError(f"{found / part} is incomplete: {error}. Unpack ImageNet-2012 there again") from error
         parts.append(Images(tuple(listed.samples), random=part == "train"))
     return Data(*parts)
 
 
 def find_cifar(folder: Path | None, name: str) -> Path:
-    """The folder that holds CIFAR's own: `cifar-10-batches-py` or `cifar-100-python`.
+    """Checks that `folder` has intact files in `cifar-10-batches-py` or `cifar-100-python`, and returns it.
 
     Args:
-        folder: as given.
-        name: `CIFAR10` or `CIFAR100`, as torchvision has them.
+        folder: the folder that --data names.
+        name: `CIFAR10` or `CIFAR100`, as in torchvision.
 
     Raises:
         DataError: torchvision is missing, or files are missing or damaged.
@@ -210,7 +214,7 @@ def find_cifar(folder: Path | None, name: str) -> Path:
     kind = getattr(_torchvision_datasets(), name)
     how = f"pass --data FOLDER with {kind.base_folder}/ of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked"
     if folder is None:
-        raise DataError(f"{name} has no usual place: {how}")
+        raise DataError(f"{name} has no default folder: {how}")
     from torchvision.datasets.utils import check_integrity
 
     files = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
@@ -220,12 +224,15 @@ def find_cifar(folder: Path | None, name: str) -> Path:
         raise DataError(f"{place} lacks {', '.join(missing)}: {how}")
     damaged = [file for file, digest in files if not check_integrity(str(place / file), digest)]
     if damaged:
-        raise DataError(f"{place}: {', '.join(damaged)} is not what its authors published: {how}")
+        raise DataError(f"{place}: {', '.join(damaged)} differs from the published file: {how}")
     return folder
 
 
 def load_cifar(folder: Path | None, name: str) -> Data:
-    """CIFAR-10 or CIFAR-100 as uint8 images (N, 3, 32, 32) and int64 labels, in its own split; raises likewise."""
+    """Loads CIFAR-10 or CIFAR-100 as uint8 images (N, 3, 32, 32) and int64 labels, with its standard split.
+
+    Raises the errors of `find_cifar`.
+    """
     found, datasets = find_cifar(folder, name), _torchvision_datasets()
     splits = []
     for train in (True, False):
@@ -236,7 +243,7 @@ def load_cifar(folder: Path | None, name: str) -> Data:
 
 
 def cifar(name: str) -> tuple[Callable[[Path | None], object], Callable[[Path | None], Data]]:
-    """How `name` is found, and how it is loaded."""
+    """Returns the functions that find and load `CIFAR10` or `CIFAR100`."""
     return partial(find_cifar, name=name), partial(load_cifar, name=name)
 
 
@@ -245,6 +252,6 @@ def _torchvision_datasets() -> Any:
         import torchvision.datasets
     except ImportError as error:
         raise DataError(
-            "this task's data is read by torchvision, which is not installed: pip install 'abtrain[vision]'"
+            "torchvision, which reads the data of this task, is not installed: pip install 'abtrain[vision]'"
         ) from error
     return torchvision.datasets

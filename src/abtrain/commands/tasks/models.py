@@ -1,24 +1,30 @@
-"""The models of the tasks, small enough for CPUs.
+"""The models of the tasks: small ones for CPUs, and the paper's from torchvision.
 
 Shapes: N samples, T tokens, D width of a token, V vocabulary.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from abtrain.errors import ConfigurationError
+
+_HEAD_DROPOUT = 0.1
+
 
 def digits_mlp() -> nn.Sequential:
-    """64-256-256-10 with ReLU; takes (N, 64), gives logits (N, 10)."""
+    """Builds a 64-256-256-10 network with ReLU: (N, 64) to logits (N, 10)."""
     return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
 class _FirstConvolution(nn.Conv2d):
-    """Hands its output on with channels last in memory, which the layers behind it keep: they are faster so on CPUs.
+    """A convolution whose output has channels last in memory, which makes the following layers faster on CPUs.
 
-    The images themselves are left as they are: with one channel the gradient would get strides that DDP warns of.
+    Its input keeps its format: with one channel, gradients would have strides that DDP warns about.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -26,14 +32,14 @@ class _FirstConvolution(nn.Conv2d):
 
 
 def fashion_cnn() -> nn.Sequential:
-    """Convolutions of 16, 32, 64 and 64 channels with BatchNorm, then 3136-256-10: 0.866 M parameters.
+    """Builds convolutions of 16, 32, 64 and 64 channels with BatchNorm, and a 3136-256-10 head: 0.866 M parameters.
 
-    Takes (N, 1, 28, 28), gives logits (N, 10).
+    It maps (N, 1, 28, 28) to logits (N, 10).
     """
 
     def block(channels_in: int, channels_out: int) -> list[nn.Module]:
         kind = _FirstConvolution if channels_in == 1 else nn.Conv2d
-        convolution = kind(channels_in, channels_out, 3, padding=1, bias=False)  # BatchNorm has the bias
+        convolution = kind(channels_in, channels_out, 3, padding=1, bias=False)  # BatchNorm has a bias
         return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU()]
 
     return nn.Sequential(
@@ -72,7 +78,7 @@ class _EncoderBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A ViT for square grey images, tokens averaged before the head: (N, 1, size, size) to logits (N, 10)."""
+    """A ViT for square grey images that averages tokens before its head: (N, 1, size, size) to logits (N, 10)."""
 
     def __init__(self, size: int = 28, patch: int = 4, width: int = 96, depth: int = 4, heads: int = 3) -> None:
         super().__init__()
@@ -89,7 +95,7 @@ class VisionTransformer(nn.Module):
 
 
 class _CausalBlock(nn.Module):
-    """A pre-norm transformer block in which a token sees only those before it; (N, T, D) to (N, T, D)."""
+    """A pre-norm transformer block with causal attention; (N, T, D) to (N, T, D)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -110,7 +116,7 @@ class _CausalBlock(nn.Module):
 
 
 class GPT(nn.Module):
-    """A byte-level language model, its head untied from the embedding; bytes (N, T) to logits (N, T, V)."""
+    """A byte-level language model whose head and embedding are not tied; bytes (N, T) to logits (N, T, V)."""
 
     def __init__(
         self, vocabulary: int = 256, context: int = 128, width: int = 128, depth: int = 4, heads: int = 4
@@ -131,10 +137,54 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def orthogonal_init(model: nn.Module) -> None:
-    """Makes every parameter of two or more dimensions orthogonal, seen as (first dimension, rest), in place.
+    """Initializes every parameter of two or more dimensions, as a matrix (first dimension, rest), to be orthogonal.
 
-    Vectors (biases, norms) stay as they are. The paper starts its runs so (arXiv 2405.01067, section 4).
+    Vectors (biases, norms) stay unchanged. The paper uses these initial weights (arXiv 2405.01067, section 4).
     """
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             nn.init.orthogonal_(parameter)
+
+
+def _torchvision() -> Any:
+    try:
+        import torchvision.models
+    except ImportError as error:
+        raise ConfigurationError(
+            "torchvision, which has the model of this task, is not installed: pip install 'abtrain[vision]'"
+        ) from error
+    return torchvision.models
+
+
+def resnet50() -> nn.Module:
+    """Builds ResNet-50 with dropout of 0.1 before its head: images (N, 3, 224, 224) to logits (N, 1000)."""
+    model: nn.Module = _torchvision().resnet50()
+    head = model.get_submodule("fc")
+    model.fc = nn.Sequential(nn.Dropout(_HEAD_DROPOUT), head)
+    return model
+
+
+def vit_b_16() -> nn.Module:
+    """Builds ViT-B/16: images (N, 3, 224, 224) to logits (N, 1000).
+
+    The authors used a drop path rate of 0.1, which torchvision's model does not support.
+    """
+    model: nn.Module = _torchvision().vit_b_16()
+    return model
+
+
+def vgg16() -> nn.Module:
+    """Builds VGG16 for CIFAR-10, with two layers of width 4,096 in its head: images (N, 3, 32, 32) to logits (N, 10).
+
+    These two layers have 89 % of its 134.3 M parameters, which explains the paper's compression of 44 : 1.
+    """
+    model: nn.Module = _torchvision().vgg16(num_classes=10)
+    return model
+
+
+def mini_vit() -> nn.Module:
+    """Builds the ViT of the paper's search (Section IV.C) for CIFAR-100: patch 8, depth 6, 6 heads, width 768."""
+    model: nn.Module = _torchvision().VisionTransformer(
+        image_size=32, patch_size=8, num_layers=6, num_heads=6, hidden_dim=768, mlp_dim=3072, num_classes=100
+    )
+    return model

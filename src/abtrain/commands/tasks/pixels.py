@@ -1,4 +1,4 @@
-"""Batches of images on their way to the model: moved and mirrored at random, then of about mean 0 and deviation 1."""
+"""Augments and standardizes batches of images."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MAX_SHIFT = 1  # pixel; in the few epochs that the small tasks run for, more only slows learning
+_MAX_SHIFT = 1  # pixel; larger shifts only slow learning in the few epochs of the small tasks
 
 
 def flip_and_shift(images: Tensor, generator: torch.Generator, most: int = _MAX_SHIFT) -> Tensor:
-    """Mirrors half of the images (N, C, H, W) and moves each by up to `most` pixels, zeros moving in."""
+    """Mirrors images (N, C, H, W) with probability 1/2, and shifts each by up to `most` pixels, padding with zeros."""
     count, _, height, width = images.shape
     device = images.device
     mirrored = (torch.rand(count, generator=generator) < 0.5).to(device)
@@ -26,12 +26,12 @@ def flip_and_shift(images: Tensor, generator: torch.Generator, most: int = _MAX_
 
 
 def shift_by_four(images: Tensor, generator: torch.Generator) -> Tensor:
-    """CIFAR's usual augmentation: padded by 4 pixels, cropped, half of them mirrored."""
+    """Applies CIFAR's usual augmentation: random mirroring, padding by 4 pixels, and random cropping."""
     return flip_and_shift(images, generator, most=4)
 
 
 def _standardize(mean: tuple[float, ...], deviation: tuple[float, ...], pixels: Tensor) -> Tensor:
-    """Stored pixels (N, 3, H, W), 0 to 255, as real numbers of about mean 0 and deviation 1, by channel."""
+    """Converts pixels (N, 3, H, W) in 0..255 to float32 with mean 0 and deviation 1 by channel, approximately."""
     x = pixels.to(torch.float32, memory_format=torch.channels_last) / 255
     shape = (1, -1, 1, 1)
     return (x - x.new_tensor(mean).view(shape)) / x.new_tensor(deviation).view(shape)
@@ -43,7 +43,7 @@ standardize_cifar100 = functools.partial(_standardize, (0.5071, 0.4865, 0.4409),
 
 
 def standardize_fashion(images: Tensor) -> Tensor:
-    """Fashion-MNIST's stored pixels (N, 1, 28, 28), likewise."""
-    # One channel can be last in memory or first: last, gradients would get strides that DDP warns of.
+    """Converts Fashion-MNIST's pixels (N, 1, 28, 28) in 0..255 to float32 with mean 0 and deviation 1."""
+    # With channels last in memory, gradients would have strides that DDP warns about.
     pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
     return (pixels / 255 - 0.286) / 0.353  # mean and standard deviation of the training pixels

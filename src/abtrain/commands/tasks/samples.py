@@ -1,4 +1,4 @@
-"""Training and test data of a task."""
+"""The training and test data of a task."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from abtrain.errors import DataError
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read, of what is not held in memory.
+    """The settings for reading samples from files.
 
     Attributes:
-        loaders: processes that read for one worker; 0: the worker itself.
-        on_bad_image: where one cannot be read: `stop`, or take the next one in its place (`skip`).
+        loaders: the number of processes that read for one worker; with 0 the worker reads.
+        on_bad_image: whether to `stop` at an image that cannot be read, or to `skip` it and take the next one.
     """
 
     loaders: int = 0
@@ -33,36 +33,40 @@ class Samples(Dataset[Any], ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many there are."""
+        """Returns the number of samples."""
 
     @abstractmethod
     def to(self, device: torch.device) -> Samples:
-        """The same samples, whose batches are on `device`."""
+        """Returns the same samples with their batches on `device`."""
 
     @abstractmethod
     def read_by(self, reading: Reading) -> Samples:
-        """The same samples; what is not in memory is read so."""
+        """Returns the same samples with other settings for reading files."""
 
     @abstractmethod
     def stream(self, plan: Iterator[tuple[int, list[int]]], seed: int, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of samples and targets.
+        """Yields batches of samples and targets.
 
         Args:
-            plan: of each step, its number and which samples it takes.
-            seed, rank: what is drawn depends on.
+            plan: the number of each step with the indexes of its samples.
+            seed, rank: determine random numbers, together with the step.
 
         Raises:
-            DataError: a sample cannot be read, and is not to be passed over.
+            DataError: a sample cannot be read, and `on_bad_image` is `stop`.
         """
 
     @abstractmethod
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All samples once; raises likewise."""
+        """Yields batches of all samples in their order.
+
+        Raises:
+            DataError: a sample cannot be read, and `on_bad_image` is `stop`.
+        """
 
 
 @dataclass(frozen=True)
 class Split(Samples):
-    """Samples `x` and their targets `y`, alike in their first dimension."""
+    """Samples `x` and their targets `y`, tensors with the same first dimension."""
 
     x: Tensor
     y: Tensor
@@ -94,15 +98,15 @@ class Split(Samples):
 
 @dataclass(frozen=True)
 class Data:
-    """Training and test data of a task."""
+    """The training and test data of a task."""
 
     train: Samples
     test: Samples
 
     def to(self, device: torch.device) -> Data:
-        """The same data on `device`."""
+        """Returns the same data on `device`."""
         return Data(self.train.to(device), self.test.to(device))
 
     def read_by(self, reading: Reading) -> Data:
-        """The same data; what is not in memory is read so."""
+        """Returns the same data with other settings for reading files."""
         return Data(self.train.read_by(reading), self.test.read_by(reading))

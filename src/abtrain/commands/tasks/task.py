@@ -1,7 +1,7 @@
-"""The tasks: a model, real data, and what is needed to train the one on the other.
+"""Tasks: a model on a data set, with functions that build batches, optimizer and schedule, and evaluate the model.
 
-Everything here works without abtrain's engine, so that a plain DDP loop built from these parts starts from
-the same weights and sees the same batches as `abtrain train` does.
+The module does not use abtrain's engine. A plain DDP loop that uses these functions has the same initial weights and
+the same batches as `abtrain train`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import BatchSampler, DistributedSampler
 
 from abtrain.commands.tasks import datasets as sources
-from abtrain.commands.tasks import images, models, vision_models
+from abtrain.commands.tasks import images, models
 from abtrain.commands.tasks.choices import Init, Precision
 from abtrain.commands.tasks.pixels import (
     flip_and_shift,
@@ -39,32 +39,32 @@ WARMUP_SHARE = 0.05
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (..., classes) against labels (...), in nats."""
+    """Returns the mean cross-entropy of logits (..., classes) and labels (...), in nats."""
     return F.cross_entropy(logits.flatten(0, -2), y.flatten())
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model on a data set, with the settings that suit the two.
+    """A model on a data set, with suitable settings.
 
     Attributes:
-        name: how the command calls it.
-        model: builds the model, with PyTorch's own initialization.
-        find: checks that the data is in the `--data` folder or in its usual place; raises DataError.
-        load: reads the data; the same argument and error.
-        prepare: samples as they are stored, to the model's input.
-        steps: default length of a run.
-        batch_size: default samples per worker and step.
-        lr: default learning rate.
-        augment: changes a batch of stored samples at random, in training.
-        loss: mean loss of the model's output against the targets, in training; validation takes plain cross-entropy.
-        classifies: whether top-1 says how good the model is; the mean loss alone does otherwise.
-        reads_folder: whether `--data` plays a part.
-        weight_decay: default of AdamW's.
-        clip: default largest norm of all gradients together; 0: any.
-        init: default initial weights.
-        precision: default of forward and backward passes.
-        lr_warmup: share of the steps in which the learning rate climbs.
+        name: the name of the task on the command line.
+        model: builds the model with PyTorch's own initialization.
+        find: checks that the data is in the `--data` folder or in its default place; raises DataError.
+        load: reads the data; has the same argument and error.
+        prepare: converts stored samples to the model's input.
+        steps: the default number of steps.
+        batch_size: the default number of samples per worker and step.
+        lr: the default learning rate.
+        augment: randomly changes a batch of stored samples in training.
+        loss: the mean training loss of outputs and targets; validation uses plain cross-entropy.
+        classifies: whether the model is evaluated by top-1; otherwise only by the mean loss.
+        reads_folder: whether the task uses `--data`.
+        weight_decay: the default weight decay of AdamW.
+        clip: the default limit of the joint norm of all gradients; 0 for no limit.
+        init: the default initial weights.
+        precision: the default precision of forward and backward passes.
+        lr_warmup: the share of steps in which the learning rate increases.
     """
 
     name: str
@@ -87,12 +87,12 @@ class Task:
 
 
 def smoothed_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy with labels smoothed by 0.1, as in all runs of the paper."""
+    """Returns the mean cross-entropy with label smoothing of 0.1, as in all runs of the paper."""
     return F.cross_entropy(logits, y, label_smoothing=0.1)
 
 
 def _papers(name: str, model: Callable[[], nn.Module], **settings: Any) -> Task:
-    """A task of the paper, with what its runs have alike: 150 epochs, 10 of them until the learning rate is up."""
+    """Builds a task with the settings of all runs of the paper, which have 150 epochs with 10 of warm-up."""
     return Task(
         name=name,
         model=model,
@@ -157,11 +157,11 @@ TASKS: dict[str, Task] = {
             lr=1e-3,
             classifies=False,
         ),
-        _papers("imagenet-vit-b16", vision_models.vit_b_16, weight_decay=0.1, **_IMAGENET_DATA),
-        _papers("imagenet-resnet50", vision_models.resnet50, weight_decay=0.01, **_IMAGENET_DATA),
+        _papers("imagenet-vit-b16", models.vit_b_16, weight_decay=0.1, **_IMAGENET_DATA),
+        _papers("imagenet-resnet50", models.resnet50, weight_decay=0.01, **_IMAGENET_DATA),
         _papers(
             "cifar10-vgg16",
-            vision_models.vgg16,
+            models.vgg16,
             find=_FIND_CIFAR10,
             load=_LOAD_CIFAR10,
             prepare=standardize_cifar10,
@@ -173,7 +173,7 @@ TASKS: dict[str, Task] = {
         ),
         _papers(
             "cifar100-mini-vit",
-            vision_models.mini_vit,
+            models.mini_vit,
             find=_FIND_CIFAR100,
             load=_LOAD_CIFAR100,
             prepare=standardize_cifar100,
@@ -188,7 +188,7 @@ TASKS: dict[str, Task] = {
 
 
 def build_model(task: Task, seed: int, init: Init = "default") -> nn.Module:
-    """The task's model as `seed` makes it, on the CPU; torch's global generator is left as it was."""
+    """Builds the task's model on the CPU with initial weights from `seed`. Torch's global generator is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = task.model()
@@ -198,7 +198,7 @@ def build_model(task: Task, seed: int, init: Init = "default") -> nn.Module:
 
 
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.05) -> AdamW:
-    """AdamW that decays parameters of two or more dimensions, and leaves biases and norms alone."""
+    """Builds AdamW with weight decay for parameters of two or more dimensions, and without for biases and norms."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -206,13 +206,13 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.05) -> 
 
 
 def build_schedule(optimizer: Optimizer, steps: int, warmup: float = WARMUP_SHARE) -> LambdaLR:
-    """A linear climb over the first steps, a share `warmup` of all, then half a cosine down to zero."""
-    climb = max(1, round(warmup * steps))
+    """Builds a schedule with a linear warm-up over a share `warmup` of the steps, followed by a cosine to zero."""
+    warmup_steps = max(1, round(warmup * steps))
 
     def factor(step: int) -> float:
-        if step < climb:
-            return (step + 1) / climb
-        done = min(1.0, (step - climb) / max(1, steps - climb))
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        done = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
         return 0.5 * (1 + math.cos(math.pi * done))
 
     return LambdaLR(optimizer, factor)
@@ -221,13 +221,13 @@ def build_schedule(optimizer: Optimizer, steps: int, warmup: float = WARMUP_SHAR
 def batches(
     task: Task, data: Data, *, seed: int, rank: int, world_size: int, batch_size: int, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """An endless run of (input, targets), from step `start` on.
+    """Returns an infinite iterator of (input, targets) from step `start` on.
 
-    Workers share every epoch between them without overlap; an incomplete last batch is left out. A batch
-    depends on the arguments and its step alone.
+    Workers divide every epoch without overlap, and leave out an incomplete last batch. A batch depends only on the
+    arguments and its step.
 
     Raises:
-        ConfigurationError: the training set is too small for one batch for every worker.
+        ConfigurationError: the training set is too small for one batch per worker.
     """
     samples = len(data.train)
     per_epoch = samples // world_size // batch_size
@@ -259,24 +259,24 @@ def _plan(sampler: DistributedSampler[Any], batch_size: int, start: int) -> Iter
     steps = itertools.count(start)
     for epoch in itertools.count(first_epoch):
         sampler.set_epoch(epoch)
-        # The sampler draws an epoch's order when it is asked first: nothing of it is read ahead into the next one.
+        # The sampler draws the order of an epoch at its first sample, so samples must not be read ahead.
         for indices in itertools.islice(batch_sampler, skip, None):
             yield next(steps), indices
         skip = 0
 
 
 def _generator(seed: int, rank: int, step: int) -> torch.Generator:
-    """A generator that depends on where it is used, not on what was drawn before."""
+    """Returns a generator that depends only on the place of its use, not on earlier random numbers."""
     digest = hashlib.blake2b(f"{seed}/{rank}/{step}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task, data: Data, batch_size: int = 100) -> dict[str, float | None]:
-    """How good `model` is on the test set.
+    """Evaluates a model on the test set.
 
     Returns:
-        `top1` in percent, None where the task has no classes to name, and the mean `loss` in nats.
+        `top1` in percent, which is None unless the task classifies, and the mean `loss` in nats.
     """
     was_training = model.training
     model.eval()

@@ -2,8 +2,9 @@ import pytest
 
 from abtrain.commands.lab import LabConfig
 from abtrain.commands.lab import config as module
-from abtrain.commands.lab.config import config_problems, system_problems
+from abtrain.commands.lab.config import HIGHEST, LOWEST, config_problems, parse_link_rate, system_problems
 from abtrain.commands.lab.network import burst_bytes
+from abtrain.errors import ConfigurationError
 
 
 def test_the_defaults_are_valid() -> None:
@@ -60,3 +61,16 @@ def test_other_systems_and_other_users(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bursts_stay_short_on_slow_links() -> None:
     assert burst_bytes(10**9) == 128 * 1024 and burst_bytes(10**6) == 16 * 1024
     assert 8 * burst_bytes(20 * 10**6) / (20 * 10**6) == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("100mbit", 10**8), ("2.5gbit", 25 * 10**8), ("100kbit", LOWEST), ("100gbit", HIGHEST)]
+)
+def test_rates_of_links(text: str, rate: int) -> None:
+    assert parse_link_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["99kbit", "101gbit"])
+def test_rates_that_no_link_has(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="use 100kbit to 100gbit"):
+        parse_link_rate(text)

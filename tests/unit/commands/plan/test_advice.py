@@ -2,8 +2,8 @@ import pytest
 
 from abtrain.commands.plan.advice import Setting, recommend
 from abtrain.commands.plan.collectives import Cluster, NodeLink
+from abtrain.commands.plan.forecast import WorkerSeconds
 from abtrain.commands.plan.shapes import assumed_shapes
-from abtrain.commands.plan.worker_seconds import WorkerSeconds
 
 
 def setting(rate: float, step: float = 0.1, nodes: int = 4, parameters: int = 10**7) -> Setting:

@@ -7,12 +7,11 @@ from abtrain.comm.topology import Topology
 from abtrain.comm.traffic import Traffic
 from abtrain.commands.plan.bench import Bench, measure_decompositions
 from abtrain.commands.plan.collectives import Cluster, NodeLink, cost_of, ring
-from abtrain.commands.plan.forecast import Forecast, forecast
+from abtrain.commands.plan.forecast import FactorSeconds, Forecast, WorkerSeconds, forecast
 from abtrain.commands.plan.payload import predict
 from abtrain.commands.plan.shapes import ModelShapes, assumed_shapes
 from abtrain.commands.plan.stragglers import Speeds
 from abtrain.commands.plan.stretches import Merging, Stretch
-from abtrain.commands.plan.worker_seconds import FactorSeconds, WorkerSeconds
 from abtrain.commands.tasks.task import TASKS
 from abtrain.recipes.sync import GradientSync, GradientWire
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from abtrain.commands.runs.once import run_once
+from abtrain.commands.runs.folder_run import run_once
 
 
 class Named:

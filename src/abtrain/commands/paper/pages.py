@@ -1,4 +1,4 @@
-"""The results of a study: its table, its figures, and a page in HTML and Markdown."""
+"""Writes the pages of experiments and studies: HTML for all of them, and Markdown for studies."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from abtrain.commands.circumstances import versions
 from abtrain.commands.figures import COLOURS, Figure, legend_below, plain_numbers, save
 from abtrain.commands.files import write_whole
-from abtrain.commands.page import Table, remarked
+from abtrain.commands.page import Page, Table, remarked, write_page
 from abtrain.commands.paper.figures import draw
-from abtrain.commands.paper.page import write_paper_page
 from abtrain.commands.paper.runs import PaperRun
 from abtrain.commands.paper.studies import STUDIES
 from abtrain.commands.paper.tables import PaperRow, study_table
@@ -24,25 +24,33 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MARKERS = "os^Dvp*XPh"
-_NOTE = "Simulated workers, one a node."
+_LEAD = "Experiments of AB-training (Coquelin et al., arXiv 2405.01067). All numbers are from runs in this folder."
+_NOTE = "Workers are simulated, one per node."
 _AXES: dict[str, tuple[str, Callable[[PaperRow], float]]] = {
     "bytes": ("bytes between nodes, % of DDP's", lambda row: 100 * row.payload_ratio),
     "compression": ("compression", lambda row: row.compression.mean),
 }
 
 
+def write_paper_page(name: str, title: str, parts: Sequence[Table | Figure], folder: Path, command: str) -> Path:
+    """Writes NAME.html into the folder of the experiments, and returns its path."""
+    path = folder / f"{name}.html"
+    write_page(Page(title, _LEAD, parts, {"command": command, **versions()}), path)
+    return path
+
+
 def write_study(
     name: str, found: Sequence[PaperRow], runs: Sequence[PaperRun], folder: Path, command: str, remark: str = ""
 ) -> list[Table]:
-    """Writes NAME.html, NAME.md and the figures; returns the tables.
+    """Writes NAME.html, NAME.md and the figures of a study. Returns the tables.
 
     Args:
         name: a key of STUDIES.
-        found: rows of its cells.
-        runs: that they are of, all done.
-        folder: of the experiments.
-        command: that made it.
-        remark: on all tables.
+        found: the rows of its cells.
+        runs: its runs, all of them done.
+        folder: the folder of the experiments.
+        command: the command line, for the pages.
+        remark: a remark for the notes of all tables.
 
     Raises:
         DataError: a result is damaged.
@@ -94,13 +102,13 @@ def _scatter_figure(name: str, found: Sequence[PaperRow], folder: Path) -> Figur
 
 
 def _series(label: str) -> tuple[str, str]:
-    """Which line a method's point is on, and the setting that tells it from the line's others."""
+    """Splits the label of a method into the series of its point, and its setting within the series."""
     found = re.fullmatch(r"(.+)[ :]([0-9.]+)", label)
     return (found[1], found[2]) if found else (label, "")
 
 
 def _histories(run: PaperRun) -> dict[str, list[tuple[float, dict[str, float]]]]:
-    """By layer, (step, distances) of every merge of the run."""
+    """Returns (step, distances) of every merge of a run, by layer."""
     found: dict[str, list[tuple[float, dict[str, float]]]] = {}
     for entry in read_record(run.result_file).records("divergence"):
         for layer in entry.mapping("layers"):
@@ -132,12 +140,13 @@ def _divergence_figures(name: str, runs: Sequence[PaperRun], folder: Path) -> li
         file = f"{name}-{re.sub('[^a-z0-9]+', '-', f'{run.cell.method} {run.cell.nodes}'.lower())}.png"
         save(folder / file, 5.6, lines)
         title = f"{run.cell.method}, {run.cell.nodes} nodes"
-        figures.append(Figure(file, title, f"Each merge of seed 0: sqrt(mean |X_i - X|^2) / |X|, by layer. {_NOTE}"))
+        caption = f"sqrt(mean |X_i - X|^2) / |X| at each merge, by layer, for seed 0. {_NOTE}"
+        figures.append(Figure(file, title, caption))
     return figures
 
 
 def _divergence_table(runs: Sequence[PaperRun]) -> Table:
-    """Tabulates each layer's distances over all merges of a run, whose learning rate ends at zero."""
+    """Tabulates the distances of each layer over all merges of a run."""
     lines = []
     for run in (run for run in runs if run.seed == 0):
         for layer, history in _histories(run).items():
@@ -147,17 +156,20 @@ def _divergence_table(runs: Sequence[PaperRun]) -> Table:
                 numbers += [f"{statistics.fmean(values):.3f}", f"{max(values):.3f}"] if values else ["-", "-"]
             lines.append((run.cell.method, str(run.cell.nodes), layer, str(len(history)), *numbers))
     header = ("method", "nodes", "layer", "merges", "distance, mean", "largest", "subspace, mean", "largest")
-    note = "Seed 0. Distance: of workers to their average, over its norm. Subspace: 0 the same, 1 nothing in common."
+    note = (
+        "Seed 0. Distance is that of workers to their average, over the norm of the average. Subspace is 0 for equal "
+        "subspaces and 1 for orthogonal ones."
+    )
     return Table("Divergence by layer", header, tuple(lines), note)
 
 
 def _cell(text: str) -> str:
-    """Text in a table of Markdown, where HTML would be HTML. Names of layers are whatever a result says."""
+    """Escapes a text for a table in Markdown. Names of layers come from result files and may hold anything."""
     return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
 
 
 def _markdown(question: str, tables: Sequence[Table], figures: Sequence[Figure], command: str) -> str:
-    """The same page for a repository."""
+    """Returns the page of a study in Markdown."""
     parts = [f"# {question}", f"    {command}", _NOTE]
     for table in tables:
         rule = "|".join("---" for _ in table.header)
