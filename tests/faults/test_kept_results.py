@@ -133,7 +133,7 @@ def test_a_request_of_another_version(task: ComparisonRun) -> None:
     assert task.done
     request.write_text(request.read_text() + "extra_field = 1\n")
     assert not task.done and request_differences(task.folder, task.config) == [
-        f"extra_field is 1 there and not known to abtrain {__version__}"
+        f"extra_field is 1 there and unknown to abtrain {__version__}"
     ]
 
 
@@ -166,7 +166,7 @@ def test_a_default_of_the_recipe_that_has_changed(task: ComparisonRun, monkeypat
     assert not task.done
     said = request_differences(task.folder, task.config)
     assert said == [
-        f"recipe.{part}[0].sync.merge.momentum is 0.8 there and 0.5 here, by default" for part in ("prologue", "cycle")
+        f"recipe.{part}[0].sync.merge.momentum is 0.8 there and 0.5 here by default" for part in ("prologue", "cycle")
     ]
 
 
@@ -273,7 +273,7 @@ def test_a_run_that_is_under_way(
 
 def test_runs_that_would_share_a_folder(tmp_path: Path, labs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert compared(tmp_path, recipes=('ab:exclude=["0.*"]', 'ab:exclude=["0.?"]')) == 2
-    assert "would share the folder" in capsys.readouterr().err and labs == []
+    assert "have the same folder" in capsys.readouterr().err and labs == []
 
 
 def test_a_rate_that_is_asked_for_twice(tmp_path: Path, labs: list[str]) -> None:

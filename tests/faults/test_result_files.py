@@ -120,7 +120,7 @@ def test_a_page_that_cannot_be_written_costs_no_run(
     parse_arguments(["ab_outer", "--nodes", "2", "--steps", "200", "--out", str(tmp_path / "out")])
     (tmp_path / "out" / name).mkdir()
     assert compared(tmp_path / "out") == 2
-    assert "The runs that are done are kept" in capsys.readouterr().err
+    assert "Finished runs are kept" in capsys.readouterr().err
     (tmp_path / "out" / name).rmdir()
     # A link is replaced, and what it leads to is left alone.
     (tmp_path / "mine").write_text("mine")

@@ -136,5 +136,5 @@ def test_all_errors_are_reported_before_anything_is_built(tmp_path: Path) -> Non
     assert process.returncode == 2
     lines = errors.splitlines()
     assert len(lines) == 4 and all(line.startswith("abtrain: error: ") for line in lines)
-    assert "'fast'" in errors and "no host 7" in errors and "'one'" in errors and "nowhere.py" in errors
+    assert "'fast'" in errors and "host 7 does not exist" in errors and "'one'" in errors and "nowhere.py" in errors
     assert list(tmp_path.iterdir()) == []

@@ -24,8 +24,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PASSED_ON = signal.SIGUSR1
 """Passes a request on from the launcher to its workers.
 
-Schedulers often signal all processes of a run at once. If the launcher passed that on as SIGTERM, each worker would get
-the same request twice, seconds apart where the launcher is slow.
+Schedulers often signal all processes of a run at the same time. If the launcher passed that on as SIGTERM, each worker
+would receive the same request twice, seconds apart if the launcher is slow.
 """
 SAME_REQUEST_SECONDS = 5.0
 """Signals within this time after the first one are the same request.

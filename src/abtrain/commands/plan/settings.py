@@ -111,7 +111,7 @@ def model_problems(config: RecipesConfig | PlanConfig) -> list[str]:
     if config.task is not None and config.task not in TASKS:
         found.append(f"unknown task {config.task!r}: {nearest(config.task, TASKS)}")
     if config.task is not None and config.parameters is not None:
-        found.append("--task has a model of its own: leave out --parameters")
+        found.append(f"--parameters is for runs without a --task: leave out one of the two (task {config.task!r})")
     if config.parameters is not None and not 1 <= config.parameters <= _MOST_PARAMETERS:
         found.append(f"--parameters {config.parameters:g} is out of range: use a number from 1 to {_MOST_PARAMETERS:g}")
     if not (math.isfinite(config.compression) and config.compression >= 1):

@@ -1,1 +1,1 @@
-"""The trainer behind `abtrain train`: tasks on real data, the loop, the launcher, the run folder."""
+"""`abtrain train`: its settings, the launcher and its workers, the training loop, and the run folder."""

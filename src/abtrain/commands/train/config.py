@@ -21,7 +21,7 @@ from abtrain.recipes.recipe import Recipe
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a task by a recipe, on workers of its own or on those of torchrun."""
+    """Train a task by a recipe, with workers on this machine or with those of torchrun."""
 
     recipe: Annotated[
         Positional[str],
@@ -46,7 +46,7 @@ class TrainConfig:
     weight_decay: float | None = None
     """AdamW's weight decay, on matrices only; by default the task's."""
     clip: float | None = None
-    """Gradients are scaled to at most this joint norm; 0 turns it off; by default the task's."""
+    """Limit of the joint norm of all gradients; 0 for no limit; by default the task's."""
     precision: Precision | None = None
     """Precision of forward and backward passes: fp32, or bf16 by autocast; by default the task's."""
     seed: int = 0
@@ -54,7 +54,7 @@ class TrainConfig:
     init: Init | None = None
     """Initial weights: PyTorch's own (default) or orthogonal matrices; by default the task's."""
     data: Path | None = None
-    """Folder with the task's data; by default where the task usually finds it."""
+    """Folder with the task's data; by default the task's usual place."""
     loaders: int = 4
     """Processes that read images for each worker, for data that is not held in memory; 0: the worker reads them."""
     on_bad_image: OnBadImage = "stop"
@@ -98,7 +98,7 @@ def recipe_of(config: TrainConfig) -> Recipe:
     """Returns the recipe of a run whose number of steps is known.
 
     Raises:
-        ConfigurationError: there is no such recipe, or its options are invalid.
+        ConfigurationError: the recipe is unknown, or its options are invalid.
     """
     assert config.steps is not None
     return recipes.from_text(config.recipe, config.steps)

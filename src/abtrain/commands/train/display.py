@@ -21,7 +21,7 @@ class Display:
 
     Args:
         steps: the number of steps of the whole run.
-        console: where to write; by default standard output.
+        console: the console to write to; by default standard output.
     """
 
     def __init__(self, steps: int, console: Console | None = None) -> None:

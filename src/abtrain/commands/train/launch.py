@@ -54,5 +54,5 @@ def _take_world_size(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     if config.workers not in (world_size, TrainConfig.workers):
         notes.append(f"--workers {config.workers} is ignored: torchrun started {world_size}")
     if config.out is None and is_restarted_by_torchrun():
-        notes.append("without --out every restart begins a new run in a folder of its own: name one")
+        notes.append("without --out every restart begins a new run in a new folder: name one to resume the run")
     return dataclasses.replace(config, workers=world_size), notes

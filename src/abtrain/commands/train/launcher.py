@@ -149,9 +149,10 @@ def _worker_environment(attempt: int = 0, launch: str = "") -> Iterator[None]:
 class PassingOn:
     """Inside this context the launcher passes requests to stop on to its workers.
 
-    At the first request the launcher waits for the workers to save; a second one ends them at once. PyTorch's launcher
-    does both at a SignalException. That is raised in whatever code the main thread runs. If this is a destructor or a
-    callback, Python drops the exception. So a thread sends the signal again until the exception is being handled.
+    At the first request the launcher waits for the workers to save; a second one ends them immediately. PyTorch's
+    launcher does both at a SignalException, which is raised in the code that the main thread runs at that moment. If
+    this is a destructor or a callback, Python drops the exception. So a thread repeats the signal until the exception
+    is being handled.
     """
 
     def __init__(self) -> None:
@@ -241,7 +242,7 @@ def _error_of(failure: ProcessFailure) -> AbtrainError:
     if not isinstance(content, dict):
         return AbtrainError(f"worker {failure.local_rank} ended with exit code {failure.exitcode} and left no message")
     kind = {kind.exit_code: kind for kind in AbtrainError.__subclasses__()}.get(failure.exitcode)
-    if kind is None:  # for an unforeseen error the place where it occurred is what helps
+    if kind is None:  # an unforeseen error needs its traceback
         return AbtrainError(f"worker {failure.local_rank} failed\n{content['extraInfo']['py_callstack']}")
     message = content["message"].partition(": ")[2]
     return ConfigurationError(message.splitlines()) if kind is ConfigurationError else kind(message)

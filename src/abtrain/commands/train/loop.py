@@ -32,7 +32,7 @@ from abtrain.errors import ConfigurationError, DataError, StoppedError
 from abtrain.recipes.recipe import Position
 from abtrain.version import __version__
 
-# Settings that may differ between workers: where each finds and puts things.
+# Settings that may differ between workers: paths.
 _OWN = frozenset({"out", "data", "config"})
 
 
@@ -154,7 +154,7 @@ def _open_folder(
 
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-    """Steps of a trainer, each followed by recording, saving and stopping where they are due."""
+    """Runs the steps of a trainer, and records, saves and stops after a step if these are due."""
 
     trainer: Trainer
     recorder: Recorder | None

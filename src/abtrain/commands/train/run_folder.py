@@ -103,7 +103,7 @@ class RunFolder:
                 self._set_checkpoints_aside()
             for name in (RESULT_FILE, OUTCOME_FILE):
                 (self.path / name).unlink(missing_ok=True)
-            # From here on the folder holds this run, so nothing may be left of another run that could be resumed.
+            # From here on the folder holds this run, so no file of another run may be left that could be resumed.
             write_whole(self.path / CONFIG_FILE, f"{_mark(self._launch)}{to_toml(self._settings)}")
             write_whole(metrics, "".join(kept))
             handle = open_regular(metrics, os.O_WRONLY | os.O_APPEND)
@@ -186,7 +186,11 @@ class RunFolder:
             raise StoppedError(f"--out {self.path} holds a run that was stopped on request: run again to resume it")
 
     def _check_entries(self) -> None:
-        """Refuses links, and anything but a folder of checkpoints and a file of metrics, where the run resumes."""
+        """Checks that `checkpoints` is a folder and metrics.jsonl is a file, and that neither is a link.
+
+        Raises:
+            ConfigurationError: one of them is something else.
+        """
         checkpoints, metrics = self.path / CHECKPOINTS, self.path / METRICS_FILE
         odd = []
         if os.path.lexists(checkpoints) and (checkpoints.is_symlink() or not checkpoints.is_dir()):
@@ -195,8 +199,8 @@ class RunFolder:
             odd.append(f"{metrics} is a link or not a file")
         if odd:
             raise ConfigurationError(
-                f"--out {self.path} cannot be resumed: {' and '.join(odd)}, which is not followed. Remove it (the run "
-                "folder itself may be a link), or name another folder"
+                f"--out {self.path} cannot be resumed: {' and '.join(odd)}. Remove it (only the run folder itself may be "
+                "a link), or name another folder"
             )
 
     def _check_settings(self) -> None:
@@ -236,7 +240,7 @@ def _lock(path: Path) -> TextIO:
             raise ConfigurationError(
                 f"--out {path.parent} is in use by another run: wait for its end, or name another folder"
             ) from None
-        # The process that held it may have removed it meanwhile. Then this is not the file that others see.
+        # The process that held the lock may have removed the file. Then other processes lock another file.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.lstat()):
                 return file

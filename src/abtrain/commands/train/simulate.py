@@ -32,8 +32,8 @@ def simulate(config: TrainConfig, data: Data) -> dict[str, Any]:
         data: the data of its task.
 
     Returns:
-        The content of result.json. Its seconds are those of threads that share the cores; `cpu_seconds_per_step` is the
-        CPU time of one worker's step, whatever else the machine does.
+        The content of result.json. Its seconds are those of threads that share the cores. `cpu_seconds_per_step` is the
+        CPU time of one worker's step, which does not depend on other load.
 
     Raises:
         ConfigurationError: the settings do not fit the data or the model.

@@ -1,7 +1,7 @@
 """All workers stop at the same step after a request to stop at any one of them.
 
-Workers learn of requests from a number that they reduce where they communicate anyway. If the next merge is
-far away, they vote on a step through the store (`StopVote`).
+Workers learn of requests from a number that they reduce whenever they communicate. If the next merge is many steps away,
+they vote on a step through the store (`StopVote`).
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from abtrain.errors import StoppedError
 _LOOK_SECONDS = 1.0
 _MAX_STEPS_AHEAD = 1000
 _PATIENCE_SECONDS, _HIDDEN_PATIENCE_SECONDS = 10.0, 2.0
-"""How long a worker waits for the others' votes. The second value holds while a merge is hidden behind steps: another
-worker may then wait for this one in any step."""
+"""The time that a worker waits for the others' votes. The second value is for steps that overlap with a hidden merge:
+another worker may then wait for this one in any step."""
 _PAUSE_SECONDS = 0.02
 _REQUEST, _COUNT, _VERDICT, _MEETINGS = "asked", "count", "verdict", "meetings"
 _GO, _TOO_LATE = "go", "too late"
 
 
 class Stopping:
-    """Inside this context a request stops all workers at their next meeting; a second request stops at once.
+    """Inside this context a request stops all workers at their next meeting; a second one stops this worker immediately.
 
     Every worker enters it before any of them starts to train. A signal that ended a worker while the others train would
     cost them the checkpoint.
 
     Args:
         comm: the communicator of this worker.
-        store: a store that all workers reach; without one they agree only where they communicate.
+        store: a store that all workers reach; without one they agree only when they communicate.
     """
 
     def __init__(self, comm: Communicator, store: Store | None = None) -> None:
@@ -124,7 +124,7 @@ class StopVote:
 
     A worker with a request announces it in the store. Every worker that reads it there, about once a second, writes its
     step and waits until all have done so. The largest step is the one to stop at; the others train up to it. A worker
-    that waits at a merge for those who wait here cannot vote: then all continue, and stop where they meet.
+    that waits for them at a merge cannot vote: then all continue, and stop at the merge.
 
     Workers of a group share gradients, so a worker that waits here also blocks the others of its group at their next
     step. They read the store at the same steps, and the first one there decides for the group what it sees.
@@ -167,7 +167,7 @@ class StopVote:
 
         Args:
             waits: whether this worker is about to wait for all others, at a merge or a checkpoint.
-            hides: whether a merge is hidden behind the step.
+            hides: whether the step overlaps with a hidden merge.
         """
         self._patience = _HIDDEN_PATIENCE_SECONDS if hides else _PATIENCE_SECONDS
         if waits:

@@ -1,4 +1,4 @@
-"""Sends metrics to TensorBoard, Weights & Biases or MLflow, beside metrics.jsonl.
+"""Sends metrics to TensorBoard, Weights & Biases or MLflow, in addition to metrics.jsonl.
 
 Each is imported only if it is requested. A tracker never ends a run: its first error is logged, and it is not called
 again.

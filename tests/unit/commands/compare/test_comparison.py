@@ -46,7 +46,7 @@ def test_a_run_is_done_if_it_ended_with_the_same_settings() -> None:
 def test_a_folder_holds_one_comparison() -> None:
     parse_arguments(["ab", "--steps", "50", "--out", "o"])
     parse_arguments(["ab", "diloco", "--steps", "50", "--seeds", "5", "--out", "o"])
-    with pytest.raises(ConfigurationError, match=r"holds another comparison .steps 50 there, 60 here"):
+    with pytest.raises(ConfigurationError, match=r"holds another comparison .steps is 50 there and 60 here"):
         parse_arguments(["ab", "--steps", "60", "--out", "o"])
     assert json.loads(Path("o/settings.json").read_text())["steps"] == 50
     Path("used").mkdir()

@@ -50,7 +50,9 @@ def test_the_page_needs_nothing_else(folder: Path) -> None:
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "url(" not in page and "<script" not in page
     assert page.count("data:image/png;base64,") == len(FIGURES)
     assert "&lt;ab_outer&gt; &amp; more" in page
-    assert "ab_outer sends least: 10 kB a host, 400x less than ddp, at 90.50 % top-1 against 90.50 %." in page
+    assert (
+        "ab_outer sends the least: 10 kB per host, 400x less than ddp, with 90.50 % top-1 instead of 90.50 %." in page
+    )
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium (Debian: apt-get install chromium)")

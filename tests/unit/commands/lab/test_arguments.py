@@ -43,7 +43,7 @@ def test_all_that_is_wrong_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigurationError) as caught:
         parse_arguments(line.split())
     problems = caught.value.problems
-    for part in ("'fast'", "'one'", "0 hosts", "at least 1", "no host 1", "nowhere.py", "no root"):
+    for part in ("'fast'", "'one'", "--nodes 0", "at least 1", "host 1 does not exist", "nowhere.py", "no root"):
         assert sum(part in problem for problem in problems) == 1, part
     assert len(problems) == 7
 

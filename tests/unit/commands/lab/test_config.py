@@ -25,16 +25,16 @@ def test_addresses() -> None:
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
-        (LabConfig(nodes=0), "0 hosts cannot be"),
-        (LabConfig(nodes=251, network="10.0.0.0/16"), "use 1 to 250 --nodes"),
+        (LabConfig(nodes=0), "--nodes 0 is out of range"),
+        (LabConfig(nodes=251, network="10.0.0.0/16"), "use 1 to 250 hosts"),
         (LabConfig(workers_per_node=0), "use at least 1"),
-        (LabConfig(nodes=3, rates=(10**6, 10**6)), "2 rates for 3 hosts"),
-        (LabConfig(rates=(5,)), "a rate of 5 bit/s is out of range"),
+        (LabConfig(nodes=3, rates=(10**6, 10**6)), "--rates has 2 rates for 3 hosts"),
+        (LabConfig(rates=(5,)), "rate 5 bit/s is out of range"),
         (LabConfig(network="10.77.0.1/24"), "has host bits set"),
-        (LabConfig(network="somewhere"), "is no IPv4 network"),
+        (LabConfig(network="somewhere"), "is not an IPv4 network"),
         (LabConfig(nodes=6, network="10.77.0.0/29"), "too few addresses for 6 hosts"),
-        (LabConfig(name="My Lab"), "use up to 32 small letters and digits"),
-        (LabConfig(tolerance=0), "use a share between 0 and 1"),
+        (LabConfig(name="My Lab"), "use up to 32 lower-case letters and digits"),
+        (LabConfig(tolerance=0), "use a number between 0 and 1"),
     ],
 )
 def test_settings_that_cannot_be(config: LabConfig, problem: str) -> None:
@@ -49,7 +49,7 @@ def test_all_problems_are_found_at_once() -> None:
 def test_other_systems_and_other_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.sys, "platform", "darwin")
     assert system_problems() == [
-        "no lab on darwin: the lab needs root on Linux with iproute2 (Debian: apt-get install iproute2)"
+        "this system is darwin: the lab needs root on Linux with iproute2 (Debian: apt-get install iproute2)"
     ]
     monkeypatch.setattr(module.sys, "platform", "linux")
     monkeypatch.setattr(module.os, "geteuid", lambda: 1000)

@@ -37,8 +37,8 @@ def test_faults_that_do_not_fit_the_lab() -> None:
     faults = (LabFault("cut", 4, 1), LabFault("kill", 0, 1), LabFault("freeze", 1, 2, 0), LabFault("change", 2, 1))
     problems = fault_problems(faults, nodes=4)
     assert len(problems) == 3
-    assert "no host 4: hosts are numbered 0 to 3" in problems[0]
-    assert "freeze 1@2s+0s" in problems[1] and "needs a rate" in problems[2]
+    assert "host 4 does not exist: use a number from 0 to 3" in problems[0]
+    assert "freeze 1@2s+0s" in problems[1] and "only a change has a rate" in problems[2]
 
 
 def test_the_timeline_has_the_end_of_what_passes() -> None:

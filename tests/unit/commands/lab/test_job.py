@@ -25,11 +25,11 @@ def test_commands_that_are_there(command: tuple[str, ...]) -> None:
     ("command", "problem"),
     [
         ((), "there is no command"),
-        (("trian.py",), "there is no script 'trian.py'"),
+        (("trian.py",), "script 'trian.py' is not in"),
         (("-m",), "-m needs a module"),
-        (("-m", "trian"), "there is no module 'trian'"),
-        (("-m", "no.such.package"), "there is no module"),
-        (("--steps", "5"), "'--steps' is no script"),
+        (("-m", "trian"), "module 'trian' is not found"),
+        (("-m", "no.such.package"), "module 'no.such.package' is not found"),
+        (("--steps", "5"), "'--steps' is not a script"),
     ],
 )
 def test_commands_that_are_not_there(command: tuple[str, ...], problem: str) -> None:

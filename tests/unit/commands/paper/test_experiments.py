@@ -60,7 +60,7 @@ def test_a_table_its_runs_and_its_figure(tmp_path: Path, minute: Scale, capsys: 
     out = ("--out", str(tmp_path), "--seeds", "2", "--nodes", "2")
     code, _, errors = typed(capsys, "fig2", *out)
     assert code == 2
-    assert "10 are not done" in errors[0] and "abtrain paper table2-local --scale tiny --seeds 2" in errors[0]
+    assert "10 are missing" in errors[0] and "abtrain paper table2-local --scale tiny --seeds 2" in errors[0]
     code, said, _ = typed(capsys, "table2-local", *out)
     assert code == 0 and "10 runs, 0 of them done before" in said and "ab_outer" in said
     assert {path.name for path in tmp_path.glob("*.png")} == {"fig2-mlp.png"}
@@ -142,7 +142,7 @@ def test_the_figure_of_the_ecr(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_ecr_and_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchvision")
     code, said, _ = typed(capsys, "ecr")
-    assert code == 0 and "43.62" in said and "trains the matrix Sigma alone" in said
+    assert code == 0 and "43.62" in said and "trains only the matrix Sigma" in said
     code, said, _ = typed(capsys, "table2-local", "--arithmetic")
     lines = [line.split() for line in said.splitlines()]
     assert code == 0

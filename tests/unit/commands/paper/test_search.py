@@ -95,7 +95,7 @@ def test_real_trials_are_started_by_the_launcher(tmp_path: Path, monkeypatch: py
     launcher = f"{sys.executable} {stand_in} {{nodes}} {{workers_per_node}}"
     request = parse_arguments(["hpo", "--scale", "full", "--out", str(tmp_path), "--launcher", launcher])
     base = search._base(request)
-    with pytest.raises(DataError, match="CIFAR100 has no usual place"):
+    with pytest.raises(DataError, match="CIFAR100 has no default folder"):
         search._trainer(request, base)
     monkeypatch.setitem(TASKS, base.task, dataclasses.replace(TASKS[base.task], find=lambda folder: None))
     assert search._trainer(request, base)(base, 0) == 75.0

@@ -53,4 +53,4 @@ def test_a_page(name: str, picked: str, figures: set[str], tmp_path: Path, minut
 def test_nothing_left_to_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["paper", "ablation", "--methods", "ab_outer", "--out", str(tmp_path)])
-    assert ended.value.code == 2 and "no run is left of ablation" in capsys.readouterr().err
+    assert ended.value.code == 2 and "ablation has no runs" in capsys.readouterr().err

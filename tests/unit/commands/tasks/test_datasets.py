@@ -112,12 +112,12 @@ def test_fashion_mnist_download_that_fails(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (idx([1, 2, 3, 4], 2, 2)[:-1], "holds 3 values, and its header promises 4"),
-        (idx([1, 2, 3, 4], 2, 2) + b"x", "holds 5 values, and its header promises 4"),
-        (idx([1, 2, 3, 4], 4), "starts with 00000801, not with 00000802"),
-        (idx([1, 2, 3, 4], 2, 2, kind=13), "starts with 00000d02, not with 00000802"),
+        (idx([1, 2, 3, 4], 2, 2)[:-1], "holds 3 values, but its header says 4"),
+        (idx([1, 2, 3, 4], 2, 2) + b"x", "holds 5 values, but its header says 4"),
+        (idx([1, 2, 3, 4], 4), "starts with 00000801, but .* starts with 00000802"),
+        (idx([1, 2, 3, 4], 2, 2, kind=13), "starts with 00000d02, but .* starts with 00000802"),
         (idx([], 0, 2), "holds 0 values"),
-        (b"", "starts with , not with"),
+        (b"", "starts with , but"),
     ],
 )
 def test_damaged_idx_files(tmp_path: Path, content: bytes, message: str) -> None:

@@ -118,7 +118,7 @@ def test_an_image_that_cannot_be_read_may_be_passed_over(imagenet: Path, caplog:
 def test_nothing_but_bad_images_ends(tmp_path: Path) -> None:
     (tmp_path / "a.JPEG").write_bytes(b"")
     images = Images(((str(tmp_path / "a.JPEG"), 0),), random=False, reading=Reading(on_bad_image="skip"))
-    with pytest.raises(DataError, match="100 images in a row cannot be read"):
+    with pytest.raises(DataError, match="100 consecutive images cannot be read"):
         next(images.in_order(1))
 
 
@@ -127,7 +127,7 @@ def test_imagenet_that_is_missing_or_incomplete(imagenet: Path) -> None:
         load_imagenet(None)
     with pytest.raises(DataError, match=r"nowhere/train cannot be read"):
         load_imagenet(imagenet / "nowhere")
-    with pytest.raises(DataError, match="has 3 classes, and there ought to be 1,000"):
+    with pytest.raises(DataError, match="has 3 classes instead of 1,000"):
         load_imagenet(imagenet)
     for file in (imagenet / "train" / CLASSES[2]).iterdir():
         file.unlink()
@@ -155,7 +155,7 @@ def test_cifar_that_is_missing_or_damaged(tmp_path: Path, monkeypatch: pytest.Mo
     place = write_cifar(tmp_path, "CIFAR10", monkeypatch)
     raw = (place / "data_batch_3").read_bytes()
     (place / "data_batch_3").write_bytes(raw[:-1] + b"x")
-    with pytest.raises(DataError, match=r"data_batch_3 is not what its authors published"):
+    with pytest.raises(DataError, match=r"data_batch_3 differs from the published file"):
         find_cifar(tmp_path, "CIFAR10")
     (place / "data_batch_3").unlink()
     with pytest.raises(DataError, match=r"lacks data_batch_3:"):
