@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -240,11 +239,6 @@ def load_cifar(folder: Path | None, name: str) -> Data:
         images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
         splits.append(Split(images, torch.tensor(part.targets)))
     return Data(*splits)
-
-
-def cifar(name: str) -> tuple[Callable[[Path | None], object], Callable[[Path | None], Data]]:
-    """Returns the functions that find and load `CIFAR10` or `CIFAR100`."""
-    return partial(find_cifar, name=name), partial(load_cifar, name=name)
 
 
 def _torchvision_datasets() -> Any:

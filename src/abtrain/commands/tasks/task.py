@@ -6,6 +6,7 @@ the same batches as `abtrain train`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -114,8 +115,22 @@ _IMAGENET_DATA: dict[str, Any] = {
     "batch_size": 256,
     "lr": 3.5e-3,
 }
-_FIND_CIFAR10, _LOAD_CIFAR10 = images.cifar("CIFAR10")
-_FIND_CIFAR100, _LOAD_CIFAR100 = images.cifar("CIFAR100")
+
+
+def _cifar(
+    name: str, model: Callable[[], nn.Module], data: str, prepare: Callable[[Tensor], Tensor], **settings: Any
+) -> Task:
+    return _papers(
+        name,
+        model,
+        find=functools.partial(images.find_cifar, name=data),
+        load=functools.partial(images.load_cifar, name=data),
+        prepare=prepare,
+        augment=shift_by_four,
+        steps=150 * 48,
+        weight_decay=0.1,
+        **settings,
+    )
 
 
 def _fashion(name: str, model: Callable[[], nn.Module], lr: float) -> Task:
@@ -159,30 +174,8 @@ TASKS: dict[str, Task] = {
         ),
         _papers("imagenet-vit-b16", models.vit_b_16, weight_decay=0.1, **_IMAGENET_DATA),
         _papers("imagenet-resnet50", models.resnet50, weight_decay=0.01, **_IMAGENET_DATA),
-        _papers(
-            "cifar10-vgg16",
-            models.vgg16,
-            find=_FIND_CIFAR10,
-            load=_LOAD_CIFAR10,
-            prepare=standardize_cifar10,
-            augment=shift_by_four,
-            steps=150 * 48,
-            batch_size=64,
-            lr=3e-3,
-            weight_decay=0.1,
-        ),
-        _papers(
-            "cifar100-mini-vit",
-            models.mini_vit,
-            find=_FIND_CIFAR100,
-            load=_LOAD_CIFAR100,
-            prepare=standardize_cifar100,
-            augment=shift_by_four,
-            steps=150 * 48,
-            batch_size=256,
-            lr=1e-3,
-            weight_decay=0.1,
-        ),
+        _cifar("cifar10-vgg16", models.vgg16, "CIFAR10", standardize_cifar10, batch_size=64, lr=3e-3),
+        _cifar("cifar100-mini-vit", models.mini_vit, "CIFAR100", standardize_cifar100, batch_size=256, lr=1e-3),
     )
 }
 

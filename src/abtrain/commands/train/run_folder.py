@@ -199,8 +199,8 @@ class RunFolder:
             odd.append(f"{metrics} is a link or not a file")
         if odd:
             raise ConfigurationError(
-                f"--out {self.path} cannot be resumed: {' and '.join(odd)}. Remove it (only the run folder itself may be "
-                "a link), or name another folder"
+                f"--out {self.path} cannot be resumed: {' and '.join(odd)}. Remove it (only the run folder itself may "
+                "be a link), or name another folder"
             )
 
     def _check_settings(self) -> None:

@@ -1,7 +1,7 @@
 """All workers stop at the same step after a request to stop at any one of them.
 
-Workers learn of requests from a number that they reduce whenever they communicate. If the next merge is many steps away,
-they vote on a step through the store (`StopVote`).
+Workers learn of requests from a number that they reduce whenever they communicate. If the next merge is many steps
+away, they vote on a step through the store (`StopVote`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _GO, _TOO_LATE = "go", "too late"
 
 
 class Stopping:
-    """Inside this context a request stops all workers at their next meeting; a second one stops this worker immediately.
+    """Inside this context a request stops all workers at their next meeting; a second one stops this worker at once.
 
     Every worker enters it before any of them starts to train. A signal that ended a worker while the others train would
     cost them the checkpoint.
