@@ -252,6 +252,6 @@ def _is_consequence(failure: ProcessFailure) -> bool:
     """Whether a worker ended because another one had ended."""
     content = failure.error_file_data.get("message", "")
     own = isinstance(content, dict) and content["message"].startswith(f"{OutOfMemoryError.__name__}: ")
-    # A worker that loses its peers while it ends aborts.
+    # A worker that loses its peers during its shutdown aborts.
     ended = failure.exitcode in (-signal.SIGTERM, -PASSED_ON, -signal.SIGABRT)
     return ended or (failure.exitcode == PeerLostError.exit_code and not own)

@@ -62,7 +62,7 @@ def train(
     model = build_model(task, config.seed, config.init or task.init).to(communicator.device)
     trainer = Trainer(config, model, communicator)
     with contextlib.ExitStack() as stack:
-        # From here on a request waits for the first step. No worker leaves the next collective before all are here.
+        # From here on a request takes effect after the first step. The next collective waits for all workers.
         stopping = stack.enter_context(Stopping(communicator, store))
         folder, path, resumes = _open_folder(config, communicator, stack, launch)
         recorder = None
@@ -197,7 +197,7 @@ class _Loop:
     def _save_or_stop(self, position: Position, shares_gradients: bool) -> None:
         ab, rounds = self.trainer.ab, position.phase.rounds
         due = self.saving.due(ab.steps_done)
-        # Beside gradients and hidden merges the answer may arrive at the next meeting, which costs no time.
+        # Together with gradients or hidden merges, the answer may arrive at the next meeting without a wait.
         waits_anyway = rounds is not None and position.merges and (position.last or not rounds.delay)
         # After the last step there is nothing left to stop.
         meets = not ab.finished and (shares_gradients or position.merges or due)

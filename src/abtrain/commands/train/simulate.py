@@ -20,7 +20,7 @@ from abtrain.commands.tasks.task import TASKS, batches, build_model
 from abtrain.commands.train.config import TrainConfig, group_size_of
 from abtrain.commands.train.trainer import Trainer
 
-# Threads share a few cores, so one may have to wait long for the last.
+# Threads share a few cores, so the fastest may wait long for the slowest.
 _TIMEOUT_SECONDS = 3600.0
 
 

@@ -187,7 +187,7 @@ class StopVote:
         if step < self._next_look:
             return False
         now = time.monotonic()
-        # The number of steps that take about as long as a worker goes without a look.
+        # The number of steps that take about `_LOOK_SECONDS`.
         pace = (step - self._looked_at) / max(now - self._looked, 1e-6) if self._looked_at >= 0 else 0
         ahead = min(max(int(pace * _LOOK_SECONDS), 1), _MAX_STEPS_AHEAD)
         self._looked, self._looked_at = now, step

@@ -75,7 +75,7 @@ class Trainer:
         policy, phase = self.config.on_nonfinite, position.phase
         shared = phase.shares_gradients
         if not math.isfinite(value) and (policy == "stop" or (shared and policy != "skip")):
-            # Before this worker's gradients reach the others; the launcher ends those.
+            # The error comes before this worker's gradients reach the others, which the launcher ends.
             raise NonFiniteError(
                 f"the loss of worker {self.ab.communicator.rank} is {value} at step {self.ab.steps_done} "
                 f"({phase.name}), learning rate {lr:.3g}: lower --lr (now {self.config.lr}), or try another --seed"

@@ -59,7 +59,7 @@ def set_up_log() -> None:
 def train_alone(config: TrainConfig) -> None:
     """Trains in this process as the only worker."""
     communicator = default_communicator(config.group_size)
-    # Nothing is sent anywhere, so any device will do.
+    # A single worker sends nothing, so any device works.
     communicator.device = torch.device(config.device)
     with memory_named(rank=0):
         train(_grouped(config, communicator), communicator)
@@ -92,7 +92,7 @@ def train_together(config: TrainConfig, store: Store | None = None) -> None:
             communicator = _join(config, store, rank)
             peers.learn_hosts()
             if isinstance(communicator, TorchCommunicator):
-                communicator.peers = peers  # in whose store workers say why they end
+                communicator.peers = peers  # workers leave the reason for their end in its store
             train(_grouped(config, communicator), communicator, PrefixStore("stopping", store), launch)
     finally:
         if dist.is_initialized():
@@ -118,7 +118,7 @@ def _join(config: TrainConfig, store: Store, rank: int) -> Communicator:
             timeout=timeout if config.device == "cuda" else first,
         )
         communicator = default_communicator(config.group_size)
-        # Once all workers are here, all have found the settings valid. Only then may rank 0 create a run folder.
+        # After the barrier all workers have found the settings valid. Only then may rank 0 create a run folder.
         communicator.barrier()
     except RuntimeError as error:
         message = str(error)
