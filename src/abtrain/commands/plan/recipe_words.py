@@ -27,16 +27,16 @@ GRADIENT_WIRES = {
 }
 
 _LONG_RUN = 10_000
-"""Steps in which every recipe has room for its defaults."""
+"""A number of steps that is long enough for the defaults of every recipe."""
 
 
 def purpose_of(name: str) -> str:
-    """The first sentence of a recipe's docstring."""
+    """Returns the first sentence of a recipe's docstring."""
     return (inspect.getdoc(recipes.RECIPES[name]) or "").splitlines()[0]
 
 
 class OptionInWords(NamedTuple):
-    """An option for users: its name, its default (empty where that depends on others), and its meaning."""
+    """An option for users: its name, its default (empty if it depends on other options), and its meaning."""
 
     name: str
     default: str
@@ -44,7 +44,7 @@ class OptionInWords(NamedTuple):
 
 
 def options_in_words(name: str) -> list[OptionInWords]:
-    """The options of a recipe, in the order of its signature."""
+    """Returns the options of a recipe in the order of its signature."""
     recipe = recipes.RECIPES[name]
     signature, factoring = inspect.signature(recipe).parameters, recipe(_LONG_RUN).factoring
     found = []
@@ -55,7 +55,7 @@ def options_in_words(name: str) -> list[OptionInWords]:
 
 
 def phases_in_words(recipe: Recipe) -> list[str]:
-    """One line for each phase: name, number of runs, length, weights, trained parts, sync."""
+    """Returns a line for each phase: name, number of runs, length, weights, trained parts, sync."""
     runs = Counter(position.phase_index for position in recipe.runs())
     lengths = {position.phase_index: position.steps_in_phase for position in reversed(list(recipe.runs()))}
     lines = []
