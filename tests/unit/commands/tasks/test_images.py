@@ -112,7 +112,7 @@ def test_an_image_that_cannot_be_read_may_be_passed_over(imagenet: Path, caplog:
         for _ in range(2):
             labels = [y for _, batch in data.test.in_order(4) for y in batch.tolist()]
     assert labels == [0, 1, 1, 1, 2, 2]
-    assert [record.message.split()[2] for record in caplog.records] == [str(bad)] * 2
+    assert [record.message.split()[1] for record in caplog.records] == [str(bad)] * 2
 
 
 def test_nothing_but_bad_images_ends(tmp_path: Path) -> None:
