@@ -170,7 +170,10 @@ def test_numbers_that_cannot_be(capsys: pytest.CaptureFixture[str], bad: tuple[s
 
 
 def test_an_option_that_the_recipe_has_not(capsys: pytest.CaptureFixture[str]) -> None:
-    for text, message in {"ab:delay=5": "has no option 'delay'", "all:every=5": "has options for all: name one recipe"}.items():
+    for text, message in {
+        "ab:delay=5": "has no option 'delay'",
+        "all:every=5": "has options for all: name one recipe",
+    }.items():
         code, _, errors = typed(capsys, "plan", text, *GIVEN)
         assert (code, len(errors)) == (2, 1)
         assert message in errors[0]
