@@ -31,6 +31,8 @@ from abtrain.commands.train import launcher, worker
 from tests import forks
 
 GRACE_SECONDS = 3
+# For workers that save before they end, which takes long on a busy machine.
+SAVING_SECONDS = 60
 
 
 class Ended(NamedTuple):

@@ -23,7 +23,7 @@ from abtrain.checkpoint import store as checkpoint
 from abtrain.comm.in_process import run_in_process
 from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.sync import GradientSync
-from tests.faults.processes import Running, start
+from tests.faults.processes import SAVING_SECONDS, Running, start
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs the signals of a POSIX system"),
@@ -257,7 +257,7 @@ def test_a_port_that_is_in_use(tmp_path: Path) -> None:
 
 
 def test_one_worker_that_is_asked_to_stop_stops_all(whole: str, tmp_path: Path) -> None:
-    stopped = start(tmp_path, *TRAIN, plan="term 1 6 step").wait()
+    stopped = start(tmp_path, *TRAIN, plan="term 1 6 step", grace=SAVING_SECONDS).wait()
     assert stopped.code == 75, stopped.err
     outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
     assert outcome["exit_code"] == 75 and outcome["step"] == 8  # where they meet for a checkpoint
@@ -266,7 +266,7 @@ def test_one_worker_that_is_asked_to_stop_stops_all(whole: str, tmp_path: Path) 
 
 
 def test_a_request_to_stop_is_no_reason_to_start_again(whole: str, tmp_path: Path) -> None:
-    stopped = start(tmp_path, *TRAIN, "--max-restarts", "2", plan="term 1 6 step").wait()
+    stopped = start(tmp_path, *TRAIN, "--max-restarts", "2", plan="term 1 6 step", grace=SAVING_SECONDS).wait()
     assert stopped.code == 75 and "started again" not in stopped.err
     assert start(tmp_path, *TRAIN, "--max-restarts", "2").wait().code == 0
     assert digest(tmp_path) == whole
@@ -279,7 +279,7 @@ LONG_ROUND = ("ab:warmup_steps=4,ab_steps=150000,rank_rule=fixed:4", "--steps", 
 def test_a_stop_does_not_wait_for_a_merge_that_is_far_away(everybody: bool, tmp_path: Path) -> None:
     """Workers that train alone agree on a step, save there, and go on from it."""
     arguments = ("train", *LONG_ROUND, "--workers", "2", "--log-every", "1", "--out", "run")
-    run = start(tmp_path, *arguments, plan="" if everybody else "term 1 9 step")
+    run = start(tmp_path, *arguments, plan="" if everybody else "term 1 9 step", grace=SAVING_SECONDS)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100
     while everybody and not (metrics.exists() and '"group"' in metrics.read_text()):
         assert run.process.is_alive() and time.monotonic() < deadline
@@ -299,7 +299,7 @@ def test_a_stop_does_not_wait_for_a_merge_that_is_far_away(everybody: bool, tmp_
 @pytest.mark.parametrize("numbers", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGTERM", "SIGINT")], ids="-".join)
 def test_a_run_asked_to_stop_twice(numbers: tuple[str, str], tmp_path: Path) -> None:
     """The second signal comes at once, while the first is being obeyed."""
-    run = start(tmp_path, "train", "ab:rank_rule=fixed:4", "--steps", "100000", *COMMON)
+    run = start(tmp_path, "train", "ab:rank_rule=fixed:4", "--steps", "100000", *COMMON, grace=SAVING_SECONDS)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100
     while not (metrics.exists() and metrics.stat().st_size > 500):
         assert run.process.is_alive() and time.monotonic() < deadline

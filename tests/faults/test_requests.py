@@ -26,7 +26,7 @@ from abtrain.commands.train import launcher
 from abtrain.commands.train.launcher import PassingOn
 from abtrain.commands.train.stopping import Stopping
 from abtrain.errors import PeerLostError, StoppedError
-from tests.faults.processes import GRACE_SECONDS, Running, start
+from tests.faults.processes import SAVING_SECONDS, Running, start
 from tests.unit.commands.train.test_launch import failure
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
@@ -42,10 +42,10 @@ LONG = ("--steps", "200000", "--log-every", "1", "--out", "run")
 ENDS = (*requests.SIGNALS, PASSED_ON)
 
 
-def begun(folder: Path, recipe: str, workers: int, grace: int = GRACE_SECONDS) -> tuple[Running, tuple[str, ...]]:
+def begun(folder: Path, recipe: str, workers: int) -> tuple[Running, tuple[str, ...]]:
     """A run that would take long, from the moment on at which it has a folder."""
     command = ("train", RECIPES[recipe], *LONG, "--workers", str(workers))
-    run = start(folder, *command, grace=grace)
+    run = start(folder, *command, grace=SAVING_SECONDS)
     deadline = time.monotonic() + 100
     while not (folder / "run" / "metrics.jsonl").exists():
         assert run.process.is_alive() and time.monotonic() < deadline
@@ -96,7 +96,7 @@ def test_a_signal_to_all_processes_at_once_is_one_request(
 def test_workers_in_groups_stop_during_a_round(tmp_path: Path) -> None:
     """One that waits for the others' answers would hold up the rest of its group, which then could not answer."""
     command = ("train", RECIPES["ab"], *LONG, "--workers", "4", "--group-size", "2")
-    run = start(tmp_path, *command, plan="term 1 40 step")
+    run = start(tmp_path, *command, plan="term 1 40 step", grace=SAVING_SECONDS)
     assert assert_saved(run, tmp_path) > 40
 
 
@@ -215,7 +215,7 @@ def test_the_launcher_passes_a_request_on_once_and_ends_workers_at_another_one(
 
 def test_a_second_request_to_the_launcher_ends_the_run_at_once(tmp_path: Path) -> None:
     """Its workers are told, even those that cannot stop by themselves."""
-    run, _ = begun(tmp_path, "ddp", 2, grace=60)
+    run, _ = begun(tmp_path, "ddp", 2)
     stuck = run.workers()[0]
     os.kill(stuck, signal.SIGSTOP)
     assert run.process.pid is not None
