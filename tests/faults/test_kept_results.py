@@ -81,7 +81,7 @@ DIFFERENCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an unknown key": (lambda file: file.write_text(file.read_text() + "extra_field = 1\n"), "extra_field is 1 there"),
     "a wrong type": (lambda file: file.write_text(file.read_text() + 'keep = "two"\n'), "keep = 'two' is of the wrong"),
     "no TOML": (lambda file: file.write_text(file.read_text() + "[[["), "request.toml cannot be parsed"),
-    "no UTF-8": (lambda file: file.write_bytes(b"\xff\xfe"), "it is no UTF-8"),
+    "no UTF-8": (lambda file: file.write_bytes(b"\xff\xfe"), "it is not UTF-8"),
     "empty": (lambda file: file.write_text(""), "steps is"),
     "a FIFO": (lambda file: (file.unlink(), os.mkfifo(file)), "is not a regular file"),
     "a folder": (lambda file: (file.unlink(), file.mkdir()), "is not a regular file"),

@@ -21,7 +21,7 @@ from abtrain.recipes.recipe import Recipe
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a task by a recipe, with workers on this machine or with those of torchrun."""
+    """Train a task by a recipe, on workers of this machine or of torchrun."""
 
     recipe: Annotated[
         Positional[str],
