@@ -1,4 +1,4 @@
-"""Many tensors <-> few flat buffers, since each message over a slow link costs a delay. Pure: no communication."""
+"""Many tensors <-> few flat buffers, since each message over a slow link costs a delay; and their averages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from abtrain.comm.communicator import Calls, Communicator, Traffic
+from abtrain.comm.stages import Stages, finish
 
 MIB = 2**20
 
@@ -58,6 +61,30 @@ def unpack(buckets: Sequence[Bucket], like: Sequence[Tensor]) -> list[Tensor]:
         for index, piece in zip(bucket.indices, pieces, strict=True):
             tensors[index] = piece.view(like[index].shape).to(like[index].dtype)
     return [tensors[i] for i in range(len(like))]
+
+
+def exact_average(tensors: Sequence[Tensor], comm: Communicator) -> list[Tensor]:
+    """Runs all stages of `average_exactly` at once."""
+    return finish(average_exactly(tensors, comm))
+
+
+def average_exactly(tensors: Sequence[Tensor], comm: Communicator) -> Stages[list[Tensor]]:
+    """Returns the average of each tensor over all workers, to the same bits on all of them.
+
+    Shapes and dtypes are the same on all workers, and those of the averages. Half precision is summed in float32.
+    """
+    buckets = pack(tensors)
+    launched = [comm.launch_all_reduce(bucket.flat) for bucket in buckets]
+    yield
+    for bucket, pending in zip(buckets, launched, strict=True):
+        pending.wait()
+        bucket.flat.div_(comm.topology.world_size)
+    return unpack(buckets, tensors)
+
+
+def sent_by_average(tensors: Sequence[Tensor]) -> Calls:
+    """Returns the calls of `average_exactly` and `exact_average` of these tensors."""
+    return tuple(Traffic("all_reduce", "world", bucket.flat.nbytes) for bucket in pack(tensors))
 
 
 def _dtype_in_bucket(dtype: torch.dtype, widen: bool) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Hashes by which workers compare tensors and settings without sending them.
+"""Hashes and texts by which workers compare tensors and settings without sending them.
 
 A checksum is XXH3 over a tensor's bytes, at several GB/s. It detects drift and damage, but does not protect against
 forgery. Hashes are compared across processes, so they do not depend on the device, the memory layout, or the process.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,11 @@ def fingerprint(*parts: object) -> int:
 def stable_repr(value: object) -> str:
     """Returns the value's `repr` without addresses, so that it is the same in every process."""
     return _ADDRESS.sub("", repr(value))
+
+
+def layouts_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns the shape and dtype of named tensors, in words."""
+    return {name: f"{tuple(tensor.shape)} of {tensor.dtype}" for name, tensor in tensors.items()}
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 Everything else in abtrain talks to other workers through a `Communicator`, so the same engine runs on Gloo and NCCL
 (`torch_distributed.py`), on threads of one process (`in_process.py`), and alone (`SingleProcess`, here). Every
 collective is counted in the communicator's `meter`.
+
+Beside the code that sends, a function `sent_by_...` predicts the same bytes from shapes alone, as `Calls`; its tensors
+may be on PyTorch's meta device.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from abtrain.recipes.sync import GradientSync, Sync
 
 Scope = Literal["world", "group"]
 Reduction = Literal["sum", "max"]
+Call = Literal["all_reduce", "all_gather", "exchange", "broadcast", "gradients"]
 PLAIN = GradientSync()
 T = TypeVar("T")
 
@@ -34,6 +38,28 @@ class Pending(Generic[T]):
     """
 
     wait: Callable[[], T]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One collective, or one bucket of DDP's gradients.
+
+    Attributes:
+        call: the kind of collective; `gradients` is an all-reduce that overlaps with backward.
+        scope: the ranks that take part.
+        nbytes: payload of one worker.
+        rounds: the number of successive collectives that share `nbytes` evenly; 3 for PowerSGD's buckets.
+        ready: for `gradients`, the share of the backward pass after which they can be sent.
+    """
+
+    call: Call
+    scope: Scope
+    nbytes: int
+    rounds: int = 1
+    ready: float = 1.0
+
+
+Calls = tuple[Traffic, ...]
 
 
 class Communicator:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from abtrain.comm.checksums import layouts_of
 from abtrain.errors import UsageError
+
+log = logging.getLogger("abtrain")
+
+REMEDY = "Change buffers on all workers at the same step"
 
 
 class DataParallel:
@@ -72,6 +78,24 @@ class DataParallel:
 
 class Unsynchronized(DataParallel):
     """The `DataParallel` of a scope of one rank, or of a model with nothing to train: the model as it is."""
+
+
+class Layouts:
+    """The layouts of a module's buffers (`known`), from one forward pass to the next."""
+
+    def __init__(self, buffers: Mapping[str, Tensor]) -> None:
+        self.known = layouts_of(buffers)
+        self._logged: set[str] = set()
+
+    def changes(self, buffers: Mapping[str, Tensor]) -> str:
+        """Describes the changes since the last call; empty if there are none. Each buffer is logged once."""
+        before, self.known = self.known, layouts_of(buffers)
+        names = [name for name in before | self.known if before.get(name) != self.known.get(name)]
+        changed = ", ".join(f"{name} is {self.known.get(name, 'gone')}" for name in names)
+        if not self._logged.issuperset(names):
+            self._logged.update(names)
+            log.warning("buffers have changed while gradients are averaged: %s. %s", changed, REMEDY)
+        return changed
 
 
 def unused_error(missing: str) -> UsageError:

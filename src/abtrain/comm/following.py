@@ -9,10 +9,9 @@ from torch import Tensor
 
 from abtrain.comm.buckets import pack, unpack
 from abtrain.comm.checksums import as_bytes, fingerprint
-from abtrain.comm.communicator import Scope
-from abtrain.comm.layouts import REMEDY, Layouts
+from abtrain.comm.communicator import Calls, Scope, Traffic
+from abtrain.comm.data_parallel import REMEDY, Layouts
 from abtrain.comm.link import Link
-from abtrain.comm.traffic import Calls, Traffic
 from abtrain.errors import RanksDisagreeError
 
 _MARK = 0x3A7E_91C4_D05B_682F

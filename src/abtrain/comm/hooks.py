@@ -12,8 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from abtrain.comm.buckets import MIB
-from abtrain.comm.communicator import Scope
-from abtrain.comm.traffic import Calls, Traffic
+from abtrain.comm.communicator import Calls, Scope, Traffic
 from abtrain.recipes.sync import GradientSync
 
 _FIRST_BUCKET, _BUCKET = 1 * MIB, 25 * MIB

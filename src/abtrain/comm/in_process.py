@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from abtrain.comm.communicator import Communicator, Pending, Reduction, Scope, scope_spans
-from abtrain.comm.data_parallel import DataParallel, extremes, unused_error
-from abtrain.comm.layouts import Layouts
+from abtrain.comm.data_parallel import DataParallel, Layouts, extremes, unused_error
 from abtrain.comm.rendezvous import Combine, Rendezvous
 from abtrain.comm.topology import Topology
 from abtrain.errors import ConfigurationError

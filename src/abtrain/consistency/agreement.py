@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from abtrain.comm.buckets import pack, unpack
-from abtrain.comm.checksums import BITS, LIMIT, checksum, fingerprint, stable_repr
-from abtrain.comm.communicator import Communicator, Scope
-from abtrain.comm.layouts import layouts_of
+from abtrain.comm.checksums import BITS, LIMIT, checksum, fingerprint, layouts_of, stable_repr
+from abtrain.comm.communicator import Calls, Communicator, Scope, Traffic
 from abtrain.comm.stages import Stages, finish
-from abtrain.comm.traffic import Calls, Traffic
 from abtrain.errors import CheckpointError, RanksDisagreeError
 
 _MOST_LISTED = 5
@@ -62,8 +60,11 @@ def disagreeing(comm: Communicator, values: Sequence[int], scope: Scope = "world
     return [i for i in range(len(values)) if ends[i] != -ends[i + len(values)]]
 
 
-def sent_by_comparison(count: int, scope: Scope = "world") -> Calls:
-    """The call of `disagreeing` for `count` values, or of `differing_tensors` for `count` tensors."""
+def sent_by_comparison(count: int = 1, scope: Scope = "world") -> Calls:
+    """The call of `disagreeing` for `count` values, or of `differing_tensors` for `count` tensors.
+
+    While nothing differs, `take_first` and `check_replicas` compare one value.
+    """
     return (Traffic("all_reduce", scope, 2 * count * torch.int64.itemsize),) if count else ()
 
 
@@ -237,11 +238,6 @@ def take_first(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
     They differ only by rounding, between different processors. Names, shapes and dtypes are the same on all ranks.
     """
     return _take_first(comm, named) if disagreeing(comm, [fingerprint(*map(checksum, named.values()))]) else []
-
-
-def sent_by_take_first() -> Calls:
-    """The call of `take_first` while nothing differs."""
-    return sent_by_comparison(1)
 
 
 def _take_first(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:

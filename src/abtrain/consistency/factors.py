@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from abtrain.comm.checksums import checksum, fingerprint
-from abtrain.comm.communicator import Communicator
-from abtrain.comm.traffic import Calls
+from abtrain.comm.communicator import Calls, Communicator
 from abtrain.consistency.agreement import disagreeing, largest, sent_by_comparison, sent_by_share, share
 from abtrain.errors import NonFiniteError
 from abtrain.lowrank.svd import Factors, decompose

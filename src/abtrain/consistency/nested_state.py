@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from abtrain.comm.averages import exact_average
+from abtrain.comm.buckets import exact_average
 from abtrain.comm.communicator import Communicator
 from abtrain.consistency.agreement import gather_json, largest, share
 from abtrain.lowrank.optimizer import State

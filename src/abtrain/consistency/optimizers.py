@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from abtrain.comm.averages import exact_average, sent_by_average
-from abtrain.comm.communicator import Communicator
-from abtrain.comm.traffic import Calls, Traffic
+from abtrain.comm.buckets import exact_average, sent_by_average
+from abtrain.comm.communicator import Calls, Communicator, Traffic
 from abtrain.consistency.agreement import gather_json, largest
 from abtrain.consistency.nested_state import equalize_nested, is_number, set_number
 from abtrain.consistency.settings import HYPERPARAMETERS

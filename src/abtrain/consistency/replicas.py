@@ -14,11 +14,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from abtrain.comm.checksums import checksum, fingerprint
+from abtrain.comm.checksums import checksum, fingerprint, layouts_of
 from abtrain.comm.communicator import Communicator, Scope
-from abtrain.comm.layouts import layouts_of
-from abtrain.comm.traffic import Calls
-from abtrain.consistency.agreement import differences, disagreeing, gather_json, sent_by_comparison
+from abtrain.consistency.agreement import differences, disagreeing, gather_json
 from abtrain.errors import RanksDisagreeError
 
 log = logging.getLogger("abtrain")
@@ -69,11 +67,6 @@ def check_replicas(
             relative = max(relative, _equalize(comm, name, tensor, scope, f"{_odd(digests, ranks)}: {where}"))
     if comm.rank == ranks[0]:
         log.info("%s: weights differed by rounding (%.1e): all workers take rank %d's", where, relative, ranks[0])
-
-
-def sent_by_check_replicas(scope: Scope) -> Calls:
-    """The call of `check_replicas` while nothing differs, over a scope of several ranks."""
-    return sent_by_comparison(1, scope)
 
 
 def _equalize(comm: Communicator, name: str, tensor: Tensor, scope: Scope, what: str) -> float:

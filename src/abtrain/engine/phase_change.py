@@ -20,8 +20,8 @@ from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.lowrank.model import FactoredModel
 from abtrain.merging.buffers import is_finite
 from abtrain.merging.carry_over import carry_over, into_factors, into_weight
-from abtrain.merging.roles import trained_factors
 from abtrain.merging.rounds import Rounds
+from abtrain.merging.selection import trained_factors
 from abtrain.recipes.recipe import Position, Recipe
 from abtrain.recipes.sync import GradientSync
 

@@ -36,9 +36,8 @@ from abtrain.lowrank.classify import UNSHARED
 from abtrain.lowrank.fit import Layout, buffer_layout, dense_layout, state_layout
 from abtrain.lowrank.names import factor_names
 from abtrain.merging.changes import as_real, wide
-from abtrain.merging.fragments import merging, whole_round
-from abtrain.merging.roles import trained_by, trained_factors
 from abtrain.merging.rounds import CHECKING
+from abtrain.merging.selection import merging, trained_by, trained_factors, whole_round
 from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.merging.wires.wire import make_wire
 from abtrain.own import own_names

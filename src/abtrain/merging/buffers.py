@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from abtrain.comm.checksums import checksum, fingerprint
-from abtrain.comm.communicator import Communicator
-from abtrain.comm.traffic import Calls, Traffic
+from abtrain.comm.communicator import Calls, Communicator, Traffic
 
 _COMPARE = 0
 """Replaces the fingerprint if a buffer that differed before is not finite here."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from abtrain.comm.averages import exact_average
+from abtrain.comm.buckets import exact_average
 from abtrain.comm.communicator import Communicator
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.nested import tensors_in

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from abtrain.checks import told_names
-from abtrain.comm.averages import average_exactly, sent_by_average
+from abtrain.comm.buckets import average_exactly, sent_by_average
 from abtrain.comm.checksums import checksum
-from abtrain.comm.communicator import Communicator
+from abtrain.comm.communicator import Calls, Communicator
 from abtrain.comm.stages import Stages, together
-from abtrain.comm.traffic import Calls
 from abtrain.consistency.agreement import ROLL_CALL, Place, gather_json, roll_call, share
 from abtrain.errors import NonFiniteError, OnNonFinite
 from abtrain.failpoints import fail_at

@@ -17,9 +17,8 @@ from abtrain.consistency.agreement import Told, roll_call
 from abtrain.consistency.replicas import check_replicas
 from abtrain.errors import OnNonFinite
 from abtrain.failpoints import fail_at
-from abtrain.merging.fragments import merging, rounds_of, whole_round
 from abtrain.merging.merger import MergeInput, Merger
-from abtrain.merging.roles import trained_by
+from abtrain.merging.selection import merging, rounds_of, trained_by, whole_round
 from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.recipes.recipe import Position, Recipe
 

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from abtrain.comm.averages import exact_average
-from abtrain.comm.checksums import checksum, fingerprint
+from abtrain.comm.buckets import exact_average
+from abtrain.comm.checksums import checksum, fingerprint, layouts_of
 from abtrain.comm.communicator import Communicator
-from abtrain.comm.layouts import layouts_of
 from abtrain.consistency.agreement import agree_on_tensors, differing_tensors, share
 from abtrain.consistency.settings import HYPERPARAMETERS, layout, optimizer_settings
 from abtrain.errors import RanksDisagreeError

@@ -17,7 +17,7 @@ from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.consistency.agreement import disagreeing
 from abtrain.errors import ConfigurationError, NonFiniteError, RanksDisagreeError, UsageError
-from abtrain.merging.fragments import cut_into_fragments
+from abtrain.merging.selection import cut_into_fragments
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.merges import Mean, MergeRule, Outer, TrainedOnly, Weighted
 from tests.cases import adamw, batch, build, largest_difference, sgd, train

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from abtrain.comm.traffic import Call
+from abtrain.comm.communicator import Call
 from abtrain.errors import ConfigurationError
 from abtrain.recipes.numbers import number_problems, whole_number_problems
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from abtrain.comm.communicator import Calls, Traffic
 from abtrain.comm.stages import stages_due
-from abtrain.comm.traffic import Calls, Traffic
 from abtrain.commands.plan.collectives import Cluster, Cost, cost_of
 from abtrain.commands.plan.stragglers import Speeds
 from abtrain.commands.plan.stretches import Merging, Stretch

@@ -8,30 +8,27 @@ that all other buffers are equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
-from abtrain.comm.communicator import PLAIN, Scope, scope_spans
+from abtrain.comm.communicator import PLAIN, Calls, Scope, scope_spans
 from abtrain.comm.following import sent_by_follow
 from abtrain.comm.hooks import plain_steps, sent_by_backward
 from abtrain.comm.topology import Topology
-from abtrain.comm.traffic import Calls
 from abtrain.commands.plan.shapes import ModelShapes
 from abtrain.commands.plan.stretches import Merging, Stretch, Turn, turns
-from abtrain.consistency.agreement import ROLL_CALL, sent_by_agree_on_tensors, sent_by_take_first
+from abtrain.consistency.agreement import ROLL_CALL, sent_by_agree_on_tensors, sent_by_comparison
 from abtrain.consistency.factors import sent_by_agree_on_factors
 from abtrain.consistency.optimizers import OptimizerShape, sent_by_equalize_optimizers
-from abtrain.consistency.replicas import sent_by_check_replicas
 from abtrain.lowrank.classify import UNSHARED
 from abtrain.lowrank.names import factor_names
 from abtrain.lowrank.svd import Factors
 from abtrain.merging.buffers import sent_by_first_comparison
-from abtrain.merging.fragments import cut_into_fragments
 from abtrain.merging.merger import sent_by_merge
-from abtrain.merging.roles import idle_factors
+from abtrain.merging.selection import cut_into_fragments, trained_factors
 from abtrain.recipes.recipe import Position, Recipe
 from abtrain.recipes.sync import GradientSync, WeightSync
 
@@ -78,6 +75,12 @@ def payload(stretches: Sequence[Stretch], topology: Topology) -> dict[str, Any]:
 def payload_ratio(total: float, model: ModelShapes, steps: int) -> float:
     """Returns the payload over that of DDP, one float32 gradient of every parameter at every step."""
     return total / (4 * model.numel * steps)
+
+
+def idle_factors(position: Position, topology: Topology, ranks: Iterable[int]) -> set[str]:
+    """Returns those of A and B that none of these workers trains."""
+    trained = {trained_factors(position, topology, rank) for rank in ranks}
+    return set() if "all" in trained else {"A", "B"} - trained
 
 
 def _alone(position: Position) -> Stretch:
@@ -135,7 +138,7 @@ class _Walk:
             entry = self._factor(ranks)
         if self._factored or phase.weights == "factored":
             # The tensors that workers computed separately.
-            entry = (*entry, *sent_by_take_first())
+            entry = (*entry, *sent_by_comparison())
         if phase.sync is not None:
             entry = (*entry, *ROLL_CALL)
         self._factored = bool(ranks)
@@ -163,7 +166,7 @@ class _Walk:
         *before, last = turns(position, sync)
         for turn in (*before, last):
             inside = self._gradients(turn.position, held, "group", PLAIN)
-            leaving = (*equalize, *sent_by_check_replicas("world")) if turn is last else ()
+            leaving = (*equalize, *sent_by_comparison()) if turn is last else ()
             merges = self._merges(turn, held, sync)
             averages = PLAIN.wire if inside else None
             yield Stretch(position.phase.name, turn.steps, "group", entry, inside, merges, leaving, averages)
@@ -182,7 +185,7 @@ class _Walk:
         parts = [(count, wire) for count, wire in ((plain, PLAIN), (steps - plain, sync)) if count]
         for count, wire in parts:
             step = self._gradients(position, held, "world", wire)
-            leaving = sent_by_check_replicas("world") if (count, wire) == parts[-1] else ()
+            leaving = sent_by_comparison() if (count, wire) == parts[-1] else ()
             yield Stretch(position.phase.name, count, "world", entry, step, exit=leaving, averages=wire.wire)
             entry = ()
 
@@ -251,7 +254,7 @@ class _Walk:
         tensors = [tensor for place in fragments for name, tensor in parts[place].items() if name not in idle]
         buffers = list(self._model.buffers.values()) if sync.fragments - 1 in fragments else []
         numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
-        replicas = sent_by_check_replicas("group") if self._topology.group_size > 1 else ()
+        replicas = sent_by_comparison(scope="group") if self._topology.group_size > 1 else ()
         first, *more = sent_by_merge(sync.wire, tensors, numbers, self._topology.world_size)
         return ((*replicas, *first), *more)
 

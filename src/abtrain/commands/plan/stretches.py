@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from abtrain.comm.communicator import Scope
-from abtrain.comm.traffic import Calls, Traffic
+from abtrain.comm.communicator import Calls, Scope, Traffic
 from abtrain.recipes.recipe import Position
 from abtrain.recipes.sync import GradientWire, WeightSync
 

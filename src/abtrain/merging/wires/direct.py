@@ -17,11 +17,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from abtrain.comm.averages import average_exactly, sent_by_average
-from abtrain.comm.buckets import Bucket, pack, unpack
-from abtrain.comm.communicator import Communicator
+from abtrain.comm.buckets import Bucket, average_exactly, pack, sent_by_average, unpack
+from abtrain.comm.communicator import Calls, Communicator, Traffic
 from abtrain.comm.stages import Stages, finish
-from abtrain.comm.traffic import Calls, Traffic
 from abtrain.merging.wires.codes import CODES, Code
 from abtrain.merging.wires.wire import Averages, Wire
 

@@ -17,9 +17,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from abtrain.comm.communicator import Communicator
+from abtrain.comm.communicator import Calls, Communicator
 from abtrain.comm.stages import Stages
-from abtrain.comm.traffic import Calls
 from abtrain.merging.wires.direct import DirectWire
 from abtrain.merging.wires.wire import Averages, Wire
 

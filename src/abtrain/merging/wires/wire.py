@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from abtrain.comm.communicator import Communicator
+from abtrain.comm.communicator import Calls, Communicator
 from abtrain.comm.stages import Stages
-from abtrain.comm.traffic import Calls
 from abtrain.recipes.wires import parse_wire, wire_between
 
 Tensors = dict[str, Tensor]

@@ -3,8 +3,8 @@ from typing import get_args
 import pytest
 
 from abtrain import Recipe, recipes
+from abtrain.comm.communicator import Traffic
 from abtrain.comm.topology import Topology
-from abtrain.comm.traffic import Traffic
 from abtrain.commands.plan.bench import Bench, measure_decompositions
 from abtrain.commands.plan.collectives import Cluster, NodeLink, cost_of, ring
 from abtrain.commands.plan.forecast import FactorSeconds, Forecast, WorkerSeconds, forecast

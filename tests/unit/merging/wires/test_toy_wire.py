@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from abtrain import ABTraining, recipes
-from abtrain.comm.averages import average_exactly, sent_by_average
-from abtrain.comm.communicator import Communicator
+from abtrain.comm.buckets import average_exactly, sent_by_average
+from abtrain.comm.communicator import Calls, Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.stages import Stages
 from abtrain.comm.topology import Topology
-from abtrain.comm.traffic import Calls
 from abtrain.commands.plan.payload import payload, predict
 from abtrain.commands.plan.recipe_words import phases_in_words
 from abtrain.commands.plan.shapes import shapes_of

@@ -6,7 +6,8 @@ import pytest
 
 from abtrain import recipes
 from abtrain.comm.topology import Topology
-from abtrain.merging.roles import idle_factors, trained_by, trained_factors
+from abtrain.commands.plan.payload import idle_factors
+from abtrain.merging.selection import trained_by, trained_factors
 from abtrain.recipes.recipe import Position
 from abtrain.recipes.sync import Trains
 
