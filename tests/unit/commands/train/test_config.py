@@ -32,7 +32,7 @@ def test_the_defaults_are_valid_with_every_recipe_and_task() -> None:
         ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"device": "cuda"}, "0 usable GPUs"),
         ({"init": "zero"}, "unknown init 'zero'"),
-        ({"workers": 4, "group_size": 8}, "group size 8 is larger"),
+        ({"workers": 4, "group_size": 8}, "world size 4 is not a multiple of group size 8: choose"),
         ({"workers": 4, "group_size": 3}, "not a multiple of group size 3"),
         ({"workers": 0}, "must be at least 1"),
         ({"steps": 0}, "--steps 0 is too small"),
