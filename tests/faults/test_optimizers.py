@@ -17,7 +17,7 @@ from abtrain import ABTraining, FixedRank, recipes
 from abtrain.checkpoint.trees import join, refer, split
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
-from abtrain.engine import unfinished
+from abtrain.engine import progress
 from abtrain.errors import ConfigurationError, NonFiniteError, UsageError
 from abtrain.recipes.recipe import Recipe
 from tests.cases import batch, build, sgd
@@ -528,7 +528,7 @@ def test_a_run_left_during_a_round_is_reported(caplog: pytest.LogCaptureFixture)
     # Rank 1 is a step ahead, which no merge sees.
     run_in_process(2, work)
     with caplog.at_level(logging.WARNING, "abtrain"):
-        unfinished.warn()
+        progress.warn()
     told_of = [record.message for record in caplog.records]
     assert any("ends at step 5, within a round of phase 'local'" in message for message in told_of)
     assert not any("ends at step 6" in message for message in told_of)

@@ -35,13 +35,12 @@ from abtrain.consistency.replicas import check_replicas
 from abtrain.engine.beginning import begin
 from abtrain.engine.call_order import CallOrder
 from abtrain.engine.model_access import ModelAccess
-from abtrain.engine.new_state import NewState
 from abtrain.engine.optimizer_hooks import OptimizerHooks
+from abtrain.engine.optimizer_problems import NewState
 from abtrain.engine.phase_change import PhaseChange
 from abtrain.engine.problems import checked
 from abtrain.engine.progress import Progress
 from abtrain.engine.saved_state import EngineState
-from abtrain.engine.unfinished import forget, watch
 from abtrain.errors import OnNonFinite, UsageError
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.model import FactoredModel
@@ -143,7 +142,6 @@ class ABTraining(ModelAccess):
         self._calls = CallOrder(self._progress, self._hooks)
         self._state = EngineState(self._progress, self._model, self._rounds, self._hooks, self._phases, grad_scaler)
         self._enter(recipe.at(0))
-        watch(self._progress)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model's forward pass; gradients will be averaged as the phase says. To validate, disable them.
@@ -267,7 +265,6 @@ class ABTraining(ModelAccess):
             return
         if self._progress.within_round:
             log.warning(self._progress.within_round)
-        forget(self._progress)
         self._phases.unwrap()
         self._model.restore()
         self._hooks.close()

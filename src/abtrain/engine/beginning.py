@@ -24,11 +24,7 @@ log = logging.getLogger("abtrain")
 def begin(shared: SharedTensors, recipe: Recipe, comm: Communicator, **options: object) -> None:
     """Compares versions, recipe, options and layouts, and makes initial values equal. Collective over the world.
 
-    Args:
-        shared: the tensors that merges make equal, with their model and its optimizers.
-        recipe: of the run.
-        comm: of this worker.
-        options: other arguments that must be equal on all workers.
+    All of the other `options` must be equal on all workers.
 
     Raises:
         RanksDisagreeError: on all workers, with what differs and where.

@@ -9,12 +9,7 @@ from abtrain.failpoints import fail_at
 
 
 class CallOrder:
-    """Checks the order in which a loop calls.
-
-    Args:
-        progress: of the run.
-        hooks: which see the optimizer's steps.
-    """
+    """Checks the order in which a loop calls."""
 
     def __init__(self, progress: Progress, hooks: OptimizerHooks) -> None:
         self._progress, self._hooks = progress, hooks

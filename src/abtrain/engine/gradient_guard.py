@@ -26,7 +26,6 @@ class GradientGuard:
     Shared gradients are the same on all workers. So all workers skip the same steps without any communication.
 
     Args:
-        model: with its optimizers.
         policy: `skip` skips the step. Otherwise, shared gradients raise an error, and a worker's own gradients are left
             to the next merge.
         speaks: whether this worker logs what happens on all workers.
@@ -48,7 +47,6 @@ class GradientGuard:
         Args:
             optimizer: that is about to step. Under `skip`, the first of several optimizers checks the gradients of all,
                 since they come from the same backward pass.
-            step: its index.
             shared: whether all workers have these gradients.
             in_closure: whether the optimizer has begun its step, and called its closure for these gradients.
 

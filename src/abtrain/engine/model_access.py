@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from abtrain.engine.description import Description
 from abtrain.engine.ema import EMA
-from abtrain.engine.merged_view import merged_view
 from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.engine.phase_change import PhaseChange
 from abtrain.engine.progress import Progress
 from abtrain.lowrank.model import FactoredModel
 from abtrain.merging.rounds import Rounds
-from abtrain.modes import in_own_modes
+from abtrain.modes import in_own_modes, own_modes
 from abtrain.own import IGNORED, own_names
 from abtrain.recipes.recipe import Position
 
@@ -89,8 +88,43 @@ class ModelAccess:
         If all workers hold the same weights, buffers that differ are rank 0's inside the block, as under DDP. A recipe
         without any sync has no average: the model stays the worker's own.
         """
-        with merged_view(self._progress, self._rounds):
+        progress = self._progress
+        with own_modes():
+            average, before = self._average(), progress.shows_average
+            average.__enter__()
+        progress.shows_average = before or not isinstance(average, nullcontext)
+        groups = [group for group in self._model.optimizers.groups() if "train_mode" in group]
+        modes = [group["train_mode"] for group in groups]
+        # The block runs in the caller's modes.
+        try:
             yield self.module
+        finally:
+            progress.shows_average = before
+            with own_modes():
+                average.__exit__(None, None, None)
+            # The restored weights are those of the mode that a schedule-free optimizer was in.
+            for group, mode in zip(groups, modes, strict=True):
+                group["train_mode"] = mode
+
+    def _average(self) -> AbstractContextManager[None]:
+        """Returns the context in which the model shows the average. Collective if workers have to agree on anything."""
+        progress, shared = self._progress, self._rounds.shared
+        if not progress.workers_equal and progress.in_rounds:
+            self._meet()
+            return shared.averaged()
+        # Without any sync, workers do not meet. Where all hold equal weights, only buffers may differ.
+        unsynchronized = progress.position is not None and progress.position.phase.sync is None
+        if progress.alone or unsynchronized or not progress.workers_equal or not shared.buffers():
+            return nullcontext()
+        equal = self._meet(shared.buffers_fingerprint())
+        return nullcontext() if equal else shared.with_first_buffers()
+
+    def _meet(self, number: int = 0) -> bool:
+        """Checks that all workers are at the same step. Returns whether they sent the same number. Collective."""
+        progress, recipe = self._progress, self._progress.recipe
+        phase = len(recipe.phases) if progress.position is None else progress.position.phase_index
+        rows = self._rounds.roll_call(progress.steps_done, phase, recipe.at, (number, 0.0))
+        return len({row[0] for row in rows}) == 1
 
     def describe(self) -> Description:
         """Describes the phases, the groups, and what becomes of every parameter and buffer, and why."""

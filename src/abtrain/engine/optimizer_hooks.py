@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +22,6 @@ from abtrain.lowrank.precondition import Preconditioner
 from abtrain.modes import in_own_modes, own_modes
 from abtrain.recipes.phase import Phase
 
-
-class _Coming(NamedTuple):
-    """The step that an optimizer is about to make."""
-
-    step: int
-    phase: Phase
-    shared: bool  # its gradients are the same on all workers
-    averaged: bool  # its gradients are averages over several workers, of a group at least
-
-
 _UNSEEN = 2
 """Training steps in a row that change weights, without a step of a known optimizer, until an error is raised."""
 
@@ -45,10 +35,7 @@ class OptimizerHooks:
     preconditioned.
 
     Args:
-        model: with its optimizers.
         frozen: names of the parameters that are not trained.
-        progress: of the run.
-        on_nonfinite: what becomes of gradients that are not finite.
         whose: says which worker brought shared gradients that are not finite.
 
     Attributes:
@@ -172,59 +159,61 @@ class OptimizerHooks:
         rows = {name: p.detach() for name, p in self._model.parameters().items() if id(p) in held and p.numel()}
         return {name: row[(0,) * max(row.ndim - 1, 0)].clone() for name, row in rows.items()}
 
-    def _coming(self) -> _Coming | None:
-        """Returns the step that an optimizer is about to make; None after the end of the recipe."""
-        progress = self._progress
-        if progress.position is None:
-            return None
-        progress.refuse_in_view("optimizer.step()")
-        shared = progress.shares_gradients
-        if shared:
-            fail_at(progress.comm.rank, progress.steps_done, "sync.end")
-        in_group = progress.in_rounds and progress.comm.topology.group_size > 1
-        return _Coming(progress.steps_done, progress.position.phase, shared, averaged=shared or in_group)
-
     @in_own_modes
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if is_nested(optimizer):
             return None
         self.rebound.scale(optimizer)
-        coming = self._coming()
-        if coming is None:
+        position = self._progress.position
+        if position is None:
             return None
-        if id(optimizer) in self._stepped:
-            raise UsageError(
-                f"optimizer.step() was called again before ab.step(), after step {coming.step}: call ab.step() once "
-                "after every optimizer.step(), and accumulate gradients under ab.no_sync()"
-            )
-        if coming.averaged and torch._C._current_graph_task_id() >= 0:
-            raise UsageError(
-                "optimizer.step() was called inside the backward pass, before its gradients were averaged over "
-                "workers: call it after loss.backward()"
-            )
+        self._check_order(optimizer)
         self._ownership.check(optimizer)
         # These are the arguments of optimizer.step; the first is the optimizer itself.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if callable(closure):
-            if coming.phase.damping:
+            if position.phase.damping:
                 raise UsageError(
                     "optimizer.step(closure) makes gradients too late to be preconditioned: "
                     "call backward before optimizer.step(), or set damping=0"
                 )
-            checked = self._checked(optimizer, closure, coming)
+            checked = self._checked(optimizer, closure)
             return ((args[0], checked, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": checked})
-        self.guard.look(optimizer, coming.step, coming.shared)
-        if coming.phase.damping:
-            self._precondition(optimizer, coming.phase)
+        self.guard.look(optimizer, self._progress.steps_done, self._progress.shares_gradients)
+        if position.phase.damping:
+            self._precondition(optimizer, position.phase)
         return None
 
-    def _checked(self, optimizer: Optimizer, closure: Callable[[], Any], coming: _Coming) -> Callable[[], Any]:
+    def _check_order(self, optimizer: Optimizer) -> None:
+        """Checks that an optimizer may step now.
+
+        Raises:
+            UsageError: it is called inside `ab.merged()` or the backward pass, or twice before `ab.step()`.
+        """
+        progress = self._progress
+        progress.refuse_in_view("optimizer.step()")
+        if progress.shares_gradients:
+            fail_at(progress.comm.rank, progress.steps_done, "sync.end")
+        if id(optimizer) in self._stepped:
+            raise UsageError(
+                f"optimizer.step() was called again before ab.step(), after step {progress.steps_done}: call ab.step() "
+                "once after every optimizer.step(), and accumulate gradients under ab.no_sync()"
+            )
+        averaged = progress.shares_gradients or (progress.in_rounds and progress.comm.topology.group_size > 1)
+        if averaged and torch._C._current_graph_task_id() >= 0:
+            raise UsageError(
+                "optimizer.step() was called inside the backward pass, before its gradients were averaged over "
+                "workers: call it after loss.backward()"
+            )
+
+    def _checked(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Returns a closure that checks its gradients: there are none before it is called."""
 
         def look() -> Any:
             loss = closure()
             with own_modes():
-                self.guard.look(optimizer, coming.step, coming.shared, in_closure=True)
+                progress = self._progress
+                self.guard.look(optimizer, progress.steps_done, progress.shares_gradients, in_closure=True)
             return loss
 
         return look

@@ -1,7 +1,8 @@
-"""Validates a loop's optimizers before anything is changed."""
+"""Validates a loop's optimizers before anything is changed, and their state when it appears."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from abtrain.checkpoint.trees import split
 from abtrain.checks import brief, told_names
+from abtrain.comm.communicator import Communicator
 from abtrain.consistency.nested_state import cannot_be_shared
 from abtrain.engine.communicating_optimizers import communicates
 from abtrain.errors import UsageError
@@ -19,10 +21,15 @@ from abtrain.lowrank.model_state import more_of
 from abtrain.lowrank.optimizer import PROJECTABLE, is_projectable
 from abtrain.lowrank.optimizers import Optimizers, announces_steps, parameters_of
 from abtrain.merging.copies import kept_elsewhere
+from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.own import trained_parameters
 from abtrain.recipes.factoring import OptimizerState
 from abtrain.recipes.recipe import Recipe
 
+log = logging.getLogger("abtrain")
+
+_FIRST_STEPS = 2
+"""Steps in which most optimizers make their state."""
 _WITHOUT_FACTORS = "use another optimizer, or a recipe without factors such as local_sgd"
 _CANNOT_FOLLOW = f"which cannot follow weights that are factored: {_WITHOUT_FACTORS}"
 _NOT_MOVED = "outside of its state: merges do not move them, and are undone where the optimizer restores them"
@@ -74,7 +81,7 @@ def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe)
 
 def doubts_about_optimizers(optimizers: Optimizers, recipe: Recipe) -> list[str]:
     """Returns warnings about settings that are allowed but may not be intended; equal on all workers."""
-    doubts = old_steps(optimizers)
+    doubts = _old_steps(optimizers)
     for optimizer in optimizers.all:
         doubts += _copies_outside_state(optimizer, _NOT_MOVED)
     unknown = _not_projectable(optimizers, recipe, "auto")
@@ -85,7 +92,7 @@ def doubts_about_optimizers(optimizers: Optimizers, recipe: Recipe) -> list[str]
     return doubts
 
 
-def old_steps(optimizers: Optimizers, most: int = 0) -> list[str]:
+def _old_steps(optimizers: Optimizers, most: int = 0) -> list[str]:
     """Returns a warning if the optimizers have made more than `most` steps."""
     steps = max((_steps_of(optimizer) for optimizer in optimizers.stateful), default=0)
     if steps <= most:
@@ -96,46 +103,59 @@ def old_steps(optimizers: Optimizers, most: int = 0) -> list[str]:
     ]
 
 
-def check_modes(optimizers: Optimizers) -> None:
-    """Checks that no optimizer is in its mode of evaluation while it is to train.
+class NewState:
+    """Warns of optimizer state that cannot be saved or made equal, as soon as it exists."""
 
-    Raises:
-        UsageError: a schedule-free optimizer is.
-    """
-    for optimizer in optimizers.all:
-        if any(group.get("train_mode") is False for group in optimizer.param_groups):
-            raise UsageError(
-                f"{type(optimizer).__name__} is in its mode of evaluation at ab.step(): call optimizer.train() "
-                "before it, and validate between ab.step() and the next training step"
-            )
+    def __init__(self, shared: SharedTensors, recipe: Recipe, comm: Communicator) -> None:
+        self._shared, self._recipe, self._speaks = shared, recipe, comm.rank == 0
+        self._warned_of_steps = bool(_old_steps(shared.model.optimizers))
+        phases = recipe.phases
+        # Gradients are shared after rounds, so that optimizer state has to be made equal between the two.
+        self._equalized = (
+            comm.topology.world_size > 1
+            and any(phase.rounds is not None for phase in phases)
+            and any(phase.shares_gradients for phase in phases)
+        )
 
+    def check(self, steps_done: int) -> None:
+        """Examines state after a step of the optimizers, the one after `steps_done` steps.
 
-def doubts_about_state(optimizers: Optimizers, recipe: Recipe, equalized: bool) -> list[str]:
-    """Returns warnings about new state.
+        Raises:
+            UsageError: state can neither be made equal nor saved, or the optimizer is in its mode of evaluation.
+        """
+        optimizers = self._shared.model.optimizers
+        for optimizer in optimizers.all:
+            # Schedule-free optimizers have this mode.
+            if any(group.get("train_mode") is False for group in optimizer.param_groups):
+                raise UsageError(
+                    f"{type(optimizer).__name__} is in its mode of evaluation at ab.step(): call optimizer.train() "
+                    "before it, and validate between ab.step() and the next training step"
+                )
+        if not self._shared.copies.look() and steps_done >= _FIRST_STEPS:
+            return
+        doubts = [doubt for optimizer in optimizers.stateful for doubt in self._doubts(optimizer)]
+        if steps_done == 0 and not self._warned_of_steps:
+            doubts += _old_steps(optimizers, most=1)
+        for doubt in doubts if self._speaks else ():
+            log.warning(doubt)
 
-    Args:
-        optimizers: that have stepped.
-        recipe: of the run.
-        equalized: whether the state will have to be made equal on all workers.
+    def _doubts(self, optimizer: Optimizer) -> list[str]:
+        """Returns warnings about the state of an optimizer that has stepped.
 
-    Raises:
-        UsageError: the recipe needs what the state does not allow.
-    """
-    doubts = []
-    for optimizer in optimizers.stateful:
-        kind, odd = type(optimizer).__name__, cannot_be_shared(optimizer.state)
-        if odd and equalized:
+        Raises:
+            UsageError: the recipe needs what the state does not allow.
+        """
+        kind, odd, factored = type(optimizer).__name__, cannot_be_shared(optimizer.state), self._recipe.factored
+        if odd and self._equalized:
             raise UsageError(
                 f"{kind} keeps {odd} in its state, which cannot be made equal on all workers before recipe "
-                f"{recipe.name!r} shares gradients: use another optimizer, or rounds alone, as in local_sgd"
+                f"{self._recipe.name!r} shares gradients: use another optimizer, or rounds alone, as in local_sgd"
             )
-        if odd:
-            doubts.append(f"{kind} keeps {odd} in its state, so that ab.state_dict() cannot be saved")
-        copies = _copies_outside_state(optimizer, _CANNOT_FOLLOW if recipe.factored else _NOT_MOVED)
-        if copies and recipe.factored:
+        copies = _copies_outside_state(optimizer, _CANNOT_FOLLOW if factored else _NOT_MOVED)
+        if copies and factored:
             raise UsageError(copies)
-        doubts += copies
-    return doubts
+        unsaved = [f"{kind} keeps {odd} in its state, so that ab.state_dict() cannot be saved"] if odd else []
+        return unsaved + copies
 
 
 def _copies_outside_state(optimizer: Optimizer, consequence: str) -> list[str]:

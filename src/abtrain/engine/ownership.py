@@ -17,12 +17,7 @@ from abtrain.own import own_names
 
 
 class Ownership:
-    """Makes sure that optimizers train the parameters that workers share, and no others.
-
-    Args:
-        model: with its optimizers, and all parameters that exist when training begins.
-        frozen: names of those that are not trained.
-    """
+    """Checks that optimizers train the parameters that workers share, and no others, such as the `frozen` ones."""
 
     def __init__(self, model: FactoredModel, frozen: Sequence[str]) -> None:
         self._model = model

@@ -31,13 +31,7 @@ log = logging.getLogger("abtrain")
 class PhaseChange:
     """Gives model, optimizer and wrapper the form that the phase of a recipe asks for.
 
-    Args:
-        model: with its optimizers.
-        rounds: which begin with a phase that merges, and whose anchors and momentum follow the form of the weights.
-        hooks: whose learning rates climb after a change of shapes.
-        comm: of this worker.
-        find_unused_parameters: as in DDP.
-        grad_scaler: of the loop, if it has one.
+    The anchors and the momentum of rounds follow the form of the weights, and learning rates climb after changes of it.
 
     Attributes:
         parallel: the wrapper for forward passes, which averages gradients over the scope of the phase.
@@ -63,12 +57,7 @@ class PhaseChange:
         self._find_unused_parameters, self._grad_scaler = find_unused_parameters, grad_scaler
 
     def enter(self, position: Position, recipe: Recipe) -> None:
-        """Begins a phase. Collective over the world.
-
-        Args:
-            position: of its first step.
-            recipe: that it belongs to.
-        """
+        """Begins the phase whose first step is at `position`. Collective over the world."""
         phase, records = position.phase, self._model.records
         restored = list(records)
         self._comm.meter.phase = phase.name
@@ -128,12 +117,7 @@ class PhaseChange:
         self.parallel = self._comm.data_parallel(self._model.model, scope, self._find_unused_parameters, sync)
 
     def after_merge(self, position: Position, upcoming: Position) -> None:
-        """Prepares the optimizer for the step after one of a phase of rounds. Collective over the world.
-
-        Args:
-            position: of the step that is done.
-            upcoming: of the next one.
-        """
+        """Prepares the optimizer for the step after one of a phase of rounds. Collective over the world."""
         if upcoming.first and upcoming.phase.shares_gradients:
             self._equalize(position)
         if position.phase.trains == "a_then_b" and upcoming.turn != position.turn and not upcoming.first:

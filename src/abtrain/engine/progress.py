@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,13 +12,11 @@ from abtrain.comm.communicator import Communicator, Scope
 from abtrain.errors import UsageError
 from abtrain.recipes.recipe import Position, Recipe
 
+log = logging.getLogger("abtrain")
+
 
 class Progress:
     """Where a run stands.
-
-    Args:
-        recipe: of the run.
-        comm: of this worker.
 
     Attributes:
         steps_done: the number of steps that are done.
@@ -32,6 +33,7 @@ class Progress:
         self.workers_equal = True
         self.closed = self.shows_average = False
         self._saved_step = 0
+        _PRESENT.add(self)
 
     @property
     def alone(self) -> bool:
@@ -118,6 +120,18 @@ class Progress:
         self.steps_done = self._saved_step = self.comm.meter.step = state["step"]
         self.workers_equal = state["workers_equal"]
         self.position = self.recipe.at(state["step"]) if state["step"] < self.recipe.total_steps else None
+
+
+_PRESENT: weakref.WeakSet[Progress] = weakref.WeakSet()
+"""Of all runs that exist in this process."""
+
+
+@atexit.register
+def warn() -> None:
+    """Warns when the process ends within a round of a run, with a different model on each worker."""
+    for progress in list(_PRESENT):
+        if progress.within_round:
+            log.warning("%s", progress.within_round)
 
 
 def rewound(step: int) -> dict[str, Any]:

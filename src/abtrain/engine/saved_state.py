@@ -97,12 +97,7 @@ class EngineState:
 
 
 def _equal_on_all(state: Mapping[str, Any], position: Position | None) -> dict[str, object]:
-    """Returns the values that collectives depend on, and that have to be equal in the states of all workers.
-
-    Args:
-        state: of a worker.
-        position: of the next step; None at the end.
-    """
+    """Returns the values that collectives depend on, and that have to be equal in the states of all workers."""
     model, merger, under_way = state["model"], state["merger"], state["rounds"]["under_way"]
     shared = position is not None and position.phase.sync is not None
     groups = [group for one in model["optimizers"] for group in one["groups"]] if shared else []

@@ -57,14 +57,7 @@ _METER = mapping(
 
 
 class ResumedRun(NamedTuple):
-    """A run that is about to continue from a state.
-
-    Attributes:
-        recipe: of the run.
-        comm: of this worker.
-        shared: with the model and its optimizer, in any form.
-        grad_scaler: of the loop.
-    """
+    """A run that is about to continue from a state, whatever form its model has at present."""
 
     recipe: Recipe
     comm: Communicator
@@ -73,11 +66,7 @@ class ResumedRun(NamedTuple):
 
 
 class Resumption:
-    """The point at which a run continues from a state, and what it holds there.
-
-    Args:
-        run: that continues.
-        state: whose step and model are known to be valid.
+    """The point at which a run continues from a state whose step and model are valid, and what it holds there.
 
     Attributes:
         position: of the next step; at the recipe's end, of the last one.
