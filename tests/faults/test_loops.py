@@ -100,11 +100,15 @@ def test_state_of_a_wrapped_optimizer_follows_weights_into_their_factors() -> No
     assert all(torch.equal(bare[name], wrapped[name]) for name in bare)
 
 
-@pytest.mark.parametrize("recipe", [PAPER, OUTER], ids=["paper", "outer"])
-def test_a_factored_layer_that_is_frozen_is_named(recipe: Recipe) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "frozen"),
+    [(PAPER, "AB"), (OUTER, "AB"), (OUTER, "A"), (OUTER, "B")],
+    ids=["paper", "outer", "outer, only A", "outer, only B"],
+)
+def test_a_factored_layer_that_is_frozen_is_named(recipe: Recipe, frozen: str) -> None:
     ab = factored(recipe)
-    ab.module[2].weight_A.requires_grad_(False)
-    ab.module[2].weight_B.requires_grad_(False)
+    for letter in frozen:
+        getattr(ab.module[2], f"weight_{letter}").requires_grad_(False)
     x, y = batch("mlp", 0, ab.steps_done)
     F.cross_entropy(ab.module(x), y).backward()
     with pytest.raises(UsageError, match=r"2\.weight was trained when ABTraining was built, and is frozen now"):

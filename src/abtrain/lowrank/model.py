@@ -12,7 +12,7 @@ from abtrain.lowrank.classify import UNSHARED, Treatment
 from abtrain.lowrank.loading import cutting
 from abtrain.lowrank.mark import FactoredMark
 from abtrain.lowrank.matrix import MatrixShape
-from abtrain.lowrank.names import factor_names, tensors_of, without_compiled
+from abtrain.lowrank.names import factor_letter, factor_names, tensors_of, weight_name, without_compiled
 from abtrain.lowrank.optimizer import fresh_state, is_projectable, project_to_factors, project_to_weight, replace_
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.lowrank.precondition import seen_through
@@ -153,20 +153,22 @@ class FactoredModel:
     def train_only(self, which: TrainedFactors) -> None:
         """Freezes the factors that do not train, and thaws the others."""
         self._trains = which
-        for record in self.records.values():
-            record.A.requires_grad_(which in ("all", "A"))
-            record.B.requires_grad_(which in ("all", "B"))
+        for name, factor in self.factors().items():
+            factor.requires_grad_(self._trains_factor(name))
 
     def keep_frozen(self) -> None:
         """Freezes the factors that do not train, after a loop that thaws all parameters of a module."""
-        if self._trains != "all":
-            for record in self.records.values():
-                (record.B if self._trains == "A" else record.A).requires_grad_(False)
+        for name, factor in self.factors().items():
+            if not self._trains_factor(name):
+                factor.requires_grad_(False)
 
     def frozen_factors(self) -> dict[str, nn.Parameter]:
         """The factors that should train and that the loop has frozen, by the names of their weights."""
-        trained = {name: record.A if self._trains == "A" else record.B for name, record in self.records.items()}
-        return {name: factor for name, factor in trained.items() if not factor.requires_grad}
+        trained = {name: factor for name, factor in self.factors().items() if self._trains_factor(name)}
+        return {weight_name(name): factor for name, factor in trained.items() if not factor.requires_grad}
+
+    def _trains_factor(self, name: str) -> bool:
+        return self._trains in ("all", factor_letter(name))
 
     def dense_state_dict(self) -> dict[str, Tensor]:
         """The state of the full-rank model, which can be loaded into the model as the user built it."""
