@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from abtrain import failpoints as faults
+from abtrain.checkpoint import files as saved_files
 from abtrain.checkpoint import store as checkpoint
-from abtrain.checkpoint import tensor_files as saved_files
 from abtrain.checkpoint import tidying
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process

@@ -23,8 +23,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 from torch import Tensor
 
-from abtrain.checkpoint.manifest import MANIFEST, manifest, read_manifest
-from abtrain.checkpoint.tensor_files import Written, open_tensors, read_json, write_json, write_tensors
+from abtrain.checkpoint.files import (
+    MANIFEST,
+    Written,
+    manifest,
+    open_tensors,
+    read_json,
+    read_manifest,
+    write_json,
+    write_tensors,
+)
 from abtrain.checkpoint.tidying import AGAIN, TEMPORARY, checkpoints_in, prune, settle, sweep, sync_folder
 from abtrain.checkpoint.trees import join, refer, split
 from abtrain.checks import as_checkpoint_error, said

@@ -145,7 +145,7 @@ class ModelAccess:
     def factored_state_dict(self) -> dict[str, Tensor]:
         """Returns the compressed model: NAME.A (m, k) and NAME.B (k, n) in the place of a factored weight NAME.
 
-        `abtrain.lowrank.matrix.MatrixShape` gives the product W = A B the shape of the weight.
+        `abtrain.lowrank.svd.MatrixShape` gives the product W = A B the shape of the weight.
         """
         return self._model.factored_state_dict()
 

@@ -18,8 +18,8 @@ from abtrain.consistency.nested_state import cannot_be_shared
 from abtrain.engine.communicating_optimizers import communicates
 from abtrain.errors import UsageError
 from abtrain.lowrank.model_state import more_of
-from abtrain.lowrank.optimizer import PROJECTABLE, is_projectable
-from abtrain.lowrank.optimizers import Optimizers, announces_steps, parameters_of
+from abtrain.lowrank.optimizer import PROJECTABLE
+from abtrain.lowrank.optimizers import Optimizers, announces_steps, is_a, parameters_of
 from abtrain.merging.copies import kept_elsewhere
 from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.own import trained_parameters
@@ -169,7 +169,7 @@ def _not_projectable(optimizers: Optimizers, recipe: Recipe, policy: OptimizerSt
     """Names the optimizers whose state cannot be converted into that of factors; empty under another policy."""
     if recipe.factoring is None or recipe.factoring.optimizer_state != policy:
         return ""
-    return ", ".join(dict.fromkeys(type(one).__name__ for one in optimizers.acting if not is_projectable(one)))
+    return ", ".join(dict.fromkeys(type(one).__name__ for one in optimizers.acting if not is_a(one, PROJECTABLE)))
 
 
 def _held_problems(model: nn.Module, optimizers: Optimizers) -> list[str]:
@@ -235,7 +235,7 @@ def _factoring_problems(optimizers: Optimizers, recipe: Recipe) -> list[str]:
 
 def _state_from_start(optimizer: Optimizer) -> str:
     """Names state that an optimizer has made before its first step, and that only itself can make; empty if none."""
-    if is_projectable(optimizer) or _steps_of(optimizer):
+    if is_a(optimizer, PROJECTABLE) or _steps_of(optimizer):
         return ""
     for parameter, state in _states_of(optimizer):
         for key, value in state.items():

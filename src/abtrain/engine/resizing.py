@@ -11,7 +11,6 @@ from abtrain.checks import as_checkpoint_error
 from abtrain.engine import optimizer_hooks, progress
 from abtrain.engine.state_problems import run_problem
 from abtrain.errors import CheckpointError, UsageError
-from abtrain.lowrank.model_state import with_values
 from abtrain.merging import rounds
 from abtrain.merging.buffers import pooled_buffers
 from abtrain.merging.merger import pooled, rewound_weights
@@ -73,7 +72,7 @@ def _at_last_merge(state: Mapping[str, Any], buffers: Mapping[str, Tensor], reci
     back = state["step"] - position.step
     return {
         **progress.rewound(position.step),
-        "model": with_values(state["model"], weights, buffers),
+        "model": {**state["model"], "weights": weights, "buffers": buffers},
         "rounds": rounds.rewound(state["rounds"], position.step),
         **optimizer_hooks.rewound(state, position.step, back, position.step_in_phase),
     }

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from abtrain.lowrank.layers import FACTORED_LAYERS
-from abtrain.lowrank.matrix import MatrixShape
+from abtrain.lowrank.svd import MatrixShape
 from abtrain.own import IGNORED, own_names
 from abtrain.recipes.factoring import Factoring
 

@@ -28,11 +28,11 @@ from abtrain.checks import (
     tensor,
     text,
 )
-from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.model_state import modules_with_extra_state, own_tensors
 from abtrain.lowrank.names import factor_names
 from abtrain.lowrank.optimizer_fit import optimizer_problems
+from abtrain.lowrank.svd import MatrixShape
 from abtrain.own import caches, shared_buffers
 
 Layout = dict[str, Tensor]

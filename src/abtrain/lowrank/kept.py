@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from abtrain.errors import UsageError
-from abtrain.lowrank.hooked import read_product
 from abtrain.lowrank.nested import tensors_in, with_tensors
-from abtrain.lowrank.weight import FactoredWeight
+from abtrain.lowrank.weight import FactoredWeight, read_product
 
 _NEEDS_NO_VALUE = frozenset(
     {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized"}

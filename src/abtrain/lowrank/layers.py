@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abtrain.errors import UsageError
-from abtrain.lowrank.hooked import read_product
 from abtrain.lowrank.kept import shown
 from abtrain.lowrank.loading import load_
 from abtrain.lowrank.svd import Factors
-from abtrain.lowrank.weight import FactoredWeight
+from abtrain.lowrank.weight import FactoredWeight, read_product
 
 
 class Factored(nn.Module):

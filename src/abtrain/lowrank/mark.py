@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from abtrain.errors import UsageError
 from abtrain.lowrank.nested import tensors_in
 
-_SHAPE = (1,) * 8
-"""More dimensions than any weight has, so that the mark broadcasts to no tensor in place."""
+SHAPE = (1,) * 8
+"""The shape of a mark: more dimensions than any weight has, so that the mark broadcasts to no tensor in place."""
 
 
 class FactoredMark(nn.Parameter):
@@ -38,7 +38,7 @@ class FactoredMark(nn.Parameter):
             result = func(*args, **kwargs)
         # A view of the base would have a base again, without end.
         is_base = getattr(getattr(func, "__self__", None), "__name__", "") == "_base"
-        whole = isinstance(result, Tensor) and result.shape == _SHAPE and not is_base
+        whole = isinstance(result, Tensor) and result.shape == SHAPE and not is_base
         return result.as_subclass(FactoredMark) if whole and not isinstance(result, FactoredMark) else result
 
     @property
@@ -51,9 +51,3 @@ class FactoredMark(nn.Parameter):
 
     def requires_grad_(self, requires_grad: bool = True) -> FactoredMark:
         return self
-
-
-def mark_like(tensor: Tensor) -> FactoredMark:
-    """A mark of the tensor's dtype and device."""
-    zero = torch.zeros(_SHAPE, dtype=tensor.dtype, device=tensor.device)
-    return zero.as_subclass(FactoredMark)

@@ -11,13 +11,12 @@ from torch.optim import Optimizer
 from abtrain.lowrank.classify import UNSHARED, Treatment
 from abtrain.lowrank.loading import cutting
 from abtrain.lowrank.mark import FactoredMark
-from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.names import factor_letter, factor_names, tensors_of, weight_name, without_compiled
-from abtrain.lowrank.optimizer import fresh_state, is_projectable, project_to_factors, project_to_weight, replace_
-from abtrain.lowrank.optimizers import Optimizers
+from abtrain.lowrank.optimizer import PROJECTABLE, fresh_state, project_to_factors, project_to_weight
+from abtrain.lowrank.optimizers import Optimizers, is_a
 from abtrain.lowrank.precondition import seen_through
 from abtrain.lowrank.surgery import factorize_, restore_
-from abtrain.lowrank.svd import Factors
+from abtrain.lowrank.svd import Factors, MatrixShape
 from abtrain.lowrank.weight import FactoredWeight
 from abtrain.recipes.factoring import OptimizerState
 
@@ -60,7 +59,7 @@ class FactoredModel:
         return self._optimizer_state != "reset"
 
     def _projects_state_of(self, optimizer: Optimizer) -> bool:
-        return self._optimizer_state == "project" or (self.projects and is_projectable(optimizer))
+        return self._optimizer_state == "project" or (self.projects and is_a(optimizer, PROJECTABLE))
 
     def resets(self) -> set[str]:
         """Names of the factors whose optimizer state is dropped when they become weights."""
@@ -103,7 +102,7 @@ class FactoredModel:
         self.damping = damping
         for name, pair in factors.items():
             record = factorize_(self.model, name, pair)
-            for optimizer, (state,) in replace_(self.optimizers, [record.dense], record.factors):
+            for optimizer, (state,) in self.optimizers.replace([record.dense], record.factors):
                 if state and self._projects_state_of(optimizer):
                     states = project_to_factors(state, record, *seen_through(record, damping))
                     optimizer.state[record.A], optimizer.state[record.B] = states
@@ -114,7 +113,7 @@ class FactoredModel:
     def restore(self) -> None:
         """Makes every weight W = A B again."""
         for record in reversed(self.records.values()):
-            states = replace_(self.optimizers, record.factors, [record.dense])
+            states = self.optimizers.replace(record.factors, [record.dense])
             restore_(record)
             for optimizer, (state_A, state_B) in states:
                 if (state_A or state_B) and self._projects_state_of(optimizer):

@@ -89,13 +89,6 @@ def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
         _load_optimizer_state(optimizer, names, saved)
 
 
-def with_values(
-    state: Mapping[str, Any], weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Returns a `model_state` with other values of its weights and buffers."""
-    return {**state, "weights": dict(weights), "buffers": dict(buffers)}
-
-
 def _optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter]) -> dict[str, Any]:
     groups = [
         {key: _plain(value) for key, value in settings_of(group).items() if _is_plain(value)}

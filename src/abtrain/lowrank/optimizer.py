@@ -1,19 +1,14 @@
-"""The optimizer's part of a change of shape: replaces parameters in param groups, and converts moments.
-
-The user's optimizer and its param groups stay, so learning rates, weight decay and schedulers keep working.
-"""
+"""The optimizer's state at a change of shape: converts that of a weight into that of its factors, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop
 
-from abtrain.lowrank.names import factor_names, weight_name
-from abtrain.lowrank.optimizers import Optimizers, is_a
+from abtrain.lowrank.optimizers import is_a
 from abtrain.lowrank.weight import FactoredWeight
 
 State = dict[str, Any]
@@ -25,40 +20,6 @@ SQUARED_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"
 PROJECTABLE = (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, Muon)
 """Optimizers whose whole state is known to be linear or squared moments and step counts."""
 _TINY = torch.finfo(torch.float64).tiny
-
-
-def is_projectable(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's state of a weight can be converted into that of its factors and back."""
-    return is_a(optimizer, PROJECTABLE)
-
-
-def replace_(
-    optimizers: Optimizers, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]
-) -> list[tuple[Optimizer, list[State]]]:
-    """Puts `new` in the place of `old[0]` in its param groups, and removes the other `old`.
-
-    Returns:
-        For each optimizer with its own state, the states of the `old` parameters in their order; {} for none.
-    """
-    for group in optimizers.groups():
-        if any(parameter is old[0] for parameter in group["params"]):
-            _replace_in(group, old, new)
-    optimizers.hand_over(old, new)
-    return [(one, [one.state.pop(parameter, {}) for parameter in old]) for one in optimizers.stateful]
-
-
-def _replace_in(group: dict[str, Any], old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]) -> None:
-    parameters = group["params"]
-    names = group.get("param_names") or [""] * len(parameters)
-    rows: list[tuple[nn.Parameter, str]] = []
-    for parameter, name in zip(parameters, names, strict=True):
-        if parameter is old[0]:
-            weight = weight_name(name)
-            rows += zip(new, (weight,) if len(new) == 1 else factor_names(weight), strict=True)
-        elif all(parameter is not one for one in old):
-            rows.append((parameter, name))
-    # In place: some optimizers keep these very lists.
-    parameters[:], names[:] = [parameter for parameter, _ in rows], [name for _, name in rows]
 
 
 def project_to_factors(state: State, record: FactoredWeight, A: Tensor, B: Tensor) -> tuple[State, State]:

@@ -17,6 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from abtrain.lowrank.names import factor_names, weight_name
+
 _DEEPEST = 3
 """Levels of lists and dicts in which an optimizer may keep others."""
 _NOT_SEARCHED = frozenset({"state", "param_groups", "defaults"})
@@ -58,11 +60,37 @@ class Optimizers:
         """The optimizer that changes a parameter; None if no optimizer holds it."""
         return self._holders.get(id(parameter))
 
-    def hand_over(self, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]) -> None:
-        """Records that the holder of `old` has replaced them by `new`."""
+    def replace(
+        self, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]
+    ) -> list[tuple[Optimizer, list[dict[str, Any]]]]:
+        """Puts `new` in the place of `old[0]` in its param groups, and removes the other `old`.
+
+        The param groups stay, so learning rates, weight decay and schedulers keep working.
+
+        Returns:
+            For each optimizer with its own state, the states of the `old` parameters in their order; {} for none.
+        """
+        for group in self.groups():
+            if any(parameter is old[0] for parameter in group["params"]):
+                _replace_in(group, old, new)
         holders = [self._holders.pop(id(parameter), None) for parameter in old]
         if holders[0] is not None:
             self._holders |= dict.fromkeys(map(id, new), holders[0])
+        return [(one, [one.state.pop(parameter, {}) for parameter in old]) for one in self.stateful]
+
+
+def _replace_in(group: dict[str, Any], old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]) -> None:
+    parameters = group["params"]
+    names = group.get("param_names") or [""] * len(parameters)
+    rows: list[tuple[nn.Parameter, str]] = []
+    for parameter, name in zip(parameters, names, strict=True):
+        if parameter is old[0]:
+            weight = weight_name(name)
+            rows += zip(new, (weight,) if len(new) == 1 else factor_names(weight), strict=True)
+        elif all(parameter is not one for one in old):
+            rows.append((parameter, name))
+    # In place: some optimizers keep these very lists.
+    parameters[:], names[:] = [parameter for parameter, _ in rows], [name for _, name in rows]
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -9,21 +9,15 @@ from __future__ import annotations
 from torch import nn
 
 from abtrain.lowrank.classify import has_factored_form, owner
-from abtrain.lowrank.hooked import after_accumulation
 from abtrain.lowrank.kept import give_back_, keep_
 from abtrain.lowrank.layers import FACTORED_LAYERS, Factored, rebuilding
-from abtrain.lowrank.mark import mark_like
-from abtrain.lowrank.matrix import MatrixShape
-from abtrain.lowrank.svd import Factors
-from abtrain.lowrank.weight import FactoredWeight, Names
+from abtrain.lowrank.mark import SHAPE, FactoredMark
+from abtrain.lowrank.svd import Factors, MatrixShape
+from abtrain.lowrank.weight import FactoredWeight, Names, after_accumulation
 
 
 def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
-    """Replaces the weight `name` of a model by factors, in place, and frees the dense weight.
-
-    Returns:
-        The record that `restore_` takes.
-    """
+    """Replaces the weight `name` of a model by factors, in place, frees it, and returns the record for `restore_`."""
     module, attribute = owner(model, name)
     dense = module.get_parameter(attribute)
     names = Names(*(_free_name(module, f"{attribute}_{what}") for what in ("factored", "A", "B")))
@@ -32,7 +26,7 @@ def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
     record = FactoredWeight(
         name, module, attribute, dense, A, B, names, MatrixShape(dense.shape), dense.stride(), hooks
     )
-    _rename_(module, attribute, names.mark, mark_like(A))
+    _rename_(module, attribute, names.mark, factors.A.new_zeros(SHAPE).as_subclass(FactoredMark))
     module._parameters.update({names.A: A, names.B: B})
     known = module._abtrain_weights if isinstance(module, Factored) else {}
     _show_(module, {**known, attribute: record})

@@ -12,9 +12,8 @@ from abtrain import FixedRank, SigmaCutoff
 from abtrain.errors import UsageError
 from abtrain.lowrank.classify import owner
 from abtrain.lowrank.layers import LowRankConv2d, LowRankLinear
-from abtrain.lowrank.matrix import MatrixShape
 from abtrain.lowrank.surgery import factorize_, restore_
-from abtrain.lowrank.svd import decompose
+from abtrain.lowrank.svd import MatrixShape, decompose
 from abtrain.lowrank.weight import FactoredWeight
 from abtrain.recipes.factoring import RankRule
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from abtrain import FixedRank, SigmaCutoff
 from abtrain.errors import NonFiniteError
-from abtrain.lowrank.matrix import MatrixShape
-from abtrain.lowrank.svd import decompose
+from abtrain.lowrank.svd import MatrixShape, decompose
 
 ALL = SigmaCutoff(0.0)
 

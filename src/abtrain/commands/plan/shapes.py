@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from abtrain.errors import ConfigurationError
 from abtrain.lowrank.classify import Kind, classify
-from abtrain.lowrank.matrix import MatrixShape
+from abtrain.lowrank.svd import MatrixShape
 from abtrain.own import own_names, shared_buffers
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.numbers import number_problems, whole_number_problems

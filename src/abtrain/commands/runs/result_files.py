@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abtrain.checkpoint.tensor_files import MAX_JSON_BYTES, open_regular
+from abtrain.checkpoint.files import MAX_JSON_BYTES, open_regular
 from abtrain.errors import CheckpointError, DataError
 
 _REMEDY = "restore the file from a copy, or move the folder of this run away and run the command again"

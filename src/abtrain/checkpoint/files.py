@@ -1,4 +1,7 @@
-"""JSON and safetensors files of a checkpoint: synced when written, verified when read, and without pickle."""
+"""The files of a checkpoint: JSON, safetensors, and a manifest with the sizes and digests of the others.
+
+They are synced when they are written, verified when they are read, and hold no pickle.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader
 from pathlib import Path
@@ -18,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from abtrain.checkpoint.trees import DTYPES, parse_json
+from abtrain.checks import anything, by_name, mapping, one_of, row, said, text, whole
 from abtrain.comm.checksums import bytes_of
 from abtrain.errors import CheckpointError
 
@@ -26,6 +30,18 @@ MAX_JSON_BYTES = 64 * 2**20
 
 _MOST_UNDIGESTED_BYTES = 256 * 2**20
 """Limits the memory for copies of a GPU's tensors: they are kept until they are digested."""
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_BODY = mapping(
+    {
+        "format": anything,
+        "step": whole(0, 2**63 - 1),
+        "workers": whole(1, 10**6),
+        "resizable": one_of(True, False),
+        "files": by_name(row(whole(0, 2**63 - 1), text())),
+    }
+)
 
 
 class Written(NamedTuple):
@@ -50,13 +66,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], sync: Callable[[Bin
         tensor, start = tensors[name], end
         end += tensor.nbytes
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return _write(path, [_as_tensor(len(text).to_bytes(8, "little") + text), *(tensors[name] for name in names)], sync)
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    return _write(path, [_as_tensor(len(head).to_bytes(8, "little") + head), *(tensors[name] for name in names)], sync)
 
 
-def _as_tensor(text: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+def _as_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _write(path: Path, pieces: list[Tensor], sync: Callable[[BinaryIO], None]) -> Written:
@@ -143,3 +159,56 @@ def open_tensors(path: Path, expected: Written) -> safe_open:
             raise CheckpointError(f"{path} is damaged: {error}") from error
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read by its descriptor: {error}") from error
+
+
+def manifest(step: int, resizable: bool, workers: int, written: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of a manifest; `written` has size and SHA-256 by file name."""
+    body = {"format": FORMAT, "step": step, "workers": workers, "resizable": resizable, "files": dict(written)}
+    return {"manifest": body, "sha256": _body_digest(body)}
+
+
+def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
+    """Returns the valid manifest of a folder that holds exactly the files in it, and the manifest's digest.
+
+    Raises:
+        CheckpointError: the folder or the manifest is missing, damaged or invalid.
+    """
+    try:
+        if not stat.S_ISDIR(path.lstat().st_mode):
+            raise CheckpointError(f"{path} is not a folder")
+        held = set(os.listdir(path))  # noqa: PTH208
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be listed: {error.strerror}") from error
+    content = read_json(path / MANIFEST)
+    body = content.get("manifest") if isinstance(content, dict) else None
+    try:
+        sha = _body_digest(body)
+    except RecursionError:
+        sha = ""  # Python reads more levels than it writes
+    if not isinstance(body, dict) or not sha or content.get("sha256") != sha:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: its digest is not the one that was written")
+    for problem in _problems(body):
+        raise CheckpointError(f"{path / MANIFEST}: {problem}")
+    wanted = {*body["files"], MANIFEST}
+    for name in sorted(wanted - held):
+        raise CheckpointError(f"{path / name} is missing")
+    for name in sorted(held - wanted):
+        raise CheckpointError(f"{path / name} does not belong there: remove it if you know its origin")
+    return body, sha
+
+
+def _problems(body: Mapping[str, Any]) -> Iterator[str]:
+    if body.get("format") != FORMAT:
+        yield f"its format is {said(body.get('format'))}, and this version of abtrain reads {FORMAT}"
+        return
+    problems = list(_BODY("manifest", body))
+    yield from problems
+    if not problems:
+        files, workers = body["files"].keys(), body["workers"]
+        expected = {f"part-{rank}.{kind}" for rank in range(workers) for kind in ("json", "safetensors")}
+        yield from (f"it lists {said(name)}, which {workers} workers do not write" for name in sorted(files - expected))
+        yield from (f"it does not list {name}" for name in sorted(expected - files))
+
+
+def _body_digest(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
