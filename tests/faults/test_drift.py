@@ -16,8 +16,7 @@ from abtrain import ABTraining, recipes, weights_digest
 from abtrain.checkpoint import store as checkpoint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
-from abtrain.consistency.replicas import check_replicas
-from abtrain.consistency.saved_marks import marked
+from abtrain.consistency.replicas import check_replicas, marked
 from abtrain.errors import CheckpointError, RanksDisagreeError
 from abtrain.recipes.recipe import Recipe
 from tests.cases import SCHEDULE, build

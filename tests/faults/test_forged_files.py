@@ -18,7 +18,7 @@ from abtrain.checkpoint import store as checkpoint
 from abtrain.checkpoint.dcp import TrainingState
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
-from abtrain.consistency.saved_marks import marked
+from abtrain.consistency.replicas import marked
 from abtrain.engine.resizing import resized
 from abtrain.errors import CheckpointError
 from tests.faults.test_checkpoints import forge, put

@@ -39,7 +39,7 @@ from abtrain.checks import as_checkpoint_error, said
 from abtrain.comm.checksums import digest
 from abtrain.comm.communicator import Communicator
 from abtrain.consistency.agreement import gather_json
-from abtrain.consistency.saved_marks import Marks, check_same, drifted, marks, same_in
+from abtrain.consistency.replicas import Marks, check_same, drifted, marks, same_in
 from abtrain.errors import CheckpointError, RanksDisagreeError
 from abtrain.failpoints import fail_at
 

@@ -28,16 +28,22 @@ class Link:
     meter: Meter
     peers: Peers | None = None
 
-    def start(self, name: str, nbytes: int, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Pending[None]:
-        """Launches a collective and counts `nbytes`; only `wait` is timed. Skips a collective with nothing to send."""
+    def start(
+        self, name: str, nbytes: int, collective: Callable[..., Any], *args: Any, outcome: Any = None, **kwargs: Any
+    ) -> Pending[Any]:
+        """Launches a collective and counts `nbytes`; only `wait`, which returns `outcome`, is timed.
+
+        Skips a collective with nothing to send.
+        """
         if len(self.ranks) == 1 or nbytes == 0:
-            return Pending(lambda: None)
+            return Pending(lambda: outcome)
         self.meter.count(nbytes, self.spans)
         launched = self.launch(name, collective, *args, **kwargs)
 
-        def finish() -> None:
+        def finish() -> Any:
             with self.meter.waiting():
                 launched.wait()
+            return outcome
 
         return Pending(finish)
 

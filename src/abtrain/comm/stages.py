@@ -53,10 +53,8 @@ def stages_due(count: int, steps: int, passed: int) -> int:
 class Background(Generic[T]):
     """Stages that are spread over some steps of training. The first one runs at once.
 
-    Args:
-        stages: the work.
-        count: how often it yields. This sets the pace only: a wrong number costs overlap and nothing else.
-        steps: the number of calls of `advance` after which it is done.
+    All are done after `steps` calls of `advance`. `count` is how often `stages` yield. It sets the pace only: a wrong
+    number costs overlap and nothing else.
     """
 
     def __init__(self, stages: Stages[T], count: int, steps: int) -> None:

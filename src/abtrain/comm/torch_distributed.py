@@ -93,13 +93,12 @@ class TorchCommunicator(Communicator):
         link = self._link(scope)
         gathered = torch.stack([tensor] * len(link.ranks))
         rows = list(as_bytes(gathered).view(len(link.ranks), tensor.nbytes))
-        sent = link.start("all_gather", tensor.nbytes, dist.all_gather, rows, as_bytes(tensor))
-        return _with_outcome(sent, gathered)
+        return link.start("all_gather", tensor.nbytes, dist.all_gather, rows, as_bytes(tensor), outcome=gathered)
 
     def _start_exchange(self, rows: Tensor, nbytes: int) -> Pending[Tensor]:
         received = rows.clone()
-        sent = self._link("world").start("exchange", nbytes, dist.all_to_all_single, as_bytes(received), as_bytes(rows))
-        return _with_outcome(sent, received)
+        tensors = as_bytes(received), as_bytes(rows)
+        return self._link("world").start("exchange", nbytes, dist.all_to_all_single, *tensors, outcome=received)
 
     def _broadcast(self, tensor: Tensor, source: int) -> None:
         self._link("world").broadcast(tensor, source)
@@ -154,14 +153,6 @@ class TorchCommunicator(Communicator):
         groups = [list(ranks) for ranks in self.topology.groups]
         mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=_world_timeout(self.device))
         return cast(dist.ProcessGroup, mine)  # every rank is in a group
-
-
-def _with_outcome(sent: Pending[None], outcome: Tensor) -> Pending[Tensor]:
-    def finish() -> Tensor:
-        sent.wait()
-        return outcome
-
-    return Pending(finish)
 
 
 def _device_of_backend() -> torch.device:

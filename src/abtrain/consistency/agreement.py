@@ -126,11 +126,7 @@ def _leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
 
 
 def differences(everyone: Sequence[Mapping[str, str]]) -> str:
-    """Describes the places at which ranks hold different texts; empty if there are none.
-
-    Args:
-        everyone: for each rank, its texts by place.
-    """
+    """Describes the places at which ranks hold different texts; empty if there are none."""
     found: dict[str, str] = {}
     for place in dict.fromkeys(place for held in everyone for place in held):
         values = [held.get(place, _ABSENT) for held in everyone]

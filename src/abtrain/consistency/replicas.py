@@ -1,7 +1,10 @@
-"""Checks that replicas hold the same weights: after every phase, and inside groups before every merge.
+"""Checks that replicas hold the same weights: after every phase, inside groups before every merge, and in saved states.
 
 Workers that average gradients apply equal changes to weights that they assume to be equal; without a check, nobody
 would notice that one of them has drifted. Differences that processors cause by rounding are removed.
+
+The tensors of a saved state that are equal on all workers are marked, and checked at saving and at loading. Otherwise a
+worker whose weights have drifted would save a checkpoint that cannot be loaded, and good ones would be removed for it.
 """
 
 from __future__ import annotations
@@ -9,13 +12,15 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from abtrain.comm.checksums import checksum, fingerprint, layouts_of
 from abtrain.comm.communicator import Communicator, Scope
+from abtrain.comm.topology import Topology
 from abtrain.consistency.agreement import differences, disagreeing, gather_json
 from abtrain.errors import RanksDisagreeError
 
@@ -24,6 +29,13 @@ log = logging.getLogger("abtrain")
 # The largest difference that counts as rounding, relative to the largest number of the tensor; for dtypes that round
 # more coarsely, in units of the last place.
 _ROUNDING, _ULPS = 1e-5, 4
+
+
+_SCOPE_OF = "_same_on"
+"""In a tree, `NAME_same_on: SCOPE` beside `NAME` means that all workers of the scope hold the same tensors there."""
+
+Marks = list[list[str]]
+"""The marks in one worker's state: place, scope, and fingerprint of the tensors."""
 
 
 def check_replicas(
@@ -35,13 +47,9 @@ def check_replicas(
 ) -> None:
     """Compares the tensors of the ranks of a scope. Collective over it; 16 bytes, until something differs.
 
-    Args:
-        comm: the communicator.
-        tensors: by name, of the same shapes on all ranks. If they differ only by rounding, all take those of the
-            scope's first rank, in place.
-        scope: the ranks that must hold the same.
-        where: for messages, such as `step 120, phase warmup`.
-        buffers: by name; only their names, shapes and dtypes are compared. For the scope `world` alone.
+    `tensors` have the same shapes on all ranks. If they differ only by rounding, all take those of the scope's first
+    rank, in place. Of `buffers`, only names, shapes and dtypes are compared, for the scope `world` alone. `where` is for
+    messages, such as `step 120, phase warmup`.
 
     Raises:
         RanksDisagreeError: a rank has drifted; on all ranks of the scope, with the rank.
@@ -92,3 +100,59 @@ def _odd(digests: Sequence[int], ranks: Sequence[int]) -> str:
     odd = [rank for rank, value in zip(ranks, digests, strict=True) if value != kept]
     rest = [rank for rank in ranks if rank not in odd]
     return f"rank {', '.join(map(str, odd))} holds other weights than rank {', '.join(map(str, rest))}"
+
+
+def marked(name: str, tensors: Mapping[str, Tensor], scope: Scope | None) -> dict[str, Any]:
+    """Returns the entry `name` of a tree, marked as equal on all workers of a scope (None: not marked)."""
+    return {name: tensors} if scope is None else {name: tensors, f"{name}{_SCOPE_OF}": scope}
+
+
+def same_in(tree: Any, place: str = "") -> Iterator[tuple[str, Scope, Any]]:
+    """Yields the place, scope and content of every marked entry of a tree."""
+    if not isinstance(tree, Mapping):
+        return
+    for key, item in tree.items():
+        name = key.removesuffix(_SCOPE_OF) if isinstance(key, str) else key
+        if name != key and item in get_args(Scope) and isinstance(tree.get(name), Mapping):
+            yield f"{place}/{name}", item, tree[name]
+        yield from same_in(item, f"{place}/{key}")
+
+
+def check_same(tree: Any, comm: Communicator, where: str) -> None:
+    """Compares the marked tensors of a tree; all workers have the same marks. Collective over the world.
+
+    Rounding differences are removed, in place. If a worker has drifted, all raise a RanksDisagreeError.
+    """
+    problem = ""
+    for _, scope, tensors in same_in(tree):
+        held = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+        real = {name: torch.view_as_real(t) if t.is_complex() else t for name, t in held.items()}
+        try:
+            check_replicas(comm, real, scope, where)
+        except RanksDisagreeError as error:
+            problem = problem or str(error)
+    for found in filter(None, gather_json(comm, problem)):
+        raise RanksDisagreeError(found)
+
+
+def marks(structure: Any) -> Marks:
+    """Returns the marks in a structure of references to tensors: equal references are equal tensors."""
+    return [[place.strip("/"), scope, str(fingerprint(refs))] for place, scope, refs in same_in(structure)]
+
+
+def drifted(answers: Sequence[Sequence[Marks]], topology: Topology) -> str:
+    """Describes a part of a state that was marked as equal but saved differently; empty if there is none.
+
+    `answers` has, for each present worker, the marks of the states that it has read: its own, or those of all former
+    workers.
+    """
+    found: dict[tuple[str, str], set[str]] = {}
+    for rank, states in enumerate(answers):
+        for place, scope, digest in (row for state in states for row in state):
+            # If the number of workers has changed, their former groups are unknown.
+            if scope == "group" and len(states) > 1:
+                continue
+            group = str(topology.group_of(rank)) if scope == "group" else "world"
+            found.setdefault((place, group), set()).add(digest)
+    odd = sorted(place for (place, _), digests in found.items() if len(digests) > 1)
+    return f"workers had drifted apart in {odd[0]} when they saved it" if odd else ""

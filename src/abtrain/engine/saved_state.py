@@ -10,8 +10,7 @@ import torch
 
 from abtrain.checks import as_checkpoint_error
 from abtrain.consistency.agreement import check_equal, raise_together
-from abtrain.consistency.replicas import check_replicas
-from abtrain.consistency.saved_marks import marked
+from abtrain.consistency.replicas import check_replicas, marked
 from abtrain.consistency.settings import HYPERPARAMETERS, chosen
 from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.engine.phase_change import PhaseChange

@@ -31,12 +31,7 @@ _DIRECTIONS = ("weight_u", "weight_v", "_u", "_v")
 
 
 def averaged_buffers(names: Iterable[str], further: Sequence[str] = ()) -> list[str]:
-    """Returns the names of the buffers that are averaged if they differ.
-
-    Args:
-        names: of all buffers.
-        further: globs of further names.
-    """
+    """Returns the names of the buffers that are averaged if they differ; `further` has globs of names."""
     return [
         name
         for name in names

@@ -18,13 +18,10 @@ def carry_over(
     momentum: bool,
     convert: Callable[[Tensors, FactoredWeight], None],
 ) -> None:
-    """Converts the state of merges, and drops what wires keep between merges.
+    """Converts the state of merges, and drops the state of its wires.
 
-    Args:
-        merger: whose momentum and residuals are converted.
-        records: the factored weights, their factors in place.
-        momentum: whether outer momentum is converted, or dropped.
-        convert: `into_weight` before factors are multiplied, `into_factors` after weights have been factored.
+    The factors of all `records` are in place: `convert` is `into_weight` before factors are multiplied, `into_factors`
+    after weights have been factored. Without `momentum`, outer momentum is dropped.
     """
     for record in records:
         names = (record.name, *factor_names(record.name))

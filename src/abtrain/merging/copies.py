@@ -87,16 +87,13 @@ class WeightCopies:
             if not torch.equal(parameter, old):
                 _follow(copy, old, parameter.detach())
 
-    @contextmanager
-    def averaged(self, comm: Communicator) -> Iterator[None]:
-        """Shows averages over all workers inside the block. Collective on entry, not on exit."""
-        with restored([copy for _, copy in self._pairs()]):
-            self.average(comm)
-            yield
+    def tensors(self) -> list[Tensor]:
+        """Returns all copies, each once."""
+        return [copy for _, copy in self._pairs()]
 
     def average(self, comm: Communicator) -> None:
         """Averages the copies over all workers, in place. Collective over the world."""
-        copies = [copy for _, copy in self._pairs()]
+        copies = self.tensors()
         for copy, mean in zip(copies, exact_average(copies, comm), strict=True):
             copy.copy_(mean)
 

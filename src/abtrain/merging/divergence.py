@@ -26,14 +26,8 @@ def divergence(
 ) -> dict[str, dict[str, float]]:
     """Measures a merge before its outcome is written, for two numbers per layer. Collective over the world.
 
-    Args:
-        comm: of this worker.
-        changes: the changes of this worker since the anchors, by name.
-        mean: the average of all workers' changes.
-        anchors: the weights that all workers began the round from.
-
-    Returns:
-        By layer of two or more dimensions, `distance` and for factors `subspace`.
+    `changes` are this worker's since the anchors, from which all workers began the round, and `mean` is their average
+    over all workers. Returns by layer of two or more dimensions `distance`, and for factors `subspace`.
     """
     names = [name for name in changes if changes[name].ndim > 1 and name in mean]
     if not names:

@@ -245,11 +245,7 @@ class Merger:
 def sent_by_merge(wire: str, tensors: Sequence[Tensor], averaged: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
     """Returns the calls of `Merger.merge`, stage by stage, if the same buffers differ as at the merge before.
 
-    Args:
-        wire: the name of the wire.
-        tensors: the tensors that merge; only shapes and dtypes matter.
-        averaged: the buffers that differ and are averaged.
-        workers: the number of workers.
+    Of the tensors that merge, and the buffers that differ and are `averaged`, only shapes and dtypes matter.
     """
     first, *more = make_wire(wire, workers).sends(tensors, workers)
     return ROLL_CALL, (*first, *sent_by_average(averaged)), *more

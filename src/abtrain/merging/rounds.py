@@ -47,12 +47,6 @@ class _UnderWay(NamedTuple):
 class Rounds:
     """Owns what merges and how: the shared tensors, the merger, and the merges that are under way.
 
-    Args:
-        shared: the tensors that merge.
-        comm: of this worker.
-        on_nonfinite: see `Merger`.
-        measure_divergence: whether to measure at each merge how far workers have diverged.
-
     Attributes:
         dropped: the step and the ranks of each merge that left parts out; the same on all workers.
         divergence: the step, the phase and the distances by layer of each merge in this process.
@@ -75,15 +69,10 @@ class Rounds:
         self._losses = []
 
     def step(self, position: Position, step: int, loss: float | None) -> bool:
-        """Advances merges that are under way, and begins those that are due after a training step.
+        """Advances merges that are under way, and begins those that are due after the training step at `position`.
 
-        Args:
-            position: of the training step in the recipe.
-            step: the number of steps that are done.
-            loss: this worker's training loss in the step, if known.
-
-        Returns:
-            Whether all workers hold the same weights now.
+        `step` is the number of steps that are done, and `loss` this worker's training loss in the last one, if known.
+        Returns whether all workers hold the same weights now.
 
         Raises:
             RanksDisagreeError: workers are at different steps, in different phases, or hold different shapes.
@@ -128,14 +117,8 @@ class Rounds:
         Messages of merges under way go first, in the order of the steps to come, up to the next merge. So a worker that
         calls this alone meets the others in their next roll call, and all of them get the error.
 
-        Args:
-            step: the number of steps that are done.
-            phase: the index of the phase in the recipe.
-            at: returns the position of a step in the recipe.
-            numbers: two numbers for all other workers.
-
-        Returns:
-            The numbers of each worker, in rank order.
+        `step` is the number of steps that are done, `phase` the index of the phase, and `at` returns the position of a
+        step in the recipe. Returns the `numbers` of each worker, in rank order.
 
         Raises:
             RanksDisagreeError: workers are at different steps, in different phases, or hold different shapes.
@@ -171,19 +154,18 @@ class Rounds:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns losses of the round, dropped parts, and merges under way."""
-        under_way = [
-            {
-                "step": merge.step,
-                "progress": list(merge.stages.progress),
-                "loss": None if merge.loss is None else torch.tensor(merge.loss, dtype=torch.float64),
-                "started": dict(merge.started),
-            }
-            for merge in self._under_way
-        ]
         return {
             "losses": torch.tensor(self._losses, dtype=torch.float64),
             "dropped": list(self.dropped),
-            "under_way": under_way,
+            "under_way": [
+                {
+                    "step": merge.step,
+                    "progress": list(merge.stages.progress),
+                    "loss": None if merge.loss is None else torch.tensor(merge.loss, dtype=torch.float64),
+                    "started": dict(merge.started),
+                }
+                for merge in self._under_way
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any], recipe: Recipe, device: torch.device) -> None:

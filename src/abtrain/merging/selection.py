@@ -49,10 +49,7 @@ def merging(
 ) -> dict[str, Tensor]:
     """Returns the parameters that merge after a step, without factors that nobody has trained.
 
-    Args:
-        position: of the step.
-        parameters: all that are shared, by name.
-        trained_by: by name, for each worker whether it trained the parameter. A missing name means that all did.
+    `trained_by` has by name for each worker whether it trained the parameter. A missing name means that all did.
     """
     parts = cut_into_fragments(parameters, rounds_of(position).fragments)
     tensors = {name: tensor for fragment in position.merging for name, tensor in parts[fragment].items()}

@@ -29,15 +29,8 @@ log = logging.getLogger("abtrain")
 class SharedTensors:
     """The trained parameters and the buffers that merges make equal, in their present form: factors, while they exist.
 
-    Args:
-        model: with its optimizers.
-        treatments: what becomes of each parameter.
-        comm: of this worker.
-        average_buffers: globs of buffers that are averaged in addition to running statistics.
-        same_settings: whether the optimizers' settings have to be equal at merges.
-
-    Attributes:
-        copies: the copies of the weights that optimizers keep.
+    Optimizers may keep `copies` of the weights. `average_buffers` has globs of buffers that are averaged in addition to
+    running statistics. With `same_settings`, the optimizers' settings have to be equal at merges.
     """
 
     def __init__(
@@ -143,7 +136,8 @@ class SharedTensors:
         averaged = self.averaged_buffers()
         followed = [tensor for name, tensor in differing.items() if name not in averaged]
         numbers = self.parameters() | {name: tensor for name, tensor in differing.items() if name in averaged}
-        with restored([*numbers.values(), *followed]), self.copies.averaged(self._comm):
+        with restored([*numbers.values(), *followed, *self.copies.tensors()]):
+            self.copies.average(self._comm)
             means = exact_average(list(numbers.values()), self._comm)
             for (name, tensor), mean in zip(numbers.items(), means, strict=True):
                 tensor.copy_(settled(name, mean) if name in differing else mean)

@@ -28,12 +28,7 @@ CAPACITY = 64 * 2**20
 
 
 class DirectWire(Wire):
-    """Sends every number, in one code.
-
-    Args:
-        code: the code of the numbers.
-        reply: the code of their average; by default the same.
-    """
+    """Sends every number in one code, and their average in the code `reply`, by default the same."""
 
     def __init__(self, code: str, reply: str | None = None) -> None:
         super().__init__()

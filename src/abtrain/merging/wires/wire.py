@@ -43,21 +43,15 @@ class Wire(ABC):
     def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
         """Averages over all workers, in stages. Collective over the world.
 
-        Args:
-            numbers: finite tensors by name, with the same names, shapes and dtypes in the same order on all workers.
-            comm: of this worker.
-
-        Returns:
-            New tensors of the same shapes and dtypes; errors in float32.
+        Numbers are finite, with the same names, shapes and dtypes in the same order on all workers. Returns new tensors
+        of the same shapes and dtypes; errors in float32.
         """
 
     @abstractmethod
     def sends(self, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
         """Returns the calls that each of two or more workers makes for one average, stage by stage.
 
-        Args:
-            tensors: the tensors to average; only shapes and dtypes matter.
-            workers: the number of workers.
+        Of the tensors, only shapes and dtypes matter.
         """
 
     @property
