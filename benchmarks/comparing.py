@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from abtrain import ABTraining, recipes
 from abtrain.consistency import replicas
-from abtrain.consistency import saved_marks as same
 from abtrain.engine import ab_training as engine
 from abtrain.engine import beginning
 from abtrain.engine import phase_change as arrangement
@@ -98,7 +97,7 @@ def work(rank: int, folder: str, layers: int, count: int) -> None:
         (merge, "checksum"),
         (buffers, "checksum"),
         (replicas, "checksum"),
-        (same, "check_replicas"),
+        (replicas, "check_replicas"),
     ):
         clock.watch(module, name)
     torch.manual_seed(0)

@@ -53,8 +53,8 @@ def stages_due(count: int, steps: int, passed: int) -> int:
 class Background(Generic[T]):
     """Stages that are spread over some steps of training. The first one runs at once.
 
-    All are done after `steps` calls of `advance`. `count` is how often `stages` yield. It sets the pace only: a wrong
-    number costs overlap and nothing else.
+    All are done after `steps` calls of `advance`. `count` is the number of times that they yield. It sets the pace
+    only: a wrong number costs overlap and nothing else.
     """
 
     def __init__(self, stages: Stages[T], count: int, steps: int) -> None:

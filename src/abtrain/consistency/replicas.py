@@ -30,7 +30,6 @@ log = logging.getLogger("abtrain")
 # more coarsely, in units of the last place.
 _ROUNDING, _ULPS = 1e-5, 4
 
-
 _SCOPE_OF = "_same_on"
 """In a tree, `NAME_same_on: SCOPE` beside `NAME` means that all workers of the scope hold the same tensors there."""
 
@@ -48,8 +47,8 @@ def check_replicas(
     """Compares the tensors of the ranks of a scope. Collective over it; 16 bytes, until something differs.
 
     `tensors` have the same shapes on all ranks. If they differ only by rounding, all take those of the scope's first
-    rank, in place. Of `buffers`, only names, shapes and dtypes are compared, for the scope `world` alone. `where` is for
-    messages, such as `step 120, phase warmup`.
+    rank, in place. Only names, shapes and dtypes of `buffers` are compared, for the scope `world` alone. Messages say
+    `where` this happened, such as `step 120, phase warmup`.
 
     Raises:
         RanksDisagreeError: a rank has drifted; on all ranks of the scope, with the rank.

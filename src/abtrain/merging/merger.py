@@ -245,7 +245,7 @@ class Merger:
 def sent_by_merge(wire: str, tensors: Sequence[Tensor], averaged: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
     """Returns the calls of `Merger.merge`, stage by stage, if the same buffers differ as at the merge before.
 
-    Of the tensors that merge, and the buffers that differ and are `averaged`, only shapes and dtypes matter.
+    `averaged` are the buffers that differ and are averaged. Only shapes and dtypes of tensors matter.
     """
     first, *more = make_wire(wire, workers).sends(tensors, workers)
     return ROLL_CALL, (*first, *sent_by_average(averaged)), *more

@@ -51,7 +51,7 @@ class Wire(ABC):
     def sends(self, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
         """Returns the calls that each of two or more workers makes for one average, stage by stage.
 
-        Of the tensors, only shapes and dtypes matter.
+        Only shapes and dtypes of the tensors matter.
         """
 
     @property
