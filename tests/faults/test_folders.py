@@ -227,7 +227,7 @@ def test_checkpoints_of_another_run_are_refused(name: str, tmp_path: Path, monke
     shutil.rmtree(mine / "checkpoints")
     shutil.copytree(theirs / "checkpoints", mine / "checkpoints")
     values = identity(other)[name], identity(settings(mine))[name]
-    with pytest.raises(CheckpointError, match="is of another run") as told:
+    with pytest.raises(CheckpointError, match="belongs to another run") as told:
         run(settings(mine))
     assert f"({name} is {values[0]!r} there and {values[1]!r} here)" in str(told.value)
     assert told.value.exit_code == 4 and str(mine / "checkpoints") in str(told.value)

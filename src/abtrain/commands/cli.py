@@ -88,7 +88,7 @@ def _plan(arguments: Sequence[str]) -> None:
 
 
 def _main_of(room: str) -> Callable[[Sequence[str]], None]:
-    """Returns a command that is the `main` of `command.py` in its own package."""
+    """Returns the command whose `main` is in `command.py` of a package."""
 
     def command(arguments: Sequence[str]) -> None:
         importlib.import_module(f"abtrain.commands.{room}.command").main(arguments)
@@ -97,7 +97,7 @@ def _main_of(room: str) -> Callable[[Sequence[str]], None]:
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
-    "train": ("train a task by a recipe", _train),
+    "train": ("train a task with a recipe", _train),
     "recipes": ("list the recipes with their phases and predicted traffic", _recipes),
     "plan": ("predict bytes and seconds on given links, and recommend a recipe", _plan),
     "compare": (
@@ -137,19 +137,19 @@ def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str], las
         if last:
             ignore_all()
         for number, handler in before.items():
-            # A worker that is about to end ignores signals, which must stay so.
+            # A worker that is about to end ignores signals, and must keep ignoring them.
             if signal.getsignal(number) is stop:
                 signal.signal(number, handler)
     return 0
 
 
 def _ended_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    """Ends the process at a request. During an import, an exception could be caught and lost."""
+    """Ends the process at a request to stop. An exception during an import could be caught and lost."""
     os._exit(_fail(StoppedError(stopped_message(number))))
 
 
 def _fail(error: AbtrainError) -> int:
-    """Prints an error, only once if all workers have it, and returns its exit code."""
+    """Prints an error and returns its exit code. If all workers have the same error, only the first prints it."""
     # Wrong settings and requests to stop concern all workers: the first one reports them.
     shared = isinstance(error, ConfigurationError | StoppedError) and not isinstance(error, WorldError)
     if is_first() or not shared:

@@ -60,7 +60,7 @@ def save(path: Path, height: float, draw: Callable[[Axes], None]) -> None:
 
 
 def legend_below(axes: Axes) -> None:
-    """Draws the legend below the axes, where it leaves them the full width of a phone."""
+    """Draws the legend below the axes, so that they keep the full width of a phone's screen."""
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.46, -0.16), fontsize=9.5)
 
 

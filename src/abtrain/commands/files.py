@@ -19,9 +19,9 @@ _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:
-    """Opens a text file for writing, which replaces the former file once all of it is on disk.
+    """Opens a text file for writing. It replaces the former file once all of it is on disk.
 
-    It is written under a new name in the same folder. A link in its place is replaced, not followed.
+    It is written under a temporary name in the same folder. A link in its place is replaced, not followed.
 
     Raises:
         OSError: it cannot be written; nothing has changed.
@@ -100,7 +100,7 @@ def is_leftover(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Removes a folder with its content, a file, or a link itself, if there is one; an OSError if it cannot."""
+    """Removes a folder with its content, a file, or a link itself, if it exists. Raises OSError if it cannot."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

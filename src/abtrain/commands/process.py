@@ -66,11 +66,11 @@ class Requests:
 
 
 class Afterwards:
-    """A signal handler for the time after a stopped run: a repetition of the same request does nothing.
+    """The signal handler after a stopped run. It ignores repetitions of the same request.
 
     Args:
         requests: the requests that the run received.
-        before: the handler to call at another request.
+        before: the handler to call at a new request.
     """
 
     def __init__(self, requests: Requests, before: Any) -> None:

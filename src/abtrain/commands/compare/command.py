@@ -79,7 +79,7 @@ def write_results(comparison: Comparison, outcomes: Sequence[ComparisonOutcome],
 
 @contextlib.contextmanager
 def _runner(comparison: Comparison) -> Iterator[Callable[[ComparisonRun], None]]:
-    """Gives a function that runs one run in a lab, which exists while this context is open."""
+    """Yields a function that executes one run in a lab. The lab exists while the context is open."""
     with Lab(comparison.lab) as lab:
         yield lambda run: run_in_lab(run, lab, comparison.overwrite)
 

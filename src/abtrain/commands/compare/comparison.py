@@ -121,9 +121,8 @@ def _folder_problems(comparison: Comparison) -> list[str]:
     try:
         if not os.path.lexists(file):
             used = comparison.out.exists() and (not comparison.out.is_dir() or any(comparison.out.iterdir()))
-            return (
-                [f"--out {comparison.out} is in use: name a folder that is empty or holds a comparison"] if used else []
-            )
+            remedy = "name a folder that is empty or holds a comparison"
+            return [f"--out {comparison.out} is neither empty nor a comparison: {remedy}"] if used else []
         there = read_record(file).content
     except (OSError, DataError) as error:
         return [f"--out {comparison.out} cannot be read: {error}"]
@@ -151,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", default="digits-mlp", help=f"{', '.join(TASKS)} (default %(default)s)")
     parser.add_argument("--nodes", type=int, default=lab.nodes, help="hosts (default %(default)s)")
     parser.add_argument("--rate", default="100mbit", help="rate of every link (default %(default)s)")
-    parser.add_argument("--more-rates", default="", help="further rates, at which seed 0 runs too: 20mbit,1gbit")
+    parser.add_argument("--more-rates", default="", help="further rates for runs with seed 0, such as 20mbit,1gbit")
     parser.add_argument(
         "--workers-per-node",
         type=int,

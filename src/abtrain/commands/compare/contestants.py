@@ -36,7 +36,7 @@ def contestants(texts: Sequence[str], rates: Mapping[str, float], common: Mappin
     Args:
         texts: the texts of the requested contestants.
         rates: learning rates, by label or by recipe name.
-        common: the settings that all share.
+        common: the settings that all contestants share.
 
     Raises:
         ConfigurationError: lists everything that is wrong with any of them.

@@ -101,7 +101,7 @@ def plan_runs(comparison: Comparison) -> list[ComparisonRun]:
 
 
 def run_in_lab(run: ComparisonRun, lab: Lab, overwrite: bool = False) -> None:
-    """Runs a run unless it is done. A stopped run starts again from step 0, because its seconds are measured.
+    """Executes a run unless it is done. A stopped run starts again from step 0, because its seconds are measured.
 
     Args:
         run: the run.

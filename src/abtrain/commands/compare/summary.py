@@ -25,7 +25,7 @@ class ComparisonRow:
         seconds: the time of the training loop.
         sync_seconds: the part of `seconds` spent waiting for others.
         seconds_ratio: the seconds over those of ddp in bf16.
-        utilisation: the seconds of solo over its own seconds, the share of time spent computing.
+        utilisation: the seconds of solo over those of the contestant, which is the share of time spent computing.
         compression: the parameters of the full model over those of the factored one.
         payload: the bytes that a worker hands to collectives.
         ring_bytes: the bytes that a ring all-reduce of the payload sends.
@@ -114,7 +114,7 @@ def expected_utilisation(row: ComparisonRow, measured_rate: int, rate: float, wi
         row: the row of the contestant.
         measured_rate: the rate at which the row was measured, in bits per second.
         rate: the rate of the other links, in bits per second.
-        wire_share: TCP payload over the bytes that a link is shaped by.
+        wire_share: TCP payload over the bytes that the shaper of a link counts.
     """
     on_link = 8 * row.wire_bytes / wire_share / measured_rate
     slower = measured_rate / rate

@@ -31,7 +31,7 @@ class LabRequest:
 
     Attributes:
         config: the settings of the lab.
-        job: the job to run in it; None if the command only removes what dead labs have left.
+        job: the job to run in it; None if the command only removes leftovers of dead labs.
     """
 
     config: LabConfig
@@ -54,7 +54,7 @@ def parse_arguments(arguments: Sequence[str]) -> LabRequest:
     faults: list[LabFault] = []
     for kind in get_args(Kind):
         faults += parse_all(getattr(given, kind), functools.partial(parse_fault, kind), problems)
-    # Rates that cannot be parsed are already among the problems; valid ones allow the other checks.
+    # Rates that cannot be parsed are already among the problems. The default rates allow the other checks.
     config = LabConfig(
         given.nodes, tuple(rates) if not problems else LabConfig.rates, given.workers_per_node, given.network
     )
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--network", default=defaults.network, help="addresses of the hosts (default %(default)s)")
     parser.add_argument("--timeout", type=float, help="seconds after which the run is stopped")
     parser.add_argument("--out", type=Path, help="folder for lab.json and logs (default runs/lab-TIME)")
-    parser.add_argument("--clean", action="store_true", help="only remove what dead labs have left")
+    parser.add_argument("--clean", action="store_true", help="only remove leftovers of dead labs")
     return parser
 
 

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     if request.job is None:
         removed = clean()
-        console.print(f"removed {', '.join(removed)}" if removed else "dead labs have left nothing")
+        console.print(f"removed {', '.join(removed)}" if removed else "no leftovers of dead labs")
         return
     with stopped_by_signals():
         _run(request, console)

@@ -52,7 +52,7 @@ def job_problems(job: Job, nodes: int) -> list[str]:
         problems.append(f"--timeout {job.timeout:g} is too short: use a number of seconds above 0")
     try:
         if job.out.exists() and (not job.out.is_dir() or any(job.out.iterdir())):
-            problems.append(f"--out {job.out} is in use: name a folder that is empty or does not exist yet")
+            problems.append(f"--out {job.out} is not an empty folder: name one that is empty or does not exist yet")
     except OSError as error:
         problems.append(f"--out {job.out} cannot be read: {error}. Name another folder")
     return problems

@@ -31,11 +31,11 @@ _WATCHER = "abtrain.commands.lab.watcher"
 
 
 def clean() -> list[str]:
-    """Removes what labs have left whose process has ended, and returns their names.
+    """Removes leftovers of labs whose process has ended, and returns the names of these labs.
 
     Raises:
         ConfigurationError: this system cannot run labs.
-        LabError: some of them cannot be removed. The others are removed.
+        LabError: some leftovers cannot be removed. The others are removed.
     """
     problems = system_problems()
     if problems:
@@ -55,7 +55,7 @@ def clean() -> list[str]:
 class Lab:
     """An emulated cluster that exists inside a `with` block and runs one job at a time.
 
-    Besides the faults of the job, another thread may cause faults while it runs.
+    Another thread may cause further faults while a job runs.
 
     Args:
         config: the settings of hosts and links.
@@ -73,7 +73,7 @@ class Lab:
         self._cut_off: set[int] = set()
 
     def __enter__(self) -> Lab:
-        """Removes what dead labs have left, builds this lab, and measures its links.
+        """Removes leftovers of dead labs, builds this lab, and measures its links.
 
         Raises:
             ConfigurationError: lists everything that is wrong with the settings or with this system.
@@ -133,7 +133,7 @@ class Lab:
 
     @property
     def rates(self) -> list[int]:
-        """For each host, the current setting of its link's rate in bits per second."""
+        """The current rate setting of each host's link, in bits per second."""
         return list(self._network.rates)
 
     def measure(self) -> list[tuple[float, float]]:
@@ -216,7 +216,7 @@ def _start_watcher(prefix: str) -> subprocess.Popen[bytes]:
 
 
 def _stop_watcher(watcher: subprocess.Popen[bytes]) -> None:
-    """Ends the watcher after it has removed what may be left of the lab."""
+    """Ends the watcher after it has removed any leftovers of the lab."""
     assert watcher.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # somebody killed it
         watcher.stdin.write(b"removed\n")

@@ -15,12 +15,12 @@ from abtrain.commands.units import format_rate
 from abtrain.errors import LabError
 
 WIRE_SHARE = 1448 / 1514
-"""TCP payload over the bytes that a link is shaped by, which include Ethernet, IP and TCP headers."""
+"""TCP payload over the bytes that the shaper of a link counts, which include Ethernet, IP and TCP headers."""
 _SECONDS = 0.2
 _LEAST_BYTES = 256 * 1024
-_ATTEMPTS = 5  # a busy machine delays the measurement, not the link
+_ATTEMPTS = 5  # a low rate may mean that the machine is busy, not that the link is slow
 _SILENCE_SECONDS = 5.0
-_SETTLE_SECONDS = 0.4  # for queues at the ends of links to drain, so that a job's counters do not include them
+_SETTLE_SECONDS = 0.4  # time for queues at the ends of links to drain, so that a job's counters do not include them
 # The total rate in bits per second up to which all links can be measured at the same time.
 _AT_ONCE = 500 * 10**6
 

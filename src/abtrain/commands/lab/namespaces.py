@@ -45,7 +45,7 @@ def of_lab(prefix: str) -> list[str]:
 
 
 def dead_labs() -> list[str]:
-    """Returns the prefixes of labs whose process has ended and that have left namespaces or processes."""
+    """Returns the prefixes of labs whose process has ended, but whose namespaces or processes still exist."""
     found = {}
     for name in (*_all(), *_marks().values()):
         parts = _PATTERN.fullmatch(name)

@@ -37,7 +37,7 @@ class HostProcesses:
     def __init__(self, names: Sequence[str], out: Path, show: Show) -> None:
         self.killed: set[int] = set()
         self._names, self._out, self._show = names, out, show
-        self._ends: dict[int, float] = {}  # by host, the time of its end, in the order of these times
+        self._ends: dict[int, float] = {}  # the time at which each host's command ended, in chronological order
         self._processes: list[subprocess.Popen[str]] = []
         self._readers: list[threading.Thread] = []
 

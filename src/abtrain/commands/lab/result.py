@@ -84,7 +84,7 @@ class LabResult:
 
     @property
     def wire_bytes(self) -> float:
-        """The mean over hosts of the bytes that a host sent."""
+        """The mean number of bytes that a host sent."""
         return sum(host.traffic.tx_bytes for host in self.hosts) / len(self.hosts)
 
 

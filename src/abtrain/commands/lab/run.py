@@ -63,7 +63,7 @@ class LabRun:
         return result
 
     def note(self, verb: str, host: int, rate: int | None = None) -> None:
-        """Records an action on a host, by a fault of the job or by a call of the lab's methods."""
+        """Records an action on a host, which a fault of the job or a call of a lab's method causes."""
         self._events.append(Event(self._elapsed(), verb, host, rate))
 
     def close(self) -> None:

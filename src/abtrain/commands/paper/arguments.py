@@ -125,7 +125,7 @@ def _problems(given: argparse.Namespace, methods: Sequence[str]) -> list[str]:
             "{workers_per_node}"
         )
     if given.experiment == HPO and (given.dry_run or given.write):
-        problems.append("hpo chooses each run after the one before: leave out --dry-run and --write")
+        problems.append("hpo chooses each run by the results of earlier ones: leave out --dry-run and --write")
     if given.write and given.scale == "tiny":
         problems.append("--write is for runs that a launcher starts: add --scale full")
     return problems
@@ -160,7 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace runs in the folder that have other settings")
     parser.add_argument("--data", type=Path, help="folder with the task's data (default: its usual place)")
     parser.add_argument("--launcher", default=LAUNCHER, help="command that starts real runs (default '%(default)s')")
-    parser.add_argument("--dry-run", action="store_true", help="print the planned runs and their traffic, run nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the planned runs and their traffic without running them"
+    )
     parser.add_argument(
         "--write", action="store_true", help="write the settings of all real runs, and print how to start them"
     )

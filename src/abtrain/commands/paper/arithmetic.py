@@ -86,9 +86,7 @@ def _ecr_row(method: PublishedMethod) -> ECRRow:
     if method.name not in _SIGMA_ONLY:
         return ECRRow(method, computed)
     trained = (100 - NEAR_FULL - method.ecr) / NEAR_COMPRESSED
-    remark = (
-        f"trains only the matrix Sigma; the paper's value implies c = {100 * trained:.1f} %, which it does not give"
-    )
+    remark = f"trains only the matrix Sigma; the paper gives no c, but its value implies c = {100 * trained:.1f} %"
     return ECRRow(method, computed, remark)
 
 
@@ -111,7 +109,7 @@ def iterations(nodes: int, epoch_batch: int = 4096 * ITERATIONS_4K, local_batch:
 
 
 def scaled_traffic(parameters: float, syncs_per_epoch: float, epoch_seconds: float, share: float = 1.0) -> float:
-    """Returns the scaled traffic of a node in GB/s, by the caption of Table II, up to the limit of its port.
+    """Returns the scaled traffic of a node in GB/s by the caption of Table II, at most the rate of its port.
 
     All four GPUs of a node hand over all parameters in float32 at every sync. The caption does not state this, but
     without the factor of four no row of the table can be reproduced.

@@ -69,7 +69,7 @@ class PaperCell(NamedTuple):
 
 
 def _cell(*numbers: float) -> PaperCell:
-    """Builds a cell from its numbers in the paper's order: means with deviations, and compression without."""
+    """Builds a cell from its numbers in the paper's order. Each mean but the compression has a deviation."""
     traffic, traffic_std, compression, minutes, minutes_std, top1, top1_std = numbers
     return PaperCell(Value(traffic, traffic_std), compression, Value(minutes, minutes_std), Value(top1, top1_std))
 

@@ -40,7 +40,7 @@ def suggested(recipe: str, trial: Any, steps: int) -> dict[str, Any]:
 
     Args:
         recipe: `ab` for the paper's four parameters, `ab_outer` for those of the outer merges.
-        trial: the trial of optuna.
+        trial: a trial of optuna.
         steps: the number of steps of the run.
     """
     if recipe == "ab":

@@ -20,7 +20,7 @@ class Study:
     Attributes:
         question: the question as a sentence.
         shown: the horizontal axis of its figure of accuracy; `divergence` has other figures.
-        variants: (method, options that change the method's) by label.
+        variants: by label, a method and the options that override the method's own.
         nodes: the numbers of nodes of each variant, at a constant global batch.
         methods: methods of tables whose runs the study shares.
         tables: the tables of those runs.

@@ -1,7 +1,7 @@
-"""Recommends a recipe for a cluster: the fast one that is closest to plain data parallel training.
+"""Recommends a recipe for a cluster: among the fast ones, the closest to plain data parallel training.
 
-The accuracy of a recipe is not predicted. But recipes can be ordered: training is closer to data parallel training with
-fewer steps between merges, with shorter delays of merges, and with wider wires. Recipes are tried in this order,
+The accuracy of a recipe is not predicted. But recipes can be ordered: training is closer to data parallel training if
+there are fewer steps between merges, shorter delays of merges, and wider wires. Recipes are tried in this order,
 beginning with data parallel training in bfloat16. The first one that takes at most a ninth longer than the fastest is
 recommended.
 """
@@ -69,13 +69,13 @@ class Setting:
         shapes: returns the model's shapes, given a recipe's factoring.
         compression: the compression of the model while it is factored.
         steps: the number of steps of the run.
-        alone: the seconds of one worker's own work.
+        alone: the seconds of one worker without communication.
         cluster: the nodes and links.
         group_size: the number of workers in a group.
         speeds: the speeds of workers; None if all are equal.
         algorithm: the algorithm of all-reduces.
-        measure_factors: returns the seconds that factors add, given the rank of each weight by name; None if they are
-            neglected.
+        measure_factors: returns the seconds that factors add, given the rank of each weight by name; None to neglect
+            them.
     """
 
     shapes: Callable[[Factoring | None], ModelShapes]
@@ -120,7 +120,7 @@ class Recommendation:
         choice: the recommended recipe.
         ddp: data parallel training in bfloat16, the reference.
         fastest: the fastest of all recipes that were tried.
-        smaller: the first fast recipe that ends with a smaller model; None if the choice does, or if there is none.
+        smaller: the first fast recipe that ends with a smaller model; None if the choice does so, or if none does.
     """
 
     choice: Offer

@@ -34,15 +34,15 @@ from abtrain.recipes.sync import GradientSync, GradientWire
 _UNTIMED = 3
 _TIMED = 10
 _TURNS = 10
-"""The largest number of turns. Kinds of steps take turns, so that other load on the machine slows all of them."""
+"""The largest number of turns. Kinds of steps take turns, so that other load on the machine slows all equally."""
 _TURN = 4
 """The number of steps of each kind in a turn."""
 _TURNS_SECONDS = 10.0
-"""No further turn starts after this time."""
+"""No further turn starts after this many seconds."""
 
 
 class Bench:
-    """Times a task on the CPU in this process, like one worker with the same number of cores.
+    """Times a task on the CPU in this process, as one worker with the same number of cores would run it.
 
     Args:
         task: the task whose model is trained for a few steps.
@@ -84,7 +84,7 @@ class Bench:
         return {wire: max(statistics.median(seconds) - of_plain, 0.0) for wire, seconds in steps.items()}
 
     def factors(self, ranks: Mapping[str, int]) -> FactorSeconds:
-        """Measures the seconds that factors add to a step, and those of each factoring.
+        """Measures the seconds that factors add to each step, and the seconds that each factoring takes.
 
         Preconditioners and the projection of optimizer state are not included. Ranks are guesses, so a measured
         speed-up is reported as zero cost.
@@ -144,7 +144,7 @@ def world_of_one() -> Iterator[Callable[[GradientSync, nn.Module], DataParallel]
 
 
 def measure_decompositions(model: ModelShapes) -> float:
-    """Returns the seconds in which one worker decomposes all weights that may be factored. Each shape is timed once."""
+    """Returns the seconds that one worker needs to decompose all factorable weights. Each shape is timed once."""
     counts = Counter((matrix.m, matrix.n) for matrix in model.matrices().values())
     return sum(count * _seconds_of_one(m, n) for (m, n), count in counts.items())
 
@@ -157,7 +157,7 @@ def _seconds_of_one(m: int, n: int) -> float:
 
 
 def _turns() -> Iterator[int]:
-    """Yields at least one turn, and more until the time or their number is spent."""
+    """Yields at least one turn, and more until the time or the number of turns is used up."""
     end = time.perf_counter() + _TURNS_SECONDS
     for turn in range(_TURNS):
         if turn and time.perf_counter() > end:

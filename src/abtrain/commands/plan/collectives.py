@@ -1,9 +1,9 @@
 """Predicts the seconds and the wire bytes of collectives.
 
-The alpha-beta model of Hockney (1994) is used as by Thakur, Rabenseifner and Gropp (Optimization of collective
-communication operations in MPICH, 2005): a message of m bytes takes alpha + m beta. Here alpha is the latency of a
-link, and m beta is the time of the message's frames at the link's rate. Additions take no time. Links are full duplex,
-and the slowest link that a collective uses determines its time.
+The model is the alpha-beta model of Hockney (1994), applied as in Thakur, Rabenseifner and Gropp (Optimization of
+collective communication operations in MPICH, 2005): a message of m bytes takes alpha + m beta. Here alpha is the
+latency of a link, and m beta is the time of the message's frames at the link's rate. Additions take no time. Links are
+full duplex, and the slowest link that a collective uses determines its time.
 
 For n workers and M bytes:
 
@@ -41,7 +41,7 @@ RING_PARTS = 2
 
 
 def wire_bytes(nbytes: float, messages: float = 1) -> float:
-    """Returns the bytes that an interface sends for `nbytes` in equal messages, and to acknowledge as many received."""
+    """Returns the bytes that an interface sends: `nbytes` in equal messages, and acknowledgements of as many."""
     if nbytes <= 0 or messages <= 0:
         return 0.0
     frames = messages * math.ceil(nbytes / messages / SEGMENT)

@@ -245,8 +245,8 @@ class _Walk:
     ) -> tuple[Calls, ...]:
         """Returns the calls of one merge, stage by stage.
 
-        First, groups check that their workers hold the same weights, and all workers compare what they merge. Then
-        parameters follow that some worker has trained, and buffers that differ together with the last fragment.
+        First, groups check that their workers hold the same weights, and all workers compare what they merge. Then they
+        merge the parameters that some worker has trained. The last fragment includes the buffers that differ.
         """
         nobody = self._trained_by_nobody(position)
         idle = {one.name for one in held if one.part in nobody}

@@ -151,7 +151,7 @@ def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
 
 
 def _narrow_table(title: str | None = None) -> Table:
-    """Returns a table with little padding. Its first column needs a minimum width, or other columns displace it."""
+    """Returns a table with little padding. Its first column needs a minimum width, or others squeeze it out."""
     return Table(box=box.SIMPLE_HEAD, title=title, show_edge=False, pad_edge=False, collapse_padding=True)
 
 

@@ -82,7 +82,7 @@ class PlanConfig(ModelSettings):
     algorithm: str = "ring"
     """Algorithm of all-reduces: ring (as in Gloo) or hierarchical."""
     jitter: float = 0.0
-    """Standard deviation of a step's time over its mean."""
+    """Variation of a step's time: standard deviation over mean."""
     slow_share: float = 0.0
     """Share of workers that are permanently slower."""
     slow_factor: float = 2.0

@@ -50,7 +50,7 @@ class ModelShapes:
         return {name: MatrixShape(p.shape) for name, p in self.parameters.items() if self.kinds[name] == "factored"}
 
     def compression(self, ranks: Mapping[str, int]) -> float:
-        """Returns the full model's parameters over those of the model in which weights have these ranks as factors."""
+        """Returns the compression with these ranks: the parameters of the full model over those of the factored one."""
         matrices = self.matrices()
         saved = sum(self.parameters[name].numel() - matrices[name].factored_numel(k) for name, k in ranks.items())
         return self.numel / max(self.numel - saved, 1)
@@ -75,8 +75,8 @@ def shapes_of(model: nn.Module, factoring: Factoring | None = None) -> ModelShap
 def assumed_shapes(parameters: int, width: int | None = None) -> ModelShapes:
     """Returns the shapes of a model of square float32 weights, all of which may be factored.
 
-    The remaining parameters form one narrower weight and one vector. A model that is too small for the width has a
-    smaller width.
+    The remaining parameters form one narrower weight and one vector. A model that is too small for the width gets a
+    smaller one.
 
     Args:
         parameters: the number of parameters.

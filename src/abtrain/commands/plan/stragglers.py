@@ -3,7 +3,7 @@
 The time of a worker's step is the nominal time, times the worker's slowness, times a jitter that is drawn for each
 step. Workers of a group wait for each other at every step, and groups wait at the end of a round. So the time of a
 round is the maximum over groups of the sum over steps of the maximum over the group's workers. Its expectation has no
-closed form, and is sampled.
+closed form, so it is sampled.
 """
 
 from __future__ import annotations

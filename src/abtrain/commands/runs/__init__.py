@@ -1,1 +1,1 @@
-"""Folders of runs that are not repeated: the settings of a run, whether it is done, and its results."""
+"""Keeps a folder for each run, so that finished runs are not repeated: its settings, its state and its results."""

@@ -1,4 +1,4 @@
-"""Runs with a folder each: whether a run is done, which content may be removed, and running those that are missing."""
+"""Runs that have a folder each: finds out which are done and what may be removed, and starts the missing ones."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def run_once(
     say: Callable[[str], object],
     in_short: Callable[[OnceT], str],
 ) -> None:
-    """Runs everything that is not done, in order. Finished runs stay done if this is stopped or fails.
+    """Runs everything that is not done, in order. Finished runs are kept if this is stopped or fails.
 
     Args:
         planned: all runs, without duplicates.
-        runner: gives the function that runs one and records its result. It is entered only if a run is missing,
-            because building a lab or loading data takes time.
+        runner: a context manager whose value executes one run and records its result. It is entered only if a run is
+            missing, because building a lab or loading data takes time.
         say: prints a line.
         in_short: describes the result of a run, for the line that reports its end.
     """
@@ -176,7 +176,7 @@ def writing(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Locks a folder of runs for this process. Another process would take unfinished runs for abandoned ones.
+    """Locks a folder of runs for this process. Otherwise another one would mistake unfinished runs for abandoned ones.
 
     Raises:
         ConfigurationError: another process has locked it.

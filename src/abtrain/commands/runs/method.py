@@ -46,7 +46,7 @@ def setting_differences(values: Mapping[str, Any], wanted: Method, excused: froz
     Args:
         values: settings by name; missing ones have this version's defaults.
         wanted: the method to compare them with.
-        excused: names of settings that this version does not know and accepts.
+        excused: names of settings that are accepted although this version does not know them.
     """
     known = {name: value for name, value in values.items() if name in DEFAULTS and name != "config"}
     found = [
@@ -69,7 +69,7 @@ def setting_differences(values: Mapping[str, Any], wanted: Method, excused: froz
 def recipe_differences(there: Any, here: Any, place: str = "recipe") -> list[str]:
     """Returns a message for each difference between two recipes that the same settings built.
 
-    Such recipes differ only in the defaults of versions. A field that only one of them has does not count.
+    Such recipes differ only because versions have different defaults. A field that only one of them has is ignored.
     """
     if isinstance(there, dict) and isinstance(here, dict) and there.get("kind") == here["kind"]:
         both = [name for name in here if name in there]

@@ -33,7 +33,7 @@ from abtrain.version import __version__
 
 REQUEST_FILE, RECORD_FILE, TRAIN_FOLDER = "request.toml", "request.json", "train"
 FILES = frozenset({REQUEST_FILE, RECORD_FILE, f"{REQUEST_FILE}.partial", f"{RECORD_FILE}.partial"})
-"""All files of a request, including those of a writer that crashed."""
+"""All files of a request, including leftovers of a writer that crashed."""
 
 
 def request_text(config: TrainConfig) -> str:

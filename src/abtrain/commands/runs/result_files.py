@@ -24,7 +24,7 @@ _LARGEST = 1e30
 
 @dataclass(frozen=True)
 class JsonRecord:
-    """A JSON object in a result file. Methods take the keys of nested objects, and check the value that they return.
+    """A JSON object in a result file. Each method takes the keys that lead to a value, and checks the value.
 
     All methods raise DataError if the value is missing or of another kind.
 

@@ -1,6 +1,6 @@
 """The image data of the paper: CIFAR in memory, and ImageNet, which is read from its files during training.
 
-- CIFAR-10 and CIFAR-100 in the files of their authors, which torchvision reads and checks.
+- CIFAR-10 and CIFAR-100 in the authors' file format, which torchvision reads and verifies.
 - ImageNet-2012 as folders of classes, `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`.
 """
 
@@ -34,7 +34,7 @@ _OUTLASTS_SECONDS = 60  # longer than launchers wait for their workers to save
 
 
 class Bad(NamedTuple):
-    """A message about an image that cannot be read. It is data because exceptions of loaders lose the file's name."""
+    """An error message about an unreadable image. Loaders return it, since an exception would lose the file's name."""
 
     message: str
 
@@ -114,9 +114,9 @@ class Images(Samples):
 
 
 def _outlast_requests(loader: int) -> None:
-    """Delays the end of a loader after a request to stop until long after its worker has saved.
+    """Keeps a loader process alive after a request to stop, for longer than its worker needs to save.
 
-    Requests may be sent to all processes of a run.
+    The request may be sent to all processes of a run, loaders included.
     """
     for number in (*SIGNALS, PASSED_ON):
         signal.signal(number, lambda number, frame: signal.alarm(_OUTLASTS_SECONDS))
@@ -163,7 +163,7 @@ def find_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Path:
         classes: the expected number of classes.
 
     Raises:
-        DataError: there is no folder, or classes are missing.
+        DataError: no folder is given, or classes are missing.
     """
     how = f"pass --data FOLDER with train/CLASS/*.JPEG and val/CLASS/*.JPEG of ImageNet-2012, {classes:,} classes"
     if folder is None:
@@ -186,7 +186,7 @@ def load_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Data:
     """Lists the files of ImageNet-2012. The validation set serves as the test set.
 
     Raises:
-        DataError: torchvision is missing; or folders are missing, incomplete, or have wrong classes.
+        DataError: torchvision is missing, or folders are missing, incomplete, or have wrong classes.
     """
     found = find_imagenet(folder, classes)
     datasets = _torchvision_datasets()

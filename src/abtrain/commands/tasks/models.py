@@ -22,9 +22,9 @@ def digits_mlp() -> nn.Sequential:
 
 
 class _FirstConvolution(nn.Conv2d):
-    """A convolution whose output has channels last in memory, which makes the following layers faster on CPUs.
+    """A convolution with channels-last output, which makes the following layers faster on CPUs.
 
-    Its input keeps its format: with one channel, gradients would have strides that DDP warns about.
+    The input keeps its memory format: channels-last gradients of one channel have strides that DDP warns about.
     """
 
     def forward(self, x: Tensor) -> Tensor:

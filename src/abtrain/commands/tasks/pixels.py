@@ -31,7 +31,7 @@ def shift_by_four(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _standardize(mean: tuple[float, ...], deviation: tuple[float, ...], pixels: Tensor) -> Tensor:
-    """Converts pixels (N, 3, H, W) in 0..255 to float32 with mean 0 and deviation 1 by channel, approximately."""
+    """Converts pixels (N, 3, H, W) in 0..255 to float32 with approximately zero mean and unit variance per channel."""
     x = pixels.to(torch.float32, memory_format=torch.channels_last) / 255
     shape = (1, -1, 1, 1)
     return (x - x.new_tensor(mean).view(shape)) / x.new_tensor(deviation).view(shape)
@@ -43,7 +43,7 @@ standardize_cifar100 = functools.partial(_standardize, (0.5071, 0.4865, 0.4409),
 
 
 def standardize_fashion(images: Tensor) -> Tensor:
-    """Converts Fashion-MNIST's pixels (N, 1, 28, 28) in 0..255 to float32 with mean 0 and deviation 1."""
+    """Converts Fashion-MNIST's pixels (N, 1, 28, 28) in 0..255 to float32 with zero mean and unit variance."""
     # With channels last in memory, gradients would have strides that DDP warns about.
     pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
     return (pixels / 255 - 0.286) / 0.353  # mean and standard deviation of the training pixels

@@ -37,7 +37,7 @@ class Samples(Dataset[Any], ABC):
 
     @abstractmethod
     def to(self, device: torch.device) -> Samples:
-        """Returns the same samples with their batches on `device`."""
+        """Returns the same samples, which yield their batches on `device`."""
 
     @abstractmethod
     def read_by(self, reading: Reading) -> Samples:
@@ -48,8 +48,8 @@ class Samples(Dataset[Any], ABC):
         """Yields batches of samples and targets.
 
         Args:
-            plan: the number of each step with the indexes of its samples.
-            seed, rank: determine random numbers, together with the step.
+            plan: the number of each step, with the indices of its samples.
+            seed, rank: seed the random numbers of each sample, together with the step.
 
         Raises:
             DataError: a sample cannot be read, and `on_bad_image` is `stop`.
@@ -57,7 +57,7 @@ class Samples(Dataset[Any], ABC):
 
     @abstractmethod
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields batches of all samples in their order.
+        """Yields all samples in batches, in their stored order.
 
         Raises:
             DataError: a sample cannot be read, and `on_bad_image` is `stop`.

@@ -52,7 +52,7 @@ class Task:
         name: the name of the task on the command line.
         model: builds the model with PyTorch's own initialization.
         find: checks that the data is in the `--data` folder or in its default place; raises DataError.
-        load: reads the data; has the same argument and error.
+        load: reads the data; takes the same argument and raises the same error as `find`.
         prepare: converts stored samples to the model's input.
         steps: the default number of steps.
         batch_size: the default number of samples per worker and step.
@@ -62,10 +62,10 @@ class Task:
         classifies: whether the model is evaluated by top-1; otherwise only by the mean loss.
         reads_folder: whether the task uses `--data`.
         weight_decay: the default weight decay of AdamW.
-        clip: the default limit of the joint norm of all gradients; 0 for no limit.
+        clip: the default maximum of the global gradient norm; 0 for no limit.
         init: the default initial weights.
         precision: the default precision of forward and backward passes.
-        lr_warmup: the share of steps in which the learning rate increases.
+        lr_warmup: the share of the steps in which the learning rate increases.
     """
 
     name: str
@@ -93,7 +93,7 @@ def smoothed_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _papers(name: str, model: Callable[[], nn.Module], **settings: Any) -> Task:
-    """Builds a task with the settings of all runs of the paper, which have 150 epochs with 10 of warm-up."""
+    """Builds a task with the settings of the paper's runs: 150 epochs, 10 of them with warm-up."""
     return Task(
         name=name,
         model=model,
@@ -216,8 +216,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Returns an infinite iterator of (input, targets) from step `start` on.
 
-    Workers divide every epoch without overlap, and leave out an incomplete last batch. A batch depends only on the
-    arguments and its step.
+    Each epoch is divided among workers without overlap, and an incomplete last batch is dropped. A batch depends only
+    on the arguments and its step.
 
     Raises:
         ConfigurationError: the training set is too small for one batch per worker.
@@ -246,7 +246,7 @@ def _batches(
 
 
 def _plan(sampler: DistributedSampler[Any], batch_size: int, start: int) -> Iterator[tuple[int, list[int]]]:
-    """Yields each step from `start`, with the indexes of its samples."""
+    """Yields the number of each step from `start` on, with the indices of its samples."""
     batch_sampler = BatchSampler(sampler, batch_size, drop_last=True)
     first_epoch, skip = divmod(start, len(batch_sampler))
     steps = itertools.count(start)
@@ -259,7 +259,7 @@ def _plan(sampler: DistributedSampler[Any], batch_size: int, start: int) -> Iter
 
 
 def _generator(seed: int, rank: int, step: int) -> torch.Generator:
-    """Returns a generator that depends only on the place of its use, not on earlier random numbers."""
+    """Returns a generator seeded by the arguments alone, whatever random numbers were drawn before."""
     digest = hashlib.blake2b(f"{seed}/{rank}/{step}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
@@ -269,7 +269,7 @@ def evaluate(model: nn.Module, task: Task, data: Data, batch_size: int = 100) ->
     """Evaluates a model on the test set.
 
     Returns:
-        `top1` in percent, which is None unless the task classifies, and the mean `loss` in nats.
+        `top1`, the accuracy in percent (None unless the task classifies), and the mean `loss` in nats.
     """
     was_training = model.training
     model.eval()

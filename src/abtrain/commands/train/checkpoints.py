@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the state of the engine, the schedule, random generators and the record."""
+"""Checkpoints of a run: the state of the engine, the schedule, the random generators and the recorder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Saving:
         trainer: this worker's trainer.
         recorder: the recorder on rank 0; None elsewhere.
         folder: the folder of checkpoints, the same on all workers.
-        samples: the number of training samples. A checkpoint of a run on another number is refused.
+        samples: the number of training samples. A checkpoint of a run with another number of samples is refused.
     """
 
     def __init__(self, trainer: Trainer, recorder: Recorder | None, folder: Path, samples: int) -> None:
@@ -39,7 +39,7 @@ class Saving:
         self._folder = folder
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint follows after this many steps."""
+        """Whether a checkpoint is due after this many steps."""
         return self._config.checkpoint_every > 0 and step % self._config.checkpoint_every == 0
 
     def save(self) -> Path | None:
@@ -80,7 +80,7 @@ class Saving:
         """Loads the newest checkpoint that all workers can use, and returns the number of steps done.
 
         Raises:
-            CheckpointError: there are checkpoints, but none of this run that is intact.
+            CheckpointError: checkpoints exist, but none is both intact and of this run.
         """
         comm = self._ab.communicator
         saved = checkpoint.latest(self._folder, comm)
@@ -123,7 +123,7 @@ class Saving:
             self._recorder.load_state_dict(record)
 
     def _check_run(self, state: Mapping[str, Any], step: int) -> None:
-        """Checks that a state belongs to a run of the same settings on as many samples."""
+        """Checks that a state belongs to a run with the same settings and number of samples."""
         run = state.get("run")
         which = f"the checkpoint of step {step} in {self._folder}"
         if not isinstance(run, Mapping):
@@ -134,7 +134,8 @@ class Saving:
         differing = differences(run, self._run)
         if differing:
             raise CheckpointError(
-                f"{which} is of another run ({'; '.join(differing)}): use the same settings to resume it, or remove it"
+                f"{which} belongs to another run ({'; '.join(differing)}): "
+                "use the same settings to resume it, or remove it"
             )
 
 

@@ -21,7 +21,7 @@ from abtrain.recipes.recipe import Recipe
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a task by a recipe, on workers of this machine or of torchrun."""
+    """Train a task with a recipe, on workers started here or by torchrun."""
 
     recipe: Annotated[
         Positional[str],
@@ -36,7 +36,8 @@ class TrainConfig:
     workers: int = 4
     """Processes to start on this machine; ignored under torchrun, which starts them itself."""
     group_size: int | None = None
-    """Workers that average gradients at every step; by default those of one machine, or 1 on a single machine."""
+    """Workers per group, which average gradients at every step; by default those of one machine, or 1 on a single
+    machine."""
     steps: int | None = None
     """Optimizer steps; by default the task's."""
     batch_size: int | None = None
@@ -46,7 +47,7 @@ class TrainConfig:
     weight_decay: float | None = None
     """AdamW's weight decay, on matrices only; by default the task's."""
     clip: float | None = None
-    """Limit of the joint norm of all gradients; 0 for no limit; by default the task's."""
+    """Maximum of the global gradient norm; 0 for no limit; by default the task's."""
     precision: Precision | None = None
     """Precision of forward and backward passes: fp32, or bf16 by autocast; by default the task's."""
     seed: int = 0
@@ -70,7 +71,7 @@ class TrainConfig:
     timeout: float = 600
     """Seconds that a worker waits for the others before it fails."""
     on_nonfinite: OnNonFinite = "stop"
-    """At NaN or infinity: stop, leave the worker out of a merge (drop_worker), or leave out the step (skip)."""
+    """On NaN or infinity: stop, leave the worker out of the merge (drop_worker), or skip the step (skip)."""
     log_every: int = 20
     """Steps between two lines of metrics."""
     divergence: bool = False
@@ -84,7 +85,7 @@ class TrainConfig:
     resume: bool = True
     """Resume an unfinished run of the same settings in the folder."""
     max_restarts: int = 0
-    """How often to start the workers again after one of them died; they resume from the last checkpoint."""
+    """How many times to restart the workers after one of them dies; they resume from the last checkpoint."""
     on_checkpoint_error: OnCheckpointError = "warn"
     """If a checkpoint cannot be written: warn and continue with the older ones, or stop."""
 
@@ -149,7 +150,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def group_size_of(config: TrainConfig) -> int:
-    """Returns the group size; 1 if it is not set, so that each worker is a group."""
+    """Returns the group size, or 1 if it is not set: then each worker is its own group."""
     return config.group_size or 1
 
 
@@ -164,7 +165,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns a message for each setting in which two runs differ, `before` there and `now` here."""
+    """Returns a message for each setting that differs between a recorded run, `before`, and this one, `now`."""
     return [
         f"{name} is {before.get(name)!r} there and {now.get(name)!r} here"
         for name in dict.fromkeys((*now, *before))

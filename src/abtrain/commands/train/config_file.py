@@ -18,10 +18,10 @@ from abtrain.recipes.numbers import is_finite_number
 
 
 def from_toml(path: Path) -> TrainConfig:
-    """Reads the settings in a TOML file; the others have their defaults.
+    """Reads settings from a TOML file. Settings that it leaves out have their defaults.
 
     Raises:
-        ConfigurationError: the file cannot be read; or lists every unknown key and every value of a wrong type.
+        ConfigurationError: the file cannot be read, or lists every unknown key and every value of a wrong type.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -31,14 +31,14 @@ def from_toml(path: Path) -> TrainConfig:
 
 
 def from_text(text: str, source: str) -> TrainConfig:
-    """Reads the settings in TOML text; the others have their defaults.
+    """Reads settings from TOML text. Settings that it leaves out have their defaults.
 
     Args:
         text: the content of a file.
         source: the origin of the text, for messages.
 
     Raises:
-        ConfigurationError: the text is not TOML; or lists every unknown key and every value of a wrong type.
+        ConfigurationError: the text is not TOML, or lists every unknown key and every value of a wrong type.
     """
     try:
         content = tomllib.loads(text)
@@ -48,7 +48,7 @@ def from_text(text: str, source: str) -> TrainConfig:
 
 
 def from_values(content: Mapping[str, Any], source: str) -> TrainConfig:
-    """Reads the settings in a parsed TOML table; the others have their defaults.
+    """Reads settings from a parsed TOML table. Settings that it leaves out have their defaults.
 
     Args:
         content: values by the names of `TrainConfig`'s fields.

@@ -62,7 +62,7 @@ def validate(config: TrainConfig) -> list[str]:
 
 
 def _text_problems(config: TrainConfig) -> list[str]:
-    """Finds texts that neither a path nor config.toml can hold."""
+    """Returns a message for each text that config.toml or a path cannot hold."""
     problems = []
     for name, value in dataclasses.asdict(dataclasses.replace(config, config=None)).items():
         for text in map(str, value if isinstance(value, tuple) else [value]):

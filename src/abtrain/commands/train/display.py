@@ -17,7 +17,7 @@ from abtrain.commands.units import human_bytes
 
 
 class Display:
-    """Shows a run while it trains. Use it as a context.
+    """Shows a run while it trains. Use it as a context manager.
 
     Args:
         steps: the number of steps of the whole run.
@@ -77,7 +77,7 @@ class Display:
             table.add_row("top-1", f"{result['top1']:.2f} %")
         table.add_row("validation loss", f"{result['loss']:.4f}")
         table.add_row("sent per worker", human_bytes(payload["total"]))
-        table.add_row("of what DDP sends", f"{100 * result['payload_ratio']:.1f} %")
+        table.add_row("relative to DDP", f"{100 * result['payload_ratio']:.1f} %")
         table.add_row("compression", f"{result['compression']:.2f} : 1")
         table.add_row("seconds", f"{seconds['total']:.1f} ({parts})")
         table.add_row("weights digest", result["weights_digest"][:16])

@@ -23,7 +23,7 @@ _PARTIAL = re.compile(r"(config\.toml|metrics\.jsonl|result\.json|outcome\.json)
 
 
 def stacks_file(rank: int) -> str:
-    """Returns the name of the file for the stacks of a worker that hangs."""
+    """Returns the name of the file for the stack traces of a hanging worker."""
     return f"stacks-rank{rank}.txt"
 
 
@@ -34,7 +34,7 @@ def holds_unfinished_run(folder: Path) -> bool:
 
 
 def holds_nothing(folder: Path) -> bool:
-    """Whether a run may begin in the folder without a loss: it holds at most what a crash left before a run began.
+    """Whether a run can begin in the folder without losing data: it holds at most leftovers of a crash at the start.
 
     Raises:
         OSError: the folder cannot be read.

@@ -1,8 +1,8 @@
 """Lets the workers of one attempt at a run find each other in a store that may hold entries of earlier attempts.
 
-torchrun keeps its store when it starts workers again, and with it the addresses of workers that are gone. A worker that
-read those before they are replaced would wait for a process that no longer exists. So every attempt meets under a fresh
-name.
+torchrun keeps its store when it restarts workers, and with it the addresses of workers that are gone. A worker that
+reads such an address before it is replaced waits for a process that no longer exists. So every attempt meets under a
+fresh name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def meet(store: Store, rank: int, world_size: int, seconds: float) -> Store:
     """Returns the part of a store that belongs to this attempt alone. All workers call it.
 
     Each worker writes a fresh identifier. Rank 0 answers every identifier that it sees, including those of earlier
-    attempts, with the name of the meeting, until all workers have come to it. No worker waits in native code, where it
+    attempts, with the name of the meeting, until all workers have arrived. No worker waits in native code, where it
     would not notice a request to stop.
 
     Args:
@@ -43,7 +43,7 @@ def meet(store: Store, rank: int, world_size: int, seconds: float) -> Store:
 
 
 def launch_of(store: Store, rank: int, world_size: int) -> str:
-    """Returns a name for one launch with all its attempts, which the launcher's store outlives.
+    """Returns a name for one launch. All its attempts get the same name, because the launcher's store outlives them.
 
     Args:
         store: the launcher's store, not the part of it that belongs to an attempt.

@@ -39,7 +39,7 @@ from abtrain.failpoints import ATTEMPT
 
 log = logging.getLogger("abtrain")
 
-_SHUTDOWN_SECONDS = 30  # for workers to save and to end by themselves; the same as torchrun's
+_SHUTDOWN_SECONDS = 30  # workers have this long to save and exit, as under torchrun
 _RETRY_SECONDS = 0.1
 _PROGRAM = "abtrain.commands.train"
 _RESTARTED = frozenset({AbtrainError.exit_code, PeerLostError.exit_code})
@@ -64,7 +64,7 @@ def start_workers(config: TrainConfig) -> None:
         with PassingOn():
             _start_until_done(config)
     except SignalException as stopped:
-        # A run that is in its evaluation finishes it: there is nothing left to stop.
+        # A run that is already evaluating finishes: there is nothing left to stop.
         if not _is_done(config, started):
             raise StoppedError(str(stopped)) from None
     finally:
@@ -79,11 +79,11 @@ def _is_done(config: TrainConfig, started: float) -> bool:
 
 
 def _start_until_done(config: TrainConfig) -> None:
-    """Starts workers, and starts them again if one of them dies, as often as the settings allow.
+    """Starts workers, and restarts them if one of them dies, as often as the settings allow.
 
     Raises:
-        AbtrainError: the error of the last attempt. Errors that would occur again, and requests to stop, allow no other
-            attempt.
+        AbtrainError: the error of the last attempt. Errors that would occur again, and requests to stop, end the run
+            without another attempt.
         SignalException: this process received a request to stop.
     """
     launch, started = uuid.uuid4().hex, time.time()

@@ -84,7 +84,7 @@ def train(
 
 
 def _load(task: Task, config: TrainConfig, communicator: Communicator) -> tuple[Data, Callable[..., Iterator[Any]]]:
-    """Returns the data and a function that yields this worker's batches from `start` on. Checks that both fit."""
+    """Returns the data, and a function that yields this worker's batches from a step on. Checks both."""
     assert config.batch_size is not None
     reading = Reading(config.loaders, config.on_bad_image)
     data = task.load(config.data).read_by(reading).to(communicator.device)
@@ -134,7 +134,7 @@ def _check_data(task: Task, data: Data, workers: int) -> None:
 def _open_folder(
     config: TrainConfig, communicator: Communicator, stack: contextlib.ExitStack, launch: str
 ) -> tuple[RunFolder | None, Path, bool]:
-    """Opens the run folder on rank 0. Returns it there, and on all workers its path and whether a run resumes in it."""
+    """Opens the run folder on rank 0. Returns it (None elsewhere), its path, and whether it holds a run to resume."""
     folder, problems, stopped, path, resumes = None, list[str](), "", "", False
     if communicator.rank == 0:
         try:
@@ -197,7 +197,7 @@ class _Loop:
     def _save_or_stop(self, position: Position, shares_gradients: bool) -> None:
         ab, rounds = self.trainer.ab, position.phase.rounds
         due = self.saving.due(ab.steps_done)
-        # Together with gradients or hidden merges, the answer may arrive at the next meeting without a wait.
+        # With gradients or hidden merges, the answer may arrive at the next meeting: then nobody waits for it here.
         waits_anyway = rounds is not None and position.merges and (position.last or not rounds.delay)
         # After the last step there is nothing left to stop.
         meets = not ab.finished and (shares_gradients or position.merges or due)

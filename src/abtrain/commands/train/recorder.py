@@ -18,7 +18,7 @@ from abtrain.errors import StoppedError
 
 
 class Recorder:
-    """Records and shows a run on rank 0. Use it as a context, which also records a stop on request."""
+    """Records and shows a run on rank 0. Use it as a context manager, which also records a stop on request."""
 
     def __init__(self, config: TrainConfig, folder: RunFolder, parameters: int) -> None:
         assert config.steps is not None
@@ -43,7 +43,7 @@ class Recorder:
 
     @property
     def seconds(self) -> float:
-        """The seconds that the run has taken so far, including earlier attempts."""
+        """The wall time of the run so far in seconds, including earlier attempts."""
         return time.perf_counter() - self._started
 
     def begin(self, step: int) -> None:
@@ -66,7 +66,7 @@ class Recorder:
     def step(
         self, step: int, phase: str, loss: float, lr: float, payload_bytes: int, divergence: Sequence[Any] = ()
     ) -> None:
-        """Records a step. Every `log_every` steps this writes a line of metrics, with the mean loss since the last."""
+        """Records a step. Every `log_every` steps, writes a line of metrics with the mean loss since the last line."""
         self._losses.append(loss)
         self._step = step
         if step % self._every and step != self._last_step:

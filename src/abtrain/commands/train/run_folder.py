@@ -5,7 +5,7 @@ config.toml      the settings with all defaults filled in; `abtrain train --conf
 metrics.jsonl    one JSON object per line: step, phase, loss, lr, payload_bytes, seconds
 result.json      appears at the end, complete or not at all
 checkpoints/     where the run resumes (see `abtrain.checkpoint.store`)
-outcome.json     how a run ended that was stopped on request
+outcome.json     written when a run is stopped on request
 .lock            locked while a process writes here
 """
 
@@ -47,7 +47,7 @@ def default_folder(config: TrainConfig) -> Path:
 
 
 class RunFolder:
-    """The folder of one run, which one process writes.
+    """The folder of one run. Only one process writes to it.
 
     Args:
         config: valid and resolved.
@@ -61,7 +61,7 @@ class RunFolder:
     Raises:
         ConfigurationError: the folder cannot be written, another process uses it, or its unfinished run has other
             settings.
-        StoppedError: the run was stopped on request, but its workers have been started again.
+        StoppedError: the run was stopped on request, but torchrun has restarted its workers.
     """
 
     def __init__(self, config: TrainConfig, launch: str = "") -> None:
@@ -119,7 +119,7 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._metrics is not None:
-            with contextlib.suppress(OSError):  # reported when a line could not be written
+            with contextlib.suppress(OSError):  # `log` has already reported the error
                 self._metrics.close()
         self._release()
 

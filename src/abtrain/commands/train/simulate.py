@@ -32,7 +32,7 @@ def simulate(config: TrainConfig, data: Data) -> dict[str, Any]:
         data: the data of its task.
 
     Returns:
-        The content of result.json. Its seconds are those of threads that share the cores. `cpu_seconds_per_step` is the
+        The content of result.json. Its times are those of threads that share the cores. `cpu_seconds_per_step` is the
         CPU time of one worker's step, which does not depend on other load.
 
     Raises:

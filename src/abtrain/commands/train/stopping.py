@@ -31,8 +31,8 @@ _GO, _TOO_LATE = "go", "too late"
 class Stopping:
     """Inside this context a request stops all workers at their next meeting; a second one stops this worker at once.
 
-    Every worker enters it before any of them starts to train. A signal that ended a worker while the others train would
-    cost them the checkpoint.
+    Every worker enters it before any of them starts to train. Otherwise a signal could end a worker while the others
+    train, and they could not write a checkpoint.
 
     Args:
         comm: the communicator of this worker.
@@ -59,10 +59,10 @@ class Stopping:
     def before_step(self, step: int, waits: bool, hidden: int) -> None:
         """Announces in the store that this worker is about to wait for workers that may be at an earlier step.
 
-        Those may wait for its vote, and learn from this that it cannot answer.
+        Those may be waiting for its vote. The announcement tells them that it cannot answer.
 
         Args:
-            step: the next step, of a phase without shared gradients.
+            step: the next step, which belongs to a phase without shared gradients.
             waits: whether a merge or a checkpoint begins in it, or the run ends.
             hidden: the number of steps for which a merge continues after the step in which it begins.
         """
@@ -74,10 +74,10 @@ class Stopping:
         self._vote.before_step(waits, hides=step <= self._hidden_until)
 
     def agreed(self, meets: bool, wait: bool) -> int:
-        """Returns the signal of a request, the same on all workers; 0 without one. Collective if they meet.
+        """Returns the signal of a request, the same on all workers; 0 without one. Collective if `meets`.
 
         Args:
-            meets: whether workers communicate at this step. Only then a new answer is asked for.
+            meets: whether workers communicate at this step. A new answer is requested only then.
             wait: whether to wait for the newest answer. Otherwise the result is the answer of the last meeting, or 0 if
                 workers do not meet.
         """
@@ -127,7 +127,7 @@ class StopVote:
     that waits for them at a merge cannot vote: then all continue, and stop at the merge.
 
     Workers of a group share gradients, so a worker that waits here also blocks the others of its group at their next
-    step. They read the store at the same steps, and the first one there decides for the group what it sees.
+    step. All of them read the store at the same steps, and the first one to read decides for the group.
 
     Args:
         store: a store that only this run uses.

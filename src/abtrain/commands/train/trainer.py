@@ -28,7 +28,7 @@ class Trainer:
 
     Args:
         config: valid and resolved.
-        model: of the config's task, on the communicator's device.
+        model: the model of the task, on the communicator's device.
         communicator: connects this worker to the others.
 
     Attributes:
@@ -57,7 +57,7 @@ class Trainer:
             The loss and the learning rate of the step.
 
         Raises:
-            NonFiniteError: the loss is NaN or infinite, and `on_nonfinite` cannot do without this worker or step.
+            NonFiniteError: the loss is NaN or infinite, and `on_nonfinite` cannot leave out this worker or step.
         """
         ab = self.ab
         lr = float(self.schedule.get_last_lr()[0]) * ab.lr_factor
@@ -75,7 +75,7 @@ class Trainer:
         policy, phase = self.config.on_nonfinite, position.phase
         shared = phase.shares_gradients
         if not math.isfinite(value) and (policy == "stop" or (shared and policy != "skip")):
-            # The error comes before this worker's gradients reach the others, which the launcher ends.
+            # The error comes before this worker sends gradients. The launcher ends the others, which wait for them.
             raise NonFiniteError(
                 f"the loss of worker {self.ab.communicator.rank} is {value} at step {self.ab.steps_done} "
                 f"({phase.name}), learning rate {lr:.3g}: lower --lr (now {self.config.lr}), or try another --seed"
@@ -126,6 +126,6 @@ def loss_of(model: Callable[[Tensor], Any], task: Task, x: Tensor, y: Tensor, pr
 
 
 def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> None:
-    """Scales all gradients so that their joint norm is at most `max_norm`; 0 or None leaves them unchanged."""
+    """Scales all gradients so that their global norm is at most `max_norm`; 0 or None leaves them unchanged."""
     if max_norm:
         torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)

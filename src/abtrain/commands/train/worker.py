@@ -36,19 +36,18 @@ from abtrain.commands.train.world import LAUNCH, is_first, joined_world
 from abtrain.errors import AbtrainError, ConfigurationError, OutOfMemoryError, PeerLostError, StoppedError
 
 _NO_MEMORY = "DefaultCPUAllocator: "
-"""Starts the message if the CPU's memory is exhausted, for which torch has no separate exception."""
+"""The start of torch's message when CPU memory is exhausted. torch has no separate exception for this."""
 _SIGNS_OF_LOSS = ("timeout", "timed out", "connect", "closed by peer", "reset by peer")
-"""Words in Gloo's messages about a lost peer, for which it has no separate exception."""
+"""Words in Gloo's messages about a lost peer. Gloo has no separate exception for this."""
 SETTINGS_FILE = "config.toml"
 STORE_FILE = "store"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the name that torch gives it
 _START_SECONDS = 30.0
-"""The time limit for making connections. All workers are present by then, so it takes less than a second unless one of
-them is lost."""
+"""The time limit for making connections. It takes less than a second unless a worker is lost, since all are present."""
 
 
 def set_up_log() -> None:
-    """Sends the library's log to standard error. Of several workers, only the first logs notes."""
+    """Sends the library's log to standard error. With several workers, only rank 0 logs notes."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("abtrain: note: %(message)s"))
     log = logging.getLogger("abtrain")
@@ -100,7 +99,7 @@ def train_together(config: TrainConfig, store: Store | None = None) -> None:
 
 
 def _join(config: TrainConfig, store: Store, rank: int) -> Communicator:
-    """Creates the process groups. All workers have met, so the wait for one that is lost from here on is short.
+    """Creates the process groups. All workers are present by now, so a worker that is lost later is noticed soon.
 
     Raises:
         PeerLostError: a worker was lost.

@@ -11,7 +11,7 @@ from abtrain.failpoints import ATTEMPT, RESTARTS
 
 LAUNCH = "ABTRAIN_LAUNCH"
 """Identifies one start of our own launcher, with all its attempts."""
-_MAX_COUNT = 10**6  # of workers and attempts; no launcher writes a larger number
+_MAX_COUNT = 10**6  # the largest number of workers or attempts; no launcher writes a larger one
 _SET_BY = "start workers with torchrun, which sets it, or unset RANK and WORLD_SIZE to train without a launcher"
 
 

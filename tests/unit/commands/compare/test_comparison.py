@@ -51,7 +51,7 @@ def test_a_folder_holds_one_comparison() -> None:
     assert json.loads(Path("o/settings.json").read_text())["steps"] == 50
     Path("used").mkdir()
     Path("used/something").touch()
-    with pytest.raises(ConfigurationError, match="is in use"):
+    with pytest.raises(ConfigurationError, match="is neither empty nor a comparison"):
         parse_arguments(["ab", "--out", "used"])
 
 

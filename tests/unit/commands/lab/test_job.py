@@ -39,9 +39,9 @@ def test_commands_that_are_not_there(command: tuple[str, ...], problem: str) -> 
 
 def test_a_folder_that_is_in_use() -> None:
     (found,) = job_problems(Job(("train.py",), Path()), nodes=2)
-    assert "is in use" in found
+    assert "is not an empty folder" in found
     (found,) = job_problems(Job(("train.py",), Path("train.py")), nodes=2)
-    assert "is in use" in found
+    assert "is not an empty folder" in found
 
 
 def test_all_problems_are_found_at_once() -> None:
