@@ -157,11 +157,7 @@ class ABTraining(ModelAccess):
 
     @property
     def require_backward_grad_sync(self) -> bool:
-        """DDP's flag, for loops that read it; `no_sync` changes what it stands for.
-
-        Raises:
-            UsageError: it is set.
-        """
+        """DDP's flag, for loops that read it. Setting it raises UsageError; `no_sync` changes what it stands for."""
         return True
 
     @require_backward_grad_sync.setter

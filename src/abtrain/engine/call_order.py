@@ -60,21 +60,13 @@ class CallOrder:
         self._forwards = 0
 
     def save(self) -> None:
-        """Checks that a state can be saved now.
-
-        Raises:
-            UsageError: a step is not complete, or the run was closed.
-        """
+        """Raises UsageError if no state can be saved now: a step is not complete, or the run was closed."""
         self._progress.check_open()
         if self._hooks.stepped:
             raise UsageError("the state between optimizer.step() and ab.step() cannot be saved: call ab.step() first")
         self._progress.refuse_in_view("ab.state_dict()")
 
     def load(self) -> None:
-        """Checks that a state can be loaded now, and begins a step.
-
-        Raises:
-            UsageError: the run was closed.
-        """
+        """Begins a step with a loaded state. Raises UsageError if the run was closed."""
         self._progress.check_open()
         self._forwards = 0

@@ -16,8 +16,6 @@ class Description:
     """Printable; the fields are for programs.
 
     Attributes:
-        recipe: with its phases.
-        topology: workers and groups.
         treatments: one for every parameter of the model.
         dense_this_cycle: weights that could be factored but are not at present, with the reason.
         buffers: by name, the treatment of a buffer at a merge, where workers hold it differently.

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from abtrain.checks import told_names
+from abtrain.engine.progress import Progress
 from abtrain.errors import NonFiniteError, OnNonFinite
 from abtrain.lowrank.model import FactoredModel
 from abtrain.own import own_names
@@ -28,31 +29,30 @@ class GradientGuard:
     Args:
         policy: `skip` skips the step. Otherwise, shared gradients raise an error, and a worker's own gradients are left
             to the next merge.
-        speaks: whether this worker logs what happens on all workers.
         whose: says which worker brought shared gradients that are not finite.
 
     Attributes:
         skipped: indexes of the skipped steps.
     """
 
-    def __init__(self, model: FactoredModel, policy: OnNonFinite, speaks: bool, whose: Callable[[], str]) -> None:
-        self._model, self._policy, self._speaks, self._whose = model, policy, speaks, whose
+    def __init__(self, model: FactoredModel, policy: OnNonFinite, progress: Progress, whose: Callable[[], str]) -> None:
+        self._model, self._policy, self._progress, self._whose = model, policy, progress, whose
         self._own = own_names(model.model)
         self.skipped: list[int] = []
         self._looked = -1
 
-    def look(self, optimizer: Optimizer, step: int, shared: bool, in_closure: bool = False) -> None:
+    def look(self, optimizer: Optimizer, in_closure: bool = False) -> None:
         """Removes the gradients of a step that is to be skipped: optimizers ignore parameters without a gradient.
 
         Args:
             optimizer: that is about to step. Under `skip`, the first of several optimizers checks the gradients of all,
                 since they come from the same backward pass.
-            shared: whether all workers have these gradients.
             in_closure: whether the optimizer has begun its step, and called its closure for these gradients.
 
         Raises:
             NonFiniteError: the step cannot be made, or too many in a row were skipped.
         """
+        step, shared = self._progress.steps_done, self._progress.shares_gradients
         skips = self._policy == "skip"
         # A GradScaler that lets the optimizer skip steps has checked the gradients.
         if not (shared or skips) or getattr(optimizer, "found_inf", None) is not None:
@@ -83,7 +83,7 @@ class GradientGuard:
                 f"the gradients of the last {_MOST_IN_A_ROW} steps up to {step} were all NaN or infinite: training has "
                 "diverged. Lower the learning rate, or continue from an earlier checkpoint"
             )
-        if not shared or self._speaks:
+        if not shared or self._progress.comm.rank == 0:
             log.warning("step %d is skipped: its gradients are not finite", step)
 
     def _without_own(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:

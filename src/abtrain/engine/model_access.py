@@ -58,7 +58,7 @@ class ModelAccess:
 
     @property
     def rank_history(self) -> list[dict[str, Any]]:
-        """Of every factoring, the step, k of each weight, and why others stay dense."""
+        """The step of every factoring, k of each weight, and why others stay dense."""
         return self._phases.rank_history
 
     @property
@@ -68,12 +68,12 @@ class ModelAccess:
 
     @property
     def divergence(self) -> list[dict[str, Any]]:
-        """Of every merge in this process, if measured: step, phase, and the distances by layer."""
+        """Step, phase and distances by layer of every merge in this process, if they are measured."""
         return self._rounds.divergence
 
     @property
     def dropped_parts(self) -> list[dict[str, Any]]:
-        """Of merges that left workers' parts out, the step and their ranks (`on_nonfinite="drop_worker"`)."""
+        """The step of each merge that left workers' parts out, and their ranks (`on_nonfinite="drop_worker"`)."""
         return self._rounds.dropped
 
     @property

@@ -58,7 +58,7 @@ class OptimizerHooks:
         self._model, self._progress = model, progress
         acting = self._acting = model.optimizers.acting
         self.rebound = LRRebound(self._local_lr)
-        self.guard = GradientGuard(model, on_nonfinite, progress.comm.rank == 0, whose)
+        self.guard = GradientGuard(model, on_nonfinite, progress, whose)
         self.preconditioner = Preconditioner(model.optimizers, damping=0)
         self._ownership = Ownership(model, frozen)
         self._stepped: set[int] = set()
@@ -179,17 +179,13 @@ class OptimizerHooks:
                 )
             checked = self._checked(optimizer, closure)
             return ((args[0], checked, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": checked})
-        self.guard.look(optimizer, self._progress.steps_done, self._progress.shares_gradients)
+        self.guard.look(optimizer)
         if position.phase.damping:
             self._precondition(optimizer, position.phase)
         return None
 
     def _check_order(self, optimizer: Optimizer) -> None:
-        """Checks that an optimizer may step now.
-
-        Raises:
-            UsageError: it is called inside `ab.merged()` or the backward pass, or twice before `ab.step()`.
-        """
+        """Raises UsageError inside `ab.merged()` and the backward pass, and at a second step before `ab.step()`."""
         progress = self._progress
         progress.refuse_in_view("optimizer.step()")
         if progress.shares_gradients:
@@ -212,8 +208,7 @@ class OptimizerHooks:
         def look() -> Any:
             loss = closure()
             with own_modes():
-                progress = self._progress
-                self.guard.look(optimizer, progress.steps_done, progress.shares_gradients, in_closure=True)
+                self.guard.look(optimizer, in_closure=True)
             return loss
 
         return look

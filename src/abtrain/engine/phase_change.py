@@ -35,7 +35,7 @@ class PhaseChange:
 
     Attributes:
         parallel: the wrapper for forward passes, which averages gradients over the scope of the phase.
-        rank_history: of every factoring, the step, k of each weight, and why others stay dense.
+        rank_history: the step of every factoring, k of each weight, and why others stay dense.
         dense_this_cycle: weights that could be factored but are dense at present, with the reason.
         seconds: spent on decompositions (`svd`), without the time that was waited for others.
     """

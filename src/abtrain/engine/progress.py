@@ -77,11 +77,7 @@ class Progress:
         return self.recipe.at(self.steps_done) if self.steps_done < self.recipe.total_steps else None
 
     def refuse_in_view(self, action: str) -> None:
-        """Refuses an action whose effect the end of `ABTraining.merged` would undo.
-
-        Raises:
-            UsageError: the model shows the average of the workers.
-        """
+        """Raises UsageError inside `ABTraining.merged`, whose end would undo the effect of the action."""
         if self.shows_average:
             raise UsageError(
                 f"{action} inside `with ab.merged():`, where the model shows the average of the workers for a while: "
@@ -89,20 +85,12 @@ class Progress:
             )
 
     def check_open(self) -> None:
-        """Checks that the run was not closed.
-
-        Raises:
-            UsageError: it was.
-        """
+        """Raises UsageError if the run was closed."""
         if self.closed:
             raise UsageError("ABTraining was closed: build it again to continue, or train the model without it")
 
     def check_unfinished(self) -> None:
-        """Checks that steps are left to train.
-
-        Raises:
-            UsageError: the run was closed, or its recipe has ended.
-        """
+        """Raises UsageError if the run was closed, or its recipe has ended."""
         self.check_open()
         if self.position is None:
             raise UsageError(
@@ -123,7 +111,7 @@ class Progress:
 
 
 _PRESENT: weakref.WeakSet[Progress] = weakref.WeakSet()
-"""Of all runs that exist in this process."""
+"""The progress of every run that exists in this process."""
 
 
 @atexit.register

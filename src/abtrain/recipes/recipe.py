@@ -23,7 +23,6 @@ class Position:
 
     Attributes:
         step: index of the step, from 0.
-        phase: the phase of the step.
         phase_index: index of the phase in `Recipe.phases`.
         cycle: number of completed cycles; 0 in the prologue.
         step_in_phase: index of the step in this run of the phase, from 0.
@@ -77,7 +76,6 @@ class Recipe:
     """A method of training, as data.
 
     Args:
-        name: the recipe's name.
         total_steps: optimizer steps of the whole run.
         prologue: phases that are run once.
         cycle: phases that are repeated until the steps are spent.

@@ -26,7 +26,7 @@ PhaseEvery = Annotated[int, "Steps between merges in that phase; 0: gradients ar
 Merge = Annotated[
     MergeRule | str, "A rule of `abtrain.recipes.merges`, or its name: mean (the paper's), trained_only or weighted."
 ]
-Temperature = Annotated[float, "Of the rule `weighted`, in the units of the loss."]
+Temperature = Annotated[float, "Temperature of the rule `weighted`, in the units of the loss."]
 OuterLR = Annotated[float, "Learning rate of the outer optimizer."]
 OuterMomentum = Annotated[float, "Momentum of the outer optimizer."]
 Wire = Annotated[str, "How merges are sent: see `abtrain.recipes.sync.WeightSync`."]
