@@ -41,7 +41,7 @@ RING_PARTS = 2
 
 
 def wire_bytes(nbytes: float, messages: float = 1) -> float:
-    """Returns the bytes that an interface sends: `nbytes` in equal messages, and acknowledgements of as many."""
+    """Returns the bytes that an interface sends: `nbytes` in equal messages, and acknowledgements for as many."""
     if nbytes <= 0 or messages <= 0:
         return 0.0
     frames = messages * math.ceil(nbytes / messages / SEGMENT)

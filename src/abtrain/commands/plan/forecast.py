@@ -156,7 +156,7 @@ class _Forecaster:
     def __init__(self, cluster: Cluster, alone: WorkerSeconds, group_size: int, speeds: Speeds, algorithm: str) -> None:
         self._cluster, self._alone, self._speeds = cluster, alone, speeds
         self._group_size, self._algorithm = group_size, algorithm
-        # Phases repeat, and so do their calls.
+        # Repeated phases make the same calls.
         self._cost = cache(self._cost_of)
 
     def stretch(self, stretch: Stretch) -> PhaseForecast:

@@ -31,7 +31,7 @@ class ModelSettings:
     """The settings of a model that both commands share."""
 
     task: str | None = None
-    """Task of `abtrain train` whose model to use, such as fashion-cnn."""
+    """Task of `abtrain train` that provides the model, such as fashion-cnn."""
     parameters: float | None = None
     """Number of parameters of an assumed model of square weights, if there is no task; by default 25e6."""
     width: int | None = None
@@ -61,7 +61,7 @@ class PlanConfig(ModelSettings):
     steps: int = 10_000
     """Optimizer steps of the run."""
     step_time: str | None = None
-    """Time of a step of one worker alone, such as 80ms; with a task it is measured here by default."""
+    """Step time of one worker alone, such as 80ms; by default it is measured here if there is a task."""
     batch_size: int | None = None
     """Samples per worker and step if the time of a step is measured; by default the task's."""
     data: Path | None = None

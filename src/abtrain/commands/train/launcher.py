@@ -55,7 +55,7 @@ def start_workers(config: TrainConfig) -> None:
     """
     # All attempts use the same folder.
     config = dataclasses.replace(config, out=config.out or default_folder(config))
-    # The launcher's own log repeats, at length, what is raised here.
+    # PyTorch's launcher logs at length the same errors that are raised here.
     launcher_log = logging.getLogger("torch.distributed.elastic")
     launcher_log.propagate = False
     launcher_log.addHandler(logging.NullHandler())

@@ -103,7 +103,7 @@ class RunFolder:
                 self._set_checkpoints_aside()
             for name in (RESULT_FILE, OUTCOME_FILE):
                 (self.path / name).unlink(missing_ok=True)
-            # From here on the folder holds this run, so no file of another run may be left that could be resumed.
+            # From here on the folder holds this run, so no file of another run that could be resumed may remain.
             write_whole(self.path / CONFIG_FILE, f"{_mark(self._launch)}{to_toml(self._settings)}")
             write_whole(metrics, "".join(kept))
             handle = open_regular(metrics, os.O_WRONLY | os.O_APPEND)

@@ -1,4 +1,4 @@
-"""Simulates many workers in one process, to study what a method does to a model apart from real links.
+"""Simulates many workers in one process, to study what a method does to a model without real links.
 
 Each worker is a thread with its own model, optimizer and batches, with the engine over the in-process communicator. Its
 numbers are those that separate processes would get, and the meter counts the bytes that they would send.

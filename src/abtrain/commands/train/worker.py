@@ -124,7 +124,7 @@ def _join(config: TrainConfig, store: Store, rank: int) -> Communicator:
         if not (isinstance(error, dist.DistError) or any(sign in message.lower() for sign in _SIGNS_OF_LOSS)):
             raise
         raise PeerLostError(
-            f"rank {rank} lost a peer of {config.workers} at the start, after all had met, while connections were made "
+            f"rank {rank} lost a peer at the start, after all {config.workers} workers had met, while they connected "
             f"({message.splitlines()[0][:200]}). Look at the other workers' output"
         ) from error
     _wait_as_long_as(timeout, store)
