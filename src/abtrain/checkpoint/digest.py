@@ -12,15 +12,10 @@ from abtrain.lowrank.names import tensors_of, without_compiled
 
 
 def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:
-    """Returns the SHA-256 of names, dtypes, shapes and bytes of a state dict, in order of names.
+    """Returns the SHA-256 of names, dtypes, shapes and bytes of a state dict or a model's, in order of names.
 
+    The 64 hexadecimal digits are equal for equal weights on any device. Factored weights count as the products W = A B.
     Names lose the segments `_orig_mod` that torch.compile adds. Entries that are not tensors do not count.
-
-    Args:
-        weights: a state dict or a model; factored weights count as the products W = A B.
-
-    Returns:
-        64 hexadecimal digits; equal for equal weights on any device.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     digest = hashlib.sha256()

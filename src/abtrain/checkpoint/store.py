@@ -63,18 +63,14 @@ class Saved(NamedTuple):
 def save(
     folder: Path, step: int, state: Mapping[str, Any], comm: Communicator, *, keep: int = 2, resizable: bool = False
 ) -> Path:
-    """Writes a checkpoint, and removes the oldest ones. Collective over the world.
+    """Writes a checkpoint, removes the oldest ones, and returns its folder. Collective over the world.
 
     Args:
         folder: of the checkpoints, shared by all workers; it is created if it is missing.
         step: the number of steps done.
         state: of this worker: dicts, lists, tensors and JSON values (see `abtrain.checkpoint.trees`).
-        comm: the communicator.
         keep: how many checkpoints remain, this one included; at least 1.
         resizable: whether another number of workers may continue from here.
-
-    Returns:
-        The folder of the checkpoint.
 
     Raises:
         CheckpointError: it cannot be written; on all workers. Older checkpoints are unchanged.
@@ -133,13 +129,10 @@ def _split_together(state: Mapping[str, Any], comm: Communicator, step: int) -> 
 
 
 def latest(folder: Path, comm: Communicator) -> Saved | None:
-    """Returns the newest checkpoint that all workers have verified. Collective over the world.
+    """Returns the newest checkpoint that all workers have verified; None if there is none. Collective over the world.
 
     A checkpoint is skipped, with a warning, if it is damaged, if workers had drifted apart when they saved it, or if
     the number of workers has changed and it is not resizable.
-
-    Returns:
-        None if there is no checkpoint at all.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be used; on all workers.
@@ -179,11 +172,7 @@ def _open_together(path: Path, comm: Communicator) -> tuple[Saved | None, str]:
 
 
 def _open(path: Path, comm: Communicator) -> tuple[str, Saved, list[Marks]]:
-    """Verifies the files that this worker needs.
-
-    Returns:
-        The digest of the manifest, the states, and the marks of each state.
-    """
+    """Verifies the files that this worker needs. Returns the manifest's digest, the states, and the marks of each."""
     body, sha = read_manifest(path)
     workers = body["workers"]
     if workers == comm.topology.world_size:
@@ -219,13 +208,10 @@ def _divide(tensors: Mapping[str, Tensor], comm: Communicator) -> tuple[dict[str
     if comm.topology.world_size == 1:
         return dict.fromkeys(tensors, "part-0.safetensors"), dict(tensors)
     held = gather_json(comm, {key: digest(tensor) for key, tensor in tensors.items()})
-    file_of, mine = {}, {}
-    for key, tensor in tensors.items():
-        first = next(rank for rank, keys in enumerate(held) if keys.get(key) == held[comm.rank][key])
-        file_of[key] = f"part-{first}.safetensors"
-        if first == comm.rank:
-            mine[key] = tensor
-    return file_of, mine
+    ours = held[comm.rank]
+    first = {key: next(rank for rank, keys in enumerate(held) if keys.get(key) == ours[key]) for key in tensors}
+    mine = {key: tensor for key, tensor in tensors.items() if first[key] == comm.rank}
+    return {key: f"part-{rank}.safetensors" for key, rank in first.items()}, mine
 
 
 def _write_part(

@@ -68,9 +68,9 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
         elif factoring is None:
             reason = "the recipe has no factored phase"
         else:
-            reason = _why_dense(model, name, parameter, factoring) or sharing.get(name, "")
+            module, attribute = owner(model, name)
+            reason = _why_dense(module, attribute, name, parameter, factoring) or sharing.get(name, "")
             if not reason:
-                module, attribute = owner(model, name)
                 in_form = has_factored_form(module, attribute, bool(parameter._backward_hooks))
                 how = "computed in factored form" if in_form else "rebuilt from its factors when read"
                 kind, reason = "factored", f"{type(module).__name__}, {how}"
@@ -78,9 +78,8 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
     return treatments
 
 
-def _why_dense(model: nn.Module, name: str, parameter: nn.Parameter, factoring: Factoring) -> str:
+def _why_dense(module: nn.Module, attribute: str, name: str, parameter: nn.Parameter, factoring: Factoring) -> str:
     """The reason why a trained parameter stays dense; empty if it can be factored."""
-    module, attribute = owner(model, name)
     least_dim = MatrixShape(parameter.shape).n if parameter.ndim >= 2 else 0
     excluded = next((pattern for pattern in factoring.exclude if fnmatchcase(name, pattern)), None)
     rules = (

@@ -1,7 +1,8 @@
 """Factored weights as other code sees them: as a Parameter kept from before the factoring, or by `module.weight`.
 
 Both read as W = A B, with a gradient to the factors if gradients are enabled, and their own gradient is that of the
-factors. Writing to them is an error, because it would not change the model.
+factors. Writing to them is an error, because it would not change the model. Among the module's parameters, a
+`FactoredMark` precedes the factors.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _NEEDS_NO_VALUE = frozenset(
 )
 _NO_WRITE = frozenset({"__invert__", "__index__", "__int__", "__iter__"})
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
+MARK_SHAPE = (1,) * 8
+"""More dimensions than any weight has, so that the mark broadcasts to no tensor in place."""
 
 
 def keep_(record: FactoredWeight) -> None:
@@ -199,6 +202,43 @@ class FactoredParameter(_StandIn, nn.Parameter):
     @grad.deleter
     def grad(self) -> None:
         self.grad = None
+
+
+class FactoredMark(nn.Parameter):
+    """The placeholder of a factored weight among a module's parameters: a zero that never trains, and fits no tensor.
+
+    Averages of weights such as torch's AveragedModel pair the `parameters()` of a model with those of a copy. They
+    would pair a weight of the copy with a factor, and broadcasting might hide the mistake. With the mark, such a loop
+    fails with an explanation. Loops that sum norms or count parameters may read the mark.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(other.ndim for other in tensors_in((args, kwargs)) if not isinstance(other, FactoredMark)):
+            raise UsageError(
+                "parameters of a model whose weights are currently factored were paired with other tensors: the model "
+                "holds A and B in the place of each factored weight. Pair `state_dict()`, which is always dense, or "
+                "use ABTraining.ema for a running average"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        # A view of the base would have a base again, without end.
+        whole = isinstance(result, Tensor) and result.shape == MARK_SHAPE and _name_of(func) != "_base"
+        return result.as_subclass(FactoredMark) if whole and not isinstance(result, FactoredMark) else result
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        """Ignores the value: a loop that lets all parameters of a model train does not mean the mark."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> FactoredMark:
+        return self
 
 
 def _of_result(name: str, result: Any, memory: set[int]) -> Any:

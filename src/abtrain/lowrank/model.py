@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from abtrain.lowrank.classify import UNSHARED, Treatment
+from abtrain.lowrank.kept import FactoredMark
 from abtrain.lowrank.loading import cutting
-from abtrain.lowrank.mark import FactoredMark
 from abtrain.lowrank.names import factor_letter, factor_names, tensors_of, weight_name, without_compiled
 from abtrain.lowrank.optimizer import PROJECTABLE, fresh_state, project_to_factors, project_to_weight
 from abtrain.lowrank.optimizers import Optimizers, is_a

@@ -89,9 +89,8 @@ class Preconditioner:
                 for factor, root, is_A in ((record.A, R_B, True), (record.B, R_A, False)):
                     decay = decays.get(id(factor), 0.0)
                     starts.append(_Start(factor, factor.detach().clone(), decay, root, is_A))
-        for start in starts:
-            if start.factor.grad is not None:
-                start.factor.grad.copy_(start.converted(start.factor.grad))
+                    if factor.grad is not None:
+                        factor.grad.copy_(starts[-1].converted(factor.grad))
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
@@ -114,7 +113,6 @@ def _decay(group: dict[str, Any]) -> float:
     return float(group["lr"] * group["weight_decay"]) if group.get("decoupled_weight_decay") else 0.0
 
 
-@torch.no_grad()
 def seen_through(record: FactoredWeight, damping: float) -> tuple[Tensor, Tensor]:
     """The A' (m, k) and B' (k, n) for which the optimizer gets the gradients G B'^T and A'^T G of a weight.
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 from torch import nn
 
 from abtrain.lowrank.classify import has_factored_form, owner
-from abtrain.lowrank.kept import give_back_, keep_
+from abtrain.lowrank.kept import MARK_SHAPE, FactoredMark, give_back_, keep_
 from abtrain.lowrank.layers import FACTORED_LAYERS, Factored, rebuilding
-from abtrain.lowrank.mark import SHAPE, FactoredMark
 from abtrain.lowrank.svd import Factors, MatrixShape
 from abtrain.lowrank.weight import FactoredWeight, Names, after_accumulation
 
@@ -26,7 +25,7 @@ def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
     record = FactoredWeight(
         name, module, attribute, dense, A, B, names, MatrixShape(dense.shape), dense.stride(), hooks
     )
-    _rename_(module, attribute, names.mark, factors.A.new_zeros(SHAPE).as_subclass(FactoredMark))
+    _rename_(module, attribute, names.mark, factors.A.new_zeros(MARK_SHAPE).as_subclass(FactoredMark))
     module._parameters.update({names.A: A, names.B: B})
     known = module._abtrain_weights if isinstance(module, Factored) else {}
     _show_(module, {**known, attribute: record})

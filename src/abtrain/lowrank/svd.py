@@ -48,10 +48,6 @@ class MatrixShape:
         """The weight of shape `self.tensor` whose (m, n) view is `matrix`."""
         return (matrix.T if self.transposed else matrix).reshape(self.tensor)
 
-    def factored_numel(self, k: int) -> int:
-        """Elements of A and B together at rank k."""
-        return k * (self.m + self.n)
-
 
 class Factors(NamedTuple):
     """W ~ A B: A is (m, k), B is (k, n)."""

@@ -15,7 +15,7 @@ from abtrain.lowrank.svd import MatrixShape
 
 
 class Names(NamedTuple):
-    """The names in a module of the parameters that replace one weight: its `abtrain.lowrank.mark`, A and B."""
+    """The names in a module of the parameters that replace one weight: its `FactoredMark`, A and B."""
 
     mark: str
     A: str

@@ -52,8 +52,9 @@ class ModelShapes:
     def compression(self, ranks: Mapping[str, int]) -> float:
         """Returns the compression with these ranks: the parameters of the full model over those of the factored one."""
         matrices = self.matrices()
-        saved = sum(self.parameters[name].numel() - matrices[name].factored_numel(k) for name, k in ranks.items())
-        return self.numel / max(self.numel - saved, 1)
+        dense = sum(self.parameters[name].numel() for name in ranks)
+        factored = sum(k * (matrices[name].m + matrices[name].n) for name, k in ranks.items())
+        return self.numel / max(self.numel - dense + factored, 1)
 
 
 def shapes_of(model: nn.Module, factoring: Factoring | None = None) -> ModelShapes:
