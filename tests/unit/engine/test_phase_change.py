@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from abtrain import ABTraining, Energy, FixedRank, Phase, Recipe, WeightSync, recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
-from abtrain.lowrank.tangent import to_weight
+from abtrain.merging.carry_over import to_weight
 from abtrain.recipes.factoring import Factoring
 from tests.cases import adamw, batch, build
 

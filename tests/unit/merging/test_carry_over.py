@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from abtrain.lowrank.tangent import to_factors, to_weight
+from abtrain.merging.carry_over import to_factors, to_weight
 
 
 @given(st.integers(0, 2**16), st.integers(1, 4))
