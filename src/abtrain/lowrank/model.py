@@ -144,7 +144,6 @@ class FactoredModel:
         """
         for optimizer in self.optimizers.all:
             optimizer.state.clear()
-        self.damping = 0.0
         self.restore()
         self.factorize(factors, damping)
         self.compression = compression
