@@ -367,4 +367,4 @@ def test_losses_that_cannot_be_added_up_are_not_finite(losses: tuple[float, floa
             loop.optimizer.step()
             loop.ab.step(losses[loop.ab.steps_done % 2] if comm.rank == 1 else 1.0)
 
-    assert all(isinstance(error, NonFiniteError) and "what rank 1 brought" in str(error) for error in told(2, work))
+    assert all(isinstance(error, NonFiniteError) and "infinity on rank 1" in str(error) for error in told(2, work))
