@@ -6,13 +6,13 @@ CONSTRAINTS ?=
 # One thread a process: tests run several at a time, on small tensors.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo quick test check format clean
+.PHONY: setup demo quick test check docs format clean
 
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %) -e '.[vision,data,report,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %) -e '.[vision,data,report,dev,docs]'
 	touch $@
 
 demo: setup
@@ -33,10 +33,15 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site, in build/site. A warning, such as a link to a page that does not exist, is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/python docs/make_map.py
+	$(BIN)/python docs/make_pages.py
 
 clean:
 	rm -rf .venv build dist

@@ -64,12 +64,12 @@ def test_the_example_trains_by_any_recipe() -> None:
     assert example("with_abtrain.py", "--recipe", "ab_outer") != example("with_abtrain.py", "--recipe", "ab")
 
 
-def test_the_readme_shows_the_difference_of_the_examples() -> None:
-    """All of it but the first line, which says what the example is."""
+def test_the_first_page_shows_the_difference_of_the_examples() -> None:
+    """In docs/index.md; all of it but the first line, which says what the example is."""
     plain, with_abtrain = (
         (ROOT / "examples" / name).read_text().splitlines()[1:] for name in ("plain_ddp.py", "with_abtrain.py")
     )
     changes = [line[0] + line[2:] for line in difflib.ndiff(plain, with_abtrain) if line[0] in "+-"]
-    shown = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    shown = re.search(r"```diff\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL)
     assert shown
     assert sorted(line for line in shown[1].splitlines() if line[:1] in ("+", "-")) == sorted(changes)

@@ -1,0 +1,129 @@
+"""README and docs: Python compiles, the whole example runs, options of commands exist, links lead to files."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from abtrain import recipes
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GENERATED = ("recipes.md", "commands.md")
+COMMANDS = ("train", "recipes", "plan", "compare", "paper", "lab")
+MOST_WORDS = 900
+
+
+def names_of(pages: list[Path]) -> list[str]:
+    return [str(page.relative_to(ROOT)) for page in pages]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def shell_lines(page: Path) -> list[str]:
+    """Lines of fenced shell blocks and of blocks that are indented by four, without comments and continuations."""
+    text = page.read_text(encoding="utf-8")
+    indented = textwrap.dedent("\n".join(re.findall(r"^    \S.*$", text, re.MULTILINE)))
+    joined = "\n".join((*blocks(page, "bash"), indented)).replace("\\\n", " ")
+    return [re.sub(r"\s# .*| +&$", "", line).strip() for line in joined.splitlines()]
+
+
+@cache
+def help_of(command: str) -> str:
+    environment = {**os.environ, "COLUMNS": "200"}
+    arguments = [sys.executable, "-m", "abtrain", command, "--help"]
+    return subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def given_to_abtrain(line: str) -> list[list[str]]:
+    """The arguments of `abtrain` in a line, or of `-m abtrain` under another program: command first."""
+    words = shlex.split(line)
+    begins = [i for i, word in enumerate(words) if word == "abtrain" and words[i + 1 : i + 2]]
+    return [words[i + 1 :] for i in begins if i == 0 or words[i - 1] in ("sudo", "-m")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
+def test_python_compiles(page: Path) -> None:
+    for block in blocks(page, "python"):
+        if not block.startswith("--8<--"):
+            ast.parse(block)
+
+
+def test_the_readme_has_the_whole_example() -> None:
+    assert blocks(ROOT / "README.md", "python")[0] == (ROOT / "examples" / "own_loop.py").read_text(encoding="utf-8")
+
+
+def test_the_whole_example_runs_on_one_worker(tmp_path: Path) -> None:
+    """With fewer steps, since this is about the calls and not about the accuracy."""
+    source = (ROOT / "examples" / "own_loop.py").read_text(encoding="utf-8")
+    short = re.sub(r"^STEPS = \d+$", "STEPS = 60", source, flags=re.MULTILINE)
+    assert short != source
+    (tmp_path / "own_loop.py").write_text(short, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    ended = subprocess.run(
+        [sys.executable, "own_loop.py"], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert re.search(r"accuracy \d+\.\d%, factored \d+\.\d : 1", ended.stdout), ended.stdout
+    assert (tmp_path / "model.pt").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
+def test_commands_have_the_options_that_they_are_given(page: Path) -> None:
+    if page.name in GENERATED:
+        return
+    for line in shell_lines(page):
+        if "abtrain" not in line:
+            continue
+        for command, *arguments in given_to_abtrain(line):
+            assert command in COMMANDS or command.startswith("-") or command.isupper(), line
+            own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+            options = [word.partition("=")[0] for word in own if word.startswith("--")]
+            unknown = [option for option in options if not re.search(rf"{option}\b", help_of(command))]
+            assert not unknown, f"{line}: {unknown}"
+            if command in ("train", "recipes", "plan") and own and not own[0].startswith("-") and own[0] != "RECIPE":
+                recipes.from_text(own[0], 10_000)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
+def test_recipes_in_the_text_exist(page: Path) -> None:
+    """Recipes with options, such as `ab_outer:every=40`, wherever they stand."""
+    found = re.findall(rf"\b(?:{'|'.join(recipes.RECIPES)}):[a-z_]+=[\w.:=,*]*\w", page.read_text(encoding="utf-8"))
+    for text in found:
+        recipes.from_text(text, 10_000)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_to_files(name: str) -> None:
+    """Links between pages of docs/ are checked by `make docs`."""
+    text = re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_readme_is_short() -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(re.findall(r"\w+", re.sub(r"\(http[^)]*\)", " ", text))) <= MOST_WORDS
+
+
+def test_generated_pages_are_up_to_date() -> None:
+    ended = subprocess.run([sys.executable, ROOT / "docs" / "make_pages.py", "--check"], check=False)
+    assert ended.returncode == 0, "run python docs/make_pages.py"
+
+
+def test_every_page_is_in_the_site() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        assert f" {page.relative_to(ROOT / 'docs')}\n" in nav, page
