@@ -19,7 +19,7 @@ class Study:
 
     Attributes:
         question: the question as a sentence.
-        shown: the horizontal axis of its figure of accuracy; `divergence` has other figures.
+        shown: the horizontal axis of its accuracy figure; `divergence` has other figures.
         variants: by label, a method and the options that override the method's own.
         nodes: the numbers of nodes of each variant, at a constant global batch.
         methods: methods of tables whose runs the study shares.

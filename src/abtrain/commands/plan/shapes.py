@@ -32,7 +32,7 @@ class ModelShapes:
     Attributes:
         parameters: the parameters by name in the model's order, tied ones once.
         kinds: the treatment of each parameter (see `abtrain.lowrank.classify`).
-        without_gradient: the names of parameters that DDP ignores: they require no gradient, or are a worker's own.
+        without_gradient: the names of parameters that DDP ignores: they require no gradient, or belong to one worker.
         buffers: the buffers that workers share, by name.
     """
 
