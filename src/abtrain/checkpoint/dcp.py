@@ -1,6 +1,6 @@
 """An adapter to PyTorch's distributed checkpoints (DCP), for trusted storage.
 
-DCP pickles its metadata and all values but tensors: whoever can write to such a checkpoint can have code executed by
+DCP pickles its metadata and all values except tensors: whoever can write to such a checkpoint can have code executed by
 those who load it. Use it if your platform requires it, and `abtrain.checkpoint.store` otherwise.
 """
 
@@ -40,7 +40,7 @@ class TrainingState:
         dcp.load({"ab": TrainingState(ab)}, checkpoint_id=folder)
 
     Each worker's state is one value of bytes: between merges workers hold different tensors, and their shapes change
-    from phase to phase, but DCP loads into existing tensors. As many workers load as have saved.
+    from phase to phase, but DCP loads into existing tensors. The number of workers must stay the same.
 
     Args:
         ab: an ABTraining with the same recipe, model and optimizer as the one that was saved.
@@ -76,7 +76,7 @@ class TrainingState:
         """Returns this worker's verified state."""
         saved = state.get(self._key) if isinstance(state, Mapping) else None
         if not isinstance(saved, bytes):
-            raise CheckpointError(f"there is no state of {self._key}: load with as many workers as have saved")
+            raise CheckpointError(f"there is no state of {self._key}: load with as many workers as saved it")
         digest, body = saved[:_DIGEST], saved[_DIGEST:]
         if hashlib.sha256(body).digest() != digest:
             raise CheckpointError(f"the state of {self._key} is damaged: its bytes are not those that were saved")

@@ -12,7 +12,7 @@ from abtrain.lowrank.names import tensors_of, without_compiled
 
 
 def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:
-    """Returns the SHA-256 of names, dtypes, shapes and bytes of a state dict or a model's, in order of names.
+    """Returns the SHA-256 of the names, dtypes, shapes and bytes in a state dict or a model, in order of names.
 
     The 64 hexadecimal digits are equal for equal weights on any device. Factored weights count as the products W = A B.
     Names lose the segments `_orig_mod` that torch.compile adds. Entries that are not tensors do not count.

@@ -29,7 +29,7 @@ MAX_JSON_BYTES = 64 * 2**20
 """The largest JSON file, or header of a safetensors file, that is read into memory."""
 
 _MOST_UNDIGESTED_BYTES = 256 * 2**20
-"""Limits the memory for copies of a GPU's tensors: they are kept until they are digested."""
+"""Limits the memory for copies of a GPU's tensors, which are kept until the digest has read them."""
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -58,7 +58,7 @@ def write_json(path: Path, value: Any, sync: Callable[[BinaryIO], None]) -> Writ
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], sync: Callable[[BinaryIO], None]) -> Written:
     """Writes tensors of the dtypes in `DTYPES` to a new safetensors file, in one pass; `sync` makes it durable."""
-    # Wide dtypes first, so that all are aligned.
+    # Wide dtypes come first, so that all are aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header: dict[str, Any] = {}
     end = 0
@@ -126,7 +126,7 @@ def read_json(path: Path, expected: Written | None = None) -> Any:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes: more than {MAX_JSON_BYTES} are not read")
+            raise CheckpointError(f"{path} has {size} bytes: at most {MAX_JSON_BYTES} are read")
         data = file.read(MAX_JSON_BYTES + 1)
     if expected is not None and Written(len(data), hashlib.sha256(data).hexdigest()) != expected:
         raise CheckpointError(f"{path} is damaged: its bytes are not those that were written")

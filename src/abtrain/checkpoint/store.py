@@ -5,10 +5,9 @@
                          part-0.safetensors     the tensors that rank 0 is the first to hold; other parts refer to them
 
 A checkpoint is written to a temporary folder, synced to the disk and renamed. A crash at any moment leaves the older
-checkpoints and at most a temporary folder, which the next save removes. A step that is saved again is complete as
-step-...120.new before the old one is removed. All workers write to and read from one folder on a file system that they
-share. Digests find lost writes. Whoever can write to the folder can replace its content and the digests, but cannot
-have code executed.
+checkpoints and at most a temporary folder, which the next save removes. If a step is saved again, the new checkpoint is
+complete as step-...120.new before the old one is removed. All workers use one folder on a shared file system. Digests
+find lost writes. Whoever can write to the folder can replace its content and the digests, but cannot have code executed.
 """
 
 from __future__ import annotations
@@ -66,16 +65,16 @@ def save(
     """Writes a checkpoint, removes the oldest ones, and returns its folder. Collective over the world.
 
     Args:
-        folder: of the checkpoints, shared by all workers; it is created if it is missing.
+        folder: the folder of checkpoints, shared by all workers; it is created if it is missing.
         step: the number of steps done.
-        state: of this worker: dicts, lists, tensors and JSON values (see `abtrain.checkpoint.trees`).
+        state: this worker's state: dicts, lists, tensors and JSON values (see `abtrain.checkpoint.trees`).
         keep: how many checkpoints remain, this one included; at least 1.
         resizable: whether another number of workers may continue from here.
 
     Raises:
-        CheckpointError: it cannot be written; on all workers. Older checkpoints are unchanged.
-        RanksDisagreeError: workers that must hold the same have drifted apart; likewise.
-        TypeError: the state holds something that cannot be saved, with its place; on the workers whose state it is.
+        CheckpointError: it cannot be written. On all workers; older checkpoints are unchanged.
+        RanksDisagreeError: workers that must hold the same tensors have drifted apart. On all workers.
+        TypeError: a worker's state holds a value that cannot be saved, at the given place. On that worker.
     """
     final, temporary = folder / f"step-{step:012d}", folder / f"{TEMPORARY[0]}step-{step:012d}"
     structure, tensors = _split_together(state, comm, step)
@@ -135,7 +134,7 @@ def latest(folder: Path, comm: Communicator) -> Saved | None:
     the number of workers has changed and it is not resizable.
 
     Raises:
-        CheckpointError: there are checkpoints, but none can be used; on all workers.
+        CheckpointError: there are checkpoints, but none can be used. On all workers.
     """
     names = gather_json(comm, checkpoints_in(folder))[0]
     problems = []
@@ -166,7 +165,7 @@ def _open_together(path: Path, comm: Communicator) -> tuple[Saved | None, str]:
         if found:
             return None, f"{found} (rank {rank})"
     if len({sha for _, sha, _ in answers}) > 1:
-        return None, f"{path} is not the same on all workers: they need a folder that they share"
+        return None, f"{path} is not the same on all workers: they need a shared folder"
     drift = drifted([held for _, _, held in answers], comm.topology)
     return (None, f"{path}: {drift}") if drift else (saved, "")
 
@@ -231,7 +230,7 @@ def _commit(temporary: Path, final: Path, content: Mapping[str, Any], comm: Comm
         return
     for name, (size, _) in content["manifest"]["files"].items():
         if (temporary / name).stat().st_size != size:
-            raise OSError(0, "other workers' parts are missing: they need a folder that they share", str(name))
+            raise OSError(0, "other workers' parts are missing: they need a shared folder", str(name))
     fail_at(comm.rank, step, "checkpoint.manifest")
     write_json(temporary / MANIFEST, content, partial(_sync, comm, step))
     sync_folder(temporary)
@@ -249,7 +248,7 @@ def _sync(comm: Communicator, step: int, file: BinaryIO) -> None:
 
 
 def _together(comm: Communicator, step: int, work: Callable[[], Any]) -> list[Any]:
-    """Does a part of the work, and returns its results on all workers; if it fails on one, raises an error on all."""
+    """Does this worker's part of some work. Returns all workers' results; a failure on one raises an error on all."""
     outcome, problem = None, ""
     try:
         outcome = work()

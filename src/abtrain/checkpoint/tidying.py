@@ -1,6 +1,6 @@
 """The folder of checkpoints: lists and removes checkpoints.
 
-A checkpoint is renamed before it is removed, so that one that a crash leaves half removed does not count as damaged.
+A checkpoint is renamed before it is removed, so a crash during its removal does not leave a damaged checkpoint.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from abtrain.checks import said
 
 _DEEPEST = 200
 _MOST_DIGITS = 4000
-"""The longest whole number; Python reads few more digits from a text."""
+"""The digits of the longest whole number; Python parses few more from text."""
 
 DTYPES = {
     torch.float64: "F64",
@@ -99,12 +99,12 @@ def _scalar(value: Any, place: str) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     kind = type(value).__name__
-    hint = ": save torch.from_numpy(...) of it" if kind == "ndarray" else ""
+    hint = ": convert it with torch.from_numpy(...)" if kind == "ndarray" else ""
     raise TypeError(f"{place or 'the tree'} is a {kind}, which cannot be saved{hint}")
 
 
 def refer(structure: Any, file_of: Mapping[str, str]) -> Any:
-    """Returns the structure with the file of each reference, which is given by key."""
+    """Returns the structure with a file in each reference: `file_of` its key."""
     if isinstance(structure, list):
         return [refer(item, file_of) for item in structure]
     if not isinstance(structure, dict):
@@ -118,7 +118,7 @@ def join(structure: Any, tensor: Callable[[str, str], Tensor]) -> Any:
     """Returns the tree of a structure; `tensor` maps (file, key) to the tensor that a reference stands for.
 
     Raises:
-        ValueError: `split` and `refer` do not make such a structure.
+        ValueError: the structure is not one that `split` and `refer` make.
     """
     if isinstance(structure, list):
         return [join(item, tensor) for item in structure]
@@ -183,5 +183,5 @@ def _whole(text: str) -> int:
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("a key comes twice in one object")
+        raise ValueError("an object has the same key twice")
     return content

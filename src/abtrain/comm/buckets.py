@@ -1,4 +1,4 @@
-"""Many tensors <-> few flat buffers, since each message over a slow link costs a delay; and their averages."""
+"""Packs many tensors into few flat buffers and averages them: each message over a slow link costs a delay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIB = 2**20
 class Bucket:
     """Some tensors of a sequence, laid end to end.
 
-    `flat` is contiguous and 1-D. It holds the tensors at the places `indices` of the sequence, in that order.
+    `flat` is contiguous and 1-D. It holds the tensors of the sequence with these `indices`, in that order.
     """
 
     flat: Tensor
@@ -34,7 +34,7 @@ def pack(tensors: Sequence[Tensor], capacity_bytes: int = 25 * MIB, widen: bool 
     A bucket holds tensors of one dtype on one device, in their order, and at most `capacity_bytes`; a tensor
     larger than that has a bucket of its own. The same shapes and dtypes give the same layout on every rank.
 
-    With `widen`, narrower floats become float32, since they lose digits when they are summed. Otherwise bits are kept.
+    With `widen`, narrower floats become float32, since their sums would lose digits. Otherwise bits are kept.
     """
     layouts: list[tuple[_Kind, list[int]]] = []
     filling: dict[_Kind, tuple[list[int], int]] = {}
@@ -53,7 +53,7 @@ def pack(tensors: Sequence[Tensor], capacity_bytes: int = 25 * MIB, widen: bool 
 def unpack(buckets: Sequence[Bucket], like: Sequence[Tensor]) -> list[Tensor]:
     """Returns the tensors in `buckets`, with the shapes, dtypes and order of `like`.
 
-    Those that have the dtype of their bucket are views into it.
+    A tensor with the dtype of its bucket is a view into it.
     """
     tensors: dict[int, Tensor] = {}
     for bucket in buckets:
@@ -69,9 +69,9 @@ def exact_average(tensors: Sequence[Tensor], comm: Communicator) -> list[Tensor]
 
 
 def average_exactly(tensors: Sequence[Tensor], comm: Communicator) -> Stages[list[Tensor]]:
-    """Returns the average of each tensor over all workers, to the same bits on all of them.
+    """Returns the average of each tensor over all workers, bitwise equal on all of them.
 
-    Shapes and dtypes are the same on all workers, and those of the averages. Half precision is summed in float32.
+    All workers pass the same shapes and dtypes; averages keep them. Half precision is summed in float32.
     """
     buckets = pack(tensors)
     launched = [comm.launch_all_reduce(bucket.flat) for bucket in buckets]

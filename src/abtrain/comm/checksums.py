@@ -17,10 +17,10 @@ import xxhash
 from torch import Tensor
 
 BITS = 62
-"""One int64 MAX finds both ends of a range if -v is sent beside v; 62 bits leave room for both."""
+"""Bits of a hash. One int64 MAX over v and -v finds the largest and the smallest hash; 62 bits leave room for both."""
 LIMIT: int = 2**BITS
 
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of an object without one of its own
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of objects whose class defines none
 _CHUNK_BYTES = 64 * 2**20
 
 
@@ -52,7 +52,7 @@ def stable_repr(value: object) -> str:
 
 
 def layouts_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Returns the shape and dtype of named tensors, in words."""
+    """Returns the shape and dtype of each tensor as text."""
     return {name: f"{tuple(tensor.shape)} of {tensor.dtype}" for name, tensor in tensors.items()}
 
 
@@ -63,12 +63,12 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def bytes_of(held: Tensor) -> Any:
-    """Returns a contiguous CPU tensor's memory as a buffer, without a copy; numpy knows fewer dtypes."""
+    """Returns a contiguous CPU tensor's memory as a buffer, without a copy; numpy supports fewer dtypes."""
     return (ctypes.c_char * held.nbytes).from_address(held.data_ptr()) if held.nbytes else b""
 
 
 def _chunks(flat: Tensor) -> Iterator[Tensor]:
-    """Yields the bytes of a flat tensor on the CPU; those of an accelerator in pieces, through one small buffer."""
+    """Yields a flat tensor of bytes on the CPU. From an accelerator, it comes in pieces, through one small buffer."""
     if flat.device.type == "cpu":
         yield flat
         return

@@ -1,10 +1,10 @@
-"""The contract between workers, and its form for one worker alone.
+"""The contract between workers, and its implementation for a single worker.
 
 Everything else in abtrain talks to other workers through a `Communicator`, so the same engine runs on Gloo and NCCL
 (`torch_distributed.py`), on threads of one process (`in_process.py`), and alone (`SingleProcess`, here). Every
 collective is counted in the communicator's `meter`.
 
-Beside the code that sends, a function `sent_by_...` predicts the same bytes from shapes alone, as `Calls`; its tensors
+Next to the code that sends, a function `sent_by_...` predicts the same bytes from shapes alone, as `Calls`. Its tensors
 may be on PyTorch's meta device.
 """
 
@@ -67,10 +67,10 @@ class Communicator:
 
     Every operation is collective over its scope: all of its ranks call it, in the same order. A scope of one rank
     communicates nothing and counts nothing. The caller may compute between `launch_...` and `wait`. Tensors must be
-    contiguous and on `device`, where the backend can carry them.
+    contiguous and on `device`, where the backend can send them.
 
-    A backend implements the methods that raise NotImplementedError here. They get detached, checked tensors and a
-    scope of several ranks.
+    A backend implements the methods that raise NotImplementedError here. Their tensors
+    are detached and checked, and their scope has several ranks.
 
     Raises:
         ValueError: a tensor that is not contiguous.
@@ -153,15 +153,15 @@ class Communicator:
         """Wraps `module` so that `backward` averages its gradients over the scope.
 
         The parameters that require a gradient at the time of the call are averaged. In training, buffers follow the
-        scope's first rank at each forward pass, as in DDP. Both leave out the tensors that the module tells DDP to
-        ignore (see `abtrain.own`).
+        scope's first rank at each forward pass, as in DDP. Tensors that the module tells DDP to ignore
+        are neither averaged nor copied (see `abtrain.own`).
 
         Args:
             module: on one device, with the same parameters on every rank of the scope.
             scope: the ranks to average over; one rank needs no synchronization.
             find_unused_parameters: allow a backward pass that leaves some parameters without a gradient. Otherwise
                 the next forward pass raises UsageError.
-            sync: its wire is the one that gradients are sent in.
+            sync: its wire is the format in which gradients are sent.
 
         Raises:
             ConfigurationError: the backend cannot carry this wire, or the model's SyncBatchNorm layers have nobody to
@@ -191,19 +191,19 @@ class Communicator:
 
 
 class SingleProcess(Communicator):
-    """The `Communicator` of a worker that is alone: no `init_process_group`, no communication."""
+    """The `Communicator` of a single worker: no `init_process_group`, no communication."""
 
     def __init__(self) -> None:
         super().__init__(0, Topology(world_size=1), torch.device("cpu"))
 
 
 def scope_spans(topology: Topology, scope: Scope) -> Spans:
-    """Returns whether payload of this scope goes to other groups: only if the scope holds more than one."""
+    """Returns `between_groups` for a scope of several groups, otherwise `within_groups`."""
     return "between_groups" if scope == "world" and topology.n_groups > 1 else "within_groups"
 
 
 def check_contiguous(tensor: Tensor) -> None:
-    """Raises a ValueError for a tensor that no backend can send from its place in memory."""
+    """Raises a ValueError for a tensor that is not contiguous: no backend can send it without a copy."""
     if not tensor.is_contiguous():
         raise ValueError(
             f"a collective needs a contiguous tensor, not one of shape {list(tensor.shape)} with strides "
@@ -218,7 +218,7 @@ _REDUCIBLE = _FLOATS | {torch.int8, torch.uint8, torch.int32, torch.int64}
 
 
 def check_reducible(tensor: Tensor, op: Reduction) -> None:
-    """Raises an error for a tensor that some backend cannot reduce, or reduces to wrong numbers."""
+    """Raises a TypeError for a tensor that some backend cannot reduce, or reduces to wrong numbers."""
     check_contiguous(tensor)
     if tensor.dtype not in _REDUCIBLE and not (tensor.dtype.is_complex and op == "sum"):
         raise TypeError(

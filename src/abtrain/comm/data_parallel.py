@@ -1,4 +1,4 @@
-"""A model whose gradients workers average: the contract, and its form for a worker alone."""
+"""A model whose gradients workers average: the contract, and its implementation for a single worker."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class DataParallel:
         """Returns the order in which the first averaged backward pass completed gradients, as parameters' positions.
 
         Only trained parameters count. DDP rebuilds its buckets in this order, which decides the order of sums over
-        three or more ranks. Empty before that pass, and where there are no buckets.
+        three or more ranks. The list is empty before that pass, and without buckets.
         """
         return []
 
@@ -77,11 +77,11 @@ class DataParallel:
 
 
 class Unsynchronized(DataParallel):
-    """The `DataParallel` of a scope of one rank, or of a model with nothing to train: the model as it is."""
+    """The `DataParallel` of a scope of one rank, or of a model with nothing to train: it only calls the model."""
 
 
 class Layouts:
-    """The layouts of a module's buffers (`known`), from one forward pass to the next."""
+    """Tracks the layouts of a module's buffers (`known`) from one forward pass to the next."""
 
     def __init__(self, buffers: Mapping[str, Tensor]) -> None:
         self.known = layouts_of(buffers)
@@ -107,6 +107,6 @@ def unused_error(missing: str) -> UsageError:
 
 
 def extremes(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Returns the least and the greatest number of each tensor, on its device: NaN or infinity if it holds any."""
+    """Returns each tensor's minimum and maximum, on its device. NaN and infinity in the tensor show in them."""
     real = (torch.view_as_real(t) if t.is_complex() else t for t in tensors if t.numel())
     return [torch.stack(torch.aminmax(tensor.detach())) for tensor in real]

@@ -23,7 +23,7 @@ _CALL = "all_reduce of gradients"
 
 
 class TorchDataParallel(DataParallel):
-    """The `DataParallel` of a scope of several ranks: DDP with its defaults, so the bits are those of a plain DDP.
+    """The `DataParallel` of a scope of several ranks: DDP with its defaults, bitwise equal to plain DDP.
 
     No reference cycle holds DDP, so its buckets are freed as soon as it is dropped or closed.
     """
@@ -93,10 +93,10 @@ class TorchDataParallel(DataParallel):
 
 @contextmanager
 def _every_name_ignored(module: nn.Module) -> Iterator[None]:
-    """Adds every name under which DDP looks for ignored tensors to the module's list of them, and removes them after.
+    """Within the context, the module lists its ignored tensors under every name that DDP looks for.
 
-    Otherwise DDP misses a tied parameter that is listed under one of its names, and a parameter held by the model
-    itself, whose name DDP starts with a dot.
+    Otherwise DDP misses a tied parameter that is listed under only one of its names, and a parameter of the root
+    module itself, whose name begins with a dot in DDP.
     """
     own = own_names(module)
     if not own:
@@ -160,7 +160,7 @@ class _Rehearsal(nn.Module):
 class _Averaging:
     """Averages the gradients of a backward pass bucket by bucket, as DDP completes them.
 
-    Nothing is sent while it `rehearses`: gradients are the zeros of a rehearsal then.
+    It sends nothing while it `rehearses`, since all gradients are zero then.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class _Averaging:
         self,
         bucket: dist.GradBucket,  # type: ignore[name-defined]
     ) -> Average:
-        """DDP's hook of gradients: starts the average of a bucket."""
+        """DDP's gradient hook: starts the average of a bucket."""
         buffer = bucket.buffer()
         if self.rehearses:
             done: Average = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else [])
@@ -206,6 +206,6 @@ class _Averaging:
                 average.wait()
 
     def follow_first_rank(self, named_buffers: Mapping[str, Tensor]) -> None:
-        """DDP's hook of buffers."""
+        """DDP's buffer hook."""
         if not self.rehearses:
             self._buffers.follow(named_buffers)

@@ -1,4 +1,4 @@
-"""Buffers that follow the first rank, as under DDP, on torch.distributed."""
+"""Copies the first rank's buffers to the other ranks, as DDP does, on torch.distributed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from abtrain.comm.link import Link
 from abtrain.errors import RanksDisagreeError
 
 _MARK = 0x3A7E_91C4_D05B_682F
-"""The first number of a message without buffers. Buffers begin with it by a chance of 2**-64."""
+"""The first number of a message that holds no buffers. Buffers begin with it with a probability of 2**-64."""
 _MARK_BYTES = 16
 
 
 class Following:
-    """The buffers of a module follow those of a link's first rank.
+    """Keeps a module's buffers equal to those of a link's first rank.
 
-    A message of an unexpected size ends the receiver's process without explanation, or its bytes are misread. So a rank
-    whose buffers have changed their shapes sends or receives one more message of the old size. In it, the first rank
-    describes its buffers; ranks whose buffers have not changed find the mark.
+    A message of an unexpected size kills the receiver's process without an error, or its bytes are misread. So after
+    a change of shapes, a rank sends or receives one more message of each old size. It holds a mark and a fingerprint of
+    the first rank's new layouts. A rank whose buffers have not changed recognizes the mark.
 
-    At first, `buffers` have the same names, shapes and dtypes on all ranks.
+    Initially, `buffers` have the same names, shapes and dtypes on all ranks.
     """
 
     def __init__(self, link: Link, buffers: Mapping[str, Tensor]) -> None:
@@ -38,7 +38,7 @@ class Following:
         """Overwrites buffers, by name, with those of the first rank. Collective over the link.
 
         Raises:
-            RanksDisagreeError: the shapes of this rank's buffers and of the first rank's changed differently.
+            RanksDisagreeError: buffers of this rank and of the first rank changed their shapes differently.
         """
         first, buffers = self._link.ranks[0], list(named.values())
         changed = self._layouts.changes(named)
@@ -51,7 +51,7 @@ class Following:
             # Reading the mark from an accelerator would block.
             if place == self._place and bucket.flat.device.type == "cpu" and _mark_in(bucket.flat)[0] == _MARK:
                 raise RanksDisagreeError(
-                    f"buffers have changed on rank {first}, whose log names them, and not on rank {self._link.rank}. "
+                    f"buffers have changed on rank {first}, whose log names them, but not on rank {self._link.rank}. "
                     f"{REMEDY}"
                 )
         for buffer, received in zip(buffers, unpack(buckets, buffers), strict=True):
@@ -74,7 +74,7 @@ class Following:
             self._link.broadcast(message, first)
             received = _mark_in(message) if place == self._place else received
         if received != mark:
-            raise RanksDisagreeError(f"{changed} on rank {self._link.rank}, and not on rank {first}. {REMEDY}")
+            raise RanksDisagreeError(f"{changed} on rank {self._link.rank}, but not on rank {first}. {REMEDY}")
 
 
 def sent_by_follow(buffers: Sequence[Tensor], scope: Scope) -> Calls:

@@ -16,18 +16,18 @@ from abtrain.comm.communicator import Calls, Scope, Traffic
 from abtrain.recipes.sync import GradientSync
 
 _FIRST_BUCKET, _BUCKET = 1 * MIB, 25 * MIB
-"""DDP's defaults for the bytes at which it closes its first bucket, and the others."""
+"""DDP's default sizes of its first bucket and of the others, in bytes."""
 
 Bucket = Any  # a torch.distributed.GradBucket, which PyTorch's stubs leave out
-Average = torch.futures.Future[Tensor]  # of a bucket, in progress
+Average = torch.futures.Future[Tensor]  # the average of a bucket, in progress
 
 
 class GradientHook:
-    """Averages one bucket of gradients over a process group: in float32, to the same bits as DDP without a hook.
+    """Averages one bucket of gradients over a process group: in float32, bitwise as DDP without a hook.
 
     Attributes:
         in_turn: whether a bucket must wait until the previous one is averaged.
-        arrivals: the order of gradients that the hook's state fits; empty while it has none. None: stateless.
+        arrivals: the order of gradients for which the hook's state holds; empty while it has none. None: stateless.
     """
 
     in_turn = False

@@ -1,4 +1,4 @@
-"""The contract for threads of one process: tests, notebooks, the reference.
+"""Implements the contract on threads of one process, for tests, notebooks and the reference.
 
 Nothing is sent, but every byte is counted as if it were. Sums are taken in rank order, whatever the order in which
 threads arrive. Threads share the random generators of the process, so each worker needs a generator of its own.
@@ -40,7 +40,7 @@ def run_in_process(
         timeout: seconds that a collective waits for its last rank.
 
     Raises:
-        The first error of any worker. The others are freed at once: the collective in which they wait, or the next one
+        The first error of any worker. The others stop at once: the collective in which they wait, or the next one
         with the dead rank, raises a PeerLostError.
     """
     topology = Topology(world_size, group_size)
@@ -54,7 +54,7 @@ def run_in_process(
         except BaseException as error:
             # Listed before the others notice that this rank has left, so that their errors come later.
             errors.append(error)
-            rendezvous.leave(rank, f"died of {type(error).__name__}: {error}")
+            rendezvous.leave(rank, f"failed with {type(error).__name__}: {error}")
         else:
             rendezvous.leave(rank, "has finished its work")
 
@@ -126,7 +126,7 @@ class InProcessCommunicator(Communicator):
     def _meet(
         self, call: str, tensors: Sequence[Tensor], scope: Scope, combine: Combine, nbytes: int | None = None
     ) -> list[Tensor]:
-        """Calls `Rendezvous.meet` for the scope, and counts `nbytes` (None: all of them)."""
+        """Calls `Rendezvous.meet` for the scope, and counts `nbytes` (None: those of all tensors)."""
         counted = sum(t.nbytes for t in tensors) if nbytes is None else nbytes
         self.meter.count(counted, scope_spans(self.topology, scope))
         with self.meter.waiting():
@@ -151,7 +151,7 @@ class InProcessDataParallel(DataParallel):
         self._share = 1.0 / workers
         self._find_unused = find_unused_parameters
         self._parameters = trained_parameters(module)
-        self._ready: set[str] = set()  # parameters with a gradient of the backward pass that is to be averaged
+        self._ready: set[str] = set()  # parameters with a gradient in the backward pass to be averaged
         self._used: set[str] = set()  # parameters with a gradient since the last average, also inside no_sync
         self._synchronizing = self._buffers_due = True
         self._armed = self._queued = False
@@ -165,7 +165,7 @@ class InProcessDataParallel(DataParallel):
     def _differentiable(self, *args: Any, **kwargs: Any) -> Any:
         missing = [name for name in self._parameters if name not in self._ready]
         if self._ready and missing:
-            raise unused_error(f"{len(missing)} parameters ({missing[0]} is one)")
+            raise unused_error(f"{len(missing)} parameters (such as {missing[0]})")
         if self._buffers_due:
             self._follow_first_rank(shared_buffers(self.module))
         self._buffers_due = self._synchronizing
@@ -222,7 +222,7 @@ class InProcessDataParallel(DataParallel):
         buffers, changed = list(named.values()), self._layouts.changes(named)
         call = f"broadcast of buffers ({changed} now)" if changed else "broadcast of buffers"
         first = self._meet(call, buffers, combine=lambda of: _copied(of[0]))
-        # As in DDP: autograd does not refuse the backward of an earlier pass because its buffers have changed.
+        # As in DDP, autograd then accepts the backward of an earlier pass although its buffers have changed.
         with torch.no_grad(), _unsafe_preserve_version_counter(tuple(buffers)):
             for buffer, received in zip(buffers, first, strict=True):
                 buffer.copy_(received)

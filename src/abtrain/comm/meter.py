@@ -1,7 +1,7 @@
 """Counts the bytes that a worker passes to collectives, and the seconds that it waits for them.
 
 Payload is counted where it is handed over, so it does not depend on how a backend routes it. The bytes that cross the
-network interface (wire bytes) differ by the algorithm, headers and retransmissions.
+network interface (wire bytes) also depend on the collective's algorithm, headers and retransmissions.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Spans = Literal["between_groups", "within_groups"]
 class Meter:
     """One worker's payload by phase and by scope, and its seconds of waiting.
 
-    `phase` is the name under which the next payload is counted, and `step` the number of steps that are done; the
-    engine sets both. Counting is safe from any thread: autograd may run a hook in one of its own.
+    `phase` is the name under which the next payload is counted, and `step` the number of steps done; the engine
+    sets both. Counting is thread-safe, since autograd may run hooks in its own threads.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Adds the wall time spent inside, once where waits are nested or overlap."""
+        """Adds the wall time spent inside; waits that nest or overlap count once."""
         with self._lock:
             self._waits += 1
             if self._waits == 1:
@@ -62,7 +62,7 @@ class Meter:
                     self.sync_seconds += time.perf_counter() - self._waiting_since
 
     def payload(self) -> dict[str, Any]:
-        """Returns the bytes so far: `total`, `between_groups`, `within_groups`, and `by_phase`, a number for each."""
+        """Returns the bytes so far: `total`, `between_groups`, `within_groups`, and for each phase in `by_phase`."""
         with self._lock:
             total = sum(self._by_scope.values())
             return {"total": total, **self._by_scope, "by_phase": dict(self._by_phase)}

@@ -1,4 +1,4 @@
-"""Finds out which workers are missing when one is lost. A collective only reports that somebody is."""
+"""Finds out which workers are missing when one is lost. A failed collective does not say which."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 _WAIT_SECONDS = 2.0
-"""The wait for the others' word. Workers that lose a peer notice at about the same time."""
+"""Seconds to wait for the others' words, since workers notice a lost peer at about the same time."""
 _STORE_SECONDS = 2.0
-"""A store that can be reached answers in less."""
+"""A reachable store answers within these seconds."""
 _PAUSE_SECONDS = 0.05
 _HERE = "here"
 _LONGEST_WORD = 300
@@ -30,7 +30,7 @@ def host_key(rank: int) -> str:
 class Peers:
     """The workers of one attempt, which leave word in the store when they lose a peer or end early.
 
-    The store is of these workers alone; each may have left its host there (see `host_key`). No call raises an error or
+    No other workers use the store. Each may have left its host name there (see `host_key`). No call raises an error or
     takes more than a few seconds, even if the store is gone.
     """
 
@@ -46,13 +46,13 @@ class Peers:
         _within(_STORE_SECONDS, lambda: self._read(host_key, self._hosts))
 
     def leave_word(self, error: BaseException) -> None:
-        """Leaves word for the others why this worker ended."""
+        """Leaves word in the store why this worker ended."""
         text = str(error)
         word = f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"[:_LONGEST_WORD]
         _within(_STORE_SECONDS, lambda: self._store.set(_word_key(self._rank), word))
 
     def roll_call(self) -> str:
-        """Waits a moment for the others' word. Returns a sentence on who is missing or has ended; asks only once."""
+        """Returns a sentence that names missing and ended workers. Waits for the others' words, but only once."""
         self._findings = self._findings or self._ask()
         return self._findings
 
@@ -66,7 +66,7 @@ class Peers:
         silent = [self._name(other) for other in self._others if other not in self._words]
         if silent:
             found.append(f"no word from {', '.join(silent)}: it died, froze, is out of reach, or is still computing")
-        text = "; ".join(found) or "all others are there and lost a peer too: a link between workers failed or is slow"
+        text = "; ".join(found) or "all others responded and lost a peer too: a link between workers failed or is slow"
         return f"{text[0].upper()}{text[1:]}"
 
     def _name(self, rank: int) -> str:
@@ -93,8 +93,8 @@ _worlds = itertools.count()
 
 
 def peers_of_world() -> Peers:
-    """Returns the workers of torch.distributed's world. All workers call it equally often."""
-    # One world may have several `Peers`: each has keys of its own, so that none reads the words of an earlier one.
+    """Returns the workers of torch.distributed's world. All workers call it the same number of times."""
+    # One world may have several `Peers`. Each has its own keys, so none reads the words of an earlier one.
     distributed: Any = dist.distributed_c10d
     store = PrefixStore(f"abtrain/{next(_worlds)}", distributed._get_default_store())
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -1,4 +1,4 @@
-"""Collectives of threads: each thread brings tensors, and all leave with the outcome."""
+"""Collectives between threads: each thread passes tensors in, and all get the outcome."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Rendezvous:
     """Collectives between threads, for scopes that may overlap.
 
     A rank posts its call and waits; the last rank of the scope to arrive settles it for all. A rank that leaves frees
-    the ranks that wait for it. A rank that does not come is waited for during `timeout` seconds.
+    the ranks that wait for it. Ranks wait at most `timeout` seconds for a rank that does not come.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -46,13 +46,13 @@ class Rendezvous:
     def meet(
         self, rank: int, ranks: tuple[int, ...], call: str, tensors: Sequence[Tensor], combine: Combine, where: str
     ) -> list[Tensor]:
-        """Brings `tensors` to a collective of `ranks`; returns the outcome of `combine`.
+        """Joins a collective of `ranks` with `tensors`; returns the outcome of `combine`.
 
         All ranks share the returned tensors: copy them before writing to them. The message about a lost peer says
         `where` the rank is.
 
         Raises:
-            RanksDisagreeError: another rank made another call, or brought other shapes or dtypes.
+            RanksDisagreeError: another rank made a different call, or passed different shapes or dtypes.
             PeerLostError: another rank left, or did not come in time.
         """
         post = _Post(rank, ranks, call, tensors)
@@ -98,7 +98,7 @@ class Rendezvous:
     def _refuse(self, posts: Sequence[_Post], one: _Post, other: _Post) -> None:
         for post in posts:
             post.outcome = RanksDisagreeError(
-                f"{_call_of(one, other)}, but {_call_of(other, one)}: all ranks of a scope have to make the same calls "
+                f"{_call_of(one, other)}, but {_call_of(other, one)}: all ranks of a scope must make the same calls "
                 "in the same order"
             )
         self._changed.notify_all()
@@ -108,7 +108,7 @@ class Rendezvous:
         return [self._posts[r] for r in ranks if r in self._posts and self._posts[r].outcome is None]
 
     def _missed(self, post: _Post) -> list[int]:
-        """Returns the ranks of the call that have left; first the first to leave, as it may be why others left."""
+        """Returns the ranks of the call that have left, in order of leaving: the first may be why others left."""
         return [r for r in self._gone if r in post.ranks]
 
     def _why_alone(self, post: _Post) -> str:
@@ -117,7 +117,7 @@ class Rendezvous:
             return f"rank {missed[0]} {self._gone[missed[0]]}"
         here = {post.rank, *(p.rank for p in self._waiting(post.ranks))}
         late = [r for r in post.ranks if r not in here]
-        return f"ranks {late} did not come within {self._timeout:g} s"
+        return f"ranks {late} did not arrive within {self._timeout:g} s"
 
 
 def _call_of(post: _Post, other: _Post) -> str:

@@ -27,7 +27,7 @@ def finish(stages: Stages[T]) -> T:
 
 
 def together(first: Stages[T], second: Stages[U]) -> Stages[tuple[T, U]]:
-    """Runs both at once. In each stage, the first one's collectives start before the second one's."""
+    """Runs both side by side. In each stage, the collectives of `first` start before those of `second`."""
     results: dict[int, Any] = {}
     running: dict[int, Stages[Any]] = {0: first, 1: second}
     while running:
@@ -51,7 +51,7 @@ def stages_due(count: int, steps: int, passed: int) -> int:
 
 
 class Background(Generic[T]):
-    """Stages that are spread over some steps of training. The first one runs at once.
+    """Spreads stages over several training steps. The first one runs at once.
 
     All are done after `steps` calls of `advance`. `count` is the number of times that they yield. It sets the pace
     only: a wrong number costs overlap and nothing else.
@@ -71,18 +71,18 @@ class Background(Generic[T]):
         return self._ended
 
     def go_ahead(self, steps: int) -> bool:
-        """Starts now what the next steps would start. Returns whether all has started, and is only to be waited for."""
+        """Runs the stages of the next steps now. Returns whether all have started: only a wait may be left."""
         last = self._count - 1
         self._run_to(min(stages_due(self._count, self._steps, self._passed + steps), last))
         return self._ended or self._done >= last
 
     @property
     def progress(self) -> tuple[int, int]:
-        """The number of steps that have passed, and of stages that have run after the first."""
+        """The number of steps that have passed, and of stages that have run in addition to the first."""
         return self._passed, self._done
 
     def catch_up(self, passed: int, done: int) -> None:
-        """Runs to this `progress` at once."""
+        """Runs all stages up to this `progress` at once."""
         self._run_to(done)
         self._passed = passed
 

@@ -1,7 +1,7 @@
 """SyncBatchNorm layers that communicate over a scope, in a model that can still be copied and saved.
 
 Neither a process group nor a layer that holds one can be copied or pickled. So a layer that is pointed at a group gets
-a subclass that finds the group outside of the layer; its copies are plain layers again.
+a subclass that finds the group outside the layer; its copies are plain layers again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""World -> groups and their roles. Pure: no torch, no communication."""
+"""Divides the world into groups, and assigns their roles. Pure: no torch, no communication."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class Topology:
 
 
 def default_group_size(machines: Sequence[int]) -> int:
-    """Returns the default group size: the workers of one machine, or 1 if there is one machine only.
+    """Returns the default group size: the workers of one machine, or 1 if there is only one machine.
 
-    With all workers of the only machine in one group, there would be no other group to merge with. `machines` has an
-    identifier of the machine of each rank.
+    A single machine as one group would have no other group to merge with. `machines` has an identifier of each rank's
+    machine.
 
     Raises:
         ConfigurationError: machines have different numbers of workers.
@@ -69,7 +69,7 @@ def default_group_size(machines: Sequence[int]) -> int:
     if len(workers) == 1 or runs > len(workers):
         return 1
     if len(set(workers.values())) > 1:
-        sizes = ", ".join(f"{size} on that of rank {machines.index(machine)}" for machine, size in workers.items())
+        sizes = ", ".join(f"{size} on rank {machines.index(machine)}'s machine" for machine, size in workers.items())
         common = [d for d in range(1, min(workers.values()) + 1) if all(size % d == 0 for size in workers.values())]
         raise ConfigurationError(
             f"machines have different numbers of workers ({sizes}), but groups must have equal sizes: give group_size, "

@@ -1,4 +1,4 @@
-"""The contract on torch.distributed: Gloo on CPU, NCCL on GPU.
+"""Implements the contract on torch.distributed: Gloo on CPU, NCCL on GPU.
 
 On NCCL a collective is queued on the current CUDA stream, as always in PyTorch. The meter then measures the seconds of
 queueing, and NCCL's watchdog ends the process if a peer is lost.
@@ -42,8 +42,8 @@ def default_communicator(group_size: int | None = None) -> Communicator:
 
     Raises:
         ConfigurationError: a group size that does not fit the world or differs between workers, machines with different
-            numbers of workers and no group size, or a launcher that announced other workers to a process that has not
-            joined them.
+            numbers of workers and no group size, or a launcher whose WORLD_SIZE announces workers that this process
+            has not joined.
     """
     if dist.is_available() and dist.is_initialized():
         return TorchCommunicator(Topology(dist.get_world_size(), _agreed_group_size(group_size)))
@@ -60,7 +60,7 @@ def default_communicator(group_size: int | None = None) -> Communicator:
 class TorchCommunicator(Communicator):
     """The `Communicator` of one process of an initialized torch.distributed world.
 
-    Constructing it is collective, since it makes the groups: every rank does so with the same topology.
+    The constructor is collective, since it creates the groups. All ranks pass the same topology.
 
     Raises:
         ConfigurationError: torch.distributed is not initialized, or its world has another size than the topology.
@@ -163,7 +163,7 @@ def _device_of_backend() -> torch.device:
 
 
 def _world_timeout(device: torch.device) -> timedelta | None:
-    """Returns the timeout given to init_process_group, for new groups; their default is PyTorch's."""
+    """Returns the timeout of init_process_group, for new groups, which would otherwise use PyTorch's default."""
     options = getattr(dist.group.WORLD._get_backend(device), "options", None)  # type: ignore[union-attr]
     timeout: timedelta | None = getattr(options, "_timeout", None)
     return timeout
@@ -178,7 +178,7 @@ def _agreed_group_size(group_size: int | None) -> int:
     sizes, machines = comm.all_gather(row).T.tolist()
     if len(set(sizes)) > 1:
         given = ", ".join(f"{'none' if size < 0 else size} on rank {rank}" for rank, size in enumerate(sizes))
-        raise ConfigurationError(f"group_size differs between workers ({given}): give all of them the same")
+        raise ConfigurationError(f"group_size differs between workers ({given}): give all workers the same value")
     return default_group_size(machines) if group_size is None else group_size
 
 

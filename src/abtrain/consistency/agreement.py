@@ -1,4 +1,4 @@
-"""Compares values and tensors of workers, and makes tensors equal, through the communicator's contract alone.
+"""Compares values and tensors of workers, and makes tensors equal, on any communicator.
 
 While nothing differs, a comparison costs a few dozen bytes, and 16 for each tensor that is compared separately.
 """
@@ -39,7 +39,7 @@ _REMEDY = (
 def largest(
     comm: Communicator, values: Sequence[float], dtype: torch.dtype = torch.float64, scope: Scope = "world"
 ) -> list[Any]:
-    """Returns the largest value of any rank at each index; the ranks of a scope hold equally many."""
+    """Returns the largest value of any rank at each index; all ranks of the scope pass equally many values."""
     numbers = torch.tensor(values, dtype=dtype, device=comm.device)
     comm.all_reduce(numbers, "max", scope)
     return numbers.tolist()
@@ -48,11 +48,11 @@ def largest(
 def disagreeing(comm: Communicator, values: Sequence[int], scope: Scope = "world") -> list[int]:
     """Returns the indexes at which ranks of a scope hold different values; the same list on every rank.
 
-    The values go from 0 to 2**62 - 1, and every rank has equally many.
+    The values are from 0 to 2**62 - 1, and every rank passes equally many.
     """
     outside = [value for value in values if not 0 <= value < LIMIT]
     if outside:
-        raise ValueError(f"{outside[0]} cannot be compared between ranks: values go from 0 to 2**{BITS} - 1")
+        raise ValueError(f"{outside[0]} cannot be compared between ranks: use values from 0 to 2**{BITS} - 1")
     if not values:
         return []
     # The largest -v is minus the smallest v: one call finds both ends of the range.
@@ -71,8 +71,8 @@ def sent_by_comparison(count: int = 1, scope: Scope = "world") -> Calls:
 def check_equal(comm: Communicator, values: Place, what: str = _DISAGREE, remedy: str = _REMEDY) -> None:
     """Checks that all ranks hold the same values. Collective over the world; 24 bytes, until something differs.
 
-    Every check has the same shape, wherever a rank is in the program: ranks at different places find that out here.
-    Collectives in different orders would raise no error and mix up weights. `what` begins the error's message, and
+    All checks send the same shape, so ranks at different places of the program meet here and find that out. Otherwise
+    collectives in different orders would mix up weights without an error. `what` begins the error's message, and
     `remedy` ends it.
 
     Raises:
@@ -231,7 +231,7 @@ def sent_by_agree_on_tensors(count: int) -> Calls:
 def take_first(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
     """Does `agree_on_tensors` for tensors that every rank computed from equal numbers; 16 bytes, until one differs.
 
-    They differ only by rounding, between different processors. Names, shapes and dtypes are the same on all ranks.
+    Such tensors differ only by rounding on different processors. All ranks pass the same names, shapes and dtypes.
     """
     return _take_first(comm, named) if disagreeing(comm, [fingerprint(*map(checksum, named.values()))]) else []
 

@@ -46,7 +46,7 @@ def agree_on_factors(
         Factors by name, equal on all workers; and the reasons why other weights stay dense.
 
     Raises:
-        NonFiniteError: a weight holds NaN or infinity on any worker; on all.
+        NonFiniteError: a weight holds NaN or infinity on any worker. On all workers.
     """
     owners = {name: i % comm.topology.world_size for i, name in enumerate(weights)}
     shared = factoring.svd == "shared"
@@ -77,10 +77,10 @@ def agree_on_factors(
 def sent_by_agree_on_factors(factors: Sequence[Factors | None], workers: int, shared: bool) -> Calls:
     """The calls of `agree_on_factors` if all workers compute the same factors.
 
-    `factors` has A (m, k) and B (k, n) of each weight in order, whose shapes count; None for a weight that stays dense.
+    `factors` has A (m, k) and B (k, n) of each weight, or None if it stays dense. Only shapes matter.
     `shared`: only the owner of a weight decomposes it.
     """
-    calls = sent_by_comparison(len(factors))  # outcomes and ranks are two numbers for each weight, too
+    calls = sent_by_comparison(len(factors))  # as many numbers as for outcomes and ranks
     if not shared:
         return (*calls, *sent_by_comparison(sum(pair is not None for pair in factors)))
     for owner in range(workers):

@@ -36,7 +36,7 @@ class _Item(NamedTuple):
 
 
 _Slot = tuple[State, list[int]]
-"""This worker's state of a parameter, in the form that all workers use; and the workers that have some."""
+"""This worker's state of a parameter, in the form that all workers use, and the ranks that have such state."""
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ def cannot_be_shared(states: Mapping[Any, Any]) -> str:
     """Names a value in an optimizer's states that can be neither equalized nor saved; empty if there is none."""
     for key, state in states.items():
         if isinstance(key, Tensor) and not isinstance(state, dict):
-            return f"a {type(state).__name__} in the place of a dict for a parameter"
+            return f"a {type(state).__name__} instead of a dict for a parameter"
         for item in _items(state) if isinstance(state, dict) else ():
             if not _is_data(item.value):
                 return f"{item.path[-1][1]!r} (a {type(item.value).__name__})"

@@ -26,7 +26,7 @@ from abtrain.lowrank.optimizers import Optimizers, settings_of
 
 _TENSOR, _NUMBER, _NESTED = "tensor", "number", "nested"
 _KEY_BYTES = 512
-"""The size of the message in which workers compare the keys of their optimizers' state."""
+"""The size in bytes of the message in which workers compare the keys of their optimizers' state."""
 
 
 def equalize_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
@@ -118,8 +118,8 @@ def _equalize_settings(optimizers: Optimizers, comm: Communicator) -> None:
 def equalize_grad_scaler(scaler: torch.amp.GradScaler, comm: Communicator) -> None:
     """Gives all workers the largest loss scale of any, in place.
 
-    If it is too large for one of them, all lower it together, and each time skip a step. The smallest could be that of
-    a worker whose gradients always overflow: those of the others would vanish.
+    If that is too large for one worker, all lower it together, and skip a step each time. The smallest scale could come
+    from a worker whose gradients always overflow; with it, the gradients of the others would vanish.
     """
     state = scaler.state_dict()
     if not state:  # the scaler is disabled

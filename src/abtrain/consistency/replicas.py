@@ -4,7 +4,7 @@ Workers that average gradients apply equal changes to weights that they assume t
 would notice that one of them has drifted. Differences that processors cause by rounding are removed.
 
 The tensors of a saved state that are equal on all workers are marked, and checked at saving and at loading. Otherwise a
-worker whose weights have drifted would save a checkpoint that cannot be loaded, and good ones would be removed for it.
+worker whose weights have drifted would save a checkpoint that cannot be loaded, and good ones would make room for it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def check_replicas(
     `where` this happened, such as `step 120, phase warmup`.
 
     Raises:
-        RanksDisagreeError: a rank has drifted; on all ranks of the scope, with the rank.
+        RanksDisagreeError: a rank has drifted, which the message names. On all ranks of the scope.
     """
     ranks = comm.ranks(scope)
     if len(ranks) == 1:
@@ -84,7 +84,7 @@ def _equalize(comm: Communicator, name: str, tensor: Tensor, scope: Scope, what:
     # 0 and -0 have distance 0, whatever `size` is. Rounding does not cause NaN or infinity.
     if not math.isfinite(distance) or distance > max(_ROUNDING, _ULPS * torch.finfo(tensor.dtype).eps) * size:
         raise RanksDisagreeError(
-            f"{what}, where all must be equal, {name} differs by up to {distance:.1e}. Resume from the last "
+            f"{what}. All must be equal, but {name} differs by up to {distance:.1e}. Resume from the last "
             "checkpoint, and find the cause that changes weights on one worker alone (a hook, its memory, its "
             "optimizer, its learning rate)"
         )

@@ -24,7 +24,7 @@ HYPERPARAMETERS = frozenset(
 """Settings of param groups that no optimizer changes by itself. Others may be state, such as a count of steps."""
 
 _IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"})
-"""Settings of PyTorch's optimizers that select an implementation, and not what is computed."""
+"""Settings of PyTorch's optimizers that select an implementation and do not change what is computed."""
 
 
 def check_phase(comm: Communicator, model: FactoredModel, where: str, settings: Collection[str]) -> None:
@@ -59,7 +59,7 @@ def settings_at_start(optimizers: Optimizers) -> frozenset[str]:
 
 
 def layout(tensor: Tensor, **more: object) -> dict[str, object]:
-    """Returns the properties that must be equal before elements at the same place in memory are added, and `more`."""
+    """Returns the properties, `more` included, that must be equal before elements are added in order of memory."""
     # The stride of a dimension of one element has no meaning.
     strides = tuple(stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return {"shape": str(tuple(tensor.shape)), "dtype": str(tensor.dtype), "strides": str(strides), **more}

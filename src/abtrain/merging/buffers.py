@@ -1,12 +1,11 @@
-"""The part of buffers in a merge: some stay as they are, some are averaged, some follow one worker.
+"""Buffers in a merge: each keeps its value, is averaged, or follows one worker.
 
-A buffer that all workers hold equally stays as it is, bit by bit: constants, masks of -inf, equal counters. An average
-would round it, or fail on its infinities. Running statistics differ at every merge. So workers remember which
-buffers differed, and prove with one number in the roll call that no other buffer does. Only if that fails, they compare
-buffer by buffer.
+A buffer that is equal on all workers keeps its bits: constants, masks of -inf, equal counters. An average would round
+it, or fail on its infinities. Running statistics differ at every merge. So workers remember which buffers differed, and
+prove with one number in the roll call that no other buffer does. Only if that fails do they compare buffer by buffer.
 
-Of the buffers that differ, running statistics are averaged. All others follow one worker, as under DDP: the mean of two
-masks, of two codebooks, or of two unit vectors is not one.
+Of the buffers that differ, running statistics are averaged. All others follow one worker, as in DDP: the mean of two
+masks is not a mask, nor that of two unit vectors a unit vector.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class Buffers:
         self.differed: dict[str, int] = {}
 
     def report(self, buffers: Mapping[str, Tensor], sums: Mapping[str, int]) -> int:
-        """Returns 62 bits for the roll call, equal on all workers if only buffers differ that differed before.
+        """Returns 62 bits for the roll call, equal on all workers if no other buffers differ than before.
 
         The arguments are those of `compare`.
         """
@@ -84,15 +83,15 @@ class Buffers:
     def compare(
         self, buffers: Mapping[str, Tensor], sums: Mapping[str, int], reports: Sequence[int]
     ) -> dict[str, list[int]]:
-        """Finds the buffers that differ between workers. Collective if the reports do not tell.
+        """Finds the buffers that differ between workers. Collective only if the reports differ or ask for it.
 
         Args:
             buffers: by name, the same names on all workers.
             sums: the checksums of the buffers.
-            reports: of all workers.
+            reports: the `report` of each worker.
 
         Returns:
-            By name of each buffer that differs, the ranks on which it is not finite.
+            The buffers that differ, by name, with the ranks on which each is not finite.
         """
         if not buffers:
             return {}

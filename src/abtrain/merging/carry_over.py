@@ -23,7 +23,7 @@ def carry_over(
     momentum: bool,
     convert: Callable[[Tensors, FactoredWeight], None],
 ) -> None:
-    """Converts the state of merges, and drops the state of its wires.
+    """Converts the momentum and the residuals of a merger, and drops the state of its wires.
 
     The factors of all `records` are in place: `convert` is `into_weight` before factors are multiplied, `into_factors`
     after weights have been factored. Without `momentum`, outer momentum is dropped.
@@ -63,7 +63,7 @@ def to_weight(E_A: Tensor, E_B: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def to_factors(E: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A change (m, n) of the weight -> changes of A (m, k) and B (k, n) that express its projection.
+    """A change (m, n) of the weight -> changes of A (m, k) and B (k, n) that produce its projection.
 
     The part that both factors can express is shared evenly: E_A = (I - P_A / 2) E B^+ and E_B = A^+ E (I - P_B / 2).
     """

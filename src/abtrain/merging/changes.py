@@ -1,4 +1,4 @@
-"""Changes of tensors: subtracted before a merge, and added to its outcome after it."""
+"""Changes of tensors: differences from anchors before a merge, and changes made during it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SUBTRACTED = frozenset(
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of a parameter's anchor: float32 for halves, in which small outer steps would be lost."""
+    """Returns the dtype of a parameter's anchor: float32 for half precision, which would lose small outer steps."""
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize else dtype
 
 
@@ -29,7 +29,7 @@ def change(anchor: Tensor, tensor: Tensor) -> Tensor:
 def write(held: Mapping[str, Tensor], outcome: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> None:
     """Writes an outcome in place, plus the changes of `held` since `base` if there is one."""
     for name, value in outcome.items():
-        # A buffer may have got another shape during the merge.
+        # A buffer may have changed its shape during the merge.
         if held[name].shape == value.shape:
             held[name].copy_(value if base is None else _moved(value, held[name], base[name]))
 

@@ -51,14 +51,14 @@ class WeightCopies:
                 found = True
                 if is_copy:
                     self._copies.add((place, key))
-                # Weights that are all zero do not tell yet.
+                # Nothing is near or far from weights that are all zero: look again later.
                 if is_copy is not None:
                     self._seen.add((place, key))
         return found
 
     @property
     def names(self) -> str:
-        """Names all copies in one word, by optimizer and key."""
+        """All copies in one text, by optimizer and key."""
         return " ".join(f"{place}/{key}" for place, key in sorted(self._copies))
 
     def renew(self) -> None:
@@ -142,7 +142,7 @@ def kept_elsewhere(optimizer: Optimizer) -> str:
     general = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
     for name, value in {**vars(optimizer), "state": general}.items():
         if name not in ("param_groups", "defaults") and any(
-            # A single number does not tell.
+            # A single number may be near by chance.
             tensor.data_ptr() != weight.data_ptr() and tensor.numel() > 1 and _near([(weight, tensor)])
             for tensor in tensors_in(value, _DEEPEST)
             for weight in weights

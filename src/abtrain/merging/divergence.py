@@ -5,7 +5,7 @@ With X_i a weight or factor of worker i at the end of a round, and X the average
     distance = sqrt(mean_i |X_i - X|^2) / |X|
     subspace = sqrt(mean_i (1 - |Q_i^T Q|^2 / k)),    Q_i, Q orthonormal bases of the k columns of A_i and A (rows of B)
 
-0 is no difference; 1 is the largest distance of subspaces, without a common direction. The paper suspects that groups
+0 means no difference; 1 is the largest distance of subspaces, which share no direction. The paper suspects that groups
 diverge in the small singular values (Section V), where the distance of factors shows little and that of subspaces much.
 """
 

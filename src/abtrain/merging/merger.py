@@ -42,16 +42,16 @@ class MergeInput:
     """The input of one worker to one merge.
 
     Attributes:
-        tensors: by names that `Merger.begin` got; the merge writes to them in place, at its end.
+        tensors: by the names passed to `Merger.begin`; the merge writes to them in place, at its end.
         sync: the rule, and the name of the wire.
         trained_by: by name, for each worker whether it trained the tensor. A missing name means that all did.
-        buffers: returns the present buffers by name: real tensors of any dtype. Those that all workers hold equally
-            stay as they are.
+        buffers: returns the present buffers by name: real tensors of any dtype. Those that are equal on all
+            workers keep their values.
         averaged: names of the buffers that are averaged where they differ; the others follow one worker.
-        started: copies of tensors and buffers from the moment when the merge began. None: it ends at once.
+        started: copies of tensors and buffers from the moment when the merge began. None: it is not hidden.
         loss: this worker's mean training loss in the round, if known.
-        step: the number of steps that are done.
-        place: values that have to be equal on all workers that merge.
+        step: the number of steps done.
+        place: values that must be equal on all workers that merge.
     """
 
     tensors: Mapping[str, Tensor]
@@ -75,10 +75,10 @@ class Merger:
 
     Attributes:
         on_nonfinite: `drop_worker` leaves out parts that are not finite; otherwise they stop all workers.
-        anchors: by name, the weights that all workers held at the start of the round; halves in float32.
+        anchors: by name, the weights that all workers held at the start of the round; half precision in float32.
         momentum: by name, the outer momentum of a merge rule; the same on all workers.
         residuals: by name, float32: the part of this worker's changes that narrow wires have not sent yet.
-        measures_divergence: whether merges in which all workers have a share measure the divergence of their weights.
+        measures_divergence: whether merges that leave no worker out measure the divergence of the weights.
         divergence: by layer, as last measured (see `abtrain.merging.divergence`).
     """
 
@@ -160,7 +160,7 @@ class Merger:
         _check_finite(averages.mean | mean_buffers)
         if self.measures_divergence and all(alive):
             self.divergence = divergence(self._comm, changes, averages.mean, self.anchors) or self.divergence
-        # Training continued from there. The anchors are still those of this round.
+        # Training continued from these. They need the anchors of this round, which are replaced below.
         eager = {} if part.started is None else {n: self.eager(part.sync.merge, n, started[n]) for n in part.tensors}
         merged |= {name: settled(name, mean) for name, mean in mean_buffers.items()}
         self._buffers.merged(merged)
@@ -185,7 +185,7 @@ class Merger:
         anchor = self.anchors[name]
         own = change(anchor, started)
         step, _ = rule.step(own, self.momentum.get(name))
-        # A step by the change itself leads back to `started`, but for rounding.
+        # A step by the change itself leads back to `started`, up to rounding.
         return started if step is own else (anchor + step).to(started.dtype)
 
     def _advance_anchors(self, rule: MergeRule, averages: Averages) -> Tensors:
@@ -214,7 +214,7 @@ class Merger:
         return numbers
 
     def forget(self, names: Sequence[str]) -> None:
-        """Drops what wires have learnt about tensors whose shape or basis changes."""
+        """Drops the wires' state of tensors whose shape or basis changes."""
         for wire in self._wires.values():
             wire.forget(names)
 
@@ -224,7 +224,7 @@ class Merger:
         """Returns for each worker whether its part is finite. Collective over the world before it raises.
 
         Raises:
-            NonFiniteError: as `merge` says.
+            NonFiniteError: see `merge`.
         """
         spoiled = {rank for ranks in differing.values() for rank in ranks}
         alive = [report.finite and rank not in spoiled for rank, report in enumerate(reports)]
@@ -243,7 +243,7 @@ class Merger:
 
 
 def sent_by_merge(wire: str, tensors: Sequence[Tensor], averaged: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
-    """Returns the calls of `Merger.merge`, stage by stage, if the same buffers differ as at the merge before.
+    """Returns the calls of `Merger.merge`, stage by stage, if the same buffers differ as at the previous merge.
 
     `averaged` are the buffers that differ and are averaged. Only shapes and dtypes of tensors matter.
     """
@@ -263,9 +263,9 @@ def _check_finite(averages: Mapping[str, Tensor]) -> None:
 
 
 def pooled(states: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the `Merger.state_dict` of each worker, all with the average of their residuals.
+    """Returns the `Merger.state_dict` of each worker, with its residuals replaced by the average over workers.
 
-    Residuals belong to all workers together: any number of workers that hold the average have the same average.
+    Only the average of residuals matters to merges. It stays the same for any number of workers that hold it.
     """
     residuals = [state["residuals"] for state in states]
     shared = {name: torch.stack([held[name] for held in residuals]).mean(0) for name in residuals[0]}

@@ -1,4 +1,4 @@
-"""The rounds of a phase in which groups train alone: which tensors merge when, waited for or hidden."""
+"""The rounds of a phase in which groups train alone: which tensors merge when, while training waits or continues."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class _UnderWay(NamedTuple):
     """A merge that is hidden behind training.
 
     Attributes:
-        stages: the rest of it.
-        step: the number of steps that were done when it began.
+        stages: its remaining stages.
+        step: the number of steps done when it began.
         loss: this worker's mean training loss in the round before.
-        started: the tensors that merge, as they were when it began.
+        started: copies of the tensors that merge, from when it began.
     """
 
     stages: Background[None]
@@ -71,14 +71,14 @@ class Rounds:
     def step(self, position: Position, step: int, loss: float | None) -> bool:
         """Advances merges that are under way, and begins those that are due after the training step at `position`.
 
-        `step` is the number of steps that are done, and `loss` this worker's training loss in the last one, if known.
+        `step` is the number of steps done, and `loss` this worker's training loss in the last one, if known.
         Returns whether all workers hold the same weights now.
 
         Raises:
             RanksDisagreeError: workers are at different steps, in different phases, or hold different shapes.
             NonFiniteError: see `Merger.merge`.
         """
-        # The loss of a step that was skipped says nothing about the weights.
+        # The loss of a skipped step says nothing about the weights.
         if loss is not None and (math.isfinite(loss) or self.merger.on_nonfinite != "skip"):
             self._losses.append(loss)
         with self.shared.copies.following():
@@ -114,10 +114,10 @@ class Rounds:
     def roll_call(self, step: int, phase: int, at: Callable[[int], Position], numbers: Told = (0, 0.0)) -> list[Told]:
         """Checks, during a round, that all workers are about to average the same tensors. Collective over the world.
 
-        Messages of merges under way go first, in the order of the steps to come, up to the next merge. So a worker that
-        calls this alone meets the others in their next roll call, and all of them get the error.
+        Sends the messages of merges under way first, in the order of the coming steps, up to the next merge. If only
+        one worker calls this, the next roll call of the others finds the mismatch, and all workers get the error.
 
-        `step` is the number of steps that are done, `phase` the index of the phase, and `at` returns the position of a
+        `step` is the number of steps done, `phase` the index of the phase, and `at` returns the position of a
         step in the recipe. Returns the `numbers` of each worker, in rank order.
 
         Raises:
@@ -133,7 +133,7 @@ class Rounds:
             ahead += 1
         calling = roll_call(self._comm, self.shared.place(step, phase), numbers)
         next(calling)
-        # In a merge, the others wait for its roll call one step after it began, and advance older merges before.
+        # If the others are in a merge, they advance older merges by one more step before they wait for its roll call.
         self._go_ahead(ahead + 1)
         return finish(calling)
 
@@ -145,7 +145,7 @@ class Rounds:
         return all(sent)
 
     def _recover(self) -> None:
-        """Replaces values of this worker that are not finite, so that it takes part in the merges to come."""
+        """Replaces this worker's values that are not finite, so that it can join the next merges."""
         self.shared.forget_nonfinite()
         for name, tensor in self.shared.parameters().items():
             if not bool(torch.isfinite(tensor).all()):
@@ -169,7 +169,7 @@ class Rounds:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], recipe: Recipe, device: torch.device) -> None:
-        """Continues from a `state_dict`, after merger and model have. Collective if merges are under way.
+        """Continues from a `state_dict`; merger and model must have loaded theirs. Collective if merges are under way.
 
         A merge that was under way begins again from the same tensors, and advances to where it was.
         """

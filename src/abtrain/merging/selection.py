@@ -25,7 +25,7 @@ def trained_factors(position: Position, topology: Topology, rank: int) -> Traine
 
 
 def trained_by(position: Position, topology: Topology, factors: Iterable[str]) -> dict[str, list[bool]]:
-    """Returns by factor (`NAME.A` or `NAME.B`) for each worker whether it trains it; empty if all train all factors."""
+    """Returns which workers train each factor (`NAME.A` or `NAME.B`); empty if all workers train all factors."""
     if position.phase.trains == "all":
         return {}
     trained = [trained_factors(position, topology, rank) for rank in range(topology.world_size)]
@@ -49,7 +49,7 @@ def merging(
 ) -> dict[str, Tensor]:
     """Returns the parameters that merge after a step, without factors that nobody has trained.
 
-    `trained_by` has by name for each worker whether it trained the parameter. A missing name means that all did.
+    `trained_by` says by name which workers trained a parameter. A missing name means that all did.
     """
     parts = cut_into_fragments(parameters, rounds_of(position).fragments)
     tensors = {name: tensor for fragment in position.merging for name, tensor in parts[fragment].items()}

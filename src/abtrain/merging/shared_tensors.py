@@ -27,10 +27,10 @@ log = logging.getLogger("abtrain")
 
 
 class SharedTensors:
-    """The trained parameters and the buffers that merges make equal, in their present form: factors, while they exist.
+    """The trained parameters and the buffers that merges make equal, in their present form: weights or factors.
 
     Optimizers may keep `copies` of the weights. `average_buffers` has globs of buffers that are averaged in addition to
-    running statistics. With `same_settings`, the optimizers' settings have to be equal at merges.
+    running statistics. With `same_settings`, the optimizers' settings must be equal at merges.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class SharedTensors:
         return as_real({name: p.data for name, p in self.model.trained(self.treatments).items()})
 
     def buffers(self) -> dict[str, Tensor]:
-        """Returns the buffers that workers share, likewise."""
+        """Returns the buffers that workers share by name, as real views."""
         return as_real(shared_buffers(self.model.model))
 
     def replicated(self) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ class SharedTensors:
         return averaged_buffers(real, self._average_buffers)
 
     def layout(self) -> dict[str, dict[str, object]]:
-        """Returns, by parameter and buffer, the properties that have to be equal on all workers before training."""
+        """Returns, by parameter and buffer, the properties that must be equal on all workers before training."""
         kinds = {treatment.name: treatment.kind for treatment in self.treatments}
         model = self.model.model
         parameters = {
@@ -87,7 +87,7 @@ class SharedTensors:
         """Makes parameters and buffers equal on all workers, frozen parameters too, by taking rank 0's.
 
         Raises:
-            RanksDisagreeError: tensor subclasses differ, such as quantized weights. They cannot be written.
+            RanksDisagreeError: tensor subclasses, such as quantized weights, differ. They cannot be overwritten.
         """
         model = self.model.model
         tensors = {name: p.data for name, p in shared_parameters(model).items()} | shared_buffers(model)
@@ -101,10 +101,10 @@ class SharedTensors:
             )
         self._frozen_sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
         if differed and self._comm.rank == 0:
-            log.info("initial values of %d tensors differed between workers: rank 0's were taken", len(differed))
+            log.info("initial values of %d tensors differed between workers: all take rank 0's", len(differed))
 
     def place(self, step: int, phase: int, **more: object) -> dict[str, object]:
-        """Returns everything that has to be equal on all workers before they average, `more` included."""
+        """Returns everything that must be equal on all workers before they average, `more` included."""
         sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
         changed = {
             name: f"{total:x}: list a tensor that the model changes itself in {IGNORED}, or make it a buffer"
@@ -128,8 +128,8 @@ class SharedTensors:
     def averaged(self) -> Iterator[None]:
         """Shows the average of all workers inside the block. Collective on entry, not on exit.
 
-        Buffers are treated as in a merge: those that all workers hold equally stay as they are. Of the others, those
-        that are not averaged follow rank 0. Copies of weights that optimizers keep are averaged with the weights.
+        Buffers are treated as in a merge: those that are equal on all workers keep their values. The others
+        are averaged or follow rank 0. Copies of weights that optimizers keep are averaged with the weights.
         """
         buffers = self.buffers()
         differing = {name: buffers[name] for name in differing_tensors(self._comm, buffers)}

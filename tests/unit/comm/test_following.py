@@ -59,7 +59,7 @@ def test_buffers_that_change_on_both_ranks_are_followed_on(size: int) -> None:
 @pytest.mark.parametrize("size", [2, 8])
 def test_a_change_on_the_first_rank_alone_is_found_by_the_other(size: int) -> None:
     ranks = two_ranks(buffers(0))
-    with pytest.raises(RanksDisagreeError, match="changed on rank 0, whose log names them, and not on rank 1"):
+    with pytest.raises(RanksDisagreeError, match="changed on rank 0, whose log names them, but not on rank 1"):
         passed(ranks, buffers(0, size), buffers(1))
 
 

@@ -76,7 +76,7 @@ def test_a_dying_rank_frees_the_others_and_its_error_is_raised() -> None:
         run_in_process(3, die)
     assert time.monotonic() - began < 10
     assert len(lost) == 4
-    assert all("rank 1 died of KeyError: 'no such weight'" in message for message in lost)
+    assert all("rank 1 failed with KeyError: 'no such weight'" in message for message in lost)
     assert sum("lost a peer in all_reduce(sum) over ranks [0, 1, 2]" in message for message in lost) == 2
 
 
@@ -107,7 +107,7 @@ def test_a_rank_that_dies_before_backward_frees_those_in_it() -> None:
         run_in_process(2, die)
     assert lost == [
         f"rank 1 lost a peer in average of gradients over ranks [0, 1], step 0, phase 'setup', host {platform.node()}: "
-        "rank 0 died of KeyError: 'gone'"
+        "rank 0 failed with KeyError: 'gone'"
     ]
 
 
@@ -148,7 +148,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
             finally:
                 released.set()
 
-    with pytest.raises(PeerLostError, match=r"ranks \[1\] did not come within 0.1 s"):
+    with pytest.raises(PeerLostError, match=r"ranks \[1\] did not arrive within 0.1 s"):
         run_in_process(2, sleep, timeout=0.1)
 
 

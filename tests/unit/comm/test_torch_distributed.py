@@ -94,7 +94,7 @@ def unlike_machines(comm: Communicator) -> tuple[str, int]:
 def test_machines_with_different_numbers_of_workers_need_a_group_size() -> None:
     told = run_gloo(3, unlike_machines)
     assert [size for _, size in told] == [1] * 3
-    assert all("2 on that of rank 0, 1 on that of rank 2" in text and "give group_size" in text for text, _ in told)
+    assert all("2 on rank 0's machine, 1 on rank 2's machine" in text and "give group_size" in text for text, _ in told)
 
 
 def unlike_group_sizes(comm: Communicator) -> str:

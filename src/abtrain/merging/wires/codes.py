@@ -3,7 +3,7 @@
 Integers are scaled by block: each block of numbers has a scale, sent as bfloat16. For int8, int4 and int3 it is the
 block's largest magnitude over the largest integer, so the error of a number is at most half a scale. For ternary
 numbers (-1, 0, 1) it is the mean magnitude of those that do not become 0 (Li et al., arXiv 1605.04711). The error of a
-block is smaller than the block, which is all that error feedback asks for (Karimireddy et al., arXiv 1901.09847).
+block is smaller than the block, which is all that error feedback requires (Karimireddy et al., arXiv 1901.09847).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Code:
     """A way to write numbers in bytes.
 
     Attributes:
-        name: of the code.
-        bits: per number; five ternary numbers share one byte, eight of three bits share three.
+        name: the code's name.
+        bits: bits per number; five ternary numbers share one byte, eight of three bits share three.
         block: how many numbers share a scale; 0: no scales.
     """
 
@@ -37,7 +37,7 @@ class Code:
 
     @property
     def granule(self) -> int:
-        """The number of numbers that are written together: counts have to be multiples of it."""
+        """How many numbers are encoded together: counts must be multiples of it."""
         return self.block or 1
 
     def nbytes(self, count: int) -> int:
@@ -86,7 +86,7 @@ _BYTE_SHIFTS = torch.arange(0, 24, 8, dtype=torch.int32)
 
 def _uniform(blocks: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """Returns scales (blocks,) and integers from -limit to limit, of the shape of `blocks`."""
-    # The scale is rounded as the receiver reads it, and upwards, so that no number is cut off.
+    # The scale is rounded to bfloat16, as the receiver reads it, and upwards, so that no number is clipped.
     scales = _rounded_up(blocks.abs().amax(dim=1) / limit)
     safe = torch.where(scales > 0, scales, 1).float()
     return scales, (blocks / safe[:, None]).round_().clamp_(-limit, limit).to(torch.int8)

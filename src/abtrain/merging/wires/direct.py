@@ -1,6 +1,6 @@
 """The wire that sends every number: an average over the world, in few bits, with error feedback.
 
-A narrow merge is narrow in both directions. Each worker sends every other worker a chunk of its numbers, sums the
+A narrow merge sends few bits in both directions. Each worker sends every other worker a chunk of its numbers, sums the
 chunks that it receives in float32, and sends their average back, encoded again. The reply may have a wider code:
 rounding errors of the first direction differ between workers and average out, those of the reply are common to all.
 
@@ -95,13 +95,13 @@ def _exchange(flat: Tensor, code: Code, reply: Code, comm: Communicator) -> Stag
     chunks = comm.launch_exchange(sent)
     del flat, sent
     yield
-    # In rank order and in float32; all other workers take over these bits.
+    # The sum is taken in rank order and in float32. All other workers get its bits.
     total = error.new_zeros(chunk)
     for row in chunks.wait():
         total += code.decode(row, chunk)
     total /= workers
     answer = reply.encode(total)
-    # An average is divided by the number of workers: its rounding error is that much larger in one worker's part.
+    # Only this worker keeps the rounding error of the reply, and the next average divides it by `workers`.
     error[comm.rank] += workers * (total - reply.decode(answer, chunk))
     replies = comm.launch_all_gather(answer)
     yield

@@ -1,6 +1,6 @@
 """Changes of matrices, sent as low-rank factors: PowerSGD's algorithm, for the changes of a round.
 
-Vogels, Karimireddy, Jaggi, "PowerSGD" (arXiv 1905.13727), algorithm 1, with the change of a weight in the place of its
+Vogels, Karimireddy, Jaggi, "PowerSGD" (arXiv 1905.13727), algorithm 1, with the change of a weight instead of its
 gradient. Each merge makes one step of a power iteration, started from the end of the last one:
 
     P = mean(M_i) Q ;  P orthonormal ;  Q = mean(M_i)^T P ;  mean(M_i) ~ P Q^T ;  E_i = M_i - P (M_i^T P)^T
@@ -23,7 +23,7 @@ from abtrain.merging.wires.direct import DirectWire
 from abtrain.merging.wires.wire import Averages, Wire
 
 _DEPENDENT = 1e-4
-"""The rest of a column after projection on the others is rounding below this share of the column."""
+"""What projection on the others leaves of a column is rounding error if it is below this share of the column."""
 _CACHED = 2**17
 """Numbers of a product that are computed at once."""
 
@@ -31,7 +31,7 @@ _CACHED = 2**17
 class LowRankWire(Wire):
     """Sends a tensor of two or more dimensions, seen as (first dimension, rest), as two factors of rank `rank`.
 
-    Other tensors, and those whose factors would not be smaller, are sent as they are. All are sent in `code`.
+    Other tensors, and those whose factors would not be smaller, are sent in full. All are sent in `code`.
 
     Attributes:
         starts: by name, the (n, rank) factor that the next merge's iteration starts from; the same on all workers.
@@ -48,7 +48,7 @@ class LowRankWire(Wire):
         matrices = {name: t.float().flatten(1) for name, t in numbers.items() if _pays(t, self._rank)}
         rest = {name: tensor for name, tensor in numbers.items() if name not in matrices}
         P = {name: M @ self._start(name, M) for name, M in matrices.items()}
-        # The rounding error of P only tilts the subspace: Q, made with the P that all share, compensates it.
+        # The rounding error of P only tilts the subspace: Q, made with the P that all share, compensates for it.
         averages = yield from self._direct.average(P | rest, comm)
         P = {name: orthonormal(averages.mean[name]) for name in matrices}
         Q = {name: M.T @ P[name] for name, M in matrices.items()}
@@ -87,7 +87,7 @@ class LowRankWire(Wire):
 
 
 def _scaled(Q: Tensor) -> Tensor:
-    """Columns scaled to absolute sums between 1/2 and 1, so that M Q overflows for no finite M.
+    """Scales columns to absolute sums between 1/2 and 1, so that M Q does not overflow for any finite M.
 
     Scaling by powers of two is exact, and the iteration depends on the columns' directions alone: the bits of its
     outcome stay the same.
