@@ -7,7 +7,7 @@
 A checkpoint is written to a temporary folder, synced to the disk and renamed. A crash at any moment leaves the older
 checkpoints and at most a temporary folder, which the next save removes. If a step is saved again, the new checkpoint is
 complete as step-...120.new before the old one is removed. All workers use one folder on a shared file system. Digests
-find lost writes. Whoever can write to the folder can replace its content and the digests, but cannot have code executed.
+find lost writes. Whoever can write to the folder can replace its content and digests, but cannot have code executed.
 """
 
 from __future__ import annotations
