@@ -49,6 +49,21 @@ Bytes and seconds: [Choose a recipe](how-to/choose.md). Emulated clusters: [The 
 """
 
 
+_VALUES = """
+## Values of options
+
+| option | values |
+|---|---|
+| `wire` | `fp32`, `bf16`, `int8`, `int4`, `int3`, `ternary`, `lowrank:4`, `auto` ([more](how-to/merges-and-wires.md)) |
+| `merge` | `mean`; `trained_only` (over groups that trained the factor); `weighted` (by loss: `ab.step(loss)`) |
+| `rank_rule` | `sigma:CUTOFF`, `energy:SHARE`, `stable:FACTOR` or `fixed:K` |
+| `exclude` | globs of parameter names, separated by commas: `exclude=head.*,embed.*` |
+| `optimizer_state` | `reset`, `project`, `auto` |
+| `svd` | `each`, `shared` |
+
+"""
+
+
 def recipes_page() -> str:
     """The page about recipes."""
     parts = [_RECIPES.rstrip()]
@@ -59,7 +74,7 @@ def recipes_page() -> str:
         options = options_in_words(name)
         rows = [f"| `{one.name}` | {_code(one.default)} | {_cell(one.meaning)} |" for one in options]
         parts += ["\n| option | default | meaning |\n|---|---|---|", *rows] if rows else ["\nIt has no options."]
-    return "\n".join(parts) + "\n"
+    return "\n".join(parts) + "\n" + _VALUES.rstrip() + "\n"
 
 
 def help_of(*command: str) -> str:

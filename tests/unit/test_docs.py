@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import pytest
 from abtrain import recipes
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES += [page for folder in ("docs", "benchmarks") for page in sorted((ROOT / folder).rglob("*.md"))]
 GENERATED = ("recipes.md", "commands.md")
 COMMANDS = ("train", "recipes", "plan", "compare", "paper", "lab")
 MOST_WORDS = 900
@@ -105,12 +107,30 @@ def test_recipes_in_the_text_exist(page: Path) -> None:
         recipes.from_text(text, 10_000)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
+def test_rows_of_benchmarks_exist(page: Path) -> None:
+    """Rows that `benchmarks/run.py` is told to run."""
+    text = page.read_text(encoding="utf-8")
+    for line in re.findall(r"python benchmarks/run\.py [^`\n]+", text):
+        benchmark, *arguments = shlex.split(line)[2:]
+        rows = runpy.run_path(str(ROOT / "benchmarks" / "lines.py"))["BENCHMARKS"][benchmark][1]
+        asked = arguments[arguments.index("--only") + 1 :] if "--only" in arguments else []
+        assert set(asked) <= set(rows), line
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_links_lead_to_files(name: str) -> None:
     """Links between pages of docs/ are checked by `make docs`."""
     text = re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#]+)", text):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_readme_shows_a_run_as_it_is_displayed() -> None:
+    shown = next(block for block in blocks(ROOT / "README.md", "text") if "┌" in block)
+    display = (ROOT / "src" / "abtrain" / "commands" / "train" / "display.py").read_text(encoding="utf-8")
+    for label in re.findall(r"^│ (.*?) +│", shown, re.MULTILINE):
+        assert f'"{label}"' in display, label
 
 
 def test_the_readme_is_short() -> None:
