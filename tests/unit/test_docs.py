@@ -126,6 +126,24 @@ def test_links_lead_to_files(name: str) -> None:
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+def test_messages_are_those_of_the_library() -> None:
+    """Parts of messages that docs/troubleshooting.md explains; a placeholder in the page is `...`."""
+    texts = []
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    known = "\n".join(texts)
+    rows = re.findall(
+        r"^\| (`.*?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    for part in re.findall(r"`([^`]+)`", "\n".join(rows)):
+        assert all(piece.strip() in known for piece in part.split("...")), part
+
+
 def test_the_readme_shows_a_run_as_it_is_displayed() -> None:
     shown = next(block for block in blocks(ROOT / "README.md", "text") if "┌" in block)
     display = (ROOT / "src" / "abtrain" / "commands" / "train" / "display.py").read_text(encoding="utf-8")
