@@ -318,7 +318,7 @@ def test_spectral_norm_keeps_unit_vectors(norm: Callable[[nn.Module], nn.Module]
         assert norms == [pytest.approx(1, abs=1e-5)] * 2
 
 
-@pytest.mark.parametrize(("patterns", "words"), [(["nom.*"], "'nom.*' matches no buffer"), ("norm.*", "is one text")])
+@pytest.mark.parametrize(("patterns", "words"), [(["nom.*"], "'nom.*' matches no buffer"), ("norm.*", "is a string")])
 def test_globs_of_buffers_that_cannot_be(patterns: Any, words: str) -> None:
     model = WithBuffers({}, norm=True)
     with pytest.raises(ConfigurationError, match=words):

@@ -262,7 +262,7 @@ def test_a_value_that_was_never_saved(name: str, path: str) -> None:
 @pytest.mark.parametrize("state", [None, [], 3, "state", {}, torch.ones(2), [{}]], ids=str)
 def test_what_is_no_state_at_all(state: Any) -> None:
     (message,) = refused("hidden", lambda own, rank: own if rank else state)
-    assert message.startswith("on rank 0: this is no state of version")
+    assert message.startswith("on rank 0: this is not a state of version")
 
 
 def test_states_that_are_right_alone_and_wrong_together() -> None:

@@ -159,7 +159,7 @@ def test_a_module_that_is_added_is_named() -> None:
     step(ab)
     model.append(nn.Linear(5, 5).double())
     backward(ab)
-    with pytest.raises(UsageError, match=r"5\.weight, 5\.bias came to the model after ABTraining was built"):
+    with pytest.raises(UsageError, match=r"5\.weight, 5\.bias was added to the model after ABTraining was built"):
         ab.optimizer.step()
 
 

@@ -42,7 +42,7 @@ def test_a_gradient_that_is_not_finite_stops_all_who_share_it(spoil: str, policy
 
     errors = told(3, work)
     assert {type(error) for error in errors} == {NonFiniteError} and errors[0].exit_code == 7
-    assert all("at step 1 (" in str(error) and "no weight was changed" in str(error) for error in errors)
+    assert all("at step 1 (" in str(error) and "they have changed no weight" in str(error) for error in errors)
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
@@ -74,7 +74,7 @@ def test_a_run_of_nothing_but_such_steps_ends() -> None:
         while not loop.ab.finished:
             loop.step(math.nan)
 
-    assert all("the last 50 steps up to 49" in str(error) for error in told(2, work))
+    assert all("the last 50 steps, up to step 49," in str(error) for error in told(2, work))
 
 
 @pytest.mark.parametrize("spoil", SPOILS)

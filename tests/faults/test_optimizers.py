@@ -119,11 +119,11 @@ def test_optimizers_may_step_after_backward_passes_of_their_own() -> None:
     ("make", "words"),
     [
         (lambda model: [], "the list of optimizers is empty"),
-        (lambda model: [sgd(model.parameters()), 3], "holds a int, and no torch.optim.Optimizer"),
+        (lambda model: [sgd(model.parameters()), 3], "holds a int, not a torch.optim.Optimizer"),
         (lambda model: 2 * [sgd(model.parameters())], "holds one optimizer twice"),
         (lambda model: [sgd(model.parameters()), sgd([model[0].bias])], "0.bias is held by two optimizers"),
         (lambda model: [sgd(model[0].parameters()), sgd(model[2].parameters())], "4.weight, 4.bias require gradients"),
-        (lambda model: (p for p in model.parameters()), "is a generator, and no torch.optim.Optimizer"),
+        (lambda model: (p for p in model.parameters()), "is a generator, not a torch.optim.Optimizer"),
     ],
 )
 def test_an_invalid_list_of_optimizers_is_reported(make: Callable[[nn.Module], Any], words: str) -> None:
@@ -288,7 +288,7 @@ def test_gradients_that_a_closure_makes_stop_all_where_they_are_shared() -> None
 
         optimizer.step(closure)
 
-    assert all(isinstance(e, NonFiniteError) and "may have moved" in str(e) for e in told(2, work))
+    assert all(isinstance(e, NonFiniteError) and "may have changed weights" in str(e) for e in told(2, work))
 
 
 def test_a_bad_gradient_leaves_the_steps_of_all_optimizers_out() -> None:
@@ -359,7 +359,9 @@ def test_copies_that_cannot_be_found_are_reported(caplog: pytest.LogCaptureFixtu
         ABTraining(model, SlowInAttribute(model.parameters()), recipes.local_sgd(4, every=2))
     assert "SlowInAttribute keeps copies of the weights in its attribute 'slow'" in caplog.text
     model = build("mlp")
-    with pytest.raises(ConfigurationError, match="attribute 'slow', which cannot follow weights that are factored"):
+    with pytest.raises(
+        ConfigurationError, match="attribute 'slow', which abtrain cannot convert when weights are factored"
+    ):
         ABTraining(model, SlowInAttribute(model.parameters()), OUTER)
 
 
@@ -371,7 +373,7 @@ def test_a_merge_while_the_optimizer_evaluates_is_refused() -> None:
     F.cross_entropy(ab(x), y).backward()
     optimizer.step()
     optimizer.eval()
-    with pytest.raises(UsageError, match=r"mode of evaluation at ab\.step\(\): call optimizer\.train\(\)"):
+    with pytest.raises(UsageError, match=r"evaluation mode at ab\.step\(\): call optimizer\.train\(\)"):
         ab.step()
 
 
@@ -438,7 +440,7 @@ def test_unknown_state_is_reset_where_weights_are_factored_and_said_once(caplog:
         run_in_process(1, lambda comm: Loop(comm, OUTER, make=lambda model: Lists(model.parameters())).run())
         told_of = [record.message for record in caplog.records if "is reset" in record.message]
         assert told_of == [
-            "the state of Lists cannot follow weights into their factors: it is reset where weights are factored"
+            "the state of Lists cannot be converted to factors: it is reset whenever weights are factored"
         ]
         caplog.clear()
         run_in_process(1, lambda comm: Loop(comm, OUTER, make=lambda model: Renamed(model.parameters())).run())
@@ -452,7 +454,7 @@ def test_a_new_run_with_an_old_optimizer_is_reported(caplog: pytest.LogCaptureFi
     optimizer.step()
     with caplog.at_level(logging.WARNING, "abtrain"):
         ABTraining(model, optimizer, recipes.local_sgd(4, every=2))
-    assert "has stepped 1 times already, and the recipe begins at step 0" in caplog.text
+    assert "has already made 1 steps, but the recipe begins at step 0" in caplog.text
 
 
 def test_an_optimizer_whose_own_state_cannot_be_saved_is_refused() -> None:
@@ -512,7 +514,7 @@ def test_old_state_loaded_later_is_reported_at_the_first_step(caplog: pytest.Log
         F.cross_entropy(ab(batch("mlp", 0, 0)[0]), batch("mlp", 0, 0)[1]).backward()
         optimizer.step()
         ab.step()
-    assert "has stepped 1 times already" in caplog.text
+    assert "has already made 1 steps" in caplog.text
 
 
 def test_a_run_left_during_a_round_is_reported(caplog: pytest.LogCaptureFixture) -> None:

@@ -169,7 +169,9 @@ def test_a_tied_parameter_is_own_by_any_of_its_names() -> None:
 
 
 def test_names_of_nothing_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"'nets\.0\.bias' is no parameter and no buffer: did you mean 'net\."):
+    with pytest.raises(
+        ConfigurationError, match=r"'nets\.0\.bias' is neither a parameter nor a buffer: did you mean 'net\."
+    ):
         start(None, recipes.ddp(8), Model(["nets.0.bias"]))  # type: ignore[arg-type]
 
 
@@ -229,13 +231,13 @@ def test_shared_gradients_that_are_not_finite_are_named_with_the_rank_that_broug
         optimizer.step()
 
     other, whose = (str(error) for error in told(2, work))
-    assert "at step 0 (net.0.weight, net.0.bias, net.2.weight, net.2.bias and 5 more), brought by another" in other
+    assert "at step 0 (net.0.weight, net.0.bias, net.2.weight, net.2.bias and 5 more), brought by a worker" in other
     assert "brought by rank 1 (it holds NaN or infinity in buffer norm.running_var)" in whose
 
 
 def test_on_gloo_the_rank_is_reported_too() -> None:
     other, whose = run_gloo(2, gradients_break)
-    assert "brought by another worker than rank 0" in other and "brought by rank 1" in whose
+    assert "brought by a worker other than rank 0" in other and "brought by rank 1" in whose
 
 
 def gradients_break(comm: Communicator) -> str:

@@ -308,7 +308,7 @@ def test_a_run_asked_to_stop_twice(numbers: tuple[str, str], tmp_path: Path) -> 
         run.signal(signal.Signals[number])
     ended = run.wait()
     assert ended.code == 75, ended.err
-    (told,) = (line for line in ended.err.splitlines() if "between groups travel" not in line)
+    (told,) = (line for line in ended.err.splitlines() if "traffic between groups" not in line)
     assert told in {f"abtrain: error: stopped on request ({number})" for number in numbers}
     assert running(str(tmp_path)) == []
     # Whatever was begun, what is there is whole.

@@ -193,7 +193,7 @@ def test_states_of_weights_that_differ(recipe: Recipe, step: int, group_size: in
     assert len(found) == (4 if group_size == 1 else 2)
     words = f"rank 3 holds other weights than rank {'0, 1, 2' if group_size == 1 else '2'}: step {step} of the states"
     assert all(words in str(error) for error in found) or group_size == 2
-    assert all(f"step {step} of the states that were loaded" in str(error) for error in found)
+    assert all(f"step {step} of the loaded states" in str(error) for error in found)
     assert all(isinstance(error, PeerLostError) for error in errors if error not in found)
 
 

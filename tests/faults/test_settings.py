@@ -427,8 +427,8 @@ def test_the_start_says_who_belongs_together(
     monkeypatch.setattr(engine.log, "hasHandlers", lambda: logged)
     run_in_process(4, lambda comm: Loop(comm, AB) and None, group_size=2)
     line = (
-        "4 workers in 2 groups of 2; between groups travel gradients at every step (warmup, rebound) and merges every "
-        "4 steps (group)"
+        "4 workers in 2 groups of 2; traffic between groups: gradients at every step (warmup, rebound) and merges "
+        "every 4 steps (group)"
     )
     assert (caplog.text.count(line), capsys.readouterr().err.count(line)) == ((1, 0) if logged else (0, 1))
 

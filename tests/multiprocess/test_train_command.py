@@ -71,7 +71,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert ended.returncode == 0, ended.stderr
     # Each note comes once, not from every worker, and there are no others.
     travels = (
-        "abtrain: note: 2 workers in 2 groups of 1; between groups travel gradients at every step (warmup, rebound) "
+        "abtrain: note: 2 workers in 2 groups of 1; traffic between groups: gradients at every step (warmup, rebound) "
         "and merges every 6 steps (group)"
     )
     told = [line.split(" after ")[0] for line in ended.stderr.splitlines()]
@@ -143,7 +143,7 @@ def start(cwd: Path) -> "subprocess.Popen[str]":
 
 def errors_in(said: str) -> list[str]:
     """The lines of standard error, except the note at the start of every run."""
-    return [line for line in said.splitlines() if "between groups travel" not in line]
+    return [line for line in said.splitlines() if "traffic between groups" not in line]
 
 
 @needs_proc

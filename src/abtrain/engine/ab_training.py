@@ -6,17 +6,17 @@ The loop of every recipe:
     for each training step:
         forward through ab(...)            DDP over the world, over the group, or the bare module
         backward                           gradients averaged over that scope
-        optimizer.step                     learning rates times the phase's, and the LR rebound's
+        optimizer.step                     learning rates times the factors of the phase and the LR rebound
         ab.step():
             if position.merges:            merge factors, dense parameters and buffers over the world, now or
                                            hidden behind the next steps
             if the next step is another phase:
-                restore or factorize       the parameters change shape, the optimizer's with them
-                start the LR rebound       if they did
+                restore or factorize       parameters and optimizer state change shape
+                start the LR rebound       if shapes changed
                 freeze by role, wrap again
 
-Three owners do the work: `FactoredModel` (weights and factors), `Rounds` (what merges, and how) and `OptimizerHooks`
-(what happens around optimizer steps). `PhaseChange` leads them from one phase to the next.
+Three objects do the work: `FactoredModel` (weights and factors), `Rounds` (what merges, and how) and `OptimizerHooks`
+(what happens around optimizer steps). `PhaseChange` takes them from one phase to the next.
 """
 
 from __future__ import annotations
@@ -67,32 +67,32 @@ class ABTraining(ModelAccess):
     Args:
         model: the bare model, already on its device; changed in place. Not wrapped in DDP. Parameters and buffers that
             it tells DDP to ignore stay each worker's own.
-        optimizer: over the model's parameters, or a list of optimizers, each with parameters of its own. They stay the
-            same objects. Optimizers that wrap others (Accelerate's, SAM, Lookahead) are taken as they are.
+        optimizer: an optimizer of the model's parameters, or a list of optimizers that share no parameters. They stay
+            the same objects. Optimizers that wrap others (Accelerate's, SAM, Lookahead) need no preparation.
         recipe: what happens at which step.
         communicator: how to reach the other workers; default torch.distributed if it is initialised, else alone.
         group_size: workers per group; default the number of ranks per node under torchrun, else 1.
         grad_scaler: the loop's GradScaler, if it has one. Groups adapt their loss scales separately, so they are made
             equal before gradients are shared again.
-        find_unused_parameters: for models whose backward pass leaves some parameters without a gradient, as in DDP.
+        find_unused_parameters: whether the backward pass may leave some parameters without a gradient, as in DDP.
         on_nonfinite: what to do about NaN or infinity. `stop`: all workers stop before anything is averaged or changed.
-            `drop_worker`: a merge leaves the worker's part out, and gives it the average of the others. `skip`:
-            optimizer steps by such gradients are skipped on all workers that share them. What neither of them covers
-            stops all workers.
-        average_buffers: globs of buffers that are averaged if they differ between workers. Running statistics always
-            are; all other buffers follow one worker, as under DDP.
+            `drop_worker`: a merge leaves the worker's part out, and gives it the average of the others. `skip`: all
+            workers that share such gradients skip the optimizer step. Under `drop_worker` and `skip`, all other cases
+            stop all workers.
+        average_buffers: globs of buffers that are averaged if they differ between workers. Running statistics are
+            always averaged; all other buffers follow one worker, as under DDP.
         same_settings: whether to compare the optimizers' settings at the start, at each phase and before each merge.
-            False for loops in which workers are meant to train by different ones.
-        measure_divergence: whether to measure at every merge how far workers have diverged, for two numbers per layer.
+            Use False if workers train with different settings on purpose.
+        measure_divergence: whether to measure at every merge how far workers have diverged; each layer sends 2 numbers.
 
     Attributes:
         module: the model.
         optimizers: as given; `optimizer` is the first.
         recipe: as given.
-        communicator: of this worker.
+        communicator: as given, or the default.
 
     Raises:
-        ConfigurationError: all that is wrong with the arguments, at once.
+        ConfigurationError: the arguments are invalid; the message lists all problems.
         RanksDisagreeError: the workers' recipes or options differ, or their models in names, shapes or dtypes.
     """
 
@@ -134,7 +134,7 @@ class ABTraining(ModelAccess):
             average_buffers=tuple(average_buffers),
         )
         self._new_state = NewState(shared, recipe, comm)
-        # From here on the optimizer is changed: all refusals came before.
+        # The optimizer is changed from here on. All checks that can raise come before.
         self._hooks = OptimizerHooks(
             self._model, shared.frozen(), self._progress, on_nonfinite, lambda: self._phases.whose_gradients()
         )
@@ -144,11 +144,11 @@ class ABTraining(ModelAccess):
         self._enter(recipe.at(0))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the model's forward pass; gradients will be averaged as the phase says. To validate, disable them.
+        """Runs the model's forward pass. Gradients will be averaged as the phase says; disable them for validation.
 
         Raises:
-            UsageError: with gradients enabled: `ab.step()` was forgotten after the last optimizer step, the recipe has
-                ended, or `close` was called.
+            UsageError: gradients are enabled, and `ab.step()` was forgotten after the last optimizer step, the recipe
+                has ended, or `close` was called.
         """
         if torch.is_grad_enabled():
             self._calls.forward()
@@ -157,7 +157,7 @@ class ABTraining(ModelAccess):
 
     @property
     def require_backward_grad_sync(self) -> bool:
-        """DDP's flag, for loops that read it. Setting it raises UsageError; `no_sync` changes what it stands for."""
+        """DDP's flag, for loops that read it. Setting it raises UsageError: use `no_sync`."""
         return True
 
     @require_backward_grad_sync.setter
@@ -175,15 +175,15 @@ class ABTraining(ModelAccess):
     def step(self, loss: float | Tensor | None = None) -> None:
         """Ends a training step: merges and changes of phase happen here. Call it after `optimizer.step()`.
 
-        Call it also after a step that a GradScaler skipped, so that all workers stay at the same step, and after
-        `scaler.update()`, so that merges make the scales equal that the next step uses.
+        Call it also after a step that a GradScaler skipped, so that all workers stay at the same step. Call it after
+        `scaler.update()`, so that merges equalize the loss scales of the next step.
 
         Args:
             loss: this worker's training loss in the step, for merges that weight workers by it.
 
         Raises:
-            UsageError: the recipe has ended, the model was called past `ab(...)`, no training step came before, or a
-                rule needs a loss.
+            UsageError: the recipe has ended, the model was called directly instead of by `ab(...)`, no training step
+                came before, or a merge rule needs a loss.
             RanksDisagreeError: the workers are at different steps, in different phases, or hold different shapes.
         """
         progress = self._progress
@@ -207,7 +207,7 @@ class ABTraining(ModelAccess):
         self._enter(upcoming)
 
     def _enter(self, position: Position | None) -> None:
-        """Makes everything ready for the step at a position; None: the recipe has ended."""
+        """Prepares the step at a position; None if the recipe has ended."""
         self._progress.position = position
         if position is None or position.starts_round:
             self._hooks.round_began = True
@@ -222,9 +222,9 @@ class ABTraining(ModelAccess):
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that `load_state_dict` needs to continue, in any phase: tensors and JSON values by name.
 
-        It is this worker's own: groups, and workers of a group, hold different state between merges. Tensors are those
-        in training: save or copy them before the next step. Gradients are not in it, nor what belongs to the loop:
-        scheduler, sampler, generators. Sends no messages.
+        The state is this worker's own: between merges, it differs between groups and between workers of a group. Its
+        tensors are those in training: save or copy them before the next step. It contains neither gradients nor the
+        loop's scheduler, sampler and generators. Sends no messages.
 
         Raises:
             UsageError: `ab.step()` was not called after the last optimizer step, or ABTraining was closed.
@@ -236,15 +236,15 @@ class ABTraining(ModelAccess):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state_dict` of the same recipe, model and optimizer: bit by bit, on the same machine.
 
-        Collective: all workers load, each what it saved. The state of PyTorch's PowerSGD hook is not in it.
+        Collective: each worker loads the state that it saved. The state of PyTorch's PowerSGD hook is not included.
 
         Raises:
-            CheckpointError: a worker's state is malformed, or of another recipe, model or optimizer; on all workers,
-                and nothing has changed. Or the state could not be applied on this worker: the message says that the
-                model must not be trained then.
-            RanksDisagreeError: workers load states of different steps, and nothing has changed; or those that should
+            CheckpointError: a worker's state is malformed, or belongs to another recipe, model or optimizer; raised on
+                all workers, and nothing has changed. Or the state could not be applied on this worker: the message
+                says that its model must not be trained.
+            RanksDisagreeError: workers load states of different steps, and nothing has changed; or workers that should
                 hold the same weights do not, and the model must not be trained.
-            NonFiniteError: a merge that was under way is not finite; see `Merger.merge`.
+            NonFiniteError: the result of a merge that was under way is not finite; see `Merger.merge`.
             UsageError: ABTraining was closed.
         """
         self._calls.load()
@@ -252,10 +252,10 @@ class ABTraining(ModelAccess):
 
     @in_own_modes
     def close(self) -> None:
-        """Gives model and optimizer back: dense, without hooks or wrapper, as any PyTorch code knows them.
+        """Turns model and optimizer back into plain PyTorch objects: dense, without hooks or wrapper.
 
-        Take the compressed weights, `factored_state_dict()`, before. It sends no messages: within a round each worker
-        keeps its own weights. To continue under abtrain, build it again. A second call does nothing.
+        Save the compressed weights, `factored_state_dict()`, before. Sends no messages: within a round each worker
+        keeps its own weights. To continue with abtrain, build ABTraining again. A second call does nothing.
         """
         if self._progress.closed:
             return

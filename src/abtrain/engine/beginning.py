@@ -24,7 +24,7 @@ log = logging.getLogger("abtrain")
 def begin(shared: SharedTensors, recipe: Recipe, comm: Communicator, **options: object) -> None:
     """Compares versions, recipe, options and layouts, and makes initial values equal. Collective over the world.
 
-    All of the other `options` must be equal on all workers.
+    All `options` must be equal on all workers, too.
 
     Raises:
         RanksDisagreeError: on all workers, with what differs and where.

@@ -9,14 +9,14 @@ from abtrain.failpoints import fail_at
 
 
 class CallOrder:
-    """Checks the order in which a loop calls."""
+    """Checks the order of a loop's calls."""
 
     def __init__(self, progress: Progress, hooks: OptimizerHooks) -> None:
         self._progress, self._hooks = progress, hooks
         self._forwards = 0
 
     def forward(self) -> None:
-        """Notes a forward pass with gradients.
+        """Records a forward pass with gradients.
 
         Raises:
             UsageError: `ab.step()` was forgotten, the recipe has ended, or the run was closed.
@@ -35,10 +35,10 @@ class CallOrder:
         self._forwards += 1
 
     def step(self, has_loss: bool) -> None:
-        """Notes a call of `ab.step()`.
+        """Records a call of `ab.step()`.
 
         Raises:
-            UsageError: nothing is left to train, a rule needs a loss, or no forward pass came before.
+            UsageError: the recipe has ended, a merge rule needs a loss, or no forward pass came before.
         """
         progress = self._progress
         progress.check_unfinished()
@@ -53,8 +53,8 @@ class CallOrder:
             raise UsageError(
                 "the optimizer stepped, but no ab(...) call came before: call ab(x) in place of model(x)"
                 if self._hooks.stepped
-                else "no ab(...) call came since the last ab.step(): call it once for each optimizer step, on every "
-                "worker as often, and ab.merged() to look at the average during a round"
+                else "no ab(...) call came since the last ab.step(): call it for each optimizer step, equally often on "
+                "every worker, and use ab.merged() to look at the average during a round"
             )
         progress.refuse_in_view("ab.step()")
         self._forwards = 0

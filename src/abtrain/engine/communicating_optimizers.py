@@ -1,6 +1,6 @@
-"""Finds optimizers that communicate with other workers themselves: with abtrain, they would send twice, or in a round.
+"""Finds optimizers that communicate with other workers themselves.
 
-Nothing is imported to find out: an optimizer exists only if its library is loaded.
+They would send data twice, or within a round. No library is imported: an optimizer exists only if its own is loaded.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _COLLECTIVES = frozenset(
     | {"broadcast_object_list", "irecv", "isend", "reduce_scatter", "reduce_scatter_tensor"}
 )
 _DISTRIBUTED = frozenset({"distributed", "torch.distributed"})
-"""Names of torch.distributed in code that does not have it in a global variable."""
+"""Names by which code refers to torch.distributed without a global variable for it."""
 _SHARDED = "fsdp_in_use"
-"""The setting of D-Adaptation, Prodigy and similar optimizers without which they do not communicate."""
+"""The setting without which D-Adaptation, Prodigy and similar optimizers do not communicate."""
 
 
 def communicates(optimizer: object) -> str:
     """Returns the evidence that an optimizer communicates with other workers itself; empty if there is none.
 
     Args:
-        optimizer: of any class; nothing of it is called.
+        optimizer: an object of any class; none of its methods is called.
     """
     inside = [(place, part) for place, part in _parts_of(optimizer) if isinstance(part, Optimizer)]
     found = ((place, _evidence(one)) for place, one in (("", optimizer), *inside))
@@ -41,7 +41,7 @@ def communicates(optimizer: object) -> str:
 
 
 def _evidence(optimizer: object) -> str:
-    """Returns what `communicates` returns, without the optimizers inside this one."""
+    """Returns the evidence in an optimizer itself, without the optimizers inside it."""
     kinds = [kind for kind in type(optimizer).__mro__ if kind not in (object, Optimizer)]
     kinds = [kind for kind in kinds if not kind.__module__.startswith("torch.optim.")]
     groups = ((place, _group_name(part)) for place, part in _near_parts(optimizer))
@@ -60,10 +60,10 @@ def _is_known(kind: type) -> bool:
 
 
 def _near_parts(optimizer: object) -> Iterator[tuple[str, object]]:
-    """Yields the attributes of an optimizer and what is one level inside them, each with its place."""
+    """Yields the attributes of an optimizer and the items one level inside them, each with its place."""
     for place, value in _parts_of(optimizer):
         yield place, value
-        # The parts of a model or a tensor do not tell what the optimizer does.
+        # The parts of a model or a tensor are no evidence about the optimizer.
         if not isinstance(value, nn.Module | Tensor | type):
             yield from ((f"{place}{where}", part) for where, part in _parts_of(value))
 
@@ -123,13 +123,13 @@ def _collectives(function: FunctionType) -> list[str]:
 
 
 def _is_distributed(value: object) -> bool:
-    """Whether a value is torch.distributed or is defined there, under whatever name."""
+    """Whether a value is torch.distributed or is defined there, under any name."""
     module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
     return isinstance(module, str) and f"{module}.".startswith("torch.distributed.")
 
 
 def _names_in(code: CodeType) -> set[str]:
-    """Returns all names that a function uses, also in the functions inside it."""
+    """Returns all names that a function uses, including those in nested functions."""
     inner = [_names_in(const) for const in code.co_consts if isinstance(const, CodeType)]
     return {*code.co_names, *code.co_freevars}.union(*inner)
 

@@ -13,12 +13,12 @@ from abtrain.recipes.recipe import Recipe
 
 @dataclass(frozen=True)
 class Description:
-    """Printable; the fields are for programs.
+    """The printable report; programs can read its fields.
 
     Attributes:
         treatments: one for every parameter of the model.
-        dense_this_cycle: weights that could be factored but are not at present, with the reason.
-        buffers: by name, the treatment of a buffer at a merge, where workers hold it differently.
+        dense_this_cycle: why weights that could be factored are dense at present, by name.
+        buffers: the treatment at a merge of each buffer that differs between workers, by name.
     """
 
     recipe: Recipe
@@ -73,7 +73,7 @@ class Description:
         total = sum(self.parameters.values())
         shares = (f"{count:,} {kind} ({count / max(total, 1):.2%})" for kind, count in self.parameters.items())
         dense = sum(t.numel for t in self.treatments if t.name in self.dense_this_cycle)
-        note = f"; of the factored, {dense:,} are dense in this cycle" if dense else ""
+        note = f"; {dense:,} of the factored are dense in this cycle" if dense else ""
         return f"{total:,} parameters: {', '.join(shares)}{note}"
 
     def _buffer_lines(self) -> list[str]:
@@ -81,14 +81,14 @@ class Description:
             return []
         width = max(map(len, self.buffers))
         lines = [f"  {name:<{width}}  {treatment}" for name, treatment in self.buffers.items()]
-        return ["buffers that workers hold differently at a merge (all others stay as they are):", *lines]
+        return ["buffers that differ between workers at a merge (all others stay unchanged):", *lines]
 
 
 def groups_and_traffic(recipe: Recipe, topology: Topology) -> str:
-    """Says in one line how workers are grouped, and what travels between groups."""
+    """Describes in one line the groups of workers, and the traffic between groups."""
     shared = [phase.name for phase in recipe.phases if phase.shares_gradients]
     merged = [f"every {phase.rounds.every} steps ({phase.name})" for phase in recipe.phases if phase.rounds]
     travels = [f"gradients at every step ({', '.join(shared)})"] if shared else []
     travels += [f"merges {', '.join(dict.fromkeys(merged))}"] if merged else []
     groups = f"{topology.n_groups} group{'s' * (topology.n_groups > 1)} of {topology.group_size}"
-    return f"{topology.world_size} workers in {groups}; between groups travel {' and '.join(travels) or 'nothing'}"
+    return f"{topology.world_size} workers in {groups}; traffic between groups: {' and '.join(travels) or 'none'}"

@@ -1,4 +1,4 @@
-"""A running average of the weights, dense whatever form the model has at present."""
+"""A running average of the weights, dense even while the model is factored."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from abtrain.modes import in_own_modes
 
 
 class EMA:
-    """The exponential moving average of a model's dense state, of this worker alone.
+    """The exponential moving average of a model's dense state, on this worker alone.
 
-    Floating-point and complex tensors are averaged, halves in float32; other entries, such as counters and the extra
-    state of modules, follow the model. It begins with the state as it is when this is built.
+    Floating-point and complex tensors are averaged, 16-bit ones in float32; other entries, such as counters and the
+    extra state of modules, follow the model. The average starts as the model's present state.
 
     Args:
-        source: gives the dense state of the model.
+        source: returns the dense state of the model.
         decay: the share of the average that stays at each update, at least 0 and below 1.
 
     Raises:
@@ -35,7 +35,7 @@ class EMA:
         self.decay = decay
         self._source = source
         state = source()
-        # One step's change would be rounded away in halves.
+        # In 16 bits, the change of one update would be rounded away.
         self._average = {
             name: (tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor).detach().clone()
             for name, tensor in tensors_of(state).items()
@@ -45,7 +45,7 @@ class EMA:
     @in_own_modes
     @torch.no_grad()
     def update(self) -> None:
-        """Adds the present weights: call it after each `ab.step()`."""
+        """Updates the average by the present weights. Call it after each `ab.step()`."""
         state = self._source()
         self._more = _other_entries(state)
         for name, tensor in tensors_of(state).items():
@@ -57,7 +57,7 @@ class EMA:
 
     @in_own_modes
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns a copy of the average, loadable into the model as it was built, and by `load_state_dict`."""
+        """Returns a copy of the average. The model as it was built can load it, and so can `load_state_dict`."""
         state: dict[str, Tensor] = {name: tensor.clone() for name, tensor in self._average.items()}
         return state | copy.deepcopy(self._more)
 
@@ -67,15 +67,15 @@ class EMA:
         """Continues from a `state_dict`.
 
         Raises:
-            CheckpointError: its names or shapes are not those of this model, and nothing has changed.
+            CheckpointError: names or shapes differ from those of this model, and nothing has changed.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(state).items()}
         expected = {name: tuple(tensor.shape) for name, tensor in self._average.items()}
         different = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
         if different:
             raise CheckpointError(
-                f"the average is not one of this model: {', '.join(different[:4])} differ in shape, or are missing on "
-                "one side. Load what EMA.state_dict() gave for the same model"
+                f"the average belongs to another model: {', '.join(different[:4])} differ in shape, or are missing on "
+                "one side. Load what EMA.state_dict() returned for the same model"
             )
         for name, tensor in self._average.items():
             tensor.copy_(state[name])

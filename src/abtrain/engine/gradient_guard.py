@@ -1,4 +1,4 @@
-"""Finds NaN and infinity in gradients before an optimizer steps by them."""
+"""Finds NaN and infinity in gradients before an optimizer uses them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from abtrain.own import own_names
 log = logging.getLogger("abtrain")
 
 _MOST_IN_A_ROW = 50
-"""Skipped steps in a row after which a run counts as diverged."""
+"""A run counts as diverged after this many skipped steps in a row."""
 
 
 class GradientGuard:
     """Checks all gradients before each step of optimizers.
 
-    Shared gradients are the same on all workers. So all workers skip the same steps without any communication.
+    Shared gradients are equal on all workers, which therefore skip the same steps without any communication.
 
     Args:
         policy: `skip` skips the step. Otherwise, shared gradients raise an error, and a worker's own gradients are left
             to the next merge.
-        whose: says which worker brought shared gradients that are not finite.
+        whose: describes, for the end of a message, the worker that brought gradients that are not finite.
 
     Attributes:
         skipped: indexes of the skipped steps.
@@ -42,19 +42,19 @@ class GradientGuard:
         self._looked = -1
 
     def look(self, optimizer: Optimizer, in_closure: bool = False) -> None:
-        """Removes the gradients of a step that is to be skipped: optimizers ignore parameters without a gradient.
+        """Checks gradients. To skip a step, removes them, since optimizers ignore parameters without a gradient.
 
         Args:
-            optimizer: that is about to step. Under `skip`, the first of several optimizers checks the gradients of all,
-                since they come from the same backward pass.
-            in_closure: whether the optimizer has begun its step, and called its closure for these gradients.
+            optimizer: the one that is about to step. Under `skip`, the gradients of all optimizers are checked before
+                the first one steps, since they come from the same backward pass.
+            in_closure: whether the optimizer's step has begun, and its closure computed these gradients.
 
         Raises:
-            NonFiniteError: the step cannot be made, or too many in a row were skipped.
+            NonFiniteError: the gradients cannot be used, or too many steps in a row were skipped.
         """
         step, shared = self._progress.steps_done, self._progress.shares_gradients
         skips = self._policy == "skip"
-        # A GradScaler that lets the optimizer skip steps has checked the gradients.
+        # The optimizer skips the step itself: a GradScaler has checked the gradients.
         if not (shared or skips) or getattr(optimizer, "found_inf", None) is not None:
             return
         checked = self._model.optimizers.acting if skips and step != self._looked else [optimizer]
@@ -65,7 +65,7 @@ class GradientGuard:
         if _finite(parameters):
             return
         if not skips:
-            unchanged = "the optimizer may have moved weights before" if in_closure else "no weight was changed by them"
+            unchanged = "the optimizer may have changed weights before" if in_closure else "they have changed no weight"
             raise NonFiniteError(
                 f"NaN or infinity in the gradients that workers share at step {step}{self._where(parameters)}: "
                 f"{unchanged}. Lower the learning rate, clip gradients, or skip such steps: on_nonfinite='skip'"
@@ -80,14 +80,14 @@ class GradientGuard:
         self.skipped.append(step)
         if self.skipped[-_MOST_IN_A_ROW:] == list(range(step - _MOST_IN_A_ROW + 1, step + 1)):
             raise NonFiniteError(
-                f"the gradients of the last {_MOST_IN_A_ROW} steps up to {step} were all NaN or infinite: training has "
-                "diverged. Lower the learning rate, or continue from an earlier checkpoint"
+                f"the gradients of each of the last {_MOST_IN_A_ROW} steps, up to step {step}, held NaN or infinity: "
+                "training has diverged. Lower the learning rate, or continue from an earlier checkpoint"
             )
         if not shared or self._progress.comm.rank == 0:
             log.warning("step %d is skipped: its gradients are not finite", step)
 
     def _without_own(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """Returns the shared parameters. Under `skip`, the others lose gradients that are not finite."""
+        """Returns the shared parameters. Under `skip`, removes gradients of the others if they are not finite."""
         own = {id(parameter) for name, parameter in self._model.parameters().items() if name in self._own}
         alone = [p for p in parameters if id(p) in own]
         if self._policy == "skip" and not _finite(alone):
@@ -106,7 +106,7 @@ class GradientGuard:
 def _finite(parameters: Sequence[nn.Parameter]) -> bool:
     """Whether all gradients are finite."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    # The norm is read at the speed of memory. It may overflow although all elements are finite.
+    # The norm costs one pass over memory. It may overflow although all elements are finite.
     if not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
         return True
     return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)

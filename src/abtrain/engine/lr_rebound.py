@@ -1,4 +1,4 @@
-"""Scales learning rates: a factor of the phase, and a ramp after a change of shapes (Section III)."""
+"""Scales learning rates: by a factor of the phase, and by a ramp after a change of shapes (Section III)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class _Scaled(NamedTuple):
 
 
 class LRRebound:
-    """Scales the learning rates of optimizers while they step, and only then.
+    """Scales the learning rates of optimizers only during their steps.
 
-    A scheduler beside it reads and writes the scheduled rates: `scale` is called when `optimizer.step` begins, and
-    `put_back` when it ends. In step j = 0, 1, ... after `start(N)` the factor is (j + 1) / (N + 1) of the target,
-    and the target from j = N on.
+    Schedulers read and write the scheduled rates: `scale` is called when `optimizer.step` begins, and `put_back`
+    when it ends. In step j = 0, 1, ... after `start(N)` the factor is (j + 1) / (N + 1) of the target, and the
+    target from j = N on.
 
     Args:
-        target: tells what the phase of the coming step multiplies learning rates by.
+        target: returns the factor of the phase of the next step.
     """
 
     def __init__(self, target: Callable[[], float]) -> None:
@@ -41,7 +41,7 @@ class LRRebound:
         return self._target() * min(1.0, (self._done + 1) / (self._length + 1))
 
     def start(self, steps: int) -> None:
-        """Begins a climb of `steps` steps; 0 ends any climb."""
+        """Begins a ramp of `steps` steps; 0 ends any ramp."""
         self._length, self._done = steps, 0
 
     def advance(self) -> None:
@@ -50,17 +50,17 @@ class LRRebound:
         self._done = min(self._done + 1, self._length)
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the length of the climb and its steps done, as JSON values."""
+        """Returns the length of the ramp and the number of its steps done, as JSON values."""
         return {"length": self._length, "done": self._done}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continues the climb of a `state_dict`."""
+        """Continues the ramp of a `state_dict`."""
         self.put_back()
         self._length, self._done = int(state["length"]), int(state["done"])
 
     def scale(self, optimizer: Optimizer) -> None:
         """Scales the rates of an optimizer that is about to step."""
-        # A step that raised never reached its end, and its learning rates are still scaled.
+        # If the last step raised an error, its learning rates are still scaled.
         self.put_back(optimizer)
         factor = self.factor
         if factor == 1.0:
@@ -68,30 +68,30 @@ class LRRebound:
         scaled_already = {id(one.group) for entries in self._scaled.values() for one in entries}
         entries = self._scaled.setdefault(id(optimizer), [])
         for group in optimizer.param_groups:
-            # An optimizer around this one may share its groups.
+            # A wrapper of this optimizer may share its groups.
             if id(group) not in scaled_already:
-                # A new tensor where it is one: the scheduler may hold the old one.
+                # Not in place: the rate may be a tensor that a scheduler holds.
                 scheduled, group["lr"] = group["lr"], group["lr"] * factor
                 entries.append(_Scaled(group, scheduled, float(group["lr"]), factor))
 
     def put_back(self, optimizer: Optimizer | None = None) -> None:
-        """Gives an optimizer, or all of them, the scheduled rates again."""
+        """Restores the scheduled rates of an optimizer; None: of all."""
         for key in list(self._scaled) if optimizer is None else [id(optimizer)]:
             for one in self._scaled.pop(key, ()):
                 _restore(one)
 
 
 def rewound(state: Mapping[str, int], back: int, in_phase: int) -> dict[str, int]:
-    """Returns the `LRRebound.state_dict` of `back` steps before, when `in_phase` steps of the phase were done."""
+    """Returns the `LRRebound.state_dict` as it was `back` steps earlier, after `in_phase` steps of the phase."""
     # The ramp may have ended since, or have begun in an earlier phase.
     return {"length": state["length"], "done": max(state["done"] - back, min(state["length"], in_phase))}
 
 
 def _restore(one: _Scaled) -> None:
-    """Puts the scheduled rate back, with what the step itself has made of it.
+    """Restores the scheduled rate, and applies the changes that were made to the rate during the step.
 
-    A scheduler that is called inside the step, and a step that decays its own rate, multiply the rate that they find.
-    Others write a rate of their own, which stays.
+    A scheduler that is called inside the step, or an optimizer that decays its own rate, multiplies the scaled rate.
+    The scheduled rate is then multiplied by the same number. A newly set rate stays.
     """
     now, scheduled = float(one.group["lr"]), float(one.scheduled)
     if now != one.value:

@@ -1,4 +1,4 @@
-"""The model of a run as others see it, and the records of the run: the side of ABTraining that does not train."""
+"""Views of the model in training, and the records of its run: the part of ABTraining that does not train."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ModelAccess:
 
     @property
     def rank_history(self) -> list[dict[str, Any]]:
-        """The step of every factoring, k of each weight, and why others stay dense."""
+        """For each factoring: the step, the rank k of each weight, and why others stay dense."""
         return self._phases.rank_history
 
     @property
@@ -68,25 +68,25 @@ class ModelAccess:
 
     @property
     def divergence(self) -> list[dict[str, Any]]:
-        """Step, phase and distances by layer of every merge in this process, if they are measured."""
+        """For each merge in this process: step, phase, and distances by layer; empty if they are not measured."""
         return self._rounds.divergence
 
     @property
     def dropped_parts(self) -> list[dict[str, Any]]:
-        """The step of each merge that left workers' parts out, and their ranks (`on_nonfinite="drop_worker"`)."""
+        """For each merge that left workers' parts out: its step and their ranks (`on_nonfinite="drop_worker"`)."""
         return self._rounds.dropped
 
     @property
     def skipped_steps(self) -> list[int]:
-        """Indexes of the steps that were skipped for their gradients (`on_nonfinite="skip"`)."""
+        """Indexes of the steps that were skipped because of NaN or infinity (`on_nonfinite="skip"`)."""
         return self._hooks.guard.skipped
 
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
-        """Shows the average of the groups in the model, for validation. Collective on entry, not on exit.
+        """Puts the average of the groups into the model, for validation. Collective on entry, not on exit.
 
-        If all workers hold the same weights, buffers that differ are rank 0's inside the block, as under DDP. A recipe
-        without any sync has no average: the model stays the worker's own.
+        If all workers hold the same weights, buffers that differ take rank 0's values inside the block, as under DDP.
+        A recipe without any sync has no average: each worker sees its own model.
         """
         progress = self._progress
         with own_modes():
@@ -102,7 +102,7 @@ class ModelAccess:
             progress.shows_average = before
             with own_modes():
                 average.__exit__(None, None, None)
-            # The restored weights are those of the mode that a schedule-free optimizer was in.
+            # The restored weights belong to the mode that a schedule-free optimizer had before the block.
             for group, mode in zip(groups, modes, strict=True):
                 group["train_mode"] = mode
 
@@ -112,7 +112,7 @@ class ModelAccess:
         if not progress.workers_equal and progress.in_rounds:
             self._meet()
             return shared.averaged()
-        # Without any sync, workers do not meet. Where all hold equal weights, only buffers may differ.
+        # Without any sync, workers do not communicate. If all hold equal weights, only buffers may differ.
         unsynchronized = progress.position is not None and progress.position.phase.sync is None
         if progress.alone or unsynchronized or not progress.workers_equal or not shared.buffers():
             return nullcontext()
@@ -127,7 +127,7 @@ class ModelAccess:
         return len({row[0] for row in rows}) == 1
 
     def describe(self) -> Description:
-        """Describes the phases, the groups, and what becomes of every parameter and buffer, and why."""
+        """Describes the phases, the groups, and the treatment of every parameter and buffer, with the reason."""
         shared = self._rounds.shared
         averaged = shared.averaged_buffers()
         buffers = {name: "averaged" if name in averaged else "follows one worker" for name in shared.buffers()}
@@ -138,12 +138,12 @@ class ModelAccess:
 
     @in_own_modes
     def dense_state_dict(self) -> dict[str, Tensor]:
-        """Returns the full-rank state dict, loadable into the model as it was built; factored weights as W = A B."""
+        """Returns the full-rank state dict of the model as it was built, with W = A B for factored weights."""
         return self._model.dense_state_dict()
 
     @in_own_modes
     def factored_state_dict(self) -> dict[str, Tensor]:
-        """Returns the compressed model: NAME.A (m, k) and NAME.B (k, n) in the place of a factored weight NAME.
+        """Returns the compressed model: NAME.A (m, k) and NAME.B (k, n) in place of each factored weight NAME.
 
         `abtrain.lowrank.svd.MatrixShape` gives the product W = A B the shape of the weight.
         """
@@ -153,16 +153,16 @@ class ModelAccess:
     def load_dense_state_dict(self, state: Mapping[str, Tensor], *, cut: bool = False) -> None:
         """Loads weights and buffers into the live model, by the names that it was built with. Sends no messages.
 
-        Factored weights keep their ranks, and their factors if the product is the loaded weight already, or was
-        before the last load. Other weights are written in the basis of the present factors.
+        Factored weights keep their ranks. They keep their factors if the product is the loaded weight already, or was
+        before the last load. Otherwise, the loaded weight is written in the basis of the present factors.
 
         Args:
-            state: as `dense_state_dict` gives it, equal on all workers: all of its names and no others.
-            cut: whether weights of a higher rank may be cut, whatever that loses.
+            state: as `dense_state_dict` returns it, with the same names, and equal on all workers.
+            cut: whether a weight of a higher rank may be cut to the rank of its factors, however much is lost.
 
         Raises:
             RuntimeError: names or shapes differ, or cutting a weight to its rank would lose more than rounding does.
-                Other weights may have been loaded then.
+                Other weights may have been loaded before.
         """
         self._model.load_dense_state_dict(state, cut)
 

@@ -23,27 +23,27 @@ from abtrain.modes import in_own_modes, own_modes
 from abtrain.recipes.phase import Phase
 
 _UNSEEN = 2
-"""Training steps in a row that change weights, without a step of a known optimizer, until an error is raised."""
+"""An error is raised after this many training steps in a row that changed weights without a known optimizer."""
 
 
 class OptimizerHooks:
-    """Owns everything that happens around the optimizers' steps, from here until `close`.
+    """Owns everything that happens around the optimizers' steps, until `close`.
 
-    The order before a step: the learning rates are scaled (LR rebound), the parameters are checked (ownership), the
-    gradients are checked (guard), and the gradients of factors are preconditioned at the scaled rates. After it: the
-    scheduled rates come back first, for schedulers that other hooks call, and then the steps of factors are
+    Before a step, the learning rates are scaled (LR rebound), then the parameters are checked (ownership), then the
+    gradients are checked (guard), and last the gradients of factors are preconditioned at the scaled rates. After the
+    step, the scheduled rates are restored first, for schedulers that other hooks call. Then the steps of factors are
     preconditioned.
 
     Args:
         frozen: names of the parameters that are not trained.
-        whose: says which worker brought shared gradients that are not finite.
+        whose: describes, for the end of a message, the worker that brought gradients that are not finite.
 
     Attributes:
-        round_began: whether a round begins with the next step. A step that a gradient scaler skips calls no hook, and
-            this stays true.
+        round_began: whether a round begins with the next step. It stays true after a step that a gradient scaler
+            skips, since such a step calls no hook.
         rebound: scales the learning rates.
         guard: checks the gradients.
-        preconditioner: of the present round.
+        preconditioner: preconditions the steps of factors in the present round.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class OptimizerHooks:
         self._handles: list[Any] = []
         for one in acting:
             first = one.register_step_post_hook(self._put_rates_back)
-            # A scheduler that is called by another hook finds the scheduled rate.
+            # This hook comes first, so that a scheduler called by another hook finds the scheduled rate.
             one._optimizer_step_post_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
             self._handles += [first, one.register_step_pre_hook(self._before), one.register_step_post_hook(self._after)]
 
@@ -90,15 +90,15 @@ class OptimizerHooks:
         """Ends a training step, whether the optimizers made it or a gradient scaler skipped it.
 
         Raises:
-            UsageError: weights have changed, and no optimizer was seen to step.
+            UsageError: weights have changed without a step of a known optimizer.
         """
         changed = "" if self._stepped else self._changed_unseen()
         if changed:
             kinds = ", ".join(type(optimizer).__name__ for optimizer in self._model.optimizers.given)
             raise UsageError(
-                f"{changed} has changed, but no step of {kinds} was seen: abtrain listens to optimizer.step(), and to "
-                "that of optimizers inside it. Let the optimizers that ABTraining was built with change weights, and "
-                "set their first values before"
+                f"{changed} has changed, but no step of {kinds} was seen: abtrain hooks into step() of the optimizers "
+                "that it was given, and of those inside them. Change weights only by these optimizers, and initialize "
+                "weights before ABTraining is built"
             )
         if self._stepped:
             self._before_any, self._unseen = None, 0
@@ -109,8 +109,8 @@ class OptimizerHooks:
     def _changed_unseen(self) -> str:
         """Returns the name of a weight that has changed without a step of a known optimizer; empty if there is none.
 
-        Once a step was seen, a single change may come from the loop, such as clipping in a step that a gradient scaler
-        skips.
+        After the first step of an optimizer, a single change is allowed: it may come from the loop, such as weight
+        clipping in a step that a gradient scaler skips.
         """
         if self._before_any is not None:
             now = self._sample()
@@ -121,11 +121,11 @@ class OptimizerHooks:
         return changed[0] if self._unseen >= _UNSEEN else ""
 
     def _count_changes(self) -> dict[str, int]:
-        """Returns how often each parameter was written to, as autograd counts it; merges are not counted."""
+        """Returns autograd's count of writes to each parameter, which does not include merges."""
         return {name: parameter._version for name, parameter in self._model.parameters().items()}
 
     def watch(self) -> None:
-        """Watches the weights after merges and changes of phase: from here on only an optimizer changes them."""
+        """Begins to watch the weights, after merges and changes of phase: from here on only optimizers change them."""
         if self._before_any is not None:
             self._before_any = self._sample()
 
@@ -136,7 +136,7 @@ class OptimizerHooks:
             handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of everything that happens around steps."""
+        """Returns the state of the hooks, as tensors and JSON values."""
         return {
             "round_began": self.round_began,
             "skipped_steps": list(self.guard.skipped),
@@ -150,11 +150,11 @@ class OptimizerHooks:
         self.rebound.load_state_dict(state["rebound"])
         self.preconditioner.load_state_dict(state["preconditioner"], device)
         self._stepped.clear()
-        # The loaded weights differ from those before, without a step.
+        # Loading changes weights without a step.
         self._before_any = None
 
     def _sample(self) -> dict[str, Tensor]:
-        """Returns a row of each parameter of the optimizers: a step changes at least that."""
+        """Returns one row of each parameter of the optimizers, enough to notice a step."""
         held = {id(parameter) for parameter in self._model.optimizers.parameters()}
         rows = {name: p.detach() for name, p in self._model.parameters().items() if id(p) in held and p.numel()}
         return {name: row[(0,) * max(row.ndim - 1, 0)].clone() for name, row in rows.items()}
@@ -174,7 +174,7 @@ class OptimizerHooks:
         if callable(closure):
             if position.phase.damping:
                 raise UsageError(
-                    "optimizer.step(closure) makes gradients too late to be preconditioned: "
+                    "optimizer.step(closure) computes gradients too late for preconditioning: "
                     "call backward before optimizer.step(), or set damping=0"
                 )
             checked = self._checked(optimizer, closure)
@@ -203,7 +203,7 @@ class OptimizerHooks:
             )
 
     def _checked(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Returns a closure that checks its gradients: there are none before it is called."""
+        """Returns a closure that also checks the gradients that it computes."""
 
         def look() -> Any:
             loss = closure()
@@ -234,13 +234,13 @@ class OptimizerHooks:
 
 
 def rewound(state: Mapping[str, Any], step: int, back: int, in_phase: int) -> dict[str, Any]:
-    """Returns those entries of an engine's state that belong to `OptimizerHooks`, at an earlier start of a round.
+    """Returns the entries of `OptimizerHooks` in an engine's state, as they were at an earlier start of a round.
 
     Args:
-        state: of the engine.
-        step: the number of steps that are done there.
-        back: by how many steps that is earlier.
-        in_phase: how many of the steps that are done belong to the phase.
+        state: the engine's state.
+        step: the number of steps done at that start.
+        back: the number of steps from that start to the state.
+        in_phase: the number of steps of the phase done at that start.
     """
     return {
         "round_began": True,

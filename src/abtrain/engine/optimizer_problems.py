@@ -1,4 +1,4 @@
-"""Validates a loop's optimizers before anything is changed, and their state when it appears."""
+"""Validates a loop's optimizers before anything changes, and their state once it exists."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from abtrain.recipes.recipe import Recipe
 log = logging.getLogger("abtrain")
 
 _FIRST_STEPS = 2
-"""Steps in which most optimizers make their state."""
+"""Most optimizers create their state within this many steps."""
 _WITHOUT_FACTORS = "use another optimizer, or a recipe without factors such as local_sgd"
-_CANNOT_FOLLOW = f"which cannot follow weights that are factored: {_WITHOUT_FACTORS}"
-_NOT_MOVED = "outside of its state: merges do not move them, and are undone where the optimizer restores them"
+_CANNOT_FOLLOW = f"which abtrain cannot convert when weights are factored: {_WITHOUT_FACTORS}"
+_NOT_MOVED = "outside its state: merges do not change them, and are undone when the optimizer restores them"
 
 
 def form_problems(optimizer: object) -> list[str]:
-    """Returns why this is neither an optimizer nor a list of them; empty if it is."""
+    """Returns why an object is neither an optimizer nor a list of optimizers; empty if it is."""
     remedy = "give a torch.optim.Optimizer, or a list of them with parameters of their own"
     if isinstance(optimizer, Optimizer):
         return []
     if not isinstance(optimizer, Sequence) or isinstance(optimizer, str):
-        return [f"the optimizer is a {type(optimizer).__name__}, and no torch.optim.Optimizer: {remedy}"]
+        return [f"the optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer: {remedy}"]
     if not optimizer:
         return [f"the list of optimizers is empty: {remedy}"]
     odd = [type(one).__name__ for one in optimizer if not isinstance(one, Optimizer)]
     if odd:
-        return [f"the list of optimizers holds a {odd[0]}, and no torch.optim.Optimizer: {remedy}"]
+        return [f"the list of optimizers holds a {odd[0]}, not a torch.optim.Optimizer: {remedy}"]
     if len(set(map(id, optimizer))) < len(optimizer):
         return [f"the list holds one optimizer twice: {remedy}"]
     return []
@@ -59,20 +59,20 @@ def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe)
         evidence = communicates(optimizer)
         if evidence:
             problems.append(
-                f"{type(optimizer).__name__} communicates with other workers itself ({evidence}), which abtrain does: "
-                "give an optimizer of one process, such as the one inside, or the same without its distributed options"
+                f"{type(optimizer).__name__} communicates with other workers itself ({evidence}), but abtrain does so: "
+                "give a single-process optimizer, such as the one inside it, or turn its distributed options off"
             )
     scales_rates = recipe.lr_rebound_steps > 0 or any(phase.local_lr != 1 for phase in recipe.phases)
     for optimizer in optimizers.acting:
         kind = type(optimizer).__name__
         if not announces_steps(optimizer):
             problems.append(
-                f"{kind} does not call Optimizer.__init__, so that its steps cannot be seen: call it there, or give "
-                "the optimizer inside"
+                f"{kind} does not call Optimizer.__init__, so its steps cannot be seen: call it in "
+                f"{kind}.__init__, or give the optimizer inside it"
             )
         if scales_rates and any("lr" not in group for group in optimizer.param_groups):
             problems.append(
-                f"a param group of {kind} has no 'lr', which recipe {recipe.name!r} multiplies: use another optimizer, "
+                f"a param group of {kind} has no 'lr', but recipe {recipe.name!r} scales it: use another optimizer, "
                 "or a recipe without local_lr and LR rebound"
             )
     problems += [problem for optimizer in optimizers.all for problem in _saving_problems(optimizer)]
@@ -87,7 +87,7 @@ def doubts_about_optimizers(optimizers: Optimizers, recipe: Recipe) -> list[str]
     unknown = _not_projectable(optimizers, recipe, "auto")
     if unknown:
         doubts.append(
-            f"the state of {unknown} cannot follow weights into their factors: it is reset where weights are factored"
+            f"the state of {unknown} cannot be converted to factors: it is reset whenever weights are factored"
         )
     return doubts
 
@@ -98,7 +98,7 @@ def _old_steps(optimizers: Optimizers, most: int = 0) -> list[str]:
     if steps <= most:
         return []
     return [
-        f"the optimizer has stepped {steps - most:g} times already, and the recipe begins at step 0: to continue a run "
+        f"the optimizer has already made {steps - most:g} steps, but the recipe begins at step 0: to continue a run "
         "of abtrain, pass what ab.state_dict() returned to ab.load_state_dict()"
     ]
 
@@ -110,7 +110,7 @@ class NewState:
         self._shared, self._recipe, self._speaks = shared, recipe, comm.rank == 0
         self._warned_of_steps = bool(_old_steps(shared.model.optimizers))
         phases = recipe.phases
-        # Gradients are shared after rounds, so that optimizer state has to be made equal between the two.
+        # If gradients are shared after rounds, optimizer state has to be made equal in between.
         self._equalized = (
             comm.topology.world_size > 1
             and any(phase.rounds is not None for phase in phases)
@@ -118,17 +118,20 @@ class NewState:
         )
 
     def check(self, steps_done: int) -> None:
-        """Examines state after a step of the optimizers, the one after `steps_done` steps.
+        """Examines optimizer state after a step.
+
+        Args:
+            steps_done: the number of steps before that step.
 
         Raises:
-            UsageError: state can neither be made equal nor saved, or the optimizer is in its mode of evaluation.
+            UsageError: the recipe cannot work with the state, or an optimizer is in evaluation mode.
         """
         optimizers = self._shared.model.optimizers
         for optimizer in optimizers.all:
-            # Schedule-free optimizers have this mode.
+            # Schedule-free optimizers have this entry.
             if any(group.get("train_mode") is False for group in optimizer.param_groups):
                 raise UsageError(
-                    f"{type(optimizer).__name__} is in its mode of evaluation at ab.step(): call optimizer.train() "
+                    f"{type(optimizer).__name__} is in evaluation mode at ab.step(): call optimizer.train() "
                     "before it, and validate between ab.step() and the next training step"
                 )
         if not self._shared.copies.look() and steps_done >= _FIRST_STEPS:
@@ -143,7 +146,7 @@ class NewState:
         """Returns warnings about the state of an optimizer that has stepped.
 
         Raises:
-            UsageError: the recipe needs what the state does not allow.
+            UsageError: the recipe cannot work with the state.
         """
         kind, odd, factored = type(optimizer).__name__, cannot_be_shared(optimizer.state), self._recipe.factored
         if odd and self._equalized:
@@ -154,12 +157,12 @@ class NewState:
         copies = _copies_outside_state(optimizer, _CANNOT_FOLLOW if factored else _NOT_MOVED)
         if copies and factored:
             raise UsageError(copies)
-        unsaved = [f"{kind} keeps {odd} in its state, so that ab.state_dict() cannot be saved"] if odd else []
+        unsaved = [f"{kind} keeps {odd} in its state, so ab.state_dict() cannot be saved"] if odd else []
         return unsaved + copies
 
 
 def _copies_outside_state(optimizer: Optimizer, consequence: str) -> list[str]:
-    """Returns a message with this end if an optimizer keeps copies of weights outside of its state."""
+    """Returns a message that ends in `consequence` if an optimizer keeps copies of weights outside its state."""
     name = kept_elsewhere(optimizer)
     kind = type(optimizer).__name__
     return [f"{kind} keeps copies of the weights in its attribute {name!r}, {consequence}"] if name else []
@@ -187,9 +190,9 @@ def _held_problems(model: nn.Module, optimizers: Optimizers) -> list[str]:
     idle = [name for name, p in trained_parameters(model).items() if id(p) not in held_ids]
     if idle:
         problems.append(
-            f"{told_names(idle)} require gradients, but no optimizer that was given holds them: no worker would share "
-            "what another optimizer makes of them. Give all optimizers, as a list, and freeze what is not trained "
-            "(requires_grad_(False))"
+            f"{told_names(idle)} require gradients, but none of the given optimizers holds them: workers would not "
+            "share their changes by another optimizer. Give all optimizers, as a list, and freeze parameters that are "
+            "not trained (requires_grad_(False))"
         )
     holders = Counter(key for optimizer in optimizers.given for key in set(map(id, parameters_of(optimizer))))
     twice = sorted(known.get(key, "a parameter") for key, count in holders.items() if count > 1)
@@ -199,21 +202,21 @@ def _held_problems(model: nn.Module, optimizers: Optimizers) -> list[str]:
 
 
 def _saving_problems(optimizer: Optimizer) -> list[str]:
-    """Checks that the other entries of an optimizer's `state_dict` are data, so that a run can resume from them."""
+    """Checks that additional entries of an optimizer's `state_dict` are data, from which a run can resume."""
     kind = type(optimizer).__name__
     try:
         split(more_of(optimizer))
     except TypeError as error:
         return [f"the content of {kind}.state_dict() cannot be saved: {error}"]
     except Exception as error:
-        return [f"{kind}.state_dict() fails, so that its content cannot be saved: {brief(error)}"]
+        return [f"{kind}.state_dict() fails, so its content cannot be saved: {brief(error)}"]
     return []
 
 
 def _factoring_problems(optimizers: Optimizers, recipe: Recipe) -> list[str]:
     problems = []
     if recipe.phases[0].weights == "factored" and any(map(_steps_of, optimizers.stateful)):
-        problems.append("the optimizer has stepped already, and the recipe starts factored: begin with a new optimizer")
+        problems.append("the optimizer has stepped already, but the recipe starts factored: begin with a new optimizer")
     for optimizer in optimizers.all:
         if isinstance(optimizer, LBFGS):
             problems.append(f"LBFGS keeps one flat copy of all gradients, {_CANNOT_FOLLOW}")
@@ -221,32 +224,32 @@ def _factoring_problems(optimizers: Optimizers, recipe: Recipe) -> list[str]:
         odd = _state_from_start(optimizer)
         if odd:
             problems.append(
-                f"{type(optimizer).__name__} makes {odd!r} in its state when it is built, which factors would lack: "
+                f"{type(optimizer).__name__} creates {odd!r} in its state when it is built, but not for factors: "
                 f"{_WITHOUT_FACTORS}"
             )
     unknown = _not_projectable(optimizers, recipe, "project")
     if unknown:
         problems.append(
-            f"optimizer_state='project' does not know the state of {unknown}: use 'auto' or 'reset', or one of "
+            f"optimizer_state='project' cannot convert the state of {unknown}: use 'auto' or 'reset', or one of "
             f"{', '.join(sorted(known.__name__ for known in PROJECTABLE))}"
         )
     return problems
 
 
 def _state_from_start(optimizer: Optimizer) -> str:
-    """Names state that an optimizer has made before its first step, and that only itself can make; empty if none."""
+    """Names state that an optimizer created before its first step, and that only it can create; empty if none."""
     if is_a(optimizer, PROJECTABLE) or _steps_of(optimizer):
         return ""
     for parameter, state in _states_of(optimizer):
         for key, value in state.items():
-            # Copies of weights are made again.
+            # The optimizer copies weights again.
             if not isinstance(value, Tensor) or value.shape != parameter.shape or not torch.equal(value, parameter):
                 return str(key)
     return ""
 
 
 def _steps_of(optimizer: Optimizer) -> float:
-    """Returns how many steps an optimizer has made, as far as its state says; without a count, at least one."""
+    """Returns the number of steps in an optimizer's state; 1 if the state has no count but shows a step."""
     made = 0.0
     for parameter, state in _states_of(optimizer):
         count = state.get("step")
@@ -264,7 +267,7 @@ def _states_of(optimizer: Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
 
 
 def _has_moved(value: Any, parameter: Tensor) -> bool:
-    """Whether an item of state shows that a step was made: it is neither zero nor a copy of its weight."""
+    """Whether an item of state shows that a step was made: the item is neither zero nor a copy of its weight."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape or not value.any():
         return False
     return not torch.equal(value.to(parameter), parameter)

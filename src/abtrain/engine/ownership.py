@@ -64,7 +64,7 @@ class Ownership:
         added = [name for name, p in now.items() if p.requires_grad and id(p) not in known]
         if added:
             raise UsageError(
-                f"{told_names(added)} came to the model after ABTraining was built, and no optimizer holds it: "
+                f"{told_names(added)} was added to the model after ABTraining was built, and no optimizer holds it: "
                 "build the model, the optimizer and then ABTraining with every parameter that is to be trained"
             )
 
@@ -83,7 +83,7 @@ class Ownership:
         if lost:
             raise UsageError(
                 f"the optimizer no longer holds {told_names(lost)}, which workers share: leave the param groups as "
-                "they were when ABTraining was built, and freeze parameters by a learning rate of 0"
+                "they were when ABTraining was built, and freeze parameters with a learning rate of 0"
             )
 
     def _places(self) -> list[_Place]:
@@ -105,7 +105,7 @@ class Ownership:
         if stepped:
             raise UsageError(
                 f"{told_names(stepped)} was trained when ABTraining was built, and is frozen now: freeze parameters "
-                "before ABTraining is built, or by a learning rate of 0"
+                "before ABTraining is built, or with a learning rate of 0"
             )
 
 
@@ -113,12 +113,12 @@ def _refuse_moved(names: Sequence[str]) -> None:
     if names:
         raise UsageError(
             f"{told_names(names)} is no longer a parameter of the model: pruning, weight norm, parametrizations, new "
-            "modules and the like replace it. Apply them before the optimizer and ABTraining are built"
+            "modules or the like replaced it. Apply them before the optimizer and ABTraining are built"
         )
 
 
 class _Place(NamedTuple):
-    """A parameter, and where it belongs."""
+    """A parameter, and its place in a module."""
 
     name: str
     of_module: Mapping[str, Any]

@@ -29,15 +29,15 @@ log = logging.getLogger("abtrain")
 
 
 class PhaseChange:
-    """Gives model, optimizer and wrapper the form that the phase of a recipe asks for.
+    """Brings model, optimizer and wrapper into the form that a phase of a recipe asks for.
 
-    The anchors and the momentum of rounds follow the form of the weights, and learning rates climb after changes of it.
+    The anchors and the momentum of rounds change form with the weights. Learning rates rise in a ramp afterwards.
 
     Attributes:
         parallel: the wrapper for forward passes, which averages gradients over the scope of the phase.
-        rank_history: the step of every factoring, k of each weight, and why others stay dense.
-        dense_this_cycle: weights that could be factored but are dense at present, with the reason.
-        seconds: spent on decompositions (`svd`), without the time that was waited for others.
+        rank_history: for each factoring: the step, the rank k of each weight, and why others stay dense.
+        dense_this_cycle: why weights that could be factored are dense at present, by name.
+        seconds: the seconds spent on decompositions (`svd`), without the wait for other workers.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class PhaseChange:
         phase, records = position.phase, self._model.records
         restored = list(records)
         self._comm.meter.phase = phase.name
-        # The old wrapper holds gradient buffers as large as the model: they go before new parameters come.
+        # The old wrapper holds gradient buffers as large as the model: free them before new parameters are made.
         self.unwrap()
         reshaped = bool(records) or phase.weights == "factored"
         carry_over(self._rounds.merger, records.values(), self._model.projects, into_weight)
@@ -79,9 +79,9 @@ class PhaseChange:
         self._rounds.shared.copies.renew()
 
     def _check(self, position: Position) -> None:
-        """Compares the layouts of all workers: DDP sums elements by their place in memory, or hangs.
+        """Compares the layouts of all workers: if they differ, DDP adds up unrelated elements, or hangs.
 
-        Equal gradients keep workers equal only under equal settings, so these are compared too.
+        Equal gradients keep workers equal only under equal settings, so settings are compared too.
         """
         if position.phase.sync is not None:
             where = f"step {position.step}, phase {position.phase.name}"
@@ -89,7 +89,7 @@ class PhaseChange:
             check_phase(self._comm, self._model, where, HYPERPARAMETERS if compared else ())
 
     def _make_equal(self, restored: Sequence[str]) -> None:
-        """Makes tensors bitwise equal that each worker has computed separately, by taking rank 0's."""
+        """Takes rank 0's values of tensors that each worker has computed separately, so that they are bitwise equal."""
         dense = [name for name in restored if name not in self._model.records]
         weights = {name: self._model.model.get_parameter(name).data for name in dense}
         momentum = {f"momentum of {name}": tensor for name, tensor in self._rounds.merger.momentum.items()}
@@ -117,7 +117,7 @@ class PhaseChange:
         self.parallel = self._comm.data_parallel(self._model.model, scope, self._find_unused_parameters, sync)
 
     def after_merge(self, position: Position, upcoming: Position) -> None:
-        """Prepares the optimizer for the step after one of a phase of rounds. Collective over the world."""
+        """Prepares the optimizer for the next step, after a step in a phase of rounds. Collective over the world."""
         if upcoming.first and upcoming.phase.shares_gradients:
             self._equalize(position)
         if position.phase.trains == "a_then_b" and upcoming.turn != position.turn and not upcoming.first:
@@ -126,7 +126,7 @@ class PhaseChange:
     def _equalize(self, position: Position) -> None:
         """Makes optimizer state and loss scale equal on all workers."""
         if position.phase.trains in ("a_then_b", "b"):
-            # Each worker has state for both factors; that of the frozen one becomes equal too.
+            # Each worker has state for both factors; the state of the frozen one is made equal too.
             self._model.train_only("all")
         reset = self._model.resets()
         kept = [p for name, p in self._model.trained(self._rounds.shared.treatments).items() if name not in reset]
@@ -135,10 +135,10 @@ class PhaseChange:
             equalize_grad_scaler(self._grad_scaler, self._comm)
 
     def whose_gradients(self) -> str:
-        """Says which worker brought shared gradients that are not finite, as far as this one can tell."""
+        """Describes, for the end of a message, the worker that brought gradients that are not finite."""
         rank = self._comm.rank
         if not self.parallel.spoiled():
-            return f", brought by another worker than rank {rank}"
+            return f", brought by a worker other than rank {rank}"
         shared = self._rounds.shared
         held = shared.replicated() | {f"buffer {name}": buffer for name, buffer in shared.buffers().items()}
         broken = told_names([name for name, tensor in held.items() if not is_finite(tensor)])

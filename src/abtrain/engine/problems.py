@@ -22,7 +22,7 @@ from abtrain.own import IGNORED, ignored_names
 from abtrain.recipes.recipe import Recipe
 
 _FEW_STEPS = 100
-"""Before weights are factored. Measured: docs/studies/large-batch.md, where 24 steps cost 11 points and 48 cost 4."""
+"""A shorter warm-up is warned about. Measured in docs/studies/large-batch.md: 24 steps cost 11 points, 48 cost 4."""
 
 
 def checked(
@@ -37,13 +37,13 @@ def checked(
     """Returns the communicator to use, if these arguments of `ABTraining` are valid.
 
     Raises:
-        ConfigurationError: all problems.
+        ConfigurationError: they are not; the message lists all problems.
     """
     problems = _problems_of(model, optimizer, recipe)
     if on_nonfinite not in get_args(OnNonFinite):
         problems.append(f"on_nonfinite={on_nonfinite!r} is unknown: use {', '.join(get_args(OnNonFinite))}")
     if communicator is not None and group_size is not None:
-        problems.append("group_size is the communicator's own: give one of the two")
+        problems.append("the communicator has a group_size of its own: give only one of the two arguments")
     if isinstance(model, nn.Module):
         problems += _buffer_problems(model, average_buffers) + _ignored_problems(model)
     if problems:
@@ -57,14 +57,14 @@ def checked(
 
 def _problems_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], recipe: Recipe) -> list[str]:
     if not isinstance(recipe, Recipe):
-        return [f"recipe={recipe!r} is no Recipe: build one, as abtrain.recipes.ab(total_steps=10_000) does"]
+        return [f"recipe={recipe!r} is not a Recipe: build one, such as abtrain.recipes.ab(total_steps=10_000)"]
     unusable = form_problems(optimizer)
     if unusable:
         return unusable
     if isinstance(model, DistributedDataParallel | DataParallel):
         wrapper = type(model).__name__
         return [
-            f"the model is wrapped in {wrapper}: pass the bare model ({wrapper}(...).module), abtrain wraps it itself"
+            f"the model is wrapped in {wrapper}: pass the bare model ({wrapper}(...).module); abtrain wraps it itself"
         ]
     optimizers = Optimizers(optimizer)
     unfit = _tensor_problems(model) or (_factoring_problems(model, optimizers, recipe) if recipe.factored else [])
@@ -75,35 +75,35 @@ def _tensor_problems(model: nn.Module) -> list[str]:
     """Returns the first problem of the model's tensors as a list; an empty list if there is none."""
     parameters = dict(model.named_parameters())
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in parameters.values()):
-        return ["the model has lazy parameters without a shape: run one forward pass before"]
+        return ["the model has lazy parameters without a shape: run one forward pass first"]
     devices = sorted({str(parameter.device) for parameter in parameters.values()})
     if len(devices) > 1:
-        return [f"the model lies on several devices ({', '.join(devices)}): move it to one"]
+        return [f"the model is on several devices ({', '.join(devices)}): move it to one"]
     tensors = parameters | dict(model.named_buffers())
     wrapped = [f"{name} ({type(t.data).__name__})" for name, t in tensors.items() if _is_wrapped(t)]
     if wrapped:
         return [
-            f"{told_names(wrapped)}: sharded tensors, and trained tensors of a class of their own, cannot be "
-            "merged. Build the model with plain tensors, or freeze such weights if they are not sharded"
+            f"{told_names(wrapped)}: sharded tensors, and trained tensors of a subclass, cannot be merged. "
+            "Build the model with plain tensors, or freeze such weights if they are not sharded"
         ]
     layouts = {name: "nested" if t.is_nested else str(t.layout).removeprefix("torch.") for name, t in tensors.items()}
     odd = [f"{name} ({layout})" for name, layout in layouts.items() if layout != "strided"]
     if odd:
         return [
-            f"{told_names(odd)}: only dense tensors can be compared, merged and saved. Keep such a tensor as an "
-            "attribute that is no buffer, or register it with .to_dense()"
+            f"{told_names(odd)}: only dense tensors can be compared, merged and saved. Keep such a tensor as a "
+            "plain attribute instead of a buffer, or register it with .to_dense()"
         ]
     expanded = [
         name for name, t in tensors.items() if any(s == 0 < n - 1 for s, n in zip(t.stride(), t.shape, strict=True))
     ]
     if expanded:
         return [
-            f"{told_names(expanded)}: several elements share one place in memory (an expanded tensor), and cannot be "
-            "written one by one: use a copy, made by .clone()"
+            f"{told_names(expanded)}: several elements share one place in memory (an expanded tensor), so they cannot "
+            "be written one by one: use a copy, made by .clone()"
         ]
     sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
     if sparse:
-        return [f"{told_names(sparse)}: sparse gradients cannot be averaged in buckets. Build it with sparse=False"]
+        return [f"{told_names(sparse)}: sparse gradients cannot be averaged in buckets. Build them with sparse=False"]
     return []
 
 
@@ -115,14 +115,14 @@ def _factoring_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe
     if not any(treatment.kind == "factored" for treatment in treatments):
         reasons = "; ".join(f"{t.name} {list(t.shape)}: {t.reason}" for t in treatments[:8])
         problems.append(
-            f"recipe {recipe.name!r} factors weights, but none of the model's is eligible "
+            f"recipe {recipe.name!r} factors weights, but no weight of the model is eligible "
             f"({reasons or 'it has no parameters'}): loosen exclude or min_dim, or use the recipe local_sgd"
         )
     return problems
 
 
 def _is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor is trained and holds its elements elsewhere, or is split over workers."""
+    """Whether a tensor is sharded over workers, or is trained and of a subclass that holds its elements elsewhere."""
     # Importing the module takes half a second. If nobody has imported it, no tensor is sharded.
     distributed = sys.modules.get("torch.distributed.tensor")
     sharded = distributed is not None and isinstance(tensor, distributed.DTensor)
@@ -131,7 +131,7 @@ def _is_wrapped(tensor: Tensor) -> bool:
 
 def _buffer_problems(model: nn.Module, average_buffers: Sequence[str]) -> list[str]:
     if isinstance(average_buffers, str):
-        return [f"average_buffers={average_buffers!r} is one text: give a list of globs, such as [{average_buffers!r}]"]
+        return [f"average_buffers={average_buffers!r} is a string: give a list of globs, such as [{average_buffers!r}]"]
     unmatched = _unmatched(average_buffers, [name for name, _ in model.named_buffers()], "buffer")
     return [f"average_buffers: {problem}" for problem in unmatched]
 
@@ -140,7 +140,7 @@ def _ignored_problems(model: nn.Module) -> list[str]:
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     names = [name for name, _ in tensors]
     idle = sorted(ignored_names(model).difference(names))
-    return [f"{IGNORED}: {name!r} is no parameter and no buffer: {nearest(name, names)}" for name in idle]
+    return [f"{IGNORED}: {name!r} is neither a parameter nor a buffer: {nearest(name, names)}" for name in idle]
 
 
 def _unmatched(patterns: Iterable[str], names: Sequence[str], kind: str) -> list[str]:
@@ -155,7 +155,7 @@ def _problems_here(model: nn.Module, optimizers: Optimizers, recipe: Recipe, com
     device = next((p.device for p in model.parameters()), comm.device)
     if comm.device.type != "cpu" and device != comm.device:
         problems.append(
-            f"the model lies on {device}, but this worker's backend carries tensors of {comm.device} only: "
+            f"the model is on {device}, but this worker's backend sends only tensors on {comm.device}: "
             f"move the model there, or use the backend gloo"
         )
     if topology.world_size == 1:
@@ -165,15 +165,15 @@ def _problems_here(model: nn.Module, optimizers: Optimizers, recipe: Recipe, com
     shared = topology.group_size > 1 or any(phase.shares_gradients for phase in recipe.phases)
     if shared and any(isinstance(one, LBFGS) for one in optimizers.all):
         problems.append(
-            "LBFGS calls its closure as often as each worker's own loss requires, so that workers would average "
-            "gradients unequally often: use another optimizer, or a recipe of rounds alone with group_size=1"
+            "LBFGS calls its closure as often as each worker's own loss requires, so some workers would average "
+            "gradients more often than others: use another optimizer, or a recipe of rounds alone with group_size=1"
         )
     alone = [phase.name for phase in recipe.phases if phase.sync is None or (phase.rounds and topology.group_size == 1)]
     layers = sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     if layers and alone:
         problems.append(
-            f"the model has {layers} SyncBatchNorm layers, but in phase {alone[0]!r} workers are alone, with nobody to "
-            "synchronize with: use BatchNorm, or a group size of at least 2"
+            f"the model has {layers} SyncBatchNorm layers, but in phase {alone[0]!r} each worker trains alone, without "
+            "others to synchronize with: use BatchNorm, or a group size of at least 2"
         )
     return problems
 
@@ -186,15 +186,15 @@ def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
     if topology.n_groups == 1 and topology.world_size > 1 and any(phase.rounds for phase in recipe.phases):
         doubts.append(
             f"group_size={topology.group_size} makes one group of all {topology.world_size} workers: they average "
-            "gradients at every step, as with ddp, and send merges as well, so that nothing is saved. Use "
+            "gradients at every step, as with ddp, and send merges as well, so nothing is saved. Use "
             "group_size=1, the workers of one machine, or the recipe ddp"
         )
-    # A recipe that factors at once is for weights that were trained before.
+    # A recipe that factors at step 0 is meant for pretrained weights.
     steps = recipe.first_factored_step or 0
     if 0 < steps < _FEW_STEPS:
         doubts.append(
-            f"weights are factored after {steps} steps, when a model that is trained from scratch has not found its "
-            f"directions, and what is cut off then is lost: give a warm-up of at least {_FEW_STEPS} steps "
-            "(warmup_steps), or take local_sgd"
+            f"weights are factored after {steps} steps: this is too early for weights that are trained from scratch to "
+            f"find their dominant directions, and the others are cut off. Give a warm-up of at least {_FEW_STEPS} "
+            "steps (warmup_steps), or use local_sgd"
         )
     return doubts

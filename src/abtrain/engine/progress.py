@@ -1,4 +1,4 @@
-"""Progress of a run: where it stands in its recipe, and which workers hold equal weights there."""
+"""The progress of a run: its position in the recipe, and which workers hold equal weights there."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ log = logging.getLogger("abtrain")
 
 
 class Progress:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
         steps_done: the number of steps that are done.
-        position: of the next step in the recipe; None after the last.
+        position: the position of the next step in the recipe; None after the last.
         workers_equal: whether all workers hold the same weights.
         closed: whether `ABTraining.close` was called.
         shows_average: whether the model shows the average of the workers, inside `ABTraining.merged`.
@@ -47,7 +47,7 @@ class Progress:
 
     @property
     def shares_gradients(self) -> bool:
-        """Whether all of several workers make the next step by the same gradients."""
+        """Whether there are several workers, and all of them make the next step with the same gradients."""
         return not self.alone and self.position is not None and self.position.phase.shares_gradients
 
     @property
@@ -59,7 +59,7 @@ class Progress:
 
     @property
     def within_round(self) -> str:
-        """A warning if the model is this worker's own and was not saved at this step; empty if it is not."""
+        """A warning if workers hold different models and this one was not saved at this step; otherwise empty."""
         position = self.position
         if self.alone or self.workers_equal or position is None or not self.in_rounds:
             return ""
@@ -71,7 +71,7 @@ class Progress:
         )
 
     def advance(self) -> Position | None:
-        """Counts a step. Returns the position of the next one; `position` follows when the step is complete."""
+        """Counts a step and returns the position of the next; the caller sets `position` when the step is complete."""
         self.steps_done += 1
         self.comm.meter.step = self.steps_done
         return self.recipe.at(self.steps_done) if self.steps_done < self.recipe.total_steps else None
@@ -80,7 +80,7 @@ class Progress:
         """Raises UsageError inside `ABTraining.merged`, whose end would undo the effect of the action."""
         if self.shows_average:
             raise UsageError(
-                f"{action} inside `with ab.merged():`, where the model shows the average of the workers for a while: "
+                f"{action} inside `with ab.merged():`, where the model holds the average of the workers temporarily: "
                 "leave the block first"
             )
 

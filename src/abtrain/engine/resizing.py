@@ -21,32 +21,32 @@ def can_be_resized(state: Mapping[str, Any], position: Position | None) -> bool:
     """Whether another number of workers can continue: all hold the same model, or held it after their last merge.
 
     Args:
-        state: of a worker.
-        position: of the next step; None at the end.
+        state: the state of a worker.
+        position: the position of its next step; None at the end.
     """
     return bool(state["workers_equal"]) or (position is not None and position.phase.rounds is not None)
 
 
 def resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> dict[str, Any]:
-    """Returns the state of worker `rank` in a run of another number of workers.
+    """Returns the state of worker `rank` in a run with another number of workers.
 
-    Within a round, that is the state at its start, which all workers held after their last merge. A worker takes over
+    Within a round, this is the state at its start, which all workers held after their last merge. A worker takes over
     the optimizer state of one of the former workers. The residuals of wires belong to all workers together: each takes
     their average, so that the average over all stays the same.
 
     Args:
-        states: of all former workers, at the same step.
-        rank: of the worker in the new run.
-        recipe: of the run.
+        states: the states of all former workers, at the same step.
+        rank: the worker's rank in the new run.
+        recipe: the recipe of the run.
 
     Raises:
-        CheckpointError: a state is malformed; the same on all workers, since each examines all states.
+        CheckpointError: a state is malformed; raised on all workers, since each examines all states.
     """
     try:
         with as_checkpoint_error("the states of the former workers are malformed: load another checkpoint"):
             return _resized(states, rank, recipe)
     except UsageError as error:
-        raise CheckpointError(f"the states of the former workers are of no step of the recipe: {error}") from error
+        raise CheckpointError(f"the states of the former workers fit no step of the recipe: {error}") from error
 
 
 def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _at_last_merge(state: Mapping[str, Any], buffers: Mapping[str, Tensor], reci
 
 
 def _last_merge(state: Mapping[str, Any], recipe: Recipe) -> Position:
-    """Returns the start of the last round at which all workers held the same, before merges that are under way."""
+    """Returns the start of the last round at which all workers held equal weights, before merges under way."""
     step = state["step"] - (1 if state["step"] == recipe.total_steps else 0)
     left = 2 if state["rounds"]["under_way"] else 1
     while True:

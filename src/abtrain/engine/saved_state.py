@@ -88,10 +88,10 @@ class EngineState:
         if self.grad_scaler is not None and state["grad_scaler"]:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
         if progress.equal_scope is not None:
-            where = f"step {progress.steps_done} of the states that were loaded"
+            where = f"step {progress.steps_done} of the loaded states"
             check_replicas(comm, self.rounds.shared.replicated(), progress.equal_scope, where)
         self.phases.load_state_dict(state, progress.position)
-        # Last, since the messages of loading do not belong to the run.
+        # The meter comes last, since the run does not count the messages of loading.
         comm.meter.load_state_dict(state["meter"])
 
 

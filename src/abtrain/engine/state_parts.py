@@ -1,6 +1,6 @@
 """Checks of every part of a saved state, given the step at which it was saved.
 
-Each phase has its own form of the weights and its own merges, so that what fits depends on the step.
+Each phase has its own form of the weights and its own merges, so the checks depend on the step.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _METER = mapping(
 
 
 class ResumedRun(NamedTuple):
-    """A run that is about to continue from a state, whatever form its model has at present."""
+    """A run that is about to continue from a state. Its model may have any form at present."""
 
     recipe: Recipe
     comm: Communicator
@@ -66,14 +66,14 @@ class ResumedRun(NamedTuple):
 
 
 class Resumption:
-    """The point at which a run continues from a state whose step and model are valid, and what it holds there.
+    """The point at which a run continues from a state whose step and model are valid.
 
     Attributes:
-        position: of the next step; at the recipe's end, of the last one.
+        position: the position of the next step; at the recipe's end, of the last one.
         rounds: how the phase merges; None if it does not.
         factors: names of the factors.
-        parameters: the layout of those that are trained, as merges see them.
-        buffers: the layout of the shared buffers, as merges see them.
+        parameters: the layout of the trained parameters, in the form in which they are merged.
+        buffers: the layout of the shared buffers, in the form in which they are merged.
     """
 
     def __init__(self, run: ResumedRun, state: Mapping[str, Any]) -> None:
@@ -103,13 +103,13 @@ def _workers_equal(at: Resumption) -> Check:
     if before is not None and before.phase.rounds is not None:
         rounds = before.phase.rounds
         equal = len(before.merging) == rounds.fragments and (before.last or not rounds.delay)
-    # Another number of workers goes back to the start of a round, without the merges that were under way there.
+    # A run with a new number of workers restarts at the start of a round, without merges that were under way.
     back = at.rounds is not None and at.position.starts_round and not at.ended and not at.state["rounds"]["under_way"]
     return one_of(True) if equal else _FLAG if back else one_of(False)
 
 
 def _arrivals(at: Resumption) -> Check:
-    """Gradients arrive in some order, each once; or the order is not known yet."""
+    """The check of the order in which gradients arrive: each once, or empty if the order is not known yet."""
     model, factors = at.model, {*at.factors}
     dense = {name: p for name, p in model.parameters().items() if name not in model.factors()}
     dense |= {name: record.dense for name, record in model.records.items()}
@@ -188,7 +188,7 @@ def _rebound(at: Resumption) -> Check:
     return also(
         mapping({"length": whole(0, longest), "done": whole(0, longest)}),
         lambda value: value["length"] in (0, longest) and value["done"] <= value["length"],
-        f"a climb of 0 or {longest} steps, of which no more are done",
+        f"a ramp of 0 or {longest} steps, of which no more are done",
     )
 
 

@@ -1,6 +1,6 @@
 """Checks whether a run can continue from a state, before anything changes.
 
-Whoever can write to a checkpoint can put any value anywhere, with digests that fit. So every value that
+Anybody who can write to a checkpoint can put any value anywhere, with matching digests. Therefore every value that
 `ABTraining.load_state_dict` is about to use is checked: its type, its range, and for tensors name, shape and dtype.
 """
 
@@ -27,11 +27,11 @@ def recipe_fingerprint(recipe: Recipe) -> str:
 
 
 def run_problem(state: Any, recipe: Recipe) -> str:
-    """Returns the reason why a state is not of this version, or not of this recipe; empty if it is of both."""
+    """Returns the reason why a state has another version or another recipe; empty if both match."""
     version = state.get("version") if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or type(version) is not int or version != VERSION:
         return (
-            f"this is no state of version {VERSION} of abtrain's checkpoints, but {said(version)}: load what "
+            f"this is not a state of version {VERSION} of abtrain's checkpoints, but {said(version)}: load what "
             "ABTraining.state_dict() returned, with the version of abtrain that saved it"
         )
     saved, wanted = state.get("recipe"), recipe_fingerprint(recipe)
@@ -39,7 +39,7 @@ def run_problem(state: Any, recipe: Recipe) -> str:
         return ""
     other = saved[:12] if isinstance(saved, str) else saved
     return (
-        f"the checkpoint is of another recipe than {recipe.name!r} of {recipe.total_steps} steps (fingerprint "
+        f"the checkpoint belongs to a recipe other than {recipe.name!r} of {recipe.total_steps} steps (fingerprint "
         f"{said(other)}, not {wanted[:12]!r}): build the recipe with the same settings, or start a new run"
     )
 

@@ -583,7 +583,7 @@ class TestWhatIsRefused:
     def test_a_model_without_any_eligible_weight(self) -> None:
         model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4))
         with pytest.raises(
-            ConfigurationError, match=r"none of the model's is eligible \(0.weight \[5, 4\]: an embedding"
+            ConfigurationError, match=r"no weight of the model is eligible \(0.weight \[5, 4\]: an embedding"
         ):
             ABTraining(model, adamw(model.parameters()), recipes.ab(100))
 
@@ -606,7 +606,7 @@ class TestWhatIsRefused:
 
     def test_what_is_no_recipe(self) -> None:
         model = build("mlp")
-        with pytest.raises(ConfigurationError, match="is no Recipe: build one"):
+        with pytest.raises(ConfigurationError, match="is not a Recipe: build one"):
             ABTraining(model, adamw(model.parameters()), recipes.ab)  # type: ignore[arg-type]
 
     def test_a_wrapped_model(self) -> None:
@@ -617,7 +617,7 @@ class TestWhatIsRefused:
     def test_projection_for_an_unknown_optimizer(self) -> None:
         model = build("mlp", torch.float32)
         optimizer = torch.optim.Adadelta(model.parameters())
-        with pytest.raises(ConfigurationError, match="does not know the state of Adadelta"):
+        with pytest.raises(ConfigurationError, match="cannot convert the state of Adadelta"):
             ABTraining(model, optimizer, recipes.ab(9, **SCHEDULE, optimizer_state="project"))
 
 

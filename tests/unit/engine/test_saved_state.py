@@ -143,7 +143,7 @@ def test_nothing_is_taken_from_a_state_that_does_not_fit() -> None:
     moments = copy.deepcopy(state)
     moments["model"]["optimizers"][0]["state"]["0.weight.A"]["exp_avg"] = torch.zeros(16, 10)
     for wrong, why in (
-        ({}, "no state of version"),
+        ({}, "not a state of version"),
         (other, "another recipe"),
         (shapes, "factors .3, 2. and"),
         (phase, "belongs to another phase"),
