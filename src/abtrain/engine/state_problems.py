@@ -39,7 +39,7 @@ def run_problem(state: Any, recipe: Recipe) -> str:
         return ""
     other = saved[:12] if isinstance(saved, str) else saved
     return (
-        f"the checkpoint belongs to a recipe other than {recipe.name!r} of {recipe.total_steps} steps (fingerprint "
+        f"the checkpoint belongs to another recipe, not {recipe.name!r} of {recipe.total_steps} steps (fingerprint "
         f"{said(other)}, not {wanted[:12]!r}): build the recipe with the same settings, or start a new run"
     )
 

@@ -1,4 +1,4 @@
-"""Which parameters are factored, which are averaged as they are, and why."""
+"""Decides which parameters are factored and which stay dense, and gives the reason."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase
 
 @dataclass(frozen=True)
 class Treatment:
-    """The treatment of one parameter, by its first name in the model and its dense shape.
+    """The treatment of one parameter, with its first name in the model and its dense shape.
 
     Attributes:
         kind: `factored`: A and B in factored phases; `averaged`: always dense, and averaged at merges; `frozen`: never
             trained, so never sent; `own`: left to each worker, so neither sent nor compared.
-        reason: why it has this kind, for people.
+        reason: why it has this kind, in words.
     """
 
     name: str
@@ -47,7 +47,7 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
     """Decides how every parameter of the model is treated; tied parameters appear once.
 
     Args:
-        model: with dense weights only.
+        model: a model with dense weights only.
         factoring: None if the recipe has no factored phase.
         optimized: `id`s of the parameters that the optimizer holds; None: it holds all of them.
     """
@@ -79,7 +79,7 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
 
 
 def _why_dense(module: nn.Module, attribute: str, name: str, parameter: nn.Parameter, factoring: Factoring) -> str:
-    """The reason why a trained parameter stays dense; empty if it can be factored."""
+    """Returns the reason why a trained parameter stays dense; empty if it can be factored."""
     least_dim = MatrixShape(parameter.shape).n if parameter.ndim >= 2 else 0
     excluded = next((pattern for pattern in factoring.exclude if fnmatchcase(name, pattern)), None)
     rules = (
@@ -98,7 +98,7 @@ def _why_dense(module: nn.Module, attribute: str, name: str, parameter: nn.Param
 
 
 def _sharing_memory(model: nn.Module) -> dict[str, str]:
-    """The reasons why tensors that share storage stay dense, as ties of `.data` do, by parameter and buffer."""
+    """Returns by name why parameters and buffers that share storage stay dense, such as those tied by `.data`."""
     places: dict[int, list[str]] = defaultdict(list)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # Sparse tensors and those of other classes may have no storage.
@@ -110,12 +110,12 @@ def _sharing_memory(model: nn.Module) -> dict[str, str]:
 
 
 def has_factored_form(module: nn.Module, attribute: str, hooked: bool) -> bool:
-    """Whether a dense module can compute with A and B; if the weight is `hooked`, a tensor hook needs W's gradient."""
+    """Whether a dense module can compute with A and B. It cannot if a tensor hook (`hooked`) needs W's gradient."""
     plain = attribute == "weight" and not hooked
     return plain and type(module) in FACTORED_LAYERS and getattr(module, "groups", 1) == 1
 
 
 def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds parameter `name`, and the parameter's name in it."""
+    """Returns the module that holds parameter `name`, and the parameter's name in it."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute

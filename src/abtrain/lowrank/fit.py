@@ -51,7 +51,7 @@ _PARTS: dict[str, Check] = {
                 "groups": each(by_name(anything)),
                 "owned": each(each(text())),
                 "state": by_name(by_name(anything)),
-                # Keys of an optimizer's own may be of any kind.
+                # An optimizer may use keys of any type here.
                 "general": also(anything, lambda value: isinstance(value, Mapping), "a dict"),
                 "more": by_name(anything),
             }
@@ -64,11 +64,11 @@ _OPTIONAL: dict[str, Check] = {
     "weights_same_on": one_of("world", "group"),
 }
 MODEL_STATE: Check = mapping({**_PARTS, **_OPTIONAL}, required=_PARTS)
-"""The form of what `abtrain.lowrank.model_state` saves, for any model. `weights_same_on` is a mark for checkpoints."""
+"""The form of the state of any model that `model_state` returns. `weights_same_on` is added for checkpoints."""
 
 
 def model_problems(model: FactoredModel, state: Mapping[str, Any], factored: bool) -> list[str]:
-    """Why a state of the form `MODEL_STATE` cannot be that of a model in any form; empty if it can.
+    """Returns why a state of the form `MODEL_STATE` does not fit a model, in any form of it; empty if it does.
 
     `factored`: whether weights may be factored in the phase of the state.
     """
@@ -82,14 +82,14 @@ def model_problems(model: FactoredModel, state: Mapping[str, Any], factored: boo
 
 
 def dense_layout(model: FactoredModel) -> Layout:
-    """All parameters of the dense model, by name."""
+    """Returns all parameters of the dense model, by name."""
     factors = model.factors()
     dense = {name: meta(p.shape, p.dtype) for name, p in model.parameters().items() if name not in factors}
     return dense | {name: meta(record.matrix_shape.tensor, record.A.dtype) for name, record in model.records.items()}
 
 
 def state_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
-    """All parameters by name, in the form of a state whose names and ranks have been checked."""
+    """Returns all parameters by name, in the form of a state whose names and ranks have been checked."""
     layout = dense_layout(model)
     for name in state["factored"]:
         dense = layout.pop(name)
@@ -105,11 +105,11 @@ def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _name_problems(model: FactoredModel, state: Mapping[str, Any], factored: bool) -> Iterator[str]:
     names = state["factored"]
-    yield from (f"{said(name)} is factored there, but cannot be here" for name in sorted({*names} - {*model.names}))
+    yield from (f"{said(name)} is factored, but cannot be in this model" for name in sorted({*names} - {*model.names}))
     if len({*names}) < len(names):
-        yield "a weight is factored twice there"
+        yield "the state lists a factored weight twice"
     if names and not factored:
-        yield f"{names[0]} is factored there, in a phase of full weights"
+        yield f"{names[0]} is factored in the state, in a phase of full weights"
 
 
 def _rank_problems(dense: Layout, state: Mapping[str, Any]) -> Iterator[str]:
@@ -118,11 +118,11 @@ def _rank_problems(dense: Layout, state: Mapping[str, Any]) -> Iterator[str]:
         matrix = MatrixShape(dense[name].shape)
         m, n, k = matrix.m, matrix.n, B[0] if B else 0
         if not (1 <= k <= n and (m, k) == A and (k, n) == B):
-            yield f"factors {A} and {B} of {name} are not of an ({m}, {n}) matrix"
+            yield f"the product of factors {A} and {B} of {name} is not an ({m}, {n}) matrix"
 
 
 def buffer_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
-    """The buffers that workers share, by name, in the form of a state: caches have the sizes of the saved ones."""
+    """Returns the layout of the buffers that workers share, by name. Caches have the sizes that the state has."""
     saved = state["buffers"]
     grown = caches(model.model) & saved.keys()
     return {

@@ -1,8 +1,8 @@
-"""Factored weights as other code sees them: as a Parameter kept from before the factoring, or by `module.weight`.
+"""Factored weights as other code sees them: as a Parameter kept from before the factoring, or as `module.weight`.
 
-Both read as W = A B, with a gradient to the factors if gradients are enabled, and their own gradient is that of the
-factors. Writing to them is an error, because it would not change the model. Among the module's parameters, a
-`FactoredMark` precedes the factors.
+Reading either gives W = A B, with a gradient to the factors if gradients are enabled. Reading `grad` gives the
+gradients of the factors. Writing to either is an error, because it would not change the model. Among the module's
+parameters, a `FactoredMark` precedes the factors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NEEDS_NO_VALUE = frozenset(
 _NO_WRITE = frozenset({"__invert__", "__index__", "__int__", "__iter__"})
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 MARK_SHAPE = (1,) * 8
-"""More dimensions than any weight has, so that the mark broadcasts to no tensor in place."""
+"""More dimensions than any weight has, so that no in-place operation can broadcast the mark to a tensor."""
 
 
 def keep_(record: FactoredWeight) -> None:
@@ -42,7 +42,7 @@ def give_back_(dense: nn.Parameter) -> None:
 
 
 def shown(record: FactoredWeight, W: Tensor) -> Tensor:
-    """The value W of a factored weight, as it is read from its module."""
+    """Returns the value W of a factored weight in the form in which its module shows it."""
     read = W.as_subclass(ReadOnly)
     read._abtrain_record = record
     return read
@@ -52,7 +52,7 @@ class _StandIn(Tensor):
     """A tensor that stands for a factored weight, or shows its value."""
 
     _abtrain_record: FactoredWeight | None = None
-    """The weight that the tensor stands for; None for a view or another tensor of its memory."""
+    """The weight that the tensor stands for; None for views and other tensors that share its memory."""
 
     @classmethod
     def __torch_function__(
@@ -76,11 +76,11 @@ class _StandIn(Tensor):
             args, kwargs = with_tensors(args, value), with_tensors(kwargs, value)
             if not foreign:
                 return _of_result(name, func(*args, **kwargs), memory)
-        # Outside, so that the `__torch_function__` of other tensor classes is called.
+        # Called outside the block, so that the `__torch_function__` of other tensor classes runs.
         return func(*args, **kwargs)
 
     def _plain(self) -> Tensor:
-        """A copy that can be written to, of the type that the dense module would give."""
+        """Returns a writable copy, of the type that the dense module would hold."""
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -96,7 +96,7 @@ class ReadOnly(_StandIn):
 
     @property
     def grad(self) -> Tensor | None:
-        """The gradients of the factors, in the form that a kept Parameter has."""
+        """The gradients of the factors, in the form of `FactoredParameter.grad`."""
         if self._abtrain_record is not None:
             return self._abtrain_record.dense.grad
         with torch._C.DisableTorchFunctionSubclass():
@@ -122,13 +122,13 @@ class FactoredParameter(_StandIn, nn.Parameter):
     """The gradients of the factors in one vector, and their addresses."""
 
     def _product(self) -> Tensor:
-        """W = A B, with a gradient to the factors where gradients are enabled."""
+        """Returns W = A B, with a gradient to the factors if gradients are enabled."""
         record = self._abtrain_record
         W = read_product(record, record.A, record.B) if record.hooks else record.product_of(record.A, record.B)
         return record.lay_out(W).as_subclass(ReadOnly)
 
     def _without_value(self) -> Tensor:
-        """A tensor of W's shape, dtype and device, without a value."""
+        """Returns a tensor of W's shape, dtype and device, without a value."""
         return self._abtrain_record.A.detach().new_empty(()).expand(self._abtrain_record.matrix_shape.tensor)
 
     def _plain(self) -> Tensor:
@@ -144,11 +144,11 @@ class FactoredParameter(_StandIn, nn.Parameter):
 
     @property
     def _base(self) -> None:  # type: ignore[override]  # nobody can set it in torch either
-        """None: it is no view. Compilers that read it while tracing would take the empty tensor for the weight."""
+        """None, since this is not a view. A compiler that traces it would take the empty tensor for the weight."""
         if torch._guards.TracingContext.try_get() is not None:
             raise UsageError(
-                f"a parameter of shape {tuple(self.shape)} that was kept from before its weight was factored is used "
-                "in a compiled function: read the weight from its module there, as in module.weight"
+                f"a compiled function uses a parameter of shape {tuple(self.shape)} that was taken from the model "
+                "before its weight was factored: read the weight from its module in that function, as module.weight"
             )
 
     @property
@@ -174,7 +174,7 @@ class FactoredParameter(_StandIn, nn.Parameter):
         pieces = flat.split([factor.numel() for factor in gradients])
         for factor, piece in zip(gradients, pieces, strict=True):
             factor.grad = piece.view(factor.shape)
-        # The reference to the vector keeps other gradients from its address.
+        # While this reference exists, no other gradient can get the vector's address.
         self._abtrain_gradient = (flat, [piece.data_ptr() for piece in pieces])
         return flat
 
@@ -189,7 +189,7 @@ class FactoredParameter(_StandIn, nn.Parameter):
             raise UsageError(
                 f"a gradient of shape {tuple(value.shape)} was set on a weight of shape {tuple(self.shape)} that is "
                 f"currently factored: the gradients of its factors are one vector of shape {expected}. Change "
-                "gradients of live parameters, model.parameters(), or in place"
+                "gradients in place, or those of the live parameters, model.parameters()"
             )
         if flat is None:
             for factor in trained:
@@ -220,12 +220,12 @@ class FactoredMark(nn.Parameter):
         if any(other.ndim for other in tensors_in((args, kwargs)) if not isinstance(other, FactoredMark)):
             raise UsageError(
                 "parameters of a model whose weights are currently factored were paired with other tensors: the model "
-                "holds A and B in the place of each factored weight. Pair `state_dict()`, which is always dense, or "
-                "use ABTraining.ema for a running average"
+                "holds A and B in place of each factored weight. Pair the entries of `state_dict()`, which is always "
+                "dense, or use ABTraining.ema for a running average"
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        # A view of the base would have a base again, without end.
+        # As a FactoredMark, the base would be a view with a base of its own, without end.
         whole = isinstance(result, Tensor) and result.shape == MARK_SHAPE and _name_of(func) != "_base"
         return result.as_subclass(FactoredMark) if whole and not isinstance(result, FactoredMark) else result
 
@@ -235,7 +235,7 @@ class FactoredMark(nn.Parameter):
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
-        """Ignores the value: a loop that lets all parameters of a model train does not mean the mark."""
+        """Ignores the value: a loop that unfreezes all parameters of a model does not mean the mark."""
 
     def requires_grad_(self, requires_grad: bool = True) -> FactoredMark:
         return self
@@ -249,12 +249,12 @@ def _of_result(name: str, result: Any, memory: set[int]) -> Any:
         return item.as_subclass(ReadOnly) if views else item
 
     if name == "_base":
-        return result  # a view of the base would have a base again, without end
+        return result  # a read-only base would be a view with a base of its own, without end
     return result.copy() if name in ("numpy", "__array__") else with_tensors(result, read_only)
 
 
 def _memory(tensor: Tensor) -> tuple[int, ...]:
-    """The address of the tensor's storage; empty if it has none, as on the meta device and in functorch transforms."""
+    """Returns the address of a tensor's storage; empty if it has none, as on the meta device and under functorch."""
     if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return ()
     place = tensor.untyped_storage().data_ptr()
@@ -262,7 +262,7 @@ def _memory(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _name_of(func: Callable[..., Any]) -> str:
-    """The name of the function that was called or the attribute that was read; `NAME=` if it was set."""
+    """Returns the name of the function that was called or the attribute that was read; `NAME=` if it was set."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -271,7 +271,7 @@ def _name_of(func: Callable[..., Any]) -> str:
 
 
 def _refused_by(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[_StandIn]:
-    """The stand-ins that a function would write to, and the weights that it would put a hook on."""
+    """Returns the stand-ins that a function would write to, and the weights that it would put a hook on."""
     first = args[:1] or list(kwargs.values())
     in_place = (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
     operator = name == "__setitem__" or (name.startswith("__i") and name not in _NO_WRITE)

@@ -2,7 +2,7 @@
 
 `surgery.py` changes the class of a module to one of these, so hooks, names and references to the module stay valid.
 Linear layers and convolutions compute with the factors; every other module rebuilds the weight whenever it reads it.
-The weight reads as the product; writing to it is an error. State dicts, copies and pickles show the dense module.
+Reading the weight gives the product; writing to it is an error. State dicts, copies and pickles hold dense modules.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from abtrain.lowrank.weight import FactoredWeight, read_product
 
 
 class Factored(nn.Module):
-    """Base of all modules with factored weights. Its names begin with `_abtrain`, to collide with no other."""
+    """Base of all modules with factored weights. Its names begin with `_abtrain`, to avoid collisions."""
 
     _abtrain_dense_type: ClassVar[type[nn.Module]]
     """The module's class while its weights are dense."""
@@ -48,14 +48,14 @@ class Factored(nn.Module):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Copies and pickles the dense module."""
-        # With the weight's own Parameter: in a deep copy, the module still shares it with its other holders.
+        # The twin gets the weight's own Parameter, so that a deep copy still shares it with its other holders.
         reduced: Any = _twin(self, lambda weight: weight.dense).__reduce_ex__(protocol)
         make, args, *rest = reduced
-        # Through `__newobj__`, pickle would compare the twin's class with that of this module.
+        # With `__newobj__`, pickle would compare the twin's class with that of this module.
         return (args[0].__new__ if make is copyreg.__newobj__ else make, args, *rest)  # type: ignore[attr-defined]
 
     def _abtrain_copied_by_its_class(self, memo: dict[int, Any]) -> nn.Module:
-        """The `__deepcopy__` of a module whose class defines one, which sees the module as dense."""
+        """Replaces the `__deepcopy__` that a module's class defines, and calls it with the module as dense."""
         kind, own = type(self), self.__dict__
         dense = _twin(self, lambda weight: weight.dense).__dict__
         self.__class__, self.__dict__ = self._abtrain_dense_type, dense  # type: ignore[assignment]  # it is a base
@@ -94,18 +94,18 @@ class Factored(nn.Module):
 
 
 def factors_of(module: Factored, attribute: str) -> Factors:
-    """A (m, k) and B (k, n) of a weight."""
+    """Returns A (m, k) and B (k, n) of a weight."""
     names = module._abtrain_weights[attribute].names
     return Factors(getattr(module, names.A), getattr(module, names.B))
 
 
 def product(module: Factored, attribute: str) -> Tensor:
-    """The dense weight, in the dtype of its factors whatever autocast says, with a gradient to both."""
+    """Returns the dense weight, in the dtype of its factors even under autocast, with a gradient to both."""
     return read_product(module._abtrain_weights[attribute], *factors_of(module, attribute))
 
 
 def _twin(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> nn.Module:
-    """A module of the dense class that shares everything but the factored weights, which `value` makes."""
+    """Returns a module of the dense class that shares everything except factored weights, which `value` returns."""
     twin: nn.Module = object.__new__(module._abtrain_dense_type)
     own = {name: item for name, item in module.__dict__.items() if name != "_abtrain_weights"}
     twin.__dict__ = own | {"_parameters": _dense_parameters(module, value)}
@@ -113,7 +113,7 @@ def _twin(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> nn.Mod
 
 
 def _dense_parameters(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> dict[str, Any]:
-    """The module's own parameters, named and ordered as in the dense module."""
+    """Returns the module's own parameters, named and ordered as in the dense module."""
     replaced = {name: weight for weight in module._abtrain_weights.values() for name in weight.names}
     dense: dict[str, Any] = {}
     for name, parameter in module._parameters.items():
@@ -127,7 +127,7 @@ def _dense_parameters(module: Factored, value: Callable[[FactoredWeight], Tensor
 
 @contextmanager
 def _shown_dense(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> Iterator[dict[str, Any]]:
-    """Shows the module with the dense module's parameters; those that are set inside stay set, factored ones aside."""
+    """Gives the module the dense module's parameters in the block. Those that are not factored and set there stay."""
     own, dense = module._parameters, _dense_parameters(module, value)
     module.__dict__["_parameters"] = dense
     try:
@@ -138,9 +138,9 @@ def _shown_dense(module: Factored, value: Callable[[FactoredWeight], Tensor]) ->
 
 
 def _product_of(attribute: str) -> Any:
-    """The property by which a factored weight is read: its product, which cannot be written to.
+    """Returns a property that reads a factored weight as its product, which cannot be written to.
 
-    Forward methods of torch read a plain tensor: they do not write, and the fast paths of attention take no subclass.
+    Forward methods of torch read a plain tensor: they do not write, and fast paths of attention accept no subclass.
     """
 
     def read(module: Factored) -> Tensor:
@@ -161,13 +161,13 @@ class LowRank(Factored):
 
 
 def _inner_and_outer(module: Factored) -> tuple[Tensor, Tensor]:
-    """The factor that is applied to the input, (k, in * ...), and the factor that makes the output, (out, k)."""
+    """Returns the factor applied to the input, (k, in * ...), and the factor that makes the output, (out, k)."""
     A, B = factors_of(module, "weight")
     return (A.T, B.T) if module._abtrain_weights["weight"].matrix_shape.transposed else (B, A)
 
 
 class LowRankLinear(LowRank, nn.Linear):
-    """y = x W^T + b as two matrix products, k (in + out) multiplications a row in place of in * out."""
+    """y = x W^T + b as two matrix products: k (in + out) multiplications per row instead of in * out."""
 
     _abtrain_dense_type = nn.Linear
 
@@ -208,7 +208,7 @@ FACTORED_LAYERS: dict[type[nn.Module], type[LowRank]] = {
 
 @functools.cache
 def rebuilding(dense_type: type[nn.Module], attributes: frozenset[str]) -> type[Factored]:
-    """The class of a module that rebuilds these weights from their factors whenever it reads them."""
+    """Returns the class of a module that rebuilds these weights from their factors whenever it reads them."""
     content = {attribute: _product_of(attribute) for attribute in sorted(attributes)}
     content |= {"_abtrain_dense_type": dense_type, "__module__": __name__}
     if hasattr(dense_type, "__deepcopy__"):

@@ -18,9 +18,9 @@ from abtrain.recipes.rank_rules import FixedRank
 _ROUNDING = 1e-5
 """Relative error that counts as rounding in float32."""
 _SAME = 8
-"""Units of rounding between two products of the same factors."""
+"""Two products of the same factors may differ by this many units of rounding."""
 _CONDITION = 1e-4
-"""The smallest over the largest singular value of a factor that can still be inverted without harm."""
+"""A factor is inverted only if its smallest singular value is larger than this share of its largest."""
 
 _replaced: WeakKeyDictionary[FactoredWeight, Factors] = WeakKeyDictionary()
 """Each weight's factors before the last load that changed them, for loops that swap an average in and out."""
@@ -30,7 +30,7 @@ _cuts: ContextVar[bool] = ContextVar("cuts", default=False)
 
 @contextmanager
 def cutting(cut: bool) -> Iterator[None]:
-    """Decides whether weights that are loaded inside may lose more than rounding when they are cut to their ranks."""
+    """Sets whether weights loaded in the block may lose more than rounding when they are cut to their ranks."""
     token = _cuts.set(cut)
     try:
         yield
@@ -41,9 +41,9 @@ def cutting(cut: bool) -> Iterator[None]:
 def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -> list[str]:
     """Writes a dense value that was saved in `dtype` into the factors of a weight, in place; ranks stay.
 
-    Momentum, anchors and residuals refer to the factors element by element, so the pair changes as little as the value
-    allows: not at all if its product already is the value; back to the pair that the last load replaced if the value is
-    its product; and otherwise to factors of the value in the basis nearest to the current one.
+    Momentum, anchors and residuals refer to the factors element by element, so the pair changes as little as possible.
+    It stays if its product is the value already. If the product of the pair before the last load is the value, that
+    pair returns. Otherwise, the pair becomes factors of the value in the basis nearest to the current one.
 
     Returns:
         The problems, with `key` as the weight's name; if there are any, nothing has changed.
@@ -83,7 +83,7 @@ def _makes(pair: Factors, weight: FactoredWeight, value: Tensor, dtype: torch.dt
 
 
 def _factors_of(weight: FactoredWeight, present: Factors, value: Tensor) -> tuple[Factors, float]:
-    """Factors of a dense value at the weight's rank, near the current ones, and the share of its norm they miss.
+    """Returns factors of a value at the weight's rank, near the current ones, and the share of its norm they miss.
 
     Raises:
         NonFiniteError: the value holds NaN or infinity.
@@ -94,7 +94,7 @@ def _factors_of(weight: FactoredWeight, present: Factors, value: Tensor) -> tupl
     size = W.norm()
 
     def rounded(pair: Factors) -> tuple[Factors, float]:
-        """The pair in the dtype of the weight's factors, and the share that it misses."""
+        """Returns the pair in the dtype of the weight's factors, and the share of the norm that it misses."""
         pair = Factors(*(factor.to(weight.A.dtype) for factor in pair))
         missed = (W - pair.A.to(wide) @ pair.B.to(wide)).norm()
         return pair, float(missed / size) if size > 0 else 0.0
@@ -111,7 +111,7 @@ def _factors_of(weight: FactoredWeight, present: Factors, value: Tensor) -> tupl
 
 
 def _in_basis_of(present: Factors, cut: Factors) -> Factors | None:
-    """Other factors of the same product: B' = A^+ W, then A' = W B'^+, in float64; None if B' lacks full rank."""
+    """Returns other factors of the product: B' = A^+ W, then A' = W B'^+, in float64; None if B' lacks full rank."""
     W = cut.A.double() @ cut.B.double()
     B = torch.linalg.pinv(present.A.double()) @ W
     S = torch.linalg.svdvals(B)
@@ -119,7 +119,7 @@ def _in_basis_of(present: Factors, cut: Factors) -> Factors | None:
 
 
 def _of_rank(pair: Factors, k: int) -> Factors:
-    """The pair with signs that do not depend on the machine, and zeros instead of rounding errors, up to rank k."""
+    """Returns the pair with the same signs on every machine, zeros instead of rounding errors, and padded to rank k."""
     A, B = pair
     largest = A.gather(0, A.abs().argmax(0, keepdim=True))[0]
     signs = torch.where(largest < 0, -1.0, 1.0).to(A.dtype)
@@ -132,5 +132,5 @@ def _of_rank(pair: Factors, k: int) -> Factors:
 
 
 def _allowed(*dtypes: torch.dtype) -> float:
-    """The relative error that rounding explains."""
+    """Returns the largest relative error that counts as rounding."""
     return max(_ROUNDING, *(2 * torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point))

@@ -1,8 +1,8 @@
 """Saves and loads a model whose weights may be factored, and its optimizers, as tensors and JSON values by name.
 
-An optimizer's own `state_dict` numbers parameters by their place, and its `load_state_dict` casts state to the
-parameter's dtype. Places change as factors come and go, and a resumed run must hold the same bits. Therefore state is
-kept by name here, and without casts.
+An optimizer's own `state_dict` numbers parameters by position, and its `load_state_dict` casts state to the parameter's
+dtype. But positions change when weights are factored, and a resumed run must hold the same bits. Therefore this module
+keeps state by name, and without casts.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from abtrain.own import own_names, shared_buffers
 
 
 def model_state(model: FactoredModel) -> dict[str, Any]:
-    """The state that `load_model_state` takes. Its tensors are the model's own: copy them to keep them past a step.
+    """Returns the state that `load_model_state` takes. It holds the model's own tensors: copy them before a step.
 
-    `weights` are all parameters by name, frozen ones too; a factored weight NAME is NAME.A (m, k) and NAME.B (k, n).
-    Parameters and buffers that belong to one worker are in `own`, and the results of `get_extra_state` in `extra`, by
-    the names of the modules; both entries are left out if they are empty.
+    `weights` holds all parameters by name, frozen ones too; a factored weight NAME is NAME.A (m, k) and NAME.B (k, n).
+    `own` holds the parameters and buffers that belong to one worker, and `extra` the results of `get_extra_state` by
+    the names of the modules. Both entries are left out if they are empty.
     """
     names, own = model.parameters(), own_tensors(model)
     extra = {name: module.get_extra_state() for name, module in modules_with_extra_state(model).items()}
@@ -47,14 +47,14 @@ def model_state(model: FactoredModel) -> dict[str, Any]:
 
 
 def modules_with_extra_state(model: FactoredModel) -> dict[str, nn.Module]:
-    """The modules that keep more than parameters and buffers in a state dict, by name."""
+    """Returns the modules that keep more than parameters and buffers in a state dict, by name."""
     plain = nn.Module.get_extra_state
     modules = model.model.named_modules()
     return {name: one for name, one in modules if getattr(type(one), "get_extra_state", plain) is not plain}
 
 
 def own_tensors(model: FactoredModel) -> dict[str, Tensor]:
-    """The parameters and buffers that are each worker's own, by name."""
+    """Returns the parameters and buffers that are each worker's own, by name."""
     own = own_names(model.model)
     tensors = [*model.model.named_parameters(), *model.model.named_buffers()]
     return {name: tensor.detach() for name, tensor in tensors if name in own}
@@ -76,7 +76,7 @@ def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
                 parameter.copy_(weights[name])
         for part, tensors in (("buffers", shared_buffers(model.model)), ("own", own)):
             for name, tensor in tensors.items():
-                # Only a cache that had grown may differ, and the model makes it itself.
+                # Only a cache that had grown may differ in shape, and the model fills it again.
                 if tensor.shape == state[part][name].shape:
                     tensor.copy_(state[part][name])
     for name, module in modules_with_extra_state(model).items():
@@ -112,7 +112,7 @@ _TUPLE = "(tuple)"
 
 
 def _with_marked_tuples(value: Any) -> Any:
-    """Replaces tuples, which files keep as lists, by dicts of one key."""
+    """Replaces tuples by dicts of one key, since files would keep tuples as lists."""
     if isinstance(value, tuple):
         return {_TUPLE: [_with_marked_tuples(item) for item in value]}
     if isinstance(value, Mapping):
@@ -129,20 +129,20 @@ def _with_tuples(value: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a setting is data. Others, such as a dtype or a function, are given when an optimizer is built."""
+    """Whether a setting is data. Others, such as a dtype or a function, are only set when an optimizer is built."""
     if isinstance(value, Mapping | list | tuple):
         return all(map(_is_plain, value.values() if isinstance(value, Mapping) else value))
     return value is None or isinstance(value, str | bool | Real | Tensor)
 
 
 def _plain(value: Any) -> Any:
-    """Converts numbers of numpy, in which a scheduler may compute rates."""
+    """Converts NumPy numbers to floats, since a scheduler may compute rates in NumPy."""
     known = isinstance(value, bool | int | float) or not isinstance(value, Real)
     return value if known else float(value)
 
 
 def more_of(optimizer: Optimizer) -> dict[str, Any]:
-    """The entries of an optimizer's `state_dict` other than `state` and `param_groups`. PyTorch's own have none."""
+    """Returns the entries of `state_dict` other than `state` and `param_groups`. PyTorch's optimizers have none."""
     hooks = getattr(optimizer, "_optimizer_state_dict_post_hooks", None)
     if type(optimizer).state_dict is Optimizer.state_dict and not hooks:
         return {}
@@ -154,11 +154,11 @@ def _load_optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter
         for key, value in settings.items():
             known = group.get(key)
             if isinstance(known, Tensor) and isinstance(value, Tensor):
-                known.copy_(value)  # a scheduler may hold this very tensor
+                known.copy_(value)  # a scheduler may hold the same tensor
             else:
                 group[key] = tuple(value) if isinstance(known, tuple) else value
     optimizer.state.clear()
-    # Only these keep step counts on the parameters' device.
+    # Only capturable and fused optimizers keep step counts on the parameters' device.
     moved = {id(p) for g in optimizer.param_groups if g.get("capturable") or g.get("fused") for p in g["params"]}
     for name, held in saved["state"].items():
         parameter = names[name]
@@ -170,7 +170,7 @@ def _load_optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter
 
 
 def _copied(parameter: nn.Parameter, value: Tensor, moved: bool) -> Tensor:
-    """A copy of a tensor of state on the optimizer's device for it, laid out as the parameter if it is of its shape."""
+    """Returns a copy of a state tensor on its device, in the parameter's memory layout if it has the same shape."""
     if value.ndim and value.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
     return value.to(parameter.device if value.ndim or moved else "cpu", copy=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def tensors_in(value: Any, depth: int = sys.maxsize) -> Iterator[Tensor]:
-    """Yields all tensors in a value, the value itself included, down to `depth` levels of nesting."""
+    """Yields all tensors in a value, including the value itself, down to `depth` levels of nesting."""
     if isinstance(value, Tensor):
         yield value
     elif depth and isinstance(value, Mapping | list | tuple):
@@ -19,7 +19,7 @@ def tensors_in(value: Any, depth: int = sys.maxsize) -> Iterator[Tensor]:
 
 
 def with_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """A copy of nested dicts, lists and tuples in which `change` has replaced every tensor."""
+    """Returns a copy of nested dicts, lists and tuples in which `change` has replaced every tensor."""
     if isinstance(value, dict):
         return {key: with_tensors(item, change) for key, item in value.items()}
     if type(value) in (list, tuple):

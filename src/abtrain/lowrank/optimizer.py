@@ -1,4 +1,4 @@
-"""The optimizer's state at a change of shape: converts that of a weight into that of its factors, and back."""
+"""The optimizer's state at a change of shape: converts the state of a weight to that of its factors, and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINEAR_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 SQUARED_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
 """State that is a running mean (or sum) of squared gradients."""
 PROJECTABLE = (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, Muon)
-"""Optimizers whose whole state is known to be linear or squared moments and step counts."""
+"""Optimizers whose state is known to consist of linear or squared moments and step counts."""
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -26,7 +26,7 @@ def project_to_factors(state: State, record: FactoredWeight, A: Tensor, B: Tenso
     """Converts the state of W into states of A and B.
 
     The gradients are G_A = G B^T and G_B = A^T G, so running means are converted in the same way. Running means of
-    squares are multiplied by the squared factors, which is exact where the entries of G are uncorrelated. Step counts
+    squares are multiplied by the squared factors, which is exact if the entries of G are uncorrelated. Step counts
     and other state are copied. A and B are those of `abtrain.lowrank.precondition.seen_through`.
     """
     state_A, state_B = State(), State()
@@ -49,7 +49,7 @@ def project_to_weight(state_A: State, state_B: State, record: FactoredWeight, A:
     """
     A, B = A.double(), B.double()
     A_plus, B_plus = torch.linalg.pinv(A), torch.linalg.pinv(B)
-    # Step counts and similar state come from the trained factor: the frozen one's stood still.
+    # Step counts and similar state come from the trained factor, since those of the frozen one stood still.
     merged = dict(state_A if float(state_A.get("step", 0)) >= float(state_B.get("step", 0)) else state_B)
     for key in (LINEAR_MOMENTS | SQUARED_MOMENTS) & (state_A.keys() | state_B.keys()):
         of_A, of_B = state_A.get(key), state_B.get(key)
@@ -75,7 +75,7 @@ def _consistent(state: State) -> State:
 
 
 def _explain(M_A: Tensor | None, M_B: Tensor | None, A: Tensor, A_plus: Tensor, B_plus: Tensor) -> Tensor:
-    """The smallest G with M_A = G B^T and M_B = A^T G; one of the two may be unknown."""
+    """Returns the smallest G with M_A = G B^T and M_B = A^T G; one of the two may be unknown."""
     if M_A is None:
         assert M_B is not None
         return A_plus.T @ M_B.double()
@@ -84,7 +84,7 @@ def _explain(M_A: Tensor | None, M_B: Tensor | None, A: Tensor, A_plus: Tensor, 
 
 
 def _spread(V_A: Tensor | None, V_B: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-    """Rows of V from V_A = V (B*B)^T and columns of V from V_B = (A*A)^T V, averaged where both are known."""
+    """Estimates rows of V from V_A = V (B*B)^T and columns from V_B = (A*A)^T V, and averages what is known."""
     estimates = []
     if V_A is not None:
         rows = V_A.double().sum(1, keepdim=True) / (B * B).sum().clamp_min(_TINY)
@@ -96,9 +96,9 @@ def _spread(V_A: Tensor | None, V_B: Tensor | None, A: Tensor, B: Tensor) -> Ten
 
 
 def fresh_state(optimizer: Optimizer, parameter: Tensor) -> State:
-    """The state that an optimizer needs for a parameter before its first step; empty for most optimizers.
+    """Returns the state that an optimizer needs for a parameter before its first step; empty for most optimizers.
 
-    Adagrad creates state only in its constructor. Fused SGD decides by the first parameter whether all have momentum.
+    Adagrad creates state only in its constructor. Fused SGD infers from the first parameter whether all have momentum.
     """
     group = next(group for group in optimizer.param_groups if any(held is parameter for held in group["params"]))
     if is_a(optimizer, (Adagrad,)):

@@ -1,7 +1,7 @@
 """Checks whether saved settings and state of an optimizer fit the present one. Changes nothing.
 
-For PyTorch's own optimizers, a twin with the saved settings makes one step of a tiny parameter, which shows the state
-that belongs to these settings. For others, only their param groups and learning rates are checked.
+For PyTorch's own optimizers, a twin with the saved settings steps a tiny parameter once, and its state shows what
+belongs to these settings. For other optimizers, only param groups and learning rates are checked.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ _IMPLEMENTATIONS = frozenset({"foreach", "fused"})
 """Settings that select how the same step is computed. They may differ from the saved ones."""
 _MOST = 2**31 - 1
 _SIDE = 2
-"""The sides of the twin's parameter. State with a side of 1 instead holds one number for a row or a column."""
+"""The size of the twin's parameter in each dimension. State of size 1 instead holds one number per row or column."""
 
 
 def optimizer_problems(model: FactoredModel, state: Mapping[str, Any], layout: Mapping[str, Tensor]) -> list[str]:
-    """Why a state of the form `MODEL_STATE` cannot be that of a model's optimizers; empty if it can.
+    """Returns why a state of the form `MODEL_STATE` does not fit a model's optimizers; empty if it does.
 
     `layout`: all parameters by name, in the form of the state.
     """
     ours, saved = model.optimizers.all, state["optimizers"]
     if len(saved) != len(ours):
-        return [f"there are {len(saved)} optimizers there and {len(ours)} here"]
+        return [f"the state has {len(saved)} optimizers, but the loop has {len(ours)}"]
     return [problem for pair in zip(ours, saved, strict=True) for problem in _problems(model, *pair, layout)]
 
 
@@ -59,8 +59,8 @@ def _problems(
 ) -> list[str]:
     if saved["kind"] != type(optimizer).__name__ or len(saved["groups"]) != len(optimizer.param_groups):
         return [
-            f"the optimizer is {said(saved['kind'])} with {len(saved['groups'])} param groups there and "
-            f"{type(optimizer).__name__} with {len(optimizer.param_groups)} here"
+            f"the optimizer is {said(saved['kind'])} with {len(saved['groups'])} param groups in the state, but "
+            f"{type(optimizer).__name__} with {len(optimizer.param_groups)} in the loop"
         ]
     strange = [name for name in saved["state"] if name not in layout]
     of_torch = type(optimizer).__module__.startswith("torch.optim")
@@ -73,7 +73,7 @@ def _problems(
 
 
 def _group_problems(model: FactoredModel, optimizer: Optimizer, owned: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Names a parameter by which a param group differs from the saved one, for the first such group."""
+    """Names a parameter that only one of a param group and its saved form holds, for the first such group."""
     known = {id(parameter): name for name, parameter in model.parameters().items()}
     for place, (group, saved) in enumerate(zip(optimizer.param_groups, owned, strict=False)):
         ours = {weight_name(known.get(id(p), "")) for p in group["params"]}
@@ -81,23 +81,23 @@ def _group_problems(model: FactoredModel, optimizer: Optimizer, owned: Sequence[
         if ours != theirs:
             one = min(ours ^ theirs)
             there, here = ("is", "is not") if one in theirs else ("is not", "is")
-            yield f"{said(one)} {there} in param group {place} there, and {here} in it here: give the same groups"
+            yield f"{said(one)} {there} in param group {place} of the state, but {here} in it now: give the same groups"
             return
 
 
 def _setting_problems(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], of_torch: bool) -> Iterator[str]:
-    """Checks all settings of PyTorch's optimizers. Others may add and drop settings, so only learning rates count."""
+    """Checks all settings of PyTorch's optimizers, but only the learning rates of others, whose settings may change."""
     for place, (group, settings) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         ours = {key: _setting(key, value) for key, value in settings_of(group).items() if of_torch or key == "lr"}
         scheduled = {key: partial(_rate, group.get(key)) for key in SCHEDULED if of_torch}
-        # Loops, and optimizers around this one, add keys of their own.
+        # Loops and wrappers of this optimizer add keys of their own.
         rest: dict[str, Check] = dict.fromkeys(settings.keys() - {*PARAMETERS}, _added if of_torch else anything)
         known: dict[str, Check] = {**rest, **ours, **scheduled}
         yield from mapping(known, required=ours.keys() - scheduled.keys())(f"param group {place}", settings)
 
 
 def _added(place: str, value: Any) -> Iterator[str]:
-    """A setting that a loop has added: a number, a word, a flag, or nothing."""
+    """Checks a setting that a loop has added: a number, a string, a flag, or None."""
     if isinstance(value, Tensor):
         yield from _rate(None, place, value)
     elif not (value is None or isinstance(value, bool | str) or is_number(value)):
@@ -105,7 +105,7 @@ def _added(place: str, value: Any) -> Iterator[str]:
 
 
 def _setting(key: str, known: Any) -> Check:
-    """The check of a setting whose present value is `known`."""
+    """Returns the check of a setting whose present value is `known`."""
     if key in _IMPLEMENTATIONS:
         return one_of(None, True, False)
     if known is None or isinstance(known, bool):
@@ -123,7 +123,7 @@ def _setting(key: str, known: Any) -> Check:
 
 
 def _rate(known: Any, place: str, value: Any) -> Iterator[str]:
-    """A learning rate or another number that may be a tensor. A tensor that is `known` is overwritten in place."""
+    """Checks a learning rate or another number that may be a tensor. If `known` is a tensor, the shapes must agree."""
     if not isinstance(value, Tensor):
         yield from number()(place, value)
     elif not value.is_floating_point() or value.numel() != 1 or not bool(torch.isfinite(value)):
@@ -139,7 +139,7 @@ def _state_problems(
 
     @cache
     def example(place: int, ndim: int, dtype: torch.dtype) -> Mapping[str, Any]:
-        """The state of a parameter after a step by the saved settings; empty if the present ones cannot be tried."""
+        """Returns a parameter's state after a step with the saved settings; empty if even the present ones fail."""
         ones = torch.ones((_SIDE,) * ndim, dtype=dtype, device=device)
         try:
             _step(kind, settings_of(optimizer.param_groups[place]), ones.clone())
@@ -162,7 +162,7 @@ def _state_problems(
         except Exception as error:
             if not blames_data(error):
                 raise
-            yield f"param group {place}: {kind.__name__} cannot step by its settings: {brief(error)}"
+            yield f"param group {place}: {kind.__name__} cannot step with its settings: {brief(error)}"
             return
         held = saved["state"].get(name)
         if held:
@@ -179,7 +179,7 @@ def _step(kind: type[Optimizer], settings: Mapping[str, Any], ones: Tensor) -> M
     known: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in accepted
     }
-    # Schedules may end below 0, by a rounding error.
+    # A schedule may end below 0 because of rounding.
     parameter, known["lr"] = nn.Parameter(ones), abs(settings["lr"])
     parameter.grad = torch.ones_like(ones)
     twin = kind([parameter], **known)

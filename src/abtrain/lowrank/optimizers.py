@@ -1,8 +1,8 @@
 """All optimizers of a loop as one: several side by side, and those inside others.
 
 People split a model between optimizers (Muon for matrices, AdamW for the rest), and wrap them: Accelerate's wrapper
-decides whether a step is made, SAM's makes two passes of one step, Lookahead's averages over several steps. The
-innermost optimizer that holds a weight changes it, so hooks are put on that one.
+decides whether a step is made, SAM runs two passes per step, Lookahead averages over several steps. The innermost
+optimizer that holds a weight changes it, so hooks are put on that one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from abtrain.lowrank.names import factor_names, weight_name
 
 _DEEPEST = 3
-"""Levels of lists and dicts in which an optimizer may keep others."""
+"""How many levels of lists and dicts are searched for the optimizers inside an optimizer."""
 _NOT_SEARCHED = frozenset({"state", "param_groups", "defaults"})
 """Attributes of every optimizer that hold no other optimizers."""
 PARAMETERS = ("params", "param_names")
@@ -45,30 +45,30 @@ class Optimizers:
 
     @property
     def stateful(self) -> list[Optimizer]:
-        """All with their own state: no wrapper that returns the state of the optimizer inside it."""
+        """All optimizers with their own state, without wrappers that return the state of the optimizer inside."""
         return list({id(optimizer.state): optimizer for optimizer in self.all}.values())
 
     def groups(self) -> list[dict[str, Any]]:
-        """All param groups; one that several optimizers share appears once."""
+        """Returns all param groups; one that several optimizers share appears once."""
         return list({id(group): group for optimizer in self.all for group in optimizer.param_groups}.values())
 
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters, in the order of their groups."""
+        """Returns all parameters, in the order of their groups."""
         return list({id(p): p for group in self.groups() for p in group["params"]}.values())
 
     def steps(self, parameter: Tensor) -> Optimizer | None:
-        """The optimizer that changes a parameter; None if no optimizer holds it."""
+        """Returns the optimizer that changes a parameter; None if no optimizer holds it."""
         return self._holders.get(id(parameter))
 
     def replace(
         self, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]
     ) -> list[tuple[Optimizer, list[dict[str, Any]]]]:
-        """Puts `new` in the place of `old[0]` in its param groups, and removes the other `old`.
+        """Puts `new` in place of `old[0]` in its param groups, and removes the other `old`.
 
         The param groups stay, so learning rates, weight decay and schedulers keep working.
 
         Returns:
-            For each optimizer with its own state, the states of the `old` parameters in their order; {} for none.
+            For each optimizer with its own state: the states of the `old` parameters in their order, {} if missing.
         """
         for group in self.groups():
             if any(parameter is old[0] for parameter in group["params"]):
@@ -89,17 +89,17 @@ def _replace_in(group: dict[str, Any], old: Sequence[nn.Parameter], new: Sequenc
             rows += zip(new, (weight,) if len(new) == 1 else factor_names(weight), strict=True)
         elif all(parameter is not one for one in old):
             rows.append((parameter, name))
-    # In place: some optimizers keep these very lists.
+    # Changed in place, since some optimizers hold references to these lists.
     parameters[:], names[:] = [parameter for parameter, _ in rows], [name for _, name in rows]
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """The parameters of one optimizer, in the order of its groups."""
+    """Returns the parameters of one optimizer, in the order of its groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A param group's settings, without its parameters."""
+    """Returns a param group's settings, without its parameters."""
     return {key: value for key, value in group.items() if key not in PARAMETERS}
 
 
@@ -139,7 +139,7 @@ def _inside(value: Any, levels: int, seen: set[int]) -> Iterator[Optimizer]:
     if isinstance(value, Optimizer):
         seen.add(id(value))
         yield value
-        # The levels are counted from each optimizer again.
+        # The count of levels restarts at each optimizer.
         value, levels = {name: held for name, held in vars(value).items() if name not in _NOT_SEARCHED}, _DEEPEST
     if isinstance(value, Mapping | list | tuple):
         for held in value.values() if isinstance(value, Mapping) else value:

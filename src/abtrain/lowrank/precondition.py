@@ -1,8 +1,8 @@
-"""Optimizer steps of factors in coordinates of the weight, whatever the split into A and B.
+"""Preconditions factors: makes optimizer steps of a weight independent of its split into A and B.
 
 W = A B does not determine how a weight is split between A and B, yet optimizer steps depend on the split: the gradient
-of A is that of W times B^T, and a step of A moves W by that step times B. So directions with small singular values have
-small gradients and small steps, twice over. The preconditioner corrects both. With R_B = (B B^T + d I)^-1/2 and
+of A is that of W times B^T, and a step of A moves W by that step times B. Small singular values therefore shrink a
+direction twice: in the gradient, and in the step. The preconditioner corrects both. With R_B = (B B^T + d I)^-1/2 and
 R_A = (A^T A + d I)^-1/2 the optimizer gets
 
     G_A R_B  and  R_A G_B,    and its steps D_A, D_B become    D_A R_B  and  R_A D_B.
@@ -12,7 +12,7 @@ gradient descent the two together are ScaledGD, G_A (B B^T + d I)^-1 (Tong, Ma, 
 and Pilanci, arXiv 2402.02347). An optimizer that normalizes its gradients, as Adam does, undoes a change of the
 gradient alone, so it needs both halves.
 
-Weight decay is not a step along a gradient, and shrinks the weight by a given share. If it is decoupled from the
+Weight decay is not a step along a gradient: it shrinks the weight by a given share. If it is decoupled from the
 gradient (AdamW), it is taken out of the step, and half of it is applied to each factor.
 """
 
@@ -40,18 +40,18 @@ class _Start(NamedTuple):
     is_A: bool
 
     def converted(self, change: Tensor) -> Tensor:
-        """A gradient or step of the factor in the weight's coordinates: D_A R_B or R_A D_B."""
+        """Returns a gradient or step of the factor in the weight's coordinates: D_A R_B or R_A D_B."""
         change = change.to(self.root.dtype)
         return change @ self.root if self.is_A else self.root @ change
 
 
 class Preconditioner:
-    """Surrounds the steps of optimizers of factors.
+    """Preconditions gradients of factors before optimizer steps, and the steps themselves after them.
 
     Args:
         damping: d, as a share of the mean of the Gram matrix's diagonal.
-        scale: factor by which steps are multiplied. A step of Adam in k of n coordinates is shorter than a step of the
-            whole weight, by sqrt(k / n) at most.
+        scale: the factor by which steps are multiplied. A step of Adam in k of n coordinates is shorter than a step of
+            the whole weight, by sqrt(k / n) at most.
     """
 
     def __init__(self, optimizers: Optimizers, damping: float, scale: float = 1.0) -> None:
@@ -62,7 +62,7 @@ class Preconditioner:
         self._starts: dict[int, list[_Start]] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Damping, scale, and the last R_A and R_B (k, k) by name."""
+        """Returns damping, scale, and the last R_A and R_B (k, k) by name."""
         roots = {name: list(pair) for name, pair in self._roots.items()}
         return {"damping": self._damping, "scale": self._scale, "roots": roots}
 
@@ -96,8 +96,8 @@ class Preconditioner:
     def after_step(self, optimizer: Optimizer) -> None:
         """Converts the steps that the factors have made since `before_step` of the same optimizer, in place.
 
-        Fused optimizers skip a step, with its decay, if a GradScaler found infinity: the absent decay is no step. The
-        device makes this choice, so that the host need not wait for it.
+        If a GradScaler found infinity, fused optimizers skip the step and its decay, and the factor stays unchanged.
+        The device makes this choice, so that the host need not wait for it.
         """
         for start in self._starts.pop(id(optimizer), ()):
             factor, value = start.factor, start.value
@@ -109,14 +109,14 @@ class Preconditioner:
 
 
 def _decay(group: dict[str, Any]) -> float:
-    """The share by which decoupled weight decay shrinks the parameters of a group in one step."""
+    """Returns the share by which decoupled weight decay shrinks the parameters of a group in one step."""
     return float(group["lr"] * group["weight_decay"]) if group.get("decoupled_weight_decay") else 0.0
 
 
 def seen_through(record: FactoredWeight, damping: float) -> tuple[Tensor, Tensor]:
-    """The A' (m, k) and B' (k, n) for which the optimizer gets the gradients G B'^T and A'^T G of a weight.
+    """Returns A' (m, k) and B' (k, n): from a weight's gradient G, the optimizer gets G B'^T and A'^T G.
 
-    With a preconditioner they are A R_A and R_B B; without one (`damping` 0) they are the factors themselves.
+    With a preconditioner, these are A R_A and R_B B; without one (`damping` 0), they are the factors themselves.
     """
     A, B = record.A.detach(), record.B.detach()
     if damping == 0:
@@ -128,12 +128,12 @@ def seen_through(record: FactoredWeight, damping: float) -> tuple[Tensor, Tensor
 
 
 def _inverse_roots(A: Tensor, B: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """R_A and R_B, (k, k), in float32 at least."""
+    """Returns R_A and R_B, (k, k), in float32 at least."""
     return _inverse_root(A.T @ A, damping), _inverse_root(B @ B.T, damping)
 
 
 def _inverse_root(gram: Tensor, damping: float) -> Tensor:
-    """(gram + d I)^-1/2 of a positive semidefinite (k, k) matrix; the identity if it is all zero."""
+    """Returns (gram + d I)^-1/2 of a positive semidefinite (k, k) matrix; the identity if it is all zero."""
     wide = gram.to(torch.promote_types(gram.dtype, torch.float32))
     if not bool(torch.isfinite(wide).all()):
         raise NonFiniteError(

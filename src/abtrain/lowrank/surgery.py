@@ -53,7 +53,7 @@ def restore_(record: FactoredWeight) -> nn.Parameter:
 
 
 def _show_(module: nn.Module, records: dict[str, FactoredWeight]) -> None:
-    """Gives a module the class in which exactly these of its weights are factored."""
+    """Gives a module the class in which exactly these weights are factored."""
     dense_type = module._abtrain_dense_type if isinstance(module, Factored) else type(module)
     module.__class__ = dense_type
     if not records:
@@ -75,7 +75,7 @@ def _rename_(module: nn.Module, old: str, new: str, parameter: nn.Parameter) -> 
 
 
 def _free_name(module: nn.Module, name: str) -> str:
-    """The name, with underscores added until the module does not use it yet."""
+    """Returns the name, with underscores appended until the module does not use it."""
     while hasattr(module, name):
         name += "_"
     return name

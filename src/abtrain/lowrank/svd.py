@@ -14,9 +14,9 @@ from abtrain.recipes.factoring import RankRule
 
 @dataclass(frozen=True)
 class MatrixShape:
-    """How a weight tensor is seen as a matrix.
+    """The view of a weight tensor as a matrix.
 
-    The first dimension is kept, the others are flattened; the matrix is transposed where that makes m >= n.
+    The first dimension is kept, and the others are flattened. The matrix is transposed if necessary for m >= n.
     """
 
     tensor: torch.Size
@@ -40,12 +40,12 @@ class MatrixShape:
         return first, (self.tensor.numel() // first if first else 0)
 
     def to_matrix(self, weight: Tensor) -> Tensor:
-        """The (m, n) view of a weight of shape `self.tensor`."""
+        """Returns the (m, n) view of a weight of shape `self.tensor`."""
         flat = weight.reshape(self._flat)
         return flat.T if self.transposed else flat
 
     def to_tensor(self, matrix: Tensor) -> Tensor:
-        """The weight of shape `self.tensor` whose (m, n) view is `matrix`."""
+        """Returns the weight of shape `self.tensor` whose (m, n) view is `matrix`."""
         return (matrix.T if self.transposed else matrix).reshape(self.tensor)
 
 
@@ -63,7 +63,7 @@ class Factors(NamedTuple):
 def decompose(W: Tensor, rank_rule: RankRule) -> Factors:
     """Cuts an (m, n) matrix to the rank that `rank_rule` picks from its singular values.
 
-    Halves are computed in float32 and returned as halves. An SVD that does not converge is tried again in float64.
+    16-bit matrices are decomposed in float32. An SVD that does not converge is repeated in float64.
     An all-zero matrix gives zero factors of rank 1.
 
     Returns:
@@ -80,13 +80,13 @@ def decompose(W: Tensor, rank_rule: RankRule) -> Factors:
         raise NonFiniteError(f"cannot decompose a matrix of shape {tuple(W.shape)}: it holds NaN or infinity")
     U, S, Vh = _svd(W.detach())
     m, n = W.shape
-    # A user's rule may exceed n.
+    # A user's rule may return more than n.
     k = min(max(int(rank_rule(S.tolist(), m, n)), 1), n) if S[0] > 0 else 1
     root = S[:k].sqrt()
     # eq. 3: W = (U sqrt(S)) (sqrt(S) Vh)
     A = U[:, :k] * root
     B = root[:, None] * Vh[:k]
-    # Copied by rows: a column of U counts as contiguous, with strides by which its products are rounded differently.
+    # Copied by rows: a single column of U counts as contiguous, but its strides change how products are rounded.
     return Factors(*(factor.to(W.dtype).clone(memory_format=torch.contiguous_format) for factor in (A, B)))
 
 

@@ -1,4 +1,4 @@
-"""A factored weight: its record, and its product as autograd and the hooks of users see it."""
+"""A factored weight: its record, and its product as autograd and users' hooks see it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Names(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class FactoredWeight:
-    """The record of one factored weight: all that is needed to use it and to undo the factoring.
+    """The record of one factored weight: everything needed to use it and to undo the factoring.
 
     Attributes:
         name: the weight's name in the model.
         attribute: the weight's name in `module`.
         dense: the weight's own Parameter; its storage is empty while the factors live.
-        A, B: (m, k) and (k, n).
-        strides: of the dense weight before it was factored.
+        A, B: the factors, (m, k) and (k, n).
+        strides: the strides of the dense weight before it was factored.
         hooks: tensor hooks that the user has registered on the dense weight.
     """
 
@@ -55,21 +55,21 @@ class FactoredWeight:
         return self.A, self.B
 
     def weight(self) -> Tensor:
-        """W = A B in the weight's own shape, contiguous, without a gradient. Halves are multiplied in float32."""
+        """Returns W = A B in the weight's shape, contiguous, without a gradient. Multiplies in float32 at least."""
         return self.product_of(self.A.detach(), self.B.detach())
 
     def product_of(self, A: Tensor, B: Tensor) -> Tensor:
-        """`weight()` of other factors of these shapes, with a gradient to those that require one."""
+        """Returns `weight()` of other factors of these shapes, with a gradient to those that require one."""
         with without_autocast(A):
             wide = A.dtype if A.dtype == torch.float64 else torch.float32
             return self.matrix_shape.to_tensor((A.to(wide) @ B.to(wide)).to(A.dtype)).contiguous()
 
     def laid_out(self) -> Tensor:
-        """`weight()` in the memory layout that the dense weight had."""
+        """Returns `weight()` in the memory layout that the dense weight had."""
         return self.lay_out(self.weight())
 
     def lay_out(self, W: Tensor) -> Tensor:
-        """W in the memory layout that the dense weight had."""
+        """Returns W in the memory layout that the dense weight had."""
         if W.stride() == self.strides:
             return W
         return torch.empty_strided(W.shape, self.strides, dtype=W.dtype, device=W.device).copy_(W)
@@ -115,7 +115,7 @@ class _Product(torch.autograd.Function):
 
 
 def read_product(weight: FactoredWeight, A: Tensor, B: Tensor) -> Tensor:
-    """The product of A and B as the dense weight, contiguous, in their dtype, with a gradient to both and the hooks.
+    """Returns A B as the dense weight: contiguous, in their dtype, with a gradient to both and the user's hooks.
 
     A tensor hook sees the gradient of the product once in each backward pass, as it saw that of the dense weight.
     Therefore all reads of a hooked weight return the same tensor until its gradient has arrived.
@@ -123,7 +123,7 @@ def read_product(weight: FactoredWeight, A: Tensor, B: Tensor) -> Tensor:
     trained = (A.requires_grad, B.requires_grad)
     hooked = bool(weight.hooks) and torch.is_grad_enabled() and any(trained)
     last = _reads.get(weight) if hooked else None
-    # By value, because merges do not advance a tensor's version.
+    # Compared by value, because merges do not advance a tensor's version.
     if last is not None and last.trained == trained and torch.equal(last.A, A) and torch.equal(last.B, B):
         return last.W
     with without_autocast(A):
@@ -135,7 +135,7 @@ def read_product(weight: FactoredWeight, A: Tensor, B: Tensor) -> Tensor:
 
 
 def _calling(weight: FactoredWeight) -> Callable[[Tensor], Tensor]:
-    """A hook that calls the user's hooks. `_reads` keeps it, so it refers to the weight weakly."""
+    """Returns a hook that calls the user's hooks. `_reads` keeps it, so it refers to the weight weakly."""
     hooks, held = weight.hooks, weakref.ref(weight)
 
     def call(gradient: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def _calling(weight: FactoredWeight) -> Callable[[Tensor], Tensor]:
 
 
 def after_accumulation(dense: nn.Parameter, factors: Sequence[Tensor]) -> None:
-    """Calls the parameter's hooks with it whenever all of its trained factors have their gradients."""
+    """Makes the parameter's hooks run whenever all of its trained factors have their gradients."""
     hooks: dict[int, Callable[[Any], None]] = dense._post_accumulate_grad_hooks or {}
     arrived: set[int] = set()
 
