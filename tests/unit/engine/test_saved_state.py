@@ -151,7 +151,7 @@ def test_nothing_is_taken_from_a_state_that_does_not_fit() -> None:
     ):
         with pytest.raises(CheckpointError, match=why):
             loop.ab.load_state_dict(wrong)
-    with pytest.raises(CheckpointError, match="SGD with 1 here"):
+    with pytest.raises(CheckpointError, match="SGD with 1 in the loop"):
         Loop(SingleProcess(), RECIPES["ab"], "sgd").ab.load_state_dict(state)
     loop.run(7)
     assert loop.ab.steps_done == 7 and weights_digest(loop.ab.dense_state_dict()) != before
