@@ -188,7 +188,7 @@ def _rebound(at: Resumption) -> Check:
     return also(
         mapping({"length": whole(0, longest), "done": whole(0, longest)}),
         lambda value: value["length"] in (0, longest) and value["done"] <= value["length"],
-        f"a ramp of 0 or {longest} steps, of which no more are done",
+        f"a ramp of 0 or {longest} steps, with no more steps done than it has",
     )
 
 

@@ -46,7 +46,7 @@ def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -
     pair returns. Otherwise, the pair becomes factors of the value in the basis nearest to the current one.
 
     Returns:
-        The problems, with `key` as the weight's name; if there are any, nothing has changed.
+        The list of problems, with `key` as the weight's name. If there are any, nothing has changed.
     """
     present = Factors(weight.A.detach(), weight.B.detach())
     if _makes(present, weight, value, dtype):

@@ -37,7 +37,7 @@ from abtrain.lowrank.optimizers import PARAMETERS, settings_of
 SCHEDULED = frozenset({"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"})
 """Schedulers add these to param groups. They may be built before or after a state is loaded."""
 _IMPLEMENTATIONS = frozenset({"foreach", "fused"})
-"""Settings that select how the same step is computed. They may differ from the saved ones."""
+"""Settings that select an implementation of the same step. They may differ from the saved ones."""
 _MOST = 2**31 - 1
 _SIDE = 2
 """The size of the twin's parameter in each dimension. State of size 1 instead holds one number per row or column."""

@@ -32,8 +32,8 @@ class Optimizers:
 
     Attributes:
         given: one optimizer, or several with different parameters; kept as a tuple.
-        all: those given and those inside them, outer ones first.
-        acting: those whose steps change weights: for each parameter, the innermost that holds it.
+        all: the given optimizers and those inside them, outer ones first.
+        acting: the optimizers whose steps change weights: for each parameter, the innermost one that holds it.
     """
 
     def __init__(self, given: Optimizer | Sequence[Optimizer]) -> None:
