@@ -1,6 +1,6 @@
 """abtrain: train PyTorch models on machines joined by slow links.
 
-Model, optimizer and loop stay as they are; a recipe says what the weights look like, what is trained and how the
+Model, optimizer and loop stay unchanged; a recipe says what the weights look like, what is trained and how the
 workers agree. The recipes are AB-training (Coquelin et al., arXiv 2405.01067) and the methods it is compared with.
 """
 

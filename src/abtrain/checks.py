@@ -26,7 +26,7 @@ Check = Callable[[str, Any], Iterator[str]]
 """(place of the value, for messages; the value) -> a message for each problem."""
 
 POSITIVE = sys.float_info.min
-"""The lowest bound of a number that must not be 0."""
+"""The lower bound for numbers that must be positive."""
 
 _LARGEST: Any = sys.float_info.max
 _MOST_LISTED = 4
@@ -157,7 +157,7 @@ def row(*checks: Check) -> Check:
 
 
 def also(check: Check, holds: Callable[[Any], bool], what: str) -> Check:
-    """A check, and a condition on values that pass it."""
+    """A check, followed by a condition on the values that pass it."""
 
     def both(place: str, value: Any) -> Iterator[str]:
         problems = list(check(place, value))
@@ -203,7 +203,7 @@ def first_problems(*stages: Callable[[], Iterator[str]]) -> list[str]:
 
 @contextmanager
 def as_checkpoint_error(what: str) -> Iterator[None]:
-    """Turns errors that malformed data causes into a CheckpointError of `what` and the error.
+    """Turns errors caused by malformed data into a CheckpointError that says `what` and quotes the error.
 
     Errors of abtrain, lack of memory and lost peers pass through.
     """
@@ -216,7 +216,7 @@ def as_checkpoint_error(what: str) -> Iterator[None]:
 
 
 def blames_data(error: Exception) -> bool:
-    """Whether malformed data can have caused an error, and not lack of memory or a lost peer."""
+    """Whether malformed data can have caused an error, rather than lack of memory or a lost peer."""
     if not isinstance(error, RuntimeError):
         return isinstance(error, _MALFORMED)
     other = isinstance(error, torch.OutOfMemoryError | torch.distributed.DistError)

@@ -1,4 +1,4 @@
-"""Every error that abtrain raises, each with the exit code of the command.
+"""All errors that abtrain raises, with the command's exit code for each.
 
 AbtrainError                 1
 ├── ConfigurationError       2
@@ -68,7 +68,7 @@ class PeerLostError(AbtrainError):
 
 
 class OutOfMemoryError(PeerLostError):
-    """This worker has no memory left: the other workers have lost it."""
+    """This worker has run out of memory, so the other workers have lost a peer."""
 
 
 class NonFiniteError(AbtrainError):

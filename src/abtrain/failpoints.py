@@ -112,7 +112,7 @@ load()
 
 
 def fail_at(rank: int, step: int, point: str) -> None:
-    """Carries out the fault that is planned for this place, if any; raises what `check` raises."""
+    """Carries out the fault that is planned for this place, if any. Raises the errors of `check`."""
     check()
     for fault in _planned:
         if (fault.rank, fault.point) == (rank, point) and fault.step in (None, step):
@@ -138,4 +138,4 @@ def _act(fault: Fault) -> None:
         number = getattr(errno, fault.action)
         raise OSError(number, os.strerror(number), fault.point)
     else:
-        raise RuntimeError(f"a fault was asked for: {fault}")
+        raise RuntimeError(f"injected fault: {fault}")

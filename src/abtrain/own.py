@@ -13,7 +13,7 @@ IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def own_names(model: nn.Module) -> frozenset[str]:
-    """Returns the names of the parameters and buffers that workers do not share; all names of a tied one."""
+    """Returns the names of the parameters and buffers that workers do not share, with all names of tied ones."""
     listed = ignored_names(model)
     if not listed:
         return frozenset()

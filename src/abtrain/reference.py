@@ -35,7 +35,7 @@ def ab_training(
     """Trains a model by Algorithm 1, or with `groups=False` by the paper's "AB - No Groups".
 
     Args:
-        model: with the initial parameters; it is not changed.
+        model: holds the initial parameters; it is not changed.
         factored: names of the weights to decompose.
         batch: (worker, step) -> inputs and targets.
         loss: (output, targets) -> scalar.

@@ -33,7 +33,7 @@ def build(name: str, total_steps: int, /, **options: Any) -> Recipe:
     """The recipe called `name`.
 
     Raises:
-        ConfigurationError: an unknown name, or unknown options, or all values out of range.
+        ConfigurationError: an unknown name; or lists unknown options; or lists values out of range.
     """
     unknown = unknown_options(name, options, options_of(name))
     if unknown:

@@ -90,7 +90,7 @@ ab_local = preset(
     every=6,
     wire="ternary",
     factor_lr=1.0,
-    local_lr=2.0,  # sqrt(4): a gradient of one of four groups has twice the noise of their mean
+    local_lr=2.0,  # sqrt(4): the gradient of one of four groups has twice the noise of their mean
 )
 
 
@@ -98,7 +98,7 @@ def _factored_steps(total_steps: int, warmup_steps: int, every: int, refactor_ev
     """Length of the factored phase: `refactor_every` rounds, or all steps after the warm-up.
 
     Raises:
-        ConfigurationError: `refactor_every` is not a number of rounds, or is 0 although there is a rebound.
+        ConfigurationError: `refactor_every` is not a number of rounds, or is 0 while there is a rebound.
     """
     found = whole_number_problems("refactor_every", refactor_every, least=0)
     if rebound_steps != 0 and not refactor_every:

@@ -17,7 +17,7 @@ _OptimizerState = Annotated[
 ]
 _SVD = Annotated[
     Literal["each", "shared"],
-    "Each worker decomposes every weight, or the work is shared: one owner a weight sends its factors.",
+    "each: all workers decompose every weight; shared: each weight has an owner that sends its factors.",
 ]
 
 

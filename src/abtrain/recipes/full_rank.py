@@ -49,7 +49,7 @@ def local_sgd(
 ) -> Recipe:
     """Full-rank local training: groups run alone for `every` steps, then their weights are averaged.
 
-    With warm-up and rebound this is the schedule of `ab` without its factors, and shows what low rank itself changes.
+    With warm-up and rebound, this is the schedule of `ab` without its factors: it isolates the effect of low rank.
     `abtrain recipes local_sgd` lists the options.
     """
     sync = WeightSync(every, merge_rule(merge, temperature), wire, delay, fragments)

@@ -1,4 +1,4 @@
-"""Merge rules: from the workers' changes of a round to the weights that all hold next. Pure: no torch.
+"""Merge rules: turn the workers' changes of a round into the next weights of all workers. Pure: no torch.
 
 A merge averages the workers' changes of a round, D = sum_i s_i (W_i - W_0). A rule gives each worker's share s_i, and
 the step for D. All workers start the round from weights W_0, and worker i ends it with W_i:
@@ -8,7 +8,7 @@ the step for D. All workers start the round from weights W_0, and worker i ends 
     weighted        s_i ~ exp(-loss_i / T) of those that trained it   W = W_0 + D
     outer           s_i = 1 / workers      M = mu M + D ;  W = W_0 + lr (D + mu M)      (DiLoCo, arXiv 2311.08105)
 
-A new rule is a subclass of `MergeRule`. A line in `BY_NAME` lets recipes take it by name.
+A new rule is a subclass of `MergeRule`. A line in `BY_NAME` gives it a name for recipes.
 """
 
 from __future__ import annotations

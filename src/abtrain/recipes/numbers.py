@@ -1,4 +1,4 @@
-"""Messages about settings that should be numbers in a range. Pure: no torch."""
+"""Checks settings that must be numbers in a range. Pure: no torch."""
 
 from __future__ import annotations
 

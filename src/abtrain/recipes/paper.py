@@ -12,11 +12,11 @@ from abtrain.recipes.shared import WARMUP_SHARE, full_phase, given_or, merge_rul
 from abtrain.recipes.sync import GradientSync, Sync, Trains, WeightSync
 
 AB_SHARE = 1 / 30
-"""Steps of a group phase over all steps: 3.33 % in the guideline."""
+"""Steps of a group phase divided by all steps: 3.33 % in the guideline."""
 REBOUND_SHARE = 0.25
-"""Steps of the full-rank rebound over those of the group phase."""
+"""Steps of the full-rank rebound divided by those of the group phase."""
 LR_REBOUND_SHARE = 0.5
-"""Steps of the LR rebound over those of the group phase."""
+"""Steps of the LR rebound divided by those of the group phase."""
 
 _GroupEvery = Annotated[
     int | None,

@@ -19,8 +19,8 @@ class Phase:
         name: the phase's name in logs, metrics and payload counts.
         steps: its length; the end of the run cuts off the last phase.
         weights: `full` matrices W, or `factored` into A and B.
-        trains: `all` parameters, one factor by the group's role (`a_or_b`), the same factor in all groups, another
-            in each round (`a_then_b`), or B only (`b`). Parameters that are not factored are always trained.
+        trains: `all` parameters, one factor by the group's role (`a_or_b`), the same factor in all groups, in turn
+            from round to round (`a_then_b`), or B only (`b`). Parameters that are not factored are always trained.
         sync: how workers agree.
         damping: preconditions the steps of factors in coordinates of the weight, with this damping (see
             `abtrain.lowrank.precondition`); 0: no preconditioner.
@@ -74,7 +74,7 @@ class Phase:
         return [f"phase {self.name!r}: {problem}" for problem in found or self._round_problems()]
 
     def _round_problems(self) -> list[str]:
-        """The problem of rounds that do not fit the phase, all settings being valid one by one."""
+        """The problem of rounds that do not fit the phase, given settings that are valid by themselves."""
         if not self.rounds:
             return []
         if self.rounds.every > self.steps:

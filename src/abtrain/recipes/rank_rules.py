@@ -29,8 +29,8 @@ def _multiple_problems(rank_multiple: int) -> list[str]:
 class SigmaCutoff:
     """Keeps the singular values of at least `cutoff` times the largest (Section III of the paper, `sigmaCutoff`).
 
-    With `outliers`, one dominant singular value may cut most others off, as in the paper. A language model's output
-    layer has one, the frequencies of its words, and would keep only two or three others. Without `outliers`, a weight
+    With `outliers`, one dominant singular value may cut off most others, as in the paper. A language model's output
+    layer has one, from the frequencies of words, and would keep only two or three others. Without `outliers`, a weight
     keeps full rank if the largest holds more than 1/4 of the energy (the sum of all squares), the rest more than 1/100,
     and the cutoff would keep less than 1/3 of that rest.
     """

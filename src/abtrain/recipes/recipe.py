@@ -164,7 +164,7 @@ class Recipe:
         return found or self._length_problems()
 
     def _length_problems(self) -> list[str]:
-        """One message for a prologue, or for each phase's first round, that the run is too short for."""
+        """One message for a run too short for its prologue, or for the first round of each phase."""
         start = sum(phase.steps for phase in self.prologue)
         if start >= self.total_steps:
             return [
@@ -174,11 +174,11 @@ class Recipe:
         found = []
         for phase in self.cycle:
             left = self.total_steps - start
-            # A round as long as its phase ends with it, wherever the run cuts it off.
+            # A round as long as its phase ends with the phase, wherever the run cuts that off.
             if phase.rounds and 0 < left < phase.rounds.every < phase.steps:
                 found.append(
                     f"phase {phase.name!r}: every={phase.rounds.every} is longer than the {left} steps that are left "
-                    f"to it of {self.total_steps}: use at most {left}, shorten what comes before, or lengthen the run"
+                    f"for it of {self.total_steps}: use at most {left}, shorten what comes before, or lengthen the run"
                 )
             start += phase.steps
         return found

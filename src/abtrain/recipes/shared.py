@@ -18,7 +18,7 @@ from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.sync import GradientSync, WeightSync
 
 WARMUP_SHARE = 0.2
-"""Warm-up steps over all steps: the paper's guideline (Section IV.C), which all its runs follow."""
+"""Warm-up steps divided by all steps: the paper's guideline (Section IV.C), which all its runs follow."""
 
 # Options with their types and their meanings for users.
 Every = Annotated[int, "Steps between merges."]
@@ -45,8 +45,8 @@ def preset(
 ) -> Callable[..., Recipe]:
     """A recipe function that calls another one with some options fixed and with other defaults.
 
-    Its signature shows its own defaults, and leaves out the fixed options. Its docstring is `about`, of which `abtrain
-    recipes` shows the first sentence. `recipe` takes the name of its result as the second argument.
+    Its signature shows its own defaults, and leaves out the fixed options. Its docstring is `about`; `abtrain
+    recipes` shows its first sentence. `recipe` takes the name of its result as the second argument.
     """
 
     @wraps(recipe)  # with the annotations, which declare the options
@@ -83,10 +83,10 @@ def full_phase(
 
 
 def merge_rule(rule: MergeRule | str, temperature: float) -> MergeRule:
-    """The rule itself, or a new one of that name, with the temperature if it has one.
+    """The rule itself, or a new one of that name, with the temperature if the rule has one.
 
     Raises:
-        ConfigurationError: an unknown name, or an invalid temperature, whether or not the rule has one.
+        ConfigurationError: an unknown name, or an invalid temperature, even if the rule has none.
     """
     found = Weighted(temperature).problems()
     if not isinstance(rule, MergeRule) and str(rule) not in BY_NAME:
@@ -129,5 +129,5 @@ def share_of(steps: int, share: float, least: int = 1) -> int:
 
 
 def are_counts(*values: object) -> bool:
-    """Whether one can calculate with all of these; the phase or recipe that takes another value reports it."""
+    """Whether all are whole numbers of a usable size; the phase or recipe that gets another value reports it."""
     return all(isinstance(value, int) and abs(value) <= MOST for value in values)

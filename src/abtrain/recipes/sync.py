@@ -18,7 +18,7 @@ class GradientSync:
     """Gradients are averaged over all workers at every step: DDP itself, with its communication hooks.
 
     Args:
-        wire: format of gradients: as they are, in bfloat16, or low-rank factors (PowerSGD, arXiv 1905.13727).
+        wire: format of gradients: unchanged, bfloat16, or low-rank factors (PowerSGD, arXiv 1905.13727).
         rank: rank of PowerSGD's factors.
     """
 
@@ -40,12 +40,12 @@ class WeightSync:
     A phase ends with a merge, even within a round.
 
     Args:
-        every: steps between merges, a round.
+        every: the length of a round: steps between merges.
         merge: the rule by which the groups' weights become one.
         wire: how a merge is sent: a name as in `abtrain.recipes.wires`, or `auto` (see `wire_between`).
         delay: training steps during which a merge is sent; its outcome is added to the changes of these steps. 0:
-            training waits for the merge.
-        fragments: parts of the model that merge in turns, evenly over a round, so that less is sent at once.
+            training waits for it.
+        fragments: parts of the model that merge in turn, spread evenly over a round, so that less is sent at once.
     """
 
     every: int

@@ -1,7 +1,7 @@
-"""The names of wires: how a merge is sent, in words. Pure: no torch.
+"""The names of wires, which say how a merge is sent. Pure: no torch.
 
-A wire is a class in `abtrain.merging.wires`. Its name is known here only: a new wire is its class, and a line in
-`FORMS`.
+A wire is a class in `abtrain.merging.wires`. Only this module knows its name: a new wire needs a class, and a line
+in `FORMS`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CodeName = Literal["fp32", "bf16", "int8", "int4", "int3", "ternary"]
 """The formats that numbers are sent in (see `abtrain.merging.wires.codes`)."""
 AUTO = "auto"
 AUTO_WIRES = ((2, "int4"), (5, "int3"), (math.inf, "ternary:int3"))
-"""The wires that `auto` stands for, each with the largest number of workers that it is for."""
+"""The wires that `auto` stands for, each with the largest number of workers for which it is used."""
 
 
 class Form(NamedTuple):
@@ -44,7 +44,7 @@ FORMS: dict[str, Form] = {
 _CODES = "|".join(get_args(CodeName))
 _VALUES = {
     "CODE": f"(?P<code>{_CODES})",
-    # A sum of exact numbers is exact: fp32 has no reply.
+    # fp32 sends averages without rounding, so it takes no reply code.
     "REPLY": f"(?<!fp32:)(?P<reply>{_CODES})",
     "RANK": rf"(?P<rank>\d{{1,{len(str(MOST))}}})",
 }
@@ -52,7 +52,7 @@ _VALUES = {
 
 
 def parse_wire(name: str) -> tuple[Form, dict[str, str | int]]:
-    """The form of a name that is not `auto`, and its values by the form's words in small letters.
+    """The form of a name other than `auto`, and its values by the form's words in lower case.
 
     Raises:
         ConfigurationError: no wire has this name.
@@ -69,7 +69,7 @@ def parse_wire(name: str) -> tuple[Form, dict[str, str | int]]:
 
 
 def wire_between(workers: int, name: str) -> str:
-    """`name`, or the wire that `auto` stands for among so many workers: int4, int3, or ternary:int3.
+    """`name`, or the wire that `auto` stands for with this number of workers: int4, int3, or ternary:int3.
 
     Each of n workers sends (n - 1) / n of the numbers and as many averages. With one fixed code, each of 8 workers
     would send 75 % more than each of 2. Rounding errors average out, so more workers allow coarser codes. In these

@@ -112,7 +112,7 @@ def test_all_problems_come_at_once() -> None:
     ],
 )
 def test_a_round_that_the_end_of_the_run_cuts_off(build_recipe: Any) -> None:
-    with pytest.raises(ConfigurationError, match="is longer than the 10 steps that are left to it"):
+    with pytest.raises(ConfigurationError, match="is longer than the 10 steps that are left for it"):
         build_recipe()
 
 
