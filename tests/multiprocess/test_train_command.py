@@ -81,7 +81,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_run_folder_tells_everything(finished: Path) -> None:
-    assert sorted(path.name for path in finished.iterdir()) == ["config.toml", "metrics.jsonl", "result.json"]
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "config.toml",
+        "metrics.jsonl",
+        "model-dense.safetensors",
+        "model.json",
+        "model.safetensors",
+        "result.json",
+    ]
     result = result_of(finished)
     assert result.keys() >= KEYS
     assert (result["recipe"], result["task"], result["world_size"], result["steps"]) == ("ab", "digits-mlp", 2, 24)

@@ -87,17 +87,19 @@ def _plan(arguments: Sequence[str]) -> None:
     plan(config)
 
 
-def _main_of(room: str) -> Callable[[Sequence[str]], None]:
-    """Returns the command whose `main` is in `command.py` of a package."""
+def _main_of(room: str, module: str = "command") -> Callable[[Sequence[str]], None]:
+    """Returns the command whose `main` is in a module of a package."""
 
     def command(arguments: Sequence[str]) -> None:
-        importlib.import_module(f"abtrain.commands.{room}.command").main(arguments)
+        importlib.import_module(f"abtrain.commands.{room}.{module}").main(arguments)
 
     return command
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "train": ("train a task with a recipe", _train),
+    "export": ("write the model of a run in a form that runs without abtrain", _main_of("export")),
+    "inspect": ("show how much smaller and faster factors make a model", _main_of("export", "inspect_command")),
     "recipes": ("list the recipes with their phases and predicted traffic", _recipes),
     "plan": ("predict bytes and seconds on given links, and recommend a recipe", _plan),
     "compare": (

@@ -17,6 +17,7 @@ from abtrain.comm.communicator import Communicator
 from abtrain.engine.optimizer_problems import form_problems, optimizer_problems
 from abtrain.errors import ConfigurationError, OnNonFinite, nearest
 from abtrain.lowrank.classify import classify
+from abtrain.lowrank.layers import Factored
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.own import IGNORED, ignored_names
 from abtrain.recipes.recipe import Recipe
@@ -79,6 +80,8 @@ def _tensor_problems(model: nn.Module) -> list[str]:
     devices = sorted({str(parameter.device) for parameter in parameters.values()})
     if len(devices) > 1:
         return [f"the model is on several devices ({', '.join(devices)}): move it to one"]
+    if any(isinstance(module, Factored) for module in model.modules()):
+        return ["the model holds the factors of another run: call close() on that run's ABTraining first"]
     tensors = parameters | dict(model.named_buffers())
     wrapped = [f"{name} ({type(t.data).__name__})" for name, t in tensors.items() if _is_wrapped(t)]
     if wrapped:

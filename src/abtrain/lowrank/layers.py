@@ -160,7 +160,7 @@ class LowRank(Factored):
     weight = _product_of("weight")
 
 
-def _inner_and_outer(module: Factored) -> tuple[Tensor, Tensor]:
+def inner_and_outer(module: Factored) -> tuple[Tensor, Tensor]:
     """Returns the factor applied to the input, (k, in * ...), and the factor that makes the output, (out, k)."""
     A, B = factors_of(module, "weight")
     return (A.T, B.T) if module._abtrain_weights["weight"].matrix_shape.transposed else (B, A)
@@ -172,7 +172,7 @@ class LowRankLinear(LowRank, nn.Linear):
     _abtrain_dense_type = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        inner, outer = _inner_and_outer(self)
+        inner, outer = inner_and_outer(self)
         return F.linear(F.linear(input, inner), outer, self.bias)
 
 
@@ -180,7 +180,7 @@ class _LowRankConv(LowRank, nn.modules.conv._ConvNd):
     """A convolution of k filters, then a 1x1 convolution that mixes them into the output channels."""
 
     def forward(self, input: Tensor) -> Tensor:
-        inner, outer = _inner_and_outer(self)
+        inner, outer = inner_and_outer(self)
         filters = inner.reshape(len(inner), self.in_channels, *self.kernel_size)
         hidden = self._conv_forward(input, filters, None)
         mix = outer.reshape(self.out_channels, len(inner), *(1 for _ in self.kernel_size))

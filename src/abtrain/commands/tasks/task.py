@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -264,17 +264,25 @@ def _generator(seed: int, rank: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, task: Task, data: Data, batch_size: int = 100) -> dict[str, float | None]:
-    """Evaluates a model on the test set.
+class Score(NamedTuple):
+    """Sums over samples of the test set: their losses, how many were classified correctly, and how many there were."""
 
-    Returns:
-        `top1`, the accuracy in percent (None unless the task classifies), and the mean `loss` in nats.
-    """
+    loss: float
+    correct: float
+    seen: float
+
+    def quality(self, task: Task) -> dict[str, float | None]:
+        """Returns `top1` in percent, None where the task has no classes to name, and the mean `loss` in nats."""
+        return {"top1": 100 * self.correct / self.seen if task.classifies else None, "loss": self.loss / self.seen}
+
+
+@torch.no_grad()
+def score(model: nn.Module, task: Task, data: Data, part: int = 0, parts: int = 1, batch_size: int = 100) -> Score:
+    """Scores a model on every `parts`-th batch of the test set, from batch `part` on."""
     was_training = model.training
     model.eval()
     loss, correct, seen = 0.0, 0, 0
-    for x, y in data.test.in_order(batch_size):
+    for x, y in itertools.islice(data.test.in_order(batch_size), part, None, parts):
         targets = y.long()
         output = model(task.prepare(x))
         loss += float(cross_entropy(output, targets)) * len(x)
@@ -282,4 +290,9 @@ def evaluate(model: nn.Module, task: Task, data: Data, batch_size: int = 100) ->
             correct += int((output.argmax(dim=-1) == targets).sum())
         seen += len(x)
     model.train(was_training)
-    return {"top1": 100 * correct / seen if task.classifies else None, "loss": loss / seen}
+    return Score(loss, correct, seen)
+
+
+def evaluate(model: nn.Module, task: Task, data: Data, batch_size: int = 100) -> dict[str, float | None]:
+    """Returns how good a model is on the whole test set; see `Score.quality`."""
+    return score(model, task, data, batch_size=batch_size).quality(task)

@@ -74,6 +74,8 @@ class TrainConfig:
     """On NaN or infinity: stop, leave the worker out of the merge (drop_worker), or skip the step (skip)."""
     log_every: int = 20
     """Steps between two lines of metrics."""
+    validate_every: int = 0
+    """Steps between two validations of the average of all workers; the best model is kept. 0: only at the end."""
     divergence: bool = False
     """At merges, record in metrics.jsonl how far the workers have diverged, layer by layer."""
     track: tuple[str, ...] = ()
@@ -107,7 +109,7 @@ def recipe_of(config: TrainConfig) -> Recipe:
 
 NOT_OF_THE_METHOD = frozenset(
     {"workers", "device", "timeout", "loaders", "data", "config", "out", "overwrite"}
-    | {"log_every", "divergence", "track"}
+    | {"log_every", "validate_every", "divergence", "track"}
     | {"checkpoint_every", "keep", "resume", "max_restarts", "on_checkpoint_error"}
 )
 """Settings that may change when a run is resumed, because they do not affect what is computed."""

@@ -29,6 +29,7 @@ _MINIMA = {
     "steps": 1,
     "batch_size": 1,
     "log_every": 1,
+    "validate_every": 0,
     "keep": 1,
     "checkpoint_every": 0,
     "max_restarts": 0,

@@ -66,6 +66,11 @@ class Display:
         else:
             self._plain(f"step {record['step']:>5}/{self._steps}  {record['phase']:<9}{figures}")
 
+    def validated(self, step: int, quality: Mapping[str, Any], is_best: bool) -> None:
+        """Prints the outcome of a validation."""
+        top1 = "" if quality["top1"] is None else f"top-1 {quality['top1']:.2f} %, "
+        self._plain(f"step {step:>5}/{self._steps}  validation: {top1}loss {quality['loss']:.4f}{' (best)' * is_best}")
+
     def summary(self, result: Mapping[str, Any], folder: Path) -> None:
         """Prints the table at the end of a run."""
         seconds, payload = result["seconds"], result["payload_bytes"]

@@ -16,10 +16,16 @@ from abtrain.commands.files import is_leftover, is_regular
 CHECKPOINTS, OLD_CHECKPOINTS = "checkpoints", ".old-checkpoints"
 CONFIG_FILE, METRICS_FILE, RESULT_FILE, OUTCOME_FILE = "config.toml", "metrics.jsonl", "result.json", "outcome.json"
 LOCK_FILE = ".lock"
+MODEL, BEST_MODEL, MODEL_INFO_FILE = "model", "model-best", "model.json"
 
 _STACKS = re.compile(r"stacks-rank\d+\.txt")
 # Earlier versions wrote files under this temporary name.
 _PARTIAL = re.compile(r"(config\.toml|metrics\.jsonl|result\.json|outcome\.json)\.partial")
+
+
+def model_files(name: str) -> dict[str, str]:
+    """Returns the names of the files of a model by their form."""
+    return {"factored": f"{name}.safetensors", "dense": f"{name}-dense.safetensors"}
 
 
 def stacks_file(rank: int) -> str:

@@ -26,6 +26,7 @@ from abtrain.commands.train.recorder import Recorder
 from abtrain.commands.train.run_folder import RunFolder
 from abtrain.commands.train.stopping import Stopping
 from abtrain.commands.train.trainer import Trainer
+from abtrain.commands.train.validation import Validation, describe_models, save_model_files
 from abtrain.commands.train.watchdog import Watchdog
 from abtrain.consistency.agreement import check_equal, gather_json
 from abtrain.errors import ConfigurationError, DataError, StoppedError
@@ -73,13 +74,15 @@ def train(
         if recorder is not None:
             recorder.begin(step)
         started = time.perf_counter() - (recorder.seconds if recorder is not None else 0)
-        _Loop(trainer, recorder, saving, stopping).run(batches_from(start=step), path)
+        validation = Validation(trainer, recorder, data, path)
+        _Loop(trainer, recorder, saving, stopping, validation).run(batches_from(start=step), path)
         seconds = time.perf_counter() - started
         result = {}
         with trainer.ab.merged():
             if recorder is not None:
-                result = trainer.result(seconds, data)
-                recorder.finish(result)
+                result = trainer.result(seconds, data, recorder.validation)
+                save_model_files(trainer, path)
+                recorder.finish(result, describe_models(result, path))
     return result
 
 
@@ -160,6 +163,7 @@ class _Loop:
     recorder: Recorder | None
     saving: Saving
     stopping: Stopping
+    validation: Validation
 
     def run(self, stream: Iterator[tuple[Tensor, Tensor]], folder: Path) -> None:
         """Trains to the end of the recipe.
@@ -187,6 +191,7 @@ class _Loop:
         if self.recorder is not None:
             payload = ab.communicator.meter.payload()["total"]
             self.recorder.step(ab.steps_done, position.phase.name, loss, lr, payload, ab.divergence)
+        self.validation.after(ab.steps_done)
         self._save_or_stop(position, shares_gradients)
 
     def _before_merge(self, position: Position) -> None:

@@ -31,6 +31,7 @@ class Recorder:
         self._never_fatal = NeverFatal()
         self._heading = config, parameters
         self._trackers: Trackers | None = None
+        self.validation: dict[str, Any] = {}
 
     def __enter__(self) -> Recorder:
         return self
@@ -56,12 +57,17 @@ class Recorder:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state from which `load_state_dict` resumes recording."""
-        return {"losses": torch.tensor(self._losses, dtype=torch.float64), "seconds": self.seconds}
+        return {
+            "losses": torch.tensor(self._losses, dtype=torch.float64),
+            "seconds": self.seconds,
+            "validation": self.validation,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes recording from a `state_dict`."""
         self._losses = state["losses"].tolist()
         self._started = time.perf_counter() - float(state["seconds"])
+        self.validation = dict(state["validation"])
 
     def step(
         self, step: int, phase: str, loss: float, lr: float, payload_bytes: int, divergence: Sequence[Any] = ()
@@ -87,9 +93,28 @@ class Recorder:
             self._trackers.log(step, record)
         self._never_fatal("the display", self._display.show, record)
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Records and shows the result of a finished run."""
-        self._folder.finish(result)
+    def validated(self, step: int, phase: str, quality: Mapping[str, Any], seconds: float) -> bool:
+        """Records a validation that took so many seconds. Returns whether it is the best so far.
+
+        The best has the highest top-1, or the lowest loss where a task has no classes.
+        """
+        found = {"step": step, **quality}
+        best = self.validation.get("best")
+        key = "loss" if quality["top1"] is None else "top1"
+        sign = -1 if key == "loss" else 1
+        is_best = best is None or sign * quality[key] > sign * best[key]
+        spent = self.validation.get("seconds", 0.0) + seconds
+        self.validation = {"last": found, "best": found if is_best else best, "seconds": spent}
+        record = {"step": step, "phase": phase, "validation": dict(quality), "seconds": round(self.seconds, 3)}
+        self._never_fatal("metrics.jsonl", self._folder.log, record)
+        if self._trackers is not None:
+            self._trackers.log(step, {f"eval/{name}": value for name, value in quality.items()})
+        self._never_fatal("the display", self._display.validated, step, quality, is_best)
+        return is_best
+
+    def finish(self, result: dict[str, Any], models: Mapping[str, Any]) -> None:
+        """Records and shows the result of a finished run, and describes its model files."""
+        self._folder.finish(result, models)
         if self._trackers is not None:
             self._trackers.finish(result)
         self._never_fatal("the display", self._display.__exit__, None, None, None)

@@ -3,6 +3,10 @@
 config.toml      the settings with all defaults filled in; `abtrain train --config` repeats the run. Its first line may
                  name the launch that wrote it
 metrics.jsonl    one JSON object per line: step, phase, loss, lr, payload_bytes, seconds
+model.safetensors, model-dense.safetensors
+                 the trained model with its factors, and with dense weights only
+model-best...    likewise the best model of all validations
+model.json       describes these models
 result.json      appears at the end, complete or not at all
 checkpoints/     where the run resumes (see `abtrain.checkpoint.store`)
 outcome.json     written when a run is stopped on request
@@ -27,14 +31,18 @@ from abtrain.commands.files import is_leftover, is_regular, open_regular, read_r
 from abtrain.commands.train.config import TrainConfig, differences, identity
 from abtrain.commands.train.config_file import from_text, to_toml
 from abtrain.commands.train.folder_content import (
+    BEST_MODEL,
     CHECKPOINTS,
     CONFIG_FILE,
     LOCK_FILE,
     METRICS_FILE,
+    MODEL,
+    MODEL_INFO_FILE,
     OLD_CHECKPOINTS,
     OUTCOME_FILE,
     RESULT_FILE,
     holds_unfinished_run,
+    model_files,
 )
 from abtrain.errors import CheckpointError, ConfigurationError, StoppedError
 from abtrain.failpoints import attempt
@@ -101,7 +109,8 @@ class RunFolder:
             kept = _lines_until(metrics, step) if step else []
             if not step:
                 self._set_checkpoints_aside()
-            for name in (RESULT_FILE, OUTCOME_FILE):
+            models = [*model_files(MODEL).values(), *(() if step else model_files(BEST_MODEL).values())]
+            for name in (RESULT_FILE, OUTCOME_FILE, MODEL_INFO_FILE, *models):
                 (self.path / name).unlink(missing_ok=True)
             # From here on the folder holds this run, so no file of another run that could be resumed may remain.
             write_whole(self.path / CONFIG_FILE, f"{_mark(self._launch)}{to_toml(self._settings)}")
@@ -129,13 +138,14 @@ class RunFolder:
         self._metrics.write(_json(record) + "\n")
         self._metrics.flush()  # so that a crash does not lose it
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """Writes result.json.
+    def finish(self, result: Mapping[str, Any], models: Mapping[str, Any]) -> None:
+        """Writes model.json and result.json.
 
         Raises:
             CheckpointError: the file cannot be written.
         """
         try:
+            self._write(MODEL_INFO_FILE, models)
             self._write(RESULT_FILE, result)
         except OSError as error:
             raise CheckpointError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from abtrain.commands.train.config import TrainConfig, recipe_of
 from abtrain.engine.ab_training import ABTraining
 from abtrain.errors import NonFiniteError
 from abtrain.recipes.recipe import Position
+
+VALIDATE = "validate"
+"""The phase under which the bytes of validation are counted."""
 
 
 class Trainer:
@@ -81,11 +84,18 @@ class Trainer:
                 f"({phase.name}), learning rate {lr:.3g}: lower --lr (now {self.config.lr}), or try another --seed"
             )
 
-    def result(self, seconds: float, data: Data) -> dict[str, Any]:
-        """Evaluates the model and returns the content of result.json. Call it inside `ab.merged()`."""
+    def result(self, seconds: float, data: Data, validation: Mapping[str, Any] = {}) -> dict[str, Any]:
+        """Evaluates the model and returns the content of result.json. Call it inside `ab.merged()`.
+
+        Args:
+            seconds: that the run has taken.
+            data: of the task.
+            validation: while training: the `best`, the `last`, and their `seconds`.
+        """
         ab, config = self.ab, self.config
         meter, topology, device = ab.communicator.meter, ab.communicator.topology, ab.communicator.device
-        payload, svd = meter.payload(), ab.seconds["svd"]
+        payload, svd, validated = meter.payload(), ab.seconds["svd"], validation.get("seconds", 0.0)
+        trained_by = payload["total"] - payload["by_phase"].get(VALIDATE, 0)
         return {
             "recipe": config.recipe_name,
             "task": config.task,
@@ -96,13 +106,15 @@ class Trainer:
             **evaluate(self.model, self.task, data),
             "seconds": {
                 "total": seconds,
-                "compute": seconds - meter.sync_seconds - svd,
+                "compute": seconds - meter.sync_seconds - svd - validated,
                 "sync": meter.sync_seconds,
                 "svd": svd,
+                "validate": validated,
             },
+            "validation": {name: validation[name] for name in ("best", "last") if name in validation},
             "payload_bytes": payload,
             # DDP sends the gradient of every parameter, 4 bytes each, at every step.
-            "payload_ratio": payload["total"] / (4 * self.parameters * ab.steps_done),
+            "payload_ratio": trained_by / (4 * self.parameters * ab.steps_done),
             "parameters": self.parameters,
             "compression": ab.compression,
             "ranks": ab.rank_history,

@@ -20,10 +20,13 @@ def test_a_run_from_start_to_end(tmp_path: Path) -> None:
         lines = (folder.path / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.25}]
         assert not (folder.path / "result.json").exists()
-        folder.finish({"loss": float("inf"), "ranks": [{"k": 3}], "config": {"out": config.out}})
+        result = {"loss": float("inf"), "ranks": [{"k": 3}], "config": {"out": config.out}}
+        folder.finish(result, {"model": {"step": 2}})
     result = json.loads((folder.path / "result.json").read_text())
     assert result == {"loss": None, "ranks": [{"k": 3}], "config": {"out": str(config.out)}}
-    assert sorted(path.name for path in folder.path.iterdir()) == ["config.toml", "metrics.jsonl", "result.json"]
+    assert json.loads((folder.path / "model.json").read_text()) == {"model": {"step": 2}}
+    names = sorted(path.name for path in folder.path.iterdir())
+    assert names == ["config.toml", "metrics.jsonl", "model.json", "result.json"]
 
 
 def test_config_toml_repeats_the_run_elsewhere(tmp_path: Path) -> None:
@@ -42,11 +45,11 @@ def test_a_new_run_does_not_keep_the_old_result(tmp_path: Path) -> None:
     with RunFolder(config) as folder:
         folder.begin(0)
         folder.log({"step": 1})
-        folder.finish({"top1": 1})
+        folder.finish({"top1": 1}, {})
     with RunFolder(config) as folder:
         assert not folder.resumes
         folder.begin(0)
-        assert not (tmp_path / "result.json").exists()
+        assert not (tmp_path / "result.json").exists() and not (tmp_path / "model.json").exists()
         assert (tmp_path / "metrics.jsonl").read_text() == ""
         assert (tmp_path / "notes.txt").read_text() == "mine"
 

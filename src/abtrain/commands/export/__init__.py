@@ -1,0 +1,1 @@
+"""Uses the result of a run: exports its model, and inspects what its factors save."""

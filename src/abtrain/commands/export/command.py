@@ -1,0 +1,55 @@
+"""`abtrain export` and `abtrain inspect`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from abtrain.commands.export.export import Form, export, needed_packages
+from abtrain.commands.export.finished import find_run
+from abtrain.commands.units import human_bytes
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write the model of a finished run in a form that runs without abtrain. Its outputs are compared before."""
+
+    run: Positional[Path]
+    """Folder of a run of `abtrain train`."""
+    form: Annotated[Form, arg(name="as")] = "plain"
+    """plain: a pickled model of plain PyTorch modules; dense: safetensors of dense weights, by the names of the model;
+    torch-export: a .pt2 file for torch.export.load; onnx: for ONNX Runtime."""
+    out: Path | None = None
+    """File to write; by default in the run folder. A file that is there is not overwritten."""
+    best: bool = False
+    """Take the best model of all validations in place of the last."""
+    data: Path | None = None
+    """Folder with the task's data; by default where the run found it."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs `abtrain export`.
+
+    Raises:
+        ConfigurationError, DataError, CheckpointError: see `export`.
+    """
+    config = tyro.cli(ExportConfig, prog="abtrain export", args=arguments)
+    # The exporters log their own progress.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    run = find_run(config.run, config.best)
+    file, difference = export(run, config.form, config.out, config.data)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{file}: {human_bytes(file.stat().st_size)}, outputs within {difference:.0e} of the trained model's")
+    needed = needed_packages(run) if config.form == "plain" else []
+    if needed:
+        console.print(
+            f"to load it, {', '.join(needed)} must be installed, which defines the model's own modules: "
+            "for a file that needs torch alone, use --as torch-export"
+        )

@@ -1,0 +1,96 @@
+"""The models of a finished run, built again from its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from abtrain.commands.export.plain import to_plain
+from abtrain.commands.files import is_regular, read_regular
+from abtrain.commands.model_file import load
+from abtrain.commands.tasks.models import without_own_layers
+from abtrain.commands.tasks.samples import Data
+from abtrain.commands.tasks.task import TASKS, Task, build_model
+from abtrain.commands.train.config import TrainConfig
+from abtrain.commands.train.config_file import from_text
+from abtrain.commands.train.folder_content import BEST_MODEL, CONFIG_FILE, MODEL, model_files
+from abtrain.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run folder whose model can be loaded.
+
+    Attributes:
+        folder: of the run.
+        name: of its model: the last, or the best of all validations.
+        config: the settings of the run.
+    """
+
+    folder: Path
+    name: str
+    config: TrainConfig
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.config.task]
+
+    def trained(self) -> nn.Module:
+        """Returns the model with its factors, in evaluation."""
+        return self._loaded("factored")
+
+    def dense(self) -> nn.Module:
+        """Returns the model with dense weights, in evaluation."""
+        return self._loaded("dense")
+
+    def plain(self) -> nn.Module:
+        """Returns the model of plain modules, in evaluation."""
+        return without_own_layers(to_plain(self.trained()))
+
+    def data(self, folder: Path | None) -> Data:
+        """Loads the task's data from a folder, or from where the run found it.
+
+        Raises:
+            DataError: it is not there.
+        """
+        return self.task.load(folder or self.config.data)
+
+    def _loaded(self, form: str) -> nn.Module:
+        model = build_model(self.task, self.config.seed).eval()
+        load(model, self.folder / model_files(self.name)[form])
+        return model
+
+
+def find_run(folder: Path, best: bool) -> FinishedRun:
+    """Returns the run in a folder.
+
+    Raises:
+        ConfigurationError: there is no run, or no model of it yet.
+    """
+    if not is_regular(folder / CONFIG_FILE):
+        raise ConfigurationError(f"{folder} holds no run: name the --out folder of `abtrain train`")
+    name = BEST_MODEL if best else MODEL
+    missing = [file for file in model_files(name).values() if not is_regular(folder / file)]
+    if missing:
+        remedy = "train with --validate-every" if best else "let the run finish, or train it with this version"
+        raise ConfigurationError(f"{folder} has no {missing[0]}: {remedy}")
+    config = from_text(read_regular(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    if config.task not in TASKS:
+        raise ConfigurationError(f"{folder / CONFIG_FILE} names the unknown task {config.task!r}")
+    return FinishedRun(folder, name, config)
+
+
+def inputs(run: FinishedRun, data: Data, count: int) -> Tensor:
+    """Returns the first `count` inputs of the test set, as the model takes them, repeated if there are fewer."""
+    x, _ = next(iter(data.test.in_order(count)))
+    repeated = x.repeat(-(-count // len(x)), *(1 for _ in x.shape[1:]))
+    return run.task.prepare(repeated[:count])
+
+
+@torch.no_grad()
+def largest_difference(one: nn.Module, other: nn.Module, x: Tensor) -> float:
+    """Returns the largest difference of any output."""
+    return float((one(x) - other(x)).abs().max())

@@ -1,0 +1,112 @@
+"""`abtrain inspect`: tables and a plot of what factors save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from abtrain.commands.export.finished import find_run
+from abtrain.commands.export.inspection import Gains, InspectedWeight, gains, inspect_file
+from abtrain.commands.figures import COLOURS, legend_below, save
+from abtrain.commands.train.folder_content import model_files
+from abtrain.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show what the factors of a model save: by weight, and, for a run, in size, top-1 and latency."""
+
+    model: Positional[Path]
+    """Folder of a finished run, or a safetensors file."""
+    best: bool = False
+    """Take the best model of all validations in place of the last."""
+    data: Path | None = None
+    """Folder with the task's data; by default where the run found it."""
+    plot: Path | None = None
+    """PNG file for the spectra of the factored weights. A file that is there is not overwritten."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs `abtrain inspect`.
+
+    Raises:
+        ConfigurationError: there is no such run or model, or the plot's file is there already.
+        CheckpointError: the model file cannot be read.
+        DataError: the task's data is not there.
+    """
+    config = tyro.cli(InspectConfig, prog="abtrain inspect", args=arguments)
+    if config.plot is not None and config.plot.exists():
+        raise ConfigurationError(f"--plot {config.plot} exists: name another file, or remove it")
+    run = find_run(config.model, config.best) if config.model.is_dir() else None
+    file = config.model if run is None else run.folder / model_files(run.name)["factored"]
+    weights = inspect_file(file)
+    console = Console(highlight=False)
+    console.print(_weights_table(weights))
+    factored = [weight for weight in weights if weight.rank]
+    if not factored:
+        console.print("no weight is factored: the recipe has no factored phase, or ended in a full-rank one")
+    if run is not None:
+        console.print(_gains_table(gains(run, config.data)))
+    if config.plot is not None:
+        _plot(factored, config.plot)
+        console.print(f"written to {config.plot}")
+
+
+def _weights_table(weights: Sequence[InspectedWeight]) -> Table:
+    table = Table(box=SIMPLE, title="weights", caption="99 %: singular values that hold 99 % of the squares")
+    table.add_column("weight", overflow="fold")
+    for name in ("matrix", "rank", "99 %", "parameters", "saved"):
+        table.add_column(name, justify="right")
+    for weight in weights:
+        rank, needed = (str(weight.rank), str(weight.needed)) if weight.rank else ("dense", "")
+        saved = f"{1 - weight.parameters / (weight.m * weight.n):.0%}" if weight.rank else ""
+        table.add_row(weight.name, f"{weight.m} x {weight.n}", rank, needed, f"{weight.parameters:,}", saved)
+    before, after = sum(w.m * w.n for w in weights), sum(w.parameters for w in weights)
+    table.add_section()
+    table.add_row("all matrices", "", "", "", f"{after:,}", f"{1 - after / before:.0%}" if before else "")
+    return table
+
+
+def _gains_table(found: Gains) -> Table:
+    table = Table(
+        box=SIMPLE,
+        title="the model",
+        caption=f"one thread; outputs of the factored model within {found.difference:.0e} of the trained model's",
+    )
+    for name in ("", "dense", "factored", "ratio"):
+        table.add_column(name, justify="right" if name else "left")
+    before, after = found.parameters
+    table.add_row("parameters", f"{before:,}", f"{after:,}", f"{after / before:.2f}")
+    before_flops, after_flops = found.flops
+    table.add_row(
+        "MFLOPs a sample", f"{before_flops / 1e6:.2f}", f"{after_flops / 1e6:.2f}", f"{after_flops / before_flops:.2f}"
+    )
+    if found.top1[0] is not None and found.top1[1] is not None:
+        table.add_row("top-1", f"{found.top1[0]:.2f} %", f"{found.top1[1]:.2f} %", "")
+    table.add_row("validation loss", *(f"{loss:.4f}" for loss in found.loss), "")
+    for size, (dense, factored) in found.latency.items():
+        table.add_row(f"ms at batch {size}", f"{dense:.3f}", f"{factored:.3f}", f"{found.ratio[size]:.2f}")
+    return table
+
+
+def _plot(weights: Sequence[InspectedWeight], path: Path) -> None:
+    def draw(axes: Axes) -> None:
+        for i, weight in enumerate(weights):
+            shares = [value / weight.singular_values[0] for value in weight.singular_values]
+            axes.plot(range(1, weight.rank + 1), shares, color=COLOURS[i % len(COLOURS)], label=weight.name)
+        axes.set(xlabel="singular value", ylabel="share of the largest", ylim=(0, 1.05))
+        if weights:
+            legend_below(axes)
+
+    save(path, 4.2, draw)

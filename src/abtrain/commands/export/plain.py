@@ -1,0 +1,69 @@
+"""A model of plain PyTorch modules: two smaller layers for a factored weight, and nothing of abtrain in it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from abtrain.lowrank.layers import LowRank, LowRankLinear, inner_and_outer
+from abtrain.lowrank.names import without_compiled
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+
+
+def to_plain(model: nn.Module, *, dense: Sequence[str] = ()) -> nn.Module:
+    """Returns a copy of a model that computes with its factors, and runs where abtrain is not installed.
+
+    A factored Linear layer becomes two of rank k between them, a factored convolution becomes a convolution of k
+    filters and a 1x1 convolution. Weights stay dense (W = A B) where the factors would be larger, in modules that
+    compute in their own way (attention), and in PyTorch's transformer layers, which read their children's weights.
+
+    Args:
+        model: trained by ABTraining, or loaded by `abtrain.load`; it stays as it is.
+        dense: globs of modules that keep one dense weight, for code that reads their `weight`.
+    """
+    plain: nn.Module = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        parent, _, child = name.rpartition(".")
+        if not isinstance(module, LowRank) or not _is_smaller(module):
+            continue
+        reads_weights = type(model.get_submodule(parent)).__module__ == "torch.nn.modules.transformer"
+        if reads_weights or any(fnmatchcase(without_compiled(name), glob) for glob in dense):
+            continue
+        two = _as_two(module, plain.get_submodule(name))
+        if not name:
+            return two
+        plain.get_submodule(parent)._modules[child] = two
+    return plain
+
+
+def _is_smaller(module: LowRank) -> bool:
+    weight = module._abtrain_weights["weight"]
+    return weight.k * (weight.matrix_shape.m + weight.matrix_shape.n) < weight.matrix_shape.tensor.numel()
+
+
+def _as_two(module: LowRank, copied: nn.Module) -> nn.Sequential:
+    """Returns the two layers that compute what a factored layer does; mode, bias and hooks are those of its copy."""
+    inner, outer = (factor.detach() for factor in inner_and_outer(module))
+    kind, bias = module._abtrain_dense_type, copied.bias is not None
+    if isinstance(module, LowRankLinear):
+        first = kind(inner.shape[1], len(inner), bias=False, device="meta")
+        last = kind(len(inner), len(outer), bias=bias, device="meta")
+    else:
+        geometry = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        first = kind(module.in_channels, len(inner), module.kernel_size, bias=False, device="meta", **geometry)
+        last = kind(len(inner), module.out_channels, 1, bias=bias, device="meta")
+    for layer, factor in ((first, inner), (last, outer)):
+        layer.weight = nn.Parameter(factor.reshape(layer.get_parameter("weight").shape).clone())
+    if bias:
+        last.bias = copied.bias
+    two = nn.Sequential(first, last).train(module.training)
+    for hooks in _HOOKS:
+        setattr(two, hooks, getattr(copied, hooks))
+    return two

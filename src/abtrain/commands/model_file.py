@@ -1,0 +1,139 @@
+"""Trained models as files: safetensors, dense or with their factors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from abtrain.checks import brief
+from abtrain.errors import CheckpointError, UsageError
+from abtrain.lowrank.layers import Factored
+from abtrain.lowrank.names import factor_names, without_compiled
+from abtrain.lowrank.surgery import factorize_, restore_
+from abtrain.lowrank.svd import Factors, MatrixShape
+from abtrain.lowrank.weight import FactoredWeight
+from abtrain.modes import own_modes
+
+_loaded: WeakSet[FactoredWeight] = WeakSet()
+"""Weights that `load` has factored, and that no ABTraining trains."""
+
+
+def save_model(path: str | os.PathLike[str], state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Writes a safetensors file, which takes its place when it is complete; a former file stays until then.
+
+    Args:
+        path: of the file.
+        state: names and tensors.
+        about: what the model is, as JSON values; it goes into the file's metadata, under `abtrain`.
+
+    Raises:
+        UsageError: an entry is no tensor, as the extra state of a module may be.
+        CheckpointError: the file cannot be written; nothing has changed.
+    """
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise UsageError(f"{others[0]} is not a tensor, and a model file holds only tensors: save it with torch.save")
+    # The format takes no two tensors of the same memory, as tied weights are.
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
+    }
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
+    try:
+        save_file(tensors, partial, {"format": "pt", "abtrain": json.dumps(about)})
+        partial.chmod(0o644)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target} could not be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@own_modes()
+def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Loads a model file, dense or factored, into the model as it was built. Factors stay factors.
+
+    Values take the dtypes and the devices that the model has. Afterwards `to_plain` gives the model without abtrain.
+
+    Args:
+        model: of the same architecture; changed in place.
+        path: a safetensors file of `save_model`, or of a plain `state_dict`.
+
+    Returns:
+        What was saved about the model: its form, recipe and step. Empty for other safetensors files.
+
+    Raises:
+        CheckpointError: the file cannot be read, or names or shapes are not those of the model; nothing has changed.
+        UsageError: the model is trained by ABTraining at present.
+    """
+    records = [one for m in model.modules() if isinstance(m, Factored) for one in m._abtrain_weights.values()]
+    if any(record not in _loaded for record in records):
+        raise UsageError(
+            "the model is trained by ABTraining at present: call ab.close() before, or ab.load_dense_state_dict(state)"
+        )
+    tensors, about = _read(Path(path))
+    names = {without_compiled(name): name for name in model.state_dict()}
+    pairs = {name: pair for name in names if (pair := factor_names(name))[0] in tensors and name not in tensors}
+    _check(model, Path(path), tensors, names, pairs)
+    for record in records:
+        restore_(record)
+    model.load_state_dict({names[name]: tensors[name] for name in names if name in tensors}, strict=False)
+    for name, pair in pairs.items():
+        weight = model.get_parameter(names[name])
+        A, B = (tensors[one].to(weight.device, weight.dtype) for one in pair)
+        _loaded.add(factorize_(model, names[name], Factors(A, B)))
+    return about
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            about = json.loads((file.metadata() or {}).get("abtrain", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, about if isinstance(about, dict) else {}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as a model file (safetensors): {brief(error)}") from error
+
+
+def _check(
+    model: nn.Module, path: Path, tensors: Mapping[str, Tensor], names: Mapping[str, str], pairs: Mapping[str, Any]
+) -> None:
+    """Compares names and shapes before anything changes.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    known = set(names) | {factor for pair in pairs.values() for factor in pair}
+    state, wrong = model.state_dict(), []
+    missing = [name for name in names if name not in tensors and name not in pairs]
+    extra = [name for name in tensors if name not in known]
+    wrong += [f"lacks {', '.join(missing[:4])}"] if missing else []
+    wrong += [f"has {', '.join(extra[:4])}, which the model does not have"] if extra else []
+    for name in set(names) - set(missing):
+        expected = tuple(state[names[name]].shape)
+        if name not in pairs:
+            held = tuple(tensors[name].shape)
+        else:
+            A, B = (tensors[factor] if factor in tensors else torch.empty(0) for factor in pairs[name])
+            fits = A.ndim == B.ndim == 2 and A.shape[1] == B.shape[0] and len(expected) >= 2
+            shape = MatrixShape(torch.Size(expected))
+            held = expected if fits and (len(A), B.shape[1]) == (shape.m, shape.n) else (*A.shape, *B.shape)
+        if held != expected:
+            wrong.append(f"has {name} of shape {held}, where the model has {expected}")
+    if wrong:
+        raise CheckpointError(
+            f"{path} does not fit the model: it {'; '.join(wrong[:4])}. Build the model with the same architecture"
+        )
