@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 from abtrain import recipes
+from abtrain.commands.cli import COMMANDS
 from abtrain.commands.plan.recipe_words import options_in_words, phases_in_words
 
 PAGES = Path(__file__).resolve().parent
-COMMANDS = ("train", "recipes", "plan", "compare", "paper", "lab")
 OPTION = re.compile(r"--[a-z][a-z-]+")
 _STEPS = 10_000
 
@@ -29,6 +29,7 @@ On the command line options follow the name, as in `ab_outer:every=40,wire=int4`
 
 ```python
 from abtrain import recipes
+from abtrain.commands.cli import COMMANDS
 
 recipe = recipes.ab_outer(total_steps=10_000, every=40, wire="int4")
 same = recipes.from_text("ab_outer:every=40,wire=int4", 10_000)

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from abtrain import recipes
+from abtrain.commands.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES += [page for folder in ("docs", "benchmarks") for page in sorted((ROOT / folder).rglob("*.md"))]
 GENERATED = ("recipes.md", "commands.md")
-COMMANDS = ("train", "recipes", "plan", "compare", "paper", "lab")
 MOST_WORDS = 900
 
 
