@@ -71,6 +71,9 @@ def train(
             recorder = stack.enter_context(Recorder(config, folder, trainer.parameters))
         saving = Saving(trainer, recorder, path / CHECKPOINTS, len(data.train))
         step = saving.resume() if resumes else 0
+        if not step:
+            # The wall time of a run does not include its setup, so neither does its time in collectives.
+            communicator.meter.sync_seconds = 0.0
         if recorder is not None:
             recorder.begin(step)
         started = time.perf_counter() - (recorder.seconds if recorder is not None else 0)
