@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from abtrain.checkpoint.digest import weights_digest
     from abtrain.engine.ab_training import ABTraining
     from abtrain.errors import AbtrainError
+    from abtrain.lowrank.plain import to_plain
     from abtrain.recipes.factoring import Factoring
     from abtrain.recipes.merges import Mean, Outer, TrainedOnly
     from abtrain.recipes.phase import Phase
@@ -36,12 +37,14 @@ __all__ = [
     "TrainedOnly",
     "WeightSync",
     "recipes",
+    "to_plain",
     "weights_digest",
 ]
 
 _HOMES = {
     "ABTraining": "engine.ab_training",
     "AbtrainError": "errors",
+    "to_plain": "lowrank.plain",
     "weights_digest": "checkpoint.digest",
     **dict.fromkeys(("Energy", "FixedRank", "SigmaCutoff"), "recipes.rank_rules"),
     "Factoring": "recipes.factoring",

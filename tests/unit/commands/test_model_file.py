@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from abtrain import ABTraining, FixedRank, recipes
-from abtrain.commands.export.plain import to_plain
 from abtrain.commands.model_file import load, save_model
 from abtrain.errors import CheckpointError, ConfigurationError, UsageError
+from abtrain.lowrank.plain import to_plain
 from tests.cases import MODELS, adamw, batch, build
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from abtrain.commands.export.plain import to_plain
 from abtrain.commands.files import is_regular, read_regular
 from abtrain.commands.model_file import load
 from abtrain.commands.tasks.models import without_own_layers
@@ -18,6 +17,7 @@ from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.config_file import from_text
 from abtrain.commands.train.folder_content import BEST_MODEL, CONFIG_FILE, MODEL, model_files
 from abtrain.errors import ConfigurationError
+from abtrain.lowrank.plain import to_plain
 
 
 @dataclass(frozen=True)

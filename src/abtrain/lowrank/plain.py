@@ -1,4 +1,4 @@
-"""A model of plain PyTorch modules: two smaller layers for a factored weight, and nothing of abtrain in it."""
+"""Copies a model into plain PyTorch modules: two smaller layers for a factored weight."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def to_plain(model: nn.Module, *, dense: Sequence[str] = ()) -> nn.Module:
 
     A factored Linear layer becomes two of rank k between them, a factored convolution becomes a convolution of k
     filters and a 1x1 convolution. Weights stay dense (W = A B) where the factors would be larger, in modules that
-    compute in their own way (attention), and in PyTorch's transformer layers, which read their children's weights.
+    compute in their own way (attention), and in PyTorch's transformer layers, which read the weights of their parts.
 
     Args:
-        model: trained by ABTraining, or loaded by `abtrain.load`; it stays as it is.
+        model: the model that ABTraining trains, at any step. It is not changed.
         dense: globs of modules that keep one dense weight, for code that reads their `weight`.
     """
     plain: nn.Module = copy.deepcopy(model)
@@ -49,7 +49,7 @@ def _is_smaller(module: LowRank) -> bool:
 
 
 def _as_two(module: LowRank, copied: nn.Module) -> nn.Sequential:
-    """Returns the two layers that compute what a factored layer does; mode, bias and hooks are those of its copy."""
+    """Returns the two layers that compute what a factored layer does, with the bias and the hooks of its copy."""
     inner, outer = (factor.detach() for factor in inner_and_outer(module))
     kind, bias = module._abtrain_dense_type, copied.bias is not None
     if isinstance(module, LowRankLinear):

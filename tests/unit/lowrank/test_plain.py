@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from abtrain import FixedRank
-from abtrain.commands.export.plain import to_plain
 from abtrain.lowrank.classify import classify
+from abtrain.lowrank.plain import to_plain
 from abtrain.lowrank.surgery import factorize_
 from abtrain.lowrank.svd import MatrixShape, decompose
 from abtrain.recipes.factoring import Factoring
