@@ -278,7 +278,7 @@ def test_another_number_of_workers(
 
 def test_a_finished_run_is_not_touched(tmp_path: Path) -> None:
     first = run(settings(tmp_path))
-    assert any("is not empty" in problem for problem in validate(settings(tmp_path)))
+    assert any("holds a finished run" in problem for problem in validate(settings(tmp_path)))
     assert json.loads((tmp_path / "result.json").read_text())["weights_digest"] == first["weights_digest"]
 
 

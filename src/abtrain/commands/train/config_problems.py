@@ -9,10 +9,11 @@ import torch
 
 from abtrain import recipes
 from abtrain.comm.topology import topology_problems
+from abtrain.commands.files import is_regular
 from abtrain.commands.tasks.choices import DEVICES, Init, OnBadImage, OnCheckpointError, Precision
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import TrainConfig, choose_device, local_workers, resolve
-from abtrain.commands.train.folder_content import holds_nothing, holds_unfinished_run
+from abtrain.commands.train.folder_content import RESULT_FILE, holds_nothing, holds_unfinished_run
 from abtrain.commands.train.trackers import tracker_problems
 from abtrain.errors import ConfigurationError, OnNonFinite, nearest
 from abtrain.recipes.numbers import is_finite_number
@@ -123,9 +124,14 @@ def _folder_problems(config: TrainConfig) -> list[str]:
             return []
         if not out.is_dir():
             return [f"--out {out} is a file: name a folder that is empty or does not exist yet"]
-        usable = config.overwrite or (config.resume and holds_unfinished_run(out)) or holds_nothing(out)
-        if not usable:
-            return [f"--out {out} is not empty: name another folder, or add --overwrite to replace its run"]
+        if config.overwrite or (config.resume and holds_unfinished_run(out)) or holds_nothing(out):
+            return []
+        if is_regular(out / RESULT_FILE):
+            return [
+                f"--out {out} holds a finished run, whose figures are in {RESULT_FILE}: name another folder for a new "
+                "run, or add --overwrite to replace this one"
+            ]
+        return [f"--out {out} is not empty: name another folder, or add --overwrite to replace its run"]
     except OSError as error:
         return [f"--out {out} cannot be read: {error}"]
     return []
