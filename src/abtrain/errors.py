@@ -56,7 +56,7 @@ class CheckpointError(AbtrainError):
 
 
 class RanksDisagreeError(AbtrainError):
-    """Workers hold different steps, phases, shapes or weights where they must hold the same."""
+    """Workers differ in their step, phase, shapes or weights where they must be equal."""
 
     exit_code = 5
 

@@ -256,7 +256,8 @@ def test_an_extra_file_and_a_torn_folder(tmp_path: Path, caplog: pytest.LogCaptu
     (tmp_path / ".writing-step-000000000010").mkdir()
     assert latest_step(tmp_path) == 1
     assert (
-        "extra.pkl does not belong there" in caplog.text and "step-000000000009/manifest.json is missing" in caplog.text
+        "extra.pkl is not listed in manifest.json" in caplog.text
+        and "step-000000000009/manifest.json is missing" in caplog.text
     )
 
 

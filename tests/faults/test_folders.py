@@ -190,7 +190,7 @@ def test_a_worker_killed_before_it_has_overwritten_brings_the_old_run_back_nowhe
     os.kill(again.workers()[0], 9)
     ended = again.wait()
     assert ended.code == 0, ended.err
-    assert "started again" in ended.err and "resuming" not in ended.err
+    assert "restarting all workers" in ended.err and "resuming" not in ended.err
     assert [line.split()[1] for line in ended.out.splitlines() if line.startswith("step")] == [
         f"{step}/30" for step in range(1, 31)
     ]

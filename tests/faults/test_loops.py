@@ -111,7 +111,7 @@ def test_a_factored_layer_that_is_frozen_is_named(recipe: Recipe, frozen: str) -
         getattr(ab.module[2], f"weight_{letter}").requires_grad_(False)
     x, y = batch("mlp", 0, ab.steps_done)
     F.cross_entropy(ab.module(x), y).backward()
-    with pytest.raises(UsageError, match=r"2\.weight was trained when ABTraining was built, and is frozen now"):
+    with pytest.raises(UsageError, match=r"2\.weight was trainable when ABTraining was built, but is frozen now"):
         ab.optimizer.step()
 
 

@@ -120,7 +120,7 @@ def test_a_signal_to_all_before_training_begins(number: str, seconds: float, tmp
     time.sleep(seconds)
     run.signal_all(signal.Signals[number])
     ended = run.wait(60)
-    assert ended.code == 75 and "started again" not in ended.err, ended.err
+    assert ended.code == 75 and "restarting all workers" not in ended.err, ended.err
     assert ended.err.splitlines()[-1].startswith("abtrain: error: stopped on request")
     plan = "term 0 * step; term 1 * step"
     assert start(tmp_path, *command, "--steps", "200000", plan=plan).wait().code == 75

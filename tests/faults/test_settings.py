@@ -310,7 +310,7 @@ def taken_out(loop: Loop) -> None:
         (registered_later, r"1 parameters that the model did not have .*shapes \(2, 3\)\)"),
         (thawed, "0.bias was frozen when ABTraining was built"),
         (taken_out, "no longer holds .*, which workers share"),
-        (frozen_later, "2.bias was trained when ABTraining was built, and is frozen now"),
+        (frozen_later, "2.bias was trainable when ABTraining was built, but is frozen now"),
         (pruned, "2.bias is no longer a parameter of the model: pruning, weight norm"),
         (parametrized, "4.bias is no longer a parameter of the model"),
         (set_again, "2.bias is no longer a parameter of the model"),

@@ -1,4 +1,4 @@
-"""The digest of weights, which compares two runs."""
+"""A digest of the weights, by which two runs can be compared."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def open_tensors(path: Path, expected: Written) -> safe_open:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size != expected.size:
-            raise CheckpointError(f"{path} is damaged: it has {size} bytes, {expected.size} were written")
+            raise CheckpointError(f"{path} is damaged: it has {size} bytes, but {expected.size} were written")
         header = int.from_bytes(file.read(8), "little")
         if header > min(MAX_JSON_BYTES, size - 8):
             raise CheckpointError(f"{path} is damaged: it claims a header of {header} bytes")
@@ -193,7 +193,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     for name in sorted(wanted - held):
         raise CheckpointError(f"{path / name} is missing")
     for name in sorted(held - wanted):
-        raise CheckpointError(f"{path / name} does not belong there: remove it if you know its origin")
+        raise CheckpointError(f"{path / name} is not listed in {MANIFEST}: remove it if you know where it came from")
     return body, sha
 
 

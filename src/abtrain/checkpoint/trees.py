@@ -176,7 +176,7 @@ def _finite(text: str) -> float:
 
 def _whole(text: str) -> int:
     if len(text) > _MOST_DIGITS + 1:
-        raise ValueError(f"a number has {len(text)} digits: at most {_MOST_DIGITS} are read")
+        raise ValueError(f"a number has {len(text)} digits, more than the maximum of {_MOST_DIGITS}")
     return int(text)
 
 

@@ -88,7 +88,7 @@ class Layouts:
         self._logged: set[str] = set()
 
     def changes(self, buffers: Mapping[str, Tensor]) -> str:
-        """Describes the changes since the last call; empty if there are none. Each buffer is logged once."""
+        """Describes changes of layout since the last call; empty if there are none. Warns once for each buffer."""
         before, self.known = self.known, layouts_of(buffers)
         names = [name for name in before | self.known if before.get(name) != self.known.get(name)]
         changed = ", ".join(f"{name} is {self.known.get(name, 'gone')}" for name in names)

@@ -33,8 +33,8 @@ class _Post:
 class Rendezvous:
     """Collectives between threads, for scopes that may overlap.
 
-    A rank posts its call and waits; the last rank of the scope to arrive settles it for all. A rank that leaves frees
-    the ranks that wait for it. Ranks wait at most `timeout` seconds for a rank that does not come.
+    A rank posts its call and waits; the last rank of the scope to arrive completes the call for all. If a rank leaves,
+    the ranks that wait for it stop waiting. A rank waits at most `timeout` seconds for the others.
     """
 
     def __init__(self, timeout: float) -> None:

@@ -78,7 +78,7 @@ class Background(Generic[T]):
 
     @property
     def progress(self) -> tuple[int, int]:
-        """The number of steps that have passed, and of stages that have run in addition to the first."""
+        """The numbers of steps that have passed and of stages that have run, not counting the first stage."""
         return self._passed, self._done
 
     def catch_up(self, passed: int, done: int) -> None:

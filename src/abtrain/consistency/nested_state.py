@@ -129,7 +129,7 @@ def set_number(holder: Any, key: Any, value: float) -> None:
 
 
 def _build(state: State, form: list[Any], parameter: nn.Parameter) -> None:
-    """Gives a state the form of another worker's, with placeholders as values."""
+    """Rebuilds a state in the form that another worker uses, with placeholders as values."""
     state.clear()
     for path, kind in form:
         holder: Any = state

@@ -51,10 +51,10 @@ class CallOrder:
         fail_at(progress.comm.rank, progress.steps_done, "step")
         if not self._forwards and not progress.alone:
             raise UsageError(
-                "the optimizer stepped, but no ab(...) call came before: call ab(x) in place of model(x)"
+                "optimizer.step() was called without an ab(...) call before it: call ab(x) in place of model(x)"
                 if self._hooks.stepped
-                else "no ab(...) call came since the last ab.step(): call it for each optimizer step, equally often on "
-                "every worker, and use ab.merged() to look at the average during a round"
+                else "ab(...) was not called since the last ab.step(): call it before each optimizer step, equally "
+                "often on every worker, and use ab.merged() to look at the average during a round"
             )
         progress.refuse_in_view("ab.step()")
         self._forwards = 0

@@ -123,7 +123,7 @@ def _collectives(function: FunctionType) -> list[str]:
 
 
 def _is_distributed(value: object) -> bool:
-    """Whether a value is torch.distributed or is defined there, under any name."""
+    """Whether a value is torch.distributed or is defined in it, whatever name refers to it."""
     module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
     return isinstance(module, str) and f"{module}.".startswith("torch.distributed.")
 

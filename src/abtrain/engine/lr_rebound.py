@@ -50,7 +50,7 @@ class LRRebound:
         self._done = min(self._done + 1, self._length)
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the length of the ramp and the number of its steps done, as JSON values."""
+        """Returns the length of the ramp and how many of its steps are done, as JSON values."""
         return {"length": self._length, "done": self._done}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:

@@ -151,8 +151,8 @@ class NewState:
         kind, odd, factored = type(optimizer).__name__, cannot_be_shared(optimizer.state), self._recipe.factored
         if odd and self._equalized:
             raise UsageError(
-                f"{kind} keeps {odd} in its state, which cannot be made equal on all workers before recipe "
-                f"{self._recipe.name!r} shares gradients: use another optimizer, or rounds alone, as in local_sgd"
+                f"{kind} keeps {odd} in its state, which cannot be made equal on all workers as recipe "
+                f"{self._recipe.name!r} requires: use another optimizer or a recipe that only merges, such as local_sgd"
             )
         copies = _copies_outside_state(optimizer, _CANNOT_FOLLOW if factored else _NOT_MOVED)
         if copies and factored:

@@ -83,7 +83,7 @@ class Ownership:
         if lost:
             raise UsageError(
                 f"the optimizer no longer holds {told_names(lost)}, which workers share: leave the param groups as "
-                "they were when ABTraining was built, and freeze parameters with a learning rate of 0"
+                "they were when ABTraining was built, and set a learning rate of 0 to freeze parameters"
             )
 
     def _places(self) -> list[_Place]:
@@ -104,8 +104,8 @@ class Ownership:
         stepped = [name for name, p in frozen.items() if self._model.optimizers.steps(p) is optimizer]
         if stepped:
             raise UsageError(
-                f"{told_names(stepped)} was trained when ABTraining was built, and is frozen now: freeze parameters "
-                "before ABTraining is built, or with a learning rate of 0"
+                f"{told_names(stepped)} was trainable when ABTraining was built, but is frozen now: freeze "
+                "parameters before ABTraining is built, or set their learning rate to 0"
             )
 
 

@@ -89,7 +89,7 @@ class PhaseChange:
             check_phase(self._comm, self._model, where, HYPERPARAMETERS if compared else ())
 
     def _make_equal(self, restored: Sequence[str]) -> None:
-        """Takes rank 0's values of tensors that each worker has computed separately, so that they are bitwise equal."""
+        """Makes tensors that each worker has computed separately bitwise equal, by taking rank 0's values."""
         dense = [name for name in restored if name not in self._model.records]
         weights = {name: self._model.model.get_parameter(name).data for name in dense}
         momentum = {f"momentum of {name}": tensor for name, tensor in self._rounds.merger.momentum.items()}
@@ -98,7 +98,7 @@ class PhaseChange:
             log.info("%d tensors differed between workers by rounding: rank 0's were taken", len(differed))
 
     def train(self, position: Position) -> None:
-        """Unfreezes the parameters of a position, and averages their gradients over the scope of its phase."""
+        """Unfreezes the parameters that a phase trains at this position, and averages their gradients."""
         self.unwrap()
         phase = position.phase
         if phase.weights == "factored":

@@ -42,7 +42,7 @@ class Progress:
 
     @property
     def in_rounds(self) -> bool:
-        """Whether groups train alone in the next step."""
+        """Whether groups train separately in the next step."""
         return self.position is not None and self.position.phase.rounds is not None
 
     @property

@@ -219,9 +219,9 @@ class FactoredMark(nn.Parameter):
         kwargs = kwargs or {}
         if any(other.ndim for other in tensors_in((args, kwargs)) if not isinstance(other, FactoredMark)):
             raise UsageError(
-                "parameters of a model whose weights are currently factored were paired with other tensors: the model "
-                "holds A and B in place of each factored weight. Pair the entries of `state_dict()`, which is always "
-                "dense, or use ABTraining.ema for a running average"
+                "the parameters of a model were paired with other tensors, but the model holds factors A and B in "
+                "place of some weights at present. Pair the entries of `state_dict()`, which hold full weights, or use "
+                "ABTraining.ema for a running average"
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)

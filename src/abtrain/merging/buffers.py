@@ -70,7 +70,7 @@ class Buffers:
         self.differed: dict[str, int] = {}
 
     def report(self, buffers: Mapping[str, Tensor], sums: Mapping[str, int]) -> int:
-        """Returns 62 bits for the roll call, equal on all workers if no other buffers differ than before.
+        """Returns 62 bits for the roll call. If they are equal on all workers, no further buffers differ.
 
         The arguments are those of `compare`.
         """

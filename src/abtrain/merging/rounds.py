@@ -153,7 +153,7 @@ class Rounds:
         self._losses = [loss for loss in self._losses if math.isfinite(loss)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns losses of the round, dropped parts, and merges under way."""
+        """Returns the losses of the round, the parts that were left out, and the merges under way."""
         return {
             "losses": torch.tensor(self._losses, dtype=torch.float64),
             "dropped": list(self.dropped),

@@ -83,10 +83,10 @@ def full_phase(
 
 
 def merge_rule(rule: MergeRule | str, temperature: float) -> MergeRule:
-    """The rule itself, or a new one of that name, with the temperature if the rule has one.
+    """The given rule, or a new one of the given name, with this temperature if the rule uses one.
 
     Raises:
-        ConfigurationError: an unknown name, or an invalid temperature, even if the rule has none.
+        ConfigurationError: an unknown name, or an invalid temperature, even if the rule does not use it.
     """
     found = Weighted(temperature).problems()
     if not isinstance(rule, MergeRule) and str(rule) not in BY_NAME:

@@ -90,7 +90,7 @@ class ComparisonOutcome:
 
 
 def plan_runs(comparison: Comparison) -> list[ComparisonRun]:
-    """Returns all runs without duplicates. The first seed of all contestants comes first, for an early table."""
+    """Returns all runs without duplicates. They begin with one run of each contestant, so a first table comes early."""
     pairs = [(seed, comparison.lab.rate(0)) for seed in comparison.seeds]
     pairs += [(comparison.seeds[0], rate) for rate in comparison.more_rates if rate != comparison.lab.rate(0)]
     return [

@@ -234,7 +234,7 @@ class _Walk:
         return tuple(merges)
 
     def _compare_buffers(self) -> Calls:
-        """Returns the calls of the first merge of a run that compare buffers (see `abtrain.merging.buffers`)."""
+        """Returns the collectives in which the first merge of a run compares buffers; later merges need none."""
         if self._buffers_compared or not any(one.is_floating_point() for one in self._model.buffers.values()):
             return ()
         self._buffers_compared = True

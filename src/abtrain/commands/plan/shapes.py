@@ -123,8 +123,8 @@ def ranks_for(model: ModelShapes, compression: float) -> dict[str, int]:
     most = model.compression(dict.fromkeys(matrices, 1))
     if matrices and compression > most:
         raise ConfigurationError(
-            f"compression={compression} is too large for this model: with factors of rank 1 it is {most:.4g}; use a "
-            "number up to that"
+            f"compression={compression} is too large for this model: factors of rank 1 give "
+            f"{most:.4g}, so use at most that"
         )
     full = sum(shape.m * shape.n for shape in matrices.values())
     # Other parameters keep their size, so factors have to shrink by more than the compression of the model.

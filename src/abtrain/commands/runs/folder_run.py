@@ -46,7 +46,7 @@ class FolderRun(ABC):
     @property
     @abstractmethod
     def results(self) -> tuple[Path, ...]:
-        """The files of a finished run, the result of training first."""
+        """The files that a finished run leaves. The first one is the result of training."""
 
     @abstractmethod
     def check_results(self) -> None:
@@ -186,6 +186,6 @@ def held(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigurationError(
-                f"--out {folder} is in use by another process: wait for its end, or name another folder"
+                f"--out {folder} is in use by another process: wait for it to finish, or name another folder"
             ) from None
         yield

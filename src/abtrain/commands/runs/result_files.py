@@ -176,5 +176,5 @@ def _parsed(path: Path, text: str, place: str) -> Mapping[str, Any]:
 def _text(record: JsonRecord, value: Any, keys: Sequence[str]) -> str:
     # JSON strings may hold unpaired surrogates, which cannot be written to a file.
     if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise record.error(keys, value, "a text")
+        raise record.error(keys, value, "a string")
     return value

@@ -102,7 +102,7 @@ def _start_until_done(config: TrainConfig) -> None:
         if error.exit_code not in _RESTARTED or last:
             raise error
         log.info("%s", error)
-        log.info("workers are started again, restart %d of at most %d", attempt + 1, config.max_restarts)
+        log.info("restarting all workers (restart %d of at most %d)", attempt + 1, config.max_restarts)
 
 
 def _launch_config(config: TrainConfig, folder: Path) -> LaunchConfig:

@@ -160,7 +160,7 @@ def _open_folder(
 
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-    """Runs the steps of a trainer, and records, saves and stops after a step if these are due."""
+    """Runs the training steps. Records each step; saves a checkpoint or stops when that is due."""
 
     trainer: Trainer
     recorder: Recorder | None

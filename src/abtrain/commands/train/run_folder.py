@@ -248,7 +248,7 @@ def _lock(path: Path) -> TextIO:
         except BlockingIOError:
             file.close()
             raise ConfigurationError(
-                f"--out {path.parent} is in use by another run: wait for its end, or name another folder"
+                f"--out {path.parent} is in use by another run: wait for it to finish, or name another folder"
             ) from None
         # The process that held the lock may have removed the file. Then other processes lock another file.
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""All workers stop at the same step after a request to stop at any one of them.
+"""Stops all workers at the same step once any one of them receives a request to stop.
 
 Workers learn of requests from a number that they reduce whenever they communicate. If the next merge is many steps
 away, they vote on a step through the store (`StopVote`).
