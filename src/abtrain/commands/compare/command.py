@@ -37,13 +37,13 @@ FILE = "compare.json"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs everything that is not done yet, and writes compare.json, the figures and report.html.
+    """Executes the runs that are not finished yet, and writes compare.json, the figures and report.html.
 
-    Finished runs are kept after all errors.
+    An error does not remove finished runs.
 
     Raises:
         ConfigurationError: lists everything that is wrong with the arguments or with this system, and all folders that
-            hold runs with other settings. No run has started.
+            contain runs with other settings. No run has started.
         DataError: results of earlier runs are damaged. No run has started.
         HostFailedError: a run failed.
         LabError: the lab cannot be built.
@@ -92,7 +92,7 @@ def _in_short(result: ComparisonOutcome) -> str:
 def _record(
     comparison: Comparison, found: Sequence[ComparisonRow], outcomes: Sequence[ComparisonOutcome], command: str
 ) -> dict[str, Any]:
-    """Returns the content of compare.json: sizes in bytes, rates in bits per second, ratios as fractions of 1."""
+    """Returns the content of compare.json: sizes in bytes, rates in bits per second, and ratios as fractions of 1."""
     return {
         "command": command,
         "settings": comparison.settings(),

@@ -34,13 +34,13 @@ class Comparison:
     """The recipes to compare, and the conditions of their runs.
 
     Attributes:
-        contestants: the recipes with their options, the references first.
-        lab: the cluster. The table shows results at its rate.
-        more_rates: further rates, in bits per second, at which every contestant runs once.
-        seeds: the seeds of the runs at the lab's rate.
-        task: the task of all runs.
+        contestants: the recipes with their options. The references come first.
+        lab: the settings of the cluster. The table shows results at its link rate.
+        more_rates: further link rates in bits per second. Every contestant runs once at each of them.
+        seeds: the random seeds of the runs at the lab's link rate.
+        task: the name of the task that all runs train.
         steps: the number of steps of each run.
-        out: the folder for all files.
+        out: the folder into which all files are written.
         overwrite: whether runs with other settings are replaced.
     """
 
@@ -116,7 +116,10 @@ def _learning_rates(texts: Sequence[str], problems: list[str]) -> dict[str, floa
 
 
 def _folder_problems(comparison: Comparison) -> list[str]:
-    """Returns why the folder cannot be used; empty if it is unused or holds runs under the same conditions."""
+    """Returns a message for each reason why the folder cannot be used.
+
+    The list is empty if the folder is unused, or if it contains runs under the same conditions.
+    """
     file, wanted = comparison.out / SETTINGS_FILE, comparison.settings()
     try:
         if not os.path.lexists(file):

@@ -22,8 +22,8 @@ class Contestant:
     """A recipe with options.
 
     Attributes:
-        label: the text RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE.
-        config: the settings of its runs, except for the seed.
+        label: the recipe as a string, RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE.
+        config: the settings of the contestant's runs, except for the seed.
     """
 
     label: str
@@ -31,15 +31,15 @@ class Contestant:
 
 
 def contestants(texts: Sequence[str], rates: Mapping[str, float], common: Mapping[str, Any]) -> list[Contestant]:
-    """Returns the references and the requested contestants, without duplicates.
+    """Returns the reference recipes and the requested contestants, without duplicates.
 
     Args:
-        texts: the texts of the requested contestants.
-        rates: learning rates, by label or by recipe name.
+        texts: the requested contestants as strings, RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE.
+        rates: the learning rates, by the label of a contestant or by the name of a recipe.
         common: the settings that all contestants share.
 
     Raises:
-        ConfigurationError: lists everything that is wrong with any of them.
+        ConfigurationError: lists everything that is wrong with the contestants or the learning rates.
     """
     problems: list[str] = []
     found: list[Contestant] = []

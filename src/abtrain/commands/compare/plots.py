@@ -23,12 +23,12 @@ _SHADES = ("#123f5a", "#2f7ea8", "#8cc5e3", "#f0b46c", "#d55e00", "#7a3b69", "#9
 def draw_all(
     rows: Sequence[ComparisonRow], outcomes: Sequence[ComparisonOutcome], rate: int, folder: Path
 ) -> list[Figure]:
-    """Draws all figures, and returns those that could be drawn. Failures are logged, not raised.
+    """Draws all figures and returns those that succeeded. It logs failures and does not raise them.
 
     Args:
         rows: the rows of the table.
-        outcomes: the outcomes of all runs, at all rates.
-        rate: the rate of the runs in the table, in bits per second.
+        outcomes: the outcomes of all runs at all link rates.
+        rate: the link rate of the runs in the table, in bits per second.
         folder: the folder for the files.
     """
     colours = _colours([row.label for row in rows])
@@ -89,14 +89,14 @@ _UTILISATION = Figure(
 
 
 def _colours(labels: Sequence[str]) -> dict[str, str]:
-    """Returns a colour for each contestant; references are grey."""
+    """Returns a colour for each contestant. References are grey."""
     greys = dict(zip(REFERENCES, ("#8a94a0", "#1f2933", "#616e7c"), strict=True))
     others = [label for label in labels if label not in greys]
     return greys | {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(others)}
 
 
 def _score(row: ComparisonRow) -> tuple[float, float]:
-    """Returns mean and deviation of top-1, or of the loss if the task has no top-1."""
+    """Returns mean and standard deviation of the top-1 accuracy, or of the loss if the task has no accuracy."""
     if row.top1 is not None:
         return row.top1, row.top1_std or 0.0
     return row.loss, row.loss_std or 0.0
@@ -116,7 +116,7 @@ def _points(
 
 
 def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours: Mapping[str, str]) -> None:
-    """Writes each name above or below its point, where it covers neither other names nor points if possible."""
+    """Writes each name above or below its point. Where possible, the name covers no other names or points."""
     axes.get_xlim(), axes.get_ylim()  # fixes the scales, which determine the positions of names
     placed: list[tuple[float, float]] = []
     dots = [tuple(axes.transData.transform((x, y))) for _, x, y in points]
@@ -135,7 +135,7 @@ def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours
 def _room(
     place: tuple[float, float], placed: Sequence[tuple[float, float]], dots: Sequence[tuple[float, float]]
 ) -> bool:
-    """Whether a name at `place`, in pixels, covers neither placed names nor points."""
+    """Returns whether a name at `place`, in pixels, covers no other names and no points."""
     middle = place[1] + 13
     off_names = all(abs(place[0] - x) > 190 or abs(place[1] - y) > 28 for x, y in placed)
     return off_names and all(abs(place[0] - x) > 110 or abs(middle - y) > 24 for x, y in dots)
@@ -201,5 +201,5 @@ def _utilisation(
 
 
 def _line(label: str) -> str:
-    """Returns the line style of a contestant; solo is dotted, and ddp in bf16 is dashed."""
+    """Returns the line style of a contestant: dotted for solo, dashed for ddp in bf16, solid for others."""
     return dict(zip(REFERENCES, (":", "-", "--"), strict=True)).get(label, "-")

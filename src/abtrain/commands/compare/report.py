@@ -24,7 +24,7 @@ _NOTE = (
 def write_report(
     record: Mapping[str, Any], rows: Sequence[ComparisonRow], figures: Sequence[Figure], folder: Path
 ) -> None:
-    """Writes report.html into the folder of the comparison, which holds the files of the figures.
+    """Writes report.html into the folder of the comparison. The folder already contains the files of the figures.
 
     Args:
         record: the content of compare.json.
@@ -113,7 +113,7 @@ def _references(rows: Sequence[ComparisonRow]) -> tuple[int, ...]:
 
 
 def _findings(rows: Sequence[ComparisonRow]) -> list[str]:
-    """Returns sentences on the recipes with the least traffic and the shortest time, without the references."""
+    """Returns sentences about the recipe with the least traffic and the fastest recipe, references excluded."""
     others = [row for row in rows if row.label not in REFERENCES]
     by_label = {row.label: row for row in rows}
     if not others:
@@ -130,7 +130,7 @@ def _findings(rows: Sequence[ComparisonRow]) -> list[str]:
 
 
 def _speed(row: ComparisonRow) -> str:
-    """Compares the speed of a contestant with that of ddp in bf16."""
+    """Returns a phrase that compares the speed of a contestant with that of ddp in bf16."""
     faster = 1 / row.seconds_ratio
     return f"as fast as {DDP_BF16}" if 0.97 < faster < 1.03 else f"{_times(faster)} the speed of {DDP_BF16}"
 
@@ -142,5 +142,5 @@ def _score_against(row: ComparisonRow, reference: ComparisonRow) -> str:
 
 
 def _times(ratio: float) -> str:
-    """Formats a ratio: 0.37x, 4.2x, 430x."""
+    """Formats a ratio, such as 0.37x, 4.2x or 430x."""
     return f"{ratio:.3g}x" if ratio < 100 else f"{ratio:.0f}x"

@@ -1,7 +1,7 @@
-"""The runs of a comparison: planning them, running one in the lab, and reading its outcome.
+"""Plans the runs of a comparison, executes a run in the lab, and reads its outcome.
 
-The folder of a run holds its request (see `abtrain.commands.runs.request`), lab/ (lab.json and the output of the hosts)
-and train/ (the run folder of `abtrain train`).
+The folder of a run contains its request (see `abtrain.commands.runs.request`), the folder lab/ with lab.json and the
+output of the hosts, and the folder train/, which is the run folder of `abtrain train`.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ class ComparisonOutcome:
         rate: the rate of all links in bits per second.
         top1: the top-1 accuracy in percent; None if the task has none.
         loss: the validation loss in nats.
-        seconds: the time of the training loop, without the start-up of processes.
+        seconds: the seconds of the training loop, without the start-up of processes.
         sync_seconds: the part of `seconds` in which worker 0 waited for others.
-        payload: the bytes that worker 0 handed to collectives.
-        payload_by_phase: the payload of each phase of the recipe.
-        wire_bytes: the bytes that a host sent, start-up included; the mean over hosts.
-        compression: the parameters of the full model over those of the factored one.
-        curve: (seconds, mean loss since the last point) of worker 0's training.
-        version: the version of abtrain that trained it; None if the result does not have it.
+        payload: the bytes that worker 0 passed to collectives.
+        payload_by_phase: the payload in bytes of each phase of the recipe.
+        wire_bytes: the mean number of bytes that a host sent, start-up included.
+        compression: the parameters of the full model divided by those of the factored model.
+        curve: the training curve of worker 0, as points (seconds, mean loss since the previous point).
+        version: the version of abtrain that executed the run; None if the result file does not contain it.
     """
 
     label: str
@@ -90,7 +90,7 @@ class ComparisonOutcome:
 
 
 def plan_runs(comparison: Comparison) -> list[ComparisonRun]:
-    """Returns all runs without duplicates. They begin with one run of each contestant, so a first table comes early."""
+    """Returns all runs without duplicates. One run of each contestant comes first, so a first table is soon ready."""
     pairs = [(seed, comparison.lab.rate(0)) for seed in comparison.seeds]
     pairs += [(comparison.seeds[0], rate) for rate in comparison.more_rates if rate != comparison.lab.rate(0)]
     return [
@@ -101,16 +101,16 @@ def plan_runs(comparison: Comparison) -> list[ComparisonRun]:
 
 
 def run_in_lab(run: ComparisonRun, lab: Lab, overwrite: bool = False) -> None:
-    """Executes a run unless it is done. A stopped run starts again from step 0, because its seconds are measured.
+    """Executes a run unless it is finished. An interrupted run starts again from step 0, because its time is measured.
 
     Args:
-        run: the run.
-        lab: the cluster, whose links are set to the rate of the run.
+        run: the run to execute.
+        lab: the cluster. Its links are set to the rate of the run.
         overwrite: whether a run with other settings in the folder is replaced.
 
     Raises:
-        ConfigurationError: the folder holds a run with other settings.
-        DataError: the folder holds a damaged result.
+        ConfigurationError: the folder contains a run with other settings.
+        DataError: the folder contains a damaged result.
         HostFailedError: the run failed; the message names the run.
     """
     _make_room(run, overwrite)
@@ -160,7 +160,7 @@ def outcome(run: ComparisonRun) -> ComparisonOutcome:
 
 
 def _make_room(run: ComparisonRun, overwrite: bool) -> None:
-    """Removes the files of a stopped run with the same settings, or of a run that may be replaced."""
+    """Removes the files of an interrupted run with the same settings, or of a run that may be replaced."""
     if run.make_room(overwrite):
         return
     run.check_results()
@@ -170,7 +170,7 @@ def _make_room(run: ComparisonRun, overwrite: bool) -> None:
 
 
 def shared_folders(planned: Sequence[ComparisonRun]) -> list[str]:
-    """Returns a message for each pair of runs whose labels differ only in characters that folder names cannot hold."""
+    """Returns a message for each pair of runs whose labels differ only in characters that folder names exclude."""
     first: dict[Path, ComparisonRun] = {}
     return [
         f"{first[run.folder]} and {run} have the same folder {run.folder}: compare them with different --out"

@@ -1,4 +1,4 @@
-"""Computes the rows of the table from the outcomes of runs: means over seeds, and ratios to the references."""
+"""Computes the rows of the comparison's table: means over seeds, and ratios to the reference recipes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class ComparisonRow:
     Attributes:
         label: the label of the contestant.
         seeds: the number of runs.
-        top1, top1_std: the top-1 accuracy in percent and its deviation; None if the task has none. The deviation is
-            also None for a single seed.
-        loss, loss_std: the validation loss in nats and its deviation, which is None for a single seed.
+        top1, top1_std: the top-1 accuracy in percent and its standard deviation; None if the task has no accuracy. The
+            deviation is also None for a single seed.
+        loss, loss_std: the validation loss in nats and its standard deviation, which is None for a single seed.
         wire_bytes: the bytes that each host sent, start-up included.
-        wire_ratio: the wire bytes over those of ddp in fp32.
-        seconds: the time of the training loop.
-        sync_seconds: the part of `seconds` spent waiting for others.
-        seconds_ratio: the seconds over those of ddp in bf16.
-        utilisation: the seconds of solo over those of the contestant, which is the share of time spent computing.
-        compression: the parameters of the full model over those of the factored one.
-        payload: the bytes that a worker hands to collectives.
-        ring_bytes: the bytes that a ring all-reduce of the payload sends.
-        start_bytes: the wire bytes of solo: start-up and the comparison of initial weights.
-        payload_by_phase: the payload of each phase of the recipe.
+        wire_ratio: the wire bytes divided by those of ddp in fp32.
+        seconds: the seconds of the training loop.
+        sync_seconds: the part of `seconds` in which a worker waited for others.
+        seconds_ratio: the seconds divided by those of ddp in bf16.
+        utilisation: the share of time spent computing: the seconds of solo divided by those of the contestant.
+        compression: the parameters of the full model divided by those of the factored model.
+        payload: the bytes that a worker passes to collectives.
+        ring_bytes: the bytes that a worker would send in a ring all-reduce of the payload.
+        start_bytes: the wire bytes of solo, which sends only start-up data and a comparison of initial weights.
+        payload_by_phase: the payload in bytes of each phase of the recipe.
     """
 
     label: str
@@ -53,10 +53,10 @@ class ComparisonRow:
 
 
 def rows(outcomes: Sequence[ComparisonOutcome], workers: int) -> list[ComparisonRow]:
-    """Returns a row for each contestant, in the order of their first runs.
+    """Returns one row for each contestant. Rows are in the order of the contestants' first runs.
 
     Args:
-        outcomes: the outcomes of runs at one rate, including the references.
+        outcomes: the outcomes of runs at one link rate. They include runs of the reference recipes.
         workers: the number of workers in each run.
     """
     by_label: dict[str, list[ComparisonOutcome]] = {}
@@ -93,7 +93,7 @@ def rows(outcomes: Sequence[ComparisonOutcome], workers: int) -> list[Comparison
 
 
 def utilisations(outcomes: Sequence[ComparisonOutcome]) -> dict[str, list[tuple[int, float]]]:
-    """Returns for each contestant its measured (bits per second, utilisation), from the slowest link to the fastest."""
+    """Returns each contestant's measured points (bits per second, utilisation), beginning with the slowest link."""
     found: dict[str, list[tuple[int, float]]] = {}
     for rate in sorted({outcome.rate for outcome in outcomes}):
         here = [outcome for outcome in outcomes if outcome.rate == rate]
@@ -105,16 +105,17 @@ def utilisations(outcomes: Sequence[ComparisonOutcome]) -> dict[str, list[tuple[
 
 
 def expected_utilisation(row: ComparisonRow, measured_rate: int, rate: float, wire_share: float) -> float:
-    """Predicts a contestant's utilisation on other links.
+    """Predicts a contestant's utilisation at another link rate.
 
-    On a slower link, the measured seconds grow by the additional transfer time of its bytes. On a faster link, they
-    shrink by the saved transfer time, at most by the time that the contestant waited: the rest was already hidden.
+    On a slower link, the measured seconds grow by the additional transfer time of the contestant's bytes. On a faster
+    link, the seconds shrink by the saved transfer time. They shrink at most by the time that the contestant waited,
+    because all other transfers overlap with computation.
 
     Args:
-        row: the row of the contestant.
-        measured_rate: the rate at which the row was measured, in bits per second.
-        rate: the rate of the other links, in bits per second.
-        wire_share: TCP payload over the bytes that the shaper of a link counts.
+        row: the measured results of the contestant.
+        measured_rate: the link rate at which the row was measured, in bits per second.
+        rate: the other link rate, in bits per second.
+        wire_share: the TCP payload divided by the bytes that a link's shaper counts, headers included.
     """
     on_link = 8 * row.wire_bytes / wire_share / measured_rate
     slower = measured_rate / rate
@@ -132,5 +133,5 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _deviation(values: Sequence[float]) -> float | None:
-    """Returns the sample deviation; None for a single value."""
+    """Returns the sample standard deviation, or None for a single value."""
     return statistics.stdev(values) if len(values) > 1 else None

@@ -1,4 +1,4 @@
-"""Emulates clusters on one Linux machine: hosts with shaped links, byte counters at their interfaces, and faults."""
+"""Emulates clusters on one Linux machine: links of limited rate, byte counters at interfaces, and faults."""
 
 from abtrain.commands.lab.config import LabConfig, parse_link_rate
 from abtrain.commands.lab.faults import LabFault

@@ -27,11 +27,11 @@ lab.json lists the bytes that passed the hosts' interfaces. The time of a fault 
 
 @dataclass(frozen=True)
 class LabRequest:
-    """The lab and the command that a command line asks for.
+    """The lab and the job that are described by a command line.
 
     Attributes:
         config: the settings of the lab.
-        job: the job to run in it; None if the command only removes leftovers of dead labs.
+        job: the job to run in the lab; None if the command only removes leftovers of labs whose process has ended.
     """
 
     config: LabConfig

@@ -14,13 +14,13 @@ from abtrain.commands.units import format_rate
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command.
+    """Runs `abtrain lab`. The lab is removed in all cases, also after an error.
 
     Raises:
         ConfigurationError: lists everything that is wrong with the arguments or with this system. Nothing was built.
-        HostFailedError: a host failed; the exit code is that of the host.
-        LabError: the lab cannot be built, or the job's time-out has passed.
-        StoppedError: SIGINT, SIGTERM or SIGHUP was received. The lab is removed in all cases.
+        HostFailedError: a host failed. The error has the exit code of the host.
+        LabError: the lab cannot be built, or the job took longer than its time-out.
+        StoppedError: SIGINT, SIGTERM or SIGHUP was received.
     """
     request = parse_arguments(arguments)
     console = Console(soft_wrap=True, highlight=False)

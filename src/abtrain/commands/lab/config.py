@@ -24,11 +24,11 @@ class LabConfig:
 
     Attributes:
         nodes: the number of hosts.
-        rates: the rates of the links in bits per second, the same in both directions: one for all hosts, or one for
-            each host.
+        rates: the rates of the links in bits per second: one rate for all hosts, or one for each host. A rate applies
+            to both directions.
         workers_per_node: the number of processes that torchrun starts on each host.
-        network: the network of the hosts' addresses, which are visible only inside the lab.
-        name: distinguishes the labs of one process.
+        network: the IPv4 network of the hosts' addresses. They are visible only inside the lab.
+        name: a name that no other lab of the same process has.
         tolerance: the largest relative difference between a link's measured rate and its configured rate.
     """
 
@@ -44,7 +44,7 @@ class LabConfig:
         return self.rates[host if len(self.rates) > 1 else 0]
 
     def address(self, host: int) -> str:
-        """Returns the address of a host; host number `nodes` is the switch."""
+        """Returns the IP address of a host. Host number `nodes` is the switch."""
         return str(ipaddress.IPv4Network(self.network)[host + 1])
 
     @property
@@ -57,7 +57,7 @@ def parse_link_rate(text: str) -> int:
     """Parses the rate of a link, such as `100mbit`, into whole bits per second.
 
     Raises:
-        ConfigurationError: the text is not a rate, or the rate is outside the range of a lab's links.
+        ConfigurationError: the string is not a rate, or the rate is outside the range of a lab's links.
     """
     rate = round(parse_rate(text))
     if not LOWEST <= rate <= HIGHEST:

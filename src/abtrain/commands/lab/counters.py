@@ -14,12 +14,12 @@ SAMPLE_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class HostTraffic:
-    """The traffic of a host's interface.
+    """The traffic of a host's network interface.
 
     Attributes:
-        tx_bytes, rx_bytes: bytes sent and received, with the Ethernet, IP and TCP headers of packets as the host hands
-            them over, before segmentation to the link's MTU.
-        peak_tx, peak_rx: bits per second in the busiest sample.
+        tx_bytes, rx_bytes: the bytes sent and received, including Ethernet, IP and TCP headers. Packets are counted
+            before they are split to the link's MTU.
+        peak_tx, peak_rx: the bits per second sent and received, each in its busiest sample.
     """
 
     tx_bytes: int
@@ -29,11 +29,11 @@ class HostTraffic:
 
 
 class Sampler:
-    """Samples the counters of all hosts. Totals count from its construction.
+    """Samples the byte counters of all hosts. Totals count from the construction of the sampler.
 
     Args:
-        files: for each host the open file with its counters; `close` closes them.
-        now: the time in seconds.
+        files: the open files with the counters, one for each host. `close` closes them.
+        now: the current time in seconds.
     """
 
     def __init__(self, files: Sequence[FileIO], now: float) -> None:
@@ -63,7 +63,7 @@ class Sampler:
         return [HostTraffic(tx - tx0, rx - rx0, *peaks) for (tx0, rx0), (tx, rx), peaks in ends]
 
     def close(self) -> None:
-        """Closes the files. An open file keeps its namespace alive."""
+        """Closes the files. An open file would keep the network namespace of its host alive."""
         for file in self._files:
             file.close()
 
@@ -76,7 +76,7 @@ class Sampler:
 
 
 def parse_counters(text: str) -> tuple[int, int]:
-    """Returns the bytes sent and received over the link, from the content of /proc/net/dev."""
+    """Parses the content of /proc/net/dev, and returns the bytes sent and received over the link."""
     for line in text.splitlines():
         device, _, fields = line.partition(":")
         if device.strip() == INTERFACE:

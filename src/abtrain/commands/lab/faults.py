@@ -1,4 +1,4 @@
-"""Faults of hosts and links that are injected while a job runs, and their notation."""
+"""Defines the faults of hosts and links that a lab injects while a job runs, and parses their notation."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class LabFault:
     Attributes:
         kind: `cut` (the link), `freeze` or `kill` (all processes), or `change` (the rate of the link).
         host: the number of the host, from 0.
-        at: seconds after the start of the job.
-        duration: seconds until a cut link is joined or frozen processes continue; None if the fault lasts to the end.
+        at: the start of the fault, in seconds after the start of the job.
+        duration: the seconds until a cut link is reconnected or frozen processes continue. None means that the fault
+            lasts to the end of the job.
         rate: the new rate of the link in bits per second; only for `change`.
     """
 
@@ -58,7 +59,7 @@ def parse_fault(kind: Kind, text: str) -> LabFault:
     """Parses a fault from the command line, such as 3@20s+10s.
 
     Raises:
-        ConfigurationError: the text is not a fault of this kind.
+        ConfigurationError: the string is not a fault of this kind.
     """
     pattern, form = _FORMS[kind]
     found = re.fullmatch(pattern, text.strip())
@@ -95,8 +96,8 @@ class Action:
     """The beginning or the end of a fault.
 
     Attributes:
-        at: seconds after the start of the job.
-        verb: cut, join, freeze, thaw, kill or change.
+        at: the time of the action, in seconds after the start of the job.
+        verb: the kind of the action: cut, join, freeze, thaw, kill or change.
         fault: the fault that begins or ends.
     """
 
@@ -110,8 +111,8 @@ class Event:
     """The record of an action on a host.
 
     Attributes:
-        seconds: the time of the action, in seconds after the start of the job; below 0 if it was earlier.
-        verb: cut, join, freeze, thaw, kill or change.
+        seconds: the time of the action, in seconds after the start of the job. It is negative before the start.
+        verb: the kind of the action: cut, join, freeze, thaw, kill or change.
         host: the number of the host.
         rate: the new rate of its link in bits per second; only for `change`.
     """
@@ -129,7 +130,7 @@ _ENDS = {"cut": "join", "freeze": "thaw"}
 
 
 def timeline(faults: Iterable[LabFault]) -> list[Action]:
-    """Returns the beginnings and ends of faults in chronological order."""
+    """Returns the actions that begin and end the faults, in chronological order."""
     actions = []
     for fault in faults:
         actions.append(Action(fault.at, fault.kind, fault))
@@ -139,11 +140,11 @@ def timeline(faults: Iterable[LabFault]) -> list[Action]:
 
 
 def faults_in_words(events: Iterable[Event], until: float) -> list[str]:
-    """Describes the faults that were injected before `until`, one sentence each, without full stops.
+    """Describes the faults that were injected before `until`. Each fault is one sentence without a full stop.
 
     Args:
-        events: in chronological order.
-        until: seconds after the start of the job; later events do not count.
+        events: the recorded actions, in chronological order.
+        until: a time in seconds after the start of the job. Later events are ignored.
     """
     counted = [event for event in events if event.seconds <= until]
     return [_in_words(event, counted[index + 1 :]) for index, event in enumerate(counted) if event.verb in _WORDS]

@@ -1,7 +1,7 @@
-"""Runs torchrun on a host of a lab, and ends with the exit code of the worker that failed first.
+"""Runs torchrun on a host of a lab, and exits with the exit code of the worker that failed first.
 
-The program is `python -m abtrain.commands.lab.host LAB ARGUMENTS...`. LAB is the process number of the lab, and
-ARGUMENTS are those of torchrun. The program ends if the lab's process ends.
+The program is started as `python -m abtrain.commands.lab.host LAB ARGUMENTS...`. LAB is the process id of the lab, and
+ARGUMENTS are the arguments of torchrun. The program is killed when the lab's process ends.
 """
 
 from __future__ import annotations

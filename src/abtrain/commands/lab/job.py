@@ -1,4 +1,4 @@
-"""Jobs on the hosts of a lab: their validation, and the command line and environment of each host."""
+"""Validates a job of a lab, and builds the command line and the environment of each host."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class Job:
     """A command that all hosts of a lab run.
 
     Attributes:
-        command: a script, or -m and a module, with its arguments.
-        out: the folder for lab.json and the output of each host; created if it does not exist.
+        command: a script, or -m and a module, followed by its arguments.
+        out: the folder for lab.json and the output of each host. It is created if it does not exist.
         faults: the faults to inject while the job runs.
-        launcher: `torchrun`, or `python`, which runs the command once on each host, with the host's number in LAB_HOST.
-        environment: variables to set on all hosts.
-        timeout: seconds after which the job is stopped.
+        launcher: the program that runs the command, `torchrun` or `python`. `python` runs it once on each host, with
+            the host's number in the environment variable LAB_HOST.
+        environment: the environment variables to set on all hosts.
+        timeout: the seconds after which the job is stopped.
     """
 
     command: tuple[str, ...]
@@ -78,7 +79,7 @@ def host_command(job: Job, config: LabConfig, host: int) -> list[str]:
 
 
 def host_environment(job: Job, host: int) -> dict[str, str]:
-    """Returns all environment variables of one host's command."""
+    """Returns the environment variables of the command of one host."""
     return {
         # As torchrun does: workers that each use all cores slow each other down.
         "OMP_NUM_THREADS": "1",

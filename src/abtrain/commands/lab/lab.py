@@ -1,4 +1,4 @@
-"""An emulated cluster: builds it, runs jobs in it, injects faults, and removes it.
+"""Builds an emulated cluster, runs jobs in it, injects faults, and removes it.
 
 with Lab(LabConfig(nodes=4, rates=(100_000_000,))) as lab:
     result = lab.run(Job(("train.py", "--steps", "100"), out=Path("runs/lab")))
@@ -31,11 +31,11 @@ _WATCHER = "abtrain.commands.lab.watcher"
 
 
 def clean() -> list[str]:
-    """Removes leftovers of labs whose process has ended, and returns the names of these labs.
+    """Removes leftovers of labs whose process has ended, and returns the names of the removed labs.
 
     Raises:
         ConfigurationError: this system cannot run labs.
-        LabError: some leftovers cannot be removed. The others are removed.
+        LabError: some leftovers cannot be removed. All other leftovers are removed.
     """
     problems = system_problems()
     if problems:
@@ -55,13 +55,13 @@ def clean() -> list[str]:
 class Lab:
     """An emulated cluster that exists inside a `with` block and runs one job at a time.
 
-    Another thread may cause further faults while a job runs.
+    Another thread may call methods such as `cut` while a job runs, to cause further faults.
 
     Args:
-        config: the settings of hosts and links.
+        config: the settings of the hosts and links.
 
     Attributes:
-        measured: for each host, the rates of its link up and down in bits per second, as last measured.
+        measured: the last measured rates (up, down) of each host's link in bits per second.
     """
 
     def __init__(self, config: LabConfig) -> None:
@@ -105,17 +105,18 @@ class Lab:
     def run(self, job: Job, *, show: Show = lambda host, line: None, check: bool = True) -> LabResult:
         """Runs a command on every host, and waits until it has ended on all of them.
 
-        Rates that a fault changes stay changed.
+        If a fault changes the rate of a link, the new rate remains after the job.
 
         Args:
             job: the command and its faults.
-            show: called with (host, line) for each line that a host prints, in a separate thread for each host.
-            check: whether to raise the result's error.
+            show: a function that is called with (host, line) for each line that a host prints. Each host has a thread
+                of its own for these calls.
+            check: whether to raise the error of a failed job.
 
         Raises:
             ConfigurationError: lists everything that is wrong with the job.
             HostFailedError: a host failed. The commands of all hosts have ended.
-            LabError: the job's time-out has passed. The commands of all hosts have ended.
+            LabError: the job took longer than its time-out. The commands of all hosts have ended.
         """
         problems = job_problems(job, self.config.nodes)
         if problems:
@@ -137,7 +138,7 @@ class Lab:
         return list(self._network.rates)
 
     def measure(self) -> list[tuple[float, float]]:
-        """Measures the rates of all links, and keeps them in `measured`. No job may run while it measures.
+        """Measures the rates of all links, and stores them in `measured`. No job may run during the measurement.
 
         Raises:
             LabError: the rate of a link is wrong.
@@ -193,7 +194,7 @@ class Lab:
         )
 
     def _note(self, verb: str, host: int, rate: int | None = None) -> None:
-        """Records an action in the job before it is carried out, because other hosts may fail before it is complete."""
+        """Records an action in the running job before the action starts. Other hosts may fail before it is complete."""
         if self._run is not None:
             self._run.note(verb, host, rate)
 
@@ -205,7 +206,7 @@ class Lab:
 
 
 def _start_watcher(prefix: str) -> subprocess.Popen[bytes]:
-    """Starts the process that removes the lab if this process dies, in a separate session that ignores Ctrl-C."""
+    """Starts a process that removes the lab if this process dies. Ctrl-C does not reach its separate session."""
     return subprocess.Popen(
         (sys.executable, "-m", _WATCHER, prefix),
         stdin=subprocess.PIPE,
@@ -216,7 +217,7 @@ def _start_watcher(prefix: str) -> subprocess.Popen[bytes]:
 
 
 def _stop_watcher(watcher: subprocess.Popen[bytes]) -> None:
-    """Ends the watcher after it has removed any leftovers of the lab."""
+    """Stops the watcher process after it has removed any leftovers of the lab."""
     assert watcher.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # somebody killed it
         watcher.stdin.write(b"removed\n")

@@ -1,4 +1,4 @@
-"""Measures links before a job uses them, by a short TCP transfer in each direction between a host and the switch."""
+"""Measures links before a job uses them, by short TCP transfers from each host to the switch and back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def verify_links(network: Network) -> list[tuple[float, float]]:
     """Measures every host's link, up to the switch and down from it.
 
     Returns:
-        For each host the rates up and down in bits per second, headers included.
+        The rates (up, down) of each host's link in bits per second, headers included.
 
     Raises:
         LabError: the rates of some links differ from their settings by more than the tolerance.
@@ -57,7 +57,7 @@ def _measure_host(network: Network, host: int) -> tuple[float, float]:
 
 
 def _closest(network: Network, host: int, sender: str, receiver: str) -> float:
-    """Measures up to a few times, and returns the value closest to the configured rate."""
+    """Measures a rate up to a few times, and returns the value closest to the configured rate."""
     config, rate = network.config, network.rates[host]
     address = config.address(host if receiver == network.hosts[host] else config.nodes)
     best = 0.0
@@ -96,7 +96,7 @@ def _transfer(sender: str, receiver: str, address: str, rate: int) -> float:
 
 
 def _come_first() -> None:
-    """Gives this thread priority, because a busy machine would make the link appear slow."""
+    """Raises the priority of this thread. Without priority, the link would appear slow on a busy machine."""
     with contextlib.suppress(OSError):  # without permission, a busy machine may fail the measurement
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
@@ -110,7 +110,7 @@ def _send(source: socket.socket) -> None:
 
 
 def _receive(sink: socket.socket, skip: int, count: int) -> float:
-    """Returns the rate in bits per second of `count` bytes after the first `skip`, which are sent unshaped."""
+    """Returns the rate in bits per second of `count` bytes. It ignores the first `skip` bytes, which are not shaped."""
     buffer = bytearray(256 * 1024)
     seen = 0
     while seen < skip:

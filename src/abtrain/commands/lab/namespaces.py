@@ -1,10 +1,10 @@
-"""Network namespaces of labs: their names, their processes, and their removal.
+"""Finds and removes the network namespaces of labs and the processes in them.
 
-The name of a namespace is abtrain-NAME-PID-START-PART. PID and START are the number and the start time of the process
-that created it, so labs of dead processes can be recognized.
+The name of a namespace is abtrain-NAME-PID-START-PART. PID and START are the id and the start time of the process
+that created it. They show whether a lab's process has ended.
 
-A process may leave its namespace, and a namespace may lose its name while processes run in it. So an environment
-variable also marks the commands of hosts, and all processes that they start.
+A process may leave its namespace, and a namespace may lose its name while processes run in it. For this reason, the
+commands of hosts and all processes that they start also have an environment variable with the namespace's name.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def lab_prefix(name: str) -> str:
 
 
 def of_lab(prefix: str) -> list[str]:
-    """Returns the existing namespaces of a lab."""
+    """Returns the names of the existing namespaces of a lab."""
     return [name for name in _all() if name.startswith(f"{prefix}-")]
 
 
@@ -55,7 +55,7 @@ def dead_labs() -> list[str]:
 
 
 def remove_lab(prefix: str) -> None:
-    """Removes a lab: its namespaces, the processes in them, and all processes that its commands have started.
+    """Removes the namespaces of a lab, and kills the processes in them and all processes that its commands started.
 
     Several processes may remove the same lab at the same time.
 
@@ -81,7 +81,7 @@ def kill_all(names: Iterable[str]) -> None:
 
 
 def signal_all(names: Iterable[str], number: signal.Signals) -> list[int]:
-    """Sends a signal to all processes of these namespaces, and returns their numbers."""
+    """Sends a signal to all processes of these namespaces, and returns the ids of the processes."""
     reached = processes_in(names)
     for pid in reached:
         with contextlib.suppress(ProcessLookupError):
@@ -90,9 +90,9 @@ def signal_all(names: Iterable[str], number: signal.Signals) -> list[int]:
 
 
 def processes_in(names: Iterable[str]) -> list[int]:
-    """Returns the processes in these namespaces, and those started by a command that was started there.
+    """Returns the ids of the processes in these namespaces, and of all processes that their commands have started.
 
-    Processes that have ended and wait for their parent (zombies) are left out.
+    Zombies, which have ended but still wait for their parent, are not included.
     """
     names = set(names)
     wanted = set()
@@ -108,9 +108,9 @@ def processes_in(names: Iterable[str]) -> list[int]:
 
 
 def inside(name: str, act: Callable[[], Result]) -> Result:
-    """Calls `act` in a namespace, in a new thread, so that the other threads of this process do not enter it.
+    """Calls `act` inside a namespace. A new thread makes the call, so the rest of this process stays outside.
 
-    Sockets and files of /proc that `act` opens continue to belong to the namespace.
+    Sockets and files of /proc that `act` opens still belong to the namespace after the call.
     """
     results: list[Result] = []
     errors: list[BaseException] = []
@@ -146,7 +146,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _marks() -> dict[int, str]:
-    """Returns, by process, the namespace in which the command of its host was started."""
+    """Returns a namespace for each process id: the one in which the host's command was started."""
     found = {}
     for entry in _processes():
         with contextlib.suppress(OSError):
@@ -168,7 +168,7 @@ def _all() -> list[str]:
 
 
 def _start_time(pid: int) -> int | None:
-    """Returns the start time of a process in ticks since the machine booted; None if it does not exist or has ended."""
+    """Returns the start time of a process in ticks since the machine booted, or None if the process has ended."""
     try:
         # The name of the program, in parentheses, may contain anything; the fields after it are numbers.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

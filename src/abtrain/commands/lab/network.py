@@ -1,4 +1,4 @@
-"""The network of a lab: a namespace for each host, a bridge as the switch, and shaped links.
+"""Builds the network of a lab: a namespace for each host, a bridge as the switch, and rate-limited links.
 
 The bridge has a separate namespace, so the machine's own network stays unchanged. The interface eth0 of host i is
 connected to port i of the bridge. A token bucket at each end shapes the traffic that enters the link.
@@ -31,7 +31,7 @@ _BURST_LEAST, _BURST_MOST = 16 * 1024, 128 * 1024
 def burst_bytes(rate: int) -> int:
     """Returns the number of bytes that an idle link of `rate` bits per second lets pass unshaped.
 
-    It is at most 128 kB, and less on slow links, where that much would be seconds of unshaped traffic.
+    It is at most 128 kB. On slow links it is less, because 128 kB would equal seconds of traffic there.
     """
     return min(max(int(_BURST_SECONDS * rate / 8), _BURST_LEAST), _BURST_MOST)
 
@@ -50,7 +50,7 @@ class Network:
         """Checks that this process has no other lab of the same name.
 
         Raises:
-            ConfigurationError: it has one.
+            ConfigurationError: the process has another lab of that name.
         """
         if namespaces.of_lab(self.prefix):
             raise ConfigurationError(f"name {self.config.name!r} belongs to another lab of this process: use another")
@@ -59,7 +59,7 @@ class Network:
         """Creates all namespaces and links.
 
         Raises:
-            LabError: a command failed.
+            LabError: a command that creates the network failed.
         """
         prefix_length = self.config.prefix_length
         for name in (self.switch, *self.hosts):
@@ -76,7 +76,7 @@ class Network:
             self._join(host)
 
     def set_rate(self, host: int, rate: int) -> None:
-        """Shapes both ends of a host's link to `rate` bits per second."""
+        """Limits both directions of a host's link to `rate` bits per second."""
         shape = ("tbf", "rate", f"{rate}bit", "burst", str(burst_bytes(rate)), "latency", LATENCY)
         for name, device in ((self.hosts[host], INTERFACE), (self.switch, _port(host))):
             _run("tc", "-n", name, "qdisc", "replace", "dev", device, "root", *shape)
@@ -87,11 +87,11 @@ class Network:
         _run("ip", "-n", self.switch, "link", "set", _port(host), "up" if up else "down")
 
     def congestion_control(self) -> str:
-        """Returns the congestion control of the hosts."""
+        """Returns the name of the TCP congestion control on the hosts."""
         return namespaces.inside(self.hosts[0], _CONGESTION_CONTROL.read_text).strip()
 
     def open_counters(self, host: int) -> FileIO:
-        """Opens the file with the kernel's counters of a host's interfaces."""
+        """Opens /proc/net/dev of a host, which contains the kernel's byte counters."""
         return namespaces.inside(self.hosts[host], lambda: FileIO("/proc/thread-self/net/dev"))
 
     def remove(self) -> None:
@@ -118,7 +118,7 @@ def _port(host: int) -> str:
 
 
 def _disable_ipv6() -> None:
-    """Disables IPv6: the counters would include its announcements, and programs might use its addresses."""
+    """Disables IPv6. Otherwise the counters would include IPv6 announcements, and programs might use IPv6 addresses."""
     with contextlib.suppress(OSError):  # a kernel without IPv6
         for scope in ("all", "default"):
             Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6").write_text("1")

@@ -1,4 +1,4 @@
-"""The processes of a job, one on each host: their output, their exit codes, and which host failed first."""
+"""Runs the processes of a job, one on each host, collects their output, and finds the host that failed first."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class HostProcesses:
 
     Args:
         names: the namespaces of the hosts.
-        out: the folder for the output, in files host-0.log and so on.
-        show: called with each line of the output.
+        out: the folder for the output files host-0.log, host-1.log and so on.
+        show: a function that is called with (host, line) for each line of the output.
 
     Attributes:
-        killed: hosts that a fault has killed, which do not count as failed.
+        killed: the hosts that a fault has killed. They do not count as failed.
     """
 
     def __init__(self, names: Sequence[str], out: Path, show: Show) -> None:
@@ -42,7 +42,7 @@ class HostProcesses:
         self._readers: list[threading.Thread] = []
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Starts the command of the next host, with this environment and the variable that marks its namespace."""
+        """Starts the command of the next host. Its environment also has a variable with the host's namespace."""
         host = len(self._processes)
         process = subprocess.Popen(
             ("ip", "netns", "exec", self._names[host], *command),
@@ -68,26 +68,26 @@ class HostProcesses:
         return len(self._ends) < len(self._processes)
 
     def failed(self) -> bool:
-        """Whether a host has failed, and hosts that fail because of it have had the time to do so."""
+        """Whether a host has failed, and other hosts have had time to fail as a consequence."""
         failures = self._failures()
         return bool(failures) and time.monotonic() - self._ends[failures[0]] > _GRACE_SECONDS
 
     def first_failed(self) -> int | None:
-        """Returns the host that failed first; None if none failed. Hosts that lost a peer come after all others."""
+        """Returns the host that failed first, or None. Hosts that failed because they lost a peer come last."""
         failures = self._failures()
         return min(failures, key=lambda host: self.exit_code(host) in _CONSEQUENCES, default=None)
 
     def ended(self, host: int) -> float:
-        """Returns the time at which the command of a host ended, on the monotonic clock."""
+        """Returns the time on the monotonic clock at which the command of a host ended."""
         return self._ends[host]
 
     def exit_code(self, host: int) -> int:
-        """Returns the exit code of a command that has ended; 128 + N if signal N ended it."""
+        """Returns the exit code of a host's command that has ended, or 128 + N if signal N ended it."""
         code = self._processes[host].returncode
         return code if code >= 0 else 128 - code
 
     def stop(self) -> None:
-        """Ends all processes of all hosts, and waits for the end of their output."""
+        """Ends all processes of all hosts, and waits until all their output is read."""
         for process in self._processes:
             if process.poll() is None:
                 process.terminate()

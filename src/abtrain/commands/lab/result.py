@@ -1,4 +1,4 @@
-"""The result of a job in a lab, as data, as lab.json, and as a table."""
+"""Represents the result of a job in a lab as data, as lab.json, and as a table."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ FILE = "lab.json"
 
 @dataclass(frozen=True)
 class HostResult:
-    """The result of one host.
+    """The result of a job on one host.
 
     Attributes:
         host: the number of the host.
-        address: its address in the lab's network.
-        rate: the rate of its link at the start, in bits per second.
+        address: the IP address of the host in the lab's network.
+        rate: the configured rate of its link at the start, in bits per second.
         measured_up, measured_down: the measured rates of its link before the job, in bits per second.
-        traffic: the traffic of its interface.
-        exit_code: the exit code of its command; 128 + N if signal N ended it.
-        killed: whether a fault killed it.
+        traffic: the traffic of its network interface.
+        exit_code: the exit code of its command; 128 + N if signal N ended the command.
+        killed: whether a fault killed the processes of the host.
     """
 
     host: int
@@ -52,12 +52,12 @@ class LabResult:
     Attributes:
         command: the command that all hosts ran.
         out: the folder with lab.json and the output of the hosts.
-        seconds: the time from the start of the job to the end of its last host.
-        timed_out: whether it was stopped because its time-out had passed.
+        seconds: the seconds from the start of the job until the command of the last host ended.
+        timed_out: whether the job was stopped because it took longer than its time-out.
         hosts: the results of all hosts, in the order of their numbers.
         events: (seconds, description) of each fault, in chronological order.
         failed_host: the host that failed first; None if none failed.
-        congestion_control: the congestion control of the hosts.
+        congestion_control: the name of the TCP congestion control on the hosts.
         caused: descriptions of the faults before the first failure or the time-out.
     """
 
@@ -72,7 +72,7 @@ class LabResult:
     caused: tuple[str, ...] = ()
 
     def error(self) -> LabError | None:
-        """Returns the error of a job that failed, with the faults that may have caused it; None if it succeeded."""
+        """Returns the error of a failed job, or None after success. The error names faults that may have caused it."""
         faults = f". Before that, {', and '.join(self.caused)}" if self.caused else ""
         if self.failed_host is not None:
             code = self.hosts[self.failed_host].exit_code
@@ -89,7 +89,7 @@ class LabResult:
 
 
 def as_record(result: LabResult, config: LabConfig) -> dict[str, Any]:
-    """Returns the content of lab.json: rates in bits per second, sizes in bytes, times in seconds."""
+    """Returns the content of lab.json. Rates are in bits per second, sizes in bytes, and times in seconds."""
     return {
         "command": list(result.command),
         "nodes": config.nodes,

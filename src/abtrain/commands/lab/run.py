@@ -1,4 +1,4 @@
-"""Runs one job in a lab: starts it, injects its faults, counts bytes, and waits for its end."""
+"""Runs one job in a lab: starts it, injects its faults, counts bytes, and waits until it has ended."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _POLL_SECONDS = 0.02
 
 
 class LabRun:
-    """A job that runs on all hosts.
+    """A job that is running on all hosts of a lab.
 
     Args:
-        network: the network of the lab, already built.
+        network: the network of the lab, which must have been built.
         job: a valid job.
-        measured: for each host the measured rates of its link up and down, in bits per second.
-        act: carries out an action of a fault and calls `note`.
-        show: called with (host, line) for each line that a host prints.
-        cut_off: hosts whose links are already cut.
+        measured: the measured rates (up, down) of each host's link, in bits per second.
+        act: a function that carries out an action of a fault and calls `note`.
+        show: a function that is called with (host, line) for each line that a host prints.
+        cut_off: the hosts whose links are already cut.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class LabRun:
         return result
 
     def note(self, verb: str, host: int, rate: int | None = None) -> None:
-        """Records an action on a host, which a fault of the job or a call of a lab's method causes."""
+        """Records an action on a host. A fault of the job or a method of the lab causes the action."""
         self._events.append(Event(self._elapsed(), verb, host, rate))
 
     def close(self) -> None:
@@ -73,7 +73,7 @@ class LabRun:
         shutil.rmtree(self._job.out / LAUNCHER_FOLDER, ignore_errors=True)
 
     def _follow(self) -> bool:
-        """Waits for the end of the job while injecting faults. Returns False if the time-out has passed."""
+        """Injects faults until the job ends. Returns False if the job takes longer than its time-out."""
         actions = timeline(self._job.faults)
         while self.processes.running() and not self.processes.failed():
             elapsed = self._elapsed()

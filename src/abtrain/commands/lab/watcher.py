@@ -1,7 +1,7 @@
 """Removes a lab when its process ends for any reason.
 
-The program `python -m abtrain.commands.lab.watcher PREFIX` waits for the end of its standard input, which only the
-process of the lab holds open.
+The program is started as `python -m abtrain.commands.lab.watcher PREFIX`. Only the process of the lab keeps the
+program's standard input open. When the input ends, the process has ended, and the program removes the lab.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SETTLE_SECONDS = 0.3  # a command that the dead process had started may still a
 
 
 def main(prefix: str) -> None:
-    """Waits for the end of the lab's process, and removes the lab."""
+    """Waits until the lab's process has ended, and removes the lab."""
     orderly = sys.stdin.buffer.read() != b""
     with contextlib.suppress(LabError):  # the next lab tries again
         namespaces.remove_lab(prefix)

@@ -1,1 +1,1 @@
-"""The paper's experiments, tables, figures and arithmetic (Coquelin et al., arXiv 2405.01067)."""
+"""Reproduces the experiments, tables, figures and formulas of the paper (Coquelin et al., arXiv 2405.01067)."""

@@ -31,23 +31,23 @@ which the launcher starts workers."""
 
 @dataclass(frozen=True)
 class PaperRequest:
-    """The experiment and settings of a command line.
+    """The experiment and the settings that a command line requests.
 
     Attributes:
-        experiment: one of EXPERIMENTS.
-        scale: the scale of the experiment.
+        experiment: the name of the experiment, one of EXPERIMENTS.
+        scale: the size of the experiment, tiny or full.
         seeds: the number of runs of each cell.
-        nodes: numbers of nodes that replace those of the scale; empty for the scale's own.
-        methods: some of METHODS; empty for all.
-        out: the folder for all files.
+        nodes: the numbers of nodes to use. If it is empty, the scale determines them.
+        methods: the methods to run, some of METHODS; empty for all.
+        out: the folder into which all files are written.
         data: the folder with the data; None for its default place.
         launcher: the command line that starts the workers of a real run.
-        dry_run: whether to only print the planned runs.
-        write: whether to only write the settings of real runs, and print the command that starts each of them.
+        dry_run: whether to print the planned runs without executing them.
+        write: whether to write the settings of real runs and print their commands, without executing them.
         arithmetic: whether to only evaluate the paper's formulas.
-        run: whether a figure may run missing runs.
+        run: whether a figure may execute missing runs.
         trials: the number of trials of the search.
-        draws: whether to also draw the figure of `ecr` into `out`.
+        draws: whether to also draw the figure of the experiment `ecr` and write it to `out`.
         overwrite: whether runs with other settings are replaced.
     """
 

@@ -33,19 +33,19 @@ def ecr(full: float, compressed: float, compression: float) -> float:
     Args:
         full: F, the percentage of training near full rank.
         compressed: L, the percentage of training near the final size in which workers communicate.
-        compression: 1 / c, the full parameters over the compressed ones.
+        compression: 1 / c, the parameters of the full model divided by those of the compressed model.
     """
     return 100 - full - compressed / compression
 
 
 def guideline_share() -> float:
-    """Returns the share of full-rank data parallel steps in a run by the paper's guideline (Section IV.C)."""
+    """Returns the share of full-rank data parallel steps in a run that follows the paper's guideline (Section IV.C)."""
     cycle = AB_SHARE * (1 + REBOUND_SHARE)
     return WARMUP_SHARE + (1 - WARMUP_SHARE) * AB_SHARE * REBOUND_SHARE / cycle
 
 
 def full_share(schedule: PublishedSchedule) -> float:
-    """Returns the share of full-rank data parallel steps in a run. Its last cycle may be incomplete."""
+    """Returns the share of a run's steps that train data parallel at full rank. The last cycle may be incomplete."""
     cycles, rest = divmod(schedule.total - schedule.warmup, schedule.cycle)
     group = schedule.cycle - schedule.rebound
     return (schedule.warmup + cycles * schedule.rebound + max(rest - group, 0)) / schedule.total
@@ -53,12 +53,12 @@ def full_share(schedule: PublishedSchedule) -> float:
 
 @dataclass(frozen=True)
 class ECRRow:
-    """The ECR of one method of Table I.
+    """The estimated communication reduction (ECR) of one method of Table I.
 
     Attributes:
         method: the method with the paper's values.
-        computed: the value of eq. 4; None if the paper does not give its inputs.
-        remark: the reason for the difference, or the assumptions.
+        computed: the ECR in percent by eq. 4; None if the paper does not give the inputs.
+        remark: the reason for a difference to the paper's value, or the assumptions of the computation.
     """
 
     method: PublishedMethod
@@ -91,7 +91,7 @@ def _ecr_row(method: PublishedMethod) -> ECRRow:
 
 
 def _ecr_of_ab(method: PublishedMethod) -> ECRRow:
-    """Evaluates eq. 4 for AB, with L = 0 because groups send nothing while they train alone."""
+    """Evaluates eq. 4 for AB. L is 0, because groups send nothing to each other while they train separately."""
     implied = f"the paper's value implies F = {100 - method.ecr:.1f} %"
     if method.model == VGG:
         return ECRRow(method, None, f"the run's length is not given; {implied}, the guideline's is {_guideline()}")
@@ -104,26 +104,26 @@ def _guideline() -> str:
 
 
 def iterations(nodes: int, epoch_batch: int = 4096 * ITERATIONS_4K, local_batch: int = 256) -> float:
-    """Returns the steps of an ImageNet epoch at a constant local batch, such as 600 on two nodes and 300 on four."""
+    """Returns the steps of an ImageNet epoch at a constant local batch. Two nodes take 600 steps, four nodes 300."""
     return epoch_batch / (nodes * GPUS * local_batch)
 
 
 def scaled_traffic(parameters: float, syncs_per_epoch: float, epoch_seconds: float, share: float = 1.0) -> float:
-    """Returns the scaled traffic of a node in GB/s by the caption of Table II, at most the rate of its port.
+    """Returns the scaled traffic of a node in GB/s by the formula in the caption of Table II.
 
-    All four GPUs of a node hand over all parameters in float32 at every sync. The caption does not state this, but
-    without the factor of four no row of the table can be reproduced.
+    The rate of a node's port limits the result. All four GPUs of a node send all parameters in float32 at every sync.
+    The caption does not state this, but without the factor of four no row of the table can be reproduced.
 
     Args:
         parameters: the number of parameters of the full model.
-        syncs_per_epoch: the steps of an epoch.
+        syncs_per_epoch: the number of gradient syncs in an epoch, which is the number of steps.
         epoch_seconds: the seconds of an epoch.
-        share: the bytes sent, as a share of DDP's.
+        share: the bytes sent divided by those of DDP.
     """
     gigabytes = 4 * parameters / 1e9
     return min(share * GPUS * gigabytes * syncs_per_epoch / (BACKWARD_SHARE * epoch_seconds), PORT)
 
 
 def epoch_seconds(minutes: float) -> float:
-    """Returns the seconds of an epoch in a run of this many minutes."""
+    """Returns the seconds that one epoch takes in a run of this many minutes."""
     return 60 * minutes / EPOCHS

@@ -40,10 +40,10 @@ _TINY_NOTE = "Workers are simulated, one per node. Times and traffic are forecas
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command.
+    """Runs `abtrain paper`.
 
     Raises:
-        ConfigurationError: lists everything that is wrong with the arguments, all folders that hold runs with other
+        ConfigurationError: lists everything that is wrong with the arguments, all folders that contain runs with other
             settings, or the missing runs of a figure.
         DataError: the data is not available, or results of earlier runs are damaged.
         AbtrainError: a run failed. Finished runs are kept.
@@ -107,14 +107,14 @@ def _experiment(request: PaperRequest, console: Console, command: str) -> None:
 
 
 def _outcomes(chosen: Sequence[Cell], runs: Sequence[PaperRun]) -> list[PaperOutcome]:
-    """Returns the outcomes of all cells, several of which may share a run."""
+    """Returns the outcomes of all cells. Several cells may share a run."""
     by_settings = {(str(run.cell.config), run.seed): outcome(run) for run in runs}
     seeds = sorted({run.seed for run in runs})
     return [dataclasses.replace(by_settings[str(cell.config), seed], cell=cell) for cell in chosen for seed in seeds]
 
 
 def _write(request: PaperRequest, outcomes: Sequence[PaperOutcome], command: str, remark: str) -> list[Table]:
-    """Writes EXPERIMENT.json, the figures and EXPERIMENT.html. Returns the tables with a remark in their notes."""
+    """Writes EXPERIMENT.json, the figures and EXPERIMENT.html. Returns the tables, with a remark in their notes."""
     name, scale, out = request.experiment, request.scale, request.out
     found = rows(outcomes)
     record: dict[str, Any] = {"command": command, "rows": [dataclasses.asdict(row) for row in found]}
@@ -146,7 +146,7 @@ def _require(runs: Sequence[PaperRun], request: PaperRequest) -> None:
     """Checks that all runs of a figure are done.
 
     Raises:
-        ConfigurationError: some are missing; the message names the commands that run them.
+        ConfigurationError: some runs are missing. The message names the commands that execute them.
     """
     missing = [run for run in runs if not run.done]
     if not missing:

@@ -1,4 +1,4 @@
-"""The paper's experiments as data: the runs of each table and figure, at full and tiny scale."""
+"""Defines the paper's experiments: the runs of each table and figure, at full and tiny scale."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Model:
         task: the name of the task in `abtrain train`.
         samples: the number of samples in an epoch.
         epochs: the number of epochs in a run.
-        local_batch: samples per worker and step, for experiments with a constant local batch.
-        global_batch: samples of all workers per step, for experiments with a constant global batch.
-        exclude: globs of the parameters that stay dense.
+        local_batch: the samples per worker and step in experiments with a constant local batch.
+        global_batch: the samples of all workers per step in experiments with a constant global batch.
+        exclude: the glob patterns of the parameters that are not factored.
     """
 
     task: str
@@ -53,16 +53,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Scale:
-    """The size of the experiments.
+    """The size of the experiments: their models, numbers of nodes and options.
 
     Attributes:
         name: the name of the scale.
-        models: the models of Table II and the figures, by label.
+        models: the models of Table II and of the figures, by label.
         table1: the models of Table I with their numbers of nodes, by label.
-        local: the numbers of nodes with a constant local batch.
-        global_: the numbers of nodes with a constant global batch.
-        workers_per_node: the number of workers on a node, which are one group.
-        options: the options of recipes, by method.
+        local: the numbers of nodes in experiments with a constant local batch.
+        global_: the numbers of nodes in experiments with a constant global batch.
+        workers_per_node: the number of workers on a node. The workers of a node form one group.
+        options: the options of each method's recipe, by method.
     """
 
     name: ScaleName
@@ -129,12 +129,12 @@ class Cell:
     """The method and settings of one cell of a table.
 
     Attributes:
-        scaling: whether the local or the global batch is constant.
+        scaling: the batch that is constant while the number of nodes grows, local or global.
         model: the label of the model.
         method: the name of the method.
         nodes: the number of nodes.
-        config: the settings of its runs, except for the seed.
-        variant: distinguishes runs that differ only in options; empty for the runs of tables.
+        config: the settings of the cell's runs, except for the seed.
+        variant: a label that distinguishes runs with different options. It is empty for the runs of tables.
     """
 
     scaling: Scaling
@@ -160,8 +160,8 @@ def cells(experiment: str, scale: Scale, nodes: Sequence[int] = (), methods: Seq
     Args:
         experiment: a key of TABLES or FIGURES.
         scale: the scale of the experiment.
-        nodes: numbers of nodes that replace those of the scale.
-        methods: some of METHODS; by default all.
+        nodes: the numbers of nodes that replace those of the scale.
+        methods: the methods to include, some of METHODS; by default all.
     """
     chosen = [method for method in METHODS if not methods or method in methods]
     if experiment == "table1":
@@ -200,7 +200,10 @@ def _cell(scale: Scale, scaling: Scaling, label: str, model: Model, method: str,
 
 
 def _schedule(scale: Scale, method: str, steps: int) -> dict[str, int]:
-    """Returns the options for the guideline's schedule (Section IV.C) if the defaults of the recipe differ from it."""
+    """Returns the options that give a recipe the schedule of the paper's guideline (Section IV.C).
+
+    The options are empty if the defaults of the recipe already follow the guideline.
+    """
     group = max(1, round(AB_SHARE * steps))
     if method == LOCAL_SGD:
         warmup, rebound = round(WARMUP_SHARE * steps), max(1, round(REBOUND_SHARE * group))

@@ -1,4 +1,4 @@
-"""Draws the paper's figures from runs: means with error bars, and the paper's values for its own models."""
+"""Draws the paper's figures from the results of runs, with error bars and the paper's values for its own models."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ class _Panel:
         name: the name of its file.
         title: the title of the figure.
         axis: the name of the vertical axis.
-        value: returns the quantity of a row.
-        paper: returns the quantity of a cell of the paper's table; None if it is not given.
+        value: a function that returns the quantity of a row.
+        paper: a function that returns the quantity of a cell of the paper's table, or None if the paper does not give
+            it.
         scaling: the scaling of the rows that it shows.
         over: the quantity of the horizontal axis.
         log: whether the vertical axis is logarithmic.
@@ -107,14 +108,14 @@ PANELS: dict[str, tuple[_Panel, ...]] = {
 
 
 def draw(figure: str, found: Sequence[PaperRow], folder: Path, note: str, prefix: str = "") -> list[Figure]:
-    """Draws the panels of a figure for which there are rows, into one PNG file for each model.
+    """Draws the panels of a figure that have data, and writes one PNG file for each panel and model.
 
     Args:
         figure: a key of PANELS.
-        found: the rows of all cells.
+        found: the rows of results, one for each cell.
         folder: the folder for the files.
-        note: the end of the captions.
-        prefix: the beginning of the files' names.
+        note: the string at the end of each caption.
+        prefix: the string at the beginning of each file name.
     """
     drawn = []
     for panel in PANELS[figure]:
@@ -131,7 +132,7 @@ def draw(figure: str, found: Sequence[PaperRow], folder: Path, note: str, prefix
 
 
 def draw_ecr(folder: Path) -> Figure:
-    """Draws ecr.png: the estimated communication reduction of Table I, by the paper and by eq. 4."""
+    """Draws ecr.png, which compares the estimated communication reduction in Table I with the value of eq. 4."""
     found = ecr_rows()[::-1]  # puts the first one on top
     labels = [f"{row.method.model}, {row.method.name}" for row in found]
 

@@ -1,4 +1,4 @@
-"""Tables that need no runs: the paper's formulas compared with its values, and the planned runs of experiments."""
+"""Builds the tables that need no runs: the paper's formulas compared with its values, and the planned runs."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _traffic_line(
 
 
 def plan_tables(chosen: Sequence[Cell], seeds: int) -> list[Table]:
-    """Lists the runs of an experiment and their payload, without running it."""
+    """Returns tables of the runs of an experiment and their predicted payload, without executing the runs."""
     lines = []
     for cell in chosen:
         sent, numel = _sent(cell), _model_numel(cell)
@@ -128,7 +128,7 @@ def plan_tables(chosen: Sequence[Cell], seeds: int) -> list[Table]:
 
 
 def _phase_table(chosen: Iterable[Cell]) -> Table:
-    """Tabulates the phases of each method on the fewest nodes of the experiment."""
+    """Returns a table of the phases of each method, on the fewest nodes of the experiment."""
     first: dict[tuple[str, str], Cell] = {}
     for cell in chosen:
         first.setdefault((cell.model, cell.method), cell)
@@ -152,7 +152,7 @@ def _shapes(cell: Cell, recipe: Recipe) -> ModelShapes:
 
 @cache
 def _task_shapes(task: str, factoring: Factoring | None) -> ModelShapes:
-    """Returns the shapes of a task's model, cached because building a large model is slow even without storage."""
+    """Returns the tensor shapes of a task's model. They are cached, because building a large model is slow."""
     with torch.device("meta"):
         return shapes_of(TASKS[task].model(), factoring)
 
@@ -162,7 +162,7 @@ def _model_numel(cell: Cell) -> int:
 
 
 def _sent(cell: Cell) -> float:
-    """Returns the bytes that a worker hands to collectives between nodes in a whole run."""
+    """Returns the bytes that a worker passes to collectives between nodes in a whole run."""
     recipe = _recipe(cell)
     shapes = _shapes(cell, recipe)
     ranks = ranks_for(shapes, _compression(cell)) if recipe.factored else {}
@@ -175,7 +175,7 @@ def _share(cell: Cell, baseline: Cell) -> float:
 
 
 def _compression(cell: Cell) -> float:
-    """Returns the paper's compression in the same cell; for `ab_outer`, which the paper does not have, that of AB."""
+    """Returns the paper's compression in the same cell. `ab_outer`, which is not in the paper, uses that of AB."""
     method = AB if cell.method == AB_OUTER else cell.method
     for name in (method, NO_GROUPS):
         there = TABLE2[cell.scaling].get((cell.model, name, cell.nodes))

@@ -1,4 +1,4 @@
-"""Writes the pages of experiments and studies: HTML for all of them, and Markdown for studies."""
+"""Writes an HTML page for each experiment and study, and also a Markdown page for each study."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def write_study(
     """Writes NAME.html, NAME.md and the figures of a study. Returns the tables.
 
     Args:
-        name: a key of STUDIES.
-        found: the rows of its cells.
-        runs: its runs, all of them done.
+        name: the name of the study, a key of STUDIES.
+        found: the rows of results, one for each cell of the study.
+        runs: the runs of the study. All of them are finished.
         folder: the folder of the experiments.
-        command: the command line, for the pages.
-        remark: a remark for the notes of all tables.
+        command: the command line that the pages show.
+        remark: a sentence that is added to the notes of all tables.
 
     Raises:
-        DataError: a result is damaged.
+        DataError: a result file is damaged.
     """
     study = STUDIES[name]
     tables = [study_table(found, study.question)]
@@ -102,13 +102,13 @@ def _scatter_figure(name: str, found: Sequence[PaperRow], folder: Path) -> Figur
 
 
 def _series(label: str) -> tuple[str, str]:
-    """Splits the label of a method into the series of its point, and its setting within the series."""
+    """Splits the label of a method into the name of a plotted series and the setting of the point in the series."""
     found = re.fullmatch(r"(.+)[ :]([0-9.]+)", label)
     return (found[1], found[2]) if found else (label, "")
 
 
 def _histories(run: PaperRun) -> dict[str, list[tuple[float, dict[str, float]]]]:
-    """Returns (step, distances) of every merge of a run, by layer."""
+    """Returns (step, distances) for every merge of a run. The distances are by layer."""
     found: dict[str, list[tuple[float, dict[str, float]]]] = {}
     for entry in read_record(run.result_file).records("divergence"):
         for layer in entry.mapping("layers"):
@@ -146,7 +146,7 @@ def _divergence_figures(name: str, runs: Sequence[PaperRun], folder: Path) -> li
 
 
 def _divergence_table(runs: Sequence[PaperRun]) -> Table:
-    """Tabulates the distances of each layer over all merges of a run."""
+    """Returns a table of the distances between workers in each layer, over all merges of a run."""
     lines = []
     for run in (run for run in runs if run.seed == 0):
         for layer, history in _histories(run).items():
@@ -164,7 +164,7 @@ def _divergence_table(runs: Sequence[PaperRun]) -> Table:
 
 
 def _cell(text: str) -> str:
-    """Escapes a text for a table in Markdown. Names of layers come from result files and may hold anything."""
+    """Escapes a string for a table in Markdown. Layer names from result files may contain any characters."""
     return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
 
 

@@ -1,4 +1,4 @@
-"""Numbers that the paper reports: Tables I and II of arXiv 2405.01067, and the inputs of its formulas."""
+"""Lists the numbers that the paper reports: Tables I and II of arXiv 2405.01067, and the inputs of its formulas."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class PublishedMethod(NamedTuple):
     """A row of Table I.
 
     Attributes:
-        model: RESNET (on ImageNet-2012) or VGG (on CIFAR-10).
+        model: the model, RESNET (on ImageNet-2012) or VGG (on CIFAR-10).
         name: the name of the method.
-        difference: the difference in top-1 to the full-rank model of the same study, in points.
-        compression: full parameters over compressed ones.
+        difference: the top-1 accuracy minus that of the full-rank model of the same study, in percentage points.
+        compression: the parameters of the full model divided by those of the compressed model.
         ecr: the estimated communication reduction in percent.
     """
 
@@ -46,19 +46,19 @@ TABLE1 = (
 
 
 class Value(NamedTuple):
-    """Mean and standard deviation over runs, three in the paper."""
+    """The mean and the standard deviation of a quantity over the paper's three runs."""
 
     mean: float
     std: float
 
 
 class PaperCell(NamedTuple):
-    """A cell of Table II. Values that are not legible in our copy are None.
+    """A cell of Table II. A value is None if it is not legible in our copy of the paper.
 
     Attributes:
         traffic: the scaled traffic in GB/s.
-        compression: full parameters over factored ones, at the end of the run.
-        minutes: the wall-clock time of the job.
+        compression: the parameters of the full model divided by those of the factored model, at the end of the run.
+        minutes: the wall-clock time of the job in minutes.
         top1: the validation accuracy in percent.
     """
 
@@ -69,7 +69,7 @@ class PaperCell(NamedTuple):
 
 
 def _cell(*numbers: float) -> PaperCell:
-    """Builds a cell from its numbers in the paper's order. Each mean but the compression has a deviation."""
+    """Builds a cell from numbers in the paper's order. A deviation follows each mean except the compression."""
     traffic, traffic_std, compression, minutes, minutes_std, top1, top1_std = numbers
     return PaperCell(Value(traffic, traffic_std), compression, Value(minutes, minutes_std), Value(top1, top1_std))
 
@@ -154,7 +154,7 @@ ITERATIONS_4K = 300
 
 
 class PublishedSchedule(NamedTuple):
-    """Numbers of steps in the authors' published configurations; `cycle` includes `rebound`."""
+    """The numbers of steps in the authors' published configurations. `cycle` includes `rebound`."""
 
     total: int
     warmup: int

@@ -1,7 +1,7 @@
-"""The runs of an experiment: planning them, running them, and reading their outcomes.
+"""Plans the runs of an experiment, executes them, and reads their outcomes.
 
-Each run has a folder that is named after its settings, so that experiments share runs. The folder holds the request
-(see `abtrain.commands.runs.request`), and result.json or the run folder of `abtrain train`.
+Each run has a folder that is named after its settings. Experiments with equal settings thus share runs. The folder
+contains the request (see `abtrain.commands.runs.request`), and either result.json or the run folder of `abtrain train`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PaperRun(FolderRun):
 
     @property
     def result_file(self) -> Path:
-        """The file of its result, whether it exists or not. Simulated runs have no folder of `abtrain train`."""
+        """The path of the result file, which may not exist yet. Simulated runs have no folder of `abtrain train`."""
         trained = self.folder / TRAIN_FOLDER / RESULT_FILE
         return trained if os.path.lexists(trained) else self.folder / RESULT_FILE
 
@@ -83,12 +83,12 @@ class PaperOutcome:
     Attributes:
         cell, seed: the cell and the seed of the run.
         top1: the validation accuracy in percent.
-        compression: full parameters over factored ones.
-        payload: the bytes that a worker handed to collectives between nodes in the whole run.
-        payload_ratio: the payload over one float32 gradient of every parameter at every step.
-        seconds: the time of training; for a simulated run, the forecast for a cluster with `TINY_LINK`.
+        compression: the parameters of the full model divided by those of the factored model.
+        payload: the bytes that a worker passed to collectives between nodes in the whole run.
+        payload_ratio: the payload divided by that of DDP: one float32 gradient of every parameter at every step.
+        seconds: the seconds of training. For a simulated run, this is a forecast for a cluster with `TINY_LINK`.
         traffic: the scaled traffic of a node in GB/s, as defined for Table II.
-        version: the version of abtrain that trained it; None if the result does not have it.
+        version: the version of abtrain that executed the run; None if the result file does not contain it.
     """
 
     cell: Cell
@@ -103,7 +103,7 @@ class PaperOutcome:
 
 
 def plan_runs(cells: Iterable[Cell], seeds: int, out: Path) -> list[PaperRun]:
-    """Returns all runs without duplicates. The first seed of every cell comes first, for an early overview."""
+    """Returns all runs without duplicates. Runs with the first seed come first, so an overview is available early."""
     chosen = list(cells)
     runs = [PaperRun(cell, seed, out / "runs" / _name(cell, seed)) for seed in range(seeds) for cell in chosen]
     return list({run.folder: run for run in runs}.values())
@@ -117,19 +117,20 @@ def run_all(
     say: Callable[[str], None],
     overwrite: bool = False,
 ) -> None:
-    """Runs everything that is not done, one run after the other. Finished runs are kept after errors.
+    """Executes all unfinished runs, one after the other. An error does not remove finished runs.
 
     Args:
         runs: the runs of an experiment.
-        scale: whether runs are simulated in this process (`tiny`) or started by the launcher (`full`).
-        launcher: the command line that starts the workers, with {nodes} and {workers_per_node}.
+        scale: the size of the runs. Runs at scale `tiny` are simulated in this process. The launcher starts those at
+            scale `full`.
+        launcher: the command line that starts the workers. Its placeholders are {nodes} and {workers_per_node}.
         data: the folder with the data; None for its default place.
-        say: called with a line for each run.
+        say: a function that is called with a line of text for each run.
         overwrite: whether runs with other settings are replaced.
 
     Raises:
-        ConfigurationError: some folders hold runs with other settings. No run has started.
-        DataError: some results are damaged. No run has started.
+        ConfigurationError: some folders contain runs with other settings. No run has started.
+        DataError: some result files are damaged. No run has started.
         AbtrainError: a run failed.
     """
     check_folders(runs, overwrite)
@@ -159,10 +160,10 @@ def _simulate(run: PaperRun, data: Any) -> None:
 
 
 def _launch(run: PaperRun, launcher: str, data: Path | None) -> None:
-    """Starts a real run, which resumes from the last checkpoint if there is one.
+    """Executes a real run with the launcher. The run resumes from its last checkpoint if there is one.
 
     Raises:
-        AbtrainError: the run failed; the exit code is that of the command.
+        AbtrainError: the run failed. The error has the exit code of the command.
     """
     command = launch_command(run, launcher, data)
     try:
@@ -176,7 +177,7 @@ def _launch(run: PaperRun, launcher: str, data: Path | None) -> None:
 
 
 def launch_command(run: PaperRun, launcher: str, data: Path | None) -> list[str]:
-    """Returns the command line of a real run."""
+    """Returns the command line that starts a real run."""
     per_node = run.config.workers // run.cell.nodes
     start = shlex.split(launcher.format(nodes=run.cell.nodes, workers_per_node=per_node))
     place = ["--out", str(run.folder / TRAIN_FOLDER), *(["--data", str(data)] if data is not None else [])]
@@ -184,15 +185,15 @@ def launch_command(run: PaperRun, launcher: str, data: Path | None) -> list[str]
 
 
 def prepare_folder(run: PaperRun, overwrite: bool = False, checkpoints: bool = False) -> None:
-    """Writes the request of a run into its folder, unless the folder holds an equal one.
+    """Writes the request of a run into its folder, unless the folder contains an equal request.
 
     Args:
-        run: the run.
+        run: the run whose folder is prepared.
         overwrite: whether a run with other settings is removed.
-        checkpoints: whether the run writes checkpoints, which do not distinguish runs.
+        checkpoints: whether the run writes checkpoints. Runs that differ only in this count as equal.
 
     Raises:
-        ConfigurationError: the folder holds a run with other settings.
+        ConfigurationError: the folder contains a run with other settings.
     """
     run.make_room(overwrite)
     config = run.config
@@ -205,7 +206,7 @@ def prepare_folder(run: PaperRun, overwrite: bool = False, checkpoints: bool = F
 
 
 def _asks_for(run: PaperRun, checkpoints: bool) -> bool:
-    """Whether the folder holds a request for this run, with checkpoints if they are wanted."""
+    """Returns whether the folder contains a request for this run, with checkpoints if these are requested."""
     if not (run.folder / RECORD_FILE).exists() or request_differences(run.folder, run.config):
         return False
     try:
@@ -218,7 +219,7 @@ def outcome(run: PaperRun) -> PaperOutcome:
     """Reads the outcome of a finished run.
 
     Raises:
-        DataError: the result is damaged.
+        DataError: the result file is damaged.
     """
     result = read_record(run.result_file)
     payload = result.number("payload_bytes", "between_groups")
@@ -239,7 +240,7 @@ def outcome(run: PaperRun) -> PaperOutcome:
 
 
 def _forecast(config: TrainConfig, result: JsonRecord) -> float:
-    """Forecasts the seconds of a simulated run on a cluster with `TINY_LINK`, from the ranks in its result."""
+    """Forecasts the seconds of a simulated run on a cluster with `TINY_LINK`. It uses the ranks in the result."""
     import torch
 
     recipe = recipe_of(config)
@@ -257,7 +258,7 @@ def _ranks(entry: JsonRecord, shapes: ModelShapes) -> dict[str, int]:
     """Returns the rank k of each weight after one decomposition.
 
     Raises:
-        DataError: no weight of the model can have such a rank.
+        DataError: a rank in the result file is not possible for the weights of the model.
     """
     found, matrices = entry.counts("ranks"), shapes.matrices()
     for name, k in found.items():

@@ -1,7 +1,8 @@
-"""Searches hyperparameters with optuna (Section IV.C): the paper's four for `ab`, and others for `ab_outer`.
+"""Searches hyperparameters with optuna: the paper's four for `ab` (Section IV.C), and others for `ab_outer`.
 
-Trials are simulated runs (`abtrain.commands.train.simulate`), or real ones on a node at full scale. A trial that is bad
-in a short run is pruned before the long run. A file keeps the study, so that the same command adds trials to it.
+Trials are simulated runs (`abtrain.commands.train.simulate`) at tiny scale, and real runs on a node at full scale. A
+trial first trains for a short run. If the result is bad, the trial is pruned before its long run. A file stores the
+study, and the same command adds trials to it.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ _RECIPES = ("ab", "ab_outer")
 
 
 def suggested(recipe: str, trial: Any, steps: int) -> dict[str, Any]:
-    """Returns the settings of `recipe` that a trial suggests, for a run of `steps` steps.
+    """Returns the settings of `recipe` that a trial of optuna suggests for a run of `steps` steps.
 
     Args:
-        recipe: `ab` for the paper's four parameters, `ab_outer` for those of the outer merges.
+        recipe: the recipe, `ab` for the paper's four parameters or `ab_outer` for those of the outer merges.
         trial: a trial of optuna.
         steps: the number of steps of the run.
     """
@@ -66,7 +67,7 @@ def suggested(recipe: str, trial: Any, steps: int) -> dict[str, Any]:
 
 
 def search(request: PaperRequest, console: Console) -> None:
-    """Runs trials up to the requested number, and writes hpo-RECIPE.json, the figures and hpo.html.
+    """Runs trials until the requested number is complete, and writes hpo-RECIPE.json, the figures and hpo.html.
 
     Raises:
         ConfigurationError: optuna is not installed.
@@ -99,7 +100,7 @@ def search(request: PaperRequest, console: Console) -> None:
 
 
 def _base(request: PaperRequest) -> TrainConfig:
-    """Returns the settings that all trials share: the paper's mini ViT on CIFAR-100, or the small CNN."""
+    """Returns the settings that all trials share. The model is the paper's mini ViT on CIFAR-100, or the small CNN."""
     task, batch = ("fashion-cnn", _BATCH) if request.scale.name == "tiny" else ("cifar100-mini-vit", _FULL_BATCH)
     steps = 240 if request.scale.name == "tiny" else TASKS[task].steps
     device = "cpu" if request.scale.name == "tiny" else "auto"
@@ -107,7 +108,7 @@ def _base(request: PaperRequest) -> TrainConfig:
 
 
 def _trainer(request: PaperRequest, base: TrainConfig) -> Callable[[TrainConfig, int], float]:
-    """Returns a function that trains with the settings of a trial, and returns the top-1 accuracy."""
+    """Returns a function that trains with the settings of a trial and returns the top-1 accuracy in percent."""
     if request.scale.name == "tiny":
         data = TASKS[base.task].load(request.data)
         return lambda config, trial: float(simulate(resolve(config), data)["top1"])
@@ -125,7 +126,7 @@ def _trainer(request: PaperRequest, base: TrainConfig) -> Callable[[TrainConfig,
 def _objective(
     trial: Any, recipe: str, base: TrainConfig, train: Callable[[TrainConfig, int], float], say: Callable[[str], None]
 ) -> float:
-    """Returns the top-1 accuracy of a trial. Prunes it if its short run is worse than the median of earlier ones."""
+    """Returns the top-1 accuracy of a trial. Prunes it if its short run is worse than the median of earlier trials."""
     import optuna
 
     assert base.steps is not None
@@ -149,9 +150,9 @@ def _short(parameters: Mapping[str, float]) -> str:
 
 
 def _written(study: Any, recipe: str, out: Path) -> tuple[Table, list[Figure]]:
-    """Writes the results of a study. Returns a table of the best trials, and a figure of the parameters' importance.
+    """Writes the results of a study. Returns a table of the best trials and a figure of the parameters' importance.
 
-    Importance needs at least three complete trials.
+    The figure needs at least three complete trials.
     """
     import optuna
 

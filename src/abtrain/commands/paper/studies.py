@@ -1,4 +1,4 @@
-"""Questions that the paper leaves open, as data: the tiny-scale runs that answer each of them."""
+"""Defines studies of questions that the paper leaves open, with the tiny-scale runs that answer them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Study:
     """A question and the runs that answer it.
 
     Attributes:
-        question: the question as a sentence.
-        shown: the horizontal axis of its accuracy figure; `divergence` has other figures.
-        variants: by label, a method and the options that override the method's own.
-        nodes: the numbers of nodes of each variant, at a constant global batch.
-        methods: methods of tables whose runs the study shares.
-        tables: the tables of those runs.
+        question: the question of the study as a sentence.
+        shown: the quantity on the horizontal axis of the accuracy figure. The study `divergence` has other figures.
+        variants: the variants by label. Each has a method, and options that replace the method's own.
+        nodes: the numbers of nodes of each variant. The global batch is constant.
+        methods: the methods whose runs the study shares with tables.
+        tables: the tables that contain the shared runs.
     """
 
     question: str
@@ -101,9 +101,9 @@ def study_cells(name: str, nodes: Sequence[int] = (), methods: Sequence[str] = (
     """Returns all cells of a study.
 
     Args:
-        name: a key of STUDIES.
-        nodes: numbers of nodes that replace those of the study.
-        methods: labels or methods to include; by default all.
+        name: the name of the study, a key of STUDIES.
+        nodes: the numbers of nodes that replace those of the study.
+        methods: the labels or methods to include; by default all.
     """
     study, scale = STUDIES[name], SCALES["tiny"]
     counts = tuple(nodes or study.nodes)
@@ -118,7 +118,10 @@ def study_cells(name: str, nodes: Sequence[int] = (), methods: Sequence[str] = (
 
 
 def _variant(base: Cell, label: str, options: Mapping[str, Any], divergence: bool) -> Cell:
-    """Returns a cell with other options; without any it shares the runs of tables, unless it measures divergence."""
+    """Returns a variant of a cell with other options. Without options, it shares the runs of tables.
+
+    Cells that measure divergence always have their own runs.
+    """
     if not options and not divergence:
         return replace(base, method=label)
     name, own = recipes.parse(base.config.recipe)

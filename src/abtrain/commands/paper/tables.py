@@ -1,4 +1,4 @@
-"""Computes tables from outcomes: means and deviations over seeds, compared with the paper's values."""
+"""Computes tables from the outcomes of runs. They show means and deviations over seeds, and the paper's values."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from abtrain.commands.units import human_bytes, spread
 
 @dataclass(frozen=True)
 class PaperRow:
-    """Means and deviations over the seeds of a cell.
+    """The means and standard deviations over the seeds of a cell.
 
     Attributes:
-        cell: the cell.
+        cell: the method and settings of the runs.
         seeds: the number of runs.
         top1: the validation accuracy in percent.
-        gain: the difference in top-1 to DDP with the same model and nodes, in points; None without a run of DDP.
-        compression: full parameters over factored ones.
-        payload_ratio: bytes between nodes over one float32 gradient of every parameter at every step.
-        seconds: the time of training.
-        traffic: the scaled traffic in GB/s.
+        gain: the top-1 accuracy minus that of DDP with the same model and nodes, in percentage points; None without a
+            run of DDP.
+        compression: the parameters of the full model divided by those of the factored model.
+        payload_ratio: the payload between nodes divided by one float32 gradient of every parameter at every step.
+        seconds: the seconds of training.
+        traffic: the scaled traffic of a node in GB/s, as defined for Table II.
     """
 
     cell: Cell
@@ -39,7 +40,7 @@ class PaperRow:
 
 
 def rows(outcomes: Sequence[PaperOutcome]) -> list[PaperRow]:
-    """Returns a row for each cell, in the order of their first runs."""
+    """Returns one row for each cell. Rows are in the order of the cells' first runs."""
     by_cell: dict[Cell, list[PaperOutcome]] = {}
     for outcome in outcomes:
         by_cell.setdefault(outcome.cell, []).append(outcome)
@@ -68,7 +69,7 @@ def rows(outcomes: Sequence[PaperOutcome]) -> list[PaperRow]:
 
 
 def _value(numbers: Iterable[float]) -> Value:
-    """Returns mean and sample deviation; the deviation of a single number is 0."""
+    """Returns the mean and the sample standard deviation, which is 0 for a single number."""
     values = list(numbers)
     return Value(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
 
@@ -140,7 +141,7 @@ def study_table(found: Sequence[PaperRow], title: str) -> Table:
 
 
 def paper_text(label: str, cell: Cell, scaling: Scaling) -> str:
-    """Returns the paper's values of one of its models in the place of a cell."""
+    """Returns the paper's values for the model, method and nodes of a cell as a string."""
     table = TABLE2[scaling]
     there, baseline = table.get((label, cell.method, cell.nodes)), table.get((label, DDP, cell.nodes))
     if there is None or there.top1 is None or baseline is None or baseline.top1 is None:
@@ -152,7 +153,10 @@ def paper_text(label: str, cell: Cell, scaling: Scaling) -> str:
 
 
 def comparison_table(found: Sequence[PaperRow], scale: Scale) -> Table:
-    """Returns Table I: difference to the baseline, compression and ECR, with the paper's values of all methods."""
+    """Returns Table I, with the accuracy relative to the baseline, the compression and the communication reduction.
+
+    The table also includes the paper's values of all methods.
+    """
     lines = [
         (
             row.cell.model,

@@ -1,9 +1,9 @@
-"""Recommends a recipe for a cluster: among the fast ones, the closest to plain data parallel training.
+"""Recommends a recipe for a cluster: the fast recipe that is closest to plain data parallel training.
 
-The accuracy of a recipe is not predicted. But recipes can be ordered: training is closer to data parallel training if
-there are fewer steps between merges, shorter delays of merges, and wider wires. Recipes are tried in this order,
-beginning with data parallel training in bfloat16. The first one that takes at most a ninth longer than the fastest is
-recommended.
+The module does not predict accuracy. It orders recipes by their closeness to data parallel training instead. Training
+is closer if there are fewer steps between merges, if merges have shorter delays, and if more bits per number are sent.
+The module tries recipes in this order, beginning with data parallel training in bfloat16. It recommends the first
+recipe that takes at most a ninth longer than the fastest one.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Offer:
 
     Attributes:
         name: the name of the recipe.
-        options: the options that differ from its defaults.
-        recipe: the recipe that these options build.
-        forecast: the predicted bytes and seconds.
-        ratio: the payload over that of DDP in float32.
+        options: the options of the recipe that differ from its defaults.
+        recipe: the recipe that is built from the name and the options.
+        forecast: the predicted bytes and seconds of the run.
+        ratio: the payload of the recipe divided by the payload of DDP in float32.
     """
 
     name: str
@@ -63,19 +63,19 @@ class Offer:
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that a plan depends on, except for the recipe.
+    """The model, the cluster and the step times for which recipes are compared.
 
     Args:
-        shapes: returns the model's shapes, given a recipe's factoring.
-        compression: the compression of the model while it is factored.
+        shapes: a function that takes a recipe's factoring and returns the model's shapes.
+        compression: the parameters of the full model divided by those of the factored model.
         steps: the number of steps of the run.
-        alone: the seconds of one worker without communication.
-        cluster: the nodes and links.
+        alone: the seconds that one worker takes for its own work, without communication.
+        cluster: the nodes, their workers and their links.
         group_size: the number of workers in a group.
-        speeds: the speeds of workers; None if all are equal.
-        algorithm: the algorithm of all-reduces.
-        measure_factors: returns the seconds that factors add, given the rank of each weight by name; None to neglect
-            them.
+        speeds: the speeds of the workers; None if all are equal.
+        algorithm: the algorithm of all-reduces, such as `ring`.
+        measure_factors: a function that takes the rank of each weight by name, and returns the seconds that factors
+            add. None neglects these seconds.
     """
 
     shapes: Callable[[Factoring | None], ModelShapes]
@@ -89,7 +89,7 @@ class Setting:
     measure_factors: Callable[[Mapping[str, int]], FactorSeconds] | None = None
 
     def offer(self, name: str, **options: Any) -> Offer:
-        """Returns a recipe with its forecast in this setting.
+        """Returns a recipe with its options and the forecast of its run in this setting.
 
         Raises:
             ConfigurationError: the options, the compression or the group size are invalid.
@@ -118,9 +118,10 @@ class Recommendation:
 
     Attributes:
         choice: the recommended recipe.
-        ddp: data parallel training in bfloat16, the reference.
-        fastest: the fastest of all recipes that were tried.
-        smaller: the first fast recipe that ends with a smaller model; None if the choice does so, or if none does.
+        ddp: data parallel training in bfloat16, which is the reference.
+        fastest: the fastest recipe that was tried.
+        smaller: the first fast recipe that produces a smaller model. It is None if the choice itself produces one,
+            or if no fast recipe does.
     """
 
     choice: Offer
@@ -148,7 +149,7 @@ class Recommendation:
 
 
 def recommend(setting: Setting, names: Sequence[str] = RARE) -> Recommendation:
-    """Recommends data parallel training in bfloat16, or one of the recipes `names` with steps per round and a wire.
+    """Recommends data parallel training in bfloat16, or one of the recipes `names` with suitable options.
 
     Raises:
         ConfigurationError: the setting is invalid.

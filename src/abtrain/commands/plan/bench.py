@@ -1,4 +1,4 @@
-"""Measures one worker on this machine: training steps, the cost of averaging and of factors, and decompositions."""
+"""Measures the seconds of one worker on this machine: training steps, gradient averaging, factors, decompositions."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ _TURNS_SECONDS = 10.0
 
 
 class Bench:
-    """Times a task on the CPU in this process, as one worker with the same number of cores would run it.
+    """Times the training of a task on the CPU in this process. A worker with as many cores would take as long.
 
     Args:
-        task: the task whose model is trained for a few steps.
+        task: the task that provides the model and the data.
         folder: the folder with the task's data; None for its default place.
-        batch_size: samples per step; by default the task's.
+        batch_size: the number of samples per step; by default the task's.
 
     Raises:
         DataError: the task's data is not available.
@@ -63,10 +63,10 @@ class Bench:
         return statistics.median(self._timed_model().seconds(_UNTIMED, _TIMED))
 
     def averaging(self) -> dict[GradientWire, float]:
-        """Returns the seconds that averaging gradients adds to a step, without the transfer, by wire.
+        """Returns the seconds that averaging gradients adds to a step for each wire format, without the transfer.
 
-        DDP copies gradients into buckets and back, compresses them, and hands them to its threads. In a world of one
-        worker it does all of this and sends nothing. PowerSGD has its default rank.
+        DDP copies gradients into buckets and back, compresses them, and passes them to its threads. With a single
+        worker, DDP does the same work but sends nothing. PowerSGD is measured at its default rank.
         """
         with world_of_one() as wrap:
             plain = self._timed_model()
@@ -86,8 +86,8 @@ class Bench:
     def factors(self, ranks: Mapping[str, int]) -> FactorSeconds:
         """Measures the seconds that factors add to each step, and the seconds that each factoring takes.
 
-        Preconditioners and the projection of optimizer state are not included. Ranks are guesses, so a measured
-        speed-up is reported as zero cost.
+        The result does not include preconditioners and the projection of optimizer state. The ranks are guesses, so
+        a measured speed-up is not reliable and is reported as zero cost.
 
         Args:
             ranks: the rank of each factored weight, by name.
@@ -124,7 +124,7 @@ class Bench:
 
 @contextmanager
 def world_of_one() -> Iterator[Callable[[GradientSync, nn.Module], DataParallel]]:
-    """Yields a function that wraps a model in DDP with this gradient sync, in a world that sends nothing.
+    """Yields a function that wraps a model in DDP with this gradient sync, in a process group of one worker.
 
     Raises:
         UsageError: this process has joined other workers.
@@ -144,7 +144,7 @@ def world_of_one() -> Iterator[Callable[[GradientSync, nn.Module], DataParallel]
 
 
 def measure_decompositions(model: ModelShapes) -> float:
-    """Returns the seconds that one worker needs to decompose all factorable weights. Each shape is timed once."""
+    """Returns the seconds that one worker takes to decompose all factorable weights. It times each shape once."""
     counts = Counter((matrix.m, matrix.n) for matrix in model.matrices().values())
     return sum(count * _seconds_of_one(m, n) for (m, n), count in counts.items())
 
@@ -157,7 +157,7 @@ def _seconds_of_one(m: int, n: int) -> float:
 
 
 def _turns() -> Iterator[int]:
-    """Yields at least one turn, and more until the time or the number of turns is used up."""
+    """Yields the numbers of turns, at least one, until the time or the number of turns is used up."""
     end = time.perf_counter() + _TURNS_SECONDS
     for turn in range(_TURNS):
         if turn and time.perf_counter() > end:
@@ -172,7 +172,7 @@ def _timed(act: Callable[[], object]) -> float:
 
 
 class _TimedModel:
-    """A model of a task, whose training steps are timed."""
+    """Trains the model of a task and times the steps."""
 
     def __init__(
         self, task: Task, stream: Iterator[tuple[Tensor, Tensor]], wrap: Callable[[nn.Module], DataParallel]
@@ -183,11 +183,11 @@ class _TimedModel:
         self._parallel = wrap(self.model)
 
     def seconds(self, untimed: int, timed: int) -> list[float]:
-        """Returns the seconds of each of `timed` steps, after `untimed` steps of warm-up."""
+        """Runs `untimed` steps of warm-up and then `timed` steps, and returns the seconds of each timed step."""
         return [_timed(self._step) for _ in range(untimed + timed)][untimed:]
 
     def single(self) -> float:
-        """Returns the seconds of the next step."""
+        """Runs the next step and returns its seconds."""
         return _timed(self._step)
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
-"""Predicts the seconds and the wire bytes of collectives.
+"""Predicts how many seconds a collective takes and how many bytes it sends over the links.
 
-The model is the alpha-beta model of Hockney (1994), applied as in Thakur, Rabenseifner and Gropp (Optimization of
-collective communication operations in MPICH, 2005): a message of m bytes takes alpha + m beta. Here alpha is the
-latency of a link, and m beta is the time of the message's frames at the link's rate. Additions take no time. Links are
-full duplex, and the slowest link that a collective uses determines its time.
+The predictions use the alpha-beta model of Hockney (1994). They apply it as Thakur, Rabenseifner and Gropp do
+(Optimization of collective communication operations in MPICH, 2005). A message of m bytes takes alpha + m beta. Here
+alpha is the latency of a link, and m beta is the time of the message's frames at the link's rate. Additions take no
+time. Links are full duplex, and the slowest link that a collective uses determines its time.
 
 For n workers and M bytes:
 
@@ -41,7 +41,10 @@ RING_PARTS = 2
 
 
 def wire_bytes(nbytes: float, messages: float = 1) -> float:
-    """Returns the bytes that an interface sends: `nbytes` in equal messages, and acknowledgements for as many."""
+    """Returns the bytes that an interface sends for `nbytes` of data in equal messages.
+
+    They include headers, and acknowledgements for the same amount of received data.
+    """
     if nbytes <= 0 or messages <= 0:
         return 0.0
     frames = messages * math.ceil(nbytes / messages / SEGMENT)
@@ -50,11 +53,11 @@ def wire_bytes(nbytes: float, messages: float = 1) -> float:
 
 @dataclass(frozen=True)
 class NodeLink:
-    """The link of a node.
+    """A network link of a node.
 
     Args:
-        rate: bits per second in each direction.
-        latency: seconds until the first byte of a message arrives.
+        rate: the rate in bits per second, in each direction.
+        latency: the seconds until the first byte of a message arrives.
     """
 
     rate: float
@@ -68,7 +71,7 @@ class NodeLink:
         return found
 
     def seconds(self, nbytes: float, messages: float = 1) -> float:
-        """Returns the time of data that is sent in a number of messages of equal size."""
+        """Returns the seconds that data takes if it is sent in a number of messages of equal size."""
         return self.latency + 8 * wire_bytes(nbytes, messages) / self.rate
 
 
@@ -78,7 +81,7 @@ LOCAL = NodeLink(rate=100e9, latency=2e-6)
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes with equal numbers of workers. The slowest link determines the time of collectives.
+    """Nodes with equal numbers of workers each. The slowest link determines the time of collectives.
 
     Args:
         nodes: the number of nodes.
@@ -107,7 +110,7 @@ class Cluster:
 
     @property
     def pace(self) -> NodeLink:
-        """The slowest link of a round in which all workers send the same amount."""
+        """The slowest link on which workers send: the node's link, or the local link if there is one node."""
         return self.link if self.nodes > 1 else self.local
 
     @property
@@ -116,14 +119,14 @@ class Cluster:
         return replace(self, link=NodeLink(self.link.rate), local=NodeLink(self.local.rate))
 
     def part(self, workers: int) -> Cluster:
-        """Returns a part of the cluster with this many workers: those of one node, or of several whole nodes."""
+        """Returns a smaller cluster with this many workers: workers of one node, or several whole nodes."""
         if workers <= self.per_node:
             return Cluster(1, self.link, workers, self.local)
         return Cluster(-(-workers // self.per_node), self.link, self.per_node, self.local)
 
 
 class Cost(NamedTuple):
-    """The cost of one collective: seconds, and the bytes that a node sends over its link on average, with headers."""
+    """The cost of one collective: its seconds, and the mean bytes that a node sends over its link, headers included."""
 
     seconds: float
     wire: float
@@ -146,12 +149,12 @@ ALL_REDUCES: dict[str, Callable[[Cluster, float], Cost]] = {"ring": ring, "hiera
 
 
 def cost_of(call: Call, cluster: Cluster, nbytes: float, algorithm: str = "ring") -> Cost:
-    """Returns the cost of one collective over all workers of a cluster.
+    """Returns the cost of one collective among all workers of a cluster.
 
     Args:
         call: the kind of the collective.
         cluster: the cluster.
-        nbytes: the payload of one worker, as the meter counts it.
+        nbytes: the payload of one worker in bytes, as `abtrain.comm.meter` counts it.
         algorithm: the algorithm of all-reduces, a key of `ALL_REDUCES`.
     """
     if cluster.workers == 1 or nbytes == 0:
@@ -166,7 +169,7 @@ def _all_gather(cluster: Cluster, nbytes: float) -> Cost:
 
 
 def _exchange(cluster: Cluster, nbytes: float) -> Cost:
-    """Returns the cost of an exchange between all pairs of workers. Traffic inside nodes does not use their links."""
+    """Returns the cost of an exchange between all pairs of workers. Traffic inside a node does not use its link."""
     n, inside = cluster.workers, cluster.per_node
     piece = nbytes / (n - 1)
     leaving = inside * (n - inside)
@@ -189,6 +192,6 @@ _OTHERS: dict[Call, Callable[[Cluster, float], Cost]] = {
 
 
 def _rounds(cluster: Cluster, count: int, message: float) -> Cost:
-    """Returns the cost of `count` rounds in which every node sends `message` bytes to the next."""
+    """Returns the cost of `count` rounds. In each round, every node sends `message` bytes to the next node."""
     wire = count * wire_bytes(message, RING_PARTS) if cluster.nodes > 1 else 0.0
     return Cost(count * cluster.pace.seconds(message, RING_PARTS), wire)

@@ -1,10 +1,11 @@
 """Forecasts the seconds and wire bytes of a run, phase by phase, from its traffic, the links and the workers' speeds.
 
-Computing a step takes the same time in every phase, except for the cost of factors and of averaging gradients. The
-arithmetic of merge wires is neglected. All workers wait for broadcasts and merges, unless steps hide a merge; a hidden
-merge is assumed to have the links to itself. DDP sends gradients during the backward pass, which is two thirds of a
-step: a bucket is sent when it is ready and the previous one is complete, and the optimizer waits for the last one (Li
-et al., PyTorch Distributed, VLDB 2020).
+The forecast makes these assumptions. The computation of a step takes the same time in every phase, except for the cost
+of factors and of averaging gradients. The computation that compresses merges takes no time. All workers wait for
+broadcasts and merges, unless a merge runs in the background of training steps. Such a hidden merge has the links to
+itself. DDP sends gradients during the backward pass, which is two thirds of a step. It sends a bucket when the bucket
+is ready and the previous one is complete. The optimizer waits for the last bucket (Li et al., PyTorch Distributed,
+VLDB 2020).
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class FactorSeconds:
     """The seconds that factors add to training.
 
     Args:
-        step: the seconds that they add to each step.
-        reshaping: the seconds of replacing weights by factors and back, once for each factored phase, without
-            decompositions.
+        step: the seconds that factors add to each step.
+        reshaping: the seconds that each factored phase takes to replace weights by factors and back. They do not
+            include decompositions.
     """
 
     step: float = 0.0
@@ -45,14 +46,14 @@ class FactorSeconds:
 
 @dataclass(frozen=True)
 class WorkerSeconds:
-    """The seconds of one worker without communication.
+    """The seconds that one worker takes for its own work, without communication.
 
     Args:
         step: the seconds of a training step.
-        averaging: the seconds that averaging gradients adds to a step without the transfer, by wire. PowerSGD has one
-            value for all ranks.
-        decompositions: the seconds of decomposing all factored weights.
-        factors: the other seconds that factors add.
+        averaging: the seconds that averaging gradients adds to a step for each wire format, without the transfer.
+            PowerSGD has one value for all ranks.
+        decompositions: the seconds that one worker takes to decompose all factored weights.
+        factors: the seconds that factors add to training, without decompositions.
     """
 
     step: float
@@ -61,7 +62,7 @@ class WorkerSeconds:
     factors: FactorSeconds = FactorSeconds()
 
     def times(self, slower: float) -> WorkerSeconds:
-        """Returns the seconds of a worker that is slower by this factor, such as one that shares its core."""
+        """Returns the seconds of a worker that is slower by this factor, for example because it shares its core."""
         return replace(
             self,
             step=slower * self.step,
@@ -80,10 +81,11 @@ class PhaseForecast:
         steps: the number of steps.
         payload: the bytes that one worker hands to collectives.
         wire: the bytes that a node sends over its link, headers included.
-        compute: the seconds of computing at nominal speed.
-        waiting: the additional seconds until the slowest worker is done.
-        communication: the seconds of communication that no computation hides, and of preparing gradients for it.
-        decomposing: the seconds of decompositions, and of replacing weights by factors and back.
+        compute: the seconds of computation at nominal speed.
+        waiting: the seconds that workers wait for the slowest one.
+        communication: the seconds of communication that do not overlap with computation, and the seconds of preparing
+            gradients for it.
+        decomposing: the seconds of decomposing weights, and of replacing weights by factors and back.
     """
 
     phase: str
@@ -102,7 +104,7 @@ class PhaseForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The forecast of a run, as the sum of its phases."""
+    """The forecast of a run: the sum of the forecasts of its phases."""
 
     phases: tuple[PhaseForecast, ...]
 
@@ -120,7 +122,7 @@ class Forecast:
 
     @property
     def utilisation(self) -> float:
-        """The seconds of computation over all seconds."""
+        """The seconds of computation divided by the seconds of the run."""
         return sum(phase.compute for phase in self.phases) / self.seconds if self.seconds else 1.0
 
 
@@ -136,9 +138,9 @@ def forecast(
     """Forecasts a run on a cluster.
 
     Args:
-        stretches: the run of one worker, from `abtrain.commands.plan.payload.predict`.
+        stretches: the steps of one worker, as `abtrain.commands.plan.payload.predict` returns them.
         cluster: a cluster with the same number of workers.
-        alone: the seconds of each worker's own work.
+        alone: the seconds that each worker takes for its own work, without communication.
         group_size: the number of workers in a group.
         speeds: the speeds of the workers; by default all are equal.
         algorithm: the algorithm of all-reduces (see `abtrain.commands.plan.collectives`).
@@ -151,7 +153,7 @@ def forecast(
 
 
 class _Forecaster:
-    """Forecasts stretches of steps on a cluster."""
+    """Forecasts the seconds and bytes of stretches of steps on a cluster."""
 
     def __init__(self, cluster: Cluster, alone: WorkerSeconds, group_size: int, speeds: Speeds, algorithm: str) -> None:
         self._cluster, self._alone, self._speeds = cluster, alone, speeds
@@ -175,7 +177,7 @@ class _Forecaster:
         return PhaseForecast(stretch.phase, stretch.steps, payload, wire, compute, waiting, exposed, decomposing)
 
     def _slowest(self, stretch: Stretch) -> float:
-        """Returns the time until the last worker is done with the steps, over their nominal time."""
+        """Returns the time until the last worker has completed the steps, divided by their nominal time."""
         if not stretch.steps or stretch.scope is None:
             return 1.0
         if stretch.scope == "world":
@@ -183,7 +185,7 @@ class _Forecaster:
         return self._speeds.stretch(-(-stretch.steps // max(stretch.meetings, 1)), self._group_size)
 
     def _stalled(self, merging: Merging, step_seconds: float) -> float:
-        """Returns the seconds that one merge adds. Workers wait for a stage when the next one is due."""
+        """Returns the seconds that one merge adds. Workers wait for a stage of the merge when the next stage is due."""
         count, hidden = len(merging.stages), merging.hidden
         # The number of stages that are done after each step; the next one is under way then.
         done = [stages_due(count, hidden, passed) for passed in range(1, hidden + 1)]
@@ -197,7 +199,7 @@ class _Forecaster:
         return sum(self._cost(traffic).seconds for traffic in calls)
 
     def _exposed(self, calls: Sequence[Traffic], step_seconds: float) -> float:
-        """Returns the seconds that the calls of a step add to it."""
+        """Returns the seconds that the collectives of a step add to the step."""
         # DDP broadcasts all buffers at the same time.
         buffers = [traffic for traffic in calls if traffic.call != "gradients"]
         before = math.fsum(map(self._sending, buffers)) + max(map(self._latency, buffers), default=0.0)
@@ -211,15 +213,15 @@ class _Forecaster:
         return before + max(arrived - step_seconds, 0.0)
 
     def _sending(self, traffic: Traffic) -> float:
-        """Returns the seconds of a call without latency."""
+        """Returns the seconds of a collective without its latency."""
         return self._cost(traffic, swift=True).seconds
 
     def _latency(self, traffic: Traffic) -> float:
-        """Returns the part of a call's seconds that is latency."""
+        """Returns the seconds of a collective that are due to latency."""
         return self._cost(traffic).seconds - self._sending(traffic)
 
     def _cost_of(self, traffic: Traffic, swift: bool = False) -> Cost:
-        """Returns the cost of one call; with `swift`, on the same cluster without latency."""
+        """Returns the cost of one collective. `swift` assumes links without latency."""
         cluster = self._cluster if traffic.scope == "world" else self._cluster.part(self._group_size)
         cluster = cluster.swift if swift else cluster
         once = cost_of(traffic.call, cluster, traffic.nbytes / traffic.rounds, self._algorithm)

@@ -1,8 +1,8 @@
-"""Predicts the payload that `abtrain.comm.meter` counts, from shapes alone.
+"""Predicts the payload that `abtrain.comm.meter` counts. The prediction needs only the shapes of the model.
 
-`predict` follows the engine through a recipe, and returns what a worker hands to collectives in each stretch of steps.
-The prediction is exact if initial weights and factors are equal on all workers, every parameter has a gradient, no
-GradScaler is used, and `merged()` is not entered. It assumes that floating-point buffers differ between workers, and
+`predict` follows the phases of a recipe, and returns what a worker passes to collectives in each stretch of steps. The
+prediction is exact if initial weights and factors are equal on all workers, every parameter has a gradient, no
+GradScaler is used, and `merged()` is not called. It assumes that floating-point buffers differ between workers, and
 that all other buffers are equal.
 """
 
@@ -43,15 +43,15 @@ def predict(
     optimizer: OptimizerShape = ADAMW,
     rank: int = 0,
 ) -> list[Stretch]:
-    """Predicts what one worker hands to collectives in a run.
+    """Predicts the data that one worker passes to collectives in a run.
 
     Args:
         recipe: the recipe of the run.
         model: the shapes of the model, with the recipe's `factoring`.
         topology: the workers and their groups.
-        ranks: the rank k of each factored weight (others stay dense). A sequence has one mapping for each decomposition
-            of the run; the last one is used for all further ones.
-        optimizer: the state that the optimizer keeps, which is equalized before phases with gradient sync.
+        ranks: the rank k of each factored weight by name. Other weights stay dense. A sequence has one mapping for
+            each decomposition of the run. The last mapping applies to all further decompositions.
+        optimizer: the optimizer state of each parameter. Workers make it equal before phases with gradient sync.
         rank: the rank of the worker in its world. Workers of a group with different roles send different amounts.
     """
     history = [ranks] if isinstance(ranks, Mapping) else list(ranks)
@@ -61,7 +61,7 @@ def predict(
 
 
 def payload(stretches: Sequence[Stretch], topology: Topology) -> dict[str, Any]:
-    """Returns bytes in the form of `Meter.payload()`: total, between_groups, within_groups, by_phase."""
+    """Returns the bytes of a run with the keys of `Meter.payload()`: total, between_groups, within_groups, by_phase."""
     by_scope, by_phase = {"between_groups": 0, "within_groups": 0}, dict[str, int]()
     for stretch in stretches:
         for traffic, times in stretch.all():
@@ -73,12 +73,12 @@ def payload(stretches: Sequence[Stretch], topology: Topology) -> dict[str, Any]:
 
 
 def payload_ratio(total: float, model: ModelShapes, steps: int) -> float:
-    """Returns the payload over that of DDP, one float32 gradient of every parameter at every step."""
+    """Returns the payload divided by that of DDP, which sends a float32 gradient of every parameter at every step."""
     return total / (4 * model.numel * steps)
 
 
 def idle_factors(position: Position, topology: Topology, ranks: Iterable[int]) -> set[str]:
-    """Returns those of A and B that none of these workers trains."""
+    """Returns the factors, A or B, that none of the workers `ranks` trains."""
     trained = {trained_factors(position, topology, rank) for rank in ranks}
     return set() if "all" in trained else {"A", "B"} - trained
 
@@ -93,7 +93,7 @@ def _alone(position: Position) -> Stretch:
 
 @dataclass(frozen=True)
 class _Held:
-    """A parameter in its current form."""
+    """A parameter in its current form: a whole weight, a factor, or a frozen part."""
 
     name: str
     tensor: Tensor
@@ -102,7 +102,7 @@ class _Held:
 
 
 class _Walk:
-    """The path of one of several workers through a recipe."""
+    """Follows one of several workers through the phases of a recipe."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class _Walk:
         yield from (replace(stretch, factored=factored) for stretch in stretches)
 
     def _decompositions(self, position: Position) -> float:
-        """Returns the approximate share of a factoring's decompositions that this worker computes."""
+        """Returns the approximate share of the decompositions of a phase that this worker computes."""
         factoring = self._recipe.factoring
         if position.phase.weights == "full" or factoring is None:
             return 0.0
@@ -175,7 +175,7 @@ class _Walk:
     def _synchronous(
         self, position: Position, held: Sequence[_Held], sync: GradientSync, entry: Calls
     ) -> Iterator[Stretch]:
-        """Yields the stretches of a phase that shares gradients. PowerSGD's first steps send them uncompressed."""
+        """Yields the stretches of a phase that averages gradients. PowerSGD's first steps do not compress them."""
         steps = position.steps_in_phase
         # All phases that train the same shapes share one hook, which counts its steps.
         shapes = (sync, tuple(one.tensor.shape for one in held))
@@ -190,7 +190,7 @@ class _Walk:
             entry = ()
 
     def _held(self, ranks: Mapping[str, int]) -> list[_Held]:
-        """Returns the current form of all parameters in the model's order. Weights in `ranks` are factored."""
+        """Returns all parameters in their current form, in the model's order. Weights in `ranks` are factored."""
         held = []
         for name, W in self._model.parameters.items():
             if name in self._matrices and name in ranks:
@@ -206,14 +206,14 @@ class _Walk:
         return Factors(W.new_empty(shape.m, k), W.new_empty(k, shape.n))
 
     def _factor(self, ranks: Mapping[str, int]) -> Calls:
-        """Returns the calls of a factoring: outcomes and ranks, then the factors or their digests."""
+        """Returns the collectives that factor the model: outcomes and ranks, then the factors or their digests."""
         assert self._recipe.factoring is not None
         shared = self._recipe.factoring.svd == "shared"
         factors = [self._factors(name, ranks) if name in ranks else None for name in self._matrices]
         return sent_by_agree_on_factors(factors, self._topology.world_size, shared)
 
     def _gradients(self, position: Position, held: Sequence[_Held], scope: Scope, sync: GradientSync) -> Calls:
-        """Returns DDP's calls at a step: buffers before the forward pass, then this worker's gradients."""
+        """Returns DDP's collectives in one step: buffers before the forward pass, then this worker's gradients."""
         if scope == "group" and self._topology.group_size == 1:
             return ()
         idle = idle_factors(position, self._topology, [self._rank])
@@ -223,7 +223,7 @@ class _Walk:
         return (*sent_by_follow(list(self._model.buffers.values()), scope), *sent_by_backward(tensors, scope, sync))
 
     def _merges(self, turn: Turn, held: Sequence[_Held], sync: WeightSync) -> tuple[Merging, ...]:
-        """Returns the merges of a turn. Workers wait for the last merge of a phase."""
+        """Returns the merges of a turn. Training stops during the last merge of a phase."""
         # Merges that overlap each have the links to themselves for their share of the time.
         hidden = min(sync.delay, sync.every // sync.fragments)
         merges = []
@@ -234,7 +234,7 @@ class _Walk:
         return tuple(merges)
 
     def _compare_buffers(self) -> Calls:
-        """Returns the collectives in which the first merge of a run compares buffers; later merges need none."""
+        """Returns the collectives that compare buffers at the first merge of a run. Later merges need none."""
         if self._buffers_compared or not any(one.is_floating_point() for one in self._model.buffers.values()):
             return ()
         self._buffers_compared = True
@@ -243,10 +243,11 @@ class _Walk:
     def _merge(
         self, position: Position, held: Sequence[_Held], sync: WeightSync, fragments: Sequence[int]
     ) -> tuple[Calls, ...]:
-        """Returns the calls of one merge, stage by stage.
+        """Returns the collectives of one merge, stage by stage.
 
-        First, groups check that their workers hold the same weights, and all workers compare what they merge. Then they
-        merge the parameters that some worker has trained. The last fragment includes the buffers that differ.
+        First, the workers of a group check that their weights are equal, and all workers check that they merge the same
+        parameters. Then the workers merge the parameters that some worker has trained. The last fragment includes the
+        buffers that differ between workers.
         """
         nobody = self._trained_by_nobody(position)
         idle = {one.name for one in held if one.part in nobody}
@@ -259,21 +260,22 @@ class _Walk:
         return ((*replicas, *first), *more)
 
     def _trained_by_nobody(self, position: Position) -> set[str]:
-        """Returns the parts that no worker trains at this position."""
+        """Returns the parts of weights, such as A, that no worker trains at this position in the recipe."""
         one_of_each_group = (group[0] for group in self._topology.groups)
         return {"frozen"} | idle_factors(position, self._topology, one_of_each_group)
 
     def _all_have_both(self, position: Position) -> bool:
-        """Whether every worker has optimizer state for both factors at the end of the phase, even for frozen ones."""
+        """Returns whether every worker has optimizer state for both factors after the phase, even for frozen ones."""
         trains, rounds = position.phase.trains, position.phase.rounds
         in_turns = trains == "a_then_b" and rounds is not None and position.steps_in_phase > rounds.every
         # Optimizer state of earlier phases is kept.
         return in_turns or (trains in ("a_then_b", "b") and position.step > 0)
 
     def _equalize(self, position: Position, held: Sequence[_Held]) -> Calls:
-        """Returns the calls that equalize optimizer state if the next phase shares gradients.
+        """Returns the collectives that make optimizer state equal on all workers before gradients are averaged.
 
-        They include all parameters that keep their shape, and factors if their optimizer state is projected.
+        They cover the state of all parameters that keep their shape. They cover the state of factors if the recipe
+        projects it to whole weights.
         """
         after = position.step + position.steps_in_phase
         if after >= self._recipe.total_steps or not self._recipe.at(after).phase.shares_gradients:

@@ -37,11 +37,11 @@ _MOST_WORKERS = 10**6
 
 
 def plan(config: PlanConfig, console: Console | None = None) -> None:
-    """Prints the forecasts and the recommendation.
+    """Prints the forecasts of recipes and the recommended recipe.
 
     Raises:
         ConfigurationError: lists everything that is wrong with the settings.
-        DataError: the task's data is not available, but needed to measure a step.
+        DataError: the data of the task is not available, and the measurement of a step needs it.
     """
     problems = _problems(config)
     if problems:
@@ -151,7 +151,7 @@ def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
 
 
 def _narrow_table(title: str | None = None) -> Table:
-    """Returns a table with little padding. Its first column needs a minimum width, or others squeeze it out."""
+    """Returns a table with little padding. Its first column needs a minimum width, or other columns squeeze it out."""
     return Table(box=box.SIMPLE_HEAD, title=title, show_edge=False, pad_edge=False, collapse_padding=True)
 
 

@@ -31,12 +31,12 @@ _LONG_RUN = 10_000
 
 
 def purpose_of(name: str) -> str:
-    """Returns the first sentence of a recipe's docstring."""
+    """Returns the purpose of a recipe: the first sentence of its docstring."""
     return (inspect.getdoc(recipes.RECIPES[name]) or "").splitlines()[0]
 
 
 class OptionInWords(NamedTuple):
-    """An option for users: its name, its default (empty if it depends on other options), and its meaning."""
+    """An option of a recipe: name, default and meaning. The default is empty if it depends on other options."""
 
     name: str
     default: str
@@ -44,7 +44,7 @@ class OptionInWords(NamedTuple):
 
 
 def options_in_words(name: str) -> list[OptionInWords]:
-    """Returns the options of a recipe in the order of its signature."""
+    """Returns the options of a recipe in the order of the recipe's parameters."""
     recipe = recipes.RECIPES[name]
     signature, factoring = inspect.signature(recipe).parameters, recipe(_LONG_RUN).factoring
     found = []
@@ -55,7 +55,7 @@ def options_in_words(name: str) -> list[OptionInWords]:
 
 
 def phases_in_words(recipe: Recipe) -> list[str]:
-    """Returns a line for each phase: name, number of runs, length, weights, trained parts, sync."""
+    """Returns one line for each phase: name, repetitions, length, form of the weights, trained parts and sync."""
     runs = Counter(position.phase_index for position in recipe.runs())
     lengths = {position.phase_index: position.steps_in_phase for position in reversed(list(recipe.runs()))}
     lines = []
@@ -67,7 +67,7 @@ def phases_in_words(recipe: Recipe) -> list[str]:
 
 
 def sync_in_words(sync: Sync) -> str:
-    """Describes how workers agree."""
+    """Describes how workers synchronize: by averaging gradients or by merging weights."""
     if sync is None:
         return "never averaged"
     if isinstance(sync, GradientSync):
@@ -77,7 +77,7 @@ def sync_in_words(sync: Sync) -> str:
 
 
 def _manner(sync: WeightSync) -> Iterator[str]:
-    """Yields how a merge is computed and sent."""
+    """Yields phrases that describe how a merge is computed and sent."""
     yield sync.merge.words
     yield _sent(sync.wire)
     if sync.fragments > 1:
@@ -96,7 +96,7 @@ def _sent(name: str) -> str:
 
 
 def _clauses(phase: Phase) -> Iterator[str]:
-    """Yields weights, trained parts and sync of a phase."""
+    """Yields phrases that describe the weights, the trained parts and the sync of a phase."""
     yield "full" if phase.weights == "full" else TRAINS[phase.trains]
     if phase.damping:
         yield f"steps preconditioned (damping {phase.damping:g}, times {phase.factor_lr:g})"

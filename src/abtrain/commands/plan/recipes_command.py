@@ -1,4 +1,4 @@
-"""`abtrain recipes`: lists recipes with their phases, their predicted payload and their options."""
+"""`abtrain recipes`: lists the recipes with their phases, predicted payload and options."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _SMALL = 0.1
 
 
 def list_recipes(config: RecipesConfig, console: Console | None = None) -> None:
-    """Prints a table of all recipes, or the phases with their payload and the options of one recipe.
+    """Prints a table of all recipes, or the details of one: its phases, their payload, and its options.
 
-    If the run is too short for a recipe, the table shows the reason.
+    If the run is too short for a recipe, the table shows the reason instead of its purpose and phases.
 
     Raises:
         ConfigurationError: lists everything that is wrong with the settings.
@@ -118,7 +118,7 @@ def _options(name: str) -> Table:
 
 
 def _predicted(config: RecipesConfig, recipe: Recipe) -> tuple[int, float, dict[str, int]]:
-    """Returns the payload of a worker in bytes, its ratio to that of DDP in float32, and the payload by phase."""
+    """Returns a worker's payload in bytes, its ratio to DDP's payload in float32, and the payload of each phase."""
     model = shapes_for(config)(recipe.factoring)
     topology = Topology(config.workers, config.group_size)
     ranks = ranks_for(model, config.compression) if recipe.factored else {}

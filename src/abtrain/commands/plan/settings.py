@@ -28,7 +28,7 @@ _RECIPE_HELP = f"One of {', '.join(recipes.RECIPES)}, with options such as ab_ou
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The settings of a model that both commands share."""
+    """The settings of the model, which `abtrain recipes` and `abtrain plan` have in common."""
 
     task: str | None = None
     """Task of `abtrain train` that provides the model, such as fashion-cnn."""
@@ -92,7 +92,7 @@ class PlanConfig(ModelSettings):
 
     @property
     def workers_a_group(self) -> int:
-        """The group size, or its default."""
+        """The number of workers in a group. The default is the workers of a node, or 1 on a single node."""
         if self.group_size is not None:
             return self.group_size
         return self.workers_per_node if self.nodes > 1 else 1
@@ -123,7 +123,7 @@ def model_problems(config: RecipesConfig | PlanConfig) -> list[str]:
 
 
 def problem_of(attempt: Callable[[], object]) -> list[str]:
-    """Returns the problems that an attempt raises; empty if it succeeds."""
+    """Calls `attempt` and returns the problems that it raises; empty if there are none."""
     try:
         attempt()
     except ConfigurationError as error:
@@ -132,7 +132,7 @@ def problem_of(attempt: Callable[[], object]) -> list[str]:
 
 
 def shapes_for(config: ModelSettings) -> Callable[[Factoring | None], ModelShapes]:
-    """Returns a function that gives the shapes of the model for the factoring of a recipe. `config` is valid."""
+    """Returns a function that takes a recipe's factoring and returns the model's shapes. `config` must be valid."""
     import torch
 
     from abtrain.commands.plan.shapes import assumed_shapes, shapes_of
@@ -147,12 +147,12 @@ def shapes_for(config: ModelSettings) -> Callable[[Factoring | None], ModelShape
 
 
 def chosen(config: RecipesConfig | PlanConfig) -> list[str]:
-    """Returns the texts of the requested recipes."""
+    """Returns the requested recipes as strings: RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE."""
     return list(recipes.RECIPES) if config.recipe == ALL else [config.recipe]
 
 
 def model_in_words(config: ModelSettings, model: ModelShapes) -> str:
-    """Describes the assumptions about the model in one line."""
+    """Returns one line that describes the model: its size and its compression."""
     compression = f"compression {config.compression:g} : 1 if factored"
     if config.task is not None:
         return f"{config.task}: {model.numel:,} parameters, {compression}"

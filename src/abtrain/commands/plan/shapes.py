@@ -1,4 +1,4 @@
-"""The shapes of a real model, or of an assumed model of a given size, for predictions.
+"""Provides the tensor shapes of a task's model, or of an assumed model of a given size, for predictions.
 
 Tensors are on PyTorch's meta device: they have shapes and dtypes, but no storage.
 """
@@ -27,12 +27,13 @@ _MOST = 20_000
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """The tensors of a model without their content.
+    """The tensors of a model on the meta device, without values.
 
     Attributes:
-        parameters: the parameters by name in the model's order, tied ones once.
+        parameters: the parameters by name, in the model's order. Tied parameters appear once.
         kinds: the treatment of each parameter (see `abtrain.lowrank.classify`).
-        without_gradient: the names of parameters that DDP ignores: they require no gradient, or belong to one worker.
+        without_gradient: the names of parameters that DDP ignores, because they require no gradient or belong to one
+            worker.
         buffers: the buffers that workers share, by name.
     """
 
@@ -46,11 +47,11 @@ class ModelShapes:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
     def matrices(self) -> dict[str, MatrixShape]:
-        """Returns the matrix shapes of weights that may be factored, in the model's order."""
+        """Returns the matrix shape of each weight that may be factored, by name and in the model's order."""
         return {name: MatrixShape(p.shape) for name, p in self.parameters.items() if self.kinds[name] == "factored"}
 
     def compression(self, ranks: Mapping[str, int]) -> float:
-        """Returns the compression with these ranks: the parameters of the full model over those of the factored one."""
+        """Returns the compression: the parameters of the full model divided by those of the model with these ranks."""
         matrices = self.matrices()
         dense = sum(self.parameters[name].numel() for name in ranks)
         factored = sum(k * (matrices[name].m + matrices[name].n) for name, k in ranks.items())
@@ -58,7 +59,7 @@ class ModelShapes:
 
 
 def shapes_of(model: nn.Module, factoring: Factoring | None = None) -> ModelShapes:
-    """Returns the shapes of a model on any device. Its optimizer is assumed to hold all parameters.
+    """Returns the shapes of a model on any device. It assumes that the optimizer contains all parameters.
 
     Args:
         model: a model with dense weights.
@@ -76,12 +77,13 @@ def shapes_of(model: nn.Module, factoring: Factoring | None = None) -> ModelShap
 def assumed_shapes(parameters: int, width: int | None = None) -> ModelShapes:
     """Returns the shapes of a model of square float32 weights, all of which may be factored.
 
-    The remaining parameters form one narrower weight and one vector. A model that is too small for the width gets a
-    smaller one.
+    The parameters that do not fill a square weight form one narrower weight and one vector. If the model is too small
+    for the width, its weights have a smaller width.
 
     Args:
         parameters: the number of parameters.
-        width: the width of the weights; by default 1,024, or more so that there are about 1,000 weights.
+        width: the number of rows and columns of a weight. The default is 1,024, or more for a model that would have
+            over about 1,000 weights.
 
     Raises:
         ConfigurationError: a number is below 1, or the width leads to too many weights.
@@ -106,12 +108,12 @@ def assumed_shapes(parameters: int, width: int | None = None) -> ModelShapes:
 
 
 def ranks_for(model: ModelShapes, compression: float) -> dict[str, int]:
-    """Returns ranks k by weight with which the whole model has about this compression. All weights shrink equally.
+    """Returns the rank k of each weight that gives the whole model about this compression. All weights shrink equally.
 
     Args:
         model: the model whose weights are factored.
-        compression: full parameters over factored ones. A compression below 1 means factors that are larger than their
-            weights, up to full rank.
+        compression: the parameters of the full model divided by those of the factored model. A value below 1 gives
+            factors that are larger than their weights, up to full rank.
 
     Raises:
         ConfigurationError: the compression is not a number above 0, or ranks of 1 do not reach it.

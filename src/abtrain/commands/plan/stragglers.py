@@ -1,9 +1,9 @@
-"""Simulates workers of different speeds, to estimate how long the others wait for the slowest.
+"""Simulates workers of different speeds to estimate how long workers wait for the slowest one.
 
 The time of a worker's step is the nominal time, times the worker's slowness, times a jitter that is drawn for each
-step. Workers of a group wait for each other at every step, and groups wait at the end of a round. So the time of a
-round is the maximum over groups of the sum over steps of the maximum over the group's workers. Its expectation has no
-closed form, so it is sampled.
+step. Workers of a group wait for each other at every step, and groups wait for each other at the end of a round. A step
+of a group takes as long as its slowest worker. A round takes as long as the slowest group needs for all its steps. The
+expected time has no closed form, so the module estimates it from random samples.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Speeds:
 
     Args:
         workers: the number of workers.
-        jitter: the standard deviation of a step's time over its mean. The jitter is log-normal and independent from
-            step to step.
-        slow_share: the share of workers that are permanently slower, at least one worker unless it is 0.
-        slow_factor: the step time of slow workers over that of the others.
+        jitter: the standard deviation of a step's time divided by its mean. The jitter is log-normal and independent
+            from step to step.
+        slow_share: the share of workers that are permanently slower. Any share above 0 means at least one worker.
+        slow_factor: the step time of slow workers divided by the step time of the others.
         seed: the seed of all random numbers.
 
     Raises:
@@ -60,7 +60,7 @@ class Speeds:
             raise ConfigurationError(found)
 
     def stretch(self, steps: int, together: int) -> float:
-        """Returns the expected time until the last worker is done with a round, over the nominal time of its steps.
+        """Returns the expected time until the last worker completes a round, divided by the nominal time of its steps.
 
         Args:
             steps: the number of steps in the round.
@@ -86,7 +86,7 @@ def _stretch(speeds: Speeds, steps: int, together: int) -> float:
 
 
 def _round(slowness: Tensor, jitter: float, steps: int, generator: torch.Generator) -> float:
-    """Draws the time of a round in units of a step; slowness is (groups, workers of a group)."""
+    """Draws the time of a round in units of a step. The shape of `slowness` is (groups, workers of a group)."""
     # The variance of the logarithm of a log-normal variable with mean 1 and this standard deviation.
     variance = math.log1p(jitter**2)
     done = torch.zeros(len(slowness), dtype=torch.float64)

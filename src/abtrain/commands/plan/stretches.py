@@ -1,4 +1,4 @@
-"""The predicted course of a run: turns of a phase of rounds, merges, and stretches of steps with the same calls."""
+"""Describes the predicted course of a run: stretches of steps with equal collectives, merges, and turns of a phase."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from abtrain.recipes.sync import GradientWire, WeightSync
 
 @dataclass(frozen=True)
 class Merging:
-    """A number of equal merges.
+    """A number of merges with the same collectives.
 
     Attributes:
         times: the number of merges.
-        stages: the calls of each stage. A stage starts when the previous one is complete.
-        hidden: the number of steps that overlap with a merge, evenly over its stages; 0 if training waits for it.
+        stages: the collectives of each stage. A stage starts when the previous one is complete.
+        hidden: the number of training steps that overlap with a merge, spread evenly over its stages. It is 0 if
+            training waits for the merge.
     """
 
     times: int
@@ -32,19 +33,19 @@ class Merging:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Steps of one phase with the same calls.
+    """Consecutive steps of one phase in which a worker makes the same collectives.
 
     Attributes:
         phase: the name of the phase.
         steps: the number of steps.
         scope: the workers that wait for each other at every step; None if they train alone.
-        entry: the calls before the first step.
-        step: the calls of each step.
+        entry: the collectives before the first step.
+        step: the collectives of each step.
         merges: the merges between steps, of the whole model or of fragments.
-        exit: the calls after the last merge.
-        averages: the wire with which gradients are averaged at each step; None if they are not averaged.
+        exit: the collectives after the last merge.
+        averages: the wire format of the gradients that are averaged at each step; None if none are averaged.
         factored: whether weights are factored.
-        decompositions: the share of all decompositions that this worker computes before the first step; 0 without any.
+        decompositions: the share of all decompositions that this worker computes before the first step, from 0 to 1.
     """
 
     phase: str
@@ -60,11 +61,11 @@ class Stretch:
 
     @property
     def meetings(self) -> int:
-        """The number of merges, at each of which all workers meet."""
+        """The number of merges. All workers take part in each of them."""
         return sum(merging.times for merging in self.merges)
 
     def all(self) -> Iterator[tuple[Traffic, int]]:
-        """Yields every call with the number of times that it is made."""
+        """Yields each collective with the number of times that it is made."""
         merges = ((merging.calls, merging.times) for merging in self.merges)
         for calls, times in ((self.entry, 1), (self.step, self.steps), *merges, (self.exit, 1)):
             for traffic in calls:
@@ -73,14 +74,14 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Turn:
-    """Steps of a phase of rounds in which the same parameters are trained.
+    """Consecutive steps, in a phase with merges, that train the same parameters.
 
     Attributes:
-        position: the position of the first of these steps.
-        steps: the number of these steps.
-        merging: the number of merges that begin after these steps, by their fragments. The merge after the last step of
-            the phase is left out.
-        last: whether the last step of the phase, after which all fragments merge, is one of these steps.
+        position: the position of the first step in the recipe.
+        steps: the number of steps.
+        merging: the number of merges that begin during the turn, by the fragments that they send. The merge after the
+            last step of the phase is not included.
+        last: whether the turn includes the last step of the phase. All fragments merge after that step.
     """
 
     position: Position
@@ -90,11 +91,13 @@ class Turn:
 
 
 def turns(position: Position, sync: WeightSync) -> Iterator[Turn]:
-    """Yields the turns of a phase of rounds: two if the factors take turns, else one (see `abtrain.merging.rounds`).
+    """Yields the turns of a phase with merges: two if A and B are trained in turns, otherwise one.
+
+    `abtrain.merging.rounds` defines the rounds.
 
     Args:
-        position: the first position of the phase.
-        sync: the sync of the phase.
+        position: the position of the first step of the phase in the recipe.
+        sync: the settings of the merges of the phase.
     """
     # Merges repeat with this period, up to the last step.
     period = sync.every * (2 if position.phase.trains == "a_then_b" else 1)
