@@ -1,7 +1,7 @@
 """abtrain: train PyTorch models on machines joined by slow links.
 
-Model, optimizer and loop stay unchanged; a recipe says what the weights look like, what is trained and how the
-workers agree. The recipes are AB-training (Coquelin et al., arXiv 2405.01067) and the methods it is compared with.
+Model, optimizer and training loop stay unchanged. A recipe sets which weights are factored, what is trained and how
+workers synchronize. The recipes are AB-training (Coquelin et al., arXiv 2405.01067) and methods to compare it with.
 """
 
 import importlib

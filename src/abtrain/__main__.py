@@ -1,4 +1,4 @@
-"""`python -m abtrain`: the command, for torchrun and environments without the script."""
+"""Runs the `abtrain` command as `python -m abtrain`, for torchrun and environments without the script."""
 
 from abtrain.commands.cli import main
 

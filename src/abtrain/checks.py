@@ -1,4 +1,4 @@
-"""Checks of data that another process wrote. A check yields a message for each problem of a value.
+"""Checks data that another process wrote. A check is a function that yields a message for each problem of a value.
 
     step = whole(0, 20)
     list(step("step", 21))   # ["step is 21, not a whole number from 0 to 20"]
@@ -23,7 +23,7 @@ from torch import Tensor
 from abtrain.errors import CheckpointError
 
 Check = Callable[[str, Any], Iterator[str]]
-"""(place of the value, for messages; the value) -> a message for each problem."""
+"""(name of the value in messages, value) -> one message for each problem."""
 
 POSITIVE = sys.float_info.min
 """The lower bound for numbers that must be positive."""
@@ -53,13 +53,13 @@ def text() -> Check:
 
 
 def one_of(*choices: str | bool | None) -> Check:
-    """One of these values, of the same type: 1 is not True."""
+    """Checks that a value equals one of the choices and has its type: 1 is not True."""
     known = " or ".join(map(repr, choices))
     return _one(lambda value: any(type(value) is type(one) and value == one for one in choices), known)
 
 
 def tensor(shape: Sequence[int | None] | None = None, dtype: torch.dtype | None = None) -> Check:
-    """A dense tensor with values; None allows any shape, size or dtype."""
+    """Checks that a value is a dense tensor that is not on the meta device; None allows any shape, size or dtype."""
 
     def fits(value: object) -> bool:
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type == "meta":
@@ -74,7 +74,7 @@ def tensor(shape: Sequence[int | None] | None = None, dtype: torch.dtype | None 
 
 
 def like(layout: Tensor, dtype: torch.dtype | None = None) -> Check:
-    """A tensor of the shape and dtype of `layout`, or of another `dtype`."""
+    """Checks that a value is a tensor with the shape of `layout`, and with its dtype unless `dtype` is given."""
     return tensor(layout.shape, dtype or layout.dtype)
 
 
@@ -83,7 +83,7 @@ def anything(place: str, value: Any) -> Iterator[str]:
 
 
 def data(place: str, value: Any) -> Iterator[str]:
-    """Nested dicts, lists and tuples of dense tensors, numbers, strings, booleans and None."""
+    """Checks that a value has only dicts, lists and tuples of dense tensors, numbers, strings, booleans and None."""
     if isinstance(value, Mapping):
         value = [item for pair in value.items() for item in pair]
     if isinstance(value, list | tuple):
@@ -96,12 +96,12 @@ def data(place: str, value: Any) -> Iterator[str]:
 
 
 def maybe(check: Check) -> Check:
-    """None, or a value that passes the check."""
+    """Builds a check that None passes, and every value that passes the given check."""
     return lambda place, value: iter(()) if value is None else check(place, value)
 
 
 def mapping(known: Mapping[str, Check], required: Collection[str] | None = None) -> Check:
-    """A dict with these keys and no others; the `required` ones (None: all) must be there."""
+    """Builds a check of a dict. It may only have the `known` keys, and must have the `required` ones (None: all)."""
 
     def check(place: str, value: Any) -> Iterator[str]:
         if not isinstance(value, Mapping):
@@ -119,7 +119,7 @@ def mapping(known: Mapping[str, Check], required: Collection[str] | None = None)
 
 
 def by_name(check: Check) -> Check:
-    """A dict whose keys are any strings, and whose values pass the check."""
+    """Builds a check of a dict whose keys are strings and whose values pass the given check."""
 
     def of_all(place: str, value: Any) -> Iterator[str]:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -132,7 +132,7 @@ def by_name(check: Check) -> Check:
 
 
 def each(check: Check) -> Check:
-    """A list whose items pass the check."""
+    """Builds a check of a list or tuple whose items all pass the given check."""
 
     def of_all(place: str, value: Any) -> Iterator[str]:
         if isinstance(value, list | tuple):
@@ -144,7 +144,7 @@ def each(check: Check) -> Check:
 
 
 def row(*checks: Check) -> Check:
-    """A list with one item for each of the checks."""
+    """Builds a check of a list or tuple that has one item for each given check, in the same order."""
 
     def of_all(place: str, value: Any) -> Iterator[str]:
         if not isinstance(value, list | tuple) or len(value) != len(checks):
@@ -157,7 +157,7 @@ def row(*checks: Check) -> Check:
 
 
 def also(check: Check, holds: Callable[[Any], bool], what: str) -> Check:
-    """A check, followed by a condition on the values that pass it."""
+    """Builds a check that also requires `holds(value)`; `what` completes the message "... is not"."""
 
     def both(place: str, value: Any) -> Iterator[str]:
         problems = list(check(place, value))
@@ -169,13 +169,13 @@ def also(check: Check, holds: Callable[[Any], bool], what: str) -> Check:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite real number; booleans are not."""
+    """Returns whether a value is a finite real number; booleans do not count as numbers."""
     # No conversion: a whole number may be too large for a float.
     return isinstance(value, int | float | Real) and not isinstance(value, bool) and bool(abs(value) <= _LARGEST)
 
 
 def said(value: object) -> str:
-    """Describes any value in a few words for a message; never fails."""
+    """Returns a short description of any value for a message; raises no error."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     if isinstance(value, list | tuple | Mapping):
@@ -190,22 +190,22 @@ def said(value: object) -> str:
 
 
 def told_names(names: Sequence[str]) -> str:
-    """Lists names for a message: the first four, and how many more there are."""
+    """Returns a list of names for a message: the first four names and the number of further ones."""
     more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
     return f"{', '.join(names[:_MOST_LISTED])}{more}"
 
 
 def first_problems(*stages: Callable[[], Iterator[str]]) -> list[str]:
-    """Returns the first few problems of the first stage that has any: a stage may rely on those before it."""
+    """Returns at most four problems of the first stage that has any. A stage may assume that earlier ones passed."""
     found = (list(islice(stage(), _MOST_LISTED)) for stage in stages)
     return next(filter(None, found), [])
 
 
 @contextmanager
 def as_checkpoint_error(what: str) -> Iterator[None]:
-    """Turns errors caused by malformed data into a CheckpointError that says `what` and quotes the error.
+    """Turns errors caused by malformed data into a CheckpointError, whose message is `what` and the error's text.
 
-    Errors of abtrain, lack of memory and lost peers pass through.
+    abtrain's own errors, and errors from a lack of memory or a lost worker, are raised unchanged.
     """
     try:
         yield
@@ -216,7 +216,7 @@ def as_checkpoint_error(what: str) -> Iterator[None]:
 
 
 def blames_data(error: Exception) -> bool:
-    """Whether malformed data can have caused an error, rather than lack of memory or a lost peer."""
+    """Returns whether malformed data can have caused an error, rather than a lack of memory or a lost worker."""
     if not isinstance(error, RuntimeError):
         return isinstance(error, _MALFORMED)
     other = isinstance(error, torch.OutOfMemoryError | torch.distributed.DistError)
@@ -224,7 +224,7 @@ def blames_data(error: Exception) -> bool:
 
 
 def brief(error: Exception) -> str:
-    """Returns the type of an error and the beginning of its first line."""
+    """Returns the type of an error and the first 200 characters of its first line."""
     return f"{type(error).__name__}: {ascii(str(error).partition(chr(10))[0][:200])[1:-1]}"
 
 

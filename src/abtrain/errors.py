@@ -1,4 +1,4 @@
-"""All errors that abtrain raises, with the command's exit code for each.
+"""Defines all errors that abtrain raises, and the exit code of the `abtrain` command for each.
 
 AbtrainError                 1
 ├── ConfigurationError       2
@@ -24,13 +24,13 @@ from typing import Literal
 
 
 class AbtrainError(Exception):
-    """Base of all errors that abtrain raises on purpose."""
+    """Is the base class of all errors that abtrain raises on purpose."""
 
     exit_code: int = 1
 
 
 class ConfigurationError(AbtrainError):
-    """One or more invalid settings, all reported at once: one message, or one for each setting."""
+    """Reports one or more invalid settings at once. `problems` is one message, or one for each setting."""
 
     exit_code = 2
 
@@ -40,51 +40,51 @@ class ConfigurationError(AbtrainError):
 
 
 class UsageError(ConfigurationError):
-    """The training loop calls abtrain in an invalid order: a forgotten `ab.step()`, or a step after the end."""
+    """Reports invalid use of abtrain by the training loop, such as a forgotten `ab.step()` or a step after the end."""
 
 
 class DataError(AbtrainError):
-    """Data that is missing, incomplete or malformed."""
+    """Reports that training data is missing, incomplete or malformed."""
 
     exit_code = 3
 
 
 class CheckpointError(AbtrainError):
-    """A checkpoint that is missing, incomplete or damaged, or that belongs to another run."""
+    """Reports that a checkpoint is missing, incomplete or damaged, or that it belongs to another run."""
 
     exit_code = 4
 
 
 class RanksDisagreeError(AbtrainError):
-    """Workers differ in their step, phase, shapes or weights where they must be equal."""
+    """Reports that workers differ in their step, phase, shapes or weights, which must be equal."""
 
     exit_code = 5
 
 
 class PeerLostError(AbtrainError):
-    """Another worker died or did not answer in time."""
+    """Reports that another worker died or did not answer in time."""
 
     exit_code = 6
 
 
 class OutOfMemoryError(PeerLostError):
-    """This worker has run out of memory, so the other workers have lost a peer."""
+    """Reports that this worker ran out of memory. The other workers raise PeerLostError."""
 
 
 class NonFiniteError(AbtrainError):
-    """NaN or infinity with which training cannot continue."""
+    """Reports NaN or infinity after which training cannot continue."""
 
     exit_code = 7
 
 
 class LabError(AbtrainError):
-    """An emulated cluster that cannot be built, or whose links do not have the rate that was set."""
+    """Reports that an emulated cluster cannot be built, or that a link does not reach the rate set for it."""
 
     exit_code = 8
 
 
 class HostFailedError(LabError):
-    """A command failed on a host of an emulated cluster, with this exit code."""
+    """Reports that a command failed on a host of an emulated cluster. `exit_code` is that of the command."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -92,13 +92,13 @@ class HostFailedError(LabError):
 
 
 class StoppedError(AbtrainError):
-    """The run was stopped on request."""
+    """Reports that the run was stopped on request."""
 
     exit_code = 75
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns the remedy for an unknown name: the most similar known name, if there is one, and all known names."""
+    """Returns a hint for an unknown name: the most similar known name, if there is one, and all known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
@@ -106,4 +106,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 OnNonFinite = Literal["stop", "drop_worker", "skip"]
-"""A policy for NaN and infinity: stop the run, drop a worker from a merge, or skip steps."""
+"""The reaction to NaN or infinity: stop the run, leave a worker out of a merge, or skip optimizer steps."""

@@ -1,18 +1,18 @@
-"""Fault injection for tests: a worker fails at a named point of the code.
+"""Injects faults for tests: makes a worker fail at a named point of the code.
 
     ABTRAIN_FAULTS="kill 1 12 merge.begin; ENOSPC 0 20 checkpoint.write"
 
 kills rank 1 at the point `merge.begin` of step 12, and reports a full disk to rank 0 at step 20. Step `*` is any step.
-`|` separates the faults of the attempts at a run: the first attempt has those before the first `|` (see `attempt`).
+If a launcher restarts the run, `|` separates the faults of the first start from those of the first restart, and so on.
 
 Actions: `kill` (SIGKILL), `freeze` (SIGSTOP), `term`, `int` and `hup` (these signals), `slow` (sleeps for a second),
 `memory` (allocates beyond a limit), `fail` (a RuntimeError), and the names of system errors, such as ENOSPC and EIO (an
 OSError).
 
 Points: `sync.begin` (before a forward pass whose gradients are averaged), `sync.end` (before the optimizer's step),
-`step` (`ABTraining.step` begins; STEP counts the steps done before), `merge.begin`, `merge.agreed` (the roll call has
-passed, nothing is averaged yet), `merge.end`, and `checkpoint.prepare`, `checkpoint.write`, `checkpoint.fsync`,
-`checkpoint.manifest`, `checkpoint.rename`, `checkpoint.replace` (of a step that is saved again), `checkpoint.prune`.
+`step` (`ABTraining.step` begins; STEP counts the steps done before), `merge.begin`, `merge.agreed` (the workers' states
+have been compared; nothing is averaged yet), `merge.end`, `checkpoint.prepare`, `checkpoint.write`, `checkpoint.fsync`,
+`checkpoint.manifest`, `checkpoint.rename`, `checkpoint.replace` (the step has a checkpoint) and `checkpoint.prune`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from abtrain.errors import ConfigurationError, nearest
 
 VARIABLE = "ABTRAIN_FAULTS"
 ATTEMPT = "ABTRAIN_ATTEMPT"
-"""Our own launcher's count of restarts."""
+"""The environment variable in which abtrain's launcher counts restarts."""
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
-"""torchrun's count of restarts."""
+"""The environment variable in which torchrun counts restarts."""
 _SIGNALS = {"kill": "SIGKILL", "freeze": "SIGSTOP", "term": "SIGTERM", "int": "SIGINT", "hup": "SIGHUP"}
 _ACTIONS = (*_SIGNALS, "slow", "memory", "fail")
 POINTS = (
@@ -48,7 +48,7 @@ class Fault(NamedTuple):
 
 
 def parse(plan: str) -> list[Fault]:
-    """Returns the faults of one attempt; a ConfigurationError names every part that cannot be read."""
+    """Returns the faults in a plan for one start of a run. A ConfigurationError lists every fault that is malformed."""
     parts = list(filter(None, map(str.strip, plan.split(";"))))
     problems = [f"{VARIABLE}: {part!r} cannot be read: {problem}" for part in parts for problem in _problems(part)]
     if problems:
@@ -82,7 +82,7 @@ _unreadable: list[ConfigurationError] = []
 
 
 def load() -> None:
-    """Reads this attempt's faults from the environment. Errors are raised by `check`, not by an import."""
+    """Reads the faults for this start of the run from the environment. `check` raises any error found here."""
     _planned.clear()
     _unreadable.clear()
     text = os.environ.get(VARIABLE, "")
@@ -94,13 +94,13 @@ def load() -> None:
 
 
 def check() -> None:
-    """Raises ConfigurationError if the plan cannot be read."""
+    """Raises a ConfigurationError if `load` could not read the faults in the environment."""
     if _unreadable:
         raise ConfigurationError(_unreadable[0].problems)
 
 
 def attempt() -> int:
-    """Returns the number of restarts of this run; a ConfigurationError if its variables hold no whole number."""
+    """Returns the number of restarts of this run. Raises ConfigurationError if a count is not a whole number."""
     held = {name: os.environ.get(name, "0") for name in (RESTARTS, ATTEMPT)}
     wrong = [name for name, text in held.items() if not _is_number(text)]
     if wrong:
@@ -112,7 +112,7 @@ load()
 
 
 def fail_at(rank: int, step: int, point: str) -> None:
-    """Carries out the fault that is planned for this place, if any. Raises the errors of `check`."""
+    """Carries out the fault planned for this rank, step and point, if there is one. Raises the errors of `check`."""
     check()
     for fault in _planned:
         if (fault.rank, fault.point) == (rank, point) and fault.step in (None, step):

@@ -1,7 +1,7 @@
 """Runs abtrain in PyTorch's default modes, whatever modes the caller has set.
 
-Loops call abtrain under autocast, in inference mode, with another default dtype or device, under deterministic or
-anomaly mode. None of these may change what abtrain computes, or which kind of tensors it keeps.
+Training loops call abtrain under autocast, in inference mode, in deterministic or anomaly mode, or with another default
+dtype or device. None of these settings may change abtrain's results or the type of the tensors that it keeps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class _ProcessSetting:
-    """A setting of the whole process, which several threads may change at the same time."""
+    """Resets a process-wide setting of PyTorch to its default, even if several threads do so at the same time."""
 
     def __init__(self, get: Callable[[], Any], set_to: Callable[[Any], object], default: Any) -> None:
         self._get, self._set, self._default = get, set_to, default
@@ -29,7 +29,7 @@ class _ProcessSetting:
 
     @contextmanager
     def at_default(self) -> Iterator[None]:
-        """Sets the default; the last thread to leave restores the caller's value."""
+        """Sets the default in the block. The last thread to leave its block restores the caller's value."""
         with self._lock:
             if not self._inside:
                 self._callers = self._get()
@@ -79,4 +79,4 @@ def own_modes() -> Iterator[None]:
 
 
 in_own_modes = own_modes()
-"""Decorates a function to run in `own_modes`."""
+"""A decorator that runs a function in the `own_modes` context."""

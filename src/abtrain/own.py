@@ -1,4 +1,4 @@
-"""Tensors that workers do not share: the parameters and buffers that a model tells DDP to ignore.
+"""Finds tensors that workers do not share: the parameters and buffers that a model tells DDP to ignore.
 
 `DistributedDataParallel` reads their names from an attribute of the model. abtrain does not compare, average or
 broadcast them: each worker trains, saves and resumes its own.
@@ -9,11 +9,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"
-"""The attribute that `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model` sets."""
+"""The model attribute that `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model` sets."""
 
 
 def own_names(model: nn.Module) -> frozenset[str]:
-    """Returns the names of the parameters and buffers that workers do not share, with all names of tied ones."""
+    """Returns the names of the parameters and buffers that workers do not share. Tied ones appear with all names."""
     listed = ignored_names(model)
     if not listed:
         return frozenset()
@@ -23,12 +23,12 @@ def own_names(model: nn.Module) -> frozenset[str]:
 
 
 def ignored_names(model: nn.Module) -> frozenset[str]:
-    """Returns the names that the model's attribute lists, whether or not they exist."""
+    """Returns the names in the model's `IGNORED` attribute, even those of parameters and buffers that do not exist."""
     return frozenset(getattr(model, IGNORED, None) or ())
 
 
 def shared_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters that workers share, by name, tied ones once."""
+    """Returns the parameters that workers share, by name. Tied parameters appear once."""
     own = own_names(model)
     return {name: parameter for name, parameter in model.named_parameters() if name not in own}
 
@@ -39,13 +39,13 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def shared_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the buffers that workers share, by name, tied ones once."""
+    """Returns the buffers that workers share, by name. Tied buffers appear once."""
     own = own_names(model)
     return {name: buffer for name, buffer in model.named_buffers() if name not in own}
 
 
 def caches(model: nn.Module) -> frozenset[str]:
-    """Returns the names of buffers that are not in state dicts (`persistent=False`), such as caches that grow."""
+    """Returns the names of buffers that state dicts leave out (`persistent=False`), such as growing caches."""
     return frozenset(
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()

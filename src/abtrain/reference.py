@@ -1,9 +1,9 @@
-"""Algorithm 1 of the paper on one page: all workers simulated in one process, without torch.distributed.
+"""Implements Algorithm 1 of the paper on one page, with all workers simulated in one process.
 
-The engine must match it, and shares no code with it: weights live in plain dictionaries, a factored weight enters the
-model as the product A B, and every tensor has an optimizer of its own, so that a change of shape is a new tensor with a
-new optimizer. All workers of a group hold the same weights, so one replica stands for them and takes the mean of their
-gradients.
+The results of `abtrain.engine` must match this reference, which shares no code with it. Weights are in plain dicts,
+and the model computes with the product A B of a factored weight. Every tensor has its own optimizer; a tensor of a new
+shape gets a new optimizer. All workers of a group have the same weights, so one replica per group is enough: it takes
+the mean of their gradients.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def ab_training(
     """Trains a model by Algorithm 1, or with `groups=False` by the paper's "AB - No Groups".
 
     Args:
-        model: holds the initial parameters; it is not changed.
+        model: the model with the initial parameters; it is not changed.
         factored: names of the weights to decompose.
-        batch: (worker, step) -> inputs and targets.
-        loss: (output, targets) -> scalar.
-        make_optimizer: one tensor in a list -> an optimizer over it, with the scheduled learning rate.
-        groups: whether groups train separately.
-        sigma_cutoff: singular values below this share of the largest are removed.
-        schedule: workers, group_size and the numbers of Algorithm 1, fields of `_Run`.
+        batch: a function (worker, step) -> (inputs, targets).
+        loss: a function (output, targets) -> scalar.
+        make_optimizer: a function that builds an optimizer, with its learning rate, for a list of one tensor.
+        groups: True if groups train separately.
+        sigma_cutoff: the share of the largest singular value below which singular values are dropped.
+        schedule: the fields of `_Run` from `workers` to `group_size`: numbers of workers and of steps.
 
     Returns:
-        The averaged full-rank parameters at the end, by name.
+        The full-rank parameters at the end of training, averaged over all workers, by name.
     """
     run = _Run(model, batch, loss, **schedule)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -71,7 +71,7 @@ def ab_training(
 
 @dataclass
 class _Run:
-    """The numbers of Algorithm 1, with the paper's names, and the progress of a run."""
+    """Trains replicas on the schedule of Algorithm 1, whose numbers have the paper's names, and counts steps."""
 
     model: nn.Module
     batch: Callable[[int, int], Batch]
@@ -101,7 +101,7 @@ class _Run:
 
 
 class _Replica:
-    """The tensors of one worker (or of workers that are equal), each with its optimizer."""
+    """Stores the tensors of one worker, or of several workers with equal tensors, each with its own optimizer."""
 
     def __init__(self, tensors: dict[str, Tensor], make_optimizer: Callable[[list[Tensor]], Optimizer]) -> None:
         self.make_optimizer = make_optimizer
@@ -130,7 +130,7 @@ class _Replica:
         return list(torch.autograd.grad(value, list(self.tensors.values())))
 
     def update(self, gradients: list[list[Tensor]], lr_factor: float) -> None:
-        """eq. 1: a step along the mean gradient of the group's workers; the frozen factor does not change."""
+        """Steps along the mean gradient of the group's workers (equation 1). The frozen factor does not change."""
         for (name, tensor), *parts in zip(self.tensors.items(), *gradients, strict=True):
             path, _, factor = name.rpartition(".")
             if path in self.shapes and factor != self.trained:
@@ -162,7 +162,7 @@ class _Replica:
 
 
 def _mean(replicas: Sequence[_Replica]) -> _Replica:
-    """Averages all tensors over the replicas, and the optimizer state of those that keep their shape."""
+    """Returns a replica with all tensors and their optimizer states averaged over the given replicas."""
     merged = copy.deepcopy(replicas[0])
     for name in merged.tensors:
         known = [state for replica in replicas if (state := replica.optimizers[name].state[replica.tensors[name]])]

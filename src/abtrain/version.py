@@ -1,3 +1,3 @@
-"""The version of abtrain."""
+"""Defines the version of abtrain."""
 
 __version__ = "0.1.0"

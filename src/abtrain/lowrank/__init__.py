@@ -1,1 +1,1 @@
-"""Low-rank factors of weights: tensors and modules only, no communication."""
+"""Replaces weights by low-rank factors. Works on tensors and modules only, without communication."""

@@ -1,4 +1,4 @@
-"""Decides which parameters are factored and which stay dense, and gives the reason."""
+"""Decides which parameters are factored and which stay dense, with a reason for each."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from abtrain.recipes.factoring import Factoring
 
 Kind = Literal["factored", "averaged", "frozen", "own"]
 UNSHARED: tuple[Kind, ...] = ("frozen", "own")
-"""Kinds that merges leave out."""
+"""The kinds of parameters that merges leave out."""
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """The treatment of one parameter, with its first name in the model and its dense shape.
+    """Describes how one parameter is treated. `name` is its first name in the model, `shape` its dense shape.
 
     Attributes:
         kind: `factored`: A and B in factored phases; `averaged`: always dense, and averaged at merges; `frozen`: never
-            trained, so never sent; `own`: left to each worker, so neither sent nor compared.
-        reason: why it has this kind, in words.
+            trained, so never sent; `own`: trained by each worker for itself, so neither sent nor compared.
+        reason: the reason for this kind, in words.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Treatment:
 
 
 def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] | None = None) -> list[Treatment]:
-    """Decides how every parameter of the model is treated; tied parameters appear once.
+    """Decides how every parameter of the model is treated. Tied parameters appear once.
 
     Args:
         model: a model with dense weights only.
-        factoring: None if the recipe has no factored phase.
-        optimized: `id`s of the parameters that the optimizer holds; None: it holds all of them.
+        factoring: the recipe's factoring settings; None if the recipe has no factored phase.
+        optimized: the `id`s of the parameters in the optimizer; None if all parameters are in it.
     """
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -79,7 +79,7 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
 
 
 def _why_dense(module: nn.Module, attribute: str, name: str, parameter: nn.Parameter, factoring: Factoring) -> str:
-    """Returns the reason why a trained parameter stays dense; empty if it can be factored."""
+    """Returns the reason why a trained parameter stays dense, or an empty string if it can be factored."""
     least_dim = MatrixShape(parameter.shape).n if parameter.ndim >= 2 else 0
     excluded = next((pattern for pattern in factoring.exclude if fnmatchcase(name, pattern)), None)
     rules = (
@@ -98,7 +98,7 @@ def _why_dense(module: nn.Module, attribute: str, name: str, parameter: nn.Param
 
 
 def _sharing_memory(model: nn.Module) -> dict[str, str]:
-    """Returns by name why parameters and buffers that share storage stay dense, such as those tied by `.data`."""
+    """Returns a reason to stay dense, by name, for each tensor that shares its storage with another one."""
     places: dict[int, list[str]] = defaultdict(list)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # Sparse tensors and those of other classes may have no storage.
@@ -110,12 +110,12 @@ def _sharing_memory(model: nn.Module) -> dict[str, str]:
 
 
 def has_factored_form(module: nn.Module, attribute: str, hooked: bool) -> bool:
-    """Whether a dense module can compute with A and B. It cannot if a tensor hook (`hooked`) needs W's gradient."""
+    """Returns whether a dense module can compute with A and B. A tensor hook (`hooked`) needs W, and prevents this."""
     plain = attribute == "weight" and not hooked
     return plain and type(module) in FACTORED_LAYERS and getattr(module, "groups", 1) == 1
 
 
 def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Returns the module that holds parameter `name`, and the parameter's name in it."""
+    """Returns the module that has the parameter `name`, and the parameter's name within that module."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute

@@ -1,6 +1,6 @@
-"""Checks whether a saved state fits a model that may be factored, and its optimizers. Changes nothing.
+"""Checks whether a saved state fits a model, whose weights may be factored, and its optimizers. Changes nothing.
 
-Layouts are tensors on the meta device: shapes and dtypes without values.
+A layout is a dict of tensors on the meta device, which have shapes and dtypes but no values.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ _OPTIONAL: dict[str, Check] = {
     "weights_same_on": one_of("world", "group"),
 }
 MODEL_STATE: Check = mapping({**_PARTS, **_OPTIONAL}, required=_PARTS)
-"""The form of the state of any model that `model_state` returns. `weights_same_on` is added for checkpoints."""
+"""Checks the structure of a state from `model_state`, for any model. Checkpoints add `weights_same_on` to the state."""
 
 
 def model_problems(model: FactoredModel, state: Mapping[str, Any], factored: bool) -> list[str]:
-    """Returns why a state of the form `MODEL_STATE` does not fit a model, in any form of it; empty if it does.
+    """Returns messages about why a state does not fit a model; empty if it fits. The model may be dense or factored.
 
-    `factored`: whether weights may be factored in the phase of the state.
+    The state must have passed `MODEL_STATE`. `factored`: whether the phase of the state may have factored weights.
     """
     return first_problems(
         lambda: _name_problems(model, state, factored),
@@ -82,14 +82,14 @@ def model_problems(model: FactoredModel, state: Mapping[str, Any], factored: boo
 
 
 def dense_layout(model: FactoredModel) -> Layout:
-    """Returns all parameters of the dense model, by name."""
+    """Returns the layout of all parameters of the dense model, by name."""
     factors = model.factors()
     dense = {name: meta(p.shape, p.dtype) for name, p in model.parameters().items() if name not in factors}
     return dense | {name: meta(record.matrix_shape.tensor, record.A.dtype) for name, record in model.records.items()}
 
 
 def state_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
-    """Returns all parameters by name, in the form of a state whose names and ranks have been checked."""
+    """Returns the layout of all parameters in a state, by name. The state's names and ranks must have been checked."""
     layout = dense_layout(model)
     for name in state["factored"]:
         dense = layout.pop(name)
@@ -122,7 +122,7 @@ def _rank_problems(dense: Layout, state: Mapping[str, Any]) -> Iterator[str]:
 
 
 def buffer_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
-    """Returns the layout of the buffers that workers share, by name. Caches have the sizes that the state has."""
+    """Returns the layout of the buffers that workers share, by name. Caches have the same sizes as in the state."""
     saved = state["buffers"]
     grown = caches(model.model) & saved.keys()
     return {

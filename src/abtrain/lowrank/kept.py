@@ -1,7 +1,7 @@
-"""Factored weights as other code sees them: as a Parameter kept from before the factoring, or as `module.weight`.
+"""Lets other code read a factored weight, as `module.weight` or as a Parameter obtained before it was factored.
 
 Reading either gives W = A B, with a gradient to the factors if gradients are enabled. Reading `grad` gives the
-gradients of the factors. Writing to either is an error, because it would not change the model. Among the module's
+gradients of the factors. Writing to the value is an error, because it would not change the model. Among the module's
 parameters, a `FactoredMark` precedes the factors.
 """
 
@@ -25,11 +25,11 @@ _NEEDS_NO_VALUE = frozenset(
 _NO_WRITE = frozenset({"__invert__", "__index__", "__int__", "__iter__"})
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 MARK_SHAPE = (1,) * 8
-"""More dimensions than any weight has, so that no in-place operation can broadcast the mark to a tensor."""
+"""The shape of the mark. No weight has so many dimensions, so no in-place operation can broadcast the mark to it."""
 
 
 def keep_(record: FactoredWeight) -> None:
-    """Makes the weight's own Parameter read as the product of its factors, until `give_back_`."""
+    """Makes the weight's dense Parameter return the product of the factors when read, until `give_back_` is called."""
     record.dense.__class__ = FactoredParameter
     record.dense._abtrain_record = record  # type: ignore[attr-defined]
 
@@ -42,17 +42,17 @@ def give_back_(dense: nn.Parameter) -> None:
 
 
 def shown(record: FactoredWeight, W: Tensor) -> Tensor:
-    """Returns the value W of a factored weight in the form in which its module shows it."""
+    """Returns the value W of a factored weight as a read-only tensor that knows the weight's record."""
     read = W.as_subclass(ReadOnly)
     read._abtrain_record = record
     return read
 
 
 class _StandIn(Tensor):
-    """A tensor that stands for a factored weight, or shows its value."""
+    """Is the base class of tensors that stand for a factored weight or have its value."""
 
     _abtrain_record: FactoredWeight | None = None
-    """The weight that the tensor stands for; None for views and other tensors that share its memory."""
+    """The record of the weight that the tensor stands for; None for views and other tensors that share its memory."""
 
     @classmethod
     def __torch_function__(
@@ -80,7 +80,7 @@ class _StandIn(Tensor):
         return func(*args, **kwargs)
 
     def _plain(self) -> Tensor:
-        """Returns a writable copy, of the type that the dense module would hold."""
+        """Returns a writable copy, of the same type as the tensor in the dense module."""
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -92,11 +92,11 @@ class _StandIn(Tensor):
 
 
 class ReadOnly(_StandIn):
-    """The value of a factored weight, with the record of the weight if it was read from the module."""
+    """A read-only value of a factored weight. It has the weight's record if it was read from the module."""
 
     @property
     def grad(self) -> Tensor | None:
-        """The gradients of the factors, in the form of `FactoredParameter.grad`."""
+        """The gradients of the factors as one vector, as in `FactoredParameter.grad`."""
         if self._abtrain_record is not None:
             return self._abtrain_record.dense.grad
         with torch._C.DisableTorchFunctionSubclass():
@@ -115,11 +115,11 @@ class ReadOnly(_StandIn):
 
 
 class FactoredParameter(_StandIn, nn.Parameter):
-    """The Parameter of a weight that is currently factored."""
+    """The dense Parameter of a weight while the weight is factored."""
 
     _abtrain_record: FactoredWeight
     _abtrain_gradient: tuple[Tensor, list[int]] | None = None
-    """The gradients of the factors in one vector, and their addresses."""
+    """One vector of the factors' gradients, and the memory address of each gradient; None before the first read."""
 
     def _product(self) -> Tensor:
         """Returns W = A B, with a gradient to the factors if gradients are enabled."""
@@ -144,7 +144,7 @@ class FactoredParameter(_StandIn, nn.Parameter):
 
     @property
     def _base(self) -> None:  # type: ignore[override]  # nobody can set it in torch either
-        """None, since this is not a view. A compiler that traces it would take the empty tensor for the weight."""
+        """None, since this is not a view. Raises UsageError under a compiler, which would read an empty tensor."""
         if torch._guards.TracingContext.try_get() is not None:
             raise UsageError(
                 f"a compiled function uses a parameter of shape {tuple(self.shape)} that was taken from the model "
@@ -162,7 +162,7 @@ class FactoredParameter(_StandIn, nn.Parameter):
 
     @property
     def grad(self) -> Tensor | None:
-        """The gradients of A and B in one vector, which shares their memory; None if neither has one."""
+        """One vector of the gradients of A and B, which shares memory with them; None if neither has a gradient."""
         gradients = {factor: factor.grad for factor in self._abtrain_record.factors if factor.grad is not None}
         known = self._abtrain_gradient
         if known is not None and known[1] == [gradient.data_ptr() for gradient in gradients.values()]:
@@ -205,11 +205,11 @@ class FactoredParameter(_StandIn, nn.Parameter):
 
 
 class FactoredMark(nn.Parameter):
-    """The placeholder of a factored weight among a module's parameters: a zero that never trains, and fits no tensor.
+    """Marks the place of a factored weight among a module's parameters. The mark is a zero that never trains.
 
-    Averages of weights such as torch's AveragedModel pair the `parameters()` of a model with those of a copy. They
-    would pair a weight of the copy with a factor, and broadcasting might hide the mistake. With the mark, such a loop
-    fails with an explanation. Loops that sum norms or count parameters may read the mark.
+    Code that averages weights, such as torch's AveragedModel, pairs the `parameters()` of a model with those of a copy.
+    It would pair a weight of the copy with a factor, and broadcasting might hide the mistake. The mark makes such code
+    fail with an explanation. Code that sums norms or counts parameters may read the mark.
     """
 
     @classmethod
@@ -235,14 +235,14 @@ class FactoredMark(nn.Parameter):
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
-        """Ignores the value: a loop that unfreezes all parameters of a model does not mean the mark."""
+        """Ignores the value, so that a loop that unfreezes all parameters of a model leaves the mark frozen."""
 
     def requires_grad_(self, requires_grad: bool = True) -> FactoredMark:
         return self
 
 
 def _of_result(name: str, result: Any, memory: set[int]) -> Any:
-    """Makes views of a shown value read-only, too; anything computed from it is a plain tensor."""
+    """Makes a result read-only if it is a view of a factored weight's value. Other results stay plain tensors."""
 
     def read_only(item: Tensor) -> Tensor:
         views = type(item) is Tensor and item.numel() and memory.intersection(_memory(item))
@@ -254,7 +254,7 @@ def _of_result(name: str, result: Any, memory: set[int]) -> Any:
 
 
 def _memory(tensor: Tensor) -> tuple[int, ...]:
-    """Returns the address of a tensor's storage; empty if it has none, as on the meta device and under functorch."""
+    """Returns the address of a tensor's storage in a tuple; empty if it has none (meta device, functorch)."""
     if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return ()
     place = tensor.untyped_storage().data_ptr()
@@ -262,7 +262,7 @@ def _memory(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _name_of(func: Callable[..., Any]) -> str:
-    """Returns the name of the function that was called or the attribute that was read; `NAME=` if it was set."""
+    """Returns the name of a called function or a read attribute, and `NAME=` for an attribute that was set."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -271,7 +271,7 @@ def _name_of(func: Callable[..., Any]) -> str:
 
 
 def _refused_by(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[_StandIn]:
-    """Returns the stand-ins that a function would write to, and the weights that it would put a hook on."""
+    """Returns the tensors for factored weights that a function would write to or register a hook on."""
     first = args[:1] or list(kwargs.values())
     in_place = (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
     operator = name == "__setitem__" or (name.startswith("__i") and name not in _NO_WRITE)

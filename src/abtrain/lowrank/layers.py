@@ -1,8 +1,8 @@
-"""Modules that hold the factors A (m, k) and B (k, n) of a weight, and look dense from outside.
+"""Defines modules that have the factors A (m, k) and B (k, n) of a weight as parameters but appear dense to users.
 
 `surgery.py` changes the class of a module to one of these, so hooks, names and references to the module stay valid.
-Linear layers and convolutions compute with the factors; every other module rebuilds the weight whenever it reads it.
-Reading the weight gives the product; writing to it is an error. State dicts, copies and pickles hold dense modules.
+Linear layers and convolutions compute with the factors. Every other module rebuilds the weight whenever it reads it.
+Reading the weight gives the product; writing to it is an error. State dicts, copies and pickles contain dense weights.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from abtrain.lowrank.weight import FactoredWeight, read_product
 
 
 class Factored(nn.Module):
-    """Base of all modules with factored weights. Its names begin with `_abtrain`, to avoid collisions."""
+    """Is the base class of all modules with factored weights. The prefix `_abtrain` avoids collisions of names."""
 
     _abtrain_dense_type: ClassVar[type[nn.Module]]
-    """The module's class while its weights are dense."""
+    """The class of the module while its weights are dense."""
     _abtrain_weights: dict[str, FactoredWeight]
-    """The records of its factored weights, by their names in the module."""
+    """The records of the module's factored weights, by their names in the module."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name in self._abtrain_weights and name not in self._parameters:
@@ -47,7 +47,7 @@ class Factored(nn.Module):
         return ", ".join(filter(None, (super().extra_repr(), *ranks)))
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Copies and pickles the dense module."""
+        """Makes copies and pickles contain the dense module."""
         # The twin gets the weight's own Parameter, so that a deep copy still shares it with its other holders.
         reduced: Any = _twin(self, lambda weight: weight.dense).__reduce_ex__(protocol)
         make, args, *rest = reduced
@@ -55,7 +55,7 @@ class Factored(nn.Module):
         return (args[0].__new__ if make is copyreg.__newobj__ else make, args, *rest)  # type: ignore[attr-defined]
 
     def _abtrain_copied_by_its_class(self, memo: dict[int, Any]) -> nn.Module:
-        """Replaces the `__deepcopy__` that a module's class defines, and calls it with the module as dense."""
+        """Calls the `__deepcopy__` of the module's dense class, with the module temporarily dense."""
         kind, own = type(self), self.__dict__
         dense = _twin(self, lambda weight: weight.dense).__dict__
         self.__class__, self.__dict__ = self._abtrain_dense_type, dense  # type: ignore[assignment]  # it is a base
@@ -94,18 +94,18 @@ class Factored(nn.Module):
 
 
 def factors_of(module: Factored, attribute: str) -> Factors:
-    """Returns A (m, k) and B (k, n) of a weight."""
+    """Returns the factors A (m, k) and B (k, n) of one weight of a module."""
     names = module._abtrain_weights[attribute].names
     return Factors(getattr(module, names.A), getattr(module, names.B))
 
 
 def product(module: Factored, attribute: str) -> Tensor:
-    """Returns the dense weight, in the dtype of its factors even under autocast, with a gradient to both."""
+    """Returns A B as the dense weight, with a gradient to both factors, and in their dtype even under autocast."""
     return read_product(module._abtrain_weights[attribute], *factors_of(module, attribute))
 
 
 def _twin(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> nn.Module:
-    """Returns a module of the dense class that shares everything except factored weights, which `value` returns."""
+    """Returns a dense module that shares everything with a factored one except its weights, which `value` returns."""
     twin: nn.Module = object.__new__(module._abtrain_dense_type)
     own = {name: item for name, item in module.__dict__.items() if name != "_abtrain_weights"}
     twin.__dict__ = own | {"_parameters": _dense_parameters(module, value)}
@@ -113,7 +113,7 @@ def _twin(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> nn.Mod
 
 
 def _dense_parameters(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> dict[str, Any]:
-    """Returns the module's own parameters, named and ordered as in the dense module."""
+    """Returns a module's parameters with the names and order of the dense module. `value` gives factored weights."""
     replaced = {name: weight for weight in module._abtrain_weights.values() for name in weight.names}
     dense: dict[str, Any] = {}
     for name, parameter in module._parameters.items():
@@ -127,7 +127,7 @@ def _dense_parameters(module: Factored, value: Callable[[FactoredWeight], Tensor
 
 @contextmanager
 def _shown_dense(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> Iterator[dict[str, Any]]:
-    """Gives the module the dense module's parameters in the block. Those that are not factored and set there stay."""
+    """Gives a module its dense parameters within the block. Unfactored parameters keep what the block sets."""
     own, dense = module._parameters, _dense_parameters(module, value)
     module.__dict__["_parameters"] = dense
     try:
@@ -138,9 +138,9 @@ def _shown_dense(module: Factored, value: Callable[[FactoredWeight], Tensor]) ->
 
 
 def _product_of(attribute: str) -> Any:
-    """Returns a property that reads a factored weight as its product, which cannot be written to.
+    """Returns a property that reads a factored weight as the read-only product of its factors.
 
-    Forward methods of torch read a plain tensor: they do not write, and fast paths of attention accept no subclass.
+    PyTorch's own forward methods get a plain tensor. They do not write to it, and fast attention accepts no subclass.
     """
 
     def read(module: Factored) -> Tensor:
@@ -155,19 +155,19 @@ def _product_of(attribute: str) -> Any:
 
 
 class LowRank(Factored):
-    """A module that computes with the factors of its weight; `weight` is only built when it is read."""
+    """Is the base class of modules that compute with the factors. `weight` is only computed when it is read."""
 
     weight = _product_of("weight")
 
 
 def inner_and_outer(module: Factored) -> tuple[Tensor, Tensor]:
-    """Returns the factor applied to the input, (k, in * ...), and the factor that makes the output, (out, k)."""
+    """Returns the factor (k, in * ...) that multiplies the input, and the factor (out, k) that gives the output."""
     A, B = factors_of(module, "weight")
     return (A.T, B.T) if module._abtrain_weights["weight"].matrix_shape.transposed else (B, A)
 
 
 class LowRankLinear(LowRank, nn.Linear):
-    """y = x W^T + b as two matrix products: k (in + out) multiplications per row instead of in * out."""
+    """Computes y = x W^T + b as two matrix products, with k (in + out) multiplications per row instead of in * out."""
 
     _abtrain_dense_type = nn.Linear
 
@@ -177,7 +177,7 @@ class LowRankLinear(LowRank, nn.Linear):
 
 
 class _LowRankConv(LowRank, nn.modules.conv._ConvNd):
-    """A convolution of k filters, then a 1x1 convolution that mixes them into the output channels."""
+    """Applies a convolution with k filters, then a 1x1 convolution that mixes the results into the output channels."""
 
     def forward(self, input: Tensor) -> Tensor:
         inner, outer = inner_and_outer(self)
@@ -203,12 +203,12 @@ class LowRankConv3d(_LowRankConv, nn.Conv3d):
 FACTORED_LAYERS: dict[type[nn.Module], type[LowRank]] = {
     kind._abtrain_dense_type: kind for kind in (LowRankLinear, LowRankConv1d, LowRankConv2d, LowRankConv3d)
 }
-"""Exact types that have a factored form. A subclass may compute something else with its weight, so it has none."""
+"""The factored class for each exact type. Subclasses are left out: they may use their weight in another way."""
 
 
 @functools.cache
 def rebuilding(dense_type: type[nn.Module], attributes: frozenset[str]) -> type[Factored]:
-    """Returns the class of a module that rebuilds these weights from their factors whenever it reads them."""
+    """Returns a subclass of `dense_type` that rebuilds the named weights from their factors whenever it reads them."""
     content = {attribute: _product_of(attribute) for attribute in sorted(attributes)}
     content |= {"_abtrain_dense_type": dense_type, "__module__": __name__}
     if hasattr(dense_type, "__deepcopy__"):

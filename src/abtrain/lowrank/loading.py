@@ -1,4 +1,4 @@
-"""Loads a dense weight into its factors, cut to their rank and in their basis."""
+"""Loads a dense weight into its factors: truncates it to their rank and keeps their basis where possible."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from abtrain.lowrank.weight import FactoredWeight, without_autocast
 from abtrain.recipes.rank_rules import FixedRank
 
 _ROUNDING = 1e-5
-"""Relative error that counts as rounding in float32."""
+"""The relative error that counts as rounding in float32."""
 _SAME = 8
-"""Two products of the same factors may differ by this many units of rounding."""
+"""The number of units of rounding by which two products of the same factors may differ."""
 _CONDITION = 1e-4
-"""A factor is inverted only if its smallest singular value is larger than this share of its largest."""
+"""The share of a factor's largest singular value that its smallest one must exceed before the factor is inverted."""
 
 _replaced: WeakKeyDictionary[FactoredWeight, Factors] = WeakKeyDictionary()
-"""Each weight's factors before the last load that changed them, for loops that swap an average in and out."""
+"""The factors of each weight before its last load. Loops that swap an average in and out get them back exactly."""
 
 _cuts: ContextVar[bool] = ContextVar("cuts", default=False)
 
 
 @contextmanager
 def cutting(cut: bool) -> Iterator[None]:
-    """Sets whether weights loaded in the block may lose more than rounding when they are cut to their ranks."""
+    """Sets whether weights loaded in the block may lose more than rounding errors when truncated to their ranks."""
     token = _cuts.set(cut)
     try:
         yield
@@ -39,14 +39,14 @@ def cutting(cut: bool) -> Iterator[None]:
 
 
 def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -> list[str]:
-    """Writes a dense value that was saved in `dtype` into the factors of a weight, in place; ranks stay.
+    """Writes a dense value that was saved in `dtype` into a weight's factors, in place and without changing the rank.
 
-    Momentum, anchors and residuals refer to the factors element by element, so the pair changes as little as possible.
-    It stays if its product is the value already. If the product of the pair before the last load is the value, that
-    pair returns. Otherwise, the pair becomes factors of the value in the basis nearest to the current one.
+    Momentum, anchors and residuals refer to the factors element by element, so the factors change as little as
+    possible. They stay if their product already is the value. If the factors before the last load give the value, they
+    are restored. Otherwise, the value is factored in the basis nearest to the current one.
 
     Returns:
-        The list of problems, with `key` as the weight's name. If there are any, nothing has changed.
+        One message for each problem, with `key` as the weight's name. The factors only change if the list is empty.
     """
     present = Factors(weight.A.detach(), weight.B.detach())
     if _makes(present, weight, value, dtype):
@@ -73,7 +73,7 @@ def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -
 
 
 def _makes(pair: Factors, weight: FactoredWeight, value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the product of a pair equals a value that was saved in `dtype`, up to rounding."""
+    """Returns whether the product of two factors equals a value that was saved in `dtype`, up to rounding."""
     wide = torch.promote_types(value.dtype, torch.float32)
     W = weight.product_of(*pair)
     if dtype.is_floating_point and bool(value.any()):
@@ -83,10 +83,10 @@ def _makes(pair: Factors, weight: FactoredWeight, value: Tensor, dtype: torch.dt
 
 
 def _factors_of(weight: FactoredWeight, present: Factors, value: Tensor) -> tuple[Factors, float]:
-    """Returns factors of a value at the weight's rank, near the current ones, and the share of its norm they miss.
+    """Returns factors of a value near the present ones, and the share of the value's norm that the rank cuts off.
 
     Raises:
-        NonFiniteError: the value holds NaN or infinity.
+        NonFiniteError: the value contains NaN or infinity.
         torch.linalg.LinAlgError: the SVD did not converge.
     """
     wide = torch.promote_types(weight.A.dtype, torch.float32)
@@ -94,7 +94,7 @@ def _factors_of(weight: FactoredWeight, present: Factors, value: Tensor) -> tupl
     size = W.norm()
 
     def rounded(pair: Factors) -> tuple[Factors, float]:
-        """Returns the pair in the dtype of the weight's factors, and the share of the norm that it misses."""
+        """Returns the factors in the weight's dtype, and the share of the value's norm that their product misses."""
         pair = Factors(*(factor.to(weight.A.dtype) for factor in pair))
         missed = (W - pair.A.to(wide) @ pair.B.to(wide)).norm()
         return pair, float(missed / size) if size > 0 else 0.0
@@ -111,7 +111,7 @@ def _factors_of(weight: FactoredWeight, present: Factors, value: Tensor) -> tupl
 
 
 def _in_basis_of(present: Factors, cut: Factors) -> Factors | None:
-    """Returns other factors of the product: B' = A^+ W, then A' = W B'^+, in float64; None if B' lacks full rank."""
+    """Returns factors B' = A^+ W and A' = W B'^+ of the product W of `cut`, in float64; None if B' lacks full rank."""
     W = cut.A.double() @ cut.B.double()
     B = torch.linalg.pinv(present.A.double()) @ W
     S = torch.linalg.svdvals(B)
@@ -119,7 +119,7 @@ def _in_basis_of(present: Factors, cut: Factors) -> Factors | None:
 
 
 def _of_rank(pair: Factors, k: int) -> Factors:
-    """Returns the pair with the same signs on every machine, zeros instead of rounding errors, and padded to rank k."""
+    """Makes the signs equal on all machines, sets directions that are rounding errors to zero, and pads to rank k."""
     A, B = pair
     largest = A.gather(0, A.abs().argmax(0, keepdim=True))[0]
     signs = torch.where(largest < 0, -1.0, 1.0).to(A.dtype)
@@ -132,5 +132,5 @@ def _of_rank(pair: Factors, k: int) -> Factors:
 
 
 def _allowed(*dtypes: torch.dtype) -> float:
-    """Returns the largest relative error that counts as rounding."""
+    """Returns the largest relative error that counts as rounding in any of the dtypes."""
     return max(_ROUNDING, *(2 * torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point))

@@ -1,4 +1,4 @@
-"""A model whose weights change between full and factored, with its optimizers."""
+"""Switches the weights of a model between full and factored, together with the state of its optimizers."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ TrainedFactors = Literal["all", "A", "B"]
 
 
 class FactoredModel:
-    """A model in which some weights may be factored, with its optimizers. Changes both in place.
+    """Factors and restores weights of a model, and converts the state of its optimizers. Changes both in place.
 
     Args:
-        names: names of the weights that may be factored.
-        optimizer_state: whether a change of shape resets a weight's state (`reset`) or projects it (`project`);
-            `auto`: projects it if the optimizer is known, and resets it otherwise.
+        names: the names of the weights that may be factored.
+        optimizer_state: the treatment of a weight's optimizer state when its shape changes: `reset`, `project`, or
+            `auto`, which projects the state of known optimizers and resets that of others.
 
     Attributes:
-        records: the weights that are currently factored, by name.
-        damping: the preconditioner's damping, as last passed to `factorize`.
-        compression: parameters of the full model over parameters of the model as last factored; 1 before that.
+        records: the records of the weights that are currently factored, by name.
+        damping: the preconditioner's damping that was last passed to `factorize`.
+        compression: the parameter count of the full model divided by that of the last factored one; 1 before that.
     """
 
     def __init__(
@@ -55,33 +55,33 @@ class FactoredModel:
 
     @property
     def projects(self) -> bool:
-        """Whether momentum and residuals of a weight are converted into those of its factors, and back."""
+        """Whether momentum and residuals are converted between a weight and its factors when the shape changes."""
         return self._optimizer_state != "reset"
 
     def _projects_state_of(self, optimizer: Optimizer) -> bool:
         return self._optimizer_state == "project" or (self.projects and is_a(optimizer, PROJECTABLE))
 
     def resets(self) -> set[str]:
-        """Returns the names of the factors whose optimizer state is dropped when they become weights."""
+        """Returns the names of the factors whose optimizer state is dropped when their weight is restored."""
         holders = {name: self.optimizers.steps(factor) for name, factor in self.factors().items()}
         return {name for name, holder in holders.items() if holder is None or not self._projects_state_of(holder)}
 
     def factors(self) -> dict[str, nn.Parameter]:
-        """Returns the current factors: `NAME.A` and `NAME.B` of every factored weight NAME."""
+        """Returns the factors of all factored weights. Those of weight NAME are named `NAME.A` and `NAME.B`."""
         factors: dict[str, nn.Parameter] = {}
         for name, record in self.records.items():
             factors |= zip(factor_names(name), record.factors, strict=True)
         return factors
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Returns all parameters in their current form, frozen ones included: factors as `NAME.A` and `NAME.B`."""
+        """Returns all parameters by name, frozen ones included, with `NAME.A` and `NAME.B` for a factored weight."""
         factors = self.factors()
         known = {id(parameter) for parameter in factors.values()}
         named = self.model.named_parameters()
         return factors | {name: p for name, p in named if id(p) not in known and not isinstance(p, FactoredMark)}
 
     def trained(self, treatments: Sequence[Treatment]) -> dict[str, nn.Parameter]:
-        """Returns the parameters that workers train together, in their current form, in the order of `treatments`."""
+        """Returns the parameters or factors that workers train together, by name, in the order of `treatments`."""
         factors = self.factors()
         trained: dict[str, nn.Parameter] = {}
         for treatment in treatments:
@@ -93,12 +93,12 @@ class FactoredModel:
         return trained
 
     def matrices(self) -> dict[str, Tensor]:
-        """Returns the weights that may be factored and are currently dense, as (m, n) matrices, without gradients."""
+        """Returns the weights that may be factored but are dense, as detached (m, n) matrices by name."""
         weights = {n: self.model.get_parameter(n).detach() for n in self.names if n not in self.records}
         return {name: MatrixShape(weight.shape).to_matrix(weight) for name, weight in weights.items()}
 
     def factorize(self, factors: Mapping[str, Factors], damping: float = 0.0) -> None:
-        """Replaces the named weights by factors. `damping` is the preconditioner's in the next steps; 0: none."""
+        """Replaces the named weights by factors. `damping` is the preconditioner's; 0 means no preconditioner."""
         self.damping = damping
         for name, pair in factors.items():
             record = factorize_(self.model, name, pair)
@@ -111,7 +111,7 @@ class FactoredModel:
         self.compression = self._full_numel / sum(parameter.numel() for parameter in self.parameters().values())
 
     def restore(self) -> None:
-        """Turns every factored weight back into W = A B."""
+        """Replaces the factors of every factored weight by W = A B."""
         for record in reversed(self.records.values()):
             states = self.optimizers.replace(record.factors, [record.dense])
             restore_(record)
@@ -123,7 +123,7 @@ class FactoredModel:
         self.records = {}
 
     def _begin_state(self, *parameters: Tensor) -> None:
-        """Gives new parameters the state that their optimizer needs before its first step."""
+        """Creates the state that an optimizer needs before its first step with a new parameter."""
         for parameter in parameters:
             optimizer = self.optimizers.steps(parameter)
             if optimizer is not None and parameter not in optimizer.state:
@@ -132,15 +132,15 @@ class FactoredModel:
                     optimizer.state[parameter] = state
 
     def drop_state(self, parameter: Tensor) -> None:
-        """Drops the optimizers' state of a parameter."""
+        """Drops the state that all optimizers have for a parameter."""
         for optimizer in self.optimizers.stateful:
             optimizer.state.pop(parameter, None)
         self._begin_state(parameter)
 
     def reshape(self, factors: Mapping[str, Factors], damping: float, compression: float) -> None:
-        """Factors exactly these weights, so that a saved state can be loaded.
+        """Makes exactly the given weights factored, in preparation for loading a saved state.
 
-        Drops the optimizers' state. Weights that become dense get meaningless values.
+        Drops the optimizers' state. The values of the other weights are meaningless until the state is loaded.
         """
         for optimizer in self.optimizers.all:
             optimizer.state.clear()
@@ -149,19 +149,19 @@ class FactoredModel:
         self.compression = compression
 
     def train_only(self, which: TrainedFactors) -> None:
-        """Freezes the factors that do not train, and unfreezes the others."""
+        """Sets which factors train: unfreezes these, and freezes all others."""
         self._trains = which
         for name, factor in self.factors().items():
             factor.requires_grad_(self._trains_factor(name))
 
     def keep_frozen(self) -> None:
-        """Freezes the factors that do not train again, in case the loop has unfrozen all parameters of a module."""
+        """Freezes the factors that must not train, in case the training loop has unfrozen all parameters."""
         for name, factor in self.factors().items():
             if not self._trains_factor(name):
                 factor.requires_grad_(False)
 
     def frozen_factors(self) -> dict[str, nn.Parameter]:
-        """Returns the factors that should train but were frozen by the loop, by the names of their weights."""
+        """Returns the factors that must train but that the training loop has frozen, by the names of their weights."""
         trained = {name: factor for name, factor in self.factors().items() if self._trains_factor(name)}
         return {weight_name(name): factor for name, factor in trained.items() if not factor.requires_grad}
 
@@ -169,11 +169,11 @@ class FactoredModel:
         return self._trains in ("all", factor_letter(name))
 
     def dense_state_dict(self) -> dict[str, Tensor]:
-        """Returns the state of the full-rank model, which can be loaded into the model as the user built it."""
+        """Returns the state dict of the full-rank model. The model can load it as the user built it."""
         return {without_compiled(name): tensor for name, tensor in self.model.state_dict().items()}
 
     def factored_state_dict(self) -> dict[str, Tensor]:
-        """Returns the model's tensors in their current form: NAME.A (m, k) and NAME.B (k, n) for a factored weight."""
+        """Returns the model's tensors by name, with NAME.A (m, k) and NAME.B (k, n) for a factored weight NAME."""
         records = {without_compiled(name): record for name, record in self.records.items()}
         state: dict[str, Tensor] = {}
         for name, tensor in tensors_of(self.dense_state_dict()).items():
@@ -184,10 +184,10 @@ class FactoredModel:
         return state
 
     def load_dense_state_dict(self, state: Mapping[str, Tensor], cut: bool) -> None:
-        """Loads a `dense_state_dict`. Factored weights keep their ranks; with `cut`, the rest of a value may be lost.
+        """Loads a `dense_state_dict`. Factored weights keep their ranks. `cut` permits truncation to these ranks.
 
         Raises:
-            RuntimeError: names or shapes differ, or a weight would lose more than rounding without `cut`.
+            RuntimeError: names or shapes differ, or without `cut`, a weight would lose more than rounding errors.
         """
         live = {without_compiled(name): name for name in self.model.state_dict()}
         with cutting(cut):

@@ -1,8 +1,8 @@
-"""Saves and loads a model whose weights may be factored, and its optimizers, as tensors and JSON values by name.
+"""Saves and loads a model, whose weights may be factored, and its optimizers, as tensors and JSON values by name.
 
-An optimizer's own `state_dict` numbers parameters by position, and its `load_state_dict` casts state to the parameter's
-dtype. But positions change when weights are factored, and a resumed run must hold the same bits. Therefore this module
-keeps state by name, and without casts.
+An optimizer's own `state_dict` numbers the parameters, and its `load_state_dict` casts state to the parameter's dtype.
+But the numbers change when weights are factored, and a resumed run must be bitwise equal. Therefore this module stores
+state by name and without casts.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from abtrain.own import own_names, shared_buffers
 
 
 def model_state(model: FactoredModel) -> dict[str, Any]:
-    """Returns the state that `load_model_state` takes. It holds the model's own tensors: copy them before a step.
+    """Returns a state for `load_model_state`. Its tensors share memory with the model: copy them before the next step.
 
-    `weights` holds all parameters by name, frozen ones too; a factored weight NAME is NAME.A (m, k) and NAME.B (k, n).
-    `own` holds the parameters and buffers that belong to one worker, and `extra` the results of `get_extra_state` by
-    the names of the modules. Both entries are left out if they are empty.
+    `weights` has all parameters by name, frozen ones too. A factored weight NAME is NAME.A (m, k) and NAME.B (k, n).
+    `own` has the parameters and buffers that workers do not share. `extra` has the results of `get_extra_state`, by
+    module name. Both entries are left out if they are empty.
     """
     names, own = model.parameters(), own_tensors(model)
     extra = {name: module.get_extra_state() for name, module in modules_with_extra_state(model).items()}
@@ -47,21 +47,21 @@ def model_state(model: FactoredModel) -> dict[str, Any]:
 
 
 def modules_with_extra_state(model: FactoredModel) -> dict[str, nn.Module]:
-    """Returns the modules that keep more than parameters and buffers in a state dict, by name."""
+    """Returns the modules that define `get_extra_state`, by name."""
     plain = nn.Module.get_extra_state
     modules = model.model.named_modules()
     return {name: one for name, one in modules if getattr(type(one), "get_extra_state", plain) is not plain}
 
 
 def own_tensors(model: FactoredModel) -> dict[str, Tensor]:
-    """Returns the parameters and buffers that are each worker's own, by name."""
+    """Returns the parameters and buffers that workers do not share, by name."""
     own = own_names(model.model)
     tensors = [*model.model.named_parameters(), *model.model.named_buffers()]
     return {name: tensor.detach() for name, tensor in tensors if name in own}
 
 
 def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
-    """Restores shapes, values, param groups and optimizer state from a state that fits."""
+    """Restores shapes, values, param groups and optimizer state. The state must have passed `fit.model_problems`."""
     weights = state["weights"]
     device = next(iter(model.model.parameters())).device
     pairs = {
@@ -112,7 +112,7 @@ _TUPLE = "(tuple)"
 
 
 def _with_marked_tuples(value: Any) -> Any:
-    """Replaces tuples by dicts of one key, since files would keep tuples as lists."""
+    """Replaces tuples by dicts of one key, since JSON would turn tuples into lists."""
     if isinstance(value, tuple):
         return {_TUPLE: [_with_marked_tuples(item) for item in value]}
     if isinstance(value, Mapping):
@@ -121,7 +121,7 @@ def _with_marked_tuples(value: Any) -> Any:
 
 
 def _with_tuples(value: Any) -> Any:
-    """The inverse of `_with_marked_tuples`."""
+    """Undoes `_with_marked_tuples`."""
     if isinstance(value, Mapping):
         items = {key: _with_tuples(item) for key, item in value.items()}
         return tuple(items[_TUPLE]) if items.keys() == {_TUPLE} else items
@@ -129,20 +129,20 @@ def _with_tuples(value: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a setting is data. Others, such as a dtype or a function, are only set when an optimizer is built."""
+    """Returns whether a setting is plain data. Functions and dtypes are not, and only the constructor sets them."""
     if isinstance(value, Mapping | list | tuple):
         return all(map(_is_plain, value.values() if isinstance(value, Mapping) else value))
     return value is None or isinstance(value, str | bool | Real | Tensor)
 
 
 def _plain(value: Any) -> Any:
-    """Converts NumPy numbers to floats, since a scheduler may compute rates in NumPy."""
+    """Converts NumPy numbers to floats, since a scheduler may compute learning rates in NumPy."""
     known = isinstance(value, bool | int | float) or not isinstance(value, Real)
     return value if known else float(value)
 
 
 def more_of(optimizer: Optimizer) -> dict[str, Any]:
-    """Returns the entries of `state_dict` other than `state` and `param_groups`. PyTorch's optimizers have none."""
+    """Returns further entries of an optimizer's `state_dict` than `state` and `param_groups`, if it has any."""
     hooks = getattr(optimizer, "_optimizer_state_dict_post_hooks", None)
     if type(optimizer).state_dict is Optimizer.state_dict and not hooks:
         return {}
@@ -170,7 +170,7 @@ def _load_optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter
 
 
 def _copied(parameter: nn.Parameter, value: Tensor, moved: bool) -> Tensor:
-    """Returns a copy of a state tensor on its device, in the parameter's memory layout if it has the same shape."""
+    """Copies a state tensor to the parameter's device; a scalar only if `moved`. Equal shapes get equal layouts."""
     if value.ndim and value.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
     return value.to(parameter.device if value.ndim or moved else "cpu", copy=True)

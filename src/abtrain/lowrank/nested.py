@@ -1,4 +1,4 @@
-"""The tensors in nested dicts, lists and tuples."""
+"""Finds and replaces the tensors in nested dicts, lists and tuples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def tensors_in(value: Any, depth: int = sys.maxsize) -> Iterator[Tensor]:
-    """Yields all tensors in a value, including the value itself, down to `depth` levels of nesting."""
+    """Yields all tensors in nested dicts, lists and tuples, down to `depth` levels. A tensor yields itself."""
     if isinstance(value, Tensor):
         yield value
     elif depth and isinstance(value, Mapping | list | tuple):
@@ -19,7 +19,7 @@ def tensors_in(value: Any, depth: int = sys.maxsize) -> Iterator[Tensor]:
 
 
 def with_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Returns a copy of nested dicts, lists and tuples in which `change` has replaced every tensor."""
+    """Returns a copy of nested dicts, lists and tuples with `change(tensor)` in place of every tensor."""
     if isinstance(value, dict):
         return {key: with_tensors(item, change) for key, item in value.items()}
     if type(value) in (list, tuple):

@@ -1,4 +1,4 @@
-"""The optimizer's state at a change of shape: converts the state of a weight to that of its factors, and back."""
+"""Converts an optimizer's state for a weight into state for the weight's factors, and back."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from abtrain.lowrank.weight import FactoredWeight
 State = dict[str, Any]
 
 LINEAR_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
-"""State that is a running mean of gradients."""
+"""The keys of optimizer state that is a running mean of gradients."""
 SQUARED_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
-"""State that is a running mean (or sum) of squared gradients."""
+"""The keys of optimizer state that is a running mean or sum of squared gradients."""
 PROJECTABLE = (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, Muon)
-"""Optimizers whose state is known to consist of linear or squared moments and step counts."""
+"""The optimizers whose state is known to consist of linear or squared moments and step counts."""
 _TINY = torch.finfo(torch.float64).tiny
 
 
 def project_to_factors(state: State, record: FactoredWeight, A: Tensor, B: Tensor) -> tuple[State, State]:
-    """Converts the state of W into states of A and B.
+    """Converts the optimizer state of a weight W into states of its factors A and B.
 
-    The gradients are G_A = G B^T and G_B = A^T G, so running means are converted in the same way. Running means of
-    squares are multiplied by the squared factors, which is exact if the entries of G are uncorrelated. Step counts
-    and other state are copied. A and B are those of `abtrain.lowrank.precondition.seen_through`.
+    The gradients are G_A = G B^T and G_B = A^T G, and running means of G are converted in the same way. Running means
+    of squares are multiplied by the squared factors. This is exact if the entries of G are uncorrelated. Step counts
+    and other state are copied. A and B are those that `abtrain.lowrank.precondition.seen_through` returns.
     """
     state_A, state_B = State(), State()
     for key, value in state.items():
@@ -41,11 +41,11 @@ def project_to_factors(state: State, record: FactoredWeight, A: Tensor, B: Tenso
 
 
 def project_to_weight(state_A: State, state_B: State, record: FactoredWeight, A: Tensor, B: Tensor) -> State:
-    """Converts states of A and B into the state of W; either may be empty. A and B are as in `project_to_factors`.
+    """Converts the optimizer states of A and B, of which one may be empty, into the state of W.
 
-    A mean M_A of G B^T and a mean M_B of A^T G give the smallest G that explains both: with P the projector onto the
-    columns of A, G = A (A^T A)^-1 M_B + (I - P) M_A (B B^T)^-1 B. A mean of squares is spread evenly over the entries
-    that it was summed over, which keeps it positive.
+    A and B are as in `project_to_factors`. G becomes the smallest matrix with the means M_A = G B^T and M_B = A^T G:
+    G = A (A^T A)^-1 M_B + (I - P) M_A (B B^T)^-1 B, where P is the projector onto the columns of A. A mean of squares
+    is spread evenly over the entries that were summed for it, which keeps it positive.
     """
     A, B = A.double(), B.double()
     A_plus, B_plus = torch.linalg.pinv(A), torch.linalg.pinv(B)
@@ -61,10 +61,10 @@ def project_to_weight(state_A: State, state_B: State, record: FactoredWeight, A:
 
 
 def _consistent(state: State) -> State:
-    """Raises mean squares to their lower bounds, so that no optimizer takes the root of a negative number.
+    """Raises mean squares to their lower bounds. Otherwise, an optimizer might take the root of a negative number.
 
-    Means of gradients and of their squares are converted by different sums, so the first may come out larger than the
-    root of the second. RMSprop's centred variance is square_avg - grad_avg^2.
+    Means of gradients and of their squares are converted by different sums, so the squared mean may exceed the mean
+    square. RMSprop's centred variance, square_avg - grad_avg^2, would then be negative.
     """
     mean = state.get("grad_avg")
     least = {"max_exp_avg_sq": state.get("exp_avg_sq"), "square_avg": mean * mean if isinstance(mean, Tensor) else None}
@@ -75,7 +75,7 @@ def _consistent(state: State) -> State:
 
 
 def _explain(M_A: Tensor | None, M_B: Tensor | None, A: Tensor, A_plus: Tensor, B_plus: Tensor) -> Tensor:
-    """Returns the smallest G with M_A = G B^T and M_B = A^T G; one of the two may be unknown."""
+    """Returns the smallest matrix G with M_A = G B^T and M_B = A^T G. M_A or M_B may be None."""
     if M_A is None:
         assert M_B is not None
         return A_plus.T @ M_B.double()
@@ -84,7 +84,7 @@ def _explain(M_A: Tensor | None, M_B: Tensor | None, A: Tensor, A_plus: Tensor, 
 
 
 def _spread(V_A: Tensor | None, V_B: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-    """Estimates rows of V from V_A = V (B*B)^T and columns from V_B = (A*A)^T V, and averages what is known."""
+    """Estimates V by rows from V_A = V (B*B)^T, by columns from V_B = (A*A)^T V, or by the mean if both are given."""
     estimates = []
     if V_A is not None:
         rows = V_A.double().sum(1, keepdim=True) / (B * B).sum().clamp_min(_TINY)
@@ -96,9 +96,9 @@ def _spread(V_A: Tensor | None, V_B: Tensor | None, A: Tensor, B: Tensor) -> Ten
 
 
 def fresh_state(optimizer: Optimizer, parameter: Tensor) -> State:
-    """Returns the state that an optimizer needs for a parameter before its first step; empty for most optimizers.
+    """Returns the state that an optimizer needs before its first step with a parameter; empty for most optimizers.
 
-    Adagrad creates state only in its constructor. Fused SGD infers from the first parameter whether all have momentum.
+    Adagrad only creates state in its constructor. Fused SGD checks only one parameter to see if all have momentum.
     """
     group = next(group for group in optimizer.param_groups if any(held is parameter for held in group["params"]))
     if is_a(optimizer, (Adagrad,)):

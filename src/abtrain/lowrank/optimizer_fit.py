@@ -1,7 +1,7 @@
-"""Checks whether saved settings and state of an optimizer fit the present one. Changes nothing.
+"""Checks whether saved settings and state of an optimizer fit the optimizer in the training loop. Changes nothing.
 
-For PyTorch's own optimizers, a twin with the saved settings steps a tiny parameter once, and its state shows what
-belongs to these settings. For other optimizers, only param groups and learning rates are checked.
+For PyTorch's own optimizers, a twin with the saved settings steps a tiny parameter once. The twin's state shows which
+entries the saved state must have. For other optimizers, only param groups and learning rates are checked.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from abtrain.lowrank.names import weight_name
 from abtrain.lowrank.optimizers import PARAMETERS, settings_of
 
 SCHEDULED = frozenset({"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"})
-"""Schedulers add these to param groups. They may be built before or after a state is loaded."""
+"""Settings that schedulers add to param groups. A scheduler may be built before or after a state is loaded."""
 _IMPLEMENTATIONS = frozenset({"foreach", "fused"})
-"""Settings that select an implementation of the same step. They may differ from the saved ones."""
+"""Settings that select an implementation of the same step. Their saved and present values may differ."""
 _MOST = 2**31 - 1
 _SIDE = 2
-"""The size of the twin's parameter in each dimension. State of size 1 instead holds one number per row or column."""
+"""The size of the twin's parameter in each dimension. State of size 1 in a dimension does not depend on it."""
 
 
 def optimizer_problems(model: FactoredModel, state: Mapping[str, Any], layout: Mapping[str, Tensor]) -> list[str]:
-    """Returns why a state of the form `MODEL_STATE` does not fit a model's optimizers; empty if it does.
+    """Returns messages about why a state does not fit a model's optimizers; empty if it fits.
 
-    `layout`: all parameters by name, in the form of the state.
+    The state must have passed `MODEL_STATE`. `layout` has the shapes and dtypes of all its parameters, by name.
     """
     ours, saved = model.optimizers.all, state["optimizers"]
     if len(saved) != len(ours):
@@ -73,7 +73,7 @@ def _problems(
 
 
 def _group_problems(model: FactoredModel, optimizer: Optimizer, owned: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Names a parameter that only one of a param group and its saved form holds, for the first such group."""
+    """Yields a message for the first param group whose parameters differ from the saved ones."""
     known = {id(parameter): name for name, parameter in model.parameters().items()}
     for place, (group, saved) in enumerate(zip(optimizer.param_groups, owned, strict=False)):
         ours = {weight_name(known.get(id(p), "")) for p in group["params"]}
@@ -86,7 +86,7 @@ def _group_problems(model: FactoredModel, optimizer: Optimizer, owned: Sequence[
 
 
 def _setting_problems(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], of_torch: bool) -> Iterator[str]:
-    """Checks all settings of PyTorch's optimizers, but only the learning rates of others, whose settings may change."""
+    """Checks all settings of PyTorch's optimizers, but only the learning rates of others."""
     for place, (group, settings) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         ours = {key: _setting(key, value) for key, value in settings_of(group).items() if of_torch or key == "lr"}
         scheduled = {key: partial(_rate, group.get(key)) for key in SCHEDULED if of_torch}
@@ -97,7 +97,7 @@ def _setting_problems(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]],
 
 
 def _added(place: str, value: Any) -> Iterator[str]:
-    """Checks a setting that a loop has added: a number, a string, a flag, or None."""
+    """Checks that a setting added by the training loop is a number, a string, a boolean or None."""
     if isinstance(value, Tensor):
         yield from _rate(None, place, value)
     elif not (value is None or isinstance(value, bool | str) or is_number(value)):
@@ -105,7 +105,7 @@ def _added(place: str, value: Any) -> Iterator[str]:
 
 
 def _setting(key: str, known: Any) -> Check:
-    """Returns the check of a setting whose present value is `known`."""
+    """Returns a check for the saved value of a setting whose present value is `known`."""
     if key in _IMPLEMENTATIONS:
         return one_of(None, True, False)
     if known is None or isinstance(known, bool):
@@ -123,7 +123,7 @@ def _setting(key: str, known: Any) -> Check:
 
 
 def _rate(known: Any, place: str, value: Any) -> Iterator[str]:
-    """Checks a learning rate or another number that may be a tensor. If `known` is a tensor, the shapes must agree."""
+    """Checks a learning rate or another number. If it and `known` are both tensors, their shapes must be equal."""
     if not isinstance(value, Tensor):
         yield from number()(place, value)
     elif not value.is_floating_point() or value.numel() != 1 or not bool(torch.isfinite(value)):
@@ -139,7 +139,7 @@ def _state_problems(
 
     @cache
     def example(place: int, ndim: int, dtype: torch.dtype) -> Mapping[str, Any]:
-        """Returns a parameter's state after a step with the saved settings; empty if even the present ones fail."""
+        """Returns a twin's state after a step with the saved settings; empty if the present settings fail."""
         ones = torch.ones((_SIDE,) * ndim, dtype=dtype, device=device)
         try:
             _step(kind, settings_of(optimizer.param_groups[place]), ones.clone())
@@ -188,7 +188,7 @@ def _step(kind: type[Optimizer], settings: Mapping[str, Any], ones: Tensor) -> M
 
 
 def _fits(held: Any, weight: Tensor, wanted: Any) -> bool:
-    """Whether an item of state can belong to a weight, given the twin's item (None: it has none)."""
+    """Returns whether an entry of state can belong to a weight. `wanted`: the twin's entry; None if it has none."""
     if not isinstance(held, Tensor):
         return not isinstance(wanted, Tensor) and (wanted is None or (is_number(held) and held >= 0))
     if held.layout != torch.strided or held.device.type == "meta":

@@ -1,8 +1,8 @@
-"""All optimizers of a loop as one: several side by side, and those inside others.
+"""Treats all optimizers of a training loop as one: several for different parameters, and optimizers inside others.
 
-People split a model between optimizers (Muon for matrices, AdamW for the rest), and wrap them: Accelerate's wrapper
+Users split a model between optimizers (Muon for matrices, AdamW for the rest). They also wrap optimizers: Accelerate
 decides whether a step is made, SAM runs two passes per step, Lookahead averages over several steps. The innermost
-optimizer that holds a weight changes it, so hooks are put on that one.
+optimizer with a weight changes it, so abtrain registers its hooks on that optimizer.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch.optim import Optimizer
 from abtrain.lowrank.names import factor_names, weight_name
 
 _DEEPEST = 3
-"""How many levels of lists and dicts are searched for the optimizers inside an optimizer."""
+"""The number of levels of lists and dicts in which optimizers inside an optimizer are searched for."""
 _NOT_SEARCHED = frozenset({"state", "param_groups", "defaults"})
-"""Attributes of every optimizer that hold no other optimizers."""
+"""Attributes that every optimizer has and that contain no other optimizers."""
 PARAMETERS = ("params", "param_names")
 """The keys of a param group that are not settings."""
 
 
 class Optimizers:
-    """All optimizers of a loop.
+    """Finds all optimizers of a training loop and exchanges the parameters in them.
 
     Attributes:
-        given: one optimizer, or several with different parameters; kept as a tuple.
-        all: the given optimizers and those inside them, outer ones first.
-        acting: the optimizers whose steps change weights: for each parameter, the innermost one that holds it.
+        given: a tuple of the optimizers that the user passed.
+        all: a tuple of the given optimizers and those inside them, outer ones first.
+        acting: a tuple of the optimizers whose steps change weights: the innermost one of each parameter.
     """
 
     def __init__(self, given: Optimizer | Sequence[Optimizer]) -> None:
@@ -45,30 +45,30 @@ class Optimizers:
 
     @property
     def stateful(self) -> list[Optimizer]:
-        """All optimizers with their own state, without wrappers that return the state of the optimizer inside."""
+        """The optimizers that have state of their own. Wrappers that share the state of another one are left out."""
         return list({id(optimizer.state): optimizer for optimizer in self.all}.values())
 
     def groups(self) -> list[dict[str, Any]]:
-        """Returns all param groups; one that several optimizers share appears once."""
+        """Returns all param groups. A group that several optimizers share appears once."""
         return list({id(group): group for optimizer in self.all for group in optimizer.param_groups}.values())
 
     def parameters(self) -> list[nn.Parameter]:
-        """Returns all parameters, in the order of their groups."""
+        """Returns all parameters of all optimizers, in the order of their param groups."""
         return list({id(p): p for group in self.groups() for p in group["params"]}.values())
 
     def steps(self, parameter: Tensor) -> Optimizer | None:
-        """Returns the optimizer that changes a parameter; None if no optimizer holds it."""
+        """Returns the optimizer that changes a parameter, or None if the parameter is in no optimizer."""
         return self._holders.get(id(parameter))
 
     def replace(
         self, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]
     ) -> list[tuple[Optimizer, list[dict[str, Any]]]]:
-        """Puts `new` in place of `old[0]` in its param groups, and removes the other `old`.
+        """Replaces the parameter `old[0]` by `new` in its param groups, and removes the other `old` parameters.
 
         The param groups stay, so learning rates, weight decay and schedulers keep working.
 
         Returns:
-            For each optimizer with its own state: the states of the `old` parameters in their order, {} if missing.
+            Pairs of a stateful optimizer and its states of the `old` parameters, in their order; {} where it has none.
         """
         for group in self.groups():
             if any(parameter is old[0] for parameter in group["params"]):
@@ -94,7 +94,7 @@ def _replace_in(group: dict[str, Any], old: Sequence[nn.Parameter], new: Sequenc
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Returns the parameters of one optimizer, in the order of its groups."""
+    """Returns the parameters of one optimizer, in the order of its param groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -104,20 +104,20 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_a(optimizer: Optimizer, kinds: Sequence[type[Optimizer]]) -> bool:
-    """Whether an optimizer is of one of these classes, or of a subclass that does not override `step`."""
+    """Returns whether an optimizer's class is one of `kinds`, or a subclass that does not override `step`."""
     step = inspect.unwrap(type(optimizer).step)
     return any(isinstance(optimizer, kind) and step is inspect.unwrap(kind.step) for kind in kinds)
 
 
 def announces_steps(optimizer: Optimizer) -> bool:
-    """Whether step hooks of an optimizer are called; they are not if its class leaves out `Optimizer.__init__`."""
+    """Returns whether an optimizer calls step hooks. It does not if its class does not call `Optimizer.__init__`."""
     return hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(type(optimizer).step, "hooked")
 
 
 def is_nested(optimizer: Optimizer) -> bool:
-    """Whether the step that calls the hooks of an optimizer runs inside another step of the same optimizer.
+    """Returns whether an optimizer's hooks are running in a step inside another step of the same optimizer.
 
-    If a class's `step` calls that of its parent, PyTorch's hooks see two steps for one.
+    If the `step` of a class calls that of its parent class, PyTorch runs step hooks twice for one step.
     """
     frames = (frame for frame, _ in traceback.walk_stack(sys._getframe(1)))
     steps = (one for one in frames if one.f_code is _HOOKED_STEP and one.f_locals.get("self") is optimizer)
@@ -129,11 +129,11 @@ _HOOKED_STEP = next(
     for constant in Optimizer.profile_hook_step.__code__.co_consts
     if inspect.iscode(constant) and "pre_hook" in constant.co_varnames
 )
-"""The code that PyTorch wraps around the `step` of every optimizer."""
+"""The code object of the wrapper that PyTorch puts around the `step` of every optimizer."""
 
 
 def _inside(value: Any, levels: int, seen: set[int]) -> Iterator[Optimizer]:
-    """Yields the optimizers in a value, the value itself first if it is one."""
+    """Yields the optimizers found in a value, down to `levels` levels. An optimizer yields itself first."""
     if id(value) in seen or levels < 0:
         return
     if isinstance(value, Optimizer):

@@ -1,4 +1,4 @@
-"""Copies a model into plain PyTorch modules: two smaller layers for a factored weight."""
+"""Copies a model into plain PyTorch modules, with two smaller layers for each factored layer."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _HOOKS = (
 
 
 def to_plain(model: nn.Module, *, dense: Sequence[str] = ()) -> nn.Module:
-    """Returns a copy of a model that computes with its factors, and runs where abtrain is not installed.
+    """Returns a copy of a model that computes with factors but consists of plain PyTorch modules, without abtrain.
 
-    A factored Linear layer becomes two of rank k between them, a factored convolution becomes a convolution of k
-    filters and a 1x1 convolution. Weights stay dense (W = A B) where the factors would be larger, in modules that
-    compute in their own way (attention), and in PyTorch's transformer layers, which read the weights of their parts.
+    A factored Linear layer becomes two Linear layers with k features between them. A factored convolution becomes a
+    convolution with k filters and a 1x1 convolution. Weights stay dense (W = A B) if the factors would be larger, in
+    other modules (attention), and in PyTorch's transformer layers, which read the weights of their submodules.
 
     Args:
         model: the model that ABTraining trains, at any step. It is not changed.
-        dense: globs of modules that keep one dense weight, for code that reads their `weight`.
+        dense: globs of the names of modules that stay dense, for code that reads their `weight`.
     """
     plain: nn.Module = copy.deepcopy(model)
     for name, module in model.named_modules():
@@ -49,7 +49,7 @@ def _is_smaller(module: LowRank) -> bool:
 
 
 def _as_two(module: LowRank, copied: nn.Module) -> nn.Sequential:
-    """Returns the two layers that compute what a factored layer does, with the bias and the hooks of its copy."""
+    """Returns two plain layers that compute the same as a factored layer, with the bias and hooks of its copy."""
     inner, outer = (factor.detach() for factor in inner_and_outer(module))
     kind, bias = module._abtrain_dense_type, copied.bias is not None
     if isinstance(module, LowRankLinear):

@@ -1,19 +1,19 @@
 """Preconditions factors: makes optimizer steps of a weight independent of its split into A and B.
 
-W = A B does not determine how a weight is split between A and B, yet optimizer steps depend on the split: the gradient
-of A is that of W times B^T, and a step of A moves W by that step times B. Small singular values therefore shrink a
-direction twice: in the gradient, and in the step. The preconditioner corrects both. With R_B = (B B^T + d I)^-1/2 and
-R_A = (A^T A + d I)^-1/2 the optimizer gets
+Many pairs of factors have the same product W = A B, yet optimizer steps depend on the pair. The gradient of A is that
+of W times B^T, and a step of A changes W by that step times B. Small singular values therefore shrink a direction
+twice: in the gradient, and in the step. The preconditioner corrects both. With R_B = (B B^T + d I)^-1/2 and
+R_A = (A^T A + d I)^-1/2, the optimizer gets
 
     G_A R_B  and  R_A G_B,    and its steps D_A, D_B become    D_A R_B  and  R_A D_B.
 
 These are the gradient and the step in orthonormal coordinates of the rows of B and of the columns of A. For plain
-gradient descent the two together are ScaledGD, G_A (B B^T + d I)^-1 (Tong, Ma, Chi, arXiv 2005.08898; for LoRA, Zhang
-and Pilanci, arXiv 2402.02347). An optimizer that normalizes its gradients, as Adam does, undoes a change of the
-gradient alone, so it needs both halves.
+gradient descent, both corrections together are ScaledGD, G_A (B B^T + d I)^-1 (Tong, Ma, Chi, arXiv 2005.08898; for
+LoRA, Zhang and Pilanci, arXiv 2402.02347). An optimizer that normalizes its gradients, such as Adam, undoes a change
+of the gradient alone, so it needs both corrections.
 
 Weight decay is not a step along a gradient: it shrinks the weight by a given share. If it is decoupled from the
-gradient (AdamW), it is taken out of the step, and half of it is applied to each factor.
+gradient (AdamW), it is removed from the step, and half of it is applied to each factor.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from abtrain.lowrank.weight import FactoredWeight
 
 
 class _Start(NamedTuple):
-    """A factor before the optimizer's step."""
+    """Stores a factor's value before the optimizer's step, and its preconditioner."""
 
     factor: nn.Parameter
     value: Tensor  # a copy of the factor
@@ -40,18 +40,18 @@ class _Start(NamedTuple):
     is_A: bool
 
     def converted(self, change: Tensor) -> Tensor:
-        """Returns a gradient or step of the factor in the weight's coordinates: D_A R_B or R_A D_B."""
+        """Returns a preconditioned gradient or step: D_A R_B for factor A, R_A D_B for factor B."""
         change = change.to(self.root.dtype)
         return change @ self.root if self.is_A else self.root @ change
 
 
 class Preconditioner:
-    """Preconditions gradients of factors before optimizer steps, and the steps themselves after them.
+    """Preconditions the gradients of factors before each optimizer step, and the resulting changes after it.
 
     Args:
-        damping: d, as a share of the mean of the Gram matrix's diagonal.
+        damping: the number d, as a share of the mean of the Gram matrix's diagonal.
         scale: the factor by which steps are multiplied. A step of Adam in k of n coordinates is shorter than a step of
-            the whole weight, by sqrt(k / n) at most.
+            the whole weight, by a factor of sqrt(k / n) at most.
     """
 
     def __init__(self, optimizers: Optimizers, damping: float, scale: float = 1.0) -> None:
@@ -62,12 +62,12 @@ class Preconditioner:
         self._starts: dict[int, list[_Start]] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns damping, scale, and the last R_A and R_B (k, k) by name."""
+        """Returns `damping`, `scale`, and the current matrices R_A and R_B (k, k) of each weight, by its name."""
         roots = {name: list(pair) for name, pair in self._roots.items()}
         return {"damping": self._damping, "scale": self._scale, "roots": roots}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Loads a `state_dict`, onto `device`."""
+        """Restores the state that `state_dict` returned, with the matrices on `device`."""
         self._damping, self._scale = float(state["damping"]), float(state["scale"])
         self._roots = {
             name: (R_A.to(device, copy=True), R_B.to(device, copy=True)) for name, (R_A, R_B) in state["roots"].items()
@@ -75,12 +75,12 @@ class Preconditioner:
 
     @torch.no_grad()
     def refresh(self, records: Iterable[FactoredWeight]) -> None:
-        """Computes R_A and R_B from the current factors; they can be used for several steps."""
+        """Computes R_A and R_B from the current factors, for use in all steps until the next refresh."""
         self._roots = {record.name: _inverse_roots(record.A, record.B, self._damping) for record in records}
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, records: Iterable[FactoredWeight]) -> None:
-        """Converts the gradients of the factors that an optimizer steps, in place."""
+        """Preconditions in place the gradients of the factors that `optimizer` is about to change."""
         decays = {id(p): _decay(group) for group in optimizer.param_groups for p in group["params"]}
         starts = self._starts[id(optimizer)] = []
         for record in records:
@@ -94,10 +94,10 @@ class Preconditioner:
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
-        """Converts the steps that the factors have made since `before_step` of the same optimizer, in place.
+        """Preconditions in place the changes of the factors since `before_step` of the same optimizer.
 
         If a GradScaler found infinity, fused optimizers skip the step and its decay, and the factor stays unchanged.
-        The device makes this choice, so that the host need not wait for it.
+        The device makes this choice, so the host does not wait for it.
         """
         for start in self._starts.pop(id(optimizer), ()):
             factor, value = start.factor, start.value
@@ -114,9 +114,9 @@ def _decay(group: dict[str, Any]) -> float:
 
 
 def seen_through(record: FactoredWeight, damping: float) -> tuple[Tensor, Tensor]:
-    """Returns A' (m, k) and B' (k, n): from a weight's gradient G, the optimizer gets G B'^T and A'^T G.
+    """Returns A' (m, k) and B' (k, n), for which the optimizer gets the gradients G B'^T and A'^T G of the factors.
 
-    With a preconditioner, these are A R_A and R_B B; without one (`damping` 0), they are the factors themselves.
+    G is the gradient of the weight. A' and B' are A R_A and R_B B, or A and B without preconditioner (`damping` 0).
     """
     A, B = record.A.detach(), record.B.detach()
     if damping == 0:

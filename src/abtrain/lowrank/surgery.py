@@ -1,7 +1,7 @@
-"""factorize_ / restore_: a weight of a live model <-> its factors, in place.
+"""Replaces a weight of a model by its factors in place (`factorize_`), and undoes this (`restore_`).
 
-The module object stays, and so does the weight's `Parameter` object, so references to either stay valid. The storage
-of the Parameter is freed while the factors live, and filled again afterwards.
+The module object and the weight's `Parameter` object stay, so references to both stay valid. The storage of the
+Parameter is freed while the weight is factored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from abtrain.lowrank.weight import FactoredWeight, Names, after_accumulation
 
 
 def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
-    """Replaces the weight `name` of a model by factors, in place, frees it, and returns the record for `restore_`."""
+    """Replaces the weight `name` of a model by factors and frees its storage. Returns the record for `restore_`."""
     module, attribute = owner(model, name)
     dense = module.get_parameter(attribute)
     names = Names(*(_free_name(module, f"{attribute}_{what}") for what in ("factored", "A", "B")))
@@ -37,7 +37,7 @@ def factorize_(model: nn.Module, name: str, factors: Factors) -> FactoredWeight:
 
 
 def restore_(record: FactoredWeight) -> nn.Parameter:
-    """Undoes `factorize_`: puts W = A B into the Parameter object that the module held before."""
+    """Undoes `factorize_`: writes W = A B to the dense Parameter, puts it back into its module, and returns it."""
     module, attribute = record.module, record.attribute
     assert isinstance(module, Factored)
     give_back_(record.dense)
@@ -53,7 +53,7 @@ def restore_(record: FactoredWeight) -> nn.Parameter:
 
 
 def _show_(module: nn.Module, records: dict[str, FactoredWeight]) -> None:
-    """Gives a module the class in which exactly these weights are factored."""
+    """Changes a module's class to the one in which exactly the given weights are factored."""
     dense_type = module._abtrain_dense_type if isinstance(module, Factored) else type(module)
     module.__class__ = dense_type
     if not records:
@@ -68,14 +68,14 @@ def _show_(module: nn.Module, records: dict[str, FactoredWeight]) -> None:
 
 
 def _rename_(module: nn.Module, old: str, new: str, parameter: nn.Parameter) -> None:
-    """Replaces a parameter by another at the same place in the module's order."""
+    """Replaces a module's parameter by another one under a new name, without changing the order of its parameters."""
     renamed = [(new, parameter) if name == old else (name, p) for name, p in module._parameters.items()]
     module._parameters.clear()
     module._parameters.update(renamed)
 
 
 def _free_name(module: nn.Module, name: str) -> str:
-    """Returns the name, with underscores appended until the module does not use it."""
+    """Returns a name that is not an attribute of the module: `name`, with underscores appended if necessary."""
     while hasattr(module, name):
         name += "_"
     return name

@@ -1,4 +1,4 @@
-"""Weight tensor <-> (m, n) matrix, m >= n (Section III of the paper), and decompose(W) -> A, B (equation 3)."""
+"""Views weights as (m, n) matrices with m >= n (Section III of the paper), and factors them by SVD (equation 3)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from abtrain.recipes.factoring import RankRule
 
 @dataclass(frozen=True)
 class MatrixShape:
-    """The view of a weight tensor as a matrix.
+    """Converts a weight of shape `tensor` to an (m, n) matrix with m >= n, and back.
 
     The first dimension is kept, and the others are flattened. The matrix is transposed if necessary for m >= n.
     """
@@ -50,7 +50,7 @@ class MatrixShape:
 
 
 class Factors(NamedTuple):
-    """W ~ A B: A is (m, k), B is (k, n)."""
+    """Contains the factors A (m, k) and B (k, n) of a matrix W, which is equal or close to A B."""
 
     A: Tensor
     B: Tensor
@@ -61,16 +61,16 @@ class Factors(NamedTuple):
 
 
 def decompose(W: Tensor, rank_rule: RankRule) -> Factors:
-    """Cuts an (m, n) matrix to the rank that `rank_rule` picks from its singular values.
+    """Factors an (m, n) matrix W by SVD, truncated to the rank k that `rank_rule` chooses.
 
     16-bit matrices are decomposed in float32. An SVD that does not converge is repeated in float64.
     An all-zero matrix gives zero factors of rank 1.
 
     Returns:
-        A = U sqrt(S), (m, k), and B = sqrt(S) Vh, (k, n), contiguous, in W's dtype and on its device.
+        The factors A = U sqrt(S) (m, k) and B = sqrt(S) Vh (k, n), contiguous, in W's dtype and on its device.
 
     Raises:
-        NonFiniteError: W holds NaN or infinity.
+        NonFiniteError: W contains NaN or infinity.
         torch.linalg.LinAlgError: the SVD did not converge in float64 either.
         ValueError: W is not a matrix, is empty, or is not real floating point.
     """

@@ -1,4 +1,4 @@
-"""A factored weight: its record, and its product as autograd and users' hooks see it."""
+"""Defines the record of a factored weight, and computes its product with the right gradients and users' hooks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from abtrain.lowrank.svd import MatrixShape
 
 
 class Names(NamedTuple):
-    """The names in a module of the parameters that replace one weight: its `FactoredMark`, A and B."""
+    """Contains the names, within the module, of a weight's `FactoredMark` and its factors A and B."""
 
     mark: str
     A: str
@@ -24,15 +24,15 @@ class Names(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class FactoredWeight:
-    """The record of one factored weight: everything needed to use it and to undo the factoring.
+    """Records one factored weight, with everything needed to compute it and to undo the factoring.
 
     Attributes:
         name: the weight's name in the model.
         attribute: the weight's name in `module`.
-        dense: the weight's own Parameter; its storage is empty while the factors live.
+        dense: the Parameter of the dense weight; its storage is empty while the weight is factored.
         A, B: the factors, (m, k) and (k, n).
         strides: the strides of the dense weight before it was factored.
-        hooks: tensor hooks that the user has registered on the dense weight.
+        hooks: the tensor hooks that the user has registered on the dense weight.
     """
 
     name: str
@@ -55,34 +55,34 @@ class FactoredWeight:
         return self.A, self.B
 
     def weight(self) -> Tensor:
-        """Returns W = A B in the weight's shape, contiguous, without a gradient. Multiplies in float32 at least."""
+        """Returns W = A B in the weight's shape, contiguous and detached. Multiplies in float32 or float64."""
         return self.product_of(self.A.detach(), self.B.detach())
 
     def product_of(self, A: Tensor, B: Tensor) -> Tensor:
-        """Returns `weight()` of other factors of these shapes, with a gradient to those that require one."""
+        """Returns the same as `weight()`, but for the given factors and with a gradient to those that require one."""
         with without_autocast(A):
             wide = A.dtype if A.dtype == torch.float64 else torch.float32
             return self.matrix_shape.to_tensor((A.to(wide) @ B.to(wide)).to(A.dtype)).contiguous()
 
     def laid_out(self) -> Tensor:
-        """Returns `weight()` in the memory layout that the dense weight had."""
+        """Returns `weight()` in the memory layout of the dense weight before it was factored."""
         return self.lay_out(self.weight())
 
     def lay_out(self, W: Tensor) -> Tensor:
-        """Returns W in the memory layout that the dense weight had."""
+        """Returns a value W of the weight in the memory layout of the dense weight before it was factored."""
         if W.stride() == self.strides:
             return W
         return torch.empty_strided(W.shape, self.strides, dtype=W.dtype, device=W.device).copy_(W)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Turns autocast off on the tensor's device, so that products have the dtype of their factors."""
+    """Turns autocast off on the tensor's device. Matrix products then have the dtype of their factors."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 class _Read(NamedTuple):
-    """The last product of a weight's factors, with copies of the factors and whether each required a gradient."""
+    """Stores the last product of a weight's factors, copies of A and B, and whether each required a gradient."""
 
     W: Tensor
     A: Tensor
@@ -91,11 +91,11 @@ class _Read(NamedTuple):
 
 
 _reads: weakref.WeakKeyDictionary[FactoredWeight, _Read] = weakref.WeakKeyDictionary()
-"""The last read of each hooked weight, until its gradient has arrived."""
+"""The last product of each weight with tensor hooks, until the hooks have received its gradient."""
 
 
 class _Product(torch.autograd.Function):
-    """A B with a backward pass that can run again, because several forward passes share one read."""
+    """Computes A B. Its backward pass can run several times, because several forward passes share one product."""
 
     @staticmethod
     def forward(ctx: Any, A: Tensor, B: Tensor) -> Tensor:
@@ -115,10 +115,10 @@ class _Product(torch.autograd.Function):
 
 
 def read_product(weight: FactoredWeight, A: Tensor, B: Tensor) -> Tensor:
-    """Returns A B as the dense weight: contiguous, in their dtype, with a gradient to both and the user's hooks.
+    """Returns A B in the weight's shape: contiguous, in the dtype of A and B, with a gradient to both.
 
-    A tensor hook sees the gradient of the product once in each backward pass, as it saw that of the dense weight.
-    Therefore all reads of a hooked weight return the same tensor until its gradient has arrived.
+    A user's tensor hook receives the gradient of W once in each backward pass, as if W were dense. Therefore, all reads
+    of a weight with hooks return the same tensor until the hooks have received its gradient.
     """
     trained = (A.requires_grad, B.requires_grad)
     hooked = bool(weight.hooks) and torch.is_grad_enabled() and any(trained)
@@ -135,7 +135,7 @@ def read_product(weight: FactoredWeight, A: Tensor, B: Tensor) -> Tensor:
 
 
 def _calling(weight: FactoredWeight) -> Callable[[Tensor], Tensor]:
-    """Returns a hook that calls the user's hooks. `_reads` keeps it, so it refers to the weight weakly."""
+    """Returns a hook that calls the user's hooks. It has a weak reference to the weight, since `_reads` keeps it."""
     hooks, held = weight.hooks, weakref.ref(weight)
 
     def call(gradient: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def _calling(weight: FactoredWeight) -> Callable[[Tensor], Tensor]:
 
 
 def after_accumulation(dense: nn.Parameter, factors: Sequence[Tensor]) -> None:
-    """Makes the parameter's hooks run whenever all of its trained factors have their gradients."""
+    """Makes the post-accumulate hooks of a dense Parameter run when all its trained factors have their gradients."""
     hooks: dict[int, Callable[[Any], None]] = dense._post_accumulate_grad_hooks or {}
     arrived: set[int] = set()
 

@@ -1,4 +1,4 @@
-"""The named recipes, and how a text names one with its options: data only."""
+"""Lists the named recipes, and parses and writes recipes as strings, such as `ab_outer:every=40`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT = "ab_outer"
 
 
 def options_of(name: str) -> Mapping[str, Option]:
-    """The options that a recipe takes, by name, in the order of its signature.
+    """Returns the options that a recipe takes, by name, in the order of its signature.
 
     Raises:
         ConfigurationError: no recipe has this name.
@@ -30,10 +30,10 @@ def options_of(name: str) -> Mapping[str, Option]:
 
 
 def build(name: str, total_steps: int, /, **options: Any) -> Recipe:
-    """The recipe called `name`.
+    """Returns the recipe called `name`, built with the given options.
 
     Raises:
-        ConfigurationError: an unknown name; or lists unknown options; or lists values out of range.
+        ConfigurationError: the name is unknown, options are unknown, or values are out of range.
     """
     unknown = unknown_options(name, options, options_of(name))
     if unknown:
@@ -42,20 +42,20 @@ def build(name: str, total_steps: int, /, **options: Any) -> Recipe:
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """The name and the options of RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE, such as `ab_outer:every=40,wire=int4`.
+    """Reads RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE, and returns the recipe's name and the options as a dict.
 
     Raises:
-        ConfigurationError: an unknown recipe, or all problems of the options (see `read_options`).
+        ConfigurationError: the recipe is unknown, or options are invalid (see `read_options`).
     """
     name, _, options = text.partition(":")
     return name, read_options(name, options, options_of(name))
 
 
 def from_text(text: str, total_steps: int) -> Recipe:
-    """The recipe that a text names, with its options.
+    """Returns the recipe that a string describes, such as `ab_outer:every=40,wire=int4`.
 
     Raises:
-        ConfigurationError: as for `parse` and `build`; messages about values start with the text.
+        ConfigurationError: as for `parse` and `build`; messages about values begin with the string.
     """
     name, options = parse(text)
     try:
@@ -69,13 +69,13 @@ def from_text(text: str, total_steps: int) -> Recipe:
 
 
 def write(name: str, options: Mapping[str, Any]) -> str:
-    """The text of a recipe and its options, the inverse of `parse`."""
+    """Returns the string that describes a recipe with these options. `parse` reads it."""
     given = ",".join(f"{option}={written(value)}" for option, value in options.items())
     return f"{name}:{given}" if given else name
 
 
 def canonical(text: str) -> str:
-    """The same recipe in a unique text: options in the order of the signature, values in one form.
+    """Returns a recipe's string in a unique form, with options in the order of the recipe's signature.
 
     Raises:
         ConfigurationError: as for `parse`.

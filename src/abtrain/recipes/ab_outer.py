@@ -1,4 +1,4 @@
-"""Beyond the paper: all groups train both factors, and keep them from round to round."""
+"""Defines recipes beyond the paper, in which all groups train both factors and keep them from round to round."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def ab_outer(
 ) -> Recipe:
     """Beyond the paper: full-rank local warm-up, then all groups train both factors, with outer Nesterov merges.
 
-    Workers keep their optimizer's state from round to round; the outer momentum lasts from merge to merge. `factoring`
-    takes the other fields of `Factoring`. `abtrain recipes ab_outer` lists the options.
+    Workers keep the state of their optimizers from round to round, and that of the outer optimizer from merge to merge.
+    `factoring` takes the other fields of `Factoring`. `abtrain recipes ab_outer` lists the options.
 
     Raises:
-        ConfigurationError: values out of range; `rebound_steps` without `refactor_every`.
+        ConfigurationError: values are out of range, or `rebound_steps` is given without `refactor_every`.
     """
     # Without momentum the outer optimizer is a mean, which keeps no state.
     merge: MergeRule = Mean() if (outer_lr, outer_momentum) == (1, 0) else Outer(outer_lr, outer_momentum)
@@ -95,10 +95,10 @@ ab_local = preset(
 
 
 def _factored_steps(total_steps: int, warmup_steps: int, every: int, refactor_every: int, rebound_steps: int) -> int:
-    """Length of the factored phase: `refactor_every` rounds, or all steps after the warm-up.
+    """Returns the length of the factored phase in steps: `refactor_every` rounds, or all steps after the warm-up.
 
     Raises:
-        ConfigurationError: `refactor_every` is not a number of rounds, or is 0 while there is a rebound.
+        ConfigurationError: `refactor_every` is not a whole number, or it is 0 although `rebound_steps` is not 0.
     """
     found = whole_number_problems("refactor_every", refactor_every, least=0)
     if rebound_steps != 0 and not refactor_every:

@@ -1,4 +1,4 @@
-"""Which weights are factored, and how. Pure: the factoring itself is in `abtrain.lowrank`."""
+"""Defines the settings of which weights are factored, and how. `abtrain.lowrank` carries out the factoring."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _SVD = Annotated[
 
 
 class RankRule(Protocol):
-    """Chooses how many singular values to keep. The rules are in `abtrain.recipes.rank_rules`."""
+    """Chooses how many singular values of a weight are kept. `abtrain.recipes.rank_rules` defines the rules."""
 
     def __call__(self, singular_values: Sequence[float], m: int, n: int) -> int:
-        """Returns k >= 1, given min(m, n) singular values in descending order of an m x n matrix."""
+        """Returns the rank k >= 1 for an m x n matrix, given its min(m, n) singular values in descending order."""
         ...
 
     def problems(self) -> list[str]:
-        """One message for each problem of the rule's settings."""
+        """Returns one message for each problem of the rule's settings."""
         ...
 
 
 @dataclass(frozen=True)
 class Factoring:
-    """Which weights are factored, and how."""
+    """Sets which weights are factored, and how."""
 
     rank_rule: Annotated[RankRule, "Chooses how many singular values of a weight are kept."]
     keep_dense_if_larger: Annotated[bool, "Leave a weight dense unless its factors are smaller, k (m + n) < m n."] = (
@@ -47,7 +47,7 @@ class Factoring:
     svd: _SVD = "each"
 
     def problems(self) -> list[str]:
-        """One message for each problem of these settings."""
+        """Returns one message for each problem of these settings."""
         rule = self.rank_rule
         known = hasattr(rule, "problems")
         found = rule.problems() if known else [f"rank_rule={rule!r} is not a rank rule: use one, such as SigmaCutoff()"]

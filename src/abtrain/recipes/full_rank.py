@@ -1,4 +1,4 @@
-"""Recipes without factors: common methods, the baselines of the others."""
+"""Defines recipes without factors: common methods, which are baselines for the other recipes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def local_sgd(
 ) -> Recipe:
     """Full-rank local training: groups run alone for `every` steps, then their weights are averaged.
 
-    With warm-up and rebound, this is the schedule of `ab` without its factors: it isolates the effect of low rank.
+    With warm-up and rebound, this is the schedule of `ab` with full weights: a baseline for the effect of low rank.
     `abtrain recipes local_sgd` lists the options.
     """
     sync = WeightSync(every, merge_rule(merge, temperature), wire, delay, fragments)

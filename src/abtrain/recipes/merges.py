@@ -1,7 +1,7 @@
-"""Merge rules: turn the workers' changes of a round into the next weights of all workers. Pure: no torch.
+"""Defines merge rules, which compute new common weights from the workers' changes in a round. Imports no torch.
 
-A merge averages the workers' changes of a round, D = sum_i s_i (W_i - W_0). A rule gives each worker's share s_i, and
-the step for D. All workers start the round from weights W_0, and worker i ends it with W_i:
+All workers start a round from weights W_0, and worker i ends it with W_i. A merge computes the weighted mean of their
+changes, D = sum_i s_i (W_i - W_0). A rule gives each worker's share s_i, and the new weights W:
 
     mean            s_i = 1 / workers                                 W = W_0 + D
     trained_only    s_i = 1 / (workers that trained it)               W = W_0 + D
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """A worker's report on its part of a merge.
+    """Describes what one worker contributes to a merge.
 
     Attributes:
-        buffers: the fingerprint of its buffers (see `abtrain.merging.buffers`); -1 if its weights are not finite.
-        loss: its mean training loss in the round; NaN if it has none, infinite if the loss is not finite.
+        buffers: the fingerprint of the worker's buffers (see `abtrain.merging.buffers`); -1 if weights are not finite.
+        loss: the worker's mean training loss in the round; NaN if it has none, infinite if the loss is not finite.
     """
 
     buffers: int
@@ -42,56 +42,56 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class MergeRule:
-    """A merge rule: a frozen dataclass of its settings. This base is the plain mean over all workers.
+    """Is the base class of merge rules, which are frozen dataclasses of settings. It computes the plain mean.
 
     Attributes:
-        words: its name for people.
-        needs_losses: whether shares depend on training losses, so that `ab.step(loss)` needs them.
+        words: the rule's name in output for users.
+        needs_losses: True if shares depend on training losses, which must then be passed to `ab.step(loss)`.
     """
 
     words: ClassVar[str]
     needs_losses: ClassVar[bool] = False
 
     def problems(self) -> list[str]:
-        """One message for each problem of these settings."""
+        """Returns one message for each problem of these settings."""
         return []
 
     def shares(self, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]) -> list[float]:
-        """Each worker's share of the average of one tensor. Equal inputs give equal shares on all workers.
+        """Returns each worker's share s_i for one tensor. Equal inputs give equal shares on all workers.
 
         Args:
-            alive: for each worker, whether its part is finite; at least one is.
-            trained: for each worker, whether its part is finite and it trained the tensor.
-            parts: the workers' reports.
+            alive: one flag per worker, True if its weights and loss are finite; at least one is True.
+            trained: one flag per worker, True if it is alive and trained the tensor.
+            parts: one `Part` per worker.
 
         Returns:
-            One number for each worker, 0 where `alive` is False. They sum to 1, or to 0 if nobody trained the tensor.
+            One number per worker, 0 where `alive` is False. The sum is 1, or 0 if no worker trained the tensor.
         """
         return [well / sum(alive) for well in alive]
 
     def step(self, change: Tensor, momentum: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The step from the weights that the round started from.
+        """Returns the step from the weights W_0 of one tensor to its new weights.
 
         Args:
-            change: D, of any shape; never modified.
-            momentum: the momentum that the last merge returned for this tensor; None at first.
+            change: the mean change D, of any shape; it is not modified.
+            momentum: the momentum that the last merge returned for this tensor; None before the first merge.
 
         Returns:
-            The step and the new momentum, both of the shape of `change`; a rule without momentum returns None for it.
+            The step W - W_0 and the new momentum, both of the shape of `change`. Without momentum, the latter is None.
         """
         return change, None
 
 
 @dataclass(frozen=True)
 class Mean(MergeRule):
-    """The average over all workers, of trained and frozen parts: the paper's merge (Algorithm 1)."""
+    """Averages each tensor over all workers, whether or not they trained it, as Algorithm 1 of the paper does."""
 
     words = "mean"
 
 
 @dataclass(frozen=True)
 class TrainedOnly(MergeRule):
-    """The average over the workers that trained the tensor: others may have frozen it."""
+    """Averages each tensor over the workers that trained it, and ignores workers in which it was frozen."""
 
     words = "mean over those that trained it"
 
@@ -101,9 +101,9 @@ class TrainedOnly(MergeRule):
 
 @dataclass(frozen=True)
 class Weighted(TrainedOnly):
-    """The average over the workers that trained a tensor, each weighted by exp(-mean loss of the round / temperature).
+    """Averages each tensor over the workers that trained it, weighted by exp(-mean loss of the round / temperature).
 
-    `temperature` has the units of the loss; a larger one makes the weights more equal.
+    `temperature` has the units of the loss. A higher temperature makes the workers' shares more equal.
     """
 
     temperature: float = 0.1
@@ -127,9 +127,9 @@ class Weighted(TrainedOnly):
 
 @dataclass(frozen=True)
 class Outer(MergeRule):
-    """The average change of a round is the gradient of an outer Nesterov optimizer (DiLoCo, arXiv 2311.08105).
+    """Applies an outer Nesterov optimizer to the average change of a round (DiLoCo, arXiv 2311.08105).
 
-    With `lr` 1 and `momentum` 0 it is `Mean`.
+    With `lr` 1 and `momentum` 0, the result is that of `Mean`.
     """
 
     lr: float = 0.7
@@ -147,4 +147,4 @@ class Outer(MergeRule):
 
 
 BY_NAME: dict[str, type[MergeRule]] = {"mean": Mean, "trained_only": TrainedOnly, "weighted": Weighted}
-"""The rules that recipes take by name."""
+"""The merge rules that options of recipes can give by name."""

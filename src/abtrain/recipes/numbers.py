@@ -1,4 +1,4 @@
-"""Checks settings that must be numbers in a range. Pure: no torch."""
+"""Checks settings that must be numbers in a range. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from typing import TypeGuard
 
 MOST = 2**53
-"""Doubles represent all whole numbers up to this one exactly."""
+"""The largest whole number up to which doubles represent all whole numbers exactly."""
 
 
 def whole_number_problems(name: str, value: object, least: int) -> list[str]:
-    """The message for a setting that is not a whole number of at least `least`; empty if it is one."""
+    """Returns a message in a list if a setting is not a whole number of at least `least`, and otherwise []."""
     if isinstance(value, bool) or not isinstance(value, int):
         return [f"{name}={value!r} is not a whole number: use one of at least {least}"]
     if value > MOST:
@@ -19,21 +19,21 @@ def whole_number_problems(name: str, value: object, least: int) -> list[str]:
 
 
 def is_finite_number(value: object) -> TypeGuard[int | float]:
-    """Whether this is a number that a double represents as a finite one."""
+    """Returns whether a value is a finite number. A whole number must be at most `MOST`; booleans are not numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= MOST if isinstance(value, int) else math.isfinite(value)
 
 
 def number_problems(name: str, value: object, above: float) -> list[str]:
-    """The message for a setting that is not a finite number above `above`; empty if it is one."""
+    """Returns a message in a list if a setting is not a finite number above `above`, and otherwise []."""
     if not is_finite_number(value) or value <= above:
         return [f"{name}={value!r} is not a finite number above {above}: use one"]
     return []
 
 
 def share_problems(name: str, value: object, below: float | None = None) -> list[str]:
-    """The message for a setting that is not a number from 0 to 1 (from 0 and less than `below`, if that is given)."""
+    """Returns a message in a list if a setting is not from 0 to 1 (with `below`: from 0 to less than it), or []."""
     range_ = "from 0 to 1" if below is None else f"from 0 to less than {below}"
     if not is_finite_number(value):
         return [f"{name}={value!r} is not a finite number: use one {range_}"]

@@ -1,4 +1,4 @@
-"""Options of recipes as text. A recipe's signature declares each option once: name, type, default and meaning."""
+"""Reads and writes options of recipes as strings. The signature of a recipe declares its options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from abtrain.recipes.factoring import Factoring
 
 
 class Option(NamedTuple):
-    """An option of a recipe: the type of its values, and its meaning for users."""
+    """Describes an option of a recipe: `kind` is the type of its values, `meaning` its description for users."""
 
     kind: Any
     meaning: str
@@ -23,7 +23,7 @@ class Option(NamedTuple):
 
 @cache
 def declared_options(recipe: Callable[..., Any]) -> Mapping[str, Option]:
-    """The options that a recipe takes, by name, in the order of its signature.
+    """Returns the options that a recipe takes, by name, in the order of its signature.
 
     A signature declares an option as `name: Annotated[kind, "Meaning."] = default`. `**factoring` stands for the fields
     of `Factoring`, which are declared in the same way.
@@ -38,17 +38,17 @@ def declared_options(recipe: Callable[..., Any]) -> Mapping[str, Option]:
 
 
 def unknown_options(recipe: str, names: Iterable[str], known: Collection[str]) -> list[str]:
-    """One message for each option that a recipe does not have."""
+    """Returns one message for each option that a recipe does not have."""
     return [f"recipe {recipe!r} has no option {name!r}: {nearest(name, known)}" for name in names if name not in known]
 
 
 def read_options(recipe: str, text: str, known: Mapping[str, Option]) -> dict[str, Any]:
-    """The values of `OPTION=VALUE,OPTION=VALUE`, which may be empty, each converted to the type of its option.
+    """Reads the string `OPTION=VALUE,OPTION=VALUE`, and returns values by option, converted to the option's type.
 
     Commas also separate the items of a list: `exclude=head.*,embed.*`. Ranges are checked when the recipe is built.
 
     Raises:
-        ConfigurationError: lists unknown options, options without a value or with two, and values of another type.
+        ConfigurationError: options are unknown, have no value, are given twice, or have a value of the wrong type.
     """
     found: dict[str, str] = {}
     problems: list[str] = []
@@ -77,7 +77,7 @@ def read_options(recipe: str, text: str, known: Mapping[str, Option]) -> dict[st
 
 
 def written(value: Any) -> str:
-    """A value in the form that `read_options` reads."""
+    """Returns a value as a string that `read_options` reads."""
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
@@ -88,14 +88,14 @@ _READERS: Mapping[type, tuple[Callable[[str], Any], str]] = {
     int: (int, "not a whole number"),
     float: (float, "not a number"),
 }
-"""By type: the function that reads a value, and the message if it raises."""
+"""For each type, the function that reads a value, and the message if that function raises an error."""
 
 
 def _value(text: str, option: Option) -> Any:
-    """Converts a text to the type of its option.
+    """Converts a string to the type of its option.
 
     Raises:
-        ValueError: the text is of another type; the message says which, and completes "NAME=TEXT is ...".
+        ValueError: the string does not have this type. The message completes "NAME=TEXT is ...".
     """
     if _is_list(option):
         return _items(text)
@@ -113,7 +113,7 @@ def _is_list(option: Option) -> bool:
 
 
 def _items(text: str) -> tuple[str, ...]:
-    """The items of `a,b`, or of a list in TOML: `["a", "b"]`."""
+    """Returns the items of a string such as `a,b`, or of a list in TOML such as `["a", "b"]`."""
     with suppress(tomllib.TOMLDecodeError, RecursionError):
         items = tomllib.loads(f"items = {text}")["items"]
         if isinstance(items, list) and all(isinstance(item, str) for item in items):

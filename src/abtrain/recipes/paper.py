@@ -1,4 +1,4 @@
-"""The paper's recipes: Algorithm 1 with groups and without."""
+"""Defines the paper's recipes: Algorithm 1 with groups and without."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from abtrain.recipes.shared import WARMUP_SHARE, full_phase, given_or, merge_rul
 from abtrain.recipes.sync import GradientSync, Sync, Trains, WeightSync
 
 AB_SHARE = 1 / 30
-"""Steps of a group phase divided by all steps: 3.33 % in the guideline."""
+"""The steps of a group phase divided by all steps: 3.33 % in the paper's guideline."""
 REBOUND_SHARE = 0.25
-"""Steps of the full-rank rebound divided by those of the group phase."""
+"""The steps of the full-rank rebound divided by those of the group phase."""
 LR_REBOUND_SHARE = 0.5
-"""Steps of the LR rebound divided by those of the group phase."""
+"""The steps of the learning rate's rebound divided by those of the group phase."""
 
 _GroupEvery = Annotated[
     int | None,
@@ -54,7 +54,7 @@ def ab(
     `factoring` takes the other fields of `Factoring`. `abtrain recipes ab` lists the options.
 
     Raises:
-        ConfigurationError: values out of range.
+        ConfigurationError: values are out of range.
     """
     ab_steps = given_or(ab_steps, share_of(total_steps, AB_SHARE))
     warmup_steps = given_or(warmup_steps, share_of(total_steps, WARMUP_SHARE, least=0))

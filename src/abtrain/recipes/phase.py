@@ -1,4 +1,4 @@
-"""A phase of a recipe: what the weights look like, what is trained, and how workers agree. Pure: no torch."""
+"""Defines a phase of a recipe: the form of the weights, the trained parameters and the synchronization. No torch."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Weights = Literal["full", "factored"]
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of steps in which weights, trained parts and synchronization stay the same.
+    """Describes consecutive steps with the same form of weights, trained parameters and synchronization.
 
     Args:
         name: the phase's name in logs, metrics and payload counts.
-        steps: its length; the end of the run cuts off the last phase.
-        weights: `full` matrices W, or `factored` into A and B.
-        trains: `all` parameters, one factor by the group's role (`a_or_b`), the same factor in all groups, in turn
-            from round to round (`a_then_b`), or B only (`b`). Parameters that are not factored are always trained.
-        sync: how workers agree.
-        damping: preconditions the steps of factors in coordinates of the weight, with this damping (see
-            `abtrain.lowrank.precondition`); 0: no preconditioner.
-        factor_lr: multiplies those steps.
-        local_lr: multiplies the learning rate while workers train alone, between merges. Adam normalizes by gradient
-            noise, which is sqrt(workers) larger on one worker's batch; a factor of sqrt(workers) restores the step
-            length.
+        steps: the length in steps; the end of the run cuts off the last phase.
+        weights: the form of the weights: `full` matrices W, or `factored` into A and B.
+        trains: the trained factors: `all`; A or B, fixed for each group (`a_or_b`); A and B in alternate rounds, the
+            same in all groups (`a_then_b`); or B only (`b`). Parameters that are not factored are always trained.
+        sync: the synchronization of workers; None for none.
+        damping: the damping of the preconditioner of the factors' steps (see `abtrain.lowrank.precondition`); 0: no
+            preconditioner.
+        factor_lr: the number by which preconditioned steps are multiplied.
+        local_lr: the number by which the learning rate is multiplied while workers train alone, between merges. Adam
+            normalizes by gradient noise, which is sqrt(workers) larger on one worker's batch. A factor of sqrt(workers)
+            restores the step length.
     """
 
     name: str
@@ -41,16 +41,16 @@ class Phase:
 
     @property
     def rounds(self) -> WeightSync | None:
-        """How groups that train alone merge; None if they never train alone."""
+        """The settings of merges; None if groups do not train alone in this phase."""
         return self.sync if isinstance(self.sync, WeightSync) else None
 
     @property
     def shares_gradients(self) -> bool:
-        """Whether all workers step by the same gradients."""
+        """Whether gradients are averaged over all workers at every step."""
         return isinstance(self.sync, GradientSync)
 
     def problems(self) -> list[str]:
-        """One message for each problem of the phase."""
+        """Returns one message for each problem of the phase."""
         found = whole_number_problems("steps", self.steps, least=1)
         if self.weights not in get_args(Weights):
             found.append(f"weights={self.weights!r} is unknown: use 'full' or 'factored'")
@@ -74,7 +74,7 @@ class Phase:
         return [f"phase {self.name!r}: {problem}" for problem in found or self._round_problems()]
 
     def _round_problems(self) -> list[str]:
-        """The problem of rounds that do not fit the phase, given settings that are valid by themselves."""
+        """Returns a message if the rounds do not fit into the phase. Each setting alone must be valid."""
         if not self.rounds:
             return []
         if self.rounds.every > self.steps:

@@ -1,7 +1,7 @@
-"""Rank rules: how many singular values of a weight to keep.
+"""Defines rank rules, which choose how many singular values of a weight are kept.
 
-A rule is called with the singular values in descending order, as floats, and returns k from 1 to min(m, n).
-`rank_multiple` rounds k up, since hardware likes multiples of 8 or 16.
+A rule is called with the singular values in descending order, as floats, and returns k from 1 to min(m, n). It rounds k
+up to a multiple of `rank_multiple`, since hardware is fastest with multiples of 8 or 16.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def _multiple_problems(rank_multiple: int) -> list[str]:
 class SigmaCutoff:
     """Keeps the singular values of at least `cutoff` times the largest (Section III of the paper, `sigmaCutoff`).
 
-    With `outliers`, one dominant singular value may cut off most others, as in the paper. A language model's output
-    layer has one, from the frequencies of words, and would keep only two or three others. Without `outliers`, a weight
-    keeps full rank if the largest holds more than 1/4 of the energy (the sum of all squares), the rest more than 1/100,
-    and the cutoff would keep less than 1/3 of that rest.
+    With `outliers`, one dominant singular value may cut off most others, as in the paper. The output layer of a
+    language model has one, due to word frequencies, and would keep only two or three others. Without `outliers`, a
+    weight keeps full rank if the largest value has more than 1/4 of the energy (the sum of all squares), the rest has
+    more than 1/100, and the cutoff would keep less than 1/3 of that rest.
     """
 
     cutoff: float = 0.15
@@ -89,9 +89,9 @@ class FixedRank:
 
 @dataclass(frozen=True)
 class StableRank:
-    """Keeps `factor` times the stable rank, the sum of all squares over the largest one, rounded up.
+    """Keeps `factor` times the stable rank, rounded up. The stable rank is the sum of all squares over the largest one.
 
-    The stable rank changes little under small changes of a matrix (Rudelson and Vershynin, arXiv math/0503442).
+    It changes little if the matrix changes little (Rudelson and Vershynin, arXiv math/0503442).
     """
 
     factor: float = 4.0
@@ -114,10 +114,10 @@ _RULES: dict[str, Callable[[str], RankRule]] = {
 
 
 def parse_rule(text: str) -> RankRule:
-    """The rank rule that `KIND:NUMBER` names, such as `energy:0.95`.
+    """Returns the rank rule for a string `KIND:NUMBER`, such as `energy:0.95`.
 
     Raises:
-        ConfigurationError: an unknown KIND, or an invalid NUMBER.
+        ConfigurationError: KIND is unknown, or NUMBER is invalid.
     """
     kind, _, number = text.partition(":")
     try:

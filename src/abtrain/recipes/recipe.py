@@ -1,7 +1,7 @@
-"""A method of training as data: what happens at each step. Pure: no torch.
+"""Defines a recipe: a training method as data, which determines what happens at each step. Imports no torch.
 
-A recipe is a prologue of phases followed by a cycle of phases, repeated until the steps are spent. `Recipe.at(step)`
-is a function of the step alone, so a resumed run needs nothing but its step number.
+A recipe is a prologue of phases, followed by a cycle of phases that repeats until the end of the run. `Recipe.at(step)`
+depends on the step alone, so a resumed run finds its place in the recipe from its step number.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from abtrain.recipes.phase import Phase
 
 @dataclass(frozen=True)
 class Position:
-    """The place of a step in its recipe.
+    """Describes where a step is in its recipe.
 
     Attributes:
-        step: index of the step, from 0.
-        phase_index: index of the phase in `Recipe.phases`.
-        cycle: number of completed cycles; 0 in the prologue.
-        step_in_phase: index of the step in this run of the phase, from 0.
-        steps_in_phase: length of this run of the phase, cut off at the recipe's end.
+        step: the index of the step, from 0.
+        phase_index: the index of the phase in `Recipe.phases`.
+        cycle: the number of completed cycles; 0 in the prologue.
+        step_in_phase: the index of the step in this run of the phase, from 0.
+        steps_in_phase: the length of this run of the phase in steps, cut off at the recipe's end.
     """
 
     step: int
@@ -46,7 +46,7 @@ class Position:
 
     @property
     def merging(self) -> tuple[int, ...]:
-        """The fragments of the model that begin to merge after this step; all fragments after a phase's last step."""
+        """The indices of the model's fragments whose merge begins after this step; all after a phase's last step."""
         rounds = self.phase.rounds
         if rounds is None:
             return ()
@@ -54,18 +54,18 @@ class Position:
 
     @property
     def merges(self) -> bool:
-        """Whether any part of the model begins to merge after this step."""
+        """Whether a merge of any fragment of the model begins after this step."""
         return bool(self.merging)
 
     @property
     def starts_round(self) -> bool:
-        """Whether a round begins with this step; without rounds, every step counts as one."""
+        """Whether a round begins with this step. In a phase without rounds, every step counts as a round."""
         rounds = self.phase.rounds
         return rounds is None or self.step_in_phase % rounds.every == 0
 
     @property
     def turn(self) -> Literal["A", "B"]:
-        """The factor of this round if all groups train A and B in turns: A first, counted over all cycles."""
+        """The factor that all groups train in this round, with `a_then_b`: A first, counting rounds over all cycles."""
         every = self.phase.rounds.every if self.phase.rounds else self.phase.steps
         rounds = self.cycle * -(-self.phase.steps // every) + self.step_in_phase // every
         return "A" if rounds % 2 == 0 else "B"
@@ -73,17 +73,17 @@ class Position:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method of training, as data.
+    """Describes a training method as a schedule of phases.
 
     Args:
-        total_steps: optimizer steps of the whole run.
-        prologue: phases that are run once.
-        cycle: phases that are repeated until the steps are spent.
-        factoring: which weights are factored and how; needed if a phase is factored.
-        lr_rebound_steps: after a change of parameter shapes, steps in which the learning rate climbs back (0: none).
+        total_steps: the number of optimizer steps of the whole run.
+        prologue: the phases that run once, at the start.
+        cycle: the phases that repeat until the end of the run.
+        factoring: the settings of which weights are factored, and how; needed if a phase is factored.
+        lr_rebound_steps: the number of steps in which the learning rate rises again after parameters change shape.
 
     Raises:
-        ConfigurationError: lists all problems of the recipe.
+        ConfigurationError: the recipe is invalid; the error lists all problems.
     """
 
     name: str
@@ -108,12 +108,12 @@ class Recipe:
 
     @property
     def phase_weighted_by_loss(self) -> str | None:
-        """The name of the first phase whose merges need workers' training losses; None if there is none."""
+        """The name of the first phase whose merges need the workers' training losses; None if no phase needs them."""
         weighted = (phase.name for phase in self.phases if phase.rounds and phase.rounds.merge.needs_losses)
         return next(weighted, None)
 
     def at(self, step: int) -> Position:
-        """The position of step `step`.
+        """Returns the position in the recipe of the step with index `step`.
 
         Raises:
             UsageError: the recipe has no such step.
@@ -136,12 +136,12 @@ class Recipe:
 
     @property
     def first_factored_step(self) -> int | None:
-        """The first step of a factored phase; None if no step of the run is factored."""
+        """The index of the first step of a factored phase; None if no step of the run is in a factored phase."""
         first_runs = islice(self.runs(), len(self.phases))
         return next((run.step for run in first_runs if run.phase.weights == "factored"), None)
 
     def runs(self) -> Iterator[Position]:
-        """The first position of every run of a phase, from the start to the end."""
+        """Yields the position of the first step of every phase in the run, in order."""
         step = 0
         while step < self.total_steps:
             position = self.at(step)
@@ -164,7 +164,7 @@ class Recipe:
         return found or self._length_problems()
 
     def _length_problems(self) -> list[str]:
-        """One message for a run too short for its prologue, or for the first round of each phase."""
+        """Returns messages if the run is too short for its prologue or for the first round of a phase."""
         start = sum(phase.steps for phase in self.prologue)
         if start >= self.total_steps:
             return [

@@ -1,4 +1,4 @@
-"""Options and parts that the named recipes share."""
+"""Defines options, and builds phases and rules, for several of the named recipes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.sync import GradientSync, WeightSync
 
 WARMUP_SHARE = 0.2
-"""Warm-up steps divided by all steps: the paper's guideline (Section IV.C), which all its runs follow."""
+"""The number of warm-up steps divided by all steps, from the paper's guideline (Section IV.C)."""
 
 # Options with their types and their meanings for users.
 Every = Annotated[int, "Steps between merges."]
@@ -43,10 +43,10 @@ _T = TypeVar("_T")
 def preset(
     recipe: Callable[..., Recipe], name: str, about: str, fixed: Mapping[str, object], **defaults: object
 ) -> Callable[..., Recipe]:
-    """A recipe function that calls another one with some options fixed and with other defaults.
+    """Returns a recipe function that calls `recipe` with some options fixed and with other defaults.
 
-    Its signature shows its own defaults, and leaves out the fixed options. Its docstring is `about`; `abtrain
-    recipes` shows its first sentence. `recipe` takes the name of its result as the second argument.
+    The new function's signature shows its own defaults, and leaves out the fixed options. Its docstring is `about`;
+    `abtrain recipes` prints the first sentence. The second argument of `recipe` must be the name of the result.
     """
 
     @wraps(recipe)  # with the annotations, which declare the options
@@ -65,10 +65,10 @@ def preset(
 def full_phase(
     name: str, steps: int, every: int, wire: str, merge: MergeRule = Mean(), delay: int = 0, local_lr: float = 1.0
 ) -> tuple[Phase, ...]:
-    """A full-rank phase that merges every `every` steps, or shares gradients (0); no phase if it has no steps.
+    """Returns a full-rank phase in a tuple, empty if `steps` is 0. `every` 0 averages gradients instead of weights.
 
     Raises:
-        ConfigurationError: invalid settings that this phase ignores; the phase itself reports the others.
+        ConfigurationError: settings that have no effect here are invalid. `Recipe` reports the others.
     """
     if steps == 0 or every == 0:
         found = whole_number_problems(f"{name}_every", every, least=0) + WeightSync(1, merge, wire).problems()
@@ -83,10 +83,10 @@ def full_phase(
 
 
 def merge_rule(rule: MergeRule | str, temperature: float) -> MergeRule:
-    """The given rule, or a new one of the given name, with this temperature if the rule uses one.
+    """Returns a given merge rule, or builds the rule with the given name and, if it has one, temperature.
 
     Raises:
-        ConfigurationError: an unknown name, or an invalid temperature, even if the rule does not use it.
+        ConfigurationError: the name is unknown, or the temperature is invalid, even if the rule does not use it.
     """
     found = Weighted(temperature).problems()
     if not isinstance(rule, MergeRule) and str(rule) not in BY_NAME:
@@ -100,10 +100,10 @@ def merge_rule(rule: MergeRule | str, temperature: float) -> MergeRule:
 
 
 def rank_rule_of(rule: RankRule | str | None, sigma_cutoff: float, outliers: bool = True) -> RankRule:
-    """The given rule, or the cutoff if there is none.
+    """Returns the given rank rule, or `SigmaCutoff(sigma_cutoff)` if it is None. Strings are parsed.
 
     Raises:
-        ConfigurationError: an unknown rule, or an invalid cutoff that the rule replaces.
+        ConfigurationError: the rule is unknown, or `sigma_cutoff` is invalid although the rule replaces it.
     """
     cutoff = SigmaCutoff(sigma_cutoff, outliers=outliers)
     if rule is None:
@@ -118,7 +118,7 @@ def given_or(value: _T | None, default: _T) -> _T:
 
 
 def whole_rounds(total_steps: int, every: int) -> int:
-    """The guideline's warm-up, rounded to whole rounds: at least one if two rounds fit into the run, otherwise none."""
+    """Returns the guideline's warm-up in steps, rounded to whole rounds; 0 if the run has fewer than two rounds."""
     if not (are_counts(total_steps, every) and 0 < every <= total_steps // 2):
         return 0
     return max(1, round(WARMUP_SHARE * total_steps / every)) * every
@@ -129,5 +129,5 @@ def share_of(steps: int, share: float, least: int = 1) -> int:
 
 
 def are_counts(*values: object) -> bool:
-    """Whether all are whole numbers of a usable size; the phase or recipe that gets another value reports it."""
+    """Returns whether all values are whole numbers of at most `MOST`. The phase or recipe reports other values."""
     return all(isinstance(value, int) and abs(value) <= MOST for value in values)

@@ -1,4 +1,4 @@
-"""How workers agree, as data: at every step on gradients, or once a round on weights. Pure: no torch."""
+"""Defines the synchronization of workers: of gradients at every step, or of weights once a round. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ GradientWire = Literal["fp32", "bf16", "powersgd"]
 
 @dataclass(frozen=True)
 class GradientSync:
-    """Gradients are averaged over all workers at every step: DDP itself, with its communication hooks.
+    """Averages gradients over all workers at every step, with DDP and its communication hooks.
 
     Args:
-        wire: format of gradients: unchanged, bfloat16, or low-rank factors (PowerSGD, arXiv 1905.13727).
-        rank: rank of PowerSGD's factors.
+        wire: the format of gradients: unchanged, bfloat16, or low-rank factors (PowerSGD, arXiv 1905.13727).
+        rank: the rank of PowerSGD's factors.
     """
 
     wire: GradientWire = "fp32"
     rank: int = 4
 
     def problems(self) -> list[str]:
-        """One message for each problem of these settings."""
+        """Returns one message for each problem of these settings."""
         found = whole_number_problems("rank", self.rank, least=1)
         if self.wire not in get_args(GradientWire):
             found.append(f"unknown wire {self.wire!r} of gradients: {nearest(str(self.wire), get_args(GradientWire))}")
@@ -35,17 +35,17 @@ class GradientSync:
 
 @dataclass(frozen=True)
 class WeightSync:
-    """Groups train alone for `every` steps, then merge their weights. Inside a group gradients are averaged (DDP).
+    """Lets groups of workers train alone for `every` steps, then merges their weights.
 
-    A phase ends with a merge, even within a round.
+    Within a group, DDP averages gradients at every step. A phase always ends with a merge, even in mid-round.
 
     Args:
-        every: the length of a round: steps between merges.
-        merge: the rule by which the groups' weights become one.
-        wire: how a merge is sent: a name as in `abtrain.recipes.wires`, or `auto` (see `wire_between`).
-        delay: training steps during which a merge is sent; its outcome is added to the changes of these steps. 0:
-            training waits for it.
-        fragments: parts of the model that merge in turn, spread evenly over a round, so that less is sent at once.
+        every: the length of a round: the number of steps between merges.
+        merge: the rule that computes common weights from those of the groups.
+        wire: the encoding of merges: a name as in `abtrain.recipes.wires`, or `auto` (see `wire_between`).
+        delay: the number of training steps during which a merge is sent. Its result is added to the changes of these
+            steps. With 0, training waits for the merge.
+        fragments: the number of parts of the model that merge in turn, spread evenly over a round to send less at once.
     """
 
     every: int
@@ -55,7 +55,7 @@ class WeightSync:
     fragments: int = 1
 
     def problems(self) -> list[str]:
-        """One message for each problem of these settings."""
+        """Returns one message for each problem of these settings."""
         found = whole_number_problems("every", self.every, least=1)
         if isinstance(self.merge, MergeRule):
             found += self.merge.problems()
@@ -76,7 +76,7 @@ class WeightSync:
         return found
 
     def fragments_after(self, step: int) -> tuple[int, ...]:
-        """The fragments that begin to merge after step `step` of the phase, both counted from 0."""
+        """Returns the indices of the fragments whose merge begins after step `step` of the phase, all from 0."""
         done = step + 1
         return tuple(
             f for f in range(self.fragments) if (done - (f + 1) * self.every // self.fragments) % self.every == 0

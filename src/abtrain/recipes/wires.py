@@ -1,7 +1,7 @@
-"""The names of wires, which say how a merge is sent. Pure: no torch.
+"""Parses the names of wires. A wire is the way in which the tensors of a merge are encoded and sent. Imports no torch.
 
-A wire is a class in `abtrain.merging.wires`. Only this module knows its name: a new wire needs a class, and a line
-in `FORMS`.
+Each wire is a class in `abtrain.merging.wires`. Its name is defined only here: a new wire needs a class, and a line in
+`FORMS`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.numbers import MOST
 
 CodeName = Literal["fp32", "bf16", "int8", "int4", "int3", "ternary"]
-"""The formats that numbers are sent in (see `abtrain.merging.wires.codes`)."""
+"""The formats in which numbers are sent (see `abtrain.merging.wires.codes`)."""
 AUTO = "auto"
 AUTO_WIRES = ((2, "int4"), (5, "int3"), (math.inf, "ternary:int3"))
 """The wires that `auto` stands for, each with the largest number of workers for which it is used."""
 
 
 class Form(NamedTuple):
-    """A form of wire names, such as `lowrank:RANK`. A word in capitals stands for a value.
+    """Describes the wires whose names have one form, such as `lowrank:RANK`. A word in capitals stands for a value.
 
     Attributes:
-        wire: the class of the wire, as `module:name`; it takes the values as keyword arguments (`rank`). A string,
-            since recipes import no torch, and the class does.
-        words: the wire's name for people, with the values in braces.
+        wire: the class of the wire as a string `module:name`, since importing the class would import torch. Its
+            keyword arguments are the values, such as `rank`.
+        words: a description for users, with the values in braces.
     """
 
     wire: str
@@ -52,7 +52,7 @@ _VALUES = {
 
 
 def parse_wire(name: str) -> tuple[Form, dict[str, str | int]]:
-    """The form of a name other than `auto`, and its values by the form's words in lower case.
+    """Returns the form of a wire's name other than `auto`, and the values in the name, by lower-case word.
 
     Raises:
         ConfigurationError: no wire has this name.
@@ -69,11 +69,11 @@ def parse_wire(name: str) -> tuple[Form, dict[str, str | int]]:
 
 
 def wire_between(workers: int, name: str) -> str:
-    """`name`, or the wire that `auto` stands for with this number of workers: int4, int3, or ternary:int3.
+    """Returns `name`, or for `auto` the wire for this number of workers: int4, int3, or ternary:int3.
 
     Each of n workers sends (n - 1) / n of the numbers and as many averages. With one fixed code, each of 8 workers
-    would send 75 % more than each of 2. Rounding errors average out, so more workers allow coarser codes. In these
-    codes a worker sends 4.2 to 5.2 bits for a number and its average, whatever the number of workers.
+    would send 75 % more than each of 2. Rounding errors average out, so more workers allow coarser codes. With these
+    wires, a worker sends 4.2 to 5.2 bits for a number and its average, with any number of workers.
     """
     if name != AUTO:
         return name
