@@ -69,7 +69,7 @@ def test_who_ended_by_itself_is_quoted(store: Store) -> None:
 def test_where_all_are_there_it_was_a_link(store: Store) -> None:
     began = time.monotonic()
     heard = told(store, [0, 1, 2, 3], 4, {})
-    assert set(heard.values()) == {"All others are there and lost a peer too: a link between workers failed or is slow"}
+    assert set(heard.values()) == {"All others responded and lost a peer too: a link between workers failed or is slow"}
     assert time.monotonic() - began < 2
 
 

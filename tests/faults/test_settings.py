@@ -514,7 +514,7 @@ def test_trained_parameters_that_the_optimizer_does_not_hold(recipe: str) -> Non
 
     for error in told(2, work):
         assert isinstance(error, ConfigurationError)
-        assert "0.bias, 2.bias, 4.bias require gradients, but no optimizer that was given holds them" in str(error)
+        assert "0.bias, 2.bias, 4.bias require gradients, but none of the given optimizers holds them" in str(error)
 
 
 @pytest.mark.parametrize("optimizer", [None, [], "adamw", object()], ids=["None", "a list", "a name", "an object"])

@@ -26,7 +26,7 @@ from abtrain.commands.train.recorder import Recorder
 from abtrain.commands.train.run_folder import RunFolder
 from abtrain.commands.train.stopping import Stopping
 from abtrain.commands.train.trainer import Trainer
-from abtrain.commands.train.validation import Validation, describe_models, save_model_files
+from abtrain.commands.train.validation import Validation, describe_models, save_last_model
 from abtrain.commands.train.watchdog import Watchdog
 from abtrain.consistency.agreement import check_equal, gather_json
 from abtrain.errors import ConfigurationError, DataError, StoppedError
@@ -84,7 +84,7 @@ def train(
         with trainer.ab.merged():
             if recorder is not None:
                 result = trainer.result(seconds, data, recorder.validation)
-                save_model_files(trainer, path)
+                save_last_model(trainer, path)
                 recorder.finish(result, describe_models(result, path))
     return result
 

@@ -74,6 +74,21 @@ def save_model_files(trainer: Trainer, folder: Path, name: str = MODEL) -> None:
         save_model(folder / files[form], state, {"form": form, "recipe": ab.recipe.name, "step": ab.steps_done})
 
 
+def save_last_model(trainer: Trainer, folder: Path) -> None:
+    """Writes the model of a finished run in both forms.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+    """
+    try:
+        save_model_files(trainer, folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the run has finished, but its model cannot be saved: {error}. Free some space and run again: the run "
+            "resumes from its last checkpoint"
+        ) from error
+
+
 def describe_models(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Returns the content of model.json: what each model of a finished run is, and the files that hold it."""
     quality = {name: result[name] for name in ("top1", "loss")}
