@@ -34,7 +34,7 @@ class Saveable(Protocol):
 
 
 class TrainingState:
-    """An `ABTraining` as DCP's `Stateful`. FOR TRUSTED STORAGE ONLY: DCP reads its metadata by pickle.
+    """Makes an `ABTraining` a `Stateful` for DCP. FOR TRUSTED STORAGE ONLY: DCP reads its metadata by pickle.
 
         dcp.save({"ab": TrainingState(ab)}, checkpoint_id=folder)
         dcp.load({"ab": TrainingState(ab)}, checkpoint_id=folder)

@@ -1,6 +1,6 @@
 """The files of a checkpoint: JSON, safetensors, and a manifest with the sizes and digests of the others.
 
-They are synced when they are written, verified when they are read, and hold no pickle.
+They are synced when they are written, verified when they are read, and contain no pickle.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def open_regular(path: Path) -> BufferedReader:
     """Opens a regular file for reading; links are not followed.
 
     Raises:
-        CheckpointError: it is missing, a link, or not a regular file.
+        CheckpointError: the file is missing, a link, or not a regular file.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -121,7 +121,7 @@ def read_json(path: Path, expected: Written | None = None) -> Any:
     """Returns the content of a JSON file, and verifies it if its size and digest are known.
 
     Raises:
-        CheckpointError: it is missing, damaged, too large, or not JSON.
+        CheckpointError: the file is missing, damaged, too large, or not JSON.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -137,10 +137,10 @@ def read_json(path: Path, expected: Written | None = None) -> Any:
 
 
 def open_tensors(path: Path, expected: Written) -> safe_open:
-    """Opens a safetensors file that holds exactly the bytes that were written.
+    """Opens a safetensors file after checking that its bytes are exactly those that were written.
 
     Raises:
-        CheckpointError: it is missing or damaged; or there is no /dev/fd.
+        CheckpointError: the file is missing or damaged; or there is no /dev/fd.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -168,7 +168,7 @@ def manifest(step: int, resizable: bool, workers: int, written: Mapping[str, Any
 
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
-    """Returns the valid manifest of a folder that holds exactly the files in it, and the manifest's digest.
+    """Returns a folder's manifest and its digest, after checking that the folder has exactly the listed files.
 
     Raises:
         CheckpointError: the folder or the manifest is missing, damaged or invalid.

@@ -68,11 +68,11 @@ def save(
         folder: the folder of checkpoints, shared by all workers; it is created if it is missing.
         step: the number of steps done.
         state: this worker's state: dicts, lists, tensors and JSON values (see `abtrain.checkpoint.trees`).
-        keep: how many checkpoints remain, this one included; at least 1.
-        resizable: whether another number of workers may continue from here.
+        keep: the number of checkpoints that remain, this one included; at least 1.
+        resizable: whether another number of workers may resume from this checkpoint.
 
     Raises:
-        CheckpointError: it cannot be written. On all workers; older checkpoints are unchanged.
+        CheckpointError: the checkpoint cannot be written. On all workers; older checkpoints are unchanged.
         RanksDisagreeError: workers that must hold the same tensors have drifted apart. On all workers.
         TypeError: a worker's state holds a value that cannot be saved, at the given place. On that worker.
     """
@@ -106,7 +106,7 @@ def _prepare(temporary: Path, comm: Communicator, step: int) -> None:
 
 
 def _split_together(state: Mapping[str, Any], comm: Communicator, step: int) -> tuple[Any, dict[str, Tensor]]:
-    """Does `split`; if the state of any worker cannot be saved, raises an error on all of them."""
+    """Runs `split`. If the state of any worker cannot be saved, raises an error on all workers."""
     problem, structure, tensors, places = "", None, dict[str, Tensor](), list[list[str]]()
     try:
         structure, tensors = split(state)
@@ -248,7 +248,7 @@ def _sync(comm: Communicator, step: int, file: BinaryIO) -> None:
 
 
 def _together(comm: Communicator, step: int, work: Callable[[], Any]) -> list[Any]:
-    """Does this worker's part of some work. Returns all workers' results; a failure on one raises an error on all."""
+    """Calls `work` on all workers and returns all results. A failure on one worker raises an error on all."""
     outcome, problem = None, ""
     try:
         outcome = work()

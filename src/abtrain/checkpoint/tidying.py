@@ -1,4 +1,4 @@
-"""The folder of checkpoints: lists and removes checkpoints.
+"""Lists and removes the checkpoints in a folder.
 
 A checkpoint is renamed before it is removed, so a crash during its removal does not leave a damaged checkpoint.
 """

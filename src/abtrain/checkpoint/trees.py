@@ -1,4 +1,4 @@
-"""Trees of tensors and JSON values <-> a structure for a JSON file, and tensors by key.
+"""Converts trees of tensors and JSON values to a structure for a JSON file and tensors by key, and back.
 
 A tree consists of dicts, lists, tensors, strings, numbers, booleans and None. Tuples become lists, and numpy scalars
 become Python's. Keys of dicts are strings, numbers, booleans, None, or tuples of them. In the structure, every tensor
@@ -104,7 +104,7 @@ def _scalar(value: Any, place: str) -> Any:
 
 
 def refer(structure: Any, file_of: Mapping[str, str]) -> Any:
-    """Returns the structure with a file in each reference: `file_of` its key."""
+    """Returns the structure with a file in each reference, found by `file_of` from the reference's key."""
     if isinstance(structure, list):
         return [refer(item, file_of) for item in structure]
     if not isinstance(structure, dict):

@@ -1,7 +1,7 @@
-"""Talking to other workers: the only part of abtrain that knows torch.distributed.
+"""Communication between workers: the only part of abtrain that uses torch.distributed.
 
-`communicator.py` has the contract, `data_parallel.py` that of averaged gradients. `torch_distributed.py` and
-`in_process.py` implement both, and one test suite runs on all of them.
+`communicator.py` defines the interface for collectives, and `data_parallel.py` that for averaging gradients.
+`torch_distributed.py` and `in_process.py` implement both. The same tests run on every implementation.
 """
 
 from abtrain.comm.communicator import Communicator, SingleProcess

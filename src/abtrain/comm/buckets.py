@@ -1,4 +1,4 @@
-"""Packs many tensors into few flat buffers and averages them: each message over a slow link costs a delay."""
+"""Averages many tensors in a few flat buffers, because every message over a slow link adds latency."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Bucket:
-    """Some tensors of a sequence, laid end to end.
+    """A flat buffer that contains some tensors of a sequence, one after the other.
 
-    `flat` is contiguous and 1-D. It holds the tensors of the sequence with these `indices`, in that order.
+    `flat` is contiguous and 1-D. `indices` are its tensors' indices in the sequence, in the order of the buffer.
     """
 
     flat: Tensor
@@ -31,10 +31,10 @@ _Kind = tuple[torch.dtype, torch.device]  # shared by all tensors of a bucket
 def pack(tensors: Sequence[Tensor], capacity_bytes: int = 25 * MIB, widen: bool = True) -> list[Bucket]:
     """Copies tensors of any shape, dtype and device into few flat buffers.
 
-    A bucket holds tensors of one dtype on one device, in their order, and at most `capacity_bytes`; a tensor
-    larger than that has a bucket of its own. The same shapes and dtypes give the same layout on every rank.
+    Tensors in a bucket share a dtype and a device, and keep their order. A bucket exceeds `capacity_bytes` only if it
+    has a single, larger tensor. Equal shapes and dtypes give equal layouts on all ranks.
 
-    With `widen`, narrower floats become float32, since their sums would lose digits. Otherwise bits are kept.
+    `widen` converts narrower floats to float32, whose sums keep more digits. Otherwise values stay unchanged.
     """
     layouts: list[tuple[_Kind, list[int]]] = []
     filling: dict[_Kind, tuple[list[int], int]] = {}
@@ -53,7 +53,7 @@ def pack(tensors: Sequence[Tensor], capacity_bytes: int = 25 * MIB, widen: bool 
 def unpack(buckets: Sequence[Bucket], like: Sequence[Tensor]) -> list[Tensor]:
     """Returns the tensors in `buckets`, with the shapes, dtypes and order of `like`.
 
-    A tensor with the dtype of its bucket is a view into it.
+    A tensor that has the same dtype as its bucket is a view into the bucket.
     """
     tensors: dict[int, Tensor] = {}
     for bucket in buckets:
@@ -64,14 +64,14 @@ def unpack(buckets: Sequence[Bucket], like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def exact_average(tensors: Sequence[Tensor], comm: Communicator) -> list[Tensor]:
-    """Runs all stages of `average_exactly` at once."""
+    """Runs all stages of `average_exactly` at once, and returns the averages."""
     return finish(average_exactly(tensors, comm))
 
 
 def average_exactly(tensors: Sequence[Tensor], comm: Communicator) -> Stages[list[Tensor]]:
     """Returns the average of each tensor over all workers, bitwise equal on all of them.
 
-    All workers pass the same shapes and dtypes; averages keep them. Half precision is summed in float32.
+    All workers pass the same shapes and dtypes, which the averages keep. Half precision is summed in float32.
     """
     buckets = pack(tensors)
     launched = [comm.launch_all_reduce(bucket.flat) for bucket in buckets]
@@ -83,7 +83,7 @@ def average_exactly(tensors: Sequence[Tensor], comm: Communicator) -> Stages[lis
 
 
 def sent_by_average(tensors: Sequence[Tensor]) -> Calls:
-    """Returns the calls of `average_exactly` and `exact_average` of these tensors."""
+    """Returns the collective calls that `average_exactly` and `exact_average` make for these tensors."""
     return tuple(Traffic("all_reduce", "world", bucket.flat.nbytes) for bucket in pack(tensors))
 
 

@@ -1,4 +1,4 @@
-"""Hashes and texts by which workers compare tensors and settings without sending them.
+"""Computes hashes and strings that workers compare instead of sending tensors and settings.
 
 A checksum is XXH3 over a tensor's bytes, at several GB/s. It detects drift and damage, but does not protect against
 forgery. Hashes are compared across processes, so they do not depend on the device, the memory layout, or the process.
@@ -52,7 +52,7 @@ def stable_repr(value: object) -> str:
 
 
 def layouts_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Returns the shape and dtype of each tensor as text."""
+    """Returns the shape and dtype of each tensor as a string."""
     return {name: f"{tuple(tensor.shape)} of {tensor.dtype}" for name, tensor in tensors.items()}
 
 
@@ -63,12 +63,12 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def bytes_of(held: Tensor) -> Any:
-    """Returns a contiguous CPU tensor's memory as a buffer, without a copy; numpy supports fewer dtypes."""
+    """Returns a contiguous CPU tensor's memory as a buffer, without a copy, also for dtypes that numpy lacks."""
     return (ctypes.c_char * held.nbytes).from_address(held.data_ptr()) if held.nbytes else b""
 
 
 def _chunks(flat: Tensor) -> Iterator[Tensor]:
-    """Yields a flat tensor of bytes on the CPU. From an accelerator, it comes in pieces, through one small buffer."""
+    """Yields a flat byte tensor on the CPU. Data on an accelerator is copied in pieces through one small buffer."""
     if flat.device.type == "cpu":
         yield flat
         return

@@ -1,11 +1,11 @@
-"""The contract between workers, and its implementation for a single worker.
+"""The interface for communication between workers, and its implementation for a single worker.
 
 Everything else in abtrain talks to other workers through a `Communicator`, so the same engine runs on Gloo and NCCL
 (`torch_distributed.py`), on threads of one process (`in_process.py`), and alone (`SingleProcess`, here). Every
 collective is counted in the communicator's `meter`.
 
-Next to the code that sends, a function `sent_by_...` predicts the same bytes from shapes alone, as `Calls`. Its tensors
-may be on PyTorch's meta device.
+A function `sent_by_...` next to the code that sends predicts the bytes from shapes alone, as `Calls`. It accepts
+tensors on PyTorch's meta device.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Pending(Generic[T]):
-    """A collective in progress, whose tensors must not change until `wait` has returned its outcome.
+    """A collective in progress. Its tensors must not change until `wait` has returned the result.
 
-    `wait` is called once, on all ranks in the order of the launches.
+    Every rank calls `wait` once for each collective, in the order of the launches.
     """
 
     wait: Callable[[], T]
@@ -42,12 +42,12 @@ class Pending(Generic[T]):
 
 @dataclass(frozen=True)
 class Traffic:
-    """One collective, or one bucket of DDP's gradients.
+    """The size of one collective, or of one bucket of DDP's gradients.
 
     Attributes:
         call: the kind of collective; `gradients` is an all-reduce that overlaps with backward.
         scope: the ranks that take part.
-        nbytes: payload of one worker.
+        nbytes: the payload of one worker, in bytes.
         rounds: the number of successive collectives that share `nbytes` evenly; 3 for PowerSGD's buckets.
         ready: for `gradients`, the share of the backward pass after which they can be sent.
     """
@@ -69,12 +69,12 @@ class Communicator:
     communicates nothing and counts nothing. The caller may compute between `launch_...` and `wait`. Tensors must be
     contiguous and on `device`, where the backend can send them.
 
-    A backend implements the methods that raise NotImplementedError here. Their tensors
-    are detached and checked, and their scope has several ranks.
+    A backend implements the methods that raise NotImplementedError here. It receives tensors that are detached and
+    checked, and scopes of several ranks.
 
     Raises:
-        ValueError: a tensor that is not contiguous.
-        TypeError: a reduction of a dtype that not every backend can reduce (see `check_reducible`).
+        ValueError: a tensor is not contiguous.
+        TypeError: some backend cannot reduce the tensor's dtype (see `check_reducible`).
         PeerLostError: another worker died or did not answer in time.
     """
 
@@ -101,7 +101,7 @@ class Communicator:
         return self._start_all_reduce(tensor.detach(), op, scope)
 
     def all_gather(self, tensor: Tensor, scope: Scope = "world") -> Tensor:
-        """Returns (ranks in scope, *tensor.shape), in rank order, for any dtype."""
+        """Returns all ranks' tensors, stacked in rank order: (ranks in scope, *tensor.shape), for any dtype."""
         return self.launch_all_gather(tensor, scope).wait()
 
     def launch_all_gather(self, tensor: Tensor, scope: Scope = "world") -> Pending[Tensor]:
@@ -113,9 +113,9 @@ class Communicator:
         return self._start_all_gather(tensor.detach(), scope)
 
     def launch_exchange(self, rows: Tensor) -> Pending[Tensor]:
-        """Sends row i of (world size, ...) to rank i, for any dtype. The outcome is the received rows, in rank order.
+        """Sends row i of (world size, ...) to rank i, for any dtype. The result has the received rows in rank order.
 
-        A rank keeps its own row, which is not counted.
+        A rank's own row is neither sent nor counted.
         """
         check_contiguous(rows)
         workers = self.topology.world_size
@@ -127,7 +127,7 @@ class Communicator:
         return self._start_exchange(rows.detach(), nbytes=rows.nbytes - rows.nbytes // workers)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Overwrites `tensor` everywhere with that of world rank `source`, bit by bit, for any dtype."""
+        """Overwrites `tensor` on every rank with the tensor of world rank `source`, bit by bit, for any dtype."""
         check_contiguous(tensor)
         workers = self.topology.world_size
         if not 0 <= source < workers:
@@ -141,7 +141,7 @@ class Communicator:
             self._barrier()
 
     def cannot_carry(self, sync: Sync) -> str:
-        """Returns why the backend cannot carry this synchronization; empty if it can. Communicates nothing."""
+        """Returns the reason why the backend does not support `sync`; empty if it does. Communicates nothing."""
         return ""
 
     def begin_run(self) -> None:
@@ -157,11 +157,11 @@ class Communicator:
         are neither averaged nor copied (see `abtrain.own`).
 
         Args:
-            module: on one device, with the same parameters on every rank of the scope.
+            module: the model, on one device, with the same parameters on every rank of the scope.
             scope: the ranks to average over; one rank needs no synchronization.
-            find_unused_parameters: allow a backward pass that leaves some parameters without a gradient. Otherwise
-                the next forward pass raises UsageError.
-            sync: its wire is the format in which gradients are sent.
+            find_unused_parameters: whether a backward pass may leave some parameters without a gradient. If not, the
+                next forward pass after it raises UsageError.
+            sync: the synchronization, whose wire is the format in which gradients are sent.
 
         Raises:
             ConfigurationError: the backend cannot carry this wire, or the model's SyncBatchNorm layers have nobody to

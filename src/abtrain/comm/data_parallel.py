@@ -1,4 +1,4 @@
-"""A model whose gradients workers average: the contract, and its implementation for a single worker."""
+"""The interface of a model whose gradients are averaged, and its implementation for a single worker."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class DataParallel:
     """A model whose gradients are averaged over a scope while `backward` runs.
 
     With gradients disabled, a call runs the model and communicates nothing, so one rank may call it alone. Eval mode
-    does not change the averaging: models are fine-tuned in it, with frozen normalization layers.
+    also averages gradients, since models with frozen normalization layers are fine-tuned in it.
 
     Attributes:
-        at_close: callbacks of `close`.
+        at_close: the functions that `close` calls.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -52,7 +52,7 @@ class DataParallel:
         return nullcontext()
 
     def arrivals(self) -> list[int]:
-        """Returns the order in which the first averaged backward pass completed gradients, as parameters' positions.
+        """Returns parameters' indices in the order in which the first averaged backward pass completed gradients.
 
         Only trained parameters count. DDP rebuilds its buckets in this order, which decides the order of sums over
         three or more ranks. The list is empty before that pass, and without buckets.
@@ -60,10 +60,10 @@ class DataParallel:
         return []
 
     def follow(self, arrivals: Sequence[int]) -> None:
-        """Lays out the buckets as in a wrapper with these `arrivals`. Sends nothing, and leaves no gradients.
+        """Arranges the buckets as in a wrapper with these `arrivals`. Sends nothing, and leaves no gradients.
 
         Raises:
-            ValueError: `arrivals` does not hold each trained parameter once.
+            ValueError: `arrivals` does not contain each trained parameter exactly once.
         """
 
     def spoiled(self) -> bool:
@@ -77,7 +77,7 @@ class DataParallel:
 
 
 class Unsynchronized(DataParallel):
-    """The `DataParallel` of a scope of one rank, or of a model with nothing to train: it only calls the model."""
+    """A `DataParallel` that only calls the model, for a scope of one rank or a model without trained parameters."""
 
 
 class Layouts:
@@ -99,7 +99,7 @@ class Layouts:
 
 
 def unused_error(missing: str) -> UsageError:
-    """The error for a backward pass that left parameters without a gradient."""
+    """Returns the error for a backward pass that left parameters without a gradient."""
     return UsageError(
         f"the last backward pass left {missing} without a gradient: freeze them (requires_grad_(False)), or set "
         "find_unused_parameters=True"
@@ -107,6 +107,6 @@ def unused_error(missing: str) -> UsageError:
 
 
 def extremes(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Returns each tensor's minimum and maximum, on its device. NaN and infinity in the tensor show in them."""
+    """Returns each tensor's minimum and maximum, on its device. They reveal NaN and infinity."""
     real = (torch.view_as_real(t) if t.is_complex() else t for t in tensors if t.numel())
     return [torch.stack(torch.aminmax(tensor.detach())) for tensor in real]

@@ -23,9 +23,9 @@ _CALL = "all_reduce of gradients"
 
 
 class TorchDataParallel(DataParallel):
-    """The `DataParallel` of a scope of several ranks: DDP with its defaults, bitwise equal to plain DDP.
+    """A `DataParallel` for several ranks that uses DDP with its defaults. Results equal plain DDP's bitwise.
 
-    No reference cycle holds DDP, so its buckets are freed as soon as it is dropped or closed.
+    DDP is not part of a reference cycle, so dropping or closing it frees its buckets at once.
     """
 
     def __init__(self, module: nn.Module, link: Link, find_unused_parameters: bool, hook: GradientHook) -> None:
@@ -93,7 +93,7 @@ class TorchDataParallel(DataParallel):
 
 @contextmanager
 def _every_name_ignored(module: nn.Module) -> Iterator[None]:
-    """Within the context, the module lists its ignored tensors under every name that DDP looks for.
+    """Lists the module's ignored tensors under every name that DDP looks for, inside the context.
 
     Otherwise DDP misses a tied parameter that is listed under only one of its names, and a parameter of the root
     module itself, whose name begins with a dot in DDP.
@@ -142,7 +142,7 @@ class _Arrivals:
 
 
 class _Rehearsal(nn.Module):
-    """Replaces the model in a pass that gives parameters gradients of zero, in the given order."""
+    """Replaces the model in a backward pass that gives parameters gradients of zero, in the given order."""
 
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class _Averaging:
         self,
         bucket: dist.GradBucket,  # type: ignore[name-defined]
     ) -> Average:
-        """DDP's gradient hook: starts the average of a bucket."""
+        """Starts the average of a bucket, as DDP's gradient hook."""
         buffer = bucket.buffer()
         if self.rehearses:
             done: Average = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else [])
@@ -206,6 +206,6 @@ class _Averaging:
                 average.wait()
 
     def follow_first_rank(self, named_buffers: Mapping[str, Tensor]) -> None:
-        """DDP's buffer hook."""
+        """Copies the first rank's buffers, as DDP's buffer hook."""
         if not self.rehearses:
             self._buffers.follow(named_buffers)

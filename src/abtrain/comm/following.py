@@ -22,9 +22,9 @@ _MARK_BYTES = 16
 class Following:
     """Keeps a module's buffers equal to those of a link's first rank.
 
-    A message of an unexpected size kills the receiver's process without an error, or its bytes are misread. So after
-    a change of shapes, a rank sends or receives one more message of each old size. It holds a mark and a fingerprint of
-    the first rank's new layouts. A rank whose buffers have not changed recognizes the mark.
+    A message of an unexpected size kills the receiver's process without an error, or its bytes are misread. So after a
+    change of shapes, a rank sends or receives one more message of each old size. This message contains a mark and a
+    fingerprint of the first rank's new layouts. A rank whose buffers have not changed recognizes the mark.
 
     Initially, `buffers` have the same names, shapes and dtypes on all ranks.
     """
@@ -59,7 +59,7 @@ class Following:
 
     @property
     def _place(self) -> int | None:
-        """The index of the first message that is large enough for the mark; None if there is none."""
+        """Returns the index of the first message that is large enough for the mark; None if there is none."""
         return next((place for place, nbytes in enumerate(self._sizes) if nbytes >= _MARK_BYTES), None)
 
     def _agree(self, changed: str, device: torch.device) -> None:
@@ -78,7 +78,7 @@ class Following:
 
 
 def sent_by_follow(buffers: Sequence[Tensor], scope: Scope) -> Calls:
-    """Returns the calls of `Following.follow` while no buffer changes its shape."""
+    """Returns the collective calls of one `Following.follow` if no buffer has changed its shape."""
     return tuple(Traffic("broadcast", scope, bucket.flat.nbytes) for bucket in pack(buffers, widen=False))
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's own communication hooks for DDP: gradients sent in few bits, with the number of bytes."""
+"""Compresses gradients with PyTorch's own communication hooks for DDP, and counts their bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GradientHook:
 
     Attributes:
         in_turn: whether a bucket must wait until the previous one is averaged.
-        arrivals: the order of gradients for which the hook's state holds; empty while it has none. None: stateless.
+        arrivals: the order of gradients to which the hook's state belongs; empty without state. None: stateless.
     """
 
     in_turn = False
@@ -54,8 +54,8 @@ class BFloat16(GradientHook):
 class PowerSGD(GradientHook):
     """Gradients as rank-r factors with error feedback (Vogels et al., arXiv 1905.13727; PyTorch's `powerSGD_hook`).
 
-    The state outlives its DDP wrapper, so errors and warm starts carry over from phase to phase. Since it is kept by
-    bucket, the next wrapper must lay out the same buckets: by `arrivals`.
+    The state outlives its DDP wrapper, so errors and warm starts carry over from phase to phase. The state belongs to
+    buckets, so the next wrapper uses `arrivals` to arrange the same buckets.
     """
 
     # The hook continues in the backend's threads and sends from there. Two buckets in flight would send in different
@@ -126,7 +126,7 @@ def sent_by_backward(parameters: Sequence[Tensor], scope: Scope, sync: GradientS
     """Returns the buckets of one backward pass over these parameters, in the order in which they become ready.
 
     A bucket is assumed to be ready after the share of backward that equals its cumulative share of the gradients'
-    bytes. PowerSGD's buckets are those after its plain steps.
+    bytes. Sizes of PowerSGD apply after its uncompressed steps.
     """
     total, done, calls = sum(parameter.nbytes for parameter in parameters), 0, []
     rounds = PowerSGD.ROUNDS if sync.wire == "powersgd" else 1

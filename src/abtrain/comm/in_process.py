@@ -1,4 +1,4 @@
-"""Implements the contract on threads of one process, for tests, notebooks and the reference.
+"""Implements the communication interfaces on threads of one process, for tests, notebooks and the reference.
 
 Nothing is sent, but every byte is counted as if it were. Sums are taken in rank order, whatever the order in which
 threads arrive. Threads share the random generators of the process, so each worker needs a generator of its own.
@@ -35,13 +35,13 @@ def run_in_process(
 
     Args:
         world_size: the number of ranks.
-        worker: called in a thread for each rank, with its communicator.
-        group_size: ranks in a group.
-        timeout: seconds that a collective waits for its last rank.
+        worker: the function that the thread of each rank calls with its communicator.
+        group_size: the number of ranks in a group.
+        timeout: the seconds that a collective waits for its last rank.
 
     Raises:
-        The first error of any worker. The others stop at once: the collective in which they wait, or the next one
-        with the dead rank, raises a PeerLostError.
+        The first error of any worker. The others stop with a PeerLostError, in the collective where they wait or in
+        their next one with the dead rank.
     """
     topology = Topology(world_size, group_size)
     rendezvous = Rendezvous(timeout)
@@ -71,7 +71,7 @@ def run_in_process(
 
 
 def _run_threads(threads: Sequence[threading.Thread]) -> None:
-    """Runs all threads to their end, each with one intra-op thread, since the ranks are the parallelism."""
+    """Runs all threads until they return, each with one intra-op thread, since the ranks already run in parallel."""
     intra_op = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -84,7 +84,7 @@ def _run_threads(threads: Sequence[threading.Thread]) -> None:
 
 
 class InProcessCommunicator(Communicator):
-    """The `Communicator` of one thread among the ranks of a `Rendezvous`."""
+    """A `Communicator` for one thread, which a `Rendezvous` connects with the threads of the other ranks."""
 
     def __init__(self, rank: int, topology: Topology, rendezvous: Rendezvous) -> None:
         super().__init__(rank, topology, torch.device("cpu"))
@@ -134,7 +134,7 @@ class InProcessCommunicator(Communicator):
 
 
 class InProcessDataParallel(DataParallel):
-    """The `DataParallel` of threads. It follows DDP's rules, and counts the same bytes.
+    """A `DataParallel` for threads that follows DDP's rules and counts the same bytes.
 
     A forward pass takes the first rank's buffers, unless the previous pass was inside `no_sync`, and arms the hooks on
     the parameters. When backward has completed all of their gradients, these are averaged. Sums are taken in rank order

@@ -19,7 +19,7 @@ from abtrain.errors import PeerLostError
 
 @dataclass(frozen=True)
 class Link:
-    """The ranks of one scope and their process group (None: the world), with this worker's meter and all its peers."""
+    """Runs collectives in the process group of a scope (None: the world), with the worker's meter and peers."""
 
     rank: int
     ranks: tuple[int, ...]
@@ -31,9 +31,9 @@ class Link:
     def start(
         self, name: str, nbytes: int, collective: Callable[..., Any], *args: Any, outcome: Any = None, **kwargs: Any
     ) -> Pending[Any]:
-        """Launches a collective and counts `nbytes`; only `wait`, which returns `outcome`, is timed.
+        """Starts a collective and counts `nbytes`. Its `wait` returns `outcome`; only the time in `wait` is measured.
 
-        Skips a collective with nothing to send.
+        A collective with nothing to send is skipped.
         """
         if len(self.ranks) == 1 or nbytes == 0:
             return Pending(lambda: outcome)
@@ -48,11 +48,11 @@ class Link:
         return Pending(finish)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Overwrites a contiguous tensor of any dtype with that of world rank `source`."""
+        """Overwrites a contiguous tensor of any dtype with the tensor of world rank `source`."""
         self.start("broadcast", tensor.nbytes, dist.broadcast, as_bytes(tensor), src=source).wait()
 
     def launch(self, name: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Pending[None]:
-        """Starts a collective, neither counted nor timed. Wrong arguments raise PyTorch's own error."""
+        """Starts a collective without counting or timing it. Wrong arguments raise PyTorch's own error."""
         with self.naming_lost_peer(name, dist.DistError):
             work: dist.Work = collective(*args, group=self.group, async_op=True, **kwargs)
 
@@ -65,7 +65,7 @@ class Link:
 
     @contextmanager
     def naming_lost_peer(self, name: str, kind: type[RuntimeError]) -> Iterator[None]:
-        """Converts errors of this kind into a PeerLostError."""
+        """Converts errors of this kind into a PeerLostError for the collective `name`."""
         try:
             yield
         except kind as error:

@@ -39,7 +39,7 @@ class Meter:
         return f"step {self.step}, phase {self.phase!r}, host {platform.node()}"
 
     def count(self, nbytes: int, spans: Spans) -> None:
-        """Adds payload to the current phase; `spans` says whether it is also for other groups."""
+        """Adds payload to the current phase; `spans` says whether the payload also goes to other groups."""
         if nbytes == 0:
             return
         with self._lock:
@@ -48,7 +48,7 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Adds the wall time spent inside; waits that nest or overlap count once."""
+        """Adds the wall time spent inside the context. Nested or overlapping waits count once."""
         with self._lock:
             self._waits += 1
             if self._waits == 1:

@@ -1,4 +1,4 @@
-"""Finds out which workers are missing when one is lost. A failed collective does not say which."""
+"""Finds out which workers are lost, since a failed collective does not name them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def host_key(rank: int) -> str:
 
 
 class Peers:
-    """The workers of one attempt, which leave word in the store when they lose a peer or end early.
+    """The workers of one attempt. They leave messages in the store when they lose a peer or end early.
 
-    No other workers use the store. Each may have left its host name there (see `host_key`). No call raises an error or
-    takes more than a few seconds, even if the store is gone.
+    Only these workers use the store. Each of them may have left its host name there (see `host_key`). No call raises an
+    error or takes more than a few seconds, even if the store is gone.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
@@ -46,13 +46,13 @@ class Peers:
         _within(_STORE_SECONDS, lambda: self._read(host_key, self._hosts))
 
     def leave_word(self, error: BaseException) -> None:
-        """Leaves word in the store why this worker ended."""
+        """Leaves a message in the store that says why this worker ended."""
         text = str(error)
         word = f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"[:_LONGEST_WORD]
         _within(_STORE_SECONDS, lambda: self._store.set(_word_key(self._rank), word))
 
     def roll_call(self) -> str:
-        """Returns a sentence that names missing and ended workers. Waits for the others' words, but only once."""
+        """Returns a sentence that names missing and ended workers. Waits for the others' messages, but only once."""
         self._findings = self._findings or self._ask()
         return self._findings
 
@@ -83,7 +83,7 @@ class Peers:
             time.sleep(_PAUSE_SECONDS)
 
     def _read(self, key: Callable[[int], str], texts: dict[int, str]) -> None:
-        """Adds the texts that the others have left under their keys since the last call."""
+        """Adds the messages that the others have stored under their keys since the last call."""
         for other in self._others:
             if other not in texts and self._store.check([key(other)]):
                 texts[other] = self._store.get(key(other)).decode()

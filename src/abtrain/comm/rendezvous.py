@@ -1,4 +1,4 @@
-"""Collectives between threads: each thread passes tensors in, and all get the outcome."""
+"""Collectives between threads: each thread contributes tensors, and all threads get the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Combine = Callable[[Sequence[Sequence[Tensor]]], list[Tensor]]
 
 @dataclass(eq=False)
 class _Post:
-    """One rank's call of a collective, and its outcome."""
+    """One rank's call of a collective, and the call's result."""
 
     rank: int
     ranks: tuple[int, ...]
@@ -31,7 +31,7 @@ class _Post:
 
 
 class Rendezvous:
-    """Collectives between threads, for scopes that may overlap.
+    """Runs collectives between threads, for scopes that may overlap.
 
     A rank posts its call and waits; the last rank of the scope to arrive completes the call for all. If a rank leaves,
     the ranks that wait for it stop waiting. A rank waits at most `timeout` seconds for the others.
@@ -46,14 +46,14 @@ class Rendezvous:
     def meet(
         self, rank: int, ranks: tuple[int, ...], call: str, tensors: Sequence[Tensor], combine: Combine, where: str
     ) -> list[Tensor]:
-        """Joins a collective of `ranks` with `tensors`; returns the outcome of `combine`.
+        """Joins a collective of `ranks` with `tensors`, and returns the result of `combine`.
 
         All ranks share the returned tensors: copy them before writing to them. The message about a lost peer says
         `where` the rank is.
 
         Raises:
             RanksDisagreeError: another rank made a different call, or passed different shapes or dtypes.
-            PeerLostError: another rank left, or did not come in time.
+            PeerLostError: another rank left, or did not join in time.
         """
         post = _Post(rank, ranks, call, tensors)
         with self._changed:

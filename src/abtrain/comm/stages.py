@@ -1,8 +1,7 @@
 """Work in stages: a generator that yields whenever a collective is under way.
 
-Its next stage waits for that collective and starts the next one. So the same code serves a caller that waits for
-everything at once and one that computes in between. The caller's own thread starts all collectives, in the order of
-its calls.
+The next stage waits for that collective and starts another one. The same code serves callers that wait at once and
+callers that compute between stages. All collectives start in the caller's own thread, in the order of its calls.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def finish(stages: Stages[T]) -> T:
 
 
 def together(first: Stages[T], second: Stages[U]) -> Stages[tuple[T, U]]:
-    """Runs both side by side. In each stage, the collectives of `first` start before those of `second`."""
+    """Runs two generators stage by stage. In each stage, collectives of `first` start before those of `second`."""
     results: dict[int, Any] = {}
     running: dict[int, Stages[Any]] = {0: first, 1: second}
     while running:
@@ -43,9 +42,9 @@ def together(first: Stages[T], second: Stages[U]) -> Stages[tuple[T, U]]:
 
 
 def stages_due(count: int, steps: int, passed: int) -> int:
-    """Returns how many of `count` stages, spread over `steps` steps, are due after `passed` of them.
+    """Returns how many of `count` stages, spread over `steps` steps, are due after `passed` steps.
 
-    The first stage, a few bytes, gets one step; the others share the rest.
+    The first stage sends a few bytes and gets one step. The other stages share the remaining steps.
     """
     return count if passed >= steps else min(1, count - 1) + (count - 1) * (passed - 1) // (steps - 1)
 
@@ -53,8 +52,8 @@ def stages_due(count: int, steps: int, passed: int) -> int:
 class Background(Generic[T]):
     """Spreads stages over several training steps. The first one runs at once.
 
-    All are done after `steps` calls of `advance`. `count` is the number of times that they yield. It sets the pace
-    only: a wrong number costs overlap and nothing else.
+    All stages are done after `steps` calls of `advance`. `count` is the number of times that they yield. It sets the
+    pace only: a wrong number reduces overlap, but changes no result.
     """
 
     def __init__(self, stages: Stages[T], count: int, steps: int) -> None:
@@ -71,7 +70,7 @@ class Background(Generic[T]):
         return self._ended
 
     def go_ahead(self, steps: int) -> bool:
-        """Runs the stages of the next steps now. Returns whether all have started: only a wait may be left."""
+        """Runs the stages of the next steps now. Returns whether all have started; a wait may remain."""
         last = self._count - 1
         self._run_to(min(stages_due(self._count, self._steps, self._passed + steps), last))
         return self._ended or self._done >= last

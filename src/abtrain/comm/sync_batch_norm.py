@@ -1,7 +1,7 @@
-"""SyncBatchNorm layers that communicate over a scope, in a model that can still be copied and saved.
+"""Lets SyncBatchNorm layers communicate over a scope, in a model that can still be copied and saved.
 
-Neither a process group nor a layer that holds one can be copied or pickled. So a layer that is pointed at a group gets
-a subclass that finds the group outside the layer; its copies are plain layers again.
+A process group cannot be copied or pickled, nor can a layer that contains one. So the layers get a subclass that finds
+the group outside the layer. Copies of such a layer are plain layers again.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _set_group(layer: nn.Module, group: Any) -> None:
 
 @functools.cache
 def _pointed(kind: Any) -> Any:
-    """Returns the subclass for layers of this kind that are pointed at a group, under the name of the kind itself."""
+    """Returns a subclass of `kind`, with the same name, that finds its process group outside the layer."""
 
     def as_plain(layer: nn.Module, protocol: Any) -> Any:
         # Later protocols require the object's actual class.

@@ -15,7 +15,7 @@ Role = Literal["A", "B"]
 
 @dataclass(frozen=True)
 class Topology:
-    """`world_size` workers in groups of `group_size` consecutive ranks.
+    """Assigns `world_size` workers to groups of `group_size` consecutive ranks.
 
     Raises:
         ConfigurationError: a size below 1, or a group size that does not divide the world size.
@@ -57,8 +57,8 @@ class Topology:
 def default_group_size(machines: Sequence[int]) -> int:
     """Returns the default group size: the workers of one machine, or 1 if there is only one machine.
 
-    A single machine as one group would have no other group to merge with. `machines` has an identifier of each rank's
-    machine.
+    A single machine as one group would have no other group to merge with. `machines` has an identifier of the machine
+    of each rank.
 
     Raises:
         ConfigurationError: machines have different numbers of workers.
@@ -79,7 +79,7 @@ def default_group_size(machines: Sequence[int]) -> int:
 
 
 def topology_problems(world_size: int, group_size: int) -> list[str]:
-    """Returns the problems of these sizes; empty if there are none."""
+    """Returns a message for each problem with these sizes; empty if there are none."""
     if world_size < 1 or group_size < 1:
         return [f"world size {world_size} and group size {group_size}: both must be at least 1"]
     if world_size % group_size:

@@ -1,4 +1,4 @@
-"""Implements the contract on torch.distributed: Gloo on CPU, NCCL on GPU.
+"""Implements the communication interfaces on torch.distributed: Gloo on CPU, NCCL on GPU.
 
 On NCCL a collective is queued on the current CUDA stream, as always in PyTorch. The meter then measures the seconds of
 queueing, and NCCL's watchdog ends the process if a peer is lost.
@@ -38,7 +38,7 @@ def default_communicator(group_size: int | None = None) -> Communicator:
     """Returns the communicator that fits how this process was started.
 
     Args:
-        group_size: workers in a group, the same on all workers. None: see `default_group_size`.
+        group_size: the number of workers in a group, the same on all workers. None: see `default_group_size`.
 
     Raises:
         ConfigurationError: a group size that does not fit the world or differs between workers, machines with different
@@ -58,7 +58,7 @@ def default_communicator(group_size: int | None = None) -> Communicator:
 
 
 class TorchCommunicator(Communicator):
-    """The `Communicator` of one process of an initialized torch.distributed world.
+    """A `Communicator` for one process of an initialized torch.distributed world.
 
     The constructor is collective, since it creates the groups. All ranks pass the same topology.
 
@@ -147,7 +147,7 @@ class TorchCommunicator(Communicator):
         )
 
     def _make_groups(self) -> dist.ProcessGroup | None:
-        """Returns this rank's group; None if that is the rank alone or the world."""
+        """Creates the process groups and returns this rank's; None if its group is the rank alone or the world."""
         if self.topology.group_size in (1, self.topology.world_size):
             return None
         groups = [list(ranks) for ranks in self.topology.groups]

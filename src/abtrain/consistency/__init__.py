@@ -1,1 +1,1 @@
-"""Consistency between workers: compares what they hold, and makes it equal."""
+"""Compares the settings, weights and optimizer state of workers, and makes the state equal."""

@@ -39,7 +39,7 @@ _REMEDY = (
 def largest(
     comm: Communicator, values: Sequence[float], dtype: torch.dtype = torch.float64, scope: Scope = "world"
 ) -> list[Any]:
-    """Returns the largest value of any rank at each index; all ranks of the scope pass equally many values."""
+    """Returns the maximum over ranks at each index. All ranks of the scope pass the same number of values."""
     numbers = torch.tensor(values, dtype=dtype, device=comm.device)
     comm.all_reduce(numbers, "max", scope)
     return numbers.tolist()
@@ -48,7 +48,7 @@ def largest(
 def disagreeing(comm: Communicator, values: Sequence[int], scope: Scope = "world") -> list[int]:
     """Returns the indexes at which ranks of a scope hold different values; the same list on every rank.
 
-    The values are from 0 to 2**62 - 1, and every rank passes equally many.
+    Every rank passes the same number of values, from 0 to 2**62 - 1.
     """
     outside = [value for value in values if not 0 <= value < LIMIT]
     if outside:
@@ -61,7 +61,7 @@ def disagreeing(comm: Communicator, values: Sequence[int], scope: Scope = "world
 
 
 def sent_by_comparison(count: int = 1, scope: Scope = "world") -> Calls:
-    """The call of `disagreeing` for `count` values, or of `differing_tensors` for `count` tensors.
+    """Returns the call of `disagreeing` for `count` values, or of `differing_tensors` for `count` tensors.
 
     While nothing differs, `take_first` and `check_replicas` compare one value.
     """
@@ -69,9 +69,9 @@ def sent_by_comparison(count: int = 1, scope: Scope = "world") -> Calls:
 
 
 def check_equal(comm: Communicator, values: Place, what: str = _DISAGREE, remedy: str = _REMEDY) -> None:
-    """Checks that all ranks hold the same values. Collective over the world; 24 bytes, until something differs.
+    """Checks that all ranks pass equal values. Collective over the world; 24 bytes unless something differs.
 
-    All checks send the same shape, so ranks at different places of the program meet here and find that out. Otherwise
+    All checks send tensors of the same shape, so they also detect ranks at different places of the program. Otherwise
     collectives in different orders would mix up weights without an error. `what` begins the error's message, and
     `remedy` ends it.
 
@@ -84,7 +84,7 @@ def check_equal(comm: Communicator, values: Place, what: str = _DISAGREE, remedy
 def roll_call(
     comm: Communicator, place: Place, told: Told = (0, 0.0), what: str = _DISAGREE, remedy: str = _REMEDY
 ) -> Stages[list[Told]]:
-    """Does `check_equal` in stages, and returns the two numbers `told` of every rank, in rank order."""
+    """Runs `check_equal` in stages. Returns the two numbers in `told` from every rank, in rank order."""
     held = {name: dict(_leaves(name, value)) for name, value in place.items()}
     whole = torch.tensor([fingerprint(held), told[0]], dtype=torch.int64)
     row = torch.cat([whole, torch.tensor([told[1]], dtype=torch.float64).view(torch.int64)])
@@ -152,7 +152,7 @@ def _by_rank(place: str, values: Sequence[str]) -> str:
 def gather_json(comm: Communicator, value: Any, nbytes: int = 0) -> list[Any]:
     """Returns every rank's value, in rank order. Values are sent as JSON, so received bytes are never executed.
 
-    All ranks give the same `nbytes`, the size of the longest JSON text, or 0: then they exchange their sizes first.
+    `nbytes` is the same on all ranks: the size of the longest JSON text, or 0 if ranks must exchange sizes first.
     """
     text = json.dumps(value).encode()
     if comm.topology.world_size == 1:
@@ -178,7 +178,7 @@ def raise_together(comm: Communicator, problem: str) -> None:
 
 
 def share(comm: Communicator, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
-    """Overwrites every tensor in place, on every rank, with that of its owner, bit by bit. Collective over the world.
+    """Overwrites every tensor in place with its owner's, on all ranks, bit by bit. Collective over the world.
 
     Shapes and dtypes are the same on all ranks; `owners` has a rank for each tensor.
     """
@@ -197,12 +197,12 @@ def share(comm: Communicator, tensors: Sequence[Tensor], owners: Sequence[int]) 
 
 
 def sent_by_share(tensors: Sequence[Tensor]) -> Calls:
-    """The calls of `share` for tensors of one owner."""
+    """Returns the collective calls of `share` for tensors of one owner."""
     return tuple(Traffic("broadcast", "world", bucket.flat.nbytes) for bucket in pack(tensors, widen=False))
 
 
 def differing_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names of the tensors that ranks hold differently, in order; the same list on every rank.
+    """Returns the names of the tensors that differ between ranks, in order; the same list on every rank.
 
     Names, shapes and dtypes are the same on all ranks. Collective over the world; 16 bytes for each tensor.
     """
@@ -211,7 +211,7 @@ def differing_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[s
 
 
 def agree_on_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
-    """Replaces tensors that ranks hold differently by rank 0's, in place. Collective over the world.
+    """Replaces tensors that differ between ranks by rank 0's, in place. Collective over the world.
 
     Returns:
         The names of these tensors, in order; the same list on every rank.
@@ -224,12 +224,12 @@ def agree_on_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[st
 
 
 def sent_by_agree_on_tensors(count: int) -> Calls:
-    """The calls of `agree_on_tensors` for `count` tensors that ranks hold equally."""
+    """Returns the calls of `agree_on_tensors` for `count` tensors that are equal on all ranks."""
     return (*ROLL_CALL, *sent_by_comparison(count))
 
 
 def take_first(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
-    """Does `agree_on_tensors` for tensors that every rank computed from equal numbers; 16 bytes, until one differs.
+    """Runs `agree_on_tensors` on tensors that all ranks computed from equal numbers; 16 bytes unless one differs.
 
     Such tensors differ only by rounding on different processors. All ranks pass the same names, shapes and dtypes.
     """

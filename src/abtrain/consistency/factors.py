@@ -43,10 +43,10 @@ def agree_on_factors(
     """Decomposes (m, n) matrices, given in the same order on all workers. Collective over the world.
 
     Returns:
-        Factors by name, equal on all workers; and the reasons why other weights stay dense.
+        The factors by name, equal on all workers; and the reasons why other weights stay dense.
 
     Raises:
-        NonFiniteError: a weight holds NaN or infinity on any worker. On all workers.
+        NonFiniteError: a weight has NaN or infinity on any worker. All workers raise the error.
     """
     owners = {name: i % comm.topology.world_size for i, name in enumerate(weights)}
     shared = factoring.svd == "shared"
@@ -75,7 +75,7 @@ def agree_on_factors(
 
 
 def sent_by_agree_on_factors(factors: Sequence[Factors | None], workers: int, shared: bool) -> Calls:
-    """The calls of `agree_on_factors` if all workers compute the same factors.
+    """Returns the collective calls of `agree_on_factors` if all workers compute the same factors.
 
     `factors` has A (m, k) and B (k, n) of each weight, or None if it stays dense. Only shapes matter.
     `shared`: only the owner of a weight decomposes it.

@@ -26,7 +26,7 @@ _AVERAGED = {str(dtype) for dtype in (torch.float64, torch.float32, torch.float1
 class _Item(NamedTuple):
     """A value in a state, the dict or list that holds it, and its key or index there.
 
-    `path` has for each level `k` (a dict) or `i` (a list), and the key or index.
+    `path` lists for each level `k` (a dict) or `i` (a list), and the key or index.
     """
 
     holder: Any
@@ -115,7 +115,7 @@ def _kind(value: Any) -> list[Any]:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a Python number; booleans are not."""
+    """Returns whether a value is a Python number; booleans do not count."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

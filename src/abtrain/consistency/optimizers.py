@@ -45,7 +45,7 @@ def equalize_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Paramete
 
 @dataclass(frozen=True)
 class OptimizerShape:
-    """How many tensors of a parameter's shape, and single numbers, an optimizer keeps for it; the default is AdamW."""
+    """The number of tensors of a parameter's shape, and of single numbers, in an optimizer's state; default: AdamW."""
 
     tensors: int = 2
     numbers: int = 1
@@ -54,9 +54,9 @@ class OptimizerShape:
 def sent_by_equalize_optimizers(
     parameters: Sequence[Tensor], trained: Sequence[Tensor], shape: OptimizerShape
 ) -> Calls:
-    """The calls of `equalize_optimizers` for one of PyTorch's optimizers; of tensors, only the shapes count.
+    """Returns the calls of `equalize_optimizers` for one of PyTorch's optimizers. Only shapes of tensors matter.
 
-    `trained` has those parameters for which some worker has state.
+    `trained` has the parameters for which some worker has state.
     """
     if not parameters:
         return ()
@@ -116,10 +116,10 @@ def _equalize_settings(optimizers: Optimizers, comm: Communicator) -> None:
 
 
 def equalize_grad_scaler(scaler: torch.amp.GradScaler, comm: Communicator) -> None:
-    """Gives all workers the largest loss scale of any, in place.
+    """Sets the loss scale of every worker to the largest one, in place.
 
-    If that is too large for one worker, all lower it together, and skip a step each time. The smallest scale could come
-    from a worker whose gradients always overflow; with it, the gradients of the others would vanish.
+    If this scale is too large for one worker, all lower it together, and skip a step each time. The smallest scale
+    could come from a worker whose gradients always overflow; with it, the gradients of the others would vanish.
     """
     state = scaler.state_dict()
     if not state:  # the scaler is disabled

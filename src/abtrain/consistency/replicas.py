@@ -4,7 +4,7 @@ Workers that average gradients apply equal changes to weights that they assume t
 would notice that one of them has drifted. Differences that processors cause by rounding are removed.
 
 The tensors of a saved state that are equal on all workers are marked, and checked at saving and at loading. Otherwise a
-worker whose weights have drifted would save a checkpoint that cannot be loaded, and good ones would make room for it.
+worker whose weights have drifted would save a checkpoint that cannot be loaded, and good ones would be removed.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def check_replicas(
     where: str,
     buffers: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Compares the tensors of the ranks of a scope. Collective over it; 16 bytes, until something differs.
+    """Checks that tensors are equal on the ranks of a scope. Collective over it; 16 bytes unless something differs.
 
-    `tensors` have the same shapes on all ranks. If they differ only by rounding, all take those of the scope's first
-    rank, in place. Only names, shapes and dtypes of `buffers` are compared, for the scope `world` alone. Messages say
-    `where` this happened, such as `step 120, phase warmup`.
+    `tensors` have the same shapes on all ranks. Tensors that differ only by rounding are replaced by the first rank's,
+    in place. `buffers` are compared by name, shape and dtype, only if the scope is `world`. Messages say `where` it
+    happened, such as `step 120, phase warmup`.
 
     Raises:
-        RanksDisagreeError: a rank has drifted, which the message names. On all ranks of the scope.
+        RanksDisagreeError: a rank has drifted; the message names it. On all ranks of the scope.
     """
     ranks = comm.ranks(scope)
     if len(ranks) == 1:

@@ -59,7 +59,7 @@ def settings_at_start(optimizers: Optimizers) -> frozenset[str]:
 
 
 def layout(tensor: Tensor, **more: object) -> dict[str, object]:
-    """Returns the properties, `more` included, that must be equal before elements are added in order of memory."""
+    """Returns a tensor's properties, and `more`, that must be equal before elements are added in order of memory."""
     # The stride of a dimension of one element has no meaning.
     strides = tuple(stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return {"shape": str(tuple(tensor.shape)), "dtype": str(tensor.dtype), "strides": str(strides), **more}

@@ -1,1 +1,1 @@
-"""Merges: which tensors, when, by which rule, over which wire."""
+"""Merges the weights of workers: selects tensors and times, averages over a wire, and applies a rule."""

@@ -1,4 +1,4 @@
-"""Buffers in a merge: each keeps its value, is averaged, or follows one worker.
+"""Handles buffers in a merge: each keeps its value, is averaged, or takes one worker's value.
 
 A buffer that is equal on all workers keeps its bits: constants, masks of -inf, equal counters. An average would round
 it, or fail on its infinities. Running statistics differ at every merge. So workers remember which buffers differed, and
@@ -61,8 +61,8 @@ class Buffers:
     """Compares the buffers of workers, merge by merge.
 
     Attributes:
-        differed: by name, for each buffer that differed at the last merge, the checksum of its value after it; the same
-            on all workers.
+        differed: the checksum, by name, of each buffer that differed at the last merge, taken after the merge; the same
+        on all workers.
     """
 
     def __init__(self, comm: Communicator) -> None:
@@ -86,7 +86,7 @@ class Buffers:
         """Finds the buffers that differ between workers. Collective only if the reports differ or ask for it.
 
         Args:
-            buffers: by name, the same names on all workers.
+            buffers: the buffers by name; the names are the same on all workers.
             sums: the checksums of the buffers.
             reports: the `report` of each worker.
 
@@ -116,12 +116,12 @@ class Buffers:
 
 
 def sent_by_first_comparison(buffers: Sequence[Tensor]) -> Calls:
-    """Returns the calls of the first `Buffers.compare` of a run, if buffers differ between workers."""
+    """Returns the collective calls of a run's first `Buffers.compare`, if buffers differ between workers."""
     return (Traffic("all_gather", "world", len(buffers) * torch.int64.itemsize),)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all elements are finite."""
+    """Returns whether all elements are finite."""
     # PyTorch has no isfinite for floats of eight bits.
     wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
     return bool(torch.isfinite(wide).all())

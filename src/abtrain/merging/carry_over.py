@@ -58,12 +58,12 @@ def into_factors(store: Tensors, record: FactoredWeight) -> None:
 
 
 def to_weight(E_A: Tensor, E_B: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Changes of A (m, k) and B (k, n) -> the change (m, n) of the weight."""
+    """Converts changes of A (m, k) and B (k, n) to the change (m, n) of the weight."""
     return E_A @ B + A @ E_B
 
 
 def to_factors(E: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A change (m, n) of the weight -> changes of A (m, k) and B (k, n) that produce its projection.
+    """Converts a change (m, n) of the weight to changes of A (m, k) and B (k, n) that produce its projection.
 
     The part that both factors can express is shared evenly: E_A = (I - P_A / 2) E B^+ and E_B = A^+ E (I - P_B / 2).
     """

@@ -27,7 +27,7 @@ def change(anchor: Tensor, tensor: Tensor) -> Tensor:
 
 
 def write(held: Mapping[str, Tensor], outcome: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> None:
-    """Writes an outcome in place, plus the changes of `held` since `base` if there is one."""
+    """Writes an outcome into `held`, and adds the changes of `held` since `base` if `base` is given."""
     for name, value in outcome.items():
         # A buffer may have changed its shape during the merge.
         if held[name].shape == value.shape:

@@ -58,7 +58,7 @@ class WeightCopies:
 
     @property
     def names(self) -> str:
-        """All copies in one text, by optimizer and key."""
+        """The names of all copies as one string, by optimizer and key."""
         return " ".join(f"{place}/{key}" for place, key in sorted(self._copies))
 
     def renew(self) -> None:
@@ -109,13 +109,13 @@ class WeightCopies:
 
 
 def _is_copy(optimizer: Optimizer, key: str) -> bool | None:
-    """Whether state of this name is near the weights; None if these are all zero."""
+    """Returns whether state of this name is near the weights; None if the weights are all zero."""
     held = ((p, state.get(key)) for p, state in optimizer.state.items() if isinstance(state, Mapping))
     return _near((p, copy) for p, copy in held if isinstance(copy, Tensor) and isinstance(p, Tensor))
 
 
 def _near(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool | None:
-    """Whether the second tensors, seen as one vector, are near the first ones; None if the first are all zero."""
+    """Returns whether the second tensors, as one vector, are near the first; None if the first are all zero."""
     dot = size = length = 0.0
     for weight, copy in pairs:
         if copy.shape != weight.shape or not copy.is_floating_point():

@@ -24,10 +24,10 @@ from abtrain.lowrank.names import factor_letter
 def divergence(
     comm: Communicator, changes: Mapping[str, Tensor], mean: Mapping[str, Tensor], anchors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, float]]:
-    """Measures a merge before its outcome is written, for two numbers per layer. Collective over the world.
+    """Measures divergence before a merge writes its outcome. Collective over the world; sends two numbers a layer.
 
-    `changes` are this worker's since the anchors, from which all workers began the round, and `mean` is their average
-    over all workers. Returns by layer of two or more dimensions `distance`, and for factors `subspace`.
+    `changes` are this worker's changes since the anchors, the weights at the start of the round. `mean` is their
+    average over all workers. Returns `distance` for layers of two or more dimensions, and `subspace` for factors.
     """
     names = [name for name in changes if changes[name].ndim > 1 and name in mean]
     if not names:

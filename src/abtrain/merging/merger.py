@@ -3,8 +3,8 @@
 A merge averages the workers' changes over a wire, and a rule turns the average into new weights (see
 `abtrain.recipes.merges`).
 
-While a hidden merge is under way, a worker continues from the weights that the rule would make of its own change
-alone. When the outcome arrives, the difference is added (eager updates: Kale, Douillard, Donchev, arXiv 2502.12996).
+While a hidden merge is under way, a worker continues from the weights that the rule gives for its own change alone.
+When the outcome arrives, the difference is added (eager updates: Kale, Douillard, Donchev, arXiv 2502.12996).
 
 A worker whose change is not finite has no share in the average: the shares of the others grow accordingly.
 """
@@ -42,11 +42,11 @@ class MergeInput:
     """The input of one worker to one merge.
 
     Attributes:
-        tensors: by the names passed to `Merger.begin`; the merge writes to them in place, at its end.
+        tensors: the tensors to merge, by the names passed to `Merger.begin`; overwritten in place at the end.
         sync: the rule, and the name of the wire.
         trained_by: by name, for each worker whether it trained the tensor. A missing name means that all did.
-        buffers: returns the present buffers by name: real tensors of any dtype. Those that are equal on all
-            workers keep their values.
+        buffers: a function that returns the present buffers by name, as real tensors of any dtype. Those that are equal
+            on all workers keep their values.
         averaged: names of the buffers that are averaged where they differ; the others follow one worker.
         started: copies of tensors and buffers from the moment when the merge began. None: it is not hidden.
         loss: this worker's mean training loss in the round, if known.
@@ -74,7 +74,7 @@ class Merger:
     """Runs the merges of one run.
 
     Attributes:
-        on_nonfinite: `drop_worker` leaves out parts that are not finite; otherwise they stop all workers.
+        on_nonfinite: `drop_worker` leaves out workers whose values are not finite; otherwise all workers stop.
         anchors: by name, the weights that all workers held at the start of the round; half precision in float32.
         momentum: by name, the outer momentum of a merge rule; the same on all workers.
         residuals: by name, float32: the part of this worker's changes that narrow wires have not sent yet.
@@ -135,12 +135,12 @@ class Merger:
         same outcome. Changes that this worker makes during the merge are added to the outcome.
 
         Returns:
-            Ranks of the workers whose part was left out, the same on all workers.
+            The ranks of the workers that were left out, the same on all workers.
 
         Raises:
             RanksDisagreeError: `place` differs between workers. On all workers.
-            NonFiniteError: a part is not finite, and parts are not to be dropped; or no part is finite, or their
-                average is not. On all workers.
+            NonFiniteError: a worker's values are not finite, and `on_nonfinite` is not `drop_worker`; or no worker's
+                values are finite, or their average is not. On all workers.
         """
         started = part.held if part.started is None else part.started
         buffers = {name: started[name] for name in part.buffers()}
@@ -171,7 +171,7 @@ class Merger:
     def _compare(
         self, part: MergeInput, changes: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
     ) -> Stages[tuple[list[Part], dict[str, list[int]]]]:
-        """Calls the roll. Returns the reports of all workers, and the buffers that differ (see `Buffers.compare`)."""
+        """Runs the roll call. Returns all workers' reports, and the buffers that differ (see `Buffers.compare`)."""
         sums = {name: checksum(buffer) for name, buffer in buffers.items()}
         content = self._buffers.report(buffers, sums) if all(map(is_finite, changes.values())) else -1
         loss = math.nan if part.loss is None else part.loss if math.isfinite(part.loss) else math.inf
@@ -221,7 +221,7 @@ class Merger:
     def _alive(
         self, reports: Sequence[Part], differing: Mapping[str, Sequence[int]], changes: Mapping[str, Tensor]
     ) -> list[bool]:
-        """Returns for each worker whether its part is finite. Collective over the world before it raises.
+        """Returns for each worker whether its values are finite. Collective over the world before it raises.
 
         Raises:
             NonFiniteError: see `merge`.
@@ -243,7 +243,7 @@ class Merger:
 
 
 def sent_by_merge(wire: str, tensors: Sequence[Tensor], averaged: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
-    """Returns the calls of `Merger.merge`, stage by stage, if the same buffers differ as at the previous merge.
+    """Returns the collective calls of `Merger.merge` by stage, if the same buffers differ as at the previous merge.
 
     `averaged` are the buffers that differ and are averaged. Only shapes and dtypes of tensors matter.
     """
@@ -252,7 +252,7 @@ def sent_by_merge(wire: str, tensors: Sequence[Tensor], averaged: Sequence[Tenso
 
 
 def _check_finite(averages: Mapping[str, Tensor]) -> None:
-    """Raises NonFiniteError for an average that is not finite: on all workers or on none, as all hold the same."""
+    """Raises NonFiniteError for an average that is not finite; all workers have the same average."""
     broken = [name for name, average in averages.items() if not bool(torch.isfinite(average).all())]
     if broken:
         raise NonFiniteError(

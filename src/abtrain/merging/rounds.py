@@ -45,11 +45,11 @@ class _UnderWay(NamedTuple):
 
 
 class Rounds:
-    """Owns what merges and how: the shared tensors, the merger, and the merges that are under way.
+    """Runs the merges of a phase: owns the shared tensors, the merger, and the merges under way.
 
     Attributes:
-        dropped: the step and the ranks of each merge that left parts out; the same on all workers.
-        divergence: the step, the phase and the distances by layer of each merge in this process.
+        dropped: for each merge that left out workers, its step and their ranks; the same on all workers.
+        divergence: for each merge in this process, its step, its phase and the distances by layer.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Rounds:
         self._losses = [loss for loss in self._losses if math.isfinite(loss)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the losses of the round, the parts that were left out, and the merges under way."""
+        """Returns the losses of the round, the workers that were left out, and the merges under way."""
         return {
             "losses": torch.tensor(self._losses, dtype=torch.float64),
             "dropped": list(self.dropped),

@@ -1,4 +1,4 @@
-"""Which factors each worker trains, and which tensors merge after a step: all of them, or a fragment of the model."""
+"""Selects the factors that each worker trains, and the tensors that merge after a step: all, or a fragment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from abtrain.recipes.sync import Trains, WeightSync
 
 
 def trained_factors(position: Position, topology: Topology, rank: int) -> TrainedFactors:
-    """Returns the factors that a worker trains at a position."""
+    """Returns the factors that a worker trains at a position in the recipe."""
     by_role: dict[Trains, TrainedFactors] = {
         "all": "all",
         "b": "B",
@@ -33,14 +33,14 @@ def trained_by(position: Position, topology: Topology, factors: Iterable[str]) -
 
 
 def rounds_of(position: Position) -> WeightSync:
-    """Returns how the phase of a position merges."""
+    """Returns how the phase at a position in the recipe merges."""
     sync = position.phase.rounds
     assert sync is not None, f"phase {position.phase.name!r} does not merge"
     return sync
 
 
 def whole_round(position: Position) -> bool:
-    """Whether the last of the fragments begins to merge, and buffers with it."""
+    """Returns whether the last fragment begins to merge; buffers merge with it."""
     return rounds_of(position).fragments - 1 in position.merging
 
 

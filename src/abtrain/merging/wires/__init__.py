@@ -1,1 +1,1 @@
-"""Wires: ways to send a merge."""
+"""Wires: formats in which workers send their changes in a merge."""

@@ -1,4 +1,4 @@
-"""Codes of few bits: a 1-D float32 tensor <-> a 1-D tensor of bytes.
+"""Encodes a 1-D float32 tensor in few bits, as a 1-D tensor of bytes, and decodes it.
 
 Integers are scaled by block: each block of numbers has a scale, sent as bfloat16. For int8, int4 and int3 it is the
 block's largest magnitude over the largest integer, so the error of a number is at most half a scale. For ternary
@@ -18,12 +18,12 @@ _SCALE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Code:
-    """A way to write numbers in bytes.
+    """A code that represents numbers in few bits.
 
     Attributes:
         name: the code's name.
         bits: bits per number; five ternary numbers share one byte, eight of three bits share three.
-        block: how many numbers share a scale; 0: no scales.
+        block: the number of values that share a scale; 0: no scales.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Code:
 
     @property
     def granule(self) -> int:
-        """How many numbers are encoded together: counts must be multiples of it."""
+        """The number of values that are encoded together: counts must be multiples of it."""
         return self.block or 1
 
     def nbytes(self, count: int) -> int:
@@ -95,8 +95,8 @@ def _uniform(blocks: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 def _ternary(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Returns scales (blocks,) and, of the shape of `blocks`, the signs of numbers above 0.7 of the mean magnitude.
 
-    The threshold 0.7 is near the least error for normal and for uniform numbers (Li et al., section 2.2). The scale is
-    that of the least error.
+    The threshold 0.7 is near the least error for normal and for uniform numbers (Li et al., section 2.2). The scale
+    minimizes the error.
     """
     largest = blocks.abs().amax(dim=1, keepdim=True)
     # Divided by the largest, because the sum of large numbers may be infinite.

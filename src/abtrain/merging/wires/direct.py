@@ -1,4 +1,4 @@
-"""The wire that sends every number: an average over the world, in few bits, with error feedback.
+"""A wire that averages over the world and sends every number in few bits, with error feedback.
 
 A narrow merge sends few bits in both directions. Each worker sends every other worker a chunk of its numbers, sums the
 chunks that it receives in float32, and sends their average back, encoded again. The reply may have a wider code:
@@ -28,7 +28,7 @@ CAPACITY = 64 * 2**20
 
 
 class DirectWire(Wire):
-    """Sends every number in one code, and their average in the code `reply`, by default the same."""
+    """Sends every number in one code, and the averages in the code `reply`, which is the same by default."""
 
     def __init__(self, code: str, reply: str | None = None) -> None:
         super().__init__()

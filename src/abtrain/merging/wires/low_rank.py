@@ -1,4 +1,4 @@
-"""Changes of matrices, sent as low-rank factors: PowerSGD's algorithm, for the changes of a round.
+"""A wire that sends the changes of matrices in a round as low-rank factors, by PowerSGD's algorithm.
 
 Vogels, Karimireddy, Jaggi, "PowerSGD" (arXiv 1905.13727), algorithm 1, with the change of a weight instead of its
 gradient. Each merge makes one step of a power iteration, started from the end of the last one:
@@ -97,7 +97,7 @@ def _scaled(Q: Tensor) -> Tensor:
 
 
 def _pays(tensor: Tensor, rank: int) -> bool:
-    """Whether factors of that rank are smaller than the tensor."""
+    """Returns whether factors of that rank are smaller than the tensor."""
     if tensor.ndim < 2 or not tensor.numel():
         return False
     m = tensor.shape[0]

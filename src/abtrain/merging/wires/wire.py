@@ -1,4 +1,4 @@
-"""The contract of a wire: an average over all workers, and what it sends."""
+"""The interface of a wire, which averages tensors over all workers and predicts the bytes that it sends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Averages(NamedTuple):
 
 
 class Wire(ABC):
-    """A way to average over all workers. `abtrain.recipes.wires` has the names of wires.
+    """Averages tensors over all workers in one format. `abtrain.recipes.wires` lists the names of wires.
 
     Attributes:
         starts: by tensor name, in float32, the wire's own state between merges; the same on all workers.
@@ -41,15 +41,15 @@ class Wire(ABC):
 
     @abstractmethod
     def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
-        """Averages over all workers, in stages. Collective over the world.
+        """Averages tensors over all workers, in stages. Collective over the world.
 
-        Numbers are finite, with the same names, shapes and dtypes in the same order on all workers. Returns new tensors
-        of the same shapes and dtypes; errors in float32.
+        Tensors are finite, with the same names, shapes and dtypes in the same order on all workers. Returns averages as
+        new tensors of the same shapes and dtypes, and errors in float32.
         """
 
     @abstractmethod
     def sends(self, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
-        """Returns the calls that each of two or more workers makes for one average, stage by stage.
+        """Returns the collective calls that each of two or more workers makes for one average, stage by stage.
 
         Only shapes and dtypes of the tensors matter.
         """
