@@ -21,6 +21,6 @@ def hardware() -> dict[str, str | int | None]:
 
 
 def versions_note(found: Iterable[str | None]) -> str:
-    """Returns a note on tables that mix results of several versions of abtrain; empty if there is one version."""
+    """Returns a note that lists the versions of abtrain whose results a table mixes; empty if there is only one."""
     known = sorted({each or "unknown" for each in found})
     return f"Results of several versions of abtrain: {', '.join(known)}." if len(known) > 1 else ""

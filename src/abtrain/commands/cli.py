@@ -21,7 +21,7 @@ from abtrain.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line, and exits with 0 or the exit code of the error."""
+    """Runs the `abtrain` command line and exits with 0, or with the exit code of the error."""
     parser = argparse.ArgumentParser(
         prog="abtrain", description="Train PyTorch models on machines joined by slow links.", allow_abbrev=False
     )
@@ -88,7 +88,7 @@ def _plan(arguments: Sequence[str]) -> None:
 
 
 def _main_of(room: str, module: str = "command") -> Callable[[Sequence[str]], None]:
-    """Returns the command whose `main` is in a module of a package."""
+    """Returns the command whose `main` is in module `module` of the package `abtrain.commands.ROOM`."""
 
     def command(arguments: Sequence[str]) -> None:
         importlib.import_module(f"abtrain.commands.{room}.{module}").main(arguments)
@@ -146,7 +146,7 @@ def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str], las
 
 
 def _ended_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    """Ends the process at a request to stop. An exception during an import could be caught and lost."""
+    """Ends the process at a request to stop. An exception would not do: code under import could catch it."""
     os._exit(_fail(StoppedError(stopped_message(number))))
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _INK = "#1f2933"
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#7f4f24")
-"""The colour-blind-safe colours of Okabe and Ito, and two more."""
+"""Line colours: the colour-blind-safe palette of Okabe and Ito, and two more."""
 _STYLE: Any = {
     "figure.dpi": 200,
     "font.size": 11,
@@ -33,12 +33,12 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a page.
+    """A figure on an HTML page.
 
     Attributes:
         file: the name of the PNG file, in the folder of the page.
         title: the title of the figure.
-        caption: an explanation of the figure and of its data.
+        caption: an explanation of what the figure shows and where its data comes from.
     """
 
     file: str
@@ -60,7 +60,7 @@ def save(path: Path, height: float, draw: Callable[[Axes], None]) -> None:
 
 
 def legend_below(axes: Axes) -> None:
-    """Draws the legend below the axes, so that they keep the full width of a phone's screen."""
+    """Draws the legend below the axes. Beside them, it would take width that a phone's screen lacks."""
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.46, -0.16), fontsize=9.5)
 
 

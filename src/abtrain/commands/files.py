@@ -19,12 +19,12 @@ _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:
-    """Opens a text file for writing. It replaces the former file once all of it is on disk.
+    """Opens a text file for writing. The new content replaces the former file only once it is completely on disk.
 
-    It is written under a temporary name in the same folder. A link in its place is replaced, not followed.
+    The content is written under a temporary name in the same folder. If `path` is a link, the link is replaced.
 
     Raises:
-        OSError: it cannot be written; nothing has changed.
+        OSError: the file cannot be written; the former file is unchanged.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     # O_EXCL follows no link, and opens no existing file.
@@ -42,25 +42,25 @@ def whole_file(path: Path) -> Iterator[TextIO]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file; the former one stays until all of the new one is on disk, even if the machine crashes.
+    """Writes a text file. Even after a crash of the machine, either the former or the new file is there, complete.
 
     Raises:
-        OSError: it cannot be written; nothing has changed.
+        OSError: the file cannot be written; the former file is unchanged.
     """
     with whole_file(path) as file:
         file.write(text)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object of finite numbers like `write_whole`."""
+    """Writes a JSON object like `write_whole`. All its numbers are finite: JSON has no NaN and no infinity."""
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def open_regular(path: Path, flags: int) -> int:
-    """Returns a handle of a regular file, opened with the flags of `os.open`. Links are not followed.
+    """Opens a regular file with the flags of `os.open`, follows no link, and returns its file descriptor.
 
     Raises:
-        OSError: it cannot be opened, or is not a regular file.
+        OSError: the file cannot be opened, or is not a regular file.
     """
     try:
         # O_NONBLOCK: opening a pipe would wait for its other end.
@@ -79,8 +79,8 @@ def read_regular(path: Path, errors: str = "strict") -> str:
     """Returns the text of a regular file.
 
     Raises:
-        OSError: it cannot be read, or is not a regular file.
-        UnicodeError: it is not UTF-8, and `errors` is "strict".
+        OSError: the file cannot be read, or is not a regular file.
+        UnicodeError: the file is not UTF-8, and `errors` is "strict".
     """
     with open(open_regular(path, os.O_RDONLY), encoding="utf-8", errors=errors) as file:
         return file.read()
@@ -95,12 +95,12 @@ def is_regular(path: Path) -> bool:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether `path` is a file that `whole_file` neither completed nor removed because of a crash."""
+    """Whether `path` is a temporary file of `whole_file` that a crash left behind."""
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def remove(path: Path) -> None:
-    """Removes a folder with its content, a file, or a link itself, if it exists. Raises OSError if it cannot."""
+    """Removes a folder with its content, a file, or a link but not its target. Raises OSError on failure."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""Trained models as files: safetensors, dense or with their factors."""
+"""Saves and loads trained models as safetensors files, with dense weights or with factors."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from abtrain.lowrank.weight import FactoredWeight
 from abtrain.modes import own_modes
 
 _loaded: WeakSet[FactoredWeight] = WeakSet()
-"""Weights that `load` has factored, and that no ABTraining trains."""
+"""Weights that `load` has factored while no ABTraining trains their model."""
 
 
 def save_model(path: str | os.PathLike[str], state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """Writes a safetensors file, which takes its place when it is complete; a former file stays until then.
+    """Writes a model as a safetensors file. A former file is replaced only once the new one is complete.
 
     Args:
-        path: of the file.
-        state: names and tensors.
-        about: what the model is, as JSON values; it goes into the file's metadata, under `abtrain`.
+        path: the path of the file.
+        state: the model's tensors by name.
+        about: a description of the model as JSON values. The file's metadata contains it under the key `abtrain`.
 
     Raises:
-        UsageError: an entry is no tensor, as the extra state of a module may be.
-        CheckpointError: the file cannot be written; nothing has changed.
+        UsageError: an entry of `state` is not a tensor. A module's extra state can be such an entry.
+        CheckpointError: the file cannot be written; a former file is unchanged.
     """
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise UsageError(f"{others[0]} is not a tensor, and a model file holds only tensors: save it with torch.save")
-    # The format takes no two tensors of the same memory, as tied weights are.
+    # safetensors rejects tensors that share memory, as tied weights do.
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
     }
@@ -65,20 +65,20 @@ def save_model(path: str | os.PathLike[str], state: Mapping[str, Any], about: Ma
 
 @own_modes()
 def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Loads a model file, dense or factored, into the model as it was built. Factors stay factors.
+    """Loads a model file, dense or factored, into a model. Weights that are factored in the file become factored.
 
-    Values take the dtypes and the devices that the model has. Afterwards `to_plain` gives the model without abtrain.
+    Tensors are converted to the model's dtypes and devices. `to_plain` then gives a model that needs no abtrain.
 
     Args:
-        model: of the same architecture; changed in place.
-        path: a safetensors file of `save_model`, or of a plain `state_dict`.
+        model: a newly built model of the same architecture; changed in place.
+        path: a safetensors file that `save_model` wrote, or one of a plain `state_dict`.
 
     Returns:
-        What was saved about the model: its form, recipe and step. Empty for other safetensors files.
+        The saved description of the model: its form, recipe and step. Empty if abtrain did not write the file.
 
     Raises:
-        CheckpointError: the file cannot be read, or names or shapes are not those of the model; nothing has changed.
-        UsageError: the model is trained by ABTraining at present.
+        CheckpointError: the file cannot be read, or its names or shapes differ from the model's. Nothing changed.
+        UsageError: an ABTraining is training the model.
     """
     records = [one for m in model.modules() if isinstance(m, Factored) for one in m._abtrain_weights.values()]
     if any(record not in _loaded for record in records):
@@ -111,10 +111,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _check(
     model: nn.Module, path: Path, tensors: Mapping[str, Tensor], names: Mapping[str, str], pairs: Mapping[str, Any]
 ) -> None:
-    """Compares names and shapes before anything changes.
+    """Compares the names and shapes in a file with the model's. Nothing is changed.
 
     Raises:
-        CheckpointError: they differ.
+        CheckpointError: names or shapes differ.
     """
     known = set(names) | {factor for pair in pairs.values() for factor in pair}
     state, wrong = model.state_dict(), []

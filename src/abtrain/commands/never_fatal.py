@@ -11,7 +11,7 @@ log = logging.getLogger("abtrain")
 
 
 class NeverFatal:
-    """Calls functions and logs their errors, once for each failing part, instead of raising them."""
+    """Calls functions and logs their errors instead of raising them. Each failing part is logged once."""
 
     def __init__(self) -> None:
         self._logged: set[str] = set()
@@ -20,11 +20,11 @@ class NeverFatal:
         """Calls `call(*args)` and returns whether it succeeded.
 
         Args:
-            what: the name of the part, for the log.
+            what: the name of the part of the program that fails if the call does, for the log.
             call: the function to call with `args`.
 
         Raises:
-            AbtrainError: a request to stop interrupted the call; this is not an error of the call.
+            AbtrainError: a request to stop interrupted the call. The call itself has not failed.
         """
         try:
             call(*args)

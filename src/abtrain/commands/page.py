@@ -19,14 +19,14 @@ _NEEDED = ("matplotlib", "jinja2")
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts.
+    """A table on an HTML page, with strings as cells.
 
     Attributes:
         title: the title of the table.
         header: the names of the columns.
-        lines: the cells of each line, one for each column.
+        lines: the rows, each with one cell per column.
         note: an explanation of the numbers.
-        muted: the indexes of lines that are printed in grey.
+        muted: the indexes of rows that are printed in grey.
     """
 
     title: str
@@ -42,9 +42,9 @@ class Page:
 
     Attributes:
         title: the title of the page.
-        lead: a sentence below the title.
-        parts: tables and figures in the order of the page.
-        circumstances: the command, the versions and so on, by name.
+        lead: the sentence below the title.
+        parts: the tables and figures, from top to bottom.
+        circumstances: how the results came about, such as the command and the versions, by name.
         findings: sentences that summarize the results.
         note: a note at the end of the page.
     """
@@ -58,7 +58,7 @@ class Page:
 
 
 def write_page(page: Page, path: Path) -> None:
-    """Writes a page to `path`. The files of its figures are in the same folder."""
+    """Writes a page as an HTML file. The PNG files of its figures must be in the same folder."""
     from jinja2 import Environment, StrictUndefined
 
     def png(figure: Figure) -> str:
@@ -72,17 +72,17 @@ def write_page(page: Page, path: Path) -> None:
 
 
 def remarked(tables: Sequence[Table], remark: str) -> list[Table]:
-    """Returns the tables with a remark at the end of their notes."""
+    """Returns copies of the tables, with `remark` added to the end of each note."""
     return [replace(table, note=f"{table.note} {remark}".strip()) for table in tables]
 
 
 def missing_packages() -> list[str]:
-    """Returns a message if packages that pages need are missing; empty if all are installed."""
+    """Returns a message that names the missing packages for reports; empty if all are installed."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     return [f"the report needs {' and '.join(missing)}: pip install 'abtrain[report]'"] if missing else []
 
 
 def _kinds(table: Table) -> list[str]:
-    """Returns `number` (aligned right) or `text` for each column."""
+    """Returns the kind of each column: `number`, which is aligned right, or `text`."""
     columns = zip(*table.lines, strict=True) if table.lines else [()] * len(table.header)
     return ["number" if all(re.match(r"[-+]?[0-9]|-$", cell) for cell in column) else "text" for column in columns]

@@ -1,6 +1,6 @@
-"""The process of a command: how requests to stop reach it, and how it ends.
+"""Handles requests to stop in the process of a command, and ends the process.
 
-A request to stop is SIGTERM, SIGINT or SIGHUP, from a person or a scheduler.
+A request to stop is a SIGTERM, SIGINT or SIGHUP that a person or a scheduler sends.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Handler = Callable[[int, FrameType | None], object]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PASSED_ON = signal.SIGUSR1
-"""Passes a request on from the launcher to its workers.
+"""The signal with which the launcher passes a request to stop on to its workers.
 
-Schedulers often signal all processes of a run at the same time. If the launcher passed that on as SIGTERM, each worker
-would receive the same request twice, seconds apart if the launcher is slow.
+Schedulers often signal all processes of a run at the same time. If the launcher passed this signal on
+as SIGTERM, each worker would receive the same request twice, and a slow launcher's copy would come seconds later.
 """
 SAME_REQUEST_SECONDS = 5.0
-"""Signals within this time after the first one are the same request.
+"""Signals within this many seconds after the first one count as the same request.
 
-Python handles no signal while the process waits in native code. Workers that are about to agree on a stop make each
-other wait up to two seconds, so a signal that was sent at the same time may be handled that much later.
+Python cannot handle a signal while the process waits in native code. Workers wait for each other for up to two seconds
+before they agree to stop. A worker may therefore handle a signal two seconds after another worker does.
 """
 
 
@@ -39,7 +39,7 @@ class Requests:
     """Counts the requests to stop that a process receives.
 
     Attributes:
-        number: the signal of the first request; 0 before it.
+        number: the number of the signal that was the first request; 0 if there was none.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Requests:
         self._since = 0.0
 
     def note(self, number: int) -> bool:
-        """Records a signal and returns whether it is a second request."""
+        """Records a signal. Returns whether it is a second request, rather than a repetition of the first."""
         now = time.monotonic()
         if not self.number:
             self.number, self._since = signal.SIGTERM if number == PASSED_ON else number, now
@@ -57,8 +57,8 @@ class Requests:
     def handled_by(self, handler: Handler, numbers: Iterable[int] = SIGNALS) -> contextlib.AbstractContextManager[None]:
         """Returns a context in which these signals call `handler`.
 
-        After a request the former handlers return as `Afterwards`. In threads other than the main thread the context
-        does nothing: only the main thread can set handlers, and only it is interrupted.
+        If a request arrived, the context leaves the former handlers wrapped in `Afterwards`. Outside the main thread
+        the context does nothing, because Python sets and runs signal handlers in the main thread only.
         """
         if threading.current_thread() is not threading.main_thread():
             return contextlib.nullcontext()
@@ -66,11 +66,11 @@ class Requests:
 
 
 class Afterwards:
-    """The signal handler after a stopped run. It ignores repetitions of the same request.
+    """The signal handler that follows a stopped run. It ignores repetitions of the request that stopped the run.
 
     Args:
         requests: the requests that the run received.
-        before: the handler to call at a new request.
+        before: the handler from before the run, which is called at a new request.
     """
 
     def __init__(self, requests: Requests, before: Any) -> None:
@@ -91,7 +91,7 @@ class Afterwards:
 def handling(
     handler: Handler, numbers: Iterable[int] = SIGNALS, restored: Callable[[Any], Any] = lambda former: former
 ) -> Iterator[None]:
-    """Calls `handler` at these signals inside the context, and sets `restored(former handler)` after it."""
+    """Installs `handler` for these signals inside the context, and `restored(former handler)` after it."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -119,19 +119,19 @@ def stopped_message(number: int) -> str:
 
 
 def end_at_once() -> None:
-    """Makes any request end this process immediately from now on, even while it waits in native code."""
+    """Makes any later request to stop end this process immediately, even while it waits in native code."""
     for number in (*SIGNALS, PASSED_ON):
         signal.signal(number, signal.SIG_DFL)
 
 
 def ignore_all() -> None:
-    """Ignores requests from now on, because this process is about to end."""
+    """Ignores all later requests to stop, because this process is about to end."""
     for number in (*SIGNALS, PASSED_ON):
         signal.signal(number, _ignore)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """Replaces SIG_IGN, which makes Python complain if a signal has arrived and is not handled yet."""
+    """Ignores a signal. With SIG_IGN, Python would complain about a signal that has arrived but is not yet handled."""
 
 
 def leave(code: int) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Parses and formats numbers with decimal units: rates of links, times and sizes."""
+"""Parses and formats link rates, times and sizes with decimal units."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 def with_unit(text: str, units: Mapping[str, float]) -> float | None:
-    """Returns the value of a text such as `1.5 gbit` in base units; None if it cannot be parsed."""
+    """Returns the value of a string such as `1.5 gbit` in base units; None if it cannot be parsed."""
     found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]+)\s*", text.lower())
     if found is None or found[2] not in units:
         return None
@@ -28,10 +28,10 @@ def with_unit(text: str, units: Mapping[str, float]) -> float | None:
 
 
 def parse_rate(text: str) -> float:
-    """Parses a rate such as `100mbit`, `2.5gbit` or `56kbit` into bits per second.
+    """Parses a link rate such as `100mbit`, `2.5gbit` or `56kbit` into bits per second.
 
     Raises:
-        ConfigurationError: the text is not a rate above 0.
+        ConfigurationError: the string is not a rate above 0.
     """
     value = with_unit(text, RATES)
     if value is None or value <= 0:
@@ -45,7 +45,7 @@ def parse_seconds(text: str) -> float:
     """Parses a time such as `0.5ms`, `80us` or `2s` into seconds.
 
     Raises:
-        ConfigurationError: the text is not a time of at least 0.
+        ConfigurationError: the string is not a time of at least 0.
     """
     value = with_unit(text, TIMES)
     if value is None:
@@ -54,7 +54,7 @@ def parse_seconds(text: str) -> float:
 
 
 def parse_all(texts: Iterable[str], parse: Callable[[str], Value], problems: list[str]) -> list[Value]:
-    """Returns the values of all texts that can be parsed, and adds the problems of the others to `problems`."""
+    """Returns the parsed values of valid strings, and appends a message for each invalid one to `problems`."""
     values = []
     for text in texts:
         try:

@@ -1,1 +1,1 @@
-"""Uses the result of a run: exports its model, and inspects what its factors save."""
+"""Exports the model of a finished run, and shows what its factors save."""

@@ -19,19 +19,19 @@ from abtrain.commands.units import human_bytes
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write the model of a finished run in a form that runs without abtrain. Its outputs are compared before."""
+    """Write the model of a finished run in a form that runs without abtrain, and compare the outputs of both."""
 
     run: Positional[Path]
-    """Folder of a run of `abtrain train`."""
+    """Run folder of a finished `abtrain train`."""
     form: Annotated[Form, arg(name="as")] = "plain"
     """plain: a pickled model of plain PyTorch modules; dense: safetensors of dense weights, by the names of the model;
     torch-export: a .pt2 file for torch.export.load; onnx: for ONNX Runtime."""
     out: Path | None = None
-    """File to write; by default in the run folder. A file that is there is not overwritten."""
+    """File to write; by default in the run folder. An existing file is not overwritten."""
     best: bool = False
-    """Take the best model of all validations in place of the last."""
+    """Use the best model of all validations instead of the last one."""
     data: Path | None = None
-    """Folder with the task's data; by default where the run found it."""
+    """Folder with the task's data; by default the one that the run used."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -23,19 +23,19 @@ _SUFFIX: dict[Form, str] = {
     "onnx": ".onnx",
 }
 _ALLOWED = 1e-4
-"""The largest difference of outputs to those of the trained model that rounding explains."""
+"""The largest difference between outputs that rounding errors explain."""
 
 
 def export(run: FinishedRun, form: Form, out: Path | None, data: Path | None) -> tuple[Path, float]:
-    """Writes the model in a form, and compares its outputs with the trained model's on 64 real inputs.
+    """Writes the model of a run as a file, and compares the outputs of both on 64 inputs of the test set.
 
     Returns:
-        The file, and the largest difference of outputs.
+        The path of the file, and the largest absolute difference between the outputs.
 
     Raises:
-        ConfigurationError: the form is unknown, a package is missing, or the file is there already.
-        DataError: the task's data is not there.
-        CheckpointError: the file cannot be written, or its outputs differ by more than rounding.
+        ConfigurationError: the form is unknown, a package is missing, or the file already exists.
+        DataError: the task's data is missing.
+        CheckpointError: the file cannot be written, or its outputs differ by more than rounding errors explain.
     """
     target = out or run.folder / f"{run.name}{_SUFFIX.get(form, '')}"
     problems = _problems(form, target)
@@ -44,7 +44,7 @@ def export(run: FinishedRun, form: Form, out: Path | None, data: Path | None) ->
     x, trained = inputs(run, run.data(data), 64), run.trained().requires_grad_(False)
     try:
         with warnings.catch_warnings():
-            # Of the exporters' own internals.
+            # The exporters warn about their own internals.
             warnings.simplefilter("ignore")
             exported = _WRITERS[form](run, target, x)
     except OSError as error:
@@ -102,7 +102,7 @@ def _write_onnx(run: FinishedRun, target: Path, x: Tensor) -> nn.Module:
     session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
 
     class Runtime(nn.Module):
-        """The written file, run by ONNX Runtime."""
+        """Runs an ONNX file in ONNX Runtime as if it were a module."""
 
         def forward(self, x: Tensor) -> Tensor:
             (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
@@ -120,5 +120,5 @@ _WRITERS: dict[Form, Callable[[FinishedRun, Path, Tensor], Any]] = {
 
 
 def needed_packages(run: FinishedRun) -> list[str]:
-    """Returns the packages beside torch that a pickled plain model needs, from the classes of its modules."""
+    """Returns the packages other than torch that must be installed to load the run's model from a `plain` file."""
     return sorted({type(module).__module__.split(".")[0] for module in run.plain().modules()} - {"torch"})

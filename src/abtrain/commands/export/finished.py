@@ -1,4 +1,4 @@
-"""The models of a finished run, built again from its folder."""
+"""Rebuilds the models of a finished run from its folder."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class FinishedRun:
     """A run folder whose model can be loaded.
 
     Attributes:
-        folder: of the run.
-        name: of its model: the last, or the best of all validations.
+        folder: the run folder.
+        name: the name of the model's files: that of the last model, or of the best one of all validations.
         config: the settings of the run.
     """
 
@@ -39,22 +39,22 @@ class FinishedRun:
         return TASKS[self.config.task]
 
     def trained(self) -> nn.Module:
-        """Returns the model with its factors, in evaluation."""
+        """Returns the model with its factors, in evaluation mode."""
         return self._loaded("factored")
 
     def dense(self) -> nn.Module:
-        """Returns the model with dense weights, in evaluation."""
+        """Returns the model with dense weights, in evaluation mode."""
         return self._loaded("dense")
 
     def plain(self) -> nn.Module:
-        """Returns the model of plain modules, in evaluation."""
+        """Returns the model made of plain PyTorch modules, in evaluation mode."""
         return without_own_layers(to_plain(self.trained()))
 
     def data(self, folder: Path | None) -> Data:
-        """Loads the task's data from a folder, or from where the run found it.
+        """Loads the task's data from `folder`; if that is None, from the folder that the run used.
 
         Raises:
-            DataError: it is not there.
+            DataError: the data is missing.
         """
         return self.task.load(folder or self.config.data)
 
@@ -68,7 +68,7 @@ def find_run(folder: Path, best: bool) -> FinishedRun:
     """Returns the run in a folder.
 
     Raises:
-        ConfigurationError: there is no run, or no model of it yet.
+        ConfigurationError: the folder contains no run, or the run has no model file yet.
     """
     if not is_regular(folder / CONFIG_FILE):
         raise ConfigurationError(f"{folder} holds no run: name the --out folder of `abtrain train`")
@@ -84,7 +84,7 @@ def find_run(folder: Path, best: bool) -> FinishedRun:
 
 
 def inputs(run: FinishedRun, data: Data, count: int) -> Tensor:
-    """Returns the first `count` inputs of the test set, as the model takes them, repeated if there are fewer."""
+    """Returns `count` inputs for the model: the start of the test set, which is repeated if it is shorter."""
     x, _ = next(iter(data.test.in_order(count)))
     repeated = x.repeat(-(-count // len(x)), *(1 for _ in x.shape[1:]))
     return run.task.prepare(repeated[:count])
@@ -92,5 +92,5 @@ def inputs(run: FinishedRun, data: Data, count: int) -> Tensor:
 
 @torch.no_grad()
 def largest_difference(one: nn.Module, other: nn.Module, x: Tensor) -> float:
-    """Returns the largest difference of any output."""
+    """Returns the largest absolute difference between the outputs of two models for inputs `x`."""
     return float((one(x) - other(x)).abs().max())

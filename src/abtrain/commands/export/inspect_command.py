@@ -1,4 +1,4 @@
-"""`abtrain inspect`: tables and a plot of what factors save."""
+"""Runs `abtrain inspect`, which prints tables of what factors save, and plots their spectra."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ class InspectConfig:
     model: Positional[Path]
     """Folder of a finished run, or a safetensors file."""
     best: bool = False
-    """Take the best model of all validations in place of the last."""
+    """Use the best model of all validations instead of the last one."""
     data: Path | None = None
-    """Folder with the task's data; by default where the run found it."""
+    """Folder with the task's data; by default the one that the run used."""
     plot: Path | None = None
-    """PNG file for the spectra of the factored weights. A file that is there is not overwritten."""
+    """PNG file for the spectra of the factored weights. An existing file is not overwritten."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Runs `abtrain inspect`.
 
     Raises:
-        ConfigurationError: there is no such run or model, or the plot's file is there already.
+        ConfigurationError: the run or the model does not exist, or the file for the plot already exists.
         CheckpointError: the model file cannot be read.
-        DataError: the task's data is not there.
+        DataError: the task's data is missing.
     """
     config = tyro.cli(InspectConfig, prog="abtrain inspect", args=arguments)
     if config.plot is not None and config.plot.exists():

@@ -1,4 +1,4 @@
-"""What the factors of a model save, weight by weight, and what the whole model gains."""
+"""Measures what factors save in each weight of a model, and in the whole model."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from abtrain.errors import CheckpointError
 from abtrain.lowrank.names import factor_letter, factor_names, weight_name
 
 _PAIRS = 15
-"""Pairs of measurements of which the median ratio is taken."""
+"""The number of alternating measurements of both models; medians are taken over them."""
 
 
 @dataclass(frozen=True)
 class InspectedWeight:
-    """A weight of a model file.
+    """A weight in a model file, as a matrix of m rows and n columns.
 
     Attributes:
-        name: of the weight.
-        m: rows of its matrix.
-        n: columns of its matrix, at most m.
-        singular_values: of a factored weight, in descending order; empty for a dense one.
+        name: the name of the weight.
+        m: the number of rows.
+        n: the number of columns, at most m.
+        singular_values: the singular values of a factored weight in descending order; empty for a dense one.
     """
 
     name: str
@@ -41,23 +41,23 @@ class InspectedWeight:
 
     @property
     def rank(self) -> int:
-        """Of the factors; 0 for a dense weight."""
+        """The rank of the factors; 0 for a dense weight."""
         return len(self.singular_values)
 
     @property
     def parameters(self) -> int:
-        """As saved."""
+        """The number of saved values: of both factors, or of the dense weight."""
         return self.rank * (self.m + self.n) if self.rank else self.m * self.n
 
     @property
     def needed(self) -> int:
-        """How many singular values hold 99 % of the squares."""
+        """The number of largest singular values whose squares sum to 99 % of all squares."""
         squares = torch.tensor(self.singular_values, dtype=torch.float64).square()
         return int((squares.cumsum(0) < 0.99 * squares.sum()).sum()) + 1 if self.rank else 0
 
 
 def inspect_file(path: Path) -> list[InspectedWeight]:
-    """Returns the matrices of a safetensors file, with the spectra of those that are factored.
+    """Returns the matrices in a safetensors file, with the singular values of factored ones.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -87,16 +87,16 @@ def _inspected(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Insp
 
 @dataclass(frozen=True)
 class Gains:
-    """Figures of a run's model before and after: with dense weights, and as plain modules with factors.
+    """Compares a run's model with dense weights (first value of each pair) and as plain modules with factors (second).
 
     Attributes:
-        parameters: of the two models.
-        flops: of one sample.
-        top1: in percent; None where the task has no classes.
-        loss: in nats.
-        latency: milliseconds in one thread, by batch size.
-        ratio: median of the second over the first in pairs that were measured side by side, by batch size.
-        difference: the largest difference of outputs of the plain model to the trained one's.
+        parameters: the numbers of parameters.
+        flops: the floating-point operations of a forward pass of one sample.
+        top1: the accuracies in percent; None if the task has no classes.
+        loss: the mean test losses in nats.
+        latency: the milliseconds of a forward pass in one thread, by batch size.
+        ratio: the median ratio of the second latency to the first, measured alternately, by batch size.
+        difference: the largest absolute difference between outputs of the plain model and the trained model.
     """
 
     parameters: tuple[int, int]
@@ -112,7 +112,7 @@ def gains(run: FinishedRun, data_folder: Path | None) -> Gains:
     """Compares the dense and the plain model of a run on the task's test data.
 
     Raises:
-        DataError: the data is not there.
+        DataError: the data is missing.
     """
     data = run.data(data_folder)
     dense, plain = run.dense(), run.plain()
@@ -144,7 +144,7 @@ def _flops(model: nn.Module, x: Tensor) -> float:
 
 @torch.no_grad()
 def _latency(dense: nn.Module, plain: nn.Module, x: Tensor) -> tuple[tuple[float, float], float]:
-    """Returns the median milliseconds of both models, and the median ratio of pairs, in one thread."""
+    """Returns each model's median milliseconds of a forward pass in one thread, and the median of the ratios."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -157,7 +157,7 @@ def _latency(dense: nn.Module, plain: nn.Module, x: Tensor) -> tuple[tuple[float
 
 
 def _seconds(model: nn.Module, x: Tensor, repeats: int) -> float:
-    """Returns the seconds of one forward pass, the mean of several."""
+    """Returns the mean seconds of one forward pass, over `repeats` passes."""
     started = time.perf_counter()
     for _ in range(repeats):
         model(x)

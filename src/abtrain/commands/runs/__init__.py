@@ -1,1 +1,1 @@
-"""Keeps a folder for each run, so that finished runs are not repeated: its settings, its state and its results."""
+"""Keeps settings, state and results of each run in a folder. Finished runs are therefore not repeated."""

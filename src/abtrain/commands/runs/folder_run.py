@@ -1,4 +1,4 @@
-"""Runs that have a folder each: finds out which are done and what may be removed, and starts the missing ones."""
+"""Manages runs with a folder each: finds the finished ones, removes outdated ones, and starts the missing ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from abtrain.errors import ConfigurationError, DataError
 
 
 class Once(Protocol):
-    """A run that knows whether its result is recorded."""
+    """A run that can tell whether it has finished."""
 
     @property
     def done(self) -> bool:
@@ -30,10 +30,10 @@ OnceT = TypeVar("OnceT", bound=Once)
 
 
 class FolderRun(ABC):
-    """A run with its own folder. A run with other settings in the folder is removed only with `--overwrite`.
+    """A run with its own folder. If the folder has a run with other settings, only `--overwrite` removes it.
 
     Attributes:
-        folder: the folder of the request (see `request.py`) and the results.
+        folder: the folder with the run's request (see `request.py`) and its results.
     """
 
     folder: Path
@@ -46,19 +46,19 @@ class FolderRun(ABC):
     @property
     @abstractmethod
     def results(self) -> tuple[Path, ...]:
-        """The files that a finished run leaves. The first one is the result of training."""
+        """The result files of a finished run. The first one is the result of training."""
 
     @abstractmethod
     def check_results(self) -> None:
-        """Reads the results if there are any.
+        """Checks the result files, if there are any.
 
         Raises:
-            DataError: they are damaged.
+            DataError: a result file is damaged.
         """
 
     @property
     def done(self) -> bool:
-        """Whether the folder holds all results of a run of the same method. An empty file does not count."""
+        """Whether the folder has all result files of a run with the same method. Empty files do not count."""
         complete = all(os.path.lexists(result) and not is_empty(result) for result in self.results)
         return complete and not request_differences(self.folder, self.config)
 
@@ -80,7 +80,7 @@ class FolderRun(ABC):
         """Removes a run with other settings, and returns whether there was one.
 
         Raises:
-            ConfigurationError: there is one, and `overwrite` is not set or it cannot be removed.
+            ConfigurationError: such a run exists, but `overwrite` is not set, or the run cannot be removed.
         """
         reason = self.refusal()
         if reason is None:
@@ -97,14 +97,14 @@ def run_once(
     say: Callable[[str], object],
     in_short: Callable[[OnceT], str],
 ) -> None:
-    """Runs everything that is not done, in order. Finished runs are kept if this is stopped or fails.
+    """Executes the unfinished runs in order. If one fails or is stopped, the results of the earlier ones remain.
 
     Args:
         planned: all runs, without duplicates.
-        runner: a context manager whose value executes one run and records its result. It is entered only if a run is
-            missing, because building a lab or loading data takes time.
+        runner: a context manager that yields a function, which executes one run and records its result. The context is
+            entered only if a run is unfinished, because building a lab or loading data takes time.
         say: prints a line.
-        in_short: describes the result of a run, for the line that reports its end.
+        in_short: returns a short description of a run's result, for the line that reports its end.
     """
     missing = [run for run in planned if not run.done]
     say(f"{len(planned)} runs, {len(planned) - len(missing)} of them done before")
@@ -122,11 +122,11 @@ def check_folders(runs: Sequence[FolderRun], overwrite: bool, problems: Sequence
     Args:
         runs: all planned runs.
         overwrite: whether runs with other settings may be removed.
-        problems: other problems of the runs, to be reported together with those of the folders.
+        problems: messages about other problems, which are reported together with those about folders.
 
     Raises:
-        ConfigurationError: the problems, and folders that hold runs with other settings.
-        DataError: some results are damaged. They are not replaced, because that would remove them.
+        ConfigurationError: there are `problems`, or folders that have runs with other settings.
+        DataError: result files are damaged. They are kept, because they may be restored.
     """
     refused, damaged = list(problems), []
     for run in runs:
@@ -148,7 +148,7 @@ def remove(folder: Path) -> None:
     """Removes a folder if it exists. If it is a link, only the link is removed.
 
     Raises:
-        ConfigurationError: it cannot be removed, or another process writes to it.
+        ConfigurationError: the folder cannot be removed, or another process writes to it.
     """
     for place in (folder, folder / TRAIN_FOLDER):
         if (place / LOCK_FILE).is_file():
@@ -165,7 +165,7 @@ def remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Turns an OSError while tables and pages are written to `out` into a ConfigurationError."""
+    """Converts an OSError inside the context, where tables and pages are written to `out`, to a ConfigurationError."""
     try:
         yield
     except OSError as error:
@@ -176,7 +176,7 @@ def writing(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Locks a folder of runs for this process. Otherwise another one would mistake unfinished runs for abandoned ones.
+    """Locks a folder of runs for this process. Another process would take unfinished runs for abandoned ones.
 
     Raises:
         ConfigurationError: another process has locked it.

@@ -1,4 +1,4 @@
-"""The method of a run: its resolved settings, and the recipe that they build."""
+"""Determines the method of a run (its resolved settings and its recipe), and compares methods."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from abtrain.version import __version__
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 SETTINGS = tuple(name for name in DEFAULTS if name == "workers" or name not in NOT_OF_THE_METHOD)
-"""The settings that distinguish runs. The number of workers is one of them because it affects measurements."""
+"""The settings that are part of a method. The number of workers is one of them because it affects measurements."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """The method of a run.
+    """The method of a run: everything that determines its result.
 
     Attributes:
-        settings: the resolved settings of the method, by name.
+        settings: the settings by name, with the defaults filled in.
         recipe: the recipe that the settings build, as a JSON value.
     """
 
@@ -35,18 +35,18 @@ class Method:
 
 
 def method_of(config: TrainConfig) -> Method:
-    """Returns the method of a run of these valid settings, with this version of abtrain."""
+    """Returns the method of a run that this version of abtrain makes with these valid settings."""
     whole = resolved(config)
     return Method(_settings(whole), _described(recipe_of(whole)))
 
 
 def setting_differences(values: Mapping[str, Any], wanted: Method, excused: frozenset[str]) -> list[str]:
-    """Returns a message for each difference between settings and those of a method.
+    """Returns a message for each setting that differs from a method's.
 
     Args:
-        values: settings by name; missing ones have this version's defaults.
-        wanted: the method to compare them with.
-        excused: names of settings that are accepted although this version does not know them.
+        values: the settings by name; this version's defaults apply to missing ones.
+        wanted: the method to compare the settings with.
+        excused: the names of settings that are ignored if this version does not know them.
     """
     known = {name: value for name, value in values.items() if name in DEFAULTS and name != "config"}
     found = [
@@ -69,7 +69,7 @@ def setting_differences(values: Mapping[str, Any], wanted: Method, excused: froz
 def recipe_differences(there: Any, here: Any, place: str = "recipe") -> list[str]:
     """Returns a message for each difference between two recipes that the same settings built.
 
-    Such recipes differ only because versions have different defaults. A field that only one of them has is ignored.
+    Such recipes differ only if two versions of abtrain have different defaults. Fields of only one recipe are ignored.
     """
     if isinstance(there, dict) and isinstance(here, dict) and there.get("kind") == here["kind"]:
         both = [name for name in here if name in there]
@@ -85,7 +85,7 @@ def recipe_differences(there: Any, here: Any, place: str = "recipe") -> list[str
 def resolved(config: TrainConfig) -> TrainConfig:
     """Returns the settings with the defaults of their task, unless the task is unknown.
 
-    The device is not part of the method: it is set to the CPU, whatever the machine has.
+    The device is not part of the method, so it is always set to the CPU.
     """
     return resolve(dataclasses.replace(config, device="cpu")) if config.task in TASKS else config
 
@@ -95,7 +95,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def _described(value: Any) -> Any:
-    """Returns a recipe or a part of it as a JSON value."""
+    """Returns a recipe, or a value inside a recipe, as a JSON value."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: _described(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"kind": type(value).__name__, **fields}

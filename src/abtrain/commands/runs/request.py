@@ -1,10 +1,10 @@
-"""The request of a run: its settings as files in its folder, and their comparison with other settings.
+"""Writes the request of a run (its settings as files in its folder), and compares it with other settings.
 
 request.toml     the resolved settings, for `abtrain train --config`
 request.json     the settings of the method, the recipe that they build, and the version of abtrain
 
-Two requests are equal if they ask for the same method. Settings are parsed, resolved and compared by value, so the
-text of the files does not matter.
+Two requests are equal if they ask for the same method. Settings are parsed, resolved and compared by value, so
+formatting and comments in the files do not matter.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from abtrain.version import __version__
 
 REQUEST_FILE, RECORD_FILE, TRAIN_FOLDER = "request.toml", "request.json", "train"
 FILES = frozenset({REQUEST_FILE, RECORD_FILE, f"{REQUEST_FILE}.partial", f"{RECORD_FILE}.partial"})
-"""All files of a request, including leftovers of a writer that crashed."""
+"""The names of all files of a request, including the temporary files that a crash leaves behind."""
 
 
 def request_text(config: TrainConfig) -> str:
-    """Returns the content of request.toml: the settings of the method, and others that differ from their defaults."""
+    """Returns the content of request.toml: the method's settings, and all others that differ from their defaults."""
     whole = dataclasses.replace(resolved(config), device=config.device)
     lines = [f"# resolved by abtrain {__version__}"]
     for line in to_toml(whole).splitlines():
@@ -68,8 +68,8 @@ def write_request(folder: Path, config: TrainConfig) -> None:
 def request_differences(folder: Path, config: TrainConfig) -> list[str]:
     """Returns a message for each difference between the method of the run in a folder and that of `config`.
 
-    A request that cannot be read counts as a difference. Early versions wrote requests without defaults; then the
-    settings in the result show which defaults the run had.
+    A request that cannot be read counts as a difference. Early versions left defaults out of requests. For their
+    runs, the settings in the result show which defaults applied.
     """
     wanted = method_of(config)
     found: list[str] = []
@@ -83,7 +83,7 @@ def request_differences(folder: Path, config: TrainConfig) -> list[str]:
 
 
 def _record_differences(folder: Path, wanted: Method) -> tuple[list[str], frozenset[str]]:
-    """Returns the differences of request.json, and the names of settings that only another version of abtrain knows."""
+    """Returns how request.json differs from `wanted`, and which settings only another version of abtrain knows."""
     try:
         record = read_record(folder / RECORD_FILE)
         version, settings = record.text("abtrain"), record.mapping("settings")
@@ -106,7 +106,7 @@ def _toml_differences(path: Path, wanted: Method, excused: frozenset[str]) -> li
 
 
 def _result_differences(folder: Path, wanted: Method) -> list[str]:
-    """Returns the differences of the settings in the result. Problems with the file are reported where it is read."""
+    """Returns how the settings in result.json differ from `wanted`. Whoever reads the result reports a damaged file."""
     for path in (folder / TRAIN_FOLDER / RESULT_FILE, folder / RESULT_FILE):
         try:
             values = read_record(path).mapping("config")

@@ -1,7 +1,7 @@
-"""Reads and validates the result files of runs, which crashes and edits may have damaged.
+"""Reads and validates the result files of runs. A crash or an edit may have damaged them.
 
-`abtrain compare` and `abtrain paper` read results only through this module, so that a damaged file leads to a message
-with its name and never to a wrong table.
+`abtrain compare` and `abtrain paper` read results only through this module. A damaged file therefore leads to a message
+that names the file, and never to a wrong table.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from abtrain.errors import CheckpointError, DataError
 
 _REMEDY = "restore the file from a copy, or move the folder of this run away and run the command again"
 _LARGEST = 1e30
-"""Larger than any time, size or score of a run. Sums and ratios of numbers up to this stay finite."""
+"""The largest accepted number. No real time, size or score is larger, and sums and ratios up to it are finite."""
 
 
 @dataclass(frozen=True)
 class JsonRecord:
-    """A JSON object in a result file. Each method takes the keys that lead to a value, and checks the value.
+    """A JSON object in a result file. Each method takes the nested keys of a value, and returns the checked value.
 
-    All methods raise DataError if the value is missing or of another kind.
+    All methods raise DataError if the value has another type. Those named `optional_...` accept a missing value.
 
     Attributes:
         path: the path of the file.
         content: the parsed object.
-        place: the place of the object in the file, for messages.
+        place: the location of the object in the file, for messages.
     """
 
     path: Path
@@ -39,7 +39,7 @@ class JsonRecord:
     place: str = ""
 
     def number(self, *keys: str, least: float = 0.0) -> float:
-        """Returns a number of at least `least`."""
+        """Returns a number that is at least `least`."""
         return self._number(self._value(keys), keys, least, exclusive=False)
 
     def positive(self, *keys: str) -> float:
@@ -52,12 +52,12 @@ class JsonRecord:
         return None if value is None else self._number(value, keys, least, exclusive=False)
 
     def numbers(self, *keys: str) -> dict[str, float]:
-        """Returns an object whose values are numbers of at least 0."""
+        """Returns a JSON object whose values are numbers of at least 0."""
         found = self.mapping(*keys)
         return {_text(self, name, keys): self._number(item, (*keys, name), 0.0, False) for name, item in found.items()}
 
     def counts(self, *keys: str) -> dict[str, int]:
-        """Returns an object whose values are whole numbers of at least 0."""
+        """Returns a JSON object whose values are whole numbers of at least 0."""
         found = self.numbers(*keys)
         broken = [name for name, number in found.items() if number != int(number)]
         if broken:
@@ -65,7 +65,7 @@ class JsonRecord:
         return {name: int(number) for name, number in found.items()}
 
     def mapping(self, *keys: str) -> Mapping[str, Any]:
-        """Returns an object."""
+        """Returns a JSON object."""
         value = self._value(keys)
         if not isinstance(value, dict):
             raise self.error(keys, value, "an object")
@@ -81,14 +81,14 @@ class JsonRecord:
         return None if value is None else _text(self, value, keys)
 
     def records(self, *keys: str) -> list[JsonRecord]:
-        """Returns a list of objects."""
+        """Returns a list of JSON objects."""
         value = self._value(keys)
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise self.error(keys, value, "a list of objects")
         return [JsonRecord(self.path, item, f"{self._name(keys)}[{index}]") for index, item in enumerate(value)]
 
     def error(self, keys: Sequence[str], value: object, wanted: str) -> DataError:
-        """Returns the error for a wrong value; `wanted` describes the right ones."""
+        """Returns the error for an invalid value; `wanted` describes valid ones."""
         shown = reprlib.repr(value)
         return DataError(f"{self.path} is damaged: {self._name(keys)} is {shown}, not {wanted}. Remedy: {_REMEDY}")
 
@@ -116,7 +116,7 @@ class JsonRecord:
 
 
 def is_empty(path: Path) -> bool:
-    """Whether a file is empty, because its writer crashed."""
+    """Whether a file is empty, as a crash of its writer leaves it."""
     try:
         return path.is_file() and path.stat().st_size == 0
     except OSError:
@@ -124,7 +124,7 @@ def is_empty(path: Path) -> bool:
 
 
 def read_record(path: Path) -> JsonRecord:
-    """Reads the object in a JSON file.
+    """Reads a JSON file that contains one object.
 
     Raises:
         DataError: the file is missing, unreadable, a link, not a regular file, too large, or not a JSON object.

@@ -1,1 +1,1 @@
-"""Tasks on real data: models, samples and evaluation."""
+"""Defines tasks on real data: their models, samples and evaluation."""

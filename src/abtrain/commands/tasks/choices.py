@@ -1,4 +1,4 @@
-"""The values of settings with a fixed choice. The module imports no torch, so that `--help` answers immediately."""
+"""Lists the allowed values of settings. The module does not import torch, which would delay `--help`."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ PYSRC_FILES = sorted(
 
 
 def check_digits(folder: Path | None) -> None:
-    """Raises DataError if scikit-learn, which contains the digits, is missing. `folder` is ignored."""
+    """Checks that scikit-learn, which contains the digits, is installed; else raises DataError. Ignores `folder`."""
     if importlib.util.find_spec("sklearn") is None:
         raise DataError("the digits are part of scikit-learn, which is not installed: pip install 'abtrain[data]'")
 
@@ -112,10 +112,13 @@ def load_digits(folder: Path | None) -> Data:
 
 
 def find_fashion_mnist(folder: Path | None) -> Path:
-    """Returns the folder with the four IDX files: `folder` if given, else Debian's, else a download into the cache.
+    """Finds the four IDX files: in `folder` if given, else in Debian's folder, else by a download into the cache.
+
+    Returns:
+        The folder with the files.
 
     Raises:
-        DataError: files are missing; the message tells how to get them.
+        DataError: files are missing. The message says how to get them.
     """
     if folder is not None:
         _require_fashion_mnist(folder)
@@ -133,7 +136,7 @@ def load_fashion_mnist(folder: Path | None) -> Data:
     """Loads Fashion-MNIST as uint8 images (N, 1, 28, 28) and int64 labels in 0..9, with its standard split.
 
     Raises:
-        DataError: files are missing, truncated, or hold other data.
+        DataError: files are missing, truncated, or contain other data.
     """
     found = find_fashion_mnist(folder)
     splits = {}
@@ -178,7 +181,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
 
 
 def find_pysrc(folder: Path | None) -> Path:
-    """Returns the folder of the running Python's standard library. `folder` is ignored.
+    """Returns the folder of the running Python's standard library. Ignores `folder`.
 
     Raises:
         DataError: more than a tenth of the files that the task reads are missing.
@@ -194,10 +197,10 @@ def find_pysrc(folder: Path | None) -> Path:
 
 
 def load_pysrc(folder: Path | None, context: int = 128) -> Data:
-    """Loads the bytes of the standard library as windows that do not overlap. Every 20th file is held out.
+    """Loads the bytes of the standard library as windows that do not overlap. Every 20th file is for the test set.
 
     Returns:
-        uint8 (N, context); each target is the byte after its input.
+        The data, with inputs and targets as uint8 (N, context). The target of each byte is the byte after it.
 
     Raises:
         DataError: more than a tenth of the files that the task reads are missing.
@@ -238,7 +241,7 @@ def _cache_folder() -> Path:
 
 
 def _download_fashion_mnist(target: Path) -> None:
-    """Downloads the files with torchvision, and moves them to `target` when they are complete."""
+    """Downloads the files with torchvision, and moves them to the folder `target` when all are complete."""
     try:
         from torchvision.datasets import FashionMNIST
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""The image data of the paper: CIFAR in memory, and ImageNet, which is read from its files during training.
+"""Loads the image data of the paper: CIFAR into memory, and ImageNet from its files during training.
 
-- CIFAR-10 and CIFAR-100 in the authors' file format, which torchvision reads and verifies.
-- ImageNet-2012 as folders of classes, `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`.
+- CIFAR-10 and CIFAR-100 are in the authors' file format, which torchvision reads and verifies.
+- ImageNet-2012 has one folder per class, `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _OUTLASTS_SECONDS = 60  # longer than launchers wait for their workers to save
 
 
 class Bad(NamedTuple):
-    """An error message about an unreadable image. Loaders return it, since an exception would lose the file's name."""
+    """An error message about an unreadable image. It is returned because an exception would lose the file's name."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Images(Samples):
-    """Images in files with their labels, for data sets that do not fit into memory.
+    """Images in files, with their labels. It is for data sets that do not fit into memory.
 
     Samples are uint8 (3, 224, 224). Training samples are random crops, resized and possibly mirrored. Test samples are
-    the centers of images. The random numbers for a sample depend only on seed, worker, step and place in the batch.
+    the centers of images. The random numbers for a sample depend only on seed, worker, step and index in the batch.
     """
 
     files: tuple[tuple[str, int], ...]
@@ -56,7 +56,7 @@ class Images(Samples):
         return len(self.files)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, tuple[str, ...]] | Bad:
-        """Returns a sample, its label, and messages about the files that were skipped before it."""
+        """Returns an image, its label, and messages about skipped files; `Bad` if an image cannot be read."""
         index, draw = key
         skipped: list[str] = []
         for step in range(_MOST_IN_A_ROW):
@@ -114,9 +114,9 @@ class Images(Samples):
 
 
 def _outlast_requests(loader: int) -> None:
-    """Keeps a loader process alive after a request to stop, for longer than its worker needs to save.
+    """Keeps a loader process alive after a request to stop, until its worker has had time to save.
 
-    The request may be sent to all processes of a run, loaders included.
+    A scheduler may send the request to all processes of a run, including loader processes.
     """
     for number in (*SIGNALS, PASSED_ON):
         signal.signal(number, lambda number, frame: signal.alarm(_OUTLASTS_SECONDS))
@@ -156,7 +156,7 @@ def _sample(path: str, draw: int | None) -> Tensor:
 
 
 def find_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Path:
-    """Checks that `folder` has `train` and `val` with all classes, and returns it.
+    """Checks that `folder` contains `train` and `val` with all classes. Returns `folder`.
 
     Args:
         folder: the folder that --data names.
@@ -183,7 +183,7 @@ def find_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Path:
 
 
 def load_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Data:
-    """Lists the files of ImageNet-2012. The validation set serves as the test set.
+    """Lists the image files of ImageNet-2012, which are read later. The validation set serves as the test set.
 
     Raises:
         DataError: torchvision is missing, or folders are missing, incomplete, or have wrong classes.
@@ -201,7 +201,7 @@ def load_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Data:
 
 
 def find_cifar(folder: Path | None, name: str) -> Path:
-    """Checks that `folder` has intact files in `cifar-10-batches-py` or `cifar-100-python`, and returns it.
+    """Checks that `folder` contains intact files in `cifar-10-batches-py` or `cifar-100-python`. Returns `folder`.
 
     Args:
         folder: the folder that --data names.

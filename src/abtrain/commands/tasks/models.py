@@ -1,6 +1,6 @@
-"""The models of the tasks: small ones for CPUs, and the paper's from torchvision.
+"""Builds the models of the tasks: small ones for CPUs, and those of the paper from torchvision.
 
-Shapes: N samples, T tokens, D width of a token, V vocabulary.
+Letters in shapes: N samples, T tokens, D values per token, V entries in the vocabulary.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _HEAD_DROPOUT = 0.1
 
 
 def digits_mlp() -> nn.Sequential:
-    """Builds a 64-256-256-10 network with ReLU: (N, 64) to logits (N, 10)."""
+    """Builds a fully connected 64-256-256-10 network with ReLU: inputs (N, 64) to logits (N, 10)."""
     return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
 class _FirstConvolution(nn.Conv2d):
     """A convolution with channels-last output, which makes the following layers faster on CPUs.
 
-    The input keeps its memory format: channels-last gradients of one channel have strides that DDP warns about.
+    The input is not converted, because channels-last gradients of one channel have strides that DDP warns about.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class _FirstConvolution(nn.Conv2d):
 
 
 def without_own_layers(model: nn.Module) -> nn.Module:
-    """Makes the layers of this module that only change the memory format plain ones, in place; returns the model."""
+    """Replaces layers that only change the memory format by PyTorch's own, in place. Returns the model."""
     own = [module for module in model.modules() if type(module) is _FirstConvolution]
     for module in own:
         module.__class__ = nn.Conv2d  # type: ignore[assignment]  # it is a base
@@ -41,9 +41,9 @@ def without_own_layers(model: nn.Module) -> nn.Module:
 
 
 def fashion_cnn() -> nn.Sequential:
-    """Builds convolutions of 16, 32, 64 and 64 channels with BatchNorm, and a 3136-256-10 head: 0.866 M parameters.
+    """Builds a network of four convolutions with BatchNorm and a 3136-256-10 head, with 0.866 M parameters.
 
-    It maps (N, 1, 28, 28) to logits (N, 10).
+    The convolutions have 16, 32, 64 and 64 channels. The network maps images (N, 1, 28, 28) to logits (N, 10).
     """
 
     def block(channels_in: int, channels_out: int) -> list[nn.Module]:
@@ -70,7 +70,7 @@ def _mlp(width: int) -> nn.Sequential:
 
 
 class _EncoderBlock(nn.Module):
-    """A pre-norm transformer block; (N, T, D) to (N, T, D)."""
+    """A pre-norm transformer block: tokens (N, T, D) to tokens (N, T, D)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _EncoderBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A ViT for square grey images that averages tokens before its head: (N, 1, size, size) to logits (N, 10)."""
+    """A ViT for square grey images, with mean pooling of tokens: images (N, 1, size, size) to logits (N, 10)."""
 
     def __init__(self, size: int = 28, patch: int = 4, width: int = 96, depth: int = 4, heads: int = 3) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class VisionTransformer(nn.Module):
 
 
 class _CausalBlock(nn.Module):
-    """A pre-norm transformer block with causal attention; (N, T, D) to (N, T, D)."""
+    """A pre-norm transformer block with causal attention: tokens (N, T, D) to tokens (N, T, D)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class _CausalBlock(nn.Module):
 
 
 class GPT(nn.Module):
-    """A byte-level language model whose head and embedding are not tied; bytes (N, T) to logits (N, T, V)."""
+    """A byte-level language model with separate weights for embedding and head: bytes (N, T) to logits (N, T, V)."""
 
     def __init__(
         self, vocabulary: int = 256, context: int = 128, width: int = 128, depth: int = 4, heads: int = 4
@@ -146,9 +146,9 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def orthogonal_init(model: nn.Module) -> None:
-    """Initializes every parameter of two or more dimensions, as a matrix (first dimension, rest), to be orthogonal.
+    """Initializes every parameter of two or more dimensions as an orthogonal matrix (first dimension, all others).
 
-    Vectors (biases, norms) stay unchanged. The paper uses these initial weights (arXiv 2405.01067, section 4).
+    Vectors (biases and norms) stay unchanged. The paper uses these initial weights (arXiv 2405.01067, section 4).
     """
     for parameter in model.parameters():
         if parameter.ndim >= 2:

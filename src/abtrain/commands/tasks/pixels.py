@@ -12,7 +12,7 @@ _MAX_SHIFT = 1  # pixel; larger shifts only slow learning in the few epochs of t
 
 
 def flip_and_shift(images: Tensor, generator: torch.Generator, most: int = _MAX_SHIFT) -> Tensor:
-    """Mirrors images (N, C, H, W) with probability 1/2, and shifts each by up to `most` pixels, padding with zeros."""
+    """Mirrors each image (N, C, H, W) with probability 1/2, and shifts it by up to `most` pixels with zero padding."""
     count, _, height, width = images.shape
     device = images.device
     mirrored = (torch.rand(count, generator=generator) < 0.5).to(device)
@@ -26,7 +26,7 @@ def flip_and_shift(images: Tensor, generator: torch.Generator, most: int = _MAX_
 
 
 def shift_by_four(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Applies CIFAR's usual augmentation: random mirroring, padding by 4 pixels, and random cropping."""
+    """Applies the usual augmentation for CIFAR: random mirroring, padding by 4 pixels, and random cropping."""
     return flip_and_shift(images, generator, most=4)
 
 

@@ -20,7 +20,7 @@ class Reading:
     """The settings for reading samples from files.
 
     Attributes:
-        loaders: the number of processes that read for one worker; with 0 the worker reads.
+        loaders: the number of processes that read for one worker; 0 if the worker itself reads.
         on_bad_image: whether to `stop` at an image that cannot be read, or to `skip` it and take the next one.
     """
 
@@ -37,7 +37,7 @@ class Samples(Dataset[Any], ABC):
 
     @abstractmethod
     def to(self, device: torch.device) -> Samples:
-        """Returns the same samples, which yield their batches on `device`."""
+        """Returns the same samples, with batches on `device`."""
 
     @abstractmethod
     def read_by(self, reading: Reading) -> Samples:
@@ -48,8 +48,9 @@ class Samples(Dataset[Any], ABC):
         """Yields batches of samples and targets.
 
         Args:
-            plan: the number of each step, with the indices of its samples.
-            seed, rank: seed the random numbers of each sample, together with the step.
+            plan: pairs of a step's number and the indices of its samples.
+            seed: the seed of the random numbers of samples, together with `rank` and the step.
+            rank: the rank of this worker.
 
         Raises:
             DataError: a sample cannot be read, and `on_bad_image` is `stop`.
@@ -66,7 +67,7 @@ class Samples(Dataset[Any], ABC):
 
 @dataclass(frozen=True)
 class Split(Samples):
-    """Samples `x` and their targets `y`, tensors with the same first dimension."""
+    """Samples in memory: inputs `x` and targets `y`, two tensors with the same first dimension."""
 
     x: Tensor
     y: Tensor

@@ -1,7 +1,7 @@
-"""Tasks: a model on a data set, with functions that build batches, optimizer and schedule, and evaluate the model.
+"""Defines tasks, builds their models, batches, optimizers and schedules, and evaluates models.
 
-The module does not use abtrain's engine. A plain DDP loop that uses these functions has the same initial weights and
-the same batches as `abtrain train`.
+The module does not use abtrain's engine. A plain DDP loop can therefore use it, with the same initial weights and the
+same batches as `abtrain train`.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """A model on a data set, with suitable settings.
+    """A model, a data set, and default settings for training.
 
     Attributes:
         name: the name of the task on the command line.
         model: builds the model with PyTorch's own initialization.
-        find: checks that the data is in the `--data` folder or in its default place; raises DataError.
-        load: reads the data; takes the same argument and raises the same error as `find`.
+        find: checks that the data is in the `--data` folder or in its default folder; raises DataError if not.
+        load: reads the data; has the argument and the error of `find`.
         prepare: converts stored samples to the model's input.
         steps: the default number of steps.
         batch_size: the default number of samples per worker and step.
         lr: the default learning rate.
         augment: randomly changes a batch of stored samples in training.
-        loss: the mean training loss of outputs and targets; validation uses plain cross-entropy.
-        classifies: whether the model is evaluated by top-1; otherwise only by the mean loss.
+        loss: computes the mean training loss from outputs and targets; validation uses plain cross-entropy.
+        classifies: whether evaluation includes top-1 accuracy; otherwise it has only the mean loss.
         reads_folder: whether the task uses `--data`.
         weight_decay: the default weight decay of AdamW.
         clip: the default maximum of the global gradient norm; 0 for no limit.
         init: the default initial weights.
         precision: the default precision of forward and backward passes.
-        lr_warmup: the share of the steps in which the learning rate increases.
+        lr_warmup: the share of the steps, from 0 to 1, in which the learning rate increases.
     """
 
     name: str
@@ -93,7 +93,7 @@ def smoothed_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _papers(name: str, model: Callable[[], nn.Module], **settings: Any) -> Task:
-    """Builds a task with the settings of the paper's runs: 150 epochs, 10 of them with warm-up."""
+    """Builds a task with the settings of the paper's runs: 150 epochs, the first 10 of them with warm-up."""
     return Task(
         name=name,
         model=model,
@@ -199,7 +199,7 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.05) -> 
 
 
 def build_schedule(optimizer: Optimizer, steps: int, warmup: float = WARMUP_SHARE) -> LambdaLR:
-    """Builds a schedule with a linear warm-up over a share `warmup` of the steps, followed by a cosine to zero."""
+    """Builds a schedule: linear warm-up over the share `warmup` of the steps, then a cosine to zero."""
     warmup_steps = max(1, round(warmup * steps))
 
     def factor(step: int) -> float:
@@ -216,7 +216,7 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Returns an infinite iterator of (input, targets) from step `start` on.
 
-    Each epoch is divided among workers without overlap, and an incomplete last batch is dropped. A batch depends only
+    Workers share the samples of each epoch without overlap. An incomplete last batch is dropped. A batch depends only
     on the arguments and its step.
 
     Raises:
@@ -246,7 +246,7 @@ def _batches(
 
 
 def _plan(sampler: DistributedSampler[Any], batch_size: int, start: int) -> Iterator[tuple[int, list[int]]]:
-    """Yields the number of each step from `start` on, with the indices of its samples."""
+    """Yields pairs of a step's number, from `start` on, and the indices of its samples."""
     batch_sampler = BatchSampler(sampler, batch_size, drop_last=True)
     first_epoch, skip = divmod(start, len(batch_sampler))
     steps = itertools.count(start)
@@ -259,26 +259,26 @@ def _plan(sampler: DistributedSampler[Any], batch_size: int, start: int) -> Iter
 
 
 def _generator(seed: int, rank: int, step: int) -> torch.Generator:
-    """Returns a generator seeded by the arguments alone, whatever random numbers were drawn before."""
+    """Returns a new generator whose seed depends only on the arguments."""
     digest = hashlib.blake2b(f"{seed}/{rank}/{step}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 class Score(NamedTuple):
-    """Sums over samples of the test set: their losses, how many were classified correctly, and how many there were."""
+    """Sums over test samples: their losses, the number classified correctly, and their number."""
 
     loss: float
     correct: float
     seen: float
 
     def quality(self, task: Task) -> dict[str, float | None]:
-        """Returns `top1` in percent, None where the task has no classes to name, and the mean `loss` in nats."""
+        """Returns `top1` accuracy in percent (None if the task has no classes), and the mean `loss` in nats."""
         return {"top1": 100 * self.correct / self.seen if task.classifies else None, "loss": self.loss / self.seen}
 
 
 @torch.no_grad()
 def score(model: nn.Module, task: Task, data: Data, part: int = 0, parts: int = 1, batch_size: int = 100) -> Score:
-    """Scores a model on every `parts`-th batch of the test set, from batch `part` on."""
+    """Evaluates a model on every `parts`-th batch of the test set, starting with batch `part`."""
     was_training = model.training
     model.eval()
     loss, correct, seen = 0.0, 0, 0
@@ -294,5 +294,5 @@ def score(model: nn.Module, task: Task, data: Data, part: int = 0, parts: int = 
 
 
 def evaluate(model: nn.Module, task: Task, data: Data, batch_size: int = 100) -> dict[str, float | None]:
-    """Returns how good a model is on the whole test set; see `Score.quality`."""
+    """Evaluates a model on the whole test set. Returns the metrics of `Score.quality`."""
     return score(model, task, data, batch_size=batch_size).quality(task)

@@ -1,1 +1,1 @@
-"""`abtrain train`: its settings, the launcher and its workers, the training loop, and the run folder."""
+"""`abtrain train`: the settings, the launcher and its workers, the training loop, and the run folder."""

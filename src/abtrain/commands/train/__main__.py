@@ -1,4 +1,4 @@
-"""`python -m abtrain.commands.train FOLDER`: a worker that `launcher.py` started, see `worker.py`."""
+"""`python -m abtrain.commands.train FOLDER`: the program of a worker that `launcher.py` starts; see `worker.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from abtrain.commands.process import end_at_once, leave
 
 
 def main() -> None:
-    """Trains as a worker and ends with its exit code."""
+    """Trains as one worker, and ends the process with the worker's exit code."""
     # Imports take seconds. Before training begins there is nothing to save, so a request ends the process.
     end_at_once()
 

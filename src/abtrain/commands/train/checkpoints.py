@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the state of the engine, the schedule, the random generators and the recorder."""
+"""Saves and loads checkpoints: the state of the engine, the schedule, the random generators and the recorder."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ log = logging.getLogger("abtrain")
 
 
 class Saving:
-    """Saves a run and resumes it. Every call is collective: all workers make it at the same step.
+    """Saves checkpoints of a run and resumes it from them. All methods are collective: all workers call them together.
 
     Args:
         trainer: this worker's trainer.
-        recorder: the recorder on rank 0; None elsewhere.
+        recorder: the recorder on rank 0; None on other ranks.
         folder: the folder of checkpoints, the same on all workers.
-        samples: the number of training samples. A checkpoint of a run with another number of samples is refused.
+        samples: the number of training samples. Checkpoints of runs with another number are rejected.
     """
 
     def __init__(self, trainer: Trainer, recorder: Recorder | None, folder: Path, samples: int) -> None:
@@ -39,11 +39,11 @@ class Saving:
         self._folder = folder
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after this many steps."""
+        """Whether a checkpoint is due after `step` steps."""
         return self._config.checkpoint_every > 0 and step % self._config.checkpoint_every == 0
 
     def save(self) -> Path | None:
-        """Writes a checkpoint and returns its folder; None if that failed and the run continues.
+        """Writes a checkpoint and returns its folder. Returns None if writing failed but the run continues.
 
         Raises:
             CheckpointError: writing failed, and `on_checkpoint_error` is `stop`.
@@ -80,7 +80,7 @@ class Saving:
         """Loads the newest checkpoint that all workers can use, and returns the number of steps done.
 
         Raises:
-            CheckpointError: checkpoints exist, but none is both intact and of this run.
+            CheckpointError: checkpoints exist, but all are damaged or belong to other runs.
         """
         comm = self._ab.communicator
         saved = checkpoint.latest(self._folder, comm)
@@ -123,7 +123,7 @@ class Saving:
             self._recorder.load_state_dict(record)
 
     def _check_run(self, state: Mapping[str, Any], step: int) -> None:
-        """Checks that a state belongs to a run with the same settings and number of samples."""
+        """Checks that a checkpoint's state is from a run with the same settings and number of samples."""
         run = state.get("run")
         which = f"the checkpoint of step {step} in {self._folder}"
         if not isinstance(run, Mapping):

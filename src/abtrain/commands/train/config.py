@@ -34,14 +34,14 @@ class TrainConfig:
     """digits-mlp, fashion-cnn, fashion-vit, pysrc-gpt, or a task of the paper: imagenet-vit-b16, imagenet-resnet50,
     cifar10-vgg16, cifar100-mini-vit."""
     workers: int = 4
-    """Processes to start on this machine; ignored under torchrun, which starts them itself."""
+    """Workers (processes) to start on this machine; ignored under torchrun, which starts its own."""
     group_size: int | None = None
-    """Workers per group, which average gradients at every step; by default those of one machine, or 1 on a single
-    machine."""
+    """Workers per group. A group averages gradients at every step. Default: the workers of a machine, or 1 if there is
+    only one machine."""
     steps: int | None = None
-    """Optimizer steps; by default the task's."""
+    """Number of optimizer steps; by default the task's."""
     batch_size: int | None = None
-    """Samples per worker and step; by default the task's."""
+    """Number of samples per worker and step; by default the task's."""
     lr: float | None = None
     """Peak learning rate, reached after 5 % of the steps and followed by a cosine to zero; by default the task's."""
     weight_decay: float | None = None
@@ -57,7 +57,7 @@ class TrainConfig:
     data: Path | None = None
     """Folder with the task's data; by default the task's usual place."""
     loaders: int = 4
-    """Processes that read images for each worker, for data that is not held in memory; 0: the worker reads them."""
+    """Processes that read images for each worker, if data is not in memory; 0: the worker itself reads."""
     on_bad_image: OnBadImage = "stop"
     """If an image cannot be read: stop, or log it and use the next image (skip)."""
     out: Path | None = None
@@ -69,13 +69,13 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, or auto: cuda if every worker has its own GPU."""
     timeout: float = 600
-    """Seconds that a worker waits for the others before it fails."""
+    """Seconds for which a worker waits for the others before it fails."""
     on_nonfinite: OnNonFinite = "stop"
     """On NaN or infinity: stop, leave the worker out of the merge (drop_worker), or skip the step (skip)."""
     log_every: int = 20
     """Steps between two lines of metrics."""
     validate_every: int = 0
-    """Steps between two validations of the average of all workers; the best model is kept. 0: only at the end."""
+    """Steps between two validations of the average of all workers; the best model is saved. 0: only at the end."""
     divergence: bool = False
     """At merges, record in metrics.jsonl how far the workers have diverged, layer by layer."""
     track: tuple[str, ...] = ()
@@ -98,7 +98,7 @@ class TrainConfig:
 
 
 def recipe_of(config: TrainConfig) -> Recipe:
-    """Returns the recipe of a run whose number of steps is known.
+    """Returns the recipe that the settings name, for a run whose number of steps is set.
 
     Raises:
         ConfigurationError: the recipe is unknown, or its options are invalid.
@@ -116,7 +116,7 @@ NOT_OF_THE_METHOD = frozenset(
 
 
 def notices(config: TrainConfig) -> list[str]:
-    """Returns a line for each setting of a valid configuration that is ignored."""
+    """Returns a message for each setting of a valid configuration that has no effect."""
     from abtrain.commands.tasks.task import TASKS
 
     if config.data is None or TASKS[config.task].reads_folder:
@@ -127,10 +127,10 @@ def notices(config: TrainConfig) -> list[str]:
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fills in the task's defaults, the canonical text of the recipe, and the device (cpu or cuda).
 
-    Under a launcher, workers find out together which of them share a machine, so a missing group size stays None.
+    Under a launcher a missing group size stays None: workers later find out together which of them share a machine.
 
     Args:
-        config: valid.
+        config: the settings, already validated.
     """
     from abtrain.commands.tasks.task import TASKS
 
@@ -152,22 +152,22 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def group_size_of(config: TrainConfig) -> int:
-    """Returns the group size, or 1 if it is not set: then each worker is its own group."""
+    """Returns the number of workers per group. It is 1 if it is not set: each worker is then its own group."""
     return config.group_size or 1
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """Returns the settings of a resolved configuration that determine what is computed, as JSON values.
+    """Returns the settings that determine what is computed, as JSON values. The configuration must be resolved.
 
     Raises:
-        ConfigurationError: the recipe's text cannot be parsed.
+        ConfigurationError: the recipe cannot be parsed.
     """
     held = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NOT_OF_THE_METHOD}
     return held | {"recipe": recipes.canonical(config.recipe)}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns a message for each setting that differs between a recorded run, `before`, and this one, `now`."""
+    """Returns a message for each setting whose value in a recorded run (`before`) differs from this run's (`now`)."""
     return [
         f"{name} is {before.get(name)!r} there and {now.get(name)!r} here"
         for name in dict.fromkeys((*now, *before))
@@ -176,7 +176,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def choose_device(config: TrainConfig) -> str:
-    """Returns `cpu` or `cuda`; for `auto`, cuda if every worker on this machine can have its own GPU."""
+    """Returns the device, `cpu` or `cuda`. `auto` means cuda if every worker on this machine can have its own GPU."""
     if config.device != "auto":
         return config.device
     import torch

@@ -1,4 +1,4 @@
-"""Reads and writes the settings of a run as TOML, whose keys are the names of `TrainConfig`'s fields."""
+"""Reads and writes the settings of a run as TOML. The keys are the names of `TrainConfig`'s fields."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from abtrain.recipes.numbers import is_finite_number
 
 
 def from_toml(path: Path) -> TrainConfig:
-    """Reads settings from a TOML file. Settings that it leaves out have their defaults.
+    """Reads settings from a TOML file. Missing settings have their defaults.
 
     Raises:
-        ConfigurationError: the file cannot be read, or lists every unknown key and every value of a wrong type.
+        ConfigurationError: the file cannot be read, or has unknown keys or values of a wrong type; lists all of them.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -31,14 +31,14 @@ def from_toml(path: Path) -> TrainConfig:
 
 
 def from_text(text: str, source: str) -> TrainConfig:
-    """Reads settings from TOML text. Settings that it leaves out have their defaults.
+    """Reads settings from a TOML string. Missing settings have their defaults.
 
     Args:
-        text: the content of a file.
-        source: the origin of the text, for messages.
+        text: the TOML string.
+        source: the origin of the string, for messages.
 
     Raises:
-        ConfigurationError: the text is not TOML, or lists every unknown key and every value of a wrong type.
+        ConfigurationError: the string is not TOML, or has unknown keys or values of a wrong type; lists all of them.
     """
     try:
         content = tomllib.loads(text)
@@ -48,14 +48,14 @@ def from_text(text: str, source: str) -> TrainConfig:
 
 
 def from_values(content: Mapping[str, Any], source: str) -> TrainConfig:
-    """Reads settings from a parsed TOML table. Settings that it leaves out have their defaults.
+    """Reads settings from a parsed TOML table. Missing settings have their defaults.
 
     Args:
-        content: values by the names of `TrainConfig`'s fields.
+        content: the values by the names of `TrainConfig`'s fields.
         source: the origin of the table, for messages.
 
     Raises:
-        ConfigurationError: lists every unknown key and every value of a wrong type.
+        ConfigurationError: there are unknown keys or values of a wrong type; lists all of them.
     """
     known = typing.get_type_hints(TrainConfig)
     del known["config"]  # a file cannot name another file
@@ -74,7 +74,7 @@ def from_values(content: Mapping[str, Any], source: str) -> TrainConfig:
 
 
 def to_toml(config: TrainConfig) -> str:
-    """Returns the settings as TOML that `from_toml` reads. Settings that are None are left out: TOML has no null."""
+    """Returns the settings as TOML that `from_toml` reads, without those that are None: TOML has no null."""
     names = [field.name for field in dataclasses.fields(config) if field.name != "config"]
     values = {name: getattr(config, name) for name in names}
     return "".join(f"{name} = {_toml_value(value)}\n" for name, value in values.items() if value is not None)
@@ -92,7 +92,7 @@ def _toml_value(value: object) -> str:
 
 
 def _fits(value: object, expected: Any) -> bool:
-    """Whether a value from TOML fits a setting of type `expected`."""
+    """Whether a TOML value has the type `expected` of a setting."""
     origin = typing.get_origin(expected)
     if origin in (types.UnionType, Union):
         return any(_fits(value, option) for option in typing.get_args(expected) if option is not types.NoneType)

@@ -40,10 +40,10 @@ _MAX_TIMEOUT = 10**7  # seconds; some of the clocks that use it cannot hold more
 
 
 def checked(config: TrainConfig) -> TrainConfig:
-    """Returns the settings with all defaults filled in.
+    """Validates the settings, and returns them with all defaults filled in.
 
     Raises:
-        ConfigurationError: lists all wrong settings.
+        ConfigurationError: settings are invalid; lists all of them.
     """
     problems = validate(config)
     if problems:
@@ -52,7 +52,7 @@ def checked(config: TrainConfig) -> TrainConfig:
 
 
 def validate(config: TrainConfig) -> list[str]:
-    """Returns a message for each wrong setting; empty if all are valid."""
+    """Returns a message for each invalid setting; empty if all are valid."""
     return _text_problems(config) or [
         *_value_problems(config),
         *tracker_problems(config.track),
@@ -64,7 +64,7 @@ def validate(config: TrainConfig) -> list[str]:
 
 
 def _text_problems(config: TrainConfig) -> list[str]:
-    """Returns a message for each text that config.toml or a path cannot hold."""
+    """Returns a message for each string that is not UTF-8 or contains a null byte."""
     problems = []
     for name, value in dataclasses.asdict(dataclasses.replace(config, config=None)).items():
         for text in map(str, value if isinstance(value, tuple) else [value]):

@@ -1,4 +1,4 @@
-"""Shows a run: a progress bar on a terminal or plain lines elsewhere, and a table at the end."""
+"""Shows the progress of a run, with a bar on a terminal and lines elsewhere, and a table of results at its end."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from abtrain.commands.units import human_bytes
 
 
 class Display:
-    """Shows a run while it trains. Use it as a context manager.
+    """Shows the progress of a run. Use it as a context manager.
 
     Args:
-        steps: the number of steps of the whole run.
+        steps: the total number of steps of the run.
         console: the console to write to; by default standard output.
     """
 
@@ -48,7 +48,7 @@ class Display:
         self._bar.stop()
 
     def heading(self, config: TrainConfig, parameters: int) -> None:
-        """Prints a line about the run that is about to start."""
+        """Prints a line with the task, the recipe and the size of the run."""
         groups = config.workers // group_size_of(config)
         self._plain(
             f"{config.recipe} on {config.task} ({parameters:,} parameters): {config.steps} steps of "
@@ -57,7 +57,7 @@ class Display:
         )
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """Shows the metrics of a step: step, phase, loss, lr, payload_bytes."""
+        """Shows the metrics of a step: `step`, `phase`, `loss`, `lr` and `payload_bytes`."""
         figures = (
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {human_bytes(record['payload_bytes'])} sent per worker"
         )
@@ -67,12 +67,12 @@ class Display:
             self._plain(f"step {record['step']:>5}/{self._steps}  {record['phase']:<9}{figures}")
 
     def validated(self, step: int, quality: Mapping[str, Any], is_best: bool) -> None:
-        """Prints the outcome of a validation."""
+        """Prints the metrics of a validation."""
         top1 = "" if quality["top1"] is None else f"top-1 {quality['top1']:.2f} %, "
         self._plain(f"step {step:>5}/{self._steps}  validation: {top1}loss {quality['loss']:.4f}{' (best)' * is_best}")
 
     def summary(self, result: Mapping[str, Any], folder: Path) -> None:
-        """Prints the table at the end of a run."""
+        """Prints the table of results at the end of a run."""
         seconds, payload = result["seconds"], result["payload_bytes"]
         parts = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("compute", "sync", "svd"))
         table = Table(title=f"{result['recipe']} on {result['task']}, seed {result['seed']}", show_header=False)

@@ -1,8 +1,10 @@
 """Names the files of a run folder, and inspects a folder before a run begins in it.
 
-nothing         the folder is missing, empty, or holds only what a crash leaves before a run has begun
-unfinished run  config.toml without result.json
-anything else   a finished run, or other files
+A folder is in one of three states:
+
+nothing         it is missing, is empty, or contains only what a crash before the start of a run leaves behind
+unfinished run  it contains config.toml, but not result.json
+anything else   it contains a finished run, or other files
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ _PARTIAL = re.compile(r"(config\.toml|metrics\.jsonl|result\.json|outcome\.json)
 
 
 def model_files(name: str) -> dict[str, str]:
-    """Returns the names of the files of a model by their form."""
+    """Returns the names of a model's files by form."""
     return {"factored": f"{name}.safetensors", "dense": f"{name}-dense.safetensors"}
 
 
@@ -34,13 +36,13 @@ def stacks_file(rank: int) -> str:
 
 
 def holds_unfinished_run(folder: Path) -> bool:
-    """Whether a run has begun in the folder and has not finished."""
+    """Whether the folder contains a run that has begun but not finished."""
     config = folder / CONFIG_FILE
     return is_regular(config) and config.stat().st_size > 0 and not os.path.lexists(folder / RESULT_FILE)
 
 
 def holds_nothing(folder: Path) -> bool:
-    """Whether a run can begin in the folder without losing data: it holds at most leftovers of a crash at the start.
+    """Whether a run can begin in the folder without loss of data: it contains at most what a crash at a start leaves.
 
     Raises:
         OSError: the folder cannot be read.

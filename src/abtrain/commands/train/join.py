@@ -1,8 +1,8 @@
-"""Lets the workers of one attempt at a run find each other in a store that may hold entries of earlier attempts.
+"""Lets the workers of one attempt at a run find each other in a store that may have entries of earlier attempts.
 
-torchrun keeps its store when it restarts workers, and with it the addresses of workers that are gone. A worker that
-reads such an address before it is replaced waits for a process that no longer exists. So every attempt meets under a
-fresh name.
+torchrun keeps its store when it restarts workers, so the store still has the addresses of ended workers. A worker that
+read such an address would wait for a process that no longer exists. Each attempt therefore uses a new prefix in the
+store.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.02, 0.5
 
 
 def meet(store: Store, rank: int, world_size: int, seconds: float) -> Store:
-    """Returns the part of a store that belongs to this attempt alone. All workers call it.
+    """Waits for all workers, and returns a view of the store that only this attempt uses. All workers call it.
 
-    Each worker writes a fresh identifier. Rank 0 answers every identifier that it sees, including those of earlier
-    attempts, with the name of the meeting, until all workers have arrived. No worker waits in native code, where it
-    would not notice a request to stop.
+    Each worker writes a new identifier. Rank 0 answers every identifier that it reads, including those of earlier
+    attempts, with the prefix of this attempt, until all workers have arrived. Workers poll the store, because a worker
+    that waited in native code could not react to a request to stop.
 
     Args:
-        store: a store that all workers reach.
+        store: a store that all workers can reach.
         rank: the rank of this worker.
         world_size: the number of workers.
-        seconds: the time to wait for the others.
+        seconds: the longest time in seconds to wait for the other workers.
 
     Raises:
-        PeerLostError: not all workers arrived in time (rank 0 names the missing ones), or the store is out of reach.
+        PeerLostError: not all workers arrived in time (rank 0 names the missing ones), or the store cannot be reached.
     """
     with _in_reach(rank, world_size):
         return _host_meeting(store, world_size, seconds) if rank == 0 else _arrive(store, rank, seconds)
 
 
 def launch_of(store: Store, rank: int, world_size: int) -> str:
-    """Returns a name for one launch. All its attempts get the same name, because the launcher's store outlives them.
+    """Returns a name for one launch. All attempts of a launch read the same name from the launcher's store.
 
     Args:
-        store: the launcher's store, not the part of it that belongs to an attempt.
+        store: the launcher's store itself, not the view that `meet` returns.
         rank: the rank of this worker.
         world_size: the number of workers.
 
     Raises:
-        PeerLostError: the store is out of reach.
+        PeerLostError: the store cannot be reached.
     """
     with _in_reach(rank, world_size):
         return str(store.compare_set("launch", "", uuid.uuid4().hex).decode())

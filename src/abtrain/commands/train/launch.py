@@ -1,4 +1,4 @@
-"""Starts a run with the workers of torchrun, in this process alone, or with workers of our own launcher."""
+"""Starts a run under torchrun, in this process alone, or through abtrain's own launcher."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ log = logging.getLogger("abtrain")
 
 
 def run(config: TrainConfig) -> None:
-    """Trains as `config` says, and returns when all workers are done.
+    """Trains with the settings of `config`, and returns when all workers have finished.
 
     Raises:
-        ConfigurationError: lists all wrong settings, before anything starts.
-        DataError: the task's data is not available; also before anything starts.
+        ConfigurationError: settings are invalid; lists all of them. No worker has started.
+        DataError: the task's data is not available. No worker has started.
         StoppedError: SIGINT, SIGTERM or SIGHUP was received, and all workers have ended.
         AbtrainError: the error of the worker that failed first; all others have ended.
     """
@@ -48,7 +48,7 @@ def run(config: TrainConfig) -> None:
 
 
 def _take_world_size(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """Returns the settings with torchrun's number of workers, and notes for the user."""
+    """Returns the settings with torchrun's number of workers, and messages for the user about settings."""
     world_size = joined_world().size
     notes = []
     if config.workers not in (world_size, TrainConfig.workers):

@@ -1,7 +1,7 @@
-"""Our own launcher: starts the workers of a run on this machine, watches them, and starts them again.
+"""Starts the workers of a run on this machine, watches them, and restarts them if one dies.
 
-Workers start through PyTorch's elastic launcher and find each other through files, so that nothing listens beyond the
-loopback interface. PyTorch's usual TCPStore would listen on all interfaces, whatever its host name.
+PyTorch's elastic launcher starts the workers, which find each other through files. PyTorch's usual TCPStore would
+listen on all network interfaces; with files, nothing listens beyond the loopback interface.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _SHUTDOWN_SECONDS = 30  # workers have this long to save and exit, as under torc
 _RETRY_SECONDS = 0.1
 _PROGRAM = "abtrain.commands.train"
 _RESTARTED = frozenset({AbtrainError.exit_code, PeerLostError.exit_code})
-"""Exit codes of runs that may succeed the next time: a worker died, or an unforeseen error occurred."""
+"""Exit codes of attempts that are worth repeating: a worker died, or an unforeseen error occurred."""
 
 
 def start_workers(config: TrainConfig) -> None:
-    """Runs the workers of a run, and returns when all are done.
+    """Starts the workers of a run, and returns when all have finished.
 
     Raises:
         StoppedError: a request to stop was received, and all workers have ended.
@@ -73,17 +73,17 @@ def start_workers(config: TrainConfig) -> None:
 
 
 def _is_done(config: TrainConfig, started: float) -> bool:
-    """Whether a run has finished in the folder since `started`."""
+    """Whether a run in the folder has finished after the time `started`."""
     result = None if config.out is None else config.out / RESULT_FILE
     return result is not None and is_regular(result) and result.stat().st_mtime >= started
 
 
 def _start_until_done(config: TrainConfig) -> None:
-    """Starts workers, and restarts them if one of them dies, as often as the settings allow.
+    """Starts the workers, and restarts them if one dies, up to the number of times in the settings.
 
     Raises:
-        AbtrainError: the error of the last attempt. Errors that would occur again, and requests to stop, end the run
-            without another attempt.
+        AbtrainError: the error of the last attempt. There is no further attempt after an error that would occur again,
+            or after a request to stop.
         SignalException: this process received a request to stop.
     """
     launch, started = uuid.uuid4().hex, time.time()
@@ -126,7 +126,7 @@ def _launch_config(config: TrainConfig, folder: Path) -> LaunchConfig:
 
 @contextlib.contextmanager
 def _worker_environment(attempt: int = 0, launch: str = "") -> Iterator[None]:
-    """Sets the variables that workers of this attempt inherit from this process, and restores them after it."""
+    """Sets environment variables for the workers of an attempt inside the context, and restores them after it."""
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     before = dict(os.environ)
     os.environ |= {
@@ -147,12 +147,12 @@ def _worker_environment(attempt: int = 0, launch: str = "") -> Iterator[None]:
 
 
 class PassingOn:
-    """Inside this context the launcher passes requests to stop on to its workers.
+    """Passes requests to stop from the launcher to its workers, inside this context.
 
     At the first request the launcher waits for the workers to save; a second one ends them immediately. PyTorch's
-    launcher does both at a SignalException, which is raised in the code that the main thread runs at that moment. If
-    this is a destructor or a callback, Python drops the exception. So a thread repeats the signal until the exception
-    is being handled.
+    launcher does both at a SignalException, which a signal handler raises in whatever code the main thread is running.
+    If this code is a destructor or a callback, Python drops the exception. A thread therefore repeats the signal until
+    the exception is being handled.
     """
 
     def __init__(self) -> None:
@@ -214,7 +214,7 @@ def _is_handled(error: BaseException) -> bool:
 
 
 def _first_error(failures: list[ProcessFailure]) -> AbtrainError:
-    """Returns the error that made the run fail, as the worker raised it."""
+    """Returns the error of the worker that failed first and so made the run fail."""
     # A worker that had to be killed long after others had failed did not react: it was frozen or unreachable.
     long_before = min(failure.timestamp for failure in failures) + _SHUTDOWN_SECONDS - 1
     frozen = [f for f in failures if f.exitcode == -signal.SIGKILL and f.timestamp >= long_before]
@@ -237,7 +237,7 @@ def _first_error(failures: list[ProcessFailure]) -> AbtrainError:
 
 
 def _error_of(failure: ProcessFailure) -> AbtrainError:
-    """Returns the error that a worker left in its error file."""
+    """Returns the error that a worker wrote to its error file before it ended."""
     content = failure.error_file_data.get("message", "")
     if not isinstance(content, dict):
         return AbtrainError(f"worker {failure.local_rank} ended with exit code {failure.exitcode} and left no message")
@@ -249,7 +249,7 @@ def _error_of(failure: ProcessFailure) -> AbtrainError:
 
 
 def _is_consequence(failure: ProcessFailure) -> bool:
-    """Whether a worker ended because another one had ended."""
+    """Whether a worker ended only because another worker had ended before."""
     content = failure.error_file_data.get("message", "")
     own = isinstance(content, dict) and content["message"].startswith(f"{OutOfMemoryError.__name__}: ")
     # A worker that loses its peers during its shutdown aborts.

@@ -40,17 +40,17 @@ _OWN = frozenset({"out", "data", "config"})
 def train(
     config: TrainConfig, communicator: Communicator, store: Store | None = None, launch: str = ""
 ) -> dict[str, Any]:
-    """Trains; rank 0 also evaluates, shows and records. Collective: every worker calls it.
+    """Trains as one worker; rank 0 also evaluates, displays and records. Collective: every worker calls it.
 
     Args:
-        config: valid and resolved; `workers` and `group_size` are the communicator's.
-        communicator: connects this worker to the others; the model trains on its device.
-        store: a store that all workers reach, for requests to stop between merges; without one, such a request waits
-            for the next merge.
-        launch: identifies this launch, see `RunFolder`.
+        config: the settings, validated and resolved; `workers` and `group_size` match the communicator.
+        communicator: the connection to the other workers; the model trains on its device.
+        store: a store that all workers can reach. Workers use it to stop between merges on request. Without a store,
+            such a request takes effect at the next merge.
+        launch: the name of this launch, see `RunFolder`.
 
     Returns:
-        The content of result.json on rank 0, an empty dict elsewhere.
+        The content of result.json on rank 0; an empty dict on other ranks.
 
     Raises:
         ConfigurationError: the settings do not fit the data or the model. No run folder is created then.
@@ -90,7 +90,7 @@ def train(
 
 
 def _load(task: Task, config: TrainConfig, communicator: Communicator) -> tuple[Data, Callable[..., Iterator[Any]]]:
-    """Returns the data, and a function that yields this worker's batches from a step on. Checks both."""
+    """Loads and checks the data. Returns it, and a function that yields this worker's batches from a given step on."""
     assert config.batch_size is not None
     reading = Reading(config.loaders, config.on_bad_image)
     data = task.load(config.data).read_by(reading).to(communicator.device)
@@ -104,10 +104,10 @@ def _load(task: Task, config: TrainConfig, communicator: Communicator) -> tuple[
 
 
 def agree_on_start(config: TrainConfig, communicator: Communicator) -> None:
-    """Compares versions and settings of all workers. Collective over the world.
+    """Checks that all workers have the same versions and settings. Collective over the world.
 
     Raises:
-        RanksDisagreeError: on all workers, with the values that differ and their ranks.
+        RanksDisagreeError: versions or settings differ. All workers raise it, with the differing values and ranks.
     """
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _OWN}
     check_equal(
@@ -119,11 +119,11 @@ def agree_on_start(config: TrainConfig, communicator: Communicator) -> None:
 
 
 def _check_data(task: Task, data: Data, workers: int) -> None:
-    """Checks that there are samples for every worker.
+    """Checks that there are test samples, and at least one training sample for every worker.
 
     Raises:
-        DataError: there are no samples.
-        ConfigurationError: there are fewer samples than workers.
+        DataError: there are no training samples, or no test samples.
+        ConfigurationError: there are fewer training samples than workers.
     """
     samples = len(data.train)
     if not samples or not len(data.test):
@@ -140,7 +140,7 @@ def _check_data(task: Task, data: Data, workers: int) -> None:
 def _open_folder(
     config: TrainConfig, communicator: Communicator, stack: contextlib.ExitStack, launch: str
 ) -> tuple[RunFolder | None, Path, bool]:
-    """Opens the run folder on rank 0. Returns it (None elsewhere), its path, and whether it holds a run to resume."""
+    """Opens the run folder on rank 0. Returns it (None on other ranks), its path, and whether to resume a run in it."""
     folder, problems, stopped, path, resumes = None, list[str](), "", "", False
     if communicator.rank == 0:
         try:
@@ -160,7 +160,7 @@ def _open_folder(
 
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-    """Runs the training steps. Records each step; saves a checkpoint or stops when that is due."""
+    """Runs and records the training steps. Saves checkpoints when they are due, and stops the run on request."""
 
     trainer: Trainer
     recorder: Recorder | None
@@ -172,8 +172,8 @@ class _Loop:
         """Trains to the end of the recipe.
 
         Args:
-            stream: batches from the first remaining step on.
-            folder: the place for stack traces if the run hangs.
+            stream: the batches from the first remaining step on.
+            folder: the folder for stack traces if the run hangs.
         """
         ab = self.trainer.ab
         comm = ab.communicator

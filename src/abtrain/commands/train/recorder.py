@@ -1,4 +1,4 @@
-"""Records and shows a run: the run folder, the trackers, the display."""
+"""Records a run in its folder and in trackers, and displays it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from abtrain.errors import StoppedError
 
 
 class Recorder:
-    """Records and shows a run on rank 0. Use it as a context manager, which also records a stop on request."""
+    """Records and displays a run on rank 0. Use it as a context manager. It also records that a run was stopped."""
 
     def __init__(self, config: TrainConfig, folder: RunFolder, parameters: int) -> None:
         assert config.steps is not None
@@ -48,7 +48,7 @@ class Recorder:
         return time.perf_counter() - self._started
 
     def begin(self, step: int) -> None:
-        """Begins a run, or resumes it after this many steps."""
+        """Begins recording a run, or resumes it after `step` steps."""
         self._step = step
         self._folder.begin(step)
         self._trackers = Trackers(self._heading[0], self._folder.path)
@@ -72,7 +72,7 @@ class Recorder:
     def step(
         self, step: int, phase: str, loss: float, lr: float, payload_bytes: int, divergence: Sequence[Any] = ()
     ) -> None:
-        """Records a step. Every `log_every` steps, writes a line of metrics with the mean loss since the last line."""
+        """Records a step. Every `log_every` steps it logs the metrics, with the mean loss since the last log."""
         self._losses.append(loss)
         self._step = step
         if step % self._every and step != self._last_step:
@@ -94,9 +94,9 @@ class Recorder:
         self._never_fatal("the display", self._display.show, record)
 
     def validated(self, step: int, phase: str, quality: Mapping[str, Any], seconds: float) -> bool:
-        """Records a validation that took so many seconds. Returns whether it is the best so far.
+        """Records a validation, which took `seconds`. Returns whether its model is the best so far.
 
-        The best has the highest top-1, or the lowest loss where a task has no classes.
+        The best model has the highest top-1 accuracy; for tasks without classes, the lowest loss.
         """
         found = {"step": step, **quality}
         best = self.validation.get("best")
@@ -113,7 +113,7 @@ class Recorder:
         return is_best
 
     def finish(self, result: dict[str, Any], models: Mapping[str, Any]) -> None:
-        """Records and shows the result of a finished run, and describes its model files."""
+        """Records and displays the result of a finished run. `models` describes its model files."""
         self._folder.finish(result, models)
         if self._trackers is not None:
             self._trackers.finish(result)

@@ -1,14 +1,14 @@
-"""The run folder: the settings, metrics, checkpoints and result of a run.
+"""Manages the folder of a run, with its settings, metrics, checkpoints and result.
 
 config.toml      the settings with all defaults filled in; `abtrain train --config` repeats the run. Its first line may
                  name the launch that wrote it
 metrics.jsonl    one JSON object per line: step, phase, loss, lr, payload_bytes, seconds
 model.safetensors, model-dense.safetensors
                  the trained model with its factors, and with dense weights only
-model-best...    likewise the best model of all validations
+model-best...    the best model of all validations, in the same forms
 model.json       describes these models
-result.json      appears at the end, complete or not at all
-checkpoints/     where the run resumes (see `abtrain.checkpoint.store`)
+result.json      the result, written completely at the end of the run
+checkpoints/     the states from which the run can resume (see `abtrain.checkpoint.store`)
 outcome.json     written when a run is stopped on request
 .lock            locked while a process writes here
 """
@@ -49,7 +49,7 @@ from abtrain.failpoints import attempt
 
 
 def default_folder(config: TrainConfig) -> Path:
-    """Returns the folder of a run without `--out`."""
+    """Returns the default folder of a run, which is used without `--out`."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{config.task}-{config.recipe_name}-seed{config.seed}-{stamp}"
 
@@ -58,12 +58,12 @@ class RunFolder:
     """The folder of one run. Only one process writes to it.
 
     Args:
-        config: valid and resolved.
-        launch: identifies one start of the command with all its attempts; empty if it has only one attempt.
+        config: the settings, validated and resolved.
+        launch: the name of one start of the command, shared by all its attempts; empty if it has only one attempt.
 
     Attributes:
-        path: the folder.
-        resumes: whether the folder holds an unfinished run that is resumed. Any other run is replaced. With `overwrite`
+        path: the path of the folder.
+        resumes: whether the folder contains an unfinished run to resume; any other run is replaced. With `overwrite`,
             only a run of the same launch is resumed.
 
     Raises:
@@ -97,9 +97,9 @@ class RunFolder:
             raise
 
     def begin(self, step: int) -> None:
-        """Begins a run (step 0), or resumes it after this many steps and removes later records.
+        """Begins a run (step 0), or resumes it after `step` steps and removes later records.
 
-        After a crash at any moment, the same command begins or resumes the run in this folder.
+        A crash at any moment leaves the folder in a state in which the same command can begin or resume the run.
 
         Raises:
             ConfigurationError: the folder cannot be written.
@@ -142,7 +142,7 @@ class RunFolder:
         """Writes model.json and result.json.
 
         Raises:
-            CheckpointError: the file cannot be written.
+            CheckpointError: a file cannot be written.
         """
         try:
             self._write(MODEL_INFO_FILE, models)
@@ -165,14 +165,14 @@ class RunFolder:
         return ConfigurationError(f"--out {self.path} cannot be written: {error}")
 
     def _may_resume(self, overwrite: bool) -> bool:
-        """Whether an unfinished run need not be overwritten, because this launch wrote it."""
+        """Whether an unfinished run is resumed. With `overwrite`, this holds only if this launch wrote the run."""
         if not overwrite:
             return True
         mark = _mark(self._launch)
         return bool(mark) and read_regular(self.path / CONFIG_FILE, errors="replace").startswith(mark)
 
     def _set_checkpoints_aside(self) -> None:
-        """Renames the checkpoints of another run, which is atomic; `_sweep` removes them."""
+        """Renames the folder of another run's checkpoints, because renaming is atomic. `_sweep` removes it later."""
         checkpoints, aside = self.path / CHECKPOINTS, self.path / OLD_CHECKPOINTS
         remove(aside)
         if checkpoints.is_dir() and not checkpoints.is_symlink():
@@ -181,7 +181,7 @@ class RunFolder:
             remove(checkpoints)
 
     def _sweep(self) -> None:
-        """Removes leftovers of crashes, and the checkpoints of a replaced run."""
+        """Removes files that crashes left behind, and the checkpoints of a replaced run."""
         remove(self.path / OLD_CHECKPOINTS)
         for path in list(self.path.iterdir()):
             if is_leftover(path):
@@ -199,7 +199,7 @@ class RunFolder:
         """Checks that `checkpoints` is a folder and metrics.jsonl is a file, and that neither is a link.
 
         Raises:
-            ConfigurationError: one of them is something else.
+            ConfigurationError: one of them is a link or of another type.
         """
         checkpoints, metrics = self.path / CHECKPOINTS, self.path / METRICS_FILE
         odd = []
@@ -235,7 +235,7 @@ class RunFolder:
 
 
 def _lock(path: Path) -> TextIO:
-    """Opens and locks the lock file.
+    """Opens and locks the lock file of the folder, and returns it.
 
     Raises:
         ConfigurationError: another process has locked it.
@@ -258,12 +258,12 @@ def _lock(path: Path) -> TextIO:
 
 
 def _mark(launch: str) -> str:
-    """Returns the first line of config.toml, by which a later attempt of the launch recognizes its run."""
+    """Returns the first line of config.toml. A later attempt of the same launch recognizes its run by this line."""
     return f"# launch {launch}\n" if launch else ""
 
 
 def _lines_until(metrics: Path, step: int) -> list[str]:
-    """Returns the lines of metrics up to a step, without a line that a crash cut short."""
+    """Returns the lines of metrics.jsonl up to `step`, without an incomplete line that a crash left."""
     kept = []
     text = read_regular(metrics, errors="replace") if metrics.exists() else ""
     for line in text.splitlines(keepends=True):
@@ -280,7 +280,7 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Replaces NaN and infinity, which JSON cannot hold, by null."""
+    """Replaces NaN and infinity by None, because JSON cannot represent them."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

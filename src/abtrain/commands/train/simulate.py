@@ -1,7 +1,7 @@
-"""Simulates many workers in one process, to study what a method does to a model without real links.
+"""Simulates many workers in one process. This shows how a method affects a model, without real links.
 
-Each worker is a thread with its own model, optimizer and batches, with the engine over the in-process communicator. Its
-numbers are those that separate processes would get, and the meter counts the bytes that they would send.
+Each worker is a thread with its own model, optimizer, batches and engine. The workers share an in-process communicator.
+They compute the same numbers as separate processes, and the meter counts the bytes that those would send.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def simulate(config: TrainConfig, data: Data) -> dict[str, Any]:
     """Trains with `config.workers` threads and evaluates the average of the groups.
 
     Args:
-        config: valid and resolved, for the CPU.
-        data: the data of its task.
+        config: the settings, validated and resolved, for the CPU.
+        data: the data of the task.
 
     Returns:
-        The content of result.json. Its times are those of threads that share the cores. `cpu_seconds_per_step` is the
-        CPU time of one worker's step, which does not depend on other load.
+        The content of result.json. Its wall times are longer than those of real workers, because threads share the
+        cores. `cpu_seconds_per_step` is the CPU time of one worker's step, which does not depend on other load.
 
     Raises:
         ConfigurationError: the settings do not fit the data or the model.
@@ -52,7 +52,7 @@ def simulate(config: TrainConfig, data: Data) -> dict[str, Any]:
 
 
 def _worker(config: TrainConfig, data: Data, initial: nn.Module, communicator: Communicator) -> dict[str, Any]:
-    """Trains as one worker. Returns the result on rank 0, elsewhere an empty dict."""
+    """Trains as one worker. Returns the content of result.json on rank 0, and an empty dict on other ranks."""
     assert config.steps is not None and config.batch_size is not None
     rank = communicator.rank
     trainer = Trainer(config, copy.deepcopy(initial), communicator)

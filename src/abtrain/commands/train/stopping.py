@@ -1,7 +1,7 @@
-"""Stops all workers at the same step once any one of them receives a request to stop.
+"""Stops all workers at the same step if any of them receives a request to stop.
 
-Workers learn of requests from a number that they reduce whenever they communicate. If the next merge is many steps
-away, they vote on a step through the store (`StopVote`).
+Workers learn of a request from a number that they all-reduce whenever they communicate. If the next merge is many steps
+away, they agree on a step through the store instead (`StopVote`).
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from abtrain.errors import StoppedError
 _LOOK_SECONDS = 1.0
 _MAX_STEPS_AHEAD = 1000
 _PATIENCE_SECONDS, _HIDDEN_PATIENCE_SECONDS = 10.0, 2.0
-"""The time that a worker waits for the others' votes. The second value is for steps that overlap with a hidden merge:
-another worker may then wait for this one in any step."""
+"""The seconds for which a worker waits for the votes of the others. The second value is for steps that overlap with a
+hidden merge, because another worker may then be waiting for this one."""
 _PAUSE_SECONDS = 0.02
 _REQUEST, _COUNT, _VERDICT, _MEETINGS = "asked", "count", "verdict", "meetings"
 _GO, _TOO_LATE = "go", "too late"
 
 
 class Stopping:
-    """Inside this context a request stops all workers at their next meeting; a second one stops this worker at once.
+    """Stops all workers together at a request, inside this context. A second request stops this worker immediately.
 
-    Every worker enters it before any of them starts to train. Otherwise a signal could end a worker while the others
-    train, and they could not write a checkpoint.
+    Every worker enters the context before any worker starts to train. Otherwise a signal could end one worker while the
+    others train, and the others could not write a checkpoint.
 
     Args:
         comm: the communicator of this worker.
-        store: a store that all workers reach; without one they agree only when they communicate.
+        store: a store that all workers can reach; without one they agree only when they communicate.
     """
 
     def __init__(self, comm: Communicator, store: Store | None = None) -> None:
@@ -59,12 +59,12 @@ class Stopping:
     def before_step(self, step: int, waits: bool, hidden: int) -> None:
         """Announces in the store that this worker is about to wait for workers that may be at an earlier step.
 
-        Those may be waiting for its vote. The announcement tells them that it cannot answer.
+        The other workers may be waiting for this worker's vote. The announcement tells them that it cannot vote.
 
         Args:
-            step: the next step, which belongs to a phase without shared gradients.
-            waits: whether a merge or a checkpoint begins in it, or the run ends.
-            hidden: the number of steps for which a merge continues after the step in which it begins.
+            step: the next step. It belongs to a phase in which workers do not share gradients.
+            waits: whether a merge or a checkpoint begins in the step, or the run ends with it.
+            hidden: the number of steps for which a hidden merge continues after the step in which it begins.
         """
         if self._vote is None or self._comm.topology.world_size == 1:
             return
@@ -74,12 +74,12 @@ class Stopping:
         self._vote.before_step(waits, hides=step <= self._hidden_until)
 
     def agreed(self, meets: bool, wait: bool) -> int:
-        """Returns the signal of a request, the same on all workers; 0 without one. Collective if `meets`.
+        """Returns the signal number of a request, the same on all workers; 0 if there is none. Collective if `meets`.
 
         Args:
             meets: whether workers communicate at this step. A new answer is requested only then.
-            wait: whether to wait for the newest answer. Otherwise the result is the answer of the last meeting, or 0 if
-                workers do not meet.
+            wait: whether to wait for the newest answer. Otherwise the result is the answer of the last step at which
+                workers communicated, or 0 if they do not communicate at this step.
         """
         if self._comm.topology.world_size == 1:
             return self._requests.number
@@ -91,7 +91,7 @@ class Stopping:
         return answer or (self._answer() if wait else 0)
 
     def agreed_between(self, step: int) -> int:
-        """Like `agreed`, but in the middle of a round, where workers do not meet: they vote through the store.
+        """Like `agreed`, but between merges: workers do not communicate there, so they vote through the store.
 
         Args:
             step: the number of steps that this worker has done.
@@ -120,14 +120,14 @@ def _vote_of(comm: Communicator, store: Store) -> StopVote:
 
 
 class StopVote:
-    """Workers that train alone agree on the step at which all stop, without waiting for the next merge.
+    """Lets workers agree on a step at which all stop, without waiting for the next merge.
 
-    A worker with a request announces it in the store. Every worker that reads it there, about once a second, writes its
-    step and waits until all have done so. The largest step is the one to stop at; the others train up to it. A worker
-    that waits for them at a merge cannot vote: then all continue, and stop at the merge.
+    A worker that receives a request announces it in the store. All workers read the store about once a second. A worker
+    that finds a request writes its step and waits until all have done so. All workers then train up to the largest step
+    and stop there. A worker that already waits at a merge cannot vote: then all continue, and stop at the merge.
 
-    Workers of a group share gradients, so a worker that waits here also blocks the others of its group at their next
-    step. All of them read the store at the same steps, and the first one to read decides for the group.
+    Workers of a group share gradients, so a worker that waits for votes also blocks its group at the next step. All
+    workers of a group therefore read the store at the same steps, and the first one to read decides for the group.
 
     Args:
         store: a store that only this run uses.
@@ -148,10 +148,10 @@ class StopVote:
         self._given_up = False
 
     def agreed(self, requested: int, step: int) -> int:
-        """Returns the signal of a request if this is the step to stop at, else 0.
+        """Returns the signal number of a request if workers stop at this step, else 0.
 
         Args:
-            requested: the signal of a request to this worker; 0 without one.
+            requested: the signal number of a request to this worker; 0 if there is none.
             step: the number of steps that this worker has done.
         """
         if self._given_up:
@@ -163,11 +163,11 @@ class StopVote:
         return self._number if step == self._target else 0
 
     def before_step(self, waits: bool, hides: bool) -> None:
-        """Prepares for a step.
+        """Announces whether this worker is about to wait for all others.
 
         Args:
-            waits: whether this worker is about to wait for all others, at a merge or a checkpoint.
-            hides: whether the step overlaps with a hidden merge.
+            waits: whether it waits in the next step, at a merge or a checkpoint.
+            hides: whether the next step overlaps with a hidden merge.
         """
         self._patience = _HIDDEN_PATIENCE_SECONDS if hides else _PATIENCE_SECONDS
         if waits:
@@ -196,13 +196,13 @@ class StopVote:
         return bool(seen)
 
     def _is_announced(self, requested: int) -> bool:
-        """Whether a request is in the store; puts this worker's own there."""
+        """Whether the store has a request to stop. Writes this worker's own request to the store first."""
         if requested and not self._store.check([_REQUEST]):
             self._store.set(_REQUEST, str(requested))
         return bool(self._store.check([_REQUEST]))
 
     def _settle(self, step: int) -> int | None:
-        """Votes, and returns the step to stop at; None if not all workers vote."""
+        """Votes, and returns the step at which all workers stop; None if not all workers vote."""
         place = self._store.add(_COUNT, 1)
         self._store.set(f"step/{place}", str(step))
         deadline = time.monotonic() + self._patience
@@ -219,7 +219,7 @@ class StopVote:
         return max(int(self._store.get(key)) for key in everyone)
 
     def _is_waited_for(self) -> bool:
-        """Whether another worker waits for this one at a merge or a checkpoint."""
+        """Whether another worker has announced that it waits for this one at a merge or a checkpoint."""
         return bool(self._store.check([_MEETINGS])) and int(self._store.get(_MEETINGS)) > self._meetings
 
     def _decide(self, verdict: str) -> None:

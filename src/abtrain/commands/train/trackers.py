@@ -1,7 +1,7 @@
 """Sends metrics to TensorBoard, Weights & Biases or MLflow, in addition to metrics.jsonl.
 
-Each is imported only if it is requested. A tracker never ends a run: its first error is logged, and it is not called
-again.
+A tracker's package is imported only if the tracker is requested. A tracker never ends a run: its first error is logged,
+and it is not called again.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Numbers = Mapping[str, float]
 
 
 class Tracker(Protocol):
-    """The interface of a tracker."""
+    """The interface of a tracker, which receives the metrics of a run."""
 
     def log(self, step: int, numbers: Numbers) -> None:
-        """Records the numbers of a step."""
+        """Records the metrics of a step, by name."""
         ...
 
     def finish(self, numbers: Numbers) -> None:
-        """Records the result of a run, and closes the tracker."""
+        """Records the numbers in a run's result, by name, and closes the tracker."""
         ...
 
 
@@ -97,11 +97,11 @@ TRACKERS: dict[str, tuple[str, Callable[[Path, TrainConfig], Tracker]]] = {
     "wandb": ("wandb", WandB),
     "mlflow": ("mlflow", MLflow),
 }
-"""By name, the package that a tracker needs, and its class."""
+"""The package that each tracker needs and its class, by the tracker's name."""
 
 
 def tracker_problems(names: Sequence[str]) -> list[str]:
-    """Returns the problems of the requested trackers; empty if there are none."""
+    """Returns a message for each requested tracker that is unknown or not installed."""
     found = []
     for name in names:
         if name not in TRACKERS:
@@ -112,7 +112,7 @@ def tracker_problems(names: Sequence[str]) -> list[str]:
 
 
 class Trackers:
-    """All trackers of a run, none of which can end it.
+    """All trackers of a run. Their errors are logged and do not end the run.
 
     Args:
         config: the settings of the run.
@@ -130,11 +130,11 @@ class Trackers:
             self._never_fatal(name, begin, name)
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
-        """Records the numeric values of a step."""
+        """Sends the numeric values in a line of metrics to all trackers."""
         self._each(lambda tracker: tracker.log(step, _numbers(record)))
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Records the numeric values of the result, and closes all trackers."""
+        """Sends the numeric values in the result to all trackers, and closes them."""
         self._each(lambda tracker: tracker.finish(_numbers(result)))
 
     def _each(self, call: Callable[[Tracker], None]) -> None:

@@ -1,4 +1,4 @@
-"""One worker's training: the engine around a task's model, and one step. Shared by real and simulated workers."""
+"""Trains a task's model with the engine, step by step. Real and simulated workers share this code."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from abtrain.errors import NonFiniteError
 from abtrain.recipes.recipe import Position
 
 VALIDATE = "validate"
-"""The phase under which the bytes of validation are counted."""
+"""The name of the phase under which the meter counts the bytes of validation."""
 
 
 class Trainer:
-    """A task's model with its optimizer, schedule and engine. Building it is collective over the world.
+    """One worker's model with its optimizer, schedule and engine. Construction is collective over the world.
 
     Args:
-        config: valid and resolved.
+        config: the settings, validated and resolved.
         model: the model of the task, on the communicator's device.
-        communicator: connects this worker to the others.
+        communicator: the connection to the other workers.
 
     Attributes:
-        parameters: the number of parameters before any of them is factored.
+        parameters: the number of the model's parameters with dense weights.
     """
 
     def __init__(self, config: TrainConfig, model: nn.Module, communicator: Communicator) -> None:
@@ -54,7 +54,7 @@ class Trainer:
         )
 
     def optimizer_step(self, position: Position, x: Tensor, y: Tensor) -> tuple[float, float]:
-        """Takes one optimizer step on a batch. The caller still has to call `ab.step`.
+        """Takes one optimizer step on a batch. The caller must call `ab.step` afterwards.
 
         Returns:
             The loss and the learning rate of the step.
@@ -88,9 +88,9 @@ class Trainer:
         """Evaluates the model and returns the content of result.json. Call it inside `ab.merged()`.
 
         Args:
-            seconds: that the run has taken.
-            data: of the task.
-            validation: while training: the `best`, the `last`, and their `seconds`.
+            seconds: the wall time of the run.
+            data: the data of the task.
+            validation: the `best` and the `last` validation during training, and the `seconds` of all.
         """
         ab, config = self.ab, self.config
         meter, topology, device = ab.communicator.meter, ab.communicator.topology, ab.communicator.device
@@ -132,7 +132,7 @@ class Trainer:
 
 
 def loss_of(model: Callable[[Tensor], Any], task: Task, x: Tensor, y: Tensor, precision: Precision | None) -> Tensor:
-    """Returns the task's training loss on a batch, under autocast to bf16 if that is the precision."""
+    """Returns the task's training loss on a batch. Computes it under autocast to bf16 if `precision` is bf16."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
         return task.loss(model(x), y)
 

@@ -1,4 +1,4 @@
-"""Validation while a run trains, and the model files of a run."""
+"""Validates the model during training, and writes the model files of a run."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ log = logging.getLogger("abtrain")
 
 
 class Validation:
-    """Validates the average of all workers every so many steps, and keeps the best model.
+    """Validates the average of all workers at regular intervals, and saves the best model.
 
-    Each worker takes a part of the test set, and their sums are added. Bytes and seconds do not count as training.
+    Each worker evaluates a part of the test set. The bytes and seconds of validation do not count as training.
 
     Args:
         trainer: this worker's trainer.
-        recorder: the recorder on rank 0; None elsewhere.
-        data: of the task.
-        folder: where model files go.
+        recorder: the recorder on rank 0; None on other ranks.
+        data: the data of the task.
+        folder: the folder for model files.
     """
 
     def __init__(self, trainer: Trainer, recorder: Recorder | None, data: Data, folder: Path) -> None:
         self._trainer, self._recorder, self._data, self._folder = trainer, recorder, data, folder
 
     def after(self, step: int) -> None:
-        """Validates where it is due after this many steps. Collective over the world."""
+        """Validates if a validation is due after `step` steps. Collective over the world."""
         trainer, every = self._trainer, self._trainer.config.validate_every
         if not every or step % every:
             return
@@ -64,7 +64,7 @@ class Validation:
 
 
 def save_model_files(trainer: Trainer, folder: Path, name: str = MODEL) -> None:
-    """Writes the model in both forms. Call it on one worker, inside `ab.merged()`.
+    """Writes the model with factors and with dense weights. Only one worker calls it, inside `ab.merged()`.
 
     Raises:
         CheckpointError: a file cannot be written.
@@ -90,7 +90,7 @@ def save_last_model(trainer: Trainer, folder: Path) -> None:
 
 
 def describe_models(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Returns the content of model.json: what each model of a finished run is, and the files that hold it."""
+    """Returns the content of model.json: a description of each model of a finished run, and the names of its files."""
     quality = {name: result[name] for name in ("top1", "loss")}
     models = {MODEL: {"step": result["steps"], **quality}, BEST_MODEL: result["validation"].get("best")}
     run = {

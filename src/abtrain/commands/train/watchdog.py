@@ -18,14 +18,15 @@ _MARGIN_SECONDS = 10.0
 
 
 class Watchdog:
-    """Inside this context a worker that hangs for longer than the others wait writes its stacks to a file and exits.
+    """Makes a worker that hangs write the stacks of its threads and exit, inside this context.
 
-    Collectives have their own time-outs. This is for hangs elsewhere, and for backends that wait without one.
+    A worker hangs if it makes no step for longer than the other workers wait for it. Collectives have their own
+    time-outs. The watchdog is for hangs elsewhere, and for backends without time-outs.
 
     Args:
-        seconds: the time that workers wait for each other.
-        who: the worker, for the message.
-        file: the file for the stacks; None writes them to standard error.
+        seconds: the number of seconds that workers wait for each other.
+        who: the name of the worker, for the message.
+        file: the file for the stacks; None for standard error.
     """
 
     def __init__(self, seconds: float, who: str, file: Path | None) -> None:
@@ -49,11 +50,11 @@ class Watchdog:
             self.dump()
 
     def beat(self, place: str) -> None:
-        """Reports that the worker is alive and about to run `place`, which is named if it hangs there."""
+        """Records that the worker is alive. `place` says what it does next; the message about a hang includes it."""
         self._place, self._last = place, time.monotonic()
 
     def dump(self) -> str:
-        """Writes the stacks of all threads, and returns where they are."""
+        """Writes the stacks of all threads, and returns the name of the file or stream."""
         if self._file is None:
             faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
             return "standard error"

@@ -1,7 +1,7 @@
-"""One worker of a run: joins the other workers, if there are any, and trains.
+"""Runs one worker: joins the other workers, if there are any, and trains.
 
-`main` is the program of a worker that `launcher.py` starts, `python -m abtrain.commands.train FOLDER`. FOLDER holds the
-settings and the file through which the workers find each other.
+`main` is the program of a worker that `launcher.py` starts, `python -m abtrain.commands.train FOLDER`. FOLDER
+contains the settings, and the file through which the workers find each other.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ SETTINGS_FILE = "config.toml"
 STORE_FILE = "store"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the name that torch gives it
 _START_SECONDS = 30.0
-"""The time limit for making connections. It takes less than a second unless a worker is lost, since all are present."""
+"""The time limit for connecting. All workers are present, so connecting takes less than a second unless one is lost."""
 
 
 def set_up_log() -> None:
-    """Sends the library's log to standard error. With several workers, only rank 0 logs notes."""
+    """Sends the library's log to standard error. Of several workers, only rank 0 logs messages below errors."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("abtrain: note: %(message)s"))
     log = logging.getLogger("abtrain")
@@ -70,10 +70,10 @@ def _grouped(config: TrainConfig, communicator: Communicator) -> TrainConfig:
 
 
 def train_together(config: TrainConfig, store: Store | None = None) -> None:
-    """Joins the other workers by the variables that torchrun sets, and trains with them.
+    """Joins the other workers, which torchrun's environment variables describe, and trains with them.
 
     Args:
-        config: valid and resolved; `workers` is WORLD_SIZE.
+        config: the settings, validated and resolved; `workers` equals WORLD_SIZE.
         store: the store through which the workers find each other; by default the one at MASTER_ADDR.
     """
     world = joined_world(at_master=store is None)
@@ -99,10 +99,10 @@ def train_together(config: TrainConfig, store: Store | None = None) -> None:
 
 
 def _join(config: TrainConfig, store: Store, rank: int) -> Communicator:
-    """Creates the process groups. All workers are present by now, so a worker that is lost later is noticed soon.
+    """Creates the process groups. All workers are present by now, so a short time limit suffices.
 
     Raises:
-        PeerLostError: a worker was lost.
+        PeerLostError: a worker ended or could not be reached.
     """
     timeout = timedelta(seconds=config.timeout)
     # NCCL connects in its first collectives, which may take longer, and uses only the store here.
@@ -132,7 +132,7 @@ def _join(config: TrainConfig, store: Store, rank: int) -> Communicator:
 
 
 def _wait_as_long_as(timeout: timedelta, store: Store) -> None:
-    """Sets the time-out of all further collectives."""
+    """Sets the time-out of all later collectives and of the store."""
     store.set_timeout(timeout)
     distributed: Any = dist.distributed_c10d
     # The function is public since torch 2.14.
@@ -143,7 +143,7 @@ def _wait_as_long_as(timeout: timedelta, store: Store) -> None:
 
 @contextlib.contextmanager
 def _losses_named(peers: Peers) -> Iterator[None]:
-    """Adds the missing ranks to the error about a lost peer, and reports any other error to the remaining workers."""
+    """Adds the missing ranks to an error about a lost peer. Reports any other error to the other workers."""
     try:
         yield
     except OutOfMemoryError as error:
@@ -164,7 +164,7 @@ def _announced_store(rank: int, world_size: int, timeout: timedelta) -> Store:
 
     Raises:
         ConfigurationError: another program listens there.
-        PeerLostError: the worker that holds the store, or workers that should join it, did not arrive in time.
+        PeerLostError: the worker that holds the store, or a worker that should connect to it, did not arrive in time.
     """
     try:
         store: Store
@@ -184,7 +184,7 @@ def _announced_store(rank: int, world_size: int, timeout: timedelta) -> Store:
 
 @contextlib.contextmanager
 def memory_named(rank: int) -> Iterator[None]:
-    """Turns the various errors of torch and Python for exhausted memory into OutOfMemoryError."""
+    """Converts all errors of torch and Python about exhausted memory to OutOfMemoryError, inside this context."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -198,7 +198,7 @@ def memory_named(rank: int) -> Iterator[None]:
 
 
 def main(folder: Path) -> int:
-    """Trains as a worker of `launcher.py`, and returns the exit code. An error goes into the launcher's error file."""
+    """Trains as a worker of `launcher.py`, and returns the exit code. Writes an error to the launcher's error file."""
     end_at_once()  # until training begins
     threading.Thread(target=_end_with_parent, args=(os.getppid(), folder), daemon=True).start()
     set_up_log()
@@ -216,9 +216,9 @@ def main(folder: Path) -> int:
 
 
 def report_to_launcher(error: Exception) -> None:
-    """Writes the launcher's error file completely or not at all.
+    """Writes an error to the launcher's error file, completely or not at all.
 
-    The launcher ends workers as soon as one has failed, and it cannot read an incomplete file.
+    The launcher may end this worker at any time because another one has failed, and cannot read an incomplete file.
     """
     file = os.environ[_ERROR_FILE]
     os.environ[_ERROR_FILE] = partial = f"{file}.begun"
@@ -228,7 +228,7 @@ def report_to_launcher(error: Exception) -> None:
 
 
 def _end_with_parent(parent: int, folder: Path) -> None:
-    """Ends this worker once the launcher is gone for any reason, so that no worker is left behind."""
+    """Ends this worker when the launcher has ended for any reason. No worker outlives the launcher."""
     while os.getppid() == parent:
         time.sleep(1)
     shutil.rmtree(folder, ignore_errors=True)  # in the launcher's place

@@ -1,4 +1,4 @@
-"""Reads the launcher's environment variables: which worker this process is, and where the workers meet."""
+"""Reads the launcher's environment variables: the rank of this process, and the address where workers meet."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from abtrain.errors import ConfigurationError
 from abtrain.failpoints import ATTEMPT, RESTARTS
 
 LAUNCH = "ABTRAIN_LAUNCH"
-"""Identifies one start of our own launcher, with all its attempts."""
+"""The environment variable with the name of one start of abtrain's launcher, shared by all its attempts."""
 _MAX_COUNT = 10**6  # the largest number of workers or attempts; no launcher writes a larger one
 _SET_BY = "start workers with torchrun, which sets it, or unset RANK and WORLD_SIZE to train without a launcher"
 
 
 class WorldError(ConfigurationError):
-    """A launcher's variables have impossible values. They differ between workers, so each worker reports its own."""
+    """The launcher's variables have invalid values. Values differ between workers, so each worker reports its own."""
 
 
 class World(NamedTuple):
-    """The place of this process among the workers."""
+    """The rank of this process among all workers, their number, and its rank on this machine."""
 
     rank: int
     size: int
@@ -33,47 +33,47 @@ def is_joined() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process is rank 0 or has no launcher. Does not check the variables."""
+    """Whether this process is rank 0 or has no launcher. The values of the variables are not checked."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def joined_world(at_master: bool = True) -> World:
-    """Returns the place of this process among the launcher's workers.
+    """Returns the rank of this process among the launcher's workers, their number, and its rank on this machine.
 
     Args:
-        at_master: whether workers meet at MASTER_ADDR and MASTER_PORT, which then must be set.
+        at_master: whether workers meet at MASTER_ADDR and MASTER_PORT. If so, these variables must be set.
 
     Raises:
-        WorldError: a variable has an impossible value.
+        WorldError: a variable has an invalid value.
     """
     check_world(at_master=at_master)
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def local_size(default: int) -> int:
-    """Returns the number of workers on this machine; `default` if the launcher does not say.
+    """Returns the number of workers on this machine; `default` if the launcher does not set it.
 
     Raises:
-        WorldError: a variable has an impossible value.
+        WorldError: a variable has an invalid value.
     """
     check_world(at_master=False)
     return int(os.environ.get("LOCAL_WORLD_SIZE", default))
 
 
 def is_restarted_by_torchrun() -> bool:
-    """Whether torchrun starts workers again if one of them fails."""
+    """Whether torchrun started this process and restarts all workers if one of them fails."""
     return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
 def check_world(variables: Mapping[str, str] = os.environ, at_master: bool = True) -> None:
-    """Checks the launcher's variables, none of which has to be set.
+    """Checks the values of the launcher's variables. All of them may be missing.
 
     Args:
-        variables: values by name.
-        at_master: as for `joined_world`.
+        variables: the values by name.
+        at_master: whether MASTER_ADDR and MASTER_PORT must be set if RANK and WORLD_SIZE are.
 
     Raises:
-        WorldError: lists every variable that has an impossible value.
+        WorldError: variables have invalid values; lists all of them.
     """
     problems = [_count_problem(variables, name, 0, _MAX_COUNT, "unset it") for name in (RESTARTS, ATTEMPT)]
     problems.append(_count_problem(variables, "LOCAL_WORLD_SIZE", 1, _max_local_size(variables), _SET_BY))
@@ -110,14 +110,14 @@ def _max_local_size(variables: Mapping[str, str]) -> int:
 
 
 def _rank_problem(variables: Mapping[str, str], name: str, size: str, default: int) -> str:
-    """Returns the problem of a rank, which must be below `size` if that is known, else below `default`."""
+    """Returns a message if a rank is not below the variable `size`, or below `default` if `size` is not set."""
     known = _number(variables.get(size, ""))
     bound = f" (below {size})" if known else ""
     return _count_problem(variables, name, 0, (known or default) - 1, _SET_BY, bound)
 
 
 def _count_problem(variables: Mapping[str, str], name: str, low: int, high: int, remedy: str, bound: str = "") -> str:
-    """Returns the problem of a variable that must hold a whole number; empty if there is none or it is not set."""
+    """Returns a message if a variable is not a whole number in range; empty if it is valid or not set."""
     if name not in variables:
         return ""
     number = _number(variables[name])
@@ -127,5 +127,5 @@ def _count_problem(variables: Mapping[str, str], name: str, low: int, high: int,
 
 
 def _number(text: str) -> int | None:
-    """Parses plain digits. `int` would also accept signs, spaces and underscores, which no launcher writes."""
+    """Parses a number that has only digits. `int` would also accept signs, spaces and underscores."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 9 else None
