@@ -1,4 +1,4 @@
-"""The engine: what happens at which step of a run, and when."""
+"""The engine carries out a recipe inside the user's training loop."""
 
 from abtrain.engine.ab_training import ABTraining
 

@@ -1,4 +1,4 @@
-"""ABTraining: trains a model by a recipe, inside the user's own loop.
+"""ABTraining trains a model as a recipe prescribes, inside the user's own training loop.
 
 The loop of every recipe:
 
@@ -15,8 +15,8 @@ The loop of every recipe:
                 start the LR rebound       if shapes changed
                 freeze by role, wrap again
 
-Three objects do the work: `FactoredModel` (weights and factors), `Rounds` (what merges, and how) and `OptimizerHooks`
-(what happens around optimizer steps). `PhaseChange` takes them from one phase to the next.
+Three objects do the work. `FactoredModel` stores weights and factors. `Rounds` merges the workers' models.
+`OptimizerHooks` acts before and after optimizer steps. `PhaseChange` prepares all three for the next phase.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ log = logging.getLogger("abtrain")
 
 
 class ABTraining(ModelAccess):
-    """Trains a model by a recipe, inside the user's own loop.
+    """Trains a model as a recipe prescribes, inside the user's own training loop.
 
         ab = ABTraining(model, optimizer, recipes.ab(total_steps=10_000))
         for x, y in loader:
@@ -62,38 +62,38 @@ class ABTraining(ModelAccess):
             optimizer.step(); scheduler.step(); optimizer.zero_grad()
             ab.step()
 
-    Every call of `ab.step()` and `ab.merged()` is collective: all workers make it, at the same step.
+    The methods `step` and `merged` are collective: all workers must call them at the same training step.
 
     Args:
-        model: the bare model, already on its device; changed in place. Not wrapped in DDP. Parameters and buffers that
-            it tells DDP to ignore stay each worker's own.
-        optimizer: an optimizer of the model's parameters, or a list of optimizers that share no parameters. They stay
-            the same objects. Optimizers that wrap others (Accelerate's, SAM, Lookahead) need no preparation.
-        recipe: what happens at which step.
-        communicator: how to reach the other workers; default torch.distributed if it is initialised, else alone.
-        group_size: workers per group; default the number of ranks per node under torchrun, else 1.
-        grad_scaler: the loop's GradScaler, if it has one. Groups adapt their loss scales separately, so they are made
-            equal before gradients are shared again.
+        model: the model to train, on its device and not wrapped in DDP. ABTraining changes it in place. Workers do not
+            share the parameters and buffers that the model tells DDP to ignore.
+        optimizer: an optimizer of the model's parameters, or a list of optimizers that share no parameters. ABTraining
+            keeps these objects. Optimizers that wrap others (Accelerate's, SAM, Lookahead) need no preparation.
+        recipe: the phases of training, with the number of steps of each phase.
+        communicator: the connection to the other workers; default: torch.distributed if initialised, else one worker.
+        group_size: the number of workers per group; default: the ranks per node under torchrun, else 1.
+        grad_scaler: the loop's GradScaler, if it has one. Groups adapt their loss scales separately. ABTraining makes
+            the scales equal before all workers share gradients again.
         find_unused_parameters: whether the backward pass may leave some parameters without a gradient, as in DDP.
-        on_nonfinite: what to do about NaN or infinity. `stop`: all workers stop before anything is averaged or changed.
-            `drop_worker`: a merge leaves the worker's part out, and gives it the average of the others. `skip`: all
-            workers that share such gradients skip the optimizer step. Under `drop_worker` and `skip`, all other cases
-            stop all workers.
-        average_buffers: globs of buffers that are averaged if they differ between workers. Running statistics are
-            always averaged; all other buffers follow one worker, as under DDP.
-        same_settings: whether to compare the optimizers' settings at the start, at each phase and before each merge.
-            Use False if workers train with different settings on purpose.
-        measure_divergence: whether to measure at every merge how far workers have diverged; each layer sends 2 numbers.
+        on_nonfinite: the reaction to NaN or infinity. `stop`: all workers stop before they average or change anything.
+            `drop_worker`: a merge excludes the affected worker and gives it the average of the others. `skip`: all
+            workers that share the affected gradients skip the optimizer step. Under `drop_worker` and `skip`, every
+            other case stops all workers.
+        average_buffers: glob patterns for names of buffers to average if they differ between workers. Running
+            statistics are always averaged. All other buffers take one worker's values, as under DDP.
+        same_settings: whether to compare the workers' optimizer settings at the start, at each phase and before each
+            merge. Use False if workers train with different settings on purpose.
+        measure_divergence: whether to measure at each merge how far workers have diverged; sends 2 numbers per layer.
 
     Attributes:
-        module: the model.
-        optimizers: as given; `optimizer` is the first.
-        recipe: as given.
-        communicator: as given, or the default.
+        module: the model in training.
+        optimizers: the given optimizers; `optimizer` is the first of them.
+        recipe: the given recipe.
+        communicator: the given communicator, or the default.
 
     Raises:
         ConfigurationError: the arguments are invalid; the message lists all problems.
-        RanksDisagreeError: the workers' recipes or options differ, or their models in names, shapes or dtypes.
+        RanksDisagreeError: workers have different recipes or options, or models of different names, shapes or dtypes.
     """
 
     @in_own_modes
@@ -134,7 +134,7 @@ class ABTraining(ModelAccess):
             average_buffers=tuple(average_buffers),
         )
         self._new_state = NewState(shared, recipe, comm)
-        # The optimizer is changed from here on. All checks that can raise come before.
+        # All checks that can raise an error come before this line, since the next lines change the optimizer.
         self._hooks = OptimizerHooks(
             self._model, shared.frozen(), self._progress, on_nonfinite, lambda: self._phases.whose_gradients()
         )
@@ -144,11 +144,11 @@ class ABTraining(ModelAccess):
         self._enter(recipe.at(0))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the model's forward pass. Gradients will be averaged as the phase says; disable them for validation.
+        """Runs the model's forward pass. The backward pass averages gradients, so disable them for validation.
 
         Raises:
-            UsageError: gradients are enabled, and `ab.step()` was forgotten after the last optimizer step, the recipe
-                has ended, or `close` was called.
+            UsageError: gradients are enabled, and the loop did not call `ab.step()` after the last optimizer step, the
+                recipe has ended, or `close` was called.
         """
         if torch.is_grad_enabled():
             self._calls.forward()
@@ -157,7 +157,7 @@ class ABTraining(ModelAccess):
 
     @property
     def require_backward_grad_sync(self) -> bool:
-        """DDP's flag, for loops that read it. Setting it raises UsageError: use `no_sync`."""
+        """Returns True, for loops that read this flag of DDP. Setting the flag raises UsageError: use `no_sync`."""
         return True
 
     @require_backward_grad_sync.setter
@@ -168,23 +168,23 @@ class ABTraining(ModelAccess):
         )
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Accumulates gradients: forward and backward passes inside the block do not communicate, as with DDP."""
+        """Returns a context in which forward and backward passes accumulate gradients locally, as under DDP."""
         return self._phases.parallel.no_sync()
 
     @in_own_modes
     def step(self, loss: float | Tensor | None = None) -> None:
-        """Ends a training step: merges and changes of phase happen here. Call it after `optimizer.step()`.
+        """Ends a training step, merges models, and changes the phase, as the recipe prescribes. Collective.
 
-        Call it also after a step that a GradScaler skipped, so that all workers stay at the same step. Call it after
-        `scaler.update()`, so that merges equalize the loss scales of the next step.
+        The loop calls it after `optimizer.step()` and `scaler.update()`, also if the GradScaler skipped the step. This
+        keeps all workers at the same step, and lets merges equalize the loss scales of the next step.
 
         Args:
-            loss: this worker's training loss in the step, for merges that weight workers by it.
+            loss: this worker's training loss in this step, for recipes whose merges weight workers by their loss.
 
         Raises:
-            UsageError: the recipe has ended, the model was called directly instead of by `ab(...)`, no training step
-                came before, or a merge rule needs a loss.
-            RanksDisagreeError: the workers are at different steps, in different phases, or hold different shapes.
+            UsageError: the recipe has ended, the loop called the model directly instead of `ab(...)`, no forward pass
+                was made since the last call, or a merge rule needs a loss.
+            RanksDisagreeError: workers are at different steps, in different phases, or have tensors of other shapes.
         """
         progress = self._progress
         self._calls.step(loss is not None)
@@ -207,7 +207,7 @@ class ABTraining(ModelAccess):
         self._enter(upcoming)
 
     def _enter(self, position: Position | None) -> None:
-        """Prepares the step at a position; None if the recipe has ended."""
+        """Prepares the training step at a position in the recipe; None means that the recipe has ended."""
         self._progress.position = position
         if position is None or position.starts_round:
             self._hooks.round_began = True
@@ -220,32 +220,33 @@ class ABTraining(ModelAccess):
 
     @in_own_modes
     def state_dict(self) -> dict[str, Any]:
-        """Returns everything that `load_state_dict` needs to continue, in any phase: tensors and JSON values by name.
+        """Returns the state that `load_state_dict` needs to continue the run: tensors and JSON values by name.
 
-        The state is this worker's own: between merges, it differs between groups and between workers of a group. Its
-        tensors are those in training: save or copy them before the next step. It contains neither gradients nor the
-        loop's scheduler, sampler and generators. Sends no messages.
+        Each worker has a state of its own. Between merges, the states of workers differ, even within a group. The
+        tensors are those in training: save or copy them before the next step. The state contains neither gradients
+        nor the loop's scheduler, sampler and random generators. The call sends no messages.
 
         Raises:
-            UsageError: `ab.step()` was not called after the last optimizer step, or ABTraining was closed.
+            UsageError: the loop did not call `ab.step()` after the last optimizer step, or `close` was called.
         """
         self._calls.save()
         return self._state.state_dict()
 
     @in_own_modes
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict` of the same recipe, model and optimizer: bit by bit, on the same machine.
+        """Continues a run from a `state_dict` of the same recipe, model and optimizer. Collective.
 
-        Collective: each worker loads the state that it saved. The state of PyTorch's PowerSGD hook is not included.
+        Each worker loads the state that it saved. On the same machine, results are bitwise those of an uninterrupted
+        run, except with PyTorch's PowerSGD hook, whose state is not saved.
 
         Raises:
-            CheckpointError: a worker's state is malformed, or belongs to another recipe, model or optimizer; raised on
-                all workers, and nothing has changed. Or the state could not be applied on this worker: the message
-                says that its model must not be trained.
-            RanksDisagreeError: workers load states of different steps, and nothing has changed; or workers that should
-                hold the same weights do not, and the model must not be trained.
-            NonFiniteError: the result of a merge that was under way is not finite; see `Merger.merge`.
-            UsageError: ABTraining was closed.
+            CheckpointError: a worker's state is malformed, or belongs to another recipe, model or optimizer. All
+                workers raise it, and none has changed. Or this worker cannot apply its state: the message says that
+                its model must not be trained.
+            RanksDisagreeError: workers load states of different steps, and none has changed. Or weights differ between
+                workers that should have equal ones, and the model must not be trained.
+            NonFiniteError: the state contains an unfinished merge, whose result is not finite; see `Merger.merge`.
+            UsageError: `close` was called.
         """
         self._calls.load()
         self._state.load_state_dict(state)
@@ -254,8 +255,8 @@ class ABTraining(ModelAccess):
     def close(self) -> None:
         """Turns model and optimizer back into plain PyTorch objects: dense, without hooks or wrapper.
 
-        Save the compressed weights, `factored_state_dict()`, before. Sends no messages: within a round each worker
-        keeps its own weights. To continue with abtrain, build ABTraining again. A second call does nothing.
+        Save the compressed weights of `factored_state_dict()` first. The call sends no messages, so within a round each
+        worker keeps its own weights. Build ABTraining again to continue. A second call does nothing.
         """
         if self._progress.closed:
             return

@@ -1,4 +1,4 @@
-"""Begins a run: workers compare their settings, and take the same initial values."""
+"""Begins a run: compares the workers' settings, and gives all workers the same initial values."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ log = logging.getLogger("abtrain")
 
 
 def begin(shared: SharedTensors, recipe: Recipe, comm: Communicator, **options: object) -> None:
-    """Compares versions, recipe, options and layouts, and makes initial values equal. Collective over the world.
+    """Compares the settings of all workers, and gives all workers the same initial values. Collective over the world.
 
-    All `options` must be equal on all workers, too.
+    The further `options` must be equal on all workers, too.
 
     Raises:
-        RanksDisagreeError: on all workers, with what differs and where.
+        RanksDisagreeError: settings differ; all workers raise it, and the message names the setting and the workers.
     """
     model, optimizers = shared.model, shared.model.optimizers
     settings = settings_at_start(optimizers) if shared.same_settings else ()
@@ -59,7 +59,7 @@ def begin(shared: SharedTensors, recipe: Recipe, comm: Communicator, **options: 
 
 
 def _announce(text: str) -> None:
-    """Logs a line that every user needs, or prints it if the program has not set up logging."""
+    """Logs a line for every user. Prints the line to stderr instead if the program has not set up logging."""
     if log.hasHandlers() or logging.root.manager.disable >= logging.INFO:
         log.info(text)
     else:

@@ -1,4 +1,4 @@
-"""The order of calls in a training loop: forward pass, optimizer step, `ab.step()`."""
+"""Checks the order of calls in a training loop: forward pass, optimizer step, `ab.step()`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from abtrain.failpoints import fail_at
 
 
 class CallOrder:
-    """Checks the order of a loop's calls."""
+    """Raises an error if a training loop makes its calls in the wrong order."""
 
     def __init__(self, progress: Progress, hooks: OptimizerHooks) -> None:
         self._progress, self._hooks = progress, hooks
@@ -19,7 +19,7 @@ class CallOrder:
         """Records a forward pass with gradients.
 
         Raises:
-            UsageError: `ab.step()` was forgotten, the recipe has ended, or the run was closed.
+            UsageError: the last step was not ended by `ab.step()`, the recipe has ended, or the run was closed.
         """
         progress = self._progress
         progress.check_open()
@@ -38,7 +38,7 @@ class CallOrder:
         """Records a call of `ab.step()`.
 
         Raises:
-            UsageError: the recipe has ended, a merge rule needs a loss, or no forward pass came before.
+            UsageError: the recipe has ended, a merge rule needs a loss, or there was no forward pass in this step.
         """
         progress = self._progress
         progress.check_unfinished()
@@ -60,13 +60,13 @@ class CallOrder:
         self._forwards = 0
 
     def save(self) -> None:
-        """Raises UsageError if no state can be saved now: a step is not complete, or the run was closed."""
+        """Raises UsageError if a step is incomplete or the run was closed, so that no state can be saved."""
         self._progress.check_open()
         if self._hooks.stepped:
             raise UsageError("the state between optimizer.step() and ab.step() cannot be saved: call ab.step() first")
         self._progress.refuse_in_view("ab.state_dict()")
 
     def load(self) -> None:
-        """Begins a step with a loaded state. Raises UsageError if the run was closed."""
+        """Forgets earlier forward passes, since a state is loaded. Raises UsageError if the run was closed."""
         self._progress.check_open()
         self._forwards = 0

@@ -1,6 +1,6 @@
 """Finds optimizers that communicate with other workers themselves.
 
-They would send data twice, or within a round. No library is imported: an optimizer exists only if its own is loaded.
+Such optimizers would send data twice, or between merges. The check imports none of the libraries that define them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 _OF_TORCH = frozenset({"ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer"})
-"""Classes of torch.distributed."""
+"""Optimizer classes of torch.distributed that communicate."""
 _LIBRARIES = ("bagua", "byteps", "deepspeed", "fairscale", "hivemind", "horovod", "torchft")
 _KERNELS = ("deepspeed.ops.",)
-"""Modules of these libraries whose optimizers do not communicate."""
+"""Prefixes of modules in `_LIBRARIES` whose optimizers do not communicate."""
 _GROUPS = frozenset({"ProcessGroup", "DeviceMesh"})
 _COLLECTIVES = frozenset(
     {"all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce"}
@@ -24,16 +24,16 @@ _COLLECTIVES = frozenset(
     | {"broadcast_object_list", "irecv", "isend", "reduce_scatter", "reduce_scatter_tensor"}
 )
 _DISTRIBUTED = frozenset({"distributed", "torch.distributed"})
-"""Names by which code refers to torch.distributed without a global variable for it."""
+"""Names in a function's code that show a use of torch.distributed through an attribute or a local import."""
 _SHARDED = "fsdp_in_use"
-"""The setting without which D-Adaptation, Prodigy and similar optimizers do not communicate."""
+"""The setting in param groups that makes D-Adaptation, Prodigy and similar optimizers communicate."""
 
 
 def communicates(optimizer: object) -> str:
-    """Returns the evidence that an optimizer communicates with other workers itself; empty if there is none.
+    """Returns the evidence that an optimizer communicates with other workers; empty if there is none.
 
     Args:
-        optimizer: an object of any class; none of its methods is called.
+        optimizer: an object of any class. The function calls none of its methods.
     """
     inside = [(place, part) for place, part in _parts_of(optimizer) if isinstance(part, Optimizer)]
     found = ((place, _evidence(one)) for place, one in (("", optimizer), *inside))
@@ -41,7 +41,7 @@ def communicates(optimizer: object) -> str:
 
 
 def _evidence(optimizer: object) -> str:
-    """Returns the evidence in an optimizer itself, without the optimizers inside it."""
+    """Returns the evidence in an optimizer, without those optimizers that it contains."""
     kinds = [kind for kind in type(optimizer).__mro__ if kind not in (object, Optimizer)]
     kinds = [kind for kind in kinds if not kind.__module__.startswith("torch.optim.")]
     groups = ((place, _group_name(part)) for place, part in _near_parts(optimizer))
@@ -60,10 +60,10 @@ def _is_known(kind: type) -> bool:
 
 
 def _near_parts(optimizer: object) -> Iterator[tuple[str, object]]:
-    """Yields the attributes of an optimizer and the items one level inside them, each with its place."""
+    """Yields the attributes of an optimizer and their direct items, each with the path to it."""
     for place, value in _parts_of(optimizer):
         yield place, value
-        # The parts of a model or a tensor are no evidence about the optimizer.
+        # Attributes of a model or a tensor do not show that the optimizer communicates.
         if not isinstance(value, nn.Module | Tensor | type):
             yield from ((f"{place}{where}", part) for where, part in _parts_of(value))
 
@@ -81,13 +81,13 @@ def _parts_of(value: object) -> Iterator[tuple[str, object]]:
 
 
 def _group_name(value: object) -> str:
-    """Returns `ProcessGroup` or `DeviceMesh` if the value is one; otherwise empty."""
+    """Returns `ProcessGroup` or `DeviceMesh` if the value is an instance of it; otherwise an empty string."""
     kinds = (kind for kind in type(value).__mro__ if kind.__module__.partition(".")[0] == "torch")
     return next((kind.__name__ for kind in kinds if kind.__name__ in _GROUPS), "")
 
 
 def _calls_of(kind: type) -> Iterator[str]:
-    """Names the methods of a class that call collectives, directly or by a function of their module."""
+    """Yields a description of each method that calls collectives, directly or through a function of its module."""
     for name, held in vars(kind).items():
         function = _function(held)
         for one in (function, *_helpers(function)) if function else ():
@@ -97,7 +97,7 @@ def _calls_of(kind: type) -> Iterator[str]:
 
 
 def _function(held: object) -> FunctionType | None:
-    """Returns the Python function of a method or a property, without the wrappers of `functools.wraps`."""
+    """Returns the Python function behind a method or a property, without wrappers made by `functools.wraps`."""
     held = getattr(held, "__func__", getattr(held, "fget", held))
     unwrapped = inspect.unwrap(held) if callable(held) and not isinstance(held, type) else None
     return unwrapped if isinstance(unwrapped, FunctionType) else None
@@ -112,7 +112,7 @@ def _helpers(function: FunctionType) -> Iterator[FunctionType]:
 
 
 def _collectives(function: FunctionType) -> list[str]:
-    """Returns the names of the collectives of torch.distributed that a function calls."""
+    """Returns the names of the torch.distributed collectives that a function calls."""
     names = _names_in(function.__code__)
     held = [function.__globals__.get(name) for name in names]
     theirs = [value for value in held if _is_distributed(value)]
@@ -123,13 +123,13 @@ def _collectives(function: FunctionType) -> list[str]:
 
 
 def _is_distributed(value: object) -> bool:
-    """Whether a value is torch.distributed or is defined in it, whatever name refers to it."""
+    """Returns whether a value is the module torch.distributed or is defined in it."""
     module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
     return isinstance(module, str) and f"{module}.".startswith("torch.distributed.")
 
 
 def _names_in(code: CodeType) -> set[str]:
-    """Returns all names that a function uses, including those in nested functions."""
+    """Returns all names that a function uses, including the names in nested functions."""
     inner = [_names_in(const) for const in code.co_consts if isinstance(const, CodeType)]
     return {*code.co_names, *code.co_freevars}.union(*inner)
 

@@ -13,12 +13,12 @@ from abtrain.recipes.recipe import Recipe
 
 @dataclass(frozen=True)
 class Description:
-    """The printable report; programs can read its fields.
+    """A report about a run, for printing. Programs can read its fields.
 
     Attributes:
-        treatments: one for every parameter of the model.
-        dense_this_cycle: why weights that could be factored are dense at present, by name.
-        buffers: the treatment at a merge of each buffer that differs between workers, by name.
+        treatments: the treatments of all parameters of the model.
+        dense_this_cycle: for each weight that could be factored but is dense now, the reason, by name.
+        buffers: for each buffer that may differ between workers, its treatment at a merge, by name.
     """
 
     recipe: Recipe
@@ -29,7 +29,7 @@ class Description:
 
     @property
     def parameters(self) -> dict[Kind, int]:
-        """The number of elements of each kind; they sum to the model's parameters."""
+        """The number of elements of each kind. The numbers add up to the size of the model."""
         counts: Counter[Kind] = Counter({"factored": 0, "averaged": 0, "frozen": 0})
         for treatment in self.treatments:
             counts[treatment.kind] += treatment.numel
@@ -85,7 +85,7 @@ class Description:
 
 
 def groups_and_traffic(recipe: Recipe, topology: Topology) -> str:
-    """Describes in one line the groups of workers, and the traffic between groups."""
+    """Returns one line that describes the groups of workers and the traffic between groups."""
     shared = [phase.name for phase in recipe.phases if phase.shares_gradients]
     merged = [f"every {phase.rounds.every} steps ({phase.name})" for phase in recipe.phases if phase.rounds]
     travels = [f"gradients at every step ({', '.join(shared)})"] if shared else []

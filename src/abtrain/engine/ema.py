@@ -1,4 +1,4 @@
-"""A running average of the weights, dense even while the model is factored."""
+"""An exponential moving average of the weights, which is dense even while the model is factored."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from abtrain.modes import in_own_modes
 
 
 class EMA:
-    """The exponential moving average of a model's dense state, on this worker alone.
+    """The exponential moving average of a model's dense state. Each worker has an average of its own model.
 
-    Floating-point and complex tensors are averaged, 16-bit ones in float32; other entries, such as counters and the
-    extra state of modules, follow the model. The average starts as the model's present state.
+    The average starts as the model's current state. Floating-point and complex tensors are averaged, 16-bit ones in
+    float32. Other entries, such as counters and the extra state of modules, are copied from the model.
 
     Args:
-        source: returns the dense state of the model.
-        decay: the share of the average that stays at each update, at least 0 and below 1.
+        source: a function that returns the dense state of the model.
+        decay: the weight of the old average in each update, at least 0 and below 1.
 
     Raises:
         ConfigurationError: `decay` is out of range.
@@ -45,7 +45,7 @@ class EMA:
     @in_own_modes
     @torch.no_grad()
     def update(self) -> None:
-        """Updates the average by the present weights. Call it after each `ab.step()`."""
+        """Updates the average with the current weights. The loop calls it after each `ab.step()`."""
         state = self._source()
         self._more = _other_entries(state)
         for name, tensor in tensors_of(state).items():
@@ -57,17 +57,17 @@ class EMA:
 
     @in_own_modes
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns a copy of the average. The model as it was built can load it, and so can `load_state_dict`."""
+        """Returns a copy of the average. Both `load_state_dict` and the model in its original form can load it."""
         state: dict[str, Tensor] = {name: tensor.clone() for name, tensor in self._average.items()}
         return state | copy.deepcopy(self._more)
 
     @in_own_modes
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continues from a `state_dict`.
+        """Replaces the average by a saved `state_dict`.
 
         Raises:
-            CheckpointError: names or shapes differ from those of this model, and nothing has changed.
+            CheckpointError: the state has other names or shapes than this model. The average has not changed.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(state).items()}
         expected = {name: tuple(tensor.shape) for name, tensor in self._average.items()}

@@ -18,21 +18,21 @@ from abtrain.own import own_names
 log = logging.getLogger("abtrain")
 
 _MOST_IN_A_ROW = 50
-"""A run counts as diverged after this many skipped steps in a row."""
+"""The number of consecutive skipped steps after which a run counts as diverged."""
 
 
 class GradientGuard:
-    """Checks all gradients before each step of optimizers.
+    """Checks gradients for NaN and infinity before each optimizer step.
 
-    Shared gradients are equal on all workers, which therefore skip the same steps without any communication.
+    Workers that share gradients have equal ones. They therefore skip the same steps without communication.
 
     Args:
-        policy: `skip` skips the step. Otherwise, shared gradients raise an error, and a worker's own gradients are left
-            to the next merge.
-        whose: describes, for the end of a message, the worker that brought gradients that are not finite.
+        policy: the reaction to gradients that are not finite. `skip` skips the step. Under other policies, shared
+            gradients raise an error, and the next merge checks the effects of unshared ones.
+        whose: a function that returns the end of an error message, which names the worker with NaN or infinity.
 
     Attributes:
-        skipped: indexes of the skipped steps.
+        skipped: the indexes of the skipped steps.
     """
 
     def __init__(self, model: FactoredModel, policy: OnNonFinite, progress: Progress, whose: Callable[[], str]) -> None:
@@ -42,19 +42,19 @@ class GradientGuard:
         self._looked = -1
 
     def look(self, optimizer: Optimizer, in_closure: bool = False) -> None:
-        """Checks gradients. To skip a step, removes them, since optimizers ignore parameters without a gradient.
+        """Checks gradients. Skips a step by removing its gradients: optimizers ignore parameters without a gradient.
 
         Args:
-            optimizer: the one that is about to step. Under `skip`, the gradients of all optimizers are checked before
-                the first one steps, since they come from the same backward pass.
-            in_closure: whether the optimizer's step has begun, and its closure computed these gradients.
+            optimizer: the optimizer that is about to step. Under `skip`, the gradients of all optimizers are checked
+                before the first of them steps, since one backward pass computes all gradients.
+            in_closure: whether the closure of an optimizer step computed these gradients.
 
         Raises:
-            NonFiniteError: the gradients cannot be used, or too many steps in a row were skipped.
+            NonFiniteError: shared gradients are not finite, without `skip`; or 50 steps in a row were skipped.
         """
         step, shared = self._progress.steps_done, self._progress.shares_gradients
         skips = self._policy == "skip"
-        # The optimizer skips the step itself: a GradScaler has checked the gradients.
+        # With `found_inf`, a GradScaler has checked the gradients, and the optimizer itself skips the step.
         if not (shared or skips) or getattr(optimizer, "found_inf", None) is not None:
             return
         checked = self._model.optimizers.acting if skips and step != self._looked else [optimizer]
@@ -87,7 +87,7 @@ class GradientGuard:
             log.warning("step %d is skipped: its gradients are not finite", step)
 
     def _without_own(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """Returns the shared parameters. Under `skip`, removes gradients of the others if they are not finite."""
+        """Returns the shared parameters. Under `skip`, removes unshared gradients if they are not finite."""
         own = {id(parameter) for name, parameter in self._model.parameters().items() if name in self._own}
         alone = [p for p in parameters if id(p) in own]
         if self._policy == "skip" and not _finite(alone):
@@ -97,16 +97,16 @@ class GradientGuard:
         return [p for p in parameters if id(p) not in own]
 
     def _where(self, parameters: Sequence[nn.Parameter]) -> str:
-        """Names the parameters whose gradients are not finite, in brackets, and the worker that brought them."""
+        """Returns the names of parameters with NaN or infinity in their gradients, and the worker with the cause."""
         broken = {id(p) for p in parameters if not _finite([p])}
         names = told_names([name for name, parameter in self._model.parameters().items() if id(parameter) in broken])
         return f" ({names}){self._whose()}" if names else self._whose()
 
 
 def _finite(parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether all gradients are finite."""
+    """Returns whether all gradients are finite."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    # The norm costs one pass over memory. It may overflow although all elements are finite.
+    # The norm needs one pass over memory. It may overflow although all elements are finite.
     if not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
         return True
     return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)

@@ -1,4 +1,4 @@
-"""Scales learning rates: by a factor of the phase, and by a ramp after a change of shapes (Section III)."""
+"""Scales learning rates by a factor of the phase, and by a ramp after weights change shape (paper, Section III)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 
 class _Scaled(NamedTuple):
-    """A param group whose rate is scaled: the scheduled rate, the scaled one, and the factor between them."""
+    """A param group with its scheduled learning rate, its scaled learning rate, and the factor between them."""
 
     group: dict[str, Any]
     scheduled: float | Tensor
@@ -21,12 +21,12 @@ class _Scaled(NamedTuple):
 class LRRebound:
     """Scales the learning rates of optimizers only during their steps.
 
-    Schedulers read and write the scheduled rates: `scale` is called when `optimizer.step` begins, and `put_back`
-    when it ends. In step j = 0, 1, ... after `start(N)` the factor is (j + 1) / (N + 1) of the target, and the
-    target from j = N on.
+    `scale` is called when `optimizer.step` begins, and `put_back` when it ends. Schedulers therefore read and write
+    unscaled rates. In step j = 0, 1, ... after `start(N)`, the factor is (j + 1) / (N + 1) of the target. From j = N
+    on, it is the target.
 
     Args:
-        target: returns the factor of the phase of the next step.
+        target: a function that returns the learning-rate factor of the next step's phase.
     """
 
     def __init__(self, target: Callable[[], float]) -> None:
@@ -45,21 +45,21 @@ class LRRebound:
         self._length, self._done = steps, 0
 
     def advance(self) -> None:
-        """Ends a training step, whether the optimizer made it or a gradient scaler skipped it."""
+        """Ends a training step, which a gradient scaler may have skipped."""
         self.put_back()
         self._done = min(self._done + 1, self._length)
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the length of the ramp and how many of its steps are done, as JSON values."""
+        """Returns the number of steps in the ramp (`length`) and of those that are done (`done`)."""
         return {"length": self._length, "done": self._done}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continues the ramp of a `state_dict`."""
+        """Continues the ramp from a `state_dict`."""
         self.put_back()
         self._length, self._done = int(state["length"]), int(state["done"])
 
     def scale(self, optimizer: Optimizer) -> None:
-        """Scales the rates of an optimizer that is about to step."""
+        """Scales the learning rates of an optimizer that is about to step."""
         # If the last step raised an error, its learning rates are still scaled.
         self.put_back(optimizer)
         factor = self.factor
@@ -70,28 +70,28 @@ class LRRebound:
         for group in optimizer.param_groups:
             # A wrapper of this optimizer may share its groups.
             if id(group) not in scaled_already:
-                # Not in place: the rate may be a tensor that a scheduler holds.
+                # The product is a new object, since the rate may be a tensor that a scheduler refers to.
                 scheduled, group["lr"] = group["lr"], group["lr"] * factor
                 entries.append(_Scaled(group, scheduled, float(group["lr"]), factor))
 
     def put_back(self, optimizer: Optimizer | None = None) -> None:
-        """Restores the scheduled rates of an optimizer; None: of all."""
+        """Restores the scheduled learning rates of an optimizer; None means all optimizers."""
         for key in list(self._scaled) if optimizer is None else [id(optimizer)]:
             for one in self._scaled.pop(key, ()):
                 _restore(one)
 
 
 def rewound(state: Mapping[str, int], back: int, in_phase: int) -> dict[str, int]:
-    """Returns the `LRRebound.state_dict` as it was `back` steps earlier, after `in_phase` steps of the phase."""
-    # The ramp may have ended since, or have begun in an earlier phase.
+    """Returns the `LRRebound.state_dict` of `back` steps earlier, when `in_phase` steps of the phase were done."""
+    # The ramp may have begun in an earlier phase, or may have ended in the meantime.
     return {"length": state["length"], "done": max(state["done"] - back, min(state["length"], in_phase))}
 
 
 def _restore(one: _Scaled) -> None:
-    """Restores the scheduled rate, and applies the changes that were made to the rate during the step.
+    """Restores the scheduled learning rate, with any change that was made to the rate during the step.
 
-    A scheduler that is called inside the step, or an optimizer that decays its own rate, multiplies the scaled rate.
-    The scheduled rate is then multiplied by the same number. A newly set rate stays.
+    A scheduler inside the step, or an optimizer that decays its rate, may have multiplied the scaled rate by a number.
+    The function then multiplies the scheduled rate by the same number. A rate that was newly set stays.
     """
     now, scheduled = float(one.group["lr"]), float(one.scheduled)
     if now != one.value:

@@ -1,4 +1,4 @@
-"""Views of the model in training, and the records of its run: the part of ABTraining that does not train."""
+"""The part of ABTraining that gives access to the model in training and to the records of the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from abtrain.recipes.recipe import Position
 
 
 class ModelAccess:
-    """Dense, factored and averaged views of the model in training, and the records of its run."""
+    """Gives access to the model in training, as dense, factored or averaged weights, and to the records of the run."""
 
     module: nn.Module
     _progress: Progress
@@ -33,12 +33,12 @@ class ModelAccess:
 
     @property
     def steps_done(self) -> int:
-        """The number of steps that are done."""
+        """The number of completed training steps."""
         return self._progress.steps_done
 
     @property
     def position(self) -> Position | None:
-        """The position of the next step in the recipe; None after the last."""
+        """The position of the next step in the recipe; None after the last step."""
         return self._progress.position
 
     @property
@@ -48,45 +48,45 @@ class ModelAccess:
 
     @property
     def lr_factor(self) -> float:
-        """The factor of the learning rates in the next optimizer step: `Phase.local_lr` times the LR rebound."""
+        """The learning-rate factor of the next optimizer step: `Phase.local_lr` times the factor of the LR rebound."""
         return self._hooks.rebound.factor
 
     @property
     def compression(self) -> float:
-        """Parameters of the full model over parameters as last factored."""
+        """The number of parameters of the full model, divided by the number when it was last factored."""
         return self._model.compression
 
     @property
     def rank_history(self) -> list[dict[str, Any]]:
-        """For each factoring: the step, the rank k of each weight, and why others stay dense."""
+        """One entry per factoring: the step, the rank k of each factored weight, and why other weights stay dense."""
         return self._phases.rank_history
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of this run that were spent on decompositions (`svd`)."""
+        """The seconds that this run has spent on decompositions, under the key `svd`."""
         return self._phases.seconds
 
     @property
     def divergence(self) -> list[dict[str, Any]]:
-        """For each merge in this process: step, phase, and distances by layer; empty if they are not measured."""
+        """One entry per merge in this process: step, phase, and distances by layer; empty without measurement."""
         return self._rounds.divergence
 
     @property
     def dropped_parts(self) -> list[dict[str, Any]]:
-        """For each merge that left workers' parts out: its step and their ranks (`on_nonfinite="drop_worker"`)."""
+        """One entry per merge that excluded workers: the step and the workers' ranks (`on_nonfinite="drop_worker"`)."""
         return self._rounds.dropped
 
     @property
     def skipped_steps(self) -> list[int]:
-        """Indexes of the steps that were skipped because of NaN or infinity (`on_nonfinite="skip"`)."""
+        """The indexes of steps that were skipped because of NaN or infinity (`on_nonfinite="skip"`)."""
         return self._hooks.guard.skipped
 
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
-        """Puts the average of the groups into the model, for validation. Collective on entry, not on exit.
+        """Gives the model the average weights inside a `with` block, for validation. Collective on entry, not on exit.
 
-        If all workers hold the same weights, buffers that differ take rank 0's values inside the block, as under DDP.
-        A recipe without any sync has no average: each worker sees its own model.
+        If all workers have the same weights, buffers that differ take rank 0's values inside the block, as under DDP.
+        In a phase without `sync` there is no average, and each worker sees its own model.
         """
         progress = self._progress
         with own_modes():
@@ -107,12 +107,12 @@ class ModelAccess:
                 group["train_mode"] = mode
 
     def _average(self) -> AbstractContextManager[None]:
-        """Returns the context in which the model shows the average. Collective if workers have to agree on anything."""
+        """Returns a context in which the model has the average weights. Collective, unless no averaging is needed."""
         progress, shared = self._progress, self._rounds.shared
         if not progress.workers_equal and progress.in_rounds:
             self._meet()
             return shared.averaged()
-        # Without any sync, workers do not communicate. If all hold equal weights, only buffers may differ.
+        # Workers do not communicate in a phase without sync. If their weights are equal, only buffers may differ.
         unsynchronized = progress.position is not None and progress.position.phase.sync is None
         if progress.alone or unsynchronized or not progress.workers_equal or not shared.buffers():
             return nullcontext()
@@ -120,14 +120,14 @@ class ModelAccess:
         return nullcontext() if equal else shared.with_first_buffers()
 
     def _meet(self, number: int = 0) -> bool:
-        """Checks that all workers are at the same step. Returns whether they sent the same number. Collective."""
+        """Checks that all workers are at the same step. Returns whether their numbers are equal. Collective."""
         progress, recipe = self._progress, self._progress.recipe
         phase = len(recipe.phases) if progress.position is None else progress.position.phase_index
         rows = self._rounds.roll_call(progress.steps_done, phase, recipe.at, (number, 0.0))
         return len({row[0] for row in rows}) == 1
 
     def describe(self) -> Description:
-        """Describes the phases, the groups, and the treatment of every parameter and buffer, with the reason."""
+        """Returns a report: phases, groups, and the treatment of each parameter and buffer, with the reason."""
         shared = self._rounds.shared
         averaged = shared.averaged_buffers()
         buffers = {name: "averaged" if name in averaged else "follows one worker" for name in shared.buffers()}
@@ -138,47 +138,47 @@ class ModelAccess:
 
     @in_own_modes
     def dense_state_dict(self) -> dict[str, Tensor]:
-        """Returns the full-rank state dict of the model as it was built, with W = A B for factored weights."""
+        """Returns the state dict of the model in its original, dense form, with W = A B for factored weights."""
         return self._model.dense_state_dict()
 
     @in_own_modes
     def factored_state_dict(self) -> dict[str, Tensor]:
-        """Returns the compressed model: NAME.A (m, k) and NAME.B (k, n) in place of each factored weight NAME.
+        """Returns the compressed state dict, with NAME.A (m, k) and NAME.B (k, n) for each factored weight NAME.
 
-        `abtrain.lowrank.svd.MatrixShape` gives the product W = A B the shape of the weight.
+        `abtrain.lowrank.svd.MatrixShape` reshapes the product W = A B to the shape of the weight.
         """
         return self._model.factored_state_dict()
 
     @in_own_modes
     def load_dense_state_dict(self, state: Mapping[str, Tensor], *, cut: bool = False) -> None:
-        """Loads weights and buffers into the live model, by the names that it was built with. Sends no messages.
+        """Loads a dense state dict into the model in training. Sends no messages.
 
-        Factored weights keep their ranks. They keep their factors if the product is the loaded weight already, or was
-        before the last load. Otherwise, the loaded weight is written in the basis of the present factors.
+        Factored weights keep their ranks. Factors stay unchanged if their product equals the loaded weight, or equalled
+        it before the last load. Otherwise, new factors represent the loaded weight in the basis of the current ones.
 
         Args:
-            state: as `dense_state_dict` returns it, with the same names, and equal on all workers.
-            cut: whether a weight of a higher rank may be cut to the rank of its factors, however much is lost.
+            state: a result of `dense_state_dict` of the same model, equal on all workers.
+            cut: whether a weight of higher rank is reduced to the rank of its factors, with any loss of accuracy.
 
         Raises:
-            RuntimeError: names or shapes differ, or cutting a weight to its rank would lose more than rounding does.
-                Other weights may have been loaded before.
+            RuntimeError: names or shapes differ, or the reduction of a weight to its rank would lose more than rounding
+                does. Other weights may have been loaded already.
         """
         self._model.load_dense_state_dict(state, cut)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clips the gradients of the live parameters, factors included, by their total norm, and returns that norm.
+        """Clips the gradients of all current parameters, factors included. Returns their total norm before clipping.
 
         Args:
-            max_norm: the largest norm; gradients above it are scaled down to it.
-            norm_type: the order of the norm; infinity: the largest element.
+            max_norm: the largest total norm; larger gradients are scaled down to it.
+            norm_type: the order p of the p-norm; infinity means the largest absolute element.
         """
         return torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm, norm_type)
 
     def ema(self, decay: float) -> EMA:
-        """Returns a running average of this worker's dense weights. Call its `update()` after each `ab.step()`.
+        """Returns a moving average of this worker's dense weights. Call its `update()` after each `ab.step()`.
 
         Raises:
-            ConfigurationError: not 0 <= decay < 1.
+            ConfigurationError: `decay` is below 0, or not below 1.
         """
         return EMA(self.dense_state_dict, decay)

@@ -1,4 +1,4 @@
-"""Hooks around the optimizers' steps: learning rates, ownership, gradients, and the preconditioning of factors."""
+"""Hooks that run before and after optimizer steps: learning rates, ownership, gradients, and preconditioning."""
 
 from __future__ import annotations
 
@@ -23,27 +23,26 @@ from abtrain.modes import in_own_modes, own_modes
 from abtrain.recipes.phase import Phase
 
 _UNSEEN = 2
-"""An error is raised after this many training steps in a row that changed weights without a known optimizer."""
+"""The number of consecutive training steps that may change weights without a known optimizer, before an error."""
 
 
 class OptimizerHooks:
-    """Owns everything that happens around the optimizers' steps, until `close`.
+    """Registers hooks with the optimizers, and removes them in `close`.
 
-    Before a step, the learning rates are scaled (LR rebound), then the parameters are checked (ownership), then the
-    gradients are checked (guard), and last the gradients of factors are preconditioned at the scaled rates. After the
-    step, the scheduled rates are restored first, for schedulers that other hooks call. Then the steps of factors are
-    preconditioned.
+    Before an optimizer step, the hooks scale the learning rates, check which parameters the optimizers have, check the
+    gradients, and precondition the gradients of factors at the scaled rates, in this order. After the step, they first
+    restore the scheduled rates, for schedulers that other hooks call. Then they precondition the steps of factors.
 
     Args:
-        frozen: names of the parameters that are not trained.
-        whose: describes, for the end of a message, the worker that brought gradients that are not finite.
+        frozen: the names of parameters that are not trained.
+        whose: a function that returns the end of an error message, which names the worker with NaN or infinity.
 
     Attributes:
-        round_began: whether a round begins with the next step. It stays true after a step that a gradient scaler
-            skips, since such a step calls no hook.
-        rebound: scales the learning rates.
-        guard: checks the gradients.
-        preconditioner: preconditions the steps of factors in the present round.
+        round_began: whether the next step begins a round, which ends with a merge. The value stays true if a gradient
+            scaler skips that step, since a skipped step calls no hook.
+        rebound: the `LRRebound` that scales the learning rates.
+        guard: the `GradientGuard` that checks the gradients.
+        preconditioner: the `Preconditioner` of the factors in the current round.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class OptimizerHooks:
         self._handles: list[Any] = []
         for one in acting:
             first = one.register_step_post_hook(self._put_rates_back)
-            # This hook comes first, so that a scheduler called by another hook finds the scheduled rate.
+            # This hook runs first. A scheduler that another hook calls then reads the scheduled rate.
             one._optimizer_step_post_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
             self._handles += [first, one.register_step_pre_hook(self._before), one.register_step_post_hook(self._after)]
 
@@ -78,16 +77,16 @@ class OptimizerHooks:
 
     @property
     def stepped(self) -> bool:
-        """Whether an optimizer has stepped since `end_step`."""
+        """Whether an optimizer has stepped since the last `end_step`."""
         return bool(self._stepped)
 
     @property
     def all_stepped(self) -> bool:
-        """Whether every optimizer has stepped since `end_step`."""
+        """Whether every optimizer has stepped since the last `end_step`."""
         return len(self._stepped) == len(self._acting)
 
     def end_step(self) -> None:
-        """Ends a training step, whether the optimizers made it or a gradient scaler skipped it.
+        """Ends a training step, which a gradient scaler may have skipped.
 
         Raises:
             UsageError: weights have changed without a step of a known optimizer.
@@ -107,10 +106,10 @@ class OptimizerHooks:
         self.rebound.advance()
 
     def _changed_unseen(self) -> str:
-        """Returns the name of a weight that has changed without a step of a known optimizer; empty if there is none.
+        """Returns the name of a weight that changed without a step of a known optimizer; empty if there is none.
 
-        After the first step of an optimizer, a single change is allowed: it may come from the loop, such as weight
-        clipping in a step that a gradient scaler skips.
+        After an optimizer's first step, one such change is allowed, but not two in consecutive steps. The loop may have
+        made it, for example by weight clipping in a step that a gradient scaler skips.
         """
         if self._before_any is not None:
             now = self._sample()
@@ -121,11 +120,11 @@ class OptimizerHooks:
         return changed[0] if self._unseen >= _UNSEEN else ""
 
     def _count_changes(self) -> dict[str, int]:
-        """Returns autograd's count of writes to each parameter, which does not include merges."""
+        """Returns autograd's number of writes to each parameter, by name. The number does not include merges."""
         return {name: parameter._version for name, parameter in self._model.parameters().items()}
 
     def watch(self) -> None:
-        """Begins to watch the weights, after merges and changes of phase: from here on only optimizers change them."""
+        """Stores samples of the weights after merges and phase changes, to notice changes without an optimizer."""
         if self._before_any is not None:
             self._before_any = self._sample()
 
@@ -145,7 +144,7 @@ class OptimizerHooks:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Continues from a `state_dict`, with tensors on `device`."""
+        """Restores a saved `state_dict`, with its tensors on `device`."""
         self.round_began, self.guard.skipped = state["round_began"], list(state["skipped_steps"])
         self.rebound.load_state_dict(state["rebound"])
         self.preconditioner.load_state_dict(state["preconditioner"], device)
@@ -154,7 +153,7 @@ class OptimizerHooks:
         self._before_any = None
 
     def _sample(self) -> dict[str, Tensor]:
-        """Returns one row of each parameter of the optimizers, enough to notice a step."""
+        """Returns a copy of one row of each optimized parameter, by name. One row is enough to notice a step."""
         held = {id(parameter) for parameter in self._model.optimizers.parameters()}
         rows = {name: p.detach() for name, p in self._model.parameters().items() if id(p) in held and p.numel()}
         return {name: row[(0,) * max(row.ndim - 1, 0)].clone() for name, row in rows.items()}
@@ -169,7 +168,7 @@ class OptimizerHooks:
             return None
         self._check_order(optimizer)
         self._ownership.check(optimizer)
-        # These are the arguments of optimizer.step; the first is the optimizer itself.
+        # `args` and `kwargs` are those of optimizer.step; the first argument is the optimizer.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if callable(closure):
             if position.phase.damping:
@@ -185,7 +184,7 @@ class OptimizerHooks:
         return None
 
     def _check_order(self, optimizer: Optimizer) -> None:
-        """Raises UsageError inside `ab.merged()` and the backward pass, and at a second step before `ab.step()`."""
+        """Raises UsageError in `ab.merged()`, in a backward pass, and at a second step before `ab.step()`."""
         progress = self._progress
         progress.refuse_in_view("optimizer.step()")
         if progress.shares_gradients:
@@ -203,7 +202,7 @@ class OptimizerHooks:
             )
 
     def _checked(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Returns a closure that also checks the gradients that it computes."""
+        """Returns a closure that calls the given one, and then checks the gradients."""
 
         def look() -> Any:
             loss = closure()
@@ -234,12 +233,12 @@ class OptimizerHooks:
 
 
 def rewound(state: Mapping[str, Any], step: int, back: int, in_phase: int) -> dict[str, Any]:
-    """Returns the entries of `OptimizerHooks` in an engine's state, as they were at an earlier start of a round.
+    """Returns the entries of `OptimizerHooks` in an engine state as they were at an earlier start of a round.
 
     Args:
-        state: the engine's state.
-        step: the number of steps done at that start.
-        back: the number of steps from that start to the state.
+        state: the engine state.
+        step: the number of training steps done at that start.
+        back: the number of training steps from that start to the state.
         in_phase: the number of steps of the phase done at that start.
     """
     return {

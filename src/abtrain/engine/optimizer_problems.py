@@ -1,4 +1,4 @@
-"""Validates a loop's optimizers before anything changes, and their state once it exists."""
+"""Validates the optimizers at the start of a run, and their state as soon as it exists."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from abtrain.recipes.recipe import Recipe
 log = logging.getLogger("abtrain")
 
 _FIRST_STEPS = 2
-"""Most optimizers create their state within this many steps."""
+"""The number of steps within which most optimizers create their state."""
 _WITHOUT_FACTORS = "use another optimizer, or a recipe without factors such as local_sgd"
 _CANNOT_FOLLOW = f"which abtrain cannot convert when weights are factored: {_WITHOUT_FACTORS}"
 _NOT_MOVED = "outside its state: merges do not change them, and are undone when the optimizer restores them"
 
 
 def form_problems(optimizer: object) -> list[str]:
-    """Returns why an object is neither an optimizer nor a list of optimizers; empty if it is."""
+    """Returns a message, in a list, if an object is neither an optimizer nor a list of optimizers."""
     remedy = "give a torch.optim.Optimizer, or a list of them with parameters of their own"
     if isinstance(optimizer, Optimizer):
         return []
@@ -53,7 +53,7 @@ def form_problems(optimizer: object) -> list[str]:
 
 
 def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe) -> list[str]:
-    """Returns one message for each problem; empty if there are none."""
+    """Returns one message for each problem of the optimizers with this model and recipe."""
     problems = _held_problems(model, optimizers)
     for optimizer in optimizers.given:
         evidence = communicates(optimizer)
@@ -80,7 +80,7 @@ def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe)
 
 
 def doubts_about_optimizers(optimizers: Optimizers, recipe: Recipe) -> list[str]:
-    """Returns warnings about settings that are allowed but may not be intended; equal on all workers."""
+    """Returns warnings about optimizer settings that are valid but possibly unintended; equal on all workers."""
     doubts = _old_steps(optimizers)
     for optimizer in optimizers.all:
         doubts += _copies_outside_state(optimizer, _NOT_MOVED)
@@ -93,7 +93,7 @@ def doubts_about_optimizers(optimizers: Optimizers, recipe: Recipe) -> list[str]
 
 
 def _old_steps(optimizers: Optimizers, most: int = 0) -> list[str]:
-    """Returns a warning if the optimizers have made more than `most` steps."""
+    """Returns a warning, in a list, if the optimizers have made more than `most` steps."""
     steps = max((_steps_of(optimizer) for optimizer in optimizers.stateful), default=0)
     if steps <= most:
         return []
@@ -104,13 +104,13 @@ def _old_steps(optimizers: Optimizers, most: int = 0) -> list[str]:
 
 
 class NewState:
-    """Warns of optimizer state that cannot be saved or made equal, as soon as it exists."""
+    """Checks new optimizer state: whether it can be saved, made equal on all workers, and converted to factors."""
 
     def __init__(self, shared: SharedTensors, recipe: Recipe, comm: Communicator) -> None:
         self._shared, self._recipe, self._speaks = shared, recipe, comm.rank == 0
         self._warned_of_steps = bool(_old_steps(shared.model.optimizers))
         phases = recipe.phases
-        # If gradients are shared after rounds, optimizer state has to be made equal in between.
+        # If workers share gradients after a phase with merges, their optimizer state must be made equal first.
         self._equalized = (
             comm.topology.world_size > 1
             and any(phase.rounds is not None for phase in phases)
@@ -118,17 +118,17 @@ class NewState:
         )
 
     def check(self, steps_done: int) -> None:
-        """Examines optimizer state after a step.
+        """Checks the optimizer state after a training step, and logs warnings.
 
         Args:
-            steps_done: the number of steps before that step.
+            steps_done: the number of training steps before this one.
 
         Raises:
-            UsageError: the recipe cannot work with the state, or an optimizer is in evaluation mode.
+            UsageError: the recipe does not support the state, or an optimizer is in evaluation mode.
         """
         optimizers = self._shared.model.optimizers
         for optimizer in optimizers.all:
-            # Schedule-free optimizers have this entry.
+            # Schedule-free optimizers have the entry `train_mode`.
             if any(group.get("train_mode") is False for group in optimizer.param_groups):
                 raise UsageError(
                     f"{type(optimizer).__name__} is in evaluation mode at ab.step(): call optimizer.train() "
@@ -146,7 +146,7 @@ class NewState:
         """Returns warnings about the state of an optimizer that has stepped.
 
         Raises:
-            UsageError: the recipe cannot work with the state.
+            UsageError: the recipe does not support the state.
         """
         kind, odd, factored = type(optimizer).__name__, cannot_be_shared(optimizer.state), self._recipe.factored
         if odd and self._equalized:
@@ -162,21 +162,21 @@ class NewState:
 
 
 def _copies_outside_state(optimizer: Optimizer, consequence: str) -> list[str]:
-    """Returns a message that ends in `consequence` if an optimizer keeps copies of weights outside its state."""
+    """Returns a message with a `consequence`, in a list, if an optimizer keeps weight copies outside its state."""
     name = kept_elsewhere(optimizer)
     kind = type(optimizer).__name__
     return [f"{kind} keeps copies of the weights in its attribute {name!r}, {consequence}"] if name else []
 
 
 def _not_projectable(optimizers: Optimizers, recipe: Recipe, policy: OptimizerState) -> str:
-    """Names the optimizers whose state cannot be converted into that of factors; empty under another policy."""
+    """Returns the names of optimizers whose state cannot be converted to factors; empty under another policy."""
     if recipe.factoring is None or recipe.factoring.optimizer_state != policy:
         return ""
     return ", ".join(dict.fromkeys(type(one).__name__ for one in optimizers.acting if not is_a(one, PROJECTABLE)))
 
 
 def _held_problems(model: nn.Module, optimizers: Optimizers) -> list[str]:
-    """Checks that optimizers hold every trained parameter once, and no others."""
+    """Returns a message for each rule broken: every trained parameter is in one optimizer, and no other tensor is."""
     held = optimizers.parameters()
     known = {id(parameter): name for name, parameter in model.named_parameters()}
     problems = []
@@ -202,7 +202,7 @@ def _held_problems(model: nn.Module, optimizers: Optimizers) -> list[str]:
 
 
 def _saving_problems(optimizer: Optimizer) -> list[str]:
-    """Checks that additional entries of an optimizer's `state_dict` are data, from which a run can resume."""
+    """Returns a message, in a list, if additional entries of an optimizer's `state_dict` cannot be saved."""
     kind = type(optimizer).__name__
     try:
         split(more_of(optimizer))
@@ -237,19 +237,19 @@ def _factoring_problems(optimizers: Optimizers, recipe: Recipe) -> list[str]:
 
 
 def _state_from_start(optimizer: Optimizer) -> str:
-    """Names state that an optimizer created before its first step, and that only it can create; empty if none."""
+    """Returns the key of state that only the optimizer's constructor can create; empty if there is none."""
     if is_a(optimizer, PROJECTABLE) or _steps_of(optimizer):
         return ""
     for parameter, state in _states_of(optimizer):
         for key, value in state.items():
-            # The optimizer copies weights again.
+            # The optimizer can make copies of weights again.
             if not isinstance(value, Tensor) or value.shape != parameter.shape or not torch.equal(value, parameter):
                 return str(key)
     return ""
 
 
 def _steps_of(optimizer: Optimizer) -> float:
-    """Returns the number of steps in an optimizer's state; 1 if the state has no count but shows a step."""
+    """Returns the number of steps that an optimizer has made; 1 if its state has no counter but shows a step."""
     made = 0.0
     for parameter, state in _states_of(optimizer):
         count = state.get("step")
@@ -261,13 +261,13 @@ def _steps_of(optimizer: Optimizer) -> float:
 
 
 def _states_of(optimizer: Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
-    """Returns parameters with their state."""
+    """Returns pairs of a parameter and its state."""
     states = optimizer.state.items()
     return [(held, state) for held, state in states if isinstance(held, Tensor) and isinstance(state, dict)]
 
 
 def _has_moved(value: Any, parameter: Tensor) -> bool:
-    """Whether an item of state shows that a step was made: the item is neither zero nor a copy of its weight."""
+    """Returns whether a state tensor shows that a step was made: it is neither zero nor a copy of its weight."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape or not value.any():
         return False
     return not torch.equal(value.to(parameter), parameter)

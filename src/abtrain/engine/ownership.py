@@ -1,4 +1,4 @@
-"""Checks before each step that the optimizers hold the parameters that workers share, and no others."""
+"""Checks before each optimizer step that the optimizers have exactly the parameters that workers share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from abtrain.own import own_names
 
 
 class Ownership:
-    """Checks that optimizers train the parameters that workers share, and no others, such as the `frozen` ones."""
+    """Checks that the optimizers train all parameters that workers share, and none of the `frozen` ones."""
 
     def __init__(self, model: FactoredModel, frozen: Sequence[str]) -> None:
         self._model = model
@@ -30,11 +30,11 @@ class Ownership:
         self._dense = self._places()
 
     def check(self, optimizer: Optimizer) -> None:
-        """Checks the parameters of all optimizers before one of them steps.
+        """Checks the parameters of all optimizers before an optimizer steps.
 
         Raises:
-            UsageError: they hold a parameter that no merge knows, or lack one that workers share; or a shared one was
-                frozen, thawed or replaced since training began.
+            UsageError: the optimizers have a parameter that is never merged, or lack a shared one. The error is also
+                raised if a parameter was frozen, unfrozen or replaced after ABTraining was built.
         """
         held = [id(p) for one in self._model.optimizers.acting for group in one.param_groups for p in group["params"]]
         thawed = [name for name, p in self._frozen.items() if p.requires_grad and id(p) in held]
@@ -54,7 +54,7 @@ class Ownership:
         self._check_places(optimizer)
 
     def _check_modules(self) -> None:
-        """Checks that every parameter is still in the model, after modules were added or removed."""
+        """Checks that every shared parameter is still in the model, after modules were added or removed."""
         now = dict(self._model.model.named_parameters())
         present = set(map(id, now.values()))
         expected = {place.name: place.parameter for place in self._dense if place.name not in self._model.records}
@@ -87,7 +87,7 @@ class Ownership:
             )
 
     def _places(self) -> list[_Place]:
-        """Returns the places of the parameters that workers train together, without factors."""
+        """Returns the shared parameters, except factors, with the modules that contain them."""
         places, excluded = [], self._model.factors().keys() | self._frozen.keys() | self._own
         for name, parameter in self._model.parameters().items():
             if name not in excluded:
@@ -118,7 +118,7 @@ def _refuse_moved(names: Sequence[str]) -> None:
 
 
 class _Place(NamedTuple):
-    """A parameter, and its place in a module."""
+    """A parameter, and the module attribute that refers to it."""
 
     name: str
     of_module: Mapping[str, Any]

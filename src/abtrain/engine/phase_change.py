@@ -1,4 +1,4 @@
-"""Changes of phase: the form of the weights and the optimizer's state, the trained parameters, and the wrapper."""
+"""Prepares model, optimizer and wrapper for the next phase of a recipe."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ log = logging.getLogger("abtrain")
 
 
 class PhaseChange:
-    """Brings model, optimizer and wrapper into the form that a phase of a recipe asks for.
+    """Brings model, optimizer and wrapper into the form that a phase of a recipe requires.
 
-    The anchors and the momentum of rounds change form with the weights. Learning rates rise in a ramp afterwards.
+    When weights become dense or factored, anchors and momentum of merges do too. Learning rates then ramp up.
 
     Attributes:
         parallel: the wrapper for forward passes, which averages gradients over the scope of the phase.
-        rank_history: for each factoring: the step, the rank k of each weight, and why others stay dense.
-        dense_this_cycle: why weights that could be factored are dense at present, by name.
-        seconds: the seconds spent on decompositions (`svd`), without the wait for other workers.
+        rank_history: one entry per factoring: the step, the rank k of each weight, and why other weights stay dense.
+        dense_this_cycle: for each weight that could be factored but is dense now, the reason, by name.
+        seconds: the seconds spent on decompositions, under the key `svd`, without the time of waiting for workers.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class PhaseChange:
         self._find_unused_parameters, self._grad_scaler = find_unused_parameters, grad_scaler
 
     def enter(self, position: Position, recipe: Recipe) -> None:
-        """Begins the phase whose first step is at `position`. Collective over the world."""
+        """Begins the phase whose first step is at `position` in the recipe. Collective over the world."""
         phase, records = position.phase, self._model.records
         restored = list(records)
         self._comm.meter.phase = phase.name
-        # The old wrapper holds gradient buffers as large as the model: free them before new parameters are made.
+        # The old wrapper has gradient buffers as large as the model: free them before new parameters are allocated.
         self.unwrap()
         reshaped = bool(records) or phase.weights == "factored"
         carry_over(self._rounds.merger, records.values(), self._model.projects, into_weight)
@@ -79,9 +79,9 @@ class PhaseChange:
         self._rounds.shared.copies.renew()
 
     def _check(self, position: Position) -> None:
-        """Compares the layouts of all workers: if they differ, DDP adds up unrelated elements, or hangs.
+        """Compares the layouts of all workers. If they differ, DDP adds up unrelated elements, or hangs.
 
-        Equal gradients keep workers equal only under equal settings, so settings are compared too.
+        The check includes settings, since equal gradients keep workers equal only under equal settings.
         """
         if position.phase.sync is not None:
             where = f"step {position.step}, phase {position.phase.name}"
@@ -89,7 +89,7 @@ class PhaseChange:
             check_phase(self._comm, self._model, where, HYPERPARAMETERS if compared else ())
 
     def _make_equal(self, restored: Sequence[str]) -> None:
-        """Makes tensors that each worker has computed separately bitwise equal, by taking rank 0's values."""
+        """Makes tensors bitwise equal that workers have computed separately, by taking rank 0's values."""
         dense = [name for name in restored if name not in self._model.records]
         weights = {name: self._model.model.get_parameter(name).data for name in dense}
         momentum = {f"momentum of {name}": tensor for name, tensor in self._rounds.merger.momentum.items()}
@@ -98,7 +98,7 @@ class PhaseChange:
             log.info("%d tensors differed between workers by rounding: rank 0's were taken", len(differed))
 
     def train(self, position: Position) -> None:
-        """Unfreezes the parameters that a phase trains at this position, and averages their gradients."""
+        """Unfreezes the parameters that the phase trains at this position, and averages their gradients."""
         self.unwrap()
         phase = position.phase
         if phase.weights == "factored":
@@ -109,7 +109,7 @@ class PhaseChange:
             self._wrap("world", phase.sync)
 
     def unwrap(self) -> None:
-        """Ends the averaging of gradients."""
+        """Removes the wrapper, so that gradients are no longer averaged."""
         self.parallel.close()
         self.parallel = Unsynchronized(self._model.model)
 
@@ -117,7 +117,7 @@ class PhaseChange:
         self.parallel = self._comm.data_parallel(self._model.model, scope, self._find_unused_parameters, sync)
 
     def after_merge(self, position: Position, upcoming: Position) -> None:
-        """Prepares the optimizer for the next step, after a step in a phase of rounds. Collective over the world."""
+        """Prepares the optimizer for the next step, after a step in a phase with merges. Collective over the world."""
         if upcoming.first and upcoming.phase.shares_gradients:
             self._equalize(position)
         if position.phase.trains == "a_then_b" and upcoming.turn != position.turn and not upcoming.first:
@@ -126,7 +126,7 @@ class PhaseChange:
     def _equalize(self, position: Position) -> None:
         """Makes optimizer state and loss scale equal on all workers."""
         if position.phase.trains in ("a_then_b", "b"):
-            # Each worker has state for both factors; the state of the frozen one is made equal too.
+            # Each worker has state for both factors. The state of the frozen factor must become equal, too.
             self._model.train_only("all")
         reset = self._model.resets()
         kept = [p for name, p in self._model.trained(self._rounds.shared.treatments).items() if name not in reset]
@@ -135,7 +135,7 @@ class PhaseChange:
             equalize_grad_scaler(self._grad_scaler, self._comm)
 
     def whose_gradients(self) -> str:
-        """Describes, for the end of a message, the worker that brought gradients that are not finite."""
+        """Returns the end of an error message, which names the worker whose gradients are not finite."""
         rank = self._comm.rank
         if not self.parallel.spoiled():
             return f", brought by a worker other than rank {rank}"
@@ -145,7 +145,7 @@ class PhaseChange:
         return f", brought by rank {rank}{f' (it holds NaN or infinity in {broken})' if broken else ''}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the record of factorings, and the order in which gradients arrive."""
+        """Returns the history of factorings, and the order in which the backward pass produces gradients."""
         return {
             "rank_history": list(self.rank_history),
             "dense_this_cycle": dict(self.dense_this_cycle),
@@ -154,7 +154,7 @@ class PhaseChange:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], position: Position | None) -> None:
-        """Continues from a `state_dict` at a position (None: the end), once the model has its form and values."""
+        """Restores a `state_dict` at a position (None: the recipe's end). The model must be restored already."""
         self.rank_history, self.dense_this_cycle = list(state["rank_history"]), dict(state["dense_this_cycle"])
         self.seconds = dict(state["seconds"])
         if position is not None:

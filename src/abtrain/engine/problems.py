@@ -1,4 +1,4 @@
-"""Validates model, optimizer and recipe together, and reports all problems at once."""
+"""Validates the arguments of `ABTraining`, and reports all problems at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from abtrain.own import IGNORED, ignored_names
 from abtrain.recipes.recipe import Recipe
 
 _FEW_STEPS = 100
-"""A shorter warm-up is warned about. Measured in docs/studies/large-batch.md: 24 steps cost 11 points, 48 cost 4."""
+"""The shortest warm-up without a warning. In docs/studies/large-batch.md, 24 steps lose 11 points, 48 lose 4."""
 
 
 def checked(
@@ -35,10 +35,10 @@ def checked(
     on_nonfinite: OnNonFinite,
     average_buffers: Sequence[str],
 ) -> Communicator:
-    """Returns the communicator to use, if these arguments of `ABTraining` are valid.
+    """Checks these arguments of `ABTraining`, and returns the communicator to use.
 
     Raises:
-        ConfigurationError: they are not; the message lists all problems.
+        ConfigurationError: the arguments are invalid; the message lists all problems.
     """
     problems = _problems_of(model, optimizer, recipe)
     if on_nonfinite not in get_args(OnNonFinite):
@@ -73,7 +73,7 @@ def _problems_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], r
 
 
 def _tensor_problems(model: nn.Module) -> list[str]:
-    """Returns the first problem of the model's tensors as a list; an empty list if there is none."""
+    """Returns a message about the first problem of the model's tensors, in a list; empty if there is none."""
     parameters = dict(model.named_parameters())
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in parameters.values()):
         return ["the model has lazy parameters without a shape: run one forward pass first"]
@@ -125,8 +125,8 @@ def _factoring_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe
 
 
 def _is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor is sharded over workers, or is trained and of a subclass that holds its elements elsewhere."""
-    # Importing the module takes half a second. If nobody has imported it, no tensor is sharded.
+    """Returns whether a tensor is sharded over workers, or is trained and belongs to a subclass of Tensor."""
+    # Importing the module takes half a second. If it is not imported yet, no tensor is sharded.
     distributed = sys.modules.get("torch.distributed.tensor")
     sharded = distributed is not None and isinstance(tensor, distributed.DTensor)
     return sharded or (tensor.requires_grad and type(tensor.data) is not Tensor)
@@ -147,13 +147,13 @@ def _ignored_problems(model: nn.Module) -> list[str]:
 
 
 def _unmatched(patterns: Iterable[str], names: Sequence[str], kind: str) -> list[str]:
-    """Returns one message for each glob that matches none of the names."""
+    """Returns one message for each glob pattern that matches none of the names."""
     idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
     return [f"{pattern!r} matches no {kind}: {nearest(pattern, names)}" for pattern in idle]
 
 
 def _problems_here(model: nn.Module, optimizers: Optimizers, recipe: Recipe, comm: Communicator) -> list[str]:
-    """Returns the problems of a model and a recipe on these workers; empty if there are none."""
+    """Returns one message for each problem that depends on the workers or their communicator."""
     problems, topology = [], comm.topology
     device = next((p.device for p in model.parameters()), comm.device)
     if comm.device.type != "cpu" and device != comm.device:
@@ -169,7 +169,7 @@ def _problems_here(model: nn.Module, optimizers: Optimizers, recipe: Recipe, com
     if shared and any(isinstance(one, LBFGS) for one in optimizers.all):
         problems.append(
             "LBFGS calls its closure as often as each worker's own loss requires, so some workers would average "
-            "gradients more often than others: use another optimizer, or a recipe of rounds alone with group_size=1"
+            "gradients more often than others: use another optimizer, or a recipe that only merges, with group_size=1"
         )
     alone = [phase.name for phase in recipe.phases if phase.sync is None or (phase.rounds and topology.group_size == 1)]
     layers = sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
@@ -182,7 +182,7 @@ def _problems_here(model: nn.Module, optimizers: Optimizers, recipe: Recipe, com
 
 
 def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
-    """Returns warnings about settings that are allowed but may not be intended; equal on all workers."""
+    """Returns warnings about settings that are valid but possibly unintended; equal on all workers."""
     doubts, topology = [], comm.topology
     if topology.n_groups == 1 and any(phase.trains == "a_or_b" for phase in recipe.phases):
         doubts.append("the only group trains A and B in turn, cycle by cycle")
@@ -192,7 +192,7 @@ def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
             "gradients at every step, as with ddp, and send merges as well, so nothing is saved. Use "
             "group_size=1, the workers of one machine, or the recipe ddp"
         )
-    # A recipe that factors at step 0 is meant for pretrained weights.
+    # A recipe that factors weights at step 0 is for pretrained models.
     steps = recipe.first_factored_step or 0
     if 0 < steps < _FEW_STEPS:
         doubts.append(

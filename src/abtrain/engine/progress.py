@@ -1,4 +1,4 @@
-"""The progress of a run: its position in the recipe, and which workers hold equal weights there."""
+"""The progress of a run: the step, the position in the recipe, and which workers have equal weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ log = logging.getLogger("abtrain")
 
 
 class Progress:
-    """The progress of a run.
+    """Records the progress of a run.
 
     Attributes:
-        steps_done: the number of steps that are done.
-        position: the position of the next step in the recipe; None after the last.
-        workers_equal: whether all workers hold the same weights.
+        steps_done: the number of completed training steps.
+        position: the position of the next step in the recipe; None after the last step.
+        workers_equal: whether all workers have the same weights.
         closed: whether `ABTraining.close` was called.
-        shows_average: whether the model shows the average of the workers, inside `ABTraining.merged`.
+        shows_average: whether the model has the workers' average weights, inside `ABTraining.merged`.
     """
 
     def __init__(self, recipe: Recipe, comm: Communicator) -> None:
@@ -42,24 +42,24 @@ class Progress:
 
     @property
     def in_rounds(self) -> bool:
-        """Whether groups train separately in the next step."""
+        """Whether groups of workers train separately in the next step, between merges."""
         return self.position is not None and self.position.phase.rounds is not None
 
     @property
     def shares_gradients(self) -> bool:
-        """Whether there are several workers, and all of them make the next step with the same gradients."""
+        """Whether several workers exist and all use the same averaged gradients in the next step."""
         return not self.alone and self.position is not None and self.position.phase.shares_gradients
 
     @property
     def equal_scope(self) -> Scope | None:
-        """The scope whose workers hold the same weights; None if each worker has its own."""
+        """The scope in which workers have the same weights; None if each worker has its own weights."""
         if self.workers_equal:
             return "world"
         return "group" if self.in_rounds else None
 
     @property
     def within_round(self) -> str:
-        """A warning if workers hold different models and this one was not saved at this step; otherwise empty."""
+        """A warning if workers have different models and this model was not saved at this step; otherwise empty."""
         position = self.position
         if self.alone or self.workers_equal or position is None or not self.in_rounds:
             return ""
@@ -71,13 +71,13 @@ class Progress:
         )
 
     def advance(self) -> Position | None:
-        """Counts a step and returns the position of the next; the caller sets `position` when the step is complete."""
+        """Counts a step and returns the position of the next one. The caller sets `position` after the step."""
         self.steps_done += 1
         self.comm.meter.step = self.steps_done
         return self.recipe.at(self.steps_done) if self.steps_done < self.recipe.total_steps else None
 
     def refuse_in_view(self, action: str) -> None:
-        """Raises UsageError inside `ABTraining.merged`, whose end would undo the effect of the action."""
+        """Raises UsageError inside `ABTraining.merged`, since the end of its block would undo the action."""
         if self.shows_average:
             raise UsageError(
                 f"{action} inside `with ab.merged():`, where the model holds the average of the workers temporarily: "
@@ -90,7 +90,7 @@ class Progress:
             raise UsageError("ABTraining was closed: build it again to continue, or train the model without it")
 
     def check_unfinished(self) -> None:
-        """Raises UsageError if the run was closed, or its recipe has ended."""
+        """Raises UsageError if the run was closed or its recipe has ended."""
         self.check_open()
         if self.position is None:
             raise UsageError(
@@ -99,29 +99,29 @@ class Progress:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the step and whether workers are equal, and remembers that the step was saved."""
+        """Returns the step and whether workers have equal weights, and records that this step was saved."""
         self._saved_step = self.steps_done
         return {"step": self.steps_done, "workers_equal": self.workers_equal}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict`."""
+        """Restores a saved `state_dict`."""
         self.steps_done = self._saved_step = self.comm.meter.step = state["step"]
         self.workers_equal = state["workers_equal"]
         self.position = self.recipe.at(state["step"]) if state["step"] < self.recipe.total_steps else None
 
 
 _PRESENT: weakref.WeakSet[Progress] = weakref.WeakSet()
-"""The progress of every run that exists in this process."""
+"""The `Progress` objects of all runs in this process."""
 
 
 @atexit.register
 def warn() -> None:
-    """Warns when the process ends within a round of a run, with a different model on each worker."""
+    """Logs a warning if the process ends between merges, when each worker has a different model."""
     for progress in list(_PRESENT):
         if progress.within_round:
             log.warning("%s", progress.within_round)
 
 
 def rewound(step: int) -> dict[str, Any]:
-    """Returns the `Progress.state_dict` of a run that goes back to a merge, after `step` steps."""
+    """Returns the `Progress.state_dict` of a run directly after a merge, when `step` steps were done."""
     return {"step": step, "workers_equal": True}

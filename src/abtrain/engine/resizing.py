@@ -1,4 +1,4 @@
-"""Continues a run with another number of workers, from the states of the former ones."""
+"""Converts the saved states of a run to another number of workers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from abtrain.recipes.recipe import Position, Recipe
 
 
 def can_be_resized(state: Mapping[str, Any], position: Position | None) -> bool:
-    """Whether another number of workers can continue: all hold the same model, or held it after their last merge.
+    """Returns whether another number of workers can continue: workers have equal weights, or had at the last merge.
 
     Args:
         state: the state of a worker.
-        position: the position of its next step; None at the end.
+        position: the position of the next step in the recipe; None at the end.
     """
     return bool(state["workers_equal"]) or (position is not None and position.phase.rounds is not None)
 
@@ -30,17 +30,17 @@ def can_be_resized(state: Mapping[str, Any], position: Position | None) -> bool:
 def resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> dict[str, Any]:
     """Returns the state of worker `rank` in a run with another number of workers.
 
-    Within a round, this is the state at its start, which all workers held after their last merge. A worker takes over
-    the optimizer state of one of the former workers. The residuals of wires belong to all workers together: each takes
-    their average, so that the average over all stays the same.
+    If the states were saved between merges, the new run continues from the last merge, or the phase's start, with equal
+    weights. Each new worker takes the optimizer state of one former worker, and the average of the former workers'
+    compression residuals. The average residual over all workers therefore stays the same.
 
     Args:
-        states: the states of all former workers, at the same step.
+        states: the states of all former workers, by rank, saved at the same step.
         rank: the worker's rank in the new run.
         recipe: the recipe of the run.
 
     Raises:
-        CheckpointError: a state is malformed; raised on all workers, since each examines all states.
+        CheckpointError: a state is malformed. All workers raise the error, since each checks all states.
     """
     try:
         with as_checkpoint_error("the states of the former workers are malformed: load another checkpoint"):
@@ -55,7 +55,7 @@ def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> 
     mergers = pooled([state["merger"] for state in states])
     buffers = pooled_buffers([state["model"]["buffers"] for state in states])
     own: dict[str, Any] = {}
-    # All states are converted, so that all workers find a malformed one.
+    # Every worker converts all states, so that all workers find a malformed one.
     for former, (state, merger) in enumerate(zip(states, mergers, strict=True)):
         converted = {**state, "merger": merger}
         if not state["workers_equal"] or state["rounds"]["under_way"]:
@@ -66,7 +66,7 @@ def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> 
 
 
 def _at_last_merge(state: Mapping[str, Any], buffers: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Any]:
-    """Returns the entries of a state that change when its worker goes back to the last merge, with these `buffers`."""
+    """Returns the entries of a state that change if its worker goes back to the last merge, with given `buffers`."""
     position = _last_merge(state, recipe)
     weights = rewound_weights(state["merger"], state["model"]["weights"])
     back = state["step"] - position.step
@@ -79,7 +79,7 @@ def _at_last_merge(state: Mapping[str, Any], buffers: Mapping[str, Tensor], reci
 
 
 def _last_merge(state: Mapping[str, Any], recipe: Recipe) -> Position:
-    """Returns the start of the last round at which all workers held equal weights, before merges under way."""
+    """Returns the position after the last finished merge, or at the phase's start, with equal weights everywhere."""
     step = state["step"] - (1 if state["step"] == recipe.total_steps else 0)
     left = 2 if state["rounds"]["under_way"] else 1
     while True:

@@ -1,4 +1,4 @@
-"""The state of a run: saved as one dictionary, checked, and loaded."""
+"""Saves the state of a run as one dictionary, and checks and loads such a dictionary."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from abtrain.recipes.recipe import Position
 
 @dataclass(frozen=True)
 class EngineState:
-    """All parts of the engine that have state, in the order in which they are loaded."""
+    """The parts of the engine that have state. They are loaded in the order of the fields."""
 
     progress: Progress
     model: FactoredModel
@@ -35,7 +35,7 @@ class EngineState:
     grad_scaler: torch.amp.GradScaler | None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of every part, by name."""
+        """Returns the states of all parts, by name."""
         model = model_state(self.model)
         return {
             "version": VERSION,
@@ -52,7 +52,7 @@ class EngineState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Checks the states of all workers, and then loads this worker's. Collective over the world.
+        """Checks the states of all workers, and then loads this worker's state. Collective over the world.
 
         Raises:
             CheckpointError, RanksDisagreeError, NonFiniteError: see `ABTraining.load_state_dict`.
@@ -91,12 +91,12 @@ class EngineState:
             where = f"step {progress.steps_done} of the loaded states"
             check_replicas(comm, self.rounds.shared.replicated(), progress.equal_scope, where)
         self.phases.load_state_dict(state, progress.position)
-        # The meter comes last, since the run does not count the messages of loading.
+        # The meter is loaded last, so that it does not count the messages of loading.
         comm.meter.load_state_dict(state["meter"])
 
 
 def _equal_on_all(state: Mapping[str, Any], position: Position | None) -> dict[str, object]:
-    """Returns the values that collectives depend on, and that have to be equal in the states of all workers."""
+    """Returns the values that must be equal in the states of all workers, since collectives depend on them."""
     model, merger, under_way = state["model"], state["merger"], state["rounds"]["under_way"]
     shared = position is not None and position.phase.sync is not None
     groups = [group for one in model["optimizers"] for group in one["groups"]] if shared else []

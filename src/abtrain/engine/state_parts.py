@@ -1,6 +1,6 @@
-"""Checks of every part of a saved state, given the step at which it was saved.
+"""Checks for all parts of a saved state.
 
-Each phase has its own form of the weights and its own merges, so the checks depend on the step.
+The checks depend on the step of the state, since each phase has its own form of weights and its own merges.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _METER = mapping(
 
 
 class ResumedRun(NamedTuple):
-    """A run that is about to continue from a state. Its model may have any form at present."""
+    """A run that is about to load a saved state. Its model may be dense or factored before."""
 
     recipe: Recipe
     comm: Communicator
@@ -66,14 +66,14 @@ class ResumedRun(NamedTuple):
 
 
 class Resumption:
-    """The point at which a run continues from a state whose step and model are valid.
+    """The point of a recipe at which a run continues from a state. Step and model of the state must be valid.
 
     Attributes:
-        position: the position of the next step; at the recipe's end, of the last one.
-        rounds: how the phase merges; None if it does not.
-        factors: names of the factors.
-        parameters: the layout of the trained parameters, in the form in which they are merged.
-        buffers: the layout of the shared buffers, in the form in which they are merged.
+        position: the position of the next step in the recipe; at its end, the position of the last step.
+        rounds: the merge settings of the phase; None if the phase has no merges.
+        factors: the names of all factors.
+        parameters: the names, shapes and dtypes of shared parameters, as merges see them (complex as real).
+        buffers: the names, shapes and dtypes of shared buffers, as merges see them (complex as real).
     """
 
     def __init__(self, run: ResumedRun, state: Mapping[str, Any]) -> None:
@@ -93,7 +93,7 @@ class Resumption:
 
 
 def position_of(recipe: Recipe, state: Mapping[str, Any]) -> Position:
-    """Returns the position of the next step; at the recipe's end, of the last one."""
+    """Returns the position of the next step in the recipe; at its end, the position of the last step."""
     return recipe.at(min(state["step"], recipe.total_steps - 1))
 
 
@@ -103,13 +103,13 @@ def _workers_equal(at: Resumption) -> Check:
     if before is not None and before.phase.rounds is not None:
         rounds = before.phase.rounds
         equal = len(before.merging) == rounds.fragments and (before.last or not rounds.delay)
-    # A run with a new number of workers restarts at the start of a round, without merges that were under way.
+    # A run with a new number of workers continues directly after a merge, without unfinished merges.
     back = at.rounds is not None and at.position.starts_round and not at.ended and not at.state["rounds"]["under_way"]
     return one_of(True) if equal else _FLAG if back else one_of(False)
 
 
 def _arrivals(at: Resumption) -> Check:
-    """The check of the order in which gradients arrive: each once, or empty if the order is not known yet."""
+    """Returns the check of the order of gradients: each index once, or an empty list if the order is unknown."""
     model, factors = at.model, {*at.factors}
     dense = {name: p for name, p in model.parameters().items() if name not in model.factors()}
     dense |= {name: record.dense for name, record in model.records.items()}
@@ -126,7 +126,7 @@ def _arrivals(at: Resumption) -> Check:
 def _merger(at: Resumption) -> Check:
     model, phases = at.model, at.recipe.phases
     wide_ones = {name: like(p, wide(p.dtype)) for name, p in at.parameters.items()}
-    # Between phases of rounds, the anchors of the last one remain, unused.
+    # In a phase without merges, the unused anchors of an earlier phase remain.
     stale = [*dense_layout(model), *(factor for name in model.names for factor in factor_names(name))]
     wires = {phase.rounds.wire for phase in phases if phase.rounds}
     kept = {wire: make_wire(wire, at.topology.world_size).keeps(at.parameters) for wire in wires}
@@ -160,7 +160,7 @@ def _in_order(merges: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _under_way(at: Resumption, place: str, entry: Any) -> Iterator[str]:
-    """Yields the problems of a hidden merge."""
+    """Yields the problems of the saved state of an unfinished merge."""
     begun = entry.get("step") if isinstance(entry, Mapping) else None
     sync, first = at.rounds, at.position.step - at.position.step_in_phase
     position = None
@@ -223,7 +223,7 @@ def _copies(at: Resumption) -> Check:
 
 
 PARTS: Mapping[str, Callable[[Resumption], Check]] = {
-    # These are checked first, since the others have to fit them.
+    # These entries are checked earlier, since the checks of the others depend on them.
     **dict.fromkeys(("version", "recipe", "step", "model"), lambda at: anything),
     "round_began": lambda at: _FLAG,
     "skipped_steps": lambda at: each(whole(0, at.step - 1)),

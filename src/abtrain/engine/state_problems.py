@@ -1,7 +1,7 @@
 """Checks whether a run can continue from a state, before anything changes.
 
-Anybody who can write to a checkpoint can put any value anywhere, with matching digests. Therefore every value that
-`ABTraining.load_state_dict` is about to use is checked: its type, its range, and for tensors name, shape and dtype.
+Anybody who can write to a checkpoint can change any value and its digest. This module therefore checks every value that
+`ABTraining.load_state_dict` uses: its type, its range, and for tensors the name, shape and dtype.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from abtrain.lowrank.fit import MODEL_STATE, model_problems
 from abtrain.recipes.recipe import Recipe
 
 VERSION = 7
-"""Version of the content of `ABTraining.state_dict`. It grows with each change."""
+"""The version of the format of `ABTraining.state_dict`. Each change of the format increases it."""
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:
-    """Returns 64 hexadecimal digits, the same for the same recipe in every process."""
+    """Returns 64 hexadecimal digits that identify a recipe. Equal recipes give equal digits in every process."""
     return hashlib.sha256(stable_repr(recipe).encode()).hexdigest()
 
 
 def run_problem(state: Any, recipe: Recipe) -> str:
-    """Returns the reason why a state has another version or another recipe; empty if both match."""
+    """Returns a message if a state has another version or belongs to another recipe; otherwise an empty string."""
     version = state.get("version") if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or type(version) is not int or version != VERSION:
         return (
@@ -45,18 +45,18 @@ def run_problem(state: Any, recipe: Recipe) -> str:
 
 
 def state_problem(state: Any, run: ResumedRun) -> str:
-    """Returns why a run cannot continue from a state, with the remedy; empty if it can. Sends no messages."""
+    """Returns why a run cannot continue from a state, and the remedy; empty if it can. Does not communicate."""
     try:
         return run_problem(state, run.recipe) or _problem(state, run)
     except Exception as error:
-        # A worker that raised here would leave the others waiting for it.
+        # If this worker raised the error now, the other workers would wait for it.
         if not blames_data(error):
             raise
         return _damaged([brief(error)])
 
 
 def _problem(state: Mapping[str, Any], run: ResumedRun) -> str:
-    # Each stage relies on those before it.
+    # Each check assumes that the earlier ones have passed.
     problems = first_problems(
         lambda: mapping(dict.fromkeys(PARTS, anything))("the state", state),
         lambda: whole(0, run.recipe.total_steps)("step", state["step"]),
