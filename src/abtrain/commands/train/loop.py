@@ -80,12 +80,17 @@ def train(
         validation = Validation(trainer, recorder, data, path)
         _Loop(trainer, recorder, saving, stopping, validation).run(batches_from(start=step), path)
         seconds = time.perf_counter() - started
-        result = {}
-        with trainer.ab.merged():
-            if recorder is not None:
-                result = trainer.result(seconds, data, recorder.validation)
-                save_last_model(trainer, path)
-                recorder.finish(result, describe_models(result, path))
+        return _finish(trainer, recorder, seconds, data, path)
+
+
+def _finish(trainer: Trainer, recorder: Recorder | None, seconds: float, data: Data, folder: Path) -> dict[str, Any]:
+    """Evaluates and saves the trained model on rank 0. Returns the result there, and an empty dict elsewhere."""
+    with trainer.ab.merged():
+        if recorder is None:
+            return {}
+        result = trainer.result(seconds, data, recorder.validation)
+        save_last_model(trainer, folder)
+        recorder.finish(result, describe_models(result, folder))
     return result
 
 
