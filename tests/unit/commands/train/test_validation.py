@@ -13,6 +13,7 @@ import torch
 
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
+from abtrain.commands.model_file import save_model
 from abtrain.commands.tasks.datasets import Data, Split
 from abtrain.commands.tasks.task import TASKS, build_model, evaluate, score
 from abtrain.commands.train.config import TrainConfig, resolve
@@ -119,10 +120,12 @@ def test_workers_validate_one_model_and_train_as_without(recipe: str, tmp_path: 
 def test_a_disk_that_is_full_costs_the_best_model_and_not_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*arguments: object) -> None:
-        raise CheckpointError("no space left")
+    def refuse_best(path: Path, *arguments: Any) -> None:
+        if path.name.startswith("model-best"):
+            raise CheckpointError("no space left")
+        save_model(path, *arguments)
 
-    monkeypatch.setattr("abtrain.commands.train.validation.save_model_files", refuse)
+    monkeypatch.setattr("abtrain.commands.train.validation.save_model", refuse_best)
     result = train(config(recipe="ddp", validate_every=10, steps=20, out=tmp_path), SingleProcess())
     assert result["validation"]["last"]["step"] == 20
     assert "no space left: the run continues without its best model" in caplog.text
