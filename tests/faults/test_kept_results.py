@@ -114,6 +114,14 @@ def test_a_folder_without_a_request_is_not_ours(task: ComparisonRun) -> None:
         check_folders([task], overwrite=False)
 
 
+def test_a_crash_while_the_first_request_is_written_does_not_block_the_run(task: ComparisonRun) -> None:
+    shutil.rmtree(task.folder)
+    task.folder.mkdir()
+    (task.folder / ".request.toml.0123456789abcdef.partial").write_text("recipe =")
+    assert task.refusal() is None
+    check_folders([task], overwrite=False)
+
+
 @pytest.mark.parametrize("record", [b"", b"[]", b"\xff", b'{"abtrain": 1, "settings": {}}', b'{"settings": []}'])
 def test_a_record_that_is_damaged(record: bytes, task: ComparisonRun) -> None:
     (task.folder / "request.json").write_bytes(record)

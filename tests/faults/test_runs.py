@@ -285,7 +285,7 @@ def test_a_finished_run_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
-    with RunFolder(settings(tmp_path)), pytest.raises(ConfigurationError, match="in use by another run"):
+    with RunFolder(settings(tmp_path)), pytest.raises(ConfigurationError, match="in use by another process"):
         run(settings(tmp_path))
 
 

@@ -1,10 +1,12 @@
-"""Writes files completely or not at all, and reads regular files without following links."""
+"""Writes files completely or not at all, reads regular files without following links, and locks folders."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
+import math
 import os
 import re
 import secrets
@@ -14,31 +16,45 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from abtrain.errors import ConfigurationError
+
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """Opens a text file for writing. The new content replaces the former file only once it is completely on disk.
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path for a temporary file in the same folder. When the context ends, this file replaces `path`.
 
-    The content is written under a temporary name in the same folder. If `path` is a link, the link is replaced.
+    The code inside the context writes the temporary file. If it fails, the temporary file is removed. If `path` is a
+    link, the link is replaced, and its target stays as it is.
 
     Raises:
         OSError: the file cannot be written; the former file is unchanged.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    # O_EXCL follows no link, and opens no existing file.
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
-        with open(handle, "w", encoding="utf-8") as file:  # noqa: PTH123  a handle has no path
-            yield file
-            file.flush()
+        yield partial
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         # A full disk may need the space of the partial file.
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """Opens a text file for writing. The new content replaces the former file only once it is completely on disk.
+
+    Raises:
+        OSError: the file cannot be written; the former file is unchanged.
+    """
+    with replacing(path) as partial:
+        # O_EXCL follows no link, and opens no existing file.
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        with open(handle, "w", encoding="utf-8") as file:  # noqa: PTH123  a handle has no path
+            yield file
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -51,9 +67,14 @@ def write_whole(path: Path, text: str) -> None:
         file.write(text)
 
 
+def as_json(value: Any, indent: int | None = None) -> str:
+    """Returns a value as JSON. Paths become strings; NaN and infinity, which JSON does not have, become null."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object like `write_whole`. All its numbers are finite: JSON has no NaN and no infinity."""
-    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    """Writes the JSON of `as_json` like `write_whole`."""
+    write_whole(path, as_json(content, indent=2) + "\n")
 
 
 def open_regular(path: Path, flags: int) -> int:
@@ -95,7 +116,7 @@ def is_regular(path: Path) -> bool:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether `path` is a temporary file of `whole_file` that a crash left behind."""
+    """Whether `path` is a temporary file of `replacing` that a crash left behind."""
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
@@ -105,6 +126,51 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+class FolderLock:
+    """Reserves a folder for this process by locking a file in it. `release` ends this and removes the file.
+
+    Args:
+        path: the lock file; created if it does not exist.
+
+    Raises:
+        ConfigurationError: another process has locked the file.
+        OSError: the file cannot be opened, or is not a regular file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        while True:
+            handle = open_regular(path, os.O_WRONLY | os.O_CREAT)
+            self._file = open(handle, "w", encoding="utf-8")  # noqa: PTH123, SIM115  closed by `release`
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._file.close()
+                raise ConfigurationError(
+                    f"--out {path.parent} is in use by another process: wait for it to finish, or name another folder"
+                ) from None
+            # The process that held the lock may have removed the file. Then other processes lock another file.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file.fileno()), path.lstat()):
+                    return
+            self._file.close()
+
+    def release(self) -> None:
+        """Removes the lock file, and lets other processes use the folder."""
+        self._path.unlink(missing_ok=True)
+        self._file.close()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _irregular(path: Path) -> OSError:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from abtrain.checks import brief
+from abtrain.commands.files import replacing
 from abtrain.errors import CheckpointError, UsageError
 from abtrain.lowrank.layers import Factored
 from abtrain.lowrank.names import factor_names, without_compiled
@@ -48,19 +47,12 @@ def save_model(path: str | os.PathLike[str], state: Mapping[str, Any], about: Ma
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
     }
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
     try:
-        save_file(tensors, partial, {"format": "pt", "abtrain": json.dumps(about)})
-        partial.chmod(0o644)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(target)
+        with replacing(Path(path)) as partial:
+            save_file(tensors, partial, {"format": "pt", "abtrain": json.dumps(about)})
+            partial.chmod(0o644)  # safetensors lets only the owner read it
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target} could not be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} could not be written: {error}") from error
 
 
 @own_modes()
@@ -122,7 +114,7 @@ def _check(
     extra = [name for name in tensors if name not in known]
     wrong += [f"lacks {', '.join(missing[:4])}"] if missing else []
     wrong += [f"has {', '.join(extra[:4])}, which the model does not have"] if extra else []
-    for name in set(names) - set(missing):
+    for name in (name for name in names if name not in missing):
         expected = tuple(state[names[name]].shape)
         if name not in pairs:
             held = tuple(tensors[name].shape)

@@ -7,7 +7,6 @@ contains the request (see `abtrain.commands.runs.request`), and either result.js
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from abtrain.comm.topology import Topology
-from abtrain.commands.files import write_whole
+from abtrain.commands.files import write_json
 from abtrain.commands.paper.experiments import Cell, ScaleName
 from abtrain.commands.paper.published import BACKWARD_SHARE
 from abtrain.commands.plan.collectives import Cluster, NodeLink
@@ -156,7 +155,7 @@ def _simulate(run: PaperRun, data: Any) -> None:
     from abtrain.commands.train.simulate import simulate
 
     result = simulate(resolve(dataclasses.replace(run.config, device="cpu")), data)
-    write_whole(run.folder / RESULT_FILE, json.dumps(result, indent=2, default=str) + "\n")
+    write_json(run.folder / RESULT_FILE, result)
 
 
 def _launch(run: PaperRun, launcher: str, data: Path | None) -> None:

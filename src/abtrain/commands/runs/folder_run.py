@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from abtrain.commands import files
 from abtrain.commands.runs.request import FILES, TRAIN_FOLDER, request_differences
 from abtrain.commands.runs.result_files import is_empty
 from abtrain.commands.train.config import TrainConfig
@@ -65,10 +64,11 @@ class FolderRun(ABC):
     def refusal(self) -> str | None:
         """Returns why the run may not use its folder without `--overwrite`; None if it may."""
         try:
-            held = {entry.name for entry in self.folder.iterdir()} if os.path.lexists(self.folder) else set()
+            entries = list(self.folder.iterdir()) if os.path.lexists(self.folder) else []
         except OSError as error:
             return f"run folder {self.folder} cannot be read: {error}. Move it away, or name another --out"
-        found = [] if held <= FILES else request_differences(self.folder, self.config)
+        is_new = all(entry.name in FILES or files.is_leftover(entry) for entry in entries)
+        found = [] if is_new else request_differences(self.folder, self.config)
         if not found:
             return None
         return (
@@ -151,14 +151,11 @@ def remove(folder: Path) -> None:
         ConfigurationError: the folder cannot be removed, or another process writes to it.
     """
     for place in (folder, folder / TRAIN_FOLDER):
-        if (place / LOCK_FILE).is_file():
+        if files.is_regular(place / LOCK_FILE):
             with held(place):
                 pass
     try:
-        if folder.is_symlink():
-            folder.unlink()
-        elif folder.exists():
-            shutil.rmtree(folder)
+        files.remove(folder)
     except OSError as error:
         raise ConfigurationError(f"{folder} cannot be removed: {error}. Move it away, or name another --out") from error
 
@@ -179,13 +176,11 @@ def held(folder: Path) -> Iterator[None]:
     """Locks a folder of runs for this process. Another process would take unfinished runs for abandoned ones.
 
     Raises:
-        ConfigurationError: another process has locked it.
+        ConfigurationError: another process has locked it, or it cannot be written.
     """
-    with (folder / LOCK_FILE).open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigurationError(
-                f"--out {folder} is in use by another process: wait for it to finish, or name another folder"
-            ) from None
+    with writing(folder):
+        lock = files.FolderLock(folder / LOCK_FILE)
+    try:
         yield
+    finally:
+        lock.release()

@@ -32,8 +32,8 @@ from abtrain.errors import ConfigurationError, DataError
 from abtrain.version import __version__
 
 REQUEST_FILE, RECORD_FILE, TRAIN_FOLDER = "request.toml", "request.json", "train"
-FILES = frozenset({REQUEST_FILE, RECORD_FILE, f"{REQUEST_FILE}.partial", f"{RECORD_FILE}.partial"})
-"""The names of all files of a request, including the temporary files that a crash leaves behind."""
+FILES = frozenset({REQUEST_FILE, RECORD_FILE})
+"""The names of the files of a request."""
 
 
 def request_text(config: TrainConfig) -> str:

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import math
 import os
 import time
 from collections.abc import Mapping
@@ -27,7 +25,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from abtrain.commands.files import is_leftover, is_regular, open_regular, read_regular, remove, write_whole
+from abtrain.commands.files import (
+    FolderLock,
+    as_json,
+    is_leftover,
+    is_regular,
+    open_regular,
+    read_regular,
+    remove,
+    write_json,
+    write_whole,
+)
 from abtrain.commands.train.config import TrainConfig, differences, identity
 from abtrain.commands.train.config_file import from_text, to_toml
 from abtrain.commands.train.folder_content import (
@@ -80,7 +88,7 @@ class RunFolder:
         self._metrics: TextIO | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path / LOCK_FILE)
+            self._lock = FolderLock(self.path / LOCK_FILE)
         except OSError as error:
             raise self._unwritable(error) from error
         try:
@@ -90,10 +98,10 @@ class RunFolder:
                 self._check_settings()
                 self._check_outcome()
         except OSError as error:
-            self._release()
+            self._lock.release()
             raise self._unwritable(error) from error
         except (ConfigurationError, StoppedError):
-            self._release()
+            self._lock.release()
             raise
 
     def begin(self, step: int) -> None:
@@ -130,12 +138,12 @@ class RunFolder:
         if self._metrics is not None:
             with contextlib.suppress(OSError):  # `log` has already reported the error
                 self._metrics.close()
-        self._release()
+        self._lock.release()
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
         assert self._metrics is not None
-        self._metrics.write(_json(record) + "\n")
+        self._metrics.write(as_json(record) + "\n")
         self._metrics.flush()  # so that a crash does not lose it
 
     def finish(self, result: Mapping[str, Any], models: Mapping[str, Any]) -> None:
@@ -156,10 +164,6 @@ class RunFolder:
     def stop(self, outcome: Mapping[str, Any]) -> None:
         """Writes outcome.json."""
         self._write(OUTCOME_FILE, outcome)
-
-    def _release(self) -> None:
-        (self.path / LOCK_FILE).unlink(missing_ok=True)
-        self._lock.close()
 
     def _unwritable(self, error: OSError) -> ConfigurationError:
         return ConfigurationError(f"--out {self.path} cannot be written: {error}")
@@ -188,7 +192,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        write_whole(self.path / name, _json(content, indent=2) + "\n")
+        write_json(self.path / name, content)
 
     def _check_outcome(self) -> None:
         # torchrun restarts workers after any exit code.
@@ -234,29 +238,6 @@ class RunFolder:
             )
 
 
-def _lock(path: Path) -> TextIO:
-    """Opens and locks the lock file of the folder, and returns it.
-
-    Raises:
-        ConfigurationError: another process has locked it.
-    """
-    while True:
-        handle = open_regular(path, os.O_WRONLY | os.O_CREAT)
-        file = open(handle, "w", encoding="utf-8")  # noqa: PTH123, SIM115  a handle; closed with the run
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ConfigurationError(
-                f"--out {path.parent} is in use by another run: wait for it to finish, or name another folder"
-            ) from None
-        # The process that held the lock may have removed the file. Then other processes lock another file.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.lstat()):
-                return file
-        file.close()
-
-
 def _mark(launch: str) -> str:
     """Returns the first line of config.toml. A later attempt of the same launch recognizes its run by this line."""
     return f"# launch {launch}\n" if launch else ""
@@ -273,18 +254,3 @@ def _lines_until(metrics: Path, step: int) -> list[str]:
         except (ValueError, KeyError, TypeError):
             continue
     return kept
-
-
-def _json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    """Replaces NaN and infinity by None, because JSON cannot represent them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from abtrain.commands.runs.folder_run import run_once
+from abtrain.commands.runs.folder_run import held, run_once
+from abtrain.errors import ConfigurationError
 
 
 class Named:
@@ -65,3 +67,11 @@ def test_runs_before_a_failure_stay_done(recorded: list[str]) -> None:
         all_once("abc", recorded, fails="b")
     assert all_once("abc", recorded)[0] == "3 runs, 1 of them done before"
     assert recorded == ["a", "b", "c"]
+
+
+def test_a_folder_of_runs_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(ConfigurationError, match="in use by another process"), held(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigurationError, match="nowhere cannot be written"), held(tmp_path / "nowhere"):
+        pass

@@ -97,7 +97,7 @@ def test_an_unfinished_run_of_other_settings_is_kept(tmp_path: Path) -> None:
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     config = resolve(TrainConfig(out=tmp_path, device="cpu"))
-    with RunFolder(config), pytest.raises(ConfigurationError, match="in use by another run"):
+    with RunFolder(config), pytest.raises(ConfigurationError, match="in use by another process"):
         RunFolder(dataclasses.replace(config, overwrite=True))
     (tmp_path / ".lock").write_text("")  # as a run leaves it that was killed
     with RunFolder(config):
