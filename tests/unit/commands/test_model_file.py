@@ -105,6 +105,15 @@ def test_what_does_not_fit_changes_nothing(change: object, message: str, tmp_pat
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_what_does_not_fit_is_named_in_the_order_of_the_model(tmp_path: Path) -> None:
+    tensors = {name: torch.zeros(7, 1, 1) for name in build("mlp").state_dict()}
+    safetensors.torch.save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError) as told:
+        load(build("mlp"), tmp_path / "m.safetensors")
+    places = [str(told.value).index(f"has {name} of shape") for name in list(build("mlp").state_dict())[:4]]
+    assert places == sorted(places)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"no safetensors", b"\xff" * 64])
 def test_a_file_that_cannot_be_read(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
