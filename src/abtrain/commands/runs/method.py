@@ -11,13 +11,13 @@ from typing import Any
 
 from abtrain.comm.checksums import stable_repr
 from abtrain.commands.tasks.task import TASKS
-from abtrain.commands.train.config import NOT_OF_THE_METHOD, TrainConfig, recipe_of, resolve
+from abtrain.commands.train.config import MAY_CHANGE_ON_RESUME, TrainConfig, recipe_of, resolve
 from abtrain.commands.train.config_file import from_values
 from abtrain.errors import ConfigurationError
 from abtrain.version import __version__
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-SETTINGS = tuple(name for name in DEFAULTS if name == "workers" or name not in NOT_OF_THE_METHOD)
+SETTINGS = tuple(name for name in DEFAULTS if name == "workers" or name not in MAY_CHANGE_ON_RESUME)
 """The settings that are part of a method. The number of workers is one of them because it affects measurements."""
 
 

@@ -85,8 +85,8 @@ class Images(Samples):
         keys = ([(i, _draw(seed, rank, step, place)) for place, i in enumerate(of)] for step, of in plan)
         return self._load(keys)
 
-    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        starts = range(0, len(self), batch_size)
+    def in_order(self, batch_size: int, part: int = 0, parts: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        starts = range(part * batch_size, len(self), parts * batch_size)
         return self._load([(i, 0) for i in range(start, min(start + batch_size, len(self)))] for start in starts)
 
     def _load(self, keys: Iterator[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -57,8 +57,10 @@ class Samples(Dataset[Any], ABC):
         """
 
     @abstractmethod
-    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields all samples in batches, in their stored order.
+    def in_order(self, batch_size: int, part: int = 0, parts: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields every `parts`-th batch of the samples in their stored order, starting with batch `part`.
+
+        Batches are counted from 0. Samples of the other batches are not read.
 
         Raises:
             DataError: a sample cannot be read, and `on_bad_image` is `stop`.
@@ -93,8 +95,8 @@ class Split(Samples):
             chosen = torch.tensor(indices, device=self.x.device)
             yield self.x[chosen], self.y[chosen]
 
-    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.x.split(batch_size), self.y.split(batch_size), strict=True)
+    def in_order(self, batch_size: int, part: int = 0, parts: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.x.split(batch_size)[part::parts], self.y.split(batch_size)[part::parts], strict=True)
 
 
 @dataclass(frozen=True)

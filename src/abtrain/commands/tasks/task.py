@@ -282,7 +282,7 @@ def score(model: nn.Module, task: Task, data: Data, part: int = 0, parts: int = 
     was_training = model.training
     model.eval()
     loss, correct, seen = 0.0, 0, 0
-    for x, y in itertools.islice(data.test.in_order(batch_size), part, None, parts):
+    for x, y in data.test.in_order(batch_size, part, parts):
         targets = y.long()
         output = model(task.prepare(x))
         loss += float(cross_entropy(output, targets)) * len(x)

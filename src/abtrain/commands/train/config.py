@@ -43,7 +43,8 @@ class TrainConfig:
     batch_size: int | None = None
     """Number of samples per worker and step; by default the task's."""
     lr: float | None = None
-    """Peak learning rate, reached after 5 % of the steps and followed by a cosine to zero; by default the task's."""
+    """Peak learning rate, reached after a warm-up of 5 % of the steps (7 % in the paper's tasks) and followed by a cosine
+    to zero; by default the task's."""
     weight_decay: float | None = None
     """AdamW's weight decay, on matrices only; by default the task's."""
     clip: float | None = None
@@ -107,12 +108,15 @@ def recipe_of(config: TrainConfig) -> Recipe:
     return recipes.from_text(config.recipe, config.steps)
 
 
-NOT_OF_THE_METHOD = frozenset(
+MAY_CHANGE_ON_RESUME = frozenset(
     {"workers", "device", "timeout", "loaders", "data", "config", "out", "overwrite"}
     | {"log_every", "validate_every", "divergence", "track"}
     | {"checkpoint_every", "keep", "resume", "max_restarts", "on_checkpoint_error"}
 )
-"""Settings that may change when a run is resumed, because they do not affect what is computed."""
+"""Settings that may change when a run is resumed.
+
+They do not affect what is computed, except for `workers`: a run can continue with another number of workers.
+"""
 
 
 def notices(config: TrainConfig) -> list[str]:
@@ -162,7 +166,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     Raises:
         ConfigurationError: the recipe cannot be parsed.
     """
-    held = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NOT_OF_THE_METHOD}
+    held = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in MAY_CHANGE_ON_RESUME}
     return held | {"recipe": recipes.canonical(config.recipe)}
 
 

@@ -115,6 +115,19 @@ def test_an_image_that_cannot_be_read_may_be_passed_over(imagenet: Path, caplog:
     assert [record.message.split()[1] for record in caplog.records] == [str(bad)] * 2
 
 
+@pytest.mark.parametrize("loaders", [0, 2])
+def test_a_worker_reads_only_its_own_part_of_the_test_set(loaders: int, imagenet: Path) -> None:
+    data = load_imagenet(imagenet, classes=3).read_by(Reading(loaders=loaders))
+    whole = [batch for batch, _ in data.test.in_order(1)]
+    # The images of worker 0's part cannot be read.
+    for file in sorted((imagenet / "val").rglob("*.JPEG"))[::2]:
+        file.write_bytes(b"no image")
+    mine = [batch for batch, _ in data.test.in_order(1, part=1, parts=2)]
+    assert len(mine) == 3 and all(map(torch.equal, mine, whole[1::2]))
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        next(data.test.in_order(1, part=0, parts=2))
+
+
 def test_nothing_but_bad_images_ends(tmp_path: Path) -> None:
     (tmp_path / "a.JPEG").write_bytes(b"")
     images = Images(((str(tmp_path / "a.JPEG"), 0),), random=False, reading=Reading(on_bad_image="skip"))
