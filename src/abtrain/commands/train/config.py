@@ -43,8 +43,8 @@ class TrainConfig:
     batch_size: int | None = None
     """Number of samples per worker and step; by default the task's."""
     lr: float | None = None
-    """Peak learning rate, reached after a warm-up of 5 % of the steps (7 % in the paper's tasks) and followed by a cosine
-    to zero; by default the task's."""
+    """Peak learning rate, reached after a warm-up of 5 % of the steps (7 % in the paper's tasks) and followed by a
+    cosine to zero; by default the task's."""
     weight_decay: float | None = None
     """AdamW's weight decay, on matrices only; by default the task's."""
     clip: float | None = None
@@ -120,12 +120,17 @@ They do not affect what is computed, except for `workers`: a run can continue wi
 
 
 def notices(config: TrainConfig) -> list[str]:
-    """Returns a message for each setting of a valid configuration that has no effect."""
+    """Returns a message for each of `--data` and `--max-restarts` that is given but has no effect."""
     from abtrain.commands.tasks.task import TASKS
 
-    if config.data is None or TASKS[config.task].reads_folder:
-        return []
-    return [f"--data is ignored by task {config.task}"]
+    found = []
+    if config.data is not None and not TASKS[config.task].reads_folder:
+        found.append(f"--data is ignored by task {config.task}")
+    if config.max_restarts and is_joined():
+        found.append("--max-restarts is ignored under torchrun, which has an option of the same name")
+    elif config.max_restarts and config.workers == 1:
+        found.append("--max-restarts is ignored with one worker, which trains in this process")
+    return found
 
 
 def resolve(config: TrainConfig) -> TrainConfig:

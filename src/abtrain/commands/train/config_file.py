@@ -27,7 +27,7 @@ def from_toml(path: Path) -> TrainConfig:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"--config {path} cannot be read: {error}") from error
-    return from_text(text, f"--config {path}")
+    return from_text(text, str(path))
 
 
 def from_text(text: str, source: str) -> TrainConfig:
@@ -43,8 +43,8 @@ def from_text(text: str, source: str) -> TrainConfig:
     try:
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{source} cannot be read: {error}") from error
-    return from_values(content, source.removeprefix("--config "))
+        raise ConfigurationError(f"{source} cannot be read as TOML: {error}") from error
+    return from_values(content, source)
 
 
 def from_values(content: Mapping[str, Any], source: str) -> TrainConfig:

@@ -134,7 +134,6 @@ def _folder_problems(config: TrainConfig) -> list[str]:
         return [f"--out {out} is not empty: name another folder, or add --overwrite to replace its run"]
     except OSError as error:
         return [f"--out {out} cannot be read: {error}"]
-    return []
 
 
 def _device_problems(config: TrainConfig) -> list[str]:

@@ -35,6 +35,12 @@ def stacks_file(rank: int) -> str:
     return f"stacks-rank{rank}.txt"
 
 
+def continuation(folder: Path) -> str:
+    """Returns the end of a message that asks the user to start an unfinished run again: what happens to its work."""
+    saved = any((folder / CHECKPOINTS).glob("step-*"))
+    return "the run resumes from its last checkpoint" if saved else "it starts from step 0, since it has no checkpoint"
+
+
 def holds_unfinished_run(folder: Path) -> bool:
     """Whether the folder contains a run that has begun but not finished."""
     config = folder / CONFIG_FILE

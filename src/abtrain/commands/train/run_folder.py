@@ -49,6 +49,7 @@ from abtrain.commands.train.folder_content import (
     OLD_CHECKPOINTS,
     OUTCOME_FILE,
     RESULT_FILE,
+    continuation,
     holds_unfinished_run,
     model_files,
 )
@@ -158,7 +159,7 @@ class RunFolder:
         except OSError as error:
             raise CheckpointError(
                 f"the run has finished, but {self.path / RESULT_FILE} cannot be written: {error}. Free some space and "
-                "run again: the run resumes from its last checkpoint"
+                f"run again: {continuation(self.path)}"
             ) from error
 
     def stop(self, outcome: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 from abtrain.commands.model_file import save_model
 from abtrain.commands.tasks.samples import Data
 from abtrain.commands.tasks.task import Score, score
-from abtrain.commands.train.folder_content import BEST_MODEL, MODEL, model_files
+from abtrain.commands.train.folder_content import BEST_MODEL, MODEL, continuation, model_files
 from abtrain.commands.train.recorder import Recorder
 from abtrain.commands.train.trainer import VALIDATE, Trainer
 from abtrain.errors import CheckpointError
@@ -84,8 +84,8 @@ def save_last_model(trainer: Trainer, folder: Path) -> None:
         save_model_files(trainer, folder)
     except CheckpointError as error:
         raise CheckpointError(
-            f"the run has finished, but its model cannot be saved: {error}. Free some space and run again: the run "
-            "resumes from its last checkpoint"
+            f"the run has finished, but its model cannot be saved: {error}. Free some space and run again: "
+            f"{continuation(folder)}"
         ) from error
 
 

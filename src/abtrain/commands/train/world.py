@@ -1,4 +1,4 @@
-"""Reads the launcher's environment variables: the rank of this process, and the address where workers meet."""
+"""Reads the rank of this process from the launcher's environment variables, and checks all of these variables."""
 
 from __future__ import annotations
 

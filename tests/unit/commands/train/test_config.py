@@ -13,7 +13,8 @@ from abtrain.errors import ConfigurationError
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
 
@@ -88,6 +89,17 @@ def test_data_that_the_task_does_not_read_is_noticed() -> None:
     assert validate(config) == []
     assert notices(config) == ["--data is ignored by task digits-mlp"]
     assert notices(TrainConfig()) == []
+
+
+def test_restarts_without_a_launcher_of_our_own_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(max_restarts=2)
+    assert notices(config) == []
+    assert notices(dataclasses.replace(config, workers=1)) == [
+        "--max-restarts is ignored with one worker, which trains in this process"
+    ]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert notices(config) == ["--max-restarts is ignored under torchrun, which has an option of the same name"]
 
 
 def test_resolve_fills_in_the_tasks_defaults(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 from abtrain.commands.train.config import TrainConfig, resolve
 from abtrain.commands.train.config_file import from_toml
 from abtrain.commands.train.run_folder import RunFolder, default_folder
-from abtrain.errors import ConfigurationError
+from abtrain.errors import CheckpointError, ConfigurationError
 
 
 def test_a_run_from_start_to_end(tmp_path: Path) -> None:
@@ -103,3 +103,14 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     with RunFolder(config):
         pass
     assert not (tmp_path / ".lock").exists()
+
+
+def test_a_result_that_cannot_be_written_tells_what_the_next_start_does(tmp_path: Path) -> None:
+    with RunFolder(resolve(TrainConfig(out=tmp_path, device="cpu"))) as folder:
+        folder.begin(0)
+        (tmp_path / "result.json").mkdir()
+        with pytest.raises(CheckpointError, match=r"run again: it starts from step 0, since it has no checkpoint$"):
+            folder.finish({"top1": 1}, {})
+        (tmp_path / "checkpoints" / "step-000000000002").mkdir(parents=True)
+        with pytest.raises(CheckpointError, match=r"run again: the run resumes from its last checkpoint$"):
+            folder.finish({"top1": 1}, {})
