@@ -24,6 +24,7 @@ from abtrain.comm.meter import Meter
 from abtrain.commands.plan.forecast import FactorSeconds
 from abtrain.commands.plan.shapes import ModelShapes
 from abtrain.commands.tasks.task import Task, batches, build_model, build_optimizer
+from abtrain.commands.train.trainer import clip_gradients, loss_of
 from abtrain.errors import UsageError
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizers import Optimizers
@@ -179,7 +180,7 @@ class _TimedModel:
     ) -> None:
         self._task, self._stream = task, stream
         self.model = build_model(task, seed=0)
-        self.optimizer = build_optimizer(self.model, task.lr)
+        self.optimizer = build_optimizer(self.model, task.lr, task.weight_decay)
         self._parallel = wrap(self.model)
 
     def seconds(self, untimed: int, timed: int) -> list[float]:
@@ -195,6 +196,7 @@ class _TimedModel:
 
     def _step(self) -> None:
         x, y = next(self._stream)
-        self._task.loss(self._parallel(x), y).backward()
+        loss_of(self._parallel, self._task, x, y, self._task.precision).backward()
+        clip_gradients(self.optimizer, self._task.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()

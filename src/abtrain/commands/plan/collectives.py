@@ -5,14 +5,15 @@ The predictions use the alpha-beta model of Hockney (1994). They apply it as Tha
 alpha is the latency of a link, and m beta is the time of the message's frames at the link's rate. Additions take no
 time. Links are full duplex, and the slowest link that a collective uses determines its time.
 
-For n workers and M bytes:
+An all-reduce of M bytes uses one of two algorithms:
 
-    ring           2 (n-1) rounds of M/n, which is optimal in bandwidth (Patarasuk and Yuan, Bandwidth optimal
-                   all-reduce algorithms for clusters of workstations, 2009); Gloo uses it
-    hierarchical   half a ring inside each node, a ring between the nodes, half a ring inside each node
+    ring           a ring of all n workers in the order of their ranks: 2 (n-1) rounds of M/n, which is optimal in
+                   bandwidth (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations,
+                   2009); Gloo uses it
+    hierarchical   half a ring inside each node, a ring of the n nodes, half a ring inside each node
 
-Both send 2 (n-1)/n M per node on average. The ring contains all workers in the order of their ranks. A broadcast is a
-binomial tree, an all-gather is a ring of n-1 rounds, and an exchange is n-1 messages in sequence (Thakur et al.).
+In both, each node sends 2 (n-1)/n M over its link. A broadcast is a binomial tree, an all-gather is a ring of n-1
+rounds, and an exchange is n-1 messages in sequence (Thakur et al.).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from abtrain.commands.plan.settings import (
 from abtrain.commands.plan.shapes import ranks_for
 from abtrain.commands.plan.stragglers import Speeds
 from abtrain.commands.tasks.task import TASKS
-from abtrain.commands.units import human_bytes, parse_rate, parse_seconds
+from abtrain.commands.units import human_bytes, parse_all, parse_rate, parse_seconds
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.numbers import whole_number_problems
@@ -69,8 +69,8 @@ def plan(config: PlanConfig, console: Console | None = None) -> None:
 
 def _problems(config: PlanConfig) -> list[str]:
     found = model_problems(config)
+    parse_all(_rates(config), parse_rate, found)
     for attempt in (
-        lambda: [parse_rate(rate) for rate in _rates(config)],
         lambda: parse_seconds(config.latency),
         lambda: config.step_time is None or parse_seconds(config.step_time),
     ):
@@ -82,7 +82,7 @@ def _problems(config: PlanConfig) -> list[str]:
     if config.algorithm not in ALL_REDUCES:
         found.append(f"unknown algorithm {config.algorithm!r}: {nearest(config.algorithm, ALL_REDUCES)}")
     if config.task is None and config.step_time is None:
-        found.append("--parameters alone cannot be measured: add --step-time, such as 80ms, or give a --task instead")
+        found.append("the time of a step is not known: give --step-time, such as 80ms, or a --task, which is measured")
     if config.rates is not None and len(_rates(config)) != config.nodes:
         found.append(f"--rates has {len(_rates(config))} links for {config.nodes} nodes: give one for each node")
     # These checks need valid settings.

@@ -110,8 +110,9 @@ def model_problems(config: RecipesConfig | PlanConfig) -> list[str]:
         found.append(f"recipe {config.recipe!r} has options for {ALL}: name one recipe, as in ab_outer:every=10")
     if config.task is not None and config.task not in TASKS:
         found.append(f"unknown task {config.task!r}: {nearest(config.task, TASKS)}")
-    if config.task is not None and config.parameters is not None:
-        found.append(f"--parameters is for runs without a --task: leave out one of the two (task {config.task!r})")
+    for name in ("parameters", "width"):
+        if config.task is not None and getattr(config, name) is not None:
+            found.append(f"--{name} describes an assumed model, and --task {config.task} names another: leave out one")
     if config.parameters is not None and not 1 <= config.parameters <= _MOST_PARAMETERS:
         found.append(f"--parameters {config.parameters:g} is out of range: use a number from 1 to {_MOST_PARAMETERS:g}")
     if not (math.isfinite(config.compression) and config.compression >= 1):

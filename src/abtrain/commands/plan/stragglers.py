@@ -59,6 +59,12 @@ class Speeds:
         if found:
             raise ConfigurationError(found)
 
+    @property
+    def slow(self) -> int:
+        """The number of slow workers."""
+        # In floating point, 0.07 * 100 is slightly more than 7.
+        return math.ceil(round(self.slow_share * self.workers, 9))
+
     def stretch(self, steps: int, together: int) -> float:
         """Returns the expected time until the last worker completes a round, divided by the nominal time of its steps.
 
@@ -74,8 +80,7 @@ class Speeds:
 def _stretch(speeds: Speeds, steps: int, together: int) -> float:
     generator = torch.Generator().manual_seed(speeds.seed)
     slowness = torch.ones(speeds.workers)
-    slow = math.ceil(speeds.slow_share * speeds.workers)
-    slowness[torch.randperm(speeds.workers, generator=generator)[:slow]] = speeds.slow_factor
+    slowness[torch.randperm(speeds.workers, generator=generator)[: speeds.slow]] = speeds.slow_factor
     if speeds.jitter == 0:
         return float(slowness.max())
     # If the last group is incomplete, its missing workers take no time.

@@ -1,17 +1,42 @@
 """Steps in a world of one worker: DDP does all its work, and sends nothing."""
 
+import dataclasses
 import sys
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
 
+from abtrain.commands.plan import bench
 from abtrain.commands.plan.bench import world_of_one
+from abtrain.commands.tasks.samples import Data, Split
+from abtrain.commands.tasks.task import TASKS, cross_entropy
 from abtrain.errors import UsageError
 from abtrain.recipes.sync import GradientSync, GradientWire
 from tests.cases import batch, build
+
+
+def test_a_timed_step_is_that_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the precision, the gradient clipping and the weight decay of the task."""
+    seen: list[object] = []
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        seen.append(output.dtype)
+        return cross_entropy(output, y)
+
+    def clip(optimizer: Optimizer, norm: float | None) -> None:
+        seen.append((norm, optimizer.param_groups[0]["weight_decay"]))
+
+    monkeypatch.setattr(bench, "clip_gradients", clip)
+    split = Split(torch.rand(64, 64), torch.zeros(64, dtype=torch.int64))
+    settings: dict[str, Any] = {"loss": loss, "precision": "bf16", "clip": 0.5, "weight_decay": 0.2}
+    task = dataclasses.replace(TASKS["digits-mlp"], load=lambda folder: Data(split, split), **settings)
+    assert bench.Bench(task).step() > 0
+    assert set(seen) == {torch.bfloat16, (0.5, 0.2)}
 
 
 @pytest.mark.parametrize("wire", get_args(GradientWire))

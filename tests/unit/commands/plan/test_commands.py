@@ -141,12 +141,19 @@ def test_plan_measures_a_step(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_all_that_is_wrong_with_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    bad = ("--rates", "1gbot,1gbit", "--latency", "soon", "--algorithm", "rings", "--jitter", "-1")
+    bad = ("--rates", "1gbot,fast", "--latency", "soon", "--algorithm", "rings", "--jitter", "-1")
     code, _, errors = typed(capsys, "plan", "diloco:wire=int9", *bad)
     assert code == 2
     text = "\n".join(errors)
-    expected = ("1gbot", "soon", "did you mean 'ring'", "jitter", "int9", "--step-time", "2 links for 4 nodes")
+    expected = ("1gbot", "fast", "soon", "did you mean 'ring'", "jitter", "int9", "--step-time", "2 links for 4 nodes")
     assert [part for part in expected if part not in text] == []
+
+
+@pytest.mark.parametrize("option", ["--parameters", "--width"])
+def test_a_model_is_that_of_a_task_or_assumed(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    for command in ("plan", "recipes"):
+        code, _, errors = typed(capsys, command, "--task", "digits-mlp", option, "512")
+        assert code == 2 and f"{option} describes an assumed model" in errors[0]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,11 @@ def test_equal_workers_do_not_wait() -> None:
     assert Speeds(1000).stretch(20, 1) == 1
 
 
+@pytest.mark.parametrize(("share", "slow"), [(0.07, 7), (0.29, 29), (0.071, 8), (1.0, 100)])
+def test_a_share_of_workers_is_slow(share: float, slow: int) -> None:
+    assert Speeds(100, slow_share=share).slow == slow
+
+
 def test_one_slow_worker_holds_up_all() -> None:
     assert Speeds(1000, slow_share=0.0001, slow_factor=3).stretch(20, 1) == 3
 
