@@ -50,14 +50,13 @@ def parse_arguments(arguments: Sequence[str]) -> LabRequest:
     if given.clean:
         return LabRequest(LabConfig(), None)
     problems: list[str] = []
-    rates = parse_all(given.rates.split(",") if given.rates else [given.rate], parse_link_rate, problems)
+    texts = given.rates.split(",") if given.rates else [given.rate]
+    rates = tuple(parse_all(texts, parse_link_rate, problems))
+    # The other checks need valid rates. If one cannot be parsed, they use the default.
+    config = LabConfig(given.nodes, LabConfig.rates if problems else rates, given.workers_per_node, given.network)
     faults: list[LabFault] = []
     for kind in get_args(Kind):
         faults += parse_all(getattr(given, kind), functools.partial(parse_fault, kind), problems)
-    # Rates that cannot be parsed are already among the problems. The default rates allow the other checks.
-    config = LabConfig(
-        given.nodes, tuple(rates) if not problems else LabConfig.rates, given.workers_per_node, given.network
-    )
     out = given.out or Path("runs") / f"lab-{time.strftime('%Y%m%d-%H%M%S')}"
     job = Job(tuple(arguments[own + 1 :]), out, tuple(faults), given.launcher, timeout=given.timeout)
     problems += [*config_problems(config), *job_problems(job, config.nodes), *system_problems()]

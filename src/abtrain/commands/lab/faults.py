@@ -35,8 +35,11 @@ class LabFault:
 
     def __str__(self) -> str:
         until = "" if self.duration is None else f"+{self.duration:g}s"
-        rate = "" if self.rate is None else f"={format_rate(self.rate)}"
-        return f"{self.kind} {self.host}@{self.at:g}s{until}{rate}"
+        return f"{self.kind} {self.host}@{self.at:g}s{until}{_rate_suffix(self.rate)}"
+
+
+def _rate_suffix(rate: int | None) -> str:
+    return "" if rate is None else f"={format_rate(rate)}"
 
 
 _SECONDS = r"(?P<{}>\d+(?:\.\d+)?)s"
@@ -123,7 +126,7 @@ class Event:
     rate: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.verb} {self.host}"
+        return f"{self.verb} {self.host}{_rate_suffix(self.rate)}"
 
 
 _ENDS = {"cut": "join", "freeze": "thaw"}

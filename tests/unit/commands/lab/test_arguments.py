@@ -48,6 +48,12 @@ def test_all_that_is_wrong_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(problems) == 7
 
 
+def test_a_wrong_fault_hides_no_wrong_number_of_rates() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse_arguments(["--nodes", "3", "--rates", "1mbit,2mbit", "--kill", "one", "--", "train.py"])
+    assert len(caught.value.problems) == 2 and "--rates has 2 rates for 3 hosts" in str(caught.value)
+
+
 @pytest.mark.parametrize("line", ["--speed 5", "--nodes many", "--rate 1mbit --rates 1mbit", "train.py"])
 def test_options_that_there_are_not(line: str) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -64,6 +64,10 @@ EVENTS = (
 )
 
 
+def test_an_event_is_written_with_its_rate() -> None:
+    assert [str(event) for event in EVENTS[2:5]] == ["freeze 1", "change 2=20mbit", "kill 3"]
+
+
 @pytest.mark.parametrize(
     ("until", "said"),
     [
