@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from abtrain import __version__
-from abtrain.commands.compare.comparison import parse_arguments
+from abtrain.commands.compare.comparison import held_folder, parse_arguments
 from abtrain.commands.compare.runs import ComparisonRun, outcome
 from abtrain.commands.paper.experiments import SCALES, cells
 from abtrain.commands.paper.pages import write_study
@@ -116,8 +116,9 @@ def test_the_settings_of_a_comparison_that_are_damaged(
 def test_a_page_that_cannot_be_written_costs_no_run(
     name: str, tmp_path: Path, labs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "out").mkdir()
-    parse_arguments(["ab_outer", "--nodes", "2", "--steps", "200", "--out", str(tmp_path / "out")])
+    arguments = ["ab_outer", "--nodes", "2", "--steps", "200", "--out", str(tmp_path / "out")]
+    with held_folder(parse_arguments(arguments)):
+        pass
     (tmp_path / "out" / name).mkdir()
     assert compared(tmp_path / "out") == 2
     assert "Finished runs are kept" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from abtrain.commands.circumstances import hardware, versions, versions_note
-from abtrain.commands.compare.comparison import Comparison, parse_arguments
+from abtrain.commands.compare.comparison import Comparison, held_folder, parse_arguments
 from abtrain.commands.compare.plots import draw_all
 from abtrain.commands.compare.report import FILE as REPORT_FILE
 from abtrain.commands.compare.report import write_report
@@ -29,7 +29,7 @@ from abtrain.commands.compare.summary import ComparisonRow, rows, utilisations
 from abtrain.commands.files import write_json
 from abtrain.commands.lab import Lab
 from abtrain.commands.process import stopped_by_signals
-from abtrain.commands.runs.folder_run import check_folders, held, run_once, writing
+from abtrain.commands.runs.folder_run import check_folders, run_once, writing
 from abtrain.commands.train.config import resolve
 from abtrain.commands.units import format_rate, human_bytes, spread
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     # A recipe with options may look like markup.
     console = Console(soft_wrap=True, highlight=False, markup=False)
     planned = plan_runs(comparison)
-    with stopped_by_signals(), held(comparison.out):
+    with stopped_by_signals(), held_folder(comparison):
         check_folders(planned, comparison.overwrite, shared_folders(planned))
         run_once(planned, _runner(comparison), console.print, lambda run: _in_short(outcome(run)))
         outcomes = [outcome(run) for run in planned]

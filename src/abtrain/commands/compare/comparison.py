@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from abtrain.commands.compare.contestants import Contestant, contestants
-from abtrain.commands.files import write_json
+from abtrain.commands.files import is_leftover, write_json
 from abtrain.commands.lab.config import LabConfig, config_problems, parse_link_rate, system_problems
 from abtrain.commands.page import missing_packages
+from abtrain.commands.runs.folder_run import held
 from abtrain.commands.runs.result_files import read_record
 from abtrain.commands.tasks.task import TASKS
+from abtrain.commands.train.folder_content import LOCK_FILE
 from abtrain.commands.units import parse_all
 from abtrain.errors import ConfigurationError, DataError, nearest
 
@@ -76,13 +79,17 @@ def parse_arguments(arguments: Sequence[str]) -> Comparison:
     rates = parse_all([given.rate, *filter(None, given.more_rates.split(","))], parse_link_rate, problems)
     lab = LabConfig(given.nodes, (rates[0] if rates else LabConfig.rates[0],), given.workers_per_node)
     problems += config_problems(lab)
-    if given.seeds < 1:
-        problems.append(f"--seeds {given.seeds} is too small: use at least 1")
+    for name in ("seeds", "steps"):
+        number = getattr(given, name)
+        if number is not None and number < 1:
+            problems.append(f"--{name} {number} is too small: use at least 1")
     task = TASKS.get(given.task)
-    steps = given.steps if given.steps is not None or task is None else task.steps
+    # The checks of the recipes need a number of steps that is possible.
+    default = 1 if task is None else task.steps
+    steps = default if given.steps is None or given.steps < 1 else given.steps
     group = given.workers_per_node if given.nodes > 1 else 1
     workers = given.nodes * given.workers_per_node
-    common = {"task": given.task, "steps": steps or 1, "workers": workers, "group_size": group}
+    common = {"task": given.task, "steps": steps, "workers": workers, "group_size": group}
     found: list[Contestant] = []
     try:
         found = contestants(given.recipes, _learning_rates(given.lr, problems), common)
@@ -94,12 +101,30 @@ def parse_arguments(arguments: Sequence[str]) -> Comparison:
     problems += _folder_problems(comparison)
     if problems:
         raise ConfigurationError(list(dict.fromkeys(problems)))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / SETTINGS_FILE, comparison.settings())
-    except OSError as error:
-        raise ConfigurationError(f"--out {out} cannot be written: {error}. Name another folder") from error
     return comparison
+
+
+@contextlib.contextmanager
+def held_folder(comparison: Comparison) -> Iterator[None]:
+    """Creates the folder of a comparison, locks it, and records the settings that all runs share.
+
+    Raises:
+        ConfigurationError: another process uses the folder, or the folder cannot be used for this comparison.
+    """
+    out = comparison.out
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(out))
+            # Another process may have used the folder since the arguments were parsed.
+            problems = _folder_problems(comparison)
+            if not problems:
+                write_json(out / SETTINGS_FILE, comparison.settings())
+        except OSError as error:
+            raise ConfigurationError(f"--out {out} cannot be written: {error}. Name another folder") from error
+        if problems:
+            raise ConfigurationError(problems)
+        yield
 
 
 def _learning_rates(texts: Sequence[str], problems: list[str]) -> dict[str, float]:
@@ -123,7 +148,7 @@ def _folder_problems(comparison: Comparison) -> list[str]:
     file, wanted = comparison.out / SETTINGS_FILE, comparison.settings()
     try:
         if not os.path.lexists(file):
-            used = comparison.out.exists() and (not comparison.out.is_dir() or any(comparison.out.iterdir()))
+            used = comparison.out.exists() and (not comparison.out.is_dir() or _has_content(comparison.out))
             remedy = "name a folder that is empty or holds a comparison"
             return [f"--out {comparison.out} is neither empty nor a comparison: {remedy}"] if used else []
         there = read_record(file).content
@@ -137,6 +162,11 @@ def _folder_problems(comparison: Comparison) -> list[str]:
     if not differing:
         return []
     return [f"--out {comparison.out} holds another comparison ({'; '.join(differing)}): name another folder"]
+
+
+def _has_content(folder: Path) -> bool:
+    """Whether a folder contains more than a lock and files that a crash left behind."""
+    return any(path.name != LOCK_FILE and not is_leftover(path) for path in folder.iterdir())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -114,7 +114,7 @@ def run_in_lab(run: ComparisonRun, lab: Lab, overwrite: bool = False) -> None:
         HostFailedError: the run failed; the message names the run.
     """
     _make_room(run, overwrite)
-    if run.done:  # another process may have finished it
+    if run.done:
         return
     write_request(run.folder, run.config)
     if lab.rates != [run.rate] * lab.config.nodes:

@@ -5,7 +5,7 @@ import pytest
 
 from abtrain.commands import page
 from abtrain.commands.compare import comparison as arguments
-from abtrain.commands.compare.comparison import parse_arguments
+from abtrain.commands.compare.comparison import held_folder, parse_arguments
 from abtrain.commands.compare.runs import plan_runs
 from abtrain.commands.lab import LabConfig
 from abtrain.commands.runs.request import request_text
@@ -33,7 +33,9 @@ def test_everything_that_can_be_said() -> None:
 
 
 def test_a_run_is_done_if_it_ended_with_the_same_settings() -> None:
-    task = plan_runs(parse_arguments(["ab", "--steps", "50", "--out", "o"]))[-1]
+    comparison = parse_arguments(["ab", "--steps", "50", "--out", "o"])
+    with held_folder(comparison):
+        task = plan_runs(comparison)[-1]
     for file in ("train/result.json", "lab/lab.json"):
         (task.folder / file).parent.mkdir(parents=True)
         (task.folder / file).write_text("{}")
@@ -44,8 +46,14 @@ def test_a_run_is_done_if_it_ended_with_the_same_settings() -> None:
 
 
 def test_a_folder_holds_one_comparison() -> None:
-    parse_arguments(["ab", "--steps", "50", "--out", "o"])
-    parse_arguments(["ab", "diloco", "--steps", "50", "--seeds", "5", "--out", "o"])
+    same, other = (parse_arguments(["ab", "--steps", steps, "--out", "o"]) for steps in ("50", "60"))
+    assert not Path("o").exists()
+    with held_folder(same):
+        pass
+    with held_folder(parse_arguments(["ab", "diloco", "--steps", "50", "--seeds", "5", "--out", "o"])):
+        pass
+    with pytest.raises(ConfigurationError, match="holds another comparison"), held_folder(other):
+        pass
     with pytest.raises(ConfigurationError, match=r"holds another comparison .steps is 50 there and 60 here"):
         parse_arguments(["ab", "--steps", "60", "--out", "o"])
     assert json.loads(Path("o/settings.json").read_text())["steps"] == 50
@@ -55,15 +63,43 @@ def test_a_folder_holds_one_comparison() -> None:
         parse_arguments(["ab", "--out", "used"])
 
 
+def test_a_folder_in_use_is_unchanged() -> None:
+    one, other = (parse_arguments(["ab", "--steps", steps, "--out", "o"]) for steps in ("50", "60"))
+    with held_folder(one):
+        Path("o/settings.json").unlink()
+        with pytest.raises(ConfigurationError, match="in use by another process"), held_folder(other):
+            pass
+        assert not Path("o/settings.json").exists()
+
+
+def test_a_comparison_that_was_stopped_at_its_start() -> None:
+    """It left a lock, and a file that was not complete."""
+    Path("o").mkdir()
+    for name in (".lock", ".settings.json.0123456789abcdef.partial"):
+        Path("o", name).touch()
+    with held_folder(parse_arguments(["ab", "--out", "o"])):
+        assert Path("o/settings.json").exists()
+
+
 def test_all_that_is_wrong_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments, "system_problems", lambda: ["no root"])
     monkeypatch.setattr(page, "_NEEDED", ("no_such_package",))
-    line = "abb --rate fast --more-rates slow --nodes 0 --seeds 0 --lr ab --out o"
+    line = "abb --rate fast --more-rates slow --nodes 0 --seeds 0 --steps 0 --lr ab --out o"
     with pytest.raises(ConfigurationError) as caught:
         parse_arguments(line.split())
     problems = "\n".join(caught.value.problems)
-    for part in ("no root", "abtrain[report]", "'fast'", "'slow'", "0 hosts", "--seeds 0", "--lr 'ab'", "'abb'"):
-        assert part in problems, part
+    parts = (
+        "no root",
+        "abtrain[report]",
+        "'fast'",
+        "'slow'",
+        "0 hosts",
+        "--seeds 0",
+        "--steps 0",
+        "--lr 'ab'",
+        "'abb'",
+    )
+    assert [part for part in parts if part not in problems] == [] and problems.count("too small") == 2
     assert not Path("o").exists()
 
 

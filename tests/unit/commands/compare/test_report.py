@@ -28,7 +28,7 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison that has been written."""
-    folder = tmp_path_factory.mktemp("compare") / "out"
+    folder = tmp_path_factory.mktemp("compare")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arguments, "system_problems", list)
         comparison = parse_arguments(["ab_outer", "ab:sigma_cutoff=0.3", "--steps", "50", "--out", str(folder)])
