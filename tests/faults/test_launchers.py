@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,14 @@ from abtrain import errors
 from abtrain import failpoints as faults
 from abtrain.comm.communicator import SingleProcess
 from abtrain.commands import cli
+from abtrain.commands.paper import launcher as paper_launcher
+from abtrain.commands.paper.experiments import Cell
+from abtrain.commands.paper.launcher import exit_code_of
+from abtrain.commands.paper.runs import PaperRun, run_all
+from abtrain.commands.process import stopped_by_signals
 from abtrain.commands.train.config import TrainConfig, resolve
 from abtrain.commands.train.config_problems import validate
+from abtrain.commands.train.launch import FAILURE, note_failure
 from abtrain.commands.train.world import WorldError, check_world, joined_world
 from abtrain.errors import ConfigurationError
 from tests.faults.processes import start
@@ -195,3 +204,58 @@ def test_each_worker_speaks_of_its_own_variables(
     monkeypatch.setenv("RANK", "1")
     assert cli._fail(WorldError("LOCAL_RANK is 'x'")) == errors.ConfigurationError.exit_code
     assert capsys.readouterr().err == "abtrain: error: LOCAL_RANK is 'x'\n"
+
+
+# Launchers of the paper's real runs
+
+SAVES = """
+import os, pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path("saved").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[1:] else save)
+pathlib.Path("begun").write_text(str(os.getpid()))
+pathlib.Path("begun").rename("running")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("deaf", [(), ("deaf",)], ids=["saves", "deaf"])
+def test_a_launcher_may_save_before_it_ends(
+    deaf: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if deaf:
+        monkeypatch.setattr(paper_launcher, "_GRACE_SECONDS", 0.1)
+
+    def ask_to_stop() -> None:
+        while not Path("running").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=ask_to_stop)
+    thread.start()
+    with pytest.raises(errors.StoppedError), stopped_by_signals():
+        exit_code_of((sys.executable, "-c", SAVES, *deaf), tmp_path / "failure")
+    thread.join()
+    assert Path("saved").exists() != bool(deaf)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("running").read_text()), 0)
+
+
+def test_the_worker_that_fails_first_is_the_one_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAILURE, str(tmp_path / "failure"))
+    note_failure(errors.NonFiniteError("the loss is nan"))
+    note_failure(errors.PeerLostError("rank 1 is gone"))
+    assert (tmp_path / "failure").read_text() == "7"
+
+
+def test_a_real_run_that_diverges_is_told_apart(tmp_path: Path) -> None:
+    """torchrun itself exits with 1."""
+    config = TrainConfig("ddp", workers=1, group_size=1, steps=5, batch_size=16, lr=1e30, device="cpu")
+    run = PaperRun(Cell("global", "MLP", "ddp", 1, config), 0, tmp_path / "run")
+    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {{workers_per_node}}"
+    with pytest.raises(errors.AbtrainError, match="ended with exit code 7") as told:
+        run_all([run], "full", launcher, None, lambda line: None)
+    assert told.value.exit_code == 7
+    assert not (run.folder / ".failed").exists()

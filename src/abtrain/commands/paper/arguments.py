@@ -37,7 +37,7 @@ class PaperRequest:
         experiment: the name of the experiment, one of EXPERIMENTS.
         scale: the size of the experiment, tiny or full.
         seeds: the number of runs of each cell.
-        nodes: the numbers of nodes to use. If it is empty, the scale determines them.
+        nodes: the numbers of nodes to use, in ascending order. If it is empty, the scale determines them.
         methods: the methods to run, some of METHODS; empty for all.
         out: the folder into which all files are written.
         data: the folder with the data; None for its default place.
@@ -115,6 +115,10 @@ def _problems(given: argparse.Namespace, methods: Sequence[str]) -> list[str]:
         problems.append(f"--arithmetic is for table2-local and table2-global, not {given.experiment}: leave it out")
     if given.experiment in STUDIES and given.scale != "tiny":
         problems.append(f"{given.experiment} has only the tiny scale: leave out --scale {given.scale}")
+    ignored = {"table1": ("nodes",), HPO: ("nodes", "methods"), ECR: ("nodes", "methods")}.get(given.experiment, ())
+    problems += [
+        f"--{name} has no effect on {given.experiment}: leave it out" for name in ignored if getattr(given, name)
+    ]
     labels = [label for study in STUDIES.values() for label in study.variants] + list(METHODS)
     problems += [f"unknown method {m!r}: {nearest(m, METHODS)}" for m in methods if m not in labels]
     try:
@@ -138,7 +142,7 @@ def _nodes(text: str, problems: list[str]) -> tuple[int, ...]:
             problems.append(f"--nodes {part!r} is not a whole number of at least 1: use numbers such as 4,8,16")
             continue
         found.append(int(part))
-    return tuple(found)
+    return tuple(sorted(set(found)))
 
 
 def _parser() -> argparse.ArgumentParser:

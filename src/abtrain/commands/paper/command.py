@@ -20,6 +20,7 @@ from abtrain.commands.paper.figures import draw, draw_ecr
 from abtrain.commands.paper.listing import ecr_table, plan_tables, traffic_table
 from abtrain.commands.paper.pages import write_paper_page, write_study
 from abtrain.commands.paper.runs import (
+    LAUNCHER,
     PaperOutcome,
     PaperRun,
     launch_command,
@@ -49,22 +50,24 @@ def main(arguments: Sequence[str]) -> None:
         AbtrainError: a run failed. Finished runs are kept.
         StoppedError: SIGINT, SIGTERM or SIGHUP was received. Finished runs are kept.
     """
-    request = parse_arguments(arguments)
+    request, command = parse_arguments(arguments), shlex.join(("abtrain", "paper", *arguments))
     console = Console(soft_wrap=True, highlight=False, markup=False)
     if request.experiment == ECR:
         _print(console, ecr_table())
         if request.draws:
-            request.out.mkdir(parents=True, exist_ok=True)
-            console.print(f"written to {request.out / draw_ecr(request.out).file}")
+            with writing(request.out):
+                request.out.mkdir(parents=True, exist_ok=True)
+                file = draw_ecr(request.out).file
+            console.print(f"written to {request.out / file}")
     elif request.arithmetic:
         _print(console, traffic_table("local" if request.experiment == "table2-local" else "global"))
     elif request.experiment == HPO:
         from abtrain.commands.paper.search import search
 
         with stopped_by_signals():
-            search(request, console)
+            search(request, console, command)
     else:
-        _experiment(request, console, shlex.join(("abtrain", "paper", *arguments)))
+        _experiment(request, console, command)
 
 
 def _experiment(request: PaperRequest, console: Console, command: str) -> None:
@@ -151,8 +154,18 @@ def _require(runs: Sequence[PaperRun], request: PaperRequest) -> None:
     missing = [run for run in runs if not run.done]
     if not missing:
         return
-    options = f"--scale {request.scale.name} --seeds {request.seeds} --out {request.out}"
-    commands = [f"`abtrain paper {SCALING_TABLES[scaling]} {options}`" for scaling in FIGURES[request.experiment]]
+    options = {
+        "--scale": request.scale.name,
+        "--seeds": request.seeds,
+        "--nodes": ",".join(map(str, request.nodes)),
+        "--methods": ";".join(request.methods),
+        "--launcher": "" if request.launcher == LAUNCHER else request.launcher,
+        "--data": request.data or "",
+        "--out": request.out,
+    }
+    given = [str(part) for option in options.items() if option[1] != "" for part in option]
+    tables = [SCALING_TABLES[scaling] for scaling in FIGURES[request.experiment]]
+    commands = [f"`{shlex.join(('abtrain', 'paper', table, *given))}`" for table in tables]
     raise ConfigurationError(
         f"{request.experiment} needs {len(runs)} runs, and {len(missing)} are missing, such as {missing[0]}: run "
         f"{' and '.join(commands)} first, or add --run"

@@ -155,12 +155,12 @@ class Cell:
 
 
 def cells(experiment: str, scale: Scale, nodes: Sequence[int] = (), methods: Sequence[str] = ()) -> list[Cell]:
-    """Returns the cells of a table or figure, ordered by the number of nodes.
+    """Returns the cells of a table or figure. For each scaling, they are in the order of the numbers of nodes.
 
     Args:
         experiment: a key of TABLES or FIGURES.
         scale: the scale of the experiment.
-        nodes: the numbers of nodes that replace those of the scale.
+        nodes: the numbers of nodes that replace those of the scale. Table I always has the numbers of the scale.
         methods: the methods to include, some of METHODS; by default all.
     """
     chosen = [method for method in METHODS if not methods or method in methods]

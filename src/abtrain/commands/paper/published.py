@@ -46,7 +46,7 @@ TABLE1 = (
 
 
 class Value(NamedTuple):
-    """The mean and the standard deviation of a quantity over the paper's three runs."""
+    """The mean and the standard deviation of a quantity: over the paper's three runs, or over seeds of runs here."""
 
     mean: float
     std: float

@@ -10,7 +10,6 @@ import dataclasses
 import os
 import re
 import shlex
-import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ from typing import Any
 from abtrain.comm.topology import Topology
 from abtrain.commands.files import write_json
 from abtrain.commands.paper.experiments import Cell, ScaleName
+from abtrain.commands.paper.launcher import exit_code_of
 from abtrain.commands.paper.published import BACKWARD_SHARE
 from abtrain.commands.plan.collectives import Cluster, NodeLink
 from abtrain.commands.plan.forecast import WorkerSeconds, forecast
 from abtrain.commands.plan.payload import predict
 from abtrain.commands.plan.shapes import ModelShapes, shapes_of
-from abtrain.commands.runs.folder_run import FolderRun, check_folders, run_once
+from abtrain.commands.runs.folder_run import FolderRun, check_folders, run_once, writing
 from abtrain.commands.runs.request import RECORD_FILE, REQUEST_FILE, TRAIN_FOLDER, request_differences, write_request
 from abtrain.commands.runs.result_files import JsonRecord, is_empty, read_record
 from abtrain.commands.tasks.task import TASKS
@@ -41,6 +41,7 @@ TINY_LINK = NodeLink(rate=1e9, latency=1e-4)
 """The links of the cluster for which the seconds of simulated runs are forecast: 1 Gbit/s, 0.1 ms."""
 LAUNCHER = "torchrun --nnodes {nodes} --nproc-per-node {workers_per_node}"
 """The default command that starts a real run; the module and its arguments follow."""
+_FAILURE_FILE = ".failed"
 
 
 @dataclass(frozen=True)
@@ -155,18 +156,20 @@ def _simulate(run: PaperRun, data: Any) -> None:
     from abtrain.commands.train.simulate import simulate
 
     result = simulate(resolve(dataclasses.replace(run.config, device="cpu")), data)
-    write_json(run.folder / RESULT_FILE, result)
+    with writing(run.folder):
+        write_json(run.folder / RESULT_FILE, result)
 
 
 def _launch(run: PaperRun, launcher: str, data: Path | None) -> None:
     """Executes a real run with the launcher. The run resumes from its last checkpoint if there is one.
 
     Raises:
-        AbtrainError: the run failed. The error has the exit code of the command.
+        StoppedError: this process received a request to stop, and the launcher has ended.
+        AbtrainError: the run failed. The error has the exit code of the worker that failed first.
     """
     command = launch_command(run, launcher, data)
     try:
-        code = subprocess.run(command, check=False).returncode
+        code = exit_code_of(command, run.folder / _FAILURE_FILE)
     except OSError as error:
         raise AbtrainError(f"{run}: {command[0]} cannot be started: {error}. Name another --launcher") from error
     if code:

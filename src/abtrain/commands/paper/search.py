@@ -1,8 +1,9 @@
-"""Searches hyperparameters with optuna: the paper's four for `ab` (Section IV.C), and others for `ab_outer`.
+"""Searches hyperparameters of the recipes `ab` and `ab_outer` with optuna.
 
-Trials are simulated runs (`abtrain.commands.train.simulate`) at tiny scale, and real runs on a node at full scale. A
-trial first trains for a short run. If the result is bad, the trial is pruned before its long run. A file stores the
-study, and the same command adds trials to it.
+For `ab` these are the paper's four (Section IV.C), and the steps in which the learning rate rises again. Trials are
+simulated runs (`abtrain.commands.train.simulate`) at tiny scale, and real runs on a node at full scale. A trial first
+trains for a short run. If the result is bad, or the loss is not finite, the trial is pruned: it has no long run. A file
+stores the trials, and the same command adds further ones.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from abtrain.commands.paper.arguments import PaperRequest
 from abtrain.commands.paper.experiments import Cell
 from abtrain.commands.paper.pages import write_paper_page
 from abtrain.commands.paper.runs import PaperRun, outcome, run_all
+from abtrain.commands.runs.folder_run import writing
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import TrainConfig, resolve
 from abtrain.commands.train.simulate import simulate
-from abtrain.errors import ConfigurationError, NonFiniteError
+from abtrain.errors import AbtrainError, ConfigurationError, NonFiniteError
 from abtrain.recipes.paper import AB_SHARE
 
 FILE = "search.db"
@@ -40,7 +42,7 @@ def suggested(recipe: str, trial: Any, steps: int) -> dict[str, Any]:
     """Returns the settings of `recipe` that a trial of optuna suggests for a run of `steps` steps.
 
     Args:
-        recipe: the recipe, `ab` for the paper's four parameters or `ab_outer` for those of the outer merges.
+        recipe: the recipe, `ab` or `ab_outer`.
         trial: a trial of optuna.
         steps: the number of steps of the run.
     """
@@ -66,15 +68,25 @@ def suggested(recipe: str, trial: Any, steps: int) -> dict[str, Any]:
     }
 
 
-def search(request: PaperRequest, console: Console) -> None:
-    """Runs trials until the requested number is complete, and writes hpo-RECIPE.json, the figures and hpo.html.
+def search(request: PaperRequest, console: Console, command: str) -> None:
+    """Runs trials until each recipe has the requested number, and writes hpo-RECIPE.json, the figures and hpo.html.
+
+    Trials that were pruned or failed count as well.
+
+    Args:
+        request: the request of the command line.
+        console: the console for progress.
+        command: the command line that the page shows.
 
     Raises:
-        ConfigurationError: optuna is not installed.
+        ConfigurationError: optuna is not installed, or the folder cannot be written.
         DataError: the data is not available.
     """
     optuna = _optuna()
-    request.out.mkdir(parents=True, exist_ok=True)
+    with writing(request.out):
+        request.out.mkdir(parents=True, exist_ok=True)
+        # An empty file is a valid database. optuna's own error for a folder that cannot be written has a traceback.
+        (request.out / FILE).touch()
     base = _base(request)
     train = _trainer(request, base)
     tables, figures = list[Table](), list[Figure]()
@@ -91,11 +103,13 @@ def search(request: PaperRequest, console: Console) -> None:
         console.print(f"{recipe}: {len(finished)} of {request.trials} trials done before")
         objective = functools.partial(_objective, recipe=recipe, base=base, train=train, say=console.print)
         study.optimize(objective, n_trials=max(request.trials - len(finished), 0))
-        table, figure = _written(study, recipe, request.out)
+        with writing(request.out):
+            table, figure = _written(study, recipe, request.out)
         tables.append(table)
         figures += figure
     parts: list[Table | Figure] = [*tables, *figures]
-    page = write_paper_page("hpo", f"Hyperparameters of {base.task}", parts, request.out, "abtrain paper hpo")
+    with writing(request.out):
+        page = write_paper_page("hpo", f"Hyperparameters of {base.task}", parts, request.out, command)
     console.print(f"written to {page}")
 
 
@@ -136,7 +150,10 @@ def _objective(
         config = dataclasses.replace(base, recipe=recipes.write(recipe, suggested(recipe, trial, steps)), steps=steps)
         try:
             top1 = train(config, trial.number)
-        except NonFiniteError as error:
+        except AbtrainError as error:
+            # A launched worker has this exit code; a simulated one raises the error.
+            if error.exit_code != NonFiniteError.exit_code:
+                raise
             raise optuna.TrialPruned(str(error)) from error
         trial.report(top1, round(100 * share))
         if share < 1 and trial.should_prune():

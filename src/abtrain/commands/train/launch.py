@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import os
+from pathlib import Path
 
 from abtrain import failpoints
 from abtrain.commands.process import ignore_all
@@ -13,8 +16,15 @@ from abtrain.commands.train.config import TrainConfig, notices
 from abtrain.commands.train.config_problems import checked
 from abtrain.commands.train.launcher import start_workers
 from abtrain.commands.train.world import is_joined, is_restarted_by_torchrun, joined_world
+from abtrain.errors import AbtrainError
 
 log = logging.getLogger("abtrain")
+
+FAILURE = "ABTRAIN_FAILURE"
+"""The environment variable that names a file for the exit code of the worker that fails first.
+
+torchrun does not pass exit codes of workers on.
+"""
 
 
 def run(config: TrainConfig) -> None:
@@ -38,6 +48,9 @@ def run(config: TrainConfig) -> None:
     if joined:
         try:
             worker.train_together(config)
+        except AbtrainError as error:
+            note_failure(error)
+            raise
         finally:
             # This process is about to end anyway: torchrun, which now ends its workers, must not interrupt that.
             ignore_all()
@@ -45,6 +58,12 @@ def run(config: TrainConfig) -> None:
         start_workers(config)
     else:
         worker.train_alone(config)
+
+
+def note_failure(error: AbtrainError) -> None:
+    """Writes the exit code of this worker to the file that the variable `FAILURE` names, unless another one has."""
+    with contextlib.suppress(KeyError, OSError), Path(os.environ[FAILURE]).open("x", encoding="utf-8") as file:
+        file.write(str(error.exit_code))
 
 
 def _take_world_size(config: TrainConfig) -> tuple[TrainConfig, list[str]]:

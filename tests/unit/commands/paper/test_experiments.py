@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -74,6 +76,27 @@ def test_a_table_its_runs_and_its_figure(tmp_path: Path, minute: Scale, capsys: 
     page = (tmp_path / "fig2.html").read_text()
     assert "data:image/png;base64," in page and 'src="http' not in page
     assert "means over 2 seeds" in page
+
+
+def test_commands_for_missing_runs_have_the_options_given(
+    tmp_path: Path, minute: Scale, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    out, methods = str(tmp_path / "my runs"), "Traditional DDP;AB"
+    given = ("--nodes", "4,2", "--methods", methods, "--data", "pictures", "--out", out)
+    code, _, errors = typed(capsys, "fig3", *given)
+    assert code == 2
+    command = re.search("`(.*?)`", errors[0])
+    assert command is not None
+    asked, suggested = (parse_arguments(line) for line in (("fig3", *given), shlex.split(command[1])[2:]))
+    assert suggested == dataclasses.replace(asked, experiment="table2-global")
+
+
+def test_numbers_of_nodes_are_in_order_and_only_once() -> None:
+    assert parse_arguments(["ablation", "--nodes", "8,2,8,16", "--dry-run"]).nodes == (2, 8, 16)
+    for experiment, option in (("table1", "--nodes"), ("hpo", "--nodes"), ("ecr", "--methods")):
+        with pytest.raises(ConfigurationError, match=f"{option} has no effect on {experiment}"):
+            parse_arguments([experiment, option, "2" if option == "--nodes" else AB])
 
 
 def test_a_run_with_other_settings_is_run_again(tmp_path: Path, minute: Scale) -> None:

@@ -17,7 +17,7 @@ from abtrain.commands.paper.arguments import parse_arguments
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.config_problems import validate
-from abtrain.errors import DataError, NonFiniteError
+from abtrain.errors import AbtrainError, DataError, NonFiniteError
 
 optuna = pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
@@ -76,6 +76,7 @@ def test_a_search_resumes_and_reports_what_matters(
     tops = [trial["top1"] for trial in record["best"]]
     assert tops == sorted(tops, reverse=True)
     page = (tmp_path / "hpo.html").read_text()
+    assert f"abtrain paper hpo --trials 12 --out {tmp_path}" in page
     assert page.count("data:image/png;base64,") == 2 and "outer_momentum" in page
     done = len(asked)
     run(tmp_path, 12)
@@ -99,6 +100,32 @@ def test_real_trials_are_started_by_the_launcher(tmp_path: Path, monkeypatch: py
         search._trainer(request, base)
     monkeypatch.setitem(TASKS, base.task, dataclasses.replace(TASKS[base.task], find=lambda folder: None))
     assert search._trainer(request, base)(base, 0) == 75.0
+
+
+def test_a_real_trial_that_diverges_is_pruned() -> None:
+    """Other failures end the search: they are not due to the settings of the trial."""
+
+    def failed(config: TrainConfig, trial: int) -> float:
+        error = AbtrainError("the launcher ended")
+        error.exit_code = codes[0]
+        raise error
+
+    codes, study = [7], optuna.create_study()
+    base = TrainConfig(task="digits-mlp", batch_size=8, steps=200)
+    arguments = {"recipe": "ab", "base": base, "train": failed, "say": print}
+    with pytest.raises(optuna.TrialPruned, match="the launcher ended"):
+        search._objective(study.ask(), **arguments)
+    codes[0] = 6
+    with pytest.raises(AbtrainError, match="the launcher ended"):
+        search._objective(study.ask(), **arguments)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for experiment in ("hpo", "ecr"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["paper", experiment, "--out", str(tmp_path / "file" / "out")])
+        assert ended.value.code == 2 and "cannot be written" in capsys.readouterr().err
 
 
 def test_without_optuna(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
