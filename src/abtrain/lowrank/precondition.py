@@ -13,7 +13,7 @@ LoRA, Zhang and Pilanci, arXiv 2402.02347). An optimizer that normalizes its gra
 of the gradient alone, so it needs both corrections.
 
 Weight decay is not a step along a gradient: it shrinks the weight by a given share. If it is decoupled from the
-gradient (AdamW), it is removed from the step, and half of it is applied to each factor.
+gradient (AdamW, Muon), it is removed from the step, and half of it is applied to each factor.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adafactor, Muon, Optimizer
 
 from abtrain.errors import NonFiniteError
-from abtrain.lowrank.optimizers import Optimizers
+from abtrain.lowrank.optimizers import Optimizers, is_a
 from abtrain.lowrank.weight import FactoredWeight
+
+_DECOUPLED = (Muon, Adafactor)
+"""Optimizers that always decouple weight decay. Others of PyTorch's have `decoupled_weight_decay` in their groups."""
 
 
 class _Start(NamedTuple):
@@ -81,7 +84,7 @@ class Preconditioner:
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, records: Iterable[FactoredWeight]) -> None:
         """Preconditions in place the gradients of the factors that `optimizer` is about to change."""
-        decays = {id(p): _decay(group) for group in optimizer.param_groups for p in group["params"]}
+        decays = {id(p): _decay(optimizer, group) for group in optimizer.param_groups for p in group["params"]}
         starts = self._starts[id(optimizer)] = []
         for record in records:
             R_A, R_B = self._roots[record.name]
@@ -108,9 +111,10 @@ class Preconditioner:
                 factor.copy_(torch.where(moved, target.to(factor.dtype), factor))
 
 
-def _decay(group: dict[str, Any]) -> float:
+def _decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
     """Returns the share by which decoupled weight decay shrinks the parameters of a group in one step."""
-    return float(group["lr"] * group["weight_decay"]) if group.get("decoupled_weight_decay") else 0.0
+    decoupled = group.get("decoupled_weight_decay") or is_a(optimizer, _DECOUPLED)
+    return float(group["lr"] * group["weight_decay"]) if decoupled else 0.0
 
 
 def seen_through(record: FactoredWeight, damping: float) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -65,10 +66,11 @@ def test_a_step_of_the_weight_does_not_depend_on_the_split() -> None:
         torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-7)
 
 
-def test_the_weight_decays_at_the_rate_of_a_dense_one() -> None:
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon, torch.optim.Adafactor])
+def test_the_weight_decays_at_the_rate_of_a_dense_one(kind: Any) -> None:
     record = record_of()
     W = record.weight()
-    optimizer = torch.optim.AdamW([record.A, record.B], lr=0.01, weight_decay=0.1)
+    optimizer = kind([record.A, record.B], lr=0.01, weight_decay=0.1)
     preconditioner = Preconditioner(Optimizers(optimizer), 0.1)
     preconditioner.refresh([record])
     record.A.grad, record.B.grad = torch.zeros_like(record.A), torch.zeros_like(record.B)
