@@ -164,15 +164,16 @@ def _placeholder(kind: list[Any], parameter: nn.Parameter) -> Any:
 
 def cannot_be_shared(states: Mapping[Any, Any]) -> str:
     """Names a value in an optimizer's states that can be neither equalized nor saved; empty if there is none."""
-    for key, state in states.items():
-        if isinstance(key, Tensor) and not isinstance(state, dict):
+    general = {key: value for key, value in states.items() if not isinstance(key, Tensor)}
+    for state in [general, *(value for key, value in states.items() if isinstance(key, Tensor))]:
+        if not isinstance(state, dict):
             return f"a {type(state).__name__} instead of a dict for a parameter"
-        for item in _items(state) if isinstance(state, dict) else ():
+        for item in _items(state):
             if not _is_data(item.value):
                 return f"{item.path[-1][1]!r} (a {type(item.value).__name__})"
-            odd = next((key for step, key in item.path if step == "k" and not isinstance(key, str | int | float)), None)
-            if odd is not None:
-                return f"a key that is a {type(odd).__name__}"
+            odd = [key for step, key in item.path if step == "k" and not isinstance(key, str | int | float | None)]
+            if odd:
+                return f"a key that is a {type(odd[0]).__name__}"
     return ""
 
 

@@ -136,22 +136,21 @@ def _agree_on_keys(
     `nested` says whether this worker also has state that belongs to no parameter.
     """
     mine: dict[str, str] = {"": _NESTED} if nested else {}
+    of_scalars: dict[str, str] = {}
     for state, parameter in zip(states, parameters, strict=True):
         for key, value in state.items():
             kind = _kind(key, value, parameter)
-            if not kind or mine.get(key) == _NESTED:
-                continue
             # Moments and counts of a parameter without dimensions look the same: other parameters decide, if any.
-            if parameter.ndim or kind == _NESTED:
-                mine[key] = kind
-            else:
-                mine.setdefault(key, kind)
+            kinds = mine if parameter.ndim or kind == _NESTED else of_scalars
+            if kind:
+                # If kinds differ, the general way handles both.
+                kinds[key] = kind if kinds.get(key, kind) == kind else _NESTED
+    mine = of_scalars | mine
     if len(json.dumps(mine)) > _KEY_BYTES:
         mine = {"": _NESTED}
     everyone: dict[str, str] = {}
     for keys in gather_json(comm, mine, _KEY_BYTES):
         for key, kind in keys.items():
-            # If kinds differ, the general way handles both.
             everyone[key] = kind if everyone.get(key, kind) == kind else _NESTED
     return dict(sorted(everyone.items()))
 
@@ -174,8 +173,8 @@ def _is_single(value: object) -> bool:
 
 
 def _number(value: Any) -> float:
-    """Returns a single number as a float, and 0 for other values, which are not used."""
-    return float(value) if is_number(value) or _is_single(value) else 0.0
+    """Returns a single number as a float, and -inf for other values, which leaves the largest number unchanged."""
+    return float(value) if is_number(value) or _is_single(value) else -torch.inf
 
 
 def _blank_number(optimizer: Optimizer, parameter: nn.Parameter, key: str) -> Any:
