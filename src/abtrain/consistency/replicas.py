@@ -56,6 +56,7 @@ def check_replicas(
     ranks = comm.ranks(scope)
     if len(ranks) == 1:
         return
+    tensors = {name: torch.view_as_real(t.detach()) if t.is_complex() else t for name, t in tensors.items()}
     sums = [checksum(tensor) for tensor in tensors.values()]
     layouts = layouts_of(buffers or {})
     mine = fingerprint(*sums, *layouts.items())
@@ -81,8 +82,10 @@ def _equalize(comm: Communicator, name: str, tensor: Tensor, scope: Scope, what:
     held = comm.all_gather(tensor.detach().contiguous().to(comm.device), scope)
     wide = held.double().view(len(held), -1)
     distance, size = (wide - wide[0]).abs().max().item(), wide.abs().max().item()
+    # Whole numbers are not rounded.
+    rounding = max(_ROUNDING, _ULPS * torch.finfo(tensor.dtype).eps) if tensor.is_floating_point() else 0.0
     # 0 and -0 have distance 0, whatever `size` is. Rounding does not cause NaN or infinity.
-    if not math.isfinite(distance) or distance > max(_ROUNDING, _ULPS * torch.finfo(tensor.dtype).eps) * size:
+    if not math.isfinite(distance) or distance > rounding * size:
         raise RanksDisagreeError(
             f"{what}. All must be equal, but {name} differs by up to {distance:.1e}. Resume from the last "
             "checkpoint, and find the cause that changes weights on one worker alone (a hook, its memory, its "
@@ -125,9 +128,8 @@ def check_same(tree: Any, comm: Communicator, where: str) -> None:
     problem = ""
     for _, scope, tensors in same_in(tree):
         held = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
-        real = {name: torch.view_as_real(t) if t.is_complex() else t for name, t in held.items()}
         try:
-            check_replicas(comm, real, scope, where)
+            check_replicas(comm, held, scope, where)
         except RanksDisagreeError as error:
             problem = problem or str(error)
     for found in filter(None, gather_json(comm, problem)):
