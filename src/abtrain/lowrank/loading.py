@@ -102,7 +102,8 @@ def _factors_of(weight: FactoredWeight, present: Factors, value: Tensor) -> tupl
     with without_autocast(W):
         cut = _of_rank(decompose(W, FixedRank(weight.k)), weight.k)
         by_svd, lost = rounded(cut)
-        near = _in_basis_of(present, cut)
+        # The factors of a run that has diverged define no basis.
+        near = _in_basis_of(present, cut) if bool(present.A.isfinite().all()) else None
         if near is not None:
             by_basis, missed = rounded(near)
             if missed <= lost + _allowed(weight.A.dtype):

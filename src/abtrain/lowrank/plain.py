@@ -33,7 +33,8 @@ def to_plain(model: nn.Module, *, dense: Sequence[str] = ()) -> nn.Module:
         parent, _, child = name.rpartition(".")
         if not isinstance(module, LowRank) or not _is_smaller(module):
             continue
-        reads_weights = type(model.get_submodule(parent)).__module__ == "torch.nn.modules.transformer"
+        kinds = type(model.get_submodule(parent)).__mro__
+        reads_weights = any(kind.__module__ == "torch.nn.modules.transformer" for kind in kinds)
         if reads_weights or any(fnmatchcase(without_compiled(name), glob) for glob in dense):
             continue
         two = _as_two(module, plain.get_submodule(name))

@@ -138,6 +138,15 @@ def test_a_weight_of_lower_rank_fills_up_with_zeros() -> None:
     assert record.k == 4 and torch.count_nonzero(record.A.norm(dim=0)) == 1
 
 
+def test_a_weight_is_loaded_into_factors_that_are_not_finite() -> None:
+    model, x, record = setup("linear_wide")
+    state, expected = copy.deepcopy(model.state_dict()), model(x)
+    with torch.no_grad():
+        record.A[0, 0], record.B[0, 0] = torch.nan, torch.inf
+    model.load_state_dict(state)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_a_weight_that_would_lose_more_than_rounding_is_refused_unless_it_may_be_cut() -> None:
     model, _, record = setup("in_proj")
     name, before = record.name, record.weight()

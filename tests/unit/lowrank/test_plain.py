@@ -41,6 +41,10 @@ class Attention(nn.Module):
         return self.out(self.attention(x, x, x, need_weights=False)[0])
 
 
+class Block(nn.TransformerEncoderLayer):
+    pass
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 8, bias=False)), (5, 12)),
     "one layer": (lambda: nn.Linear(12, 20), (5, 12)),
@@ -54,6 +58,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "grouped": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 12, 1)), (2, 8, 5, 5)),
     "attention": (Attention, (2, 3, 16)),
     "transformer": (lambda: nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), (2, 3, 16)),
+    "transformer's subclass": (lambda: Block(16, 2, 32, dropout=0.0, batch_first=True), (2, 3, 16)),
 }
 
 
