@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: DDP compares the annotations of a communication hook with classes.
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -75,7 +75,12 @@ class TorchDataParallel(DataParallel):
         self._ddp.module = _Rehearsal(self.module, [self._trained[place] for place in arrivals])
         self._averaging.rehearses = True
         try:
-            with torch.enable_grad():
+            # Without the users' hooks: these gradients are not real.
+            with torch.enable_grad(), ExitStack() as restored:
+                found = [h for p in self._trained for h in (p._backward_hooks, p._post_accumulate_grad_hooks)]
+                for hooks in filter(None, found):
+                    restored.callback(hooks.update, dict(hooks))
+                    hooks.clear()
                 self._ddp().backward()
         finally:
             self._ddp.module, self._averaging.rehearses = self.module, False

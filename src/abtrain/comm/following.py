@@ -32,6 +32,7 @@ class Following:
     def __init__(self, link: Link, buffers: Mapping[str, Tensor]) -> None:
         self._link = link
         self._layouts = Layouts(buffers)
+        self._device = next((buffer.device for buffer in buffers.values()), torch.device("cpu"))
         self._sizes = [bucket.flat.nbytes for bucket in pack(list(buffers.values()), widen=False)]
 
     def follow(self, named: Mapping[str, Tensor]) -> None:
@@ -43,7 +44,7 @@ class Following:
         first, buffers = self._link.ranks[0], list(named.values())
         changed = self._layouts.changes(named)
         if changed:
-            self._agree(changed, buffers[0].device)
+            self._agree(changed)
         buckets = pack(buffers, widen=False)
         self._sizes = [bucket.flat.nbytes for bucket in buckets]
         for place, bucket in enumerate(buckets):
@@ -62,15 +63,15 @@ class Following:
         """Returns the index of the first message that is large enough for the mark; None if there is none."""
         return next((place for place, nbytes in enumerate(self._sizes) if nbytes >= _MARK_BYTES), None)
 
-    def _agree(self, changed: str, device: torch.device) -> None:
+    def _agree(self, changed: str) -> None:
         if self._place is None:
             return
         mark = [_MARK, fingerprint(*self._layouts.known.items())]
         first, received = self._link.ranks[0], mark
         for place, nbytes in enumerate(self._sizes):
-            message = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+            message = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
             if place == self._place and self._link.rank == first:
-                message[:_MARK_BYTES] = as_bytes(torch.tensor(mark, dtype=torch.int64, device=device))
+                message[:_MARK_BYTES] = as_bytes(torch.tensor(mark, dtype=torch.int64, device=self._device))
             self._link.broadcast(message, first)
             received = _mark_in(message) if place == self._place else received
         if received != mark:

@@ -166,6 +166,7 @@ class InProcessDataParallel(DataParallel):
         missing = [name for name in self._parameters if name not in self._ready]
         if self._ready and missing:
             raise unused_error(f"{len(missing)} parameters (such as {missing[0]})")
+        self._queued = False  # still True if the last backward pass raised an error
         if self._buffers_due:
             self._follow_first_rank(shared_buffers(self.module))
         self._buffers_due = self._synchronizing

@@ -81,6 +81,25 @@ def test_two_threads_train_bitwise_as_two_processes_do() -> None:
         assert all(torch.equal(a, b) for a, b in zip(threads[rank], processes[rank], strict=True))
 
 
+def rehearse(comm: Communicator) -> None:
+    model, calls = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), list[str]()
+    parallel = comm.data_parallel(model, "world")
+    weight = model[0].weight
+    weight.register_hook(lambda gradient: calls.append("tensor"))
+    handle = weight.register_post_accumulate_grad_hook(lambda parameter: calls.append("accumulated"))
+    parallel.follow([3, 2, 1, 0])
+    assert calls == []
+    parallel(torch.ones(4, 2)).sum().backward()
+    assert calls == ["tensor", "accumulated"]
+    handle.remove()
+    parallel(torch.ones(4, 2)).sum().backward()
+    assert calls == ["tensor", "accumulated", "tensor"]
+
+
+def test_users_hooks_do_not_see_the_gradients_of_a_rehearsal() -> None:
+    run_gloo(2, rehearse)
+
+
 def test_sync_batch_norm_stays_inside_the_group() -> None:
     group: Any = object()
     model = nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2))

@@ -63,6 +63,12 @@ def test_a_change_on_the_first_rank_alone_is_found_by_the_other(size: int) -> No
         passed(ranks, buffers(0, size), buffers(1))
 
 
+def test_all_buffers_may_disappear() -> None:
+    assert passed(two_ranks(buffers(0)), {}, {}) == [{}, {}]
+    with pytest.raises(RanksDisagreeError, match="steps is gone, mean is gone on rank 1, but not on rank 0"):
+        passed(two_ranks(buffers(0)), buffers(0), {})
+
+
 @pytest.mark.parametrize("sizes", [(4, 8), (8, 16), (8, 2)])
 def test_a_change_that_the_first_rank_did_not_make_is_named(sizes: tuple[int, int]) -> None:
     ranks, own = two_ranks(buffers(0)), buffers(1, sizes[1])

@@ -111,6 +111,25 @@ def test_a_rank_that_dies_before_backward_frees_those_in_it() -> None:
     ]
 
 
+def test_gradients_are_averaged_after_a_backward_pass_that_failed() -> None:
+    def fail(gradient: torch.Tensor) -> None:
+        raise FloatingPointError
+
+    def work(comm: Communicator) -> list[float]:
+        model = torch.nn.Linear(2, 1)
+        parallel = comm.data_parallel(model, "world")
+        x = torch.ones(1, 2, requires_grad=True) * 1
+        x.register_hook(fail)
+        with pytest.raises(FloatingPointError):
+            parallel(x).sum().backward()
+        model.zero_grad()
+        parallel(torch.full((1, 2), float(comm.rank))).sum().backward()
+        assert model.weight.grad is not None
+        return model.weight.grad.flatten().tolist()
+
+    assert run_in_process(2, work) == [[0.5, 0.5]] * 2
+
+
 def test_other_groups_go_on_without_the_dead() -> None:
     survived: list[int] = []
 
