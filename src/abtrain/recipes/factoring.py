@@ -49,7 +49,7 @@ class Factoring:
     def problems(self) -> list[str]:
         """Returns one message for each problem of these settings."""
         rule = self.rank_rule
-        known = hasattr(rule, "problems")
+        known = hasattr(rule, "problems") and not isinstance(rule, type)
         found = rule.problems() if known else [f"rank_rule={rule!r} is not a rank rule: use one, such as SigmaCutoff()"]
         found += whole_number_problems("min_dim", self.min_dim, least=1)
         if not isinstance(self.exclude, tuple | list) or not all(isinstance(glob, str) for glob in self.exclude):

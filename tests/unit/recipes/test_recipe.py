@@ -142,6 +142,12 @@ def test_recipes_that_cannot_be() -> None:
         Recipe("r", 10, cycle=(Phase("p", 5, weights="factored"),))
     with pytest.raises(ConfigurationError, match="give refactor_every"):
         recipes.ab_outer(100, rebound_steps=10)
+    with pytest.raises(ConfigurationError, match="is not a rank rule: use one"):
+        recipes.ab(1000, rank_rule=SigmaCutoff)
+    alone = Phase("p", 5, weights="factored", sync=None)
+    with pytest.raises(ConfigurationError, match="phase 'p' has no sync, .* after its 5 steps: .* all 10 steps"):
+        Recipe("r", 10, cycle=(alone,), factoring=Factoring(SigmaCutoff()))
+    assert Recipe("r", 5, cycle=(alone,), factoring=Factoring(SigmaCutoff())).at(4).last
     with pytest.raises(ConfigurationError, match="must be the only phase"):
         Recipe("r", 10, cycle=(Phase("p", 5, sync=None), Phase("q", 5)))
 
