@@ -44,8 +44,9 @@ def whole(low: int, high: int) -> Check:
 
 
 def number(low: float = -math.inf, high: float = math.inf) -> Check:
-    range_ = "" if (low, high) == (-math.inf, math.inf) else f" from {low:g} to {high:g}"
-    return _one(lambda value: is_number(value) and low <= value <= high, f"a finite number{range_}")
+    least = " above 0" if low == POSITIVE else f" of at least {low:g}" if low > -math.inf else ""
+    most = f" and at most {high:g}" if high < math.inf else ""
+    return _one(lambda value: is_number(value) and low <= value <= high, f"a finite number{least}{most}")
 
 
 def text() -> Check:

@@ -134,8 +134,12 @@ def differences(everyone: Sequence[Mapping[str, str]]) -> str:
         listed = place.startswith(tuple(f"{outer}{mark}" for outer in found for mark in ".["))
         if len(set(values)) > 1 and not listed:
             found[place] = _by_rank(place, values)
-    more = f"; and {len(found) - _MOST_LISTED} more" if len(found) > _MOST_LISTED else ""
-    return "; ".join(list(found.values())[:_MOST_LISTED]) + more
+    return _first(list(found.values()))
+
+
+def _first(texts: Sequence[str]) -> str:
+    more = f"; and {len(texts) - _MOST_LISTED} more" if len(texts) > _MOST_LISTED else ""
+    return "; ".join(texts[:_MOST_LISTED]) + more
 
 
 def _by_rank(place: str, values: Sequence[str]) -> str:
@@ -170,11 +174,14 @@ def raise_together(comm: Communicator, problem: str) -> None:
 
     `problem` is empty if this worker has none.
     """
-    problems = gather_json(comm, problem)
-    ranks = [str(rank) for rank, reason in enumerate(problems) if reason]
+    ranks: dict[str, list[str]] = {}
+    for rank, reason in enumerate(gather_json(comm, problem)):
+        ranks.setdefault(reason, []).append(str(rank))
+    ranks.pop("", None)
+    if ranks and comm.topology.world_size == 1:
+        raise CheckpointError(problem)
     if ranks:
-        where = f"on rank {', '.join(ranks)}: " if comm.topology.world_size > 1 else ""
-        raise CheckpointError(f"{where}{next(filter(None, problems))}")
+        raise CheckpointError(_first([f"on rank {', '.join(some)}: {reason}" for reason, some in ranks.items()]))
 
 
 def share(comm: Communicator, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:

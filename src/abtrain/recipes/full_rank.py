@@ -18,7 +18,7 @@ def ddp(
 ) -> Recipe:
     """Plain data parallel training: gradients averaged over all workers at every step."""
     if wire not in ("fp32", "bf16"):
-        raise ConfigurationError(f"unknown wire {wire!r} of gradients: {nearest(str(wire), ('fp32', 'bf16'))}")
+        raise ConfigurationError(f"unknown wire format {wire!r} of gradients: {nearest(str(wire), ('fp32', 'bf16'))}")
     return Recipe("ddp", total_steps, cycle=(Phase("full", total_steps, sync=GradientSync(wire)),))
 
 

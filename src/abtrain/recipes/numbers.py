@@ -14,7 +14,7 @@ def whole_number_problems(name: str, value: object, least: int) -> list[str]:
     if isinstance(value, bool) or not isinstance(value, int):
         return [f"{name}={value!r} is not a whole number: use one of at least {least}"]
     if value > MOST:
-        return [f"{name} is a number of {len(str(abs(value)))} digits: use at most {MOST}"]
+        return [f"{name} is too large: use at most {MOST}"]
     return [] if value >= least else [f"{name}={value} is too small: use at least {least}"]
 
 

@@ -123,6 +123,7 @@ def parse_rule(text: str) -> RankRule:
     try:
         return _RULES[kind](number)
     except (KeyError, ValueError):
+        problem = f"has {number!r} in place of its number" if kind in _RULES else "is unknown"
         raise ConfigurationError(
-            f"rank rule {text!r} is unknown: use sigma:CUTOFF, energy:SHARE, stable:FACTOR or fixed:K"
+            f"rank rule {text!r} {problem}: use sigma:CUTOFF, energy:SHARE, stable:FACTOR, or fixed:K with a whole K"
         ) from None

@@ -29,7 +29,8 @@ class GradientSync:
         """Returns one message for each problem of these settings."""
         found = whole_number_problems("rank", self.rank, least=1)
         if self.wire not in get_args(GradientWire):
-            found.append(f"unknown wire {self.wire!r} of gradients: {nearest(str(self.wire), get_args(GradientWire))}")
+            known = nearest(str(self.wire), get_args(GradientWire))
+            found.append(f"unknown wire format {self.wire!r} of gradients: {known}")
         return found
 
 
@@ -57,6 +58,13 @@ class WeightSync:
     def problems(self) -> list[str]:
         """Returns one message for each problem of these settings."""
         found = whole_number_problems("every", self.every, least=1)
+        found += whole_number_problems("delay", self.delay, least=0)
+        found += whole_number_problems("fragments", self.fragments, least=1)
+        are_numbers = not found
+        if are_numbers and self.delay >= self.every:
+            found.append(f"delay={self.delay} is not smaller than every={self.every}: use at most {self.every - 1}")
+        if are_numbers and self.fragments > self.every:
+            found.append(f"fragments={self.fragments} do not fit in a round: use at most every={self.every}")
         if isinstance(self.merge, MergeRule):
             found += self.merge.problems()
         else:
@@ -65,14 +73,6 @@ class WeightSync:
             parse_wire(wire_between(1, self.wire))
         except ConfigurationError as error:
             found += error.problems
-        if found:
-            return found
-        found = whole_number_problems("delay", self.delay, least=0)
-        found += whole_number_problems("fragments", self.fragments, least=1)
-        if not found and self.delay >= self.every:
-            found.append(f"delay={self.delay} is not smaller than every={self.every}: use at most {self.every - 1}")
-        if not found and self.fragments > self.every:
-            found.append(f"fragments={self.fragments} do not fit in a round: use at most every={self.every}")
         return found
 
     def fragments_after(self, step: int) -> tuple[int, ...]:

@@ -65,7 +65,9 @@ def parse_wire(name: str) -> tuple[Form, dict[str, str | int]]:
         if values.get("rank") != 0:
             return form, values
     known = (AUTO, *get_args(CodeName), *(words for words in FORMS if words != "CODE"))
-    raise ConfigurationError(f"unknown wire {name!r}: {nearest(str(name), known)}")
+    raise ConfigurationError(
+        f"unknown wire format {name!r}: {nearest(str(name), known)}. RANK is at least 1, and fp32 takes no REPLY"
+    )
 
 
 def wire_between(workers: int, name: str) -> str:

@@ -216,9 +216,9 @@ def test_a_preset_takes_the_options_of_its_recipe_but_the_fixed_ones(
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("ab_no_groups", {"wire": "bogus"}, "unknown wire 'bogus'"),
-        ("ab_outer", {"warmup_wire": "lowrank:0", "warmup_every": 0}, "unknown wire 'lowrank:0'"),
-        ("ab_outer", {"wire": f"lowrank:{'9' * 5000}"}, "unknown wire 'lowrank:9"),
+        ("ab_no_groups", {"wire": "bogus"}, "unknown wire format 'bogus'"),
+        ("ab_outer", {"warmup_wire": "lowrank:0", "warmup_every": 0}, "unknown wire format 'lowrank:0'"),
+        ("ab_outer", {"wire": f"lowrank:{'9' * 5000}"}, "unknown wire format 'lowrank:9"),
         ("ab_outer", {"refactor_every": -1}, "refactor_every=-1 is too small"),
         ("ab_local", {"warmup_delay": 6}, "phase 'warmup': delay=6 is not smaller than every=6"),
         ("ab_local", {"warmup_delay": -1, "warmup_steps": 0}, "warmup_delay=-1 is too small"),
@@ -230,7 +230,7 @@ def test_a_preset_takes_the_options_of_its_recipe_but_the_fixed_ones(
         ("local_sgd", {"warmup_every": -3}, "warmup_every=-3 is too small"),
         ("diloco", {"outer_lr": 10**400}, "outer_lr=1000+ is not a finite number"),
         ("ab", {"sigma_cutoff": math.nan, "rank_rule": "fixed:2"}, "sigma_cutoff=nan is not a finite number"),
-        ("ddp", {"wire": "powersgd"}, "unknown wire 'powersgd' of gradients"),
+        ("ddp", {"wire": "powersgd"}, "unknown wire format 'powersgd' of gradients"),
     ],
 )
 def test_bad_values_are_reported_even_where_they_are_ignored(name: str, options: dict[str, Any], message: str) -> None:

@@ -79,5 +79,5 @@ def test_it_sends_what_it_says(delay: int) -> None:
 
 def test_its_names() -> None:
     assert "(mean, the first 3 of each tensor)" in phases_in_words(recipes.local_sgd(8, every=4, wire="few:3"))[0]
-    with pytest.raises(ConfigurationError, match=r"unknown wire 'few:x'.*few:RANK"):
+    with pytest.raises(ConfigurationError, match=r"unknown wire format 'few:x'.*few:RANK"):
         recipes.local_sgd(8, every=4, wire="few:x")
