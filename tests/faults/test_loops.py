@@ -176,6 +176,18 @@ def test_param_groups_in_another_order_are_no_resume() -> None:
         other.load_state_dict(reread(one.state_dict()))
 
 
+def test_parameters_named_like_factors_in_another_order_are_no_resume() -> None:
+    def start(order: str) -> ABTraining:
+        model = build("mlp")
+        model.lora = nn.ParameterDict({name: nn.Parameter(torch.ones(2, 2)) for name in "AB"})
+        rest = [p for name, p in model.named_parameters() if "lora" not in name]
+        groups = [{"params": [model.lora[order[0]], *rest]}, {"params": [model.lora[order[1]]], "lr": 0.001}]
+        return ABTraining(model, SGD(groups, 0.1), recipes.local_sgd(8, every=2))
+
+    with pytest.raises(CheckpointError, match=r"'lora.A' is in param group 0 of the state, but is not in it now"):
+        start("BA").load_state_dict(reread(start("AB").state_dict()))
+
+
 def test_a_replaced_optimizer_is_reported() -> None:
     model = build("mlp")
     ab = ABTraining(model, sgd(model.parameters()), recipes.local_sgd(8, every=4))

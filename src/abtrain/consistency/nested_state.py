@@ -62,7 +62,7 @@ def equalize_nested(states: Sequence[State], parameters: Sequence[nn.Parameter],
         real = all(kind[0] == "number" or (kind[0] == "tensor" and kind[1] in _AVERAGED) for _, kind in form)
         (averaged if one_form and real else taken).append((state, holders))
     _average(averaged, comm)
-    _take_first(taken, comm)
+    _take_first_holder(taken, comm)
 
 
 def _average(slots: Sequence[_Slot], comm: Communicator) -> None:
@@ -77,7 +77,7 @@ def _average(slots: Sequence[_Slot], comm: Communicator) -> None:
             set_number(item.holder, item.key, value)
 
 
-def _take_first(slots: Sequence[_Slot], comm: Communicator) -> None:
+def _take_first_holder(slots: Sequence[_Slot], comm: Communicator) -> None:
     """Takes the state of the first worker that has some."""
     tensors, numbers = _of_kind("tensor", slots), _of_kind("number", slots)
     share(comm, [item.value for item, _ in tensors], [holders[0] for _, holders in tensors])
@@ -109,12 +109,12 @@ def _kind(value: Any) -> list[Any]:
         return ["tensor", str(value.dtype), list(value.shape)]
     if isinstance(value, Tensor):
         return ["number", str(value.dtype), value.device.type]
-    if is_number(value):
+    if is_python_number(value):
         return ["number", type(value).__name__, ""]
     return ["constant", repr(tuple(value) if isinstance(value, tuple) else value)]
 
 
-def is_number(value: object) -> bool:
+def is_python_number(value: object) -> bool:
     """Returns whether a value is a Python number; booleans do not count."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 

@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 from abtrain.comm.buckets import exact_average, sent_by_average
 from abtrain.comm.communicator import Calls, Communicator, Traffic
 from abtrain.consistency.agreement import gather_json, largest
-from abtrain.consistency.nested_state import equalize_nested, is_number, set_number
+from abtrain.consistency.nested_state import equalize_nested, is_python_number, set_number
 from abtrain.consistency.settings import HYPERPARAMETERS
 from abtrain.lowrank.optimizer import LINEAR_MOMENTS, SQUARED_MOMENTS, State
 from abtrain.lowrank.optimizer_fit import SCHEDULED
-from abtrain.lowrank.optimizers import Optimizers, settings_of
+from abtrain.lowrank.optimizers import Optimizers, is_of_torch, settings_of
 
 _TENSOR, _NUMBER, _NESTED = "tensor", "number", "nested"
 _KEY_BYTES = 512
@@ -103,12 +103,12 @@ def _equalize_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter], co
 
 def _equalize_settings(optimizers: Optimizers, comm: Communicator) -> None:
     """Equalizes step counts and estimated rates in param groups, where PyTorch's own optimizers keep none."""
-    groups = {id(g): g for o in optimizers.all if not type(o).__module__.startswith("torch.") for g in o.param_groups}
+    groups = {id(g): g for o in optimizers.all if not is_of_torch(o) for g in o.param_groups}
     slots = [
         (group, key)
         for group in groups.values()
         for key, value in sorted(settings_of(group).items())
-        if key not in HYPERPARAMETERS | SCHEDULED and (is_number(value) or _is_single(value))
+        if key not in HYPERPARAMETERS | SCHEDULED and (is_python_number(value) or _is_single(value))
     ]
     values = largest(comm, [_number(group[key]) for group, key in slots]) if slots else []
     for (group, key), value in zip(slots, values, strict=True):
@@ -159,7 +159,7 @@ def _kind(key: Any, value: object, parameter: nn.Parameter) -> str:
     """Returns the kind of an item of state; empty for None."""
     if value is None:
         return ""
-    if is_number(value) or (isinstance(value, Tensor) and not value.ndim and (key == "step" or parameter.ndim)):
+    if is_python_number(value) or (isinstance(value, Tensor) and not value.ndim and (key == "step" or parameter.ndim)):
         return _NUMBER
     if not isinstance(value, Tensor) or not isinstance(key, str) or key == "step":
         return _NESTED
@@ -174,7 +174,7 @@ def _is_single(value: object) -> bool:
 
 def _number(value: Any) -> float:
     """Returns a single number as a float, and -inf for other values, which leaves the largest number unchanged."""
-    return float(value) if is_number(value) or _is_single(value) else -torch.inf
+    return float(value) if is_python_number(value) or _is_single(value) else -torch.inf
 
 
 def _blank_number(optimizer: Optimizer, parameter: nn.Parameter, key: str) -> Any:

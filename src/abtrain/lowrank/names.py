@@ -14,12 +14,12 @@ def factor_names(weight: str) -> tuple[str, str]:
 
 
 def factor_letter(name: str) -> str:
-    """Returns the last letter, `A` or `B`, of a factor's name, and an empty string for any other name."""
+    """Returns the last letter, `A` or `B`, of a name like that of a factor, and an empty string for any other name."""
     return name[-1] if name.endswith((".A", ".B")) else ""
 
 
 def weight_name(name: str) -> str:
-    """Returns the name of a factor's weight for the name of a factor, and any other name unchanged."""
+    """Returns NAME for `NAME.A` and `NAME.B`, and any other name unchanged. A user's parameter may have such a name."""
     return name[:-2] if factor_letter(name) else name
 
 

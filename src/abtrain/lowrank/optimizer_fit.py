@@ -31,13 +31,13 @@ from abtrain.checks import (
     whole,
 )
 from abtrain.lowrank.model import FactoredModel
-from abtrain.lowrank.names import weight_name
-from abtrain.lowrank.optimizers import PARAMETERS, settings_of
+from abtrain.lowrank.names import factor_names, weight_name
+from abtrain.lowrank.optimizers import PARAMETERS, is_of_torch, settings_of
 
 SCHEDULED = frozenset({"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"})
 """Settings that schedulers add to param groups. A scheduler may be built before or after a state is loaded."""
-_IMPLEMENTATIONS = frozenset({"foreach", "fused"})
-"""Settings that select an implementation of the same step. Their saved and present values may differ."""
+_MAY_DIFFER = frozenset({"foreach", "fused"})
+"""Settings that select an implementation with the same state. `capturable` is left out: it places the step counts."""
 _MOST = 2**31 - 1
 _SIDE = 2
 """The size of the twin's parameter in each dimension. State of size 1 in a dimension does not depend on it."""
@@ -63,7 +63,7 @@ def _problems(
             f"{type(optimizer).__name__} with {len(optimizer.param_groups)} in the loop"
         ]
     strange = [name for name in saved["state"] if name not in layout]
-    of_torch = type(optimizer).__module__.startswith("torch.optim")
+    of_torch = is_of_torch(optimizer)
     return first_problems(
         lambda: _group_problems(model, optimizer, saved["owned"]),
         lambda: iter([f"the optimizer's state of {said(name)} belongs to another phase" for name in strange[:1]]),
@@ -74,10 +74,11 @@ def _problems(
 
 def _group_problems(model: FactoredModel, optimizer: Optimizer, owned: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yields a message for the first param group whose parameters differ from the saved ones."""
-    known = {id(parameter): name for name, parameter in model.parameters().items()}
+    weights = {factor: name for name in model.names for factor in factor_names(name)}
+    known = {id(p): weights.get(name, name) for name, p in model.parameters().items()}
     for place, (group, saved) in enumerate(zip(optimizer.param_groups, owned, strict=False)):
-        ours = {weight_name(known.get(id(p), "")) for p in group["params"]}
-        theirs = set(map(weight_name, saved))
+        ours = {known.get(id(p), "") for p in group["params"]}
+        theirs = {weights.get(name, name) for name in saved}
         if ours != theirs:
             one = min(ours ^ theirs)
             there, here = ("is", "is not") if one in theirs else ("is not", "is")
@@ -106,7 +107,7 @@ def _added(place: str, value: Any) -> Iterator[str]:
 
 def _setting(key: str, known: Any) -> Check:
     """Returns a check for the saved value of a setting whose present value is `known`."""
-    if key in _IMPLEMENTATIONS:
+    if key in _MAY_DIFFER:
         return one_of(None, True, False)
     if known is None or isinstance(known, bool):
         return one_of(known)
@@ -199,5 +200,5 @@ def _fits(held: Any, weight: Tensor, wanted: Any) -> bool:
     if wanted.ndim == 0:
         # Step counts and similar numbers.
         return held.numel() == 1 and held.is_floating_point() and bool(torch.isfinite(held)) and float(held) >= 0
-    shape = [whole if side == _SIDE else 1 for side, whole in zip(wanted.shape, weight.shape, strict=False)]
+    shape = [size if side == _SIDE else 1 for side, size in zip(wanted.shape, weight.shape, strict=False)]
     return held.dtype == wanted.dtype and list(held.shape) == shape

@@ -103,6 +103,11 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in PARAMETERS}
 
 
+def is_of_torch(optimizer: Optimizer) -> bool:
+    """Returns whether an optimizer's class is one of PyTorch's own, and not a subclass defined elsewhere."""
+    return type(optimizer).__module__.startswith("torch.optim.")
+
+
 def is_a(optimizer: Optimizer, kinds: Sequence[type[Optimizer]]) -> bool:
     """Returns whether an optimizer's class is one of `kinds`, or a subclass that does not override `step`."""
     step = inspect.unwrap(type(optimizer).step)
