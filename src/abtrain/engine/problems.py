@@ -18,6 +18,7 @@ from abtrain.engine.optimizer_problems import form_problems, optimizer_problems
 from abtrain.errors import ConfigurationError, OnNonFinite, nearest
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.layers import Factored
+from abtrain.lowrank.names import without_compiled
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.own import IGNORED, ignored_names
 from abtrain.recipes.recipe import Recipe
@@ -111,7 +112,7 @@ def _tensor_problems(model: nn.Module) -> list[str]:
 
 
 def _factoring_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe) -> list[str]:
-    names = [name for name, _ in model.named_parameters()]
+    names = [known for name, _ in model.named_parameters() for known in (name, without_compiled(name))]
     patterns = recipe.factoring.exclude if recipe.factoring else ()
     problems = [f"exclude {problem}" for problem in _unmatched(patterns, names, "parameter")]
     treatments = classify(model, recipe.factoring, set(map(id, optimizers.parameters())))

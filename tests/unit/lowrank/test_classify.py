@@ -110,3 +110,10 @@ def test_a_weight_that_shares_its_memory_stays_dense(name: str, tie: str) -> Non
     assert treatments[f"{name}.weight"].kind == "averaged"
     assert treatments[f"{name}.weight"].reason == f"shares memory with {tie}"
     assert treatments["alone.weight"].kind == "factored"
+
+
+@pytest.mark.parametrize("glob", ["0.*", "0._orig_mod.*"])
+def test_compiled_modules_are_excluded_by_either_name(glob: str) -> None:
+    model = nn.Sequential(torch.compile(nn.Linear(8, 6), backend="eager"), nn.Linear(6, 8))
+    kinds = {t.name: t.kind for t in classify(model, Factoring(SigmaCutoff(), exclude=(glob,)))}
+    assert kinds["0._orig_mod.weight"] == "averaged" and kinds["1.weight"] == "factored"
