@@ -1,4 +1,4 @@
-"""Finds tensors that workers do not share: the parameters and buffers that a model tells DDP to ignore.
+"""Divides a model's tensors into those that workers share, and those that the model tells DDP to ignore.
 
 `DistributedDataParallel` reads their names from an attribute of the model. abtrain does not compare, average or
 broadcast them: each worker trains, saves and resumes its own.
@@ -42,12 +42,3 @@ def shared_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Returns the buffers that workers share, by name. Tied buffers appear once."""
     own = own_names(model)
     return {name: buffer for name, buffer in model.named_buffers() if name not in own}
-
-
-def caches(model: nn.Module) -> frozenset[str]:
-    """Returns the names of buffers that state dicts leave out (`persistent=False`), such as growing caches."""
-    return frozenset(
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
-    )

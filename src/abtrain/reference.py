@@ -57,7 +57,7 @@ def ab_training(
             world = [copy.deepcopy(world[0]) for _ in range(run.n_groups)]
         for g, replica in enumerate(world):
             replica.decompose(factored, sigma_cutoff)  # lines 8-10
-            first_half = g < (run.n_groups + 1) / 2 - 0.5 if run.n_groups > 1 else cycle % 2 == 0
+            first_half = g < run.n_groups / 2 if run.n_groups > 1 else cycle % 2 == 0
             replica.trained = ("A" if first_half else "B") if groups else "B"  # lines 1-4, 12
         run.rebound = 0  # line 11
         run.train(world, run.ab_steps)  # lines 13-14

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abtrain.checkpoint.trees import parse_json
-from abtrain.checks import by_name, each, mapping, maybe, number, one_of, row, said, tensor, text, whole
+from abtrain.checks import POSITIVE, by_name, each, mapping, maybe, number, one_of, row, said, tensor, text, whole
 
 DEEP: Any = reduce(lambda inner, _: [inner], range(5000), 1)
 ODD = [10**5000, -(10**5000), DEEP, "x" * 10**6, "\ud800", b"x", object(), torch.ones(2), {1: DEEP}, float("nan"), 1j]
@@ -42,6 +42,12 @@ def test_values_of_the_right_kind_pass() -> None:
         "x/a is True, not a whole number from 0 to 3",
         "x/b is a list of 1, not a list of 2",
     ]
+    for check, says in {
+        number(0): "x is -1, not a finite number of at least 0",
+        number(POSITIVE): "x is -1, not a finite number above 0",
+        number(0, 1): "x is -1, not a finite number of at least 0 and at most 1",
+    }.items():
+        assert list(check("x", -1)) == [says]
     assert not list(tensor((None, 2), torch.int8)("x", torch.ones(5, 2, dtype=torch.int8)))
     assert list(tensor((None, 2))("x", torch.ones(5)))
 

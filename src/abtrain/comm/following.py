@@ -23,8 +23,9 @@ class Following:
     """Keeps a module's buffers equal to those of a link's first rank.
 
     A message of an unexpected size kills the receiver's process without an error, or its bytes are misread. So after a
-    change of shapes, a rank sends or receives one more message of each old size. This message contains a mark and a
-    fingerprint of the first rank's new layouts. A rank whose buffers have not changed recognizes the mark.
+    change of shapes, a rank sends or receives one more message of each old size. One of these messages contains a mark
+    and a fingerprint of the first rank's new layouts. On CPUs, a rank whose buffers have not changed finds the mark. On
+    accelerators it does not look for it, since reading a message would block.
 
     Initially, `buffers` have the same names, shapes and dtypes on all ranks.
     """
@@ -49,7 +50,6 @@ class Following:
         self._sizes = [bucket.flat.nbytes for bucket in buckets]
         for place, bucket in enumerate(buckets):
             self._link.broadcast(bucket.flat, first)
-            # Reading the mark from an accelerator would block.
             if place == self._place and bucket.flat.device.type == "cpu" and _mark_in(bucket.flat)[0] == _MARK:
                 raise RanksDisagreeError(
                     f"buffers have changed on rank {first}, whose log names them, but not on rank {self._link.rank}. "

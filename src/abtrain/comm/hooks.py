@@ -23,7 +23,7 @@ Average = torch.futures.Future[Tensor]  # the average of a bucket, in progress
 
 
 class GradientHook:
-    """Averages one bucket of gradients over a process group: in float32, bitwise as DDP without a hook.
+    """Averages one bucket of gradients over a process group: in their dtype, bitwise as DDP without a hook.
 
     Attributes:
         in_turn: whether a bucket must wait until the previous one is averaged.

@@ -45,7 +45,7 @@ def default_communicator(group_size: int | None = None) -> Communicator:
             numbers of workers and no group size, or a launcher whose WORLD_SIZE announces workers that this process
             has not joined.
     """
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         return TorchCommunicator(Topology(dist.get_world_size(), _agreed_group_size(group_size)))
     announced = os.environ.get("WORLD_SIZE", "1")
     if announced.isdecimal() and int(announced) > 1:
@@ -67,7 +67,7 @@ class TorchCommunicator(Communicator):
     """
 
     def __init__(self, topology: Topology) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
+        if not dist.is_initialized():
             raise ConfigurationError(
                 "torch.distributed is not initialized: call torch.distributed.init_process_group() first, and start "
                 "the workers with torchrun"
@@ -113,8 +113,8 @@ class TorchCommunicator(Communicator):
         if sync is None or sync.wire == "fp32" or any(known in backend for known in _NARROW_BACKENDS):
             return ""
         return (
-            f"wire {sync.wire!r} exchanges bytes and bfloat16, which the backend {backend!r} is not known to carry: "
-            "use the wire 'fp32', or the backend gloo or nccl"
+            f"the wire format {sync.wire!r} works only on the backends gloo and nccl, not on {backend!r}: use the wire "
+            "format fp32, or one of these backends"
         )
 
     def begin_run(self) -> None:

@@ -1,4 +1,4 @@
-"""Compares values and tensors of workers, and makes tensors equal, on any communicator.
+"""Compares values and tensors of workers, makes tensors equal, and exchanges small values and errors as JSON.
 
 While nothing differs, a comparison costs a few dozen bytes, and 16 for each tensor that is compared separately.
 """
@@ -19,16 +19,14 @@ from abtrain.comm.communicator import Calls, Communicator, Scope, Traffic
 from abtrain.comm.stages import Stages, finish
 from abtrain.errors import CheckpointError, RanksDisagreeError
 
-_MOST_LISTED = 5
-_ABSENT = "absent"
-
-_READABLE_DIGITS = 9  # longer whole numbers are digests, whose digits mean nothing to a reader
-
 Place = Mapping[str, object]
 """Values by name that must be equal on all ranks: numbers, strings, dataclasses, and any nesting of them."""
 Told = tuple[int, float]
 """The two numbers that a rank sends to all others in a roll call: an integer from 0 to 2**63 - 1, and a real number."""
 
+_MOST_LISTED = 5
+_ABSENT = "absent"
+_READABLE_DIGITS = 9  # longer whole numbers are digests, whose digits mean nothing to a reader
 _DISAGREE = "workers disagree"
 _REMEDY = (
     "Give every worker the same model, recipe and optimizer settings (unless same_settings=False), and call ab.step() "
@@ -63,7 +61,7 @@ def disagreeing(comm: Communicator, values: Sequence[int], scope: Scope = "world
 def sent_by_comparison(count: int = 1, scope: Scope = "world") -> Calls:
     """Returns the call of `disagreeing` for `count` values, or of `differing_tensors` for `count` tensors.
 
-    While nothing differs, `take_first` and `check_replicas` compare one value.
+    While nothing differs, `take_rank_0` and `check_replicas` compare one value.
     """
     return (Traffic("all_reduce", scope, 2 * count * torch.int64.itemsize),) if count else ()
 
@@ -174,14 +172,11 @@ def raise_together(comm: Communicator, problem: str) -> None:
 
     `problem` is empty if this worker has none.
     """
-    ranks: dict[str, list[str]] = {}
-    for rank, reason in enumerate(gather_json(comm, problem)):
-        ranks.setdefault(reason, []).append(str(rank))
-    ranks.pop("", None)
-    if ranks and comm.topology.world_size == 1:
-        raise CheckpointError(problem)
+    found = gather_json(comm, problem)
+    ranks = {one: [str(rank) for rank, other in enumerate(found) if other == one] for one in filter(None, found)}
     if ranks:
-        raise CheckpointError(_first([f"on rank {', '.join(some)}: {reason}" for reason, some in ranks.items()]))
+        told = [f"on rank {', '.join(some)}: {reason}" for reason, some in ranks.items()]
+        raise CheckpointError(_first(told) if comm.topology.world_size > 1 else problem)
 
 
 def share(comm: Communicator, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
@@ -227,7 +222,7 @@ def agree_on_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[st
         RanksDisagreeError: names, shapes or dtypes differ; on every rank.
     """
     check_equal(comm, {"names": list(named), "tensors": layouts_of(named)})
-    return _take_first(comm, named)
+    return _take_rank_0(comm, named)
 
 
 def sent_by_agree_on_tensors(count: int) -> Calls:
@@ -235,15 +230,15 @@ def sent_by_agree_on_tensors(count: int) -> Calls:
     return (*ROLL_CALL, *sent_by_comparison(count))
 
 
-def take_first(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
+def take_rank_0(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
     """Runs `agree_on_tensors` on tensors that all ranks computed from equal numbers; 16 bytes unless one differs.
 
     Such tensors differ only by rounding on different processors. All ranks pass the same names, shapes and dtypes.
     """
-    return _take_first(comm, named) if disagreeing(comm, [fingerprint(*map(checksum, named.values()))]) else []
+    return _take_rank_0(comm, named) if disagreeing(comm, [fingerprint(*map(checksum, named.values()))]) else []
 
 
-def _take_first(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
+def _take_rank_0(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
     differing = differing_tensors(comm, named)
     share(comm, [named[name] for name in differing], owners=[0] * len(differing))
     return differing

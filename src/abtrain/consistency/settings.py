@@ -71,7 +71,10 @@ def optimizer_settings(
     """Returns, for comparison, the settings `keys` of every param group and the names of its parameters."""
     known = {id(parameter): name for name, parameter in parameters.items()}
     return [
-        {**chosen(group, keys), "parameters": sorted(known.get(id(p), "not a parameter of the model") for p in group["params"])}
+        {
+            **chosen(group, keys),
+            "parameters": sorted(known.get(id(p), "not a parameter of the model") for p in group["params"]),
+        }
         for group in optimizers.groups()
     ]
 

@@ -12,7 +12,7 @@ import torch
 from abtrain.checks import told_names
 from abtrain.comm.communicator import PLAIN, Communicator, Scope
 from abtrain.comm.data_parallel import DataParallel, Unsynchronized
-from abtrain.consistency.agreement import take_first
+from abtrain.consistency.agreement import take_rank_0
 from abtrain.consistency.factors import agree_on_factors
 from abtrain.consistency.optimizers import equalize_grad_scaler, equalize_optimizers
 from abtrain.consistency.settings import HYPERPARAMETERS, check_phase
@@ -93,7 +93,7 @@ class PhaseChange:
         dense = [name for name in restored if name not in self._model.records]
         weights = {name: self._model.model.get_parameter(name).data for name in dense}
         momentum = {f"momentum of {name}": tensor for name, tensor in self._rounds.merger.momentum.items()}
-        differed = take_first(self._comm, weights | momentum)
+        differed = take_rank_0(self._comm, weights | momentum)
         if differed and self._comm.rank == 0:
             log.info("%d tensors differed between workers by rounding: rank 0's were taken", len(differed))
 

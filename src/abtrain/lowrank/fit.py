@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from abtrain.checks import (
     POSITIVE,
@@ -33,7 +33,7 @@ from abtrain.lowrank.model_state import modules_with_extra_state, own_tensors
 from abtrain.lowrank.names import factor_names
 from abtrain.lowrank.optimizer_fit import optimizer_problems
 from abtrain.lowrank.svd import MatrixShape
-from abtrain.own import caches, shared_buffers
+from abtrain.own import shared_buffers
 
 Layout = dict[str, Tensor]
 
@@ -85,7 +85,7 @@ def dense_layout(model: FactoredModel) -> Layout:
     """Returns the layout of all parameters of the dense model, by name."""
     factors = model.factors()
     dense = {name: meta(p.shape, p.dtype) for name, p in model.parameters().items() if name not in factors}
-    return dense | {name: meta(record.matrix_shape.tensor, record.A.dtype) for name, record in model.records.items()}
+    return dense | {name: meta(record.matrix_shape.dense, record.A.dtype) for name, record in model.records.items()}
 
 
 def state_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
@@ -124,7 +124,7 @@ def _rank_problems(dense: Layout, state: Mapping[str, Any]) -> Iterator[str]:
 def buffer_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
     """Returns the layout of the buffers that workers share, by name. Caches have the same sizes as in the state."""
     saved = state["buffers"]
-    grown = caches(model.model) & saved.keys()
+    grown = _caches(model.model) & saved.keys()
     return {
         name: meta(saved[name].shape, held.dtype) if name in grown else held
         for name, held in shared_buffers(model.model).items()
@@ -132,9 +132,18 @@ def buffer_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
 
 
 def _tensor_problems(model: FactoredModel, state: Mapping[str, Any]) -> Iterator[str]:
-    own, grown = own_tensors(model), caches(model.model)
+    own, grown = own_tensors(model), _caches(model.model)
     weights = {name: held for name, held in state_layout(model, state).items() if name not in own}
     wanted = {"weights": weights, "buffers": shared_buffers(model.model), "own": own}
     for part, tensors in wanted.items():
         fits = {name: tensor(dtype=held.dtype) if name in grown else like(held) for name, held in tensors.items()}
         yield from mapping(fits)(part, state.get(part, {}))
+
+
+def _caches(model: nn.Module) -> frozenset[str]:
+    """Returns the names of buffers that state dicts leave out (`persistent=False`), such as growing caches."""
+    return frozenset(
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    )

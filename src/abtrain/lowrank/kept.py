@@ -129,7 +129,7 @@ class FactoredParameter(_StandIn, nn.Parameter):
 
     def _without_value(self) -> Tensor:
         """Returns a tensor of W's shape, dtype and device, without a value."""
-        return self._abtrain_record.A.detach().new_empty(()).expand(self._abtrain_record.matrix_shape.tensor)
+        return self._abtrain_record.A.detach().new_empty(()).expand(self._abtrain_record.matrix_shape.dense)
 
     def _plain(self) -> Tensor:
         return nn.Parameter(self._abtrain_record.laid_out())
@@ -283,7 +283,7 @@ def _refused_by(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[
 
 def _refuse(tensor: Tensor, name: str) -> NoReturn:
     with torch._C.DisableTorchFunctionSubclass():
-        shape = tensor._abtrain_record.matrix_shape.tensor if isinstance(tensor, FactoredParameter) else tensor.shape
+        shape = tensor._abtrain_record.matrix_shape.dense if isinstance(tensor, FactoredParameter) else tensor.shape
     raise UsageError(
         f"{name} on a weight of shape {tuple(shape)} that is currently factored would have no effect on the model, "
         "which holds its factors A and B: do it before the factored phases, or exclude this weight from factoring "

@@ -82,7 +82,7 @@ class Factored(nn.Module):
         known = len(error_msgs)
 
         def empty(weight: FactoredWeight) -> nn.Parameter:
-            return nn.Parameter(weight.A.detach().new_empty(weight.matrix_shape.tensor))
+            return nn.Parameter(weight.A.detach().new_empty(weight.matrix_shape.dense))
 
         with _shown_dense(self, empty) as dense:
             super()._load_from_state_dict(state_dict, prefix, *args)

@@ -46,7 +46,7 @@ def to_plain(model: nn.Module, *, dense: Sequence[str] = ()) -> nn.Module:
 
 def _is_smaller(module: LowRank) -> bool:
     weight = module._abtrain_weights["weight"]
-    return weight.k * (weight.matrix_shape.m + weight.matrix_shape.n) < weight.matrix_shape.tensor.numel()
+    return weight.k * (weight.matrix_shape.m + weight.matrix_shape.n) < weight.matrix_shape.dense.numel()
 
 
 def _as_two(module: LowRank, copied: nn.Module) -> nn.Sequential:

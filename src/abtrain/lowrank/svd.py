@@ -14,12 +14,12 @@ from abtrain.recipes.factoring import RankRule
 
 @dataclass(frozen=True)
 class MatrixShape:
-    """Converts a weight of shape `tensor` to an (m, n) matrix with m >= n, and back.
+    """Converts a weight of shape `dense` to an (m, n) matrix with m >= n, and back.
 
     The first dimension is kept, and the others are flattened. The matrix is transposed if necessary for m >= n.
     """
 
-    tensor: torch.Size
+    dense: torch.Size
 
     @property
     def transposed(self) -> bool:
@@ -36,17 +36,17 @@ class MatrixShape:
 
     @property
     def _flat(self) -> tuple[int, int]:
-        first = self.tensor[0]
-        return first, (self.tensor.numel() // first if first else 0)
+        first = self.dense[0]
+        return first, (self.dense.numel() // first if first else 0)
 
     def to_matrix(self, weight: Tensor) -> Tensor:
-        """Returns the (m, n) view of a weight of shape `self.tensor`."""
+        """Returns the (m, n) view of a weight of shape `self.dense`."""
         flat = weight.reshape(self._flat)
         return flat.T if self.transposed else flat
 
     def to_tensor(self, matrix: Tensor) -> Tensor:
-        """Returns the weight of shape `self.tensor` whose (m, n) view is `matrix`."""
-        return (matrix.T if self.transposed else matrix).reshape(self.tensor)
+        """Returns the weight of shape `self.dense` whose (m, n) view is `matrix`."""
+        return (matrix.T if self.transposed else matrix).reshape(self.dense)
 
 
 class Factors(NamedTuple):

@@ -23,7 +23,7 @@ _SigmaCutoff = Annotated[
     "(`SigmaCutoff(outliers=False)`).",
 ]
 _FactorLR = Annotated[
-    float | None, "Multiplies preconditioned steps; by default 2, for optimizers that normalize gradients (Adam)."
+    float | None, "Multiplies preconditioned steps; in `ab_outer` by default 2, which suits Adam, or 1 if damping is 0."
 ]
 
 

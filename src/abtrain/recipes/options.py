@@ -77,7 +77,7 @@ def read_options(recipe: str, text: str, known: Mapping[str, Option]) -> dict[st
 
 
 def written(value: Any) -> str:
-    """Returns a value as a string that `read_options` reads."""
+    """Returns a boolean, number, string, or tuple of strings as a string that `read_options` reads."""
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

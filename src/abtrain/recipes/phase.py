@@ -59,10 +59,7 @@ class Phase:
         if self.trains != "all" and self.weights == "full":
             found.append(f"trains={self.trains!r} needs factors: use weights='factored'")
         if self.trains in ("a_or_b", "a_then_b") and not self.rounds:
-            found.append(
-                f"trains={self.trains!r} needs groups that train alone: give a WeightSync (in `ab`, every of at least 1), "
-                "or use trains='b'"
-            )
+            found.append(f"trains={self.trains!r} needs merges: use trains='b', or a WeightSync (every of at least 1)")
         found += share_problems("damping", self.damping)
         found += number_problems("factor_lr", self.factor_lr, above=0)
         found += number_problems("local_lr", self.local_lr, above=0)

@@ -175,10 +175,7 @@ class Recipe:
         for phase in self.cycle:
             left = self.total_steps - start
             if phase.sync is None and phase.weights == "factored" and phase.steps < left:
-                found.append(
-                    f"phase {phase.name!r} has no sync, so workers cannot factor their different weights again after "
-                    f"its {phase.steps} steps: give it a sync, or all {left} steps"
-                )
+                found.append(f"phase {phase.name!r} has no sync and cannot repeat: give it a sync, or {left} steps")
             # A round as long as its phase ends with the phase, wherever the run cuts that off.
             if phase.rounds and 0 < left < phase.rounds.every < phase.steps:
                 found.append(

@@ -34,7 +34,7 @@ Delay = Annotated[int, "Training steps that a merge is hidden behind; training w
 Fragments = Annotated[int, "Parts of the model that merge in turns; at the end of a phase all merge at once."]
 LocalLR = Annotated[float, "Multiplies the learning rate between merges: see `abtrain.recipes.phase.Phase`."]
 Rule = Annotated[
-    RankRule | str | None, "Replaces `SigmaCutoff(sigma_cutoff)`: a rule, or its name such as energy:0.95."
+    RankRule | str | None, "A rule in place of the cutoff `sigma_cutoff`, or its name, such as energy:0.95."
 ]
 
 _T = TypeVar("_T")

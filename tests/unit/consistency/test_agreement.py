@@ -15,10 +15,11 @@ from abtrain.consistency.agreement import (
     agree_on_tensors,
     check_equal,
     disagreeing,
+    raise_together,
     roll_call,
     share,
 )
-from abtrain.errors import RanksDisagreeError
+from abtrain.errors import CheckpointError, RanksDisagreeError
 from tests.unit.comm.worlds import WORLDS, World
 
 on_every_communicator = pytest.mark.parametrize("world", WORLDS, ids=str)
@@ -153,3 +154,17 @@ def hold_other_models(comm: Communicator) -> None:
 @on_every_communicator
 def test_other_models_cannot_be_made_to_agree(world: World) -> None:
     world.run(hold_other_models)
+
+
+def test_every_problem_is_told_with_the_ranks_that_have_it() -> None:
+    problems = ["the disk is full", "", "a file is damaged", "the disk is full"]
+
+    def work(comm: Communicator) -> None:
+        raise_together(comm, "")
+        with pytest.raises(CheckpointError) as told:
+            raise_together(comm, problems[comm.rank])
+        assert str(told.value) == "on rank 0, 3: the disk is full; on rank 2: a file is damaged"
+
+    run_in_process(4, work)
+    with pytest.raises(CheckpointError, match=r"^a file is damaged$"):
+        raise_together(SingleProcess(), problems[2])

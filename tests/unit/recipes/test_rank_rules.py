@@ -5,6 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abtrain import Energy, FixedRank, SigmaCutoff
+from abtrain.errors import ConfigurationError
+from abtrain.recipes.rank_rules import parse_rule
 
 
 def test_sigma_cutoff_keeps_values_at_the_cutoff() -> None:
@@ -61,3 +63,17 @@ def test_ranks_are_always_possible(values: list[float], cutoff: float, multiple:
 )
 def test_settings_that_cannot_be(rule: SigmaCutoff | Energy | FixedRank) -> None:
     assert rule.problems()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("fixed:3.5", "'fixed:3.5' has '3.5' in place of its number: use .* fixed:K with a whole K"),
+        ("energy:x", "'energy:x' has 'x' in place of its number"),
+        ("sigma", "'sigma' has '' in place of its number"),
+        ("fixd:3", "'fixd:3' is unknown"),
+    ],
+)
+def test_the_wrong_part_of_a_rule_is_named(text: str, problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"rank rule {problem}"):
+        parse_rule(text)
