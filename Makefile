@@ -6,7 +6,7 @@ CONSTRAINTS ?=
 # One thread a process: tests run several at a time, on small tensors.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo quick test check docs format clean
+.PHONY: setup demo quick test check docs dist format clean
 
 setup: .venv/.installed
 
@@ -36,6 +36,12 @@ check: setup
 # The site, in build/site. A warning, such as a link to a page that does not exist, is an error.
 docs: setup
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The wheel and the sdist, in dist/. Both are checked, and the wheel runs in a new environment.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation .
+	$(BIN)/python .ci/check_dist.py
 
 format: setup
 	$(BIN)/ruff format .
