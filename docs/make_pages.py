@@ -29,7 +29,6 @@ On the command line options follow the name, as in `ab_outer:every=40,wire=int4`
 
 ```python
 from abtrain import recipes
-from abtrain.commands.cli import COMMANDS
 
 recipe = recipes.ab_outer(total_steps=10_000, every=40, wire="int4")
 same = recipes.from_text("ab_outer:every=40,wire=int4", 10_000)

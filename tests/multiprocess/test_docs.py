@@ -1,4 +1,4 @@
-"""README and docs: Python compiles, the whole example runs, options of commands exist, links lead to files."""
+"""README and docs: Python compiles, whole examples run, options of commands and scripts exist, links lead to files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -17,21 +18,10 @@ import pytest
 
 from abtrain import recipes
 from abtrain.commands.cli import COMMANDS
+from tests.pages import PAGES, ROOT, blocks, names_of
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-PAGES += [page for folder in ("docs", "benchmarks") for page in sorted((ROOT / folder).rglob("*.md"))]
 GENERATED = ("recipes.md", "commands.md")
 MOST_WORDS = 900
-
-
-def names_of(pages: list[Path]) -> list[str]:
-    return [str(page.relative_to(ROOT)) for page in pages]
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def shell_lines(page: Path) -> list[str]:
@@ -67,6 +57,13 @@ def test_the_readme_has_the_whole_example() -> None:
     assert blocks(ROOT / "README.md", "python")[0] == (ROOT / "examples" / "own_loop.py").read_text(encoding="utf-8")
 
 
+def test_tutorials_have_the_whole_examples() -> None:
+    """A page includes a file by a line that the formatter must not have changed."""
+    for name, example in (("own-model", "own_loop"),):
+        page = ROOT / "docs" / "tutorials" / f"{name}.md"
+        assert f'\n--8<-- "examples/{example}.py"\n' in page.read_text(encoding="utf-8")
+
+
 def test_the_whole_example_runs_on_one_worker(tmp_path: Path) -> None:
     """With fewer steps, since this is about the calls and not about the accuracy."""
     source = (ROOT / "examples" / "own_loop.py").read_text(encoding="utf-8")
@@ -100,6 +97,16 @@ def test_commands_have_the_options_that_they_are_given(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
+def test_scripts_have_the_options_that_they_are_given(page: Path) -> None:
+    """Scripts of this repository, wherever a shell line starts them."""
+    for line in shell_lines(page):
+        for script, arguments in re.findall(r"\b((?:examples|benchmarks)/[\w/]+\.py)([^;&|]*)", line):
+            source = (ROOT / script).read_text(encoding="utf-8")
+            for option in re.findall(r"(?<!\S)--([a-z-]+)", arguments.partition(" -- ")[0]):
+                assert f"--{option}" in source or re.search(rf"\b{option.replace('-', '_')}\b", source), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
 def test_recipes_in_the_text_exist(page: Path) -> None:
     """Recipes with options, such as `ab_outer:every=40`, wherever they stand."""
     found = re.findall(rf"\b(?:{'|'.join(recipes.RECIPES)}):[a-z_]+=[\w.:=,*]*\w", page.read_text(encoding="utf-8"))
@@ -118,7 +125,7 @@ def test_rows_of_benchmarks_exist(page: Path) -> None:
         assert set(asked) <= set(rows), line
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
 def test_links_lead_to_files(name: str) -> None:
     """Links between pages of docs/ are checked by `make docs`."""
     text = re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -154,6 +161,16 @@ def test_the_readme_shows_a_run_as_it_is_displayed() -> None:
 def test_the_readme_is_short() -> None:
     text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(re.findall(r"\w+", re.sub(r"\(http[^)]*\)", " ", text))) <= MOST_WORDS
+
+
+def test_the_pages_name_all_extras() -> None:
+    """For users, that is: `dev`, `docs` and `bench` are for those who change abtrain."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = set(project["optional-dependencies"]) - {"dev", "docs", "bench"}
+    table = (ROOT / "docs" / "index.md").read_text(encoding="utf-8").partition("| extra |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == extras
+    line = re.search(r"Extras: (.*?)\.\n", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert line and set(re.findall(r"`(\w+)`", line[1])) == extras
 
 
 def test_generated_pages_are_up_to_date() -> None:
