@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from abtrain.comm.communicator import SingleProcess
 from abtrain.commands.cli import main
-from abtrain.commands.export.export import export
+from abtrain.commands.export import export as export_module
+from abtrain.commands.export.export import Form, export
 from abtrain.commands.export.finished import FinishedRun, find_run, inputs
 from abtrain.commands.export.inspection import gains, inspect_file
 from abtrain.commands.train.config import TrainConfig, resolve
@@ -93,6 +95,28 @@ def test_nothing_is_overwritten(run: FinishedRun, tmp_path: Path) -> None:
     assert (tmp_path / "m").read_text() == "kept"
 
 
+@pytest.mark.parametrize("form", ["plain", "dense", "torch-export"])
+def test_a_full_disk_leaves_no_file(run: FinishedRun, tmp_path: Path, form: Form) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # larger files cannot be written
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be written: .*File too large"):
+            export(run, form, tmp_path / "m", None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+    assert export(run, form, tmp_path / "m", None)[0].stat().st_size > 4096
+
+
+def test_a_file_with_other_outputs_is_not_kept(
+    run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "largest_difference", lambda *models: 1e9)
+    with pytest.raises(CheckpointError, match="no file was kept"):
+        export(run, "plain", tmp_path / "m", None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_folders_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="holds no run"):
         find_run(tmp_path, best=False)
@@ -146,6 +170,15 @@ def test_commands_fit_eighty_columns(
         assert all(text in shown for text in expected)
         assert all(len(line) <= 80 for line in shown.splitlines() if "written to" not in line)
     assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("place", "problem"), [("p.png", "exists"), ("no/p.png", "does not exist"), (".", "exists")])
+def test_a_plot_that_cannot_be_written_is_reported_first(
+    place: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.png").touch()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as ended:
-        main(["inspect", str(folder), "--plot", str(tmp_path / "p.png")])
-    assert ended.value.code == 2 and "exists" in capsys.readouterr().err
+        main(["inspect", "nowhere", "--plot", str(tmp_path / place)])
+    first, second = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and problem in first and "--plot needs matplotlib: pip install" in second

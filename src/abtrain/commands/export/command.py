@@ -1,4 +1,4 @@
-"""`abtrain export` and `abtrain inspect`."""
+"""`abtrain export`: writes the model of a finished run in a form that runs without abtrain."""
 
 from __future__ import annotations
 

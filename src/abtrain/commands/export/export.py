@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from abtrain.commands.export.finished import FinishedRun, inputs, largest_difference
+from abtrain.commands.files import replacing
 from abtrain.errors import CheckpointError, ConfigurationError
 
 Form = Literal["plain", "dense", "torch-export", "onnx"]
-_SUFFIX: dict[Form, str] = {
-    "plain": "-plain.pt",
-    "dense": "-dense-weights.safetensors",
-    "torch-export": ".pt2",
-    "onnx": ".onnx",
-}
 _ALLOWED = 1e-4
 """The largest difference between outputs that rounding errors explain."""
 
@@ -37,69 +34,78 @@ def export(run: FinishedRun, form: Form, out: Path | None, data: Path | None) ->
         DataError: the task's data is missing.
         CheckpointError: the file cannot be written, or its outputs differ by more than rounding errors explain.
     """
-    target = out or run.folder / f"{run.name}{_SUFFIX.get(form, '')}"
+    target = out or run.folder / f"{run.name}{_FORMATS[form].suffix if form in _FORMATS else ''}"
     problems = _problems(form, target)
     if problems:
         raise ConfigurationError(problems)
     x, trained = inputs(run, run.data(data), 64), run.trained().requires_grad_(False)
-    try:
-        with warnings.catch_warnings():
-            # The exporters warn about their own internals.
-            warnings.simplefilter("ignore")
-            exported = _WRITERS[form](run, target, x)
-    except OSError as error:
-        target.unlink(missing_ok=True)
-        raise CheckpointError(f"{target} cannot be written: {error}") from error
-    difference = largest_difference(trained, exported, x)
-    if not difference <= _ALLOWED * max(1.0, float(trained(x).abs().max())):
-        target.unlink()
-        raise CheckpointError(
-            f"the exported model's outputs differ by {difference:.1e} from the trained model's: no file was kept. "
-            "Please report it"
-        )
+    with warnings.catch_warnings():
+        # The exporters warn about their own internals.
+        warnings.simplefilter("ignore")
+        content = _FORMATS[form].content(run, x)
+        try:
+            with replacing(target) as temporary:
+                temporary.write_bytes(content)
+                difference = largest_difference(trained, _FORMATS[form].loaded(run, temporary), x)
+                if not difference <= _ALLOWED * max(1.0, float(trained(x).abs().max())):
+                    raise CheckpointError(
+                        f"the exported model's outputs differ by {difference:.1e} from the trained model's: no file "
+                        "was kept. Please report it"
+                    )
+        except OSError as error:
+            raise CheckpointError(f"{target} cannot be written: {error}. Name another file with --out") from error
     return target, difference
 
 
+def new_file_problems(option: str, path: Path) -> list[str]:
+    """Returns a message for each reason why an option cannot name `path` as a new file; empty if there is none."""
+    if path.exists() or path.is_symlink():
+        return [f"{option} {path} exists: name another file, or remove it"]
+    if not path.parent.is_dir():
+        return [f"{option} {path}: the folder {path.parent} does not exist: create it, or name another file"]
+    return []
+
+
 def _problems(form: str, target: Path) -> list[str]:
-    problems = []
+    problems = new_file_problems("--out", target)
     if form not in get_args(Form):
         problems.append(f"--as {form!r} is unknown: use {', '.join(get_args(Form))}")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if form == "onnx" and missing:
         problems.append(f"--as onnx needs {', '.join(missing)}: pip install 'abtrain[onnx]'")
-    if target.exists() or target.is_symlink():
-        problems.append(f"--out {target} exists: name another file, or remove it")
-    elif not target.parent.is_dir():
-        problems.append(f"--out {target}: the folder {target.parent} does not exist")
     return problems
 
 
-def _write_plain(run: FinishedRun, target: Path, x: Tensor) -> nn.Module:
-    torch.save(run.plain(), target)
-    loaded: nn.Module = torch.load(target, weights_only=False)
-    return loaded
+def _saved(save: Callable[[io.BytesIO], object]) -> bytes:
+    """Returns what `save` writes. In memory it needs no disk, whose errors each library reports in its own way."""
+    file = io.BytesIO()
+    save(file)
+    return file.getvalue()
 
 
-def _write_dense(run: FinishedRun, target: Path, x: Tensor) -> nn.Module:
+def _dense(run: FinishedRun, path: Path) -> nn.Module:
     model = run.dense()
-    save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, target)
+    model.load_state_dict(load_file(path))
     return model
 
 
-def _write_export(run: FinishedRun, target: Path, x: Tensor) -> nn.Module:
-    batch = ({0: torch.export.Dim.AUTO},)
-    torch.export.save(torch.export.export(run.plain(), (x,), dynamic_shapes=batch), target)
-    return torch.export.load(target).module()
+def _program(run: FinishedRun, path: Path) -> nn.Module:
+    # Given a path, torch warns unless its name ends in .pt2.
+    with path.open("rb") as file:
+        return torch.export.load(file).module()
 
 
-def _write_onnx(run: FinishedRun, target: Path, x: Tensor) -> nn.Module:
+def _onnx_bytes(run: FinishedRun, x: Tensor) -> bytes:
+    program = torch.onnx.export(run.plain(), (x,), dynamo=True, dynamic_shapes=_BATCH, verbose=False)
+    assert program is not None
+    content: bytes = program.model_proto.SerializeToString()
+    return content
+
+
+def _onnx(run: FinishedRun, path: Path) -> nn.Module:
     import onnxruntime
 
-    batch = ({0: torch.export.Dim.AUTO},)
-    program = torch.onnx.export(run.plain(), (x,), dynamo=True, dynamic_shapes=batch, verbose=False)
-    assert program is not None
-    program.save(str(target))
-    session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     class Runtime(nn.Module):
         """Runs an ONNX file in ONNX Runtime as if it were a module."""
@@ -111,11 +117,41 @@ def _write_onnx(run: FinishedRun, target: Path, x: Tensor) -> nn.Module:
     return Runtime()
 
 
-_WRITERS: dict[Form, Callable[[FinishedRun, Path, Tensor], Any]] = {
-    "plain": _write_plain,
-    "dense": _write_dense,
-    "torch-export": _write_export,
-    "onnx": _write_onnx,
+class _Format(NamedTuple):
+    """How a model is written in one form.
+
+    Attributes:
+        suffix: the end of the file's name.
+        content: returns the content of the file for a run, given some inputs of the model.
+        loaded: loads the model of a run from a file.
+    """
+
+    suffix: str
+    content: Callable[[FinishedRun, Tensor], bytes]
+    loaded: Callable[[FinishedRun, Path], nn.Module]
+
+
+_BATCH = ({0: torch.export.Dim.AUTO},)
+"""The first dimension of the input, the batch, has any size."""
+_FORMATS: dict[Form, _Format] = {
+    "plain": _Format(
+        "-plain.pt",
+        lambda run, x: _saved(partial(torch.save, run.plain())),
+        lambda run, path: torch.load(path, weights_only=False),
+    ),
+    "dense": _Format(
+        "-dense-weights.safetensors",
+        lambda run, x: save({name: W.contiguous().clone() for name, W in run.dense().state_dict().items()}),
+        _dense,
+    ),
+    "torch-export": _Format(
+        ".pt2",
+        lambda run, x: _saved(
+            partial(torch.export.save, torch.export.export(run.plain(), (x,), dynamic_shapes=_BATCH))
+        ),
+        _program,
+    ),
+    "onnx": _Format(".onnx", _onnx_bytes, _onnx),
 }
 
 

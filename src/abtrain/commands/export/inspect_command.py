@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from abtrain.commands.export.export import new_file_problems
 from abtrain.commands.export.finished import find_run
 from abtrain.commands.export.inspection import Gains, InspectedWeight, gains, inspect_file
 from abtrain.commands.figures import COLOURS, legend_below, save
@@ -41,13 +43,14 @@ def main(arguments: Sequence[str]) -> None:
     """Runs `abtrain inspect`.
 
     Raises:
-        ConfigurationError: the run or the model does not exist, or the file for the plot already exists.
-        CheckpointError: the model file cannot be read.
+        ConfigurationError: the folder contains no run or no model, or the plot cannot be drawn or written.
+        CheckpointError: the model file does not exist or cannot be read.
         DataError: the task's data is missing.
     """
     config = tyro.cli(InspectConfig, prog="abtrain inspect", args=arguments)
-    if config.plot is not None and config.plot.exists():
-        raise ConfigurationError(f"--plot {config.plot} exists: name another file, or remove it")
+    problems = [] if config.plot is None else _plot_problems(config.plot)
+    if problems:
+        raise ConfigurationError(problems)
     run = find_run(config.model, config.best) if config.model.is_dir() else None
     file = config.model if run is None else run.folder / model_files(run.name)["factored"]
     weights = inspect_file(file)
@@ -59,8 +62,18 @@ def main(arguments: Sequence[str]) -> None:
     if run is not None:
         console.print(_gains_table(gains(run, config.data)))
     if config.plot is not None:
-        _plot(factored, config.plot)
+        try:
+            _plot(factored, config.plot)
+        except OSError as error:
+            raise ConfigurationError(f"--plot {config.plot} cannot be written: {error}. Name another file") from error
         console.print(f"written to {config.plot}")
+
+
+def _plot_problems(path: Path) -> list[str]:
+    problems = new_file_problems("--plot", path)
+    if importlib.util.find_spec("matplotlib") is None:
+        problems.append("--plot needs matplotlib: pip install 'abtrain[report]'")
+    return problems
 
 
 def _weights_table(weights: Sequence[InspectedWeight]) -> Table:
