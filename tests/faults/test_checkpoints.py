@@ -21,9 +21,11 @@ from abtrain import failpoints as faults
 from abtrain.checkpoint import files as saved_files
 from abtrain.checkpoint import store as checkpoint
 from abtrain.checkpoint import tidying
+from abtrain.comm.checksums import digest
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import CheckpointError
+from tests.faults.loops import told
 
 POINTS = ("prepare", "write", "fsync", "manifest", "rename", "prune")
 
@@ -40,13 +42,17 @@ def content(rank: int, step: int) -> dict[str, Any]:
             True,
             0.1,
             {"half": torch.ones(3, dtype=torch.bfloat16)},
+            torch.tensor([1, 2**16 - 1], dtype=torch.uint16),
+            torch.tensor([1, 2**64 - 1], dtype=torch.uint64),
+            torch.tensor([0.5, -3.0]).to(torch.float8_e4m3fn),
+            torch.tensor([0.5, -3.0]).to(torch.float8_e5m2),
         ],
     }
 
 
 def same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+        return one.dtype == other.dtype and one.shape == other.shape and digest(one) == digest(other)
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list):
@@ -248,6 +254,22 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(
     assert told.value.exit_code == 4 and str(newest / name) in str(told.value)
 
 
+@pytest.mark.parametrize("name", ["checkpoints_in", "read_manifest"])
+def test_a_disk_that_cannot_be_read_by_one_worker_is_reported_by_all(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_in_process(2, lambda comm: checkpoint.save(tmp_path, 1, content(comm.rank, 1), comm))
+    real, unread = getattr(checkpoint, name), [True]
+
+    def failing(path: Path) -> Any:
+        if unread.pop() if unread else False:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, name, failing)
+    assert all("Input/output error" in str(error) for error in told(2, lambda comm: checkpoint.latest(tmp_path, comm)))
+
+
 def test_an_extra_file_and_a_torn_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, second, third = save_alone(tmp_path, 1, 2, 3)
     (third / "extra.pkl").write_bytes(b"")
@@ -361,8 +383,8 @@ def test_an_unsaveable_value_is_reported_with_its_place(tmp_path: Path, caplog: 
         ({"a": torch.eye(2).to_sparse()}, "a is a torch.sparse_coo tensor"),
         ({"a": torch.zeros(2, device="meta")}, "a is a meta tensor"),
         ({"a": functools.reduce(lambda inner, _: [inner], range(300), 1)}, "more than 200 levels deep"),
-        ({"a": 10**5000}, "a is a number of more than 4000 digits"),
-        ({"a": torch.zeros(2, dtype=torch.uint16)}, "torch.uint16, which cannot be saved"),
+        ({"a": 10**5000}, "a is a number of over 4000 digits: save it as a string"),
+        ({"a": torch.zeros(2, dtype=torch.float8_e4m3fnuz)}, "torch.float8_e4m3fnuz, which .* one of float64, float32"),
     ):
         with pytest.raises(TypeError, match=why):
             checkpoint.save(tmp_path, 1, state, SingleProcess())

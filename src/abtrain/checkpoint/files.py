@@ -99,6 +99,15 @@ def _digest(sha: Any, held: Tensor) -> None:
     sha.update(bytes_of(held))
 
 
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def open_regular(path: Path) -> BufferedReader:
     """Opens a regular file for reading; links are not followed.
 

@@ -29,10 +29,11 @@ from abtrain.checkpoint.files import (
     open_tensors,
     read_json,
     read_manifest,
+    sync_folder,
     write_json,
     write_tensors,
 )
-from abtrain.checkpoint.tidying import AGAIN, TEMPORARY, checkpoints_in, prune, settle, sweep, sync_folder
+from abtrain.checkpoint.tidying import AGAIN, TEMPORARY, checkpoints_in, prune, settle, sweep
 from abtrain.checkpoint.trees import join, refer, split
 from abtrain.checks import as_checkpoint_error, said
 from abtrain.comm.checksums import digest
@@ -77,15 +78,16 @@ def save(
         TypeError: a worker's state holds a value that cannot be saved, at the given place. On that worker.
     """
     final, temporary = folder / f"step-{step:012d}", folder / f"{TEMPORARY[0]}step-{step:012d}"
+    failure = f"the checkpoint of step {step} could not be written"
     structure, tensors = _split_together(state, comm, step)
     check_same(state, comm, f"a checkpoint of step {step}")
     try:
-        _together(comm, step, lambda: _prepare(temporary, comm, step))
+        _together(comm, failure, lambda: _prepare(temporary, comm, step))
         file_of, mine = _divide(tensors, comm)
-        parts = _together(comm, step, lambda: _write_part(temporary, refer(structure, file_of), mine, comm, step))
+        parts = _together(comm, failure, lambda: _write_part(temporary, refer(structure, file_of), mine, comm, step))
         written = {name: file for part in parts for name, file in part.items()}
         content = manifest(step, resizable, comm.topology.world_size, written)
-        _together(comm, step, lambda: _commit(temporary, final, content, comm, step))
+        _together(comm, failure, lambda: _commit(temporary, final, content, comm, step))
     except CheckpointError:
         if comm.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -136,7 +138,8 @@ def latest(folder: Path, comm: Communicator) -> Saved | None:
     Raises:
         CheckpointError: there are checkpoints, but none can be used. On all workers.
     """
-    names = gather_json(comm, checkpoints_in(folder))[0]
+    listed = f"the checkpoints in {folder} could not be listed"
+    names = _together(comm, listed, lambda: checkpoints_in(folder) if comm.rank == 0 else [])[0]
     problems = []
     for name in sorted(names, reverse=True):
         saved, problem = _open_together(folder / name, comm)
@@ -158,14 +161,14 @@ def _open_together(path: Path, comm: Communicator) -> tuple[Saved | None, str]:
     problem, sha, saved, held = "", "", None, list[Marks]()
     try:
         sha, saved, held = _open(path, comm)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         problem = str(error)
     answers = gather_json(comm, [problem, sha, held])
     for rank, (found, _, _) in enumerate(answers):
         if found:
             return None, f"{found} (rank {rank})"
     if len({sha for _, sha, _ in answers}) > 1:
-        return None, f"{path} is not the same on all workers: they need a shared folder"
+        return None, f"{path} is not the same on all workers: give all of them one shared folder"
     drift = drifted([held for _, _, held in answers], comm.topology)
     return (None, f"{path}: {drift}") if drift else (saved, "")
 
@@ -230,7 +233,8 @@ def _commit(temporary: Path, final: Path, content: Mapping[str, Any], comm: Comm
         return
     for name, (size, _) in content["manifest"]["files"].items():
         if (temporary / name).stat().st_size != size:
-            raise OSError(0, "other workers' parts are missing: they need a shared folder", str(name))
+            reason = "was written by another worker, and does not have the expected size here"
+            raise OSError(0, f"{name} {reason}: all workers must write to one shared folder")
     fail_at(comm.rank, step, "checkpoint.manifest")
     write_json(temporary / MANIFEST, content, partial(_sync, comm, step))
     sync_folder(temporary)
@@ -247,8 +251,8 @@ def _sync(comm: Communicator, step: int, file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _together(comm: Communicator, step: int, work: Callable[[], Any]) -> list[Any]:
-    """Calls `work` on all workers and returns all results. A failure on one worker raises an error on all."""
+def _together(comm: Communicator, failure: str, work: Callable[[], Any]) -> list[Any]:
+    """Calls `work` on all workers and returns all results. If one worker fails, all raise an error with `failure`."""
     outcome, problem = None, ""
     try:
         outcome = work()
@@ -258,5 +262,5 @@ def _together(comm: Communicator, step: int, work: Callable[[], Any]) -> list[An
     answers = gather_json(comm, [outcome, problem])
     for rank, (_, found) in enumerate(answers):
         if found:
-            raise CheckpointError(f"the checkpoint of step {step} could not be written by rank {rank}: {found}")
+            raise CheckpointError(f"{failure} by rank {rank}: {found}")
     return [outcome for outcome, _ in answers]

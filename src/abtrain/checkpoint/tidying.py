@@ -1,4 +1,4 @@
-"""Lists and removes the checkpoints in a folder.
+"""Lists the checkpoints in a folder, replaces those that were saved again, and removes old ones.
 
 A checkpoint is renamed before it is removed, so a crash during its removal does not leave a damaged checkpoint.
 """
@@ -6,11 +6,11 @@ A checkpoint is renamed before it is removed, so a crash during its removal does
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
 
+from abtrain.checkpoint.files import sync_folder
 from abtrain.comm.communicator import Communicator
 from abtrain.failpoints import fail_at
 
@@ -58,12 +58,3 @@ def sweep(folder: Path) -> None:
     for path in list(folder.iterdir()):
         if path.name.startswith(TEMPORARY):
             shutil.rmtree(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

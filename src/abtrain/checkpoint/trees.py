@@ -33,6 +33,11 @@ DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 """The dtypes that can be saved, by their names in safetensors files."""
 
@@ -49,7 +54,7 @@ def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
 
 def _cut(value: Any, place: str, depth: int, tensors: dict[str, Tensor]) -> Any:
     if depth > _DEEPEST:
-        raise TypeError(f"{place[:80]}... is nested more than {_DEEPEST} levels deep, which cannot be saved")
+        raise TypeError(f"{place[:80]}... is nested more than {_DEEPEST} levels deep: save a flatter structure")
     if isinstance(value, Tensor):
         return _refer_to(value, place, tensors)
     inside = f"{place}/" if place else ""
@@ -70,10 +75,11 @@ def _refer_to(value: Tensor, place: str, tensors: dict[str, Tensor]) -> dict[str
     held = value.detach().resolve_conj().resolve_neg()
     if held.layout != torch.strided or held.device.type == "meta":
         kind = "meta" if held.device.type == "meta" else str(held.layout)
-        raise TypeError(f"{place} is a {kind} tensor, which cannot be saved: make it a dense one with values")
+        raise TypeError(f"{place or 'the state'} is a {kind} tensor, which cannot be saved: make it dense, with values")
     real = torch.view_as_real(held) if held.is_complex() else held
     if real.dtype not in DTYPES:
-        raise TypeError(f"{place} is of {real.dtype}, which cannot be saved")
+        remedy = f"convert it to one of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}"
+        raise TypeError(f"{place or 'the state'} has dtype {real.dtype}, which cannot be saved: {remedy}")
     tensors[place] = real
     return {"$tensor": place, **({"complex": True} if held.is_complex() else {})}
 
@@ -84,7 +90,7 @@ def _key(key: object, place: str) -> Any:
     if key is None or isinstance(key, str | int | float | bool):
         return _scalar(key, place)
     raise TypeError(
-        f"{place or 'the tree'} has the key {key!r}, which cannot be saved: use strings, numbers, booleans, None, or "
+        f"{place or 'the state'} has the key {key!r}, which cannot be saved: use strings, numbers, booleans, None, or "
         "tuples of them"
     )
 
@@ -95,12 +101,12 @@ def _scalar(value: Any, place: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return {"$number": repr(value)}  # JSON has no such numbers
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_MOST_DIGITS:
-        raise TypeError(f"{place or 'the tree'} is a number of more than {_MOST_DIGITS} digits, which cannot be saved")
+        raise TypeError(f"{place or 'the state'} is a number of over {_MOST_DIGITS} digits: save it as a string")
     if value is None or isinstance(value, str | int | float | bool):
         return value
     kind = type(value).__name__
-    hint = ": convert it with torch.from_numpy(...)" if kind == "ndarray" else ""
-    raise TypeError(f"{place or 'the tree'} is a {kind}, which cannot be saved{hint}")
+    remedy = "convert it with torch.from_numpy(...)" if kind == "ndarray" else "use tensors, numbers, strings and None"
+    raise TypeError(f"{place or 'the state'} is a {kind}, which cannot be saved: {remedy}")
 
 
 def refer(structure: Any, file_of: Mapping[str, str]) -> Any:
