@@ -18,8 +18,8 @@ from abtrain.checkpoint import store as checkpoint
 from abtrain.checkpoint.dcp import TrainingState
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
+from abtrain.commands.train.resizing import resized
 from abtrain.consistency.replicas import marked
-from abtrain.engine.resizing import resized
 from abtrain.errors import CheckpointError
 from tests.faults.test_checkpoints import forge, put
 from tests.faults.test_forged_states import HUGE, NAN, RECIPES, Loop, made, put_at

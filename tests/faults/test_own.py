@@ -19,7 +19,7 @@ from abtrain.comm.in_process import run_in_process
 from abtrain.commands.plan.payload import payload as predicted
 from abtrain.commands.plan.payload import predict
 from abtrain.commands.plan.shapes import shapes_of
-from abtrain.engine.resizing import resized
+from abtrain.commands.train.resizing import resized
 from abtrain.errors import ConfigurationError, NonFiniteError, RanksDisagreeError
 from abtrain.lowrank.classify import classify
 from tests.cases import SCHEDULE, batch, build, largest_difference, sgd

@@ -13,8 +13,8 @@ import torch
 from abtrain import checkpoint
 from abtrain.commands.train.config import differences, identity
 from abtrain.commands.train.recorder import Recorder
+from abtrain.commands.train.resizing import can_be_resized, resized
 from abtrain.commands.train.trainer import Trainer
-from abtrain.engine.resizing import can_be_resized, resized
 from abtrain.errors import CheckpointError
 
 log = logging.getLogger("abtrain")
