@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from abtrain.commands.train.config import TrainConfig, group_size_of
 from abtrain.commands.units import human_bytes
+
+_PHASE_WIDTH = 8
+_LEAST_BAR = 10
+_REMAINING_WIDTH = len("0:00:00")
 
 
 class Display:
@@ -28,11 +32,11 @@ class Display:
         self.console = console or Console()
         self._steps = steps
         self._bar = Progress(
-            TextColumn("{task.description:>8}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn(f"{{task.description:>{_PHASE_WIDTH}}}"),
+            BarColumn(bar_width=None),  # takes what the other columns leave
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=self.console,
             disable=not self.console.is_terminal,
         )
@@ -57,14 +61,16 @@ class Display:
         )
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """Shows the metrics of a step: `step`, `phase`, `loss`, `lr` and `payload_bytes`."""
-        figures = (
-            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {human_bytes(record['payload_bytes'])} sent per worker"
-        )
+        """Shows the record of a logged step. Leaves out figures for which there is no room."""
+        step, phase, width = record["step"], record["phase"], self.console.width
         if self.console.is_terminal:
-            self._bar.update(self._task, completed=record["step"], description=record["phase"], figures=figures)
+            counter = f"{self._steps}/{self._steps}"
+            others = max(len(phase), _PHASE_WIDTH), _LEAST_BAR, len(counter), _REMAINING_WIDTH
+            figures = _fitting(_figures(record), width - sum(others) - len(others))
+            self._bar.update(self._task, completed=step, description=phase, figures=figures)
         else:
-            self._plain(f"step {record['step']:>5}/{self._steps}  {record['phase']:<9}{figures}")
+            start = f"step {step:>5}/{self._steps}  {phase:<{_PHASE_WIDTH}} "
+            self._plain(start + _fitting(_figures(record), width - len(start)))
 
     def validated(self, step: int, quality: Mapping[str, Any], is_best: bool) -> None:
         """Prints the metrics of a validation."""
@@ -92,6 +98,25 @@ class Display:
     def _plain(self, line: str) -> None:
         # A pipe has no width to wrap to, and numbers in brackets are not markup.
         self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _figures(record: Mapping[str, Any]) -> list[str]:
+    """Returns the figures of a record, the most important first."""
+    return [
+        f"loss {record['loss']:.4f}",
+        f"lr {record['lr']:.2e}",
+        f"{human_bytes(record['payload_bytes'])} sent",
+        f"{record['samples_per_second']:,.0f} samples/s",
+        f"grad {record['grad_norm']:.3g}",
+    ]
+
+
+def _fitting(figures: Sequence[str], width: int) -> str:
+    """Joins as many of the first figures as fit the width; always one."""
+    count = len(figures)
+    while count > 1 and len("  ".join(figures[:count])) > width:
+        count -= 1
+    return "  ".join(figures[:count])
 
 
 def _counted(count: int, noun: str) -> str:

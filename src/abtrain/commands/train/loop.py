@@ -190,15 +190,16 @@ class _Loop:
                 self._step(ab.position, *next(stream))
 
     def _step(self, position: Position, x: Tensor, y: Tensor) -> None:
-        ab = self.trainer.ab
-        loss, lr = self.trainer.optimizer_step(position, x, y)
+        ab, recorder = self.trainer.ab, self.recorder
+        logs = recorder is not None and recorder.logs(ab.steps_done + 1)
+        figures = self.trainer.optimizer_step(position, x, y, measures_norm=logs)
         shares_gradients = position.phase.shares_gradients
         if not shares_gradients:
             self._before_merge(position)
-        ab.step(loss)
-        if self.recorder is not None:
+        ab.step(figures.loss)
+        if recorder is not None:
             payload = ab.communicator.meter.payload()["total"]
-            self.recorder.step(ab.steps_done, position.phase.name, loss, lr, payload, ab.divergence)
+            recorder.step(ab.steps_done, position.phase.name, figures, payload, ab.divergence)
         self.validation.after(ab.steps_done)
         self._save_or_stop(position, shares_gradients)
 

@@ -13,7 +13,8 @@ from abtrain.commands.never_fatal import NeverFatal
 from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.display import Display
 from abtrain.commands.train.run_folder import RunFolder
-from abtrain.commands.train.trackers import Trackers
+from abtrain.commands.train.trackers import Kind, Trackers
+from abtrain.commands.train.trainer import StepFigures
 from abtrain.errors import StoppedError
 
 
@@ -21,10 +22,12 @@ class Recorder:
     """Records and displays a run on rank 0. Use it as a context manager. It also records that a run was stopped."""
 
     def __init__(self, config: TrainConfig, folder: RunFolder, parameters: int) -> None:
-        assert config.steps is not None
+        assert config.steps is not None and config.batch_size is not None
         self._last_step, self._every = config.steps, config.log_every
-        self._started = time.perf_counter()
+        self._samples_per_step = config.workers * config.batch_size
+        self._started = self._last_log = time.perf_counter()
         self._losses: list[float] = []
+        self._steps = 0  # in this process since the last log
         self._step = 0
         self._folder = folder
         self._display = Display(config.steps)
@@ -50,6 +53,7 @@ class Recorder:
     def begin(self, step: int) -> None:
         """Begins recording a run, or resumes it after `step` steps."""
         self._step = step
+        self._last_log = time.perf_counter()
         self._folder.begin(step)
         self._trackers = Trackers(self._heading[0], self._folder.path)
         self._never_fatal("the display", self._display.heading, *self._heading)
@@ -69,29 +73,41 @@ class Recorder:
         self._started = time.perf_counter() - float(state["seconds"])
         self.validation = dict(state["validation"])
 
+    def logs(self, step: int) -> bool:
+        """Whether the metrics are logged after `step` steps."""
+        return step % self._every == 0 or step == self._last_step
+
     def step(
-        self, step: int, phase: str, loss: float, lr: float, payload_bytes: int, divergence: Sequence[Any] = ()
+        self, step: int, phase: str, figures: StepFigures, payload_bytes: int, divergence: Sequence[Any] = ()
     ) -> None:
         """Records a step. Every `log_every` steps it logs the metrics, with the mean loss since the last log."""
-        self._losses.append(loss)
+        self._losses.append(figures.loss)
         self._step = step
-        if step % self._every and step != self._last_step:
+        self._steps += 1
+        if not self.logs(step):
             return
+        now = time.perf_counter()
         record = {
             "step": step,
             "phase": phase,
             "loss": math.fsum(self._losses) / len(self._losses),
-            "lr": lr,
+            "lr": figures.lr,
+            "grad_norm": figures.grad_norm,
+            "samples_per_second": round(self._steps * self._samples_per_step / (now - self._last_log), 1),
             "payload_bytes": payload_bytes,
             "seconds": round(self.seconds, 3),
         }
         if divergence:
             record["divergence"] = divergence[-1]
-        self._losses.clear()
+        self._log("train", record, record)
+        self._never_fatal("the display", self._display.show, record)
+        self._losses, self._steps, self._last_log = [], 0, now
+
+    def _log(self, kind: Kind, record: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+        """Adds a line to metrics.jsonl, and sends figures to the trackers."""
         self._never_fatal("metrics.jsonl", self._folder.log, record)
         if self._trackers is not None:
-            self._trackers.log(step, record)
-        self._never_fatal("the display", self._display.show, record)
+            self._trackers.log(kind, record["step"], figures)
 
     def validated(self, step: int, phase: str, quality: Mapping[str, Any], seconds: float) -> bool:
         """Records a validation, which took `seconds`. Returns whether its model is the best so far.
@@ -106,9 +122,8 @@ class Recorder:
         spent = self.validation.get("seconds", 0.0) + seconds
         self.validation = {"last": found, "best": found if is_best else best, "seconds": spent}
         record = {"step": step, "phase": phase, "validation": dict(quality), "seconds": round(self.seconds, 3)}
-        self._never_fatal("metrics.jsonl", self._folder.log, record)
-        if self._trackers is not None:
-            self._trackers.log(step, {f"eval/{name}": value for name, value in quality.items()})
+        self._log("eval", record, quality)
+        self._last_log += seconds  # the speed of training does not include validation
         self._never_fatal("the display", self._display.validated, step, quality, is_best)
         return is_best
 

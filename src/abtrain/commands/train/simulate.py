@@ -63,8 +63,7 @@ def _worker(config: TrainConfig, data: Data, initial: nn.Module, communicator: C
     started, cpu = time.perf_counter(), time.thread_time()
     for x, y in itertools.islice(stream, config.steps):
         assert ab.position is not None
-        loss, _ = trainer.optimizer_step(ab.position, x, y)
-        ab.step(loss)
+        ab.step(trainer.optimizer_step(ab.position, x, y).loss)
     cpu, seconds = time.thread_time() - cpu, time.perf_counter() - started
     result: dict[str, Any] = {}
     with ab.merged():

@@ -12,13 +12,15 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from abtrain.commands.never_fatal import NeverFatal
 from abtrain.commands.train.config import TrainConfig
 from abtrain.errors import nearest
 
 Numbers = Mapping[str, float]
+Kind = Literal["train", "eval"]
+"""The kinds of metrics. Their names in trackers are such as `train/loss`."""
 
 
 class Tracker(Protocol):
@@ -129,9 +131,10 @@ class Trackers:
         for name in config.track:
             self._never_fatal(name, begin, name)
 
-    def log(self, step: int, record: Mapping[str, Any]) -> None:
-        """Sends the numeric values in a line of metrics to all trackers."""
-        self._each(lambda tracker: tracker.log(step, _numbers(record)))
+    def log(self, kind: Kind, step: int, record: Mapping[str, Any]) -> None:
+        """Sends the numeric values in a record of metrics to all trackers, under names such as `train/loss`."""
+        numbers = {f"{kind}/{name}": value for name, value in _numbers(record).items() if name != "step"}
+        self._each(lambda tracker: tracker.log(step, numbers))
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Sends the numeric values in the result to all trackers, and closes them."""

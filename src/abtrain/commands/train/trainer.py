@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,20 @@ from abtrain.recipes.recipe import Position
 
 VALIDATE = "validate"
 """The name of the phase under which the meter counts the bytes of validation."""
+
+
+class StepFigures(NamedTuple):
+    """The figures of one optimizer step of one worker.
+
+    Attributes:
+        loss: the training loss of its batch.
+        lr: the learning rate.
+        grad_norm: the total norm of all gradients, before clipping; None if it was not measured.
+    """
+
+    loss: float
+    lr: float
+    grad_norm: float | None
 
 
 class Trainer:
@@ -53,11 +67,14 @@ class Trainer:
             measure_divergence=config.divergence,
         )
 
-    def optimizer_step(self, position: Position, x: Tensor, y: Tensor) -> tuple[float, float]:
+    def optimizer_step(self, position: Position, x: Tensor, y: Tensor, measures_norm: bool = False) -> StepFigures:
         """Takes one optimizer step on a batch. The caller must call `ab.step` afterwards.
 
-        Returns:
-            The loss and the learning rate of the step.
+        Args:
+            position: the position of the step in the recipe.
+            x: the inputs of the batch.
+            y: its targets.
+            measures_norm: whether to measure the norm of the gradients, which reads all of them once more.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite, and `on_nonfinite` cannot leave out this worker or step.
@@ -68,11 +85,12 @@ class Trainer:
         value = loss.item()
         self._check_loss(value, lr, position)
         loss.backward()
+        norm = gradient_norm(ab.optimizer) if measures_norm else None
         clip_gradients(ab.optimizer, self.config.clip)
         ab.optimizer.step()
         self.schedule.step()
         ab.optimizer.zero_grad()
-        return value, lr
+        return StepFigures(value, lr, norm)
 
     def _check_loss(self, value: float, lr: float, position: Position) -> None:
         policy, phase = self.config.on_nonfinite, position.phase
@@ -140,4 +158,13 @@ def loss_of(model: Callable[[Tensor], Any], task: Task, x: Tensor, y: Tensor, pr
 def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> None:
     """Scales all gradients so that their global norm is at most `max_norm`; 0 or None leaves them unchanged."""
     if max_norm:
-        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+        torch.nn.utils.clip_grad_norm_(_parameters(optimizer), max_norm)
+
+
+def gradient_norm(optimizer: Optimizer) -> float:
+    """Returns the Euclidean norm of all gradients together."""
+    return torch.nn.utils.get_total_norm([p.grad for p in _parameters(optimizer) if p.grad is not None]).item()
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

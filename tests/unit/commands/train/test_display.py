@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -7,7 +8,15 @@ from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.display import Display
 from abtrain.commands.units import human_bytes
 
-RECORD = {"step": 20, "phase": "warmup", "loss": 1.5, "lr": 1e-3, "payload_bytes": 2_500_000}
+RECORD = {
+    "step": 20,
+    "phase": "warmup",
+    "loss": 1.5,
+    "lr": 1e-3,
+    "grad_norm": 0.25,
+    "samples_per_second": 5120.0,
+    "payload_bytes": 2_500_000,
+}
 RESULT = {
     "recipe": "ab",
     "task": "digits-mlp",
@@ -52,10 +61,30 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     text = shown(RESULT)
     assert "\x1b" not in text
     assert "ab on digits-mlp (85,002 parameters): 100 steps of 4 x 8 samples, 4 workers in 4 groups, cpu\n" in text
-    assert "step    20/100  warmup   loss 1.5000  lr 1.00e-03  2.5 MB sent per worker\n" in text
+    line = "step    20/100  warmup   loss 1.5000  lr 1.00e-03  2.5 MB sent  5,120 samples/s  grad 0.25\n"
+    assert line in text
     for figure in ("97.50 %", "0.1000", "2.5 MB", "37.8 %", "1.88 : 1", "3.0 (compute 1.5, sync 1.0, svd 0.5)"):
         assert figure in text
     assert "0123456789abcdef" in text and "runs/[x]/" in text and text.count("y") > 200
+
+
+@pytest.mark.parametrize(
+    ("width", "end"), [(30, "loss 1.5000"), (70, "2.5 MB sent"), (80, "5,120 samples/s"), (200, "grad 0.25")]
+)
+def test_a_line_holds_what_fits(width: int, end: str) -> None:
+    out = io.StringIO()
+    Display(100, Console(file=out, width=width)).show(RECORD)
+    line = out.getvalue().rstrip("\n")
+    assert line.endswith(end) and (len(line) <= width or end == "loss 1.5000")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_bar_fits_the_terminal(width: int) -> None:
+    out = io.StringIO()
+    with Display(100_000, Console(file=out, force_terminal=True, color_system=None, width=width)) as display:
+        display.show(RECORD)
+    shown = [line for line in re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", out.getvalue()).splitlines() if "20/100000" in line]
+    assert shown and all("loss 1.5000" in line and len(line.strip("\r")) <= width for line in shown)
 
 
 def test_a_bar_on_a_terminal() -> None:

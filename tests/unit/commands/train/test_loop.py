@@ -45,7 +45,8 @@ def test_the_result_is_what_the_folder_holds(tmp_path: Path) -> None:
     assert result["versions"].keys() == {"python", "torch", "abtrain"}
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 12]
-    assert lines[0].keys() == {"step", "phase", "loss", "lr", "payload_bytes", "seconds"}
+    figures = {"loss", "lr", "grad_norm", "samples_per_second", "payload_bytes"}
+    assert lines[0].keys() == {"step", "phase", "seconds"} | figures
 
 
 def test_a_language_model_has_a_loss_but_no_top1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

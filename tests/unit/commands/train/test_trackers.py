@@ -33,7 +33,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     result = trained(tmp_path, "tensorboard")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == [2, 4]
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
     assert events.Scalars("result/top1")[0].value == pytest.approx(result["top1"], rel=1e-5)
 
 
@@ -69,7 +69,8 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "end_run",
     ]
     assert calls[0][1] == ((tmp_path / "mlflow").as_uri(),)
-    assert calls[4][2] == {"step": 2} and "loss" in calls[4][1][0] and "phase" not in calls[4][1][0]
+    figures = {"loss", "lr", "grad_norm", "samples_per_second", "payload_bytes", "seconds"}
+    assert calls[4][2] == {"step": 2} and calls[4][1][0].keys() == {f"train/{name}" for name in figures}
 
 
 class Failing:
@@ -125,7 +126,7 @@ def test_a_request_to_stop_is_no_failure_of_the_tracker(tmp_path: Path, monkeypa
     monkeypatch.setitem(trackers.TRACKERS, "interrupted", ("json", lambda folder, config: Interrupted()))
     live = Trackers(TrainConfig(track=("interrupted",)), tmp_path)
     with pytest.raises(StoppedError, match="on request"):
-        live.log(1, {"loss": 1.0})
+        live.log("train", 1, {"loss": 1.0})
 
 
 def test_no_trackers(tmp_path: Path) -> None:

@@ -97,8 +97,7 @@ def test_workers_validate_one_model_and_train_as_without(recipe: str, tmp_path: 
             x, y = data.train.x[chosen], data.train.y[chosen]  # type: ignore[attr-defined]
             position = trainer.ab.position
             assert position is not None
-            loss, _ = trainer.optimizer_step(position, task.prepare(x), y.long())
-            trainer.ab.step(loss)
+            trainer.ab.step(trainer.optimizer_step(position, task.prepare(x), y.long()).loss)
             validation.after(step + 1)
             if validates and (step + 1) % 6 == 0:
                 with trainer.ab.merged():

@@ -1,0 +1,108 @@
+"""What a run records of its steps and validations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from abtrain.comm.communicator import SingleProcess
+from abtrain.commands.tasks.task import TASKS, batches, build_model
+from abtrain.commands.train import recorder as module
+from abtrain.commands.train import trackers
+from abtrain.commands.train.config import TrainConfig, resolve
+from abtrain.commands.train.recorder import Recorder
+from abtrain.commands.train.run_folder import RunFolder
+from abtrain.commands.train.trainer import StepFigures, Trainer
+
+
+class Seen:
+    """A tracker that keeps what it receives."""
+
+    def __init__(self) -> None:
+        self.received: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, step: int, numbers: Any) -> None:
+        self.received.append((step, numbers))
+
+    def finish(self, numbers: Any) -> None: ...
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of the recorder in seconds, which tests advance."""
+    now = [100.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    tracker = Seen()
+    monkeypatch.setitem(trackers.TRACKERS, "seen", ("json", lambda folder, config: tracker))
+    return tracker
+
+
+@pytest.fixture
+def recorder(tmp_path: Path, clock: list[float], seen: Seen) -> Iterator[Recorder]:
+    """A recorder of 3 workers with 8 samples each, which logs every 2 of 6 steps."""
+    settings = {"workers": 3, "steps": 6, "batch_size": 8, "log_every": 2, "device": "cpu", "track": ("seen",)}
+    config = resolve(TrainConfig("ddp", out=tmp_path, **settings))  # type: ignore[arg-type]
+    with RunFolder(config) as folder, Recorder(config, folder, 10) as recorder:
+        recorder.begin(0)
+        yield recorder
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_speed_is_that_of_all_workers_since_the_last_log_without_validation(
+    recorder: Recorder, clock: list[float], tmp_path: Path
+) -> None:
+    for step in range(1, 7):
+        clock[0] += 1 if step < 5 else 2
+        recorder.step(step, "train", StepFigures(1.0, 0.1, 0.5), 0)
+        if step == 3:
+            clock[0] += 10
+            recorder.validated(step, "train", {"top1": 1.0, "loss": 1.0}, seconds=10)
+    logged = [line for line in lines(tmp_path) if "loss" in line]
+    assert [(line["step"], line["samples_per_second"]) for line in logged] == [(2, 24), (4, 24), (6, 12)]
+
+
+def test_steps_and_validations_have_lines_and_names_of_their_kind(
+    recorder: Recorder, clock: list[float], seen: Seen, tmp_path: Path
+) -> None:
+    for step in range(1, 5):
+        clock[0] += 1
+        recorder.step(step, "rounds", StepFigures(float(step), 0.1, 0.5), 1000 * step)
+    recorder.validated(4, "rounds", {"top1": 50.0, "loss": 0.25}, seconds=1)
+    kinds = [(line["step"], ({"validation", "loss"} & line.keys()).pop()) for line in lines(tmp_path)]
+    assert kinds == [(2, "loss"), (4, "loss"), (4, "validation")]
+    step = {"loss": 3.5, "lr": 0.1, "grad_norm": 0.5, "samples_per_second": 24.0, "payload_bytes": 4000, "seconds": 4}
+    assert seen.received[1] == (4, {f"train/{name}": value for name, value in step.items()})
+    assert seen.received[2] == (4, {"eval/top1": 50.0, "eval/loss": 0.25})
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_the_norm_is_that_of_the_gradients_before_clipping_and_changes_nothing(clip: float) -> None:
+    task = TASKS["digits-mlp"]
+    config = resolve(TrainConfig("ddp", workers=1, steps=2, batch_size=16, clip=clip, device="cpu"))
+    x, y = next(batches(task, task.load(None), seed=0, rank=0, world_size=1, batch_size=16))
+    model = build_model(task, 0)
+    task.loss(model(x), y).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
+    ended = []
+    for measures in (True, False):
+        trainer = Trainer(config, build_model(task, 0), SingleProcess())
+        position = trainer.ab.position
+        assert position is not None
+        figures = trainer.optimizer_step(position, x, y, measures_norm=measures)
+        assert figures.grad_norm == (pytest.approx(expected, rel=1e-5) if measures else None)
+        ended.append(trainer.ab.dense_state_dict())
+    assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
