@@ -81,6 +81,12 @@ class LRRebound:
                 _restore(one)
 
 
+def rewound(state: Mapping[str, int], back: int, in_phase: int) -> dict[str, int]:
+    """Returns the `LRRebound.state_dict` of `back` steps earlier, when `in_phase` steps of the phase were done."""
+    # The ramp may have begun in an earlier phase, or may have ended in the meantime.
+    return {"length": state["length"], "done": max(state["done"] - back, min(state["length"], in_phase))}
+
+
 def _restore(one: _Scaled) -> None:
     """Restores the scheduled learning rate, with any change that was made to the rate during the step.
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from abtrain.engine.gradient_guard import GradientGuard
 from abtrain.engine.lr_rebound import LRRebound
+from abtrain.engine.lr_rebound import rewound as rewound_rebound
 from abtrain.engine.ownership import Ownership
 from abtrain.engine.progress import Progress
 from abtrain.errors import OnNonFinite, UsageError
@@ -229,3 +230,19 @@ class OptimizerHooks:
         if not is_nested(optimizer):
             self._stepped.add(id(optimizer))
             self.preconditioner.after_step(optimizer)
+
+
+def rewound(state: Mapping[str, Any], step: int, back: int, in_phase: int) -> dict[str, Any]:
+    """Returns the entries of `OptimizerHooks` in an engine state as they were at an earlier start of a round.
+
+    Args:
+        state: the engine state.
+        step: the number of training steps done at that start.
+        back: the number of training steps from that start to the state.
+        in_phase: the number of steps of the phase done at that start.
+    """
+    return {
+        "round_began": True,
+        "skipped_steps": [skipped for skipped in state["skipped_steps"] if skipped < step],
+        "rebound": rewound_rebound(state["rebound"], back, in_phase),
+    }

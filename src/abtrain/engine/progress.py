@@ -120,3 +120,8 @@ def warn() -> None:
     for progress in list(_PRESENT):
         if progress.within_round:
             log.warning("%s", progress.within_round)
+
+
+def rewound(step: int) -> dict[str, Any]:
+    """Returns the `Progress.state_dict` of a run directly after a merge, when `step` steps were done."""
+    return {"step": step, "workers_equal": True}

@@ -45,6 +45,18 @@ def settled(name: str, mean: Tensor) -> Tensor:
     return torch.nn.functional.normalize(mean, dim=0, eps=torch.finfo(mean.dtype).tiny)
 
 
+def pooled_buffers(held: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns the buffers that a merge of these workers' buffers would leave, by name."""
+    return {name: _pooled(name, [buffers[name] for buffers in held]) for name in held[0]}
+
+
+def _pooled(name: str, buffers: Sequence[Tensor]) -> Tensor:
+    first = buffers[0]
+    if not averaged_buffers([name]) or all(checksum(buffer) == checksum(first) for buffer in buffers):
+        return first
+    return torch.stack(list(buffers)).mean(0)
+
+
 class Buffers:
     """Compares the buffers of workers, merge by merge.
 

@@ -44,3 +44,9 @@ def _moved(outcome: Tensor, tensor: Tensor, base: Tensor) -> Tensor:
 def as_real(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns complex tensors as real ones that share their memory, with a last dimension of 2."""
     return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in tensors.items()}
+
+
+def as_parameter(anchor: Tensor, parameter: Tensor) -> Tensor:
+    """Returns an anchor, which is real and wide, in the dtype of its parameter."""
+    held = torch.view_as_complex(anchor) if parameter.is_complex() else anchor
+    return held.to(parameter.dtype)

@@ -28,7 +28,7 @@ from abtrain.consistency.agreement import ROLL_CALL, Place, gather_json, roll_ca
 from abtrain.errors import NonFiniteError, OnNonFinite
 from abtrain.failpoints import fail_at
 from abtrain.merging.buffers import Buffers, is_finite, settled
-from abtrain.merging.changes import change, wide, write
+from abtrain.merging.changes import as_parameter, change, wide, write
 from abtrain.merging.divergence import divergence
 from abtrain.merging.wires.wire import Averages, Wire, make_wire
 from abtrain.recipes.merges import MergeRule, Part
@@ -260,3 +260,19 @@ def _check_finite(averages: Mapping[str, Tensor]) -> None:
             "near the largest that the wire or float32 can hold, and no weight was changed. Lower the learning rate, "
             "or clip gradients"
         )
+
+
+def pooled(states: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the `Merger.state_dict` of each worker, with its residuals replaced by the average over workers.
+
+    Only the average of residuals matters to merges. It stays the same for any number of workers that hold it.
+    """
+    residuals = [state["residuals"] for state in states]
+    shared = {name: torch.stack([held[name] for held in residuals]).mean(0) for name in residuals[0]}
+    return [{**state, "residuals": shared} for state in states]
+
+
+def rewound_weights(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Tensors:
+    """Returns the weights at the start of the round, given a `Merger.state_dict` and the present weights."""
+    anchors = state["anchors"]
+    return {name: as_parameter(anchors[name], held) if name in anchors else held for name, held in weights.items()}

@@ -217,6 +217,12 @@ class Rounds:
         fail_at(self._comm.rank, step, "merge.end")
 
 
+def rewound(state: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Returns a `Rounds.state_dict` for a run that goes back to the start of a round, after `step` steps."""
+    dropped = [entry for entry in state["dropped"] if entry["step"] <= step]
+    return {**state, "losses": torch.zeros(0, dtype=torch.float64), "dropped": dropped, "under_way": []}
+
+
 def _mean(losses: Sequence[float]) -> float:
     """Returns the mean; infinity if a loss is not finite, or the sum overflows."""
     try:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from abtrain.checks import as_checkpoint_error
-from abtrain.comm.checksums import checksum
+from abtrain.engine import optimizer_hooks, progress
 from abtrain.engine.state_problems import run_problem
 from abtrain.errors import CheckpointError, UsageError
-from abtrain.merging.buffers import averaged_buffers
+from abtrain.merging import rounds
+from abtrain.merging.buffers import pooled_buffers
+from abtrain.merging.merger import pooled, rewound_weights
 from abtrain.recipes.recipe import Position, Recipe
 
 
@@ -51,13 +52,12 @@ def resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> d
 def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> dict[str, Any]:
     for problem in filter(None, (run_problem(state, recipe) for state in states)):
         raise CheckpointError(problem)
-    # Only the average of residuals matters to merges. It stays the same for any number of workers that have it.
-    residuals = _averages([state["merger"]["residuals"] for state in states])
-    buffers = _merged_buffers([state["model"]["buffers"] for state in states])
+    mergers = pooled([state["merger"] for state in states])
+    buffers = pooled_buffers([state["model"]["buffers"] for state in states])
     own: dict[str, Any] = {}
     # Every worker converts all states, so that all workers find a malformed one.
-    for former, state in enumerate(states):
-        converted = {**state, "merger": {**state["merger"], "residuals": residuals}}
+    for former, (state, merger) in enumerate(zip(states, mergers, strict=True)):
+        converted = {**state, "merger": merger}
         if not state["workers_equal"] or state["rounds"]["under_way"]:
             converted |= _at_last_merge(state, buffers, recipe)
         if former == rank % len(states):
@@ -65,47 +65,17 @@ def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> 
     return own
 
 
-def _averages(tensors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Returns the average of the workers' tensors, by name."""
-    return {name: torch.stack([held[name] for held in tensors]).mean(0) for name in tensors[0]}
-
-
-def _merged_buffers(held: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Returns the buffers that a merge of the workers' buffers would leave, by name."""
-    first = held[0]
-    differ = {name for name, one in first.items() if any(checksum(buffers[name]) != checksum(one) for buffers in held)}
-    averaged = averaged_buffers(differ)
-    return {**first, **_averages([{name: buffers[name] for name in averaged} for buffers in held])}
-
-
 def _at_last_merge(state: Mapping[str, Any], buffers: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Any]:
     """Returns the entries of a state that change if its worker goes back to the last merge, with given `buffers`."""
     position = _last_merge(state, recipe)
-    step, ramp, rounds = position.step, state["rebound"], state["rounds"]
-    anchors, weights = state["merger"]["anchors"], state["model"]["weights"]
-    started = {name: _as_parameter(anchors[name], held) if name in anchors else held for name, held in weights.items()}
-    # The ramp of learning rates may have begun in an earlier phase, or may have ended in the meantime.
-    done = max(ramp["done"] - (state["step"] - step), min(ramp["length"], position.step_in_phase))
+    weights = rewound_weights(state["merger"], state["model"]["weights"])
+    back = state["step"] - position.step
     return {
-        "step": step,
-        "workers_equal": True,
-        "model": {**state["model"], "weights": started, "buffers": buffers},
-        "rounds": {
-            **rounds,
-            "losses": torch.zeros(0, dtype=torch.float64),
-            "dropped": [entry for entry in rounds["dropped"] if entry["step"] <= step],
-            "under_way": [],
-        },
-        "round_began": True,
-        "skipped_steps": [skipped for skipped in state["skipped_steps"] if skipped < step],
-        "rebound": {"length": ramp["length"], "done": done},
+        **progress.rewound(position.step),
+        "model": {**state["model"], "weights": weights, "buffers": buffers},
+        "rounds": rounds.rewound(state["rounds"], position.step),
+        **optimizer_hooks.rewound(state, position.step, back, position.step_in_phase),
     }
-
-
-def _as_parameter(anchor: Tensor, parameter: Tensor) -> Tensor:
-    """Returns an anchor, which is real and wide, in the dtype of its parameter."""
-    held = torch.view_as_complex(anchor) if parameter.is_complex() else anchor
-    return held.to(parameter.dtype)
 
 
 def _last_merge(state: Mapping[str, Any], recipe: Recipe) -> Position:
