@@ -21,7 +21,7 @@ from abtrain.commands.paper.published import (
     PaperCell,
 )
 from abtrain.commands.paper.runs import LAUNCHER
-from abtrain.commands.plan.payload import payload, predict
+from abtrain.commands.plan.payload import payload, payload_ratio, predict
 from abtrain.commands.plan.recipe_words import phases_in_words
 from abtrain.commands.plan.shapes import ModelShapes, ranks_for, shapes_of
 from abtrain.commands.tasks.task import TASKS
@@ -103,8 +103,8 @@ def plan_tables(chosen: Sequence[Cell], seeds: int) -> list[Table]:
     """Returns tables of the runs of an experiment and their predicted payload, without executing the runs."""
     lines = []
     for cell in chosen:
-        sent, numel = _sent(cell), _model_numel(cell)
-        steps = cell.config.steps or 0
+        sent, steps = _sent(cell), cell.config.steps
+        assert steps is not None
         lines.append(
             (
                 cell.model,
@@ -113,9 +113,9 @@ def plan_tables(chosen: Sequence[Cell], seeds: int) -> list[Table]:
                 str(cell.config.workers),
                 f"{cell.global_batch:,}",
                 f"{steps:,}",
-                human_bytes(sent / max(steps, 1)),
+                human_bytes(sent / steps),
                 human_bytes(sent),
-                f"{100 * sent / (4 * numel * steps):.2f} %",
+                f"{100 * payload_ratio(sent, _model_numel(cell), steps):.2f} %",
             )
         )
     note = (

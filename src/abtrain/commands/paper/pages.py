@@ -27,7 +27,7 @@ _MARKERS = "os^Dvp*XPh"
 _LEAD = "Experiments of AB-training (Coquelin et al., arXiv 2405.01067). All numbers are from runs in this folder."
 _NOTE = "Workers are simulated, one per node."
 _AXES: dict[str, tuple[str, Callable[[PaperRow], float]]] = {
-    "bytes": ("bytes between nodes, % of DDP's", lambda row: 100 * row.payload_ratio),
+    "bytes": ("bytes between nodes, % of DDP's", lambda row: 100 * row.internode_ratio),
     "compression": ("compression", lambda row: row.compression.mean),
 }
 

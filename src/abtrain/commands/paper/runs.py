@@ -24,7 +24,7 @@ from abtrain.commands.paper.launcher import exit_code_of
 from abtrain.commands.paper.published import BACKWARD_SHARE
 from abtrain.commands.plan.collectives import Cluster, NodeLink
 from abtrain.commands.plan.forecast import WorkerSeconds, forecast
-from abtrain.commands.plan.payload import predict
+from abtrain.commands.plan.payload import payload_ratio, predict
 from abtrain.commands.plan.shapes import ModelShapes, shapes_of
 from abtrain.commands.runs.folder_run import FolderRun, check_folders, run_once, writing
 from abtrain.commands.runs.request import RECORD_FILE, REQUEST_FILE, TRAIN_FOLDER, request_differences, write_request
@@ -85,7 +85,7 @@ class PaperOutcome:
         top1: the validation accuracy in percent.
         compression: the parameters of the full model divided by those of the factored model.
         payload: the bytes that a worker passed to collectives between nodes in the whole run.
-        payload_ratio: the payload divided by that of DDP: one float32 gradient of every parameter at every step.
+        internode_ratio: the payload divided by that of DDP: one float32 gradient of every parameter at every step.
         seconds: the seconds of training. For a simulated run, this is a forecast for a cluster with `TINY_LINK`.
         traffic: the scaled traffic of a node in GB/s, as defined for Table II.
         version: the version of abtrain that executed the run; None if the result file does not contain it.
@@ -96,7 +96,7 @@ class PaperOutcome:
     top1: float
     compression: float
     payload: float
-    payload_ratio: float
+    internode_ratio: float
     seconds: float
     traffic: float
     version: str | None = None
@@ -149,7 +149,7 @@ def run_all(
 
 
 def _in_short(result: PaperOutcome) -> str:
-    return f"top-1 {result.top1:.2f}, {100 * result.payload_ratio:.2f} % of DDP's bytes"
+    return f"top-1 {result.top1:.2f}, {100 * result.internode_ratio:.2f} % of DDP's bytes"
 
 
 def _simulate(run: PaperRun, data: Any) -> None:
@@ -234,7 +234,7 @@ def outcome(run: PaperRun) -> PaperOutcome:
         top1=result.number("top1"),
         compression=result.positive("compression"),
         payload=payload,
-        payload_ratio=payload / (4 * result.positive("parameters") * result.positive("steps")),
+        internode_ratio=payload_ratio(payload, result.positive("parameters"), result.positive("steps")),
         seconds=seconds,
         traffic=payload * group_size_of(run.config) / (BACKWARD_SHARE * seconds) / 1e9,
         version=result.optional_text("versions", "abtrain"),

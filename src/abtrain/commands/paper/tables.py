@@ -24,7 +24,7 @@ class PaperRow:
         gain: the top-1 accuracy minus that of DDP with the same model and nodes, in percentage points; None without a
             run of DDP.
         compression: the parameters of the full model divided by those of the factored model.
-        payload_ratio: the payload between nodes divided by one float32 gradient of every parameter at every step.
+        internode_ratio: the payload between nodes divided by one float32 gradient of every parameter at every step.
         seconds: the seconds of training.
         traffic: the scaled traffic of a node in GB/s, as defined for Table II.
     """
@@ -34,7 +34,7 @@ class PaperRow:
     top1: Value
     gain: float | None
     compression: Value
-    payload_ratio: float
+    internode_ratio: float
     seconds: Value
     traffic: Value
 
@@ -60,7 +60,7 @@ def rows(outcomes: Sequence[PaperOutcome]) -> list[PaperRow]:
                 top1,
                 None if baseline is None else top1.mean - baseline,
                 _value(run.compression for run in runs),
-                statistics.fmean(run.payload_ratio for run in runs),
+                statistics.fmean(run.internode_ratio for run in runs),
                 _value(run.seconds for run in runs),
                 _value(run.traffic for run in runs),
             )
@@ -90,7 +90,7 @@ def scaling_table(found: Sequence[PaperRow], scaling: Scaling, scale: Scale) -> 
                 cell.method,
                 _spread(row.top1, row.seeds),
                 signed(row.gain),
-                f"{100 * row.payload_ratio:.2f} %",
+                f"{100 * row.internode_ratio:.2f} %",
                 _spread(row.compression, row.seeds),
                 f"{human_bytes(1e9 * row.traffic.mean)}/s",
                 _spread(Value(row.seconds.mean / 60, row.seconds.std / 60), row.seeds),
@@ -126,7 +126,7 @@ def study_table(found: Sequence[PaperRow], title: str) -> Table:
             f"{row.cell.global_batch:,}",
             _spread(row.top1, row.seeds),
             signed(row.gain),
-            f"{100 * row.payload_ratio:.2f} %",
+            f"{100 * row.internode_ratio:.2f} %",
             _spread(row.compression, row.seeds),
             str(row.seeds),
         )
@@ -163,7 +163,7 @@ def comparison_table(found: Sequence[PaperRow], scale: Scale) -> Table:
             row.cell.method,
             signed(row.gain),
             f"{row.compression.mean:.2f}:1",
-            f"{100 - 100 * row.payload_ratio:.2f} %",
+            f"{100 - 100 * row.internode_ratio:.2f} %",
             "measured here",
         )
         for row in found

@@ -109,7 +109,7 @@ class Setting:
             speeds=self.speeds,
             algorithm=self.algorithm,
         )
-        return Offer(name, options, recipe, expected, payload_ratio(expected.payload, model, self.steps))
+        return Offer(name, options, recipe, expected, payload_ratio(expected.payload, model.numel, self.steps))
 
 
 @dataclass(frozen=True)

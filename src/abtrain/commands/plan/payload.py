@@ -72,9 +72,9 @@ def payload(stretches: Sequence[Stretch], topology: Topology) -> dict[str, Any]:
     return {"total": sum(by_scope.values()), **by_scope, "by_phase": by_phase}
 
 
-def payload_ratio(total: float, model: ModelShapes, steps: int) -> float:
-    """Returns the payload divided by that of DDP, which sends a float32 gradient of every parameter at every step."""
-    return total / (4 * model.numel * steps)
+def payload_ratio(nbytes: float, parameters: float, steps: float) -> float:
+    """Returns a payload in bytes divided by that of DDP, which sends all gradients in float32 at every step."""
+    return nbytes / (4 * parameters * steps)
 
 
 def idle_factors(position: Position, topology: Topology, ranks: Iterable[int]) -> set[str]:

@@ -123,4 +123,4 @@ def _predicted(config: RecipesConfig, recipe: Recipe) -> tuple[int, float, dict[
     topology = Topology(config.workers, config.group_size)
     ranks = ranks_for(model, config.compression) if recipe.factored else {}
     sent = payload(predict(recipe, model, topology, ranks), topology)
-    return sent["total"], payload_ratio(sent["total"], model, config.steps), sent["by_phase"]
+    return sent["total"], payload_ratio(sent["total"], model.numel, config.steps), sent["by_phase"]

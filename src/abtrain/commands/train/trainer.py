@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from abtrain.checkpoint.digest import weights_digest
 from abtrain.comm.communicator import Communicator
 from abtrain.commands.circumstances import hardware, versions
+from abtrain.commands.plan.payload import payload_ratio
 from abtrain.commands.tasks.choices import Precision
 from abtrain.commands.tasks.samples import Data
 from abtrain.commands.tasks.task import TASKS, Task, build_optimizer, build_schedule, evaluate
@@ -131,8 +132,7 @@ class Trainer:
             },
             "validation": {name: validation[name] for name in ("best", "last") if name in validation},
             "payload_bytes": payload,
-            # DDP sends the gradient of every parameter, 4 bytes each, at every step.
-            "payload_ratio": trained_by / (4 * self.parameters * ab.steps_done),
+            "payload_ratio": payload_ratio(trained_by, self.parameters, ab.steps_done),
             "parameters": self.parameters,
             "compression": ab.compression,
             "ranks": ab.rank_history,

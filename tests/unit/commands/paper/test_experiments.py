@@ -69,8 +69,8 @@ def test_a_table_its_runs_and_its_figure(tmp_path: Path, minute: Scale, capsys: 
     rows = json.loads((tmp_path / "table2-local.json").read_text())["rows"]
     assert len(rows) == 5 and all(row["seeds"] == 2 for row in rows)
     by_method = {row["cell"]["method"]: row for row in rows}
-    assert by_method[DDP]["payload_ratio"] == pytest.approx(1, abs=0.02) and by_method[DDP]["gain"] == 0
-    assert by_method["ab_outer"]["payload_ratio"] < 0.6 and by_method[AB]["compression"][0] != 1
+    assert by_method[DDP]["internode_ratio"] == pytest.approx(1, abs=0.02) and by_method[DDP]["gain"] == 0
+    assert by_method["ab_outer"]["internode_ratio"] < 0.6 and by_method[AB]["compression"][0] != 1
     code, said, _ = typed(capsys, "fig2", *out)
     assert code == 0 and "10 runs, 10 of them done before" in said
     page = (tmp_path / "fig2.html").read_text()
@@ -123,7 +123,7 @@ def test_real_runs_are_started_by_the_launcher(tmp_path: Path) -> None:
     run_all([run], "full", f"{sys.executable} {stand_in} {{nodes}}", Path("/data"), lambda line: None)
     assert run.done
     found = outcome(run)
-    assert found.payload_ratio == 0.5 and found.traffic == pytest.approx(4e9 * 4 / (0.5384 * 10) / 1e9)
+    assert found.internode_ratio == 0.5 and found.traffic == pytest.approx(4e9 * 4 / (0.5384 * 10) / 1e9)
     config = from_toml(run.folder / "request.toml")
     assert (config.workers, config.group_size, config.batch_size) == (16, 4, 256)
 
