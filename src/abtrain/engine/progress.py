@@ -95,7 +95,7 @@ class Progress:
         if self.position is None:
             raise UsageError(
                 f"recipe {self.recipe.name!r} ended after its {self.recipe.total_steps} steps: "
-                "stop the loop there, or build the recipe with more total_steps"
+                "stop the loop there, or build the recipe with a larger total_steps"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Defines recipes beyond the paper, in which all groups train both factors and keep them from round to round."""
+"""Defines recipes beyond the paper, in which all groups train both factors and keep them after each merge."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PhaseEvery = Annotated[
 ]
 _SigmaCutoff = Annotated[
     float,
-    "Singular values below this share of the largest are dropped, unless the largest is an outlier "
+    "Singular values below this share of the largest one are dropped, unless the largest is an outlier "
     "(`SigmaCutoff(outliers=False)`).",
 ]
 _FactorLR = Annotated[
@@ -36,15 +36,15 @@ def ab_outer(
     outer_momentum: shared.OuterMomentum = 0.8,
     wire: shared.Wire = "auto",
     delay: shared.Delay = 0,
-    fragments: Annotated[int, "Parts of the model that merge in turns while it is factored."] = 1,
+    fragments: Annotated[int, "Number of parts of the model that merge in turn while it is factored."] = 1,
     warmup_steps: Annotated[int | None, "Full-rank steps at the start; by default 20 % of the run."] = None,
     warmup_every: _PhaseEvery = None,
-    warmup_wire: Annotated[str | None, "How merges are sent in that phase; by default as `wire`."] = None,
-    warmup_delay: Annotated[int, "Training steps that a merge is hidden behind in that phase."] = 0,
-    refactor_every: Annotated[int, "Rounds between factorings, in which ranks may fall; 0: factor once."] = 0,
+    warmup_wire: Annotated[str | None, "Wire format of merges in the warm-up; by default `wire`."] = None,
+    warmup_delay: Annotated[int, "Training steps during which a merge of the warm-up is sent."] = 0,
+    refactor_every: Annotated[int, "Rounds until weights are factored again; 0: they are factored once."] = 0,
     rebound_steps: Annotated[int, "Full-rank steps before weights are factored again."] = 0,
     rebound_every: _PhaseEvery = None,
-    lr_rebound_steps: Annotated[int | None, "Steps of LR rebound after factoring; by default `every`."] = None,
+    lr_rebound_steps: Annotated[int | None, "Steps of rising learning rates after factoring; default `every`."] = None,
     sigma_cutoff: _SigmaCutoff = 0.22,
     damping: Annotated[float, "Damping of the preconditioner of the factors' steps; 0: no preconditioner."] = 0.1,
     factor_lr: _FactorLR = None,
@@ -58,7 +58,7 @@ def ab_outer(
     `factoring` takes the other fields of `Factoring`. `abtrain recipes ab_outer` lists the options.
 
     Raises:
-        ConfigurationError: values are out of range, or `rebound_steps` is given without `refactor_every`.
+        ConfigurationError: settings are invalid or `rebound_steps` has no effect; one message for each problem.
     """
     # Without momentum the outer optimizer is a mean, which keeps no state.
     merge: MergeRule = Mean() if (outer_lr, outer_momentum) == (1, 0) else Outer(outer_lr, outer_momentum)
@@ -103,8 +103,8 @@ def _factored_steps(total_steps: int, warmup_steps: int, every: int, refactor_ev
     found = whole_number_problems("refactor_every", refactor_every, least=0)
     if rebound_steps != 0 and not refactor_every:
         found.append(
-            f"rebound_steps={rebound_steps} come before weights are factored again, but refactor_every=0 factors "
-            "them once: give refactor_every, or leave rebound_steps out"
+            f"rebound_steps={rebound_steps} has no effect, since refactor_every=0 factors weights only once: "
+            "give refactor_every, or leave rebound_steps out"
         )
     if found:
         raise ConfigurationError(found)

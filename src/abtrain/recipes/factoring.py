@@ -1,4 +1,4 @@
-"""Defines the settings of which weights are factored, and how. `abtrain.lowrank` carries out the factoring."""
+"""Defines the settings of which weights are factored, and how. `abtrain.lowrank` carries this out."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ OptimizerState = Literal["reset", "project", "auto"]
 
 _OptimizerState = Annotated[
     OptimizerState,
-    "When a weight changes shape, reset the optimizer's state for it, or project it; auto: project it for known "
-    "optimizers, and reset it for others.",
+    "When a weight is factored or restored, reset the optimizer's state for it, or project (convert) it; auto: project "
+    "for known optimizers, and reset for others.",
 ]
 _SVD = Annotated[
     Literal["each", "shared"],
-    "each: all workers decompose every weight; shared: each weight has an owner that sends its factors.",
+    "each: all workers decompose every weight; shared: one worker decomposes each weight and sends its factors.",
 ]
 
 

@@ -22,7 +22,7 @@ def ddp(
     return Recipe("ddp", total_steps, cycle=(Phase("full", total_steps, sync=GradientSync(wire)),))
 
 
-def powersgd(total_steps: int, *, rank: Annotated[int, "Rank of the factors."] = 4) -> Recipe:
+def powersgd(total_steps: int, *, rank: Annotated[int, "Rank of the factors of a gradient."] = 4) -> Recipe:
     """Data parallel training with gradients sent as low-rank factors with error feedback (arXiv 1905.13727)."""
     return Recipe("powersgd", total_steps, cycle=(Phase("full", total_steps, sync=GradientSync("powersgd", rank)),))
 
@@ -41,15 +41,15 @@ def local_sgd(
     wire: shared.Wire = "fp32",
     delay: shared.Delay = 0,
     fragments: shared.Fragments = 1,
-    warmup_steps: Annotated[int, "Steps of warm-up at the start."] = 0,
+    warmup_steps: Annotated[int, "Steps of the warm-up phase at the start."] = 0,
     warmup_every: shared.PhaseEvery = 0,
-    rebound_steps: Annotated[int, "Steps of rebound after every merge."] = 0,
+    rebound_steps: Annotated[int, "Steps of the rebound phase after every merge."] = 0,
     rebound_every: shared.PhaseEvery = 0,
     local_lr: shared.LocalLR = 1.0,
 ) -> Recipe:
     """Full-rank local training: groups run alone for `every` steps, then their weights are averaged.
 
-    With warm-up and rebound, this is the schedule of `ab` with full weights: a baseline for the effect of low rank.
+    With warm-up and rebound, this is the schedule of `ab` with full weights, which shows the effect of low rank.
     `abtrain recipes local_sgd` lists the options.
     """
     sync = WeightSync(every, merge_rule(merge, temperature), wire, delay, fragments)
@@ -70,7 +70,7 @@ def diloco(
     fragments: shared.Fragments = 1,
     local_lr: shared.LocalLR = 1.0,
 ) -> Recipe:
-    """Full-rank local training with outer Nesterov merges (DiLoCo, arXiv 2311.08105).
+    """Full-rank local training, merged by an outer Nesterov optimizer (DiLoCo, arXiv 2311.08105).
 
     `abtrain recipes diloco` lists the options.
     """

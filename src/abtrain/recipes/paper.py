@@ -12,11 +12,11 @@ from abtrain.recipes.shared import WARMUP_SHARE, full_phase, given_or, merge_rul
 from abtrain.recipes.sync import GradientSync, Sync, Trains, WeightSync
 
 AB_SHARE = 1 / 30
-"""The steps of a group phase divided by all steps: 3.33 % in the paper's guideline."""
+"""The steps of a phase in which groups train factors, divided by all steps: 3.33 % in the paper's guideline."""
 REBOUND_SHARE = 0.25
 """The steps of the full-rank rebound divided by those of the group phase."""
 LR_REBOUND_SHARE = 0.5
-"""The steps of the learning rate's rebound divided by those of the group phase."""
+"""The steps in which the learning rate rises again, divided by those of the group phase."""
 
 _GroupEvery = Annotated[
     int | None,
@@ -25,8 +25,8 @@ _GroupEvery = Annotated[
 ]
 _Trains = Annotated[
     Trains,
-    "One factor by the group's role (a_or_b, the paper), or the same factor in all groups, in turn from round to round "
-    "(a_then_b): then the mean of the products is the product of the means.",
+    "a_or_b (the paper): each group trains A or B; b: all train B; a_then_b: all train A in one round and B in the "
+    "next, so the mean of the products A B is the product of the means.",
 ]
 
 
@@ -45,16 +45,17 @@ def ab(
     wire: shared.Wire = "fp32",
     rebound_steps: Annotated[int | None, "Full-rank steps after a group phase; by default `ab_steps` / 4."] = None,
     rebound_every: shared.PhaseEvery = 0,
-    lr_rebound_steps: Annotated[int | None, "Steps of LR rebound; by default `ab_steps` / 2."] = None,
+    lr_rebound_steps: Annotated[int | None, "Steps of rising learning rates; by default `ab_steps` / 2."] = None,
     rank_rule: shared.Rule = None,
     **factoring: Any,
 ) -> Recipe:
-    """AB-training, Algorithm 1 of the paper: half of the groups train A, the others B, then all average and recover.
+    """AB-training, Algorithm 1 of the paper: half of the groups train the factors A, and the others B.
 
-    `factoring` takes the other fields of `Factoring`. `abtrain recipes ab` lists the options.
+    Then all workers average their weights, and train at full rank for some steps. `abtrain recipes ab` lists the
+    options. `factoring` takes the other fields of `Factoring`.
 
     Raises:
-        ConfigurationError: values are out of range.
+        ConfigurationError: settings are invalid; one message for each problem.
     """
     ab_steps = given_or(ab_steps, share_of(total_steps, AB_SHARE))
     warmup_steps = given_or(warmup_steps, share_of(total_steps, WARMUP_SHARE, least=0))

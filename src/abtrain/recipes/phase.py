@@ -64,7 +64,7 @@ class Phase:
         found += number_problems("factor_lr", self.factor_lr, above=0)
         found += number_problems("local_lr", self.local_lr, above=0)
         if self.local_lr != 1 and not self.rounds:
-            found.append(f"local_lr={self.local_lr} is for training alone: use a WeightSync, or leave it at 1")
+            found.append(f"local_lr={self.local_lr} has no effect without merges: use a WeightSync, or leave it at 1")
         if self.factor_lr != 1 and self.damping == 0:
             found.append(f"factor_lr={self.factor_lr} scales preconditioned steps: give damping, or leave it at 1")
         if not isinstance(self.sync, Sync):
@@ -74,11 +74,11 @@ class Phase:
         return [f"phase {self.name!r}: {problem}" for problem in found or self._round_problems()]
 
     def _round_problems(self) -> list[str]:
-        """Returns a message if the rounds do not fit into the phase. Each setting alone must be valid."""
+        """Returns a message if rounds do not fit into the phase or do not suit `a_then_b`. Settings must be valid."""
         if not self.rounds:
             return []
         if self.rounds.every > self.steps:
             return [f"every={self.rounds.every} is longer than the phase: use at most its {self.steps} steps"]
         if self.trains == "a_then_b" and (self.rounds.delay or self.rounds.fragments > 1):
-            return ["trains='a_then_b' changes the factor at merges of the whole model: use no delay or fragments"]
+            return ["trains='a_then_b' needs merges of the whole model at once: use delay=0 and fragments=1"]
         return []

@@ -59,7 +59,7 @@ class SigmaCutoff:
 
 @dataclass(frozen=True)
 class Energy:
-    """Keeps the fewest singular values whose squares sum to at least `share` of all squares."""
+    """Keeps the fewest singular values whose squares are at least the share `share` of the sum of all squares."""
 
     share: float = 0.95
     rank_multiple: int = 1
@@ -89,9 +89,10 @@ class FixedRank:
 
 @dataclass(frozen=True)
 class StableRank:
-    """Keeps `factor` times the stable rank, rounded up. The stable rank is the sum of all squares over the largest one.
+    """Keeps `factor` times the stable rank, rounded up.
 
-    It changes little if the matrix changes little (Rudelson and Vershynin, arXiv math/0503442).
+    The stable rank is the sum of the squared singular values divided by the largest square. It changes little if the
+    matrix changes little (Rudelson and Vershynin, arXiv math/0503442).
     """
 
     factor: float = 4.0

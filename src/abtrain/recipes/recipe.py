@@ -120,8 +120,8 @@ class Recipe:
         """
         if not 0 <= step < self.total_steps:
             raise UsageError(
-                f"step {step} is not in recipe {self.name!r} of {self.total_steps} steps "
-                f"(0 to {self.total_steps - 1}): build the recipe with more total_steps"
+                f"there is no step {step} in recipe {self.name!r}: its {self.total_steps} steps are 0 to "
+                f"{self.total_steps - 1}. Build the recipe with a larger total_steps"
             )
         into, cycle, index = step, 0, 0
         prologue_steps = sum(phase.steps for phase in self.prologue)
@@ -158,18 +158,18 @@ class Recipe:
         if self.factoring is not None:
             found += self.factoring.problems()
         elif self.factored:
-            found.append("a factored phase needs a rank rule: give factoring=Factoring(...)")
+            found.append("a factored phase needs a rank rule: give factoring=Factoring(rank_rule)")
         if len(self.phases) > 1 and any(phase.sync is None for phase in self.phases):
             found.append("a phase without sync leaves workers with different weights: it must be the only phase")
         return found or self._length_problems()
 
     def _length_problems(self) -> list[str]:
-        """Returns messages if the run is too short for its prologue or for the first round of a phase."""
+        """Returns messages if the run is too short for its phases, or too long for a factored phase without sync."""
         start = sum(phase.steps for phase in self.prologue)
         if start >= self.total_steps:
             return [
-                f"the prologue ({start} steps) leaves nothing of the {self.total_steps} total_steps to its cycle: "
-                "shorten it or lengthen the run"
+                f"the prologue ({start} steps) leaves nothing of the {self.total_steps} total_steps to the cycle: "
+                "shorten the prologue, or give a larger total_steps"
             ]
         found = []
         for phase in self.cycle:
@@ -180,7 +180,7 @@ class Recipe:
             if phase.rounds and 0 < left < phase.rounds.every < phase.steps:
                 found.append(
                     f"phase {phase.name!r}: every={phase.rounds.every} is longer than the {left} steps that are left "
-                    f"for it of {self.total_steps}: use at most {left}, shorten what comes before, or lengthen the run"
+                    f"for it: use at most {left}, shorten the phases before it, or give a larger total_steps"
                 )
             start += phase.steps
         return found

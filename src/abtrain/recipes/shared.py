@@ -29,9 +29,9 @@ Merge = Annotated[
 Temperature = Annotated[float, "Temperature of the rule `weighted`, in the units of the loss."]
 OuterLR = Annotated[float, "Learning rate of the outer optimizer."]
 OuterMomentum = Annotated[float, "Momentum of the outer optimizer."]
-Wire = Annotated[str, "How merges are sent: see `abtrain.recipes.sync.WeightSync`."]
-Delay = Annotated[int, "Training steps that a merge is hidden behind; training waits for the last merge of a phase."]
-Fragments = Annotated[int, "Parts of the model that merge in turns; at the end of a phase all merge at once."]
+Wire = Annotated[str, "Wire format in which merges are sent, such as int4: see `abtrain.recipes.wires`."]
+Delay = Annotated[int, "Training steps during which a merge is sent; training waits for the last one of a phase."]
+Fragments = Annotated[int, "Number of parts of the model that merge in turn; all merge at the end of a phase."]
 LocalLR = Annotated[float, "Multiplies the learning rate between merges: see `abtrain.recipes.phase.Phase`."]
 Rule = Annotated[
     RankRule | str | None, "A rule in place of the cutoff `sigma_cutoff`, or its name, such as energy:0.95."
@@ -43,7 +43,7 @@ _T = TypeVar("_T")
 def preset(
     recipe: Callable[..., Recipe], name: str, about: str, fixed: Mapping[str, object], **defaults: object
 ) -> Callable[..., Recipe]:
-    """Returns a recipe function that calls `recipe` with some options fixed and with other defaults.
+    """Returns a recipe function that calls the function `recipe` with some options fixed and with other defaults.
 
     The new function's signature shows its own defaults, and leaves out the fixed options. Its docstring is `about`;
     `abtrain recipes` prints the first sentence. The second argument of `recipe` must be the name of the result.
@@ -68,7 +68,7 @@ def full_phase(
     """Returns a full-rank phase in a tuple, empty if `steps` is 0. `every` 0 averages gradients instead of weights.
 
     Raises:
-        ConfigurationError: settings that have no effect here are invalid. `Recipe` reports the others.
+        ConfigurationError: a setting that has no effect here is invalid. `Recipe` checks those that have one.
     """
     if steps == 0 or every == 0:
         found = whole_number_problems(f"{name}_every", every, least=0) + WeightSync(1, merge, wire).problems()
@@ -90,7 +90,7 @@ def merge_rule(rule: MergeRule | str, temperature: float) -> MergeRule:
     """
     found = Weighted(temperature).problems()
     if not isinstance(rule, MergeRule) and str(rule) not in BY_NAME:
-        found.append(f"unknown merge {rule!r}: {nearest(str(rule), BY_NAME)}")
+        found.append(f"unknown merge rule {rule!r}: {nearest(str(rule), BY_NAME)}")
     if found:
         raise ConfigurationError(found)
     if isinstance(rule, MergeRule):

@@ -18,7 +18,7 @@ class GradientSync:
     """Averages gradients over all workers at every step, with DDP and its communication hooks.
 
     Args:
-        wire: the format of gradients: unchanged, bfloat16, or low-rank factors (PowerSGD, arXiv 1905.13727).
+        wire: the wire format of gradients: unchanged, bfloat16, or low-rank factors (PowerSGD, arXiv 1905.13727).
         rank: the rank of PowerSGD's factors.
     """
 
@@ -43,7 +43,7 @@ class WeightSync:
     Args:
         every: the length of a round: the number of steps between merges.
         merge: the rule that computes common weights from those of the groups.
-        wire: the encoding of merges: a name as in `abtrain.recipes.wires`, or `auto` (see `wire_between`).
+        wire: the wire format of merges: a name as in `abtrain.recipes.wires`, or `auto` (see `wire_between`).
         delay: the number of training steps during which a merge is sent. Its result is added to the changes of these
             steps. With 0, training waits for the merge.
         fragments: the number of parts of the model that merge in turn, spread evenly over a round to send less at once.

@@ -1,7 +1,7 @@
-"""Parses the names of wires. A wire is the way in which the tensors of a merge are encoded and sent. Imports no torch.
+"""Parses the names of wire formats, in which the tensors of a merge are encoded and sent. Imports no torch.
 
-Each wire is a class in `abtrain.merging.wires`. Its name is defined only here: a new wire needs a class, and a line in
-`FORMS`.
+A class in `abtrain.merging.wires` implements each wire format. Its name is defined only here: a new format needs a
+class, and a line in `FORMS`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ CodeName = Literal["fp32", "bf16", "int8", "int4", "int3", "ternary"]
 """The formats in which numbers are sent (see `abtrain.merging.wires.codes`)."""
 AUTO = "auto"
 AUTO_WIRES = ((2, "int4"), (5, "int3"), (math.inf, "ternary:int3"))
-"""The wires that `auto` stands for, each with the largest number of workers for which it is used."""
+"""The wire formats that `auto` stands for, each with the largest number of workers for which it is used."""
 
 
 class Form(NamedTuple):
-    """Describes the wires whose names have one form, such as `lowrank:RANK`. A word in capitals stands for a value.
+    """Describes all wire formats whose names have one form, such as `lowrank:RANK`. Words in capitals stand for values.
 
     Attributes:
-        wire: the class of the wire as a string `module:name`, since importing the class would import torch. Its
+        wire: the class of the format as a string `module:name`, since importing the class would import torch. Its
             keyword arguments are the values, such as `rank`.
         words: a description for users, with the values in braces.
     """
@@ -52,10 +52,10 @@ _VALUES = {
 
 
 def parse_wire(name: str) -> tuple[Form, dict[str, str | int]]:
-    """Returns the form of a wire's name other than `auto`, and the values in the name, by lower-case word.
+    """Returns the form of a wire format's name, and the values in the name: for `lowrank:4`, {"rank": 4}.
 
     Raises:
-        ConfigurationError: no wire has this name.
+        ConfigurationError: no wire format has this name, or it is `auto` (see `wire_between`).
     """
     for words, form in FORMS.items():
         match = re.fullmatch(":".join(_VALUES.get(word, word) for word in words.split(":")), str(name))
@@ -71,11 +71,11 @@ def parse_wire(name: str) -> tuple[Form, dict[str, str | int]]:
 
 
 def wire_between(workers: int, name: str) -> str:
-    """Returns `name`, or for `auto` the wire for this number of workers: int4, int3, or ternary:int3.
+    """Returns `name`, or for `auto` the wire format for this number of workers: int4, int3, or ternary:int3.
 
     Each of n workers sends (n - 1) / n of the numbers and as many averages. With one fixed code, each of 8 workers
     would send 75 % more than each of 2. Rounding errors average out, so more workers allow coarser codes. With these
-    wires, a worker sends 4.2 to 5.2 bits for a number and its average, with any number of workers.
+    formats, a worker sends 4.2 to 5.2 bits for a number and its average, with any number of workers.
     """
     if name != AUTO:
         return name

@@ -547,7 +547,7 @@ class TestRulesOfTheLoop:
         one_step(ab, optimizer)
         with pytest.raises(UsageError, match="ended after its 1 steps"):
             ab.step()
-        with pytest.raises(UsageError, match="more total_steps"):
+        with pytest.raises(UsageError, match="larger total_steps"):
             ab(batch("mlp", 0, 0)[0])
 
     def test_the_model_called_past_abtrain(self) -> None:

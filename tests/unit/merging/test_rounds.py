@@ -387,7 +387,7 @@ def test_syncs_that_cannot_be(sync: WeightSync, message: str) -> None:
 
 def test_turns_need_merges_of_the_whole_model() -> None:
     phase = Phase("p", 20, "factored", "a_then_b", WeightSync(5, delay=2))
-    with pytest.raises(ConfigurationError, match="use no delay or fragments"):
+    with pytest.raises(ConfigurationError, match="use delay=0 and fragments=1"):
         Recipe("r", 100, cycle=(phase,), factoring=Factoring(FixedRank(2)))
 
 
