@@ -93,7 +93,7 @@ def data(place: str, value: Any) -> Iterator[str]:
     elif isinstance(value, Tensor):
         yield from tensor()(place, value)
     elif not (value is None or isinstance(value, str | Real)):
-        yield f"{place} holds {said(value)}, not data"
+        yield f"{place} holds {said(value)}, which cannot be saved"
 
 
 def maybe(check: Check) -> Check:

@@ -92,7 +92,7 @@ class HostFailedError(LabError):
 
 
 class StoppedError(AbtrainError):
-    """Reports that the run was stopped on request."""
+    """Reports that a command was stopped on request, such as by a signal."""
 
     exit_code = 75
 
@@ -106,4 +106,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 OnNonFinite = Literal["stop", "drop_worker", "skip"]
-"""The reaction to NaN or infinity: stop the run, leave a worker out of a merge, or skip optimizer steps."""
+"""The reaction to NaN or infinity: stop the run, leave a worker out of the average, or skip optimizer steps."""

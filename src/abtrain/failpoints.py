@@ -112,7 +112,7 @@ load()
 
 
 def fail_at(rank: int, step: int, point: str) -> None:
-    """Carries out the fault planned for this rank, step and point, if there is one. Raises the errors of `check`."""
+    """Makes this worker fail, once, if a fault is planned for its rank, this step and this named point of the code."""
     check()
     for fault in _planned:
         if (fault.rank, fault.point) == (rank, point) and fault.step in (None, step):

@@ -61,7 +61,7 @@ _PROCESS_SETTINGS = (
 
 @contextmanager
 def own_modes() -> Iterator[None]:
-    """Sets PyTorch's modes to their defaults within the context."""
+    """Resets autocast, gradient mode, inference mode and the default dtype and device, among others, in the context."""
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))

@@ -13,7 +13,7 @@ IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def own_names(model: nn.Module) -> frozenset[str]:
-    """Returns the names of the parameters and buffers that workers do not share. Tied ones appear with all names."""
+    """Returns the names of the parameters and buffers that workers do not share. A tied tensor has all its names."""
     listed = ignored_names(model)
     if not listed:
         return frozenset()

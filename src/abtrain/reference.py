@@ -42,7 +42,7 @@ def ab_training(
         make_optimizer: a function that builds an optimizer, with its learning rate, for a list of one tensor.
         groups: True if groups train separately.
         sigma_cutoff: the share of the largest singular value below which singular values are dropped.
-        schedule: the fields of `_Run` from `workers` to `group_size`: numbers of workers and of steps.
+        schedule: the numbers of workers and of steps by name: `workers`, `total_steps` and the next fields of `_Run`.
 
     Returns:
         The full-rank parameters at the end of training, averaged over all workers, by name.

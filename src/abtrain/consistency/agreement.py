@@ -22,7 +22,7 @@ from abtrain.errors import CheckpointError, RanksDisagreeError
 Place = Mapping[str, object]
 """Values by name that must be equal on all ranks: numbers, strings, dataclasses, and any nesting of them."""
 Told = tuple[int, float]
-"""The two numbers that a rank sends to all others in a roll call: an integer from 0 to 2**63 - 1, and a real number."""
+"""The two numbers that a rank sends to all others in a roll call, as int64 and float64."""
 
 _MOST_LISTED = 5
 _ABSENT = "absent"
@@ -94,8 +94,8 @@ def roll_call(
         everyone = gather_json(comm, held)
         if any(other.keys() != held.keys() for other in everyone):
             raise RanksDisagreeError(
-                f"ranks are at different places of the program: this one compares {', '.join(place) or 'nothing'}, "
-                f"another one does not. {remedy}"
+                f"ranks are at different places of the program: this rank compares {', '.join(place) or 'nothing'}, "
+                f"another rank something else. {remedy}"
             )
         flat = [{leaf: text for parts in other.values() for leaf, text in parts.items()} for other in everyone]
         listed = differences(flat) or "they hold the same values in different orders"

@@ -116,7 +116,7 @@ def _exchange(
     owners: Mapping[str, int],
     shared: bool,
 ) -> dict[str, Factors]:
-    """Returns the factors of `matrices`; where workers differ, all take the owner's."""
+    """Returns the factors of `matrices`. If workers have different factors of one, all take those of its owner."""
     names = list(matrices)
     if not shared:
         digests = [fingerprint(checksum(factors[name].A), checksum(factors[name].B)) for name in names]

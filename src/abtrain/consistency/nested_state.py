@@ -2,7 +2,7 @@
 
 If all workers that have state of a parameter hold it in the same form, and it consists of real numbers, they take the
 average. Otherwise its items may depend on each other, like codes and their scales, so all workers take the whole state
-of the first worker that has some.
+of the first worker that has state of the parameter.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _Slot = tuple[State, list[int]]
 def equalize_nested(states: Sequence[State], parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
     """Makes states equal on all workers, in place. Collective over the world.
 
-    There is one state for each parameter, empty if this worker has none; parameters are the same on all workers.
+    There is one state for each parameter, an empty dict if this worker has none. All workers pass the same parameters.
     """
     # The form of a state, in types that survive JSON: for each item its path and its kind.
     forms = [[[[list(step) for step in item.path], _kind(item.value)] for item in _items(state)] for state in states]
@@ -66,7 +66,7 @@ def equalize_nested(states: Sequence[State], parameters: Sequence[nn.Parameter],
 
 
 def _average(slots: Sequence[_Slot], comm: Communicator) -> None:
-    """Averages tensors over the workers that have some, and takes the largest of single numbers."""
+    """Averages tensors over the workers that hold the state, and takes the largest value of each single number."""
     tensors, numbers = _of_kind("tensor", slots), _of_kind("number", slots)
     held = [item.value if comm.rank in holders else torch.zeros_like(item.value) for item, holders in tensors]
     for (item, holders), mean in zip(tensors, exact_average(held, comm), strict=True):
@@ -78,7 +78,7 @@ def _average(slots: Sequence[_Slot], comm: Communicator) -> None:
 
 
 def _take_first_holder(slots: Sequence[_Slot], comm: Communicator) -> None:
-    """Takes the state of the first worker that has some."""
+    """Gives all workers the state that the first of its holders has."""
     tensors, numbers = _of_kind("tensor", slots), _of_kind("number", slots)
     share(comm, [item.value for item, _ in tensors], [holders[0] for _, holders in tensors])
     values = [torch.tensor([float(item.value)], dtype=torch.float64) for item, _ in numbers]
@@ -88,7 +88,7 @@ def _take_first_holder(slots: Sequence[_Slot], comm: Communicator) -> None:
 
 
 def _of_kind(kind: str, slots: Sequence[_Slot]) -> list[tuple[_Item, list[int]]]:
-    """Returns the tensors or the single numbers in states, each with the workers that have some."""
+    """Returns the tensors or the single numbers in states, each with the ranks that hold the state."""
     return [(item, holders) for state, holders in slots for item in _items(state) if _kind(item.value)[0] == kind]
 
 

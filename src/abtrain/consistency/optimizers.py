@@ -32,8 +32,8 @@ _KEY_BYTES = 512
 def equalize_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
     """Gives all workers the same state for `parameters`, in place. Collective over the world.
 
-    Tensors become the average over the workers that trained the parameter and have one. Single numbers, such as step
-    counts, become the largest of any worker (a gradient scaler may have skipped steps in some groups), and so do
+    Tensors become the average over the workers that have one for a parameter that they trained. Single numbers, such as
+    step counts, become the largest of any worker (a gradient scaler may have skipped steps in some groups), and so do
     settings of param groups that are state. `abtrain.consistency.nested_state` equalizes state of any other form.
     """
     if comm.topology.world_size == 1 or not parameters:
@@ -56,7 +56,7 @@ def sent_by_equalize_optimizers(
 ) -> Calls:
     """Returns the calls of `equalize_optimizers` for one of PyTorch's optimizers. Only shapes of tensors matter.
 
-    `trained` has the parameters for which some worker has state.
+    `trained` contains the parameters for which at least one worker has state.
     """
     if not parameters:
         return ()
@@ -131,7 +131,7 @@ def equalize_grad_scaler(scaler: torch.amp.GradScaler, comm: Communicator) -> No
 def _agree_on_keys(
     states: Sequence[State], parameters: Sequence[nn.Parameter], comm: Communicator, nested: bool
 ) -> dict[str, str]:
-    """Returns the keys of all workers' states, sorted, each with its kind.
+    """Returns the keys of all workers' states, sorted, each with the kind of its values.
 
     `nested` says whether this worker also has state that belongs to no parameter.
     """
@@ -156,7 +156,7 @@ def _agree_on_keys(
 
 
 def _kind(key: Any, value: object, parameter: nn.Parameter) -> str:
-    """Returns the kind of an item of state; empty for None."""
+    """Returns the kind of a value in the state of a parameter; an empty string for None."""
     if value is None:
         return ""
     if is_python_number(value) or (isinstance(value, Tensor) and not value.ndim and (key == "step" or parameter.ndim)):

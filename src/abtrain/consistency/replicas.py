@@ -34,7 +34,7 @@ _SCOPE_OF = "_same_on"
 """In a tree, `NAME_same_on: SCOPE` beside `NAME` means that all workers of the scope hold the same tensors there."""
 
 Marks = list[list[str]]
-"""The marks in one worker's state: place, scope, and fingerprint of the tensors."""
+"""The marked entries of one worker's state: place, scope, and fingerprint of the tensors."""
 
 
 def check_replicas(
@@ -74,11 +74,11 @@ def check_replicas(
         if len(set(column)) > 1:
             relative = max(relative, _equalize(comm, name, tensor, scope, f"{_odd(digests, ranks)}: {where}"))
     if comm.rank == ranks[0]:
-        log.info("%s: weights differed by rounding (%.1e): all workers take rank %d's", where, relative, ranks[0])
+        log.info("%s: weights differed by rounding (%.1e); all workers now have rank %d's", where, relative, ranks[0])
 
 
 def _equalize(comm: Communicator, name: str, tensor: Tensor, scope: Scope, what: str) -> float:
-    """Takes the first rank's tensor if ranks differ only by rounding; returns the relative difference."""
+    """Takes the first rank's tensor if ranks differ only by rounding, and returns the largest relative difference."""
     held = comm.all_gather(tensor.detach().contiguous().to(comm.device), scope)
     wide = held.double().view(len(held), -1)
     distance, size = (wide - wide[0]).abs().max().item(), wide.abs().max().item()
@@ -87,9 +87,9 @@ def _equalize(comm: Communicator, name: str, tensor: Tensor, scope: Scope, what:
     # 0 and -0 have distance 0, whatever `size` is. Rounding does not cause NaN or infinity.
     if not math.isfinite(distance) or distance > rounding * size:
         raise RanksDisagreeError(
-            f"{what}. All must be equal, but {name} differs by up to {distance:.1e}. Resume from the last "
-            "checkpoint, and find the cause that changes weights on one worker alone (a hook, its memory, its "
-            "optimizer, its learning rate)"
+            f"{what}. The weights must be equal on all workers, but {name} differs by up to {distance:.1e}. Find out "
+            "what changes weights on only one worker (a hook, faulty memory, a different optimizer or learning rate), "
+            "then resume from the last checkpoint"
         )
     tensor.copy_(held[0])
     return distance / max(size, torch.finfo(torch.float64).tiny)

@@ -1,7 +1,7 @@
 """Compares the settings of workers: before a run begins, at each phase, and before it resumes from saved states.
 
-If one worker has another recipe, option, memory format or learning rate, the others hang at best. At worst, wrong
-values are averaged, and nobody notices.
+If one worker has another recipe, option, memory format or learning rate, the other workers hang at best. At worst,
+wrong values are averaged, and nobody notices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from abtrain.own import own_names, shared_buffers
 HYPERPARAMETERS = frozenset(
     {"lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha", "rho", "amsgrad", "maximize"}
 )
-"""Settings of param groups that no optimizer changes by itself. Others may be state, such as a count of steps."""
+"""Settings of param groups that no optimizer changes by itself. Other settings may be state, such as step counts."""
 
 _IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"})
 """Settings of PyTorch's optimizers that select an implementation and do not change what is computed."""
@@ -59,7 +59,7 @@ def settings_at_start(optimizers: Optimizers) -> frozenset[str]:
 
 
 def layout(tensor: Tensor, **more: object) -> dict[str, object]:
-    """Returns a tensor's properties, and `more`, that must be equal before elements are added in order of memory."""
+    """Returns a tensor's shape, dtype and strides, and `more`, for `check_equal`: sums follow the order of memory."""
     # The stride of a dimension of one element has no meaning.
     strides = tuple(stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return {"shape": str(tuple(tensor.shape)), "dtype": str(tensor.dtype), "strides": str(strides), **more}
@@ -68,7 +68,7 @@ def layout(tensor: Tensor, **more: object) -> dict[str, object]:
 def optimizer_settings(
     optimizers: Optimizers, parameters: Mapping[str, nn.Parameter], keys: Collection[str]
 ) -> list[dict[str, object]]:
-    """Returns, for comparison, the settings `keys` of every param group and the names of its parameters."""
+    """Returns the settings `keys` of every param group, with the names of its parameters, for `check_equal`."""
     known = {id(parameter): name for name, parameter in parameters.items()}
     return [
         {

@@ -37,8 +37,8 @@ class Factored(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name in self._abtrain_weights and name not in self._parameters:
             raise UsageError(
-                f"{name} of a {self._abtrain_dense_type.__name__} cannot be set: it is currently factored. Set it "
-                "before the factored phases, or exclude this weight from factoring (exclude=)"
+                f"{name} of a {self._abtrain_dense_type.__name__} cannot be set: this weight is currently factored. "
+                "Set it before a factored phase, or exclude this weight from factoring (exclude=)"
             )
         super().register_parameter(name, param)
 
