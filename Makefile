@@ -16,7 +16,7 @@ setup: .venv/.installed
 	touch $@
 
 demo: setup
-	$(BIN)/abtrain train ab_outer --task digits-mlp --workers 4
+	$(BIN)/python examples/demo.py
 
 # Tests of one process or of kept ranks, two files at a time: what a change should pass at every step.
 quick: setup

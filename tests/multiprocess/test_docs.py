@@ -18,10 +18,13 @@ import pytest
 
 from abtrain import recipes
 from abtrain.commands.cli import COMMANDS
+from abtrain.commands.plan.advice import CASES
 from tests.pages import PAGES, ROOT, blocks, names_of
 
 GENERATED = ("recipes.md", "commands.md")
 MOST_WORDS = 900
+MAKE_PAGES = runpy.run_path(str(ROOT / "docs" / "make_pages.py"))
+help_of = cache(MAKE_PAGES["help_of"])
 
 
 def shell_lines(page: Path) -> list[str]:
@@ -30,13 +33,6 @@ def shell_lines(page: Path) -> list[str]:
     indented = textwrap.dedent("\n".join(re.findall(r"^    \S.*$", text, re.MULTILINE)))
     joined = "\n".join((*blocks(page, "bash"), indented)).replace("\\\n", " ")
     return [re.sub(r"\s# .*| +&$", "", line).strip() for line in joined.splitlines()]
-
-
-@cache
-def help_of(command: str) -> str:
-    environment = {**os.environ, "COLUMNS": "200"}
-    arguments = [sys.executable, "-m", "abtrain", command, "--help"]
-    return subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout
 
 
 def given_to_abtrain(line: str) -> list[list[str]]:
@@ -174,8 +170,14 @@ def test_the_pages_name_all_extras() -> None:
 
 
 def test_generated_pages_are_up_to_date() -> None:
-    ended = subprocess.run([sys.executable, ROOT / "docs" / "make_pages.py", "--check"], check=False)
-    assert ended.returncode == 0, "run python docs/make_pages.py"
+    for name in GENERATED:
+        shown = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert shown == MAKE_PAGES[name.replace(".md", "_page")](), "run python docs/make_pages.py"
+
+
+def test_plan_and_the_readme_recommend_the_same() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Which recipe?")[2].partition("##")[0]
+    assert re.findall(r"^\| .* \| `([^`]+)`", section, re.MULTILINE) == [*CASES.values(), "ddp"]
 
 
 def test_every_page_is_in_the_site() -> None:

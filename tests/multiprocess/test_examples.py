@@ -73,3 +73,11 @@ def test_the_first_page_shows_the_difference_of_the_examples() -> None:
     shown = re.search(r"```diff\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL)
     assert shown
     assert sorted(line for line in shown[1].splitlines() if line[:1] in ("+", "-")) == sorted(changes)
+
+
+def test_the_demo_shows_both_and_the_next_steps(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--workers", "2", "--steps", STEPS, "--out", "demo"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    shown = ended.stdout[ended.stdout.rindex("digits-mlp, 2 workers") :]
+    assert re.search(r"ddp +┃ ab_outer", shown) and "What to do next" in shown and "demo/ab_outer" in shown

@@ -12,7 +12,15 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from abtrain.commands.process import SIGNALS, Requests, handling, ignore_all, leave, stopped_message
+from abtrain.commands.process import (
+    SIGNALS,
+    Requests,
+    ends_with_its_reader,
+    handling,
+    ignore_all,
+    leave,
+    stopped_message,
+)
 from abtrain.commands.train.world import WorldError, check_world, is_first, is_joined
 from abtrain.errors import AbtrainError, ConfigurationError, StoppedError
 from abtrain.version import __version__
@@ -33,29 +41,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     # Arguments after -- belong to another program and are passed on unchanged.
     own = given.index("--") if "--" in given else len(given)
-    chosen, rest = parser.parse_known_args(given[:own])
-    _, command = COMMANDS[chosen.command]
-    is_program = arguments is None
-    code = _run(command, [*rest, *given[own:]], last=is_program)
-    if chosen.command == "train" and (is_program or is_joined()):
-        # A signal during Python's shutdown would end the process and lose the exit code.
-        leave(code)
-    sys.exit(code)
+    with ends_with_its_reader():
+        chosen, rest = parser.parse_known_args(given[:own])
+        _, command = COMMANDS[chosen.command]
+        is_program = arguments is None
+        code = _run(command, [*rest, *given[own:]], last=is_program)
+        if chosen.command == "train" and (is_program or is_joined()):
+            # A signal during Python's shutdown would end the process and lose the exit code.
+            leave(code)
+        sys.exit(code)
 
 
 def _train(arguments: Sequence[str]) -> None:
     check_world()
     with handling(_ended_at_once):
-        import tyro
-
+        from abtrain.commands.command_line import parse
         from abtrain.commands.train.config import TrainConfig
         from abtrain.commands.train.config_file import from_toml
 
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
     file = finder.parse_known_args(arguments)[0].config
-    defaults = TrainConfig() if file is None else from_toml(file)
-    config = tyro.cli(TrainConfig, prog="abtrain train", args=arguments, default=defaults)
+    config = parse(TrainConfig, "train", arguments, TrainConfig() if file is None else from_toml(file))
 
     with handling(_ended_at_once):
         from abtrain.commands.train.launch import run
@@ -64,11 +71,10 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _recipes(arguments: Sequence[str]) -> None:
-    import tyro
-
+    from abtrain.commands.command_line import parse
     from abtrain.commands.plan.settings import RecipesConfig
 
-    config = tyro.cli(RecipesConfig, prog="abtrain recipes", args=arguments)
+    config = parse(RecipesConfig, "recipes", arguments)
 
     from abtrain.commands.plan.recipes_command import list_recipes
 
@@ -76,11 +82,10 @@ def _recipes(arguments: Sequence[str]) -> None:
 
 
 def _plan(arguments: Sequence[str]) -> None:
-    import tyro
-
+    from abtrain.commands.command_line import parse
     from abtrain.commands.plan.settings import PlanConfig
 
-    config = tyro.cli(PlanConfig, prog="abtrain plan", args=arguments)
+    config = parse(PlanConfig, "plan", arguments)
 
     from abtrain.commands.plan.plan_command import plan
 
@@ -101,7 +106,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "export": ("write the model of a run in a form that runs without abtrain", _main_of("export")),
     "inspect": ("show how much smaller and faster factors make a model", _main_of("export", "inspect_command")),
     "recipes": ("list the recipes with their phases and predicted traffic", _recipes),
-    "plan": ("predict bytes and seconds on given links, and recommend a recipe", _plan),
+    "plan": ("recommend a recipe for your links, and predict bytes and seconds", _plan),
     "compare": (
         "compare recipes on an emulated cluster, and write a report (Linux, root)",
         _main_of("compare"),

@@ -66,7 +66,7 @@ def write_page(page: Page, path: Path) -> None:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.tests["table"] = lambda part: isinstance(part, Table)
-    environment.filters.update(png=png, kinds=_kinds)
+    environment.filters.update(png=png, kinds=kinds)
     template = environment.from_string(resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8"))
     write_whole(path, template.render(page=page))
 
@@ -82,7 +82,7 @@ def missing_packages() -> list[str]:
     return [f"the report needs {' and '.join(missing)}: pip install 'abtrain[report]'"] if missing else []
 
 
-def _kinds(table: Table) -> list[str]:
+def kinds(table: Table) -> list[str]:
     """Returns the kind of each column: `number`, which is aligned right, or `text`."""
     columns = zip(*table.lines, strict=True) if table.lines else [()] * len(table.header)
     return ["number" if all(re.match(r"[-+]?[0-9]|-$", cell) for cell in column) else "text" for column in columns]

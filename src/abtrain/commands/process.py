@@ -27,6 +27,8 @@ PASSED_ON = signal.SIGUSR1
 Schedulers often signal all processes of a run at the same time. If the launcher passed this signal on
 as SIGTERM, each worker would receive the same request twice, and a slow launcher's copy would come seconds later.
 """
+UNREAD = 128 + signal.SIGPIPE
+"""The exit code of a command whose output nobody reads any more: that of programs which SIGPIPE ends."""
 SAME_REQUEST_SECONDS = 5.0
 """Signals within this many seconds after the first one count as the same request.
 
@@ -101,13 +103,16 @@ def handling(
 
 
 @contextlib.contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Raises StoppedError at the first request to stop, and ignores further ones until the context ends."""
+def stopped_by_signals(kept: str = "") -> Iterator[None]:
+    """Raises StoppedError at the first request to stop, and ignores further ones until the context ends.
+
+    `kept` is added to the message: what remains, and how to continue.
+    """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         for other in SIGNALS:
             signal.signal(other, signal.SIG_IGN)  # cleaning up takes a moment and must not be interrupted
-        raise StoppedError(stopped_message(number))
+        raise StoppedError(f"{stopped_message(number)}{kept}")
 
     with handling(stop):
         yield
@@ -134,6 +139,24 @@ def _ignore(number: int, frame: FrameType | None) -> None:
     """Ignores a signal. With SIG_IGN, Python would complain about a signal that has arrived but is not yet handled."""
 
 
+@contextlib.contextmanager
+def ends_with_its_reader() -> Iterator[None]:
+    """Exits quietly with code UNREAD if the reader of standard output leaves inside the context, as `head` does."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()
+        sys.exit(UNREAD)
+
+
+def discard_output() -> None:
+    """Discards all further output. Otherwise Python would try to write the rest of it when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def leave(code: int) -> NoReturn:
     """Ends this process immediately with an exit code.
 
@@ -142,5 +165,6 @@ def leave(code: int) -> NoReturn:
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
     os._exit(code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 from abtrain.errors import ConfigurationError
@@ -83,3 +84,26 @@ def human_bytes(count: float) -> str:
 def spread(mean: float, deviation: float | None) -> str:
     """Formats a mean with its standard deviation; the mean alone if there is no deviation."""
     return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
+
+
+@dataclass(frozen=True)
+class TimeUnit:
+    """A unit of time. All times of a table have the same."""
+
+    name: str
+    seconds: int
+
+    def figure(self, seconds: float) -> str:
+        """Formats a time without the unit: with two decimals below 100, and without decimals above."""
+        value = seconds / self.seconds
+        return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+
+    def text(self, seconds: float) -> str:
+        """Formats a time with the unit."""
+        return f"{self.figure(seconds)} {self.name}"
+
+
+def unit_of(seconds: float) -> TimeUnit:
+    """Returns the largest unit of which a time has at least two, or seconds."""
+    units = [TimeUnit("days", 86400), TimeUnit("hours", 3600), TimeUnit("minutes", 60), TimeUnit("seconds", 1)]
+    return next((unit for unit in units if seconds >= 2 * unit.seconds), units[-1])

@@ -8,15 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-
 from abtrain.commands.circumstances import hardware, versions, versions_note
 from abtrain.commands.compare.comparison import Comparison, held_folder, parse_arguments
 from abtrain.commands.compare.plots import draw_all
 from abtrain.commands.compare.report import FILE as REPORT_FILE
-from abtrain.commands.compare.report import write_report
+from abtrain.commands.compare.report import findings, write_report
 from abtrain.commands.compare.runs import (
     ComparisonOutcome,
     ComparisonRun,
@@ -28,8 +24,9 @@ from abtrain.commands.compare.runs import (
 from abtrain.commands.compare.summary import ComparisonRow, rows, utilisations
 from abtrain.commands.files import write_json
 from abtrain.commands.lab import Lab
+from abtrain.commands.output import Output, breakable, narrow_table
 from abtrain.commands.process import stopped_by_signals
-from abtrain.commands.runs.folder_run import check_folders, run_once, writing
+from abtrain.commands.runs.folder_run import check_folders, kept_in, run_once, writing
 from abtrain.commands.train.config import resolve
 from abtrain.commands.units import format_rate, human_bytes, spread
 
@@ -50,20 +47,19 @@ def main(arguments: Sequence[str]) -> None:
         StoppedError: SIGINT, SIGTERM or SIGHUP was received.
     """
     comparison = parse_arguments(arguments)
-    # A recipe with options may look like markup.
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Output()
     planned = plan_runs(comparison)
-    with stopped_by_signals(), held_folder(comparison):
+    with stopped_by_signals(kept_in(comparison.out)), held_folder(comparison):
         check_folders(planned, comparison.overwrite, shared_folders(planned))
-        run_once(planned, _runner(comparison), console.print, lambda run: _in_short(outcome(run)))
+        run_once(planned, _runner(comparison), console.plain, lambda run: _in_short(outcome(run)))
         outcomes = [outcome(run) for run in planned]
     command = shlex.join(("abtrain", "compare", *arguments))
     with writing(comparison.out):
         found = write_results(comparison, outcomes, command)
-    console.print(_table(found))
+    show(found, console)
     if note := versions_note(outcome.version for outcome in outcomes):
         console.print(note)
-    console.print(f"written to {comparison.out / REPORT_FILE}")
+    console.plain(f"written to {comparison.out / REPORT_FILE}")
 
 
 def write_results(comparison: Comparison, outcomes: Sequence[ComparisonOutcome], command: str) -> list[ComparisonRow]:
@@ -110,15 +106,19 @@ def _record(
     }
 
 
-def _table(found: Sequence[ComparisonRow]) -> Table:
+def show(found: Sequence[ComparisonRow], console: Output) -> None:
+    """Prints the findings and the table of a comparison."""
+    for finding in findings(found):
+        console.print(finding)
     score = "loss" if found[0].top1 is None else "top-1"
-    table = Table(box=SIMPLE, padding=(0, 1))
-    for column in ("recipe", score, "wire", "of ddp", "seconds", "of bf16", "used", "comp."):
-        table.add_column(column, justify="left" if column == "recipe" else "right", no_wrap=True)
+    table = narrow_table()
+    table.add_column("recipe")
+    for column in (score, "wire", "of ddp", "seconds", "of bf16", "used", "comp."):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in found:
         mean, deviation = (row.loss, row.loss_std) if row.top1 is None else (row.top1, row.top1_std)
         table.add_row(
-            row.label,
+            breakable(row.label),
             spread(mean, deviation),
             human_bytes(row.wire_bytes),
             f"{row.wire_ratio:.2%}",
@@ -127,4 +127,9 @@ def _table(found: Sequence[ComparisonRow]) -> Table:
             f"{row.utilisation:.0%}",
             f"{row.compression:.2f}",
         )
-    return table
+    console.print()
+    console.print(table)
+    console.print(
+        "\nwire: bytes that a host sent. of bf16: seconds over those of ddp:wire=bf16. used: share of the time spent "
+        "computing. comp.: parameters of the full model over those of the factored one."
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import reprlib
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abtrain.commands.command_line import Parser, whole_number
 from abtrain.commands.compare.contestants import Contestant, contestants
 from abtrain.commands.files import is_leftover, write_json
 from abtrain.commands.lab.config import LabConfig, config_problems, parse_link_rate, system_problems
@@ -25,7 +25,8 @@ from abtrain.errors import ConfigurationError, DataError, nearest
 SETTINGS_FILE = "settings.json"
 _EXAMPLES = """\
 A recipe may have options, which `abtrain recipes RECIPE` lists:
-  abtrain compare ab_outer "diloco:every=40,wire=int4" --task fashion-cnn --lr ab_outer=4e-3
+  abtrain compare ab_outer "diloco:every=40,wire=int4" --task fashion-cnn
+  abtrain compare ab_outer ab --lr ab_outer=4e-3 --lr ab=2e-3
 
 solo, ddp and ddp:wire=bf16 are always included. Finished runs are not repeated: the same command with the same --out
 continues where it stopped, also with more recipes, seeds or rates. A run with other settings in the folder is replaced
@@ -74,7 +75,7 @@ def parse_arguments(arguments: Sequence[str]) -> Comparison:
         ConfigurationError: lists everything that is wrong.
         SystemExit: --help, or an unknown option.
     """
-    given = _parser().parse_args(arguments)
+    given = _parser().read(arguments)
     problems = [*system_problems(), *missing_packages()]
     rates = parse_all([given.rate, *filter(None, given.more_rates.split(","))], parse_link_rate, problems)
     lab = LabConfig(given.nodes, (rates[0] if rates else LabConfig.rates[0],), given.workers_per_node)
@@ -169,32 +170,39 @@ def _has_content(folder: Path) -> bool:
     return any(path.name != LOCK_FILE and not is_leftover(path) for path in folder.iterdir())
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     lab = LabConfig()
-    parser = argparse.ArgumentParser(
-        prog="abtrain compare",
-        description="Trains a task by several recipes on an emulated cluster under the same conditions, and writes a "
-        "report. Needs root on Linux.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = Parser(
+        "compare",
+        "RECIPE [RECIPE ...] [OPTIONS]",
+        "Train a task by several recipes on an emulated cluster under the same conditions, and write a report. Needs "
+        "root on Linux.",
+        _EXAMPLES,
     )
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE")
-    parser.add_argument("--task", default="digits-mlp", help=f"{', '.join(TASKS)} (default %(default)s)")
-    parser.add_argument("--nodes", type=int, default=lab.nodes, help="hosts (default %(default)s)")
-    parser.add_argument("--rate", default="100mbit", help="rate of every link (default %(default)s)")
-    parser.add_argument("--more-rates", default="", help="further rates for runs with seed 0, such as 20mbit,1gbit")
-    parser.add_argument(
+    runs = parser.add_argument_group("runs")
+    runs.add_argument("--task", default="digits-mlp", metavar="TASK", help=f"one of {', '.join(TASKS)}")
+    runs.add_argument("--steps", type=whole_number, metavar="N", help="steps of each run (default: the task's)")
+    runs.add_argument("--seeds", type=whole_number, default=1, metavar="N", help="runs of each recipe (default 1)")
+    runs.add_argument(
+        "--lr", action="append", default=[], metavar="RECIPE=X", help="learning rate (default: the task's)"
+    )
+    cluster = parser.add_argument_group("cluster")
+    cluster.add_argument(
+        "--nodes", type=whole_number, default=lab.nodes, metavar="N", help=f"hosts (default {lab.nodes})"
+    )
+    cluster.add_argument(
         "--workers-per-node",
-        type=int,
+        type=whole_number,
         default=lab.workers_per_node,
+        metavar="N",
         help="processes on each host (default %(default)s)",
     )
-    parser.add_argument("--seeds", type=int, default=1, help="runs of every recipe (default %(default)s)")
-    parser.add_argument("--steps", type=int, help="steps of each run (default: the task's)")
-    parser.add_argument(
-        "--lr", action="append", default=[], metavar="RECIPE=VALUE", help="learning rate (default: the task's)"
+    cluster.add_argument("--rate", default="100mbit", metavar="RATE", help="rate of every link (default %(default)s)")
+    cluster.add_argument(
+        "--more-rates", default="", metavar="RATES", help="further rates for runs with seed 0, such as 20mbit,1gbit"
     )
-    parser.add_argument("--out", type=Path, help="folder for all files (default runs/compare-TASK)")
-    parser.add_argument("--overwrite", action="store_true", help="replace runs in the folder that have other settings")
+    saving = parser.add_argument_group("saving")
+    saving.add_argument("--out", type=Path, metavar="PATH", help="folder for all files (default runs/compare-TASK)")
+    saving.add_argument("--overwrite", action="store_true", help="replace runs in the folder that have other settings")
     return parser

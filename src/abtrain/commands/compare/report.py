@@ -44,7 +44,7 @@ def write_report(
         lead=lead,
         parts=[table, *figures, _bytes_table(rows, nodes * per_node)],
         circumstances=_circumstances(record),
-        findings=_findings(rows),
+        findings=findings(rows),
         note=_NOTE,
     )
     write_page(page, folder / FILE)
@@ -112,8 +112,11 @@ def _references(rows: Sequence[ComparisonRow]) -> tuple[int, ...]:
     return tuple(i for i, row in enumerate(rows) if row.label in REFERENCES)
 
 
-def _findings(rows: Sequence[ComparisonRow]) -> list[str]:
-    """Returns sentences about the recipe with the least traffic and the fastest recipe, references excluded."""
+def findings(rows: Sequence[ComparisonRow]) -> list[str]:
+    """Returns sentences about the recipe with the least traffic and the fastest recipe, references excluded.
+
+    Each sentence says what the recipe saves, and what it loses in accuracy.
+    """
     others = [row for row in rows if row.label not in REFERENCES]
     by_label = {row.label: row for row in rows}
     if not others:
@@ -124,23 +127,31 @@ def _findings(rows: Sequence[ComparisonRow]) -> list[str]:
     limit = f"; without communication it would take {solo.seconds:.1f} s" if solo.seconds < fastest.seconds else ""
     return [
         f"{leanest.label} sends the least: {human_bytes(leanest.wire_bytes)} per host, "
-        f"{_times(1 / leanest.wire_ratio)} less than {DDP}{_score_against(leanest, ddp)}.",
-        f"{fastest.label} takes the least time: {fastest.seconds:.1f} s, {_speed(fastest)}{limit}.",
+        f"{_share(leanest.wire_ratio)} of {DDP}'s. {_lost(leanest, ddp)}",
+        f"{fastest.label} takes the least time: {fastest.seconds:.1f} s, {_speed(fastest)}{limit}. "
+        f"{_lost(fastest, ddp)}",
     ]
+
+
+def _share(ratio: float) -> str:
+    return f"{ratio:.0%}" if ratio > 0.5 else f"1/{1 / ratio:,.3g}"
 
 
 def _speed(row: ComparisonRow) -> str:
     """Returns a phrase that compares the speed of a contestant with that of ddp in bf16."""
     faster = 1 / row.seconds_ratio
-    return f"as fast as {DDP_BF16}" if 0.97 < faster < 1.03 else f"{_times(faster)} the speed of {DDP_BF16}"
+    return f"as fast as {DDP_BF16}" if 0.97 < faster < 1.03 else f"{faster:.3g} times as fast as {DDP_BF16}"
 
 
-def _score_against(row: ComparisonRow, reference: ComparisonRow) -> str:
-    if row.top1 is None or reference.top1 is None:
-        return f", with a validation loss of {row.loss:.3f} instead of {reference.loss:.3f}"
-    return f", with {row.top1:.2f} % top-1 instead of {reference.top1:.2f} %"
-
-
-def _times(ratio: float) -> str:
-    """Formats a ratio, such as 0.37x, 4.2x or 430x."""
-    return f"{ratio:.3g}x" if ratio < 100 else f"{ratio:.0f}x"
+def _lost(row: ComparisonRow, ddp: ComparisonRow) -> str:
+    """Returns a sentence about the accuracy that a contestant loses or gains compared with ddp."""
+    if row.top1 is None or ddp.top1 is None:
+        if row.loss is None or ddp.loss is None:
+            return "A validation loss is not finite: see the table."
+        more = row.loss - ddp.loss
+        change = f"{abs(more):.3f} {'higher' if more > 0 else 'lower'} than {DDP}'s"
+        return f"Its validation loss is {change}: {row.loss:.3f} instead of {ddp.loss:.3f}."
+    lost = ddp.top1 - row.top1
+    verb = "loses" if lost > 0 else "gains"
+    scores = f"{row.top1:.2f} % instead of {ddp.top1:.2f} %"
+    return f"It {verb} {abs(lost):.2f} points of top-1: {scores}." if abs(lost) >= 0.005 else "It loses no top-1."

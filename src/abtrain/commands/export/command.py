@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-from rich.console import Console
-from tyro.conf import Positional, arg
-
+from abtrain.commands.command_line import Shown, parse
 from abtrain.commands.export.export import Form, export, needed_packages
 from abtrain.commands.export.finished import find_run
+from abtrain.commands.output import Output
 from abtrain.commands.units import human_bytes
 
 
@@ -21,9 +19,9 @@ from abtrain.commands.units import human_bytes
 class ExportConfig:
     """Write the model of a finished run in a form that runs without abtrain, and compare the outputs of both."""
 
-    run: Positional[Path]
+    run: Annotated[Path, Shown(positional=True)]
     """Run folder of a finished `abtrain train`."""
-    form: Annotated[Form, arg(name="as")] = "plain"
+    form: Annotated[Form, Shown(name="as")] = "plain"
     """plain: a pickled model of plain PyTorch modules; dense: safetensors of dense weights, by the names of the model;
     torch-export: a .pt2 file for torch.export.load; onnx: for ONNX Runtime."""
     out: Path | None = None
@@ -40,16 +38,17 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         ConfigurationError, DataError, CheckpointError: see `export`.
     """
-    config = tyro.cli(ExportConfig, prog="abtrain export", args=arguments)
+    config = parse(ExportConfig, "export", arguments)
     # The exporters log their own progress.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     run = find_run(config.run, config.best)
     file, difference = export(run, config.form, config.out, config.data)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{file}: {human_bytes(file.stat().st_size)}, outputs within {difference:.0e} of the trained model's")
+    console = Output()
+    console.plain(f"written to {file} ({human_bytes(file.stat().st_size)})")
+    console.print(f"Its outputs are within {difference:.0e} of the trained model's.")
     needed = needed_packages(run) if config.form == "plain" else []
     if needed:
         console.print(
-            f"to load it, {', '.join(needed)} must be installed, which defines the model's own modules: "
-            "for a file that needs torch alone, use --as torch-export"
+            f"To load it, {', '.join(needed)} must be installed, which defines the model's own modules. "
+            "For a file that needs torch alone, use --as torch-export."
         )

@@ -6,18 +6,14 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-import tyro
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-from tyro.conf import Positional
-
+from abtrain.commands.command_line import Shown, parse
 from abtrain.commands.export.export import new_file_problems
 from abtrain.commands.export.finished import find_run
 from abtrain.commands.export.inspection import Gains, InspectedWeight, gains, inspect_file
 from abtrain.commands.figures import COLOURS, legend_below, save
+from abtrain.commands.output import Output, narrow_table
 from abtrain.commands.train.folder_content import model_files
 from abtrain.errors import ConfigurationError
 
@@ -29,7 +25,7 @@ if TYPE_CHECKING:
 class InspectConfig:
     """Show what the factors of a model save: by weight, and, for a run, in size, top-1 and latency."""
 
-    model: Positional[Path]
+    model: Annotated[Path, Shown(positional=True)]
     """Folder of a finished run, or a safetensors file."""
     best: bool = False
     """Use the best model of all validations instead of the last one."""
@@ -47,26 +43,23 @@ def main(arguments: Sequence[str]) -> None:
         CheckpointError: the model file does not exist or cannot be read.
         DataError: the task's data is missing.
     """
-    config = tyro.cli(InspectConfig, prog="abtrain inspect", args=arguments)
+    config = parse(InspectConfig, "inspect", arguments)
     problems = [] if config.plot is None else _plot_problems(config.plot)
     if problems:
         raise ConfigurationError(problems)
     run = find_run(config.model, config.best) if config.model.is_dir() else None
     file = config.model if run is None else run.folder / model_files(run.name)["factored"]
     weights = inspect_file(file)
-    console = Console(highlight=False)
-    console.print(_weights_table(weights))
-    factored = [weight for weight in weights if weight.rank]
-    if not factored:
-        console.print("no weight is factored: the recipe has no factored phase, or ended in a full-rank one")
+    console = Output()
+    show_weights(weights, console)
     if run is not None:
-        console.print(_gains_table(gains(run, config.data)))
+        show_gains(gains(run, config.data), console)
     if config.plot is not None:
         try:
-            _plot(factored, config.plot)
+            _plot([weight for weight in weights if weight.rank], config.plot)
         except OSError as error:
             raise ConfigurationError(f"--plot {config.plot} cannot be written: {error}. Name another file") from error
-        console.print(f"written to {config.plot}")
+        console.plain(f"written to {config.plot}")
 
 
 def _plot_problems(path: Path) -> list[str]:
@@ -76,11 +69,12 @@ def _plot_problems(path: Path) -> list[str]:
     return problems
 
 
-def _weights_table(weights: Sequence[InspectedWeight]) -> Table:
-    table = Table(box=SIMPLE, title="weights", caption="99 %: singular values that hold 99 % of the squares")
+def show_weights(weights: Sequence[InspectedWeight], console: Output) -> None:
+    """Prints a table of the weights."""
+    table = narrow_table()
     table.add_column("weight", overflow="fold")
     for name in ("matrix", "rank", "99 %", "parameters", "saved"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for weight in weights:
         rank, needed = (str(weight.rank), str(weight.needed)) if weight.rank else ("dense", "")
         saved = f"{1 - weight.parameters / (weight.m * weight.n):.0%}" if weight.rank else ""
@@ -88,15 +82,15 @@ def _weights_table(weights: Sequence[InspectedWeight]) -> Table:
     before, after = sum(w.m * w.n for w in weights), sum(w.parameters for w in weights)
     table.add_section()
     table.add_row("all matrices", "", "", "", f"{after:,}", f"{1 - after / before:.0%}" if before else "")
-    return table
+    console.print(table)
+    console.print("\n99 %: the number of singular values that hold 99 % of the squares")
+    if not any(weight.rank for weight in weights):
+        console.print("no weight is factored: the recipe has no factored phase, or ended in a full-rank one")
 
 
-def _gains_table(found: Gains) -> Table:
-    table = Table(
-        box=SIMPLE,
-        title="the model",
-        caption=f"one thread; outputs of the factored model within {found.difference:.0e} of the trained model's",
-    )
+def show_gains(found: Gains, console: Output) -> None:
+    """Prints a table that compares the dense and the factored model."""
+    table = narrow_table()
     for name in ("", "dense", "factored", "ratio"):
         table.add_column(name, justify="right" if name else "left")
     before, after = found.parameters
@@ -110,7 +104,11 @@ def _gains_table(found: Gains) -> Table:
     table.add_row("validation loss", *(f"{loss:.4f}" for loss in found.loss), "")
     for size, (dense, factored) in found.latency.items():
         table.add_row(f"ms at batch {size}", f"{dense:.3f}", f"{factored:.3f}", f"{found.ratio[size]:.2f}")
-    return table
+    console.print()
+    console.print(table)
+    console.print(
+        f"\none thread; outputs of the factored model are within {found.difference:.0e} of those of the trained model"
+    )
 
 
 def _plot(weights: Sequence[InspectedWeight], path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import time
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from abtrain.commands.command_line import Parser, number, whole_number
 from abtrain.commands.lab.config import LabConfig, config_problems, parse_link_rate, system_problems
 from abtrain.commands.lab.faults import Kind, LabFault, form_of, parse_fault
 from abtrain.commands.lab.job import Job, Launcher, job_problems
@@ -19,7 +19,7 @@ from abtrain.errors import ConfigurationError
 _EXAMPLES = """\
 examples:
   abtrain lab --nodes 4 --rate 100mbit -- train.py --steps 100
-  abtrain lab --rates 1gbit,1gbit,100mbit,20mbit -- -m abtrain train ab_outer --task digits-mlp
+  abtrain lab --rates 1gbit,100mbit --nodes 2 -- -m abtrain train ab_outer
   abtrain lab --cut 3@20s+10s --change 2@10s=20mbit -- train.py
 
 lab.json lists the bytes that passed the hosts' interfaces. The time of a fault counts from the start of the script."""
@@ -46,7 +46,7 @@ def parse_arguments(arguments: Sequence[str]) -> LabRequest:
         SystemExit: --help, or an unknown option.
     """
     own = list(arguments).index("--") if "--" in arguments else len(arguments)
-    given = _parser().parse_args(arguments[:own])
+    given = _parser().read(arguments[:own])
     if given.clean:
         return LabRequest(LabConfig(), None)
     problems: list[str] = []
@@ -65,43 +65,50 @@ def parse_arguments(arguments: Sequence[str]) -> LabRequest:
     return LabRequest(config, job)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     defaults = LabConfig()
-    parser = argparse.ArgumentParser(
-        prog="abtrain lab",
-        usage="%(prog)s [options] -- SCRIPT.py ARGS... | -- -m MODULE ARGS...",
-        description="Runs a script under torchrun on every host of an emulated cluster. Hosts are network namespaces "
-        "of this machine, connected by links of the given rates. Needs root on Linux.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = Parser(
+        "lab",
+        "[OPTIONS] -- SCRIPT.py ARGS... | -- -m MODULE ARGS...",
+        "Run a script under torchrun on every host of an emulated cluster. Hosts are network namespaces of this "
+        "machine, connected by links of the given rates. Needs root on Linux.",
+        _EXAMPLES,
     )
-    parser.add_argument("--nodes", type=int, default=defaults.nodes, help="hosts (default %(default)s)")
-    rate = format_rate(defaults.rates[0])
-    links = parser.add_mutually_exclusive_group()
-    links.add_argument("--rate", default=rate, help="rate of every link, in both directions (default %(default)s)")
-    links.add_argument("--rates", help="rate of each host's link, such as 1gbit,1gbit,100mbit,100mbit")
-    parser.add_argument(
+    cluster = parser.add_argument_group("cluster")
+    nodes = defaults.nodes
+    cluster.add_argument("--nodes", type=whole_number, default=nodes, metavar="N", help=f"hosts (default {nodes})")
+    cluster.add_argument(
         "--workers-per-node",
-        type=int,
+        type=whole_number,
         default=defaults.workers_per_node,
+        metavar="N",
         help="processes on each host (default %(default)s)",
     )
+    rate = format_rate(defaults.rates[0])
+    links = cluster.add_mutually_exclusive_group()
+    links.add_argument(
+        "--rate", default=rate, metavar="RATE", help="rate of every link, in both directions (default %(default)s)"
+    )
+    links.add_argument("--rates", metavar="RATES", help="rate of each host's link, such as 1gbit,1gbit,100mbit,100mbit")
+    cluster.add_argument(
+        "--network", default=defaults.network, metavar="CIDR", help="addresses of the hosts (default %(default)s)"
+    )
+    faults = parser.add_argument_group("faults")
     for kind, purpose in _FAULTS.items():
-        parser.add_argument(
+        faults.add_argument(
             f"--{kind}", action="append", default=[], metavar="FAULT", help=f"{purpose}: {form_of(kind)}"
         )
-    parser.add_argument(
+    job = parser.add_argument_group("job")
+    job.add_argument(
         "--launcher",
         choices=get_args(Launcher),
         default=Job.launcher,
         help="program that runs the script. python runs it once on each host, with the number of the host in LAB_HOST "
         "(default %(default)s)",
     )
-    parser.add_argument("--network", default=defaults.network, help="addresses of the hosts (default %(default)s)")
-    parser.add_argument("--timeout", type=float, help="seconds after which the run is stopped")
-    parser.add_argument("--out", type=Path, help="folder for lab.json and logs (default runs/lab-TIME)")
-    parser.add_argument("--clean", action="store_true", help="only remove leftovers of dead labs")
+    job.add_argument("--timeout", type=number, metavar="X", help="seconds after which the run is stopped")
+    job.add_argument("--out", type=Path, metavar="PATH", help="folder for lab.json and logs (default runs/lab-TIME)")
+    job.add_argument("--clean", action="store_true", help="only remove leftovers of dead labs")
     return parser
 
 

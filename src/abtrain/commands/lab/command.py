@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from abtrain.commands.lab.arguments import LabRequest, parse_arguments
 from abtrain.commands.lab.lab import Lab, clean
-from abtrain.commands.lab.result import FILE, as_table
+from abtrain.commands.lab.result import FILE, LabResult, as_table
+from abtrain.commands.output import Output
 from abtrain.commands.process import stopped_by_signals
 from abtrain.commands.units import format_rate
 
@@ -23,28 +22,34 @@ def main(arguments: Sequence[str]) -> None:
         StoppedError: SIGINT, SIGTERM or SIGHUP was received.
     """
     request = parse_arguments(arguments)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Output()
     if request.job is None:
         removed = clean()
-        console.print(f"removed {', '.join(removed)}" if removed else "no leftovers of dead labs")
+        console.plain(f"removed {', '.join(removed)}" if removed else "no leftovers of dead labs")
         return
     with stopped_by_signals():
         _run(request, console)
 
 
-def _run(request: LabRequest, console: Console) -> None:
+def _run(request: LabRequest, console: Output) -> None:
     config, job = request.config, request.job
     assert job is not None
     with Lab(config) as lab:
         for host, (up, down) in enumerate(lab.measured):
-            console.print(f"host {host}: {config.address(host)}, up {format_rate(up)}, down {format_rate(down)}")
+            console.plain(f"host {host}: {config.address(host)}, up {format_rate(up)}, down {format_rate(down)}")
 
-        def show(host: int, line: str) -> None:
-            console.print(f"host {host} | {line}", markup=False)
+        def relay(host: int, line: str) -> None:
+            console.plain(f"host {host} | {line}")
 
-        result = lab.run(job, show=show, check=False)
-    console.print(as_table(result))
-    console.print(f"written to {job.out / FILE}")
+        result = lab.run(job, show=relay, check=False)
+    show_result(result, console)
+    console.plain(f"written to {job.out / FILE}")
     error = result.error()
     if error is not None:
         raise error
+
+
+def show_result(result: LabResult, console: Output) -> None:
+    """Prints the result of a job: its time, and what each host sent."""
+    console.print(f"{result.seconds:.1f} s, {result.wire_bytes / 1e6:,.2f} MB sent per host\n")
+    console.print(as_table(result))

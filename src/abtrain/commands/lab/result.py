@@ -15,6 +15,7 @@ from abtrain.commands.lab.config import LabConfig
 from abtrain.commands.lab.counters import SAMPLE_SECONDS, HostTraffic
 from abtrain.commands.lab.measure import WIRE_SHARE
 from abtrain.commands.lab.network import INTERFACE, LATENCY, burst_bytes
+from abtrain.commands.output import narrow_table
 from abtrain.commands.units import format_rate
 from abtrain.errors import HostFailedError, LabError
 
@@ -114,9 +115,7 @@ def as_record(result: LabResult, config: LabConfig) -> dict[str, Any]:
 
 def as_table(result: LabResult) -> Table:
     """Returns a table with a row for each host."""
-    table = Table(
-        title=f"{result.seconds:.1f} s, {result.wire_bytes / 1e6:,.2f} MB sent per host", title_justify="left"
-    )
+    table = narrow_table()
     for column in ("host", "link", "sent MB", "received MB", "peak sent", "peak received", "exit code"):
         table.add_column(column, justify="right")
     for host in result.hosts:

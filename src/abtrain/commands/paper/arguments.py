@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from abtrain.commands.command_line import Parser, whole_number
 from abtrain.commands.page import missing_packages
 from abtrain.commands.paper.experiments import FIGURES, METHODS, SCALES, TABLES, Scale
 from abtrain.commands.paper.runs import LAUNCHER
@@ -20,8 +21,9 @@ A table runs its experiments. A figure shows the runs of tables, and runs missin
   abtrain paper table2-local --scale tiny
   abtrain paper fig2 --scale tiny
   abtrain paper table2-local --scale full --dry-run
-  abtrain paper ecr [--out FOLDER, for its figure]
-  abtrain paper table1 --scale full --launcher "srun -N {nodes} my-torchrun --nproc-per-node {workers_per_node}"
+  abtrain paper ecr --out FOLDER
+  abtrain paper table1 --scale full --launcher \\
+    "srun -N {nodes} my-torchrun --nproc-per-node {workers_per_node}"
   abtrain paper large-batch --nodes 64 --seeds 1
 
 Finished runs are not repeated: the same command continues where it stopped. A run with other settings in the folder is
@@ -75,7 +77,7 @@ def parse_arguments(arguments: Sequence[str]) -> PaperRequest:
         ConfigurationError: lists everything that is wrong.
         SystemExit: --help, or an unknown option.
     """
-    given = _parser().parse_args(arguments)
+    given = _parser().read(arguments)
     problems: list[str] = []
     nodes = _nodes(given.nodes, problems)
     methods = tuple(filter(None, given.methods.split(";")))
@@ -145,34 +147,40 @@ def _nodes(text: str, problems: list[str]) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="abtrain paper",
-        description="Runs the paper's experiments (arXiv 2405.01067), and compares the results with the paper's.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def _parser() -> Parser:
+    parser = Parser(
+        "paper",
+        "EXPERIMENT [OPTIONS]",
+        "Run the paper's experiments (arXiv 2405.01067), and compare the results with the paper's.",
+        _EXAMPLES,
     )
     parser.add_argument("experiment", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
-    parser.add_argument(
+    runs = parser.add_argument_group("runs")
+    runs.add_argument(
         "--scale", choices=sorted(SCALES), default="tiny", help="size of the experiment (default %(default)s)"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="runs of every cell (default %(default)s)")
-    parser.add_argument("--nodes", default="", help="numbers of nodes, such as 4,8,16 (default: the experiment's)")
-    parser.add_argument("--methods", default="", help=f"some of {';'.join(METHODS)} (default: all)")
-    parser.add_argument("--out", type=Path, help="folder for all files (default runs/paper-SCALE)")
-    parser.add_argument("--overwrite", action="store_true", help="replace runs in the folder that have other settings")
-    parser.add_argument("--data", type=Path, help="folder with the task's data (default: its usual place)")
-    parser.add_argument("--launcher", default=LAUNCHER, help="command that starts real runs (default '%(default)s')")
-    parser.add_argument(
+    runs.add_argument("--seeds", type=whole_number, default=3, metavar="N", help="runs of each cell (default 3)")
+    runs.add_argument(
+        "--nodes", default="", metavar="N,N", help="numbers of nodes, such as 4,8,16 (default: the experiment's)"
+    )
+    runs.add_argument("--methods", default="", metavar="M;M", help=f"some of {';'.join(METHODS)} (default: all)")
+    runs.add_argument("--trials", type=whole_number, default=40, metavar="N", help="trials of hpo (default 40)")
+    runs.add_argument("--data", type=Path, metavar="PATH", help="folder of the data (default: its usual place)")
+    runs.add_argument(
+        "--launcher", default=LAUNCHER, metavar="COMMAND", help="command that starts real runs (default '%(default)s')"
+    )
+    instead = parser.add_argument_group("what to do")
+    instead.add_argument("--run", action="store_true", help="for a figure: run missing runs")
+    instead.add_argument(
         "--dry-run", action="store_true", help="print the planned runs and their traffic without running them"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--write", action="store_true", help="write the settings of all real runs, and print how to start them"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--arithmetic", action="store_true", help="for table2: compare the paper's formula with its values"
     )
-    parser.add_argument("--run", action="store_true", help="for a figure: run missing runs")
-    parser.add_argument("--trials", type=int, default=40, help="trials of the search (default %(default)s)")
+    saving = parser.add_argument_group("saving")
+    saving.add_argument("--out", type=Path, metavar="PATH", help="folder for all files (default runs/paper-SCALE)")
+    saving.add_argument("--overwrite", action="store_true", help="replace runs in the folder that have other settings")
     return parser

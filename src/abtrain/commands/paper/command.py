@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table as Printed
-
 from abtrain.commands.circumstances import versions_note
 from abtrain.commands.files import write_json
-from abtrain.commands.page import Table, remarked
+from abtrain.commands.output import Output, narrow_table
+from abtrain.commands.page import Table, kinds, remarked
 from abtrain.commands.paper.arguments import ECR, HPO, PaperRequest, parse_arguments
 from abtrain.commands.paper.experiments import FIGURES, SCALING_TABLES, Cell, cells
 from abtrain.commands.paper.figures import draw, draw_ecr
@@ -32,11 +30,16 @@ from abtrain.commands.paper.runs import (
 from abtrain.commands.paper.studies import STUDIES, study_cells
 from abtrain.commands.paper.tables import comparison_table, rows, scaling_table
 from abtrain.commands.process import stopped_by_signals
-from abtrain.commands.runs.folder_run import check_folders, writing
+from abtrain.commands.runs.folder_run import check_folders, kept_in, writing
 from abtrain.commands.tasks.task import TASKS
 from abtrain.errors import ConfigurationError
 
-_WIDTH = 200
+_KEYS = frozenset({"model", "method", "scaling", "nodes", "batch"})
+"""The names of columns that identify a row."""
+_TEXT_WIDTH = 16
+"""The width below which texts in tables do not wrap."""
+_GAP = 2
+"""The width between two columns of a table."""
 _TINY_NOTE = "Workers are simulated, one per node. Times and traffic are forecasts for links of 1 Gbit/s."
 
 
@@ -51,26 +54,26 @@ def main(arguments: Sequence[str]) -> None:
         StoppedError: SIGINT, SIGTERM or SIGHUP was received. Finished runs are kept.
     """
     request, command = parse_arguments(arguments), shlex.join(("abtrain", "paper", *arguments))
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Output()
     if request.experiment == ECR:
-        _print(console, ecr_table())
+        show(ecr_table(), console)
         if request.draws:
             with writing(request.out):
                 request.out.mkdir(parents=True, exist_ok=True)
                 file = draw_ecr(request.out).file
-            console.print(f"written to {request.out / file}")
+            console.plain(f"written to {request.out / file}")
     elif request.arithmetic:
-        _print(console, traffic_table("local" if request.experiment == "table2-local" else "global"))
+        show(traffic_table("local" if request.experiment == "table2-local" else "global"), console)
     elif request.experiment == HPO:
         from abtrain.commands.paper.search import search
 
-        with stopped_by_signals():
+        with stopped_by_signals(kept_in(request.out)):
             search(request, console, command)
     else:
         _experiment(request, console, command)
 
 
-def _experiment(request: PaperRequest, console: Console, command: str) -> None:
+def _experiment(request: PaperRequest, console: Output, command: str) -> None:
     if request.experiment in STUDIES:
         chosen = study_cells(request.experiment, request.nodes, request.methods)
     else:
@@ -81,22 +84,22 @@ def _experiment(request: PaperRequest, console: Console, command: str) -> None:
         )
     if request.dry_run:
         for table in plan_tables(chosen, request.seeds):
-            _print(console, table)
+            show(table, console)
         return
     runs = plan_runs(chosen, request.seeds, request.out)
     check_folders(runs, request.overwrite)
     if request.write:
         for run in runs:
             prepare_folder(run, request.overwrite, checkpoints=True)
-            console.print(shlex.join(launch_command(run, request.launcher, request.data)))
+            console.plain(shlex.join(launch_command(run, request.launcher, request.data)))
         return
     if request.experiment in FIGURES and not request.run:
         _require(runs, request)
     if not all(run.done for run in runs):
         for task in dict.fromkeys(run.config.task for run in runs):
             TASKS[task].find(request.data)
-    with stopped_by_signals():
-        run_all(runs, request.scale.name, request.launcher, request.data, console.print, request.overwrite)
+    with stopped_by_signals(kept_in(request.out)):
+        run_all(runs, request.scale.name, request.launcher, request.data, console.plain, request.overwrite)
     found = _outcomes(chosen, runs)
     remark = versions_note(outcome.version for outcome in found)
     with writing(request.out):
@@ -105,8 +108,8 @@ def _experiment(request: PaperRequest, console: Console, command: str) -> None:
         else:
             tables = _write(request, found, command, remark)
     for table in tables:
-        _print(console, table)
-    console.print(f"written to {request.out / request.experiment}.html")
+        show(table, console)
+    console.plain(f"written to {request.out / request.experiment}.html")
 
 
 def _outcomes(chosen: Sequence[Cell], runs: Sequence[PaperRun]) -> list[PaperOutcome]:
@@ -172,9 +175,50 @@ def _require(runs: Sequence[PaperRun], request: PaperRequest) -> None:
     )
 
 
-def _print(console: Console, table: Table) -> None:
-    printed = Printed(*table.header, box=SIMPLE, padding=(0, 1), title=table.title, title_justify="left")
-    for line in table.lines:
-        printed.add_row(*line)
-    Console(width=max(console.width, _WIDTH), highlight=False, markup=False).print(printed)
-    console.print(table.note)
+def show(table: Table, console: Output) -> None:
+    """Prints a table with its note. Columns that do not fit the width follow in a further table with the same rows."""
+    console.print(f"{table.title}\n")
+    sorts = kinds(table)
+    columns = list(zip(table.header, *table.lines, strict=True))
+    least = [_least_width(texts, kind) for texts, kind in zip(columns, sorts, strict=True)]
+    whole = [max(map(len, texts)) for texts in columns]
+    keys = len(list(itertools.takewhile(_KEYS.__contains__, table.header))) or 1
+    for part in _parts(least, keys, console.width):
+        widths = _widths(part, least, whole, console.width)
+        printed = narrow_table()
+        for index in part:
+            justify: Any = "right" if sorts[index] == "number" else "left"
+            printed.add_column(table.header[index], justify=justify, width=widths[index])
+        for line in table.lines:
+            printed.add_row(*(line[index] for index in part))
+        console.print(printed)
+        console.print()
+    console.print(f"{table.note}\n")
+
+
+def _least_width(texts: Sequence[str], kind: str) -> int:
+    """Returns the width at which a column is readable: numbers and short texts on one line, and no word broken."""
+    longest = max(map(len, texts[1:]), default=0)
+    words = [len(word) for text in texts for word in text.split()]
+    return max([*words, longest if kind == "number" else min(longest, _TEXT_WIDTH)])
+
+
+def _widths(part: Sequence[int], least: Sequence[int], whole: Sequence[int], width: int) -> dict[int, int]:
+    """Returns the widths of columns: at least the readable ones, and more where there is room."""
+    room = width - sum(least[index] + _GAP for index in part) + _GAP
+    widths = {}
+    for index in part:
+        widths[index] = max(least[index], min(whole[index], least[index] + room))
+        room -= widths[index] - least[index]
+    return widths
+
+
+def _parts(least: Sequence[int], keys: int, width: int) -> list[list[int]]:
+    """Distributes columns, by index, over as few tables as fit the width. Each table begins with the key columns."""
+    parts = [list(range(keys))]
+    for index in range(keys, len(least)):
+        taken = sum(least[other] + _GAP for other in parts[-1])
+        if taken + least[index] > width and len(parts[-1]) > keys:
+            parts.append(list(range(keys)))
+        parts[-1].append(index)
+    return parts

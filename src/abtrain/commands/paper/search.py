@@ -14,11 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from abtrain import recipes
 from abtrain.commands.figures import COLOURS, Figure, save
 from abtrain.commands.files import write_json
+from abtrain.commands.output import Output
 from abtrain.commands.page import Table
 from abtrain.commands.paper.arguments import PaperRequest
 from abtrain.commands.paper.experiments import Cell
@@ -68,7 +67,7 @@ def suggested(recipe: str, trial: Any, steps: int) -> dict[str, Any]:
     }
 
 
-def search(request: PaperRequest, console: Console, command: str) -> None:
+def search(request: PaperRequest, console: Output, command: str) -> None:
     """Runs trials until each recipe has the requested number, and writes hpo-RECIPE.json, the figures and hpo.html.
 
     Trials that were pruned or failed count as well.
@@ -100,8 +99,8 @@ def search(request: PaperRequest, console: Console, command: str) -> None:
             pruner=optuna.pruners.MedianPruner(n_startup_trials=5),
         )
         finished = [trial for trial in study.trials if trial.state.is_finished()]
-        console.print(f"{recipe}: {len(finished)} of {request.trials} trials done before")
-        objective = functools.partial(_objective, recipe=recipe, base=base, train=train, say=console.print)
+        console.plain(f"{recipe}: {len(finished)} of {request.trials} trials done before")
+        objective = functools.partial(_objective, recipe=recipe, base=base, train=train, say=console.plain)
         study.optimize(objective, n_trials=max(request.trials - len(finished), 0))
         with writing(request.out):
             table, figure = _written(study, recipe, request.out)
@@ -110,7 +109,7 @@ def search(request: PaperRequest, console: Console, command: str) -> None:
     parts: list[Table | Figure] = [*tables, *figures]
     with writing(request.out):
         page = write_paper_page("hpo", f"Hyperparameters of {base.task}", parts, request.out, command)
-    console.print(f"written to {page}")
+    console.plain(f"written to {page}")
 
 
 def _base(request: PaperRequest) -> TrainConfig:

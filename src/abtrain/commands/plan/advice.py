@@ -1,14 +1,16 @@
 """Recommends a recipe for a cluster: the fast recipe that is closest to plain data parallel training.
 
 The module does not predict accuracy. It orders recipes by their closeness to data parallel training instead. Training
-is closer if there are fewer steps between merges, if merges have shorter delays, and if more bits per number are sent.
-The module tries recipes in this order, beginning with data parallel training in bfloat16. It recommends the first
-recipe that takes at most a ninth longer than the fastest one.
+is closer if there are fewer steps between merges, and if merges are hidden behind fewer steps. The module tries recipes
+in this order, beginning with data parallel training in bfloat16. It recommends the first recipe that takes at most a
+ninth longer than the fastest one. Wires are those of the recipe or `auto`: narrow merges lose next to no accuracy
+(benchmarks/merges.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -24,19 +26,26 @@ from abtrain.commands.plan.shapes import ModelShapes, ranks_for
 from abtrain.commands.plan.stragglers import Speeds
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.recipe import Recipe
+from abtrain.recipes.wires import AUTO
 
 GOOD_ENOUGH = 0.9
 """A recipe is fast enough if its speed is at least this share of the fastest recipe's speed."""
-ROUNDS = (10, 20, 40, 80, 160, 320)
-"""Numbers of steps between merges to try."""
-WIRES = ("fp32", "bf16", "int8", "int4", "auto")
-"""Wires to try, from wide to narrow; `auto` is narrower than int4 for more than two workers."""
-HIDDEN = 0.5
-"""The delay of hidden merges as a share of a round. Merges without delay are tried first."""
-DELAYS = ("delay", "warmup_delay")
+SHORT_RUN = 300
+"""Runs with fewer steps are too short for local training, whatever the link (docs/studies/large-batch.md)."""
+ROUNDS = (1, 2, 4, 8, 16)
+"""Numbers of steps between merges to try, as multiples of the recipe's default."""
+DELAYS = (0, 0.1, 0.5)
+"""Delays of hidden merges to try, as shares of a round."""
+_USUAL_ROUND = 20
+"""Steps between merges, for recipes without a default."""
+DELAY_OPTIONS = ("delay", "warmup_delay")
 """Options that hide merges."""
-RARE = ("diloco", "ab_outer")
-"""Recipes to try with all these options: full weights before factors."""
+CASES = {
+    "a CNN, or another model": recipes.DEFAULT,
+    "a transformer from scratch": "ab_local",
+    "any model, without factors": "local_sgd:every=6,wire=ternary,local_lr=2",
+}
+"""Recipes for slow links, by what to train; README has the same."""
 
 
 @dataclass(frozen=True)
@@ -114,72 +123,58 @@ class Setting:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The recommended recipe and the reasons.
+    """The recommended recipe, and the recipes to compare it with.
 
     Attributes:
         choice: the recommended recipe.
         ddp: data parallel training in bfloat16, which is the reference.
         fastest: the fastest recipe that was tried.
-        smaller: the first fast recipe that produces a smaller model. It is None if the choice itself produces one,
-            or if no fast recipe does.
+        cases: the recipes for slow links by case, as in CASES; empty if `choice` is data parallel training.
     """
 
     choice: Offer
     ddp: Offer
     fastest: Offer
-    smaller: Offer | None
-
-    def __str__(self) -> str:
-        saved = 1 - self.fastest.forecast.seconds / self.choice.forecast.seconds
-        more = (
-            "" if self.choice is self.fastest else f" The fastest recipe, {self.fastest}, takes {saved:.0%} less time."
-        )
-        if self.choice is self.ddp:
-            return f"{self.ddp}: plain data parallel training is nearly as fast as any recipe here.{more}"
-        text = (
-            f"{self.choice} is {self._speed(self.choice)} {self.ddp}; "
-            f"{self.choice.forecast.utilisation:.0%} of the time is computation.{more}"
-        )
-        if self.smaller is not None:
-            text += f" For a smaller model, use {self.smaller}, {self._speed(self.smaller)} {self.ddp}."
-        return text
-
-    def _speed(self, offer: Offer) -> str:
-        return f"{self.ddp.forecast.seconds / offer.forecast.seconds:.1f} times as fast as"
+    cases: Mapping[str, Offer]
 
 
-def recommend(setting: Setting, names: Sequence[str] = RARE) -> Recommendation:
-    """Recommends data parallel training in bfloat16, or one of the recipes `names` with suitable options.
+def recommend(setting: Setting, name: str = "") -> Recommendation:
+    """Recommends data parallel training in bfloat16, or a recipe with suitable options.
+
+    Args:
+        setting: the model, the cluster and the step times.
+        name: the recipe whose options to choose; by default the recipe for unknown models, and others beside it.
 
     Raises:
         ConfigurationError: the setting is invalid.
     """
     ddp = setting.offer("ddp", wire="bf16")
-    ladder = [ddp, *_ladder(setting, names)]
+    ladder = [ddp, *_ladder(setting, name or recipes.DEFAULT)]
     fastest = min(ladder, key=lambda offer: offer.forecast.seconds)
+    good = (offer for offer in ladder if fastest.forecast.seconds >= GOOD_ENOUGH * offer.forecast.seconds)
+    choice = ddp if setting.steps < SHORT_RUN else next(good)
+    cases = {}
+    if choice is not ddp and not name:
+        for case, text in CASES.items():
+            recipe, options = recipes.parse(text)
+            cases[case] = choice if recipe == choice.name else setting.offer(recipe, **options)
+    return Recommendation(choice, ddp, fastest, cases)
 
-    def first(offers: Sequence[Offer]) -> Offer | None:
-        good = (o for o in offers if fastest.forecast.seconds >= GOOD_ENOUGH * o.forecast.seconds)
-        return next(good, None)
 
-    choice = first(ladder) or fastest
-    smaller = first([offer for offer in ladder if offer.recipe.factored])
-    return Recommendation(choice, ddp, fastest, None if choice.recipe.factored else smaller)
-
-
-def _ladder(setting: Setting, names: Sequence[str]) -> Iterator[Offer]:
-    """Yields recipes from the closest to data parallel training to the most distant."""
-    for every in ROUNDS:
-        for name in names:
-            known = recipes.options_of(name)
-            # A recipe needs room for a round of its first phase, and for one after it.
-            if "every" not in known or 2 * every > setting.steps:
-                continue
-            wires = [{"wire": wire} for wire in WIRES] if "wire" in known else [{}]
-            hidden = {option: round(HIDDEN * every) for option in DELAYS if option in known}
-            delays = [{}, hidden] if hidden else [{}]
-            for delay, wire in product(delays, wires):
-                options = {"every": every, **wire, **delay}
-                # A phase may be shorter than a round.
-                if not problem_of(partial(recipes.build, name, setting.steps, **options)):
-                    yield setting.offer(name, **options)
+def _ladder(setting: Setting, name: str) -> Iterator[Offer]:
+    """Yields variants of a recipe from the closest to data parallel training to the most distant."""
+    known = recipes.options_of(name)
+    if "every" not in known:
+        return
+    defaults = inspect.signature(recipes.RECIPES[name]).parameters
+    usual = defaults["every"].default or _USUAL_ROUND
+    wires = [{}, {"wire": AUTO}] if "wire" in known and defaults["wire"].default != AUTO else [{}]
+    for times, share, wire in product(ROUNDS, DELAYS, wires):
+        every = times * usual
+        options: dict[str, Any] = {"every": every} if every != defaults["every"].default else {}
+        options |= wire
+        options |= {option: round(share * every) for option in DELAY_OPTIONS if share and option in known}
+        # A recipe needs room for a round of its first phase, and for one after it; a phase may be shorter than a round.
+        fits = 2 * every <= setting.steps and not problem_of(partial(recipes.build, name, setting.steps, **options))
+        if fits and (not share or any(option in known for option in DELAY_OPTIONS)):
+            yield setting.offer(name, **options)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from abtrain import recipes
 from abtrain.comm.topology import topology_problems
-from abtrain.commands.plan.advice import RARE, Offer, Setting, recommend
+from abtrain.commands.output import Output, narrow_table
+from abtrain.commands.plan.advice import CASES, SHORT_RUN, Offer, Recommendation, Setting, recommend
 from abtrain.commands.plan.bench import Bench, measure_decompositions
 from abtrain.commands.plan.collectives import ALL_REDUCES, Cluster, NodeLink
 from abtrain.commands.plan.forecast import PhaseForecast, WorkerSeconds
@@ -27,17 +26,22 @@ from abtrain.commands.plan.settings import (
 from abtrain.commands.plan.shapes import ranks_for
 from abtrain.commands.plan.stragglers import Speeds
 from abtrain.commands.tasks.task import TASKS
-from abtrain.commands.units import human_bytes, parse_all, parse_rate, parse_seconds
+from abtrain.commands.units import TimeUnit, human_bytes, parse_all, parse_rate, parse_seconds, unit_of
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.numbers import whole_number_problems
 from abtrain.recipes.rank_rules import FixedRank
 
 _MOST_WORKERS = 10**6
+_NOTE = (
+    "Bytes and times are forecasts. They assume that a step takes the same time in every recipe, except for the cost "
+    "of factors and of averaging gradients if a step was measured. Accuracy is not predicted: every recipe but ddp "
+    "loses some, and more with rarer and hidden merges."
+)
 
 
-def plan(config: PlanConfig, console: Console | None = None) -> None:
-    """Prints the forecasts of recipes and the recommended recipe.
+def plan(config: PlanConfig, console: Output | None = None) -> None:
+    """Prints the recommended recipe, and the forecasts of recipes.
 
     Raises:
         ConfigurationError: lists everything that is wrong with the settings.
@@ -46,25 +50,43 @@ def plan(config: PlanConfig, console: Console | None = None) -> None:
     problems = _problems(config)
     if problems:
         raise ConfigurationError(problems)
-    console = console or Console()
+    console = console or Output()
     setting = _setting(config)
+    name, options = ("", {}) if config.recipe == ALL else recipes.parse(config.recipe)
+    advice = recommend(setting, name if name and "every" in recipes.options_of(name) else "")
+    unit = unit_of(advice.choice.forecast.seconds)
+    _advise(advice, unit, console)
     _heading(config, setting, console)
-    if config.recipe == ALL:
-        ddp = setting.offer("ddp", wire="bf16")
-        offers = [setting.offer(name) for name in chosen(config)]
-        console.print(_comparison([ddp, *offers], ddp))
-        advice = recommend(setting)
+    if name:
+        offer = setting.offer(name, **options)
+        console.print(f"{offer}: {ratio_in_words(offer.ratio)} of the payload of ddp, times in {unit.name}\n")
+        console.print(_by_phase(offer, unit))
     else:
-        name, options = recipes.parse(config.recipe)
-        console.print(_by_phase(setting.offer(name, **options)))
-        advice = recommend(setting, [name] if "every" in recipes.options_of(name) else RARE)
-    console.print(f"Recommended: {advice}", highlight=False)
-    console.print(
-        "Bytes and seconds are forecasts. They assume that a step takes the same time in every recipe, except for the "
-        "cost of factors and of averaging gradients if a step was measured. The accuracy of a recipe is not predicted: "
-        "training differs more from data parallel training with rarer, narrower and hidden merges.",
-        highlight=False,
-    )
+        console.print(_comparison([advice.ddp, *map(setting.offer, recipes.RECIPES)], advice.ddp, unit))
+    console.print("\n" + _NOTE)
+
+
+def _advise(advice: Recommendation, unit: TimeUnit, console: Output) -> None:
+    """Prints the recommended recipe with the time that it takes, and recipes for other cases."""
+    choice, ddp, fastest = advice.choice, advice.ddp, advice.fastest
+    took = unit.text(choice.forecast.seconds)
+    if choice is not ddp:
+        reason = f"It takes {took}; {ddp} takes {unit.text(ddp.forecast.seconds)}."
+    elif choice.recipe.total_steps < SHORT_RUN:
+        reason = f"It takes {took}. Runs below {SHORT_RUN} steps are too short for rare merges."
+    else:
+        reason = f"It takes {took}, nearly as little as any recipe."
+    more = "" if fastest is choice else f" The fastest is {fastest}: {unit.text(fastest.forecast.seconds)}."
+    console.print(f"Recommended: {choice}. {reason}{more}\n")
+    if advice.cases:
+        table = narrow_table()
+        table.add_column("if you train")
+        table.add_column("take")
+        table.add_column(unit.name, justify="right")
+        for case, offer in advice.cases.items():
+            table.add_row(case, str(offer) if offer is choice else CASES[case], unit.figure(offer.forecast.seconds))
+        console.print(table)
+        console.print()
 
 
 def _problems(config: PlanConfig) -> list[str]:
@@ -138,27 +160,24 @@ def _setting(config: PlanConfig) -> Setting:
     )
 
 
-def _heading(config: PlanConfig, setting: Setting, console: Console) -> None:
+def _heading(config: PlanConfig, setting: Setting, console: Output) -> None:
     link, slowest = setting.cluster.link, "" if config.rates is None else " (the slowest link)"
-    source = "measured here" if config.step_time is None else "by --step-time"
+    workers, source = config.workers_per_node, "measured here" if config.step_time is None else "by --step-time"
     for line in (
-        f"{model_in_words(config, setting.shapes(None))}; {setting.steps:,} steps of "
-        f"{_exactly(setting.alone.step)} ({source})",
-        f"{config.nodes:,} nodes, workers on each: {config.workers_per_node}, groups of {config.workers_a_group}, "
-        f"{link.rate / 1e6:g} Mbit/s{slowest}, latency {1000 * link.latency:g} ms, all-reduce by {config.algorithm}",
+        model_in_words(config, setting.shapes(None)),
+        f"{setting.steps:,} steps of {_exactly(setting.alone.step)} ({source}), compression {config.compression:g} : 1 "
+        "if factored",
+        f"{config.nodes:,} nodes at {link.rate / 1e6:g} Mbit/s{slowest}, latency {1000 * link.latency:g} ms, "
+        f"{config.algorithm} all-reduce",
+        f"{workers} worker{'s' if workers > 1 else ''} on each node, groups of {config.workers_a_group}\n",
     ):
-        console.print(line, highlight=False)
+        console.print(line)
 
 
-def _narrow_table(title: str | None = None) -> Table:
-    """Returns a table with little padding. Its first column needs a minimum width, or other columns squeeze it out."""
-    return Table(box=box.SIMPLE_HEAD, title=title, show_edge=False, pad_edge=False, collapse_padding=True)
-
-
-def _comparison(offers: list[Offer], ddp: Offer) -> Table:
-    table = _narrow_table()
-    table.add_column("recipe", overflow="fold", min_width=max(map(len, recipes.RECIPES)) + 1)
-    for heading in ("payload", "of ddp", "wire", "time", "computing", "x ddp bf16"):
+def _comparison(offers: list[Offer], ddp: Offer, unit: TimeUnit) -> Table:
+    table = narrow_table()
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("payload", "of ddp", "wire", unit.name, "computing", "x ddp bf16"):
         table.add_column(heading, justify="right", no_wrap=True)
     for offer in offers:
         expected = offer.forecast
@@ -167,24 +186,24 @@ def _comparison(offers: list[Offer], ddp: Offer) -> Table:
             human_bytes(expected.payload),
             ratio_in_short(offer.ratio),
             human_bytes(expected.wire),
-            duration(expected.seconds),
+            unit.figure(expected.seconds),
             f"{expected.utilisation:.0%}",
             f"{ddp.forecast.seconds / expected.seconds:.1f}",
         )
     return table
 
 
-def _by_phase(offer: Offer) -> Table:
+def _by_phase(offer: Offer, unit: TimeUnit) -> Table:
     expected = offer.forecast
-    table = _narrow_table(title=f"{offer}: {ratio_in_words(offer.ratio)} of ddp's payload")
-    table.add_column("phase", min_width=max(len(part.phase) for part in expected.phases) + 1)
-    for heading in ("steps", "payload", "wire", "compute", "wait", "send", "factor", "time"):
+    table = narrow_table()
+    table.add_column("phase", no_wrap=True)
+    for heading in ("steps", "payload", "wire", "compute", "wait", "send", "factor", "total"):
         table.add_column(heading, justify="right", no_wrap=True)
     # The last line is the whole run.
     totals = [sum(column) for column in zip(*map(_figures, expected.phases), strict=True)]
     lines = [(part.phase, part.steps, _figures(part)) for part in expected.phases]
     for name, steps, (payload, wire, *seconds) in [*lines, ("all", offer.recipe.total_steps, totals)]:
-        times = [duration(part) for part in (*seconds, sum(seconds))]
+        times = [unit.figure(part) for part in (*seconds, sum(seconds))]
         table.add_row(name, f"{steps:,}", human_bytes(payload), human_bytes(wire), *times)
     return table
 
@@ -195,11 +214,3 @@ def _figures(part: PhaseForecast) -> list[float]:
 
 def _exactly(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:,.2f} s"
-
-
-def duration(seconds: float) -> str:
-    """Formats a time in days, hours, minutes or seconds."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.2f} s" if seconds else "0 s"

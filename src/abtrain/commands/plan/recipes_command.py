@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from abtrain import recipes
 from abtrain.comm.topology import Topology, topology_problems
+from abtrain.commands.output import Output, narrow_table
 from abtrain.commands.plan.payload import payload, payload_ratio, predict
 from abtrain.commands.plan.recipe_words import options_in_words, phases_in_words, purpose_of
 from abtrain.commands.plan.settings import (
@@ -31,7 +30,7 @@ _NEXT_TO_NOTHING = 1e-6
 _SMALL = 0.1
 
 
-def list_recipes(config: RecipesConfig, console: Console | None = None) -> None:
+def list_recipes(config: RecipesConfig, console: Output | None = None) -> None:
     """Prints a table of all recipes, or the details of one: its phases, their payload, and its options.
 
     If the run is too short for a recipe, the table shows the reason instead of its purpose and phases.
@@ -45,17 +44,19 @@ def list_recipes(config: RecipesConfig, console: Console | None = None) -> None:
         problems += [problem for each in refused for problem in each] if all(refused) else []
     if problems:
         raise ConfigurationError(problems)
-    console = console or Console()
+    console = console or Output()
     model = shapes_for(config)(None)
     workers = f"{config.workers} workers in groups of {config.group_size}"
-    console.print(f"{model_in_words(config, model)}\n{config.steps:,} steps, {workers}\n", highlight=False)
+    console.print(model_in_words(config, model))
+    console.print(f"{config.steps:,} steps, {workers}, compression {config.compression:g} : 1 if factored\n")
     if config.recipe == ALL:
         console.print(_table(config))
     else:
         name, _ = recipes.parse(config.recipe)
+        console.print(f"{config.recipe}\n")
         console.print(_phases(config, recipes.from_text(config.recipe, config.steps)))
-        console.print(f"\n{purpose_of(name)}\n", highlight=False)
-        console.print(_options(name) if recipes.options_of(name) else "no options", highlight=False)
+        console.print(f"\n{purpose_of(name)}\n")
+        console.print(_options(name) if recipes.options_of(name) else "no options")
 
 
 def ratio_in_words(ratio: float) -> str:
@@ -72,7 +73,7 @@ def ratio_in_short(ratio: float) -> str:
 
 
 def _table(config: RecipesConfig) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table = narrow_table()
     table.add_column("recipe", no_wrap=True)
     table.add_column("purpose and phases")
     table.add_column("of ddp's payload", justify="right", no_wrap=True)
@@ -91,7 +92,7 @@ def _table(config: RecipesConfig) -> Table:
 
 def _phases(config: RecipesConfig, recipe: Recipe) -> Table:
     total, ratio, by_phase = _predicted(config, recipe)
-    table = Table(box=box.SIMPLE_HEAD, title=recipe.name)
+    table = narrow_table()
     table.add_column("phase")
     table.add_column("payload", justify="right", no_wrap=True)
     table.add_column("of all", justify="right", no_wrap=True)
@@ -108,7 +109,7 @@ def _phases(config: RecipesConfig, recipe: Recipe) -> Table:
 
 def _options(name: str) -> Table:
     """Returns a table of the options of a recipe."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = narrow_table()
     table.add_column("option", no_wrap=True)
     table.add_column("default", overflow="fold")
     table.add_column("meaning")

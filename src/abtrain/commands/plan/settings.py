@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional, arg
-
 from abtrain import recipes
+from abtrain.commands.command_line import Shown
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.numbers import whole_number_problems
@@ -30,7 +29,7 @@ _RECIPE_HELP = f"One of {', '.join(recipes.RECIPES)}, with options such as ab_ou
 class ModelSettings:
     """The settings of the model, which `abtrain recipes` and `abtrain plan` have in common."""
 
-    task: str | None = None
+    task: Annotated[str | None, Shown(group="model")] = None
     """Task of `abtrain train` that provides the model, such as fashion-cnn."""
     parameters: float | None = None
     """Number of parameters of an assumed model of square weights, if there is no task; by default 25e6."""
@@ -44,8 +43,8 @@ class ModelSettings:
 class RecipesConfig(ModelSettings):
     """List the recipes with their phases, and their predicted payload compared with DDP in float32."""
 
-    recipe: Annotated[Positional[str], arg(help=_RECIPE_HELP)] = ALL
-    steps: int = 10_000
+    recipe: Annotated[str, Shown(help=_RECIPE_HELP, positional=True)] = ALL
+    steps: Annotated[int, Shown(group="run")] = 10_000
     """Optimizer steps of the run."""
     workers: int = 4
     """Number of workers."""
@@ -55,10 +54,10 @@ class RecipesConfig(ModelSettings):
 
 @dataclass(frozen=True)
 class PlanConfig(ModelSettings):
-    """Predict payload, wire bytes and seconds on given links, and recommend a recipe with its options."""
+    """Recommend a recipe for a model and a link, and predict bytes and seconds of all recipes."""
 
-    recipe: Annotated[Positional[str], arg(help=_RECIPE_HELP)] = ALL
-    steps: int = 10_000
+    recipe: Annotated[str, Shown(help=_RECIPE_HELP, positional=True)] = ALL
+    steps: Annotated[int, Shown(group="run")] = 10_000
     """Optimizer steps of the run."""
     step_time: str | None = None
     """Step time of one worker alone, such as 80ms; by default it is measured here if there is a task."""
@@ -66,7 +65,7 @@ class PlanConfig(ModelSettings):
     """Samples per worker and step if the time of a step is measured; by default the task's."""
     data: Path | None = None
     """Folder with the task's data if the time of a step is measured; by default its usual place."""
-    nodes: int = 4
+    nodes: Annotated[int, Shown(group="machines and links")] = 4
     """Number of machines."""
     workers_per_node: int = 1
     """Workers on each machine."""
@@ -81,7 +80,7 @@ class PlanConfig(ModelSettings):
     benchmarks/allreduce.py --megabytes 0.0004 --rounds 200 --pause 10 measures it."""
     algorithm: str = "ring"
     """Algorithm of all-reduces: ring (as in Gloo) or hierarchical."""
-    jitter: float = 0.0
+    jitter: Annotated[float, Shown(group="workers of unequal speed")] = 0.0
     """Variation of a step's time: standard deviation over mean."""
     slow_share: float = 0.0
     """Share of workers that are permanently slower."""
@@ -153,9 +152,8 @@ def chosen(config: RecipesConfig | PlanConfig) -> list[str]:
 
 
 def model_in_words(config: ModelSettings, model: ModelShapes) -> str:
-    """Returns one line that describes the model: its size and its compression."""
-    compression = f"compression {config.compression:g} : 1 if factored"
+    """Returns one line that describes the model."""
     if config.task is not None:
-        return f"{config.task}: {model.numel:,} parameters, {compression}"
+        return f"{config.task}: {model.numel:,} parameters"
     width = max(parameter.shape[0] for parameter in model.parameters.values())
-    return f"{model.numel:,} parameters in square weights of width {width:,} or less, {compression}"
+    return f"{model.numel:,} parameters in square weights of width {width:,} or less"

@@ -184,3 +184,8 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def kept_in(out: Path) -> str:
+    """Returns the end of the message of a stopped command: what remains, and how to continue."""
+    return f": finished runs are kept in {out}, and the same command continues"

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional, arg
-
 from abtrain import recipes
+from abtrain.commands.command_line import Shown
 from abtrain.commands.tasks.choices import Init, OnBadImage, OnCheckpointError, Precision
 from abtrain.commands.train.world import is_joined, local_size
 from abtrain.errors import OnNonFinite
@@ -24,56 +23,59 @@ class TrainConfig:
     """Train a task with a recipe, on workers started here or by torchrun."""
 
     recipe: Annotated[
-        Positional[str],
-        arg(
+        str,
+        Shown(
             help=f"RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE, such as ab_outer:every=40,wire=int4. Recipes are "
-            f"{', '.join(recipes.RECIPES)}; `abtrain recipes RECIPE` lists the options of a recipe."
+            f"{', '.join(recipes.RECIPES)}; `abtrain recipes RECIPE` lists the options of a recipe",
+            positional=True,
         ),
     ] = recipes.DEFAULT
-    task: str = "digits-mlp"
-    """digits-mlp, fashion-cnn, fashion-vit, pysrc-gpt, or a task of the paper: imagenet-vit-b16, imagenet-resnet50,
-    cifar10-vgg16, cifar100-mini-vit."""
-    workers: int = 4
+
+    workers: Annotated[int, Shown(group="run")] = 4
     """Workers (processes) to start on this machine; ignored under torchrun, which starts its own."""
     group_size: int | None = None
     """Workers per group. A group averages gradients at every step. Default: the workers of a machine, or 1 if there is
     only one machine."""
-    steps: int | None = None
-    """Number of optimizer steps; by default the task's."""
-    batch_size: int | None = None
-    """Number of samples per worker and step; by default the task's."""
-    lr: float | None = None
-    """Peak learning rate, reached after a warm-up of 5 % of the steps (7 % in the paper's tasks) and followed by a
-    cosine to zero; by default the task's."""
-    weight_decay: float | None = None
-    """AdamW's weight decay, on matrices only; by default the task's."""
-    clip: float | None = None
-    """Maximum of the global gradient norm; 0 for no limit; by default the task's."""
-    precision: Precision | None = None
-    """Precision of forward and backward passes: fp32, or bf16 by autocast; by default the task's."""
-    seed: int = 0
-    """Seed of the initial weights, the order of the samples, and their augmentation."""
-    init: Init | None = None
-    """Initial weights: PyTorch's own (default) or orthogonal matrices; by default the task's."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda if every worker has its own GPU."""
+    config: Path | None = None
+    """TOML file with any of these settings; the command line takes precedence."""
+    timeout: float = 600
+    """Seconds for which a worker waits for the others before it fails."""
+    on_nonfinite: OnNonFinite = "stop"
+    """On NaN or infinity: stop, leave the worker out of the merge (drop_worker), or skip the step."""
+    max_restarts: int = 0
+    """How many times to restart the workers after one of them dies; they resume from the last checkpoint."""
+
+    task: Annotated[str, Shown(group="data")] = "digits-mlp"
+    """digits-mlp, fashion-cnn, fashion-vit, pysrc-gpt, or a task of the paper: imagenet-vit-b16, imagenet-resnet50,
+    cifar10-vgg16, cifar100-mini-vit."""
     data: Path | None = None
     """Folder with the task's data; by default the task's usual place."""
     loaders: int = 4
     """Processes that read images for each worker, if data is not in memory; 0: the worker itself reads."""
     on_bad_image: OnBadImage = "stop"
     """If an image cannot be read: stop, or log it and use the next image (skip)."""
-    out: Path | None = None
-    """Run folder; by default runs/TASK-RECIPE-seedSEED-TIME."""
-    overwrite: bool = False
-    """Replace the run in the folder."""
-    config: Path | None = None
-    """TOML file with any of these settings; the command line takes precedence."""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda if every worker has its own GPU."""
-    timeout: float = 600
-    """Seconds for which a worker waits for the others before it fails."""
-    on_nonfinite: OnNonFinite = "stop"
-    """On NaN or infinity: stop, leave the worker out of the merge (drop_worker), or skip the step (skip)."""
-    log_every: int = 20
+
+    steps: Annotated[int | None, Shown(group="method (by default as the task sets it)")] = None
+    """Number of optimizer steps."""
+    batch_size: int | None = None
+    """Number of samples per worker and step."""
+    lr: float | None = None
+    """Peak learning rate, reached after a warm-up of 5 % of the steps (7 % in the paper's tasks) and followed by a
+    cosine to zero."""
+    weight_decay: float | None = None
+    """AdamW's weight decay, on matrices only."""
+    clip: float | None = None
+    """Maximum of the global gradient norm; 0 for no limit."""
+    precision: Precision | None = None
+    """Precision of forward and backward passes: fp32, or bf16 by autocast."""
+    init: Init | None = None
+    """Initial weights: PyTorch's own (default) or orthogonal matrices."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the samples, and their augmentation."""
+
+    log_every: Annotated[int, Shown(group="metrics")] = 20
     """Steps between two lines of metrics."""
     validate_every: int = 0
     """Steps between two validations of the average of all workers; the best model is saved. 0: only at the end."""
@@ -81,14 +83,17 @@ class TrainConfig:
     """At merges, record in metrics.jsonl how far the workers have diverged, layer by layer."""
     track: tuple[str, ...] = ()
     """Trackers to send metrics to: tensorboard, wandb (offline with WANDB_MODE=offline), mlflow."""
+
+    out: Annotated[Path | None, Shown(group="saving")] = None
+    """Run folder; by default runs/TASK-RECIPE-seedSEED-TIME."""
+    overwrite: bool = False
+    """Replace the run in the folder."""
+    resume: bool = True
+    """Resume an unfinished run of the same settings in the folder."""
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0: a checkpoint only when the run is stopped on request."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
-    resume: bool = True
-    """Resume an unfinished run of the same settings in the folder."""
-    max_restarts: int = 0
-    """How many times to restart the workers after one of them dies; they resume from the last checkpoint."""
     on_checkpoint_error: OnCheckpointError = "warn"
     """If a checkpoint cannot be written: warn and continue with the older ones, or stop."""
 

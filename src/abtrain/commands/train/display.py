@@ -7,11 +7,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from abtrain.commands.output import Output
 from abtrain.commands.train.config import TrainConfig, group_size_of
 from abtrain.commands.units import human_bytes
 
@@ -28,8 +28,8 @@ class Display:
         console: the console to write to; by default standard output.
     """
 
-    def __init__(self, steps: int, console: Console | None = None) -> None:
-        self.console = console or Console()
+    def __init__(self, steps: int, console: Output | None = None) -> None:
+        self.console = console or Output()
         self._steps = steps
         self._bar = Progress(
             TextColumn(f"{{task.description:>{_PHASE_WIDTH}}}"),

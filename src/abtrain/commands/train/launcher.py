@@ -21,12 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from rich.console import Console
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from abtrain.commands.files import is_regular
+from abtrain.commands.output import Output
 from abtrain.commands.process import PASSED_ON, SIGNALS, Requests, stopped_message
 from abtrain.commands.train import worker
 from abtrain.commands.train.config import TrainConfig
@@ -69,7 +69,7 @@ def start_workers(config: TrainConfig) -> None:
             raise StoppedError(str(stopped)) from None
     finally:
         # A worker that was killed could not restore the cursor that its progress bar hid.
-        Console().show_cursor()
+        Output().show_cursor()
 
 
 def _is_done(config: TrainConfig, started: float) -> bool:

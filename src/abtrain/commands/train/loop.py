@@ -78,7 +78,7 @@ def train(
             recorder.begin(step)
         started = time.perf_counter() - (recorder.seconds if recorder is not None else 0)
         validation = Validation(trainer, recorder, data, path)
-        _Loop(trainer, recorder, saving, stopping, validation).run(batches_from(start=step), path)
+        _Loop(trainer, recorder, saving, stopping, validation, path).run(batches_from(start=step))
         seconds = time.perf_counter() - started
         return _finish(trainer, recorder, seconds, data, path)
 
@@ -165,25 +165,28 @@ def _open_folder(
 
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-    """Runs and records the training steps. Saves checkpoints when they are due, and stops the run on request."""
+    """Runs and records the training steps. Saves checkpoints when they are due, and stops the run on request.
+
+    `folder` is the folder of the run.
+    """
 
     trainer: Trainer
     recorder: Recorder | None
     saving: Saving
     stopping: Stopping
     validation: Validation
+    folder: Path
 
-    def run(self, stream: Iterator[tuple[Tensor, Tensor]], folder: Path) -> None:
+    def run(self, stream: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Trains to the end of the recipe.
 
         Args:
             stream: the batches from the first remaining step on.
-            folder: the folder for stack traces if the run hangs.
         """
         ab = self.trainer.ab
         comm = ab.communicator
         who = f"rank {comm.rank} on {platform.node()}"
-        watchdog = Watchdog(self.trainer.config.timeout, who, folder / stacks_file(comm.rank))
+        watchdog = Watchdog(self.trainer.config.timeout, who, self.folder / stacks_file(comm.rank))
         with watchdog if comm.topology.world_size > 1 else contextlib.nullcontext():
             while ab.position is not None:
                 watchdog.beat(f"step {ab.steps_done}, phase {ab.position.phase.name}")
@@ -221,5 +224,7 @@ class _Loop:
         stops = number != 0 and not ab.finished
         saved = self.saving.save() if due or stops else None
         if stops:
-            kept = f"step {ab.steps_done} is saved: run again to continue" if saved else "no checkpoint was written"
+            out = self.trainer.config.out or self.folder
+            how = f"is saved in {out}: the same command with --out {out} continues"
+            kept = f"step {ab.steps_done} {how}" if saved else "no checkpoint was written"
             raise StoppedError(f"stopped on request ({signal.Signals(number).name}), {kept}")

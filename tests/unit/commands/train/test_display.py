@@ -2,8 +2,8 @@ import io
 import re
 
 import pytest
-from rich.console import Console
 
+from abtrain.commands.output import Output
 from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.display import Display
 from abtrain.commands.units import human_bytes
@@ -33,7 +33,7 @@ RESULT = {
 
 def shown(result: dict[str, object], terminal: bool = False) -> str:
     out = io.StringIO()
-    with Display(100, Console(file=out, force_terminal=terminal, width=100)) as display:
+    with Display(100, Output(file=out, force_terminal=terminal, width=100)) as display:
         display.heading(TrainConfig(recipe="ab", steps=100, batch_size=8, device="cpu"), 85_002)
         display.show(RECORD)
         display.summary(result, "runs/[x]/" + "y" * 200)  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 )
 def test_a_line_holds_what_fits(width: int, end: str) -> None:
     out = io.StringIO()
-    Display(100, Console(file=out, width=width)).show(RECORD)
+    Display(100, Output(file=out, width=width)).show(RECORD)
     line = out.getvalue().rstrip("\n")
     assert line.endswith(end) and (len(line) <= width or end == "loss 1.5000")
 
@@ -81,7 +81,7 @@ def test_a_line_holds_what_fits(width: int, end: str) -> None:
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_bar_fits_the_terminal(width: int) -> None:
     out = io.StringIO()
-    with Display(100_000, Console(file=out, force_terminal=True, color_system=None, width=width)) as display:
+    with Display(100_000, Output(file=out, force_terminal=True, color_system=None, width=width)) as display:
         display.show(RECORD)
     shown = [line for line in re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", out.getvalue()).splitlines() if "20/100000" in line]
     assert shown and all("loss 1.5000" in line and len(line.strip("\r")) <= width for line in shown)

@@ -1,0 +1,42 @@
+"""Commands whose output nobody reads to its end, as under `head`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from abtrain.commands.process import UNREAD
+
+
+def unread(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the command with a pipe as standard output that is closed at the other end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    left_out = ("RANK", "WORLD_SIZE", "PYTHONUNBUFFERED")
+    variables = {name: value for name, value in os.environ.items() if name not in left_out}
+    command = (sys.executable, "-m", "abtrain", *arguments)
+    try:
+        return subprocess.run(
+            command, cwd=cwd, env=variables, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("recipes",)], ids=" ".join)
+def test_a_command_ends_quietly_with_its_reader(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    ended = unread(*arguments, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (UNREAD, "")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_training_goes_on_without_a_reader(workers: str, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    ended = unread("train", "ddp", "--steps", "4", "--workers", workers, "--out", "run", cwd=tmp_path)
+    assert ended.returncode == 0 and (tmp_path / "run" / "result.json").exists()
+    told = [line for line in ended.stderr.splitlines() if "display" in line]
+    assert len(told) == 1 and "BrokenPipeError" in told[0] and "Traceback" not in ended.stderr
