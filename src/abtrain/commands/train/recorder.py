@@ -44,6 +44,8 @@ class Recorder:
         if isinstance(error, StoppedError):
             outcome = {"outcome": "stopped", "exit_code": error.exit_code, "step": self._step, "message": str(error)}
             self._never_fatal("outcome.json", self._folder.stop, outcome)
+        if self._trackers is not None:
+            self._trackers.close(finished=error is None)
 
     @property
     def seconds(self) -> float:

@@ -31,7 +31,11 @@ class Tracker(Protocol):
         ...
 
     def finish(self, numbers: Numbers) -> None:
-        """Records the numbers in a run's result, by name, and closes the tracker."""
+        """Records the numbers in a run's result, by name."""
+        ...
+
+    def close(self, finished: bool) -> None:
+        """Sends what is left and ends the record. `finished` is False if the run was stopped or has failed."""
         ...
 
 
@@ -49,6 +53,8 @@ class TensorBoard:
 
     def finish(self, numbers: Numbers) -> None:
         self.log(0, {f"result/{name}": number for name, number in numbers.items()})
+
+    def close(self, finished: bool) -> None:
         self._writer.close()
 
 
@@ -70,7 +76,9 @@ class WandB:
 
     def finish(self, numbers: Numbers) -> None:
         self._run.summary.update(dict(numbers))
-        self._run.finish()
+
+    def close(self, finished: bool) -> None:
+        self._run.finish(exit_code=0 if finished else 1)
 
 
 class MLflow:
@@ -91,7 +99,9 @@ class MLflow:
 
     def finish(self, numbers: Numbers) -> None:
         self._mlflow.log_metrics({f"result_{name}": number for name, number in numbers.items()})
-        self._mlflow.end_run()
+
+    def close(self, finished: bool) -> None:
+        self._mlflow.end_run("FINISHED" if finished else "FAILED")
 
 
 TRACKERS: dict[str, tuple[str, Callable[[Path, TrainConfig], Tracker]]] = {
@@ -137,8 +147,12 @@ class Trackers:
         self._each(lambda tracker: tracker.log(step, numbers))
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Sends the numeric values in the result to all trackers, and closes them."""
+        """Sends the numeric values in the result to all trackers."""
         self._each(lambda tracker: tracker.finish(_numbers(result)))
+
+    def close(self, finished: bool) -> None:
+        """Closes all trackers. `finished` says whether the run has finished, rather than been stopped or failed."""
+        self._each(lambda tracker: tracker.close(finished))
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._live.items()):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from abtrain import failpoints as faults
 from abtrain.comm.communicator import SingleProcess
 from abtrain.commands.train import trackers
 from abtrain.commands.train.config import TrainConfig, resolve
@@ -92,8 +93,11 @@ class Failing:
     def finish(self, numbers: Any) -> None:
         self._call("finish")
 
+    def close(self, finished: bool) -> None:
+        self._call("close")
 
-@pytest.mark.parametrize(("at", "calls"), [("begin", 1), ("log", 2), ("finish", 4)])
+
+@pytest.mark.parametrize(("at", "calls"), [("begin", 1), ("log", 2), ("finish", 4), ("close", 5)])
 def test_a_failing_tracker_is_reported_once_and_dropped(
     at: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -123,10 +127,37 @@ def test_a_request_to_stop_is_no_failure_of_the_tracker(tmp_path: Path, monkeypa
 
         def finish(self, numbers: Mapping[str, float]) -> None: ...
 
+        def close(self, finished: bool) -> None: ...
+
     monkeypatch.setitem(trackers.TRACKERS, "interrupted", ("json", lambda folder, config: Interrupted()))
     live = Trackers(TrainConfig(track=("interrupted",)), tmp_path)
     with pytest.raises(StoppedError, match="on request"):
         live.log("train", 1, {"loss": 1.0})
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_trackers_are_closed_however_the_run_ends(
+    finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    class Closed:
+        def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
+
+        def finish(self, numbers: Mapping[str, float]) -> None:
+            calls.append("finish")
+
+        def close(self, finished: bool) -> None:
+            calls.append(finished)
+
+    monkeypatch.setitem(trackers.TRACKERS, "closed", ("json", lambda folder, config: Closed()))
+    if finished:
+        trained(tmp_path, "closed")
+    else:
+        monkeypatch.setattr(faults, "_planned", faults.parse("fail 0 2 step"))
+        with pytest.raises(RuntimeError, match="injected fault"):
+            trained(tmp_path, "closed")
+    assert calls == (["finish", True] if finished else [False])
 
 
 def test_no_trackers(tmp_path: Path) -> None:
