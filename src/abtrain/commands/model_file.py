@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -91,13 +92,33 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     return about
 
 
+def describe(path: Path) -> dict[str, Any]:
+    """Returns the description that `save_model` put into a file, without reading the tensors; empty without one.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    with _opened(path) as file:
+        return _about(file)
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _about(file)  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            about = json.loads((file.metadata() or {}).get("abtrain", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, about if isinstance(about, dict) else {}  # noqa: SIM118
+            yield file
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as a model file (safetensors): {brief(error)}") from error
+
+
+def _about(file: Any) -> dict[str, Any]:
+    about = json.loads((file.metadata() or {}).get("abtrain", "{}"))
+    return about if isinstance(about, dict) else {}
 
 
 def _check(

@@ -59,6 +59,7 @@ class Rounds:
         self.merger = Merger(comm, on_nonfinite, measure_divergence and comm.topology.world_size > 1)
         self._comm = comm
         self._under_way: list[_UnderWay] = []
+        self._phase = ""  # of the merges under way
         self._losses: list[float] = []
         self.dropped: list[dict[str, Any]] = []
         self.divergence: list[dict[str, Any]] = []
@@ -141,7 +142,11 @@ class Rounds:
         """Sends the messages of the next steps of merges under way. Returns whether that was all of them."""
         if self._comm.topology.world_size == 1:
             return True
+        meter = self._comm.meter
+        # The caller may count its own messages under another name, as validation does.
+        caller, meter.phase = meter.phase, self._phase
         sent = [merge.stages.go_ahead(steps) for merge in self._under_way]
+        meter.phase = caller
         return all(sent)
 
     def _recover(self) -> None:
@@ -184,7 +189,7 @@ class Rounds:
             self._under_way.append(merge)
 
     def _launch(self, position: Position, step: int, loss: float | None, started: dict[str, Tensor]) -> _UnderWay:
-        sync = rounds_of(position)
+        sync, self._phase = rounds_of(position), position.phase.name
         count = CHECKING + self.merger.wire(sync.wire).stages
         return _UnderWay(Background(self._merge(position, step, loss, started), count, sync.delay), step, loss, started)
 

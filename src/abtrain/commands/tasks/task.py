@@ -277,8 +277,19 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def score(model: nn.Module, task: Task, data: Data, part: int = 0, parts: int = 1, batch_size: int = 100) -> Score:
-    """Evaluates a model on every `parts`-th batch of the test set, starting with batch `part`."""
+def score(
+    model: nn.Module,
+    task: Task,
+    data: Data,
+    part: int = 0,
+    parts: int = 1,
+    batch_size: int = 100,
+    after_batch: Callable[[], object] = lambda: None,
+) -> Score:
+    """Evaluates a model on every `parts`-th batch of the test set, starting with batch `part`.
+
+    Calls `after_batch` after each batch.
+    """
     was_training = model.training
     model.eval()
     loss, correct, seen = 0.0, 0, 0
@@ -289,6 +300,7 @@ def score(model: nn.Module, task: Task, data: Data, part: int = 0, parts: int = 
         if task.classifies:
             correct += int((output.argmax(dim=-1) == targets).sum())
         seen += len(x)
+        after_batch()
     model.train(was_training)
     return Score(loss, correct, seen)
 

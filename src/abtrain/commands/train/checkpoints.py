@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from abtrain import checkpoint
 from abtrain.commands.train.config import differences, identity
 from abtrain.commands.train.recorder import Recorder
 from abtrain.commands.train.resizing import can_be_resized, resized
-from abtrain.commands.train.trainer import Trainer
+from abtrain.commands.train.trainer import CHECKPOINT, Trainer
 from abtrain.errors import CheckpointError
 
 log = logging.getLogger("abtrain")
@@ -57,7 +58,8 @@ class Saving:
             "generators": _generators_state(comm.device),
             "record": {} if self._recorder is None else self._recorder.state_dict(),
         }
-        phase, comm.meter.phase = comm.meter.phase, "checkpoint"
+        meter, started = comm.meter, time.perf_counter()
+        phase, waited, meter.phase = meter.phase, meter.sync_seconds, CHECKPOINT
         try:
             return checkpoint.save(
                 self._folder,
@@ -74,7 +76,9 @@ class Saving:
                 log.warning("%s: the run continues with the older checkpoints", error)
             return None
         finally:
-            comm.meter.phase = phase
+            meter.phase, meter.sync_seconds = phase, waited
+            if self._recorder is not None:
+                self._recorder.spent(CHECKPOINT, time.perf_counter() - started)
 
     def resume(self) -> int:
         """Loads the newest checkpoint that all workers can use, and returns the number of steps done.

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import platform
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from abtrain.commands.train.recorder import Recorder
 from abtrain.commands.train.run_folder import RunFolder
 from abtrain.commands.train.stopping import Stopping
 from abtrain.commands.train.trainer import Trainer
-from abtrain.commands.train.validation import Validation, describe_models, save_last_model
+from abtrain.commands.train.validation import Validation, describe_models, drop_replaced_best, save_last_model
 from abtrain.commands.train.watchdog import Watchdog
 from abtrain.consistency.agreement import check_equal, gather_json
 from abtrain.errors import ConfigurationError, DataError, StoppedError
@@ -76,19 +75,19 @@ def train(
             communicator.meter.sync_seconds = 0.0
         if recorder is not None:
             recorder.begin(step)
-        started = time.perf_counter() - (recorder.seconds if recorder is not None else 0)
+            drop_replaced_best(recorder, path)
         validation = Validation(trainer, recorder, data, path)
         _Loop(trainer, recorder, saving, stopping, validation, path).run(batches_from(start=step))
-        seconds = time.perf_counter() - started
-        return _finish(trainer, recorder, seconds, data, path)
+        return _finish(trainer, recorder, data, path)
 
 
-def _finish(trainer: Trainer, recorder: Recorder | None, seconds: float, data: Data, folder: Path) -> dict[str, Any]:
+def _finish(trainer: Trainer, recorder: Recorder | None, data: Data, folder: Path) -> dict[str, Any]:
     """Evaluates and saves the trained model on rank 0. Returns the result there, and an empty dict elsewhere."""
+    seconds = 0.0 if recorder is None else recorder.seconds
     with trainer.ab.merged():
         if recorder is None:
             return {}
-        result = trainer.result(seconds, data, recorder.validation)
+        result = trainer.result({"total": seconds, **recorder.aside}, data, recorder.validation)
         save_last_model(trainer, folder)
         recorder.finish(result, describe_models(result, folder))
     return result
@@ -190,9 +189,9 @@ class _Loop:
         with watchdog if comm.topology.world_size > 1 else contextlib.nullcontext():
             while ab.position is not None:
                 watchdog.beat(f"step {ab.steps_done}, phase {ab.position.phase.name}")
-                self._step(ab.position, *next(stream))
+                self._step(ab.position, *next(stream), watchdog)
 
-    def _step(self, position: Position, x: Tensor, y: Tensor) -> None:
+    def _step(self, position: Position, x: Tensor, y: Tensor, watchdog: Watchdog) -> None:
         ab, recorder = self.trainer.ab, self.recorder
         logs = recorder is not None and recorder.logs(ab.steps_done + 1)
         figures = self.trainer.optimizer_step(position, x, y, measures_norm=logs)
@@ -203,12 +202,14 @@ class _Loop:
         if recorder is not None:
             payload = ab.communicator.meter.payload()["total"]
             recorder.step(ab.steps_done, position.phase.name, figures, payload, ab.divergence)
-        self.validation.after(ab.steps_done)
+        self.validation.after(ab.steps_done, watchdog.beat)
+        watchdog.beat(f"after {ab.steps_done} steps")  # writing a checkpoint has the whole time limit again
         self._save_or_stop(position, shares_gradients)
 
     def _before_merge(self, position: Position) -> None:
         done, rounds = self.trainer.ab.steps_done + 1, position.phase.rounds
-        waits = position.merges or self.saving.due(done) or done == self.trainer.config.steps
+        due = self.saving.due(done) or self.validation.joins(done)
+        waits = position.merges or due or done == self.trainer.config.steps
         self.stopping.before_step(done - 1, waits, rounds.delay if rounds else 0)
 
     def _save_or_stop(self, position: Position, shares_gradients: bool) -> None:
@@ -216,9 +217,10 @@ class _Loop:
         due = self.saving.due(ab.steps_done)
         # With gradients or hidden merges, the answer may arrive at the next meeting: then nobody waits for it here.
         waits_anyway = rounds is not None and position.merges and (position.last or not rounds.delay)
+        together = due or self.validation.joins(ab.steps_done)
         # After the last step there is nothing left to stop.
-        meets = not ab.finished and (shares_gradients or position.merges or due)
-        number = self.stopping.agreed(meets, wait=waits_anyway or due or ab.finished)
+        meets = not ab.finished and (shares_gradients or position.merges or together)
+        number = self.stopping.agreed(meets, wait=waits_anyway or together or ab.finished)
         if not (meets or ab.finished):
             number = self.stopping.agreed_between(ab.steps_done)
         stops = number != 0 and not ab.finished

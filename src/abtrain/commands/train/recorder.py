@@ -35,6 +35,7 @@ class Recorder:
         self._heading = config, parameters
         self._trackers: Trackers | None = None
         self.validation: dict[str, Any] = {}
+        self.aside: dict[str, float] = {}
 
     def __enter__(self) -> Recorder:
         return self
@@ -54,12 +55,15 @@ class Recorder:
 
     def begin(self, step: int) -> None:
         """Begins recording a run, or resumes it after `step` steps."""
+        seconds = self.seconds if step else 0.0
         self._step = step
-        self._last_log = time.perf_counter()
         self._folder.begin(step)
         self._trackers = Trackers(self._heading[0], self._folder.path)
         self._never_fatal("the display", self._display.heading, *self._heading)
         self._never_fatal("the display", self._display.__enter__)
+        # The time of a run does not include its setup.
+        self._last_log = time.perf_counter()
+        self._started = self._last_log - seconds
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state from which `load_state_dict` resumes recording."""
@@ -67,6 +71,7 @@ class Recorder:
             "losses": torch.tensor(self._losses, dtype=torch.float64),
             "seconds": self.seconds,
             "validation": self.validation,
+            "aside": self.aside,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -74,6 +79,7 @@ class Recorder:
         self._losses = state["losses"].tolist()
         self._started = time.perf_counter() - float(state["seconds"])
         self.validation = dict(state["validation"])
+        self.aside = dict(state["aside"])
 
     def logs(self, step: int) -> bool:
         """Whether the metrics are logged after `step` steps."""
@@ -111,21 +117,25 @@ class Recorder:
         if self._trackers is not None:
             self._trackers.log(kind, record["step"], figures)
 
-    def validated(self, step: int, phase: str, quality: Mapping[str, Any], seconds: float) -> bool:
-        """Records a validation, which took `seconds`. Returns whether its model is the best so far.
+    def spent(self, name: str, seconds: float) -> None:
+        """Adds seconds that do not count as training. `name` is the name of their phase in the meter."""
+        self.aside[name] = self.aside.get(name, 0.0) + seconds
+        self._last_log += seconds
 
-        The best model has the highest top-1 accuracy; for tasks without classes, the lowest loss.
+    def validated(self, step: int, phase: str, quality: Mapping[str, Any]) -> bool:
+        """Records a validation. Returns whether its model is the best so far.
+
+        The best model has the highest top-1 accuracy; for tasks without classes, the lowest loss. A model whose figure
+        is not finite is never the best.
         """
         found = {"step": step, **quality}
         best = self.validation.get("best")
         key = "loss" if quality["top1"] is None else "top1"
         sign = -1 if key == "loss" else 1
-        is_best = best is None or sign * quality[key] > sign * best[key]
-        spent = self.validation.get("seconds", 0.0) + seconds
-        self.validation = {"last": found, "best": found if is_best else best, "seconds": spent}
+        is_best = math.isfinite(quality[key]) and (best is None or sign * quality[key] > sign * best[key])
+        self.validation = {"last": found, "best": found if is_best else best}
         record = {"step": step, "phase": phase, "validation": dict(quality), "seconds": round(self.seconds, 3)}
         self._log("eval", record, quality)
-        self._last_log += seconds  # the speed of training does not include validation
         self._never_fatal("the display", self._display.validated, step, quality, is_best)
         return is_best
 

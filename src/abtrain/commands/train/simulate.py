@@ -68,7 +68,7 @@ def _worker(config: TrainConfig, data: Data, initial: nn.Module, communicator: C
     result: dict[str, Any] = {}
     with ab.merged():
         if rank == 0:
-            result = trainer.result(seconds, data)
+            result = trainer.result({"total": seconds}, data)
             result |= {"cpu_seconds_per_step": cpu / config.steps, "divergence": ab.divergence}
         communicator.barrier()
     return result

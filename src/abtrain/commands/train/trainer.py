@@ -23,8 +23,8 @@ from abtrain.engine.ab_training import ABTraining
 from abtrain.errors import NonFiniteError
 from abtrain.recipes.recipe import Position
 
-VALIDATE = "validate"
-"""The name of the phase under which the meter counts the bytes of validation."""
+VALIDATE, CHECKPOINT = "validate", "checkpoint"
+"""The names under which the meter counts the bytes of validations and checkpoints. Training does not include them."""
 
 
 class StepFigures(NamedTuple):
@@ -103,18 +103,19 @@ class Trainer:
                 f"({phase.name}), learning rate {lr:.3g}: lower --lr (now {self.config.lr}), or try another --seed"
             )
 
-    def result(self, seconds: float, data: Data, validation: Mapping[str, Any] = {}) -> dict[str, Any]:
+    def result(self, seconds: Mapping[str, float], data: Data, validation: Mapping[str, Any] = {}) -> dict[str, Any]:
         """Evaluates the model and returns the content of result.json. Call it inside `ab.merged()`.
 
         Args:
-            seconds: the wall time of the run.
+            seconds: the wall time of the run (`total`), and the parts of it that went to validations (`validate`) and to
+                checkpoints (`checkpoint`), if there were any.
             data: the data of the task.
-            validation: the `best` and the `last` validation during training, and the `seconds` of all.
+            validation: the `best` and the `last` validation during training.
         """
         ab, config = self.ab, self.config
         meter, topology, device = ab.communicator.meter, ab.communicator.topology, ab.communicator.device
-        payload, svd, validated = meter.payload(), ab.seconds["svd"], validation.get("seconds", 0.0)
-        trained_by = payload["total"] - payload["by_phase"].get(VALIDATE, 0)
+        payload = meter.payload()
+        trained_by = payload["total"] - sum(payload["by_phase"].get(name, 0) for name in (VALIDATE, CHECKPOINT))
         return {
             "recipe": config.recipe_name,
             "task": config.task,
@@ -123,14 +124,8 @@ class Trainer:
             "group_size": topology.group_size,
             "steps": ab.steps_done,
             **evaluate(self.model, self.task, data),
-            "seconds": {
-                "total": seconds,
-                "compute": seconds - meter.sync_seconds - svd - validated,
-                "sync": meter.sync_seconds,
-                "svd": svd,
-                "validate": validated,
-            },
-            "validation": {name: validation[name] for name in ("best", "last") if name in validation},
+            "seconds": self._seconds(seconds),
+            "validation": dict(validation),
             "payload_bytes": payload,
             "payload_ratio": payload_ratio(trained_by, self.parameters, ab.steps_done),
             "parameters": self.parameters,
@@ -147,6 +142,15 @@ class Trainer:
             },
             "config": dataclasses.asdict(config),
         }
+
+    def _seconds(self, spent: Mapping[str, float]) -> dict[str, float]:
+        """Returns the seconds of a run and of its parts. All parts add up to `total`."""
+        parts = {
+            "sync": self.ab.communicator.meter.sync_seconds,
+            "svd": self.ab.seconds["svd"],
+            **{name: spent.get(name, 0.0) for name in (VALIDATE, CHECKPOINT)},
+        }
+        return {"total": spent["total"], "compute": spent["total"] - sum(parts.values()), **parts}
 
 
 def loss_of(model: Callable[[Tensor], Any], task: Task, x: Tensor, y: Tensor, precision: Precision | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,8 @@ class Seen:
         self.received.append((step, numbers))
 
     def finish(self, numbers: Any) -> None: ...
+
+    def close(self, finished: bool) -> None: ...
 
 
 @pytest.fixture
@@ -70,7 +73,8 @@ def test_the_speed_is_that_of_all_workers_since_the_last_log_without_validation(
         recorder.step(step, "train", StepFigures(1.0, 0.1, 0.5), 0)
         if step == 3:
             clock[0] += 10
-            recorder.validated(step, "train", {"top1": 1.0, "loss": 1.0}, seconds=10)
+            recorder.validated(step, "train", {"top1": 1.0, "loss": 1.0})
+            recorder.spent("validate", 10)
     logged = [line for line in lines(tmp_path) if "loss" in line]
     assert [(line["step"], line["samples_per_second"]) for line in logged] == [(2, 24), (4, 24), (6, 12)]
 
@@ -81,12 +85,39 @@ def test_steps_and_validations_have_lines_and_names_of_their_kind(
     for step in range(1, 5):
         clock[0] += 1
         recorder.step(step, "rounds", StepFigures(float(step), 0.1, 0.5), 1000 * step)
-    recorder.validated(4, "rounds", {"top1": 50.0, "loss": 0.25}, seconds=1)
+    recorder.validated(4, "rounds", {"top1": 50.0, "loss": 0.25})
     kinds = [(line["step"], ({"validation", "loss"} & line.keys()).pop()) for line in lines(tmp_path)]
     assert kinds == [(2, "loss"), (4, "loss"), (4, "validation")]
     step = {"loss": 3.5, "lr": 0.1, "grad_norm": 0.5, "samples_per_second": 24.0, "payload_bytes": 4000, "seconds": 4}
     assert seen.received[1] == (4, {f"train/{name}": value for name, value in step.items()})
     assert seen.received[2] == (4, {"eval/top1": 50.0, "eval/loss": 0.25})
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(recorder: Recorder) -> None:
+    losses = [math.nan, 2.0, math.nan, 1.0, math.inf]
+    best = [recorder.validated(i, "train", {"top1": None, "loss": loss}) for i, loss in enumerate(losses)]
+    assert best == [False, True, False, True, False]
+    assert recorder.validation["best"]["loss"] == 1.0 and recorder.validation["last"]["loss"] == math.inf
+
+
+@pytest.mark.parametrize(("step", "before"), [(0, 0.0), (3, 7.0)])
+def test_the_time_of_a_run_does_not_include_its_setup(
+    step: int, before: float, tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(folder: Path, config: TrainConfig) -> Seen:
+        clock[0] += 50
+        return Seen()
+
+    monkeypatch.setitem(trackers.TRACKERS, "slow", ("json", slow))
+    config = resolve(TrainConfig("ddp", workers=1, device="cpu", out=tmp_path, track=("slow",)))
+    with RunFolder(config) as folder, Recorder(config, folder, 10) as recorder:
+        clock[0] += 20
+        if step:
+            saved = {"losses": torch.zeros(0), "seconds": torch.tensor(before), "validation": {}, "aside": {}}
+            recorder.load_state_dict(saved)
+        recorder.begin(step)
+        clock[0] += 2
+        assert recorder.seconds == before + 2
 
 
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
