@@ -173,7 +173,7 @@ BYTES = os.fsdecode(b"bad\xff")
 def test_names_that_are_not_utf_8(option: str) -> None:
     value = (BYTES,) if option == "track" else Path(BYTES) if option in ("out", "data") else BYTES
     (problem,) = validate(TrainConfig(**{option: value}))  # type: ignore[arg-type]
-    assert problem == f"--{option} 'bad\\udcff' is not UTF-8, as config.toml must be: use a name that is"
+    assert problem == f"--{option} 'bad\\udcff' is not UTF-8, but config.toml must be: use a name in UTF-8"
 
 
 def test_a_file_of_settings_whose_name_is_not_utf_8(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_settings_in_a_run_folder_that_are_not_utf_8(tmp_path: Path) -> None:
     from abtrain.commands.train.loop import train
 
     config = resolve(TrainConfig("ddp", workers=1, steps=2, device="cpu", out=tmp_path))
-    with pytest.raises(ConfigurationError, match=r"config\.toml is not UTF-8"):
+    with pytest.raises(ConfigurationError, match=r"config\.toml is damaged \(it is not UTF-8"):
         train(config, SingleProcess())
 
 

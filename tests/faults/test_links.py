@@ -64,7 +64,7 @@ def test_a_link_that_is_cut_for_good_ends_the_run(lab: Lab, tmp_path: Path) -> N
     said = "".join(log.read_text() for log in (tmp_path / "lab").glob("host-*.log"))
     # On a machine that is slow itself, the link may be gone before the workers have met.
     lost = "lost a peer in" in said and "did not answer in time" in said
-    assert lost or "not all arrived" in said
+    assert lost or ("to connect to" in said and "some did not" in said)
     if lost:
         # Host 0 holds the store: it names the other one, which cannot reach it. The first one to end, ends the run.
         assert "No word from rank 1 on " in said or "the store where workers meet is out of reach" in said

@@ -136,7 +136,7 @@ def test_no_worker_waits_for_the_others_in_native_code(tmp_path: Path) -> None:
 
 def test_a_store_that_ends_during_the_meeting_is_a_lost_peer() -> None:
     with pytest.raises(
-        PeerLostError, match="rank 1 cannot meet the others of 2: the store where workers meet is out of"
+        PeerLostError, match="rank 1 of 2 cannot connect to the other workers: it cannot reach the store"
     ):
         meet(Gone(), 1, 2, 20)
 

@@ -243,8 +243,8 @@ def test_a_worker_whose_peer_does_not_come(rank: int, tmp_path: Path) -> None:
     assert ended.code == 6
     told = ended.err.splitlines()[-1]
     assert (
-        told.startswith(f"abtrain: error: rank {rank} waited 3 s at 127.0.0.1:")
-        and "others of 2, and not all arrived" in told
+        told.startswith(f"abtrain: error: rank {rank} waited 3 s for all 2 workers to connect to 127.0.0.1:")
+        and "and some did not: look at the output of the other workers" in told
     )
     assert not (tmp_path / "run").exists()
 

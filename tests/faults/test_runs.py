@@ -242,8 +242,8 @@ def test_a_run_with_only_damaged_checkpoints_does_not_start_over(
     ("recipe", "every", "stop", "saved", "goes_on"),
     [
         ("ab", 5, 12, 10, "step 10"),
-        ("ab", 3, 17, 15, "step 15, back at the merge of step 13"),
-        ("ab_outer", 4, 18, 16, "step 16, back at the merge of step 10"),
+        ("ab", 3, 17, 15, "step 15, at the last merge before it (step 13)"),
+        ("ab_outer", 4, 18, 16, "step 16, at the last merge before it (step 10)"),
     ],
     ids=["at a merge", "during a round", "a merge under way"],
 )
@@ -271,7 +271,7 @@ def test_another_number_of_workers(
     result = run(settings(tmp_path, recipe, workers=workers, checkpoint_every=every, keep=1))
     assert (
         f"resuming from the checkpoint of {goes_on}" in caplog.text
-        and "samples are divided among them again" in caplog.text
+        and "samples are divided among them anew" in caplog.text
     )
     assert result["steps"] == STEPS and result["world_size"] == workers
     assert recorded(tmp_path) == list(range(1, STEPS + 1))

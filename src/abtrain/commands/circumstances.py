@@ -1,4 +1,4 @@
-"""The versions and the hardware that results depend on."""
+"""Describes the software and the hardware of this machine, on which results depend."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ def hardware() -> dict[str, str | int | None]:
 
 
 def versions_note(found: Iterable[str | None]) -> str:
-    """Returns a note that lists the versions of abtrain whose results a table mixes; empty if there is only one."""
+    """Returns a note for a table whose results are from several versions of abtrain, which lists these versions.
+
+    Args:
+        found: the version of each result; None if it is unknown. The note is empty if all are equal.
+    """
     known = sorted({each or "unknown" for each in found})
     return f"Results of several versions of abtrain: {', '.join(known)}." if len(known) > 1 else ""

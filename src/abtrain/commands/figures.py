@@ -1,4 +1,4 @@
-"""Draws figures as PNG files in one style."""
+"""Draws figures in a common style, and saves them as PNG files."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from abtrain.lowrank.weight import FactoredWeight
 from abtrain.modes import own_modes
 
 _loaded: WeakSet[FactoredWeight] = WeakSet()
-"""Weights that `load` has factored while no ABTraining trains their model."""
+"""Factored weights of models that `load` has changed and that no ABTraining trains. `load` may replace them."""
 
 
 def save_model(path: str | os.PathLike[str], state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -38,7 +38,7 @@ def save_model(path: str | os.PathLike[str], state: Mapping[str, Any], about: Ma
         about: a description of the model as JSON values. The file's metadata contains it under the key `abtrain`.
 
     Raises:
-        UsageError: an entry of `state` is not a tensor. A module's extra state can be such an entry.
+        UsageError: a value in `state` is not a tensor, such as the extra state of a module.
         CheckpointError: the file cannot be written; a former file is unchanged.
     """
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
@@ -58,25 +58,29 @@ def save_model(path: str | os.PathLike[str], state: Mapping[str, Any], about: Ma
 
 @own_modes()
 def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Loads a model file, dense or factored, into a model. Weights that are factored in the file become factored.
+    """Loads a saved model into a model of the same architecture, and returns its description.
 
-    Tensors are converted to the model's dtypes and devices. `to_plain` then gives a model that needs no abtrain.
+    A weight that the file holds as two factors A and B becomes factored in the model. All other weights become dense.
+    Tensors take the model's dtypes and devices. `abtrain.to_plain(model)` returns a copy that runs without abtrain.
 
     Args:
-        model: a newly built model of the same architecture; changed in place.
-        path: a safetensors file that `save_model` wrote, or one of a plain `state_dict`.
+        model: a model of the same architecture, such as a newly built one; changed in place.
+        path: a file that `save_model` wrote, or a safetensors file of the model's `state_dict()`.
 
     Returns:
-        The saved description of the model: its form, recipe and step. Empty if abtrain did not write the file.
+        The form (`dense` or `factored`), the recipe and the step of the model, as `save_model` wrote them into the
+        file; an empty dict if another program wrote the file.
 
     Raises:
-        CheckpointError: the file cannot be read, or its names or shapes differ from the model's. Nothing changed.
-        UsageError: an ABTraining is training the model.
+        CheckpointError: the file cannot be read, or its names or shapes differ from the model's. The model is
+            unchanged.
+        UsageError: an ABTraining is training the model. The model is unchanged.
     """
     records = [one for m in model.modules() if isinstance(m, Factored) for one in m._abtrain_weights.values()]
     if any(record not in _loaded for record in records):
         raise UsageError(
-            "the model is trained by ABTraining at present: call ab.close() before, or ab.load_dense_state_dict(state)"
+            "an ABTraining is training the model: call ab.close() first, or load dense weights into the model in "
+            "training with ab.load_dense_state_dict(state)"
         )
     tensors, about = _read(Path(path))
     names = {without_compiled(name): name for name in model.state_dict()}

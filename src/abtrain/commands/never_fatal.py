@@ -11,7 +11,10 @@ log = logging.getLogger("abtrain")
 
 
 class NeverFatal:
-    """Calls functions and logs their errors instead of raising them. Each failing part is logged once."""
+    """Calls functions and logs their errors instead of raising them.
+
+    Each part of the program that fails is logged once, at its first failure.
+    """
 
     def __init__(self) -> None:
         self._logged: set[str] = set()
@@ -20,7 +23,7 @@ class NeverFatal:
         """Calls `call(*args)` and returns whether it succeeded.
 
         Args:
-            what: the name of the part of the program that fails if the call does, for the log.
+            what: the name of the part of the program that the call belongs to, for the log.
             call: the function to call with `args`.
 
         Raises:

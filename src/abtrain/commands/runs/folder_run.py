@@ -104,7 +104,7 @@ def run_once(
         runner: a context manager that yields a function, which executes one run and records its result. The context is
             entered only if a run is unfinished, because building a lab or loading data takes time.
         say: prints a line.
-        in_short: returns a short description of a run's result, for the line that reports its end.
+        in_short: returns a short description of a run's result, for the line that says that it has finished.
     """
     missing = [run for run in planned if not run.done]
     say(f"{len(planned)} runs, {len(planned) - len(missing)} of them done before")
@@ -167,13 +167,13 @@ def writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigurationError(
-            f"--out {out} cannot be written: {error}. Finished runs are kept: fix this, and run again"
+            f"--out {out} cannot be written: {error}. Finished runs are kept: solve this, and run the command again"
         ) from error
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Locks a folder of runs for this process. Another process would take unfinished runs for abandoned ones.
+    """Locks a folder of runs inside the context, because another process would take unfinished runs for abandoned ones.
 
     Raises:
         ConfigurationError: another process has locked it, or it cannot be written.

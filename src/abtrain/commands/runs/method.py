@@ -35,7 +35,7 @@ class Method:
 
 
 def method_of(config: TrainConfig) -> Method:
-    """Returns the method of a run that this version of abtrain makes with these valid settings."""
+    """Returns the method of a run with these settings, which must be valid, in this version of abtrain."""
     whole = resolved(config)
     return Method(_settings(whole), _described(recipe_of(whole)))
 

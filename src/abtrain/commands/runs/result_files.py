@@ -52,12 +52,12 @@ class JsonRecord:
         return None if value is None else self._number(value, keys, least, exclusive=False)
 
     def numbers(self, *keys: str) -> dict[str, float]:
-        """Returns a JSON object whose values are numbers of at least 0."""
+        """Returns the numbers of an object by name. Each is at least 0."""
         found = self.mapping(*keys)
         return {_text(self, name, keys): self._number(item, (*keys, name), 0.0, False) for name, item in found.items()}
 
     def counts(self, *keys: str) -> dict[str, int]:
-        """Returns a JSON object whose values are whole numbers of at least 0."""
+        """Returns the whole numbers of an object by name. Each is at least 0."""
         found = self.numbers(*keys)
         broken = [name for name, number in found.items() if number != int(number)]
         if broken:
@@ -65,14 +65,14 @@ class JsonRecord:
         return {name: int(number) for name, number in found.items()}
 
     def mapping(self, *keys: str) -> Mapping[str, Any]:
-        """Returns a JSON object."""
+        """Returns an object: its values by name, which are not checked."""
         value = self._value(keys)
         if not isinstance(value, dict):
             raise self.error(keys, value, "an object")
         return value
 
     def text(self, *keys: str) -> str:
-        """Returns a string that can be encoded as UTF-8."""
+        """Returns a string. It can be written to a file: strings that UTF-8 cannot encode are refused."""
         return _text(self, self._value(keys), keys)
 
     def optional_text(self, *keys: str) -> str | None:
@@ -81,14 +81,14 @@ class JsonRecord:
         return None if value is None else _text(self, value, keys)
 
     def records(self, *keys: str) -> list[JsonRecord]:
-        """Returns a list of JSON objects."""
+        """Returns a list of objects as records, whose values are checked when they are read."""
         value = self._value(keys)
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise self.error(keys, value, "a list of objects")
         return [JsonRecord(self.path, item, f"{self._name(keys)}[{index}]") for index, item in enumerate(value)]
 
     def error(self, keys: Sequence[str], value: object, wanted: str) -> DataError:
-        """Returns the error for an invalid value; `wanted` describes valid ones."""
+        """Returns the error about an invalid `value` at `keys`. `wanted` describes the values that are valid there."""
         shown = reprlib.repr(value)
         return DataError(f"{self.path} is damaged: {self._name(keys)} is {shown}, not {wanted}. Remedy: {_REMEDY}")
 

@@ -41,7 +41,7 @@ class Bad(NamedTuple):
 
 @dataclass(frozen=True)
 class Images(Samples):
-    """Images in files, with their labels. It is for data sets that do not fit into memory.
+    """Images that are read from their files in each epoch, for data sets that do not fit into memory.
 
     Samples are uint8 (3, 224, 224). Training samples are random crops, resized and possibly mirrored. Test samples are
     the centers of images. The random numbers for a sample depend only on seed, worker, step and index in the batch.
@@ -108,7 +108,7 @@ class Images(Samples):
                 if isinstance(note, Bad):
                     raise DataError(note.message)
                 if note not in logged:
-                    log.warning("skipped %s", note)
+                    log.warning("skipped an image that cannot be read: %s", note)
                     logged.add(note)
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
@@ -183,7 +183,7 @@ def find_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Path:
 
 
 def load_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Data:
-    """Lists the image files of ImageNet-2012, which are read later. The validation set serves as the test set.
+    """Lists the image files of ImageNet-2012, which training reads. The validation set serves as the test set.
 
     Raises:
         DataError: torchvision is missing, or folders are missing, incomplete, or have wrong classes.
@@ -223,7 +223,7 @@ def find_cifar(folder: Path | None, name: str) -> Path:
         raise DataError(f"{place} lacks {', '.join(missing)}: {how}")
     damaged = [file for file, digest in files if not check_integrity(str(place / file), digest)]
     if damaged:
-        raise DataError(f"{place}: {', '.join(damaged)} differs from the published file: {how}")
+        raise DataError(f"{place} has files that differ from the published ones ({', '.join(damaged)}): {how}")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The training and test data of a task."""
+"""Defines the interface to training and test samples, and implements it for samples in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Reading:
 
 
 class Samples(Dataset[Any], ABC):
-    """Samples with their targets, in memory or in files."""
+    """Samples in memory or in files. A sample is an input with its target."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -45,12 +45,12 @@ class Samples(Dataset[Any], ABC):
 
     @abstractmethod
     def stream(self, plan: Iterator[tuple[int, list[int]]], seed: int, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields batches of samples and targets.
+        """Yields batches (inputs, targets), as tensors whose first dimension counts the samples.
 
         Args:
             plan: pairs of a step's number and the indices of its samples.
-            seed: the seed of the random numbers of samples, together with `rank` and the step.
-            rank: the rank of this worker.
+            seed: the seed of the random numbers, such as those of random crops.
+            rank: the rank of this worker. Workers of different ranks draw different random numbers.
 
         Raises:
             DataError: a sample cannot be read, and `on_bad_image` is `stop`.
@@ -76,7 +76,7 @@ class Split(Samples):
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
-            raise DataError(f"{len(self.x)} samples with {len(self.y)} targets: each sample needs exactly one")
+            raise DataError(f"{len(self.x)} inputs have {len(self.y)} targets: each input needs exactly one target")
 
     def __len__(self) -> int:
         return len(self.x)
@@ -101,7 +101,7 @@ class Split(Samples):
 
 @dataclass(frozen=True)
 class Data:
-    """The training and test data of a task."""
+    """Defines the interface to training and test samples, and implements it for samples in memory."""
 
     train: Samples
     test: Samples

@@ -52,7 +52,7 @@ class Task:
         name: the name of the task on the command line.
         model: builds the model with PyTorch's own initialization.
         find: checks that the data is in the `--data` folder or in its default folder; raises DataError if not.
-        load: reads the data; has the argument and the error of `find`.
+        load: reads the data; takes the same argument and raises the same error as `find`.
         prepare: converts stored samples to the model's input.
         steps: the default number of steps.
         batch_size: the default number of samples per worker and step.
@@ -199,7 +199,7 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.05) -> 
 
 
 def build_schedule(optimizer: Optimizer, steps: int, warmup: float = WARMUP_SHARE) -> LambdaLR:
-    """Builds a schedule: linear warm-up over the share `warmup` of the steps, then a cosine to zero."""
+    """Builds a learning-rate schedule: linear warm-up over the share `warmup` of the steps, then a cosine to zero."""
     warmup_steps = max(1, round(warmup * steps))
 
     def factor(step: int) -> float:
@@ -226,7 +226,7 @@ def batches(
     per_epoch = samples // world_size // batch_size
     if per_epoch == 0:
         raise ConfigurationError(
-            f"batch size {batch_size} x {world_size} workers is more than the {samples} training samples of "
+            f"batch size {batch_size} x {world_size} workers is more than the {samples} training samples of task "
             f"{task.name}: use a batch size of at most {samples // world_size}"
         )
     return _batches(task, data, seed, rank, world_size, batch_size, start)

@@ -98,11 +98,15 @@ class Saving:
                 "a new run"
             ) from error
         if comm.rank == 0:
-            back = f", back at the merge of step {self._ab.steps_done}" if self._ab.steps_done != saved.step else ""
+            back = (
+                f", at the last merge before it (step {self._ab.steps_done})"
+                if self._ab.steps_done != saved.step
+                else ""
+            )
             log.info("resuming from the checkpoint of step %d%s", saved.step, back)
             if saved.workers != comm.topology.world_size:
                 log.info(
-                    "%d workers resume a run of %d: samples are divided among them again",
+                    "%d workers resume a run of %d workers: the samples are divided among them anew",
                     comm.topology.world_size,
                     saved.workers,
                 )

@@ -69,9 +69,9 @@ def _text_problems(config: TrainConfig) -> list[str]:
     for name, value in dataclasses.asdict(dataclasses.replace(config, config=None)).items():
         for text in map(str, value if isinstance(value, tuple) else [value]):
             if any("\ud800" <= letter <= "\udfff" for letter in text):
-                problems.append(f"{_option(name)} {text!a} is not UTF-8, as config.toml must be: use a name that is")
+                problems.append(f"{_option(name)} {text!a} is not UTF-8, but config.toml must be: use a name in UTF-8")
             elif "\0" in text:
-                problems.append(f"{_option(name)} {text!r} holds a null byte: name a path without one")
+                problems.append(f"{_option(name)} {text!r} holds a null byte: use a name without one")
     return problems
 
 
@@ -94,12 +94,14 @@ def _value_problems(config: TrainConfig) -> list[str]:
     if not 0 <= config.seed < 2**32:
         problems.append(f"--seed {config.seed} is out of range: use a number from 0 to {2**32 - 1}")
     if config.lr is not None and not (is_finite_number(config.lr) and config.lr > 0):
-        problems.append(f"--lr {config.lr} is not a finite number above 0: use one")
+        problems.append(f"--lr {config.lr} is not a finite number above 0: use a number such as 0.001")
     if not 0 < config.timeout <= _MAX_TIMEOUT:
         problems.append(f"--timeout {config.timeout} is out of range: use a number above 0, up to {_MAX_TIMEOUT}")
     for name in ("weight_decay", "clip"):
         if name in values and not (is_finite_number(values[name]) and values[name] >= 0):
-            problems.append(f"{_option(name)} {values[name]} is not a finite number of at least 0: use one")
+            problems.append(
+                f"{_option(name)} {values[name]} is not a finite number of at least 0: use a number such as 0.1"
+            )
     return problems
 
 

@@ -36,7 +36,8 @@ def meet(store: Store, rank: int, world_size: int, seconds: float) -> Store:
         seconds: the longest time in seconds to wait for the other workers.
 
     Raises:
-        PeerLostError: not all workers arrived in time (rank 0 names the missing ones), or the store cannot be reached.
+        PeerLostError: not all workers connected in time (rank 0 names the missing ones), or the store cannot be
+            reached.
     """
     with _in_reach(rank, world_size):
         return _host_meeting(store, world_size, seconds) if rank == 0 else _arrive(store, rank, seconds)
@@ -63,8 +64,9 @@ def _in_reach(rank: int, world_size: int) -> Iterator[None]:
         yield
     except dist.DistError as error:
         raise PeerLostError(
-            f"rank {rank} cannot meet the others of {world_size}: the store where workers meet is out of reach. The "
-            "worker or launcher that holds it has ended, or the link to it is cut: look at their output"
+            f"rank {rank} of {world_size} cannot connect to the other workers: it cannot reach the store that they "
+            "connect through. The worker or launcher that hosts the store has ended, or the network connection to it "
+            "is lost. Look at the output of both"
         ) from error
 
 
@@ -75,8 +77,8 @@ def _arrive(store: Store, rank: int, seconds: float) -> Store:
     while not store.check([f"welcome/{identifier}"]):
         if time.monotonic() > deadline:
             raise PeerLostError(
-                f"rank {rank} waited {seconds:g} s at the start, and rank 0 did not arrive: look at its output, or "
-                "allow more time with --timeout"
+                f"rank {rank} waited {seconds:g} s at the start, and rank 0 did not connect: look at the output of "
+                "rank 0, or allow more time with --timeout"
             )
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -101,8 +103,8 @@ def _host_meeting(store: Store, world_size: int, seconds: float) -> Store:
                     welcomed.add(identifier)
         if missing and time.monotonic() > deadline:
             raise PeerLostError(
-                f"rank {', '.join(map(str, sorted(missing)))} of {world_size} did not arrive within {seconds:g} s: "
-                "look at its output, or allow more time with --timeout"
+                f"rank {', '.join(map(str, sorted(missing)))} of {world_size} did not connect within {seconds:g} s: "
+                "look at the output of these workers, or allow more time with --timeout"
             )
         time.sleep(_PAUSE_SECONDS if missing else 0)
     return meeting

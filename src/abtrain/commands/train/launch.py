@@ -67,11 +67,11 @@ def note_failure(error: AbtrainError) -> None:
 
 
 def _take_world_size(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """Returns the settings with torchrun's number of workers, and messages for the user about settings."""
+    """Returns the settings with torchrun's number of workers, and notes about options that do not suit torchrun."""
     world_size = joined_world().size
     notes = []
     if config.workers not in (world_size, TrainConfig.workers):
-        notes.append(f"--workers {config.workers} is ignored: torchrun started {world_size}")
+        notes.append(f"--workers {config.workers} is ignored: torchrun started {world_size} workers")
     if config.out is None and is_restarted_by_torchrun():
-        notes.append("without --out every restart begins a new run in a new folder: name one to resume the run")
+        notes.append("without --out, each restart begins a new run in a new folder: add --out FOLDER to resume the run")
     return dataclasses.replace(config, workers=world_size), notes

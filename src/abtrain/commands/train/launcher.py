@@ -214,7 +214,7 @@ def _is_handled(error: BaseException) -> bool:
 
 
 def _first_error(failures: list[ProcessFailure]) -> AbtrainError:
-    """Returns the error of the worker that failed first and so made the run fail."""
+    """Returns the error of the worker that failed first. Most of the other failures are consequences of this one."""
     # A worker that had to be killed long after others had failed did not react: it was frozen or unreachable.
     long_before = min(failure.timestamp for failure in failures) + _SHUTDOWN_SECONDS - 1
     frozen = [f for f in failures if f.exitcode == -signal.SIGKILL and f.timestamp >= long_before]
@@ -240,7 +240,10 @@ def _error_of(failure: ProcessFailure) -> AbtrainError:
     """Returns the error that a worker wrote to its error file before it ended."""
     content = failure.error_file_data.get("message", "")
     if not isinstance(content, dict):
-        return AbtrainError(f"worker {failure.local_rank} ended with exit code {failure.exitcode} and left no message")
+        return AbtrainError(
+            f"worker {failure.local_rank} ended with exit code {failure.exitcode} and without an error message: look "
+            "at the output above"
+        )
     kind = {kind.exit_code: kind for kind in AbtrainError.__subclasses__()}.get(failure.exitcode)
     if kind is None:  # an unforeseen error needs its traceback
         return AbtrainError(f"worker {failure.local_rank} failed\n{content['extraInfo']['py_callstack']}")

@@ -132,8 +132,8 @@ def _check_data(task: Task, data: Data, workers: int) -> None:
     samples = len(data.train)
     if not samples or not len(data.test):
         raise DataError(
-            f"task {task.name} has {samples} training samples and {len(data.test)} test samples, and needs both: check "
-            "the folder that --data names"
+            f"task {task.name} has {samples} training samples and {len(data.test)} test samples, but needs at least "
+            "one of each: check the folder that --data names"
         )
     if samples < workers:
         raise ConfigurationError(

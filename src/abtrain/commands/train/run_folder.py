@@ -207,29 +207,27 @@ class RunFolder:
             ConfigurationError: one of them is a link or of another type.
         """
         checkpoints, metrics = self.path / CHECKPOINTS, self.path / METRICS_FILE
-        odd = []
+        odd = {}
         if os.path.lexists(checkpoints) and (checkpoints.is_symlink() or not checkpoints.is_dir()):
-            odd.append(f"{checkpoints} is a link or not a folder")
+            odd[checkpoints] = "a link or not a folder"
         if os.path.lexists(metrics) and not is_regular(metrics):
-            odd.append(f"{metrics} is a link or not a file")
+            odd[metrics] = "a link or not a file"
         if odd:
+            found = " and ".join(f"{path} is {kind}" for path, kind in odd.items())
             raise ConfigurationError(
-                f"--out {self.path} cannot be resumed: {' and '.join(odd)}. Remove it (only the run folder itself may "
-                "be a link), or name another folder"
+                f"--out {self.path} cannot be resumed: {found}. Only the run folder itself may be a link. Remove "
+                f"{' and '.join(map(str, odd))}, or name another folder"
             )
 
     def _check_settings(self) -> None:
         file = self.path / CONFIG_FILE
         try:
             before = identity(from_text(read_regular(file), str(file)))
-        except UnicodeError as error:
+        except (UnicodeError, ConfigurationError) as error:
+            why = "; ".join(error.problems) if isinstance(error, ConfigurationError) else f"it is not UTF-8: {error}"
             raise ConfigurationError(
-                f"--out {self.path} holds a run whose config.toml is not UTF-8: {error}"
-            ) from error
-        except ConfigurationError as error:
-            raise ConfigurationError(
-                f"--out {self.path} holds a run whose config.toml is damaged ({'; '.join(error.problems)}): repair it, "
-                "name another folder, or add --overwrite to replace the run"
+                f"--out {self.path} holds a run whose config.toml is damaged ({why}): repair the file, name another "
+                "folder, or add --overwrite to replace the run"
             ) from error
         differing = differences(before, identity(self._settings))
         if differing:

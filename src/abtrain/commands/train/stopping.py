@@ -63,7 +63,8 @@ class Stopping:
 
         Args:
             step: the next step. It belongs to a phase in which workers do not share gradients.
-            waits: whether a merge or a checkpoint begins in the step, or the run ends with it.
+            waits: whether all workers wait for each other in this step: at a merge, a checkpoint, a validation, or the
+                end of the run.
             hidden: the number of steps for which a hidden merge continues after the step in which it begins.
         """
         if self._vote is None or self._comm.topology.world_size == 1:
@@ -120,7 +121,7 @@ def _vote_of(comm: Communicator, store: Store) -> StopVote:
 
 
 class StopVote:
-    """Lets workers agree on a step at which all stop, without waiting for the next merge.
+    """Lets workers agree on a step at which all stop, without waiting for the next merge, at which they communicate.
 
     A worker that receives a request announces it in the store. All workers read the store about once a second. A worker
     that finds a request writes its step and waits until all have done so. All workers then train up to the largest step
@@ -166,7 +167,7 @@ class StopVote:
         """Announces whether this worker is about to wait for all others.
 
         Args:
-            waits: whether it waits in the next step, at a merge or a checkpoint.
+            waits: whether it waits for them in the next step.
             hides: whether the next step overlaps with a hidden merge.
         """
         self._patience = _HIDDEN_PATIENCE_SECONDS if hides else _PATIENCE_SECONDS
@@ -219,7 +220,7 @@ class StopVote:
         return max(int(self._store.get(key)) for key in everyone)
 
     def _is_waited_for(self) -> bool:
-        """Whether another worker has announced that it waits for this one at a merge or a checkpoint."""
+        """Whether another worker has announced that it waits for this worker, so that it cannot vote."""
         return bool(self._store.check([_MEETINGS])) and int(self._store.get(_MEETINGS)) > self._meetings
 
     def _decide(self, verdict: str) -> None:

@@ -42,7 +42,9 @@ class StepFigures(NamedTuple):
 
 
 class Trainer:
-    """One worker's model with its optimizer, schedule and engine. Construction is collective over the world.
+    """Trains the model of one worker. Owns the model, its optimizer, its learning-rate schedule and its ABTraining.
+
+    All workers construct their trainers together, because ABTraining compares the workers' models.
 
     Args:
         config: the settings, validated and resolved.
@@ -99,16 +101,16 @@ class Trainer:
         if not math.isfinite(value) and (policy == "stop" or (shared and policy != "skip")):
             # The error comes before this worker sends gradients. The launcher ends the others, which wait for them.
             raise NonFiniteError(
-                f"the loss of worker {self.ab.communicator.rank} is {value} at step {self.ab.steps_done} "
-                f"({phase.name}), learning rate {lr:.3g}: lower --lr (now {self.config.lr}), or try another --seed"
+                f"the loss of worker {self.ab.communicator.rank} is {value} at step {self.ab.steps_done} of phase "
+                f"{phase.name}, at learning rate {lr:.3g}: lower --lr (now {self.config.lr}), or try another --seed"
             )
 
     def result(self, seconds: Mapping[str, float], data: Data, validation: Mapping[str, Any] = {}) -> dict[str, Any]:
         """Evaluates the model and returns the content of result.json. Call it inside `ab.merged()`.
 
         Args:
-            seconds: the wall time of the run (`total`), and the parts of it that went to validations (`validate`) and to
-                checkpoints (`checkpoint`), if there were any.
+            seconds: the wall time of the run (`total`), and the parts of it that validations (`validate`) and
+                checkpoints (`checkpoint`) took, if there were any.
             data: the data of the task.
             validation: the `best` and the `last` validation during training.
         """

@@ -20,7 +20,7 @@ _MARGIN_SECONDS = 10.0
 class Watchdog:
     """Makes a worker that hangs write the stacks of its threads and exit, inside this context.
 
-    A worker hangs if it makes no step for longer than the other workers wait for it. Collectives have their own
+    A worker hangs if it does not call `beat` for longer than the other workers wait for it. Collectives have their own
     time-outs. The watchdog is for hangs elsewhere, and for backends without time-outs.
 
     Args:
@@ -50,7 +50,7 @@ class Watchdog:
             self.dump()
 
     def beat(self, place: str) -> None:
-        """Records that the worker is alive. `place` says what it does next; the message about a hang includes it."""
+        """Records that the worker makes progress. A message about a hang includes `place`, which says what is next."""
         self._place, self._last = place, time.monotonic()
 
     def dump(self) -> str:
@@ -71,7 +71,7 @@ class Watchdog:
             if time.monotonic() - self._last > limit:
                 where = self.dump()
                 print(
-                    f"abtrain: error: {self._who} made no step for {limit:g} s ({self._place}) and exits. "
+                    f"abtrain: error: {self._who} made no progress for {limit:g} s ({self._place}) and exits. "
                     f"Stacks of its threads: {where}",
                     file=sys.stderr,
                     flush=True,

@@ -102,7 +102,7 @@ def _join(config: TrainConfig, store: Store, rank: int) -> Communicator:
     """Creates the process groups. All workers are present by now, so a short time limit suffices.
 
     Raises:
-        PeerLostError: a worker ended or could not be reached.
+        PeerLostError: another worker ended, or it could not be reached.
     """
     timeout = timedelta(seconds=config.timeout)
     # NCCL connects in its first collectives, which may take longer, and uses only the store here.
@@ -124,8 +124,8 @@ def _join(config: TrainConfig, store: Store, rank: int) -> Communicator:
         if not (isinstance(error, dist.DistError) or any(sign in message.lower() for sign in _SIGNS_OF_LOSS)):
             raise
         raise PeerLostError(
-            f"rank {rank} lost a peer at the start, after all {config.workers} workers had met, while they connected "
-            f"({message.splitlines()[0][:200]}). Look at the other workers' output"
+            f"rank {rank} lost another worker during start-up: all {config.workers} workers had started, but "
+            f"connecting them failed ({message.splitlines()[0][:200]}). Look at the other workers' output"
         ) from error
     _wait_as_long_as(timeout, store)
     return communicator
@@ -164,7 +164,7 @@ def _announced_store(rank: int, world_size: int, timeout: timedelta) -> Store:
 
     Raises:
         ConfigurationError: another program listens there.
-        PeerLostError: the worker that holds the store, or a worker that should connect to it, did not arrive in time.
+        PeerLostError: the worker that hosts the store, or a worker that should connect to it, did not start in time.
     """
     try:
         store: Store
@@ -173,11 +173,11 @@ def _announced_store(rank: int, world_size: int, timeout: timedelta) -> Store:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error):
             raise ConfigurationError(
-                f"another program listens at {place}, where workers should meet: give torchrun another --master-port"
+                f"another program listens at {place}, where workers should connect: give torchrun another --master-port"
             ) from error
         raise PeerLostError(
-            f"rank {rank} waited {timeout.total_seconds():g} s at {place} for the others of {world_size}, and not all "
-            "arrived: look at their output, or allow more time with --timeout"
+            f"rank {rank} waited {timeout.total_seconds():g} s for all {world_size} workers to connect to {place}, and "
+            "some did not: look at the output of the other workers, or allow more time with --timeout"
         ) from error
     return store
 

@@ -41,7 +41,7 @@ def joined_world(at_master: bool = True) -> World:
     """Returns the rank of this process among the launcher's workers, their number, and its rank on this machine.
 
     Args:
-        at_master: whether workers meet at MASTER_ADDR and MASTER_PORT. If so, these variables must be set.
+        at_master: whether workers connect through MASTER_ADDR and MASTER_PORT. If so, these variables must be set.
 
     Raises:
         WorldError: a variable has an invalid value.
@@ -101,7 +101,7 @@ def _master_problems(variables: Mapping[str, str]) -> list[str]:
         problems.append(f"MASTER_PORT is not set, but must be a whole number from 1 to {2**16 - 1}: {_SET_BY}")
     if not variables.get("MASTER_ADDR", "").strip():
         state = f"is {variables['MASTER_ADDR']!r}" if "MASTER_ADDR" in variables else "is not set"
-        problems.append(f"MASTER_ADDR {state}, but must name the host where workers meet: {_SET_BY}")
+        problems.append(f"MASTER_ADDR {state}, but must name the host through which workers connect: {_SET_BY}")
     return problems
 
 

@@ -29,9 +29,9 @@ def test_what_an_earlier_attempt_left_is_out_of_sight(tmp_path: Path) -> None:
 
 
 def test_who_does_not_come_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PeerLostError, match=r"rank 1, 2 of 3 did not arrive within 0.2 s"):
+    with pytest.raises(PeerLostError, match=r"rank 1, 2 of 3 did not connect within 0.2 s"):
         meet(dist.FileStore(str(tmp_path / "store"), 3), 0, 3, 0.2)
     store = dist.FileStore(str(tmp_path / "other"), 3)
     store.set_timeout(timedelta(seconds=0.2))
-    with pytest.raises(PeerLostError, match=r"rank 2 waited 0.2 s at the start, and rank 0 did not arrive"):
+    with pytest.raises(PeerLostError, match=r"rank 2 waited 0.2 s at the start, and rank 0 did not connect"):
         meet(store, 2, 3, 0.2)

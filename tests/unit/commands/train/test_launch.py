@@ -117,7 +117,7 @@ def test_torchruns_world_is_the_one_that_counts(monkeypatch: pytest.MonkeyPatch)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     config, said = launch._take_world_size(TrainConfig(workers=3))
-    assert config.workers == 2 and said == ["--workers 3 is ignored: torchrun started 2"]
+    assert config.workers == 2 and said == ["--workers 3 is ignored: torchrun started 2 workers"]
     assert launch._take_world_size(TrainConfig())[1] == []
 
 

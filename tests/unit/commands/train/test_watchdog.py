@@ -20,7 +20,9 @@ def test_a_worker_that_hangs_says_where_and_ends(
         assert ended.wait(60)
     assert set(codes) == {6}
     said = capsys.readouterr().err.splitlines()[0]
-    assert said.startswith("abtrain: error: rank 3 on here made no step for 0.2 s (step 7, phase warmup) and exits.")
+    assert said.startswith(
+        "abtrain: error: rank 3 on here made no progress for 0.2 s (step 7, phase warmup) and exits."
+    )
     assert "test_a_worker_that_hangs" in (tmp_path / "stacks.txt").read_text()
 
 
