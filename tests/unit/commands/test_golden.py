@@ -7,7 +7,9 @@ Help texts at 80 columns are in docs/commands.md.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +28,10 @@ from abtrain.commands.paper.command import show as show_table
 from abtrain.commands.paper.experiments import SCALES, cells
 from abtrain.commands.paper.published import Value
 from abtrain.commands.paper.tables import PaperRow, comparison_table, scaling_table, study_table
+from abtrain.commands.train.config import TrainConfig
+from abtrain.commands.train.display import Display
 from tests.unit.commands.made_up import outcomes
+from tests.unit.commands.train.test_display import RECORD, RESULT
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 COLUMNS = 80
@@ -39,6 +44,24 @@ def typed(*arguments: str) -> Callable[[], None]:
             cli.main(arguments)
 
     return run
+
+
+def train() -> None:
+    config = TrainConfig("ab_outer", steps=20_000, workers=4, batch_size=64, device="cpu")
+    with Display(20_000) as display:
+        display.heading(config, 868_010)
+        for step, phase in ((20, "warmup"), (20_000, "factors")):
+            display.show({**RECORD, "step": step, "phase": phase})
+        display.validated(20_000, {"top1": 97.5, "loss": 0.1}, True)
+        display.summary({**RESULT, "recipe": "ab_outer"}, Path("runs/digits-mlp-ab_outer-seed0-20260101-120000"))
+
+
+def train_on_a_terminal() -> None:
+    """The last frame of the progress bar."""
+    out = io.StringIO()
+    with Display(20_000, Output(file=out, force_terminal=True, width=COLUMNS)) as display:
+        display.show({**RECORD, "step": 10_000, "phase": "factors"})
+    print(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).strip().splitlines()[-1])
 
 
 def compare() -> None:
@@ -78,6 +101,8 @@ def inspect() -> None:
 
 PLAN = ("plan", "--parameters", "25e6", "--step-time", "100ms")
 CAPTURES: dict[str, Callable[[], None]] = {
+    "train": train,
+    "train-terminal": train_on_a_terminal,
     "recipes": typed("recipes"),
     "recipes-one": typed("recipes", "ab_outer:every=40,wire=int4"),
     "plan": typed(*PLAN, "--rate", "100mbit"),

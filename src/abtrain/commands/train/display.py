@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
-from rich.text import Text
 
 from abtrain.commands.output import Output
 from abtrain.commands.train.config import TrainConfig, group_size_of
@@ -52,12 +51,12 @@ class Display:
         self._bar.stop()
 
     def heading(self, config: TrainConfig, parameters: int) -> None:
-        """Prints a line with the task, the recipe and the size of the run."""
+        """Prints the task, the recipe and the size of the run."""
         groups = config.workers // group_size_of(config)
-        self._plain(
-            f"{config.recipe} on {config.task} ({parameters:,} parameters): {config.steps} steps of "
-            f"{config.workers} x {config.batch_size} samples, {_counted(config.workers, 'worker')} in "
-            f"{_counted(groups, 'group')}, {config.device}"
+        self.console.plain(f"{config.recipe} on {config.task}, {parameters:,} parameters, {config.device}")
+        self.console.plain(
+            f"{config.steps:,} steps of {config.workers} x {config.batch_size} samples, "
+            f"{_counted(config.workers, 'worker')} in {_counted(groups, 'group')}"
         )
 
     def show(self, record: Mapping[str, Any]) -> None:
@@ -70,12 +69,13 @@ class Display:
             self._bar.update(self._task, completed=step, description=phase, figures=figures)
         else:
             start = f"step {step:>5}/{self._steps}  {phase:<{_PHASE_WIDTH}} "
-            self._plain(start + _fitting(_figures(record), width - len(start)))
+            self.console.plain(start + _fitting(_figures(record), width - len(start)))
 
     def validated(self, step: int, quality: Mapping[str, Any], is_best: bool) -> None:
         """Prints the metrics of a validation."""
         top1 = "" if quality["top1"] is None else f"top-1 {quality['top1']:.2f} %, "
-        self._plain(f"step {step:>5}/{self._steps}  validation: {top1}loss {quality['loss']:.4f}{' (best)' * is_best}")
+        best = " (best)" if is_best else ""
+        self.console.plain(f"step {step:>5}/{self._steps}  validation: {top1}loss {quality['loss']:.4f}{best}")
 
     def summary(self, result: Mapping[str, Any], folder: Path) -> None:
         """Prints the table of results at the end of a run."""
@@ -92,12 +92,8 @@ class Display:
         table.add_row("compression", f"{result['compression']:.2f} : 1")
         table.add_row("seconds", f"{seconds['total']:.1f} ({parts})")
         table.add_row("weights digest", result["weights_digest"][:16])
-        table.add_row("run folder", Text(str(folder)))
+        table.add_row("run folder", str(folder))
         self.console.print(table)
-
-    def _plain(self, line: str) -> None:
-        # A pipe has no width to wrap to, and numbers in brackets are not markup.
-        self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _figures(record: Mapping[str, Any]) -> list[str]:

@@ -60,7 +60,7 @@ def test_human_bytes(count: float, text: str) -> None:
 def test_plain_lines_where_there_is_no_terminal() -> None:
     text = shown(RESULT)
     assert "\x1b" not in text
-    assert "ab on digits-mlp (85,002 parameters): 100 steps of 4 x 8 samples, 4 workers in 4 groups, cpu\n" in text
+    assert "ab on digits-mlp, 85,002 parameters, cpu\n100 steps of 4 x 8 samples, 4 workers in 4 groups\n" in text
     line = "step    20/100  warmup   loss 1.5000  lr 1.00e-03  2.5 MB sent  5,120 samples/s  grad 0.25\n"
     assert line in text
     for figure in ("97.50 %", "0.1000", "2.5 MB", "37.8 %", "1.88 : 1", "3.0 (compute 1.5, sync 1.0, svd 0.5)"):
