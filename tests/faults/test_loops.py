@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -334,21 +335,26 @@ def test_copies_that_an_optimizer_keeps_in_a_later_attribute_are_reported(caplog
     assert "Late keeps copies of the weights in its attribute 'masters'" in caplog.text
 
 
-@pytest.mark.parametrize("what", ["forward", "step", "state", "optimizer"])
-def test_nothing_is_trained_or_saved_inside_merged(what: str) -> None:
+INSIDE_MERGED: dict[str, Callable[[Loop, Any], Any]] = {
+    "forward": lambda loop, saved: loop.ab(batch("mlp", 0, 0)[0]),
+    "step": lambda loop, saved: loop.ab.step(),
+    "state": lambda loop, saved: loop.ab.state_dict(),
+    "optimizer": lambda loop, saved: loop.optimizer.step(),
+    "load": lambda loop, saved: loop.ab.load_state_dict(saved),
+    "load dense": lambda loop, saved: loop.ab.load_dense_state_dict(loop.ab.dense_state_dict()),
+    "close": lambda loop, saved: loop.ab.close(),
+}
+
+
+@pytest.mark.parametrize("what", INSIDE_MERGED)
+def test_nothing_is_trained_saved_or_loaded_inside_merged(what: str) -> None:
     def work(comm: Communicator) -> None:
         loop = Loop(comm, recipes.local_sgd(8, every=4))
         loop.run(2)
+        saved = reread(loop.ab.state_dict())
         backward(loop.ab)
         with loop.ab.merged():
-            if what == "forward":
-                loop.ab(batch("mlp", 0, 0)[0])
-            elif what == "step":
-                loop.ab.step()
-            elif what == "state":
-                loop.ab.state_dict()
-            else:
-                loop.optimizer.step()
+            INSIDE_MERGED[what](loop, saved)
 
     assert all(isinstance(e, UsageError) and "leave the block first" in str(e) for e in told(2, work))
 

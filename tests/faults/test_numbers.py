@@ -368,3 +368,13 @@ def test_losses_that_cannot_be_added_up_are_not_finite(losses: tuple[float, floa
             loop.ab.step(losses[loop.ab.steps_done % 2] if comm.rank == 1 else 1.0)
 
     assert all(isinstance(error, NonFiniteError) and "infinity on rank 1" in str(error) for error in told(2, work))
+
+
+def test_a_weight_that_cannot_be_factored_at_the_start_leaves_the_optimizer_as_it_was() -> None:
+    model = build("mlp")
+    nn.init.constant_(model[2].weight, math.nan)
+    optimizer = sgd(model.parameters())
+    recipe = recipes.ab(9, warmup_steps=0, ab_steps=3, rebound_steps=0, sigma_cutoff=0.2)
+    with pytest.raises(NonFiniteError):
+        ABTraining(model, optimizer, recipe)
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks

@@ -211,6 +211,22 @@ def test_an_own_gradient_that_is_not_finite_concerns_its_worker_alone(policy: An
     assert run_in_process(2, work) == [(True, True, []), (policy == "skip", True, [])]
 
 
+def test_in_a_group_an_own_gradient_that_is_not_finite_concerns_its_worker_alone() -> None:
+    def work(comm: Communicator) -> tuple[bool, list[int]]:
+        model, optimizer, ab = start(comm, recipes.local_sgd(4, every=2), on_nonfinite="skip")
+        x, y = batch("mlp", comm.rank, 0, torch.float32)
+        F.cross_entropy(ab(x), y).backward()
+        if comm.rank == 1:
+            model.bias.grad.fill_(math.nan)
+        optimizer.step()
+        optimizer.zero_grad()
+        ab.step()
+        go(comm, ab, optimizer)
+        return bool(model.bias.isfinite().all()), ab.skipped_steps
+
+    assert run_in_process(4, work, group_size=2) == 4 * [(True, [])]
+
+
 def test_the_forecast_of_payload_leaves_own_tensors_out() -> None:
     recipe = RECIPES["local_sgd"]
 

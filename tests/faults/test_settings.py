@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -234,7 +235,7 @@ def test_changes_where_gradients_are_shared_are_reported_at_the_next_phase(chang
 def test_different_settings_may_be_intended() -> None:
     """Then weights are compared as ever, and nothing else of the optimizer's is looked at."""
 
-    def work(comm: Communicator) -> str:
+    def work(comm: Communicator, resumes: bool) -> str:
         model = build("mlp")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2 * (1 + comm.rank), weight_decay=0.1 * comm.rank)
         recipe = recipes.local_sgd(24, every=4, delay=2)
@@ -245,9 +246,12 @@ def test_different_settings_may_be_intended() -> None:
             optimizer.step()
             optimizer.zero_grad()
             ab.step()
+            if resumes and ab.steps_done % 5 == 0:
+                ab.load_state_dict(copy.deepcopy(ab.state_dict()))
         return weights_digest(ab.dense_state_dict())
 
-    assert len(set(run_in_process(3, work))) == 1
+    ends = [run_in_process(3, lambda comm, r=resumes: work(comm, r)) for resumes in (False, True)]
+    assert len(set(ends[0] + ends[1])) == 1
 
 
 def test_settings_that_an_optimizer_changes_itself_are_no_difference() -> None:

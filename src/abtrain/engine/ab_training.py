@@ -134,14 +134,15 @@ class ABTraining(ModelAccess):
             average_buffers=tuple(average_buffers),
         )
         self._new_state = NewState(shared, recipe, comm)
-        # All checks that can raise an error come before this line, since the next lines change the optimizer.
-        self._hooks = OptimizerHooks(
-            self._model, shared.frozen(), self._progress, on_nonfinite, lambda: self._phases.whose_gradients()
-        )
+        self._hooks = OptimizerHooks(self._model, shared.frozen_names(), self._progress, on_nonfinite)
         self._phases = PhaseChange(self._model, self._rounds, self._hooks, comm, find_unused_parameters, grad_scaler)
         self._calls = CallOrder(self._progress, self._hooks)
         self._state = EngineState(self._progress, self._model, self._rounds, self._hooks, self._phases, grad_scaler)
-        self._enter(recipe.at(0))
+        try:
+            self._enter(recipe.at(0))
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model's forward pass. The backward pass averages gradients, so disable them for validation.
@@ -197,7 +198,7 @@ class ABTraining(ModelAccess):
             number = loss.item() if isinstance(loss, Tensor) else loss
             progress.workers_equal = self._rounds.step(position, progress.steps_done, number)
             if upcoming is not None:
-                self._phases.after_merge(position, upcoming)
+                self._phases.after_step(position, upcoming)
         if position.phase.sync is not None and (upcoming is None or upcoming.first):
             where = f"step {progress.steps_done}, end of phase {position.phase.name}"
             shared = self._rounds.shared
@@ -246,7 +247,7 @@ class ABTraining(ModelAccess):
             RanksDisagreeError: workers load states of different steps, and none has changed. Or weights differ between
                 workers that should have equal ones, and the model must not be trained.
             NonFiniteError: the state contains an unfinished merge, whose result is not finite; see `Merger.merge`.
-            UsageError: `close` was called.
+            UsageError: `close` was called, or the call is inside `with ab.merged():`.
         """
         self._calls.load()
         self._state.load_state_dict(state)
@@ -256,10 +257,12 @@ class ABTraining(ModelAccess):
         """Turns model and optimizer back into plain PyTorch objects: dense, without hooks or wrapper.
 
         Save the compressed weights of `factored_state_dict()` first. The call sends no messages, so within a round each
-        worker keeps its own weights. Build ABTraining again to continue. A second call does nothing.
+        worker keeps its own weights. Build ABTraining again to continue. A second call does nothing. Inside `merged()`,
+        the call raises UsageError.
         """
         if self._progress.closed:
             return
+        self._progress.refuse_in_view("ab.close()")
         if self._progress.within_round:
             log.warning(self._progress.within_round)
         self._phases.unwrap()

@@ -67,6 +67,7 @@ class CallOrder:
         self._progress.refuse_in_view("ab.state_dict()")
 
     def load(self) -> None:
-        """Forgets earlier forward passes, since a state is loaded. Raises UsageError if the run was closed."""
+        """Forgets earlier forward passes, since a state is loaded. Raises UsageError if none can be loaded now."""
         self._progress.check_open()
+        self._progress.refuse_in_view("ab.load_state_dict()")
         self._forwards = 0

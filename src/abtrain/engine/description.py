@@ -42,8 +42,8 @@ class Description:
     def _phase_lines(self) -> list[str]:
         recipe = self.recipe
         lines = [f"recipe {recipe.name}, {recipe.total_steps} steps"]
-        for phase in recipe.phases:
-            where = "once" if phase in recipe.prologue else "each cycle"
+        for index, phase in enumerate(recipe.phases):
+            where = "once" if index < len(recipe.prologue) else "each cycle"
             lines.append(
                 f"  {phase.name}: {phase.steps} steps {where}, {phase.weights}, trains {phase.trains}, {phase.sync}"
             )

@@ -29,15 +29,16 @@ class GradientGuard:
     Args:
         policy: the reaction to gradients that are not finite. `skip` skips the step. Under other policies, shared
             gradients raise an error, and the next merge checks the effects of unshared ones.
-        whose: a function that returns the end of an error message, which names the worker with NaN or infinity.
 
     Attributes:
         skipped: the indexes of the skipped steps.
+        whose: a function that returns the end of an error message, which names the worker with NaN or infinity.
     """
 
-    def __init__(self, model: FactoredModel, policy: OnNonFinite, progress: Progress, whose: Callable[[], str]) -> None:
-        self._model, self._policy, self._progress, self._whose = model, policy, progress, whose
+    def __init__(self, model: FactoredModel, policy: OnNonFinite, progress: Progress) -> None:
+        self._model, self._policy, self._progress = model, policy, progress
         self._own = own_names(model.model)
+        self.whose: Callable[[], str] = str
         self.skipped: list[int] = []
         self._looked = -1
 
@@ -60,7 +61,7 @@ class GradientGuard:
         checked = self._model.optimizers.acting if skips and step != self._looked else [optimizer]
         self._looked = step
         parameters = [p for one in checked for group in one.param_groups for p in group["params"] if p.grad is not None]
-        if shared and self._own:
+        if self._progress.averages_gradients and self._own:
             parameters = self._without_own(parameters)
         if _finite(parameters):
             return
@@ -100,7 +101,7 @@ class GradientGuard:
         """Returns the names of parameters with NaN or infinity in their gradients, and the worker with the cause."""
         broken = {id(p) for p in parameters if not _finite([p])}
         names = told_names([name for name, parameter in self._model.parameters().items() if id(parameter) in broken])
-        return f" ({names}){self._whose()}" if names else self._whose()
+        return f" ({names}){self.whose()}" if names else self.whose()
 
 
 def _finite(parameters: Sequence[nn.Parameter]) -> bool:

@@ -95,7 +95,8 @@ def _restore(one: _Scaled) -> None:
     """
     now, scheduled = float(one.group["lr"]), float(one.scheduled)
     if now != one.value:
-        if abs(now * scheduled - one.value * scheduled) > abs(now * one.value - scheduled * one.value):
+        # Relative to size, the rate is nearer to the scheduled rate than to the scaled one: it was set, not multiplied.
+        if scheduled * abs(now - one.value) > one.value * abs(now - scheduled):
             return
         if isinstance(one.scheduled, Tensor):
             one.scheduled.fill_(now / one.factor)

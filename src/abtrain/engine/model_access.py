@@ -163,7 +163,9 @@ class ModelAccess:
         Raises:
             RuntimeError: names or shapes differ, or the reduction of a weight to its rank would lose more than rounding
                 does. Other weights may have been loaded already.
+            UsageError: the call is inside `with ab.merged():`.
         """
+        self._progress.refuse_in_view("ab.load_dense_state_dict()")
         self._model.load_dense_state_dict(state, cut)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:

@@ -35,7 +35,6 @@ class OptimizerHooks:
 
     Args:
         frozen: the names of parameters that are not trained.
-        whose: a function that returns the end of an error message, which names the worker with NaN or infinity.
 
     Attributes:
         round_began: whether the next step begins a round, which ends with a merge. The value stays true if a gradient
@@ -46,18 +45,13 @@ class OptimizerHooks:
     """
 
     def __init__(
-        self,
-        model: FactoredModel,
-        frozen: Sequence[str],
-        progress: Progress,
-        on_nonfinite: OnNonFinite,
-        whose: Callable[[], str],
+        self, model: FactoredModel, frozen: Sequence[str], progress: Progress, on_nonfinite: OnNonFinite
     ) -> None:
         self.round_began = True
         self._model, self._progress = model, progress
         acting = self._acting = model.optimizers.acting
         self.rebound = LRRebound(self._local_lr)
-        self.guard = GradientGuard(model, on_nonfinite, progress, whose)
+        self.guard = GradientGuard(model, on_nonfinite, progress)
         self.preconditioner = Preconditioner(model.optimizers, damping=0)
         self._ownership = Ownership(model, frozen)
         self._stepped: set[int] = set()
@@ -194,8 +188,7 @@ class OptimizerHooks:
                 f"optimizer.step() was called again before ab.step(), after step {progress.steps_done}: call ab.step() "
                 "once after every optimizer.step(), and accumulate gradients under ab.no_sync()"
             )
-        averaged = progress.shares_gradients or (progress.in_rounds and progress.comm.topology.group_size > 1)
-        if averaged and torch._C._current_graph_task_id() >= 0:
+        if progress.averages_gradients and torch._C._current_graph_task_id() >= 0:
             raise UsageError(
                 "optimizer.step() was called inside the backward pass, before its gradients were averaged over "
                 "workers: call it after loss.backward()"

@@ -243,7 +243,8 @@ def _state_from_start(optimizer: Optimizer) -> str:
     for parameter, state in _states_of(optimizer):
         for key, value in state.items():
             # The optimizer can make copies of weights again.
-            if not isinstance(value, Tensor) or value.shape != parameter.shape or not torch.equal(value, parameter):
+            is_tensor = isinstance(value, Tensor) and value.shape == parameter.shape
+            if not is_tensor or not torch.equal(value.to(parameter), parameter):
                 return str(key)
     return ""
 

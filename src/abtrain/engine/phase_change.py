@@ -15,11 +15,11 @@ from abtrain.comm.data_parallel import DataParallel, Unsynchronized
 from abtrain.consistency.agreement import take_rank_0
 from abtrain.consistency.factors import agree_on_factors
 from abtrain.consistency.optimizers import equalize_grad_scaler, equalize_optimizers
-from abtrain.consistency.settings import HYPERPARAMETERS, check_phase
+from abtrain.consistency.settings import check_phase
 from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.lowrank.model import FactoredModel
-from abtrain.merging.buffers import is_finite
 from abtrain.merging.carry_over import carry_over, into_factors, into_weight
+from abtrain.merging.changes import is_finite
 from abtrain.merging.rounds import Rounds
 from abtrain.merging.selection import trained_factors
 from abtrain.recipes.recipe import Position, Recipe
@@ -55,6 +55,7 @@ class PhaseChange:
         self.seconds = {"svd": 0.0}
         self._model, self._rounds, self._hooks, self._comm = model, rounds, hooks, comm
         self._find_unused_parameters, self._grad_scaler = find_unused_parameters, grad_scaler
+        hooks.guard.whose = self._whose_gradients
 
     def enter(self, position: Position, recipe: Recipe) -> None:
         """Begins the phase whose first step is at `position` in the recipe. Collective over the world."""
@@ -79,14 +80,10 @@ class PhaseChange:
         self._rounds.shared.copies.renew()
 
     def _check(self, position: Position) -> None:
-        """Compares the layouts of all workers. If they differ, DDP adds up unrelated elements, or hangs.
-
-        The check includes settings, since equal gradients keep workers equal only under equal settings.
-        """
+        """Compares layouts and settings of all workers. If layouts differ, DDP adds up unrelated elements, or hangs."""
         if position.phase.sync is not None:
             where = f"step {position.step}, phase {position.phase.name}"
-            compared = self._rounds.shared.same_settings or position.phase.shares_gradients
-            check_phase(self._comm, self._model, where, HYPERPARAMETERS if compared else ())
+            check_phase(self._comm, self._model, where, self._rounds.shared.compared_settings(position.phase))
 
     def _make_equal(self, restored: Sequence[str]) -> None:
         """Makes tensors bitwise equal that workers have computed separately, by taking rank 0's values."""
@@ -116,7 +113,7 @@ class PhaseChange:
     def _wrap(self, scope: Scope, sync: GradientSync) -> None:
         self.parallel = self._comm.data_parallel(self._model.model, scope, self._find_unused_parameters, sync)
 
-    def after_merge(self, position: Position, upcoming: Position) -> None:
+    def after_step(self, position: Position, upcoming: Position) -> None:
         """Prepares the optimizer for the next step, after a step in a phase with merges. Collective over the world."""
         if upcoming.first and upcoming.phase.shares_gradients:
             self._equalize(position)
@@ -134,7 +131,7 @@ class PhaseChange:
         if self._grad_scaler is not None:
             equalize_grad_scaler(self._grad_scaler, self._comm)
 
-    def whose_gradients(self) -> str:
+    def _whose_gradients(self) -> str:
         """Returns the end of an error message, which names the worker whose gradients are not finite."""
         rank = self._comm.rank
         if not self.parallel.spoiled():

@@ -51,6 +51,11 @@ class Progress:
         return not self.alone and self.position is not None and self.position.phase.shares_gradients
 
     @property
+    def averages_gradients(self) -> bool:
+        """Whether this worker averages its gradients with others in the next step: with all, or within its group."""
+        return self.shares_gradients or (self.in_rounds and self.comm.topology.group_size > 1)
+
+    @property
     def equal_scope(self) -> Scope | None:
         """The scope in which workers have the same weights; None if each worker has its own weights."""
         if self.workers_equal:

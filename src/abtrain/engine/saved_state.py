@@ -11,7 +11,7 @@ import torch
 from abtrain.checks import as_checkpoint_error
 from abtrain.consistency.agreement import check_equal, raise_together
 from abtrain.consistency.replicas import check_replicas, marked
-from abtrain.consistency.settings import HYPERPARAMETERS, chosen
+from abtrain.consistency.settings import chosen
 from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.engine.phase_change import PhaseChange
 from abtrain.engine.progress import Progress
@@ -20,6 +20,7 @@ from abtrain.engine.state_problems import VERSION, recipe_fingerprint, state_pro
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.model_state import load_model_state, model_state
 from abtrain.merging.rounds import Rounds
+from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.recipes.recipe import Position
 
 
@@ -63,7 +64,7 @@ class EngineState:
         position = recipe.at(state["step"]) if state["step"] < recipe.total_steps else None
         check_equal(
             comm,
-            _equal_on_all(state, position),
+            _equal_on_all(state, position, self.rounds.shared),
             "workers load states that do not belong together",
             "Load on every worker what was saved at the same step of the same run",
         )
@@ -95,11 +96,11 @@ class EngineState:
         comm.meter.load_state_dict(state["meter"])
 
 
-def _equal_on_all(state: Mapping[str, Any], position: Position | None) -> dict[str, object]:
+def _equal_on_all(state: Mapping[str, Any], position: Position | None, shared: SharedTensors) -> dict[str, object]:
     """Returns the values that must be equal in the states of all workers, since collectives depend on them."""
     model, merger, under_way = state["model"], state["merger"], state["rounds"]["under_way"]
-    shared = position is not None and position.phase.sync is not None
-    groups = [group for one in model["optimizers"] for group in one["groups"]] if shared else []
+    settings = () if position is None else shared.compared_settings(position.phase)
+    groups = [group for one in model["optimizers"] for group in one["groups"]] if settings else []
     return {
         "step": int(state["step"]),
         "phase": "none, the recipe has ended" if position is None else position.phase.name,
@@ -111,5 +112,5 @@ def _equal_on_all(state: Mapping[str, Any], position: Position | None) -> dict[s
         "starts_of": {wire: sorted(starts) for wire, starts in merger["starts"].items()},
         "progress": [merge["progress"] for merge in under_way],
         "order_of_gradients_known": bool(state["arrivals"]),
-        "param_groups": [chosen(group, HYPERPARAMETERS) for group in groups],
+        "param_groups": [chosen(group, settings) for group in groups],
     }

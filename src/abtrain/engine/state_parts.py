@@ -105,7 +105,9 @@ def _workers_equal(at: Resumption) -> Check:
         equal = len(before.merging) == rounds.fragments and (before.last or not rounds.delay)
     # A run with a new number of workers continues directly after a merge, without unfinished merges.
     back = at.rounds is not None and at.position.starts_round and not at.ended and not at.state["rounds"]["under_way"]
-    return one_of(True) if equal else _FLAG if back else one_of(False)
+    if equal:
+        return one_of(True)
+    return _FLAG if back else one_of(False)
 
 
 def _arrivals(at: Resumption) -> Check:

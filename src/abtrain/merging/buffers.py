@@ -18,6 +18,7 @@ from torch import Tensor
 
 from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Calls, Communicator, Traffic
+from abtrain.merging.changes import is_finite
 
 _COMPARE = 0
 """Replaces the fingerprint if a buffer that differed before is not finite here."""
@@ -118,10 +119,3 @@ class Buffers:
 def sent_by_first_comparison(buffers: Sequence[Tensor]) -> Calls:
     """Returns the collective calls of a run's first `Buffers.compare`, if buffers differ between workers."""
     return (Traffic("all_gather", "world", len(buffers) * torch.int64.itemsize),)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Returns whether all elements are finite."""
-    # PyTorch has no isfinite for floats of eight bits.
-    wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
-    return bool(torch.isfinite(wide).all())

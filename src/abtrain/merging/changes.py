@@ -26,6 +26,13 @@ def change(anchor: Tensor, tensor: Tensor) -> Tensor:
     return tensor.to(anchor.dtype) - anchor.to(tensor.dtype).to(anchor.dtype)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Returns whether all elements are finite."""
+    # PyTorch has no isfinite for floats of eight bits.
+    wider = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    return bool(torch.isfinite(wider).all())
+
+
 def write(held: Mapping[str, Tensor], outcome: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> None:
     """Writes an outcome into `held`, and adds the changes of `held` since `base` if `base` is given."""
     for name, value in outcome.items():

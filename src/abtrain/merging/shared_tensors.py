@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,8 +20,9 @@ from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.nested import tensors_in
 from abtrain.merging.buffers import averaged_buffers, settled
 from abtrain.merging.changes import as_real
-from abtrain.merging.copies import WeightCopies, restored
+from abtrain.merging.copies import WeightCopies
 from abtrain.own import IGNORED, shared_buffers, shared_parameters
+from abtrain.recipes.phase import Phase
 
 log = logging.getLogger("abtrain")
 
@@ -61,7 +62,7 @@ class SharedTensors:
 
     def _frozen(self) -> dict[str, Tensor]:
         """Returns the frozen parameters that are plain tensors."""
-        held = {name: self.model.model.get_parameter(name).data for name in self.frozen()}
+        held = {name: self.model.model.get_parameter(name).data for name in self.frozen_names()}
         return as_real({name: tensor for name, tensor in held.items() if type(tensor) is Tensor})
 
     def averaged_buffers(self) -> list[str]:
@@ -79,9 +80,14 @@ class SharedTensors:
         }
         return parameters | {name: layout(buffer) for name, buffer in shared_buffers(model).items()}
 
-    def frozen(self) -> list[str]:
+    def frozen_names(self) -> list[str]:
         """Returns the names of the parameters that nobody trains, and that do not merge."""
         return [treatment.name for treatment in self.treatments if treatment.kind == "frozen"]
+
+    def compared_settings(self, phase: Phase) -> Collection[str]:
+        """Returns the names of the optimizer settings that must be equal on all workers in a phase."""
+        # Equal gradients keep workers equal only under equal settings.
+        return HYPERPARAMETERS if phase.shares_gradients or (phase.rounds and self.same_settings) else ()
 
     def agree(self) -> None:
         """Makes parameters and buffers equal on all workers, frozen parameters too, by taking rank 0's.
@@ -136,7 +142,7 @@ class SharedTensors:
         averaged = self.averaged_buffers()
         followed = [tensor for name, tensor in differing.items() if name not in averaged]
         numbers = self.parameters() | {name: tensor for name, tensor in differing.items() if name in averaged}
-        with restored([*numbers.values(), *followed, *self.copies.tensors()]):
+        with _restored([*numbers.values(), *followed, *self.copies.tensors()]):
             self.copies.average(self._comm)
             means = exact_average(list(numbers.values()), self._comm)
             for (name, tensor), mean in zip(numbers.items(), means, strict=True):
@@ -153,6 +159,17 @@ class SharedTensors:
         """Shows rank 0's buffers inside the block. Collective on entry, not on exit."""
         buffers = self.buffers()
         differing = [buffers[name] for name in differing_tensors(self._comm, buffers)]
-        with restored(differing):
+        with _restored(differing):
             share(self._comm, differing, [0] * len(differing))
             yield
+
+
+@contextmanager
+def _restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Restores the values of tensors after the block."""
+    own = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, value in zip(tensors, own, strict=True):
+            tensor.copy_(value)

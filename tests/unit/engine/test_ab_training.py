@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from abtrain import ABTraining, FixedRank, Recipe, WeightSync, recipes, weights_digest
+from abtrain import ABTraining, FixedRank, GradientSync, Phase, Recipe, WeightSync, recipes, weights_digest
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.errors import ConfigurationError, UsageError
@@ -64,6 +64,15 @@ def test_one_group_alone_takes_turns(caplog: pytest.LogCaptureFixture) -> None:
             trained.append((model[0].weight_A.requires_grad, model[0].weight_B.requires_grad))
         one_step(ab, optimizer)
     assert trained == [(True, False), (False, True)]
+
+
+def test_equal_phases_of_prologue_and_cycle_are_told_apart() -> None:
+    phase = Phase("shared", 4, sync=GradientSync())
+    _, _, ab = mlp_run(None, Recipe("r", 12, prologue=(phase,), cycle=(phase,)))
+    assert [line.split(",")[0] for line in str(ab.describe()).splitlines()[1:3]] == [
+        "  shared: 4 steps once",
+        "  shared: 4 steps each cycle",
+    ]
 
 
 def test_describe_accounts_for_every_parameter() -> None:
