@@ -105,6 +105,18 @@ class Masters(ByHand):
             parameter.copy_(state["master"])
 
 
+class EarlyMasters(Masters):
+    """Makes its copies when it is built, and never again."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 0.05) -> None:
+        super().__init__(parameters, lr)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] |= super().begin(parameter)
+
+    def begin(self, parameter: nn.Parameter) -> dict[str, Any]:
+        raise KeyError("master")
+
+
 class Lookahead(Optimizer):
     """Around another optimizer, whose weights go halfway back to slow ones every few steps; no `Optimizer.__init__`.
 
@@ -180,6 +192,15 @@ class Sam(Optimizer):
         with torch.enable_grad():
             closure()
         self.second_step()
+
+
+class RebindingSam(Sam):
+    """Puts weights back by giving the parameter the memory of its copy, as many implementations do."""
+
+    def second_step(self) -> None:
+        for parameter in (p for group in self.param_groups for p in group["params"] if "old" in self.state[p]):
+            parameter.data = self.state[parameter]["old"]
+        self.base.step()
 
 
 class Accumulating(Optimizer):

@@ -20,16 +20,18 @@ from abtrain.comm.in_process import run_in_process
 from abtrain.engine import progress
 from abtrain.errors import ConfigurationError, NonFiniteError, UsageError
 from abtrain.recipes.recipe import Recipe
-from tests.cases import batch, build, sgd
+from tests.cases import batch, build, largest_difference, sgd
 from tests.faults.loops import HIDDEN, Loop, told
 from tests.faults.optimizers import (
     Accumulating,
     CallsParent,
     Codes,
+    EarlyMasters,
     Lists,
     Lookahead,
     Masters,
     Objects,
+    RebindingSam,
     Renamed,
     RowsAndColumns,
     Sam,
@@ -351,6 +353,61 @@ def test_slow_weights_follow_merges() -> None:
     one, other = run_in_process(2, work)
     assert one == pytest.approx(2 - 0.03 + 0.5 * 0.02, abs=1e-6)
     assert other == pytest.approx(2 - 0.03 + 0.5 * 0.04, abs=1e-6)
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_a_parameter_that_takes_the_memory_of_its_copy_is_merged_once(delay: int) -> None:
+    def work(comm: Communicator, kind: type[Sam]) -> dict[str, Tensor]:
+        model = build("mlp")
+        optimizer = kind(model.parameters(), SGD, lr=0.05)
+        ab = ABTraining(model, optimizer, recipes.diloco(12, every=4, delay=delay), communicator=comm)
+        while not ab.finished:
+            x, y = batch("mlp", comm.rank, ab.steps_done)
+            for half_a_step in (optimizer.first_step, optimizer.second_step):
+                F.cross_entropy(ab(x), y).backward()
+                half_a_step()
+            optimizer.zero_grad()
+            ab.step()
+        return ab.dense_state_dict()
+
+    copied, rebound = (run_in_process(2, lambda comm, k=kind: work(comm, k)) for kind in (Sam, RebindingSam))
+    assert all(largest_difference(end, copied[0]) == 0 for end in rebound)
+
+
+def test_masters_that_are_made_at_the_start_are_made_for_factors_too() -> None:
+    # The preconditioner would change what an optimizer writes to its parameters.
+    recipe = recipes.ab_outer(20, every=4, warmup_steps=8, rank_rule=FixedRank(3), damping=0.0)
+
+    def work(comm: Communicator) -> None:
+        model = build("mlp", torch.bfloat16)
+        loop = Loop(comm, recipe, model, make=lambda model: EarlyMasters(model.parameters()))
+        loop.run()
+        for parameter, state in loop.optimizer.state.items():
+            assert state["master"].dtype == torch.float32
+            assert torch.equal(state["master"].bfloat16(), parameter)
+
+    run_in_process(2, work)
+
+
+@pytest.mark.parametrize("bad", [2, 3])
+@pytest.mark.parametrize("kind", ["masters", "early masters", "lookahead"])
+def test_copies_of_a_worker_that_was_left_out_begin_from_the_merge(kind: str, bad: int) -> None:
+    make: dict[str, Callable[[nn.Module], Any]] = {
+        "masters": lambda model: Masters(model.parameters()),
+        "early masters": lambda model: EarlyMasters(model.parameters()),
+        "lookahead": lambda model: Lookahead(SGD(model.parameters(), 0.05), every=3, early=True),
+    }
+
+    def work(comm: Communicator) -> dict[str, Tensor]:
+        recipe = recipes.local_sgd(12, every=4)
+        loop = Loop(comm, recipe, build("mlp", torch.float32), make=make[kind], on_nonfinite="drop_worker")
+        while not loop.ab.finished:
+            loop.step(float("nan") if comm.rank == 1 and loop.ab.steps_done == bad else 1.0)
+        assert [entry["ranks"] for entry in loop.ab.dropped_parts] == [[1]]
+        return loop.ab.dense_state_dict()
+
+    one, other = run_in_process(2, work)
+    assert all(torch.isfinite(weight).all() and torch.equal(weight, other[name]) for name, weight in one.items())
 
 
 def test_copies_that_cannot_be_found_are_reported(caplog: pytest.LogCaptureFixture) -> None:

@@ -37,7 +37,7 @@ from abtrain.lowrank.fit import Layout, buffer_layout, dense_layout, state_layou
 from abtrain.lowrank.names import factor_names
 from abtrain.merging.changes import as_real, wide
 from abtrain.merging.rounds import CHECKING
-from abtrain.merging.selection import merging, trained_by, trained_factors, whole_round
+from abtrain.merging.selection import tensors_due, trained_by, trained_factors, whole_round
 from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.merging.wires.wire import make_wire
 from abtrain.own import own_names
@@ -172,7 +172,7 @@ def _under_way(at: Resumption, place: str, entry: Any) -> Iterator[str]:
         yield f"{place} is {said(entry)} of step {said(begun)}, not a merge that may be under way at step {at.step}"
         return
     who = trained_by(position, at.topology, at.factors)
-    merged = merging(position, at.parameters, who) | (at.buffers if whole_round(position) else {})
+    merged = tensors_due(position, at.parameters, who) | (at.buffers if whole_round(position) else {})
     stages = CHECKING + make_wire(sync.wire, at.topology.world_size).stages
     passed = at.step - position.step - 1
     yield from mapping(

@@ -1,6 +1,6 @@
 """Divergence of the groups when they merge, layer by layer.
 
-With X_i a weight or factor of worker i at the end of a round, and X the average over workers:
+With X_i a weight or factor of worker i at the end of a round, and X the start of the round plus the merged mean change:
 
     distance = sqrt(mean_i |X_i - X|^2) / |X|
     subspace = sqrt(mean_i (1 - |Q_i^T Q|^2 / k)),    Q_i, Q orthonormal bases of the k columns of A_i and A (rows of B)
@@ -11,7 +11,7 @@ diverge in the small singular values (Section V), where the distance of factors 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -19,36 +19,41 @@ from torch import Tensor
 from abtrain.comm.communicator import Communicator
 from abtrain.lowrank.names import factor_letter
 
+_Tensors = Mapping[str, Tensor]
+Distances = dict[str, dict[str, float]]  # by layer, and then by `distance` or `subspace`
+
 
 @torch.no_grad()
 def divergence(
-    comm: Communicator, changes: Mapping[str, Tensor], mean: Mapping[str, Tensor], anchors: Mapping[str, Tensor]
-) -> dict[str, dict[str, float]]:
+    comm: Communicator, changes: _Tensors, mean: _Tensors, anchors: _Tensors, factors: Collection[str]
+) -> Distances:
     """Measures divergence before a merge writes its outcome. Collective over the world; sends two numbers a layer.
 
     `changes` are this worker's changes since the anchors, the weights at the start of the round. `mean` is their
-    average over all workers. Returns `distance` for layers of two or more dimensions, and `subspace` for factors.
+    average over all workers, and `factors` has the names of factors. Returns `distance` for layers of two or more
+    dimensions, and `subspace` for factors.
     """
     names = [name for name in changes if changes[name].ndim > 1 and name in mean]
     if not names:
         return {}
-    terms = [_local(name, anchors[name], changes[name], mean[name]) for name in names]
+    letters = {name: factor_letter(name) if name in factors else "" for name in names}
+    terms = [_local(letters[name], anchors[name], changes[name], mean[name]) for name in names]
     sums = torch.tensor(terms, dtype=torch.float64).to(comm.device)
     comm.all_reduce(sums)
     roots = (sums / comm.topology.world_size).clamp(min=0).sqrt().tolist()
     return {
-        name: {"distance": distance} | ({"subspace": subspace} if factor_letter(name) else {})
+        name: {"distance": distance} | ({"subspace": subspace} if letters[name] else {})
         for name, (distance, subspace) in zip(names, roots, strict=True)
     }
 
 
-def _local(name: str, anchor: Tensor, change: Tensor, mean: Tensor) -> tuple[float, float]:
-    """Returns this worker's terms, |X_i - X|^2 / |X|^2 and 1 - |Q_i^T Q|^2 / k."""
+def _local(letter: str, anchor: Tensor, change: Tensor, mean: Tensor) -> tuple[float, float]:
+    """Returns this worker's terms, |X_i - X|^2 / |X|^2 and 1 - |Q_i^T Q|^2 / k. `letter`: A or B, for factors."""
     X_i, X = (anchor + change).double(), (anchor + mean).double()
     square = float(torch.linalg.vector_norm(X_i - X) ** 2 / torch.linalg.vector_norm(X).clamp(min=1e-30) ** 2)
-    if not factor_letter(name) or torch.equal(X_i, X):
+    if not letter or torch.equal(X_i, X):
         return square, 0.0
-    if factor_letter(name) == "B":
+    if letter == "B":
         X_i, X = X_i.T, X.T
     Q_i, Q = torch.linalg.qr(X_i)[0], torch.linalg.qr(X)[0]
     return square, float(1 - torch.linalg.matrix_norm(Q_i.T @ Q) ** 2 / Q.shape[1])

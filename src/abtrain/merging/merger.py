@@ -27,9 +27,9 @@ from abtrain.comm.stages import Stages, together
 from abtrain.consistency.agreement import ROLL_CALL, Place, gather_json, roll_call, share
 from abtrain.errors import NonFiniteError, OnNonFinite
 from abtrain.failpoints import fail_at
-from abtrain.merging.buffers import Buffers, is_finite, settled
-from abtrain.merging.changes import as_parameter, change, wide, write
-from abtrain.merging.divergence import divergence
+from abtrain.merging.buffers import Buffers, settled
+from abtrain.merging.changes import as_parameter, change, is_finite, wide, write
+from abtrain.merging.divergence import Distances, divergence
 from abtrain.merging.wires.wire import Averages, Wire, make_wire
 from abtrain.recipes.merges import MergeRule, Part
 from abtrain.recipes.sync import WeightSync
@@ -42,7 +42,8 @@ class MergeInput:
     """The input of one worker to one merge.
 
     Attributes:
-        tensors: the tensors to merge, by the names passed to `Merger.begin`; overwritten in place at the end.
+        tensors: a function that returns the present tensors to merge, by the names passed to `Merger.begin`. They are
+            overwritten in place at the end.
         sync: the rule, and the name of the wire.
         trained_by: by name, for each worker whether it trained the tensor. A missing name means that all did.
         buffers: a function that returns the present buffers by name, as real tensors of any dtype. Those that are equal
@@ -52,9 +53,10 @@ class MergeInput:
         loss: this worker's mean training loss in the round, if known.
         step: the number of steps done.
         place: values that must be equal on all workers that merge.
+        factors: the names of the tensors that are factors of a weight.
     """
 
-    tensors: Mapping[str, Tensor]
+    tensors: Callable[[], Mapping[str, Tensor]]
     sync: WeightSync
     trained_by: Mapping[str, Sequence[bool]]
     buffers: Callable[[], Mapping[str, Tensor]] = dict
@@ -63,11 +65,12 @@ class MergeInput:
     loss: float | None = None
     step: int = 0
     place: Place = field(default_factory=dict)
+    factors: Collection[str] = ()
 
     @property
     def held(self) -> Tensors:
         """The present tensors and buffers, by name."""
-        return {**self.tensors, **self.buffers()}
+        return {**self.tensors(), **self.buffers()}
 
 
 class Merger:
@@ -79,7 +82,6 @@ class Merger:
         momentum: by name, the outer momentum of a merge rule; the same on all workers.
         residuals: by name, float32: the part of this worker's changes that narrow wires have not sent yet.
         measures_divergence: whether merges that leave no worker out measure the divergence of the weights.
-        divergence: by layer, as last measured (see `abtrain.merging.divergence`).
     """
 
     def __init__(
@@ -87,7 +89,6 @@ class Merger:
     ) -> None:
         self._comm = comm
         self.on_nonfinite, self.measures_divergence = on_nonfinite, measures_divergence
-        self.divergence: dict[str, dict[str, float]] = {}
         self._wires: dict[str, Wire] = {}
         self.anchors: Tensors = {}
         self.momentum: Tensors = {}
@@ -128,14 +129,14 @@ class Merger:
             self._wires[name] = make_wire(name, self._comm.topology.world_size)
         return self._wires[name]
 
-    def merge(self, part: MergeInput) -> Stages[tuple[int, ...]]:
+    def merge(self, part: MergeInput) -> Stages[tuple[tuple[int, ...], Distances]]:
         """Merges in stages: reads this worker's changes first, and writes the outcome in place last.
 
-        The merger's state changes in the last stage only, so a merge that is restarted from the same `started` has the
-        same outcome. Changes that this worker makes during the merge are added to the outcome.
+        Weights, anchors, momentum and residuals change in the last stage only, so a merge that is restarted from the
+        same `started` has the same outcome. Changes that this worker makes during the merge are added to the outcome.
 
         Returns:
-            The ranks of the workers that were left out, the same on all workers.
+            The ranks of the workers that were left out, and the divergence by layer if it was measured; on all workers.
 
         Raises:
             RanksDisagreeError: `place` differs between workers. On all workers.
@@ -144,7 +145,7 @@ class Merger:
         """
         started = part.held if part.started is None else part.started
         buffers = {name: started[name] for name in part.buffers()}
-        changes = {name: change(self.anchors[name], started[name]) for name in part.tensors}
+        changes = {name: change(self.anchors[name], started[name]) for name in part.tensors()}
         reports, differing = yield from self._compare(part, changes, buffers)
         alive = self._alive(reports, differing, changes)
         floats = [name for name in differing if name in part.averaged]
@@ -158,15 +159,16 @@ class Merger:
         )
         mean_buffers = dict(zip(floats, means, strict=True))
         _check_finite(averages.mean | mean_buffers)
+        distances: Distances = {}
         if self.measures_divergence and all(alive):
-            self.divergence = divergence(self._comm, changes, averages.mean, self.anchors) or self.divergence
+            distances = divergence(self._comm, changes, averages.mean, self.anchors, part.factors)
         # Training continued from these. They need the anchors of this round, which are replaced below.
-        eager = {} if part.started is None else {n: self.eager(part.sync.merge, n, started[n]) for n in part.tensors}
+        eager = {} if part.started is None else {n: self.eager(part.sync.merge, n, started[n]) for n in changes}
         merged |= {name: settled(name, mean) for name, mean in mean_buffers.items()}
         self._buffers.merged(merged)
         outcome = self._advance_anchors(part.sync.merge, averages) | merged
         write(part.held, outcome, {**started, **eager} if mine else None)
-        return tuple(rank for rank, is_alive in enumerate(alive) if not is_alive)
+        return tuple(rank for rank, is_alive in enumerate(alive) if not is_alive), distances
 
     def _compare(
         self, part: MergeInput, changes: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
@@ -174,8 +176,8 @@ class Merger:
         """Runs the roll call. Returns all workers' reports, and the buffers that differ (see `Buffers.compare`)."""
         sums = {name: checksum(buffer) for name, buffer in buffers.items()}
         content = self._buffers.report(buffers, sums) if all(map(is_finite, changes.values())) else -1
-        loss = math.nan if part.loss is None else part.loss if math.isfinite(part.loss) else math.inf
-        rows = yield from roll_call(self._comm, part.place, (content, loss))
+        loss = part.loss if part.loss is None or math.isfinite(part.loss) else math.inf
+        rows = yield from roll_call(self._comm, part.place, (content, math.nan if loss is None else loss))
         reports = [Part(*row) for row in rows]
         fail_at(self._comm.rank, part.step, "merge.agreed")
         return reports, self._buffers.compare(buffers, sums, [report.buffers for report in reports])
@@ -232,13 +234,15 @@ class Merger:
         if not broken or (self.on_nonfinite == "drop_worker" and any(alive)):
             return alive
         names = [told_names([name for name, own in changes.items() if not is_finite(own)])]
+        if math.isinf(reports[self._comm.rank].loss):
+            names.append("training loss")
         names += [f"buffer {name}" for name, ranks in differing.items() if self._comm.rank in ranks]
         of_all = gather_json(self._comm, ", ".join(filter(None, names)))
-        where = "; ".join(f"rank {rank}: {of_all[rank]}" if len(broken) > 1 else of_all[rank] for rank in broken)
+        found = [f"rank {rank}: {of_all[rank]}" for rank in broken] if len(broken) > 1 else [of_all[broken[0]]]
         remedy = ", or leave such parts out: on_nonfinite='drop_worker'" if any(alive) else ""
         raise NonFiniteError(
-            f"the merge found NaN or infinity on rank {', '.join(map(str, broken))} ({where}): nothing was averaged. "
-            f"Lower the learning rate, or clip gradients{remedy}"
+            f"the merge found NaN or infinity on rank {', '.join(map(str, broken))} ({'; '.join(found)}): nothing was "
+            f"averaged. Lower the learning rate, or clip gradients{remedy}"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from abtrain.consistency.replicas import check_replicas
 from abtrain.errors import OnNonFinite
 from abtrain.failpoints import fail_at
 from abtrain.merging.merger import MergeInput, Merger
-from abtrain.merging.selection import merging, rounds_of, trained_by, whole_round
+from abtrain.merging.selection import rounds_of, tensors_due, trained_by, whole_round
 from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.recipes.recipe import Position, Recipe
 
@@ -48,8 +49,8 @@ class Rounds:
     """Runs the merges of a phase: owns the shared tensors, the merger, and the merges under way.
 
     Attributes:
-        dropped: for each merge that left out workers, its step and their ranks; the same on all workers.
-        divergence: for each merge in this process, its step, its phase and the distances by layer.
+        dropped: for each merge that left out workers, its first step and their ranks; the same on all workers.
+        divergence: for each merge in this process, its first step, its phase and the distances by layer.
     """
 
     def __init__(
@@ -82,17 +83,13 @@ class Rounds:
         # The loss of a skipped step says nothing about the weights.
         if loss is not None and (math.isfinite(loss) or self.merger.on_nonfinite != "skip"):
             self._losses.append(loss)
-        with self.shared.copies.following():
+        with self.shared.copies.following() if position.merging or self._under_way else nullcontext():
             self._under_way = [merge for merge in self._under_way if not merge.stages.advance()]
             if position.last:
                 for merge in self._under_way:
                     merge.stages.finish()
                 self._under_way = []
-            merged = bool(position.merging) and self._begin_merge(position, step)
-        layers, self.merger.divergence = self.merger.divergence, {}
-        if layers:
-            self.divergence.append({"step": step, "phase": position.phase.name, "layers": layers})
-        return merged
+            return bool(position.merging) and self._begin_merge(position, step)
 
     def _begin_merge(self, position: Position, step: int) -> bool:
         """Merges at once, or begins a hidden merge. Returns whether all workers hold the same weights then."""
@@ -105,7 +102,8 @@ class Rounds:
         if not sync.delay or position.last:
             finish(self._merge(position, step, loss, None))
             return len(position.merging) == sync.fragments
-        tensors, _, buffers = self._merging(position)
+        parameters, _, buffers = self._due(position)
+        tensors = parameters()
         started = {name: tensor.clone() for name, tensor in {**tensors, **buffers()}.items()}
         self._under_way.append(self._launch(position, step, loss, started))
         for name, tensor in tensors.items():
@@ -193,26 +191,30 @@ class Rounds:
         count = CHECKING + self.merger.wire(sync.wire).stages
         return _UnderWay(Background(self._merge(position, step, loss, started), count, sync.delay), step, loss, started)
 
-    def _merging(
+    def _due(
         self, position: Position
-    ) -> tuple[dict[str, Tensor], dict[str, list[bool]], Callable[[], Mapping[str, Tensor]]]:
-        """Returns the parameters that merge after a step, who trained them, and a function that returns the buffers."""
+    ) -> tuple[Callable[[], dict[str, Tensor]], dict[str, list[bool]], Callable[[], Mapping[str, Tensor]]]:
+        """Returns a function for the parameters that merge after a step, who trained them, and one for the buffers."""
         trained = trained_by(position, self._comm.topology, self.shared.model.factors())
-        tensors = merging(position, self.shared.parameters(), trained)
-        return tensors, trained, self.shared.buffers if whole_round(position) else dict
+        buffers = self.shared.buffers if whole_round(position) else dict
+        return lambda: tensors_due(position, self.shared.parameters(), trained), trained, buffers
 
     def _merge(
         self, position: Position, step: int, loss: float | None, started: Mapping[str, Tensor] | None
     ) -> Stages[None]:
         sync = rounds_of(position)
-        tensors, trained, buffers = self._merging(position)
+        parameters, trained, buffers = self._due(position)
+        tensors = parameters()
         fail_at(self._comm.rank, step, "merge.begin")
         # Changes can be averaged only if they were made to the same anchors.
         anchors = fingerprint(*(checksum(self.merger.anchors[name]) for name in tensors))
         place = self.shared.place(step, position.phase_index, merging=fingerprint(*tensors, sync), anchors=anchors)
         averaged = self.shared.averaged_buffers()
-        part = MergeInput(tensors, sync, trained, buffers, averaged, started, loss, step, place)
-        dropped = yield from self.merger.merge(part)
+        factors = self.shared.model.factors().keys()
+        part = MergeInput(parameters, sync, trained, buffers, averaged, started, loss, step, place, factors)
+        dropped, layers = yield from self.merger.merge(part)
+        if layers:
+            self.divergence.append({"step": step, "phase": position.phase.name, "layers": layers})
         if dropped:
             self.dropped.append({"step": step, "ranks": list(dropped)})
             if self._comm.rank == 0:

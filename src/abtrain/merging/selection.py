@@ -44,7 +44,7 @@ def whole_round(position: Position) -> bool:
     return rounds_of(position).fragments - 1 in position.merging
 
 
-def merging(
+def tensors_due(
     position: Position, parameters: Mapping[str, Tensor], trained_by: Mapping[str, Sequence[bool]]
 ) -> dict[str, Tensor]:
     """Returns the parameters that merge after a step, without factors that nobody has trained.

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from abtrain import recipes
+from abtrain import Phase, Recipe, WeightSync, recipes
 from abtrain.checkpoint.digest import weights_digest
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
@@ -15,13 +16,14 @@ from abtrain.engine.ab_training import ABTraining
 from abtrain.merging.divergence import divergence
 from tests import cases
 
+FACTORS = ("v.A", "v.B")
 SUBSPACE = pytest.approx(0.5**0.5)
 
 
 def observed(changes: list[dict[str, torch.Tensor]], anchors: dict[str, torch.Tensor]) -> dict[str, Any]:
     mean = {name: torch.stack([change[name] for change in changes]).mean(dim=0) for name in anchors}
 
-    results = run_in_process(len(changes), lambda comm: divergence(comm, changes[comm.rank], mean, anchors))
+    results = run_in_process(len(changes), lambda comm: divergence(comm, changes[comm.rank], mean, anchors, FACTORS))
     assert all(found == results[0] for found in results)
     return results[0]
 
@@ -47,6 +49,48 @@ def test_factors_that_are_scaled_keep_their_subspace() -> None:
 def test_workers_that_hold_the_same_are_at_no_distance() -> None:
     same = {"w": torch.eye(3)}
     assert observed([same, same], {"w": torch.ones(3, 3)})["w"] == {"distance": 0.0}
+
+
+class StateSpace(nn.Module):
+    """Names its parameters as papers on state-space models do; they are no factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.B = nn.Parameter(torch.ones(4, 3, dtype=torch.complex64))
+        self.layers = nn.ParameterDict({"A": torch.eye(4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.B @ x.to(self.B.dtype)).abs() @ self.layers["A"]
+
+
+def diverging(comm: Communicator, steps: int, sync: WeightSync) -> list[dict[str, Any]]:
+    model = StateSpace()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recipe = Recipe("r", steps, cycle=(Phase("p", steps, sync=sync),))
+    ab = ABTraining(model, optimizer, recipe, communicator=comm, measure_divergence=True)
+    while not ab.finished:
+        ab(torch.full((3,), 1.0 + comm.rank)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ab.step()
+    return ab.divergence
+
+
+def test_a_parameter_with_the_name_of_a_factor_has_no_subspace() -> None:
+    one, other = run_in_process(2, lambda comm: diverging(comm, 4, WeightSync(2)))
+    assert one == other and len(one) == 2
+    assert all(layer.keys() == {"distance"} for entry in one for layer in entry["layers"].values())
+
+
+def test_every_merge_is_measured_when_several_end_in_one_step() -> None:
+    sync = WeightSync(4, delay=3, fragments=2)
+    for entries in run_in_process(2, lambda comm: diverging(comm, 8, sync)):
+        assert [(entry["step"], list(entry["layers"])) for entry in entries] == [
+            (2, ["B"]),
+            (4, ["layers.A"]),
+            (6, ["B"]),
+            (8, ["B", "layers.A"]),
+        ]
 
 
 @pytest.mark.parametrize("recipe", ["ab", "ab_outer", "local_sgd"])

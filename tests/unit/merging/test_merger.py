@@ -21,6 +21,10 @@ MOVES = [torch.tensor([0.3, 0.0, -0.6], dtype=torch.float64), torch.tensor([0.1,
 D = (MOVES[0] + MOVES[1]) / 2
 
 
+def part(w: Tensor, sync: WeightSync, trainers: dict[str, list[bool]] | None = None) -> MergeInput:
+    return MergeInput(lambda: {"w": w}, sync, trainers or {})
+
+
 def rounds(comm: Communicator, rule: MergeRule, count: int, trainers: dict[str, list[bool]]) -> Tensor:
     """Every worker makes its own move in every round."""
     w = START.clone()
@@ -28,7 +32,7 @@ def rounds(comm: Communicator, rule: MergeRule, count: int, trainers: dict[str, 
     merger.begin({"w": w})
     for _ in range(count):
         w += MOVES[comm.rank]
-        finish(merger.merge(MergeInput({"w": w}, WeightSync(1, rule), trainers)))
+        finish(merger.merge(part(w, WeightSync(1, rule), trainers)))
     return w
 
 
@@ -45,7 +49,7 @@ def test_the_number_of_workers_chooses_the_wire(workers: int, wire: str) -> None
         merger = Merger(comm)
         merger.begin({"w": w})
         w += torch.randn(100, generator=torch.Generator().manual_seed(comm.rank))
-        finish(merger.merge(MergeInput({"w": w}, WeightSync(1, wire=wire), {})))
+        finish(merger.merge(part(w, WeightSync(1, wire=wire))))
         return w
 
     chosen, named = (run_in_process(workers, partial(merged, name))[0] for name in ("auto", wire))
@@ -80,7 +84,7 @@ def test_an_average_that_overflows_stops_all_and_changes_nothing(wire: str, chan
         merger.begin({"w": w})
         w += change
         with pytest.raises(NonFiniteError, match="their average is not"):
-            finish(merger.merge(MergeInput({"w": w}, WeightSync(1, wire=wire), {})))
+            finish(merger.merge(part(w, WeightSync(1, wire=wire))))
         return w, merger.anchors["w"]
 
     for w, anchor in run_in_process(3, work):
@@ -96,7 +100,7 @@ def test_steps_too_small_for_halves_add_up(dtype: torch.dtype) -> None:
         step = 2 * torch.finfo(dtype).eps
         for _ in range(8):
             w += step
-            finish(merger.merge(MergeInput({"w": w}, WeightSync(1, Outer(0.125, 0.0)), {})))
+            finish(merger.merge(part(w, WeightSync(1, Outer(0.125, 0.0)))))
         return w, torch.ones(4) + step
 
     for merged, expected in run_in_process(2, work):

@@ -250,6 +250,14 @@ def test_a_part_that_is_not_finite_stops_all_before_anything_is_averaged() -> No
     assert NonFiniteError.exit_code == 7
 
 
+def test_a_loss_that_is_not_finite_is_named() -> None:
+    def work(comm: Communicator) -> None:
+        with pytest.raises(NonFiniteError, match=r"found NaN or infinity on rank 1 \(training loss\): nothing"):
+            weighted_run(comm, [0.3, math.inf])
+
+    run_in_process(2, work)
+
+
 def test_with_no_finite_part_left_all_stop() -> None:
     def work(comm: Communicator) -> None:
         with pytest.raises(NonFiniteError):

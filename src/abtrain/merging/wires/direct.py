@@ -24,7 +24,7 @@ from abtrain.merging.wires.codes import CODES, Code
 from abtrain.merging.wires.wire import Averages, Wire
 
 CAPACITY = 64 * 2**20
-"""Bytes of float32 that are encoded and sent at once: the memory that a merge needs in addition to the weights."""
+"""The largest number of bytes, counted as float32, in one bucket. A bucket is encoded and sent as one message."""
 
 
 class DirectWire(Wire):
