@@ -47,7 +47,7 @@ def settled(name: str, mean: Tensor) -> Tensor:
 
 
 def pooled_buffers(held: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Returns the buffers that a merge of these workers' buffers would leave, by name."""
+    """Returns the first worker's buffers, by name, with running statistics that differ averaged over the workers."""
     return {name: _pooled(name, [buffers[name] for buffers in held]) for name in held[0]}
 
 

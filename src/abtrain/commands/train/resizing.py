@@ -20,11 +20,15 @@ from abtrain.recipes.recipe import Position, Recipe
 def can_be_resized(state: Mapping[str, Any], position: Position | None) -> bool:
     """Returns whether another number of workers can continue: workers have equal weights, or had at the last merge.
 
+    It cannot go back to the last merge if an optimizer keeps copies of the weights, which would stay ahead of them.
+
     Args:
         state: the state of a worker.
         position: the position of the next step in the recipe; None at the end.
     """
-    return bool(state["workers_equal"]) or (position is not None and position.phase.rounds is not None)
+    if state["workers_equal"] and not state["rounds"]["under_way"]:
+        return True
+    return position is not None and position.phase.rounds is not None and not state["copies"]["copies"]
 
 
 def resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> dict[str, Any]:

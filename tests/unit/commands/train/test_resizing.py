@@ -13,6 +13,9 @@ from abtrain import FixedRank, recipes, weights_digest
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.commands.train.resizing import can_be_resized, resized
+from tests.cases import build
+from tests.faults import loops as faults
+from tests.faults.optimizers import Masters
 from tests.unit.engine.test_saved_state import AB, Loop, normed
 
 
@@ -88,3 +91,15 @@ def test_another_number_of_workers_goes_back_to_the_last_merge(case: str, worker
         # Hidden merges and fragments arrive later than the round begins; buffers are averaged as they are.
         if case in ("ab", "outer", "first round of factors") and name in trained:
             assert torch.equal(value, left[0][1][name])
+
+
+def test_copies_of_weights_keep_a_run_from_going_back_to_a_merge() -> None:
+    def work(comm: Communicator) -> list[bool]:
+        recipe, found = recipes.local_sgd(12, every=4), []
+        loop = faults.Loop(comm, recipe, build("mlp", torch.float32), make=lambda model: Masters(model.parameters()))
+        for steps in (8, 9, 12):
+            loop.run(steps)
+            found.append(can_be_resized(loop.ab.state_dict(), loop.ab.position))
+        return found
+
+    assert run_in_process(2, work) == 2 * [[True, False, True]]
