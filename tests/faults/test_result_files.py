@@ -205,7 +205,7 @@ def test_an_empty_result_of_the_paper(tmp_path: Path) -> None:
     [
         ({"ranks": {}}, "ranks is"),
         ({"ranks": [{"ranks": {"conv.weight": "8"}}]}, "ranks.0..ranks.conv.weight is '8'"),
-        ({"ranks": [{"ranks": {"<b>": 8}}]}, "not the rank of a weight of this model"),
+        ({"ranks": [{"ranks": {"<b>": 8}}]}, "not a possible rank for a weight of this model"),
         ({"ranks": [{"ranks": {"5.weight": 1.5}}]}, "not a whole number"),
         ({"cpu_seconds_per_step": -1}, "cpu_seconds_per_step is -1"),
         ({"parameters": 0}, "parameters is 0"),

@@ -1,4 +1,4 @@
-"""The contestants of a comparison: recipes with their options from the command line."""
+"""Provides the contestants of a comparison, which are recipes with options from the command line."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ REFERENCES = (SOLO, DDP, DDP_BF16)
 
 @dataclass(frozen=True)
 class Contestant:
-    """A recipe with options.
+    """A recipe with options that takes part in a comparison.
 
     Attributes:
         label: the recipe as a string, RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE.
-        config: the settings of the contestant's runs, except for the seed.
+        config: the settings of its runs, except for the seed.
     """
 
     label: str
@@ -31,15 +31,15 @@ class Contestant:
 
 
 def contestants(texts: Sequence[str], rates: Mapping[str, float], common: Mapping[str, Any]) -> list[Contestant]:
-    """Returns the reference recipes and the requested contestants, without duplicates.
+    """Returns the reference recipes and the requested ones. A recipe that was given twice is listed once.
 
     Args:
-        texts: the requested contestants as strings, RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE.
-        rates: the learning rates, by the label of a contestant or by the name of a recipe.
-        common: the settings that all contestants share.
+        texts: the requested recipes as strings, RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE.
+        rates: the learning rates, by such a string or by the name of a recipe alone.
+        common: the settings that all recipes share.
 
     Raises:
-        ConfigurationError: lists everything that is wrong with the contestants or the learning rates.
+        ConfigurationError: lists everything that is wrong with the recipes or the learning rates.
     """
     problems: list[str] = []
     found: list[Contestant] = []
@@ -55,7 +55,9 @@ def contestants(texts: Sequence[str], rates: Mapping[str, float], common: Mappin
     names = {contestant.config.recipe_name for contestant in found}
     labels = {contestant.label for contestant in found}
     unknown = [name for name in rates if name not in names | labels]
-    problems += [f"--lr {name}=...: {name} is not in this comparison: add it, or leave out --lr" for name in unknown]
+    problems += [
+        f"--lr {name}=... names a recipe that is not compared: add {name}, or leave out this --lr" for name in unknown
+    ]
     if problems:
         raise ConfigurationError(list(dict.fromkeys(problems)))
     return found

@@ -89,7 +89,7 @@ _UTILISATION = Figure(
 
 
 def _colours(labels: Sequence[str]) -> dict[str, str]:
-    """Returns a colour for each contestant. References are grey."""
+    """Returns a colour for each recipe. Reference recipes are grey."""
     greys = dict(zip(REFERENCES, ("#8a94a0", "#1f2933", "#616e7c"), strict=True))
     others = [label for label in labels if label not in greys]
     return greys | {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(others)}
@@ -116,7 +116,7 @@ def _points(
 
 
 def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours: Mapping[str, str]) -> None:
-    """Writes each name above or below its point. Where possible, the name covers no other names or points."""
+    """Writes the name of each point above or below it. Where possible, a name covers no other names or points."""
     axes.get_xlim(), axes.get_ylim()  # fixes the scales, which determine the positions of names
     placed: list[tuple[float, float]] = []
     dots = [tuple(axes.transData.transform((x, y))) for _, x, y in points]
@@ -201,5 +201,5 @@ def _utilisation(
 
 
 def _line(label: str) -> str:
-    """Returns the line style of a contestant: dotted for solo, dashed for ddp in bf16, solid for others."""
+    """Returns the line style of a recipe: dotted for solo, dashed for ddp in bf16, solid for others."""
     return dict(zip(REFERENCES, (":", "-", "--"), strict=True)).get(label, "-")

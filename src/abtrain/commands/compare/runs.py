@@ -31,7 +31,7 @@ _LAB_FOLDER = "lab"
 
 @dataclass(frozen=True)
 class ComparisonRun(FolderRun):
-    """One run of a comparison: a contestant with a seed at a link rate."""
+    """One run of a comparison: a recipe with its options, a seed and a link rate."""
 
     contestant: Contestant
     seed: int
@@ -59,7 +59,7 @@ class ComparisonOutcome:
     """The outcome of one run.
 
     Attributes:
-        label: the label of the contestant.
+        label: the recipe with its options as a string.
         seed: the seed of the run.
         rate: the rate of all links in bits per second.
         top1: the top-1 accuracy in percent; None if the task has none.
@@ -90,7 +90,10 @@ class ComparisonOutcome:
 
 
 def plan_runs(comparison: Comparison) -> list[ComparisonRun]:
-    """Returns all runs without duplicates. One run of each contestant comes first, so a first table is soon ready."""
+    """Returns the runs of all recipes with all seeds and link rates. A rate that was given twice counts once.
+
+    The first seed of each recipe comes first, so that a table of all recipes is available early.
+    """
     pairs = [(seed, comparison.lab.rate(0)) for seed in comparison.seeds]
     pairs += [(comparison.seeds[0], rate) for rate in comparison.more_rates if rate != comparison.lab.rate(0)]
     return [
@@ -138,7 +141,7 @@ def outcome(run: ComparisonRun) -> ComparisonOutcome:
     result, hosts = map(read_record, run.results)
     sent = [host.number("tx_bytes") for host in hosts.records("hosts")]
     if not sum(sent):
-        raise hosts.error(("hosts",), sent, "a list of hosts with some traffic")
+        raise hosts.error(("hosts",), sent, "a list of hosts that sent bytes")
     lines = read_lines(run.folder / TRAIN_FOLDER / METRICS_FILE)
     # A loss that is not finite is null in the file, and has no point in the curve.
     curve = [(line.number("seconds"), line.optional_number("loss")) for line in lines]

@@ -12,24 +12,25 @@ from abtrain.commands.compare.runs import ComparisonOutcome
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """The means over the seeds of one contestant, at the rate of the comparison.
+    """The means over the seeds of one recipe, at the link rate of the comparison.
 
     Attributes:
-        label: the label of the contestant.
+        label: the recipe with its options as a string.
         seeds: the number of runs.
         top1, top1_std: the top-1 accuracy in percent and its standard deviation; None if the task has no accuracy. The
             deviation is also None for a single seed.
         loss, loss_std: the validation loss in nats and its standard deviation, which is None for a single seed.
         wire_bytes: the bytes that each host sent, start-up included.
-        wire_ratio: the wire bytes divided by those of ddp in fp32.
+        wire_ratio: `wire_bytes` divided by those of ddp in fp32.
         seconds: the seconds of the training loop.
         sync_seconds: the part of `seconds` in which a worker waited for others.
         seconds_ratio: the seconds divided by those of ddp in bf16.
-        utilisation: the share of time spent computing: the seconds of solo divided by those of the contestant.
+        utilisation: the share of time spent computing: the seconds of `solo`, which trains without communication,
+            divided by `seconds`.
         compression: the parameters of the full model divided by those of the factored model.
         payload: the bytes that a worker passes to collectives.
         ring_bytes: the bytes that a worker would send in a ring all-reduce of the payload.
-        start_bytes: the wire bytes of solo, which sends only start-up data and a comparison of initial weights.
+        start_bytes: the bytes that a host sent with `solo`: start-up data, and a comparison of initial weights.
         payload_by_phase: the payload in bytes of each phase of the recipe.
     """
 
@@ -53,7 +54,7 @@ class ComparisonRow:
 
 
 def rows(outcomes: Sequence[ComparisonOutcome], workers: int) -> list[ComparisonRow]:
-    """Returns one row for each contestant. Rows are in the order of the contestants' first runs.
+    """Returns one row for each recipe, in the order in which the recipes first appear in `outcomes`.
 
     Args:
         outcomes: the outcomes of runs at one link rate. They include runs of the reference recipes.
@@ -93,7 +94,7 @@ def rows(outcomes: Sequence[ComparisonOutcome], workers: int) -> list[Comparison
 
 
 def utilisations(outcomes: Sequence[ComparisonOutcome]) -> dict[str, list[tuple[int, float]]]:
-    """Returns each contestant's measured points (bits per second, utilisation), beginning with the slowest link."""
+    """Returns (link rate in bits per second, utilisation) for each recipe and rate, beginning with the slowest link."""
     found: dict[str, list[tuple[int, float]]] = {}
     for rate in sorted({outcome.rate for outcome in outcomes}):
         here = [outcome for outcome in outcomes if outcome.rate == rate]
@@ -105,14 +106,14 @@ def utilisations(outcomes: Sequence[ComparisonOutcome]) -> dict[str, list[tuple[
 
 
 def expected_utilisation(row: ComparisonRow, measured_rate: int, rate: float, wire_share: float) -> float:
-    """Predicts a contestant's utilisation at another link rate.
+    """Predicts the utilisation of a recipe at another link rate.
 
-    On a slower link, the measured seconds grow by the additional transfer time of the contestant's bytes. On a faster
-    link, the seconds shrink by the saved transfer time. They shrink at most by the time that the contestant waited,
-    because all other transfers overlap with computation.
+    On a slower link, the measured seconds grow by the additional transfer time of the recipe's bytes. On a faster link,
+    the seconds shrink by the saved transfer time. They shrink at most by the time that a worker waited, because all
+    other transfers overlap with computation.
 
     Args:
-        row: the measured results of the contestant.
+        row: the measured results of the recipe.
         measured_rate: the link rate at which the row was measured, in bits per second.
         rate: the other link rate, in bits per second.
         wire_share: the TCP payload divided by the bytes that a link's shaper counts, headers included.

@@ -65,10 +65,10 @@ class FinishedRun:
 
 
 def find_run(folder: Path, best: bool) -> FinishedRun:
-    """Returns the run in a folder.
+    """Returns the run in a folder, with its last model, or with the best one of all validations.
 
     Raises:
-        ConfigurationError: the folder contains no run, or the run has no model file yet.
+        ConfigurationError: the folder contains no run, its settings are damaged, or it has no such model.
     """
     if not is_regular(folder / CONFIG_FILE):
         raise ConfigurationError(f"{folder} holds no run: name the --out folder of `abtrain train`")
@@ -79,7 +79,10 @@ def find_run(folder: Path, best: bool) -> FinishedRun:
         raise ConfigurationError(f"{folder} has no {missing[0]}: {remedy}")
     config = from_text(read_regular(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
     if config.task not in TASKS:
-        raise ConfigurationError(f"{folder / CONFIG_FILE} names the unknown task {config.task!r}")
+        raise ConfigurationError(
+            f"{folder / CONFIG_FILE} names the task {config.task!r}, which this version lacks: export the run with "
+            f"the version that trained it"
+        )
     return FinishedRun(folder, name, config)
 
 

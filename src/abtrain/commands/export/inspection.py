@@ -87,7 +87,9 @@ def _inspected(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Insp
 
 @dataclass(frozen=True)
 class Gains:
-    """Compares a run's model with dense weights (first value of each pair) and as plain modules with factors (second).
+    """Compares the model of a run with dense weights and with factors.
+
+    The first value of each pair is for dense weights, the second for factors in plain PyTorch modules.
 
     Attributes:
         parameters: the numbers of parameters.
@@ -95,7 +97,7 @@ class Gains:
         top1: the accuracies in percent; None if the task has no classes.
         loss: the mean test losses in nats.
         latency: the milliseconds of a forward pass in one thread, by batch size.
-        ratio: the median ratio of the second latency to the first, measured alternately, by batch size.
+        ratio: the median ratio of the second latency to the first, by batch size. Measurements alternate.
         difference: the largest absolute difference between outputs of the plain model and the trained model.
     """
 
@@ -109,7 +111,7 @@ class Gains:
 
 
 def gains(run: FinishedRun, data_folder: Path | None) -> Gains:
-    """Compares the dense and the plain model of a run on the task's test data.
+    """Compares the model of a run with dense weights and with factors, on the task's test data.
 
     Raises:
         DataError: the data is missing.

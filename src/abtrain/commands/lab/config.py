@@ -106,6 +106,7 @@ def _network_problems(config: LabConfig) -> list[str]:
     # The network, the switch and the broadcast need an address each.
     if network.num_addresses < config.nodes + 3:
         return [
-            f"--network {config.network} has too few addresses for {config.nodes} hosts: use a shorter network prefix"
+            f"--network {config.network} has too few addresses for {config.nodes} hosts: use a shorter prefix, "
+            "such as /16"
         ]
     return []

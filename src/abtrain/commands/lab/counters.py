@@ -76,7 +76,11 @@ class Sampler:
 
 
 def parse_counters(text: str) -> tuple[int, int]:
-    """Parses the content of /proc/net/dev, and returns the bytes sent and received over the link."""
+    """Parses the content of /proc/net/dev, and returns the bytes sent and received over the link.
+
+    Raises:
+        ValueError: the content does not have the interface of a host.
+    """
     for line in text.splitlines():
         device, _, fields = line.partition(":")
         if device.strip() == INTERFACE:

@@ -39,8 +39,8 @@ def verify_links(network: Network) -> list[tuple[float, float]]:
     with ThreadPoolExecutor(1 if alone else len(hosts), initializer=_come_first) as pool:
         measured = list(pool.map(lambda host: _measure_host(network, host), hosts))
     problems = [
-        f"host {host}: the link {way} carries {format_rate(rate)}, not {format_rate(network.rates[host])} within "
-        f"{network.config.tolerance:.0%}"
+        f"host {host}: the link {way} carries {format_rate(rate)}, not {format_rate(network.rates[host])}, and a "
+        f"difference of {network.config.tolerance:.0%} is allowed"
         for host in hosts
         for way, rate in zip(("up", "down"), measured[host], strict=True)
         if not _fits(rate, network.rates[host], network.config.tolerance)
@@ -57,7 +57,7 @@ def _measure_host(network: Network, host: int) -> tuple[float, float]:
 
 
 def _closest(network: Network, host: int, sender: str, receiver: str) -> float:
-    """Measures a rate up to a few times, and returns the value closest to the configured rate."""
+    """Measures a link's rate up to `_ATTEMPTS` times, and returns the value closest to the configured rate."""
     config, rate = network.config, network.rates[host]
     address = config.address(host if receiver == network.hosts[host] else config.nodes)
     best = 0.0

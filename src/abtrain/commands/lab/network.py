@@ -20,8 +20,8 @@ LATENCY = "200ms"  # the longest time that a packet may queue; it is dropped aft
 CONGESTION_CONTROLS = ("cubic", "reno")
 """Congestion controls to try, in this order. cubic is Linux's default, and the kernel always allows reno.
 
-A machine's own default may distort measurements: BBR, which estimates the rate, leaves a sixth of a link of 20 Mbit/s
-idle during a ring all-reduce.
+The machine's own setting may distort measurements: BBR, which estimates the rate, leaves a sixth of a link of
+20 Mbit/s idle during a ring all-reduce.
 """
 _BURST_SECONDS = 0.01
 _CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")

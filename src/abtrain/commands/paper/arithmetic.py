@@ -45,7 +45,7 @@ def guideline_share() -> float:
 
 
 def full_share(schedule: PublishedSchedule) -> float:
-    """Returns the share of a run's steps that train data parallel at full rank. The last cycle may be incomplete."""
+    """Returns the share of a run's steps that are data parallel at full rank. The run may end within a cycle."""
     cycles, rest = divmod(schedule.total - schedule.warmup, schedule.cycle)
     group = schedule.cycle - schedule.rebound
     return (schedule.warmup + cycles * schedule.rebound + max(rest - group, 0)) / schedule.total

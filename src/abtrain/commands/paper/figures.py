@@ -114,8 +114,8 @@ def draw(figure: str, found: Sequence[PaperRow], folder: Path, note: str, prefix
         figure: a key of PANELS.
         found: the rows of results, one for each cell.
         folder: the folder for the files.
-        note: the string at the end of each caption.
-        prefix: the string at the beginning of each file name.
+        note: a sentence that ends each caption.
+        prefix: the beginning of each file name.
     """
     drawn = []
     for panel in PANELS[figure]:
@@ -133,7 +133,7 @@ def draw(figure: str, found: Sequence[PaperRow], folder: Path, note: str, prefix
 
 def draw_ecr(folder: Path) -> Figure:
     """Draws ecr.png, which compares the estimated communication reduction in Table I with the value of eq. 4."""
-    found = ecr_rows()[::-1]  # puts the first one on top
+    found = ecr_rows()[::-1]  # so that the first row of the table is on top
     labels = [f"{row.method.model}, {row.method.name}" for row in found]
 
     def dots(axes: Axes) -> None:

@@ -102,19 +102,23 @@ def _scatter_figure(name: str, found: Sequence[PaperRow], folder: Path) -> Figur
 
 
 def _series(label: str) -> tuple[str, str]:
-    """Splits the label of a method into the name of a plotted series and the setting of the point in the series."""
+    """Splits the label of a method: `AB, sigma 0.3` is the series `AB, sigma` with the setting 0.3."""
     found = re.fullmatch(r"(.+)[ :]([0-9.]+)", label)
     return (found[1], found[2]) if found else (label, "")
 
 
 def _histories(run: PaperRun) -> dict[str, list[tuple[float, dict[str, float]]]]:
-    """Returns (step, distances) for every merge of a run. The distances are by layer."""
+    """Returns a list of (step, distances) for each layer, with one entry for every merge of a run.
+
+    Raises:
+        DataError: the result file is damaged.
+    """
     found: dict[str, list[tuple[float, dict[str, float]]]] = {}
     for entry in read_record(run.result_file).records("divergence"):
         for layer in entry.mapping("layers"):
             distances = entry.numbers("layers", layer)
             if "distance" not in distances:
-                raise entry.error(("layers", layer), distances, "an object with a distance")
+                raise entry.error(("layers", layer), distances, "an object with the number `distance`")
             found.setdefault(layer, []).append((entry.number("step"), distances))
     return found
 
@@ -146,7 +150,7 @@ def _divergence_figures(name: str, runs: Sequence[PaperRun], folder: Path) -> li
 
 
 def _divergence_table(runs: Sequence[PaperRun]) -> Table:
-    """Returns a table of the distances between workers in each layer, over all merges of a run."""
+    """Returns a table with the mean and the largest distance between workers at merges, by run and layer."""
     lines = []
     for run in (run for run in runs if run.seed == 0):
         for layer, history in _histories(run).items():

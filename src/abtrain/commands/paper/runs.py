@@ -103,7 +103,10 @@ class PaperOutcome:
 
 
 def plan_runs(cells: Iterable[Cell], seeds: int, out: Path) -> list[PaperRun]:
-    """Returns all runs without duplicates. Runs with the first seed come first, so an overview is available early."""
+    """Returns the runs of these cells with all seeds. A run that several cells share is listed once.
+
+    Runs with the first seed come first, so that an overview is available early.
+    """
     chosen = list(cells)
     runs = [PaperRun(cell, seed, out / "runs" / _name(cell, seed)) for seed in range(seeds) for cell in chosen]
     return list({run.folder: run for run in runs}.values())
@@ -265,7 +268,7 @@ def _ranks(entry: JsonRecord, shapes: ModelShapes) -> dict[str, int]:
     found, matrices = entry.counts("ranks"), shapes.matrices()
     for name, k in found.items():
         if name not in matrices or not 1 <= k <= matrices[name].n:
-            raise entry.error(("ranks", name), k, "the rank of a weight of this model")
+            raise entry.error(("ranks", name), k, "a possible rank for a weight of this model")
     return found
 
 

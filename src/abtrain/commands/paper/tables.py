@@ -40,7 +40,7 @@ class PaperRow:
 
 
 def rows(outcomes: Sequence[PaperOutcome]) -> list[PaperRow]:
-    """Returns one row for each cell. Rows are in the order of the cells' first runs."""
+    """Returns one row for each cell, in the order in which the cells first appear in `outcomes`."""
     by_cell: dict[Cell, list[PaperOutcome]] = {}
     for outcome in outcomes:
         by_cell.setdefault(outcome.cell, []).append(outcome)
@@ -141,7 +141,7 @@ def study_table(found: Sequence[PaperRow], title: str) -> Table:
 
 
 def paper_text(label: str, cell: Cell, scaling: Scaling) -> str:
-    """Returns the paper's values for the model, method and nodes of a cell as a string."""
+    """Returns the paper's values for a model, and for the method and nodes of a cell, as the text of a table."""
     table = TABLE2[scaling]
     there, baseline = table.get((label, cell.method, cell.nodes)), table.get((label, DDP, cell.nodes))
     if there is None or there.top1 is None or baseline is None or baseline.top1 is None:

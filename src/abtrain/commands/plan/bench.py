@@ -85,10 +85,10 @@ class Bench:
         return {wire: max(statistics.median(seconds) - of_plain, 0.0) for wire, seconds in steps.items()}
 
     def factors(self, ranks: Mapping[str, int]) -> FactorSeconds:
-        """Measures the seconds that factors add to each step, and the seconds that each factoring takes.
+        """Measures the seconds that factors add to each step, and those to replace weights by factors and back.
 
-        The result does not include preconditioners and the projection of optimizer state. The ranks are guesses, so
-        a measured speed-up is not reliable and is reported as zero cost.
+        The result does not include decompositions, preconditioners and the projection of optimizer state. The ranks
+        are guesses, so a measured speed-up is not reliable and is reported as zero cost.
 
         Args:
             ranks: the rank of each factored weight, by name.
@@ -131,7 +131,7 @@ def world_of_one() -> Iterator[Callable[[GradientSync, nn.Module], DataParallel]
         UsageError: this process has joined other workers.
     """
     if dist.is_initialized():
-        raise UsageError("this process has already joined other workers: use a separate process for a world of one")
+        raise UsageError("this process has already joined other workers: use a separate process for this measurement")
     # init_process_group prefixes messages of uncaught errors with the rank; destroy_process_group does not undo that.
     shown = sys.excepthook
     store = dist.HashStore()  # type: ignore[attr-defined]

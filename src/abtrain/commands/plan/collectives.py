@@ -42,9 +42,9 @@ RING_PARTS = 2
 
 
 def wire_bytes(nbytes: float, messages: float = 1) -> float:
-    """Returns the bytes that an interface sends for `nbytes` of data in equal messages.
+    """Returns the bytes that a network interface sends for `nbytes` of data in a number of messages of equal size.
 
-    They include headers, and acknowledgements for the same amount of received data.
+    The bytes include headers, and acknowledgements for the same amount of received data.
     """
     if nbytes <= 0 or messages <= 0:
         return 0.0
@@ -68,11 +68,11 @@ class NodeLink:
         """Returns a message for each problem of the link; empty if there are none."""
         found = number_problems("rate", self.rate, above=0)
         if not (math.isfinite(self.latency) and self.latency >= 0):
-            found.append(f"latency={self.latency} is not a finite number of at least 0: use seconds")
+            found.append(f"latency={self.latency} is not a finite number of at least 0: use one, in seconds")
         return found
 
     def seconds(self, nbytes: float, messages: float = 1) -> float:
-        """Returns the seconds that data takes if it is sent in a number of messages of equal size."""
+        """Returns the seconds to send `nbytes` of data in a number of messages of equal size."""
         return self.latency + 8 * wire_bytes(nbytes, messages) / self.rate
 
 
@@ -170,7 +170,7 @@ def _all_gather(cluster: Cluster, nbytes: float) -> Cost:
 
 
 def _exchange(cluster: Cluster, nbytes: float) -> Cost:
-    """Returns the cost of an exchange between all pairs of workers. Traffic inside a node does not use its link."""
+    """Returns the cost of an exchange between all pairs of workers. Data for workers of one node stays off its link."""
     n, inside = cluster.workers, cluster.per_node
     piece = nbytes / (n - 1)
     leaving = inside * (n - inside)

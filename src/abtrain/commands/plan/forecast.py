@@ -1,7 +1,7 @@
-"""Forecasts the seconds and wire bytes of a run, phase by phase, from its traffic, the links and the workers' speeds.
+"""Forecasts the seconds of a run and the bytes on its links, phase by phase.
 
 The forecast makes these assumptions. The computation of a step takes the same time in every phase, except for the cost
-of factors and of averaging gradients. The computation that compresses merges takes no time. All workers wait for
+of factors and of averaging gradients. Compressing the data of merges takes no time. All workers wait for
 broadcasts and merges, unless a merge runs in the background of training steps. Such a hidden merge has the links to
 itself. DDP sends gradients during the backward pass, which is two thirds of a step. It sends a bucket when the bucket
 is ready and the previous one is complete. The optimizer waits for the last bucket (Li et al., PyTorch Distributed,
@@ -135,10 +135,10 @@ def forecast(
     speeds: Speeds | None = None,
     algorithm: str = "ring",
 ) -> Forecast:
-    """Forecasts a run on a cluster.
+    """Returns the forecast of a run on a cluster: its bytes and seconds, phase by phase.
 
     Args:
-        stretches: the steps of one worker, as `abtrain.commands.plan.payload.predict` returns them.
+        stretches: the collectives of one worker in all steps, as `abtrain.commands.plan.payload.predict` returns them.
         cluster: a cluster with the same number of workers.
         alone: the seconds that each worker takes for its own work, without communication.
         group_size: the number of workers in a group.
@@ -153,7 +153,7 @@ def forecast(
 
 
 class _Forecaster:
-    """Forecasts the seconds and bytes of stretches of steps on a cluster."""
+    """Forecasts the seconds and bytes of steps on a cluster."""
 
     def __init__(self, cluster: Cluster, alone: WorkerSeconds, group_size: int, speeds: Speeds, algorithm: str) -> None:
         self._cluster, self._alone, self._speeds = cluster, alone, speeds
@@ -181,11 +181,11 @@ class _Forecaster:
         if not stretch.steps or stretch.scope is None:
             return 1.0
         if stretch.scope == "world":
-            return self._speeds.stretch(1, self._cluster.workers)
-        return self._speeds.stretch(-(-stretch.steps // max(stretch.meetings, 1)), self._group_size)
+            return self._speeds.slowdown(1, self._cluster.workers)
+        return self._speeds.slowdown(-(-stretch.steps // max(stretch.merge_count, 1)), self._group_size)
 
     def _stalled(self, merging: Merging, step_seconds: float) -> float:
-        """Returns the seconds that one merge adds. Workers wait for a stage of the merge when the next stage is due."""
+        """Returns the seconds that workers wait for one merge. They wait for a stage when the next stage is due."""
         count, hidden = len(merging.stages), merging.hidden
         # The number of stages that are done after each step; the next one is under way then.
         done = [stages_due(count, hidden, passed) for passed in range(1, hidden + 1)]

@@ -1,6 +1,6 @@
 """Predicts the payload that `abtrain.comm.meter` counts. The prediction needs only the shapes of the model.
 
-`predict` follows the phases of a recipe, and returns what a worker passes to collectives in each stretch of steps. The
+`predict` follows the phases of a recipe, and returns the collectives that a worker calls, with their bytes. The
 prediction is exact if initial weights and factors are equal on all workers, every parameter has a gradient, no
 GradScaler is used, and `merged()` is not called. It assumes that floating-point buffers differ between workers, and
 that all other buffers are equal.
@@ -43,7 +43,7 @@ def predict(
     optimizer: OptimizerShape = ADAMW,
     rank: int = 0,
 ) -> list[Stretch]:
-    """Predicts the data that one worker passes to collectives in a run.
+    """Predicts the bytes that one worker passes to collectives in a run.
 
     Args:
         recipe: the recipe of the run.
@@ -51,8 +51,12 @@ def predict(
         topology: the workers and their groups.
         ranks: the rank k of each factored weight by name. Other weights stay dense. A sequence has one mapping for
             each decomposition of the run. The last mapping applies to all further decompositions.
-        optimizer: the optimizer state of each parameter. Workers make it equal before phases with gradient sync.
+        optimizer: the optimizer state of each parameter. Workers make this state equal before a phase that averages
+            gradients at every step.
         rank: the rank of the worker in its world. Workers of a group with different roles send different amounts.
+
+    Returns:
+        The collectives in chronological order, with one `Stretch` for steps that call the same ones.
     """
     history = [ranks] if isinstance(ranks, Mapping) else list(ranks)
     if topology.world_size == 1:
@@ -84,7 +88,7 @@ def idle_factors(position: Position, topology: Topology, ranks: Iterable[int]) -
 
 
 def _alone(position: Position) -> Stretch:
-    """Returns the stretch of a single worker, which sends nothing."""
+    """Returns the steps of a phase for a single worker, which sends nothing."""
     factored = position.phase.weights == "factored"
     return Stretch(
         position.phase.name, position.steps_in_phase, factored=factored, decompositions=1.0 if factored else 0.0
@@ -93,7 +97,7 @@ def _alone(position: Position) -> Stretch:
 
 @dataclass(frozen=True)
 class _Held:
-    """A parameter in its current form: a whole weight, a factor, or a frozen part."""
+    """A parameter in its current form: a whole weight, a factor, or a parameter that merges leave out (frozen)."""
 
     name: str
     tensor: Tensor
@@ -161,7 +165,7 @@ class _Walk:
         return 1.0 if factoring.svd == "each" else 1 / self._topology.world_size
 
     def _rounds(self, position: Position, held: Sequence[_Held], sync: WeightSync, entry: Calls) -> Iterator[Stretch]:
-        """Yields the stretches of a phase in which groups train alone and merge."""
+        """Yields the collectives of a phase in which groups train alone and merge."""
         equalize, entry = self._equalize(position, held), (*entry, *self._compare_buffers())
         *before, last = turns(position, sync)
         for turn in (*before, last):
@@ -175,7 +179,7 @@ class _Walk:
     def _synchronous(
         self, position: Position, held: Sequence[_Held], sync: GradientSync, entry: Calls
     ) -> Iterator[Stretch]:
-        """Yields the stretches of a phase that averages gradients. PowerSGD's first steps do not compress them."""
+        """Yields the collectives of a phase that averages gradients. PowerSGD's first steps do not compress them."""
         steps = position.steps_in_phase
         # All phases that train the same shapes share one hook, which counts its steps.
         shapes = (sync, tuple(one.tensor.shape for one in held))
@@ -206,7 +210,11 @@ class _Walk:
         return Factors(W.new_empty(shape.m, k), W.new_empty(k, shape.n))
 
     def _factor(self, ranks: Mapping[str, int]) -> Calls:
-        """Returns the collectives that factor the model: outcomes and ranks, then the factors or their digests."""
+        """Returns the collectives of factoring the model.
+
+        Workers compare outcomes and ranks. Then each sends the factors of its share of the weights, or all compare
+        digests of all factors.
+        """
         assert self._recipe.factoring is not None
         shared = self._recipe.factoring.svd == "shared"
         factors = [self._factors(name, ranks) if name in ranks else None for name in self._matrices]
@@ -223,8 +231,8 @@ class _Walk:
         return (*sent_by_follow(list(self._model.buffers.values()), scope), *sent_by_backward(tensors, scope, sync))
 
     def _merges(self, turn: Turn, held: Sequence[_Held], sync: WeightSync) -> tuple[Merging, ...]:
-        """Returns the merges of a turn. Training stops during the last merge of a phase."""
-        # Merges that overlap each have the links to themselves for their share of the time.
+        """Returns the merges after these steps. Training waits for the last merge of a phase."""
+        # Overlapping merges share the links: each has them to itself for a part of the time.
         hidden = min(sync.delay, sync.every // sync.fragments)
         merges = []
         for fragments, times in turn.merging.items():

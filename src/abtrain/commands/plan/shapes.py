@@ -93,7 +93,9 @@ def assumed_shapes(parameters: int, width: int | None = None) -> ModelShapes:
         problems += whole_number_problems("width", width, 1)
         if not problems and parameters // width**2 > _MOST:
             least = math.isqrt(parameters // _MOST) + 1
-            problems.append(f"width={width} makes {parameters // width**2:,} weights: use one of at least {least:,}")
+            problems.append(
+                f"width={width} makes {parameters // width**2:,} weights, over {_MOST:,}: use at least {least:,}"
+            )
     if problems:
         raise ConfigurationError(problems)
     width = min(width or max(_WIDTH, math.isqrt(parameters // _COUNT)), math.isqrt(parameters))
@@ -125,8 +127,8 @@ def ranks_for(model: ModelShapes, compression: float) -> dict[str, int]:
     most = model.compression(dict.fromkeys(matrices, 1))
     if matrices and compression > most:
         raise ConfigurationError(
-            f"compression={compression} is too large for this model: factors of rank 1 give "
-            f"{most:.4g}, so use at most that"
+            f"compression={compression} is too large: factors of rank 1 compress this model by {most:.4g}, so use at "
+            "most that"
         )
     full = sum(shape.m * shape.n for shape in matrices.values())
     # Other parameters keep their size, so factors have to shrink by more than the compression of the model.

@@ -53,7 +53,7 @@ class Speeds:
         if not found and self.slow_factor < 1:
             found.append(f"slow_factor={self.slow_factor} makes slow workers faster: use a number of at least 1")
         if not (math.isfinite(self.jitter) and self.jitter >= 0):
-            found.append(f"jitter={self.jitter} is not a finite number of at least 0: 0.1 is a tenth of a step")
+            found.append(f"jitter={self.jitter} is not a finite number of at least 0: use one, such as 0.1")
         if not 0 <= self.seed < 2**32:
             found.append(f"seed={self.seed} is out of range: use a number from 0 to {2**32 - 1}")
         if found:
@@ -65,19 +65,21 @@ class Speeds:
         # In floating point, 0.07 * 100 is slightly more than 7.
         return math.ceil(round(self.slow_share * self.workers, 9))
 
-    def stretch(self, steps: int, together: int) -> float:
-        """Returns the expected time until the last worker completes a round, divided by the nominal time of its steps.
+    def slowdown(self, steps: int, together: int) -> float:
+        """Returns the expected time until the last worker completes a round, divided by the nominal time of the round.
+
+        A round is the steps between two merges.
 
         Args:
             steps: the number of steps in the round.
             together: the number of neighbouring workers that wait for each other at every step. These groups wait for
                 each other only at the end of the round.
         """
-        return _stretch(self, steps, together)
+        return _slowdown(self, steps, together)
 
 
 @cache
-def _stretch(speeds: Speeds, steps: int, together: int) -> float:
+def _slowdown(speeds: Speeds, steps: int, together: int) -> float:
     generator = torch.Generator().manual_seed(speeds.seed)
     slowness = torch.ones(speeds.workers)
     slowness[torch.randperm(speeds.workers, generator=generator)[: speeds.slow]] = speeds.slow_factor

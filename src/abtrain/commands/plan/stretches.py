@@ -1,4 +1,4 @@
-"""Describes the predicted course of a run: stretches of steps with equal collectives, merges, and turns of a phase."""
+"""Represents the predicted course of a run: steps with the same collectives, and the merges between steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from abtrain.recipes.sync import GradientWire, WeightSync
 
 @dataclass(frozen=True)
 class Merging:
-    """A number of merges with the same collectives.
+    """Several merges with the same collectives. A merge averages the weights of workers that train separately.
 
     Attributes:
         times: the number of merges.
@@ -33,7 +33,7 @@ class Merging:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive steps of one phase in which a worker makes the same collectives.
+    """Steps of one phase in which a worker calls the same collectives.
 
     Attributes:
         phase: the name of the phase.
@@ -41,11 +41,11 @@ class Stretch:
         scope: the workers that wait for each other at every step; None if they train alone.
         entry: the collectives before the first step.
         step: the collectives of each step.
-        merges: the merges between steps, of the whole model or of fragments.
+        merges: the merges after some of the steps, each of the whole model or of a part of it.
         exit: the collectives after the last merge.
         averages: the wire format of the gradients that are averaged at each step; None if none are averaged.
         factored: whether weights are factored.
-        decompositions: the share of all decompositions that this worker computes before the first step, from 0 to 1.
+        decompositions: the share of the weights that this worker decomposes before the first step, from 0 to 1.
     """
 
     phase: str
@@ -60,12 +60,12 @@ class Stretch:
     decompositions: float = 0.0
 
     @property
-    def meetings(self) -> int:
-        """The number of merges. All workers take part in each of them."""
+    def merge_count(self) -> int:
+        """The number of merges. All workers take part in each merge."""
         return sum(merging.times for merging in self.merges)
 
     def all(self) -> Iterator[tuple[Traffic, int]]:
-        """Yields each collective with the number of times that it is made."""
+        """Yields each collective with the number of times that the worker calls it."""
         merges = ((merging.calls, merging.times) for merging in self.merges)
         for calls, times in ((self.entry, 1), (self.step, self.steps), *merges, (self.exit, 1)):
             for traffic in calls:
@@ -74,14 +74,14 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Turn:
-    """Consecutive steps, in a phase with merges, that train the same parameters.
+    """The steps of a phase that train the same parameters, if groups train alone between merges.
 
     Attributes:
-        position: the position of the first step in the recipe.
+        position: the position of the first of these steps in the recipe.
         steps: the number of steps.
-        merging: the number of merges that begin during the turn, by the fragments that they send. The merge after the
-            last step of the phase is not included.
-        last: whether the turn includes the last step of the phase. All fragments merge after that step.
+        merging: the number of merges that begin after these steps, by the fragments of the model that they send. The
+            merge after the last step of the phase is not included.
+        last: whether the steps include the last one of the phase. All fragments merge after that step.
     """
 
     position: Position
@@ -91,15 +91,15 @@ class Turn:
 
 
 def turns(position: Position, sync: WeightSync) -> Iterator[Turn]:
-    """Yields the turns of a phase with merges: two if A and B are trained in turns, otherwise one.
+    """Yields one turn for each factor if a phase trains A and B alternately, or one turn for all its steps.
 
-    `abtrain.merging.rounds` defines the rounds.
+    A and B alternate from round to round. A round is the steps between two merges (see `abtrain.merging.rounds`).
 
     Args:
         position: the position of the first step of the phase in the recipe.
         sync: the settings of the merges of the phase.
     """
-    # Merges repeat with this period, up to the last step.
+    # The merges repeat with this period until the last step of the phase.
     period = sync.every * (2 if position.phase.trains == "a_then_b" else 1)
     periods, rest = divmod(position.steps_in_phase - 1, period)
     for start in range(0, min(period, position.steps_in_phase), sync.every):
