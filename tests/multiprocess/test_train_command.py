@@ -98,7 +98,12 @@ def test_the_run_folder_tells_everything(finished: Path) -> None:
     assert [entry["cycle"] for entry in result["ranks"]] == [0, 1]
     seconds = result["seconds"]
     assert seconds["compute"] + seconds["sync"] + seconds["svd"] == pytest.approx(seconds["total"])
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    every_line = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    merges = [line for line in every_line if "merge" in line]
+    assert [(line["step"], line["merge"]["ranks"]) for line in merges] == [(12, [0, 1]), (21, [0, 1])]
+    assert all(0 < line["merge"]["loss_mean"] <= line["merge"]["loss_max"] for line in merges)
+    assert all(0 <= line["merge"]["wait_seconds"] <= line["merge"]["seconds"] for line in merges)
+    lines = [line for line in every_line if "merge" not in line]
     assert [line["step"] for line in lines] == [6, 12, 18, 24]
     assert [line["phase"] for line in lines] == ["warmup", "group", "group", "rebound"]
     assert lines[-1]["payload_bytes"] == result["payload_bytes"]["total"]

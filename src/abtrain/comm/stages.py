@@ -7,7 +7,7 @@ callers that compute between stages. All collectives start in the caller's own t
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -23,6 +23,19 @@ def finish(stages: Stages[T]) -> T:
     except StopIteration as ended:
         result: T = ended.value
         return result
+
+
+def timed(stages: Stages[T], clock: Callable[[], float]) -> Stages[tuple[T, float]]:
+    """Returns the stages' result, and how far `clock` advanced while they ran. Time between stages does not count."""
+    seconds = -clock()
+    while True:
+        try:
+            next(stages)
+        except StopIteration as ended:
+            return ended.value, seconds + clock()
+        seconds += clock()
+        yield
+        seconds -= clock()
 
 
 def together(first: Stages[T], second: Stages[U]) -> Stages[tuple[T, U]]:

@@ -180,7 +180,7 @@ class ABTraining(ModelAccess):
         keeps all workers at the same step, and lets merges equalize the loss scales of the next step.
 
         Args:
-            loss: this worker's training loss in this step, for recipes whose merges weight workers by their loss.
+            loss: this worker's training loss in this step, for `last_merges` and for merges that weight workers by it.
 
         Raises:
             UsageError: the recipe has ended, the loop called the model directly instead of `ab(...)`, no forward pass
@@ -194,6 +194,7 @@ class ABTraining(ModelAccess):
         position, upcoming = progress.position, progress.advance()
         assert position is not None
         progress.workers_equal = position.phase.shares_gradients
+        self._rounds.ended = []
         if position.phase.rounds is not None:
             number = loss.item() if isinstance(loss, Tensor) else loss
             progress.workers_equal = self._rounds.step(position, progress.steps_done, number)

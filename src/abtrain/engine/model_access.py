@@ -72,6 +72,23 @@ class ModelAccess:
         return self._rounds.divergence
 
     @property
+    def last_merges(self) -> list[dict[str, Any]]:
+        """One entry per merge that ended in the last `step`; empty after other steps.
+
+        `step`: the number of steps done when it began. `dropped`: the ranks that were left out. `losses`: by rank, the
+        mean loss in the round; NaN if `step` got none. `seconds`: how long it kept this worker from training.
+        `wait_seconds`: how long this worker waited until all had arrived.
+        """
+        return self._rounds.ended
+
+    def progress(self) -> str:
+        """Returns one line on the run: steps done and to go, the phase, and the bytes that this worker has sent."""
+        done, total = self.steps_done, self._progress.recipe.total_steps
+        phase = self.position.phase.name if self.position else "ended"
+        sent = self._progress.comm.meter.payload()["total"] / 1e6
+        return f"step {done}/{total}  {total - done} to go  {phase}  {sent:,.1f} MB sent"
+
+    @property
     def dropped_parts(self) -> list[dict[str, Any]]:
         """One entry per merge that excluded workers: the step and the workers' ranks (`on_nonfinite="drop_worker"`)."""
         return self._rounds.dropped

@@ -23,7 +23,7 @@ from abtrain.checks import told_names
 from abtrain.comm.buckets import average_exactly, sent_by_average
 from abtrain.comm.checksums import checksum
 from abtrain.comm.communicator import Calls, Communicator
-from abtrain.comm.stages import Stages, together
+from abtrain.comm.stages import Stages, timed, together
 from abtrain.consistency.agreement import ROLL_CALL, Place, gather_json, roll_call, share
 from abtrain.errors import NonFiniteError, OnNonFinite
 from abtrain.failpoints import fail_at
@@ -129,14 +129,16 @@ class Merger:
             self._wires[name] = make_wire(name, self._comm.topology.world_size)
         return self._wires[name]
 
-    def merge(self, part: MergeInput) -> Stages[tuple[tuple[int, ...], Distances]]:
+    def merge(self, part: MergeInput) -> Stages[tuple[dict[str, Any], Distances]]:
         """Merges in stages: reads this worker's changes first, and writes the outcome in place last.
 
         Weights, anchors, momentum and residuals change in the last stage only, so a merge that is restarted from the
         same `started` has the same outcome. Changes that this worker makes during the merge are added to the outcome.
 
         Returns:
-            The ranks of the workers that were left out, and the divergence by layer if it was measured; on all workers.
+            A report, and the divergence by layer if it was measured. The report has the `step` of the input, the ranks
+            that were left out (`dropped`), each rank's `Part.loss` (`losses`), and how long this worker waited until
+            all had arrived (`wait_seconds`).
 
         Raises:
             RanksDisagreeError: `place` differs between workers. On all workers.
@@ -146,7 +148,7 @@ class Merger:
         started = part.held if part.started is None else part.started
         buffers = {name: started[name] for name in part.buffers()}
         changes = {name: change(self.anchors[name], started[name]) for name in part.tensors()}
-        reports, differing = yield from self._compare(part, changes, buffers)
+        reports, differing, waited = yield from self._compare(part, changes, buffers)
         alive = self._alive(reports, differing, changes)
         floats = [name for name in differing if name in part.averaged]
         merged = {name: buffers[name].clone() for name in differing if name not in part.averaged}
@@ -168,19 +170,22 @@ class Merger:
         self._buffers.merged(merged)
         outcome = self._advance_anchors(part.sync.merge, averages) | merged
         write(part.held, outcome, {**started, **eager} if mine else None)
-        return tuple(rank for rank, is_alive in enumerate(alive) if not is_alive), distances
+        dropped = [rank for rank, is_alive in enumerate(alive) if not is_alive]
+        losses = [report.loss for report in reports]
+        return {"step": part.step, "dropped": dropped, "losses": losses, "wait_seconds": waited}, distances
 
     def _compare(
         self, part: MergeInput, changes: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-    ) -> Stages[tuple[list[Part], dict[str, list[int]]]]:
-        """Runs the roll call. Returns all workers' reports, and the buffers that differ (see `Buffers.compare`)."""
+    ) -> Stages[tuple[list[Part], dict[str, list[int]], float]]:
+        """Runs the roll call. Returns all reports, `Buffers.compare`, and the seconds until all workers had arrived."""
         sums = {name: checksum(buffer) for name, buffer in buffers.items()}
         content = self._buffers.report(buffers, sums) if all(map(is_finite, changes.values())) else -1
         loss = part.loss if part.loss is None or math.isfinite(part.loss) else math.inf
-        rows = yield from roll_call(self._comm, part.place, (content, math.nan if loss is None else loss))
+        calling = roll_call(self._comm, part.place, (content, math.nan if loss is None else loss))
+        rows, waited = yield from timed(calling, lambda: self._comm.meter.sync_seconds)
         reports = [Part(*row) for row in rows]
         fail_at(self._comm.rank, part.step, "merge.agreed")
-        return reports, self._buffers.compare(buffers, sums, [report.buffers for report in reports])
+        return reports, self._buffers.compare(buffers, sums, [report.buffers for report in reports]), waited
 
     def eager(self, rule: MergeRule, name: str, started: Tensor) -> Tensor:
         """Returns the weights that a worker continues from during a hidden merge, given those when it began."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Communicator
-from abtrain.comm.stages import Background, Stages, finish
+from abtrain.comm.stages import Background, Stages, finish, timed
 from abtrain.consistency.agreement import Told, roll_call
 from abtrain.consistency.replicas import check_replicas
 from abtrain.errors import OnNonFinite
@@ -51,6 +52,7 @@ class Rounds:
     Attributes:
         dropped: for each merge that left out workers, its first step and their ranks; the same on all workers.
         divergence: for each merge in this process, its first step, its phase and the distances by layer.
+        ended: for each merge that ended in the last training step, what `Merger.merge` returned, and its `seconds`.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Rounds:
         self._losses: list[float] = []
         self.dropped: list[dict[str, Any]] = []
         self.divergence: list[dict[str, Any]] = []
+        self.ended: list[dict[str, Any]] = []
 
     def begin(self) -> None:
         """Begins a phase of rounds, with the same weights on all workers."""
@@ -212,13 +215,15 @@ class Rounds:
         averaged = self.shared.averaged_buffers()
         factors = self.shared.model.factors().keys()
         part = MergeInput(parameters, sync, trained, buffers, averaged, started, loss, step, place, factors)
-        dropped, layers = yield from self.merger.merge(part)
+        (report, layers), seconds = yield from timed(self.merger.merge(part), time.perf_counter)
+        self.ended.append({**report, "seconds": seconds})
+        dropped = report["dropped"]
         if layers:
             self.divergence.append({"step": step, "phase": position.phase.name, "layers": layers})
         if dropped:
-            self.dropped.append({"step": step, "ranks": list(dropped)})
+            self.dropped.append({"step": step, "ranks": dropped})
             if self._comm.rank == 0:
-                log.warning("step %d: the part of rank %s was not finite, and was left out", step, list(dropped))
+                log.warning("step %d: the part of rank %s was not finite, and was left out", step, dropped)
         if self._comm.rank in dropped:
             self._recover()
         fail_at(self._comm.rank, step, "merge.end")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from abtrain.comm.stages import Background, Stages, finish, stages_due, together
+from abtrain.comm.stages import Background, Stages, finish, stages_due, timed, together
 
 
 def counting(to: int, log: list[str], name: str = "") -> Stages[int]:
@@ -19,6 +19,23 @@ def test_all_at_once_and_together() -> None:
     assert finish(counting(3, log)) == 3
     assert finish(together(counting(2, log, "a"), counting(3, log, "b"))) == (2, 3)
     assert log == ["0", "1", "2", "a0", "b0", "a1", "b1", "b2"]
+
+
+def test_only_the_time_in_stages_counts() -> None:
+    now = [100.0]
+
+    def working() -> Stages[str]:
+        for seconds in (1.0, 2.0):
+            now[0] += seconds
+            yield
+        now[0] += 4.0
+        return "done"
+
+    stages = timed(working(), lambda: now[0])
+    for _ in range(2):
+        next(stages)
+        now[0] += 50.0
+    assert finish(stages) == ("done", 7.0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

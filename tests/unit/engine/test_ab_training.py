@@ -46,6 +46,21 @@ def test_alone_without_init_process_group() -> None:
     assert dict(model.named_parameters()).get("0.weight", before) is before
 
 
+def test_progress_tells_what_is_left_of_the_recipe_and_what_was_sent() -> None:
+    def work(comm: Communicator) -> list[str]:
+        _, optimizer, ab = mlp_run(comm, recipes.ddp(3))
+        lines = [ab.progress()]
+        while not ab.finished:
+            one_step(ab, optimizer, comm.rank)
+            lines.append(ab.progress())
+        return lines
+
+    for lines in run_in_process(2, work):
+        assert lines[0] == "step 0/3  3 to go  full  0.0 MB sent"
+        assert lines[2].startswith("step 2/3  1 to go  full  ")
+        assert lines[3].startswith("step 3/3  0 to go  ended  ")
+
+
 @pytest.mark.parametrize(("warmup_steps", "warned"), [(0, False), (20, True), (99, True), (100, False)])
 def test_weights_that_are_factored_early_draw_a_warning(
     warmup_steps: int, warned: bool, caplog: pytest.LogCaptureFixture

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from abtrain import ABTraining, FixedRank, Phase, Recipe, WeightSync, recipes
+from abtrain import ABTraining, FixedRank, GradientSync, Phase, Recipe, WeightSync, recipes
 from abtrain.comm.checksums import digest
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
@@ -417,6 +417,41 @@ def test_a_merge_on_one_rank_only_is_an_error_on_all() -> None:
                 ab.step()
 
     run_in_process(2, work)
+
+
+def last_merges(comm: Communicator, sync: WeightSync, with_loss: bool = True) -> dict[int, list[dict[str, Any]]]:
+    """The last merges by step. Worker r has the loss r + step / 10, and worker 2 gets NaN as a gradient in step 5."""
+    model = Slope()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    cycle = (Phase("p", 8, sync=sync), Phase("q", 2, sync=GradientSync()))
+    ab = ABTraining(model, optimizer, Recipe("r", 10, cycle=cycle), communicator=comm, on_nonfinite="drop_worker")
+    found = {}
+    while not ab.finished:
+        bad = comm.rank == 2 and ab.steps_done == 5
+        ab(slopes(comm.rank) * (math.nan if bad else 1.0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ab.step(comm.rank + ab.steps_done / 10 if with_loss else None)
+        if ab.last_merges:
+            found[ab.steps_done] = ab.last_merges
+    return found
+
+
+@pytest.mark.parametrize(("delay", "ends"), [(0, [4, 8]), (3, [7, 8])])
+def test_the_last_merges_tell_each_workers_loss_and_who_was_left_out(delay: int, ends: list[int]) -> None:
+    results = run_in_process(3, lambda comm: last_merges(comm, WeightSync(4, delay=delay)))
+    for result in results:
+        assert list(result) == ends
+        merges = [merge for step in ends for merge in result[step]]
+        assert [(merge["step"], merge["dropped"]) for merge in merges] == [(4, []), (8, [2])]
+        assert merges[0]["losses"] == pytest.approx([0.15, 1.15, 2.15])
+        assert merges[1]["losses"] == pytest.approx([0.55, 1.55, 2.55])
+        assert all(0 <= merge["wait_seconds"] <= merge["seconds"] for merge in merges)
+
+
+def test_without_losses_the_last_merges_tell_none() -> None:
+    for result in run_in_process(2, lambda comm: last_merges(comm, WeightSync(4), with_loss=False)):
+        assert all(math.isnan(loss) for loss in result[4][0]["losses"])
 
 
 def test_a_wire_that_workers_cannot_carry_is_refused_before_anything_is_sent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -59,17 +60,17 @@ class Display:
             f"{_counted(config.workers, 'worker')} in {_counted(groups, 'group')}"
         )
 
-    def show(self, record: Mapping[str, Any]) -> None:
-        """Shows the record of a logged step. Leaves out figures for which there is no room."""
+    def show(self, record: Mapping[str, Any], merges: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Shows the record of a logged step and the merges before it. Leaves out figures for which there is no room."""
         step, phase, width = record["step"], record["phase"], self.console.width
         if self.console.is_terminal:
             counter = f"{self._steps}/{self._steps}"
             others = max(len(phase), _PHASE_WIDTH), _LEAST_BAR, len(counter), _REMAINING_WIDTH
-            figures = _fitting(_figures(record), width - sum(others) - len(others))
+            figures = _fitting(_figures(record, merges), width - sum(others) - len(others))
             self._bar.update(self._task, completed=step, description=phase, figures=figures)
         else:
             start = f"step {step:>5}/{self._steps}  {phase:<{_PHASE_WIDTH}} "
-            self.console.plain(start + _fitting(_figures(record), width - len(start)))
+            self.console.plain(start + _fitting(_figures(record, merges), width - len(start)))
 
     def validated(self, step: int, quality: Mapping[str, Any], is_best: bool) -> None:
         """Prints the metrics of a validation."""
@@ -96,15 +97,25 @@ class Display:
         self.console.print(table)
 
 
-def _figures(record: Mapping[str, Any]) -> list[str]:
-    """Returns the figures of a record, the most important first."""
-    return [
-        f"loss {record['loss']:.4f}",
+def _figures(record: Mapping[str, Any], merges: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the figures of a record and of the merges before it, the most important first."""
+    loss = f"loss {record['loss']:.4f}"
+    known = [merge for merge in merges if merge["loss_mean"] is not None]
+    if known:
+        mean = math.fsum(merge["loss_mean"] for merge in known) / len(known)
+        loss = f"loss {mean:.4f} (max {max(merge['loss_max'] for merge in known):.4f})"
+    figures = [
+        loss,
         f"lr {record['lr']:.2e}",
         f"{human_bytes(record['payload_bytes'])} sent",
         f"{record['samples_per_second']:,.0f} samples/s",
         f"grad {record['grad_norm']:.3g}",
     ]
+    if merges:
+        seconds, waited = (sum(merge[name] for merge in merges) for name in ("seconds", "wait_seconds"))
+        workers = _counted(len(merges[-1]["ranks"]), "worker")
+        figures.append(f"{_counted(len(merges), 'merge')} of {workers}: {seconds:.2f} s, {waited:.2f} s waiting")
+    return figures
 
 
 def _fitting(figures: Sequence[str], width: int) -> str:

@@ -201,6 +201,7 @@ class _Loop:
         ab.step(figures.loss)
         if recorder is not None:
             payload = ab.communicator.meter.payload()["total"]
+            recorder.merged(ab.steps_done, position.phase.name, ab.last_merges)
             recorder.step(ab.steps_done, position.phase.name, figures, payload, ab.divergence)
         self.validation.after(ab.steps_done, watchdog.beat)
         watchdog.beat(f"after {ab.steps_done} steps")  # writing a checkpoint has the whole time limit again

@@ -28,6 +28,7 @@ class Recorder:
         self._started = self._last_log = time.perf_counter()
         self._losses: list[float] = []
         self._steps = 0  # in this process since the last log
+        self._merges: list[dict[str, Any]] = []  # since the last log
         self._step = 0
         self._folder = folder
         self._display = Display(config.steps)
@@ -108,8 +109,16 @@ class Recorder:
         if divergence:
             record["divergence"] = divergence[-1]
         self._log("train", record, record)
-        self._never_fatal("the display", self._display.show, record)
-        self._losses, self._steps, self._last_log = [], 0, now
+        self._never_fatal("the display", self._display.show, record, self._merges)
+        self._losses, self._merges, self._steps, self._last_log = [], [], 0, now
+
+    def merged(self, step: int, phase: str, merges: Sequence[Mapping[str, Any]]) -> None:
+        """Records the merges that ended after `step` steps, as `ABTraining.last_merges` lists them."""
+        for merge in merges:
+            figures = merge_figures(merge)
+            self._merges.append(figures)
+            record = {"step": step, "phase": phase, "merge": figures, "seconds": round(self.seconds, 3)}
+            self._log("merge", record, {**figures, "workers": len(figures["ranks"])})
 
     def _log(self, kind: Kind, record: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
         """Adds a line to metrics.jsonl, and sends figures to the trackers."""
@@ -146,3 +155,22 @@ class Recorder:
             self._trackers.finish(result)
         self._never_fatal("the display", self._display.__exit__, None, None, None)
         self._never_fatal("the display", self._display.summary, result, self._folder.path)
+
+
+def merge_figures(merge: Mapping[str, Any]) -> dict[str, Any]:
+    """Summarizes an entry of `ABTraining.last_merges`, for metrics.jsonl.
+
+    Returns:
+        The step at which the merge began, the ranks that took part, the mean and maximum of their losses (None if no
+        loss is known), the seconds that the merge took, and those that this worker waited for others.
+    """
+    ranks = [rank for rank in range(len(merge["losses"])) if rank not in merge["dropped"]]
+    losses = [merge["losses"][rank] for rank in ranks if not math.isnan(merge["losses"][rank])]
+    return {
+        "began": merge["step"],
+        "ranks": ranks,
+        "loss_mean": math.fsum(losses) / len(losses) if losses else None,
+        "loss_max": max(losses) if losses else None,
+        "seconds": round(merge["seconds"], 4),
+        "wait_seconds": round(merge["wait_seconds"], 4),
+    }

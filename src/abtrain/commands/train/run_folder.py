@@ -2,7 +2,7 @@
 
 config.toml      the settings with all defaults filled in; `abtrain train --config` repeats the run. Its first line may
                  name the launch that wrote it
-metrics.jsonl    one JSON object per line, for a step that is logged or a validation: docs/how-to/runs.md
+metrics.jsonl    one JSON object per line, for a step that is logged, a merge or a validation: docs/how-to/runs.md
 model.safetensors, model-dense.safetensors
                  the trained model with its factors, and with dense weights only
 model-best...    the best model of all validations, in the same forms

@@ -19,8 +19,9 @@ from abtrain.commands.train.config import TrainConfig
 from abtrain.errors import nearest
 
 Numbers = Mapping[str, float]
-Kind = Literal["train", "eval"]
+Kind = Literal["train", "eval", "merge"]
 """The kinds of metrics. Their names in trackers are such as `train/loss`."""
+_NO_METRICS = frozenset({"step", "began"})  # trackers get the step beside the metrics
 
 
 class Tracker(Protocol):
@@ -143,7 +144,7 @@ class Trackers:
 
     def log(self, kind: Kind, step: int, record: Mapping[str, Any]) -> None:
         """Sends the numeric values in a record of metrics to all trackers, under names such as `train/loss`."""
-        numbers = {f"{kind}/{name}": value for name, value in _numbers(record).items() if name != "step"}
+        numbers = {f"{kind}/{name}": value for name, value in _numbers(record).items() if name not in _NO_METRICS}
         self._each(lambda tracker: tracker.log(step, numbers))
 
     def finish(self, result: Mapping[str, Any]) -> None:

@@ -17,6 +17,10 @@ RECORD = {
     "samples_per_second": 5120.0,
     "payload_bytes": 2_500_000,
 }
+MERGES = [
+    {"ranks": [0, 1, 2], "loss_mean": 1.0, "loss_max": 1.5, "seconds": 0.25, "wait_seconds": 0.1},
+    {"ranks": [0, 1, 2], "loss_mean": 2.0, "loss_max": 3.0, "seconds": 0.25, "wait_seconds": 0.1},
+]
 RESULT = {
     "recipe": "ab",
     "task": "digits-mlp",
@@ -69,22 +73,29 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "end"), [(30, "loss 1.5000"), (70, "2.5 MB sent"), (80, "5,120 samples/s"), (200, "grad 0.25")]
+    ("width", "end"),
+    [
+        (30, "loss 1.5000 (max 3.0000)"),
+        (80, "lr 1.00e-03  2.5 MB sent"),
+        (100, "5,120 samples/s"),
+        (200, "grad 0.25  2 merges of 3 workers: 0.50 s, 0.20 s waiting"),
+    ],
 )
-def test_a_line_holds_what_fits(width: int, end: str) -> None:
+def test_merges_tell_the_losses_of_all_workers_and_a_line_holds_what_fits(width: int, end: str) -> None:
     out = io.StringIO()
-    Display(100, Output(file=out, width=width)).show(RECORD)
+    Display(100, Output(file=out, width=width)).show(RECORD, MERGES)
     line = out.getvalue().rstrip("\n")
-    assert line.endswith(end) and (len(line) <= width or end == "loss 1.5000")
+    assert "loss 1.5000 (max 3.0000)" in line and line.endswith(end)
+    assert len(line) <= width or end.startswith("loss")
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_bar_fits_the_terminal(width: int) -> None:
     out = io.StringIO()
     with Display(100_000, Output(file=out, force_terminal=True, color_system=None, width=width)) as display:
-        display.show(RECORD)
+        display.show(RECORD, MERGES)
     shown = [line for line in re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", out.getvalue()).splitlines() if "20/100000" in line]
-    assert shown and all("loss 1.5000" in line and len(line.strip("\r")) <= width for line in shown)
+    assert shown and all("loss 1.5000 (max 3.0000)" in line and len(line.strip("\r")) <= width for line in shown)
 
 
 def test_a_bar_on_a_terminal() -> None:

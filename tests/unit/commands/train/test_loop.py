@@ -44,9 +44,13 @@ def test_the_result_is_what_the_folder_holds(tmp_path: Path) -> None:
     assert (result["recipe"], result["config"]["recipe"]) == ("ab", recipe)
     assert result["versions"].keys() == {"python", "torch", "abtrain"}
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [5, 10, 12]
+    assert [line["step"] for line in lines] == [5, 7, 10, 11, 12]
+    logged = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in logged] == [5, 10, 12]
     figures = {"loss", "lr", "grad_norm", "samples_per_second", "payload_bytes"}
-    assert lines[0].keys() == {"step", "phase", "seconds"} | figures
+    assert logged[0].keys() == {"step", "phase", "seconds"} | figures
+    merges = [line["merge"] for line in lines if "merge" in line]
+    assert [(merge["began"], merge["ranks"]) for merge in merges] == [(7, [0]), (11, [0])]
 
 
 def test_a_language_model_has_a_loss_but_no_top1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

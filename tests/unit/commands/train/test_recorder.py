@@ -1,4 +1,4 @@
-"""What a run records of its steps and validations."""
+"""What a run records of its steps, merges and validations."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from abtrain.commands.tasks.task import TASKS, batches, build_model
 from abtrain.commands.train import recorder as module
 from abtrain.commands.train import trackers
 from abtrain.commands.train.config import TrainConfig, resolve
-from abtrain.commands.train.recorder import Recorder
+from abtrain.commands.train.recorder import Recorder, merge_figures
 from abtrain.commands.train.run_folder import RunFolder
 from abtrain.commands.train.trainer import StepFigures, Trainer
+
+MERGE = {"step": 2, "dropped": [1], "losses": [1.0, 9.0, 2.0], "seconds": 0.5, "wait_seconds": 0.25}
 
 
 class Seen:
@@ -65,6 +67,14 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_merge_is_summed_up_over_those_that_took_part() -> None:
+    figures = {"began": 2, "ranks": [0, 2], "loss_mean": 1.5, "loss_max": 2.0, "seconds": 0.5, "wait_seconds": 0.25}
+    assert merge_figures(MERGE) == figures
+    unknown = merge_figures(MERGE | {"losses": [math.nan] * 3})
+    assert unknown == figures | {"loss_mean": None, "loss_max": None}
+    assert merge_figures(MERGE | {"losses": [math.nan, 9.0, 2.0]})["loss_mean"] == 2.0
+
+
 def test_the_speed_is_that_of_all_workers_since_the_last_log_without_validation(
     recorder: Recorder, clock: list[float], tmp_path: Path
 ) -> None:
@@ -79,18 +89,24 @@ def test_the_speed_is_that_of_all_workers_since_the_last_log_without_validation(
     assert [(line["step"], line["samples_per_second"]) for line in logged] == [(2, 24), (4, 24), (6, 12)]
 
 
-def test_steps_and_validations_have_lines_and_names_of_their_kind(
-    recorder: Recorder, clock: list[float], seen: Seen, tmp_path: Path
+def test_steps_merges_and_validations_have_lines_and_names_of_their_kind(
+    recorder: Recorder, clock: list[float], seen: Seen, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for step in range(1, 5):
+    for step, merges in enumerate([[], [], [MERGE, MERGE | {"dropped": []}], []], 1):
         clock[0] += 1
+        recorder.merged(step, "rounds", merges)
         recorder.step(step, "rounds", StepFigures(float(step), 0.1, 0.5), 1000 * step)
     recorder.validated(4, "rounds", {"top1": 50.0, "loss": 0.25})
-    kinds = [(line["step"], ({"validation", "loss"} & line.keys()).pop()) for line in lines(tmp_path)]
-    assert kinds == [(2, "loss"), (4, "loss"), (4, "validation")]
+    kinds = [(line["step"], ({"merge", "validation", "loss"} & line.keys()).pop()) for line in lines(tmp_path)]
+    assert kinds == [(2, "loss"), (3, "merge"), (3, "merge"), (4, "loss"), (4, "validation")]
+    assert lines(tmp_path)[1] == {"step": 3, "phase": "rounds", "merge": merge_figures(MERGE), "seconds": 3.0}
+    merge = {"loss_mean": 1.5, "loss_max": 2.0, "seconds": 0.5, "wait_seconds": 0.25, "workers": 2.0}
+    assert seen.received[1] == (3, {f"merge/{name}": value for name, value in merge.items()})
     step = {"loss": 3.5, "lr": 0.1, "grad_norm": 0.5, "samples_per_second": 24.0, "payload_bytes": 4000, "seconds": 4}
-    assert seen.received[1] == (4, {f"train/{name}": value for name, value in step.items()})
-    assert seen.received[2] == (4, {"eval/top1": 50.0, "eval/loss": 0.25})
+    assert seen.received[3] == (4, {f"train/{name}": value for name, value in step.items()})
+    assert seen.received[4] == (4, {"eval/top1": 50.0, "eval/loss": 0.25})
+    shown = [line for line in capsys.readouterr().out.splitlines() if "lr" in line]
+    assert "loss 1.5000  lr" in shown[0] and "loss 2.7500 (max 9.0000)  lr" in shown[1]
 
 
 def test_a_loss_that_is_not_finite_is_never_the_best(recorder: Recorder) -> None:
