@@ -17,7 +17,7 @@ import xxhash
 from torch import Tensor
 
 BITS = 62
-"""Bits of a hash. One int64 MAX over v and -v finds the largest and the smallest hash; 62 bits leave room for both."""
+"""The bits of a hash v. Workers compare hashes by one maximum over v and -v, which must both fit into an int64."""
 LIMIT: int = 2**BITS
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of objects whose class defines none
@@ -37,12 +37,12 @@ def checksum(tensor: Tensor) -> int:
 
 
 def digest(tensor: Tensor) -> int:
-    """Returns 62 bits that depend on a tensor's dtype, shape and elements."""
+    """Returns a hash of 62 bits of a tensor's dtype, shape and elements."""
     return fingerprint(tensor.dtype, tuple(tensor.shape), checksum(tensor))
 
 
 def fingerprint(*parts: object) -> int:
-    """Returns 62 bits of the SHA-256 of the parts' `repr`, which must be the same in every process."""
+    """Returns 62 bits of the SHA-256 of the `repr` of `parts`, which must be the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> (64 - BITS)
 
 

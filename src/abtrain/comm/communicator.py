@@ -65,7 +65,7 @@ Calls = tuple[Traffic, ...]
 class Communicator:
     """The operations that connect one worker with the others.
 
-    Every operation is collective over its scope: all of its ranks call it, in the same order. A scope of one rank
+    Every operation is collective over its scope: all ranks of the scope call it, in the same order. A scope of one rank
     communicates nothing and counts nothing. The caller may compute between `launch_...` and `wait`. Tensors must be
     contiguous and on `device`, where the backend can send them.
 
@@ -85,16 +85,16 @@ class Communicator:
         self.meter = Meter()
 
     def ranks(self, scope: Scope) -> tuple[int, ...]:
-        """The world ranks of this worker's scope, in order."""
+        """Returns the ranks in the world of all workers in this worker's scope, in ascending order."""
         topology = self.topology
         return topology.groups[topology.group_of(self.rank)] if scope == "group" else tuple(range(topology.world_size))
 
     def all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> None:
-        """Reduces in place; every rank of the scope ends with the same bits."""
+        """Reduces a tensor over a scope, in place. The result is bitwise equal on all its ranks."""
         self.launch_all_reduce(tensor, op, scope).wait()
 
     def launch_all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> Pending[None]:
-        """Starts an `all_reduce`."""
+        """Starts an `all_reduce` and returns at once. The tensor has the result after `wait`."""
         check_reducible(tensor, op)
         if len(self.ranks(scope)) == 1:
             return Pending(lambda: None)
@@ -105,7 +105,7 @@ class Communicator:
         return self.launch_all_gather(tensor, scope).wait()
 
     def launch_all_gather(self, tensor: Tensor, scope: Scope = "world") -> Pending[Tensor]:
-        """Starts an `all_gather`."""
+        """Starts an `all_gather` and returns at once. Its `wait` returns the result."""
         check_contiguous(tensor)
         if len(self.ranks(scope)) == 1:
             gathered = tensor.detach()[None].clone()
@@ -113,14 +113,14 @@ class Communicator:
         return self._start_all_gather(tensor.detach(), scope)
 
     def launch_exchange(self, rows: Tensor) -> Pending[Tensor]:
-        """Sends row i of (world size, ...) to rank i, for any dtype. The result has the received rows in rank order.
+        """Starts to send row i of a tensor (world size, ...) of any dtype to rank i.
 
-        A rank's own row is neither sent nor counted.
+        Its `wait` returns the received rows, in rank order. A rank's own row is neither sent nor counted.
         """
         check_contiguous(rows)
         workers = self.topology.world_size
         if rows.ndim == 0 or rows.shape[0] != workers:
-            raise ValueError(f"exchange of shape {list(rows.shape)}: give {workers} rows, one for each rank")
+            raise ValueError(f"cannot exchange shape {list(rows.shape)}: give {workers} rows, one for each rank")
         if workers == 1:
             received = rows.detach().clone()
             return Pending(lambda: received)
@@ -131,7 +131,7 @@ class Communicator:
         check_contiguous(tensor)
         workers = self.topology.world_size
         if not 0 <= source < workers:
-            raise ValueError(f"broadcast from rank {source}: give one of the ranks 0 to {workers - 1} of this world")
+            raise ValueError(f"there is no rank {source} to broadcast from: give one of the ranks 0 to {workers - 1}")
         if workers > 1:
             self._broadcast(tensor.detach(), source)
 
@@ -152,20 +152,20 @@ class Communicator:
     ) -> DataParallel:
         """Wraps `module` so that `backward` averages its gradients over the scope.
 
-        The parameters that require a gradient at the time of the call are averaged. In training, buffers follow the
-        scope's first rank at each forward pass, as in DDP. Tensors that the module tells DDP to ignore
-        are neither averaged nor copied (see `abtrain.own`).
+        The gradients of all parameters that require one at the time of this call are averaged. In training mode, each
+        forward pass first copies the buffers of the scope's first rank, as in DDP. Tensors that the module tells DDP
+        to ignore are neither averaged nor copied (see `abtrain.own`).
 
         Args:
             module: the model, on one device, with the same parameters on every rank of the scope.
             scope: the ranks to average over; one rank needs no synchronization.
             find_unused_parameters: whether a backward pass may leave some parameters without a gradient. If not, the
                 next forward pass after it raises UsageError.
-            sync: the synchronization, whose wire is the format in which gradients are sent.
+            sync: the synchronization, which contains the wire format of gradients.
 
         Raises:
-            ConfigurationError: the backend cannot carry this wire, or the model's SyncBatchNorm layers have nobody to
-                synchronize with.
+            ConfigurationError: the backend does not support this wire format, or the model has SyncBatchNorm layers but
+                its scope is one rank of a larger world.
         """
         if len(self.ranks(scope)) == 1 or not trained_parameters(module):
             return Unsynchronized(module)

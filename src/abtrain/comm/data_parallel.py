@@ -48,19 +48,19 @@ class DataParallel:
         return self._module
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Gradients of forward passes inside this context accumulate locally."""
+        """Returns a context in which gradients of forward passes accumulate locally, and are not averaged."""
         return nullcontext()
 
     def arrivals(self) -> list[int]:
-        """Returns parameters' indices in the order in which the first averaged backward pass completed gradients.
+        """Returns indices of trained parameters, in the order in which the first averaged backward pass reached them.
 
-        Only trained parameters count. DDP rebuilds its buckets in this order, which decides the order of sums over
-        three or more ranks. The list is empty before that pass, and without buckets.
+        DDP rebuilds its buckets in this order, which decides the order of sums over three or more ranks. The list is
+        empty before that pass, and for wrappers without buckets.
         """
         return []
 
     def follow(self, arrivals: Sequence[int]) -> None:
-        """Arranges the buckets as in a wrapper with these `arrivals`. Sends nothing, and leaves no gradients.
+        """Arranges the buckets as in a wrapper with these `arrivals`. Sends nothing, but may drop gradients.
 
         Raises:
             ValueError: `arrivals` does not contain each trained parameter exactly once.
@@ -81,20 +81,20 @@ class Unsynchronized(DataParallel):
 
 
 class Layouts:
-    """Tracks the layouts of a module's buffers (`known`) from one forward pass to the next."""
+    """Tracks the shapes and dtypes of a module's buffers (`known`) from one forward pass to the next."""
 
     def __init__(self, buffers: Mapping[str, Tensor]) -> None:
         self.known = layouts_of(buffers)
         self._logged: set[str] = set()
 
     def changes(self, buffers: Mapping[str, Tensor]) -> str:
-        """Describes changes of layout since the last call; empty if there are none. Warns once for each buffer."""
+        """Describes changes since the last call; empty if there are none. Logs a warning once for each buffer."""
         before, self.known = self.known, layouts_of(buffers)
         names = [name for name in before | self.known if before.get(name) != self.known.get(name)]
         changed = ", ".join(f"{name} is {self.known.get(name, 'gone')}" for name in names)
         if not self._logged.issuperset(names):
             self._logged.update(names)
-            log.warning("buffers have changed while gradients are averaged: %s. %s", changed, REMEDY)
+            log.warning("buffers have changed their shape or dtype: %s. %s", changed, REMEDY)
         return changed
 
 

@@ -1,4 +1,4 @@
-"""Gradient averaging on torch.distributed: PyTorch's DistributedDataParallel, counted and timed."""
+"""Averages gradients with PyTorch's DistributedDataParallel (DDP), and counts the bytes and the seconds of waiting."""
 
 # No `from __future__ import annotations` here: DDP compares the annotations of a communication hook with classes.
 
@@ -71,7 +71,7 @@ class TorchDataParallel(DataParallel):
             return
         if sorted(arrivals) != list(range(len(self._trained))):
             count = len(self._trained)
-            raise ValueError(f"arrivals has {len(arrivals)} places: give each of the {count} trained parameters once")
+            raise ValueError(f"arrivals has {len(arrivals)} indices: give each of the {count} trained parameters once")
         self._ddp.module = _Rehearsal(self.module, [self._trained[place] for place in arrivals])
         self._averaging.rehearses = True
         try:
@@ -181,7 +181,7 @@ class _Averaging:
         self,
         bucket: dist.GradBucket,  # type: ignore[name-defined]
     ) -> Average:
-        """Starts the average of a bucket, as DDP's gradient hook."""
+        """Starts the average of a bucket of gradients. DDP calls this when the bucket is complete."""
         buffer = bucket.buffer()
         if self.rehearses:
             done: Average = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else [])
@@ -211,6 +211,6 @@ class _Averaging:
                 average.wait()
 
     def follow_first_rank(self, named_buffers: Mapping[str, Tensor]) -> None:
-        """Copies the first rank's buffers, as DDP's buffer hook."""
+        """Overwrites buffers with those of the first rank. DDP calls this before a forward pass."""
         if not self.rehearses:
             self._buffers.follow(named_buffers)

@@ -37,7 +37,7 @@ class GradientHook:
         self.arrivals: list[int] | None = None
 
     def __call__(self, bucket: Bucket) -> tuple[Average, int]:
-        """Starts the average. Returns it with its payload in bytes."""
+        """Starts the average of a bucket. Returns its future, and the payload in bytes."""
         # DDP multiplies by the reciprocal too; for three ranks, a division gives other bits.
         buffer = bucket.buffer().mul_(1.0 / self._group.size())
         work = dist.all_reduce(buffer, group=self._group, async_op=True)
@@ -45,14 +45,14 @@ class GradientHook:
 
 
 class BFloat16(GradientHook):
-    """Gradients rounded to bfloat16: half the bytes (PyTorch's `bf16_compress_hook`)."""
+    """Sends gradients rounded to bfloat16, which halves the bytes (PyTorch's `bf16_compress_hook`)."""
 
     def __call__(self, bucket: Bucket) -> tuple[Average, int]:
         return bf16_compress_hook(self._group, bucket), bucket.buffer().numel() * torch.bfloat16.itemsize
 
 
 class PowerSGD(GradientHook):
-    """Gradients as rank-r factors with error feedback (Vogels et al., arXiv 1905.13727; PyTorch's `powerSGD_hook`).
+    """Sends gradients as factors of rank r, with error feedback (Vogels et al., arXiv 1905.13727; PyTorch's hook).
 
     The state outlives its DDP wrapper, so errors and warm starts carry over from phase to phase. The state belongs to
     buckets, so the next wrapper uses `arrivals` to arrange the same buckets.
@@ -110,7 +110,7 @@ class PowerSGD(GradientHook):
 
 
 def make_hook(sync: GradientSync, group: dist.ProcessGroup | None) -> GradientHook:
-    """Returns the hook for a wire, over a process group (None: the world)."""
+    """Returns the hook that averages gradients in the wire format of `sync`, over a process group (None: the world)."""
     group = group or dist.distributed_c10d._get_default_group()
     if sync.wire == "powersgd":
         return PowerSGD(group, sync.rank)
@@ -118,7 +118,7 @@ def make_hook(sync: GradientSync, group: dist.ProcessGroup | None) -> GradientHo
 
 
 def plain_steps(sync: GradientSync) -> int:
-    """Returns how many of the first steps send gradients uncompressed."""
+    """Returns the number of steps, from the first one, that send gradients uncompressed."""
     return PowerSGD.PLAIN_STEPS if sync.wire == "powersgd" else 0
 
 

@@ -90,7 +90,7 @@ class InProcessCommunicator(Communicator):
         super().__init__(rank, topology, torch.device("cpu"))
         self._rendezvous = rendezvous
 
-    # Threads meet when they wait: nothing happens between a launch and its wait.
+    # Threads exchange tensors in `wait`: nothing happens between a launch and its wait.
 
     def _start_all_reduce(self, tensor: Tensor, op: Reduction, scope: Scope) -> Pending[None]:
         def finish() -> None:
@@ -183,7 +183,7 @@ class InProcessDataParallel(DataParallel):
             self._synchronizing = before
 
     def _note_gradient(self, name: str, _: Tensor) -> None:
-        """Called by autograd when this backward pass has completed the gradient of a parameter."""
+        """Notes that this backward pass has completed the gradient of a parameter. Autograd calls this."""
         self._used.add(name)
         if not self._armed:
             return

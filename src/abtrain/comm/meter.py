@@ -17,7 +17,7 @@ Spans = Literal["between_groups", "within_groups"]
 
 
 class Meter:
-    """One worker's payload by phase and by scope, and its seconds of waiting.
+    """Counts one worker's payload in bytes by phase and by scope, and its seconds of waiting.
 
     `phase` is the name under which the next payload is counted, and `step` the number of steps done; the engine
     sets both. Counting is thread-safe, since autograd may run hooks in its own threads.
@@ -48,7 +48,7 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Adds the wall time spent inside the context. Nested or overlapping waits count once."""
+        """Adds the wall time spent inside the context to `sync_seconds`. Nested or overlapping waits count once."""
         with self._lock:
             self._waits += 1
             if self._waits == 1:
@@ -68,7 +68,7 @@ class Meter:
             return {"total": total, **self._by_scope, "by_phase": dict(self._by_phase)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the counts as JSON values."""
+        """Returns the phase, the payload and the seconds of waiting as JSON values."""
         with self._lock:
             return {
                 "phase": self.phase,
@@ -78,7 +78,7 @@ class Meter:
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replaces the counts by those of a `state_dict`."""
+        """Replaces the phase, the payload and the seconds of waiting by those of a `state_dict`."""
         with self._lock:
             self.phase = str(state["phase"])
             self.sync_seconds = float(state["sync_seconds"])

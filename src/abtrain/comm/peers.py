@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 _WAIT_SECONDS = 2.0
-"""Seconds to wait for the others' words, since workers notice a lost peer at about the same time."""
+"""Seconds to wait for messages of the other workers, which notice a lost worker at about the same time."""
 _STORE_SECONDS = 2.0
-"""A reachable store answers within these seconds."""
+"""Seconds within which a reachable store answers."""
 _PAUSE_SECONDS = 0.05
 _HERE = "here"
 _LONGEST_WORD = 300
@@ -28,10 +28,10 @@ def host_key(rank: int) -> str:
 
 
 class Peers:
-    """The workers of one attempt. They leave messages in the store when they lose a peer or end early.
+    """Lets a worker leave messages in the store when it ends early or loses another worker, and read those of others.
 
-    Only these workers use the store. Each of them may have left its host name there (see `host_key`). No call raises an
-    error or takes more than a few seconds, even if the store is gone.
+    Only the workers of one run use the store. Each of them may have left its host name there (see `host_key`). No call
+    raises an error or takes more than a few seconds, even if the store is gone.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
@@ -42,7 +42,7 @@ class Peers:
         self._findings = ""
 
     def learn_hosts(self) -> None:
-        """Reads the hosts of the others, while the store can still be reached."""
+        """Reads the host names of the other workers, while the store can still be reached."""
         _within(_STORE_SECONDS, lambda: self._read(host_key, self._hosts))
 
     def leave_word(self, error: BaseException) -> None:
@@ -93,8 +93,8 @@ _worlds = itertools.count()
 
 
 def peers_of_world() -> Peers:
-    """Returns the workers of torch.distributed's world. All workers call it the same number of times."""
-    # One world may have several `Peers`. Each has its own keys, so none reads the words of an earlier one.
+    """Returns the `Peers` of torch.distributed's world. All workers call it the same number of times."""
+    # One world may have several `Peers`. Each has its own keys, so none reads the messages of an earlier one.
     distributed: Any = dist.distributed_c10d
     store = PrefixStore(f"abtrain/{next(_worlds)}", distributed._get_default_store())
     rank, size = dist.get_rank(), dist.get_world_size()

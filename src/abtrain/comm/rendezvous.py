@@ -33,8 +33,8 @@ class _Post:
 class Rendezvous:
     """Runs collectives between threads, for scopes that may overlap.
 
-    A rank posts its call and waits; the last rank of the scope to arrive completes the call for all. If a rank leaves,
-    the ranks that wait for it stop waiting. A rank waits at most `timeout` seconds for the others.
+    A rank posts its call and waits. The last rank of the scope to post its call completes the call for all ranks. If a
+    rank leaves, the ranks that wait for it stop waiting. A rank waits at most `timeout` seconds for the others.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -71,7 +71,7 @@ class Rendezvous:
             return post.outcome
 
     def leave(self, rank: int, why: str) -> None:
-        """Tells the others that `rank` makes no more calls."""
+        """Tells the other ranks that `rank` makes no more calls. `why` completes "rank R ..." in their errors."""
         with self._changed:
             self._gone[rank] = why
             self._changed.notify_all()

@@ -55,7 +55,7 @@ def together(first: Stages[T], second: Stages[U]) -> Stages[tuple[T, U]]:
 
 
 def stages_due(count: int, steps: int, passed: int) -> int:
-    """Returns how many of `count` stages, spread over `steps` steps, are due after `passed` steps.
+    """Returns how many of `count` stages, spread over `steps` training steps, are due after `passed` of these steps.
 
     The first stage sends a few bytes and gets one step. The other stages share the remaining steps.
     """
@@ -76,14 +76,14 @@ class Background(Generic[T]):
         self._run_to(0)
 
     def advance(self) -> bool:
-        """Runs the stages that are due after one more step. Returns whether all are done."""
+        """Runs the stages that are due after one more training step. Returns whether all stages are done."""
         self._passed += 1
         due = stages_due(self._count, self._steps, self._passed)
         self._run_to(math.inf if self._passed >= self._steps else due)
         return self._ended
 
     def go_ahead(self, steps: int) -> bool:
-        """Runs the stages of the next steps now. Returns whether all have started; a wait may remain."""
+        """Runs the stages of the next `steps` steps now. Returns whether all collectives have started."""
         last = self._count - 1
         self._run_to(min(stages_due(self._count, self._steps, self._passed + steps), last))
         return self._ended or self._done >= last

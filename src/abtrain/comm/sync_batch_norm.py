@@ -19,7 +19,7 @@ from abtrain.comm.link import Link
 from abtrain.errors import ConfigurationError
 
 _GROUPS: MutableMapping[nn.Module, dist.ProcessGroup | None] = WeakKeyDictionary()
-"""The group of every layer that is pointed at one; None: the world."""
+"""For each layer that communicates over a scope, the scope's process group; None: the world."""
 _OWN = "process_group"
 """The attribute of a layer's own group, hidden by a property of the subclass."""
 _KIND = "_kind_before"
@@ -38,7 +38,7 @@ def point_sync_batch_norm(module: nn.Module, link: Link, alone: bool) -> ExitSta
     if layers and len(link.ranks) == 1 and not alone:
         raise ConfigurationError(
             f"the model has {len(layers)} SyncBatchNorm layers, but groups of one worker have nobody to synchronize "
-            "with: use BatchNorm, or a group size of at least 2"
+            "with: use BatchNorm layers, or a group_size of at least 2"
         )
     pointed = ExitStack()
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Divides the world into groups, and assigns their roles. Pure: no torch, no communication."""
+"""Divides the workers into groups, and assigns the factor that each group trains. Needs no torch."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Topology:
 def default_group_size(machines: Sequence[int]) -> int:
     """Returns the default group size: the workers of one machine, or 1 if there is only one machine.
 
-    A single machine as one group would have no other group to merge with. `machines` has an identifier of the machine
-    of each rank.
+    A single machine as one group would have no other group to average weights with. `machines` has an identifier of the
+    machine of each rank.
 
     Raises:
         ConfigurationError: machines have different numbers of workers.

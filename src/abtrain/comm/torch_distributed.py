@@ -41,9 +41,9 @@ def default_communicator(group_size: int | None = None) -> Communicator:
         group_size: the number of workers in a group, the same on all workers. None: see `default_group_size`.
 
     Raises:
-        ConfigurationError: a group size that does not fit the world or differs between workers, machines with different
-            numbers of workers and no group size, or a launcher whose WORLD_SIZE announces workers that this process
-            has not joined.
+        ConfigurationError: the group size does not divide the number of workers, or differs between workers; machines
+            have different numbers of workers, and no group size is given; or the environment variable WORLD_SIZE
+            announces workers that this process has not joined.
     """
     if dist.is_initialized():
         return TorchCommunicator(Topology(dist.get_world_size(), _agreed_group_size(group_size)))
@@ -82,8 +82,8 @@ class TorchCommunicator(Communicator):
         self.peers = peers_of_world()
         self._group = self._make_groups()
         if self._group is not None:
-            # Finds an unreachable rank now, and not in the first phase that needs the group.
-            self._link("group").launch("first meeting", dist.all_reduce, torch.zeros(1, device=self.device)).wait()
+            # Finds an unreachable rank now, and not in the first phase that uses the group.
+            self._link("group").launch("all_reduce", dist.all_reduce, torch.zeros(1, device=self.device)).wait()
         self._hooks: dict[tuple[GradientSync, Scope, tuple[torch.Size, ...]], GradientHook] = {}
 
     def _start_all_reduce(self, tensor: Tensor, op: Reduction, scope: Scope) -> Pending[None]:
