@@ -19,14 +19,14 @@ from abtrain.recipes.factoring import Factoring
 
 Kind = Literal["factored", "averaged", "frozen", "own"]
 UNSHARED: tuple[Kind, ...] = ("frozen", "own")
-"""The kinds of parameters that merges leave out."""
+"""The kinds of parameters that workers never average."""
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """Describes how one parameter is treated. `name` is its first name in the model, `shape` its dense shape.
+    """Describes how a recipe treats one parameter. `name` is its first name in the model, `shape` its dense shape.
 
     Attributes:
         kind: `factored`: A and B in factored phases; `averaged`: always dense, and averaged at merges; `frozen`: never
@@ -100,7 +100,7 @@ def _why_dense(module: nn.Module, attribute: str, name: str, parameter: nn.Param
 
 
 def _sharing_memory(model: nn.Module) -> dict[str, str]:
-    """Returns a reason to stay dense, by name, for each tensor that shares its storage with another one."""
+    """Returns, for each tensor that shares its storage with another tensor, the reason to keep it dense, by name."""
     places: dict[int, list[str]] = defaultdict(list)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # Sparse tensors and those of other classes may have no storage.

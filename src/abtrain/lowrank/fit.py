@@ -70,7 +70,7 @@ MODEL_STATE: Check = mapping({**_PARTS, **_OPTIONAL}, required=_PARTS)
 def model_problems(model: FactoredModel, state: Mapping[str, Any], factored: bool) -> list[str]:
     """Returns messages about why a state does not fit a model; empty if it fits. The model may be dense or factored.
 
-    The state must have passed `MODEL_STATE`. `factored`: whether the phase of the state may have factored weights.
+    The state must have passed `MODEL_STATE`. `factored` says whether the state's phase may have factored weights.
     """
     return first_problems(
         lambda: _name_problems(model, state, factored),
@@ -105,7 +105,9 @@ def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _name_problems(model: FactoredModel, state: Mapping[str, Any], factored: bool) -> Iterator[str]:
     names = state["factored"]
-    yield from (f"{said(name)} is factored, but cannot be in this model" for name in sorted({*names} - {*model.names}))
+    yield from (
+        f"{said(name)} is factored, but this model cannot factor it" for name in sorted({*names} - {*model.names})
+    )
     if len({*names}) < len(names):
         yield "the state lists a factored weight twice"
     if names and not factored:
@@ -122,7 +124,7 @@ def _rank_problems(dense: Layout, state: Mapping[str, Any]) -> Iterator[str]:
 
 
 def buffer_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
-    """Returns the layout of the buffers that workers share, by name. Caches have the same sizes as in the state."""
+    """Returns the layout of the buffers that workers share, by name. Non-persistent buffers have their saved sizes."""
     saved = state["buffers"]
     grown = _caches(model.model) & saved.keys()
     return {

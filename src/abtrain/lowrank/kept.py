@@ -1,8 +1,8 @@
-"""Lets other code read a factored weight, as `module.weight` or as a Parameter obtained before it was factored.
+"""Lets users' code read a factored weight, as `module.weight` or as a Parameter obtained before it was factored.
 
 Reading either gives W = A B, with a gradient to the factors if gradients are enabled. Reading `grad` gives the
-gradients of the factors. Writing to the value is an error, because it would not change the model. Among the module's
-parameters, a `FactoredMark` precedes the factors.
+gradients of the factors. Writing to the value is an error, because it would not change the model. In the list of the
+module's parameters, a `FactoredMark` comes before the factors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def give_back_(dense: nn.Parameter) -> None:
 
 
 def shown(record: FactoredWeight, W: Tensor) -> Tensor:
-    """Returns the value W of a factored weight as a read-only tensor that knows the weight's record."""
+    """Returns the value W of a factored weight as a read-only tensor that refers to the weight's record."""
     read = W.as_subclass(ReadOnly)
     read._abtrain_record = record
     return read
@@ -148,7 +148,7 @@ class FactoredParameter(_StandIn, nn.Parameter):
         if torch._guards.TracingContext.try_get() is not None:
             raise UsageError(
                 f"a compiled function uses a parameter of shape {tuple(self.shape)} that was taken from the model "
-                "before its weight was factored: read the weight from its module in that function, as module.weight"
+                "before its weight was factored: in that function, read the weight from its module, as module.weight"
             )
 
     @property
@@ -219,8 +219,8 @@ class FactoredMark(nn.Parameter):
         kwargs = kwargs or {}
         if any(other.ndim for other in tensors_in((args, kwargs)) if not isinstance(other, FactoredMark)):
             raise UsageError(
-                "the parameters of a model were paired with other tensors, but the model holds factors A and B in "
-                "place of some weights at present. Pair the entries of `state_dict()`, which hold full weights, or use "
+                "the parameters of a model were combined with other tensors, but some of its weights are currently "
+                "factored into A and B. Combine the tensors of `state_dict()`, which are full weights, or use "
                 "ABTraining.ema for a running average"
             )
         with torch._C.DisableTorchFunctionSubclass():
@@ -262,7 +262,7 @@ def _memory(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _name_of(func: Callable[..., Any]) -> str:
-    """Returns the name of a called function or a read attribute, and `NAME=` for an attribute that was set."""
+    """Returns the name of a function, or of the attribute that it reads; `NAME=` if it sets or deletes an attribute."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -271,7 +271,7 @@ def _name_of(func: Callable[..., Any]) -> str:
 
 
 def _refused_by(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[_StandIn]:
-    """Returns the tensors for factored weights that a function would write to or register a hook on."""
+    """Returns the arguments that stand for factored weights and that a function would write to, or hook into."""
     first = args[:1] or list(kwargs.values())
     in_place = (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
     operator = name == "__setitem__" or (name.startswith("__i") and name not in _NO_WRITE)
@@ -286,6 +286,6 @@ def _refuse(tensor: Tensor, name: str) -> NoReturn:
         shape = tensor._abtrain_record.matrix_shape.dense if isinstance(tensor, FactoredParameter) else tensor.shape
     raise UsageError(
         f"{name} on a weight of shape {tuple(shape)} that is currently factored would have no effect on the model, "
-        "which holds its factors A and B: do it before the factored phases, or exclude this weight from factoring "
+        "which has its factors A and B instead: do it before a factored phase, or exclude this weight from factoring "
         "(exclude=)"
     )

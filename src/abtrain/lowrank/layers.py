@@ -27,12 +27,12 @@ from abtrain.lowrank.weight import FactoredWeight, read_product
 
 
 class Factored(nn.Module):
-    """Is the base class of all modules with factored weights. The prefix `_abtrain` avoids collisions of names."""
+    """Is the base class of all modules with factored weights. The prefix `_abtrain` avoids name clashes."""
 
     _abtrain_dense_type: ClassVar[type[nn.Module]]
     """The class of the module while its weights are dense."""
     _abtrain_weights: dict[str, FactoredWeight]
-    """The records of the module's factored weights, by their names in the module."""
+    """The records of the module's factored weights, by the weights' names in the module."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name in self._abtrain_weights and name not in self._parameters:
@@ -127,7 +127,7 @@ def _dense_parameters(module: Factored, value: Callable[[FactoredWeight], Tensor
 
 @contextmanager
 def _shown_dense(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> Iterator[dict[str, Any]]:
-    """Gives a module its dense parameters within the block. Unfactored parameters keep what the block sets."""
+    """Gives a module its dense parameters within the block. Other parameters keep the values that the block sets."""
     own, dense = module._parameters, _dense_parameters(module, value)
     module.__dict__["_parameters"] = dense
     try:

@@ -16,7 +16,7 @@ from abtrain.lowrank.weight import FactoredWeight, without_autocast
 from abtrain.recipes.rank_rules import FixedRank
 
 _ROUNDING = 1e-5
-"""The relative error that counts as rounding in float32."""
+"""The largest relative error that counts as rounding in float32."""
 _SAME = 8
 """The number of units of rounding by which two products of the same factors may differ."""
 _CONDITION = 1e-4
@@ -46,7 +46,7 @@ def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -
     are restored. Otherwise, the value is factored in the basis nearest to the current one.
 
     Returns:
-        One message for each problem, with `key` as the weight's name. The factors only change if the list is empty.
+        A list of messages about problems, in which `key` is the weight's name. The factors change only if it is empty.
     """
     present = Factors(weight.A.detach(), weight.B.detach())
     if _makes(present, weight, value, dtype):
@@ -61,8 +61,8 @@ def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -
             return [f"While loading {key} into its factors: {error}"]
         if lost > _allowed(weight.A.dtype, dtype) and not _cuts.get():
             return [
-                f"{key} is factored with rank {weight.k} now, and cutting the loaded weight to that rank would lose "
-                f"{lost:.2%} of it (in Frobenius norm): load it before the factored phases, or with "
+                f"{key} is factored with rank {weight.k} now, and truncating the loaded weight to that rank would lose "
+                f"{lost:.2%} of it (in Frobenius norm): load it before a factored phase, or with "
                 "ABTraining.load_dense_state_dict(state, cut=True)."
             ]
     _replaced[weight] = Factors(present.A.clone(), present.B.clone())
@@ -83,7 +83,7 @@ def _makes(pair: Factors, weight: FactoredWeight, value: Tensor, dtype: torch.dt
 
 
 def _factors_of(weight: FactoredWeight, present: Factors, value: Tensor) -> tuple[Factors, float]:
-    """Returns factors of a value near the present ones, and the share of the value's norm that the rank cuts off.
+    """Returns factors of a value that are near the present ones, and the share of its norm that the rank cuts off.
 
     Raises:
         NonFiniteError: the value contains NaN or infinity.

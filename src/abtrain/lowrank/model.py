@@ -28,8 +28,8 @@ class FactoredModel:
 
     Args:
         names: the names of the weights that may be factored.
-        optimizer_state: the treatment of a weight's optimizer state when its shape changes: `reset`, `project`, or
-            `auto`, which projects the state of known optimizers and resets that of others.
+        optimizer_state: the treatment of the optimizer's state for a weight that is factored or restored: `reset`,
+            `project` (convert), or `auto`, which projects the state of known optimizers and resets that of others.
 
     Attributes:
         records: the records of the weights that are currently factored, by name.
@@ -62,7 +62,7 @@ class FactoredModel:
         return self._optimizer_state == "project" or (self.projects and is_a(optimizer, PROJECTABLE))
 
     def resets(self) -> set[str]:
-        """Returns the names of the factors whose optimizer state is dropped when their weight is restored."""
+        """Returns the names of the factors whose optimizer state is dropped when their weight becomes dense."""
         holders = {name: self.optimizers.steps(factor) for name, factor in self.factors().items()}
         return {name for name, holder in holders.items() if holder is None or not self._projects_state_of(holder)}
 
@@ -111,7 +111,7 @@ class FactoredModel:
         self.compression = self._full_numel / sum(parameter.numel() for parameter in self.parameters().values())
 
     def restore(self) -> None:
-        """Replaces the factors of every factored weight by W = A B."""
+        """Replaces the factors of every factored weight by the dense weight W = A B."""
         for record in reversed(self.records.values()):
             states = self.optimizers.replace(record.factors, [record.dense])
             restore_(record)
@@ -149,7 +149,7 @@ class FactoredModel:
         self.compression = compression
 
     def train_only(self, which: TrainedFactors) -> None:
-        """Sets which factors train: unfreezes these, and freezes all others."""
+        """Unfreezes the factors A, the factors B or all factors, and freezes the other factors."""
         self._trains = which
         for name, factor in self.factors().items():
             factor.requires_grad_(self._trains_factor(name))

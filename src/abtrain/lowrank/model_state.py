@@ -30,7 +30,7 @@ def model_state(model: FactoredModel) -> dict[str, Any]:
 
     `weights` has all parameters by name, frozen ones too. A factored weight NAME is NAME.A (m, k) and NAME.B (k, n).
     `own` has the parameters and buffers that workers do not share. `extra` has the results of `get_extra_state`, by
-    module name. Both entries are left out if they are empty.
+    the modules' names. Both keys are left out if they have no items.
     """
     names, own = model.parameters(), own_tensors(model)
     extra = {name: module.get_extra_state() for name, module in modules_with_extra_state(model).items()}
@@ -76,7 +76,7 @@ def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
                 parameter.copy_(weights[name])
         for part, tensors in (("buffers", shared_buffers(model.model)), ("own", own)):
             for name, tensor in tensors.items():
-                # Only a cache that had grown may differ in shape, and the model fills it again.
+                # Only a cache that had grown may have another shape, and the model fills it again.
                 if tensor.shape == state[part][name].shape:
                     tensor.copy_(state[part][name])
     for name, module in modules_with_extra_state(model).items():
@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:
 
 
 def more_of(optimizer: Optimizer) -> dict[str, Any]:
-    """Returns further entries of an optimizer's `state_dict` than `state` and `param_groups`, if it has any."""
+    """Returns the items of an optimizer's `state_dict` other than `state` and `param_groups`; mostly an empty dict."""
     hooks = getattr(optimizer, "_optimizer_state_dict_post_hooks", None)
     if type(optimizer).state_dict is Optimizer.state_dict and not hooks:
         return {}

@@ -26,7 +26,7 @@ def project_to_factors(state: State, record: FactoredWeight, A: Tensor, B: Tenso
     """Converts the optimizer state of a weight W into states of its factors A and B.
 
     The gradients are G_A = G B^T and G_B = A^T G, and running means of G are converted in the same way. Running means
-    of squares are multiplied by the squared factors. This is exact if the entries of G are uncorrelated. Step counts
+    of squares are multiplied by the squared factors. This is exact if the elements of G are uncorrelated. Step counts
     and other state are copied. A and B are those that `abtrain.lowrank.precondition.seen_through` returns.
     """
     state_A, state_B = State(), State()
@@ -45,7 +45,7 @@ def project_to_weight(state_A: State, state_B: State, record: FactoredWeight, A:
 
     A and B are as in `project_to_factors`. G becomes the smallest matrix with the means M_A = G B^T and M_B = A^T G:
     G = A (A^T A)^-1 M_B + (I - P) M_A (B B^T)^-1 B, where P is the projector onto the columns of A. A mean of squares
-    is spread evenly over the entries that were summed for it, which keeps it positive.
+    is spread evenly over the elements that were summed for it, which keeps it positive.
     """
     A, B = A.double(), B.double()
     A_plus, B_plus = torch.linalg.pinv(A), torch.linalg.pinv(B)

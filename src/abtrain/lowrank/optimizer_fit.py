@@ -1,7 +1,7 @@
 """Checks whether saved settings and state of an optimizer fit the optimizer in the training loop. Changes nothing.
 
-For PyTorch's own optimizers, a twin with the saved settings steps a tiny parameter once. The twin's state shows which
-entries the saved state must have. For other optimizers, only param groups and learning rates are checked.
+For PyTorch's own optimizers, a new optimizer with the saved settings (the twin) updates a tiny parameter once. The
+twin's state shows which values the saved state must have. For others, only param groups and learning rates are checked.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def optimizer_problems(model: FactoredModel, state: Mapping[str, Any], layout: M
     """
     ours, saved = model.optimizers.all, state["optimizers"]
     if len(saved) != len(ours):
-        return [f"the state has {len(saved)} optimizers, but the loop has {len(ours)}"]
+        return [f"the state has {len(saved)} optimizers, but the training loop has {len(ours)}"]
     return [problem for pair in zip(ours, saved, strict=True) for problem in _problems(model, *pair, layout)]
 
 
@@ -66,7 +66,7 @@ def _problems(
     of_torch = is_of_torch(optimizer)
     return first_problems(
         lambda: _group_problems(model, optimizer, saved["owned"]),
-        lambda: iter([f"the optimizer's state of {said(name)} belongs to another phase" for name in strange[:1]]),
+        lambda: iter([f"the optimizer's state of {said(name)} belongs to no parameter here" for name in strange[:1]]),
         lambda: _setting_problems(optimizer, saved["groups"], of_torch),
         lambda: _state_problems(model, optimizer, saved, layout) if of_torch else iter(()),
     )
@@ -189,7 +189,7 @@ def _step(kind: type[Optimizer], settings: Mapping[str, Any], ones: Tensor) -> M
 
 
 def _fits(held: Any, weight: Tensor, wanted: Any) -> bool:
-    """Returns whether an entry of state can belong to a weight. `wanted`: the twin's entry; None if it has none."""
+    """Returns whether a saved value of state can belong to a weight. `wanted` is the twin's value, or None."""
     if not isinstance(held, Tensor):
         return not isinstance(wanted, Tensor) and (wanted is None or (is_number(held) and held >= 0))
     if held.layout != torch.strided or held.device.type == "meta":

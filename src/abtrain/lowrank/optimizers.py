@@ -1,8 +1,8 @@
-"""Treats all optimizers of a training loop as one: several for different parameters, and optimizers inside others.
+"""Treats all optimizers of a training loop as one, even if some of them contain others.
 
 Users split a model between optimizers (Muon for matrices, AdamW for the rest). They also wrap optimizers: Accelerate
-decides whether a step is made, SAM runs two passes per step, Lookahead averages over several steps. The innermost
-optimizer with a weight changes it, so abtrain registers its hooks on that optimizer.
+decides whether to step, SAM runs two passes per step, Lookahead averages over several steps. The innermost optimizer
+that has a weight changes it, so abtrain registers its hooks on that optimizer.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Optimizers:
         return list({id(optimizer.state): optimizer for optimizer in self.all}.values())
 
     def groups(self) -> list[dict[str, Any]]:
-        """Returns all param groups. A group that several optimizers share appears once."""
+        """Returns the param groups of all optimizers. A group that several optimizers share appears once."""
         return list({id(group): group for optimizer in self.all for group in optimizer.param_groups}.values())
 
     def parameters(self) -> list[nn.Parameter]:
@@ -68,7 +68,7 @@ class Optimizers:
         The param groups stay, so learning rates, weight decay and schedulers keep working.
 
         Returns:
-            Pairs of a stateful optimizer and its states of the `old` parameters, in their order; {} where it has none.
+            One pair for each stateful optimizer: the optimizer, and its states of the `old` parameters, {} if none.
         """
         for group in self.groups():
             if any(parameter is old[0] for parameter in group["params"]):

@@ -50,7 +50,7 @@ def _is_smaller(module: LowRank) -> bool:
 
 
 def _as_two(module: LowRank, copied: nn.Module) -> nn.Sequential:
-    """Returns two plain layers that compute the same as a factored layer, with the bias and hooks of its copy."""
+    """Returns two PyTorch layers that compute a factored layer. They get the bias and the hooks of its dense copy."""
     inner, outer = (factor.detach() for factor in inner_and_outer(module))
     kind, bias = module._abtrain_dense_type, copied.bias is not None
     if isinstance(module, LowRankLinear):

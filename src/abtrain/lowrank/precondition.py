@@ -34,7 +34,7 @@ _DECOUPLED = (Muon, Adafactor)
 
 
 class _Start(NamedTuple):
-    """Stores a factor's value before the optimizer's step, and its preconditioner."""
+    """Stores a factor's value before the optimizer's step, and the matrix that preconditions its gradient."""
 
     factor: nn.Parameter
     value: Tensor  # a copy of the factor
@@ -49,12 +49,12 @@ class _Start(NamedTuple):
 
 
 class Preconditioner:
-    """Preconditions the gradients of factors before each optimizer step, and the resulting changes after it.
+    """Preconditions the gradients of factored weights before each optimizer step, and the changes of A and B after it.
 
     Args:
-        damping: the number d, as a share of the mean of the Gram matrix's diagonal.
-        scale: the factor by which steps are multiplied. A step of Adam in k of n coordinates is shorter than a step of
-            the whole weight, by a factor of sqrt(k / n) at most.
+        damping: the number d, divided by the mean of the diagonal of A^T A or B B^T.
+        scale: the number by which the changes are multiplied. In k of n coordinates, Adam's step is up to sqrt(n / k)
+            times shorter than its step of the whole weight.
     """
 
     def __init__(self, optimizers: Optimizers, damping: float, scale: float = 1.0) -> None:
@@ -78,7 +78,7 @@ class Preconditioner:
 
     @torch.no_grad()
     def refresh(self, records: Iterable[FactoredWeight]) -> None:
-        """Computes R_A and R_B from the current factors, for use in all steps until the next refresh."""
+        """Computes R_A and R_B from the current factors. All steps use them until the next call."""
         self._roots = {record.name: _inverse_roots(record.A, record.B, self._damping) for record in records}
 
     @torch.no_grad()
@@ -99,8 +99,8 @@ class Preconditioner:
     def after_step(self, optimizer: Optimizer) -> None:
         """Preconditions in place the changes of the factors since `before_step` of the same optimizer.
 
-        If a GradScaler found infinity, fused optimizers skip the step and its decay, and the factor stays unchanged.
-        The device makes this choice, so the host does not wait for it.
+        If a GradScaler found infinity, fused optimizers skip the step and its decay, and factors stay unchanged. The
+        device makes this choice, so the host does not wait for it.
         """
         for start in self._starts.pop(id(optimizer), ()):
             factor, value = start.factor, start.value
@@ -132,7 +132,7 @@ def seen_through(record: FactoredWeight, damping: float) -> tuple[Tensor, Tensor
 
 
 def _inverse_roots(A: Tensor, B: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Returns R_A and R_B, (k, k), in float32 at least."""
+    """Returns R_A and R_B, both (k, k), in float32 or float64."""
     return _inverse_root(A.T @ A, damping), _inverse_root(B @ B.T, damping)
 
 

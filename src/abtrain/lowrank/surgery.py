@@ -75,7 +75,7 @@ def _rename_(module: nn.Module, old: str, new: str, parameter: nn.Parameter) -> 
 
 
 def _free_name(module: nn.Module, name: str) -> str:
-    """Returns a name that is not an attribute of the module: `name`, with underscores appended if necessary."""
+    """Returns `name`, with underscores appended until the module has no attribute of that name."""
     while hasattr(module, name):
         name += "_"
     return name

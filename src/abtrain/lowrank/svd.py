@@ -14,7 +14,7 @@ from abtrain.recipes.factoring import RankRule
 
 @dataclass(frozen=True)
 class MatrixShape:
-    """Converts a weight of shape `dense` to an (m, n) matrix with m >= n, and back.
+    """Converts a weight of the shape `dense` to an (m, n) matrix with m >= n, and back.
 
     The first dimension is kept, and the others are flattened. The matrix is transposed if necessary for m >= n.
     """

@@ -59,7 +59,7 @@ class FactoredWeight:
         return self.product_of(self.A.detach(), self.B.detach())
 
     def product_of(self, A: Tensor, B: Tensor) -> Tensor:
-        """Returns the same as `weight()`, but for the given factors and with a gradient to those that require one."""
+        """Returns the product of the given factors like `weight()`, with a gradient to those that require one."""
         with without_autocast(A):
             wide = A.dtype if A.dtype == torch.float64 else torch.float32
             return self.matrix_shape.to_tensor((A.to(wide) @ B.to(wide)).to(A.dtype)).contiguous()
@@ -107,8 +107,8 @@ class _Product(torch.autograd.Function):
         (G,), (A, B) = gradients, ctx.factors
         if (A._version, B._version) != ctx.versions:
             raise RuntimeError(
-                "the factors of a weight were changed between the forward pass and its backward pass: step the "
-                "optimizer after backward"
+                "the factors of a weight were changed between the forward pass and its backward pass: call the "
+                "optimizer's step after backward"
             )
         of_A, of_B = ctx.needs_input_grad
         return G @ B.T if of_A else None, A.T @ G if of_B else None

@@ -145,7 +145,7 @@ def test_nothing_is_taken_from_a_state_that_does_not_fit() -> None:
         ({}, "not a state of version"),
         (other, "another recipe"),
         (shapes, "factors .3, 2. and"),
-        (phase, "belongs to another phase"),
+        (phase, "belongs to no parameter here"),
         (moments, "not of its shape"),
     ):
         with pytest.raises(CheckpointError, match=why):
