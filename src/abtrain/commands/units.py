@@ -81,8 +81,10 @@ def human_bytes(count: float) -> str:
     return f"{count:.3g} TB" if count < 999.5 else f"{count:,.0f} TB"
 
 
-def spread(mean: float, deviation: float | None) -> str:
-    """Formats a mean with its standard deviation; the mean alone if there is no deviation."""
+def spread(mean: float | None, deviation: float | None) -> str:
+    """Formats a mean with its standard deviation; the mean alone if there is no deviation, and `-` without a mean."""
+    if mean is None:
+        return "-"
     return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
 
 

@@ -81,7 +81,8 @@ def _runner(comparison: Comparison) -> Iterator[Callable[[ComparisonRun], None]]
 
 
 def _in_short(result: ComparisonOutcome) -> str:
-    score = f"loss {result.loss:.3f}" if result.top1 is None else f"top-1 {result.top1:.2f}"
+    loss = "not finite" if result.loss is None else f"{result.loss:.3f}"
+    score = f"loss {loss}" if result.top1 is None else f"top-1 {result.top1:.2f}"
     return f"{score}, {human_bytes(result.wire_bytes)} per host, {result.seconds:.1f} s"
 
 

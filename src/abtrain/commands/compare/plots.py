@@ -99,20 +99,22 @@ def _score(row: ComparisonRow) -> tuple[float, float]:
     """Returns mean and standard deviation of the top-1 accuracy, or of the loss if the task has no accuracy."""
     if row.top1 is not None:
         return row.top1, row.top1_std or 0.0
+    assert row.loss is not None
     return row.loss, row.loss_std or 0.0
 
 
 def _points(
     axes: Axes, rows: Sequence[ComparisonRow], colours: Mapping[str, str], value: Callable[[ComparisonRow], float]
 ) -> None:
-    for row in rows:
+    shown = [row for row in rows if row.top1 is not None or row.loss is not None]
+    for row in shown:
         mean, deviation = _score(row)
         axes.errorbar(value(row), mean, deviation, fmt="o", color=colours[row.label], capsize=3, markersize=7)
     axes.set_ylabel("validation loss in nats" if rows[0].top1 is None else "top-1 in %")
     axes.margins(x=0.18, y=0.2)
     if rows[0].top1 is None:
         axes.invert_yaxis()
-    _name_points(axes, [(row.label, value(row), _score(row)[0]) for row in rows], colours)
+    _name_points(axes, [(row.label, value(row), _score(row)[0]) for row in shown], colours)
 
 
 def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours: Mapping[str, str]) -> None:

@@ -68,7 +68,7 @@ def _results_table(rows: Sequence[ComparisonRow]) -> Table:
         (
             row.label,
             *([] if row.top1 is None else [spread(row.top1, row.top1_std)]),
-            f"{row.loss:.3f}",
+            "-" if row.loss is None else f"{row.loss:.3f}",
             human_bytes(row.wire_bytes),
             f"{100 * row.wire_ratio:.3g} %",
             f"{row.seconds:.1f}",
@@ -85,6 +85,8 @@ def _results_table(rows: Sequence[ComparisonRow]) -> Table:
         "is the seconds of solo, which does not communicate, over those of the recipe. Grey rows are references. The "
         "accuracy of solo is that of one worker on its share of the data."
     )
+    if any(row.loss is None for row in rows):
+        note += " A loss of - is NaN or infinite."
     return Table("Results", header, tuple(lines), note, _references(rows))
 
 
@@ -146,8 +148,10 @@ def _speed(row: ComparisonRow) -> str:
 def _lost(row: ComparisonRow, ddp: ComparisonRow) -> str:
     """Returns a sentence about the accuracy that a contestant loses or gains compared with ddp."""
     if row.top1 is None or ddp.top1 is None:
-        if row.loss is None or ddp.loss is None:
-            return "A validation loss is not finite: see the table."
+        if row.loss is None:
+            return "Its validation loss is NaN or infinite."
+        if ddp.loss is None:
+            return f"{DDP}'s validation loss is NaN or infinite."
         more = row.loss - ddp.loss
         change = f"{abs(more):.3f} {'higher' if more > 0 else 'lower'} than {DDP}'s"
         return f"Its validation loss is {change}: {row.loss:.3f} instead of {ddp.loss:.3f}."

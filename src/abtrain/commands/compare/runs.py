@@ -63,7 +63,7 @@ class ComparisonOutcome:
         seed: the seed of the run.
         rate: the rate of all links in bits per second.
         top1: the top-1 accuracy in percent; None if the task has none.
-        loss: the validation loss in nats.
+        loss: the validation loss in nats; None if it is NaN or infinite.
         seconds: the seconds of the training loop, without the start-up of processes.
         sync_seconds: the part of `seconds` in which worker 0 waited for others.
         payload: the bytes that worker 0 passed to collectives.
@@ -78,7 +78,7 @@ class ComparisonOutcome:
     seed: int
     rate: int
     top1: float | None
-    loss: float
+    loss: float | None
     seconds: float
     sync_seconds: float
     payload: int
@@ -143,14 +143,14 @@ def outcome(run: ComparisonRun) -> ComparisonOutcome:
     if not sum(sent):
         raise hosts.error(("hosts",), sent, "a list of hosts that sent bytes")
     lines = read_lines(run.folder / TRAIN_FOLDER / METRICS_FILE)
-    # A loss that is not finite is null in the file, and has no point in the curve.
+    # JSON has no NaN and no infinity, so such a loss is null in the files. The curve has no point for it.
     curve = [(line.number("seconds"), line.optional_number("loss")) for line in lines]
     return ComparisonOutcome(
         label=run.contestant.label,
         seed=run.seed,
         rate=run.rate,
         top1=result.number("top1") if TASKS[run.contestant.config.task].classifies else None,
-        loss=result.number("loss"),
+        loss=result.optional_number("loss"),
         seconds=result.positive("seconds", "total"),
         sync_seconds=result.number("seconds", "sync"),
         payload=int(result.number("payload_bytes", "total")),

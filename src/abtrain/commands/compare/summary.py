@@ -19,7 +19,8 @@ class ComparisonRow:
         seeds: the number of runs.
         top1, top1_std: the top-1 accuracy in percent and its standard deviation; None if the task has no accuracy. The
             deviation is also None for a single seed.
-        loss, loss_std: the validation loss in nats and its standard deviation, which is None for a single seed.
+        loss, loss_std: the validation loss in nats and its standard deviation, which is None for a single seed. Both
+            are None if the loss of a run is NaN or infinite.
         wire_bytes: the bytes that each host sent, start-up included.
         wire_ratio: `wire_bytes` divided by those of ddp in fp32.
         seconds: the seconds of the training loop.
@@ -38,7 +39,7 @@ class ComparisonRow:
     seeds: int
     top1: float | None
     top1_std: float | None
-    loss: float
+    loss: float | None
     loss_std: float | None
     wire_bytes: float
     wire_ratio: float
@@ -68,6 +69,9 @@ def rows(outcomes: Sequence[ComparisonOutcome], workers: int) -> list[Comparison
     found = []
     for label, runs in by_label.items():
         top1 = [run.top1 for run in runs if run.top1 is not None]
+        losses = [run.loss for run in runs if run.loss is not None]
+        if len(losses) < len(runs):
+            losses = []
         payload = _mean(run.payload for run in runs)
         found.append(
             ComparisonRow(
@@ -75,8 +79,8 @@ def rows(outcomes: Sequence[ComparisonOutcome], workers: int) -> list[Comparison
                 seeds=len(runs),
                 top1=_mean(top1) if top1 else None,
                 top1_std=_deviation(top1),
-                loss=_mean(run.loss for run in runs),
-                loss_std=_deviation([run.loss for run in runs]),
+                loss=_mean(losses) if losses else None,
+                loss_std=_deviation(losses),
                 wire_bytes=wire[label],
                 wire_ratio=wire[label] / wire[DDP],
                 seconds=seconds[label],
@@ -134,5 +138,5 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _deviation(values: Sequence[float]) -> float | None:
-    """Returns the sample standard deviation, or None for a single value."""
+    """Returns the sample standard deviation, or None for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else None

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from abtrain.commands.compare import comparison as arguments
-from abtrain.commands.compare.command import write_results
+from abtrain.commands.compare.command import show, write_results
 from abtrain.commands.compare.comparison import parse_arguments
 from abtrain.commands.compare.report import findings
 from abtrain.commands.compare.summary import rows
+from abtrain.commands.output import Output
 from abtrain.commands.units import human_bytes
 from tests.chromium import BROWSER, Page
 from tests.unit.commands.made_up import outcomes
@@ -55,6 +56,22 @@ def test_the_page_needs_nothing_else(folder: Path) -> None:
     assert page.count("data:image/png;base64,") == len(FIGURES)
     assert "&lt;ab_outer&gt; &amp; more" in page
     assert "ab_outer sends the least: 10 kB per host, 1/400 of ddp's. It loses no top-1." in html.unescape(page)
+
+
+def test_a_loss_that_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(arguments, "system_problems", list)
+    comparison = parse_arguments(["ab_outer", "--task", "pysrc-gpt", "--steps", "50", "--out", str(tmp_path)])
+    made = [dataclasses.replace(one, top1=None, loss=2.0) for one in outcomes()]
+    made[-2] = dataclasses.replace(made[-2], loss=None)  # the second seed of ab_outer
+    found = {row.label: row for row in write_results(comparison, made, "abtrain compare")}
+    assert (found["ab_outer"].loss, found["ddp"].loss) == (None, 2.0)
+    assert {path.name for path in tmp_path.glob("*.png")} == FIGURES
+    page = (tmp_path / "report.html").read_text()
+    assert "Its validation loss is NaN or infinite." in page and "A loss of - is NaN or infinite." in page
+    show(list(found.values()), Output())
+    assert re.search("^ab_outer +- ", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium (Debian: apt-get install chromium)")
