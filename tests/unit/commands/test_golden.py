@@ -31,7 +31,7 @@ from abtrain.commands.paper.tables import PaperRow, comparison_table, scaling_ta
 from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.display import Display
 from tests.unit.commands.made_up import outcomes
-from tests.unit.commands.train.test_display import RECORD, RESULT
+from tests.unit.commands.train.test_display import MERGES, RECORD, RESULT
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 COLUMNS = 80
@@ -51,7 +51,7 @@ def train() -> None:
     with Display(20_000) as display:
         display.heading(config, 868_010)
         for step, phase in ((20, "warmup"), (20_000, "factors")):
-            display.show({**RECORD, "step": step, "phase": phase})
+            display.show({**RECORD, "step": step, "phase": phase}, MERGES)
         display.validated(20_000, {"top1": 97.5, "loss": 0.1}, True)
         display.summary({**RESULT, "recipe": "ab_outer"}, Path("runs/digits-mlp-ab_outer-seed0-20260101-120000"))
 
@@ -60,7 +60,7 @@ def train_on_a_terminal() -> None:
     """The last frame of the progress bar."""
     out = io.StringIO()
     with Display(20_000, Output(file=out, force_terminal=True, width=COLUMNS)) as display:
-        display.show({**RECORD, "step": 10_000, "phase": "factors"})
+        display.show({**RECORD, "step": 10_000, "phase": "factors"}, MERGES)
     print(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).strip().splitlines()[-1])
 
 
