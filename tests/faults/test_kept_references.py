@@ -219,7 +219,7 @@ def test_an_averaged_model_is_right_or_says_what_to_do(multi: bool) -> None:
         factored = bool(loop.ab._model.records)
         before = copy.deepcopy(average.module.state_dict())
         if factored:
-            with pytest.raises(UsageError, match=r"paired with other tensors.*state_dict\(\).*ABTraining\.ema"):
+            with pytest.raises(UsageError, match=r"combined with other tensors.*state_dict\(\).*ABTraining\.ema"):
                 average.update_parameters(loop.model)
             assert largest_difference(before, average.module.state_dict()) == 0
         else:
