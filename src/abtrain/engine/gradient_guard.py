@@ -84,8 +84,12 @@ class GradientGuard:
                 f"the gradients of each of the last {_MOST_IN_A_ROW} steps, up to step {step}, held NaN or infinity: "
                 "training has diverged. Lower the learning rate, or continue from an earlier checkpoint"
             )
-        if not shared or self._progress.comm.rank == 0:
-            log.warning("step %d is skipped: its gradients are not finite", step)
+        if len(self.skipped) == 1 and (not shared or self._progress.comm.rank == 0):
+            log.warning(
+                "step %d is skipped: its gradients are not finite. If many are (ab.skipped_steps), lower the learning "
+                "rate or clip gradients",
+                step,
+            )
 
     def _without_own(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """Returns the shared parameters. Under `skip`, removes unshared gradients if they are not finite."""

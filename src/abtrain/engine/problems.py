@@ -186,7 +186,9 @@ def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
     """Returns warnings about settings that are valid but possibly unintended; equal on all workers."""
     doubts, topology = [], comm.topology
     if topology.n_groups == 1 and any(phase.trains == "a_or_b" for phase in recipe.phases):
-        doubts.append("the only group trains A and B in turn, cycle by cycle")
+        doubts.append(
+            "the only group trains A and B in turn, cycle by cycle: use a smaller group_size, or the recipe ab_outer"
+        )
     if topology.n_groups == 1 and topology.world_size > 1 and any(phase.rounds for phase in recipe.phases):
         doubts.append(
             f"group_size={topology.group_size} makes one group of all {topology.world_size} workers: they average "

@@ -64,9 +64,9 @@ class Progress:
 
     @property
     def within_round(self) -> str:
-        """A warning if workers have different models and this model was not saved at this step; otherwise empty."""
+        """A warning of rank 0 if workers have different models that were not saved at this step; otherwise empty."""
         position = self.position
-        if self.alone or self.workers_equal or position is None or not self.in_rounds:
+        if self.comm.rank or self.alone or self.workers_equal or position is None or not self.in_rounds:
             return ""
         if self._saved_step == self.steps_done:
             return ""

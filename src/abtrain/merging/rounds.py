@@ -222,8 +222,9 @@ class Rounds:
             self.divergence.append({"step": step, "phase": position.phase.name, "layers": layers})
         if dropped:
             self.dropped.append({"step": step, "ranks": dropped})
-            if self._comm.rank == 0:
-                log.warning("step %d: the part of rank %s was not finite, and was left out", step, dropped)
+            if self._comm.rank == 0 and len(self.dropped) == 1:
+                remedy = "If this repeats (ab.dropped_parts), lower the learning rate"
+                log.warning("step %d leaves out rank %s, which was not finite. %s", step, dropped, remedy)
         if self._comm.rank in dropped:
             self._recover()
         fail_at(self._comm.rank, step, "merge.end")

@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -47,12 +48,14 @@ _START_SECONDS = 30.0
 
 
 def set_up_log() -> None:
-    """Sends the library's log to standard error. Of several workers, only rank 0 logs messages below errors."""
+    """Sends the library's log to standard error. Of several workers, only rank 0 logs or warns; all report errors."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("abtrain: note: %(message)s"))
     log = logging.getLogger("abtrain")
     log.addHandler(handler)
     log.setLevel(logging.INFO if is_first() else logging.ERROR)
+    if not is_first():
+        warnings.simplefilter("ignore")
 
 
 def train_alone(config: TrainConfig) -> None:
