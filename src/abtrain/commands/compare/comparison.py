@@ -40,7 +40,7 @@ class Comparison:
     Attributes:
         contestants: the recipes with their options. The references come first.
         lab: the settings of the cluster. The table shows results at its link rate.
-        more_rates: further link rates in bits per second. Every contestant runs once at each of them.
+        more_rates: further link rates in bits per second. Every recipe runs once at each of them.
         seeds: the random seeds of the runs at the lab's link rate.
         task: the name of the task that all runs train.
         steps: the number of steps of each run.
@@ -151,7 +151,7 @@ def _folder_problems(comparison: Comparison) -> list[str]:
         if not os.path.lexists(file):
             used = comparison.out.exists() and (not comparison.out.is_dir() or _has_content(comparison.out))
             remedy = "name a folder that is empty or holds a comparison"
-            return [f"--out {comparison.out} is neither empty nor a comparison: {remedy}"] if used else []
+            return [f"--out {comparison.out} is neither empty nor the folder of a comparison: {remedy}"] if used else []
         there = read_record(file).content
     except (OSError, DataError) as error:
         return [f"--out {comparison.out} cannot be read: {error}"]

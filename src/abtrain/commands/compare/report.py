@@ -140,13 +140,13 @@ def _share(ratio: float) -> str:
 
 
 def _speed(row: ComparisonRow) -> str:
-    """Returns a phrase that compares the speed of a contestant with that of ddp in bf16."""
+    """Returns a phrase that compares the speed of a recipe with that of ddp in bf16."""
     faster = 1 / row.seconds_ratio
     return f"as fast as {DDP_BF16}" if 0.97 < faster < 1.03 else f"{faster:.3g} times as fast as {DDP_BF16}"
 
 
 def _lost(row: ComparisonRow, ddp: ComparisonRow) -> str:
-    """Returns a sentence about the accuracy that a contestant loses or gains compared with ddp."""
+    """Returns a sentence about the accuracy that a recipe loses or gains compared with ddp."""
     if row.top1 is None or ddp.top1 is None:
         if row.loss is None:
             return "Its validation loss is NaN or infinite."

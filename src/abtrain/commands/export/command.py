@@ -17,7 +17,7 @@ from abtrain.commands.units import human_bytes
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write the model of a finished run in a form that runs without abtrain, and compare the outputs of both."""
+    """Write the model of a finished run in a form that runs without abtrain, and check its outputs."""
 
     run: Annotated[Path, Shown(positional=True)]
     """Run folder of a finished `abtrain train`."""
@@ -36,7 +36,9 @@ def main(arguments: Sequence[str]) -> None:
     """Runs `abtrain export`.
 
     Raises:
-        ConfigurationError, DataError, CheckpointError: see `export`.
+        ConfigurationError: the run or the file cannot be used, or a package is missing.
+        DataError: the task's data is missing.
+        CheckpointError: the file cannot be written, or its outputs differ from those of the run's model.
     """
     config = parse(ExportConfig, "export", arguments)
     # The exporters log their own progress.

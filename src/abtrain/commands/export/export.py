@@ -24,13 +24,13 @@ _ALLOWED = 1e-4
 
 
 def export(run: FinishedRun, form: Form, out: Path | None, data: Path | None) -> tuple[Path, float]:
-    """Writes the model of a run as a file, and compares the outputs of both on 64 inputs of the test set.
+    """Writes the model of a run as a file, and compares the file's outputs with the model's on 64 test inputs.
 
     Returns:
         The path of the file, and the largest absolute difference between the outputs.
 
     Raises:
-        ConfigurationError: the form is unknown, a package is missing, or the file already exists.
+        ConfigurationError: the form is unknown, a package is missing, or the file exists or has no folder.
         DataError: the task's data is missing.
         CheckpointError: the file cannot be written, or its outputs differ by more than rounding errors explain.
     """
@@ -50,7 +50,7 @@ def export(run: FinishedRun, form: Form, out: Path | None, data: Path | None) ->
                 if not difference <= _ALLOWED * max(1.0, float(trained(x).abs().max())):
                     raise CheckpointError(
                         f"the exported model's outputs differ by {difference:.1e} from the trained model's: no file "
-                        "was kept. Please report it"
+                        "was kept. This is a bug: report it, and try another --as"
                     )
         except OSError as error:
             raise CheckpointError(f"{target} cannot be written: {error}. Name another file with --out") from error
@@ -118,7 +118,7 @@ def _onnx(run: FinishedRun, path: Path) -> nn.Module:
 
 
 class _Format(NamedTuple):
-    """How a model is written in one form.
+    """The file format of one form of a model.
 
     Attributes:
         suffix: the end of the file's name.

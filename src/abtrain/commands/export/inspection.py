@@ -87,7 +87,7 @@ def _inspected(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Insp
 
 @dataclass(frozen=True)
 class Gains:
-    """Compares the model of a run with dense weights and with factors.
+    """The size, speed and accuracy of a run's model with dense weights and with factors.
 
     The first value of each pair is for dense weights, the second for factors in plain PyTorch modules.
 

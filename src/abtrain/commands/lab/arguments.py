@@ -108,7 +108,7 @@ def _parser() -> Parser:
     )
     job.add_argument("--timeout", type=number, metavar="X", help="seconds after which the run is stopped")
     job.add_argument("--out", type=Path, metavar="PATH", help="folder for lab.json and logs (default runs/lab-TIME)")
-    job.add_argument("--clean", action="store_true", help="only remove leftovers of dead labs")
+    job.add_argument("--clean", action="store_true", help="only remove leftovers of labs whose process has ended")
     return parser
 
 

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     console = Output()
     if request.job is None:
         removed = clean()
-        console.plain(f"removed {', '.join(removed)}" if removed else "no leftovers of dead labs")
+        console.plain(f"removed {', '.join(removed)}" if removed else "there are no leftovers of labs")
         return
     with stopped_by_signals():
         _run(request, console)

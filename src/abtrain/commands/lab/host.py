@@ -15,7 +15,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(lab: int, arguments: list[str]) -> int:
-    """Runs torchrun.
+    """Runs torchrun, unless the process of the lab has already ended.
+
+    Args:
+        lab: the process id of the lab.
+        arguments: the arguments of torchrun.
 
     Returns:
         0, or the exit code of the worker that failed first; 128 + N if signal N ended that worker.

@@ -73,7 +73,7 @@ class Lab:
         self._cut_off: set[int] = set()
 
     def __enter__(self) -> Lab:
-        """Removes leftovers of dead labs, builds this lab, and measures its links.
+        """Removes leftovers of labs whose process has ended, builds this lab, and measures its links.
 
         Raises:
             ConfigurationError: lists everything that is wrong with the settings or with this system.

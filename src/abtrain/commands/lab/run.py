@@ -54,7 +54,11 @@ class LabRun:
             raise
 
     def finish(self) -> LabResult:
-        """Waits until all hosts have ended, one has failed, or the time-out has passed. Then writes lab.json."""
+        """Waits until all hosts have ended, one has failed, or the time-out has passed. Ends the others.
+
+        Returns:
+            The result of the job, which is also written to lab.json.
+        """
         complete = self._follow()
         seconds = self._elapsed()
         self.processes.stop()

@@ -75,7 +75,7 @@ class ECRRow:
 
 
 def ecr_rows() -> list[ECRRow]:
-    """Evaluates eq. 4 for each row of Table I."""
+    """Returns the value of eq. 4 for each row of Table I."""
     return [_ecr_row(method) for method in TABLE1]
 
 
@@ -91,7 +91,7 @@ def _ecr_row(method: PublishedMethod) -> ECRRow:
 
 
 def _ecr_of_ab(method: PublishedMethod) -> ECRRow:
-    """Evaluates eq. 4 for AB. L is 0, because groups send nothing to each other while they train separately."""
+    """Returns the value of eq. 4 for AB. L is 0: groups send nothing to each other while they train separately."""
     implied = f"the paper's value implies F = {100 - method.ecr:.1f} %"
     if method.model == VGG:
         return ECRRow(method, None, f"the run's length is not given; {implied}, the guideline's is {_guideline()}")

@@ -35,7 +35,7 @@ _ASSUMED = 4.0
 
 
 def ecr_table() -> Table:
-    """Compares eq. 4 with the paper's value for each row of Table I."""
+    """Returns a table that compares eq. 4 with the paper's value for each row of Table I."""
     lines = []
     for row in ecr_rows():
         computed, difference = row.computed, row.difference
@@ -59,7 +59,7 @@ def ecr_table() -> Table:
 
 
 def traffic_table(scaling: Scaling) -> Table:
-    """Compares the formula for scaled traffic in the caption of Table II with the paper's values."""
+    """Returns a table that compares the formula for scaled traffic, in the caption of Table II, with its values."""
     published = TABLE2[scaling]
     plan = {(c.model, c.method, c.nodes): c for c in cells(f"table2-{scaling}", SCALES["full"])}
     shares = {key: _share(plan[key], plan[(key[0], DDP, key[2])]) for key in published}

@@ -46,7 +46,7 @@ _FAILURE_FILE = ".failed"
 
 @dataclass(frozen=True)
 class PaperRun(FolderRun):
-    """One run of an experiment: a cell with a seed."""
+    """One run of an experiment: the settings of a cell of its table, with a seed."""
 
     cell: Cell
     seed: int
@@ -176,7 +176,9 @@ def _launch(run: PaperRun, launcher: str, data: Path | None) -> None:
     except OSError as error:
         raise AbtrainError(f"{run}: {command[0]} cannot be started: {error}. Name another --launcher") from error
     if code:
-        failure = AbtrainError(f"{run}: `{shlex.join(command)}` ended with exit code {code}: run again to continue")
+        failure = AbtrainError(
+            f"{run}: `{shlex.join(command)}` ended with exit code {code}: look at its output, and run again to continue"
+        )
         failure.exit_code = code if code > 0 else AbtrainError.exit_code
         raise failure
 

@@ -20,7 +20,7 @@ class Study:
     Attributes:
         question: the question of the study as a sentence.
         shown: the quantity on the horizontal axis of the accuracy figure. The study `divergence` has other figures.
-        variants: a method by label, and the options of its recipe that replace those of the tables.
+        variants: the methods by label, each with options of its recipe that replace those of the tables.
         nodes: the numbers of nodes of the runs. The global batch of variants is constant.
         methods: the methods whose runs the study shares with tables.
         tables: the tables that contain the shared runs.

@@ -1,10 +1,10 @@
 """Recommends a recipe for a cluster: the fast recipe that is closest to plain data parallel training.
 
 The module does not predict accuracy. It orders recipes by their closeness to data parallel training instead. Training
-is closer if there are fewer steps between merges, and if merges are hidden behind fewer steps. The module tries recipes
-in this order, beginning with data parallel training in bfloat16. It recommends the first recipe that takes at most a
-ninth longer than the fastest one. Wires are those of the recipe or `auto`: narrow merges lose next to no accuracy
-(benchmarks/merges.md).
+is closer if there are fewer steps between merges, which average the workers' weights, and if merges are hidden behind
+fewer steps. The module tries recipes in this order, beginning with data parallel training in bfloat16. It recommends
+the first recipe that takes at most a ninth longer than the fastest one. It tries merges in the format of the recipe and
+in that of `auto`, since formats with few bits lose almost no accuracy (benchmarks/merges.md).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Setting:
     """The model, the cluster and the step times for which recipes are compared.
 
     Args:
-        shapes: a function that takes a recipe's factoring and returns the model's shapes.
+        shapes: a function that returns the shapes of the model, given the `Factoring` of a recipe or None.
         compression: the parameters of the full model divided by those of the factored model.
         steps: the number of steps of the run.
         alone: the seconds that one worker takes for its own work, without communication.
@@ -83,8 +83,8 @@ class Setting:
         group_size: the number of workers in a group.
         speeds: the speeds of the workers; None if all are equal.
         algorithm: the algorithm of all-reduces, such as `ring`.
-        measure_factors: a function that takes the rank of each weight by name, and returns the seconds that factors
-            add. None neglects these seconds.
+        measure_factors: a function that returns the seconds that factors add, given the rank of each weight by name.
+            None neglects these seconds.
     """
 
     shapes: Callable[[Factoring | None], ModelShapes]
@@ -143,7 +143,8 @@ def recommend(setting: Setting, name: str = "") -> Recommendation:
 
     Args:
         setting: the model, the cluster and the step times.
-        name: the recipe whose options to choose; by default the recipe for unknown models, and others beside it.
+        name: the recipe whose options are chosen; by default the default recipe. Without a name, `cases` of the
+            result has further recipes.
 
     Raises:
         ConfigurationError: the setting is invalid.

@@ -125,7 +125,7 @@ class Bench:
 
 @contextmanager
 def world_of_one() -> Iterator[Callable[[GradientSync, nn.Module], DataParallel]]:
-    """Yields a function that wraps a model in DDP with this gradient sync, in a process group of one worker.
+    """Yields a function that wraps a model in DDP with a given gradient sync, in a process group of one worker.
 
     Raises:
         UsageError: this process has joined other workers.
@@ -158,7 +158,7 @@ def _seconds_of_one(m: int, n: int) -> float:
 
 
 def _turns() -> Iterator[int]:
-    """Yields the numbers of turns, at least one, until the time or the number of turns is used up."""
+    """Yields the number of each turn, from 0 on. Ends after `_TURNS` turns, or at the first turn past the time."""
     end = time.perf_counter() + _TURNS_SECONDS
     for turn in range(_TURNS):
         if turn and time.perf_counter() > end:

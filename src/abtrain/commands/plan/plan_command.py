@@ -67,7 +67,7 @@ def plan(config: PlanConfig, console: Output | None = None) -> None:
 
 
 def _advise(advice: Recommendation, unit: TimeUnit, console: Output) -> None:
-    """Prints the recommended recipe with the time that it takes, and recipes for other cases."""
+    """Prints the recommended recipe with the time that it takes, and a table of recipes for other models."""
     choice, ddp, fastest = advice.choice, advice.ddp, advice.fastest
     took = unit.text(choice.forecast.seconds)
     if choice is not ddp:
@@ -107,7 +107,7 @@ def _problems(config: PlanConfig) -> list[str]:
         found.append("the time of a step is not known: give --step-time, such as 80ms, or a --task, which is measured")
     if config.rates is not None and len(_rates(config)) != config.nodes:
         found.append(f"--rates has {len(_rates(config))} links for {config.nodes} nodes: give one for each node")
-    # These checks need valid settings.
+    # The next two checks need valid settings.
     if not found:
         found += problem_of(lambda: _cluster(config))
         found += problem_of(lambda: ranks_for(shapes_for(config)(Factoring(FixedRank(1))), config.compression))
@@ -140,7 +140,7 @@ def _speeds(config: PlanConfig) -> Speeds:
 def _setting(config: PlanConfig) -> Setting:
     shapes, measure_factors = shapes_for(config), None
     if config.step_time is not None:
-        # The costs of averaging and of factors are unknown there, and neglected.
+        # Without a measurement, the costs of averaging gradients and of factors are neglected.
         alone = WorkerSeconds(parse_seconds(config.step_time))
     else:
         assert config.task is not None

@@ -55,7 +55,7 @@ def options_in_words(name: str) -> list[OptionInWords]:
 
 
 def phases_in_words(recipe: Recipe) -> list[str]:
-    """Returns one line for each phase: name, repetitions, length, form of the weights, trained parts and sync."""
+    """Returns one line for each phase: name, repetitions, steps, form of weights, trained parts, synchronization."""
     runs = Counter(position.phase_index for position in recipe.runs())
     lengths = {position.phase_index: position.steps_in_phase for position in reversed(list(recipe.runs()))}
     lines = []
@@ -96,7 +96,7 @@ def _sent(name: str) -> str:
 
 
 def _clauses(phase: Phase) -> Iterator[str]:
-    """Yields phrases that describe the weights, the trained parts and the sync of a phase."""
+    """Yields phrases that describe the weights, the trained parts and the synchronization of a phase."""
     yield "full" if phase.weights == "full" else TRAINS[phase.trains]
     if phase.damping:
         yield f"steps preconditioned (damping {phase.damping:g}, times {phase.factor_lr:g})"

@@ -123,7 +123,7 @@ def model_problems(config: RecipesConfig | PlanConfig) -> list[str]:
 
 
 def problem_of(attempt: Callable[[], object]) -> list[str]:
-    """Calls `attempt` and returns the problems that it raises; empty if there are none."""
+    """Calls `attempt`, and returns the problems of the ConfigurationError that it raises; empty if it raises none."""
     try:
         attempt()
     except ConfigurationError as error:
@@ -132,7 +132,11 @@ def problem_of(attempt: Callable[[], object]) -> list[str]:
 
 
 def shapes_for(config: ModelSettings) -> Callable[[Factoring | None], ModelShapes]:
-    """Returns a function that takes a recipe's factoring and returns the model's shapes. `config` must be valid."""
+    """Returns a function that returns the shapes of the model, given a recipe's `Factoring` or None.
+
+    Args:
+        config: the settings of the model, already validated.
+    """
     import torch
 
     from abtrain.commands.plan.shapes import assumed_shapes, shapes_of

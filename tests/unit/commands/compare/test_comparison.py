@@ -59,7 +59,7 @@ def test_a_folder_holds_one_comparison() -> None:
     assert json.loads(Path("o/settings.json").read_text())["steps"] == 50
     Path("used").mkdir()
     Path("used/something").touch()
-    with pytest.raises(ConfigurationError, match="is neither empty nor a comparison"):
+    with pytest.raises(ConfigurationError, match="is neither empty nor the folder of a comparison"):
         parse_arguments(["ab", "--out", "used"])
 
 

@@ -130,7 +130,7 @@ def test_real_runs_are_started_by_the_launcher(tmp_path: Path) -> None:
 
 def test_real_runs_that_fail(tmp_path: Path) -> None:
     run = plan_runs(cells("table1", SCALES["full"], methods=(DDP,)), 1, tmp_path)[0]
-    with pytest.raises(AbtrainError, match="ended with exit code 3: run again") as failed:
+    with pytest.raises(AbtrainError, match="ended with exit code 3: look at its output") as failed:
         run_all([run], "full", f"{sys.executable} -c 'raise SystemExit(3)'", None, lambda line: None)
     assert failed.value.exit_code == 3
     with pytest.raises(AbtrainError, match="nowhere cannot be started"):
