@@ -489,7 +489,7 @@ def test_frozen_weights_of_a_class_of_their_own_work() -> None:
 
 def test_those_that_differ_or_are_trained_are_refused() -> None:
     differ = told(2, lambda comm: train_adapted(comm, Adapted(shift=comm.rank)))
-    assert all(isinstance(one, RanksDisagreeError) and "base differ between workers" in str(one) for one in differ)
+    assert all(isinstance(one, RanksDisagreeError) and "differ between workers: base" in str(one) for one in differ)
     trained = told(2, lambda comm: train_adapted(comm, Adapted(trained=True)))
     assert all(isinstance(one, ConfigurationError) and "base (Quantised)" in str(one) for one in trained)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of all workers, written completely or not at all."""
+"""Saves the states of all workers, completely or not at all, and computes digests of weights."""
 
 from abtrain.checkpoint.store import Saved, latest, save
 

@@ -1,4 +1,4 @@
-"""An adapter to PyTorch's distributed checkpoints (DCP), for trusted storage.
+"""Saves an ABTraining with PyTorch's distributed checkpoints (DCP), for trusted storage.
 
 DCP pickles its metadata and all values except tensors: whoever can write to such a checkpoint can have code executed by
 those who load it. Use it if your platform requires it, and `abtrain.checkpoint.store` otherwise.
@@ -34,7 +34,7 @@ class Saveable(Protocol):
 
 
 class TrainingState:
-    """Makes an `ABTraining` a `Stateful` for DCP. FOR TRUSTED STORAGE ONLY: DCP reads its metadata by pickle.
+    """Gives an `ABTraining` the interface that DCP saves and loads. FOR TRUSTED STORAGE ONLY: DCP unpickles metadata.
 
         dcp.save({"ab": TrainingState(ab)}, checkpoint_id=folder)
         dcp.load({"ab": TrainingState(ab)}, checkpoint_id=folder)
@@ -62,7 +62,8 @@ class TrainingState:
         """Loads a result of `state_dict`. Collective: all workers load.
 
         Raises:
-            CheckpointError: a worker's state is missing, damaged, or of another recipe, model or optimizer; on all.
+            CheckpointError: a worker's state is missing or damaged, or belongs to another recipe, model or optimizer.
+                All workers raise it.
         """
         problem, tree = "", dict[str, Any]()
         try:

@@ -1,4 +1,4 @@
-"""A digest of the weights, by which two runs can be compared."""
+"""Computes a digest of the weights, by which two runs can be compared."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The files of a checkpoint: JSON, safetensors, and a manifest with the sizes and digests of the others.
+"""Writes and reads the files of a checkpoint: JSON, safetensors, and a manifest with the sizes and digests of these.
 
-They are synced when they are written, verified when they are read, and contain no pickle.
+Files are synced to the disk when they are written, verified when they are read, and contain no pickle.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class Written(NamedTuple):
 
 
 def write_json(path: Path, value: Any, sync: Callable[[BinaryIO], None]) -> Written:
-    """Writes JSON to a new file; `sync` makes it durable."""
+    """Writes a value as JSON to a new file. The function `sync` makes the open file durable."""
     return _write(path, [_as_tensor(json.dumps(value, allow_nan=False).encode())], sync)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], sync: Callable[[BinaryIO], None]) -> Written:
-    """Writes tensors of the dtypes in `DTYPES` to a new safetensors file, in one pass; `sync` makes it durable."""
+    """Writes tensors of the dtypes in `DTYPES` to a new safetensors file. `sync` makes the open file durable."""
     # Wide dtypes come first, so that all are aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header: dict[str, Any] = {}
@@ -127,7 +127,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_json(path: Path, expected: Written | None = None) -> Any:
-    """Returns the content of a JSON file, and verifies it if its size and digest are known.
+    """Returns the content of a JSON file. If `expected` is given, verifies its size and digest first.
 
     Raises:
         CheckpointError: the file is missing, damaged, too large, or not JSON.
@@ -146,10 +146,10 @@ def read_json(path: Path, expected: Written | None = None) -> Any:
 
 
 def open_tensors(path: Path, expected: Written) -> safe_open:
-    """Opens a safetensors file after checking that its bytes are exactly those that were written.
+    """Opens a safetensors file whose size and digest are the expected ones.
 
     Raises:
-        CheckpointError: the file is missing or damaged; or there is no /dev/fd.
+        CheckpointError: the file is missing or damaged, or the system has no /dev/fd.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size

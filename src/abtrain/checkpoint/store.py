@@ -73,9 +73,9 @@ def save(
         resizable: whether another number of workers may resume from this checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint cannot be written. On all workers; older checkpoints are unchanged.
-        RanksDisagreeError: workers that must hold the same tensors have drifted apart. On all workers.
-        TypeError: a worker's state holds a value that cannot be saved, at the given place. On that worker.
+        CheckpointError: the checkpoint cannot be written. All workers raise it, and older checkpoints are unchanged.
+        RanksDisagreeError: workers that must have the same tensors have different ones. All workers raise it.
+        TypeError: a worker's state has a value that cannot be saved. That worker raises it, with the value's place.
     """
     final, temporary = folder / f"step-{step:012d}", folder / f"{TEMPORARY[0]}step-{step:012d}"
     failure = f"the checkpoint of step {step} could not be written"
@@ -132,11 +132,11 @@ def _split_together(state: Mapping[str, Any], comm: Communicator, step: int) -> 
 def latest(folder: Path, comm: Communicator) -> Saved | None:
     """Returns the newest checkpoint that all workers have verified; None if there is none. Collective over the world.
 
-    A checkpoint is skipped, with a warning, if it is damaged, if workers had drifted apart when they saved it, or if
-    the number of workers has changed and it is not resizable.
+    A checkpoint is skipped, with a warning, if it is damaged, if workers had different weights that should have been
+    equal when they saved it, or if the number of workers has changed and it is not resizable.
 
     Raises:
-        CheckpointError: there are checkpoints, but none can be used. On all workers.
+        CheckpointError: no checkpoint in the folder can be used, or the folder cannot be read. All workers raise it.
     """
     listed = f"the checkpoints in {folder} could not be listed"
     names = _together(comm, listed, lambda: checkpoints_in(folder) if comm.rank == 0 else [])[0]
@@ -151,7 +151,7 @@ def latest(folder: Path, comm: Communicator) -> Saved | None:
     if problems:
         raise CheckpointError(
             f"none of the {len(problems)} checkpoints in {folder} can be used: {'; '.join(problems[:3])}. "
-            "Remove them to start from the beginning"
+            "Mend the cause, or remove the checkpoints to start from the beginning"
         )
     return None
 
@@ -174,7 +174,7 @@ def _open_together(path: Path, comm: Communicator) -> tuple[Saved | None, str]:
 
 
 def _open(path: Path, comm: Communicator) -> tuple[str, Saved, list[Marks]]:
-    """Verifies the files that this worker needs. Returns the manifest's digest, the states, and the marks of each."""
+    """Reads the files that this worker needs. Returns the manifest's digest, the states, and the `Marks` of each."""
     body, sha = read_manifest(path)
     workers = body["workers"]
     if workers == comm.topology.world_size:

@@ -27,7 +27,7 @@ def checkpoints_in(folder: Path) -> list[str]:
 
 
 def settle(folder: Path, comm: Communicator, step: int) -> None:
-    """Replaces checkpoints by later ones of the same step."""
+    """Replaces each checkpoint that was saved again by the newer one of the same step, which ends in `AGAIN`."""
     for path in [folder / name for name in checkpoints_in(folder) if name.endswith(AGAIN)]:
         final = path.with_name(path.name.removesuffix(AGAIN))
         if final.exists():
@@ -50,11 +50,11 @@ def prune(folder: Path, keep: int, comm: Communicator, step: int) -> None:
             (folder / name).rename(folder / f"{TEMPORARY[1]}{name}")
         sweep(folder)
     except OSError as error:
-        log.warning("old checkpoints are left in %s: %s", folder, error)
+        log.warning("old checkpoints in %s could not be removed: %s", folder, error)
 
 
 def sweep(folder: Path) -> None:
-    """Removes the leftovers of crashes."""
+    """Removes the temporary folders that crashes have left."""
     for path in list(folder.iterdir()):
         if path.name.startswith(TEMPORARY):
             shutil.rmtree(path)

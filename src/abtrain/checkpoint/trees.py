@@ -20,7 +20,7 @@ from abtrain.checks import said
 
 _DEEPEST = 200
 _MOST_DIGITS = 4000
-"""The digits of the longest whole number; Python parses few more from text."""
+"""The largest number of digits of a whole number; Python parses only a few more from text."""
 
 DTYPES = {
     torch.float64: "F64",
@@ -46,7 +46,7 @@ def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     """Returns the structure of a tree, with references in place of tensors, and the tensors by key.
 
     Raises:
-        TypeError: a value cannot be saved; with its place.
+        TypeError: a value cannot be saved; the message names its place in the tree.
     """
     tensors: dict[str, Tensor] = {}
     return _cut(tree, "", 0, tensors), tensors

@@ -21,7 +21,7 @@ from abtrain.comm.communicator import Calls, Communicator, Traffic
 from abtrain.merging.changes import is_finite
 
 _COMPARE = 0
-"""Replaces the fingerprint if a buffer that differed before is not finite here."""
+"""The report of a worker that asks for a comparison, because a buffer that has differed is not finite."""
 
 _STATISTICS = ("running_mean", "running_var")
 """Names of running statistics in PyTorch's norms, and in others that imitate them."""
@@ -31,7 +31,7 @@ _DIRECTIONS = ("weight_u", "weight_v", "_u", "_v")
 
 
 def averaged_buffers(names: Iterable[str], further: Sequence[str] = ()) -> list[str]:
-    """Returns the names of the buffers that are averaged if they differ; `further` has globs of names."""
+    """Returns the names of the buffers that are averaged if they differ; `further` has glob patterns of names."""
     return [
         name
         for name in names
@@ -62,8 +62,8 @@ class Buffers:
     """Compares the buffers of workers, merge by merge.
 
     Attributes:
-        differed: the checksum, by name, of each buffer that differed at the last merge, taken after the merge; the same
-        on all workers.
+        differed: by name, for each buffer that differed at the last merge, its checksum after the merge; the same on
+            all workers.
     """
 
     def __init__(self, comm: Communicator) -> None:
@@ -108,11 +108,11 @@ class Buffers:
         return {name: [rank for rank, value in enumerate(column) if value % 2] for name, column in differing.items()}
 
     def merged(self, outcome: Mapping[str, Tensor]) -> None:
-        """Remembers the values, by name, that a merge has written to buffers that differed."""
+        """Remembers the checksums of the values, by name, that a merge writes to buffers that differed."""
         self.differed |= {name: checksum(tensor) for name, tensor in outcome.items()}
 
     def _still(self, sums: Mapping[str, int]) -> list[str]:
-        """Returns the buffers that differed before, and that have not changed here since the last merge."""
+        """Returns the buffers that differed before, and that this worker has not changed since the last merge."""
         return [name for name, total in sums.items() if self.differed.get(name) == total]
 
 

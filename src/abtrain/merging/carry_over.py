@@ -1,4 +1,4 @@
-"""Converts outer momentum and wire residuals when weights become factors, and back.
+"""Converts the momentum and the residuals of merges when weights become factors, and back.
 
 To first order, changes of the factors of W = A B change the weight by E_A B + A E_B. The changes of this form are the
 tangent space of matrices of rank k at W. Factors can express any other change E only by its projection,
@@ -38,19 +38,19 @@ def carry_over(
 
 
 def into_weight(store: Tensors, record: FactoredWeight) -> None:
-    """Replaces the entries of two factors by one of their weight."""
+    """Replaces the changes of a weight's two factors in `store` by one change of the weight."""
     E_A, E_B = (store.pop(name, None) for name in factor_names(record.name))
     given = E_A if E_A is not None else E_B
     if given is None:
         return
     A, B = record.A.detach().to(given.dtype), record.B.detach().to(given.dtype)
-    # A factor that nobody trained did not change.
+    # A factor that no worker trained did not change.
     E_A, E_B = torch.zeros_like(A) if E_A is None else E_A, torch.zeros_like(B) if E_B is None else E_B
     store[record.name] = record.matrix_shape.to_tensor(to_weight(E_A, E_B, A, B)).contiguous()
 
 
 def into_factors(store: Tensors, record: FactoredWeight) -> None:
-    """Replaces the entry of a weight by two of its factors, as far as factors can express it."""
+    """Replaces the change of a weight in `store` by changes of its two factors, as far as they can express it."""
     E = store.pop(record.name, None)
     if E is not None:
         matrix = record.matrix_shape.to_matrix(E)

@@ -13,7 +13,7 @@ _SUBTRACTED = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16}
     | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 )
-"""Dtypes that a merge adds to. A tensor of another dtype that changed during a merge keeps its own value."""
+"""Dtypes whose changes can be added. A tensor of another dtype that changes during a merge keeps its new value."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -34,7 +34,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def write(held: Mapping[str, Tensor], outcome: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> None:
-    """Writes an outcome into `held`, and adds the changes of `held` since `base` if `base` is given."""
+    """Writes the new values of a merge into `held`. If `base` is given, adds the changes of `held` since `base`."""
     for name, value in outcome.items():
         # A buffer may have changed its shape during the merge.
         if held[name].shape == value.shape:

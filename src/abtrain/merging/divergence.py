@@ -1,4 +1,4 @@
-"""Divergence of the groups when they merge, layer by layer.
+"""Measures by layer how far the groups of workers have diverged when they merge.
 
 With X_i a weight or factor of worker i at the end of a round, and X the start of the round plus the merged mean change:
 

@@ -1,12 +1,13 @@
-"""Merges: the changes of all workers since the last merge become the weights that all workers hold next.
+"""Merges the workers' models: all workers get the same new weights, computed from the changes of each worker.
 
-A merge averages the workers' changes over a wire, and a rule turns the average into new weights (see
-`abtrain.recipes.merges`).
+A merge averages the changes that workers have made to their weights since the last merge. They are sent in a wire
+format, which may compress them. A rule turns the average into new weights (see `abtrain.recipes.merges`).
 
-While a hidden merge is under way, a worker continues from the weights that the rule gives for its own change alone.
-When the outcome arrives, the difference is added (eager updates: Kale, Douillard, Donchev, arXiv 2502.12996).
+A hidden merge sends its messages during the next training steps. Meanwhile, a worker trains on from the weights that
+the rule gives for its own change alone. When the average arrives, the difference is added (eager updates: Kale,
+Douillard, Donchev, arXiv 2502.12996).
 
-A worker whose change is not finite has no share in the average: the shares of the others grow accordingly.
+A worker whose values are not finite may be left out of the average; the shares of the other workers then grow.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ class MergeInput:
     Attributes:
         tensors: a function that returns the present tensors to merge, by the names passed to `Merger.begin`. They are
             overwritten in place at the end.
-        sync: the rule, and the name of the wire.
-        trained_by: by name, for each worker whether it trained the tensor. A missing name means that all did.
+        sync: the settings of the merge, such as its rule and its wire format.
+        trained_by: by name of a tensor, whether each worker trained it. All workers trained tensors without an entry.
         buffers: a function that returns the present buffers by name, as real tensors of any dtype. Those that are equal
             on all workers keep their values.
-        averaged: names of the buffers that are averaged where they differ; the others follow one worker.
-        started: copies of tensors and buffers from the moment when the merge began. None: it is not hidden.
-        loss: this worker's mean training loss in the round, if known.
-        step: the number of steps done.
+        averaged: the names of the buffers that are averaged if they differ. Other buffers take one worker's values.
+        started: copies of tensors and buffers that were made when a hidden merge began; None if it is not hidden.
+        loss: this worker's mean training loss since the last merge; None if it is unknown.
+        step: the number of training steps done when the merge began.
         place: values that must be equal on all workers that merge.
         factors: the names of the tensors that are factors of a weight.
     """
@@ -78,9 +79,9 @@ class Merger:
 
     Attributes:
         on_nonfinite: `drop_worker` leaves out workers whose values are not finite; otherwise all workers stop.
-        anchors: by name, the weights that all workers held at the start of the round; half precision in float32.
-        momentum: by name, the outer momentum of a merge rule; the same on all workers.
-        residuals: by name, float32: the part of this worker's changes that narrow wires have not sent yet.
+        anchors: by name, the weights that all workers held after the last merge; half precision in float32.
+        momentum: by name, the outer momentum of the merge rule; the same on all workers.
+        residuals: by name, in float32, this worker's rounding errors in earlier merges, which the next merge sends.
         measures_divergence: whether merges that leave no worker out measure the divergence of the weights.
     """
 
@@ -96,13 +97,13 @@ class Merger:
         self._buffers = Buffers(comm)
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
-        """Begins a phase of rounds from these tensors, which all workers hold equally."""
+        """Begins a phase with merges. `tensors` are the weights to merge, by name; all workers hold the same values."""
         self.anchors = {name: tensor.to(wide(tensor.dtype), copy=True) for name, tensor in tensors.items()}
         self.momentum = {name: tensor for name, tensor in self.momentum.items() if name in tensors}
         self.residuals = {name: tensor for name, tensor in self.residuals.items() if name in tensors}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns anchors, momentum, residuals, and the state of wires and buffers."""
+        """Returns the anchors, momentum, residuals, state of wires, and checksums of buffers that have differed."""
         return {
             "starts": {name: dict(wire.starts) for name, wire in self._wires.items() if wire.starts},
             "buffers": dict(self._buffers.differed),
@@ -112,7 +113,7 @@ class Merger:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Takes copies of the tensors of a `state_dict`, on `device`."""
+        """Restores a `state_dict`, with copies of its tensors on `device`."""
 
         def copies(store: Mapping[str, Tensor]) -> Tensors:
             return {name: tensor.to(device, copy=True) for name, tensor in store.items()}
@@ -124,26 +125,26 @@ class Merger:
             self.wire(name).starts = copies(starts)
 
     def wire(self, name: str) -> Wire:
-        """Returns the wire of that name, the same object at every call."""
+        """Returns the wire of a format, which keeps its state from merge to merge."""
         if name not in self._wires:
             self._wires[name] = make_wire(name, self._comm.topology.world_size)
         return self._wires[name]
 
     def merge(self, part: MergeInput) -> Stages[tuple[dict[str, Any], Distances]]:
-        """Merges in stages: reads this worker's changes first, and writes the outcome in place last.
+        """Merges in stages: reads this worker's changes first, and writes the new weights in place last.
 
         Weights, anchors, momentum and residuals change in the last stage only, so a merge that is restarted from the
         same `started` has the same outcome. Changes that this worker makes during the merge are added to the outcome.
 
         Returns:
-            A report, and the divergence by layer if it was measured. The report has the `step` of the input, the ranks
-            that were left out (`dropped`), each rank's `Part.loss` (`losses`), and how long this worker waited until
-            all had arrived (`wait_seconds`).
+            A report, and the divergence by layer, empty if not measured. The report has the input's `step`, the
+            ranks of workers that were left out (`dropped`), each worker's `Part.loss` (`losses`), and the seconds that
+            this worker waited for the others at the start (`wait_seconds`).
 
         Raises:
-            RanksDisagreeError: `place` differs between workers. On all workers.
+            RanksDisagreeError: `place` differs between workers; raised on all of them.
             NonFiniteError: a worker's values are not finite, and `on_nonfinite` is not `drop_worker`; or no worker's
-                values are finite, or their average is not. On all workers.
+                values are finite, or their average is not. Raised on all workers.
         """
         started = part.held if part.started is None else part.started
         buffers = {name: started[name] for name in part.buffers()}
@@ -177,7 +178,7 @@ class Merger:
     def _compare(
         self, part: MergeInput, changes: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
     ) -> Stages[tuple[list[Part], dict[str, list[int]], float]]:
-        """Runs the roll call. Returns all reports, `Buffers.compare`, and the seconds until all workers had arrived."""
+        """Compares `place` and buffers. Returns all workers' reports, `Buffers.compare`, and the seconds of waiting."""
         sums = {name: checksum(buffer) for name, buffer in buffers.items()}
         content = self._buffers.report(buffers, sums) if all(map(is_finite, changes.values())) else -1
         loss = part.loss if part.loss is None or math.isfinite(part.loss) else math.inf
@@ -188,7 +189,7 @@ class Merger:
         return reports, self._buffers.compare(buffers, sums, [report.buffers for report in reports]), waited
 
     def eager(self, rule: MergeRule, name: str, started: Tensor) -> Tensor:
-        """Returns the weights that a worker continues from during a hidden merge, given those when it began."""
+        """Returns a weight to train on from during a hidden merge; `started` is its value when the merge began."""
         anchor = self.anchors[name]
         own = change(anchor, started)
         step, _ = rule.step(own, self.momentum.get(name))
@@ -196,7 +197,7 @@ class Merger:
         return started if step is own else (anchor + step).to(started.dtype)
 
     def _advance_anchors(self, rule: MergeRule, averages: Averages) -> Tensors:
-        """Returns the weights that all workers hold next, by name, and keeps the wire's residuals."""
+        """Returns the new weights of all workers, by name. Updates anchors, momentum and residuals."""
         for name, D in averages.mean.items():
             self.residuals.pop(name, None)
             step, momentum = rule.step(D, self.momentum.get(name))
@@ -209,7 +210,7 @@ class Merger:
     def _shares(
         self, part: MergeInput, changes: Mapping[str, Tensor], alive: Sequence[bool], reports: Sequence[Part]
     ) -> Tensors:
-        """Returns this worker's terms of the plain average over all workers: its share, and the wire's residuals."""
+        """Returns what this worker adds to the average: its changes, times its share, plus its residuals."""
         rank, workers = self._comm.rank, self._comm.topology.world_size
         numbers = {}
         for name, own in changes.items():
@@ -221,7 +222,7 @@ class Merger:
         return numbers
 
     def forget(self, names: Sequence[str]) -> None:
-        """Drops the wires' state of tensors whose shape or basis changes."""
+        """Drops the state that wires have for the named tensors, because their shape or basis changes."""
         for wire in self._wires.values():
             wire.forget(names)
 
@@ -244,7 +245,7 @@ class Merger:
         names += [f"buffer {name}" for name, ranks in differing.items() if self._comm.rank in ranks]
         of_all = gather_json(self._comm, ", ".join(filter(None, names)))
         found = [f"rank {rank}: {of_all[rank]}" for rank in broken] if len(broken) > 1 else [of_all[broken[0]]]
-        remedy = ", or leave such parts out: on_nonfinite='drop_worker'" if any(alive) else ""
+        remedy = ", or leave such workers out: on_nonfinite='drop_worker'" if any(alive) else ""
         raise NonFiniteError(
             f"the merge found NaN or infinity on rank {', '.join(map(str, broken))} ({'; '.join(found)}): nothing was "
             f"averaged. Lower the learning rate, or clip gradients{remedy}"
@@ -254,7 +255,7 @@ class Merger:
 def sent_by_merge(wire: str, tensors: Sequence[Tensor], averaged: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
     """Returns the collective calls of `Merger.merge` by stage, if the same buffers differ as at the previous merge.
 
-    `averaged` are the buffers that differ and are averaged. Only shapes and dtypes of tensors matter.
+    `wire` is the name of the wire format, and `averaged` the buffers to average. Only shapes and dtypes matter.
     """
     first, *more = make_wire(wire, workers).sends(tensors, workers)
     return ROLL_CALL, (*first, *sent_by_average(averaged)), *more
@@ -265,8 +266,8 @@ def _check_finite(averages: Mapping[str, Tensor]) -> None:
     broken = [name for name, average in averages.items() if not bool(torch.isfinite(average).all())]
     if broken:
         raise NonFiniteError(
-            f"all workers' parts of the merge are finite, but their average is not ({told_names(broken)}): numbers are "
-            "near the largest that the wire or float32 can hold, and no weight was changed. Lower the learning rate, "
+            f"the values of all workers are finite, but their average is not ({told_names(broken)}): it exceeds the "
+            "largest number of float32 or of the recipe's wire format. No weight was changed. Lower the learning rate, "
             "or clip gradients"
         )
 

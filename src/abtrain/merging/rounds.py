@@ -1,4 +1,4 @@
-"""The rounds of a phase in which groups train alone: which tensors merge when, while training waits or continues."""
+"""Runs the rounds of a phase: in a round, each group of workers trains separately, and then all workers merge."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from abtrain.recipes.recipe import Position, Recipe
 log = logging.getLogger("abtrain")
 
 CHECKING = 1
-"""Stages of a merge before those of its wire: in the first, all workers prove that they merge the same tensors."""
+"""The number of stages before those of the wire: in the first, workers check that all merge the same tensors."""
 
 
 class _UnderWay(NamedTuple):
-    """A merge that is hidden behind training.
+    """A hidden merge, whose messages are sent while training continues.
 
     Attributes:
-        stages: its remaining stages.
-        step: the number of steps done when it began.
-        loss: this worker's mean training loss in the round before.
-        started: copies of the tensors that merge, from when it began.
+        stages: the stages of the merge that are left to run.
+        step: the number of training steps done when the merge began.
+        loss: this worker's mean training loss between the last merge and this one.
+        started: copies of the tensors to merge, by name, that were made when the merge began.
     """
 
     stages: Background[None]
@@ -50,9 +50,9 @@ class Rounds:
     """Runs the merges of a phase: owns the shared tensors, the merger, and the merges under way.
 
     Attributes:
-        dropped: for each merge that left out workers, its first step and their ranks; the same on all workers.
-        divergence: for each merge in this process, its first step, its phase and the distances by layer.
-        ended: for each merge that ended in the last training step, what `Merger.merge` returned, and its `seconds`.
+        dropped: for each merge that left out workers, the step when it began, and the workers' ranks.
+        divergence: for each merge in this process, the step when it began, its phase, and the distances by layer.
+        ended: for each merge that ended in the last training step, the report of `Merger.merge`, and its `seconds`.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class Rounds:
         self.ended: list[dict[str, Any]] = []
 
     def begin(self) -> None:
-        """Begins a phase of rounds, with the same weights on all workers."""
+        """Begins a phase with merges. All workers have the same weights."""
         self.merger.begin(self.shared.parameters())
         self._losses = []
 
     def step(self, position: Position, step: int, loss: float | None) -> bool:
-        """Advances merges that are under way, and begins those that are due after the training step at `position`.
+        """Advances the hidden merges, and begins merges that are due after the training step at `position`.
 
-        `step` is the number of steps done, and `loss` this worker's training loss in the last one, if known.
-        Returns whether all workers hold the same weights now.
+        `step` is the number of training steps done, and `loss` this worker's loss in the last step, if it is known.
+        Returns whether all workers have the same weights now.
 
         Raises:
             RanksDisagreeError: workers are at different steps, in different phases, or hold different shapes.
@@ -95,7 +95,7 @@ class Rounds:
             return bool(position.merging) and self._begin_merge(position, step)
 
     def _begin_merge(self, position: Position, step: int) -> bool:
-        """Merges at once, or begins a hidden merge. Returns whether all workers hold the same weights then."""
+        """Merges at once, or begins a hidden merge. Returns whether all workers have the same weights afterwards."""
         sync = rounds_of(position)
         where = f"step {step}, phase {position.phase.name}"
         check_replicas(self._comm, self.shared.replicated(), "group", where)
@@ -116,10 +116,10 @@ class Rounds:
     def roll_call(self, step: int, phase: int, at: Callable[[int], Position], numbers: Told = (0, 0.0)) -> list[Told]:
         """Checks, during a round, that all workers are about to average the same tensors. Collective over the world.
 
-        Sends the messages of merges under way first, in the order of the coming steps, up to the next merge. If only
-        one worker calls this, the next roll call of the others finds the mismatch, and all workers get the error.
+        Sends the remaining messages of hidden merges first, in the order of the coming steps, up to the next merge. If
+        only one worker makes this call, the next merge of the other workers finds the mismatch, and all get the error.
 
-        `step` is the number of steps done, `phase` the index of the phase, and `at` returns the position of a
+        `step` is the number of training steps done, `phase` the index of the phase, and `at` returns the position of a
         step in the recipe. Returns the `numbers` of each worker, in rank order.
 
         Raises:
@@ -135,12 +135,12 @@ class Rounds:
             ahead += 1
         calling = roll_call(self._comm, self.shared.place(step, phase), numbers)
         next(calling)
-        # If the others are in a merge, they advance older merges by one more step before they wait for its roll call.
+        # Workers that begin a merge instead advance older merges by one more step before they wait for an answer.
         self._go_ahead(ahead + 1)
         return finish(calling)
 
     def _go_ahead(self, steps: int) -> bool:
-        """Sends the messages of the next steps of merges under way. Returns whether that was all of them."""
+        """Sends the messages that hidden merges would send in the next `steps` steps. Returns whether none is left."""
         if self._comm.topology.world_size == 1:
             return True
         meter = self._comm.meter
@@ -151,7 +151,7 @@ class Rounds:
         return all(sent)
 
     def _recover(self) -> None:
-        """Replaces this worker's values that are not finite, so that it can join the next merges."""
+        """Replaces this worker's values that are not finite, so that it can take part in the next merges."""
         self.shared.forget_nonfinite()
         for name, tensor in self.shared.parameters().items():
             if not bool(torch.isfinite(tensor).all()):
@@ -159,7 +159,7 @@ class Rounds:
         self._losses = [loss for loss in self._losses if math.isfinite(loss)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the losses of the round, the workers that were left out, and the merges under way."""
+        """Returns the losses since the last merge, the entries of `dropped`, and the hidden merges under way."""
         return {
             "losses": torch.tensor(self._losses, dtype=torch.float64),
             "dropped": list(self.dropped),
@@ -175,9 +175,9 @@ class Rounds:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], recipe: Recipe, device: torch.device) -> None:
-        """Continues from a `state_dict`; merger and model must have loaded theirs. Collective if merges are under way.
+        """Restores a `state_dict`, after model and merger. Collective if the state has hidden merges.
 
-        A merge that was under way begins again from the same tensors, and advances to where it was.
+        A hidden merge begins again from the same tensors, and advances to the stage at which it was saved.
         """
         self._losses = state["losses"].tolist()
         self.dropped = list(state["dropped"])
@@ -224,7 +224,7 @@ class Rounds:
             self.dropped.append({"step": step, "ranks": dropped})
             if self._comm.rank == 0 and len(self.dropped) == 1:
                 remedy = "If this repeats (ab.dropped_parts), lower the learning rate"
-                log.warning("step %d leaves out rank %s, which was not finite. %s", step, dropped, remedy)
+                log.warning("step %d: NaN or infinity on rank %s, left out of the merge. %s", step, dropped, remedy)
         if self._comm.rank in dropped:
             self._recover()
         fail_at(self._comm.rank, step, "merge.end")
@@ -237,7 +237,7 @@ def rewound(state: Mapping[str, Any], step: int) -> dict[str, Any]:
 
 
 def _mean(losses: Sequence[float]) -> float:
-    """Returns the mean; infinity if a loss is not finite, or the sum overflows."""
+    """Returns the mean of losses: NaN if one is NaN; infinity if one is infinite, or the sum overflows."""
     try:
         return math.fsum(losses) / len(losses)
     except (OverflowError, ValueError):

@@ -33,23 +33,23 @@ def trained_by(position: Position, topology: Topology, factors: Iterable[str]) -
 
 
 def rounds_of(position: Position) -> WeightSync:
-    """Returns how the phase at a position in the recipe merges."""
+    """Returns the merge settings of the phase at a position in the recipe. The phase must have merges."""
     sync = position.phase.rounds
     assert sync is not None, f"phase {position.phase.name!r} does not merge"
     return sync
 
 
 def whole_round(position: Position) -> bool:
-    """Returns whether the last fragment begins to merge; buffers merge with it."""
+    """Returns whether the merge after this step includes the model's last fragment, with which buffers merge."""
     return rounds_of(position).fragments - 1 in position.merging
 
 
 def tensors_due(
     position: Position, parameters: Mapping[str, Tensor], trained_by: Mapping[str, Sequence[bool]]
 ) -> dict[str, Tensor]:
-    """Returns the parameters that merge after a step, without factors that nobody has trained.
+    """Returns the parameters that merge after a step, without factors that no worker has trained.
 
-    `trained_by` says by name which workers trained a parameter. A missing name means that all did.
+    `trained_by` says by name which workers trained a parameter. All workers trained parameters without an entry.
     """
     parts = cut_into_fragments(parameters, rounds_of(position).fragments)
     tensors = {name: tensor for fragment in position.merging for name, tensor in parts[fragment].items()}

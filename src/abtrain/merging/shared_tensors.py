@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from abtrain.checks import told_names
 from abtrain.comm.buckets import exact_average
 from abtrain.comm.checksums import checksum, fingerprint, layouts_of
 from abtrain.comm.communicator import Communicator
@@ -30,8 +31,8 @@ log = logging.getLogger("abtrain")
 class SharedTensors:
     """The trained parameters and the buffers that merges make equal, in their present form: weights or factors.
 
-    Optimizers may keep `copies` of the weights. `average_buffers` has globs of buffers that are averaged in addition to
-    running statistics. With `same_settings`, the optimizers' settings must be equal at merges.
+    `copies` are the copies of weights in the optimizers' state. `average_buffers` has glob patterns of buffers that are
+    averaged, in addition to running statistics. With `same_settings`, optimizers must have equal settings at merges.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class SharedTensors:
         return parameters | {name: layout(buffer) for name, buffer in shared_buffers(model).items()}
 
     def frozen_names(self) -> list[str]:
-        """Returns the names of the parameters that nobody trains, and that do not merge."""
+        """Returns the names of the parameters that no worker trains. They do not merge."""
         return [treatment.name for treatment in self.treatments if treatment.kind == "frozen"]
 
     def compared_settings(self, phase: Phase) -> Collection[str]:
@@ -102,12 +103,12 @@ class SharedTensors:
         unlike = differing_tensors(self._comm, {name: t for name, t in tensors.items() if name not in plain})
         if unlike:
             raise RanksDisagreeError(
-                f"{', '.join(unlike[:4])} differ between workers, and are tensor subclasses, which cannot be sent: "
-                "load the same weights on all workers before ABTraining is built"
+                f"tensors of subclasses of Tensor, which cannot be sent, differ between workers: {told_names(unlike)}. "
+                "Load the same weights on all workers before ABTraining is built"
             )
         self._frozen_sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
         if differed and self._comm.rank == 0:
-            log.info("initial values of %d tensors differed between workers: all take rank 0's", len(differed))
+            log.info("%d tensors had different initial values on workers: all now use rank 0's values", len(differed))
 
     def place(self, step: int, phase: int, **more: object) -> dict[str, object]:
         """Returns everything that must be equal on all workers before they average, `more` included."""

@@ -1,1 +1,1 @@
-"""Wires: formats in which workers send their changes in a merge."""
+"""Wires send tensors in a merge, each in a format of its own, and average them."""

@@ -22,7 +22,7 @@ class Code:
 
     Attributes:
         name: the code's name.
-        bits: bits per number; five ternary numbers share one byte, eight of three bits share three.
+        bits: bits per number. Five ternary numbers share one byte; eight numbers of three bits share three bytes.
         block: the number of values that share a scale; 0: no scales.
     """
 
@@ -37,7 +37,7 @@ class Code:
 
     @property
     def granule(self) -> int:
-        """The number of values that are encoded together: counts must be multiples of it."""
+        """The number of values in the smallest unit that can be encoded. `encode` and `decode` need multiples of it."""
         return self.block or 1
 
     def nbytes(self, count: int) -> int:

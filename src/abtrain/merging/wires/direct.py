@@ -1,8 +1,8 @@
 """A wire that averages over the world and sends every number in few bits, with error feedback.
 
-A narrow merge sends few bits in both directions. Each worker sends every other worker a chunk of its numbers, sums the
-chunks that it receives in float32, and sends their average back, encoded again. The reply may have a wider code:
-rounding errors of the first direction differ between workers and average out, those of the reply are common to all.
+Both directions of an average use few bits. Each worker sends every other worker a chunk of its numbers, sums the chunks
+that it receives in float32, and sends their average back, encoded again. The reply may use more bits: rounding errors
+of the first direction differ between workers and average out, and those of the reply are the same on all workers.
 
 Rounding errors are returned to the caller, who adds them to the next merge (error feedback, Seide et al. 2014;
 Karimireddy et al., arXiv 1901.09847). The worker that averages a chunk also keeps the rounding error of its reply.

@@ -23,15 +23,15 @@ from abtrain.merging.wires.direct import DirectWire
 from abtrain.merging.wires.wire import Averages, Wire
 
 _DEPENDENT = 1e-4
-"""What projection on the others leaves of a column is rounding error if it is below this share of the column."""
+"""A column depends on those before it if the part orthogonal to them is below this share of its length."""
 _CACHED = 2**17
-"""Numbers of a product that are computed at once."""
+"""The number of elements of a product that are computed at once, so that they fit into a cache."""
 
 
 class LowRankWire(Wire):
     """Sends a tensor of two or more dimensions, seen as (first dimension, rest), as two factors of rank `rank`.
 
-    Other tensors, and those whose factors would not be smaller, are sent in full. All are sent in `code`.
+    Other tensors, and tensors whose factors would not be smaller, are sent in full. `code` encodes all numbers.
 
     Attributes:
         starts: by name, the (n, rank) factor that the next merge's iteration starts from; the same on all workers.
@@ -97,7 +97,7 @@ def _scaled(Q: Tensor) -> Tensor:
 
 
 def _pays(tensor: Tensor, rank: int) -> bool:
-    """Returns whether factors of that rank are smaller than the tensor."""
+    """Returns whether a tensor has at least two dimensions and more elements than its factors of this rank."""
     if tensor.ndim < 2 or not tensor.numel():
         return False
     m = tensor.shape[0]

@@ -17,7 +17,7 @@ Tensors = dict[str, Tensor]
 
 
 class Averages(NamedTuple):
-    """The outcome of one merge on the wire.
+    """The averages that a wire computes in one merge, and their rounding errors.
 
     Attributes:
         mean: by name, the average over all workers, bitwise equal on all of them.
@@ -30,7 +30,7 @@ class Averages(NamedTuple):
 
 
 class Wire(ABC):
-    """Averages tensors over all workers in one format. `abtrain.recipes.wires` lists the names of wires.
+    """Averages tensors over all workers, which send them in one format. `abtrain.recipes.wires` names the formats.
 
     Attributes:
         starts: by tensor name, in float32, the wire's own state between merges; the same on all workers.
@@ -70,7 +70,7 @@ class Wire(ABC):
 
 
 def make_wire(name: str, workers: int) -> Wire:
-    """Returns a new wire of that name (see `parse_wire`); the number of workers decides which one is `auto`.
+    """Returns a new wire of a named format (see `parse_wire`). The format `auto` depends on the number of workers.
 
     Raises:
         ConfigurationError: no wire has this name.
