@@ -14,11 +14,12 @@ Value = TypeVar("Value")
 
 RATES = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
 def with_unit(text: str, units: Mapping[str, float]) -> float | None:
     """Returns the value of a string such as `1.5 gbit` in base units; None if it cannot be parsed."""
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]+)\s*", text.lower())
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", text.lower())
     if found is None or found[2] not in units:
         return None
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from abtrain import recipes
 from abtrain.commands.command_line import Shown
+from abtrain.commands.units import COUNTS, with_unit
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.numbers import whole_number_problems
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 # torch takes seconds to import. Functions that need it import it, so that `--help` answers immediately.
 
 ALL = "all"
-DEFAULT_PARAMETERS = 25e6
+DEFAULT_PARAMETERS = "25M"
 _MOST_PARAMETERS = 1e13
 _RECIPE_HELP = f"One of {', '.join(recipes.RECIPES)}, with options such as ab_outer:every=10,wire=int8; or all."
 
@@ -31,8 +32,8 @@ class ModelSettings:
 
     task: Annotated[str | None, Shown(group="model")] = None
     """Task of `abtrain train` that provides the model, such as fashion-cnn."""
-    parameters: float | None = None
-    """Number of parameters of an assumed model of square weights, if there is no task; by default 25e6."""
+    parameters: str | None = None
+    """Number of parameters of an assumed model of square weights, such as 350M, if there is no task; by default 25M."""
     width: int | None = None
     """Width of these square weights; by default 1,024, or more for very large models."""
     compression: float = 4
@@ -112,8 +113,7 @@ def model_problems(config: RecipesConfig | PlanConfig) -> list[str]:
     for name in ("parameters", "width"):
         if config.task is not None and getattr(config, name) is not None:
             found.append(f"--{name} describes an assumed model, and --task {config.task} names another: leave out one")
-    if config.parameters is not None and not 1 <= config.parameters <= _MOST_PARAMETERS:
-        found.append(f"--parameters {config.parameters:g} is out of range: use a number from 1 to {_MOST_PARAMETERS:g}")
+    found += problem_of(lambda: parameters_of(config))
     if not (math.isfinite(config.compression) and config.compression >= 1):
         found.append(f"--compression {config.compression:g} is not a finite number of at least 1: use one")
     found += whole_number_problems("--steps", config.steps, least=1)
@@ -122,8 +122,23 @@ def model_problems(config: RecipesConfig | PlanConfig) -> list[str]:
     return found
 
 
+def parameters_of(config: ModelSettings) -> int:
+    """Returns the number of parameters of the assumed model.
+
+    Raises:
+        ConfigurationError: `--parameters` is not a number in range.
+    """
+    text = config.parameters or DEFAULT_PARAMETERS
+    count = with_unit(text.replace("_", ""), COUNTS)
+    if count is None or not 1 <= count <= _MOST_PARAMETERS:
+        raise ConfigurationError(
+            f"--parameters {text} is no number from 1 to {_MOST_PARAMETERS:g}: use one such as 350M, 1.3B or 25e6"
+        )
+    return round(count)
+
+
 def problem_of(attempt: Callable[[], object]) -> list[str]:
-    """Calls `attempt`, and returns the problems of the ConfigurationError that it raises; empty if it raises none."""
+    """Calls `attempt` and returns the problems that it raises; empty if there are none."""
     try:
         attempt()
     except ConfigurationError as error:
@@ -132,11 +147,7 @@ def problem_of(attempt: Callable[[], object]) -> list[str]:
 
 
 def shapes_for(config: ModelSettings) -> Callable[[Factoring | None], ModelShapes]:
-    """Returns a function that returns the shapes of the model, given a recipe's `Factoring` or None.
-
-    Args:
-        config: the settings of the model, already validated.
-    """
+    """Returns a function that takes a recipe's factoring and returns the model's shapes. `config` must be valid."""
     import torch
 
     from abtrain.commands.plan.shapes import assumed_shapes, shapes_of
@@ -146,7 +157,7 @@ def shapes_for(config: ModelSettings) -> Callable[[Factoring | None], ModelShape
         with torch.device("meta"):
             model = TASKS[config.task].model()
         return lambda factoring: shapes_of(model, factoring)
-    assumed = assumed_shapes(round(config.parameters or DEFAULT_PARAMETERS), config.width)
+    assumed = assumed_shapes(parameters_of(config), config.width)
     return lambda factoring: assumed
 
 

@@ -83,6 +83,25 @@ def test_all_that_is_wrong_with_a_listing(capsys: pytest.CaptureFixture[str]) ->
     assert "did you mean 'ab'" in errors[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("350M", "350,000,000"), ("1.3b", "1,300,000,000"), ("25e6", "25,000,000"), ("9_000k", "9,000,000")],
+)
+def test_a_number_of_parameters_as_people_write_it(text: str, count: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (("recipes",), ("plan", "--step-time", "50ms")):
+        code, lines, errors = typed(capsys, *command, "--parameters", text)
+        assert (code, errors) == (0, [])
+        assert any(f"{count} parameters" in line for line in lines)
+
+
+@pytest.mark.parametrize("text", ["0", "many", "350MB", "1e14", "nan", "-5"])
+def test_what_is_no_number_of_parameters(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, errors = typed(capsys, "plan", f"--parameters={text}", "--step-time", "50ms")
+    assert code == 2
+    problem = f"--parameters {text} is no number from 1 to 1e+13: use one such as 350M, 1.3B or 25e6"
+    assert errors == [f"abtrain: error: {problem}"]
+
+
 def test_recipes_that_do_not_fit_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, errors = typed(capsys, "recipes", "diloco", "--steps", "5")
     assert (code, len(errors)) == (2, 1)
