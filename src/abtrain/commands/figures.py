@@ -47,7 +47,7 @@ class Figure:
 
 
 def save(path: Path, height: float, draw: Callable[[Axes], None]) -> None:
-    """Draws a figure of `height` inches into a PNG file."""
+    """Calls `draw` with the axes of a new figure of `height` inches, and saves the figure as a PNG file."""
     # pyplot would keep the figure in memory, and would need a display.
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -73,7 +73,7 @@ def as_json(value: Any, indent: int | None = None) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes the JSON of `as_json` like `write_whole`."""
+    """Writes an object as JSON (see `as_json`), completely or not at all. Raises the errors of `write_whole`."""
     write_whole(path, as_json(content, indent=2) + "\n")
 
 

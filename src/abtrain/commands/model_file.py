@@ -97,7 +97,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Returns the description that `save_model` put into a file, without reading the tensors; empty without one.
+    """Returns the description that `save_model` wrote into a file; an empty dict if there is none. Reads no tensors.
 
     Raises:
         CheckpointError: the file cannot be read.

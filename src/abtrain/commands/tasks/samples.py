@@ -101,7 +101,7 @@ class Split(Samples):
 
 @dataclass(frozen=True)
 class Data:
-    """Defines the interface to training and test samples, and implements it for samples in memory."""
+    """The training and test data of a task."""
 
     train: Samples
     test: Samples

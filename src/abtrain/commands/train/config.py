@@ -1,4 +1,4 @@
-"""The settings of a run and their defaults. `config_problems.py` validates them."""
+"""Defines the settings of a run and their defaults. `config_problems.py` validates them."""
 
 from __future__ import annotations
 
@@ -132,16 +132,16 @@ def notices(config: TrainConfig) -> list[str]:
     if config.data is not None and not TASKS[config.task].reads_folder:
         found.append(f"--data is ignored by task {config.task}")
     if config.max_restarts and is_joined():
-        found.append("--max-restarts is ignored under torchrun, which has an option of the same name")
+        found.append("--max-restarts is ignored under torchrun: give it to torchrun, which has such an option")
     elif config.max_restarts and config.workers == 1:
         found.append("--max-restarts is ignored with one worker, which trains in this process")
     return found
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Fills in the task's defaults, the canonical text of the recipe, and the device (cpu or cuda).
+    """Returns the settings with the task's defaults, the recipe in canonical form, and the device (cpu or cuda).
 
-    Under a launcher a missing group size stays None: workers later find out together which of them share a machine.
+    Under a launcher, a group size that is not set stays None: workers find out later which of them share a machine.
 
     Args:
         config: the settings, already validated.

@@ -135,7 +135,7 @@ def _folder_problems(config: TrainConfig) -> list[str]:
             ]
         return [f"--out {out} is not empty: name another folder, or add --overwrite to replace its run"]
     except OSError as error:
-        return [f"--out {out} cannot be read: {error}"]
+        return [f"--out {out} cannot be read: {error}. Make it readable, or name another folder"]
 
 
 def _device_problems(config: TrainConfig) -> list[str]:

@@ -36,9 +36,13 @@ def stacks_file(rank: int) -> str:
 
 
 def continuation(folder: Path) -> str:
-    """Returns the end of a message that asks the user to start an unfinished run again: what happens to its work."""
+    """Returns what happens if an unfinished run is started again, as the end of a message."""
     saved = any((folder / CHECKPOINTS).glob("step-*"))
-    return "the run resumes from its last checkpoint" if saved else "it starts from step 0, since it has no checkpoint"
+    return (
+        "the run resumes from its last checkpoint"
+        if saved
+        else "the run starts from step 0, since it has no checkpoint"
+    )
 
 
 def holds_unfinished_run(folder: Path) -> bool:

@@ -23,7 +23,7 @@ _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.02, 0.5
 
 
 def meet(store: Store, rank: int, world_size: int, seconds: float) -> Store:
-    """Waits for all workers, and returns a view of the store that only this attempt uses. All workers call it.
+    """Waits for all workers, and returns a part of the store that only this attempt uses. All workers call it.
 
     Each worker writes a new identifier. Rank 0 answers every identifier that it reads, including those of earlier
     attempts, with the prefix of this attempt, until all workers have arrived. Workers poll the store, because a worker
@@ -44,10 +44,10 @@ def meet(store: Store, rank: int, world_size: int, seconds: float) -> Store:
 
 
 def launch_of(store: Store, rank: int, world_size: int) -> str:
-    """Returns a name for one launch. All attempts of a launch read the same name from the launcher's store.
+    """Returns the name of this start of the command. The first attempt writes it to the store; restarts read it there.
 
     Args:
-        store: the launcher's store itself, not the view that `meet` returns.
+        store: the launcher's store itself, not the part that `meet` returns.
         rank: the rank of this worker.
         world_size: the number of workers.
 

@@ -61,7 +61,7 @@ def run(config: TrainConfig) -> None:
 
 
 def note_failure(error: AbtrainError) -> None:
-    """Writes the exit code of this worker to the file that the variable `FAILURE` names, unless another one has."""
+    """Writes the exit code of this worker to the file that the variable `FAILURE` names, unless another worker has."""
     with contextlib.suppress(KeyError, OSError), Path(os.environ[FAILURE]).open("x", encoding="utf-8") as file:
         file.write(str(error.exit_code))
 

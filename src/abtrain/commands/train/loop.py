@@ -1,4 +1,4 @@
-"""The training loop of one worker."""
+"""Runs the training loop of one worker."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ def train(
         ConfigurationError: the settings do not fit the data or the model. No run folder is created then.
         DataError: data is missing or damaged. No run folder is created then.
         NonFiniteError: the loss is NaN or infinite.
+        CheckpointError: no checkpoint of the run can be loaded, or the trained model cannot be saved.
+        StoppedError: a request to stop was received. The message says whether a checkpoint was written.
     """
     agree_on_start(config, communicator)
     task = TASKS[config.task]

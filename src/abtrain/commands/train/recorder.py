@@ -19,7 +19,10 @@ from abtrain.errors import StoppedError
 
 
 class Recorder:
-    """Records and displays a run on rank 0. Use it as a context manager. It also records that a run was stopped."""
+    """Records a run on rank 0 in its folder and in trackers, and displays it.
+
+    It is a context manager. At its end it closes the trackers, and records whether the run was stopped on request.
+    """
 
     def __init__(self, config: TrainConfig, folder: RunFolder, parameters: int) -> None:
         assert config.steps is not None and config.batch_size is not None
@@ -127,7 +130,7 @@ class Recorder:
             self._trackers.log(kind, record["step"], figures)
 
     def spent(self, name: str, seconds: float) -> None:
-        """Adds seconds that do not count as training. `name` is the name of their phase in the meter."""
+        """Adds seconds that do not count as training. `name` is the name under which the meter counts their bytes."""
         self.aside[name] = self.aside.get(name, 0.0) + seconds
         self._last_log += seconds
 

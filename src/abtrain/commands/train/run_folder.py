@@ -167,7 +167,9 @@ class RunFolder:
         self._write(OUTCOME_FILE, outcome)
 
     def _unwritable(self, error: OSError) -> ConfigurationError:
-        return ConfigurationError(f"--out {self.path} cannot be written: {error}")
+        return ConfigurationError(
+            f"--out {self.path} cannot be written: {error}. Make it writable, or name another folder"
+        )
 
     def _may_resume(self, overwrite: bool) -> bool:
         """Whether an unfinished run is resumed. With `overwrite`, this holds only if this launch wrote the run."""

@@ -121,7 +121,7 @@ def _vote_of(comm: Communicator, store: Store) -> StopVote:
 
 
 class StopVote:
-    """Lets workers agree on a step at which all stop, without waiting for the next merge, at which they communicate.
+    """Lets workers agree on a step at which all stop, before they communicate again at the next merge.
 
     A worker that receives a request announces it in the store. All workers read the store about once a second. A worker
     that finds a request writes its step and waits until all have done so. All workers then train up to the largest step

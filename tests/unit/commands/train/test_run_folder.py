@@ -109,7 +109,9 @@ def test_a_result_that_cannot_be_written_tells_what_the_next_start_does(tmp_path
     with RunFolder(resolve(TrainConfig(out=tmp_path, device="cpu"))) as folder:
         folder.begin(0)
         (tmp_path / "result.json").mkdir()
-        with pytest.raises(CheckpointError, match=r"run again: it starts from step 0, since it has no checkpoint$"):
+        with pytest.raises(
+            CheckpointError, match=r"run again: the run starts from step 0, since it has no checkpoint$"
+        ):
             folder.finish({"top1": 1}, {})
         (tmp_path / "checkpoints" / "step-000000000002").mkdir(parents=True)
         with pytest.raises(CheckpointError, match=r"run again: the run resumes from its last checkpoint$"):
