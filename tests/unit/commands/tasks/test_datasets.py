@@ -114,10 +114,10 @@ def test_fashion_mnist_download_that_fails(tmp_path: Path, monkeypatch: pytest.M
     [
         (idx([1, 2, 3, 4], 2, 2)[:-1], "holds 3 values, but its header says 4"),
         (idx([1, 2, 3, 4], 2, 2) + b"x", "holds 5 values, but its header says 4"),
-        (idx([1, 2, 3, 4], 4), "starts with 00000801, but .* starts with 00000802"),
-        (idx([1, 2, 3, 4], 2, 2, kind=13), "starts with 00000d02, but .* starts with 00000802"),
+        (idx([1, 2, 3, 4], 4), "are 00000801, but those of .* are 00000802"),
+        (idx([1, 2, 3, 4], 2, 2, kind=13), "are 00000d02, but those of .* are 00000802"),
         (idx([], 0, 2), "holds 0 values"),
-        (b"", "starts with , but"),
+        (b"", "are missing, but those"),
     ],
 )
 def test_damaged_idx_files(tmp_path: Path, content: bytes, message: str) -> None:
@@ -156,7 +156,7 @@ def test_pysrc_without_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_split_pairs_samples_and_targets() -> None:
-    with pytest.raises(DataError, match="3 samples with 2 targets"):
+    with pytest.raises(DataError, match="3 inputs have 2 targets"):
         Split(torch.zeros(3), torch.zeros(2))
     x, y = Split(torch.arange(3), torch.arange(3) + 1)[1]
     assert (int(x), int(y)) == (1, 2)
