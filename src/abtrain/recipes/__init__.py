@@ -72,13 +72,3 @@ def write(name: str, options: Mapping[str, Any]) -> str:
     """Returns the string that describes a recipe with these options. `parse` reads it."""
     given = ",".join(f"{option}={written(value)}" for option, value in options.items())
     return f"{name}:{given}" if given else name
-
-
-def canonical(text: str) -> str:
-    """Returns a recipe's string in a unique form, with options in the order of the recipe's signature.
-
-    Raises:
-        ConfigurationError: as for `parse`.
-    """
-    name, options = parse(text)
-    return write(name, {option: options[option] for option in options_of(name) if option in options})

@@ -60,12 +60,6 @@ def test_every_wrong_value_is_reported_with_its_option(name: str) -> None:
                 recipes.from_text(f"{name}:{option}={value}", 600)
 
 
-def test_texts_of_the_same_meaning_have_one_form() -> None:
-    for text in ("ab_outer:wire=int4,every=40,outer_lr=1", "ab_outer:every=40,outer-lr=1.0,wire=int4"):
-        assert recipes.canonical(text) == "ab_outer:every=40,outer_lr=1.0,wire=int4"
-    assert recipes.canonical("ab:") == "ab"
-
-
 GLOBS = st.lists(st.from_regex(r"[a-z*?.0-9_]+", fullmatch=True), max_size=4).map(tuple)
 VALUES = {bool: st.booleans(), int: st.integers(), float: st.floats(allow_nan=False)}
 
@@ -80,5 +74,3 @@ def test_what_is_written_is_read_back(data: st.DataObject) -> None:
         known = [VALUES[kind] for kind in VALUES if kind in (kinds[option], *getattr(kinds[option], "__args__", ()))]
         options[option] = data.draw(GLOBS if option == "exclude" else known[0] if known else st.just("energy:0.9"))
     assert recipes.parse(recipes.write(name, options)) == (name, options)
-    text = recipes.canonical(recipes.write(name, options))
-    assert recipes.parse(text) == (name, options) and recipes.canonical(text) == text

@@ -151,7 +151,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     task = TASKS[config.task]
     return dataclasses.replace(
         config,
-        recipe=recipes.canonical(config.recipe),
+        recipe=_canonical(config.recipe),
         group_size=config.group_size if is_joined() else group_size_of(config),
         steps=task.steps if config.steps is None else config.steps,
         batch_size=task.batch_size if config.batch_size is None else config.batch_size,
@@ -177,7 +177,13 @@ def identity(config: TrainConfig) -> dict[str, Any]:
         ConfigurationError: the recipe cannot be parsed.
     """
     held = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in MAY_CHANGE_ON_RESUME}
-    return held | {"recipe": recipes.canonical(config.recipe)}
+    return held | {"recipe": _canonical(config.recipe)}
+
+
+def _canonical(text: str) -> str:
+    """Returns a recipe's string in a unique form, with options in the order of the recipe's signature."""
+    name, options = recipes.parse(text)
+    return recipes.write(name, {option: options[option] for option in recipes.options_of(name) if option in options})
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
