@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from abtrain.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from abtrain import recipes
+    from abtrain import checkpoint, errors, recipes
     from abtrain.checkpoint.digest import weights_digest
     from abtrain.engine.ab_training import ABTraining
     from abtrain.errors import AbtrainError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from abtrain.recipes.factoring import Factoring
     from abtrain.recipes.merges import Mean, Outer, TrainedOnly
     from abtrain.recipes.phase import Phase
-    from abtrain.recipes.rank_rules import Energy, FixedRank, SigmaCutoff
+    from abtrain.recipes.rank_rules import Energy, FixedRank, SigmaCutoff, StableRank
     from abtrain.recipes.recipe import Recipe
     from abtrain.recipes.sync import GradientSync, WeightSync
 
@@ -34,8 +34,11 @@ __all__ = [
     "Phase",
     "Recipe",
     "SigmaCutoff",
+    "StableRank",
     "TrainedOnly",
     "WeightSync",
+    "checkpoint",
+    "errors",
     "recipes",
     "to_plain",
     "weights_digest",
@@ -46,7 +49,7 @@ _HOMES = {
     "AbtrainError": "errors",
     "to_plain": "lowrank.plain",
     "weights_digest": "checkpoint.digest",
-    **dict.fromkeys(("Energy", "FixedRank", "SigmaCutoff"), "recipes.rank_rules"),
+    **dict.fromkeys(("Energy", "FixedRank", "SigmaCutoff", "StableRank"), "recipes.rank_rules"),
     "Factoring": "recipes.factoring",
     "Phase": "recipes.phase",
     "Recipe": "recipes.recipe",
@@ -57,8 +60,12 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     # Lazy imports: torch takes seconds to load, and `abtrain --help` must not.
-    if name == "recipes":
-        return importlib.import_module("abtrain.recipes")
+    if name in ("checkpoint", "errors", "recipes"):
+        return importlib.import_module(f"abtrain.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(f"abtrain.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'abtrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -65,7 +65,7 @@ class Peers:
         found = [f"{self._name(other)} ended ({word})" for other, word in self._words.items() if word != _HERE]
         silent = [self._name(other) for other in self._others if other not in self._words]
         if silent:
-            found.append(f"no word from {', '.join(silent)}: it died, froze, is out of reach, or is still computing")
+            found.append(f"no word from {', '.join(silent)}: it died, froze, is out of reach, or waits elsewhere")
         text = "; ".join(found) or "all others responded and lost a peer too: a link between workers failed or is slow"
         return f"{text[0].upper()}{text[1:]}"
 

@@ -185,8 +185,8 @@ class OptimizerHooks:
             fail_at(progress.comm.rank, progress.steps_done, "sync.end")
         if id(optimizer) in self._stepped:
             raise UsageError(
-                f"optimizer.step() was called again before ab.step(), after step {progress.steps_done}: call ab.step() "
-                "once after every optimizer.step(), and accumulate gradients under ab.no_sync()"
+                f"optimizer.step() was called again before ab.step(), after step {progress.steps_done}: call ab(x) in "
+                "place of model(x), ab.step() once after every optimizer.step(), and accumulate under ab.no_sync()"
             )
         if progress.averages_gradients and torch._C._current_graph_task_id() >= 0:
             raise UsageError(

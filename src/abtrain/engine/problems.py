@@ -76,6 +76,10 @@ def _problems_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], r
 def _tensor_problems(model: nn.Module) -> list[str]:
     """Returns a message about the first problem of the model's tensors, in a list; empty if there is none."""
     parameters = dict(model.named_parameters())
+    tensors = parameters | dict(model.named_buffers())
+    unreal = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if unreal:
+        return [f"the model is on the meta device ({told_names(unreal)}): give it values, or build it on a real device"]
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in parameters.values()):
         return ["the model has lazy parameters without a shape: run one forward pass first"]
     devices = sorted({str(parameter.device) for parameter in parameters.values()})
@@ -83,7 +87,6 @@ def _tensor_problems(model: nn.Module) -> list[str]:
         return [f"the model is on several devices ({', '.join(devices)}): move it to one"]
     if any(isinstance(module, Factored) for module in model.modules()):
         return ["the model holds the factors of another run: call close() on that run's ABTraining first"]
-    tensors = parameters | dict(model.named_buffers())
     wrapped = [f"{name} ({type(t.data).__name__})" for name, t in tensors.items() if _is_wrapped(t)]
     if wrapped:
         return [
