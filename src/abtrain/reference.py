@@ -89,7 +89,7 @@ class _Run:
         self.step, self.rebound = 0, self.lr_rebound_steps  # rebound: steps since the learning rate's rebound began
 
     def train(self, replicas: list[_Replica], steps: int) -> None:
-        """Trains every replica on the mean gradient of its workers, for `steps` steps or until the end."""
+        """Trains every replica on the mean gradient of its workers, for `steps` steps or until the run's end."""
         size, ramp = self.workers // len(replicas), self.lr_rebound_steps + 1
         for _ in range(min(steps, self.total_steps - self.step)):
             for g, replica in enumerate(replicas):

@@ -67,11 +67,11 @@ class DataParallel:
         """
 
     def spoiled(self) -> bool:
-        """Returns whether this worker's contribution to the last average held NaN or infinity."""
+        """Returns whether this worker's gradients in the last average contained NaN or infinity."""
         return not all(bool(numbers.isfinite().all()) for numbers in self._sent_extremes)
 
     def close(self) -> None:
-        """Releases the model: gradients are no longer averaged, and a call is an error."""
+        """Releases the model, and no longer averages its gradients. Calling this wrapper is then an error."""
         self._module = None
         self.at_close.close()
 

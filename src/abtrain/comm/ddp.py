@@ -131,7 +131,7 @@ class _Arrivals:
         ]
 
     def listen(self, averaged: bool) -> None:
-        """Begins a forward pass; `averaged` says whether its gradients are averaged."""
+        """Announces a forward pass; `averaged` says whether its gradients are averaged."""
         self._listens = averaged
         if len(self.order) == self._count:
             self.stop()

@@ -75,7 +75,7 @@ class Following:
             self._link.broadcast(message, first)
             received = _mark_in(message) if place == self._place else received
         if received != mark:
-            raise RanksDisagreeError(f"{changed} on rank {self._link.rank}, but not on rank {first}. {REMEDY}")
+            raise RanksDisagreeError(f"buffer {changed} on rank {self._link.rank}, but not on rank {first}. {REMEDY}")
 
 
 def sent_by_follow(buffers: Sequence[Tensor], scope: Scope) -> Calls:

@@ -150,7 +150,7 @@ def _payload(gradient: Tensor, sync: GradientSync) -> int:
 
 
 def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields DDP's buckets: filled from the model's end to its start, and closed at their size."""
+    """Yields the parameters of each of DDP's buckets, which DDP fills from the model's end to its start."""
     bucket: list[Tensor] = []
     limit = _FIRST_BUCKET
     for parameter in reversed(parameters):

@@ -1,4 +1,4 @@
-"""Collectives between threads: each thread contributes tensors, and all threads get the result."""
+"""Runs collectives between threads: each thread contributes tensors, and all threads get the result."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Rendezvous:
             self._changed.notify_all()
 
     def _settle(self, post: _Post, combine: Combine) -> None:
-        """Settles the collective if `post` completes it, or shows that it cannot be completed."""
+        """Gives the collective's ranks its result if `post` is the last call, or an error if calls do not match."""
         peers = self._waiting(post.ranks)
         for peer in peers:
             # Each of the two waits for the other in a collective that the other has not called.
@@ -104,7 +104,7 @@ class Rendezvous:
         self._changed.notify_all()
 
     def _waiting(self, ranks: Iterable[int]) -> list[_Post]:
-        """Returns the calls of these ranks that are not settled; a settled one stays listed until its rank wakes up."""
+        """Returns the calls of these ranks without an outcome. A call stays listed until its rank wakes up."""
         return [self._posts[r] for r in ranks if r in self._posts and self._posts[r].outcome is None]
 
     def _missed(self, post: _Post) -> list[int]:

@@ -1,4 +1,4 @@
-"""Work in stages: a generator that yields whenever a collective is under way.
+"""Divides work with collectives into stages: a generator yields whenever a collective is under way.
 
 The next stage waits for that collective and starts another one. The same code serves callers that wait at once and
 callers that compute between stages. All collectives start in the caller's own thread, in the order of its calls.
@@ -94,7 +94,7 @@ class Background(Generic[T]):
         return self._passed, self._done
 
     def catch_up(self, passed: int, done: int) -> None:
-        """Runs all stages up to this `progress` at once."""
+        """Runs stages at once until `progress` has these two values."""
         self._run_to(done)
         self._passed = passed
 

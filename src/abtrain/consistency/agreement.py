@@ -82,7 +82,7 @@ def check_equal(comm: Communicator, values: Place, what: str = _DISAGREE, remedy
 def roll_call(
     comm: Communicator, place: Place, told: Told = (0, 0.0), what: str = _DISAGREE, remedy: str = _REMEDY
 ) -> Stages[list[Told]]:
-    """Runs `check_equal` in stages. Returns the two numbers in `told` from every rank, in rank order."""
+    """Does the check of `check_equal` in stages, and returns the two numbers `told` of every rank, in rank order."""
     held = {name: dict(_leaves(name, value)) for name, value in place.items()}
     whole = torch.tensor([fingerprint(held), told[0]], dtype=torch.int64)
     row = torch.cat([whole, torch.tensor([told[1]], dtype=torch.float64).view(torch.int64)])
@@ -108,7 +108,7 @@ ROLL_CALL: Calls = (Traffic("all_gather", "world", 3 * torch.int64.itemsize),)
 
 
 def _leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
-    """Yields (place, text) of the parts of a value: fields of dataclasses, items of dicts and lists."""
+    """Yields the name and the text of each part of a value: fields of dataclasses, items of dicts and lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield place, type(value).__name__
         for field in dataclasses.fields(value):
@@ -124,7 +124,7 @@ def _leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
 
 
 def differences(everyone: Sequence[Mapping[str, str]]) -> str:
-    """Describes the places at which ranks hold different texts; empty if there are none."""
+    """Describes which values differ between ranks; empty if none do. `everyone` has each rank's values by name."""
     found: dict[str, str] = {}
     for place in dict.fromkeys(place for held in everyone for place in held):
         values = [held.get(place, _ABSENT) for held in everyone]
@@ -141,7 +141,7 @@ def _first(texts: Sequence[str]) -> str:
 
 
 def _by_rank(place: str, values: Sequence[str]) -> str:
-    """Says which ranks hold which value, the most frequent first; digests are not shown."""
+    """Describes which ranks hold which value, the most frequent value first. Digests are not shown."""
     holders: dict[str, list[str]] = {}
     for rank, value in enumerate(values):
         holders.setdefault(value, []).append(str(rank))

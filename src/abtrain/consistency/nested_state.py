@@ -139,7 +139,7 @@ def _build(state: State, form: list[Any], parameter: nn.Parameter) -> None:
 
 
 def _enter(holder: Any, key: Any, value: Any) -> Any:
-    """Returns the value at a place; if there is none, puts `value` there. Lists are filled in order of index."""
+    """Returns the value at `key`; if there is none, first stores `value` there. Lists are filled in order of index."""
     if isinstance(holder, list):
         if key == len(holder):
             holder.append(value)

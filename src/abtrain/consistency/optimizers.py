@@ -45,7 +45,7 @@ def equalize_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Paramete
 
 @dataclass(frozen=True)
 class OptimizerShape:
-    """The number of tensors of a parameter's shape, and of single numbers, in an optimizer's state; default: AdamW."""
+    """Counts the tensors of a parameter's shape, and the single numbers, in an optimizer's state. Default: AdamW."""
 
     tensors: int = 2
     numbers: int = 1
@@ -102,7 +102,7 @@ def _equalize_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter], co
 
 
 def _equalize_settings(optimizers: Optimizers, comm: Communicator) -> None:
-    """Equalizes step counts and estimated rates in param groups, where PyTorch's own optimizers keep none."""
+    """Equalizes step counts and estimated rates in param groups. PyTorch's own optimizers keep none there."""
     groups = {id(g): g for o in optimizers.all if not is_of_torch(o) for g in o.param_groups}
     slots = [
         (group, key)

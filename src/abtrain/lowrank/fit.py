@@ -111,7 +111,7 @@ def _name_problems(model: FactoredModel, state: Mapping[str, Any], factored: boo
     if len({*names}) < len(names):
         yield "the state lists a factored weight twice"
     if names and not factored:
-        yield f"{names[0]} is factored in the state, in a phase of full weights"
+        yield f"{names[0]} is factored in the state, but its phase has full weights"
 
 
 def _rank_problems(dense: Layout, state: Mapping[str, Any]) -> Iterator[str]:

@@ -189,7 +189,7 @@ class FactoredParameter(_StandIn, nn.Parameter):
             raise UsageError(
                 f"a gradient of shape {tuple(value.shape)} was set on a weight of shape {tuple(self.shape)} that is "
                 f"currently factored: the gradients of its factors are one vector of shape {expected}. Change "
-                "gradients in place, or those of the live parameters, model.parameters()"
+                "gradients in place, or set those of model.parameters()"
             )
         if flat is None:
             for factor in trained:

@@ -120,7 +120,7 @@ def _in_basis_of(present: Factors, cut: Factors) -> Factors | None:
 
 
 def _of_rank(pair: Factors, k: int) -> Factors:
-    """Makes the signs equal on all machines, sets directions that are rounding errors to zero, and pads to rank k."""
+    """Returns factors padded to rank k, with the same signs on all machines, and zeros for mere rounding errors."""
     A, B = pair
     largest = A.gather(0, A.abs().argmax(0, keepdim=True))[0]
     signs = torch.where(largest < 0, -1.0, 1.0).to(A.dtype)

@@ -163,7 +163,7 @@ def _state_problems(
         except Exception as error:
             if not blames_data(error):
                 raise
-            yield f"param group {place}: {kind.__name__} cannot step with its settings: {brief(error)}"
+            yield f"param group {place}: {kind.__name__} cannot step with the saved settings: {brief(error)}"
             return
         held = saved["state"].get(name)
         if held:

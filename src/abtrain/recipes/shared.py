@@ -118,7 +118,7 @@ def given_or(value: _T | None, default: _T) -> _T:
 
 
 def whole_rounds(total_steps: int, every: int) -> int:
-    """Returns the guideline's warm-up in steps, rounded to whole rounds; 0 if the run has fewer than two rounds."""
+    """Returns the steps of the paper's warm-up, rounded to whole rounds; 0 if the run has fewer than two rounds."""
     if not (are_counts(total_steps, every) and 0 < every <= total_steps // 2):
         return 0
     return max(1, round(WARMUP_SHARE * total_steps / every)) * every

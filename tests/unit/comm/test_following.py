@@ -65,7 +65,7 @@ def test_a_change_on_the_first_rank_alone_is_found_by_the_other(size: int) -> No
 
 def test_all_buffers_may_disappear() -> None:
     assert passed(two_ranks(buffers(0)), {}, {}) == [{}, {}]
-    with pytest.raises(RanksDisagreeError, match="steps is gone, mean is gone on rank 1, but not on rank 0"):
+    with pytest.raises(RanksDisagreeError, match="buffer steps is gone, mean is gone on rank 1, but not on rank 0"):
         passed(two_ranks(buffers(0)), buffers(0), {})
 
 
