@@ -414,7 +414,7 @@ def test_a_buffer_of_another_size_that_is_saved_stops_a_resume() -> None:
 def test_buffers_that_are_not_dense_are_refused_by_name(buffer: Callable[[], Tensor], kind: str) -> None:
     model = net()
     model.register_buffer("adjacency", buffer())
-    with pytest.raises(ConfigurationError, match=rf"adjacency \({kind}\): only dense tensors .*to_dense"):
+    with pytest.raises(ConfigurationError, match=rf"only dense tensors .*: adjacency \({kind}\)\. .*to_dense"):
         Loop(SingleProcess(), OUTER, model)
 
 
@@ -431,7 +431,9 @@ def test_a_kept_parameter_in_a_compiled_function_is_reported() -> None:
     kept = model[0].weight
     layer: Any = factored_loop(model).model[0]
     torch._dynamo.reset()
-    with pytest.raises(Exception, match=r"compiled function uses .* \(16, 10\) that was taken .*: read the weight"):
+    with pytest.raises(
+        Exception, match=r"compiled function uses .* \(16, 10\) that was taken .*: in that function, read"
+    ):
         torch.compile(lambda: kept.square().sum(), backend="eager")()
     torch.testing.assert_close(
         torch.compile(lambda: layer.weight.square().sum(), backend="eager")(), kept.square().sum()

@@ -112,7 +112,7 @@ def test_a_factored_layer_that_is_frozen_is_named(recipe: Recipe, frozen: str) -
         getattr(ab.module[2], f"weight_{letter}").requires_grad_(False)
     x, y = batch("mlp", 0, ab.steps_done)
     F.cross_entropy(ab.module(x), y).backward()
-    with pytest.raises(UsageError, match=r"2\.weight was trainable when ABTraining was built, but is frozen now"):
+    with pytest.raises(UsageError, match=r"are frozen now that were trained when ABTraining was built: 2\.weight"):
         ab.optimizer.step()
 
 
@@ -150,7 +150,7 @@ def test_a_module_that_is_replaced_is_named(recipe: Recipe) -> None:
     step(ab)
     model[2] = nn.Linear(16, 12).double()
     backward(ab)
-    with pytest.raises(UsageError, match=r"2\.weight, 2\.bias is no longer a parameter of the model"):
+    with pytest.raises(UsageError, match=r"the model no longer has these parameters: 2\.weight, 2\.bias"):
         ab.optimizer.step()
 
 
@@ -160,7 +160,7 @@ def test_a_module_that_is_added_is_named() -> None:
     step(ab)
     model.append(nn.Linear(5, 5).double())
     backward(ab)
-    with pytest.raises(UsageError, match=r"5\.weight, 5\.bias was added to the model after ABTraining was built"):
+    with pytest.raises(UsageError, match=r"were added to the model after .*: 5\.weight, 5\.bias"):
         ab.optimizer.step()
 
 

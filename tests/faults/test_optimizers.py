@@ -122,9 +122,15 @@ def test_optimizers_may_step_after_backward_passes_of_their_own() -> None:
     [
         (lambda model: [], "the list of optimizers is empty"),
         (lambda model: [sgd(model.parameters()), 3], "holds a int, not a torch.optim.Optimizer"),
-        (lambda model: 2 * [sgd(model.parameters())], "holds one optimizer twice"),
-        (lambda model: [sgd(model.parameters()), sgd([model[0].bias])], "0.bias is held by two optimizers"),
-        (lambda model: [sgd(model[0].parameters()), sgd(model[2].parameters())], "4.weight, 4.bias require gradients"),
+        (lambda model: 2 * [sgd(model.parameters())], "has one optimizer twice"),
+        (
+            lambda model: [sgd(model.parameters()), sgd([model[0].bias])],
+            "two optimizers have the same parameters: 0.bias",
+        ),
+        (
+            lambda model: [sgd(model[0].parameters()), sgd(model[2].parameters())],
+            "which require gradients: 4.weight, 4.bias",
+        ),
         (lambda model: (p for p in model.parameters()), "is a generator, not a torch.optim.Optimizer"),
     ],
 )

@@ -9,14 +9,15 @@ The loop of every recipe:
         optimizer.step                     learning rates times the factors of the phase and the LR rebound
         ab.step():
             if position.merges:            merge factors, dense parameters and buffers over the world, now or
-                                           hidden behind the next steps
+                                           during the next steps
             if the next step is another phase:
                 restore or factorize       parameters and optimizer state change shape
                 start the LR rebound       if shapes changed
                 freeze by role, wrap again
 
-Three objects do the work. `FactoredModel` stores weights and factors. `Rounds` merges the workers' models.
-`OptimizerHooks` acts before and after optimizer steps. `PhaseChange` prepares all three for the next phase.
+Five objects do the work. `FactoredModel` stores weights and factors. `Rounds` merges the workers' models.
+`OptimizerHooks` acts before and after optimizer steps. `PhaseChange` prepares these three for the next phase.
+`Progress` records the step and which workers have equal weights.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class ABTraining(ModelAccess):
             optimizer.step(); scheduler.step(); optimizer.zero_grad()
             ab.step()
 
-    The methods `step` and `merged` are collective: all workers must call them at the same training step.
+    The constructor, `step`, `merged` and `load_state_dict` are collective: all workers must call them at the same
+    training step. So are `ab(...)` and its backward pass if they average gradients.
 
     Args:
         model: the model to train, on its device and not wrapped in DDP. ABTraining changes it in place. Workers do not
@@ -186,6 +188,8 @@ class ABTraining(ModelAccess):
             UsageError: the recipe has ended, the loop called the model directly instead of `ab(...)`, no forward pass
                 was made since the last call, or a merge rule needs a loss.
             RanksDisagreeError: workers are at different steps, in different phases, or have tensors of other shapes.
+            NonFiniteError: a merge found NaN or infinity (see `on_nonfinite`), or a weight to factor has them.
+            PeerLostError: another worker does not answer.
         """
         progress = self._progress
         self._calls.step(loss is not None)
@@ -247,7 +251,7 @@ class ABTraining(ModelAccess):
                 its model must not be trained.
             RanksDisagreeError: workers load states of different steps, and none has changed. Or weights differ between
                 workers that should have equal ones, and the model must not be trained.
-            NonFiniteError: the state contains an unfinished merge, whose result is not finite; see `Merger.merge`.
+            NonFiniteError: the state contains a merge that was under way, and its result is not finite.
             UsageError: `close` was called, or the call is inside `with ab.merged():`.
         """
         self._calls.load()

@@ -1,4 +1,4 @@
-"""Begins a run: compares the workers' settings, and gives all workers the same initial values."""
+"""Compares the workers' settings when a run begins, and gives all workers the same initial values."""
 
 from __future__ import annotations
 

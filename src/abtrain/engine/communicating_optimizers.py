@@ -24,7 +24,7 @@ _COLLECTIVES = frozenset(
     | {"broadcast_object_list", "irecv", "isend", "reduce_scatter", "reduce_scatter_tensor"}
 )
 _DISTRIBUTED = frozenset({"distributed", "torch.distributed"})
-"""Names in a function's code that show a use of torch.distributed through an attribute or a local import."""
+"""Names in a function's code by which it uses torch.distributed as an attribute or after a local import."""
 _SHARDED = "fsdp_in_use"
 """The setting in param groups that makes D-Adaptation, Prodigy and similar optimizers communicate."""
 
@@ -41,7 +41,7 @@ def communicates(optimizer: object) -> str:
 
 
 def _evidence(optimizer: object) -> str:
-    """Returns the evidence in an optimizer, without those optimizers that it contains."""
+    """Returns the evidence that an optimizer communicates itself. Ignores the optimizers that it contains."""
     kinds = [kind for kind in type(optimizer).__mro__ if kind not in (object, Optimizer)]
     kinds = [kind for kind in kinds if not kind.__module__.startswith("torch.optim.")]
     groups = ((place, _group_name(part)) for place, part in _near_parts(optimizer))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abtrain.checks import told_names
 from abtrain.errors import CheckpointError, ConfigurationError
 from abtrain.lowrank.names import tensors_of
 from abtrain.modes import in_own_modes
@@ -25,7 +26,7 @@ class EMA:
         decay: the weight of the old average in each update, at least 0 and below 1.
 
     Raises:
-        ConfigurationError: `decay` is out of range.
+        ConfigurationError: `decay` is below 0, or not below 1.
     """
 
     @in_own_modes
@@ -74,8 +75,8 @@ class EMA:
         different = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
         if different:
             raise CheckpointError(
-                f"the average belongs to another model: {', '.join(different[:4])} differ in shape, or are missing on "
-                "one side. Load what EMA.state_dict() returned for the same model"
+                f"the average belongs to another model. Tensors have other shapes, or are missing on one side: "
+                f"{told_names(different)}. Load what EMA.state_dict() returned for the same model"
             )
         for name, tensor in self._average.items():
             tensor.copy_(state[name])

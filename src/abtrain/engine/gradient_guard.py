@@ -27,12 +27,12 @@ class GradientGuard:
     Workers that share gradients have equal ones. They therefore skip the same steps without communication.
 
     Args:
-        policy: the reaction to gradients that are not finite. `skip` skips the step. Under other policies, shared
-            gradients raise an error, and the next merge checks the effects of unshared ones.
+        policy: the reaction to gradients that are not finite. `skip` skips the step. Under other policies, gradients
+            that all workers share raise an error. The effects of other gradients are found by the next merge.
 
     Attributes:
         skipped: the indexes of the skipped steps.
-        whose: a function that returns the end of an error message, which names the worker with NaN or infinity.
+        whose: a function that returns the end of an error message: the worker that NaN or infinity came from.
     """
 
     def __init__(self, model: FactoredModel, policy: OnNonFinite, progress: Progress) -> None:
@@ -51,7 +51,7 @@ class GradientGuard:
             in_closure: whether the closure of an optimizer step computed these gradients.
 
         Raises:
-            NonFiniteError: shared gradients are not finite, without `skip`; or 50 steps in a row were skipped.
+            NonFiniteError: gradients that all workers share are not finite, without `skip`; or it skipped 50 in a row.
         """
         step, shared = self._progress.steps_done, self._progress.shares_gradients
         skips = self._policy == "skip"
@@ -92,7 +92,7 @@ class GradientGuard:
             )
 
     def _without_own(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """Returns the shared parameters. Under `skip`, removes unshared gradients if they are not finite."""
+        """Returns the parameters that workers share. Under `skip`, removes gradients of others if not finite."""
         own = {id(parameter) for name, parameter in self._model.parameters().items() if name in self._own}
         alone = [p for p in parameters if id(p) in own]
         if self._policy == "skip" and not _finite(alone):
@@ -102,7 +102,7 @@ class GradientGuard:
         return [p for p in parameters if id(p) not in own]
 
     def _where(self, parameters: Sequence[nn.Parameter]) -> str:
-        """Returns the names of parameters with NaN or infinity in their gradients, and the worker with the cause."""
+        """Returns, for a message, the parameters whose gradients are not finite, and the worker with the cause."""
         broken = {id(p) for p in parameters if not _finite([p])}
         names = told_names([name for name, parameter in self._model.parameters().items() if id(parameter) in broken])
         return f" ({names}){self.whose()}" if names else self.whose()

@@ -1,4 +1,4 @@
-"""Scales learning rates by a factor of the phase, and by a ramp after weights change shape (paper, Section III)."""
+"""Scales learning rates by the phase's factor, and by a ramp after weights change shape (paper, Section III)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part of ABTraining that gives access to the model in training and to the records of the run."""
+"""Defines the part of ABTraining that gives access to the model in training and to the records of the run."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ class ModelAccess:
 
     @property
     def rank_history(self) -> list[dict[str, Any]]:
-        """One entry per factoring: the step, the rank k of each factored weight, and why other weights stay dense."""
+        """One entry for each time that weights were factored: step, rank k by weight, and why others stay dense."""
         return self._phases.rank_history
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The seconds that this run has spent on decompositions, under the key `svd`."""
+        """The seconds that this run has spent on singular value decompositions, under the key `svd`."""
         return self._phases.seconds
 
     @property
     def divergence(self) -> list[dict[str, Any]]:
-        """One entry per merge in this process: step, phase, and distances by layer; empty without measurement."""
+        """One entry per merge in this process: step, phase, and distances by layer (with `measure_divergence`)."""
         return self._rounds.divergence
 
     @property
@@ -137,7 +137,7 @@ class ModelAccess:
         return nullcontext() if equal else shared.with_first_buffers()
 
     def _meet(self, number: int = 0) -> bool:
-        """Checks that all workers are at the same step. Returns whether their numbers are equal. Collective."""
+        """Checks that all workers are at the same step. Returns whether all passed the same number. Collective."""
         progress, recipe = self._progress, self._progress.recipe
         phase = len(recipe.phases) if progress.position is None else progress.position.phase_index
         rows = self._rounds.roll_call(progress.steps_done, phase, recipe.at, (number, 0.0))

@@ -1,4 +1,4 @@
-"""Hooks that run before and after optimizer steps: learning rates, ownership, gradients, and preconditioning."""
+"""Runs before and after optimizer steps: scales learning rates, checks parameters and gradients, preconditions."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class OptimizerHooks:
     """Registers hooks with the optimizers, and removes them in `close`.
 
     Before an optimizer step, the hooks scale the learning rates, check which parameters the optimizers have, check the
-    gradients, and precondition the gradients of factors at the scaled rates, in this order. After the step, they first
-    restore the scheduled rates, for schedulers that other hooks call. Then they precondition the steps of factors.
+    gradients, and precondition the gradients of factors, in this order. After the step, they first restore the
+    scheduled rates, since other hooks may call schedulers. Then they precondition the changes of the factors.
 
     Args:
         frozen: the names of parameters that are not trained.
@@ -226,13 +226,13 @@ class OptimizerHooks:
 
 
 def rewound(state: Mapping[str, Any], step: int, back: int, in_phase: int) -> dict[str, Any]:
-    """Returns the entries of `OptimizerHooks` in an engine state as they were at an earlier start of a round.
+    """Returns the entries of `OptimizerHooks` in an engine state, as they were when an earlier round began.
 
     Args:
         state: the engine state.
-        step: the number of training steps done at that start.
-        back: the number of training steps from that start to the state.
-        in_phase: the number of steps of the phase done at that start.
+        step: the number of training steps done when that round began.
+        back: the number of training steps from there to the state.
+        in_phase: the number of steps of the phase done when that round began.
     """
     return {
         "round_began": True,

@@ -32,7 +32,7 @@ _FIRST_STEPS = 2
 """The number of steps within which most optimizers create their state."""
 _WITHOUT_FACTORS = "use another optimizer, or a recipe without factors such as local_sgd"
 _CANNOT_FOLLOW = f"which abtrain cannot convert when weights are factored: {_WITHOUT_FACTORS}"
-_NOT_MOVED = "outside its state: merges do not change them, and are undone when the optimizer restores them"
+_NOT_MOVED = "outside its state, so they undo merges: keep them in optimizer.state[parameter], where merges move them"
 
 
 def form_problems(optimizer: object) -> list[str]:
@@ -48,7 +48,7 @@ def form_problems(optimizer: object) -> list[str]:
     if odd:
         return [f"the list of optimizers holds a {odd[0]}, not a torch.optim.Optimizer: {remedy}"]
     if len(set(map(id, optimizer))) < len(optimizer):
-        return [f"the list holds one optimizer twice: {remedy}"]
+        return [f"the list has one optimizer twice: {remedy}"]
     return []
 
 
@@ -176,7 +176,7 @@ def _not_projectable(optimizers: Optimizers, recipe: Recipe, policy: OptimizerSt
 
 
 def _held_problems(model: nn.Module, optimizers: Optimizers) -> list[str]:
-    """Returns a message for each rule broken: every trained parameter is in one optimizer, and no other tensor is."""
+    """Returns a message for each broken rule: each trained parameter is in one optimizer, and no other tensor is."""
     held = optimizers.parameters()
     known = {id(parameter): name for name, parameter in model.named_parameters()}
     problems = []
@@ -190,14 +190,13 @@ def _held_problems(model: nn.Module, optimizers: Optimizers) -> list[str]:
     idle = [name for name, p in trained_parameters(model).items() if id(p) not in held_ids]
     if idle:
         problems.append(
-            f"{told_names(idle)} require gradients, but none of the given optimizers holds them: workers would not "
-            "share their changes by another optimizer. Give all optimizers, as a list, and freeze parameters that are "
-            "not trained (requires_grad_(False))"
+            f"none of the given optimizers has these parameters, which require gradients: {told_names(idle)}. Give all "
+            "optimizers, as a list, and freeze parameters that are not trained (requires_grad_(False))"
         )
     holders = Counter(key for optimizer in optimizers.given for key in set(map(id, parameters_of(optimizer))))
     twice = sorted(known.get(key, "a parameter") for key, count in holders.items() if count > 1)
     if twice:
-        problems.append(f"{told_names(twice)} is held by two optimizers: give each parameter to one of them")
+        problems.append(f"two optimizers have the same parameters: {told_names(twice)}. Give each parameter to one")
     return problems
 
 

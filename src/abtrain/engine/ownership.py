@@ -40,8 +40,8 @@ class Ownership:
         thawed = [name for name, p in self._frozen.items() if p.requires_grad and id(p) in held]
         if thawed:
             raise UsageError(
-                f"{told_names(thawed)} was frozen when ABTraining was built and is not shared, but is trained now: "
-                "build ABTraining with every parameter that is to be trained"
+                "parameters are trained now that were frozen when ABTraining was built, so workers do not share them: "
+                f"{told_names(thawed)}. Unfreeze all parameters that are to be trained before ABTraining is built"
             )
         modules = [id(module) for module in self._model.model.modules()]
         if modules != self._modules:
@@ -64,8 +64,8 @@ class Ownership:
         added = [name for name, p in now.items() if p.requires_grad and id(p) not in known]
         if added:
             raise UsageError(
-                f"{told_names(added)} was added to the model after ABTraining was built, and no optimizer holds it: "
-                "build the model, the optimizer and then ABTraining with every parameter that is to be trained"
+                "parameters were added to the model after ABTraining was built, and are in no optimizer: "
+                f"{told_names(added)}. Add all parameters to the model and its optimizer first, then build ABTraining"
             )
 
     def _check_held(self, held: Sequence[int]) -> None:
@@ -74,16 +74,16 @@ class Ownership:
         shapes = [str(tuple(p.shape)) for p in self._model.optimizers.parameters() if id(p) not in known]
         if shapes:
             raise UsageError(
-                f"the optimizer holds {len(shapes)} parameters that the model did not have when ABTraining was built "
-                f"(shapes {told_names(shapes)}): no worker would share them. Build the model and the optimizer with "
-                "every parameter that is to be trained, and ABTraining after them"
+                f"the optimizer has {len(shapes)} parameters that the model did not have when ABTraining was built "
+                f"(shapes {told_names(shapes)}), so workers would not share them. Add all parameters to the model and "
+                "its optimizer first, then build ABTraining"
             )
         unshared = self._own | self._frozen.keys()
         lost = [name for key, name in known.items() if name not in unshared and key not in held]
         if lost:
             raise UsageError(
-                f"the optimizer no longer holds {told_names(lost)}, which workers share: leave the param groups as "
-                "they were when ABTraining was built, and set a learning rate of 0 to freeze parameters"
+                f"parameters that workers share are no longer in the optimizer: {told_names(lost)}. Leave the param "
+                "groups as they were when ABTraining was built; to freeze parameters, set their learning rate to 0"
             )
 
     def _places(self) -> list[_Place]:
@@ -104,7 +104,7 @@ class Ownership:
         stepped = [name for name, p in frozen.items() if self._model.optimizers.steps(p) is optimizer]
         if stepped:
             raise UsageError(
-                f"{told_names(stepped)} was trainable when ABTraining was built, but is frozen now: freeze "
+                f"parameters are frozen now that were trained when ABTraining was built: {told_names(stepped)}. Freeze "
                 "parameters before ABTraining is built, or set their learning rate to 0"
             )
 
@@ -112,8 +112,8 @@ class Ownership:
 def _refuse_moved(names: Sequence[str]) -> None:
     if names:
         raise UsageError(
-            f"{told_names(names)} is no longer a parameter of the model: pruning, weight norm, parametrizations, new "
-            "modules or the like replaced it. Apply them before the optimizer and ABTraining are built"
+            f"the model no longer has these parameters: {told_names(names)}. Pruning, weight norm, parametrizations or "
+            "new modules have replaced them: make such changes before the optimizer and ABTraining are built"
         )
 
 

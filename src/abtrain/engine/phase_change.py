@@ -31,13 +31,13 @@ log = logging.getLogger("abtrain")
 class PhaseChange:
     """Brings model, optimizer and wrapper into the form that a phase of a recipe requires.
 
-    When weights become dense or factored, anchors and momentum of merges do too. Learning rates then ramp up.
+    If weights become dense or factored, converts the momentum and residuals of merges, and lets learning rates ramp up.
 
     Attributes:
         parallel: the wrapper for forward passes, which averages gradients over the scope of the phase.
-        rank_history: one entry per factoring: the step, the rank k of each weight, and why other weights stay dense.
+        rank_history: one entry for each time that weights were factored; see `ABTraining.rank_history`.
         dense_this_cycle: for each weight that could be factored but is dense now, the reason, by name.
-        seconds: the seconds spent on decompositions, under the key `svd`, without the time of waiting for workers.
+        seconds: the seconds spent on singular value decompositions, under the key `svd`, without waiting for workers.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class PhaseChange:
         momentum = {f"momentum of {name}": tensor for name, tensor in self._rounds.merger.momentum.items()}
         differed = take_rank_0(self._comm, weights | momentum)
         if differed and self._comm.rank == 0:
-            log.info("%d tensors differed between workers by rounding: rank 0's were taken", len(differed))
+            log.info("%d tensors differed between workers by rounding: all now use rank 0's values", len(differed))
 
     def train(self, position: Position) -> None:
         """Unfreezes the parameters that the phase trains at this position, and averages their gradients."""
@@ -132,7 +132,7 @@ class PhaseChange:
             equalize_grad_scaler(self._grad_scaler, self._comm)
 
     def _whose_gradients(self) -> str:
-        """Returns the end of an error message, which names the worker whose gradients are not finite."""
+        """Returns the end of an error message: the worker whose gradients are not finite."""
         rank = self._comm.rank
         if not self.parallel.spoiled():
             return f", brought by a worker other than rank {rank}"
@@ -142,7 +142,7 @@ class PhaseChange:
         return f", brought by rank {rank}{f' (it holds NaN or infinity in {broken})' if broken else ''}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the history of factorings, and the order in which the backward pass produces gradients."""
+        """Returns `rank_history`, `dense_this_cycle`, `seconds`, and the order in which gradients become ready."""
         return {
             "rank_history": list(self.rank_history),
             "dense_this_cycle": dict(self.dense_this_cycle),

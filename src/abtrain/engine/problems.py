@@ -45,7 +45,7 @@ def checked(
     if on_nonfinite not in get_args(OnNonFinite):
         problems.append(f"on_nonfinite={on_nonfinite!r} is unknown: use {', '.join(get_args(OnNonFinite))}")
     if communicator is not None and group_size is not None:
-        problems.append("the communicator has a group_size of its own: give only one of the two arguments")
+        problems.append("communicator and group_size are both given, but a communicator has a group size: give one")
     if isinstance(model, nn.Module):
         problems += _buffer_problems(model, average_buffers) + _ignored_problems(model)
     if problems:
@@ -90,27 +90,27 @@ def _tensor_problems(model: nn.Module) -> list[str]:
     wrapped = [f"{name} ({type(t.data).__name__})" for name, t in tensors.items() if _is_wrapped(t)]
     if wrapped:
         return [
-            f"{told_names(wrapped)}: sharded tensors, and trained tensors of a subclass, cannot be merged. "
-            "Build the model with plain tensors, or freeze such weights if they are not sharded"
+            "sharded tensors, and trained tensors of a subclass of Tensor, cannot be merged: "
+            f"{told_names(wrapped)}. Build the model with plain tensors, or freeze such weights if they are not sharded"
         ]
     layouts = {name: "nested" if t.is_nested else str(t.layout).removeprefix("torch.") for name, t in tensors.items()}
     odd = [f"{name} ({layout})" for name, layout in layouts.items() if layout != "strided"]
     if odd:
         return [
-            f"{told_names(odd)}: only dense tensors can be compared, merged and saved. Keep such a tensor as a "
-            "plain attribute instead of a buffer, or register it with .to_dense()"
+            f"only dense tensors can be compared, merged and saved, but these are not dense: {told_names(odd)}. Keep "
+            "such a tensor as a plain attribute instead of a buffer, or register it with .to_dense()"
         ]
     expanded = [
         name for name, t in tensors.items() if any(s == 0 < n - 1 for s, n in zip(t.stride(), t.shape, strict=True))
     ]
     if expanded:
         return [
-            f"{told_names(expanded)}: several elements share one place in memory (an expanded tensor), so they cannot "
-            "be written one by one: use a copy, made by .clone()"
+            f"several elements of expanded tensors share one place in memory, so they cannot be written one by one: "
+            f"{told_names(expanded)}. Use copies, made by .clone()"
         ]
     sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
     if sparse:
-        return [f"{told_names(sparse)}: sparse gradients cannot be averaged in buckets. Build them with sparse=False"]
+        return [f"layers have sparse gradients, which cannot be averaged: {told_names(sparse)}. Use sparse=False"]
     return []
 
 

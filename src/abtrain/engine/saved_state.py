@@ -26,7 +26,7 @@ from abtrain.recipes.recipe import Position
 
 @dataclass(frozen=True)
 class EngineState:
-    """The parts of the engine that have state. They are loaded in the order of the fields."""
+    """The parts of the engine that have state. `phases` is loaded last, since it wraps the restored model."""
 
     progress: Progress
     model: FactoredModel

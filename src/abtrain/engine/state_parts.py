@@ -57,7 +57,7 @@ _METER = mapping(
 
 
 class ResumedRun(NamedTuple):
-    """A run that is about to load a saved state. Its model may be dense or factored before."""
+    """A run that is about to load a saved state. Its model may be dense or factored at this time."""
 
     recipe: Recipe
     comm: Communicator
@@ -66,11 +66,11 @@ class ResumedRun(NamedTuple):
 
 
 class Resumption:
-    """The point of a recipe at which a run continues from a state. Step and model of the state must be valid.
+    """The position in a recipe from which a run continues, and the state. Its step and model must be valid.
 
     Attributes:
         position: the position of the next step in the recipe; at its end, the position of the last step.
-        rounds: the merge settings of the phase; None if the phase has no merges.
+        rounds: the merge settings of the phase at this position; None if the phase has no merges.
         factors: the names of all factors.
         parameters: the names, shapes and dtypes of shared parameters, as merges see them (complex as real).
         buffers: the names, shapes and dtypes of shared buffers, as merges see them (complex as real).
@@ -111,7 +111,7 @@ def _workers_equal(at: Resumption) -> Check:
 
 
 def _arrivals(at: Resumption) -> Check:
-    """Returns the check of the order of gradients: each index once, or an empty list if the order is unknown."""
+    """Returns the check that the order of gradients has each index once, or is empty if it is unknown."""
     model, factors = at.model, {*at.factors}
     dense = {name: p for name, p in model.parameters().items() if name not in model.factors()}
     dense |= {name: record.dense for name, record in model.records.items()}
@@ -162,7 +162,7 @@ def _in_order(merges: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _under_way(at: Resumption, place: str, entry: Any) -> Iterator[str]:
-    """Yields the problems of the saved state of an unfinished merge."""
+    """Yields the problems of an entry that a hidden merge has in a saved state."""
     begun = entry.get("step") if isinstance(entry, Mapping) else None
     sync, first = at.rounds, at.position.step - at.position.step_in_phase
     position = None

@@ -1,6 +1,6 @@
 """Checks whether a run can continue from a state, before anything changes.
 
-Anybody who can write to a checkpoint can change any value and its digest. This module therefore checks every value that
+Whoever can write to a checkpoint can change any value and its digest. This module therefore checks every value that
 `ABTraining.load_state_dict` uses: its type, its range, and for tensors the name, shape and dtype.
 """
 

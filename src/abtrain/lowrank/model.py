@@ -55,7 +55,7 @@ class FactoredModel:
 
     @property
     def projects(self) -> bool:
-        """Whether momentum and residuals are converted between a weight and its factors when the shape changes."""
+        """Whether a weight's momentum is converted when the weight is factored or restored; otherwise it is dropped."""
         return self._optimizer_state != "reset"
 
     def _projects_state_of(self, optimizer: Optimizer) -> bool:
