@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,15 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 _INK = "#1f2933"
+_WIDTH = 5.8
+_SHORT, _LONGEST = 15, 28
+"""The lengths of labels, in characters, up to which three or two of them fit in a line of a legend."""
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#7f4f24")
 """Line colours: the colour-blind-safe palette of Okabe and Ito, and two more."""
 _STYLE: Any = {
     "figure.dpi": 200,
     "font.size": 11,
+    "legend.fontsize": 9.5,
     "font.family": "DejaVu Sans",
     "text.color": _INK,
     "axes.edgecolor": "#c3cad1",
@@ -54,14 +59,26 @@ def save(path: Path, height: float, draw: Callable[[Axes], None]) -> None:
     from matplotlib.figure import Figure as Canvas
 
     with rc_context(_STYLE):
-        canvas = Canvas(figsize=(5.8, height), layout="constrained")
-        draw(canvas.add_subplot())
-        FigureCanvasAgg(canvas).print_png(str(path))
+        canvas = Canvas(figsize=(_WIDTH, height), layout="constrained")
+        agg, axes = FigureCanvasAgg(canvas), canvas.add_subplot()
+        draw(axes)
+        if legend := axes.get_legend():
+            # A legend of many lines takes no height from the axes.
+            canvas.set_figheight(height + legend.get_window_extent(agg.get_renderer()).height / canvas.dpi)
+        agg.print_png(str(path))
 
 
 def legend_below(axes: Axes) -> None:
     """Draws the legend below the axes. Beside them, it would take width that a phone's screen lacks."""
-    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.46, -0.16), fontsize=9.5)
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 3 if max(map(len, labels), default=0) <= _SHORT else 2
+    names = [wrapped(label) for label in labels]
+    axes.legend(handles, names, frameon=False, ncols=columns, loc="upper center", bbox_to_anchor=(0.46, -0.16))
+
+
+def wrapped(label: str) -> str:
+    """Returns a label with line breaks between the options of a recipe."""
+    return textwrap.fill(label.replace(",", ", "), _LONGEST).replace(", ", ",")
 
 
 def plain_numbers(axis: Axis, decades: bool = False) -> None:

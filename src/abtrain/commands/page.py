@@ -15,6 +15,8 @@ from abtrain.commands.files import write_whole
 
 _TEMPLATE = "page.html.j2"
 _NEEDED = ("matplotlib", "jinja2")
+_LONGEST_NUMBER = 15
+"""The length of the longest numbers with their deviations and units, in characters."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def missing_packages() -> list[str]:
 
 
 def kinds(table: Table) -> list[str]:
-    """Returns the kind of each column: `number`, which is aligned right, or `text`."""
+    """Returns the kind of each column: `number`, which is aligned right and not wrapped, or `text`."""
     columns = zip(*table.lines, strict=True) if table.lines else [()] * len(table.header)
-    return ["number" if all(re.match(r"[-+]?[0-9]|-$", cell) for cell in column) else "text" for column in columns]
+    number = re.compile(rf"(?:[-+]?[0-9]|-$).{{,{_LONGEST_NUMBER}}}")
+    return ["number" if all(number.fullmatch(cell) for cell in column) else "text" for column in columns]

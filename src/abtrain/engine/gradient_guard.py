@@ -85,11 +85,8 @@ class GradientGuard:
                 "training has diverged. Lower the learning rate, or continue from an earlier checkpoint"
             )
         if len(self.skipped) == 1 and (not shared or self._progress.comm.rank == 0):
-            log.warning(
-                "step %d is skipped: its gradients are not finite. If many are (ab.skipped_steps), lower the learning "
-                "rate or clip gradients",
-                step,
-            )
+            remedy = "If many are (ab.skipped_steps), lower the learning rate or clip gradients"
+            log.warning("step %d is skipped: its gradients are not finite. %s", step, remedy)
 
     def _without_own(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """Returns the parameters that workers share. Under `skip`, removes gradients of others if not finite."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from abtrain.commands.compare.contestants import REFERENCES
 from abtrain.commands.compare.runs import ComparisonOutcome
 from abtrain.commands.compare.summary import ComparisonRow, expected_utilisation, utilisations
-from abtrain.commands.figures import COLOURS, Figure, legend_below, plain_numbers, save
+from abtrain.commands.figures import COLOURS, Figure, legend_below, plain_numbers, save, wrapped
 from abtrain.commands.lab.measure import WIRE_SHARE
 from abtrain.commands.never_fatal import NeverFatal
 from abtrain.commands.units import format_rate, human_bytes
@@ -109,38 +109,12 @@ def _points(
     shown = [row for row in rows if row.top1 is not None or row.loss is not None]
     for row in shown:
         mean, deviation = _score(row)
-        axes.errorbar(value(row), mean, deviation, fmt="o", color=colours[row.label], capsize=3, markersize=7)
+        axes.errorbar(value(row), mean, deviation, fmt="o", color=colours[row.label], capsize=3, label=row.label)
     axes.set_ylabel("validation loss in nats" if rows[0].top1 is None else "top-1 in %")
     axes.margins(x=0.18, y=0.2)
     if rows[0].top1 is None:
         axes.invert_yaxis()
-    _name_points(axes, [(row.label, value(row), _score(row)[0]) for row in shown], colours)
-
-
-def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]], colours: Mapping[str, str]) -> None:
-    """Writes the name of each point above or below it. Where possible, a name covers no other names or points."""
-    axes.get_xlim(), axes.get_ylim()  # fixes the scales, which determine the positions of names
-    placed: list[tuple[float, float]] = []
-    dots = [tuple(axes.transData.transform((x, y))) for _, x, y in points]
-    for label, x, y in sorted(points, key=lambda point: -point[2]):
-        at = axes.transData.transform((x, y))
-        offsets = [(0, 9), (0, -15), (0, 21), (0, -27), (0, 33), (0, -39)]
-        across, up = max(
-            offsets, key=lambda offset: (_room((at[0], at[1] + 2.8 * offset[1]), placed, dots), -abs(offset[1]))
-        )
-        placed.append((at[0], at[1] + 2.8 * up))
-        axes.annotate(
-            label, (x, y), (across, up), textcoords="offset points", ha="center", color=colours[label], fontsize=9.5
-        )
-
-
-def _room(
-    place: tuple[float, float], placed: Sequence[tuple[float, float]], dots: Sequence[tuple[float, float]]
-) -> bool:
-    """Returns whether a name at `place`, in pixels, covers no other names and no points."""
-    middle = place[1] + 13
-    off_names = all(abs(place[0] - x) > 190 or abs(place[1] - y) > 28 for x, y in placed)
-    return off_names and all(abs(place[0] - x) > 110 or abs(middle - y) > 24 for x, y in dots)
+    legend_below(axes)
 
 
 def _curves(axes: Axes, outcomes: Sequence[ComparisonOutcome], colours: Mapping[str, str]) -> None:
@@ -167,13 +141,13 @@ def _phases(axes: Axes, rows: Sequence[ComparisonRow]) -> None:
         shares = [100 * row.payload_by_phase.get(phase, 0) / max(row.payload, 1) for row in rows]
         axes.barh(places, shares, left=left, height=0.62, color=_SHADES[index % len(_SHADES)], label=phase)
         left = [start + share for start, share in zip(left, shares, strict=True)]
-    axes.set_yticks(list(places), [row.label for row in rows])
+    axes.set_yticks(list(places), [wrapped(row.label) for row in rows], fontsize=9.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of the payload in %")
     for place, row in zip(places, rows, strict=True):
         axes.text(102, place, human_bytes(row.payload), va="center")
-    axes.legend(frameon=False, ncols=min(len(phases), 4), loc="lower left", bbox_to_anchor=(-0.02, 1.0), fontsize=9.5)
+    axes.legend(frameon=False, ncols=min(len(phases), 3), loc="lower right", bbox_to_anchor=(1.1, 1.0))
 
 
 def _utilisation(

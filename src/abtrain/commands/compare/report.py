@@ -9,6 +9,7 @@ from typing import Any
 from abtrain.commands.compare.contestants import DDP, DDP_BF16, REFERENCES, SOLO
 from abtrain.commands.compare.summary import ComparisonRow
 from abtrain.commands.figures import Figure
+from abtrain.commands.output import breakable
 from abtrain.commands.page import Page, Table, remarked, write_page
 from abtrain.commands.units import human_bytes, spread
 
@@ -66,7 +67,7 @@ def _results_table(rows: Sequence[ComparisonRow]) -> Table:
     header += ("of ddp bf16", "utilisation", "compression", "seeds")
     lines = [
         (
-            row.label,
+            breakable(row.label),
             *([] if row.top1 is None else [spread(row.top1, row.top1_std)]),
             "-" if row.loss is None else f"{row.loss:.3f}",
             human_bytes(row.wire_bytes),
@@ -97,7 +98,7 @@ def _bytes_table(rows: Sequence[ComparisonRow], workers: int) -> Table:
         rest = row.wire_bytes - row.ring_bytes - row.start_bytes
         counts = map(human_bytes, (row.payload, row.ring_bytes, row.start_bytes, row.wire_bytes))
         ratio = f"{row.wire_bytes / row.payload:.3g}" if row.payload else "-"
-        lines.append((row.label, *counts, ratio, f"{'-' if rest < 0 else ''}{human_bytes(abs(rest))}"))
+        lines.append((breakable(row.label), *counts, ratio, f"{'-' if rest < 0 else ''}{human_bytes(abs(rest))}"))
     note = (
         "Payload is the data that a worker hands to collectives. Wire bytes are the bytes that leave the host. They "
         "differ for four reasons. A ring all-reduce of n workers sends every byte 2 (n - 1) / n times, here "

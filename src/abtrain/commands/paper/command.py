@@ -36,7 +36,7 @@ from abtrain.errors import ConfigurationError
 
 _KEYS = frozenset({"model", "method", "scaling", "nodes", "batch"})
 """The names of columns that identify a row."""
-_TEXT_WIDTH = 16
+_TEXT_WIDTH = 28
 """The width below which texts in tables do not wrap."""
 _GAP = 2
 """The width between two columns of a table."""
