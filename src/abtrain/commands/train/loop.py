@@ -206,7 +206,7 @@ class _Loop:
             recorder.merged(ab.steps_done, position.phase.name, ab.last_merges)
             recorder.step(ab.steps_done, position.phase.name, figures, payload, ab.divergence)
         self.validation.after(ab.steps_done, watchdog.beat)
-        watchdog.beat(f"after {ab.steps_done} steps")  # writing a checkpoint has the whole time limit again
+        watchdog.beat(f"after {ab.steps_done} steps")  # a checkpoint has the whole time limit again
         self._save_or_stop(position, shares_gradients)
 
     def _before_merge(self, position: Position) -> None:
@@ -218,7 +218,7 @@ class _Loop:
     def _save_or_stop(self, position: Position, shares_gradients: bool) -> None:
         ab, rounds = self.trainer.ab, position.phase.rounds
         due = self.saving.due(ab.steps_done)
-        # With gradients or hidden merges, the answer may arrive at the next meeting: then nobody waits for it here.
+        # With gradients or hidden merges, nobody waits here: the answer may arrive when workers communicate next.
         waits_anyway = rounds is not None and position.merges and (position.last or not rounds.delay)
         together = due or self.validation.joins(ab.steps_done)
         # After the last step there is nothing left to stop.

@@ -22,6 +22,10 @@ class Recorder:
     """Records a run on rank 0 in its folder and in trackers, and displays it.
 
     It is a context manager. At its end it closes the trackers, and records whether the run was stopped on request.
+
+    Attributes:
+        validation: the `last` and the `best` validation so far; empty before the first one.
+        aside: the seconds that do not count as training, by the name under which the meter counts their bytes.
     """
 
     def __init__(self, config: TrainConfig, folder: RunFolder, parameters: int) -> None:
