@@ -162,8 +162,9 @@ def test_the_figure_of_the_ecr(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (tmp_path / "arithmetic" / "ecr.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ecr_and_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ecr_and_arithmetic(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchvision")
+    monkeypatch.setenv("COLUMNS", "200")  # each row of a table is on one line
     code, said, _ = typed(capsys, "ecr")
     assert code == 0 and "43.62" in said and "trains only the matrix Sigma" in said
     code, said, _ = typed(capsys, "table2-local", "--arithmetic")
