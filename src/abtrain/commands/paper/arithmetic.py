@@ -1,4 +1,4 @@
-"""Evaluates the paper's formulas: the estimated communication reduction (eq. 4) and scaled traffic (Table II)."""
+"""Evaluates the paper's formulas: the estimated communication reduction (equation 4) and scaled traffic (Table II)."""
 
 from __future__ import annotations
 
