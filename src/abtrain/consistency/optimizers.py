@@ -118,8 +118,8 @@ def _equalize_settings(optimizers: Optimizers, comm: Communicator) -> None:
 def equalize_grad_scaler(scaler: torch.amp.GradScaler, comm: Communicator) -> None:
     """Sets the loss scale of every worker to the largest one, in place.
 
-    If this scale is too large for one worker, all lower it together, and skip a step each time. The smallest scale
-    could come from a worker whose gradients always overflow; with it, the gradients of the others would vanish.
+    If this scale is too large for one worker, all workers lower it together, and skip a step each time. The smallest
+    scale could come from a worker whose gradients always overflow. With it, the other workers' gradients would vanish.
     """
     state = scaler.state_dict()
     if not state:  # the scaler is disabled

@@ -51,7 +51,7 @@ def check_replicas(
     happened, such as `step 120, phase warmup`.
 
     Raises:
-        RanksDisagreeError: a rank has drifted; the message names it. On all ranks of the scope.
+        RanksDisagreeError: a rank has drifted; the message names it. All ranks of the scope raise the error.
     """
     ranks = comm.ranks(scope)
     if len(ranks) == 1:
@@ -127,9 +127,8 @@ def check_same(tree: Any, comm: Communicator, where: str) -> None:
     """
     problem = ""
     for _, scope, tensors in same_in(tree):
-        held = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
         try:
-            check_replicas(comm, held, scope, where)
+            check_replicas(comm, {name: t for name, t in tensors.items() if isinstance(t, Tensor)}, scope, where)
         except RanksDisagreeError as error:
             problem = problem or str(error)
     for found in filter(None, gather_json(comm, problem)):

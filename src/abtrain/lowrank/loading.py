@@ -41,9 +41,9 @@ def cutting(cut: bool) -> Iterator[None]:
 def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -> list[str]:
     """Writes a dense value that was saved in `dtype` into a weight's factors, in place and without changing the rank.
 
-    Momentum, anchors and residuals refer to the factors element by element, so the factors change as little as
-    possible. They stay if their product already is the value. If the factors before the last load give the value, they
-    are restored. Otherwise, the value is factored in the basis nearest to the current one.
+    Momentum and the tensors that merges keep refer to the factors element by element, so the factors change as little
+    as possible. They stay if their product already is the value. If the factors before the last load give the value,
+    they are restored. Otherwise, the value is factored in the basis nearest to the current one.
 
     Returns:
         A list of messages about problems, in which `key` is the weight's name. The factors change only if it is empty.

@@ -25,7 +25,7 @@ def to_plain(model: nn.Module, *, dense: Sequence[str] = ()) -> nn.Module:
     other modules (attention), and in PyTorch's transformer layers, which read the weights of their submodules.
 
     Args:
-        model: the model that ABTraining trains, at any step. It is not changed.
+        model: the model that ABTraining trains, at any step; it is not changed.
         dense: globs of the names of modules that stay dense, for code that reads their `weight`.
     """
     plain: nn.Module = copy.deepcopy(model)

@@ -29,9 +29,6 @@ from abtrain.errors import NonFiniteError
 from abtrain.lowrank.optimizers import Optimizers, is_a
 from abtrain.lowrank.weight import FactoredWeight
 
-_DECOUPLED = (Muon, Adafactor)
-"""Optimizers that always decouple weight decay. Others of PyTorch's have `decoupled_weight_decay` in their groups."""
-
 
 class _Start(NamedTuple):
     """Stores a factor's value before the optimizer's step, and the matrix that preconditions its gradient."""
@@ -113,7 +110,8 @@ class Preconditioner:
 
 def _decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
     """Returns the share by which decoupled weight decay shrinks the parameters of a group in one step."""
-    decoupled = group.get("decoupled_weight_decay") or is_a(optimizer, _DECOUPLED)
+    # Muon and Adafactor always decouple it, without such a setting.
+    decoupled = group.get("decoupled_weight_decay") or is_a(optimizer, (Muon, Adafactor))
     return float(group["lr"] * group["weight_decay"]) if decoupled else 0.0
 
 

@@ -33,7 +33,7 @@ def build(name: str, total_steps: int, /, **options: Any) -> Recipe:
     """Returns the recipe called `name`, built with the given options.
 
     Raises:
-        ConfigurationError: the name is unknown, options are unknown, or values are out of range.
+        ConfigurationError: the name or an option is unknown, or values are invalid; one message for each problem.
     """
     unknown = unknown_options(name, options, options_of(name))
     if unknown:

@@ -54,7 +54,7 @@ def ab_outer(
 ) -> Recipe:
     """Beyond the paper: full-rank local warm-up, then all groups train both factors, with outer Nesterov merges.
 
-    Workers keep the state of their optimizers from round to round, and that of the outer optimizer from merge to merge.
+    Merges reset neither the state of the workers' optimizers nor that of the outer optimizer.
     `factoring` takes the other fields of `Factoring`. `abtrain recipes ab_outer` lists the options.
 
     Raises:
