@@ -55,7 +55,7 @@ def test_the_readme_has_the_whole_example() -> None:
 
 def test_tutorials_have_the_whole_examples() -> None:
     """A page includes a file by a line that the formatter must not have changed."""
-    for name, example in (("own-model", "own_loop"),):
+    for name, example in (("own-model", "own_loop"), ("gpt", "gpt"), ("lora", "lora")):
         page = ROOT / "docs" / "tutorials" / f"{name}.md"
         assert f'\n--8<-- "examples/{example}.py"\n' in page.read_text(encoding="utf-8")
 

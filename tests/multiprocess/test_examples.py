@@ -81,3 +81,33 @@ def test_the_demo_shows_both_and_the_next_steps(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     shown = ended.stdout[ended.stdout.rindex("digits-mlp, 2 workers") :]
     assert re.search(r"ddp +┃ ab_outer", shown) and "What to do next" in shown and "demo/ab_outer" in shown
+
+
+def test_a_gpt_is_trained_and_tuned(tmp_path: Path) -> None:
+    """The examples of two tutorials, with two workers and few steps: the second takes the model of the first."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+    def run(name: str, *arguments: str) -> str:
+        command = [*launcher, str(ROOT / "examples" / name), *arguments]
+        for _ in range(2):
+            ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200)
+            if GLOO_ABORTED not in ended.stderr:
+                break
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    trained = run("gpt.py", "--steps", "30")
+    assert re.search(r"factored 1\.\d\d : 1, \d\.\d\d MB sent by each worker", trained), trained
+    assert (tmp_path / "gpt.pt").exists()
+    tuned = run("lora.py", "--steps", "20")
+    before, after = re.findall(r"(\d\.\d{3}) (?:before|after)", tuned)
+    assert float(after) < float(before), tuned
+    assert (tmp_path / "tuned.pt").exists()
+
+
+def test_tuning_says_which_program_writes_the_model(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "lora.py")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert ended.returncode == 1
+    assert "python examples/gpt.py writes it" in ended.stderr
