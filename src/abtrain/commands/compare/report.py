@@ -102,10 +102,10 @@ def _bytes_table(rows: Sequence[ComparisonRow], workers: int) -> Table:
     note = (
         "Payload is the data that a worker hands to collectives. Wire bytes are the bytes that leave the host. They "
         "differ for four reasons. A ring all-reduce of n workers sends every byte 2 (n - 1) / n times, here "
-        f"{2 * (workers - 1) / workers:.3g} times. Before training, workers meet, connect and compare the first "
+        f"{2 * (workers - 1) / workers:.3g} times. Before training, workers connect and compare the initial "
         "weights; solo sends only these start-up bytes. The network adds headers and acknowledgements. Not every "
         "collective is a ring all-reduce: all-gathers and broadcasts send other amounts, so the remainder can be "
-        "negative for recipes with little traffic or with compressed wires."
+        "negative for recipes that send little, or in few bits."
     )
     header = ("recipe", *sizes, "wire over payload", "remainder")
     return Table("Payload and wire bytes", header, tuple(lines), note, _references(rows))

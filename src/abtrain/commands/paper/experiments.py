@@ -21,7 +21,7 @@ METHODS = {
     LOCAL_SGD: "local_sgd",
     AB_OUTER: "ab_outer",
 }
-"""Recipes by method: the paper's three, full-rank local SGD on the same schedule as an ablation, and ours."""
+"""Recipes by method: the paper's three, full-rank local SGD on the same schedule as an ablation, and `ab_outer`."""
 SMALL_CNN = "small CNN"
 IMAGENET_SAMPLES = 1_281_167
 CIFAR_SAMPLES = 50_000
@@ -119,7 +119,7 @@ FIGURES: dict[str, tuple[Scaling, ...]] = {
     "fig4": ("local", "global"),
     "fig5": ("global",),
 }
-"""The scalings that each table and figure shows."""
+"""The scalings that each figure shows. `TABLES` has those of each table."""
 SCALING_TABLES: dict[Scaling, str] = {"local": "table2-local", "global": "table2-global"}
 """The table with the runs of each scaling."""
 

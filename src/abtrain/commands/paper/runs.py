@@ -40,7 +40,7 @@ CHECKPOINTS, LEAST_BETWEEN_CHECKPOINTS = 50, 100
 TINY_LINK = NodeLink(rate=1e9, latency=1e-4)
 """The links of the cluster for which the seconds of simulated runs are forecast: 1 Gbit/s, 0.1 ms."""
 LAUNCHER = "torchrun --nnodes {nodes} --nproc-per-node {workers_per_node}"
-"""The default command that starts a real run; the module and its arguments follow."""
+"""The default command that starts a real run. `-m abtrain train` and its arguments follow it."""
 _FAILURE_FILE = ".failed"
 
 
@@ -85,7 +85,7 @@ class PaperOutcome:
         top1: the validation accuracy in percent.
         compression: the parameters of the full model divided by those of the factored model.
         payload: the bytes that a worker passed to collectives between nodes in the whole run.
-        internode_ratio: the payload divided by that of DDP: one float32 gradient of every parameter at every step.
+        internode_ratio: `payload` divided by that of DDP, which sends all gradients in float32 at every step.
         seconds: the seconds of training. For a simulated run, this is a forecast for a cluster with `TINY_LINK`.
         traffic: the scaled traffic of a node in GB/s, as defined for Table II.
         version: the version of abtrain that executed the run; None if the result file does not contain it.

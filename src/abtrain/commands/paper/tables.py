@@ -24,7 +24,8 @@ class PaperRow:
         gain: the top-1 accuracy minus that of DDP with the same model and nodes, in percentage points; None without a
             run of DDP.
         compression: the parameters of the full model divided by those of the factored model.
-        internode_ratio: the payload between nodes divided by one float32 gradient of every parameter at every step.
+        internode_ratio: the payload between nodes divided by that of DDP, which sends all gradients in float32 at every
+            step.
         seconds: the seconds of training.
         traffic: the scaled traffic of a node in GB/s, as defined for Table II.
     """

@@ -39,13 +39,13 @@ DELAYS = (0, 0.1, 0.5)
 _USUAL_ROUND = 20
 """Steps between merges, for recipes without a default."""
 DELAY_OPTIONS = ("delay", "warmup_delay")
-"""Options that hide merges."""
+"""Options for merges that run in the background of training steps."""
 CASES = {
     "a CNN, or another model": recipes.DEFAULT,
     "a transformer from scratch": "ab_local",
     "any model, without factors": "local_sgd:every=6,wire=ternary,local_lr=2",
 }
-"""Recipes for slow links, by what to train; README has the same."""
+"""Recipes for slow links, by the kind of model. README has the same table."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ ENVELOPE = 260
 """Bytes that Gloo sends in addition to the data of a message, in separate frames: a header, and notices that buffers
 are ready. Measured over a loopback device; it only matters for small messages."""
 RING_PARTS = 2
-"""The number of messages into which Gloo splits each round of a ring, so that adding one hides the other."""
+"""The number of messages into which Gloo splits a round of a ring. It adds one while it receives the next."""
 
 
 def wire_bytes(nbytes: float, messages: float = 1) -> float:

@@ -37,7 +37,7 @@ class ModelSettings:
     width: int | None = None
     """Width of these square weights; by default 1,024, or more for very large models."""
     compression: float = 4
-    """Parameters of the full model over those of the factored one, for recipes that factor."""
+    """Parameters of the full model over those of the factored one, for recipes with factors."""
 
 
 @dataclass(frozen=True)
