@@ -219,7 +219,7 @@ def _divide(tensors: Mapping[str, Tensor], comm: Communicator) -> tuple[dict[str
 def _write_part(
     folder: Path, structure: Any, tensors: Mapping[str, Tensor], comm: Communicator, step: int
 ) -> dict[str, Written]:
-    """Writes this worker's files, and returns their entries of the manifest."""
+    """Writes this worker's files, and returns their sizes and digests by file name."""
     sync = partial(_sync, comm, step)
     file = f"part-{comm.rank}"
     fail_at(comm.rank, step, "checkpoint.write")

@@ -261,9 +261,9 @@ class ABTraining(ModelAccess):
     def close(self) -> None:
         """Turns model and optimizer back into plain PyTorch objects: dense, without hooks or wrapper.
 
-        Save the compressed weights of `factored_state_dict()` first. The call sends no messages, so within a round each
-        worker keeps its own weights. Build ABTraining again to continue. A second call does nothing. Inside `merged()`,
-        the call raises UsageError.
+        Save the compressed weights of `factored_state_dict()` first. The call sends no messages, so between merges
+        each worker keeps its own weights. Build ABTraining again to continue. A second call does nothing. Inside
+        `merged()`, the call raises UsageError.
         """
         if self._progress.closed:
             return

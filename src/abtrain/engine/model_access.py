@@ -76,7 +76,7 @@ class ModelAccess:
         """One entry per merge that ended in the last `step`; empty after other steps.
 
         `step`: the number of steps done when it began. `dropped`: the ranks that were left out. `losses`: by rank, the
-        mean loss in the round; NaN if `step` got none. `seconds`: how long it kept this worker from training.
+        mean loss since the last merge; NaN if `step` got none. `seconds`: how long it kept this worker from training.
         `wait_seconds`: how long this worker waited until all had arrived.
         """
         return self._rounds.ended

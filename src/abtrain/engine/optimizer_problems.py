@@ -157,7 +157,11 @@ class NewState:
         copies = _copies_outside_state(optimizer, _CANNOT_FOLLOW if factored else _NOT_MOVED)
         if copies and factored:
             raise UsageError(copies)
-        unsaved = [f"{kind} keeps {odd} in its state, so ab.state_dict() cannot be saved"] if odd else []
+        unsaved = (
+            [f"{kind} keeps {odd} in its state, which checkpoints cannot hold: use another optimizer to save"]
+            if odd
+            else []
+        )
         return unsaved + copies
 
 
@@ -169,7 +173,7 @@ def _copies_outside_state(optimizer: Optimizer, consequence: str) -> list[str]:
 
 
 def _not_projectable(optimizers: Optimizers, recipe: Recipe, policy: OptimizerState) -> str:
-    """Returns the names of optimizers whose state cannot be converted to factors; empty under another policy."""
+    """Returns the optimizers whose state cannot be converted to factors; empty if the recipe has another policy."""
     if recipe.factoring is None or recipe.factoring.optimizer_state != policy:
         return ""
     return ", ".join(dict.fromkeys(type(one).__name__ for one in optimizers.acting if not is_a(one, PROJECTABLE)))

@@ -1,1 +1,1 @@
-"""Merges the weights of workers: selects tensors and times, averages over a wire, and applies a rule."""
+"""Merges the weights of workers: chooses tensors and times, averages their changes, and applies a rule."""

@@ -71,7 +71,7 @@ class Buffers:
         self.differed: dict[str, int] = {}
 
     def report(self, buffers: Mapping[str, Tensor], sums: Mapping[str, int]) -> int:
-        """Returns 62 bits for the roll call. If they are equal on all workers, no further buffers differ.
+        """Returns a number for the roll call. If it is equal on all workers, no buffers differ but those in `differed`.
 
         The arguments are those of `compare`.
         """

@@ -1,4 +1,4 @@
-"""Changes of tensors: differences from anchors before a merge, and changes made during it."""
+"""Computes how tensors have changed since a merge, and writes the new values of the next one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def change(anchor: Tensor, tensor: Tensor) -> Tensor:
-    """Returns the change since the anchor, in the anchor's precision."""
+    """Returns the change of a tensor since its anchor, the value after the last merge, in the anchor's precision."""
     return tensor.to(anchor.dtype) - anchor.to(tensor.dtype).to(anchor.dtype)
 
 

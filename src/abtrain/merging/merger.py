@@ -81,7 +81,7 @@ class Merger:
         on_nonfinite: `drop_worker` leaves out workers whose values are not finite; otherwise all workers stop.
         anchors: by name, the weights that all workers held after the last merge; half precision in float32.
         momentum: by name, the outer momentum of the merge rule; the same on all workers.
-        residuals: by name, in float32, this worker's rounding errors in earlier merges, which the next merge sends.
+        residuals: by name, in float32, the part of this worker's changes that lossy wire formats have not sent yet.
         measures_divergence: whether merges that leave no worker out measure the divergence of the weights.
     """
 

@@ -1,4 +1,4 @@
-"""The tensors that merges make equal: trained parameters and buffers, compared, averaged and restored."""
+"""Gives access to the tensors that merges make equal, and compares and averages them for validation."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ class SharedTensors:
         self._frozen_sums: dict[str, int] = {}
 
     def parameters(self) -> dict[str, Tensor]:
-        """Returns the trained parameters by name, as real views, in the same order on all workers."""
+        """Returns the trained parameters by name, in the same order on all workers; complex ones as real numbers."""
         return as_real({name: p.data for name, p in self.model.trained(self.treatments).items()})
 
     def buffers(self) -> dict[str, Tensor]:
-        """Returns the buffers that workers share by name, as real views."""
+        """Returns the buffers that workers share by name; complex ones as real numbers."""
         return as_real(shared_buffers(self.model.model))
 
     def replicated(self) -> dict[str, Tensor]:
-        """Returns the parameters that are equal while gradients are shared: trained ones and frozen ones."""
+        """Returns the trained and the frozen parameters by name. All are equal on workers that share gradients."""
         return self.parameters() | self._frozen()
 
     def _frozen(self) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ class SharedTensors:
             log.info("%d tensors had different initial values on workers: all now use rank 0's values", len(differed))
 
     def place(self, step: int, phase: int, **more: object) -> dict[str, object]:
-        """Returns everything that must be equal on all workers before they average, `more` included."""
+        """Returns by name what must be equal on all workers before they average: step, phase, shapes, `more` etc."""
         sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
         changed = {
             name: f"{total:x}: list a tensor that the model changes itself in {IGNORED}, or make it a buffer"
@@ -125,7 +125,7 @@ class SharedTensors:
         return place
 
     def forget_nonfinite(self) -> None:
-        """Drops this worker's optimizer state of every parameter for which it holds NaN or infinity."""
+        """Drops, on this worker, the optimizer state of each parameter whose state has NaN or infinity."""
         for optimizer in self.model.optimizers.stateful:
             for parameter, held in list(optimizer.state.items()):
                 if not all(bool(torch.isfinite(value).all()) for value in tensors_in(held)):
@@ -133,7 +133,7 @@ class SharedTensors:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Shows the average of all workers inside the block. Collective on entry, not on exit.
+        """Gives the model the average of all workers inside a `with` block. Collective on entry, not on exit.
 
         Buffers are treated as in a merge: those that are equal on all workers keep their values. The others
         are averaged or follow rank 0. Copies of weights that optimizers keep are averaged with the weights.
@@ -157,7 +157,7 @@ class SharedTensors:
 
     @contextmanager
     def with_first_buffers(self) -> Iterator[None]:
-        """Shows rank 0's buffers inside the block. Collective on entry, not on exit."""
+        """Gives the model rank 0's buffers inside a `with` block. Collective on entry, not on exit."""
         buffers = self.buffers()
         differing = [buffers[name] for name in differing_tensors(self._comm, buffers)]
         with _restored(differing):

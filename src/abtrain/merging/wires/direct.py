@@ -56,7 +56,7 @@ class DirectWire(Wire):
 def _average_narrowly(
     tensors: Sequence[Tensor], code: Code, reply: Code, comm: Communicator
 ) -> Stages[tuple[list[Tensor], list[Tensor]]]:
-    """Returns averages and this worker's errors, in float32."""
+    """Averages tensors in few bits. Returns the averages, and this worker's rounding errors in float32."""
     wanted = [tensor.float() for tensor in tensors]
     buckets = pack(wanted, CAPACITY)
     # Gloo exchanges tensors on the CPU only.
