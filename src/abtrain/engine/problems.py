@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 from typing import get_args
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from abtrain.engine.optimizer_problems import form_problems, optimizer_problems
 from abtrain.errors import ConfigurationError, OnNonFinite, nearest
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.layers import Factored
-from abtrain.lowrank.names import without_compiled
+from abtrain.lowrank.names import matching
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.own import IGNORED, ignored_names
 from abtrain.recipes.recipe import Recipe
@@ -115,7 +114,7 @@ def _tensor_problems(model: nn.Module) -> list[str]:
 
 
 def _factoring_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe) -> list[str]:
-    names = [known for name, _ in model.named_parameters() for known in (name, without_compiled(name))]
+    names = [name for name, _ in model.named_parameters()]
     patterns = recipe.factoring.exclude if recipe.factoring else ()
     problems = [f"exclude {problem}" for problem in _unmatched(patterns, names, "parameter")]
     treatments = classify(model, recipe.factoring, set(map(id, optimizers.parameters())))
@@ -152,7 +151,7 @@ def _ignored_problems(model: nn.Module) -> list[str]:
 
 def _unmatched(patterns: Iterable[str], names: Sequence[str], kind: str) -> list[str]:
     """Returns one message for each glob pattern that matches none of the names."""
-    idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    idle = [pattern for pattern in patterns if all(matching(name, [pattern]) is None for name in names)]
     return [f"{pattern!r} matches no {kind}: {nearest(pattern, names)}" for pattern in idle]
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
 from torch import nn
 
 from abtrain.lowrank.layers import FACTORED_LAYERS
-from abtrain.lowrank.names import without_compiled
+from abtrain.lowrank.names import matching
 from abtrain.lowrank.svd import MatrixShape
 from abtrain.own import IGNORED, own_names
 from abtrain.recipes.factoring import Factoring
@@ -82,8 +81,7 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
 def _why_dense(module: nn.Module, attribute: str, name: str, parameter: nn.Parameter, factoring: Factoring) -> str:
     """Returns the reason why a trained parameter stays dense, or an empty string if it can be factored."""
     least_dim = MatrixShape(parameter.shape).n if parameter.ndim >= 2 else 0
-    known = (name, without_compiled(name))
-    excluded = next((glob for glob in factoring.exclude if any(fnmatchcase(one, glob) for one in known)), None)
+    excluded = matching(name, factoring.exclude)
     rules = (
         (parameter.numel() == 0, "empty"),
         (type(parameter) is not nn.Parameter, f"a {type(parameter).__name__}: only plain nn.Parameters are factored"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,12 @@ def weight_name(name: str) -> str:
 def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the entries of a state dict that are tensors. The extra state of modules may have other types."""
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def matching(name: str, globs: Iterable[str]) -> str | None:
+    """Returns the first glob that matches a name, with or without the segments of torch.compile; None if none does."""
+    known = (name, without_compiled(name))
+    return next((glob for glob in globs if any(fnmatchcase(one, glob) for one in known)), None)
 
 
 def without_compiled(name: str) -> str:

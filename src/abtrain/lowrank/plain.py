@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from abtrain.lowrank.layers import LowRank, LowRankLinear, inner_and_outer
-from abtrain.lowrank.names import without_compiled
+from abtrain.lowrank.names import matching
 
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -35,7 +34,7 @@ def to_plain(model: nn.Module, *, dense: Sequence[str] = ()) -> nn.Module:
             continue
         kinds = type(model.get_submodule(parent)).__mro__
         reads_weights = any(kind.__module__ == "torch.nn.modules.transformer" for kind in kinds)
-        if reads_weights or any(fnmatchcase(without_compiled(name), glob) for glob in dense):
+        if reads_weights or matching(name, dense) is not None:
             continue
         two = _as_two(module, plain.get_submodule(name))
         if not name:

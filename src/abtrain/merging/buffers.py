@@ -11,13 +11,13 @@ masks is not a mask, nor that of two unit vectors a unit vector.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from abtrain.comm.checksums import checksum, fingerprint
 from abtrain.comm.communicator import Calls, Communicator, Traffic
+from abtrain.lowrank.names import matching
 from abtrain.merging.changes import is_finite
 
 _COMPARE = 0
@@ -32,11 +32,7 @@ _DIRECTIONS = ("weight_u", "weight_v", "_u", "_v")
 
 def averaged_buffers(names: Iterable[str], further: Sequence[str] = ()) -> list[str]:
     """Returns the names of the buffers that are averaged if they differ; `further` has glob patterns of names."""
-    return [
-        name
-        for name in names
-        if name.rpartition(".")[2] in _STATISTICS or any(fnmatchcase(name, pattern) for pattern in further)
-    ]
+    return [name for name in names if name.rpartition(".")[2] in _STATISTICS or matching(name, further) is not None]
 
 
 def settled(name: str, mean: Tensor) -> Tensor:
