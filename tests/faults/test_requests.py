@@ -61,6 +61,7 @@ def assert_saved(run: Running, folder: Path) -> int:
     saved = [path.name for path in (folder / "run" / "checkpoints").iterdir()]
     assert saved == [f"step-{outcome['step']:012d}"], ended.err
     assert "Traceback" not in ended.err
+    assert f"step {outcome['step']} is saved: the same command with --out run continues" in ended.err
     return int(outcome["step"])
 
 

@@ -459,8 +459,24 @@ def test_stopped_by_a_signal(name: str, tmp_path: Path, monkeypatch: pytest.Monk
         train(alone(tmp_path / "run"), SingleProcess())
     outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
     assert outcome == {"outcome": "stopped", "exit_code": 75, "step": 8, "message": str(told.value)}
+    assert str(told.value).endswith(
+        f"is saved in {tmp_path / 'run'}: the same command with --out {tmp_path / 'run'} continues"
+    )
     assert train(alone(tmp_path / "run"), SingleProcess())["weights_digest"] == expected
     assert not (tmp_path / "run" / "outcome.json").exists()
+
+
+def test_a_run_without_out_says_where_it_is_saved_when_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(faults, "_planned", faults.parse("int 0 7 step"))
+    config = dataclasses.replace(alone(tmp_path), out=None)
+    with pytest.raises(StoppedError, match=r"the same command with --out .* continues") as told:
+        train(config, SingleProcess())
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert f"--out {folder} continues" in str(told.value)
+    assert train(dataclasses.replace(config, out=folder), SingleProcess())["steps"] == config.steps
 
 
 def test_a_second_signal_does_not_wait_and_tears_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import logging
 import os
 import signal
@@ -25,13 +26,13 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from abtrain.commands.files import is_regular
+from abtrain.commands.files import is_regular, read_regular
 from abtrain.commands.output import Output
 from abtrain.commands.process import PASSED_ON, SIGNALS, Requests, stopped_message
 from abtrain.commands.train import worker
 from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.config_file import to_toml
-from abtrain.commands.train.folder_content import RESULT_FILE
+from abtrain.commands.train.folder_content import OUTCOME_FILE, RESULT_FILE
 from abtrain.commands.train.run_folder import default_folder
 from abtrain.commands.train.world import LAUNCH
 from abtrain.errors import AbtrainError, ConfigurationError, OutOfMemoryError, PeerLostError, StoppedError
@@ -66,7 +67,7 @@ def start_workers(config: TrainConfig) -> None:
     except SignalException as stopped:
         # A run that is already evaluating finishes: there is nothing left to stop.
         if not _is_done(config, started):
-            raise StoppedError(str(stopped)) from None
+            raise StoppedError(f"{stopped}{_kept(config, started)}") from None
     finally:
         # A worker that was killed could not restore the cursor that its progress bar hid.
         Output().show_cursor()
@@ -76,6 +77,18 @@ def _is_done(config: TrainConfig, started: float) -> bool:
     """Whether a run in the folder has finished after the time `started`."""
     result = None if config.out is None else config.out / RESULT_FILE
     return result is not None and is_regular(result) and result.stat().st_mtime >= started
+
+
+def _kept(config: TrainConfig, started: float) -> str:
+    """Returns what a run that was stopped after the time `started` has saved, as rank 0 reports, or an empty text."""
+    assert config.out is not None
+    outcome = config.out / OUTCOME_FILE
+    try:
+        told = json.loads(read_regular(outcome))["message"] if outcome.stat().st_mtime >= started else ""
+    except (OSError, ValueError, KeyError):
+        return ""
+    _, comma, kept = told.partition(", ")
+    return comma + kept
 
 
 def _start_until_done(config: TrainConfig) -> None:

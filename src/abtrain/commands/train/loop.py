@@ -230,6 +230,6 @@ class _Loop:
         saved = self.saving.save() if due or stops else None
         if stops:
             out = self.trainer.config.out or self.folder
-            how = f"is saved in {out}: the same command with --out {out} continues"
-            kept = f"step {ab.steps_done} {how}" if saved else "no checkpoint was written"
+            how = f"step {ab.steps_done} is saved: the same command with --out {out} continues"
+            kept = how if saved else "no checkpoint was written"
             raise StoppedError(f"stopped on request ({signal.Signals(number).name}), {kept}")
