@@ -459,9 +459,7 @@ def test_stopped_by_a_signal(name: str, tmp_path: Path, monkeypatch: pytest.Monk
         train(alone(tmp_path / "run"), SingleProcess())
     outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
     assert outcome == {"outcome": "stopped", "exit_code": 75, "step": 8, "message": str(told.value)}
-    assert str(told.value).endswith(
-        f"is saved in {tmp_path / 'run'}: the same command with --out {tmp_path / 'run'} continues"
-    )
+    assert str(told.value).endswith(f"step 8 is saved: the same command with --out {tmp_path / 'run'} continues")
     assert train(alone(tmp_path / "run"), SingleProcess())["weights_digest"] == expected
     assert not (tmp_path / "run" / "outcome.json").exists()
 
