@@ -229,7 +229,7 @@ def test_checkpoints_of_another_run_are_refused(name: str, tmp_path: Path, monke
     values = identity(other)[name], identity(settings(mine))[name]
     with pytest.raises(CheckpointError, match="belongs to another run") as told:
         run(settings(mine))
-    assert f"({name} is {values[0]!r} there and {values[1]!r} here)" in str(told.value)
+    assert f"({name} was {values[0]!r} and is {values[1]!r} now)" in str(told.value)
     assert told.value.exit_code == 4 and str(mine / "checkpoints") in str(told.value)
 
 
@@ -239,11 +239,11 @@ def test_checkpoints_on_other_data_and_without_settings_are_refused(
     with monkeypatch.context() as patch:
         patch.setattr(saving, "identity", lambda config: {**identity(config), "steps": 7})
         stopped_at(3, settings(tmp_path / "a"), patch)
-    with pytest.raises(CheckpointError, match="steps is 7 there and 6 here"):
+    with pytest.raises(CheckpointError, match="steps was 7 and is 6 now"):
         run(settings(tmp_path / "a"))
     stopped_at(3, settings(tmp_path / "b"), monkeypatch)
     monkeypatch.setattr("abtrain.commands.train.loop.len", lambda of: 9, raising=False)
-    with pytest.raises(CheckpointError, match=r"samples is \d+ there and 9 here"):
+    with pytest.raises(CheckpointError, match=r"samples was \d+ and is 9 now"):
         run(settings(tmp_path / "b"))
 
 

@@ -72,17 +72,17 @@ def test_requests_that_ask_for_the_same(edit: str, record: str, task: Comparison
 
 
 DIFFERENCES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a rate": (lambda file: file.write_text(file.read_text().replace("lr = 0.003", "lr = 0.001")), "lr is 0.001 there"),
-    "workers": (lambda file: file.write_text(file.read_text().replace("workers = 2", "workers = 4")), "workers is 4"),
+    "a rate": (lambda file: file.write_text(file.read_text().replace("lr = 0.003", "lr = 0.001")), "lr was 0.001"),
+    "workers": (lambda file: file.write_text(file.read_text().replace("workers = 2", "workers = 4")), "workers was 4"),
     "another task": (
         lambda file: file.write_text(file.read_text().replace("digits-mlp", "no-such-task")),
-        "task is 'no-such-task' there and 'digits-mlp' here",
+        "task was 'no-such-task' and is 'digits-mlp' now",
     ),
-    "an unknown key": (lambda file: file.write_text(file.read_text() + "extra_field = 1\n"), "extra_field is 1 there"),
+    "an unknown key": (lambda file: file.write_text(file.read_text() + "extra_field = 1\n"), "extra_field was 1"),
     "a wrong type": (lambda file: file.write_text(file.read_text() + 'keep = "two"\n'), "keep = 'two' is of the wrong"),
     "no TOML": (lambda file: file.write_text(file.read_text() + "[[["), "request.toml cannot be parsed"),
     "no UTF-8": (lambda file: file.write_bytes(b"\xff\xfe"), "it is not UTF-8"),
-    "empty": (lambda file: file.write_text(""), "steps is"),
+    "empty": (lambda file: file.write_text(""), "steps was"),
     "a FIFO": (lambda file: (file.unlink(), os.mkfifo(file)), "is not a regular file"),
     "a folder": (lambda file: (file.unlink(), file.mkdir()), "is not a regular file"),
     "a link": (lambda file: (file.rename(file.with_name("r")), file.symlink_to("r")), "cannot be opened"),
@@ -141,7 +141,7 @@ def test_a_request_of_another_version(task: ComparisonRun) -> None:
     assert task.done
     request.write_text(request.read_text() + "extra_field = 1\n")
     assert not task.done and request_differences(task.folder, task.config) == [
-        f"extra_field is 1 there and unknown to abtrain {__version__}"
+        f"extra_field was 1 and is unknown to abtrain {__version__}"
     ]
 
 
@@ -161,7 +161,7 @@ def test_a_default_of_the_task_that_has_changed(
     before = getattr(TASKS["digits-mlp"], name)
     monkeypatch.setitem(TASKS, "digits-mlp", dataclasses.replace(TASKS["digits-mlp"], **{name: before * 2}))
     assert not task.done
-    assert request_differences(task.folder, task.config) == [f"{name} is {before!r} there and {before * 2!r} here"]
+    assert request_differences(task.folder, task.config) == [f"{name} was {before!r} and is {before * 2!r} now"]
 
 
 def test_a_default_of_the_recipe_that_has_changed(task: ComparisonRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def test_a_default_of_the_recipe_that_has_changed(task: ComparisonRun, monkeypat
     assert not task.done
     said = request_differences(task.folder, task.config)
     assert said == [
-        f"recipe.{part}[0].sync.merge.momentum is 0.8 there and 0.5 here by default" for part in ("prologue", "cycle")
+        f"recipe.{part}[0].sync.merge.momentum was 0.8 and is 0.5 now, by default" for part in ("prologue", "cycle")
     ]
 
 
@@ -188,7 +188,7 @@ def test_a_field_that_recipes_have_in_another_version(task: ComparisonRun) -> No
     content["recipe"]["cycle"][0]["steps"] += 1
     record.write_text(json.dumps(content))
     (said,) = request_differences(task.folder, task.config)
-    assert said.startswith("recipe.cycle[0].steps is ")
+    assert said.startswith("recipe.cycle[0].steps was ")
 
 
 @pytest.mark.parametrize("recipe", [None, 3, [], {}, {"kind": "Recipe", "cycle": {}}, {"kind": ["Recipe"]}])
@@ -220,7 +220,7 @@ def test_all_obstacles_are_reported_before_a_lab_is_built(
     before = contents(tmp_path / "runs")
     assert compared(tmp_path, "--seeds", "2") == 2
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 4 and all("extra_field is 1 there" in line and "--overwrite" in line for line in said)
+    assert len(said) == 4 and all("extra_field was 1" in line and "--overwrite" in line for line in said)
     assert contents(tmp_path / "runs") == before
 
 
@@ -338,7 +338,7 @@ def test_a_real_run_with_other_settings_is_refused(
     before = contents(run.folder)
     assert written(tmp_path) == 2
     said = capsys.readouterr().err
-    assert "recipe is 'ab:sigma_cutoff=0.2," in said and "' there and 'ab:sigma_cutoff=0.15," in said
+    assert "recipe was 'ab:sigma_cutoff=0.2," in said and "' and is 'ab:sigma_cutoff=0.15," in said
     assert contents(run.folder) == before
     with pytest.raises(ConfigurationError, match="sigma_cutoff"):
         run_all([run], "full", "false", None, print)
@@ -399,6 +399,6 @@ def test_a_search_does_not_remove_trials_of_another(tmp_path: Path) -> None:
     other = dataclasses.replace(
         run, cell=dataclasses.replace(run.cell, config=dataclasses.replace(config, recipe="ab_outer:every=7"))
     )
-    with pytest.raises(ConfigurationError, match="recipe is 'ab_outer' there and 'ab_outer:every=7' here"):
+    with pytest.raises(ConfigurationError, match="recipe was 'ab_outer' and is 'ab_outer:every=7' now"):
         run_all([other], "full", f"{sys.executable} -c pass", None, print)
     assert run.done

@@ -340,7 +340,7 @@ def test_a_stopped_run_whose_workers_are_started_again(tmp_path: Path, monkeypat
 def test_an_unfinished_run_of_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError):
         run(settings(tmp_path), "fail 0 9 step", monkeypatch)
-    with pytest.raises(ConfigurationError, match="seed is 0 there and 1 here"):
+    with pytest.raises(ConfigurationError, match="seed was 0 and is 1 now"):
         run(settings(tmp_path, seed=1))
 
 

@@ -156,7 +156,7 @@ def _folder_problems(comparison: Comparison) -> list[str]:
     except (OSError, DataError) as error:
         return [f"--out {comparison.out} cannot be read: {error}"]
     differing = [
-        f"{name} is {reprlib.repr(there.get(name))} there and {value} here"
+        f"{name} was {reprlib.repr(there.get(name))} and is {value} now"
         for name, value in wanted.items()
         if there.get(name) != value
     ]

@@ -50,7 +50,7 @@ def setting_differences(values: Mapping[str, Any], wanted: Method, excused: froz
     """
     known = {name: value for name, value in values.items() if name in DEFAULTS and name != "config"}
     found = [
-        f"{name} is {reprlib.repr(value)} there and unknown to abtrain {__version__}"
+        f"{name} was {reprlib.repr(value)} and is unknown to abtrain {__version__}"
         for name, value in values.items()
         if name not in known and name not in excused
     ]
@@ -59,7 +59,7 @@ def setting_differences(values: Mapping[str, Any], wanted: Method, excused: froz
     except ConfigurationError as error:
         return [*found, *error.problems]
     found += [
-        f"{name} is {there[name]!r} there and {value!r} here"
+        f"{name} was {there[name]!r} and is {value!r} now"
         for name, value in wanted.settings.items()
         if there[name] != value
     ]
@@ -79,7 +79,7 @@ def recipe_differences(there: Any, here: Any, place: str = "recipe") -> list[str
         return [line for n, (one, other) in pairs for line in recipe_differences(one, other, f"{place}[{n}]")]
     if there == here:
         return []
-    return [f"{place} is {reprlib.repr(there)} there and {reprlib.repr(here)} here by default"]
+    return [f"{place} was {reprlib.repr(there)} and is {reprlib.repr(here)} now, by default"]
 
 
 def resolved(config: TrainConfig) -> TrainConfig:

@@ -189,7 +189,7 @@ def _canonical(text: str) -> str:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Returns a message for each setting whose value in a recorded run (`before`) differs from this run's (`now`)."""
     return [
-        f"{name} is {before.get(name)!r} there and {now.get(name)!r} here"
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r} now"
         for name in dict.fromkeys((*now, *before))
         if before.get(name) != now.get(name)
     ]

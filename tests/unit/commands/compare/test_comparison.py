@@ -54,7 +54,7 @@ def test_a_folder_holds_one_comparison() -> None:
         pass
     with pytest.raises(ConfigurationError, match="holds another comparison"), held_folder(other):
         pass
-    with pytest.raises(ConfigurationError, match=r"holds another comparison .steps is 50 there and 60 here"):
+    with pytest.raises(ConfigurationError, match=r"holds another comparison .steps was 50 and is 60 now"):
         parse_arguments(["ab", "--steps", "60", "--out", "o"])
     assert json.loads(Path("o/settings.json").read_text())["steps"] == 50
     Path("used").mkdir()

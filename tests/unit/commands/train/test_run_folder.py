@@ -88,7 +88,7 @@ def test_an_unfinished_run_of_other_settings_is_kept(tmp_path: Path) -> None:
     config = resolve(TrainConfig(out=tmp_path, device="cpu"))
     with RunFolder(config) as folder:
         folder.begin(0)
-    with pytest.raises(ConfigurationError, match=r"other settings \(lr is 0.003 there and 0.1 here; seed is 0 there"):
+    with pytest.raises(ConfigurationError, match=r"other settings \(lr was 0.003 and is 0.1 now; seed was 0 and"):
         RunFolder(dataclasses.replace(config, lr=0.1, seed=3))
     for replaced in ({"overwrite": True}, {"resume": False}):
         with RunFolder(dataclasses.replace(config, lr=0.1, **replaced)) as folder:  # type: ignore[arg-type]
