@@ -54,7 +54,7 @@ class CallOrder:
                 "optimizer.step() was called without an ab(...) call before it: call ab(x) in place of model(x)"
                 if self._hooks.stepped
                 else "ab(...) was not called since the last ab.step(): call it before each optimizer step, equally "
-                "often on every worker, and use ab.merged() to look at the average during a round"
+                "often on every worker, and use ab.merged() to look at the workers' average"
             )
         progress.refuse_in_view("ab.step()")
         self._forwards = 0

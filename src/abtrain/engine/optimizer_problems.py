@@ -158,9 +158,7 @@ class NewState:
         if copies and factored:
             raise UsageError(copies)
         unsaved = (
-            [f"{kind} keeps {odd} in its state, which checkpoints cannot hold: use another optimizer to save"]
-            if odd
-            else []
+            [f"{kind} keeps {odd} in its state, so checkpoints cannot be saved: use another optimizer"] if odd else []
         )
         return unsaved + copies
 
@@ -219,7 +217,7 @@ def _saving_problems(optimizer: Optimizer) -> list[str]:
 def _factoring_problems(optimizers: Optimizers, recipe: Recipe) -> list[str]:
     problems = []
     if recipe.phases[0].weights == "factored" and any(map(_steps_of, optimizers.stateful)):
-        problems.append("the optimizer has stepped already, but the recipe starts factored: begin with a new optimizer")
+        problems.append("the optimizer has made steps, but weights are factored at step 0: begin with a new optimizer")
     for optimizer in optimizers.all:
         if isinstance(optimizer, LBFGS):
             problems.append(f"LBFGS keeps one flat copy of all gradients, {_CANNOT_FOLLOW}")
@@ -227,7 +225,7 @@ def _factoring_problems(optimizers: Optimizers, recipe: Recipe) -> list[str]:
         odd = _state_from_start(optimizer)
         if odd:
             problems.append(
-                f"{type(optimizer).__name__} creates {odd!r} in its state when it is built, but not for factors: "
+                f"{type(optimizer).__name__} creates {odd!r} in its state only when it is built, so factors lack it: "
                 f"{_WITHOUT_FACTORS}"
             )
     unknown = _not_projectable(optimizers, recipe, "project")

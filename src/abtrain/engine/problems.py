@@ -189,7 +189,7 @@ def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
     doubts, topology = [], comm.topology
     if topology.n_groups == 1 and any(phase.trains == "a_or_b" for phase in recipe.phases):
         doubts.append(
-            "the only group trains A and B in turn, cycle by cycle: use a smaller group_size, or the recipe ab_outer"
+            "the only group of workers trains the factors A and B in turn: use a smaller group_size, or ab_outer"
         )
     if topology.n_groups == 1 and topology.world_size > 1 and any(phase.rounds for phase in recipe.phases):
         doubts.append(
@@ -201,8 +201,8 @@ def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
     steps = recipe.first_factored_step or 0
     if 0 < steps < _FEW_STEPS:
         doubts.append(
-            f"weights are factored after {steps} steps: this is too early for weights that are trained from scratch to "
-            f"find their dominant directions, and the others are cut off. Give a warm-up of at least {_FEW_STEPS} "
-            "steps (warmup_steps), or use local_sgd"
+            f"weights are factored after {steps} steps: this is too early for a model that is trained from scratch, "
+            "since factors keep only what it has learned by then. Give a warm-up of at least "
+            f"{_FEW_STEPS} steps (warmup_steps), or use local_sgd"
         )
     return doubts

@@ -71,7 +71,7 @@ def test_weights_that_are_factored_early_draw_a_warning(
 
 def test_one_group_alone_takes_turns(caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer, ab = mlp_run(None, recipes.ab(15, **SCHEDULE))
-    assert "trains A and B in turn" in caplog.text
+    assert "trains the factors A and B in turn" in caplog.text
     assert "in turn" in str(ab.describe())
     trained = []
     while not ab.finished:
