@@ -105,7 +105,7 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_of_torch(optimizer: Optimizer) -> bool:
     """Returns whether an optimizer's class is one of PyTorch's own, and not a subclass defined elsewhere."""
-    return type(optimizer).__module__.startswith("torch.optim.")
+    return f"{type(optimizer).__module__}.".startswith("torch.optim.")  # that of Muon is torch.optim itself
 
 
 def is_a(optimizer: Optimizer, kinds: Sequence[type[Optimizer]]) -> bool:
