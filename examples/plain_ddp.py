@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from abtrain import weights_digest
-from abtrain.commands.tasks.task import TASKS, batches, build_model, build_optimizer, build_schedule, evaluate
+from abtrain.commands.tasks.evaluation import evaluate
+from abtrain.commands.tasks.task import TASKS, batches, build_model, build_optimizer, build_schedule
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--task", default="digits-mlp", choices=sorted(TASKS))

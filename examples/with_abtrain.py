@@ -5,7 +5,8 @@ import argparse
 import torch.distributed as dist
 
 from abtrain import ABTraining, recipes, weights_digest
-from abtrain.commands.tasks.task import TASKS, batches, build_model, build_optimizer, build_schedule, evaluate
+from abtrain.commands.tasks.evaluation import evaluate
+from abtrain.commands.tasks.task import TASKS, batches, build_model, build_optimizer, build_schedule
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--task", default="digits-mlp", choices=sorted(TASKS))

@@ -24,7 +24,8 @@ from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from abtrain import weights_digest
-from abtrain.commands.tasks.task import TASKS, Task, batches, build_model, build_optimizer, build_schedule, evaluate
+from abtrain.commands.tasks.evaluation import evaluate
+from abtrain.commands.tasks.task import TASKS, Task, batches, build_model, build_optimizer, build_schedule
 
 Step = Callable[[Tensor, Tensor], None]
 Finish = Callable[[], nn.Module]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from abtrain.commands.export.finished import FinishedRun, inputs, largest_difference
-from abtrain.commands.tasks.task import evaluate
+from abtrain.commands.tasks.evaluation import evaluate
 from abtrain.errors import CheckpointError
 from abtrain.lowrank.names import factor_letter, factor_names, weight_name
 

@@ -1,4 +1,4 @@
-"""Defines tasks, builds their models, batches, optimizers and schedules, and evaluates models.
+"""Defines tasks, and builds their models, batches, optimizers and schedules.
 
 The module does not use abtrain's engine. A plain DDP loop can therefore use it, with the same initial weights and the
 same batches as `abtrain train`.
@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -262,49 +262,3 @@ def _generator(seed: int, rank: int, step: int) -> torch.Generator:
     """Returns a new generator whose seed depends only on the arguments."""
     digest = hashlib.blake2b(f"{seed}/{rank}/{step}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-
-
-class Score(NamedTuple):
-    """Sums over test samples: their losses, the number classified correctly, and their number."""
-
-    loss: float
-    correct: float
-    seen: float
-
-    def quality(self, task: Task) -> dict[str, float | None]:
-        """Returns `top1` accuracy in percent (None if the task has no classes), and the mean `loss` in nats."""
-        return {"top1": 100 * self.correct / self.seen if task.classifies else None, "loss": self.loss / self.seen}
-
-
-@torch.no_grad()
-def score(
-    model: nn.Module,
-    task: Task,
-    data: Data,
-    part: int = 0,
-    parts: int = 1,
-    batch_size: int = 100,
-    after_batch: Callable[[], object] = lambda: None,
-) -> Score:
-    """Evaluates a model on every `parts`-th batch of the test set, starting with batch `part`.
-
-    Calls `after_batch` after each batch.
-    """
-    was_training = model.training
-    model.eval()
-    loss, correct, seen = 0.0, 0, 0
-    for x, y in data.test.in_order(batch_size, part, parts):
-        targets = y.long()
-        output = model(task.prepare(x))
-        loss += float(cross_entropy(output, targets)) * len(x)
-        if task.classifies:
-            correct += int((output.argmax(dim=-1) == targets).sum())
-        seen += len(x)
-        after_batch()
-    model.train(was_training)
-    return Score(loss, correct, seen)
-
-
-def evaluate(model: nn.Module, task: Task, data: Data, batch_size: int = 100) -> dict[str, float | None]:
-    """Evaluates a model on the whole test set. Returns the metrics of `Score.quality`."""
-    return score(model, task, data, batch_size=batch_size).quality(task)

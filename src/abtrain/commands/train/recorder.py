@@ -87,7 +87,7 @@ class Recorder:
         self._losses = state["losses"].tolist()
         self._started = time.perf_counter() - float(state["seconds"])
         self.validation = dict(state["validation"])
-        self.aside = dict(state["aside"])
+        self.aside = dict(state.get("aside", {}))
 
     def logs(self, step: int) -> bool:
         """Whether the metrics are logged after `step` steps."""

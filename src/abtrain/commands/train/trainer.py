@@ -16,8 +16,9 @@ from abtrain.comm.communicator import Communicator
 from abtrain.commands.circumstances import hardware, versions
 from abtrain.commands.plan.payload import payload_ratio
 from abtrain.commands.tasks.choices import Precision
+from abtrain.commands.tasks.evaluation import evaluate
 from abtrain.commands.tasks.samples import Data
-from abtrain.commands.tasks.task import TASKS, Task, build_optimizer, build_schedule, evaluate
+from abtrain.commands.tasks.task import TASKS, Task, build_optimizer, build_schedule
 from abtrain.commands.train.config import TrainConfig, recipe_of
 from abtrain.engine.ab_training import ABTraining
 from abtrain.errors import NonFiniteError

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from abtrain.commands.tasks.datasets import Data, Split
+from abtrain.commands.tasks.evaluation import evaluate
 from abtrain.commands.tasks.images import Images, find_cifar, load_cifar, load_imagenet
 from abtrain.commands.tasks.samples import Reading
-from abtrain.commands.tasks.task import TASKS, batches, evaluate, shift_by_four
+from abtrain.commands.tasks.task import TASKS, batches, shift_by_four
 from abtrain.errors import DataError
 
 pytest.importorskip("torchvision")

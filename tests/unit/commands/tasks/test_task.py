@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from abtrain.commands.tasks.datasets import Data, Split
+from abtrain.commands.tasks.evaluation import evaluate
 from abtrain.commands.tasks.task import (
     TASKS,
     Task,
@@ -13,7 +14,6 @@ from abtrain.commands.tasks.task import (
     build_model,
     build_optimizer,
     build_schedule,
-    evaluate,
     flip_and_shift,
 )
 from abtrain.errors import ConfigurationError

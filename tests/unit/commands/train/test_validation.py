@@ -20,7 +20,8 @@ from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
 from abtrain.commands.model_file import save_model
 from abtrain.commands.tasks.datasets import Data, Split
-from abtrain.commands.tasks.task import TASKS, build_model, evaluate, score
+from abtrain.commands.tasks.evaluation import evaluate, score
+from abtrain.commands.tasks.task import TASKS, build_model
 from abtrain.commands.train.config import TrainConfig, resolve
 from abtrain.commands.train.loop import train
 from abtrain.commands.train.stopping import Stopping
