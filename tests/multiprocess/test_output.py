@@ -40,3 +40,17 @@ def test_training_goes_on_without_a_reader(workers: str, tmp_path: Path) -> None
     assert ended.returncode == 0 and (tmp_path / "run" / "result.json").exists()
     told = [line for line in ended.stderr.splitlines() if "display" in line]
     assert len(told) == 1 and "BrokenPipeError" in told[0] and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("plan", "--help")], ids=" ".join)
+def test_help_does_not_wait_for_torch(arguments: tuple[str, ...]) -> None:
+    program = (
+        "import sys\n"
+        "from abtrain.commands.cli import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "finally:\n"
+        "    assert 'torch' not in sys.modules\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and ended.stdout.startswith("usage: abtrain"), ended.stderr
