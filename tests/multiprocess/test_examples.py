@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,17 +22,23 @@ STEPS = "40"
 GLOO_ABORTED = "terminate called without an active exception"
 
 
-def example(name: str, *arguments: str) -> str:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    command = [*launcher, str(ROOT / "examples" / name), "--steps", STEPS, "--seed", "7", "--lr", "2e-3", *arguments]
+def started(workers: int, name: str, *arguments: str, cwd: Path = ROOT) -> str:
+    """What an example prints that torchrun starts."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
+    command = [*launcher, str(ROOT / "examples" / name), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     for _ in range(2):
-        ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=200)
         if GLOO_ABORTED not in ended.stderr:
             break
     assert ended.returncode == 0, ended.stderr
-    found = re.search(r"weights_digest=([0-9a-f]{64})", ended.stdout)
-    assert found, ended.stdout
+    return ended.stdout
+
+
+def example(name: str, *arguments: str) -> str:
+    shown = started(3, name, "--steps", STEPS, "--seed", "7", "--lr", "2e-3", *arguments)
+    found = re.search(r"weights_digest=([0-9a-f]{64})", shown)
+    assert found, shown
     return found[1]
 
 
@@ -85,29 +92,18 @@ def test_the_demo_shows_both_and_the_next_steps(tmp_path: Path) -> None:
 
 def test_a_gpt_is_trained_and_tuned(tmp_path: Path) -> None:
     """The examples of two tutorials, with two workers and few steps: the second takes the model of the first."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-
-    def run(name: str, *arguments: str) -> str:
-        command = [*launcher, str(ROOT / "examples" / name), *arguments]
-        for _ in range(2):
-            ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200)
-            if GLOO_ABORTED not in ended.stderr:
-                break
-        assert ended.returncode == 0, ended.stderr
-        return ended.stdout
-
-    trained = run("gpt.py", "--steps", "30")
+    trained = started(2, "gpt.py", "--steps", "30", cwd=tmp_path)
     assert re.search(r"factored 1\.\d\d : 1, \d\.\d\d MB sent by each worker", trained), trained
     assert (tmp_path / "gpt.pt").exists()
-    tuned = run("lora.py", "--steps", "20")
+    tuned = started(2, "lora.py", "--steps", "20", cwd=tmp_path)
     before, after = re.findall(r"(\d\.\d{3}) (?:before|after)", tuned)
     assert float(after) < float(before), tuned
     assert (tmp_path / "tuned.pt").exists()
 
 
-def test_tuning_says_which_program_writes_the_model(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "lora.py")]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
-    assert ended.returncode == 1
-    assert "python examples/gpt.py writes it" in ended.stderr
+def test_tuning_says_which_program_writes_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(sys, "argv", ["lora.py"])
+    with pytest.raises(SystemExit, match=r"python examples/gpt\.py writes it"):
+        runpy.run_path(str(ROOT / "examples" / "lora.py"), run_name="__main__")
