@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from abtrain.commands import cli
 from abtrain.commands.compare.command import show as show_comparison
 from abtrain.commands.compare.summary import rows
+from abtrain.commands.export import command as export_command
 from abtrain.commands.export import inspect_command
 from abtrain.commands.export.inspection import Gains, InspectedWeight
 from abtrain.commands.lab.command import show_result
@@ -87,6 +89,17 @@ def lab() -> None:
     show_result(LabResult(("train.py",), Path("runs/lab"), 45.6, False, hosts, (), None, "cubic"), Output())
 
 
+def export() -> None:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.chdir(folder)
+        file = Path("model-plain.pt")
+        file.write_bytes(bytes(158_000))
+        patch.setattr(export_command, "find_run", lambda run, best: None)
+        patch.setattr(export_command, "export", lambda *given: (file, 3e-8))
+        patch.setattr(export_command, "needed_packages", lambda run: ["torchvision"])
+        export_command.main(["runs/one"])
+
+
 def inspect() -> None:
     weights = [
         InspectedWeight("features.0.weight", 32, 9, ()),
@@ -113,6 +126,7 @@ CAPTURES: dict[str, Callable[[], None]] = {
     "paper-ecr": typed("paper", "ecr"),
     "paper-dry-run": typed("paper", "table2-local", "--dry-run", "--nodes", "4"),
     "lab": lab,
+    "export": export,
     "inspect": inspect,
 }
 

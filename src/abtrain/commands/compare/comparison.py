@@ -181,7 +181,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE")
     runs = parser.add_argument_group("runs")
-    runs.add_argument("--task", default="digits-mlp", metavar="TASK", help=f"one of {', '.join(TASKS)}")
+    runs.add_argument("--task", default="digits-mlp", metavar="TASK", help=f"{', '.join(TASKS)} (default digits-mlp)")
     runs.add_argument("--steps", type=whole_number, metavar="N", help="steps of each run (default: the task's)")
     runs.add_argument("--seeds", type=whole_number, default=1, metavar="N", help="runs of each recipe (default 1)")
     runs.add_argument(
