@@ -26,3 +26,9 @@ def test_the_notebook_runs_and_holds_its_outputs(tmp_path: Path) -> None:
     NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert texts(notebook) == held
     assert "the same bits: True" in "".join(held)
+
+
+def test_links_of_the_notebook_lead_to_pages() -> None:
+    texts = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "markdown"]
+    links = re.findall(r"\]\(([^)#]+)", "\n".join(texts))
+    assert links and all((NOTEBOOK.parent / link).exists() for link in links), links
