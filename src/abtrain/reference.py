@@ -49,9 +49,8 @@ def ab_training(
     """
     run = _Run(model, batch, loss, **schedule)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    world = [_Replica(start, make_optimizer)]  # one replica while all workers are equal
+    world, cycle = [_Replica(start, make_optimizer)], 0  # one replica while all workers are equal
     run.train(world, run.warmup_steps)  # lines 5-6
-    cycle = 0
     while run.step < run.total_steps:  # lines 7, 22
         if groups:
             world = [copy.deepcopy(world[0]) for _ in range(run.n_groups)]

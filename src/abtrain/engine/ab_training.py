@@ -120,9 +120,8 @@ class ABTraining(ModelAccess):
         self.optimizers, self.optimizer = optimizers.given, optimizers.given[0]
         treatments = classify(model, recipe.factoring, set(map(id, optimizers.parameters())))
         self._progress = Progress(recipe, comm)
-        names = [treatment.name for treatment in treatments if treatment.kind == "factored"]
-        optimizer_state = recipe.factoring.optimizer_state if recipe.factoring else "reset"
-        self._model = FactoredModel(model, optimizers, names, optimizer_state)
+        state = recipe.factoring.optimizer_state if recipe.factoring else "reset"
+        self._model = FactoredModel(model, optimizers, [t.name for t in treatments if t.kind == "factored"], state)
         shared = SharedTensors(self._model, treatments, comm, average_buffers, same_settings)
         self._rounds = Rounds(shared, comm, on_nonfinite, measure_divergence)
         begin(

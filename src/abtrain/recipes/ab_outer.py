@@ -54,8 +54,7 @@ def ab_outer(
 ) -> Recipe:
     """Beyond the paper: full-rank local warm-up, then all groups train both factors, with outer Nesterov merges.
 
-    Merges reset neither the state of the workers' optimizers nor that of the outer optimizer.
-    `factoring` takes the other fields of `Factoring`. `abtrain recipes ab_outer` lists the options.
+    Merges reset no optimizer state. Other keyword arguments are fields of `Factoring`, such as `exclude`.
 
     Raises:
         ConfigurationError: settings are invalid or `rebound_steps` has no effect; one message for each problem.
