@@ -1,10 +1,10 @@
-"""Recommends a recipe for a cluster: the fast recipe that is closest to plain data parallel training.
+"""Recommends a recipe for a cluster: among the fast recipes, the one that resembles data parallel training most.
 
-The module does not predict accuracy. It orders recipes by their closeness to data parallel training instead. Training
-is closer if there are fewer steps between merges, which average the workers' weights, and if merges are hidden behind
-fewer steps. The module tries recipes in this order, beginning with data parallel training in bfloat16. It recommends
-the first recipe that takes at most a ninth longer than the fastest one. It tries merges in the format of the recipe and
-in that of `auto`, since formats with few bits lose almost no accuracy (benchmarks/merges.md).
+The module does not predict accuracy. It assumes that training resembles data parallel training more if workers merge
+their weights more often, and if fewer training steps run while a merge is sent. The module tries recipes in this order,
+beginning with data parallel training in bfloat16. It recommends the first recipe whose run takes at most a ninth longer
+than that of the fastest recipe. It tries merges in the recipe's own wire format and in the format `auto`, since formats
+with few bits lose almost no accuracy (benchmarks/merges.md).
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from abtrain.recipes.wires import AUTO
 GOOD_ENOUGH = 0.9
 """A recipe is fast enough if its speed is at least this share of the fastest recipe's speed."""
 SHORT_RUN = 300
-"""Runs with fewer steps are too short for local training, whatever the link (docs/studies/large-batch.md)."""
+"""Runs with fewer steps are too short for recipes that merge weights, on any link (docs/studies/large-batch.md)."""
 ROUNDS = (1, 2, 4, 8, 16)
-"""Numbers of steps between merges to try, as multiples of the recipe's default."""
+"""The numbers of steps between merges that are tried, as multiples of the recipe's default."""
 DELAYS = (0, 0.1, 0.5)
-"""Delays of hidden merges to try, as shares of a round."""
+"""The numbers of training steps that may run while a merge is sent, as shares of the steps between two merges."""
 _USUAL_ROUND = 20
-"""Steps between merges, for recipes without a default."""
+"""The number of steps between merges that is used for recipes without a default."""
 DELAY_OPTIONS = ("delay", "warmup_delay")
-"""Options for merges that run in the background of training steps."""
+"""The options of recipes that set how many training steps run while a merge is sent."""
 CASES = {
     "a CNN, or another model": recipes.DEFAULT,
     "a transformer from scratch": "ab_local",
     "any model, without factors": "local_sgd:every=6,wire=ternary,local_lr=2",
 }
-"""Recipes for slow links, by the kind of model. README has the same table."""
+"""The recipes that are recommended for slow links, by the kind of model. README has the same table."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,16 @@ class Setting:
     """The model, the cluster and the step times for which recipes are compared.
 
     Args:
-        shapes: a function that returns the shapes of the model, given the `Factoring` of a recipe or None.
-        compression: the parameters of the full model divided by those of the factored model.
+        shapes: a function that takes the `Factoring` of a recipe, or None, and returns the shapes of the model.
+        compression: the parameters of the full model divided by those of the factored model, for recipes with factors.
         steps: the number of steps of the run.
         alone: the seconds that one worker takes for its own work, without communication.
         cluster: the nodes, their workers and their links.
         group_size: the number of workers in a group.
         speeds: the speeds of the workers; None if all are equal.
         algorithm: the algorithm of all-reduces, such as `ring`.
-        measure_factors: a function that returns the seconds that factors add, given the rank of each weight by name.
-            None neglects these seconds.
+        measure_factors: a function that takes the rank of each weight by name, and returns the seconds that factors
+            add. If it is None, the forecast ignores these seconds.
     """
 
     shapes: Callable[[Factoring | None], ModelShapes]
@@ -98,10 +98,10 @@ class Setting:
     measure_factors: Callable[[Mapping[str, int]], FactorSeconds] | None = None
 
     def offer(self, name: str, **options: Any) -> Offer:
-        """Returns a recipe with its options and the forecast of its run in this setting.
+        """Builds the recipe `name` with these options, and forecasts its run in this setting.
 
         Raises:
-            ConfigurationError: the options, the compression or the group size are invalid.
+            ConfigurationError: an option of the recipe, the compression or the group size is invalid.
         """
         recipe = recipes.build(name, self.steps, **options)
         model = self.shapes(recipe.factoring)
@@ -129,7 +129,8 @@ class Recommendation:
         choice: the recommended recipe.
         ddp: data parallel training in bfloat16, which is the reference.
         fastest: the fastest recipe that was tried.
-        cases: the recipes for slow links by case, as in CASES; empty if `choice` is data parallel training.
+        cases: a recipe for each kind of model, as in CASES. It is empty if one recipe was requested by name, or
+            if `choice` is data parallel training.
     """
 
     choice: Offer
@@ -143,11 +144,11 @@ def recommend(setting: Setting, name: str = "") -> Recommendation:
 
     Args:
         setting: the model, the cluster and the step times.
-        name: the recipe whose options are chosen; by default the default recipe. Without a name, `cases` of the
-            result has further recipes.
+        name: the recipe whose options are chosen. If it is empty, this is the default recipe, and `cases` of the result
+            lists recipes for other kinds of models.
 
     Raises:
-        ConfigurationError: the setting is invalid.
+        ConfigurationError: the compression or the group size of the setting is invalid.
     """
     ddp = setting.offer("ddp", wire="bf16")
     ladder = [ddp, *_ladder(setting, name or recipes.DEFAULT)]
@@ -163,7 +164,7 @@ def recommend(setting: Setting, name: str = "") -> Recommendation:
 
 
 def _ladder(setting: Setting, name: str) -> Iterator[Offer]:
-    """Yields variants of a recipe from the closest to data parallel training to the most distant."""
+    """Yields variants of a recipe. The first resembles data parallel training most, the last resembles it least."""
     known = recipes.options_of(name)
     if "every" not in known:
         return
@@ -175,7 +176,7 @@ def _ladder(setting: Setting, name: str) -> Iterator[Offer]:
         options: dict[str, Any] = {"every": every} if every != defaults["every"].default else {}
         options |= wire
         options |= {option: round(share * every) for option in DELAY_OPTIONS if share and option in known}
-        # A recipe needs room for a round of its first phase, and for one after it; a phase may be shorter than a round.
+        # The run needs a round in its first phase and one after it. `recipes.build` allows phases shorter than a round.
         fits = 2 * every <= setting.steps and not problem_of(partial(recipes.build, name, setting.steps, **options))
         if fits and (not share or any(option in known for option in DELAY_OPTIONS)):
             yield setting.offer(name, **options)

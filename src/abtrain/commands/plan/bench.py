@@ -35,15 +35,15 @@ from abtrain.recipes.sync import GradientSync, GradientWire
 _UNTIMED = 3
 _TIMED = 10
 _TURNS = 10
-"""The largest number of turns. Kinds of steps take turns, so that other load on the machine slows all equally."""
+"""The largest number of turns. Each turn times all kinds of steps, so that other load slows all kinds equally."""
 _TURN = 4
-"""The number of steps of each kind in a turn."""
+"""The number of timed steps of each kind in a turn."""
 _TURNS_SECONDS = 10.0
 """No further turn starts after this many seconds."""
 
 
 class Bench:
-    """Times the training of a task on the CPU in this process. A worker with as many cores would take as long.
+    """Times the training of a task on the CPU in this process. A worker with the same number of cores takes as long.
 
     Args:
         task: the task that provides the model and the data.
@@ -85,10 +85,10 @@ class Bench:
         return {wire: max(statistics.median(seconds) - of_plain, 0.0) for wire, seconds in steps.items()}
 
     def factors(self, ranks: Mapping[str, int]) -> FactorSeconds:
-        """Measures the seconds that factors add to each step, and those to replace weights by factors and back.
+        """Measures the seconds that factors add to each step, and the seconds to replace weights by factors and back.
 
-        The result does not include decompositions, preconditioners and the projection of optimizer state. The ranks
-        are guesses, so a measured speed-up is not reliable and is reported as zero cost.
+        The result does not include decompositions, preconditioners or the projection of optimizer state. The ranks of
+        the real run are unknown, so a measured speed-up is not reliable. It is reported as a cost of 0.
 
         Args:
             ranks: the rank of each factored weight, by name.
@@ -125,10 +125,12 @@ class Bench:
 
 @contextmanager
 def world_of_one() -> Iterator[Callable[[GradientSync, nn.Module], DataParallel]]:
-    """Yields a function that wraps a model in DDP with a given gradient sync, in a process group of one worker.
+    """Creates a process group of one worker, and yields a function (sync, model) that wraps a model in DDP.
+
+    The function's first argument determines in which wire format DDP averages gradients.
 
     Raises:
-        UsageError: this process has joined other workers.
+        UsageError: this process already has a process group.
     """
     if dist.is_initialized():
         raise UsageError("this process has already joined other workers: use a separate process for this measurement")
@@ -145,7 +147,7 @@ def world_of_one() -> Iterator[Callable[[GradientSync, nn.Module], DataParallel]
 
 
 def measure_decompositions(model: ModelShapes) -> float:
-    """Returns the seconds that one worker takes to decompose all factorable weights. It times each shape once."""
+    """Returns the seconds that one worker takes to decompose all factorable weights. Each shape is timed once."""
     counts = Counter((matrix.m, matrix.n) for matrix in model.matrices().values())
     return sum(count * _seconds_of_one(m, n) for (m, n), count in counts.items())
 
@@ -158,7 +160,7 @@ def _seconds_of_one(m: int, n: int) -> float:
 
 
 def _turns() -> Iterator[int]:
-    """Yields the number of each turn, from 0 on. Ends after `_TURNS` turns, or at the first turn past the time."""
+    """Yields the number of each turn, from 0 on. Ends after `_TURNS` turns, or once `_TURNS_SECONDS` have passed."""
     end = time.perf_counter() + _TURNS_SECONDS
     for turn in range(_TURNS):
         if turn and time.perf_counter() > end:
@@ -188,7 +190,7 @@ class _TimedModel:
         return [_timed(self._step) for _ in range(untimed + timed)][untimed:]
 
     def single(self) -> float:
-        """Runs the next step and returns its seconds."""
+        """Runs one training step, and returns the seconds that it took."""
         return _timed(self._step)
 
     def close(self) -> None:

@@ -10,10 +10,10 @@ An all-reduce of M bytes uses one of two algorithms:
     ring           a ring of all n workers in the order of their ranks: 2 (n-1) rounds of M/n, which is optimal in
                    bandwidth (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations,
                    2009); Gloo uses it
-    hierarchical   half a ring inside each node, a ring of the n nodes, half a ring inside each node
+    hierarchical   a reduce-scatter inside each node, a ring of the n nodes, an all-gather inside each node
 
-In both, each node sends 2 (n-1)/n M over its link. A broadcast is a binomial tree, an all-gather is a ring of n-1
-rounds, and an exchange is n-1 messages in sequence (Thakur et al.).
+In both, each node sends 2 (n-1)/n M over its link. A broadcast uses a binomial tree. An all-gather uses a ring of n-1
+rounds. An exchange between all pairs of workers sends n-1 messages in sequence (Thakur et al.).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class NodeLink:
         """Returns a message for each problem of the link; empty if there are none."""
         found = number_problems("rate", self.rate, above=0)
         if not (math.isfinite(self.latency) and self.latency >= 0):
-            found.append(f"latency={self.latency} is not a finite number of at least 0: use one, in seconds")
+            found.append(f"latency={self.latency} is out of range: use a finite number of seconds of at least 0")
         return found
 
     def seconds(self, nbytes: float, messages: float = 1) -> float:
@@ -82,7 +82,7 @@ LOCAL = NodeLink(rate=100e9, latency=2e-6)
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes with equal numbers of workers each. The slowest link determines the time of collectives.
+    """A cluster of nodes that all have the same number of workers. The slowest link determines the time of collectives.
 
     Args:
         nodes: the number of nodes.
@@ -91,7 +91,7 @@ class Cluster:
         local: the link between the workers of a node.
 
     Raises:
-        ConfigurationError: lists everything that is wrong.
+        ConfigurationError: a number is out of range. The error lists all of them.
     """
 
     nodes: int
@@ -111,7 +111,7 @@ class Cluster:
 
     @property
     def pace(self) -> NodeLink:
-        """The slowest link on which workers send: the node's link, or the local link if there is one node."""
+        """The slowest link that workers use: the node's link, or the local link if there is only one node."""
         return self.link if self.nodes > 1 else self.local
 
     @property
@@ -120,7 +120,7 @@ class Cluster:
         return replace(self, link=NodeLink(self.link.rate), local=NodeLink(self.local.rate))
 
     def part(self, workers: int) -> Cluster:
-        """Returns a smaller cluster with this many workers: workers of one node, or several whole nodes."""
+        """Returns a smaller cluster with this many workers: a part of one node, or several whole nodes."""
         if workers <= self.per_node:
             return Cluster(1, self.link, workers, self.local)
         return Cluster(-(-workers // self.per_node), self.link, self.per_node, self.local)
@@ -140,7 +140,7 @@ def ring(cluster: Cluster, nbytes: float) -> Cost:
 
 
 def hierarchical(cluster: Cluster, nbytes: float) -> Cost:
-    """Returns the cost of an all-reduce with a ring between nodes, and half a ring inside nodes before and after it."""
+    """Returns the cost of a ring all-reduce between nodes, with a reduce-scatter and an all-gather inside each node."""
     between = ring(Cluster(cluster.nodes, cluster.link), nbytes)
     inside = 2 * (cluster.per_node - 1) * cluster.local.seconds(nbytes / cluster.per_node)
     return Cost(between.seconds + inside, between.wire)
@@ -170,7 +170,7 @@ def _all_gather(cluster: Cluster, nbytes: float) -> Cost:
 
 
 def _exchange(cluster: Cluster, nbytes: float) -> Cost:
-    """Returns the cost of an exchange between all pairs of workers. Data for workers of one node stays off its link."""
+    """Returns the cost of an exchange between all pairs of workers. Workers of the same node do not use its link."""
     n, inside = cluster.workers, cluster.per_node
     piece = nbytes / (n - 1)
     leaving = inside * (n - inside)

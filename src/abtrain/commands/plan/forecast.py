@@ -40,7 +40,7 @@ class FactorSeconds:
     reshaping: float = 0.0
 
     def times(self, slower: float) -> FactorSeconds:
-        """Returns the seconds of a worker that is slower by this factor."""
+        """Returns these seconds for a worker that takes `slower` times as long."""
         return FactorSeconds(slower * self.step, slower * self.reshaping)
 
 
@@ -62,7 +62,7 @@ class WorkerSeconds:
     factors: FactorSeconds = FactorSeconds()
 
     def times(self, slower: float) -> WorkerSeconds:
-        """Returns the seconds of a worker that is slower by this factor, for example because it shares its core."""
+        """Returns these seconds for a worker that takes `slower` times as long, for example on a shared core."""
         return replace(
             self,
             step=slower * self.step,
@@ -83,9 +83,9 @@ class PhaseForecast:
         wire: the bytes that a node sends over its link, headers included.
         compute: the seconds of computation at nominal speed.
         waiting: the seconds that workers wait for the slowest one.
-        communication: the seconds of communication that do not overlap with computation, and the seconds of preparing
-            gradients for it.
-        decomposing: the seconds of decomposing weights, and of replacing weights by factors and back.
+        communication: the seconds of communication that do not overlap with computation, and the seconds that workers
+            take to copy and compress gradients for it.
+        decomposing: the seconds that workers take to decompose weights, and to replace weights by factors and back.
     """
 
     phase: str
@@ -158,7 +158,7 @@ class _Forecaster:
     def __init__(self, cluster: Cluster, alone: WorkerSeconds, group_size: int, speeds: Speeds, algorithm: str) -> None:
         self._cluster, self._alone, self._speeds = cluster, alone, speeds
         self._group_size, self._algorithm = group_size, algorithm
-        # Repeated phases make the same calls.
+        # Repeated phases call the same collectives.
         self._cost = cache(self._cost_of)
 
     def stretch(self, stretch: Stretch) -> PhaseForecast:
@@ -187,7 +187,7 @@ class _Forecaster:
     def _stalled(self, merging: Merging, step_seconds: float) -> float:
         """Returns the seconds that workers wait for one merge. They wait for a stage when the next stage is due."""
         count, hidden = len(merging.stages), merging.hidden
-        # The number of stages that are done after each step; the next one is under way then.
+        # The number of complete stages after each step. The next stage is under way then.
         done = [stages_due(count, hidden, passed) for passed in range(1, hidden + 1)]
         stalled = 0.0
         for place, calls in enumerate(merging.stages):

@@ -1,6 +1,6 @@
-"""Predicts the payload that `abtrain.comm.meter` counts. The prediction needs only the shapes of the model.
+"""Predicts the payload of a run, which `abtrain.comm.meter` counts: the bytes that a worker passes to collectives.
 
-`predict` follows the phases of a recipe, and returns the collectives that a worker calls, with their bytes. The
+The prediction needs only the shapes of the model. `predict` lists the collectives of each phase with their bytes. The
 prediction is exact if initial weights and factors are equal on all workers, every parameter has a gradient, no
 GradScaler is used, and `merged()` is not called. It assumes that floating-point buffers differ between workers, and
 that all other buffers are equal.
@@ -51,12 +51,12 @@ def predict(
         topology: the workers and their groups.
         ranks: the rank k of each factored weight by name. Other weights stay dense. A sequence has one mapping for
             each decomposition of the run. The last mapping applies to all further decompositions.
-        optimizer: the optimizer state of each parameter. Workers make this state equal before a phase that averages
-            gradients at every step.
-        rank: the rank of the worker in its world. Workers of a group with different roles send different amounts.
+        optimizer: the size of the optimizer's state for each parameter. Workers make this state equal before a phase
+            that averages gradients at every step.
+        rank: the rank of the worker. If workers train different factors, they send different amounts.
 
     Returns:
-        The collectives in chronological order, with one `Stretch` for steps that call the same ones.
+        The collectives in chronological order. A `Stretch` covers consecutive steps that call the same collectives.
     """
     history = [ranks] if isinstance(ranks, Mapping) else list(ranks)
     if topology.world_size == 1:
@@ -82,7 +82,7 @@ def payload_ratio(nbytes: float, parameters: float, steps: float) -> float:
 
 
 def idle_factors(position: Position, topology: Topology, ranks: Iterable[int]) -> set[str]:
-    """Returns the factors, A or B, that none of the workers `ranks` trains."""
+    """Returns the factors, A or B, that none of the workers with these ranks trains at a position in the recipe."""
     trained = {trained_factors(position, topology, rank) for rank in ranks}
     return set() if "all" in trained else {"A", "B"} - trained
 
@@ -106,7 +106,7 @@ class _Held:
 
 
 class _Walk:
-    """Follows one of several workers through the phases of a recipe."""
+    """Lists the collectives of one worker, phase by phase, in a run with several workers."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class _Walk:
             self._factorings += 1
             entry = self._factor(ranks)
         if self._factored or phase.weights == "factored":
-            # The tensors that workers computed separately.
+            # Workers compare the tensors that each of them has computed separately.
             entry = (*entry, *sent_by_comparison())
         if phase.sync is not None:
             entry = (*entry, *ROLL_CALL)
@@ -179,9 +179,9 @@ class _Walk:
     def _synchronous(
         self, position: Position, held: Sequence[_Held], sync: GradientSync, entry: Calls
     ) -> Iterator[Stretch]:
-        """Yields the collectives of a phase that averages gradients. PowerSGD's first steps do not compress them."""
+        """Yields the collectives of a phase that averages gradients. PowerSGD's first steps send whole gradients."""
         steps = position.steps_in_phase
-        # All phases that train the same shapes share one hook, which counts its steps.
+        # All phases that train the same shapes share one hook, which counts the steps of all these phases.
         shapes = (sync, tuple(one.tensor.shape for one in held))
         done = self._hook_steps.get(shapes, 0)
         self._hook_steps[shapes] = done + steps
@@ -210,10 +210,10 @@ class _Walk:
         return Factors(W.new_empty(shape.m, k), W.new_empty(k, shape.n))
 
     def _factor(self, ranks: Mapping[str, int]) -> Calls:
-        """Returns the collectives of factoring the model.
+        """Returns the collectives that give all workers the same factors.
 
-        Workers compare outcomes and ranks. Then each sends the factors of its share of the weights, or all compare
-        digests of all factors.
+        Workers compare whether decompositions succeeded, and their ranks. Then each worker sends the factors of its
+        share of the weights, or all workers compare checksums of all factors.
         """
         assert self._recipe.factoring is not None
         shared = self._recipe.factoring.svd == "shared"
@@ -232,7 +232,7 @@ class _Walk:
 
     def _merges(self, turn: Turn, held: Sequence[_Held], sync: WeightSync) -> tuple[Merging, ...]:
         """Returns the merges after these steps. Training waits for the last merge of a phase."""
-        # Overlapping merges share the links: each has them to itself for a part of the time.
+        # Merges that overlap share the links, so a merge counts as hidden only until the next one begins.
         hidden = min(sync.delay, sync.every // sync.fragments)
         merges = []
         for fragments, times in turn.merging.items():
@@ -273,7 +273,7 @@ class _Walk:
         return {"frozen"} | idle_factors(position, self._topology, one_of_each_group)
 
     def _all_have_both(self, position: Position) -> bool:
-        """Returns whether every worker has optimizer state for both factors after the phase, even for frozen ones."""
+        """Returns whether every worker has optimizer state for both factors after the phase, even for a frozen one."""
         trains, rounds = position.phase.trains, position.phase.rounds
         in_turns = trains == "a_then_b" and rounds is not None and position.steps_in_phase > rounds.every
         # Optimizer state of earlier phases is kept.
@@ -282,8 +282,8 @@ class _Walk:
     def _equalize(self, position: Position, held: Sequence[_Held]) -> Calls:
         """Returns the collectives that make optimizer state equal on all workers before gradients are averaged.
 
-        They cover the state of all parameters that keep their shape. They cover the state of factors if the recipe
-        projects it to whole weights.
+        They send the state for all parameters that keep their shape. They also send the state for factors if the
+        recipe projects it to whole weights.
         """
         after = position.step + position.steps_in_phase
         if after >= self._recipe.total_steps or not self._recipe.at(after).phase.shares_gradients:

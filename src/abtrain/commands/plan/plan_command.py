@@ -104,9 +104,9 @@ def _problems(config: PlanConfig) -> list[str]:
     if config.algorithm not in ALL_REDUCES:
         found.append(f"unknown algorithm {config.algorithm!r}: {nearest(config.algorithm, ALL_REDUCES)}")
     if config.task is None and config.step_time is None:
-        found.append("the time of a step is not known: give --step-time, such as 80ms, or a --task, which is measured")
+        found.append("the time of a step is not known: set --step-time, such as 80ms, or a --task to measure")
     if config.rates is not None and len(_rates(config)) != config.nodes:
-        found.append(f"--rates has {len(_rates(config))} links for {config.nodes} nodes: give one for each node")
+        found.append(f"--rates has {len(_rates(config))} rates for {config.nodes} nodes: give one rate for each node")
     # The next two checks need valid settings.
     if not found:
         found += problem_of(lambda: _cluster(config))
@@ -140,7 +140,7 @@ def _speeds(config: PlanConfig) -> Speeds:
 def _setting(config: PlanConfig) -> Setting:
     shapes, measure_factors = shapes_for(config), None
     if config.step_time is not None:
-        # Without a measurement, the costs of averaging gradients and of factors are neglected.
+        # Without a measurement, the forecast ignores the costs of averaging gradients and of factors.
         alone = WorkerSeconds(parse_seconds(config.step_time))
     else:
         assert config.task is not None
@@ -199,7 +199,7 @@ def _by_phase(offer: Offer, unit: TimeUnit) -> Table:
     table.add_column("phase", no_wrap=True)
     for heading in ("steps", "payload", "wire", "compute", "wait", "send", "factor", "total"):
         table.add_column(heading, justify="right", no_wrap=True)
-    # The last line is the whole run.
+    # The last row sums all phases.
     totals = [sum(column) for column in zip(*map(_figures, expected.phases), strict=True)]
     lines = [(part.phase, part.steps, _figures(part)) for part in expected.phases]
     for name, steps, (payload, wire, *seconds) in [*lines, ("all", offer.recipe.total_steps, totals)]:

@@ -36,7 +36,7 @@ def purpose_of(name: str) -> str:
 
 
 class OptionInWords(NamedTuple):
-    """An option of a recipe: name, default and meaning. The default is empty if it depends on other options."""
+    """The name, default and meaning of a recipe's option. The default is empty if it depends on other options."""
 
     name: str
     default: str
@@ -55,7 +55,7 @@ def options_in_words(name: str) -> list[OptionInWords]:
 
 
 def phases_in_words(recipe: Recipe) -> list[str]:
-    """Returns one line for each phase: name, repetitions, steps, form of weights, trained parts, synchronization."""
+    """Returns a line for each phase, with its name, its steps, the form of weights, the trained parts and the sync."""
     runs = Counter(position.phase_index for position in recipe.runs())
     lengths = {position.phase_index: position.steps_in_phase for position in reversed(list(recipe.runs()))}
     lines = []

@@ -1,4 +1,4 @@
-"""The settings of `abtrain recipes` and `abtrain plan`, and their validation."""
+"""Defines and validates the settings of `abtrain recipes` and `abtrain plan`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RECIPE_HELP = f"One of {', '.join(recipes.RECIPES)}, with options such as ab_ou
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The settings of the model, which `abtrain recipes` and `abtrain plan` have in common."""
+    """The settings of the model, which `abtrain recipes` and `abtrain plan` share."""
 
     task: Annotated[str | None, Shown(group="model")] = None
     """Task of `abtrain train` that provides the model, such as fashion-cnn."""
@@ -107,15 +107,15 @@ def model_problems(config: RecipesConfig | PlanConfig) -> list[str]:
     if name not in (*recipes.RECIPES, ALL):
         found.append(f"unknown recipe {name!r}: {nearest(name, [*recipes.RECIPES, ALL])}")
     elif name == ALL != config.recipe:
-        found.append(f"recipe {config.recipe!r} has options for {ALL}: name one recipe, as in ab_outer:every=10")
+        found.append(f"recipe {config.recipe!r} sets options for {ALL} recipes: name one, as in ab_outer:every=10")
     if config.task is not None and config.task not in TASKS:
         found.append(f"unknown task {config.task!r}: {nearest(config.task, TASKS)}")
     for name in ("parameters", "width"):
         if config.task is not None and getattr(config, name) is not None:
-            found.append(f"--{name} describes an assumed model, and --task {config.task} names another: leave out one")
+            found.append(f"--{name} describes an assumed model, but --task names {config.task}: leave out one")
     found += problem_of(lambda: parameters_of(config))
     if not (math.isfinite(config.compression) and config.compression >= 1):
-        found.append(f"--compression {config.compression:g} is not a finite number of at least 1: use one")
+        found.append(f"--compression {config.compression:g} is out of range: use a finite number of at least 1")
     found += whole_number_problems("--steps", config.steps, least=1)
     if not found and config.task is None:
         found += problem_of(lambda: shapes_for(config))
@@ -132,13 +132,13 @@ def parameters_of(config: ModelSettings) -> int:
     count = with_unit(text.replace("_", ""), COUNTS)
     if count is None or not 1 <= count <= _MOST_PARAMETERS:
         raise ConfigurationError(
-            f"--parameters {text} is no number from 1 to {_MOST_PARAMETERS:g}: use one such as 350M, 1.3B or 25e6"
+            f"--parameters {text} is not a number from 1 to {_MOST_PARAMETERS:g}: use one such as 350M, 1.3B or 25e6"
         )
     return round(count)
 
 
 def problem_of(attempt: Callable[[], object]) -> list[str]:
-    """Calls `attempt` and returns the problems that it raises; empty if there are none."""
+    """Calls `attempt`, and returns the messages of its ConfigurationError, or an empty list if it raises none."""
     try:
         attempt()
     except ConfigurationError as error:
@@ -147,7 +147,7 @@ def problem_of(attempt: Callable[[], object]) -> list[str]:
 
 
 def shapes_for(config: ModelSettings) -> Callable[[Factoring | None], ModelShapes]:
-    """Returns a function that takes a recipe's factoring and returns the model's shapes. `config` must be valid."""
+    """Returns a function that takes a recipe's `Factoring`, or None, and returns the shapes of the model."""
     import torch
 
     from abtrain.commands.plan.shapes import assumed_shapes, shapes_of

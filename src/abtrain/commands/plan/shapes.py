@@ -21,7 +21,7 @@ from abtrain.recipes.numbers import number_problems, whole_number_problems
 
 _WIDTH = 1024
 _COUNT = 1000
-"""The approximate number of weights of an assumed model without a given width. More would only slow predictions."""
+"""The approximate number of weights of an assumed model if its width is not set. More would only slow predictions."""
 _MOST = 20_000
 
 
@@ -59,7 +59,7 @@ class ModelShapes:
 
 
 def shapes_of(model: nn.Module, factoring: Factoring | None = None) -> ModelShapes:
-    """Returns the shapes of a model on any device. It assumes that the optimizer contains all parameters.
+    """Returns the shapes of a model on any device. All its parameters are assumed to be in the optimizer.
 
     Args:
         model: a model with dense weights.
@@ -86,7 +86,7 @@ def assumed_shapes(parameters: int, width: int | None = None) -> ModelShapes:
             over about 1,000 weights.
 
     Raises:
-        ConfigurationError: a number is below 1, or the width leads to too many weights.
+        ConfigurationError: a number is below 1, or the width is so small that there would be too many weights.
     """
     problems = whole_number_problems("parameters", parameters, 1)
     if width is not None:
@@ -94,7 +94,8 @@ def assumed_shapes(parameters: int, width: int | None = None) -> ModelShapes:
         if not problems and parameters // width**2 > _MOST:
             least = math.isqrt(parameters // _MOST) + 1
             problems.append(
-                f"width={width} makes {parameters // width**2:,} weights, over {_MOST:,}: use at least {least:,}"
+                f"width={width} splits the model into {parameters // width**2:,} weights, and at most {_MOST:,} are "
+                f"allowed: use a width of at least {least:,}"
             )
     if problems:
         raise ConfigurationError(problems)
@@ -110,7 +111,9 @@ def assumed_shapes(parameters: int, width: int | None = None) -> ModelShapes:
 
 
 def ranks_for(model: ModelShapes, compression: float) -> dict[str, int]:
-    """Returns the rank k of each weight that gives the whole model about this compression. All weights shrink equally.
+    """Returns a rank k for each weight, with which the whole model has about this compression.
+
+    All weights shrink by about the same factor.
 
     Args:
         model: the model whose weights are factored.
@@ -127,11 +130,11 @@ def ranks_for(model: ModelShapes, compression: float) -> dict[str, int]:
     most = model.compression(dict.fromkeys(matrices, 1))
     if matrices and compression > most:
         raise ConfigurationError(
-            f"compression={compression} is too large: factors of rank 1 compress this model by {most:.4g}, so use at "
-            "most that"
+            f"compression={compression} is too large: factors of rank 1, the smallest possible, compress this model by "
+            f"{most:.4g}. Use at most that"
         )
     full = sum(shape.m * shape.n for shape in matrices.values())
-    # Other parameters keep their size, so factors have to shrink by more than the compression of the model.
+    # Parameters without factors keep their size, so the others must shrink by more than the whole model does.
     share = (model.numel / compression - (model.numel - full)) / max(full, 1)
     return {
         name: min(max(round(share * shape.m * shape.n / (shape.m + shape.n)), 1), shape.n)

@@ -19,10 +19,10 @@ from abtrain.errors import ConfigurationError
 from abtrain.recipes.numbers import number_problems, share_problems, whole_number_problems
 
 _DRAWS = 1_000_000
-"""The number of step times to draw for one estimate, unless a single round has more."""
+"""The number of random step times for one estimate, unless a single round has more."""
 _MOST_ROUNDS = 200
 _AT_ONCE = 1_000_000
-"""The number of step times to hold in memory."""
+"""The largest number of step times that are in memory at the same time."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Speeds:
         seed: the seed of all random numbers.
 
     Raises:
-        ConfigurationError: lists everything that is wrong.
+        ConfigurationError: a number is out of range. The error lists all of them.
     """
 
     workers: int
@@ -53,7 +53,7 @@ class Speeds:
         if not found and self.slow_factor < 1:
             found.append(f"slow_factor={self.slow_factor} makes slow workers faster: use a number of at least 1")
         if not (math.isfinite(self.jitter) and self.jitter >= 0):
-            found.append(f"jitter={self.jitter} is not a finite number of at least 0: use one, such as 0.1")
+            found.append(f"jitter={self.jitter} is out of range: use a finite number of at least 0, such as 0.1")
         if not 0 <= self.seed < 2**32:
             found.append(f"seed={self.seed} is out of range: use a number from 0 to {2**32 - 1}")
         if found:
@@ -72,8 +72,8 @@ class Speeds:
 
         Args:
             steps: the number of steps in the round.
-            together: the number of neighbouring workers that wait for each other at every step. These groups wait for
-                each other only at the end of the round.
+            together: the number of neighbouring workers that wait for each other at every step. Such groups of
+                workers wait for each other only at the end of the round.
         """
         return _slowdown(self, steps, together)
 
@@ -93,7 +93,7 @@ def _slowdown(speeds: Speeds, steps: int, together: int) -> float:
 
 
 def _round(slowness: Tensor, jitter: float, steps: int, generator: torch.Generator) -> float:
-    """Draws the time of a round in units of a step. The shape of `slowness` is (groups, workers of a group)."""
+    """Returns a random time for a round, in units of a step. `slowness` has the shape (groups, workers of a group)."""
     # The variance of the logarithm of a log-normal variable with mean 1 and this standard deviation.
     variance = math.log1p(jitter**2)
     done = torch.zeros(len(slowness), dtype=torch.float64)

@@ -38,12 +38,12 @@ class Stretch:
     Attributes:
         phase: the name of the phase.
         steps: the number of steps.
-        scope: the workers that wait for each other at every step; None if they train alone.
+        scope: the workers that wait for each other at every step; None if every worker trains alone.
         entry: the collectives before the first step.
         step: the collectives of each step.
         merges: the merges after some of the steps, each of the whole model or of a part of it.
         exit: the collectives after the last merge.
-        averages: the wire format of the gradients that are averaged at each step; None if none are averaged.
+        averages: the wire format in which gradients are averaged at each step; None if they are not averaged.
         factored: whether weights are factored.
         decompositions: the share of the weights that this worker decomposes before the first step, from 0 to 1.
     """

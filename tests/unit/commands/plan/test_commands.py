@@ -62,7 +62,7 @@ def test_one_recipe_with_options(capsys: pytest.CaptureFixture[str], monkeypatch
         "ab:every": "OPTION=VALUE",
         "ab:total_steps=3": "no option 'total_steps'",
         "ab:name=3": "no option 'name'",
-        "all:every=3": "has options for all: name one recipe",
+        "all:every=3": "sets options for all recipes: name one",
     }
     for text, message in bad.items():
         code, _, errors = typed(capsys, "recipes", text)
@@ -98,7 +98,7 @@ def test_a_number_of_parameters_as_people_write_it(text: str, count: str, capsys
 def test_what_is_no_number_of_parameters(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, errors = typed(capsys, "plan", f"--parameters={text}", "--step-time", "50ms")
     assert code == 2
-    problem = f"--parameters {text} is no number from 1 to 1e+13: use one such as 350M, 1.3B or 25e6"
+    problem = f"--parameters {text} is not a number from 1 to 1e+13: use one such as 350M, 1.3B or 25e6"
     assert errors == [f"abtrain: error: {problem}"]
 
 
@@ -164,7 +164,7 @@ def test_all_that_is_wrong_with_a_plan(capsys: pytest.CaptureFixture[str]) -> No
     code, _, errors = typed(capsys, "plan", "diloco:wire=int9", *bad)
     assert code == 2
     text = "\n".join(errors)
-    expected = ("1gbot", "fast", "soon", "did you mean 'ring'", "jitter", "int9", "--step-time", "2 links for 4 nodes")
+    expected = ("1gbot", "fast", "soon", "did you mean 'ring'", "jitter", "int9", "--step-time", "2 rates for 4 nodes")
     assert [part for part in expected if part not in text] == []
 
 
@@ -198,7 +198,7 @@ def test_numbers_that_cannot_be(capsys: pytest.CaptureFixture[str], bad: tuple[s
 def test_an_option_that_the_recipe_has_not(capsys: pytest.CaptureFixture[str]) -> None:
     for text, message in {
         "ab:delay=5": "has no option 'delay'",
-        "all:every=5": "has options for all: name one recipe",
+        "all:every=5": "sets options for all recipes: name one",
     }.items():
         code, _, errors = typed(capsys, "plan", text, *GIVEN)
         assert (code, len(errors)) == (2, 1)
