@@ -21,10 +21,10 @@ def hardware() -> dict[str, str | int | None]:
 
 
 def versions_note(found: Iterable[str | None]) -> str:
-    """Returns a note for a table whose results are from several versions of abtrain, which lists these versions.
+    """Returns a note that lists the versions of abtrain that computed the results in a table.
 
     Args:
-        found: the version of each result; None if it is unknown. The note is empty if all are equal.
+        found: the version that computed each result; None if it is unknown. The note is empty if all are equal.
     """
     known = sorted({each or "unknown" for each in found})
     return f"Results of several versions of abtrain: {', '.join(known)}." if len(known) > 1 else ""

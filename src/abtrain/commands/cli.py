@@ -29,7 +29,7 @@ from abtrain.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the `abtrain` command line and exits with 0, or with the exit code of the error."""
+    """Runs the subcommand that the arguments name, and exits with 0 or with the exit code of its error."""
     parser = argparse.ArgumentParser(
         prog="abtrain", description="Train PyTorch models on machines joined by slow links.", allow_abbrev=False
     )
@@ -93,7 +93,7 @@ def _plan(arguments: Sequence[str]) -> None:
 
 
 def _main_of(room: str, module: str = "command") -> Callable[[Sequence[str]], None]:
-    """Returns the command whose `main` is in module `module` of the package `abtrain.commands.ROOM`."""
+    """Returns a function that imports `module` from the package `abtrain.commands.ROOM` and calls its `main`."""
 
     def command(arguments: Sequence[str]) -> None:
         importlib.import_module(f"abtrain.commands.{room}.{module}").main(arguments)
@@ -119,7 +119,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
 def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str], last: bool = False) -> int:
     """Runs a command and returns its exit code.
 
-    If this is the `last` action of the program, requests that arrive after the exit code is decided are ignored.
+    If this is the `last` action of the program, requests to stop that arrive after the command are ignored.
     """
     requests, over = Requests(), False
 
@@ -151,7 +151,7 @@ def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str], las
 
 
 def _ended_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    """Ends the process at a request to stop. An exception would not do: code under import could catch it."""
+    """Ends the process at a request to stop. A module that is being imported could catch an exception instead."""
     os._exit(_fail(StoppedError(stopped_message(number))))
 
 

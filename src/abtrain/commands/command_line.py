@@ -24,13 +24,13 @@ _HELP_COLUMN = 26
 
 @dataclass(frozen=True)
 class Shown:
-    """Annotates a field of a command's settings, and sets how the field appears on the command line.
+    """Sets how a field of a command's settings appears on the command line. Used in the field's `Annotated` type.
 
     Attributes:
-        help: the meaning of the field; by default its docstring.
+        help: the help text of the option; by default the docstring of the field.
         name: the name of the option; by default that of the field.
-        group: the heading of a group of options that begins with this field.
-        positional: whether the value is given by its place instead of an option.
+        group: the heading of a group of options that begins with this field; empty to continue the former group.
+        positional: whether the field is a positional argument instead of an option.
     """
 
     help: str = ""
@@ -44,9 +44,9 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         command: the name of the command.
-        usage: the arguments, in short.
-        about: the purpose of the command.
-        examples: the text below the options. Indented lines keep their line breaks.
+        usage: the usage line after the name of the command, such as `RUN [OPTIONS]`.
+        about: the purpose of the command, which the help shows above the options.
+        examples: the text that the help shows below the options. Indented lines keep their line breaks.
     """
 
     def __init__(self, command: str, usage: str, about: str, examples: str = "") -> None:
@@ -60,20 +60,23 @@ class Parser(argparse.ArgumentParser):
         )
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parses the arguments.
+        """Parses the arguments of the command, and returns their values by name.
 
         Raises:
             ConfigurationError: an argument is unknown, missing or malformed.
-            SystemExit: --help is among them.
+            SystemExit: --help is among the arguments.
         """
         given, unknown = self.parse_known_args(arguments)
         if unknown:
             options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-            raise ConfigurationError([self._hint(option) for option in options] or f"unexpected {unknown[0]!r}")
+            raise ConfigurationError(
+                [self._hint(option) for option in options]
+                or f"unexpected argument {unknown[0]!r}: `{self.prog} --help` lists the arguments"
+            )
         return given
 
     def error(self, message: str) -> NoReturn:
-        """Raises ConfigurationError, where argparse would print the usage and exit."""
+        """Raises ConfigurationError. The method that this one replaces would print the usage and exit."""
         raise ConfigurationError(f"{message.removeprefix('argument ')} (see `{self.prog} --help`)")
 
     def _hint(self, option: str) -> str:
@@ -86,7 +89,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Fills paragraphs without breaking names, and keeps the line breaks of indented examples."""
+    """Wraps the help of options without breaking it at hyphens, and keeps the line breaks of indented examples."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=_HELP_COLUMN)
@@ -106,7 +109,7 @@ def parse(kind: type[Settings], command: str, arguments: Sequence[str], before: 
         kind: a dataclass. Its docstring describes the command; the docstrings of its fields describe the options.
         command: the name of the command.
         arguments: the arguments of the command.
-        before: the settings that the arguments change; by default the defaults of the dataclass.
+        before: the values of settings that the arguments do not set; by default the defaults of the dataclass.
 
     Raises:
         ConfigurationError: an argument is unknown, missing or malformed.
@@ -131,7 +134,7 @@ def parse(kind: type[Settings], command: str, arguments: Sequence[str], before: 
 
 
 def _add(group: Any, field: Field[Any], about: Shown, hint: Any, meaning: str) -> None:
-    """Adds the argument of a field to a group of options. Without a value, the field keeps its default."""
+    """Adds an argument for a field to a group of arguments. Without the argument, the field keeps its default."""
     kind = _without_none(hint)
     common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": meaning}
     name = "--" + (about.name or field.name).replace("_", "-")
@@ -139,7 +142,7 @@ def _add(group: Any, field: Field[Any], about: Shown, hint: Any, meaning: str) -
         on: Any = argparse.BooleanOptionalAction if field.default else "store_true"
         group.add_argument(name, dest=field.name, action=on, **common)
         if not field.default:
-            # Revokes a setting of the file that --config names.
+            # Turns off a setting that the file of --config turns on.
             off = name.replace("--", "--no-", 1)
             group.add_argument(off, dest=field.name, action="store_false", **{**common, "help": argparse.SUPPRESS})
     elif about.positional:
@@ -182,7 +185,7 @@ def _without_none(hint: Any) -> Any:
 
 
 def _docstrings(kind: type) -> dict[str, str]:
-    """Returns the docstrings of a dataclass's fields, those of its base classes included."""
+    """Returns the docstrings of a dataclass's fields by name, including fields of its base classes."""
     found = {}
     for each in kind.__mro__[:-1]:
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
@@ -194,7 +197,7 @@ def _docstrings(kind: type) -> dict[str, str]:
 
 
 def whole_number(text: str) -> int:
-    """Parses a whole number of a command line."""
+    """Converts an argument to an integer. Raises ArgumentTypeError, which argparse reports, if it is none."""
     try:
         return int(text)
     except ValueError:
@@ -202,7 +205,7 @@ def whole_number(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """Parses a number of a command line."""
+    """Converts an argument to a number. Raises ArgumentTypeError, which argparse reports, if it is none."""
     try:
         return float(text)
     except ValueError:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _INK = "#1f2933"
 _WIDTH = 5.8
 _SHORT, _LONGEST = 15, 28
-"""The lengths of labels, in characters, up to which three or two of them fit in a line of a legend."""
+"""The maximum length of labels, in characters, in a legend of three columns, and in one of two columns."""
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#7f4f24")
 """Line colours: the colour-blind-safe palette of Okabe and Ito, and two more."""
 _STYLE: Any = {
@@ -63,13 +63,13 @@ def save(path: Path, height: float, draw: Callable[[Axes], None]) -> None:
         agg, axes = FigureCanvasAgg(canvas), canvas.add_subplot()
         draw(axes)
         if legend := axes.get_legend():
-            # A legend of many lines takes no height from the axes.
+            # The figure grows by the height of the legend, so that a long legend does not shrink the axes.
             canvas.set_figheight(height + legend.get_window_extent(agg.get_renderer()).height / canvas.dpi)
         agg.print_png(str(path))
 
 
 def legend_below(axes: Axes) -> None:
-    """Draws the legend below the axes. Beside them, it would take width that a phone's screen lacks."""
+    """Draws the legend below the axes. A legend beside the axes would make them too narrow on a phone's screen."""
     handles, labels = axes.get_legend_handles_labels()
     columns = 3 if max(map(len, labels), default=0) <= _SHORT else 2
     names = [wrapped(label) for label in labels]
@@ -77,12 +77,12 @@ def legend_below(axes: Axes) -> None:
 
 
 def wrapped(label: str) -> str:
-    """Returns a label with line breaks between the options of a recipe."""
+    """Returns a label, such as a recipe's string, broken into lines after its commas."""
     return textwrap.fill(label.replace(",", ", "), _LONGEST).replace(", ", ",")
 
 
 def plain_numbers(axis: Axis, decades: bool = False) -> None:
-    """Labels a logarithmic axis with plain numbers: 1, 2, 5, 10, or only 1, 10, 100 with `decades`."""
+    """Labels a logarithmic axis at 1, 2, 5, 10, 20 and so on, or with `decades` only at powers of 10."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1.0,) if decades else (1.0, 2.0, 5.0)))

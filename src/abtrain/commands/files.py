@@ -78,7 +78,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def open_regular(path: Path, flags: int) -> int:
-    """Opens a regular file with the flags of `os.open`, follows no link, and returns its file descriptor.
+    """Opens a regular file without following a link, and returns its file descriptor. `flags` are those of `os.open`.
 
     Raises:
         OSError: the file cannot be opened, or is not a regular file.
@@ -121,7 +121,7 @@ def is_leftover(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Removes a folder with its content, a file, or a link but not its target. Raises OSError on failure."""
+    """Removes a file, a folder and its content, or a link without its target, if it exists. May raise OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -129,7 +129,7 @@ def remove(path: Path) -> None:
 
 
 class FolderLock:
-    """Reserves a folder for this process by locking a file in it. `release` ends this and removes the file.
+    """Reserves a folder for this process by locking a file in it, until `release` is called.
 
     Args:
         path: the lock file; created if it does not exist.
@@ -151,7 +151,7 @@ class FolderLock:
                 raise ConfigurationError(
                     f"--out {path.parent} is in use by another process: wait for it to finish, or name another folder"
                 ) from None
-            # The process that held the lock may have removed the file. Then other processes lock another file.
+            # The process that had the lock may have removed this file. Then other processes lock a newer file.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._file.fileno()), path.lstat()):
                     return
@@ -174,4 +174,4 @@ def _plain(value: Any) -> Any:
 
 
 def _irregular(path: Path) -> OSError:
-    return OSError(errno.EINVAL, "it is a link, a pipe or a device, and not a regular file: remove it", str(path))
+    return OSError(errno.EINVAL, "it is a link, a pipe or a device instead of a regular file: remove it", str(path))

@@ -26,7 +26,7 @@ from abtrain.lowrank.weight import FactoredWeight
 from abtrain.modes import own_modes
 
 _loaded: WeakSet[FactoredWeight] = WeakSet()
-"""Factored weights of models that `load` has changed and that no ABTraining trains. `load` may replace them."""
+"""Weights that `load` has factored and that no ABTraining trains. Another `load` may therefore replace them."""
 
 
 def save_model(path: str | os.PathLike[str], state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -43,7 +43,7 @@ def save_model(path: str | os.PathLike[str], state: Mapping[str, Any], about: Ma
     """
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
-        raise UsageError(f"{others[0]} is not a tensor, and a model file holds only tensors: save it with torch.save")
+        raise UsageError(f"{others[0]} is not a tensor, but model files contain only tensors: use torch.save instead")
     # safetensors rejects tensors that share memory, as tied weights do.
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
@@ -60,8 +60,8 @@ def save_model(path: str | os.PathLike[str], state: Mapping[str, Any], about: Ma
 def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Loads a saved model into a model of the same architecture, and returns its description.
 
-    A weight that the file holds as two factors A and B becomes factored in the model. All other weights become dense.
-    Tensors take the model's dtypes and devices. `abtrain.to_plain(model)` returns a copy that runs without abtrain.
+    A weight becomes factored if the file contains it as two factors A and B. All other weights become dense. Tensors
+    are converted to the model's dtypes and devices. `abtrain.to_plain(model)` returns a copy that runs without abtrain.
 
     Args:
         model: a model of the same architecture, such as a newly built one; changed in place.
@@ -79,8 +79,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     records = [one for m in model.modules() if isinstance(m, Factored) for one in m._abtrain_weights.values()]
     if any(record not in _loaded for record in records):
         raise UsageError(
-            "an ABTraining is training the model: call ab.close() first, or load dense weights into the model in "
-            "training with ab.load_dense_state_dict(state)"
+            "the model is still being trained by an ABTraining (ab): call ab.close() first, or use "
+            "ab.load_dense_state_dict(state) to load dense weights without ending the training"
         )
     tensors, about = _read(Path(path))
     names = {without_compiled(name): name for name in model.state_dict()}
@@ -97,7 +97,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Returns the description that `save_model` wrote into a file; an empty dict if there is none. Reads no tensors.
+    """Returns the description that `save_model` wrote into a file; empty if there is none. Reads no tensors.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -128,7 +128,7 @@ def _about(file: Any) -> dict[str, Any]:
 def _check(
     model: nn.Module, path: Path, tensors: Mapping[str, Tensor], names: Mapping[str, str], pairs: Mapping[str, Any]
 ) -> None:
-    """Compares the names and shapes in a file with the model's. Nothing is changed.
+    """Compares the names and shapes of a file's tensors with the model's, and changes neither.
 
     Raises:
         CheckpointError: names or shapes differ.
@@ -152,5 +152,5 @@ def _check(
             wrong.append(f"has {name} of shape {held}, where the model has {expected}")
     if wrong:
         raise CheckpointError(
-            f"{path} does not fit the model: it {'; '.join(wrong[:4])}. Build the model with the same architecture"
+            f"{path} does not fit the model: it {'; '.join(wrong[:4])}. Load it into a model of the same architecture"
         )

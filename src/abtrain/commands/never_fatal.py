@@ -13,7 +13,7 @@ log = logging.getLogger("abtrain")
 class NeverFatal:
     """Calls functions and logs their errors instead of raising them.
 
-    Each part of the program that fails is logged once, at its first failure.
+    Each part of the program is logged only at its first failure.
     """
 
     def __init__(self) -> None:

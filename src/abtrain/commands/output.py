@@ -1,4 +1,4 @@
-"""Prints the output of commands in the width of the terminal."""
+"""Prints the output of commands, wrapped at the width of the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from abtrain.commands.process import discard_output
 
 
 class Output(Console):
-    """Standard output. Text wraps at the width of the terminal; in a pipe at COLUMNS, or at 80 columns without it."""
+    """Prints to standard output. Wraps text at the width of the terminal; in a pipe, at $COLUMNS or 80 columns."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, **options)
@@ -29,10 +29,10 @@ class Output(Console):
 
 
 def narrow_table() -> Table:
-    """Returns a table with little padding and without a title, which rich would wrap at the width of the table."""
+    """Returns an empty table with little padding. It has no title: rich would wrap one at the width of the table."""
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
 
 
 def breakable(recipe: str) -> str:
-    """Returns the string of a recipe with spaces between its options, where a narrow column can break it."""
+    """Returns the string of a recipe with a space before each option, so that a narrow column can break it there."""
     return recipe.replace(":", ": ", 1).replace(",", ", ")

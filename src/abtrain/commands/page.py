@@ -16,7 +16,7 @@ from abtrain.commands.files import write_whole
 _TEMPLATE = "page.html.j2"
 _NEEDED = ("matplotlib", "jinja2")
 _LONGEST_NUMBER = 15
-"""The length of the longest numbers with their deviations and units, in characters."""
+"""The maximum number of characters after the first digit in a cell with a number, its deviation and its unit."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def remarked(tables: Sequence[Table], remark: str) -> list[Table]:
 
 
 def missing_packages() -> list[str]:
-    """Returns a message that names the missing packages for reports; empty if all are installed."""
+    """Returns a list with one message that names the missing packages for reports; empty if all are installed."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     return [f"the report needs {' and '.join(missing)}: pip install 'abtrain[report]'"] if missing else []
 

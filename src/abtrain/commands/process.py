@@ -25,10 +25,10 @@ PASSED_ON = signal.SIGUSR1
 """The signal with which the launcher passes a request to stop on to its workers.
 
 Schedulers often signal all processes of a run at the same time. If the launcher passed this signal on
-as SIGTERM, each worker would receive the same request twice, and a slow launcher's copy would come seconds later.
+as SIGTERM, each worker would receive the same request twice, the second time seconds later if the launcher is slow.
 """
 UNREAD = 128 + signal.SIGPIPE
-"""The exit code of a command whose output nobody reads any more: that of programs which SIGPIPE ends."""
+"""The exit code of a command whose reader has ended, as `head` does: the same as for programs that SIGPIPE ends."""
 SAME_REQUEST_SECONDS = 5.0
 """Signals within this many seconds after the first one count as the same request.
 
@@ -59,8 +59,8 @@ class Requests:
     def handled_by(self, handler: Handler, numbers: Iterable[int] = SIGNALS) -> contextlib.AbstractContextManager[None]:
         """Returns a context in which these signals call `handler`.
 
-        If a request arrived, the context leaves the former handlers wrapped in `Afterwards`. Outside the main thread
-        the context does nothing, because Python sets and runs signal handlers in the main thread only.
+        After the context the former handlers apply again, wrapped in `Afterwards` if a request arrived. Outside the
+        main thread the context does nothing, because Python sets and runs signal handlers in the main thread only.
         """
         if threading.current_thread() is not threading.main_thread():
             return contextlib.nullcontext()
@@ -68,7 +68,7 @@ class Requests:
 
 
 class Afterwards:
-    """The signal handler that follows a stopped run. It ignores repetitions of the request that stopped the run.
+    """The signal handler after a stopped run. It ignores repetitions of the request that stopped the run.
 
     Args:
         requests: the requests that the run received.
@@ -93,7 +93,7 @@ class Afterwards:
 def handling(
     handler: Handler, numbers: Iterable[int] = SIGNALS, restored: Callable[[Any], Any] = lambda former: former
 ) -> Iterator[None]:
-    """Installs `handler` for these signals inside the context, and `restored(former handler)` after it."""
+    """Installs `handler` for these signals inside the context, and `restored(former handler)` afterwards."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -106,7 +106,7 @@ def handling(
 def stopped_by_signals(kept: str = "") -> Iterator[None]:
     """Raises StoppedError at the first request to stop, and ignores further ones until the context ends.
 
-    `kept` is added to the message: what remains, and how to continue.
+    The message ends with `kept`, which says what remains and how to continue.
     """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -141,7 +141,7 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def ends_with_its_reader() -> Iterator[None]:
-    """Exits quietly with code UNREAD if the reader of standard output leaves inside the context, as `head` does."""
+    """Exits with code UNREAD and without a message if the reader of standard output, such as `head`, has ended."""
     try:
         try:
             yield

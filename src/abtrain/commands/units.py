@@ -91,22 +91,22 @@ def spread(mean: float | None, deviation: float | None) -> str:
 
 @dataclass(frozen=True)
 class TimeUnit:
-    """A unit of time. All times of a table have the same."""
+    """A unit of time, with its name in the plural and its length in seconds."""
 
     name: str
     seconds: int
 
     def figure(self, seconds: float) -> str:
-        """Formats a time without the unit: with two decimals below 100, and without decimals above."""
+        """Formats a time in this unit, without its name: with two decimals below 100, and without decimals above."""
         value = seconds / self.seconds
         return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
 
     def text(self, seconds: float) -> str:
-        """Formats a time with the unit."""
+        """Formats a time in this unit, followed by its name."""
         return f"{self.figure(seconds)} {self.name}"
 
 
 def unit_of(seconds: float) -> TimeUnit:
-    """Returns the largest unit of which a time has at least two, or seconds."""
+    """Returns the largest unit in which a time is at least 2, or seconds if it is shorter."""
     units = [TimeUnit("days", 86400), TimeUnit("hours", 3600), TimeUnit("minutes", 60), TimeUnit("seconds", 1)]
     return next((unit for unit in units if seconds >= 2 * unit.seconds), units[-1])

@@ -63,7 +63,7 @@ def test_the_arguments_change_settings_that_were_given_before() -> None:
         (("--steps", "many"), "--steps: 'many' is not a whole number"),
         (("--size", "350M"), "--size: '350M' is not a number"),
         (("--as", "c"), "--as: invalid choice: 'c'"),
-        (("a", "b"), "unexpected 'b'"),
+        (("a", "b"), "unexpected argument 'b'"),
         (("--steps",), "--steps: expected one argument"),
     ],
 )

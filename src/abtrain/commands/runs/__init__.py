@@ -1,1 +1,1 @@
-"""Keeps settings, state and results of each run in a folder. Finished runs are therefore not repeated."""
+"""Keeps the settings, state and results of each run in a folder, so that finished runs are not repeated."""

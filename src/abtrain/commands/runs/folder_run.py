@@ -1,4 +1,4 @@
-"""Manages runs with a folder each: finds the finished ones, removes outdated ones, and starts the missing ones."""
+"""Manages runs, each with its own folder: executes unfinished runs, and replaces runs with other settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from abtrain.errors import ConfigurationError, DataError
 
 
 class Once(Protocol):
-    """A run that can tell whether it has finished."""
+    """The interface of a run that `run_once` can execute."""
 
     @property
     def done(self) -> bool:
@@ -29,7 +29,7 @@ OnceT = TypeVar("OnceT", bound=Once)
 
 
 class FolderRun(ABC):
-    """A run with its own folder. If the folder has a run with other settings, only `--overwrite` removes it.
+    """A run with its own folder. If the folder contains a run with other settings, only `--overwrite` removes it.
 
     Attributes:
         folder: the folder with the run's request (see `request.py`) and its results.
@@ -57,7 +57,7 @@ class FolderRun(ABC):
 
     @property
     def done(self) -> bool:
-        """Whether the folder has all result files of a run with the same method. Empty files do not count."""
+        """Whether the folder contains all result files, none of them empty, of a run with the same method."""
         complete = all(os.path.lexists(result) and not is_empty(result) for result in self.results)
         return complete and not request_differences(self.folder, self.config)
 
@@ -66,18 +66,18 @@ class FolderRun(ABC):
         try:
             entries = list(self.folder.iterdir()) if os.path.lexists(self.folder) else []
         except OSError as error:
-            return f"run folder {self.folder} cannot be read: {error}. Move it away, or name another --out"
+            return f"run folder {self.folder} cannot be read: {error}. Make it readable, or name another --out"
         is_new = all(entry.name in FILES or files.is_leftover(entry) for entry in entries)
         found = [] if is_new else request_differences(self.folder, self.config)
         if not found:
             return None
         return (
-            f"run folder {self.folder} holds a run with other settings ({'; '.join(found)}): add --overwrite to "
-            "replace this run, or name another --out"
+            f"run folder {self.folder} contains a run with other settings ({'; '.join(found)}): add --overwrite to "
+            "replace that run, or name another --out"
         )
 
     def make_room(self, overwrite: bool) -> bool:
-        """Removes a run with other settings, and returns whether there was one.
+        """Removes a run with other settings from the folder, and returns whether there was one.
 
         Raises:
             ConfigurationError: such a run exists, but `overwrite` is not set, or the run cannot be removed.
@@ -117,7 +117,7 @@ def run_once(
 
 
 def check_folders(runs: Sequence[FolderRun], overwrite: bool, problems: Sequence[str] = ()) -> None:
-    """Inspects the folders of all planned runs before any of them starts.
+    """Checks the folders of all planned runs, before any of the runs starts.
 
     Args:
         runs: all planned runs.
@@ -125,7 +125,8 @@ def check_folders(runs: Sequence[FolderRun], overwrite: bool, problems: Sequence
         problems: messages about other problems, which are reported together with those about folders.
 
     Raises:
-        ConfigurationError: there are `problems`, or folders that have runs with other settings.
+        ConfigurationError: there are `problems`, folders that cannot be read, or runs with other settings that may not
+            be removed.
         DataError: result files are damaged. They are kept, because they may be restored.
     """
     refused, damaged = list(problems), []
@@ -162,21 +163,21 @@ def remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Converts an OSError inside the context, where tables and pages are written to `out`, to a ConfigurationError."""
+    """Turns an OSError in the `with` block, which writes to `out`, into a ConfigurationError."""
     try:
         yield
     except OSError as error:
         raise ConfigurationError(
-            f"--out {out} cannot be written: {error}. Finished runs are kept: solve this, and run the command again"
+            f"--out {out} cannot be written: {error}. Correct this, and run the command again. Finished runs are kept"
         ) from error
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Locks a folder of runs inside the context, because another process would take unfinished runs for abandoned ones.
+    """Locks a folder of runs in the `with` block. Otherwise another process could execute the same runs meanwhile.
 
     Raises:
-        ConfigurationError: another process has locked it, or it cannot be written.
+        ConfigurationError: another process has locked the folder, or the folder cannot be written.
     """
     with writing(folder):
         lock = files.FolderLock(folder / LOCK_FILE)
@@ -187,5 +188,5 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def kept_in(out: Path) -> str:
-    """Returns the end of the message of a stopped command: what remains, and how to continue."""
-    return f": finished runs are kept in {out}, and the same command continues"
+    """Returns the end of a stopped command's message, which says what remains and how to continue."""
+    return f": finished runs are kept in {out}, and the same command continues with the others"

@@ -46,7 +46,7 @@ def setting_differences(values: Mapping[str, Any], wanted: Method, excused: froz
     Args:
         values: the settings by name; this version's defaults apply to missing ones.
         wanted: the method to compare the settings with.
-        excused: the names of settings that are ignored if this version does not know them.
+        excused: the names of settings that are ignored if this version does not have them.
     """
     known = {name: value for name, value in values.items() if name in DEFAULTS and name != "config"}
     found = [
@@ -69,7 +69,8 @@ def setting_differences(values: Mapping[str, Any], wanted: Method, excused: froz
 def recipe_differences(there: Any, here: Any, place: str = "recipe") -> list[str]:
     """Returns a message for each difference between two recipes that the same settings built.
 
-    Such recipes differ only if two versions of abtrain have different defaults. Fields of only one recipe are ignored.
+    Such recipes differ only if two versions of abtrain have different defaults. A field that only one of the recipes
+    has is ignored.
     """
     if isinstance(there, dict) and isinstance(here, dict) and there.get("kind") == here["kind"]:
         both = [name for name in here if name in there]
@@ -83,9 +84,9 @@ def recipe_differences(there: Any, here: Any, place: str = "recipe") -> list[str
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
-    """Returns the settings with the defaults of their task, unless the task is unknown.
+    """Returns the settings with their task's defaults filled in; unchanged if the task is unknown.
 
-    The device is not part of the method, so it is always set to the CPU.
+    The device is set to the CPU, because it is not part of the method.
     """
     return resolve(dataclasses.replace(config, device="cpu")) if config.task in TASKS else config
 

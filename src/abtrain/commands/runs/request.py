@@ -83,7 +83,10 @@ def request_differences(folder: Path, config: TrainConfig) -> list[str]:
 
 
 def _record_differences(folder: Path, wanted: Method) -> tuple[list[str], frozenset[str]]:
-    """Returns how request.json differs from `wanted`, and which settings only another version of abtrain knows."""
+    """Returns messages about differences between request.json and `wanted`, and the settings to ignore elsewhere.
+
+    These are the names of settings that another version of abtrain wrote and this version does not have.
+    """
     try:
         record = read_record(folder / RECORD_FILE)
         version, settings = record.text("abtrain"), record.mapping("settings")
@@ -106,7 +109,10 @@ def _toml_differences(path: Path, wanted: Method, excused: frozenset[str]) -> li
 
 
 def _result_differences(folder: Path, wanted: Method) -> list[str]:
-    """Returns how the settings in result.json differ from `wanted`. Whoever reads the result reports a damaged file."""
+    """Returns a message for each setting in result.json that differs from `wanted`.
+
+    The list is empty if the file is missing or damaged: the code that reads results reports damaged files.
+    """
     for path in (folder / TRAIN_FOLDER / RESULT_FILE, folder / RESULT_FILE):
         try:
             values = read_record(path).mapping("config")

@@ -24,9 +24,10 @@ _LARGEST = 1e30
 
 @dataclass(frozen=True)
 class JsonRecord:
-    """A JSON object in a result file. Each method takes the nested keys of a value, and returns the checked value.
+    """A JSON object in a result file, whose values are checked when they are read.
 
-    All methods raise DataError if the value has another type. Those named `optional_...` accept a missing value.
+    The methods receive the nested `keys` of a value: `number("seconds", "total")` reads content["seconds"]["total"].
+    They raise DataError if the value is missing (except `optional_...`) or is not of the expected type.
 
     Attributes:
         path: the path of the file.
@@ -39,25 +40,25 @@ class JsonRecord:
     place: str = ""
 
     def number(self, *keys: str, least: float = 0.0) -> float:
-        """Returns a number that is at least `least`."""
+        """Returns the number at `keys`, which must be at least `least`."""
         return self._number(self._value(keys), keys, least, exclusive=False)
 
     def positive(self, *keys: str) -> float:
-        """Returns a number above 0."""
+        """Returns the number at `keys`, which must be above 0."""
         return self._number(self._value(keys), keys, 0.0, exclusive=True)
 
     def optional_number(self, *keys: str, least: float = 0.0) -> float | None:
-        """Returns a number, or None if it is null or missing."""
+        """Returns the number at `keys`, which must be at least `least`; None if it is null or missing."""
         value = self._value(keys, default=None)
         return None if value is None else self._number(value, keys, least, exclusive=False)
 
     def numbers(self, *keys: str) -> dict[str, float]:
-        """Returns the numbers of an object by name. Each is at least 0."""
+        """Returns the numbers in the object at `keys`, by name. Each must be at least 0."""
         found = self.mapping(*keys)
         return {_text(self, name, keys): self._number(item, (*keys, name), 0.0, False) for name, item in found.items()}
 
     def counts(self, *keys: str) -> dict[str, int]:
-        """Returns the whole numbers of an object by name. Each is at least 0."""
+        """Returns the whole numbers in the object at `keys`, by name. Each must be at least 0."""
         found = self.numbers(*keys)
         broken = [name for name, number in found.items() if number != int(number)]
         if broken:
@@ -65,23 +66,23 @@ class JsonRecord:
         return {name: int(number) for name, number in found.items()}
 
     def mapping(self, *keys: str) -> Mapping[str, Any]:
-        """Returns an object: its values by name, which are not checked."""
+        """Returns the object at `keys` as a mapping of names to values, which are not checked."""
         value = self._value(keys)
         if not isinstance(value, dict):
             raise self.error(keys, value, "an object")
         return value
 
     def text(self, *keys: str) -> str:
-        """Returns a string. It can be written to a file: strings that UTF-8 cannot encode are refused."""
+        """Returns the string at `keys`. Strings that UTF-8 cannot encode are rejected: no file can contain them."""
         return _text(self, self._value(keys), keys)
 
     def optional_text(self, *keys: str) -> str | None:
-        """Returns a string, or None if it is null or missing."""
+        """Returns the string at `keys`, as `text` does; None if it is null or missing."""
         value = self._value(keys, default=None)
         return None if value is None else _text(self, value, keys)
 
     def records(self, *keys: str) -> list[JsonRecord]:
-        """Returns a list of objects as records, whose values are checked when they are read."""
+        """Returns the objects in the list at `keys`, each as a record."""
         value = self._value(keys)
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise self.error(keys, value, "a list of objects")
@@ -116,7 +117,7 @@ class JsonRecord:
 
 
 def is_empty(path: Path) -> bool:
-    """Whether a file is empty, as a crash of its writer leaves it."""
+    """Whether a file is empty. A crash of the process that wrote it may leave it so."""
     try:
         return path.is_file() and path.stat().st_size == 0
     except OSError:
@@ -152,7 +153,7 @@ def read_text(path: Path) -> str:
         message = str(error) if isinstance(error, CheckpointError) else f"{path} cannot be read: {error}"
         raise DataError(f"{message}. Remedy: {_REMEDY}") from error
     if max(size, len(data)) > MAX_JSON_BYTES:
-        raise DataError(f"{path} has {size} bytes, and the limit is {MAX_JSON_BYTES}. Remedy: {_REMEDY}")
+        raise DataError(f"{path} has {size} bytes, but the limit is {MAX_JSON_BYTES}. Remedy: {_REMEDY}")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -169,12 +170,12 @@ def _parsed(path: Path, text: str, place: str) -> Mapping[str, Any]:
         raise DataError(f"{path} is damaged: {where}it is not JSON ({error}). Remedy: {_REMEDY}") from error
     if not isinstance(content, dict):
         kind = type(content).__name__
-        raise DataError(f"{path} is damaged: {where}it holds a {kind}, not an object. Remedy: {_REMEDY}")
+        raise DataError(f"{path} is damaged: {where}it contains a {kind}, not an object. Remedy: {_REMEDY}")
     return content
 
 
 def _text(record: JsonRecord, value: Any, keys: Sequence[str]) -> str:
-    # JSON strings may hold unpaired surrogates, which cannot be written to a file.
+    # JSON strings may contain unpaired surrogates, which cannot be written to a file.
     if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise record.error(keys, value, "a string")
     return value

@@ -56,5 +56,5 @@ def test_a_wrong_fault_hides_no_wrong_number_of_rates() -> None:
 
 @pytest.mark.parametrize("line", ["--speed 5", "--nodes many", "--rate 1mbit --rates 1mbit", "train.py"])
 def test_options_that_there_are_not(line: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"--speed|'many'|not allowed with|unexpected 'train.py'"):
+    with pytest.raises(ConfigurationError, match=r"--speed|'many'|not allowed with|unexpected argument 'train.py'"):
         parse_arguments(line.split())
