@@ -1,7 +1,8 @@
 """abtrain: train PyTorch models on machines joined by slow links.
 
-Model, optimizer and training loop stay unchanged. A recipe sets which weights are factored, what is trained and how
-workers synchronize. The recipes are AB-training (Coquelin et al., arXiv 2405.01067) and methods to compare it with.
+The model, optimizer and training loop stay unchanged. A recipe sets which weights are replaced by low-rank factors,
+which parameters are trained, and how workers synchronize. The recipes are AB-training (Coquelin et al., arXiv
+2405.01067) and methods to compare it with.
 """
 
 import importlib

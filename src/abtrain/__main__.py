@@ -1,4 +1,4 @@
-"""Runs the `abtrain` command as `python -m abtrain`, for torchrun and environments without the script."""
+"""Lets `python -m abtrain` run the `abtrain` command, for torchrun and for environments without that command."""
 
 from abtrain.commands.cli import main
 

@@ -1,9 +1,9 @@
-"""Checks data that another process wrote. A check is a function that yields a message for each problem of a value.
+"""Checks data that another process wrote. A check is a function that yields a message for each problem with a value.
 
     step = whole(0, 20)
     list(step("step", 21))   # ["step is 21, not a whole number from 0 to 20"]
 
-`mapping`, `by_name`, `each`, `row` and `maybe` build checks of containers from checks of their parts.
+`mapping`, `by_name`, `each` and `row` build a check of a container from checks of its items.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MALFORMED = (
     *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
     SafetensorError,
 )
-# PyTorch raises a plain RuntimeError if the CPU has no memory left, or if a peer is lost.
+# PyTorch raises a plain RuntimeError if the CPU has no memory left, or if another worker is lost.
 _NOT_THE_DATA = ("DefaultCPUAllocator: ", "out of memory", "/gloo/")
 
 
@@ -54,13 +54,13 @@ def text() -> Check:
 
 
 def one_of(*choices: str | bool | None) -> Check:
-    """Checks that a value equals one of the choices and has its type: 1 is not True."""
+    """Builds a check that a value equals one of the choices and has its type: 1 is not True."""
     known = " or ".join(map(repr, choices))
     return _one(lambda value: any(type(value) is type(one) and value == one for one in choices), known)
 
 
 def tensor(shape: Sequence[int | None] | None = None, dtype: torch.dtype | None = None) -> Check:
-    """Checks that a value is a dense tensor that is not on the meta device; None allows any shape, size or dtype."""
+    """Builds a check of a dense tensor outside the meta device. None stands for any shape, size or dtype."""
 
     def fits(value: object) -> bool:
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type == "meta":
@@ -75,7 +75,7 @@ def tensor(shape: Sequence[int | None] | None = None, dtype: torch.dtype | None 
 
 
 def like(layout: Tensor, dtype: torch.dtype | None = None) -> Check:
-    """Checks that a value is a tensor with the shape of `layout`, and with its dtype unless `dtype` is given."""
+    """Builds a check of a dense tensor with the shape of `layout` and with `dtype` (None: the dtype of `layout`)."""
     return tensor(layout.shape, dtype or layout.dtype)
 
 
@@ -93,16 +93,16 @@ def data(place: str, value: Any) -> Iterator[str]:
     elif isinstance(value, Tensor):
         yield from tensor()(place, value)
     elif not (value is None or isinstance(value, str | Real)):
-        yield f"{place} holds {said(value)}, which cannot be saved"
+        yield f"{place} contains {said(value)}, which cannot be saved"
 
 
 def maybe(check: Check) -> Check:
-    """Builds a check that None passes, and every value that passes the given check."""
+    """Builds a check that accepts None, and every value that the given check accepts."""
     return lambda place, value: iter(()) if value is None else check(place, value)
 
 
 def mapping(known: Mapping[str, Check], required: Collection[str] | None = None) -> Check:
-    """Builds a check of a dict. It may only have the `known` keys, and must have the `required` ones (None: all)."""
+    """Builds a check of a dict. Its keys must be among those of `known`, and include `required` (None: all of them)."""
 
     def check(place: str, value: Any) -> Iterator[str]:
         if not isinstance(value, Mapping):
@@ -114,7 +114,7 @@ def mapping(known: Mapping[str, Check], required: Collection[str] | None = None)
             if isinstance(key, str) and key in known:
                 yield from known[key](f"{place}/{key}", item)
             else:
-                yield f"{place} has {said(key)}, which does not belong there"
+                yield f"{place} has {said(key)}, which is not a known key"
 
     return check
 
@@ -124,7 +124,7 @@ def by_name(check: Check) -> Check:
 
     def of_all(place: str, value: Any) -> Iterator[str]:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            yield f"{place} is {said(value)}, not a dict of strings"
+            yield f"{place} is {said(value)}, not a dict whose keys are strings"
             return
         for key, item in value.items():
             yield from check(f"{place}/{ascii(key[:_MOST_CHARACTERS])[1:-1]}", item)
@@ -145,11 +145,11 @@ def each(check: Check) -> Check:
 
 
 def row(*checks: Check) -> Check:
-    """Builds a check of a list or tuple that has one item for each given check, in the same order."""
+    """Builds a check of a list or tuple with one item for each given check: item i must pass check i."""
 
     def of_all(place: str, value: Any) -> Iterator[str]:
         if not isinstance(value, list | tuple) or len(value) != len(checks):
-            yield f"{place} is {said(value)}, not a list of {len(checks)}"
+            yield f"{place} is {said(value)}, not a list of length {len(checks)}"
             return
         for i, (check, item) in enumerate(zip(checks, value, strict=True)):
             yield from check(f"{place}/{i}", item)
@@ -158,7 +158,7 @@ def row(*checks: Check) -> Check:
 
 
 def also(check: Check, holds: Callable[[Any], bool], what: str) -> Check:
-    """Builds a check that also requires `holds(value)`; `what` completes the message "... is not"."""
+    """Adds the condition `holds(value)` to a check. The message for values that violate it is "PLACE is not WHAT"."""
 
     def both(place: str, value: Any) -> Iterator[str]:
         problems = list(check(place, value))
@@ -176,11 +176,11 @@ def is_number(value: object) -> bool:
 
 
 def said(value: object) -> str:
-    """Returns a short description of any value for a message; raises no error."""
+    """Returns a short description of any value, for use in a message. Never raises an error."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     if isinstance(value, list | tuple | Mapping):
-        return f"a {type(value).__name__} of {len(value)}"
+        return f"a {type(value).__name__} of length {len(value)}"
     if isinstance(value, int) and abs(value) > 10**_MOST_CHARACTERS:
         return f"a whole number of {value.bit_length()} bits"
     if isinstance(value, str) and len(value) > _MOST_CHARACTERS:
@@ -191,13 +191,13 @@ def said(value: object) -> str:
 
 
 def told_names(names: Sequence[str]) -> str:
-    """Returns a list of names for a message: the first four names and the number of further ones."""
+    """Returns names as text for a message: the first four names, and the number of further names."""
     more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
     return f"{', '.join(names[:_MOST_LISTED])}{more}"
 
 
 def first_problems(*stages: Callable[[], Iterator[str]]) -> list[str]:
-    """Returns at most four problems of the first stage that has any. A stage may assume that earlier ones passed."""
+    """Runs stages of checks until one finds problems, and returns at most four. A stage may rely on earlier stages."""
     found = (list(islice(stage(), _MOST_LISTED)) for stage in stages)
     return next(filter(None, found), [])
 
@@ -225,7 +225,7 @@ def blames_data(error: Exception) -> bool:
 
 
 def brief(error: Exception) -> str:
-    """Returns the type of an error and the first 200 characters of its first line."""
+    """Returns an error's type and the first line of its message, cut after 200 characters."""
     return f"{type(error).__name__}: {ascii(str(error).partition(chr(10))[0][:200])[1:-1]}"
 
 

@@ -72,7 +72,7 @@ class OutOfMemoryError(PeerLostError):
 
 
 class NonFiniteError(AbtrainError):
-    """Reports NaN or infinity after which training cannot continue."""
+    """Reports a NaN or an infinity, after which training cannot continue."""
 
     exit_code = 7
 

@@ -2,7 +2,7 @@
 
     ABTRAIN_FAULTS="kill 1 12 merge.begin; ENOSPC 0 20 checkpoint.write"
 
-kills rank 1 at the point `merge.begin` of step 12, and reports a full disk to rank 0 at step 20. Step `*` is any step.
+kills rank 1 at the point `merge.begin` of step 12, and makes rank 0 find a full disk at step 20. `*` means any step.
 If a launcher restarts the run, `|` separates the faults of the first start from those of the first restart, and so on.
 
 Actions: `kill` (SIGKILL), `freeze` (SIGSTOP), `term`, `int` and `hup` (these signals), `slow` (sleeps for a second),
@@ -48,7 +48,7 @@ class Fault(NamedTuple):
 
 
 def parse(plan: str) -> list[Fault]:
-    """Returns the faults in a plan for one start of a run. A ConfigurationError lists every fault that is malformed."""
+    """Parses a plan of faults for one start of a run. Raises a ConfigurationError that lists every malformed fault."""
     parts = list(filter(None, map(str.strip, plan.split(";"))))
     problems = [f"{VARIABLE}: {part!r} cannot be read: {problem}" for part in parts for problem in _problems(part)]
     if problems:
@@ -60,7 +60,7 @@ def parse(plan: str) -> list[Fault]:
 def _problems(part: str) -> Iterator[str]:
     words = part.split()
     if len(words) != 4:
-        yield f"it has {len(words)} words, and a fault has 4: {_FORM}"
+        yield f"it has {len(words)} words, but a fault has 4: {_FORM}"
         return
     action, rank, step, point = words
     if action not in _ACTIONS and action not in errno.errorcode.values():

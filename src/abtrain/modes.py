@@ -29,7 +29,7 @@ class _ProcessSetting:
 
     @contextmanager
     def at_default(self) -> Iterator[None]:
-        """Sets the default in the block. The last thread to leave its block restores the caller's value."""
+        """Sets the default inside the context. The last thread to leave the context restores the caller's value."""
         with self._lock:
             if not self._inside:
                 self._callers = self._get()
@@ -61,7 +61,7 @@ _PROCESS_SETTINGS = (
 
 @contextmanager
 def own_modes() -> Iterator[None]:
-    """Resets autocast, gradient mode, inference mode and the default dtype and device, among others, in the context."""
+    """Resets autocast, gradient and inference mode, default dtype and device, and more, inside the context."""
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))

@@ -1,7 +1,7 @@
 """Divides a model's tensors into those that workers share, and those that the model tells DDP to ignore.
 
-`DistributedDataParallel` reads their names from an attribute of the model. abtrain does not compare, average or
-broadcast them: each worker trains, saves and resumes its own.
+`DistributedDataParallel` reads the names of ignored tensors from an attribute of the model. abtrain does not compare,
+average or broadcast these tensors: each worker trains, saves and resumes its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def own_names(model: nn.Module) -> frozenset[str]:
-    """Returns the names of the parameters and buffers that workers do not share. A tied tensor has all its names."""
+    """Returns the names of the parameters and buffers that workers do not share, with every name of a tied tensor."""
     listed = ignored_names(model)
     if not listed:
         return frozenset()
@@ -23,7 +23,7 @@ def own_names(model: nn.Module) -> frozenset[str]:
 
 
 def ignored_names(model: nn.Module) -> frozenset[str]:
-    """Returns the names in the model's `IGNORED` attribute, even those of parameters and buffers that do not exist."""
+    """Returns the names in the model's `IGNORED` attribute, including names that no parameter or buffer has."""
     return frozenset(getattr(model, IGNORED, None) or ())
 
 

@@ -2,8 +2,8 @@
 
 The results of `abtrain.engine` must match this reference, which shares no code with it. Weights are in plain dicts,
 and the model computes with the product A B of a factored weight. Every tensor has its own optimizer; a tensor of a new
-shape gets a new optimizer. All workers of a group have the same weights, so one replica per group is enough: it takes
-the mean of their gradients.
+shape gets a new optimizer. All workers of a group have the same weights, so one replica per group is enough: it is
+trained on the mean of their gradients.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def ab_training(
         make_optimizer: a function that builds an optimizer, with its learning rate, for a list of one tensor.
         groups: True if groups train separately.
         sigma_cutoff: the share of the largest singular value below which singular values are dropped.
-        schedule: the numbers of workers and of steps by name: `workers`, `total_steps` and the next fields of `_Run`.
+        schedule: the other fields of `_Run` by name: `workers`, `total_steps`, `warmup_steps` and so on.
 
     Returns:
         The full-rank parameters at the end of training, averaged over all workers, by name.
@@ -70,7 +70,7 @@ def ab_training(
 
 @dataclass
 class _Run:
-    """Trains replicas on the schedule of Algorithm 1, whose numbers have the paper's names, and counts steps."""
+    """Trains replicas by the schedule of Algorithm 1, and counts steps. The fields have the paper's names."""
 
     model: nn.Module
     batch: Callable[[int, int], Batch]
@@ -106,7 +106,7 @@ class _Replica:
         self.make_optimizer = make_optimizer
         self.tensors: dict[str, Tensor] = {}
         self.optimizers: dict[str, Optimizer] = {}
-        self.shapes: dict[str, torch.Size] = {}  # of the weights that are decomposed
+        self.shapes: dict[str, torch.Size] = {}  # of decomposed weights, before the decomposition
         self.trained = ""
         for name, tensor in tensors.items():
             self.put(name, tensor)
@@ -129,7 +129,7 @@ class _Replica:
         return list(torch.autograd.grad(value, list(self.tensors.values())))
 
     def update(self, gradients: list[list[Tensor]], lr_factor: float) -> None:
-        """Steps along the mean gradient of the group's workers (equation 1). The frozen factor does not change."""
+        """Updates all tensors but the frozen factor, with the mean gradient of the group's workers (equation 1)."""
         for (name, tensor), *parts in zip(self.tensors.items(), *gradients, strict=True):
             path, _, factor = name.rpartition(".")
             if path in self.shapes and factor != self.trained:

@@ -311,8 +311,8 @@ def test_a_resumed_run_has_the_extra_state_of_its_modules(recipe: Recipe, nested
     ("extra", "problem"),
     [
         ({}, "extra lacks ''"),
-        ({"": {"count": object()}}, "extra/ holds a object, which cannot be saved"),
-        ({"": {}, "net": {}}, "extra has 'net', which does not belong there"),
+        ({"": {"count": object()}}, "extra/ contains a object, which cannot be saved"),
+        ({"": {}, "net": {}}, "extra has 'net', which is not a known key"),
     ],
 )
 def test_extra_state_that_does_not_fit_is_refused(extra: dict[str, Any], problem: str) -> None:

@@ -98,7 +98,7 @@ def test_the_command_reports_the_bad_variable_on_every_worker(name: str, tmp_pat
 
 
 PLANS = {
-    "boom": "'boom' cannot be read: it has 1 words, and a fault has 4: ACTION RANK STEP POINT",
+    "boom": "'boom' cannot be read: it has 1 words, but a fault has 4: ACTION RANK STEP POINT",
     "kill 1 12": "'kill 1 12' cannot be read: it has 3 words",
     "kill 1 12 step now": "it has 5 words",
     "kil 1 12 step": "unknown action 'kil': did you mean 'kill'?",

@@ -40,7 +40,7 @@ def test_values_of_the_right_kind_pass() -> None:
     assert not list(check("x", {"a": 0, "b": [1, "x"], "c": [False]}))
     assert list(check("x", {"a": True, "b": [10**400]})) == [
         "x/a is True, not a whole number from 0 to 3",
-        "x/b is a list of 1, not a list of 2",
+        "x/b is a list of length 1, not a list of length 2",
     ]
     for check, says in {
         number(0): "x is -1, not a finite number of at least 0",

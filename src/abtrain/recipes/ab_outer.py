@@ -1,4 +1,4 @@
-"""Defines recipes beyond the paper, in which all groups train both factors and keep them after each merge."""
+"""Defines recipes that are not in the paper: all groups train both factors, and merges keep the factorization."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from abtrain.recipes.shared import are_counts, full_phase, given_or, preset, ran
 from abtrain.recipes.sync import WeightSync
 
 _PhaseEvery = Annotated[
-    int | None, "Steps between merges in that phase; 0: gradients are averaged at every step; by default `every`."
+    int | None, "Steps between merges in this phase; 0: gradients are averaged at every step; by default `every`."
 ]
 _SigmaCutoff = Annotated[
     float,
@@ -23,7 +23,7 @@ _SigmaCutoff = Annotated[
     "(`SigmaCutoff(outliers=False)`).",
 ]
 _FactorLR = Annotated[
-    float | None, "Multiplies preconditioned steps; in `ab_outer` by default 2, which suits Adam, or 1 if damping is 0."
+    float | None, "Multiplies preconditioned updates; default of `ab_outer`: 2, which suits Adam, or 1 if damping is 0."
 ]
 
 
@@ -36,30 +36,30 @@ def ab_outer(
     outer_momentum: shared.OuterMomentum = 0.8,
     wire: shared.Wire = "auto",
     delay: shared.Delay = 0,
-    fragments: Annotated[int, "Number of parts of the model that merge in turn while it is factored."] = 1,
+    fragments: Annotated[int, "Number of parts of the factored model that are merged in turn."] = 1,
     warmup_steps: Annotated[int | None, "Full-rank steps at the start; by default 20 % of the run."] = None,
     warmup_every: _PhaseEvery = None,
-    warmup_wire: Annotated[str | None, "Wire format of merges in the warm-up; by default `wire`."] = None,
-    warmup_delay: Annotated[int, "Training steps during which a merge of the warm-up is sent."] = 0,
-    refactor_every: Annotated[int, "Rounds until weights are factored again; 0: they are factored once."] = 0,
+    warmup_wire: Annotated[str | None, "Format in which the warm-up's merges are sent; by default `wire`."] = None,
+    warmup_delay: Annotated[int, "Training steps during which a merge in the warm-up is sent."] = 0,
+    refactor_every: Annotated[int, "Rounds (see `every`) until weights are factored again; 0: never again."] = 0,
     rebound_steps: Annotated[int, "Full-rank steps before weights are factored again."] = 0,
     rebound_every: _PhaseEvery = None,
-    lr_rebound_steps: Annotated[int | None, "Steps of rising learning rates after factoring; default `every`."] = None,
+    lr_rebound_steps: Annotated[int | None, "Learning-rate warm-up steps after factoring; by default `every`."] = None,
     sigma_cutoff: _SigmaCutoff = 0.22,
-    damping: Annotated[float, "Damping of the preconditioner of the factors' steps; 0: no preconditioner."] = 0.1,
+    damping: Annotated[float, "Damping in the factors' preconditioner; 0: no preconditioning."] = 0.1,
     factor_lr: _FactorLR = None,
     local_lr: shared.LocalLR = 1.0,
     rank_rule: shared.Rule = None,
     **factoring: Any,
 ) -> Recipe:
-    """Beyond the paper: full-rank local warm-up, then all groups train both factors, with outer Nesterov merges.
+    """Not in the paper: full-rank local warm-up, then all groups train both factors, with outer Nesterov merges.
 
     Merges reset no optimizer state. Other keyword arguments are fields of `Factoring`, such as `exclude`.
 
     Raises:
         ConfigurationError: settings are invalid or `rebound_steps` has no effect; one message for each problem.
     """
-    # Without momentum the outer optimizer is a mean, which keeps no state.
+    # With these settings, the outer optimizer computes a mean, which needs no state.
     merge: MergeRule = Mean() if (outer_lr, outer_momentum) == (1, 0) else Outer(outer_lr, outer_momentum)
     warmup_steps = given_or(warmup_steps, whole_rounds(total_steps, every))
     warmup_every, rebound_every = given_or(warmup_every, every), given_or(rebound_every, every)
@@ -77,10 +77,10 @@ def ab_outer(
 ab_local = preset(
     ab_outer,
     "ab_local",
-    """Beyond the paper: `ab_outer` with plain means after short rounds, for transformers from scratch.
+    """Not in the paper: `ab_outer` with plain averages after short rounds, to train transformers from scratch.
 
-    Outer momentum pays when workers' changes agree, which they do not early in the training of a transformer. Means
-    after short rounds at 1.8 bits a number cost as much payload as outer merges after long rounds at more bits.
+    Outer momentum helps if workers' changes agree, but early in a transformer's training they do not. Averages after
+    short rounds at 1.8 bits per number send about as many bytes as outer merges after long rounds at more bits.
 
     Takes the options of `ab_outer` except those of the outer optimizer. Its `local_lr` suits four groups and optimizers
     that normalize gradients, such as Adam: see `abtrain.recipes.phase.Phase`.
@@ -103,7 +103,7 @@ def _factored_steps(total_steps: int, warmup_steps: int, every: int, refactor_ev
     if rebound_steps != 0 and not refactor_every:
         found.append(
             f"rebound_steps={rebound_steps} has no effect, since refactor_every=0 factors weights only once: "
-            "give refactor_every, or leave rebound_steps out"
+            "set refactor_every to at least 1, or leave rebound_steps out"
         )
     if found:
         raise ConfigurationError(found)

@@ -1,4 +1,4 @@
-"""Defines the settings of which weights are factored, and how. `abtrain.lowrank` carries this out."""
+"""Defines the settings that determine which weights are factored, and how. `abtrain.lowrank` factors them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ OptimizerState = Literal["reset", "project", "auto"]
 
 _OptimizerState = Annotated[
     OptimizerState,
-    "When a weight is factored or restored, reset the optimizer's state for it, or project (convert) it; auto: project "
-    "for known optimizers, and reset for others.",
+    "When a weight is factored, or its factors are multiplied out, reset the optimizer's state for it, or project it, "
+    "which converts it; auto: project for known optimizers, and reset for others.",
 ]
 _SVD = Annotated[
     Literal["each", "shared"],
@@ -29,25 +29,25 @@ class RankRule(Protocol):
         ...
 
     def problems(self) -> list[str]:
-        """Returns one message for each problem of the rule's settings."""
+        """Returns one message for each problem with the rule's settings."""
         ...
 
 
 @dataclass(frozen=True)
 class Factoring:
-    """Sets which weights are factored, and how."""
+    """Contains the settings that determine which weights are factored, and how."""
 
     rank_rule: Annotated[RankRule, "Chooses how many singular values of a weight are kept."]
     keep_dense_if_larger: Annotated[bool, "Leave a weight dense unless its factors are smaller, k (m + n) < m n."] = (
         False
     )
     min_dim: Annotated[int, "Leave a weight dense if its smaller matrix dimension is below this."] = 2
-    exclude: Annotated[tuple[str, ...], "Globs of parameter names that stay dense, such as `head.*`."] = ()
+    exclude: Annotated[tuple[str, ...], "Globs for names of parameters that stay dense, such as `head.*`."] = ()
     optimizer_state: _OptimizerState = "reset"
     svd: _SVD = "each"
 
     def problems(self) -> list[str]:
-        """Returns one message for each problem of these settings."""
+        """Returns one message for each problem with these settings."""
         rule = self.rank_rule
         known = hasattr(rule, "problems") and not isinstance(rule, type)
         found = rule.problems() if known else [f"rank_rule={rule!r} is not a rank rule: use one, such as SigmaCutoff()"]

@@ -16,19 +16,19 @@ from abtrain.recipes.sync import GradientSync, WeightSync
 def ddp(
     total_steps: int, *, wire: Annotated[Literal["fp32", "bf16"], "Format in which gradients are sent."] = "fp32"
 ) -> Recipe:
-    """Plain data parallel training: gradients averaged over all workers at every step."""
+    """Plain data parallel training: gradients are averaged over all workers at every step."""
     if wire not in ("fp32", "bf16"):
-        raise ConfigurationError(f"unknown wire format {wire!r} of gradients: {nearest(str(wire), ('fp32', 'bf16'))}")
+        raise ConfigurationError(f"unknown wire format {wire!r} for gradients: {nearest(str(wire), ('fp32', 'bf16'))}")
     return Recipe("ddp", total_steps, cycle=(Phase("full", total_steps, sync=GradientSync(wire)),))
 
 
-def powersgd(total_steps: int, *, rank: Annotated[int, "Rank of the factors of a gradient."] = 4) -> Recipe:
-    """Data parallel training with gradients sent as low-rank factors with error feedback (arXiv 1905.13727)."""
+def powersgd(total_steps: int, *, rank: Annotated[int, "Rank of the factors in place of a gradient."] = 4) -> Recipe:
+    """Data parallel training that sends gradients as low-rank factors, with error feedback (arXiv 1905.13727)."""
     return Recipe("powersgd", total_steps, cycle=(Phase("full", total_steps, sync=GradientSync("powersgd", rank)),))
 
 
 def solo(total_steps: int) -> Recipe:
-    """No communication: each worker trains its own model. An upper bound of speed, a lower bound of accuracy."""
+    """No communication: each worker trains its own model. This bounds speed from above and accuracy from below."""
     return Recipe("solo", total_steps, cycle=(Phase("solo", total_steps, sync=None),))
 
 
@@ -47,9 +47,9 @@ def local_sgd(
     rebound_every: shared.PhaseEvery = 0,
     local_lr: shared.LocalLR = 1.0,
 ) -> Recipe:
-    """Full-rank local training: groups run alone for `every` steps, then their weights are averaged.
+    """Full-rank local training: groups train separately for `every` steps, then their weights are averaged.
 
-    With warm-up and rebound, this is the schedule of `ab` with full weights, which shows the effect of low rank.
+    With warm-up and rebound, this is `ab` with full-rank weights. Their comparison shows the effect of low rank.
     `abtrain recipes local_sgd` lists the options.
     """
     sync = WeightSync(every, merge_rule(merge, temperature), wire, delay, fragments)
@@ -70,7 +70,7 @@ def diloco(
     fragments: shared.Fragments = 1,
     local_lr: shared.LocalLR = 1.0,
 ) -> Recipe:
-    """Full-rank local training, merged by an outer Nesterov optimizer (DiLoCo, arXiv 2311.08105).
+    """Full-rank local training whose merges use an outer Nesterov optimizer (DiLoCo, arXiv 2311.08105).
 
     `abtrain recipes diloco` lists the options.
     """

@@ -1,7 +1,7 @@
 """Defines merge rules, which compute new common weights from the workers' changes in a round. Imports no torch.
 
-All workers start a round from weights W_0, and worker i ends it with W_i. A merge computes the weighted mean of their
-changes, D = sum_i s_i (W_i - W_0). A rule gives each worker's share s_i, and the new weights W:
+A round is the steps between two merges. All workers start it with weights W_0, and worker i ends it with W_i. A merge
+computes the weighted mean of the changes, D = sum_i s_i (W_i - W_0). A rule gives the shares s_i and new weights W:
 
     mean            s_i = 1 / workers                                 W = W_0 + D
     trained_only    s_i = 1 / (workers that trained it)               W = W_0 + D
@@ -28,7 +28,7 @@ class Part(NamedTuple):
     """Describes what one worker contributes to a merge.
 
     Attributes:
-        buffers: the fingerprint of the worker's buffers (see `abtrain.merging.buffers`); -1 if weights are not finite.
+        buffers: a hash of the worker's buffers (see `abtrain.merging.buffers`); -1 if its weights are not finite.
         loss: the worker's mean training loss in the round; NaN if it has none, infinite if the loss is not finite.
     """
 
@@ -53,7 +53,7 @@ class MergeRule:
     needs_losses: ClassVar[bool] = False
 
     def problems(self) -> list[str]:
-        """Returns one message for each problem of these settings."""
+        """Returns one message for each problem with these settings."""
         return []
 
     def shares(self, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]) -> list[float]:
@@ -91,9 +91,9 @@ class Mean(MergeRule):
 
 @dataclass(frozen=True)
 class TrainedOnly(MergeRule):
-    """Averages each tensor over the workers that trained it, and ignores workers in which it was frozen."""
+    """Averages each tensor over the workers that trained it, and ignores workers on which it was frozen."""
 
-    words = "mean over those that trained it"
+    words = "mean over workers that trained the weight"
 
     def shares(self, alive: Sequence[bool], trained: Sequence[bool], parts: Sequence[Part]) -> list[float]:
         return [did / max(sum(trained), 1) for did in trained]
@@ -147,4 +147,4 @@ class Outer(MergeRule):
 
 
 BY_NAME: dict[str, type[MergeRule]] = {"mean": Mean, "trained_only": TrainedOnly, "weighted": Weighted}
-"""The merge rules that options of recipes can give by name."""
+"""The merge rules that a recipe's options can select by name."""

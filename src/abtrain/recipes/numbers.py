@@ -6,11 +6,11 @@ import math
 from typing import TypeGuard
 
 MOST = 2**53
-"""The largest whole number up to which doubles represent all whole numbers exactly."""
+"""Doubles represent all whole numbers up to this one exactly."""
 
 
 def whole_number_problems(name: str, value: object, least: int) -> list[str]:
-    """Returns a message in a list if a setting is not a whole number of at least `least`, and otherwise []."""
+    """Returns a list of one message if a setting is not a whole number of at least `least`, otherwise an empty list."""
     if isinstance(value, bool) or not isinstance(value, int):
         return [f"{name}={value!r} is not a whole number: use one of at least {least}"]
     if value > MOST:
@@ -26,14 +26,14 @@ def is_finite_number(value: object) -> TypeGuard[int | float]:
 
 
 def number_problems(name: str, value: object, above: float) -> list[str]:
-    """Returns a message in a list if a setting is not a finite number above `above`, and otherwise []."""
+    """Returns a list of one message if a setting is not a finite number above `above`, otherwise an empty list."""
     if not is_finite_number(value) or value <= above:
         return [f"{name}={value!r} is not a finite number above {above}: use one"]
     return []
 
 
 def share_problems(name: str, value: object, below: float | None = None) -> list[str]:
-    """Returns a message in a list if a setting is not from 0 to 1 (with `below`: from 0 to less than it), or []."""
+    """Returns a list of one message if a setting is not from 0 to 1, or from 0 to less than `below`; otherwise []."""
     range_ = "from 0 to 1" if below is None else f"from 0 to less than {below}"
     if not is_finite_number(value):
         return [f"{name}={value!r} is not a finite number: use one {range_}"]

@@ -12,21 +12,21 @@ from abtrain.recipes.shared import WARMUP_SHARE, full_phase, given_or, merge_rul
 from abtrain.recipes.sync import GradientSync, Sync, Trains, WeightSync
 
 AB_SHARE = 1 / 30
-"""The steps of a phase in which groups train factors, divided by all steps: 3.33 % in the paper's guideline."""
+"""The length of a group phase, in which groups train factors, as a share of all steps (the paper's guideline)."""
 REBOUND_SHARE = 0.25
-"""The steps of the full-rank rebound divided by those of the group phase."""
+"""The length of the full-rank rebound phase as a share of the group phase."""
 LR_REBOUND_SHARE = 0.5
-"""The steps in which the learning rate rises again, divided by those of the group phase."""
+"""The length of the learning-rate warm-up after each change of shapes, as a share of the group phase."""
 
 _GroupEvery = Annotated[
     int | None,
-    "Steps between merges in a group phase; by default one merge, at its end; 0: gradients are averaged over all "
-    "workers at every step, and all train the same factor.",
+    "Steps between merges in a group phase; by default one merge, at its end; 0 (with trains=b): gradients are "
+    "averaged over all workers at every step.",
 ]
 _Trains = Annotated[
     Trains,
-    "a_or_b (the paper): each group trains A or B; b: all train B; a_then_b: all train A in one round and B in the "
-    "next, so the mean of the products A B is the product of the means.",
+    "a_or_b (the paper's): each group trains A or B; b: all groups train B; a_then_b: all groups train A in one round "
+    "and B in the next, so the mean of the products A B equals the product of the mean factors.",
 ]
 
 
@@ -45,7 +45,7 @@ def ab(
     wire: shared.Wire = "fp32",
     rebound_steps: Annotated[int | None, "Full-rank steps after a group phase; by default `ab_steps` / 4."] = None,
     rebound_every: shared.PhaseEvery = 0,
-    lr_rebound_steps: Annotated[int | None, "Steps of rising learning rates; by default `ab_steps` / 2."] = None,
+    lr_rebound_steps: Annotated[int | None, "Learning-rate warm-up steps per phase; by default `ab_steps` / 2."] = None,
     rank_rule: shared.Rule = None,
     **factoring: Any,
 ) -> Recipe:
@@ -76,7 +76,7 @@ ab_no_groups = preset(
     "ab_no_groups",
     """The paper's "AB - No Groups": the schedule of `ab`, but all workers train B together, in data parallel.
 
-    Takes the options of `ab` except those of groups. `wire` is for merges in warm-up and rebound.
+    Takes the options of `ab` except those for groups. `wire` is the format of merges in the warm-up and the rebound.
     """,
     fixed={"every": 0, "trains": "b", "merge": "mean", "temperature": 0.1},
 )

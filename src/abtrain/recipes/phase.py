@@ -13,21 +13,20 @@ Weights = Literal["full", "factored"]
 
 @dataclass(frozen=True)
 class Phase:
-    """Describes consecutive steps with the same form of weights, trained parameters and synchronization.
+    """Describes a phase of training: a number of consecutive steps that use the same settings.
 
     Args:
-        name: the phase's name in logs, metrics and payload counts.
-        steps: the length in steps; the end of the run cuts off the last phase.
+        name: the phase's name in logs, in metrics, and in reports of the bytes sent.
+        steps: the number of steps; the last phase is cut short if the run ends before it.
         weights: the form of the weights: `full` matrices W, or `factored` into A and B.
-        trains: the trained factors: `all`; A or B, fixed for each group (`a_or_b`); A and B in alternate rounds, the
-            same in all groups (`a_then_b`); or B only (`b`). Parameters that are not factored are always trained.
-        sync: the synchronization of workers; None for none.
-        damping: the damping of the preconditioner of the factors' steps (see `abtrain.lowrank.precondition`); 0: no
-            preconditioner.
-        factor_lr: the number by which preconditioned steps are multiplied.
-        local_lr: the number by which the learning rate is multiplied while workers train alone, between merges. Adam
-            normalizes by gradient noise, which is sqrt(workers) larger on one worker's batch. A factor of sqrt(workers)
-            restores the step length.
+        trains: which factors are trained: both (`all`), A or B depending on the group (`a_or_b`), A and B in alternate
+            rounds (`a_then_b`), or only B (`b`). Parameters that are not factored are always trained.
+        sync: how workers are synchronized; None if they are not.
+        damping: the damping used to precondition the factors (see `abtrain.lowrank.precondition`); 0: none are.
+        factor_lr: the number by which preconditioned updates are multiplied.
+        local_lr: the number by which the learning rate is multiplied in phases with merges. Gradient noise is
+            sqrt(workers) times larger on one worker's batch than on all batches, which shortens the steps of Adam and
+            other optimizers that normalize gradients. A value of sqrt(workers) compensates for this.
     """
 
     name: str
@@ -41,7 +40,7 @@ class Phase:
 
     @property
     def rounds(self) -> WeightSync | None:
-        """The settings of merges; None if groups do not train alone in this phase."""
+        """The settings of merges; None if this phase has no merges."""
         return self.sync if isinstance(self.sync, WeightSync) else None
 
     @property
@@ -50,7 +49,7 @@ class Phase:
         return isinstance(self.sync, GradientSync)
 
     def problems(self) -> list[str]:
-        """Returns one message for each problem of the phase."""
+        """Returns one message for each problem with the phase."""
         found = whole_number_problems("steps", self.steps, least=1)
         if self.weights not in get_args(Weights):
             found.append(f"weights={self.weights!r} is unknown: use 'full' or 'factored'")
@@ -66,7 +65,7 @@ class Phase:
         if self.local_lr != 1 and not self.rounds:
             found.append(f"local_lr={self.local_lr} has no effect without merges: use a WeightSync, or leave it at 1")
         if self.factor_lr != 1 and self.damping == 0:
-            found.append(f"factor_lr={self.factor_lr} scales preconditioned steps: give damping, or leave it at 1")
+            found.append(f"factor_lr={self.factor_lr} has no effect without preconditioning: use 1, or set damping > 0")
         if not isinstance(self.sync, Sync):
             found.append(f"sync={self.sync!r} is unknown: use GradientSync(), WeightSync(every) or None")
         elif self.sync is not None:

@@ -59,7 +59,7 @@ class SigmaCutoff:
 
 @dataclass(frozen=True)
 class Energy:
-    """Keeps the fewest singular values whose squares are at least the share `share` of the sum of all squares."""
+    """Keeps the fewest singular values whose squares add up to at least `share` times the sum of all squares."""
 
     share: float = 0.95
     rank_multiple: int = 1

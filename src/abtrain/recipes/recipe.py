@@ -168,7 +168,7 @@ class Recipe:
         start = sum(phase.steps for phase in self.prologue)
         if start >= self.total_steps:
             return [
-                f"the prologue ({start} steps) leaves nothing of the {self.total_steps} total_steps to the cycle: "
+                f"the prologue ({start} steps) leaves none of the {self.total_steps} total_steps for the cycle: "
                 "shorten the prologue, or give a larger total_steps"
             ]
         found = []
@@ -176,7 +176,7 @@ class Recipe:
             left = self.total_steps - start
             if phase.sync is None and phase.weights == "factored" and phase.steps < left:
                 found.append(f"phase {phase.name!r} has no sync and cannot repeat: give it a sync, or {left} steps")
-            # A round as long as its phase ends with the phase, wherever the run cuts that off.
+            # A round that is as long as its phase is cut short with it if the run ends early.
             if phase.rounds and 0 < left < phase.rounds.every < phase.steps:
                 found.append(
                     f"phase {phase.name!r}: every={phase.rounds.every} is longer than the {left} steps that are left "

@@ -1,4 +1,4 @@
-"""Defines options, and builds phases and rules, for several of the named recipes."""
+"""Defines options that several named recipes share, and builds the phases and rules that these options describe."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.sync import GradientSync, WeightSync
 
 WARMUP_SHARE = 0.2
-"""The number of warm-up steps divided by all steps, from the paper's guideline (Section IV.C)."""
+"""The length of the warm-up as a share of all steps, from the paper's guideline (Section IV.C)."""
 
 # Options with their types and their meanings for users.
 Every = Annotated[int, "Steps between merges."]
-PhaseEvery = Annotated[int, "Steps between merges in that phase; 0: gradients are averaged at every step."]
+PhaseEvery = Annotated[int, "Steps between merges in this phase; 0: gradients are averaged at every step."]
 Merge = Annotated[
     MergeRule | str, "A rule of `abtrain.recipes.merges`, or its name: mean (the paper's), trained_only or weighted."
 ]
 Temperature = Annotated[float, "Temperature of the rule `weighted`, in the units of the loss."]
 OuterLR = Annotated[float, "Learning rate of the outer optimizer."]
 OuterMomentum = Annotated[float, "Momentum of the outer optimizer."]
-Wire = Annotated[str, "Wire format in which merges are sent, such as int4: see `abtrain.recipes.wires`."]
-Delay = Annotated[int, "Training steps during which a merge is sent; training waits for the last one of a phase."]
-Fragments = Annotated[int, "Number of parts of the model that merge in turn; all merge at the end of a phase."]
+Wire = Annotated[str, "Format in which merges are sent, such as int4: see `abtrain.recipes.wires`."]
+Delay = Annotated[int, "Training steps during which a merge is sent; training waits for a phase's last merge."]
+Fragments = Annotated[int, "Number of parts of the model that are merged in turn; a phase ends with a merge of all."]
 LocalLR = Annotated[float, "Multiplies the learning rate between merges: see `abtrain.recipes.phase.Phase`."]
 Rule = Annotated[
-    RankRule | str | None, "A rule in place of the cutoff `sigma_cutoff`, or its name, such as energy:0.95."
+    RankRule | str | None, "A rank rule to use instead of `sigma_cutoff`, or its name, such as energy:0.95."
 ]
 
 _T = TypeVar("_T")
@@ -68,7 +68,7 @@ def full_phase(
     """Returns a full-rank phase in a tuple, empty if `steps` is 0. `every` 0 averages gradients instead of weights.
 
     Raises:
-        ConfigurationError: a setting that has no effect here is invalid. `Recipe` checks those that have one.
+        ConfigurationError: a setting that the phase does not use is invalid. `Recipe` checks the settings in use.
     """
     if steps == 0 or every == 0:
         found = whole_number_problems(f"{name}_every", every, least=0) + WeightSync(1, merge, wire).problems()
@@ -83,7 +83,7 @@ def full_phase(
 
 
 def merge_rule(rule: MergeRule | str, temperature: float) -> MergeRule:
-    """Returns a given merge rule, or builds the rule with the given name and, if it has one, temperature.
+    """Returns `rule`, or builds the rule with this name. Only the rule `weighted` uses `temperature`.
 
     Raises:
         ConfigurationError: the name is unknown, or the temperature is invalid, even if the rule does not use it.
@@ -103,7 +103,7 @@ def rank_rule_of(rule: RankRule | str | None, sigma_cutoff: float, outliers: boo
     """Returns the given rank rule, or `SigmaCutoff(sigma_cutoff)` if it is None. Strings are parsed.
 
     Raises:
-        ConfigurationError: the rule is unknown, or `sigma_cutoff` is invalid although the rule replaces it.
+        ConfigurationError: the rule is unknown, or it replaces a `sigma_cutoff` that is invalid.
     """
     cutoff = SigmaCutoff(sigma_cutoff, outliers=outliers)
     if rule is None:
@@ -118,7 +118,7 @@ def given_or(value: _T | None, default: _T) -> _T:
 
 
 def whole_rounds(total_steps: int, every: int) -> int:
-    """Returns the steps of the paper's warm-up, rounded to whole rounds; 0 if the run has fewer than two rounds."""
+    """Returns the number of steps in the paper's warm-up, in whole rounds; 0 if the run has fewer than two rounds."""
     if not (are_counts(total_steps, every) and 0 < every <= total_steps // 2):
         return 0
     return max(1, round(WARMUP_SHARE * total_steps / every)) * every
@@ -129,5 +129,5 @@ def share_of(steps: int, share: float, least: int = 1) -> int:
 
 
 def are_counts(*values: object) -> bool:
-    """Returns whether all values are whole numbers of at most `MOST`. The phase or recipe reports other values."""
+    """Returns whether all values are whole numbers from -`MOST` to `MOST`. `Phase` and `Recipe` report other values."""
     return all(isinstance(value, int) and abs(value) <= MOST for value in values)

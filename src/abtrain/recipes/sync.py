@@ -18,7 +18,7 @@ class GradientSync:
     """Averages gradients over all workers at every step, with DDP and its communication hooks.
 
     Args:
-        wire: the wire format of gradients: unchanged, bfloat16, or low-rank factors (PowerSGD, arXiv 1905.13727).
+        wire: how gradients are sent: unchanged, in bfloat16, or as low-rank factors (PowerSGD, arXiv 1905.13727).
         rank: the rank of PowerSGD's factors.
     """
 
@@ -26,17 +26,17 @@ class GradientSync:
     rank: int = 4
 
     def problems(self) -> list[str]:
-        """Returns one message for each problem of these settings."""
+        """Returns one message for each problem with these settings."""
         found = whole_number_problems("rank", self.rank, least=1)
         if self.wire not in get_args(GradientWire):
             known = nearest(str(self.wire), get_args(GradientWire))
-            found.append(f"unknown wire format {self.wire!r} of gradients: {known}")
+            found.append(f"unknown wire format {self.wire!r} for gradients: {known}")
         return found
 
 
 @dataclass(frozen=True)
 class WeightSync:
-    """Lets groups of workers train alone for `every` steps, then merges their weights.
+    """Lets groups of workers train separately for `every` steps, then merges their weights.
 
     Within a group, DDP averages gradients at every step. A phase always ends with a merge, even in mid-round.
 
@@ -44,9 +44,9 @@ class WeightSync:
         every: the length of a round: the number of steps between merges.
         merge: the rule that computes common weights from those of the groups.
         wire: the wire format of merges: a name as in `abtrain.recipes.wires`, or `auto` (see `wire_between`).
-        delay: the number of training steps during which a merge is sent. Its result is added to the changes of these
-            steps. With 0, training waits for the merge.
-        fragments: the number of parts of the model that merge in turn, spread evenly over a round to send less at once.
+        delay: the number of training steps during which a merge is sent. Its result is then added to what these
+            steps changed. With 0, training waits for the merge.
+        fragments: the number of parts of the model. Their merges are spread evenly over a round, to send less at once.
     """
 
     every: int
@@ -56,7 +56,7 @@ class WeightSync:
     fragments: int = 1
 
     def problems(self) -> list[str]:
-        """Returns one message for each problem of these settings."""
+        """Returns one message for each problem with these settings."""
         found = whole_number_problems("every", self.every, least=1)
         found += whole_number_problems("delay", self.delay, least=0)
         found += whole_number_problems("fragments", self.fragments, least=1)
@@ -84,6 +84,6 @@ class WeightSync:
 
 
 Sync = GradientSync | WeightSync | None
-"""None: workers never communicate."""
+"""How workers synchronize; None: never."""
 
 Trains = Literal["all", "a_or_b", "a_then_b", "b"]

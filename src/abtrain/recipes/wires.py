@@ -36,7 +36,7 @@ class Form(NamedTuple):
 _DIRECT, _LOW_RANK = "abtrain.merging.wires.direct:DirectWire", "abtrain.merging.wires.low_rank:LowRankWire"
 FORMS: dict[str, Form] = {
     "CODE": Form(_DIRECT, "{code}"),
-    "CODE:REPLY": Form(_DIRECT, "{code}, back in {reply}"),
+    "CODE:REPLY": Form(_DIRECT, "{code}, averages in {reply}"),
     "lowrank:RANK": Form(_LOW_RANK, "factors of rank {rank} in fp32"),
     "lowrank:RANK:CODE": Form(_LOW_RANK, "factors of rank {rank} in {code}"),
 }
@@ -48,7 +48,7 @@ _VALUES = {
     "REPLY": f"(?<!fp32:)(?P<reply>{_CODES})",
     "RANK": rf"(?P<rank>\d{{1,{len(str(MOST))}}})",
 }
-"""For each word in capitals, the pattern of its values."""
+"""For each word in capitals, the regular expression that matches its values."""
 
 
 def parse_wire(name: str) -> tuple[Form, dict[str, str | int]]:
@@ -66,15 +66,16 @@ def parse_wire(name: str) -> tuple[Form, dict[str, str | int]]:
             return form, values
     known = (AUTO, *get_args(CodeName), *(words for words in FORMS if words != "CODE"))
     raise ConfigurationError(
-        f"unknown wire format {name!r}: {nearest(str(name), known)}. RANK is at least 1, and fp32 takes no REPLY"
+        f"unknown wire format {name!r}: {nearest(str(name), known)}. CODE and REPLY are formats such as int4, RANK is "
+        "at least 1, and fp32 takes no REPLY"
     )
 
 
 def wire_between(workers: int, name: str) -> str:
     """Returns `name`, or for `auto` the wire format for this number of workers: int4, int3, or ternary:int3.
 
-    Each of n workers sends (n - 1) / n of the numbers and as many averages. With one fixed code, each of 8 workers
-    would send 75 % more than each of 2. Rounding errors average out, so more workers allow coarser codes. With these
+    Each of n workers sends (n - 1) / n of the numbers and of the averages. With one fixed code, each of 8 workers would
+    send 75 % more than each of 2. Rounding errors average out, so more workers allow coarser codes. With these
     formats, a worker sends 4.2 to 5.2 bits for a number and its average, with any number of workers.
     """
     if name != AUTO:

@@ -158,7 +158,7 @@ def test_phases_that_cannot_be(phase: Phase, message: str) -> None:
 def test_recipes_that_cannot_be() -> None:
     with pytest.raises(ConfigurationError, match="the cycle is empty"):
         Recipe("r", 10)
-    with pytest.raises(ConfigurationError, match="leaves nothing of the 10 total_steps"):
+    with pytest.raises(ConfigurationError, match="leaves none of the 10 total_steps"):
         recipes.ab(10, warmup_steps=10, ab_steps=2)
     with pytest.raises(ConfigurationError, match="needs a rank rule"):
         Recipe("r", 10, cycle=(Phase("p", 5, weights="factored"),))
@@ -250,13 +250,13 @@ def test_a_preset_takes_the_options_of_its_recipe_but_the_fixed_ones(
         ("ab_local", {"warmup_delay": -1, "warmup_steps": 0}, "warmup_delay=-1 is too small"),
         ("ab_local", {"rebound_every": -1}, "rebound_every=-1 is too small"),
         ("ab_local", {"every": 0}, "recipe 'ab_local': phase 'factors': every=0 is too small"),
-        ("ab_local", {"warmup_steps": 9999}, "leaves nothing of the 600 total_steps"),
+        ("ab_local", {"warmup_steps": 9999}, "leaves none of the 600 total_steps"),
         ("local_sgd", {"temperature": -1.0}, "temperature=-1.0 is not a finite number above 0"),
         ("local_sgd", {"merge": []}, r"unknown merge rule \[\]"),
         ("local_sgd", {"warmup_every": -3}, "warmup_every=-3 is too small"),
         ("diloco", {"outer_lr": 10**400}, "outer_lr=1000+ is not a finite number"),
         ("ab", {"sigma_cutoff": math.nan, "rank_rule": "fixed:2"}, "sigma_cutoff=nan is not a finite number"),
-        ("ddp", {"wire": "powersgd"}, "unknown wire format 'powersgd' of gradients"),
+        ("ddp", {"wire": "powersgd"}, "unknown wire format 'powersgd' for gradients"),
     ],
 )
 def test_bad_values_are_reported_even_where_they_are_ignored(name: str, options: dict[str, Any], message: str) -> None:
