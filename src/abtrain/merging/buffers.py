@@ -1,11 +1,11 @@
-"""Handles buffers in a merge: each keeps its value, is averaged, or takes one worker's value.
+"""Makes buffers equal in a merge: each keeps its value, is averaged, or takes one worker's value.
 
-A buffer that is equal on all workers keeps its bits: constants, masks of -inf, equal counters. An average would round
-it, or fail on its infinities. Running statistics differ at every merge. So workers remember which buffers differed, and
-prove with one number in the roll call that no other buffer does. Only if that fails do they compare buffer by buffer.
+A buffer that is equal on all workers, such as a constant or a mask of -inf, keeps its exact value. An average would
+round it, or be rejected as infinite. Running statistics differ at every merge. So workers remember which buffers
+differed, and compare one fingerprint of all others. If it differs, they compare buffers one by one.
 
-Of the buffers that differ, running statistics are averaged. All others follow one worker, as in DDP: the mean of two
-masks is not a mask, nor that of two unit vectors a unit vector.
+If buffers differ, running statistics are averaged, and other buffers take one worker's values, as in DDP: the mean of
+two masks is not a mask, and the mean of two unit vectors is not a unit vector.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from abtrain.lowrank.names import matching
 from abtrain.merging.changes import is_finite
 
 _COMPARE = 0
-"""The report of a worker that asks for a comparison, because a buffer that has differed is not finite."""
+"""Reported by a worker that requires a comparison: a buffer that differed at the last merge is not finite now."""
 
 _STATISTICS = ("running_mean", "running_var")
-"""Names of running statistics in PyTorch's norms, and in others that imitate them."""
+"""Names of running statistics in PyTorch's normalization layers, and in layers that use the same names."""
 
 _DIRECTIONS = ("weight_u", "weight_v", "_u", "_v")
-"""Names of singular vectors in both forms of PyTorch's spectral norm."""
+"""Names of singular vectors in PyTorch's two implementations of spectral norm."""
 
 
 def averaged_buffers(names: Iterable[str], further: Sequence[str] = ()) -> list[str]:
-    """Returns the names of the buffers that are averaged if they differ; `further` has glob patterns of names."""
+    """Returns the buffers to average if they differ: running statistics, and names that match a glob in `further`."""
     return [name for name in names if name.rpartition(".")[2] in _STATISTICS or matching(name, further) is not None]
 
 
 def settled(name: str, mean: Tensor) -> Tensor:
-    """Returns the new value of a buffer, given its mean over workers: spectral norm's vectors get length 1."""
+    """Returns the value of a buffer after averaging: its mean, scaled to length 1 for vectors of a spectral norm."""
     if name.rpartition(".")[2] not in _DIRECTIONS:
         return mean
     return torch.nn.functional.normalize(mean, dim=0, eps=torch.finfo(mean.dtype).tiny)
 
 
 def pooled_buffers(held: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Returns the first worker's buffers, by name, with running statistics that differ averaged over the workers."""
+    """Returns the first worker's buffers by name, but the workers' average of running statistics that differ."""
     return {name: _pooled(name, [buffers[name] for buffers in held]) for name in held[0]}
 
 
@@ -55,11 +55,11 @@ def _pooled(name: str, buffers: Sequence[Tensor]) -> Tensor:
 
 
 class Buffers:
-    """Compares the buffers of workers, merge by merge.
+    """Finds at each merge which buffers differ between workers.
 
     Attributes:
-        differed: by name, for each buffer that differed at the last merge, its checksum after the merge; the same on
-            all workers.
+        differed: by name, the checksum of each buffer that differed at the last merge, computed after that merge; the
+            same on all workers.
     """
 
     def __init__(self, comm: Communicator) -> None:
@@ -67,9 +67,9 @@ class Buffers:
         self.differed: dict[str, int] = {}
 
     def report(self, buffers: Mapping[str, Tensor], sums: Mapping[str, int]) -> int:
-        """Returns a number for the roll call. If it is equal on all workers, no buffers differ but those in `differed`.
+        """Returns a fingerprint for the roll call before a merge, or 0 to request a comparison of all buffers.
 
-        The arguments are those of `compare`.
+        If all workers return the same fingerprint, only buffers in `differed` can differ. Arguments: see `compare`.
         """
         still = self._still(sums)
         changed = [buffers[name] for name in sums if name in self.differed and name not in still]
@@ -80,15 +80,15 @@ class Buffers:
     def compare(
         self, buffers: Mapping[str, Tensor], sums: Mapping[str, int], reports: Sequence[int]
     ) -> dict[str, list[int]]:
-        """Finds the buffers that differ between workers. Collective only if the reports differ or ask for it.
+        """Finds the buffers that differ between workers. Collective over the world if reports differ or one is 0.
 
         Args:
             buffers: the buffers by name; the names are the same on all workers.
             sums: the checksums of the buffers.
-            reports: the `report` of each worker.
+            reports: each worker's result of `report`, in rank order.
 
         Returns:
-            The buffers that differ, by name, with the ranks on which each is not finite.
+            The names of the buffers that differ, each with the ranks on which the buffer is not finite.
         """
         if not buffers:
             return {}
@@ -104,14 +104,14 @@ class Buffers:
         return {name: [rank for rank, value in enumerate(column) if value % 2] for name, column in differing.items()}
 
     def merged(self, outcome: Mapping[str, Tensor]) -> None:
-        """Remembers the checksums of the values, by name, that a merge writes to buffers that differed."""
+        """Records in `differed` the checksums of the values that a merge writes to buffers, by name."""
         self.differed |= {name: checksum(tensor) for name, tensor in outcome.items()}
 
     def _still(self, sums: Mapping[str, int]) -> list[str]:
-        """Returns the buffers that differed before, and that this worker has not changed since the last merge."""
+        """Returns the buffers that differed at the last merge and that this worker has not changed since."""
         return [name for name, total in sums.items() if self.differed.get(name) == total]
 
 
 def sent_by_first_comparison(buffers: Sequence[Tensor]) -> Calls:
-    """Returns the collective calls of a run's first `Buffers.compare`, if buffers differ between workers."""
+    """Returns the collective calls that a run's first `Buffers.compare` makes if buffers differ between workers."""
     return (Traffic("all_gather", "world", len(buffers) * torch.int64.itemsize),)

@@ -1,8 +1,8 @@
-"""Converts the momentum and the residuals of merges when weights become factors, and back.
+"""Converts the outer momentum and the compression residuals of merges from weights to factors, and back.
 
-To first order, changes of the factors of W = A B change the weight by E_A B + A E_B. The changes of this form are the
-tangent space of matrices of rank k at W. Factors can express any other change E only by its projection,
-P_A E + E P_B - P_A E P_B, with P_A on the columns of A and P_B on the rows of B.
+If the factors of W = A B change by E_A and E_B, then W changes by E_A B + A E_B, to first order. Changes of this form
+make up the tangent space, at W, of the matrices of rank k. Any other change E of W is replaced by its projection onto
+this space, P_A E + E P_B - P_A E P_B. P_A projects onto the column space of A, and P_B onto the row space of B.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def carry_over(
     momentum: bool,
     convert: Callable[[Tensors, FactoredWeight], None],
 ) -> None:
-    """Converts the momentum and the residuals of a merger, and drops the state of its wires.
+    """Converts a merger's momentum and residuals for the weights in `records`, and drops their state in wires.
 
-    The factors of all `records` are in place: `convert` is `into_weight` before factors are multiplied, `into_factors`
-    after weights have been factored. Without `momentum`, outer momentum is dropped.
+    The weights must be factored during the call. Pass `into_weight` as `convert` before factors are multiplied, and
+    `into_factors` after weights have been factored. If `momentum` is false, outer momentum is dropped.
     """
     for record in records:
         names = (record.name, *factor_names(record.name))
@@ -38,7 +38,7 @@ def carry_over(
 
 
 def into_weight(store: Tensors, record: FactoredWeight) -> None:
-    """Replaces the changes of a weight's two factors in `store` by one change of the weight."""
+    """Replaces the changes of a weight's factors in `store` by the change of the weight that they cause."""
     E_A, E_B = (store.pop(name, None) for name in factor_names(record.name))
     given = E_A if E_A is not None else E_B
     if given is None:
@@ -50,7 +50,7 @@ def into_weight(store: Tensors, record: FactoredWeight) -> None:
 
 
 def into_factors(store: Tensors, record: FactoredWeight) -> None:
-    """Replaces the change of a weight in `store` by changes of its two factors, as far as they can express it."""
+    """Replaces the change of a weight in `store` by changes of its factors that cause the projection of this change."""
     E = store.pop(record.name, None)
     if E is not None:
         matrix = record.matrix_shape.to_matrix(E)
@@ -58,14 +58,14 @@ def into_factors(store: Tensors, record: FactoredWeight) -> None:
 
 
 def to_weight(E_A: Tensor, E_B: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Converts changes of A (m, k) and B (k, n) to the change (m, n) of the weight."""
+    """Converts changes of A (m, k) and B (k, n) to the change (m, n) of W = A B, to first order."""
     return E_A @ B + A @ E_B
 
 
 def to_factors(E: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Converts a change (m, n) of the weight to changes of A (m, k) and B (k, n) that produce its projection.
+    """Converts a change (m, n) of the weight to changes of A (m, k) and B (k, n) that cause its projection.
 
-    The part that both factors can express is shared evenly: E_A = (I - P_A / 2) E B^+ and E_B = A^+ E (I - P_B / 2).
+    Each causes half of P_A E P_B: E_A = (I - P_A / 2) E B^+, E_B = A^+ E (I - P_B / 2), with pseudoinverses A^+, B^+.
     """
     A_plus, B_plus = torch.linalg.pinv(A.double()), torch.linalg.pinv(B.double())
     right, left = E.double() @ B_plus, A_plus @ E.double()

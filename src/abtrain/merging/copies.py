@@ -1,7 +1,7 @@
-"""Finds copies of the weights in optimizers' state (float32 masters, slow weights, averages), and moves them in merges.
+"""Finds copies of weights in optimizer state, such as float32 master weights, and updates them at merges.
 
-An optimizer that keeps such a copy may overwrite the weight with it, which would undo a merge. So a merge adds the
-change of a weight to its copies, too.
+An optimizer may overwrite a weight with its copy (a master weight, a slow weight or a running average), which would
+undo a merge. So whatever a merge adds to a weight is also added to its copies.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from abtrain.lowrank.optimizers import parameters_of
 from abtrain.merging.changes import is_finite
 
 _COSINE, _LONGEST = 0.7, 2.0
-"""State is a copy if its cosine with the weights is above 0.7 and their lengths differ by less than a factor of 2."""
+"""State is a copy if its cosine similarity to the weights is above 0.7, and its norm is 0.5 to 2 times theirs."""
 _DEEPEST = 4
-"""Levels of lists and dicts in which an optimizer may keep copies outside its state."""
+"""The number of nested levels of lists and dicts in which copies outside an optimizer's state are searched for."""
 _Name = tuple[int, str]
-"""The name of a kind of state: the index of the optimizer, and the key."""
+"""A kind of optimizer state: the index of the optimizer, and the key under which each parameter has this state."""
 
 
 class WeightCopies:
-    """Finds copies of the weights in the state of a model's optimizers, and moves them with the weights."""
+    """Finds copies of the weights in the state of a model's optimizers, and applies changes of weights to them."""
 
     def __init__(self, model: FactoredModel) -> None:
         self._model = model
         self._seen: set[_Name] = set()
         self._copies: set[_Name] = set()
         self.look()
-        # The copies that constructors of optimizers make, with their dtype and device.
+        # The dtype and the device of the copies that the optimizers' constructors made.
         self._from_start = {
             (place, key, parameter.dtype): (copy.dtype, copy.device)
             for place, key in self._copies
@@ -47,7 +47,7 @@ class WeightCopies:
         }
 
     def look(self) -> bool:
-        """Examines the kinds of optimizer state that it has not seen before. Returns whether there were any."""
+        """Searches new kinds of optimizer state for copies. Returns whether there were any new kinds."""
         found = False
         for place, optimizer in enumerate(self._model.optimizers.all):
             held = {key for state in optimizer.state.values() if isinstance(state, Mapping) for key in state}
@@ -57,18 +57,18 @@ class WeightCopies:
                 found = True
                 if is_copy:
                     self._copies.add((place, key))
-                # Weights that are all zero do not tell: look again later.
+                # If weights are all zero, copies cannot be recognized: look again later.
                 if is_copy is not None:
                     self._seen.add((place, key))
         return found
 
     @property
     def names(self) -> str:
-        """The kinds of state that are copies, as one string: the optimizer's index and the key of each."""
+        """The kinds of state that are copies, as one string of items INDEX/KEY: an optimizer's index and a key."""
         return " ".join(f"{place}/{key}" for place, key in sorted(self._copies))
 
     def renew(self) -> None:
-        """Gives parameters without state the copies that the optimizer's constructor made for the first parameters."""
+        """Creates missing copies of parameters, if the optimizer's constructor created copies for parameters."""
         for (place, key, of), (dtype, device) in self._from_start.items():
             optimizer = self._model.optimizers.all[place]
             for parameter in parameters_of(optimizer):
@@ -76,7 +76,7 @@ class WeightCopies:
                     optimizer.state[parameter][key] = parameter.detach().to(device, dtype, copy=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the kinds of state that were examined (`seen`), and those that are copies, as [optimizer, key]."""
+        """Returns the kinds of state that were examined (`seen`) or are copies, as [index of the optimizer, key]."""
         return {"seen": sorted(map(list, self._seen)), "copies": sorted(map(list, self._copies))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -86,7 +86,7 @@ class WeightCopies:
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Adds the changes that a `with` block makes to weights to their copies."""
+        """Adds the changes of weights during a `with` block to the copies of these weights."""
         pairs = list(self._pairs())
         before = [parameter.detach().clone() for parameter, _ in pairs]
         yield
@@ -114,19 +114,19 @@ class WeightCopies:
     def _of_kind(self, place: int, key: str) -> Iterator[tuple[Tensor, Tensor]]:
         for parameter, state in self._model.optimizers.all[place].state.items():
             copy = state.get(key) if isinstance(parameter, Tensor) and isinstance(state, Mapping) else None
-            # A tensor in the weight's own memory follows the weight by itself.
+            # A tensor that shares the weight's memory changes with the weight.
             if isinstance(copy, Tensor) and copy.shape == parameter.shape and copy.data_ptr() != parameter.data_ptr():
                 yield parameter, copy
 
 
 def _is_copy(optimizer: Optimizer, key: str) -> bool | None:
-    """Returns whether the state under a key is near the weights; None if the weights are all zero."""
+    """Returns whether an optimizer's state under a key is close to the weights; None if the weights are all zero."""
     held = ((p, state.get(key)) for p, state in optimizer.state.items() if isinstance(state, Mapping))
     return _near((p, copy) for p, copy in held if isinstance(copy, Tensor) and isinstance(p, Tensor))
 
 
 def _near(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool | None:
-    """Returns whether the second tensors of all pairs, as one vector, are near the weights; None if these are all 0."""
+    """Returns whether weights and tensors in pairs, each as one vector, are close; None if the weights are all zero."""
     dot = size = length = 0.0
     for weight, copy in pairs:
         if copy.shape != weight.shape or not copy.is_floating_point():
@@ -140,7 +140,7 @@ def _near(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool | None:
 
 
 def _follow(copy: Tensor, old: Tensor, new: Tensor) -> None:
-    """Adds the change of a weight from `old` to `new` to its copy. A master still rounds to its weight afterwards."""
+    """Adds the change of a weight from `old` to `new` to its copy. A master weight still rounds to the weight."""
     if not is_finite(old):
         # There is no change to add: if the weight is finite now, a merge has replaced it.
         if is_finite(new):
@@ -153,12 +153,12 @@ def _follow(copy: Tensor, old: Tensor, new: Tensor) -> None:
 
 
 def kept_elsewhere(optimizer: Optimizer) -> str:
-    """Returns the attribute in which an optimizer keeps copies of weights outside its state; empty if there is none."""
+    """Returns the name of an optimizer's attribute with copies of weights outside its state; empty if there is none."""
     weights = parameters_of(optimizer)
     general = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
     for name, value in {**vars(optimizer), "state": general}.items():
         if name not in ("param_groups", "defaults") and any(
-            # A single number may be near a weight by chance.
+            # A single number may be close to a weight by chance.
             tensor.data_ptr() != weight.data_ptr() and tensor.numel() > 1 and _near([(weight, tensor)])
             for tensor in tensors_in(value, _DEEPEST)
             for weight in weights

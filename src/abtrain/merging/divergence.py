@@ -1,12 +1,12 @@
-"""Measures by layer how far the groups of workers have diverged when they merge.
+"""Measures, layer by layer, how far the weights of the workers have diverged when they merge.
 
-With X_i a weight or factor of worker i at the end of a round, and X the start of the round plus the merged mean change:
+X_i is a weight or factor of worker i at the end of a round. X is its value at the start plus the mean of all changes.
 
     distance = sqrt(mean_i |X_i - X|^2) / |X|
     subspace = sqrt(mean_i (1 - |Q_i^T Q|^2 / k)),    Q_i, Q orthonormal bases of the k columns of A_i and A (rows of B)
 
-0 means no difference; 1 is the largest distance of subspaces, which share no direction. The paper suspects that groups
-diverge in the small singular values (Section V), where the distance of factors shows little and that of subspaces much.
+Both are 0 if the workers are equal, and `subspace` is 1 if subspaces are orthogonal. The paper suspects that groups
+diverge in small singular values (Section V). Such a divergence hardly changes `distance`, but it changes `subspace`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Distances = dict[str, dict[str, float]]  # by layer, and then by `distance` or `
 def divergence(
     comm: Communicator, changes: _Tensors, mean: _Tensors, anchors: _Tensors, factors: Collection[str]
 ) -> Distances:
-    """Measures divergence before a merge writes its outcome. Collective over the world; sends two numbers a layer.
+    """Returns the divergence by layer in a merge. Collective over the world; sends two numbers per layer.
 
-    `changes` are this worker's changes since the anchors, the weights at the start of the round. `mean` is their
-    average over all workers, and `factors` has the names of factors. Returns `distance` for layers of two or more
-    dimensions, and `subspace` for factors.
+    `anchors` are the weights at the start of the round, `changes` this worker's changes since then, and `mean` their
+    average over all workers. `factors` contains the names of the factors. The result has `distance` for each tensor
+    of two or more dimensions, and also `subspace` for each factor.
     """
     names = [name for name in changes if changes[name].ndim > 1 and name in mean]
     if not names:
@@ -48,7 +48,7 @@ def divergence(
 
 
 def _local(letter: str, anchor: Tensor, change: Tensor, mean: Tensor) -> tuple[float, float]:
-    """Returns this worker's terms, |X_i - X|^2 / |X|^2 and 1 - |Q_i^T Q|^2 / k. `letter`: A or B, for factors."""
+    """Returns this worker's |X_i - X|^2 / |X|^2 and 1 - |Q_i^T Q|^2 / k. `letter` is A or B for factors, else empty."""
     X_i, X = (anchor + change).double(), (anchor + mean).double()
     square = float(torch.linalg.vector_norm(X_i - X) ** 2 / torch.linalg.vector_norm(X).clamp(min=1e-30) ** 2)
     if not letter or torch.equal(X_i, X):

@@ -1,13 +1,13 @@
 """Merges the workers' models: all workers get the same new weights, computed from the changes of each worker.
 
-A merge averages the changes that workers have made to their weights since the last merge. They are sent in a wire
+A merge averages the changes that workers have made to their weights since the last merge. Changes are sent in a wire
 format, which may compress them. A rule turns the average into new weights (see `abtrain.recipes.merges`).
 
-A hidden merge sends its messages during the next training steps. Meanwhile, a worker trains on from the weights that
-the rule gives for its own change alone. When the average arrives, the difference is added (eager updates: Kale,
-Douillard, Donchev, arXiv 2502.12996).
+A hidden merge sends its messages during the next training steps. Meanwhile, each worker trains from the weights that
+the rule computes from its own change alone. When the average arrives, the difference to the merged weights is added
+(eager updates: Kale, Douillard, Donchev, arXiv 2502.12996).
 
-A worker whose values are not finite may be left out of the average; the shares of the other workers then grow.
+A worker whose values are not finite may be excluded from the average. The other workers then get larger shares.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class MergeInput:
     """The input of one worker to one merge.
 
     Attributes:
-        tensors: a function that returns the present tensors to merge, by the names passed to `Merger.begin`. They are
-            overwritten in place at the end.
+        tensors: a function that returns the present tensors to merge, by the names passed to `Merger.begin`. The
+            merge overwrites them in place at its end.
         sync: the settings of the merge, such as its rule and its wire format.
-        trained_by: by name of a tensor, whether each worker trained it. All workers trained tensors without an entry.
-        buffers: a function that returns the present buffers by name, as real tensors of any dtype. Those that are equal
-            on all workers keep their values.
+        trained_by: by tensor name, whether each worker trained the tensor. If a name is missing, all workers did.
+        buffers: a function that returns the present buffers by name, as real tensors of any dtype. Buffers that
+            are equal on all workers keep their values.
         averaged: the names of the buffers that are averaged if they differ. Other buffers take one worker's values.
-        started: copies of tensors and buffers that were made when a hidden merge began; None if it is not hidden.
+        started: copies of tensors and buffers, made when a hidden merge began; None if the merge is not hidden.
         loss: this worker's mean training loss since the last merge; None if it is unknown.
         step: the number of training steps done when the merge began.
         place: values that must be equal on all workers that merge.
@@ -75,14 +75,14 @@ class MergeInput:
 
 
 class Merger:
-    """Runs the merges of one run.
+    """Merges the weights of all workers, and keeps the state that is needed between merges.
 
     Attributes:
-        on_nonfinite: `drop_worker` leaves out workers whose values are not finite; otherwise all workers stop.
-        anchors: by name, the weights that all workers held after the last merge; half precision in float32.
+        on_nonfinite: `drop_worker` excludes workers whose values are not finite; otherwise all workers stop.
+        anchors: by name, the weights after the last merge, equal on all workers; half precision is stored in float32.
         momentum: by name, the outer momentum of the merge rule; the same on all workers.
         residuals: by name, in float32, the part of this worker's changes that lossy wire formats have not sent yet.
-        measures_divergence: whether merges that leave no worker out measure the divergence of the weights.
+        measures_divergence: whether to measure the divergence of weights in each merge that excludes no worker.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Merger:
         self._buffers = Buffers(comm)
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
-        """Begins a phase with merges. `tensors` are the weights to merge, by name; all workers hold the same values."""
+        """Prepares the merges of a phase. `tensors` are the weights to merge, by name, equal on all workers."""
         self.anchors = {name: tensor.to(wide(tensor.dtype), copy=True) for name, tensor in tensors.items()}
         self.momentum = {name: tensor for name, tensor in self.momentum.items() if name in tensors}
         self.residuals = {name: tensor for name, tensor in self.residuals.items() if name in tensors}
@@ -125,7 +125,7 @@ class Merger:
             self.wire(name).starts = copies(starts)
 
     def wire(self, name: str) -> Wire:
-        """Returns the wire of a format, which keeps its state from merge to merge."""
+        """Returns the `Wire` for a wire format: the same object at each call, since it may have state."""
         if name not in self._wires:
             self._wires[name] = make_wire(name, self._comm.topology.world_size)
         return self._wires[name]
@@ -137,9 +137,9 @@ class Merger:
         same `started` has the same outcome. Changes that this worker makes during the merge are added to the outcome.
 
         Returns:
-            A report, and the divergence by layer, empty if not measured. The report has the input's `step`, the
-            ranks of workers that were left out (`dropped`), each worker's `Part.loss` (`losses`), and the seconds that
-            this worker waited for the others at the start (`wait_seconds`).
+            A report, and the divergence by layer (empty if it is not measured). The report has the input's `step`, the
+            ranks of excluded workers (`dropped`), each worker's mean loss (`losses`), and the seconds that this worker
+            waited for the others at the start (`wait_seconds`).
 
         Raises:
             RanksDisagreeError: `place` differs between workers; raised on all of them.
@@ -165,7 +165,7 @@ class Merger:
         distances: Distances = {}
         if self.measures_divergence and all(alive):
             distances = divergence(self._comm, changes, averages.mean, self.anchors, part.factors)
-        # Training continued from these. They need the anchors of this round, which are replaced below.
+        # The weights from which training continued. They depend on the anchors, which are replaced below.
         eager = {} if part.started is None else {n: self.eager(part.sync.merge, n, started[n]) for n in changes}
         merged |= {name: settled(name, mean) for name, mean in mean_buffers.items()}
         self._buffers.merged(merged)
@@ -178,7 +178,7 @@ class Merger:
     def _compare(
         self, part: MergeInput, changes: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
     ) -> Stages[tuple[list[Part], dict[str, list[int]], float]]:
-        """Compares `place` and buffers. Returns all workers' reports, `Buffers.compare`, and the seconds of waiting."""
+        """Compares `place` and buffers. Returns all reports, the buffers that differ, and the seconds waited."""
         sums = {name: checksum(buffer) for name, buffer in buffers.items()}
         content = self._buffers.report(buffers, sums) if all(map(is_finite, changes.values())) else -1
         loss = part.loss if part.loss is None or math.isfinite(part.loss) else math.inf
@@ -189,7 +189,7 @@ class Merger:
         return reports, self._buffers.compare(buffers, sums, [report.buffers for report in reports]), waited
 
     def eager(self, rule: MergeRule, name: str, started: Tensor) -> Tensor:
-        """Returns a weight to train on from during a hidden merge; `started` is its value when the merge began."""
+        """Returns the weight to continue from during a hidden merge; `started` is its value when the merge began."""
         anchor = self.anchors[name]
         own = change(anchor, started)
         step, _ = rule.step(own, self.momentum.get(name))
@@ -210,7 +210,7 @@ class Merger:
     def _shares(
         self, part: MergeInput, changes: Mapping[str, Tensor], alive: Sequence[bool], reports: Sequence[Part]
     ) -> Tensors:
-        """Returns what this worker adds to the average: its changes, times its share, plus its residuals."""
+        """Returns this worker's contributions to the average: its changes, times its share, plus its residuals."""
         rank, workers = self._comm.rank, self._comm.topology.world_size
         numbers = {}
         for name, own in changes.items():
@@ -229,7 +229,7 @@ class Merger:
     def _alive(
         self, reports: Sequence[Part], differing: Mapping[str, Sequence[int]], changes: Mapping[str, Tensor]
     ) -> list[bool]:
-        """Returns for each worker whether its values are finite. Collective over the world before it raises.
+        """Returns for each worker whether its values are finite. Collective over the world if it raises an error.
 
         Raises:
             NonFiniteError: see `merge`.
@@ -245,7 +245,7 @@ class Merger:
         names += [f"buffer {name}" for name, ranks in differing.items() if self._comm.rank in ranks]
         of_all = gather_json(self._comm, ", ".join(filter(None, names)))
         found = [f"rank {rank}: {of_all[rank]}" for rank in broken] if len(broken) > 1 else [of_all[broken[0]]]
-        remedy = ", or leave such workers out: on_nonfinite='drop_worker'" if any(alive) else ""
+        remedy = ", or exclude such workers by on_nonfinite='drop_worker'" if any(alive) else ""
         raise NonFiniteError(
             f"the merge found NaN or infinity on rank {', '.join(map(str, broken))} ({'; '.join(found)}): nothing was "
             f"averaged. Lower the learning rate, or clip gradients{remedy}"
@@ -253,7 +253,7 @@ class Merger:
 
 
 def sent_by_merge(wire: str, tensors: Sequence[Tensor], averaged: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
-    """Returns the collective calls of `Merger.merge` by stage, if the same buffers differ as at the previous merge.
+    """Returns the collective calls in each stage of a merge, if the same buffers differ as at the previous merge.
 
     `wire` is the name of the wire format, and `averaged` the buffers to average. Only shapes and dtypes matter.
     """
@@ -262,7 +262,7 @@ def sent_by_merge(wire: str, tensors: Sequence[Tensor], averaged: Sequence[Tenso
 
 
 def _check_finite(averages: Mapping[str, Tensor]) -> None:
-    """Raises NonFiniteError for an average that is not finite; all workers have the same average."""
+    """Raises NonFiniteError if an average is not finite. All workers raise it, since they have the same average."""
     broken = [name for name, average in averages.items() if not bool(torch.isfinite(average).all())]
     if broken:
         raise NonFiniteError(
@@ -273,9 +273,9 @@ def _check_finite(averages: Mapping[str, Tensor]) -> None:
 
 
 def pooled(states: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the `Merger.state_dict` of each worker, with its residuals replaced by the average over workers.
+    """Returns each worker's `Merger.state_dict` with residuals replaced by their average over all workers.
 
-    Only the average of residuals matters to merges. It stays the same for any number of workers that hold it.
+    Merges depend only on this average. It stays the same if another number of workers start with these residuals.
     """
     residuals = [state["residuals"] for state in states]
     shared = {name: torch.stack([held[name] for held in residuals]).mean(0) for name in residuals[0]}
@@ -283,6 +283,6 @@ def pooled(states: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def rewound_weights(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Tensors:
-    """Returns the weights at the start of the round, given a `Merger.state_dict` and the present weights."""
+    """Returns weights as they were at the start of the round, from a `Merger.state_dict` and the present weights."""
     anchors = state["anchors"]
     return {name: as_parameter(anchors[name], held) if name in anchors else held for name, held in weights.items()}

@@ -27,7 +27,7 @@ from abtrain.recipes.recipe import Position, Recipe
 log = logging.getLogger("abtrain")
 
 CHECKING = 1
-"""The number of stages before those of the wire: in the first, workers check that all merge the same tensors."""
+"""The number of stages before those of the wire. In this stage, workers check that all merge the same tensors."""
 
 
 class _UnderWay(NamedTuple):
@@ -50,9 +50,9 @@ class Rounds:
     """Runs the merges of a phase: owns the shared tensors, the merger, and the merges under way.
 
     Attributes:
-        dropped: for each merge that left out workers, the step when it began, and the workers' ranks.
+        dropped: for each merge that excluded workers, the step when it began, and the workers' ranks.
         divergence: for each merge in this process, the step when it began, its phase, and the distances by layer.
-        ended: for each merge that ended in the last training step, the report of `Merger.merge`, and its `seconds`.
+        ended: for each merge that ended in the last training step, its report (see `Merger.merge`) and its `seconds`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Rounds:
         self.ended: list[dict[str, Any]] = []
 
     def begin(self) -> None:
-        """Begins a phase with merges. All workers have the same weights."""
+        """Prepares the merges of a phase. All workers must have the same weights."""
         self.merger.begin(self.shared.parameters())
         self._losses = []
 
@@ -80,7 +80,7 @@ class Rounds:
         Returns whether all workers have the same weights now.
 
         Raises:
-            RanksDisagreeError: workers are at different steps, in different phases, or hold different shapes.
+            RanksDisagreeError: workers are at different steps, in different phases, or have tensors of other shapes.
             NonFiniteError: see `Merger.merge`.
         """
         # The loss of a skipped step says nothing about the weights.
@@ -123,7 +123,7 @@ class Rounds:
         step in the recipe. Returns the `numbers` of each worker, in rank order.
 
         Raises:
-            RanksDisagreeError: workers are at different steps, in different phases, or hold different shapes.
+            RanksDisagreeError: workers are at different steps, in different phases, or have tensors of other shapes.
         """
         ahead = 1
         while not self._go_ahead(ahead):
@@ -140,7 +140,7 @@ class Rounds:
         return finish(calling)
 
     def _go_ahead(self, steps: int) -> bool:
-        """Sends the messages that hidden merges would send in the next `steps` steps. Returns whether none is left."""
+        """Sends the messages that hidden merges would send in the next `steps` steps. Returns whether all are sent."""
         if self._comm.topology.world_size == 1:
             return True
         meter = self._comm.meter
@@ -175,7 +175,7 @@ class Rounds:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], recipe: Recipe, device: torch.device) -> None:
-        """Restores a `state_dict`, after model and merger. Collective if the state has hidden merges.
+        """Restores a `state_dict`, after the model and the merger. Collective if the state has hidden merges.
 
         A hidden merge begins again from the same tensors, and advances to the stage at which it was saved.
         """
@@ -197,7 +197,7 @@ class Rounds:
     def _due(
         self, position: Position
     ) -> tuple[Callable[[], dict[str, Tensor]], dict[str, list[bool]], Callable[[], Mapping[str, Tensor]]]:
-        """Returns a function for the parameters that merge after a step, who trained them, and one for the buffers."""
+        """Returns a function for the parameters to merge after a step, who trained them, and a function for buffers."""
         trained = trained_by(position, self._comm.topology, self.shared.model.factors())
         buffers = self.shared.buffers if whole_round(position) else dict
         return lambda: tensors_due(position, self.shared.parameters(), trained), trained, buffers
@@ -224,14 +224,14 @@ class Rounds:
             self.dropped.append({"step": step, "ranks": dropped})
             if self._comm.rank == 0 and len(self.dropped) == 1:
                 remedy = "If this repeats (ab.dropped_parts), lower the learning rate"
-                log.warning("step %d: NaN or infinity on rank %s, left out of the merge. %s", step, dropped, remedy)
+                log.warning("step %d: the merge excluded ranks %s due to NaN or infinity. %s", step, dropped, remedy)
         if self._comm.rank in dropped:
             self._recover()
         fail_at(self._comm.rank, step, "merge.end")
 
 
 def rewound(state: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """Returns a `Rounds.state_dict` for a run that goes back to the start of a round, after `step` steps."""
+    """Returns a `Rounds.state_dict` as it was at the start of its round, when `step` training steps were done."""
     dropped = [entry for entry in state["dropped"] if entry["step"] <= step]
     return {**state, "losses": torch.zeros(0, dtype=torch.float64), "dropped": dropped, "under_way": []}
 

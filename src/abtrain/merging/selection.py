@@ -1,4 +1,4 @@
-"""Selects the factors that each worker trains, and the tensors that merge after a step: all, or a fragment."""
+"""Selects the factors that each worker trains, and the tensors that merge after a step: all or a part of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def rounds_of(position: Position) -> WeightSync:
 
 
 def whole_round(position: Position) -> bool:
-    """Returns whether the merge after this step includes the model's last fragment, with which buffers merge."""
+    """Returns whether the merge after a step includes the model's last fragment. Buffers merge with this fragment."""
     return rounds_of(position).fragments - 1 in position.merging
 
 
@@ -49,7 +49,7 @@ def tensors_due(
 ) -> dict[str, Tensor]:
     """Returns the parameters that merge after a step, without factors that no worker has trained.
 
-    `trained_by` says by name which workers trained a parameter. All workers trained parameters without an entry.
+    `trained_by` has, by parameter name, whether each worker trained it. If a name is missing, all workers did.
     """
     parts = cut_into_fragments(parameters, rounds_of(position).fragments)
     tensors = {name: tensor for fragment in position.merging for name, tensor in parts[fragment].items()}
@@ -59,7 +59,7 @@ def tensors_due(
 def cut_into_fragments(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     """Cuts named tensors, in their order, into `count` parts of about the same size; factors of a weight stay together.
 
-    With fewer weights than parts, some parts are empty.
+    If there are fewer weights than parts, some parts are empty.
     """
     total = sum(tensor.numel() for tensor in tensors.values())
     fragments: list[dict[str, Tensor]] = [{} for _ in range(count)]

@@ -29,10 +29,10 @@ log = logging.getLogger("abtrain")
 
 
 class SharedTensors:
-    """The trained parameters and the buffers that merges make equal, in their present form: weights or factors.
+    """Gives access to the trained parameters and the buffers that merges make equal, as weights or factors.
 
     `copies` are the copies of weights in the optimizers' state. `average_buffers` has glob patterns of buffers that are
-    averaged, in addition to running statistics. With `same_settings`, optimizers must have equal settings at merges.
+    averaged, in addition to running statistics. If `same_settings`, optimizers must have equal settings at merges.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SharedTensors:
         return HYPERPARAMETERS if phase.shares_gradients or (phase.rounds and self.same_settings) else ()
 
     def agree(self) -> None:
-        """Makes parameters and buffers equal on all workers, frozen parameters too, by taking rank 0's.
+        """Gives all workers rank 0's parameters, frozen ones included, and buffers. Collective over the world.
 
         Raises:
             RanksDisagreeError: tensor subclasses, such as quantized weights, differ. They cannot be overwritten.
@@ -103,15 +103,15 @@ class SharedTensors:
         unlike = differing_tensors(self._comm, {name: t for name, t in tensors.items() if name not in plain})
         if unlike:
             raise RanksDisagreeError(
-                f"tensors of subclasses of Tensor, which cannot be sent, differ between workers: {told_names(unlike)}. "
-                "Load the same weights on all workers before ABTraining is built"
+                f"tensors that cannot be sent (subclasses of Tensor) differ between workers: {told_names(unlike)}. "
+                "Load the same weights on all workers before building ABTraining"
             )
         self._frozen_sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
         if differed and self._comm.rank == 0:
             log.info("%d tensors had different initial values on workers: all now use rank 0's values", len(differed))
 
     def place(self, step: int, phase: int, **more: object) -> dict[str, object]:
-        """Returns by name what must be equal on all workers before they average: step, phase, shapes, `more` etc."""
+        """Returns by name the values that must be equal on all workers before averaging: step, shapes, `more` etc."""
         sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
         changed = {
             name: f"{total:x}: list a tensor that the model changes itself in {IGNORED}, or make it a buffer"
@@ -152,7 +152,7 @@ class SharedTensors:
             yield
 
     def buffers_fingerprint(self) -> int:
-        """Returns 62 bits that are equal on all workers if they hold the same buffers."""
+        """Returns an integer of 62 bits, which is equal on all workers if their buffers are equal."""
         return fingerprint(*((name, checksum(buffer)) for name, buffer in self.buffers().items()))
 
     @contextmanager
@@ -167,7 +167,7 @@ class SharedTensors:
 
 @contextmanager
 def _restored(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Restores the values of tensors after the block."""
+    """Restores the values of tensors after the `with` block."""
     own = [tensor.clone() for tensor in tensors]
     try:
         yield

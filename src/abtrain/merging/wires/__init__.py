@@ -1,1 +1,1 @@
-"""Wires send tensors in a merge, each in a format of its own, and average them."""
+"""Implements the wire formats of merges: encodes and sends tensors, and averages them over all workers."""

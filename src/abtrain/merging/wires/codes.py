@@ -3,7 +3,7 @@
 Integers are scaled by block: each block of numbers has a scale, sent as bfloat16. For int8, int4 and int3 it is the
 block's largest magnitude over the largest integer, so the error of a number is at most half a scale. For ternary
 numbers (-1, 0, 1) it is the mean magnitude of those that do not become 0 (Li et al., arXiv 1605.04711). The error of a
-block is smaller than the block, which is all that error feedback requires (Karimireddy et al., arXiv 1901.09847).
+block has a smaller norm than the block, as error feedback requires (Karimireddy et al., arXiv 1901.09847).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Code:
     Attributes:
         name: the code's name.
         bits: bits per number. Five ternary numbers share one byte; eight numbers of three bits share three bytes.
-        block: the number of values that share a scale; 0: no scales.
+        block: the number of values that share a scale; 0 if there are no scales.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Code:
         return self.block or 1
 
     def nbytes(self, count: int) -> int:
-        """Returns the bytes of `count` numbers, scales included."""
+        """Returns the number of bytes that encode `count` numbers, scales included."""
         scales = count // self.block * _SCALE.itemsize if self.block else 0
         return round(count * self.bits / 8) + scales
 
@@ -93,9 +93,9 @@ def _uniform(blocks: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 
 
 def _ternary(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns scales (blocks,) and, of the shape of `blocks`, the signs of numbers above 0.7 of the mean magnitude.
+    """Returns scales (blocks,) and signs in the shape of `blocks`: 0 for magnitudes up to 0.7 times their mean.
 
-    The threshold 0.7 is near the least error for normal and for uniform numbers (Li et al., section 2.2). The scale
+    The threshold 0.7 nearly minimizes the error for normal and for uniform numbers (Li et al., section 2.2). The scale
     minimizes the error.
     """
     largest = blocks.abs().amax(dim=1, keepdim=True)

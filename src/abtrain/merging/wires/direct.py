@@ -1,4 +1,4 @@
-"""A wire that averages over the world and sends every number in few bits, with error feedback.
+"""Defines a wire that averages over all workers and sends every number in few bits, with error feedback.
 
 Both directions of an average use few bits. Each worker sends every other worker a chunk of its numbers, sums the chunks
 that it receives in float32, and sends their average back, encoded again. The reply may use more bits: rounding errors
@@ -28,7 +28,7 @@ CAPACITY = 64 * 2**20
 
 
 class DirectWire(Wire):
-    """Sends every number in one code, and the averages in the code `reply`, which is the same by default."""
+    """Encodes each worker's numbers by one code, and the averages by the code `reply`; default: the same code."""
 
     def __init__(self, code: str, reply: str | None = None) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def _exchange(flat: Tensor, code: Code, reply: Code, comm: Communicator) -> Stag
     """Sends chunks of one bucket, (count,) float32, then averages one chunk, and then gathers all averages.
 
     Returns:
-        The average (count,), and the rounding error of this worker's part of it.
+        The average (count,), and this worker's rounding errors (count,).
     """
     count, workers = flat.numel(), comm.topology.world_size
     chunk = _chunk_of(count, workers, code, reply)
@@ -95,7 +95,7 @@ def _exchange(flat: Tensor, code: Code, reply: Code, comm: Communicator) -> Stag
     chunks = comm.launch_exchange(sent)
     del flat, sent
     yield
-    # The sum is taken in rank order and in float32. All other workers get its bits.
+    # The sum is computed in rank order and in float32, by this worker only.
     total = error.new_zeros(chunk)
     for row in chunks.wait():
         total += code.decode(row, chunk)

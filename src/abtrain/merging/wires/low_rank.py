@@ -1,7 +1,7 @@
-"""A wire that sends the changes of matrices in a round as low-rank factors, by PowerSGD's algorithm.
+"""Defines a wire that sends the changes of matrices in a round as low-rank factors, by PowerSGD's algorithm.
 
 Vogels, Karimireddy, Jaggi, "PowerSGD" (arXiv 1905.13727), algorithm 1, with the change of a weight instead of its
-gradient. Each merge makes one step of a power iteration, started from the end of the last one:
+gradient. M_i is the change on worker i. A merge makes one step of a power iteration, from the last merge's Q:
 
     P = mean(M_i) Q ;  P orthonormal ;  Q = mean(M_i)^T P ;  mean(M_i) ~ P Q^T ;  E_i = M_i - P (M_i^T P)^T
 
@@ -23,15 +23,15 @@ from abtrain.merging.wires.direct import DirectWire
 from abtrain.merging.wires.wire import Averages, Wire
 
 _DEPENDENT = 1e-4
-"""A column depends on those before it if the part orthogonal to them is below this share of its length."""
+"""A column counts as dependent on earlier columns if its part orthogonal to them is below this share of its norm."""
 _CACHED = 2**17
 """The number of elements of a product that are computed at once, so that they fit into a cache."""
 
 
 class LowRankWire(Wire):
-    """Sends a tensor of two or more dimensions, seen as (first dimension, rest), as two factors of rank `rank`.
+    """Sends tensors of two or more dimensions, reshaped to (first dimension, rest), as two factors of rank `rank`.
 
-    Other tensors, and tensors whose factors would not be smaller, are sent in full. `code` encodes all numbers.
+    All other tensors, and those whose factors would not be smaller, are sent in full. `code` encodes all numbers.
 
     Attributes:
         starts: by name, the (n, rank) factor that the next merge's iteration starts from; the same on all workers.
@@ -48,7 +48,7 @@ class LowRankWire(Wire):
         matrices = {name: t.float().flatten(1) for name, t in numbers.items() if _pays(t, self._rank)}
         rest = {name: tensor for name, tensor in numbers.items() if name not in matrices}
         P = {name: M @ self._start(name, M) for name, M in matrices.items()}
-        # The rounding error of P only tilts the subspace: Q, made with the P that all share, compensates for it.
+        # A rounding error of P only changes the subspace. Q is computed from the rounded P, which compensates for it.
         averages = yield from self._direct.average(P | rest, comm)
         P = {name: orthonormal(averages.mean[name]) for name in matrices}
         Q = {name: M.T @ P[name] for name, M in matrices.items()}
@@ -128,7 +128,7 @@ def product(P: Tensor, Q: Tensor) -> Tensor:
     """Returns P Q^T (m, n) of P (m, r) and Q (n, r), computed column after column."""
     m, n = len(P), len(Q)
     result, columns = P.new_empty(m, n), Q.T.contiguous()
-    # On a CPU, as many rows at once as its cache holds.
+    # A CPU computes as many rows at once as fit into its cache.
     rows = m if P.is_cuda else max(1, _CACHED // n)
     term = P.new_empty(min(rows, m), n)
     for start in range(0, m, rows):

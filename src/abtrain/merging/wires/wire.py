@@ -1,4 +1,4 @@
-"""The interface of a wire, which averages tensors over all workers and predicts the bytes that it sends."""
+"""Defines the interface of wires, which average tensors over all workers and predict the bytes that they send."""
 
 from __future__ import annotations
 
@@ -60,20 +60,20 @@ class Wire(ABC):
         return len(self.sends((), workers=2))
 
     def keeps(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of `starts` after merges of these tensors, by name."""
+        """Returns the shapes of `starts`, by name, after merges of these tensors; empty if the wire has no state."""
         return {}
 
     def forget(self, names: Iterable[str]) -> None:
-        """Drops the state of tensors whose shape or basis changes."""
+        """Drops the wire's state for the named tensors, because their shape or basis changes."""
         for name in names:
             self.starts.pop(name, None)
 
 
 def make_wire(name: str, workers: int) -> Wire:
-    """Returns a new wire of a named format (see `parse_wire`). The format `auto` depends on the number of workers.
+    """Returns a new `Wire` for a wire format (see `parse_wire`). The format `auto` depends on the number of workers.
 
     Raises:
-        ConfigurationError: no wire has this name.
+        ConfigurationError: no wire format has this name.
     """
     form, values = parse_wire(wire_between(workers, name))
     wire: Wire = resolve_name(form.wire)(**values)
