@@ -234,7 +234,7 @@ def test_a_file_that_cannot_be_opened_by_its_descriptor_is_not_read(
     save_alone(tmp_path, 1)
     monkeypatch.setattr(saved_files, "safe_open", no_descriptors)
     with pytest.raises(
-        CheckpointError, match=r"cannot be read by its descriptor: No such file or directory: /dev/fd/\d+"
+        CheckpointError, match=r"cannot be opened through its descriptor: No such file or directory: /dev/fd/\d+"
     ):
         latest_step(tmp_path)
 
@@ -383,7 +383,7 @@ def test_an_unsaveable_value_is_reported_with_its_place(tmp_path: Path, caplog: 
         ({"a": torch.eye(2).to_sparse()}, "a is a torch.sparse_coo tensor"),
         ({"a": torch.zeros(2, device="meta")}, "a is a meta tensor"),
         ({"a": functools.reduce(lambda inner, _: [inner], range(300), 1)}, "more than 200 levels deep"),
-        ({"a": 10**5000}, "a is a number of over 4000 digits: save it as a string"),
+        ({"a": 10**5000}, "a is a number with over 4000 digits: save it as a string"),
         ({"a": torch.zeros(2, dtype=torch.float8_e4m3fnuz)}, "torch.float8_e4m3fnuz, which .* one of float64, float32"),
     ):
         with pytest.raises(TypeError, match=why):

@@ -23,7 +23,7 @@ _LENGTH, _DIGEST = 8, 32  # bytes
 
 
 class Saveable(Protocol):
-    """The methods of ABTraining that saving needs."""
+    """Declares the methods of ABTraining that saving and loading require."""
 
     @property
     def communicator(self) -> Communicator: ...
@@ -39,8 +39,8 @@ class TrainingState:
         dcp.save({"ab": TrainingState(ab)}, checkpoint_id=folder)
         dcp.load({"ab": TrainingState(ab)}, checkpoint_id=folder)
 
-    Each worker's state is one value of bytes: between merges workers hold different tensors, and their shapes change
-    from phase to phase, but DCP loads into existing tensors. The number of workers must stay the same.
+    Each worker's state is saved as one `bytes` value, since DCP loads tensors only into existing ones of equal shapes,
+    but shapes change from phase to phase. A state can be loaded only by the same number of workers that saved it.
 
     Args:
         ab: an ABTraining with the same recipe, model and optimizer as the one that was saved.
@@ -59,7 +59,7 @@ class TrainingState:
         return {self._key: hashlib.sha256(body).digest() + body}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Loads a result of `state_dict`. Collective: all workers load.
+        """Loads a result of `state_dict`. Collective over the world.
 
         Raises:
             CheckpointError: a worker's state is missing or damaged, or belongs to another recipe, model or optimizer.
@@ -77,10 +77,10 @@ class TrainingState:
         """Returns this worker's verified state."""
         saved = state.get(self._key) if isinstance(state, Mapping) else None
         if not isinstance(saved, bytes):
-            raise CheckpointError(f"there is no state of {self._key}: load with as many workers as saved it")
+            raise CheckpointError(f"the checkpoint lacks {self._key}: load it with the number of workers that saved it")
         digest, body = saved[:_DIGEST], saved[_DIGEST:]
         if hashlib.sha256(body).digest() != digest:
-            raise CheckpointError(f"the state of {self._key} is damaged: its bytes are not those that were saved")
+            raise CheckpointError(f"the state of {self._key} is damaged: it does not match its SHA-256 checksum")
         end = _LENGTH + int.from_bytes(body[:_LENGTH], "little")
         with as_checkpoint_error(f"the state of {self._key} is malformed"):
             tensors = safetensors.torch.load(body[end:])

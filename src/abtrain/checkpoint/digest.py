@@ -1,4 +1,4 @@
-"""Computes a digest of the weights, by which two runs can be compared."""
+"""Computes a digest of a model's weights, to compare the results of two runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from abtrain.lowrank.names import tensors_of, without_compiled
 def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:
     """Returns the SHA-256 of the names, dtypes, shapes and bytes in a state dict or a model, in order of names.
 
-    The 64 hexadecimal digits are equal for equal weights on any device. Factored weights count as the products W = A B.
-    Names lose the segments `_orig_mod` that torch.compile adds. Entries that are not tensors do not count.
+    The 64 hexadecimal digits are equal for equal weights on any device. A factored model has the digest of its dense
+    form. Name segments `_orig_mod`, which torch.compile adds, and entries that are not tensors are ignored.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Writes and reads the files of a checkpoint: JSON, safetensors, and a manifest with the sizes and digests of these.
+"""Writes and reads the files of a checkpoint: JSON, safetensors, and a manifest of their sizes and digests.
 
 Files are synced to the disk when they are written, verified when they are read, and contain no pickle.
 """
@@ -29,7 +29,7 @@ MAX_JSON_BYTES = 64 * 2**20
 """The largest JSON file, or header of a safetensors file, that is read into memory."""
 
 _MOST_UNDIGESTED_BYTES = 256 * 2**20
-"""Limits the memory for copies of a GPU's tensors, which are kept until the digest has read them."""
+"""The maximum memory for CPU copies of tensors that are written but not yet included in the digest."""
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -45,7 +45,7 @@ _BODY = mapping(
 
 
 class Written(NamedTuple):
-    """Size and digest of a file, as the manifest lists them."""
+    """The size in bytes and the SHA-256 of a file, as the manifest lists them."""
 
     size: int
     sha256: str
@@ -78,7 +78,7 @@ def _as_tensor(data: bytes) -> Tensor:
 def _write(path: Path, pieces: list[Tensor], sync: Callable[[BinaryIO], None]) -> Written:
     sha, size = hashlib.sha256(), 0
     undigested: deque[tuple[Future[None], int]] = deque()
-    # A thread computes the digest while the disk is busy; it may finish after the disk.
+    # A thread computes the digest while the file is written, and may finish later than the writing.
     with path.open("xb") as file, ThreadPoolExecutor(1) as thread:
         for piece in pieces:
             # One tensor at a time is copied to the CPU, and written without a further copy.
@@ -109,7 +109,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Opens a regular file for reading; links are not followed.
+    """Opens a regular file for reading. Does not follow symbolic links.
 
     Raises:
         CheckpointError: the file is missing, a link, or not a regular file.
@@ -135,10 +135,10 @@ def read_json(path: Path, expected: Written | None = None) -> Any:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes: at most {MAX_JSON_BYTES} are read")
+            raise CheckpointError(f"{path} has {size} bytes: at most {MAX_JSON_BYTES} are allowed for a JSON file")
         data = file.read(MAX_JSON_BYTES + 1)
     if expected is not None and Written(len(data), hashlib.sha256(data).hexdigest()) != expected:
-        raise CheckpointError(f"{path} is damaged: its bytes are not those that were written")
+        raise CheckpointError(f"{path} is damaged: it does not match its SHA-256 checksum in {MANIFEST}")
     try:
         return parse_json(data)
     except ValueError as error:
@@ -154,24 +154,24 @@ def open_tensors(path: Path, expected: Written) -> safe_open:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size != expected.size:
-            raise CheckpointError(f"{path} is damaged: it has {size} bytes, but {expected.size} were written")
+            raise CheckpointError(f"{path} is damaged: it has {size} bytes, but {MANIFEST} lists {expected.size}")
         header = int.from_bytes(file.read(8), "little")
         if header > min(MAX_JSON_BYTES, size - 8):
-            raise CheckpointError(f"{path} is damaged: it claims a header of {header} bytes")
+            raise CheckpointError(f"{path} is damaged: it claims a header of {header} bytes, over its size or 64 MiB")
         file.seek(0)
         if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
-            raise CheckpointError(f"{path} is damaged: its bytes are not those that were written")
+            raise CheckpointError(f"{path} is damaged: it does not match its SHA-256 checksum in {MANIFEST}")
         try:
-            # The descriptor is that of the verified file; the path may lead to another one by now.
+            # The descriptor belongs to the verified file; the path may refer to another file by now.
             return safe_open(f"/dev/fd/{file.fileno()}", framework="pt", device="cpu")
         except SafetensorError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read by its descriptor: {error}") from error
+            raise CheckpointError(f"{path} cannot be opened through its descriptor: {error}") from error
 
 
 def manifest(step: int, resizable: bool, workers: int, written: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the content of a manifest; `written` has size and SHA-256 by file name."""
+    """Returns the content of a manifest. `written` contains the size and SHA-256 of each file, by name."""
     body = {"format": FORMAT, "step": step, "workers": workers, "resizable": resizable, "files": dict(written)}
     return {"manifest": body, "sha256": _body_digest(body)}
 
@@ -193,9 +193,9 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     try:
         sha = _body_digest(body)
     except RecursionError:
-        sha = ""  # Python reads more levels than it writes
+        sha = ""  # Python's JSON parser accepts more levels than its writer
     if not isinstance(body, dict) or not sha or content.get("sha256") != sha:
-        raise CheckpointError(f"{path / MANIFEST} is damaged: its digest is not the one that was written")
+        raise CheckpointError(f"{path / MANIFEST} is damaged: it does not match its own SHA-256 checksum")
     for problem in _problems(body):
         raise CheckpointError(f"{path / MANIFEST}: {problem}")
     wanted = {*body["files"], MANIFEST}
@@ -208,14 +208,14 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
 
 def _problems(body: Mapping[str, Any]) -> Iterator[str]:
     if body.get("format") != FORMAT:
-        yield f"its format is {said(body.get('format'))}, and this version of abtrain reads {FORMAT}"
+        yield f"its format is {said(body.get('format'))}, but this version of abtrain reads only {FORMAT}"
         return
     problems = list(_BODY("manifest", body))
     yield from problems
     if not problems:
         files, workers = body["files"].keys(), body["workers"]
         expected = {f"part-{rank}.{kind}" for rank in range(workers) for kind in ("json", "safetensors")}
-        yield from (f"it lists {said(name)}, which {workers} workers do not write" for name in sorted(files - expected))
+        yield from (f"it lists {said(name)}, not a file of {workers} workers" for name in sorted(files - expected))
         yield from (f"it does not list {name}" for name in sorted(expected - files))
 
 

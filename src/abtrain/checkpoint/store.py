@@ -2,12 +2,12 @@
 
     FOLDER/step-000000000120/manifest.json          sizes and SHA-256 of the files, and a SHA-256 of the manifest
                          part-0.json            the state of rank 0, without tensors
-                         part-0.safetensors     the tensors that rank 0 is the first to hold; other parts refer to them
+                         part-0.safetensors     the tensors of rank 0; other parts do not repeat them, but refer to them
 
 A checkpoint is written to a temporary folder, synced to the disk and renamed. A crash at any moment leaves the older
 checkpoints and at most a temporary folder, which the next save removes. If a step is saved again, the new checkpoint is
 complete as step-...120.new before the old one is removed. All workers use one folder on a shared file system. Digests
-find lost writes. Whoever can write to the folder can replace its content and digests, but cannot have code executed.
+reveal lost writes. Whoever can write to the folder can replace its content and digests, but cannot have code executed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Saved(NamedTuple):
     Attributes:
         step: the number of steps done.
         workers: the number of workers that saved it.
-        states: this worker's state; or, if the number of workers has changed, the states of all former workers.
+        states: a list of this worker's state; or of all saved states in rank order, if the number of workers changed.
     """
 
     step: int
@@ -70,7 +70,7 @@ def save(
         step: the number of steps done.
         state: this worker's state: dicts, lists, tensors and JSON values (see `abtrain.checkpoint.trees`).
         keep: the number of checkpoints that remain, this one included; at least 1.
-        resizable: whether another number of workers may resume from this checkpoint.
+        resizable: whether a different number of workers may resume from this checkpoint.
 
     Raises:
         CheckpointError: the checkpoint cannot be written. All workers raise it, and older checkpoints are unchanged.
@@ -98,7 +98,7 @@ def save(
 
 
 def _prepare(temporary: Path, comm: Communicator, step: int) -> None:
-    """Creates the temporary folder, on the first worker."""
+    """Creates the temporary folder on rank 0, after completing or removing what earlier saves have left."""
     if comm.rank == 0:
         fail_at(comm.rank, step, "checkpoint.prepare")
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def _prepare(temporary: Path, comm: Communicator, step: int) -> None:
 
 
 def _split_together(state: Mapping[str, Any], comm: Communicator, step: int) -> tuple[Any, dict[str, Tensor]]:
-    """Runs `split`. If the state of any worker cannot be saved, raises an error on all workers."""
+    """Returns the result of `split`. If a worker's state cannot be saved, all workers raise an error."""
     problem, structure, tensors, places = "", None, dict[str, Tensor](), list[list[str]]()
     try:
         structure, tensors = split(state)
@@ -123,8 +123,8 @@ def _split_together(state: Mapping[str, Any], comm: Communicator, step: int) -> 
             raise CheckpointError(f"the checkpoint of step {step} could not be written: on rank {rank}, {found}")
         if (other, marked) != (step, places):
             raise RanksDisagreeError(
-                f"rank {rank} saves a checkpoint of step {other}, and rank {comm.rank} one of step {step}: save on all "
-                "workers, at the same step of the same loop"
+                f"rank {rank} saves a checkpoint of step {other}, which does not fit that of rank {comm.rank} at step "
+                f"{step}: call save on all workers at the same step of the same training loop"
             )
     return structure, tensors
 
@@ -151,7 +151,7 @@ def latest(folder: Path, comm: Communicator) -> Saved | None:
     if problems:
         raise CheckpointError(
             f"none of the {len(problems)} checkpoints in {folder} can be used: {'; '.join(problems[:3])}. "
-            "Mend the cause, or remove the checkpoints to start from the beginning"
+            "Fix the cause, or remove these checkpoints to start from the beginning"
         )
     return None
 
@@ -168,13 +168,13 @@ def _open_together(path: Path, comm: Communicator) -> tuple[Saved | None, str]:
         if found:
             return None, f"{found} (rank {rank})"
     if len({sha for _, sha, _ in answers}) > 1:
-        return None, f"{path} is not the same on all workers: give all of them one shared folder"
+        return None, f"{path} differs between workers: use one folder that all workers share"
     drift = drifted([held for _, _, held in answers], comm.topology)
     return (None, f"{path}: {drift}") if drift else (saved, "")
 
 
 def _open(path: Path, comm: Communicator) -> tuple[str, Saved, list[Marks]]:
-    """Reads the files that this worker needs. Returns the manifest's digest, the states, and the `Marks` of each."""
+    """Reads the files that this worker needs. Returns the manifest's digest, the states, and their `Marks`."""
     body, sha = read_manifest(path)
     workers = body["workers"]
     if workers == comm.topology.world_size:
@@ -183,8 +183,8 @@ def _open(path: Path, comm: Communicator) -> tuple[str, Saved, list[Marks]]:
         ranks = list(range(workers))
     else:
         raise CheckpointError(
-            f"{path} was saved by {workers} workers, and there are {comm.topology.world_size} now: it can only be "
-            f"resumed by {workers}"
+            f"{path} was saved by {workers} workers, but there are {comm.topology.world_size} now: start {workers} "
+            "workers to resume from it"
         )
     files = {name: Written(*entry) for name, entry in body["files"].items()}
 
@@ -200,13 +200,13 @@ def _open(path: Path, comm: Communicator) -> tuple[str, Saved, list[Marks]]:
         with as_checkpoint_error(f"{path}/part-{rank}.json is malformed"):
             states.append(join(structure, lambda file, key: opened(file).get_tensor(key)))
             held.append(marks(structure))
-        # Opening verifies: every file is verified by some worker, even if no part refers to it.
+        # Opening a file verifies it, so some worker verifies each file, even if no part refers to the file.
         opened(f"part-{rank}.safetensors")
     return sha, Saved(body["step"], workers, states), held
 
 
 def _divide(tensors: Mapping[str, Tensor], comm: Communicator) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Lets the first rank that holds a tensor write it. Returns the file of every key, and this rank's tensors."""
+    """Assigns each tensor to the first rank that has it. Returns the file of each key, and this rank's tensors."""
     if comm.topology.world_size == 1:
         return dict.fromkeys(tensors, "part-0.safetensors"), dict(tensors)
     held = gather_json(comm, {key: digest(tensor) for key, tensor in tensors.items()})
@@ -228,7 +228,7 @@ def _write_part(
 
 
 def _commit(temporary: Path, final: Path, content: Mapping[str, Any], comm: Communicator, step: int) -> None:
-    """Writes the manifest and renames the temporary folder, on the first worker; all parts have been written."""
+    """Writes the manifest and renames the temporary folder, on rank 0. All parts must have been written."""
     if comm.rank:
         return
     for name, (size, _) in content["manifest"]["files"].items():
@@ -252,7 +252,7 @@ def _sync(comm: Communicator, step: int, file: BinaryIO) -> None:
 
 
 def _together(comm: Communicator, failure: str, work: Callable[[], Any]) -> list[Any]:
-    """Calls `work` on all workers and returns all results. If one worker fails, all raise an error with `failure`."""
+    """Calls `work` and returns the results of all workers. If it fails on one, all raise an error with `failure`."""
     outcome, problem = None, ""
     try:
         outcome = work()

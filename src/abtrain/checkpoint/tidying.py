@@ -22,12 +22,12 @@ TEMPORARY = (".writing-", ".old-")
 
 
 def checkpoints_in(folder: Path) -> list[str]:
-    """Returns the names of the checkpoints in a folder; empty if there is no folder."""
+    """Returns the names of the checkpoints in a folder; empty if the folder does not exist."""
     return [path.name for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.exists() else []
 
 
 def settle(folder: Path, comm: Communicator, step: int) -> None:
-    """Replaces each checkpoint that was saved again by the newer one of the same step, which ends in `AGAIN`."""
+    """Replaces each checkpoint that was saved again by the new one, whose folder's name ends in `AGAIN`."""
     for path in [folder / name for name in checkpoints_in(folder) if name.endswith(AGAIN)]:
         final = path.with_name(path.name.removesuffix(AGAIN))
         if final.exists():
@@ -38,9 +38,9 @@ def settle(folder: Path, comm: Communicator, step: int) -> None:
 
 
 def prune(folder: Path, keep: int, comm: Communicator, step: int) -> None:
-    """Removes all but the newest checkpoints. Failures are logged, not raised.
+    """Removes the checkpoints of later steps than `step`, and of the others all but the newest `keep`.
 
-    Checkpoints of later steps are removed first: they are damaged, or the run has gone back since.
+    Later checkpoints are damaged, or the run has returned to an earlier step. Failures are logged, not raised.
     """
     names = sorted(checkpoints_in(folder), reverse=True)
     later = [name for name in names if name > f"step-{step:012d}"]

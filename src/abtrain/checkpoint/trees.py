@@ -1,8 +1,8 @@
 """Converts trees of tensors and JSON values to a structure for a JSON file and tensors by key, and back.
 
 A tree consists of dicts, lists, tensors, strings, numbers, booleans and None. Tuples become lists, and numpy scalars
-become Python's. Keys of dicts are strings, numbers, booleans, None, or tuples of them. In the structure, every tensor
-is a reference, {"$tensor": KEY, "file": NAME}. JSON is read strictly, since another process wrote it.
+become Python numbers. Dict keys are strings, numbers, booleans, None, or tuples of them. In the structure, each tensor
+is replaced by a reference, {"$tensor": KEY, "file": NAME}. JSON is parsed strictly, since another process wrote it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from abtrain.checks import said
 
 _DEEPEST = 200
 _MOST_DIGITS = 4000
-"""The largest number of digits of a whole number; Python parses only a few more from text."""
+"""The maximum number of digits of a whole number. Python's own limit for parsing is slightly higher."""
 
 DTYPES = {
     torch.float64: "F64",
@@ -71,7 +71,7 @@ def _cut(value: Any, place: str, depth: int, tensors: dict[str, Tensor]) -> Any:
 
 
 def _refer_to(value: Tensor, place: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    # The memory of conjugate and negative views holds other values than the views show.
+    # The memory of a conjugate or negative view has different values from the view itself.
     held = value.detach().resolve_conj().resolve_neg()
     if held.layout != torch.strided or held.device.type == "meta":
         kind = "meta" if held.device.type == "meta" else str(held.layout)
@@ -101,7 +101,7 @@ def _scalar(value: Any, place: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return {"$number": repr(value)}  # JSON has no such numbers
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_MOST_DIGITS:
-        raise TypeError(f"{place or 'the state'} is a number of over {_MOST_DIGITS} digits: save it as a string")
+        raise TypeError(f"{place or 'the state'} is a number with over {_MOST_DIGITS} digits: save it as a string")
     if value is None or isinstance(value, str | int | float | bool):
         return value
     kind = type(value).__name__
@@ -110,7 +110,7 @@ def _scalar(value: Any, place: str) -> Any:
 
 
 def refer(structure: Any, file_of: Mapping[str, str]) -> Any:
-    """Returns the structure with a file in each reference, found by `file_of` from the reference's key."""
+    """Returns the structure with a file name added to each reference. `file_of` maps the reference's key to it."""
     if isinstance(structure, list):
         return [refer(item, file_of) for item in structure]
     if not isinstance(structure, dict):
@@ -121,10 +121,10 @@ def refer(structure: Any, file_of: Mapping[str, str]) -> Any:
 
 
 def join(structure: Any, tensor: Callable[[str, str], Tensor]) -> Any:
-    """Returns the tree of a structure; `tensor` maps (file, key) to the tensor that a reference stands for.
+    """Returns the tree that a structure was made from. `tensor` returns the tensor with a given file and key.
 
     Raises:
-        ValueError: the structure is not one that `split` and `refer` make.
+        ValueError: `split` and `refer` cannot have made this structure.
     """
     if isinstance(structure, list):
         return [join(item, tensor) for item in structure]
@@ -140,9 +140,9 @@ def join(structure: Any, tensor: Callable[[str, str], Tensor]) -> Any:
         case {"$items": list(pairs), "counter": bool(counts), **rest} if not rest:
             items = {_joined_key(key, tensor): join(item, tensor) for key, item in pairs}
             if len(items) < len(pairs):
-                raise ValueError("a dict has the same key twice")
+                raise ValueError("a dict contains the same key twice")
             return Counter(items) if counts else items
-    raise ValueError(f"an object with {', '.join(map(said, list(structure)[:3]))} is not one that abtrain saves")
+    raise ValueError(f"abtrain does not save objects with the keys {', '.join(map(said, list(structure)[:3]))}")
 
 
 def _joined_key(key: Any, tensor: Callable[[str, str], Tensor]) -> Any:
@@ -155,11 +155,11 @@ def _joined_key(key: Any, tensor: Callable[[str, str], Tensor]) -> Any:
 
 
 def parse_json(data: bytes) -> Any:
-    """Returns the value of a JSON text in UTF-8.
+    """Parses a JSON text in UTF-8, and returns its value.
 
     Raises:
-        ValueError: the text is not UTF-8 or not JSON; or it has NaN or Infinity, a number too large for Python, a
-            repeated key in an object, or too many levels.
+        ValueError: the text is not UTF-8 or not JSON; or it contains NaN, Infinity, a number that is too
+            large, an object with a repeated key, or too many nested levels.
     """
     try:
         return json.loads(
