@@ -110,7 +110,7 @@ def test_a_link_that_is_not_what_it_should_be_is_named(spoilt_lab: Lab) -> None:
     host = f"{lab_prefix('spoilt')}-host1"
     shape = ("tbf", "rate", "5mbit", "burst", "16kb", "latency", "200ms")
     subprocess.run(("tc", "-n", host, "qdisc", "replace", "dev", "eth0", "root", *shape), check=True)
-    with pytest.raises(LabError, match=r"host 1: the link up carries .*, not 20mbit") as caught:
+    with pytest.raises(LabError, match=r"host 1: the link up carries .* instead of 20mbit") as caught:
         spoilt_lab.measure()
     assert "host 0" not in str(caught.value) and "down" not in str(caught.value)
 
@@ -176,13 +176,13 @@ def test_a_host_that_is_killed_on_purpose_has_not_failed(lab: Lab, script: Path,
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (LabFault("cut", host=1, at=1), r"host 1 was cut off at \d.\d s and never joined again"),
+        (LabFault("cut", host=1, at=1), r"host 1 was cut off at \d.\d s and never reconnected"),
         (LabFault("cut", host=1, at=1, duration=1.5), r"host 1 was cut off at \d.\d s"),
-        (LabFault("freeze", host=1, at=1), r"host 1 was frozen at \d.\d s and never thawed"),
+        (LabFault("freeze", host=1, at=1), r"host 1 was frozen at \d.\d s and never resumed"),
         (LabFault("kill", host=1, at=1), r"host 1 was killed at \d.\d s"),
         (
             LabFault("change", host=1, at=0.2, rate=10**6),
-            r"host 1 got a link of 1mbit at \d.\d s, and host 1 was killed at",
+            r"host 1 had its link set to 1mbit at \d.\d s, and host 1 was killed at",
         ),
     ],
     ids=str,
@@ -205,7 +205,9 @@ def test_a_fault_after_the_failure_is_not_named(lab: Lab, script: Path, tmp_path
 def test_a_fault_that_leaves_a_command_hanging_is_named(lab: Lab, script: Path, tmp_path: Path) -> None:
     script.write_text("import time\ntime.sleep(600)\n")
     job = Job((str(script),), tmp_path / "out", faults=(LabFault("freeze", 1, 0.5),), launcher="python", timeout=1.5)
-    with pytest.raises(LabError, match=r"was stopped. Before that, host 1 was frozen at \d.\d s and never thawed$"):
+    with pytest.raises(
+        LabError, match=r"a longer --timeout. Before that, host 1 was frozen at \d.\d s and never resumed$"
+    ):
         lab.run(job)
 
 

@@ -90,7 +90,7 @@ def test_nothing_is_overwritten(run: FinishedRun, tmp_path: Path) -> None:
         export(run, "plain", tmp_path / "m", None)
     with pytest.raises(ConfigurationError, match="does not exist"):
         export(run, "plain", tmp_path / "nowhere" / "m", None)
-    with pytest.raises(ConfigurationError, match="--as 'tflite' is unknown: use plain, dense"):
+    with pytest.raises(ConfigurationError, match="--as 'tflite' is unknown: use one of plain, dense"):
         export(run, "tflite", tmp_path / "other", None)  # type: ignore[arg-type]
     assert (tmp_path / "m").read_text() == "kept"
 
@@ -118,7 +118,7 @@ def test_a_file_with_other_outputs_is_not_kept(
 
 
 def test_folders_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="holds no run"):
+    with pytest.raises(ConfigurationError, match="is not a run folder"):
         find_run(tmp_path, best=False)
     (tmp_path / "config.toml").write_text('recipe = "ddp"')
     with pytest.raises(ConfigurationError, match=r"has no model\.safetensors: let the run finish"):

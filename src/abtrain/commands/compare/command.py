@@ -36,7 +36,7 @@ FILE = "compare.json"
 def main(arguments: Sequence[str]) -> None:
     """Executes the runs that are not finished yet, and writes compare.json, the figures and report.html.
 
-    An error does not remove finished runs.
+    If a run fails, the results of finished runs remain.
 
     Raises:
         ConfigurationError: lists everything that is wrong with the arguments or with this system, and all folders that
@@ -75,7 +75,7 @@ def write_results(comparison: Comparison, outcomes: Sequence[ComparisonOutcome],
 
 @contextlib.contextmanager
 def _runner(comparison: Comparison) -> Iterator[Callable[[ComparisonRun], None]]:
-    """Yields a function that executes one run in a lab. The lab exists while the context is open."""
+    """Builds a lab that exists inside the context, and yields a function that executes one run in it."""
     with Lab(comparison.lab) as lab:
         yield lambda run: run_in_lab(run, lab, comparison.overwrite)
 

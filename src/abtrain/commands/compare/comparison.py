@@ -58,7 +58,7 @@ class Comparison:
     overwrite: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """Returns the settings that all runs of the comparison share."""
+        """Returns the settings that all runs at the lab's link rate share, by name."""
         return {
             "task": self.task,
             "steps": self.steps,
@@ -69,10 +69,10 @@ class Comparison:
 
 
 def parse_arguments(arguments: Sequence[str]) -> Comparison:
-    """Parses a command line and checks that this system can run it.
+    """Parses a command line, and checks that this system can run the comparison.
 
     Raises:
-        ConfigurationError: lists everything that is wrong.
+        ConfigurationError: the arguments are invalid, or this system cannot run a lab. The error lists all problems.
         SystemExit: --help, or an unknown option.
     """
     given = _parser().read(arguments)
@@ -85,7 +85,7 @@ def parse_arguments(arguments: Sequence[str]) -> Comparison:
         if number is not None and number < 1:
             problems.append(f"--{name} {number} is too small: use at least 1")
     task = TASKS.get(given.task)
-    # The checks of the recipes need a number of steps that is possible.
+    # The checks of the recipes need a valid number of steps.
     default = 1 if task is None else task.steps
     steps = default if given.steps is None or given.steps < 1 else given.steps
     group = given.workers_per_node if given.nodes > 1 else 1
@@ -150,11 +150,11 @@ def _folder_problems(comparison: Comparison) -> list[str]:
     try:
         if not os.path.lexists(file):
             used = comparison.out.exists() and (not comparison.out.is_dir() or _has_content(comparison.out))
-            remedy = "name a folder that is empty or holds a comparison"
+            remedy = "name a folder that is empty or contains a comparison"
             return [f"--out {comparison.out} is neither empty nor the folder of a comparison: {remedy}"] if used else []
         there = read_record(file).content
     except (OSError, DataError) as error:
-        return [f"--out {comparison.out} cannot be read: {error}"]
+        return [f"--out {comparison.out} cannot be read: {error}. Name another folder"]
     differing = [
         f"{name} was {reprlib.repr(there.get(name))} and is {value} now"
         for name, value in wanted.items()
@@ -162,11 +162,14 @@ def _folder_problems(comparison: Comparison) -> list[str]:
     ]
     if not differing:
         return []
-    return [f"--out {comparison.out} holds another comparison ({'; '.join(differing)}): name another folder"]
+    return [
+        f"--out {comparison.out} contains a comparison with other settings ({'; '.join(differing)}): name another "
+        "folder"
+    ]
 
 
 def _has_content(folder: Path) -> bool:
-    """Whether a folder contains more than a lock and files that a crash left behind."""
+    """Returns whether a folder contains more than a lock file and files that a crash left behind."""
     return any(path.name != LOCK_FILE and not is_leftover(path) for path in folder.iterdir())
 
 

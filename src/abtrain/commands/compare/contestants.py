@@ -1,4 +1,4 @@
-"""Provides the contestants of a comparison, which are recipes with options from the command line."""
+"""Collects the recipes that a comparison runs: reference recipes, and those from the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from abtrain.errors import ConfigurationError
 
 SOLO, DDP, DDP_BF16 = "solo", "ddp", "ddp:wire=bf16"
 REFERENCES = (SOLO, DDP, DDP_BF16)
-"""Recipes in every comparison: solo limits the speed, ddp is the reference for bytes, and ddp in bf16 for seconds."""
+"""The recipes in every comparison. `solo` shows the speed without communication. The bytes of other recipes are
+compared with those of `ddp`, and their seconds with those of `ddp` in bf16."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def contestants(texts: Sequence[str], rates: Mapping[str, float], common: Mappin
 
     Args:
         texts: the requested recipes as strings, RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE.
-        rates: the learning rates, by such a string or by the name of a recipe alone.
+        rates: the learning rates. A key is one of these strings, or the name of a recipe without options.
         common: the settings that all recipes share.
 
     Raises:

@@ -23,7 +23,7 @@ _SHADES = ("#123f5a", "#2f7ea8", "#8cc5e3", "#f0b46c", "#d55e00", "#7a3b69", "#9
 def draw_all(
     rows: Sequence[ComparisonRow], outcomes: Sequence[ComparisonOutcome], rate: int, folder: Path
 ) -> list[Figure]:
-    """Draws all figures and returns those that succeeded. It logs failures and does not raise them.
+    """Draws all figures, and returns those that were drawn. If one fails, the error is logged and not raised.
 
     Args:
         rows: the rows of the table.

@@ -116,9 +116,9 @@ def _references(rows: Sequence[ComparisonRow]) -> tuple[int, ...]:
 
 
 def findings(rows: Sequence[ComparisonRow]) -> list[str]:
-    """Returns sentences about the recipe with the least traffic and the fastest recipe, references excluded.
+    """Returns a text about the recipe that sends the fewest bytes, and one about the fastest recipe.
 
-    Each sentence says what the recipe saves, and what it loses in accuracy.
+    Each text states what the recipe saves, and how much accuracy it loses. Reference recipes are excluded.
     """
     others = [row for row in rows if row.label not in REFERENCES]
     by_label = {row.label: row for row in rows}
@@ -126,7 +126,7 @@ def findings(rows: Sequence[ComparisonRow]) -> list[str]:
         return []
     leanest, fastest = min(others, key=lambda row: row.wire_bytes), min(others, key=lambda row: row.seconds)
     ddp, solo = by_label[DDP], by_label[SOLO]
-    # On a busy machine solo may be slower than other recipes; then it sets no limit.
+    # On a busy machine solo may be slower than other recipes. Its time is then no lower limit.
     limit = f"; without communication it would take {solo.seconds:.1f} s" if solo.seconds < fastest.seconds else ""
     return [
         f"{leanest.label} sends the least: {human_bytes(leanest.wire_bytes)} per host, "

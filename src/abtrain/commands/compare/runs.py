@@ -163,7 +163,7 @@ def outcome(run: ComparisonRun) -> ComparisonOutcome:
 
 
 def _make_room(run: ComparisonRun, overwrite: bool) -> None:
-    """Removes the files of an interrupted run with the same settings, or of a run that may be replaced."""
+    """Removes the files of an interrupted run with the same settings, or a run with other settings if `overwrite`."""
     if run.make_room(overwrite):
         return
     run.check_results()
@@ -173,10 +173,11 @@ def _make_room(run: ComparisonRun, overwrite: bool) -> None:
 
 
 def shared_folders(planned: Sequence[ComparisonRun]) -> list[str]:
-    """Returns a message for each pair of runs whose labels differ only in characters that folder names exclude."""
+    """Returns a message for each pair of runs whose folders are the same, because folder names omit some characters."""
     first: dict[Path, ComparisonRun] = {}
     return [
-        f"{first[run.folder]} and {run} have the same folder {run.folder}: compare them with different --out"
+        f"{first[run.folder]} and {run} have the same folder {run.folder}: compare them in two commands, each with "
+        "its own --out"
         for run in planned
         if first.setdefault(run.folder, run) != run
     ]

@@ -1,4 +1,4 @@
-"""Computes the rows of the comparison's table: means over seeds, and ratios to the reference recipes."""
+"""Computes the rows of a comparison's table: means over seeds, and ratios to the reference recipes."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def rows(outcomes: Sequence[ComparisonOutcome], workers: int) -> list[Comparison
 
 
 def utilisations(outcomes: Sequence[ComparisonOutcome]) -> dict[str, list[tuple[int, float]]]:
-    """Returns (link rate in bits per second, utilisation) for each recipe and rate, beginning with the slowest link."""
+    """Returns pairs (link rate in bits per second, utilisation) for each recipe, beginning with the slowest link."""
     found: dict[str, list[tuple[int, float]]] = {}
     for rate in sorted({outcome.rate for outcome in outcomes}):
         here = [outcome for outcome in outcomes if outcome.rate == rate]

@@ -51,6 +51,6 @@ def main(arguments: Sequence[str]) -> None:
     needed = needed_packages(run) if config.form == "plain" else []
     if needed:
         console.print(
-            f"To load it, {', '.join(needed)} must be installed, which defines the model's own modules. "
-            "For a file that needs torch alone, use --as torch-export."
+            f"To load it, install {', '.join(needed)} as well, for the model's own modules. "
+            "For a file that needs only torch, use --as torch-export."
         )

@@ -20,7 +20,7 @@ from abtrain.errors import CheckpointError, ConfigurationError
 
 Form = Literal["plain", "dense", "torch-export", "onnx"]
 _ALLOWED = 1e-4
-"""The largest difference between outputs that rounding errors explain."""
+"""The largest difference that rounding errors explain, for outputs of at most 1. It grows with larger outputs."""
 
 
 def export(run: FinishedRun, form: Form, out: Path | None, data: Path | None) -> tuple[Path, float]:
@@ -69,7 +69,7 @@ def new_file_problems(option: str, path: Path) -> list[str]:
 def _problems(form: str, target: Path) -> list[str]:
     problems = new_file_problems("--out", target)
     if form not in get_args(Form):
-        problems.append(f"--as {form!r} is unknown: use {', '.join(get_args(Form))}")
+        problems.append(f"--as {form!r} is unknown: use one of {', '.join(get_args(Form))}")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if form == "onnx" and missing:
         problems.append(f"--as onnx needs {', '.join(missing)}: pip install 'abtrain[onnx]'")
@@ -77,7 +77,7 @@ def _problems(form: str, target: Path) -> list[str]:
 
 
 def _saved(save: Callable[[io.BytesIO], object]) -> bytes:
-    """Returns what `save` writes. In memory it needs no disk, whose errors each library reports in its own way."""
+    """Returns the bytes that `save` writes. They stay in memory, because libraries report disk errors differently."""
     file = io.BytesIO()
     save(file)
     return file.getvalue()
@@ -90,7 +90,7 @@ def _dense(run: FinishedRun, path: Path) -> nn.Module:
 
 
 def _program(run: FinishedRun, path: Path) -> nn.Module:
-    # Given a path, torch warns unless its name ends in .pt2.
+    # torch warns about a path whose name does not end in .pt2.
     with path.open("rb") as file:
         return torch.export.load(file).module()
 
@@ -132,7 +132,7 @@ class _Format(NamedTuple):
 
 
 _BATCH = ({0: torch.export.Dim.AUTO},)
-"""The first dimension of the input, the batch, has any size."""
+"""The shapes for the exporters: the batch, which is the first dimension of the input, may have any size."""
 _FORMATS: dict[Form, _Format] = {
     "plain": _Format(
         "-plain.pt",

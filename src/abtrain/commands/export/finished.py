@@ -22,7 +22,7 @@ from abtrain.lowrank.plain import to_plain
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run folder whose model can be loaded.
+    """A finished run, whose model can be loaded from its folder.
 
     Attributes:
         folder: the run folder.
@@ -71,7 +71,7 @@ def find_run(folder: Path, best: bool) -> FinishedRun:
         ConfigurationError: the folder contains no run, its settings are damaged, or it has no such model.
     """
     if not is_regular(folder / CONFIG_FILE):
-        raise ConfigurationError(f"{folder} holds no run: name the --out folder of `abtrain train`")
+        raise ConfigurationError(f"{folder} is not a run folder: name the --out folder of `abtrain train`")
     name = BEST_MODEL if best else MODEL
     missing = [file for file in model_files(name).values() if not is_regular(folder / file)]
     if missing:
@@ -80,8 +80,8 @@ def find_run(folder: Path, best: bool) -> FinishedRun:
     config = from_text(read_regular(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
     if config.task not in TASKS:
         raise ConfigurationError(
-            f"{folder / CONFIG_FILE} names the task {config.task!r}, which this version lacks: export the run with "
-            f"the version that trained it"
+            f"{folder / CONFIG_FILE} names the task {config.task!r}, which this version of abtrain does not have: "
+            "use the version that trained the run"
         )
     return FinishedRun(folder, name, config)
 

@@ -1,4 +1,4 @@
-"""Runs `abtrain inspect`, which prints tables of what factors save, and plots their spectra."""
+"""`abtrain inspect`: prints tables that show what factors save, and plots their singular values."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def show_weights(weights: Sequence[InspectedWeight], console: Output) -> None:
     table.add_section()
     table.add_row("all matrices", "", "", "", f"{after:,}", f"{1 - after / before:.0%}" if before else "")
     console.print(table)
-    console.print("\n99 %: the number of singular values that hold 99 % of the squares")
+    console.print("\n99 %: the number of largest singular values with 99 % of the sum of squares")
     if not any(weight.rank for weight in weights):
         console.print("no weight is factored: the recipe has no factored phase, or ended in a full-rank one")
 

@@ -20,7 +20,7 @@ from abtrain.errors import CheckpointError
 from abtrain.lowrank.names import factor_letter, factor_names, weight_name
 
 _PAIRS = 15
-"""The number of alternating measurements of both models; medians are taken over them."""
+"""The number of times that both models are measured, alternately. Results are medians."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class InspectedWeight:
 
     @property
     def needed(self) -> int:
-        """The number of largest singular values whose squares sum to 99 % of all squares."""
+        """The number of largest singular values whose squares make up 99 % of the sum of squares; 0 if dense."""
         squares = torch.tensor(self.singular_values, dtype=torch.float64).square()
         return int((squares.cumsum(0) < 0.99 * squares.sum()).sum()) + 1 if self.rank else 0
 
@@ -76,7 +76,7 @@ def _inspected(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Insp
     if factor_letter(name) and A is not None and B is not None and A.ndim == B.ndim == 2:
         if factor_letter(name) == "B":
             return None
-        # The singular values of A B are those of the small product of the two triangles.
+        # With A = Q R and B^T = P S, the singular values of A B are those of the small matrix R S^T.
         small = torch.linalg.qr(A.double()).R @ torch.linalg.qr(B.double().T).R.T
         return InspectedWeight(weight, len(A), B.shape[1], tuple(torch.linalg.svdvals(small).tolist()))
     if tensor.ndim < 2 or not tensor.is_floating_point():

@@ -27,7 +27,7 @@ lab.json lists the bytes that passed the hosts' interfaces. The time of a fault 
 
 @dataclass(frozen=True)
 class LabRequest:
-    """The lab and the job that are described by a command line.
+    """The lab and the job that a command line describes.
 
     Attributes:
         config: the settings of the lab.
@@ -39,10 +39,10 @@ class LabRequest:
 
 
 def parse_arguments(arguments: Sequence[str]) -> LabRequest:
-    """Parses a command line and checks that this system can run it.
+    """Parses a command line, and checks that this system can run a lab.
 
     Raises:
-        ConfigurationError: lists everything that is wrong.
+        ConfigurationError: the arguments are invalid, or this system cannot run a lab. The error lists all problems.
         SystemExit: --help, or an unknown option.
     """
     own = list(arguments).index("--") if "--" in arguments else len(arguments)

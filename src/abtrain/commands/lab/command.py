@@ -13,7 +13,7 @@ from abtrain.commands.units import format_rate
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs `abtrain lab`. The lab is removed in all cases, also after an error.
+    """Runs `abtrain lab`. The lab is always removed at the end, even after an error.
 
     Raises:
         ConfigurationError: lists everything that is wrong with the arguments or with this system. Nothing was built.

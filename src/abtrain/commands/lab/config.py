@@ -1,4 +1,4 @@
-"""The configuration of a lab and its validation."""
+"""Defines and validates the settings of a lab."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from abtrain.commands.units import format_rate, parse_rate
 from abtrain.errors import ConfigurationError
 
 LOWEST, HIGHEST = 100 * 10**3, 100 * 10**9
-"""The range of rates, in bits per second, to which a link can be shaped sensibly."""
+"""The lowest and the highest rate of a lab's link, in bits per second."""
 MOST_HOSTS = 250  # one bridge and one machine can carry about this many trees of processes
 _REMEDY = "the lab needs root on Linux with iproute2 (Debian: apt-get install iproute2)"
 

@@ -32,7 +32,7 @@ class Sampler:
     """Samples the byte counters of all hosts. Totals count from the construction of the sampler.
 
     Args:
-        files: the open files with the counters, one for each host. `close` closes them.
+        files: the open file /proc/net/dev of each host. `close` closes them.
         now: the current time in seconds.
     """
 
@@ -79,11 +79,11 @@ def parse_counters(text: str) -> tuple[int, int]:
     """Parses the content of /proc/net/dev, and returns the bytes sent and received over the link.
 
     Raises:
-        ValueError: the content does not have the interface of a host.
+        ValueError: the content does not list the interface of a host.
     """
     for line in text.splitlines():
         device, _, fields = line.partition(":")
         if device.strip() == INTERFACE:
             numbers = fields.split()
             return int(numbers[8]), int(numbers[0])
-    raise ValueError(f"the counters have no interface {INTERFACE}")
+    raise ValueError(f"/proc/net/dev does not list the interface {INTERFACE}")

@@ -90,7 +90,7 @@ def fault_problems(faults: Iterable[LabFault], nodes: int) -> list[str]:
                 f"{fault}: the duration {fault.duration:g} s is too short: use one above 0, or leave it out"
             )
         if (fault.kind == "change") != (fault.rate is not None):
-            problems.append(f"{fault}: only a change has a rate: give a rate for a change, and leave it out elsewhere")
+            problems.append(f"{fault}: only a change has a rate: set `rate` for each change, and for no other fault")
     return problems
 
 
@@ -153,8 +153,8 @@ def faults_in_words(events: Iterable[Event], until: float) -> list[str]:
     return [_in_words(event, counted[index + 1 :]) for index, event in enumerate(counted) if event.verb in _WORDS]
 
 
-_WORDS = {"cut": "was cut off", "freeze": "was frozen", "kill": "was killed", "change": "got a link of {rate}"}
-_NEVER = {"cut": "never joined again", "freeze": "never thawed"}
+_WORDS = {"cut": "was cut off", "freeze": "was frozen", "kill": "was killed", "change": "had its link set to {rate}"}
+_NEVER = {"cut": "never reconnected", "freeze": "never resumed"}
 
 
 def _in_words(event: Event, later: Iterable[Event]) -> str:
@@ -166,5 +166,5 @@ def _in_words(event: Event, later: Iterable[Event]) -> str:
     end = next(ends, None)
     if end is None:
         return f"{did} {start} and {_NEVER[event.verb]}"
-    back = "joined again" if event.verb == "cut" else "thawed"
+    back = "reconnected" if event.verb == "cut" else "resumed"
     return f"{did} {start} and {back} at {end.seconds:.1f} s"

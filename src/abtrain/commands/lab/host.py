@@ -24,7 +24,7 @@ def main(lab: int, arguments: list[str]) -> int:
     Returns:
         0, or the exit code of the worker that failed first; 128 + N if signal N ended that worker.
     """
-    # The lab kills all processes in the namespace of a host. This covers the moment before the host enters it.
+    # Linux kills this process when the lab's process ends. The next check covers an end before this call.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != lab:
         return 128 + signal.SIGKILL

@@ -81,7 +81,7 @@ def host_command(job: Job, config: LabConfig, host: int) -> list[str]:
 def host_environment(job: Job, host: int) -> dict[str, str]:
     """Returns the environment variables of the command of one host."""
     return {
-        # As torchrun does: workers that each use all cores slow each other down.
+        # torchrun sets this too, because workers that each use all cores slow each other down.
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",  # shows output immediately
         # Hosts have no names, and PyTorch would warn about that at every connection.
@@ -105,14 +105,14 @@ def _command_problems(command: tuple[str, ...]) -> list[str]:
             [] if _is_module(command[1]) else [f"module {command[1]!r} is not found: name one that Python can import"]
         )
     if first.startswith("-"):
-        return [f"command {first!r} is not a script: begin it with a script or with -m MODULE"]
+        return [f"command {first!r} is not a script: begin the command with a Python file, or with -m MODULE"]
     if not Path(first).is_file():
         return [f"script {first!r} is not in {Path.cwd()}: name a Python file, or use -m MODULE"]
     return []
 
 
 def _is_module(name: str) -> bool:
-    # As `python -m` does, which also searches the current folder.
+    # Like `python -m`, this also searches the current folder.
     before = list(sys.path)
     sys.path.insert(0, str(Path.cwd()))
     try:

@@ -77,7 +77,7 @@ class Lab:
 
         Raises:
             ConfigurationError: lists everything that is wrong with the settings or with this system.
-            LabError: the lab cannot be built, or the rate of a link is wrong.
+            LabError: the lab cannot be built, or a link does not have its configured rate.
         """
         problems = [*config_problems(self.config), *system_problems()]
         if problems:
@@ -141,7 +141,7 @@ class Lab:
         """Measures the rates of all links, and stores them in `measured`. No job may run during the measurement.
 
         Raises:
-            LabError: the rate of a link is wrong.
+            LabError: a link does not have its configured rate.
         """
         self.measured = verify_links(self._network)
         return self.measured
@@ -194,7 +194,7 @@ class Lab:
         )
 
     def _note(self, verb: str, host: int, rate: int | None = None) -> None:
-        """Records an action in the running job before the action starts. Other hosts may fail before it is complete."""
+        """Records an action in the running job, before the action begins: it may cause other hosts to fail."""
         if self._run is not None:
             self._run.note(verb, host, rate)
 
@@ -206,7 +206,7 @@ class Lab:
 
 
 def _start_watcher(prefix: str) -> subprocess.Popen[bytes]:
-    """Starts a process that removes the lab if this process dies. Ctrl-C does not reach its separate session."""
+    """Starts a process that removes the lab if this process dies. It has its own session, so Ctrl-C does not end it."""
     return subprocess.Popen(
         (sys.executable, "-m", _WATCHER, prefix),
         stdin=subprocess.PIPE,

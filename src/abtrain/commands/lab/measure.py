@@ -39,8 +39,8 @@ def verify_links(network: Network) -> list[tuple[float, float]]:
     with ThreadPoolExecutor(1 if alone else len(hosts), initializer=_come_first) as pool:
         measured = list(pool.map(lambda host: _measure_host(network, host), hosts))
     problems = [
-        f"host {host}: the link {way} carries {format_rate(rate)}, not {format_rate(network.rates[host])}, and a "
-        f"difference of {network.config.tolerance:.0%} is allowed"
+        f"host {host}: the link {way} carries {format_rate(rate)} instead of {format_rate(network.rates[host])}, and "
+        f"only a difference of {network.config.tolerance:.0%} is allowed"
         for host in hosts
         for way, rate in zip(("up", "down"), measured[host], strict=True)
         if not _fits(rate, network.rates[host], network.config.tolerance)
@@ -65,7 +65,9 @@ def _closest(network: Network, host: int, sender: str, receiver: str) -> float:
         try:
             measured = _transfer(sender, receiver, address, rate) / WIRE_SHARE
         except OSError as error:
-            raise LabError(f"host {host} and the switch cannot reach each other: {error}") from None
+            raise LabError(
+                f"host {host} and the switch cannot reach each other: {error}. Try again, or use fewer hosts"
+            ) from None
         best = min(best, measured, key=lambda value: abs(value - rate))
         if _fits(best, rate, config.tolerance):
             break
@@ -96,7 +98,7 @@ def _transfer(sender: str, receiver: str, address: str, rate: int) -> float:
 
 
 def _come_first() -> None:
-    """Raises the priority of this thread. Without priority, the link would appear slow on a busy machine."""
+    """Raises the priority of this thread. Otherwise a link would appear slow on a busy machine."""
     with contextlib.suppress(OSError):  # without permission, a busy machine may fail the measurement
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 

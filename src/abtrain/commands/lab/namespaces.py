@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 FOLDER = Path("/run/netns")
 MARK = "ABTRAIN_LAB_NAMESPACE"
-"""The environment variable that holds the namespace in which a host's command was started."""
+"""The environment variable with the name of the namespace in which a host's command was started."""
 _PATTERN = re.compile(r"(?P<lab>abtrain-[a-z0-9]+-(?P<pid>\d+)-(?P<start>\d+))-(?:switch|host\d+)")
 _VARIABLE = re.compile(rf"(?:^|\0){MARK}=([^\0]*)".encode())
 _CLONE_NEWNET = 0x40000000
@@ -69,7 +69,7 @@ def remove_lab(prefix: str) -> None:
         for name in of_lab(prefix):
             reason = subprocess.run(["ip", "netns", "delete", name], capture_output=True, text=True).stderr or reason
         if time.monotonic() > deadline:
-            raise LabError(f"namespace {names[0]} cannot be removed: {reason.strip()}: try `abtrain lab --clean`")
+            raise LabError(f"namespace {names[0]} cannot be removed: {reason.strip()}. Try `abtrain lab --clean`")
 
 
 def kill_all(names: Iterable[str]) -> None:
@@ -108,7 +108,7 @@ def processes_in(names: Iterable[str]) -> list[int]:
 
 
 def inside(name: str, act: Callable[[], Result]) -> Result:
-    """Calls `act` inside a namespace. A new thread makes the call, so the rest of this process stays outside.
+    """Calls `act` inside a namespace and returns its result. Only a new thread enters the namespace for this.
 
     Sockets and files of /proc that `act` opens still belong to the namespace after the call.
     """
@@ -146,7 +146,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _marks() -> dict[int, str]:
-    """Returns a namespace for each process id: the one in which the host's command was started."""
+    """Returns the value of the variable `MARK` for each process that has it, by process id."""
     found = {}
     for entry in _processes():
         with contextlib.suppress(OSError):

@@ -47,13 +47,15 @@ class Network:
         self.rates = [config.rate(host) for host in range(config.nodes)]
 
     def check_name(self) -> None:
-        """Checks that this process has no other lab of the same name.
+        """Checks that this process has no other lab with the same name.
 
         Raises:
-            ConfigurationError: the process has another lab of that name.
+            ConfigurationError: the process has another lab with this name.
         """
         if namespaces.of_lab(self.prefix):
-            raise ConfigurationError(f"name {self.config.name!r} belongs to another lab of this process: use another")
+            raise ConfigurationError(
+                f"name {self.config.name!r} belongs to another lab of this process: use another name"
+            )
 
     def build(self) -> None:
         """Creates all namespaces and links.

@@ -56,7 +56,7 @@ class LabResult:
         seconds: the seconds from the start of the job until the command of the last host ended.
         timed_out: whether the job was stopped because it took longer than its time-out.
         hosts: the results of all hosts, in the order of their numbers.
-        events: (seconds, description) of each fault, in chronological order.
+        events: (seconds, description) of the beginning and the end of each fault, in chronological order.
         failed_host: the host that failed first; None if none failed.
         congestion_control: the name of the TCP congestion control on the hosts.
         caused: descriptions of the faults before the first failure or the time-out.
@@ -73,14 +73,17 @@ class LabResult:
     caused: tuple[str, ...] = ()
 
     def error(self) -> LabError | None:
-        """Returns the error of a failed job, or None after success. The error names faults that may have caused it."""
+        """Returns the error of a failed job, or None after success. It lists faults that may be the cause."""
         faults = f". Before that, {', and '.join(self.caused)}" if self.caused else ""
         if self.failed_host is not None:
             code = self.hosts[self.failed_host].exit_code
             log = self.out / f"host-{self.failed_host}.log"
             return HostFailedError(f"host {self.failed_host} failed with exit code {code}: see {log}{faults}", code)
         if self.timed_out:
-            return LabError(f"the command did not end within {self.seconds:.0f} s and was stopped{faults}")
+            return LabError(
+                f"the command did not end within {self.seconds:.0f} s and was stopped: see {self.out}, or use a "
+                f"longer --timeout{faults}"
+            )
         return None
 
     @property

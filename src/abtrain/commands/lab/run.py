@@ -54,7 +54,7 @@ class LabRun:
             raise
 
     def finish(self) -> LabResult:
-        """Waits until all hosts have ended, one has failed, or the time-out has passed. Ends the others.
+        """Waits until the command has ended on all hosts, a host has failed, or the time-out has passed. Then ends all.
 
         Returns:
             The result of the job, which is also written to lab.json.
@@ -67,7 +67,7 @@ class LabRun:
         return result
 
     def note(self, verb: str, host: int, rate: int | None = None) -> None:
-        """Records an action on a host. A fault of the job or a method of the lab causes the action."""
+        """Records an action on a host, whose cause is a fault of the job or a call of a method of the lab."""
         self._events.append(Event(self._elapsed(), verb, host, rate))
 
     def close(self) -> None:

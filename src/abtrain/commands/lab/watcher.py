@@ -13,7 +13,7 @@ import time
 from abtrain.commands.lab import namespaces
 from abtrain.errors import LabError
 
-_SETTLE_SECONDS = 0.3  # a command that the dead process had started may still add a namespace
+_SETTLE_SECONDS = 0.3  # a command that the ended process had started may still add a namespace
 
 
 def main(prefix: str) -> None:

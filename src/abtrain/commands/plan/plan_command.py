@@ -75,7 +75,7 @@ def _advise(advice: Recommendation, unit: TimeUnit, console: Output) -> None:
     elif choice.recipe.total_steps < SHORT_RUN:
         reason = f"It takes {took}. Runs below {SHORT_RUN} steps are too short for rare merges."
     else:
-        reason = f"It takes {took}, nearly as little as any recipe."
+        reason = f"It takes {took}, and no recipe is much faster."
     more = "" if fastest is choice else f" The fastest is {fastest}: {unit.text(fastest.forecast.seconds)}."
     console.print(f"Recommended: {choice}. {reason}{more}\n")
     if advice.cases:

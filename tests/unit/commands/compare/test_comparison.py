@@ -52,9 +52,9 @@ def test_a_folder_holds_one_comparison() -> None:
         pass
     with held_folder(parse_arguments(["ab", "diloco", "--steps", "50", "--seeds", "5", "--out", "o"])):
         pass
-    with pytest.raises(ConfigurationError, match="holds another comparison"), held_folder(other):
+    with pytest.raises(ConfigurationError, match="contains a comparison with other settings"), held_folder(other):
         pass
-    with pytest.raises(ConfigurationError, match=r"holds another comparison .steps was 50 and is 60 now"):
+    with pytest.raises(ConfigurationError, match=r"with other settings .steps was 50 and is 60 now"):
         parse_arguments(["ab", "--steps", "60", "--out", "o"])
     assert json.loads(Path("o/settings.json").read_text())["steps"] == 50
     Path("used").mkdir()

@@ -19,7 +19,7 @@ def write(path: Path, tx: int, rx: int) -> None:
 
 def test_counters_are_those_of_the_link() -> None:
     assert parse_counters(TEXT.format(tx=5, rx=123456789)) == (5, 123456789)
-    with pytest.raises(ValueError, match="have no interface eth0"):
+    with pytest.raises(ValueError, match="does not list the interface eth0"):
         parse_counters(TEXT.replace("eth0", "eth1"))
 
 

@@ -72,20 +72,20 @@ def test_an_event_is_written_with_its_rate() -> None:
     ("until", "said"),
     [
         (0.0, []),
-        (2.5, ["host 2 was cut off at 2.0 s and never joined again"]),
-        (3.5, ["host 2 was cut off at 2.0 s and never joined again", "host 1 was frozen at 3.0 s and never thawed"]),
+        (2.5, ["host 2 was cut off at 2.0 s and never reconnected"]),
+        (3.5, ["host 2 was cut off at 2.0 s and never reconnected", "host 1 was frozen at 3.0 s and never resumed"]),
         (
             9.0,
             [
-                "host 2 was cut off at 2.0 s and joined again at 6.0 s",
-                "host 1 was frozen at 3.0 s and thawed at 7.0 s",
-                "host 2 got a link of 20mbit at 4.0 s",
+                "host 2 was cut off at 2.0 s and reconnected at 6.0 s",
+                "host 1 was frozen at 3.0 s and resumed at 7.0 s",
+                "host 2 had its link set to 20mbit at 4.0 s",
                 "host 3 was killed at 5.0 s",
-                "host 2 was cut off at 8.0 s and never joined again",
+                "host 2 was cut off at 8.0 s and never reconnected",
             ],
         ),
     ],
 )
 def test_what_the_lab_did_in_words(until: float, said: list[str]) -> None:
-    before = "host 0 was cut off before the command started and never joined again"
+    before = "host 0 was cut off before the command started and never reconnected"
     assert faults_in_words(EVENTS, until) == [before, *said]
