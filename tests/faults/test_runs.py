@@ -276,7 +276,7 @@ def test_another_number_of_workers(
     result = run(settings(tmp_path, recipe, workers=workers, checkpoint_every=every, keep=1))
     assert (
         f"resuming from the checkpoint of {goes_on}" in caplog.text
-        and "samples are divided among them anew" in caplog.text
+        and "samples are divided among the new workers" in caplog.text
     )
     assert result["steps"] == STEPS and result["world_size"] == workers
     assert recorded(tmp_path) == list(range(1, STEPS + 1))
@@ -404,7 +404,7 @@ def test_what_only_shows_a_run_cannot_end_it(
     [
         (0, 9, DataError, "0 training samples"),
         (9, 0, DataError, "and 0 test samples"),
-        (2, 9, ConfigurationError, "2 samples are too few for 3 workers: use at most 2 --workers"),
+        (2, 9, ConfigurationError, "2 training samples are too few for 3 workers: use --workers 2 or fewer"),
         (9, 9, ConfigurationError, "use a batch size of at most 3"),
     ],
     ids=["nothing to train on", "nothing to be judged by", "fewer samples than workers", "fewer than a batch each"],

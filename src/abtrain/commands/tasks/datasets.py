@@ -88,13 +88,15 @@ PYSRC_FILES = sorted(
 
 
 def check_digits(folder: Path | None) -> None:
-    """Checks that scikit-learn, which contains the digits, is installed; else raises DataError. Ignores `folder`."""
+    """Raises DataError if scikit-learn, which contains the digits, is not installed. `folder` is not used."""
     if importlib.util.find_spec("sklearn") is None:
         raise DataError("the digits are part of scikit-learn, which is not installed: pip install 'abtrain[data]'")
 
 
 def load_digits(folder: Path | None) -> Data:
-    """Loads the digits as float32 (N, 64) in 0..1 and int64 labels. The test set is a fixed, stratified fifth.
+    """Loads the digits: pixels as float32 (N, 64) from 0 to 1, labels as int64 (N,). `folder` is not used.
+
+    The test set is a fixed fifth of the samples, with the same proportions of the classes.
 
     Raises:
         DataError: scikit-learn is not installed.
@@ -112,13 +114,15 @@ def load_digits(folder: Path | None) -> Data:
 
 
 def find_fashion_mnist(folder: Path | None) -> Path:
-    """Finds the four IDX files: in `folder` if given, else in Debian's folder, else by a download into the cache.
+    """Finds the four files of Fashion-MNIST in `folder`; if it is None, in Debian's folder or the download cache.
+
+    If neither of these two folders exists, the files are downloaded to the cache.
 
     Returns:
         The folder with the files.
 
     Raises:
-        DataError: files are missing. The message says how to get them.
+        DataError: files are missing and cannot be downloaded. The message says how to get them.
     """
     if folder is not None:
         _require_fashion_mnist(folder)
@@ -145,8 +149,9 @@ def load_fashion_mnist(folder: Path | None) -> Data:
         labels = read_idx(_idx_file(found, labels_name), dimensions=1)
         if images.shape[1:] != (28, 28) or int(labels.max()) > 9:
             raise DataError(
-                f"{found}: {images_name} holds {tuple(images.shape)} pixels and {labels_name} labels up to "
-                f"{int(labels.max())}; Fashion-MNIST has images of 28 x 28 and labels up to 9. {_FETCH_AGAIN}"
+                f"{found} contains another data set: {images_name} has shape {tuple(images.shape)} and {labels_name} "
+                f"has labels up to {int(labels.max())}, but Fashion-MNIST has images of 28 x 28 pixels and labels up "
+                f"to 9. {_FETCH_AGAIN}"
             )
         splits[split] = Split(images.unsqueeze(1), labels.long())
     return Data(splits["train"], splits["test"])
@@ -175,7 +180,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
     values = len(content) - header
     if values != math.prod(shape) or values == 0:
-        raise DataError(f"{path} holds {values} values, but its header says {math.prod(shape)}. {_FETCH_AGAIN}")
+        raise DataError(f"{path} contains {values} values, but its header says {math.prod(shape)}. {_FETCH_AGAIN}")
     # torch warns about tensors over read-only memory, such as bytes.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
 
@@ -191,13 +196,15 @@ def find_pysrc(folder: Path | None) -> Path:
     if len(missing) > (1 - _PYSRC_SHARE_NEEDED) * len(PYSRC_FILES):
         raise DataError(
             f"{library} lacks {len(missing)} of {len(PYSRC_FILES)} standard library sources that this task reads, "
-            f"such as {', '.join(missing[:5])}: use CPython 3.11 to 3.14 with its sources as files"
+            f"such as {', '.join(missing[:5])}: use CPython 3.11 to 3.14, installed with its source files"
         )
     return library
 
 
 def load_pysrc(folder: Path | None, context: int = 128) -> Data:
-    """Loads the bytes of the standard library as windows that do not overlap. Every 20th file is for the test set.
+    """Loads the bytes of the standard library's sources as windows of `context` bytes that do not overlap.
+
+    Every 20th file is in the test set. `folder` is not used.
 
     Returns:
         The data, with inputs and targets as uint8 (N, context). The target of each byte is the byte after it.
@@ -233,7 +240,7 @@ def _require_fashion_mnist(folder: Path) -> None:
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error}. Name another folder with --data") from error
     if missing:
-        raise DataError(f"{folder} lacks {', '.join(missing)} (or with .gz): {_HOW_TO_GET_FASHION_MNIST}")
+        raise DataError(f"{folder} lacks {', '.join(missing)}, each plain or as .gz: {_HOW_TO_GET_FASHION_MNIST}")
 
 
 def _cache_folder() -> Path:

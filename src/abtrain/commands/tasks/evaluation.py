@@ -13,7 +13,7 @@ from abtrain.commands.tasks.task import Task, cross_entropy
 
 
 class Score(NamedTuple):
-    """Sums over test samples: their losses, the number classified correctly, and their number."""
+    """The sum of the losses of test samples, the number of samples classified correctly, and the number of samples."""
 
     loss: float
     correct: float

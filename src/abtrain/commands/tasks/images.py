@@ -30,7 +30,7 @@ IMAGENET_CLASSES = 1000
 _RESIZED = 256
 _MOST_IN_A_ROW = 100
 _PREFETCHED = 4
-_OUTLASTS_SECONDS = 60  # longer than launchers wait for their workers to save
+_OUTLASTS_SECONDS = 60  # longer than launchers give their workers to save
 
 
 class Bad(NamedTuple):
@@ -56,7 +56,10 @@ class Images(Samples):
         return len(self.files)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, tuple[str, ...]] | Bad:
-        """Returns an image, its label, and messages about skipped files; `Bad` if an image cannot be read."""
+        """Returns an image, its label, and messages about skipped files; `Bad` if reading fails.
+
+        `key` is the index of the image, and the seed of its random crop.
+        """
         index, draw = key
         skipped: list[str] = []
         for step in range(_MOST_IN_A_ROW):
@@ -99,7 +102,7 @@ class Images(Samples):
             worker_init_fn=_outlast_requests if loaders else None,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=_PREFETCHED if loaders else None,
-            # Without a generator it would use torch's global one, and change the model's dropout.
+            # Without a generator the loader would draw from torch's global one, which would change the model's dropout.
             generator=torch.Generator(),
         )
         logged: set[str] = set()
@@ -163,7 +166,7 @@ def find_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Path:
         classes: the expected number of classes.
 
     Raises:
-        DataError: no folder is given, or classes are missing.
+        DataError: `folder` is None or cannot be read, or the classes in it are not the expected ones.
     """
     how = f"pass --data FOLDER with train/CLASS/*.JPEG and val/CLASS/*.JPEG of ImageNet-2012, {classes:,} classes"
     if folder is None:
@@ -183,7 +186,7 @@ def find_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Path:
 
 
 def load_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Data:
-    """Lists the image files of ImageNet-2012, which training reads. The validation set serves as the test set.
+    """Lists the image files of ImageNet-2012, which are read during training. The validation set is the test set.
 
     Raises:
         DataError: torchvision is missing, or folders are missing, incomplete, or have wrong classes.
@@ -201,14 +204,14 @@ def load_imagenet(folder: Path | None, classes: int = IMAGENET_CLASSES) -> Data:
 
 
 def find_cifar(folder: Path | None, name: str) -> Path:
-    """Checks that `folder` contains intact files in `cifar-10-batches-py` or `cifar-100-python`. Returns `folder`.
+    """Checks that `folder` contains all files of CIFAR-10 or CIFAR-100, with the published checksums. Returns `folder`.
 
     Args:
         folder: the folder that --data names.
         name: `CIFAR10` or `CIFAR100`, as in torchvision.
 
     Raises:
-        DataError: torchvision is missing, or files are missing or damaged.
+        DataError: `folder` is None, torchvision is missing, or files are missing or damaged.
     """
     kind = getattr(_torchvision_datasets(), name)
     how = f"pass --data FOLDER with {kind.base_folder}/ of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked"

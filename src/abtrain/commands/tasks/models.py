@@ -32,10 +32,10 @@ class _FirstConvolution(nn.Conv2d):
 
 
 def without_own_layers(model: nn.Module) -> nn.Module:
-    """Replaces layers that only change the memory format by PyTorch's own, in place. Returns the model."""
+    """Replaces abtrain's own convolutions by PyTorch's, which compute the same, in place. Returns the model."""
     own = [module for module in model.modules() if type(module) is _FirstConvolution]
     for module in own:
-        module.__class__ = nn.Conv2d  # type: ignore[assignment]  # it is a base
+        module.__class__ = nn.Conv2d  # type: ignore[assignment]  # the base class
     # Weights with channels last have the same effect.
     return model.to(memory_format=torch.channels_last) if own else model
 
@@ -146,7 +146,7 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def orthogonal_init(model: nn.Module) -> None:
-    """Initializes every parameter of two or more dimensions as an orthogonal matrix (first dimension, all others).
+    """Makes every parameter of two or more dimensions an orthogonal matrix, with all dimensions after the first as one.
 
     Vectors (biases and norms) stay unchanged. The paper uses these initial weights (arXiv 2405.01067, section 4).
     """

@@ -29,7 +29,7 @@ class Reading:
 
 
 class Samples(Dataset[Any], ABC):
-    """Samples in memory or in files. A sample is an input with its target."""
+    """The interface to samples in memory or in files. A sample is an input with its target."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class Samples(Dataset[Any], ABC):
 
     @abstractmethod
     def stream(self, plan: Iterator[tuple[int, list[int]]], seed: int, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields batches (inputs, targets), as tensors whose first dimension counts the samples.
+        """Yields a batch for each step of `plan`: the inputs and the targets of its samples, as two tensors.
 
         Args:
             plan: pairs of a step's number and the indices of its samples.

@@ -57,10 +57,10 @@ class Task:
         steps: the default number of steps.
         batch_size: the default number of samples per worker and step.
         lr: the default learning rate.
-        augment: randomly changes a batch of stored samples in training.
+        augment: randomly changes a batch of stored samples in training; None for no augmentation.
         loss: computes the mean training loss from outputs and targets; validation uses plain cross-entropy.
         classifies: whether evaluation includes top-1 accuracy; otherwise it has only the mean loss.
-        reads_folder: whether the task uses `--data`.
+        reads_folder: whether the task reads its data from the folder that `--data` names.
         weight_decay: the default weight decay of AdamW.
         clip: the default maximum of the global gradient norm; 0 for no limit.
         init: the default initial weights.
@@ -214,7 +214,7 @@ def build_schedule(optimizer: Optimizer, steps: int, warmup: float = WARMUP_SHAR
 def batches(
     task: Task, data: Data, *, seed: int, rank: int, world_size: int, batch_size: int, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Returns an infinite iterator of (input, targets) from step `start` on.
+    """Returns an infinite iterator over one worker's batches (inputs, targets), from step `start` on.
 
     Workers share the samples of each epoch without overlap. An incomplete last batch is dropped. A batch depends only
     on the arguments and its step.

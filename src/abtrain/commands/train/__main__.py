@@ -10,7 +10,7 @@ from abtrain.commands.process import end_at_once, leave
 
 def main() -> None:
     """Trains as one worker, and ends the process with the worker's exit code."""
-    # Imports take seconds. Before training begins there is nothing to save, so a request ends the process.
+    # Imports take seconds. There is nothing to save before training begins, so a request to stop ends the process.
     end_at_once()
 
     from abtrain.commands.train import worker

@@ -22,7 +22,7 @@ log = logging.getLogger("abtrain")
 
 
 class Saving:
-    """Saves checkpoints of a run and resumes it from them. All methods are collective: all workers call them together.
+    """Saves checkpoints of a run, and resumes the run from them. All workers call `save` and `resume` together.
 
     Args:
         trainer: this worker's trainer.
@@ -81,7 +81,7 @@ class Saving:
                 self._recorder.spent(CHECKPOINT, time.perf_counter() - started)
 
     def resume(self) -> int:
-        """Loads the newest checkpoint that all workers can use, and returns the number of steps done.
+        """Loads the newest checkpoint that all workers can use. Returns the number of steps done; 0 if there is none.
 
         Raises:
             CheckpointError: checkpoints exist, but all are damaged or belong to other runs.
@@ -95,7 +95,7 @@ class Saving:
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CheckpointError(
                 f"the checkpoint of step {saved.step} in {self._folder} is malformed ({error!r}): remove it, or start "
-                "a new run"
+                "a new run in another folder (--out)"
             ) from error
         if comm.rank == 0:
             back = (
@@ -106,7 +106,7 @@ class Saving:
             log.info("resuming from the checkpoint of step %d%s", saved.step, back)
             if saved.workers != comm.topology.world_size:
                 log.info(
-                    "%d workers resume a run of %d workers: the samples are divided among them anew",
+                    "%d workers resume a run of %d workers: from now on the samples are divided among the new workers",
                     comm.topology.world_size,
                     saved.workers,
                 )
@@ -131,13 +131,13 @@ class Saving:
             self._recorder.load_state_dict(record)
 
     def _check_run(self, state: Mapping[str, Any], step: int) -> None:
-        """Checks that a checkpoint's state is from a run with the same settings and number of samples."""
+        """Raises CheckpointError if a state is from a run with other settings or another number of samples."""
         run = state.get("run")
         which = f"the checkpoint of step {step} in {self._folder}"
         if not isinstance(run, Mapping):
             raise CheckpointError(
-                f"{which} does not hold the settings of its run: another version of abtrain wrote it. Remove it, or "
-                "start a new run"
+                f"{which} does not contain the settings of its run: another version of abtrain may have written it. "
+                "Remove it, or start a new run in another folder (--out)"
             )
         differing = differences(run, self._run)
         if differing:

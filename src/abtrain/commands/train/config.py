@@ -104,7 +104,7 @@ class TrainConfig:
 
 
 def recipe_of(config: TrainConfig) -> Recipe:
-    """Returns the recipe that the settings name, for a run whose number of steps is set.
+    """Builds the recipe that the settings name. The number of steps must be set.
 
     Raises:
         ConfigurationError: the recipe is unknown, or its options are invalid.
@@ -125,14 +125,14 @@ They do not affect what is computed, except for `workers`: a run can continue wi
 
 
 def notices(config: TrainConfig) -> list[str]:
-    """Returns a message for each of `--data` and `--max-restarts` that is given but has no effect."""
+    """Returns a message for `--data` if it is set but has no effect, and one for `--max-restarts` likewise."""
     from abtrain.commands.tasks.task import TASKS
 
     found = []
     if config.data is not None and not TASKS[config.task].reads_folder:
         found.append(f"--data is ignored by task {config.task}")
     if config.max_restarts and is_joined():
-        found.append("--max-restarts is ignored under torchrun: give it to torchrun, which has such an option")
+        found.append("--max-restarts is ignored under torchrun: use torchrun's own option of this name")
     elif config.max_restarts and config.workers == 1:
         found.append("--max-restarts is ignored with one worker, which trains in this process")
     return found
@@ -166,7 +166,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def group_size_of(config: TrainConfig) -> int:
-    """Returns the number of workers per group. It is 1 if it is not set: each worker is then its own group."""
+    """Returns the number of workers per group. Without a setting it is 1: each worker forms its own group."""
     return config.group_size or 1
 
 

@@ -36,14 +36,14 @@ _MINIMA = {
     "max_restarts": 0,
     "loaders": 0,
 }
-_MAX_TIMEOUT = 10**7  # seconds; some of the clocks that use it cannot hold more
+_MAX_TIMEOUT = 10**7  # seconds; longer times overflow in some of the libraries that wait
 
 
 def checked(config: TrainConfig) -> TrainConfig:
     """Validates the settings, and returns them with all defaults filled in.
 
     Raises:
-        ConfigurationError: settings are invalid; lists all of them.
+        ConfigurationError: at least one setting is invalid. The error lists all invalid settings.
     """
     problems = validate(config)
     if problems:
@@ -71,7 +71,7 @@ def _text_problems(config: TrainConfig) -> list[str]:
             if any("\ud800" <= letter <= "\udfff" for letter in text):
                 problems.append(f"{_option(name)} {text!a} is not UTF-8, but config.toml must be: use a name in UTF-8")
             elif "\0" in text:
-                problems.append(f"{_option(name)} {text!r} holds a null byte: use a name without one")
+                problems.append(f"{_option(name)} {text!r} contains a null byte: use a name without one")
     return problems
 
 
@@ -130,10 +130,10 @@ def _folder_problems(config: TrainConfig) -> list[str]:
             return []
         if is_regular(out / RESULT_FILE):
             return [
-                f"--out {out} holds a finished run, whose figures are in {RESULT_FILE}: name another folder for a new "
-                "run, or add --overwrite to replace this one"
+                f"--out {out} holds a finished run, with its results in {RESULT_FILE}: name another folder for a new "
+                "run, or add --overwrite to replace the finished one"
             ]
-        return [f"--out {out} is not empty: name another folder, or add --overwrite to replace its run"]
+        return [f"--out {out} is not empty: name another folder, or add --overwrite to replace the run in it"]
     except OSError as error:
         return [f"--out {out} cannot be read: {error}. Make it readable, or name another folder"]
 

@@ -1,4 +1,4 @@
-"""Shows the progress of a run, with a bar on a terminal and lines elsewhere, and a table of results at its end."""
+"""Shows the progress of a run as a bar on a terminal and as lines elsewhere, and a table of results at its end."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Display:
         )
 
     def show(self, record: Mapping[str, Any], merges: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Shows the record of a logged step and the merges before it. Leaves out figures for which there is no room."""
+        """Shows the metrics of a logged step and of the merges before it, as many as fit into one line."""
         step, phase, width = record["step"], record["phase"], self.console.width
         if self.console.is_terminal:
             counter = f"{self._steps}/{self._steps}"
@@ -98,7 +98,7 @@ class Display:
 
 
 def _figures(record: Mapping[str, Any], merges: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the figures of a record and of the merges before it, the most important first."""
+    """Formats the metrics of a logged step, and of the merges before it, with the most important first."""
     loss = f"loss {record['loss']:.4f}"
     known = [merge for merge in merges if merge["loss_mean"] is not None]
     if known:
@@ -119,7 +119,7 @@ def _figures(record: Mapping[str, Any], merges: Sequence[Mapping[str, Any]]) -> 
 
 
 def _fitting(figures: Sequence[str], width: int) -> str:
-    """Joins as many of the first figures as fit the width; always one."""
+    """Joins the first of `figures`: as many as fit into `width` characters, but at least one."""
     count = len(figures)
     while count > 1 and len("  ".join(figures[:count])) > width:
         count -= 1

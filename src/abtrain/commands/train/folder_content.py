@@ -2,7 +2,7 @@
 
 A folder is in one of three states:
 
-nothing         it is missing, is empty, or contains only what a crash before the start of a run leaves behind
+nothing         it is missing, is empty, or contains only files of a run that crashed before its first step
 unfinished run  it contains config.toml, but not result.json
 anything else   it contains a finished run, or other files
 """
@@ -36,7 +36,7 @@ def stacks_file(rank: int) -> str:
 
 
 def continuation(folder: Path) -> str:
-    """Returns what happens if an unfinished run is started again, as the end of a message."""
+    """Returns the end of a message, which says at which step an unfinished run continues if it is started again."""
     saved = any((folder / CHECKPOINTS).glob("step-*"))
     return (
         "the run resumes from its last checkpoint"
@@ -52,7 +52,9 @@ def holds_unfinished_run(folder: Path) -> bool:
 
 
 def holds_nothing(folder: Path) -> bool:
-    """Whether a run can begin in the folder without loss of data: it contains at most what a crash at a start leaves.
+    """Whether the folder is empty, or contains only files of a run that crashed before its first step.
+
+    A new run can then begin in it without loss of data.
 
     Raises:
         OSError: the folder cannot be read.

@@ -44,7 +44,9 @@ def meet(store: Store, rank: int, world_size: int, seconds: float) -> Store:
 
 
 def launch_of(store: Store, rank: int, world_size: int) -> str:
-    """Returns the name of this start of the command. The first attempt writes it to the store; restarts read it there.
+    """Returns a name for this start of the command: the same on all workers, and again after restarts by torchrun.
+
+    The first worker that calls the function writes the name to the store, and the others read it.
 
     Args:
         store: the launcher's store itself, not the part that `meet` returns.

@@ -31,7 +31,7 @@ def run(config: TrainConfig) -> None:
     """Trains with the settings of `config`, and returns when all workers have finished.
 
     Raises:
-        ConfigurationError: settings are invalid; lists all of them. No worker has started.
+        ConfigurationError: at least one setting is invalid. The error lists all of them. No worker has started.
         DataError: the task's data is not available. No worker has started.
         StoppedError: SIGINT, SIGTERM or SIGHUP was received, and all workers have ended.
         AbtrainError: the error of the worker that failed first; all others have ended.
@@ -61,13 +61,13 @@ def run(config: TrainConfig) -> None:
 
 
 def note_failure(error: AbtrainError) -> None:
-    """Writes the exit code of this worker to the file that the variable `FAILURE` names, unless another worker has."""
+    """Writes this worker's exit code to the file that the variable `FAILURE` names, unless another one is there."""
     with contextlib.suppress(KeyError, OSError), Path(os.environ[FAILURE]).open("x", encoding="utf-8") as file:
         file.write(str(error.exit_code))
 
 
 def _take_world_size(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """Returns the settings with torchrun's number of workers, and notes about options that do not suit torchrun."""
+    """Returns the settings with torchrun's number of workers, and notes about options that torchrun affects."""
     world_size = joined_world().size
     notes = []
     if config.workers not in (world_size, TrainConfig.workers):

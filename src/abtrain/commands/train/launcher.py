@@ -56,7 +56,7 @@ def start_workers(config: TrainConfig) -> None:
     """
     # All attempts use the same folder.
     config = dataclasses.replace(config, out=config.out or default_folder(config))
-    # PyTorch's launcher logs at length the same errors that are raised here.
+    # PyTorch's launcher would log the errors that are raised here a second time, at length.
     launcher_log = logging.getLogger("torch.distributed.elastic")
     launcher_log.propagate = False
     launcher_log.addHandler(logging.NullHandler())
@@ -74,13 +74,16 @@ def start_workers(config: TrainConfig) -> None:
 
 
 def _is_done(config: TrainConfig, started: float) -> bool:
-    """Whether a run in the folder has finished after the time `started`."""
+    """Whether the run folder contains a result that was written after the time `started`."""
     result = None if config.out is None else config.out / RESULT_FILE
     return result is not None and is_regular(result) and result.stat().st_mtime >= started
 
 
 def _kept(config: TrainConfig, started: float) -> str:
-    """Returns what a run that was stopped after the time `started` has saved, as rank 0 reports, or an empty text."""
+    """Returns the end of rank 0's message about the stopped run, which says what was saved; empty without a message.
+
+    Messages from before the time `started` do not count.
+    """
     assert config.out is not None
     outcome = config.out / OUTCOME_FILE
     try:
@@ -101,7 +104,7 @@ def _start_until_done(config: TrainConfig) -> None:
     """
     launch, started = uuid.uuid4().hex, time.time()
     for attempt in itertools.count():
-        # Workers that are stopped while they start may still write into it.
+        # Workers that are stopped during start-up may still write into this folder while it is removed.
         scratch = tempfile.TemporaryDirectory(prefix="abtrain-", ignore_cleanup_errors=True)
         with scratch as name, _worker_environment(attempt, launch):
             folder = Path(name)
@@ -131,7 +134,7 @@ def _launch_config(config: TrainConfig, folder: Path) -> LaunchConfig:
         max_restarts=0,  # it would restart workers after any error
         local_addr="127.0.0.1",
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
-        # `PassingOn` handles the others.
+        # `PassingOn` handles the signals that request a stop.
         signals_to_handle="SIGQUIT",
         shutdown_timeout=_SHUTDOWN_SECONDS,
     )

@@ -139,7 +139,7 @@ def _check_data(task: Task, data: Data, workers: int) -> None:
         )
     if samples < workers:
         raise ConfigurationError(
-            f"{samples} samples are too few for {workers} workers: use at most {samples} --workers"
+            f"{samples} training samples are too few for {workers} workers: use --workers {samples} or fewer"
         )
 
 
@@ -218,7 +218,7 @@ class _Loop:
     def _save_or_stop(self, position: Position, shares_gradients: bool) -> None:
         ab, rounds = self.trainer.ab, position.phase.rounds
         due = self.saving.due(ab.steps_done)
-        # With gradients or hidden merges, nobody waits here: the answer may arrive when workers communicate next.
+        # Unless workers wait for each other anyway, none waits here: the answer may arrive when they communicate next.
         waits_anyway = rounds is not None and position.merges and (position.last or not rounds.delay)
         together = due or self.validation.joins(ab.steps_done)
         # After the last step there is nothing left to stop.

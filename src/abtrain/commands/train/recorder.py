@@ -25,7 +25,8 @@ class Recorder:
 
     Attributes:
         validation: the `last` and the `best` validation so far; empty before the first one.
-        aside: the seconds that do not count as training, by the name under which the meter counts their bytes.
+        aside: the seconds of validations and checkpoints, which do not count as training, by the names under which the
+            meter counts the bytes.
     """
 
     def __init__(self, config: TrainConfig, folder: RunFolder, parameters: int) -> None:
@@ -74,7 +75,7 @@ class Recorder:
         self._started = self._last_log - seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state from which `load_state_dict` resumes recording."""
+        """Returns the losses since the last log, the times and the validations so far, for `load_state_dict`."""
         return {
             "losses": torch.tensor(self._losses, dtype=torch.float64),
             "seconds": self.seconds,
@@ -83,7 +84,7 @@ class Recorder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resumes recording from a `state_dict`."""
+        """Continues with the losses, the times and the validations of a `state_dict`."""
         self._losses = state["losses"].tolist()
         self._started = time.perf_counter() - float(state["seconds"])
         self.validation = dict(state["validation"])
@@ -134,7 +135,7 @@ class Recorder:
             self._trackers.log(kind, record["step"], figures)
 
     def spent(self, name: str, seconds: float) -> None:
-        """Adds seconds that do not count as training. `name` is the name under which the meter counts their bytes."""
+        """Adds the seconds of a validation or checkpoint, which do not count as training, to `aside[name]`."""
         self.aside[name] = self.aside.get(name, 0.0) + seconds
         self._last_log += seconds
 

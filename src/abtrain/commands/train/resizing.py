@@ -18,9 +18,10 @@ from abtrain.recipes.recipe import Position, Recipe
 
 
 def can_be_resized(state: Mapping[str, Any], position: Position | None) -> bool:
-    """Returns whether another number of workers can continue: workers have equal weights, or had at the last merge.
+    """Returns whether another number of workers can resume the run from this state.
 
-    It cannot go back to the last merge if an optimizer keeps copies of the weights, which would stay ahead of them.
+    They can if all workers have equal weights. Otherwise the run must go back to its last merge. This is impossible in
+    a phase without merges, or if an optimizer keeps copies of the weights, because they would keep their later values.
 
     Args:
         state: the state of a worker.
@@ -70,7 +71,10 @@ def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> 
 
 
 def _at_last_merge(state: Mapping[str, Any], buffers: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Any]:
-    """Returns the entries of a state that change if its worker goes back to the last merge, with given `buffers`."""
+    """Returns new values for the entries of a worker's state that change when the run goes back to its last merge.
+
+    The model's buffers are replaced by `buffers`.
+    """
     position = _last_merge(state, recipe)
     weights = rewound_weights(state["merger"], state["model"]["weights"])
     back = state["step"] - position.step
@@ -83,7 +87,7 @@ def _at_last_merge(state: Mapping[str, Any], buffers: Mapping[str, Tensor], reci
 
 
 def _last_merge(state: Mapping[str, Any], recipe: Recipe) -> Position:
-    """Returns the position after the last finished merge, or at the phase's start, with equal weights everywhere."""
+    """Returns the position of the last step that began with equal weights on all workers: after a merge or a phase."""
     step = state["step"] - (1 if state["step"] == recipe.total_steps else 0)
     left = 2 if state["rounds"]["under_way"] else 1
     while True:

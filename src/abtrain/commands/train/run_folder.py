@@ -142,7 +142,7 @@ class RunFolder:
         self._lock.release()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Adds a line to metrics.jsonl."""
+        """Adds a record to metrics.jsonl, as one line."""
         assert self._metrics is not None
         self._metrics.write(as_json(record) + "\n")
         self._metrics.flush()  # so that a crash does not lose it
@@ -163,7 +163,7 @@ class RunFolder:
             ) from error
 
     def stop(self, outcome: Mapping[str, Any]) -> None:
-        """Writes outcome.json."""
+        """Writes outcome.json, which records that the run was stopped on request."""
         self._write(OUTCOME_FILE, outcome)
 
     def _unwritable(self, error: OSError) -> ConfigurationError:

@@ -92,7 +92,9 @@ class Stopping:
         return answer or (self._answer() if wait else 0)
 
     def agreed_between(self, step: int) -> int:
-        """Like `agreed`, but between merges: workers do not communicate there, so they vote through the store.
+        """Returns the signal number of a request if all workers stop at this step; 0 otherwise.
+
+        It serves steps between merges. Workers do not communicate there, so they vote through the store.
 
         Args:
             step: the number of steps that this worker has done.
@@ -149,7 +151,7 @@ class StopVote:
         self._given_up = False
 
     def agreed(self, requested: int, step: int) -> int:
-        """Returns the signal number of a request if workers stop at this step, else 0.
+        """Returns the signal number of a request if all workers stop at this step; 0 otherwise.
 
         Args:
             requested: the signal number of a request to this worker; 0 if there is none.

@@ -20,8 +20,8 @@ from abtrain.errors import nearest
 
 Numbers = Mapping[str, float]
 Kind = Literal["train", "eval", "merge"]
-"""The kinds of metrics. Their names in trackers are such as `train/loss`."""
-_NO_METRICS = frozenset({"step", "began"})  # trackers get the step beside the metrics
+"""The kinds of metrics. Names of metrics in trackers begin with their kind, such as `train/loss`."""
+_NO_METRICS = frozenset({"step", "began"})  # trackers receive the step separately
 
 
 class Tracker(Protocol):
@@ -36,7 +36,7 @@ class Tracker(Protocol):
         ...
 
     def close(self, finished: bool) -> None:
-        """Sends what is left and ends the record. `finished` is False if the run was stopped or has failed."""
+        """Sends the remaining metrics and closes the tracker. `finished` is False if the run was stopped or failed."""
         ...
 
 
@@ -60,7 +60,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Records a run of project `abtrain`. WANDB_MODE=offline keeps it in FOLDER/wandb, for `wandb sync`."""
+    """Records the run in W&B's project `abtrain`; with WANDB_MODE=offline, in FOLDER/wandb, for `wandb sync`."""
 
     def __init__(self, folder: Path, config: TrainConfig) -> None:
         import wandb
@@ -83,7 +83,7 @@ class WandB:
 
 
 class MLflow:
-    """Records a run of experiment `abtrain`, in FOLDER/mlflow unless MLFLOW_TRACKING_URI is set."""
+    """Records the run in MLflow's experiment `abtrain`, in FOLDER/mlflow unless MLFLOW_TRACKING_URI is set."""
 
     def __init__(self, folder: Path, config: TrainConfig) -> None:
         import mlflow
@@ -110,7 +110,7 @@ TRACKERS: dict[str, tuple[str, Callable[[Path, TrainConfig], Tracker]]] = {
     "wandb": ("wandb", WandB),
     "mlflow": ("mlflow", MLflow),
 }
-"""The package that each tracker needs and its class, by the tracker's name."""
+"""By the name of each tracker: the package that it needs, and its class."""
 
 
 def tracker_problems(names: Sequence[str]) -> list[str]:

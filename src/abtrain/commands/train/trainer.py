@@ -25,14 +25,14 @@ from abtrain.errors import NonFiniteError
 from abtrain.recipes.recipe import Position
 
 VALIDATE, CHECKPOINT = "validate", "checkpoint"
-"""The names under which the meter counts the bytes of validations and checkpoints. Training does not include them."""
+"""The names under which the meter counts the bytes of validations and checkpoints, which do not count as training."""
 
 
 class StepFigures(NamedTuple):
-    """The figures of one optimizer step of one worker.
+    """Measurements of an optimizer step on one worker.
 
     Attributes:
-        loss: the training loss of its batch.
+        loss: the training loss on the worker's batch.
         lr: the learning rate.
         grad_norm: the total norm of all gradients, before clipping; None if it was not measured.
     """
@@ -72,12 +72,12 @@ class Trainer:
         )
 
     def optimizer_step(self, position: Position, x: Tensor, y: Tensor, measures_norm: bool = False) -> StepFigures:
-        """Takes one optimizer step on a batch. The caller must call `ab.step` afterwards.
+        """Computes the gradients of a batch and takes one optimizer step. The caller must call `ab.step` afterwards.
 
         Args:
             position: the position of the step in the recipe.
             x: the inputs of the batch.
-            y: its targets.
+            y: the targets of the batch.
             measures_norm: whether to measure the norm of the gradients, which reads all of them once more.
 
         Raises:
@@ -100,10 +100,10 @@ class Trainer:
         policy, phase = self.config.on_nonfinite, position.phase
         shared = phase.shares_gradients
         if not math.isfinite(value) and (policy == "stop" or (shared and policy != "skip")):
-            # The error comes before this worker sends gradients. The launcher ends the others, which wait for them.
+            # The error is raised before this worker sends gradients. The launcher ends the workers that wait for them.
             raise NonFiniteError(
-                f"the loss of worker {self.ab.communicator.rank} is {value} at step {self.ab.steps_done} of phase "
-                f"{phase.name}, at learning rate {lr:.3g}: lower --lr (now {self.config.lr}), or try another --seed"
+                f"the loss of worker {self.ab.communicator.rank} is {value} at step {self.ab.steps_done} (phase "
+                f"{phase.name}, learning rate {lr:.3g}): lower --lr (now {self.config.lr}), or try another --seed"
             )
 
     def result(self, seconds: Mapping[str, float], data: Data, validation: Mapping[str, Any] = {}) -> dict[str, Any]:

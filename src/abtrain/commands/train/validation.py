@@ -37,7 +37,7 @@ class Validation:
     def __init__(self, trainer: Trainer, recorder: Recorder | None, data: Data, folder: Path) -> None:
         self._trainer, self._recorder, self._data, self._folder = trainer, recorder, data, folder
 
-        # Without any sync there is no common model: rank 0 validates its own.
+        # In a recipe that never synchronizes workers there is no common model, and rank 0 validates its own.
         self._has_common_model = any(phase.sync is not None for phase in trainer.ab.recipe.phases)
 
     def joins(self, step: int) -> bool:

@@ -99,9 +99,7 @@ def test_restarts_without_a_launcher_of_our_own_are_noticed(monkeypatch: pytest.
     ]
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert notices(config) == [
-        "--max-restarts is ignored under torchrun: give it to torchrun, which has such an option"
-    ]
+    assert notices(config) == ["--max-restarts is ignored under torchrun: use torchrun's own option of this name"]
 
 
 def test_resolve_fills_in_the_tasks_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
