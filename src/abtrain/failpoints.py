@@ -6,8 +6,7 @@ kills rank 1 at the point `merge.begin` of step 12, and makes rank 0 find a full
 If a launcher restarts the run, `|` separates the faults of the first start from those of the first restart, and so on.
 
 Actions: `kill` (SIGKILL), `freeze` (SIGSTOP), `term`, `int` and `hup` (these signals), `slow` (sleeps for a second),
-`memory` (allocates beyond a limit), `fail` (a RuntimeError), and the names of system errors, such as ENOSPC and EIO (an
-OSError).
+`memory` (allocates beyond a limit), `fail` (a RuntimeError), and names of system errors, such as ENOSPC (an OSError).
 
 Points: `sync.begin` (before a forward pass whose gradients are averaged), `sync.end` (before the optimizer's step),
 `step` (`ABTraining.step` begins; STEP counts the steps done before), `merge.begin`, `merge.agreed` (the workers' states

@@ -109,7 +109,7 @@ def test_a_worker_with_fewer_batches(recipe: str, end: str) -> None:
     """It waits elsewhere or ends. The others end with exit code 6, at the latest after the time-out of their group."""
     code, message = run_gloo(2, _uneven, recipe, end, may_die={1})[0]
     assert code == 6
-    assert "lost a peer in" in message and "No word from rank 1 on" in message and "or waits elsewhere" in message
+    assert "lost a peer in" in message and "No message from rank 1 on" in message and "or waits elsewhere" in message
 
 
 def _uneven(comm: Communicator, recipe: str, end: str) -> tuple[int, str]:

@@ -67,5 +67,5 @@ def test_a_link_that_is_cut_for_good_ends_the_run(lab: Lab, tmp_path: Path) -> N
     assert lost or ("to connect to" in said and "some did not" in said)
     if lost:
         # Host 0 holds the store: it names the other one, which cannot reach it. The first one to end, ends the run.
-        assert "No word from rank 1 on " in said or "the store where workers meet is out of reach" in said
+        assert "No message from rank 1 on " in said or "torch.distributed's store cannot be reached" in said
     assert not (tmp_path / "run" / "result.json").exists()

@@ -55,7 +55,7 @@ def store() -> Store:
 def test_who_is_silent_is_named_with_its_host(store: Store) -> None:
     heard = told(store, [0, 2], 4, {})
     assert heard[0] == heard[2]
-    assert heard[0].startswith("No word from rank 1 on host1, rank 3 on host3: it died, froze, is out of reach, or ")
+    assert heard[0].startswith("No message from rank 1 on host1, rank 3 on host3: it died, froze, is out of reach, or ")
 
 
 def test_who_ended_by_itself_is_quoted(store: Store) -> None:
@@ -69,7 +69,7 @@ def test_who_ended_by_itself_is_quoted(store: Store) -> None:
 def test_where_all_are_there_it_was_a_link(store: Store) -> None:
     began = time.monotonic()
     heard = told(store, [0, 1, 2, 3], 4, {})
-    assert set(heard.values()) == {"All others responded and lost a peer too: a link between workers failed or is slow"}
+    assert set(heard.values()) == {"All others responded and lost a worker too: a link between them failed or is slow"}
     assert time.monotonic() - began < 2
 
 
@@ -98,7 +98,7 @@ def test_a_store_that_is_gone_neither_hangs_nor_raises(kind: type[Store], monkey
     one = Peers(kind(), 0, 2)
     one.learn_hosts()
     one.leave_word(ValueError("x"))
-    assert "the store where workers meet is out of reach" in one.roll_call()
+    assert "torch.distributed's store cannot be reached" in one.roll_call()
 
 
 def test_hosts_are_known_when_the_store_is_gone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_hosts_are_known_when_the_store_is_gone(store: Store, monkeypatch: pytes
     one.learn_hosts()
     monkeypatch.setattr(peers, "_WAIT_SECONDS", 0.1)
     store.delete_key(host_key(1))
-    assert one.roll_call().startswith("No word from rank 1 on host1")
+    assert one.roll_call().startswith("No message from rank 1 on host1")
 
 
 def test_no_worker_waits_for_the_others_in_native_code(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_worker_lost_after_the_meeting_is_not_waited_for_long(at: str, tmp_pat
     for rank in (0, 2):
         code, seconds, message = (tmp_path / str(rank)).read_text().split(maxsplit=2)
         assert (code, int(seconds) < 20) == ("6", True)
-        assert f"No word from rank 1 on {os.uname().nodename}" in message
+        assert f"No message from rank 1 on {os.uname().nodename}" in message
 
 
 def _slow(rank: int, folder: Path) -> None:

@@ -208,7 +208,7 @@ def test_a_worker_that_is_frozen_ends_the_run(when: str, frozen: dict[str, tuple
     message = ended.err.splitlines()[-1]
     place, who, phase = FROZEN[when]
     assert who in message and os.uname().nodename in message and "step " in message and phase in message
-    assert f"No word from rank {place[0]} on {os.uname().nodename}: it died, froze, is out of reach" in message
+    assert f"No message from rank {place[0]} on {os.uname().nodename}: it died, froze, is out of reach" in message
     assert "Current thread" in (folder / "run" / f"stacks-{who.replace(' ', '')}.txt").read_text()
 
 

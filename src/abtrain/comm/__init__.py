@@ -1,6 +1,6 @@
-"""Communication between workers: the only part of abtrain that calls collectives of torch.distributed.
+"""Connects workers: only this package calls the collectives of torch.distributed.
 
-`communicator.py` defines the interface for collectives, and `data_parallel.py` that for averaging gradients.
+`communicator.py` defines the interface for collectives, and `data_parallel.py` the one for averaging gradients.
 `torch_distributed.py` and `in_process.py` implement both. The same tests run on every implementation.
 """
 

@@ -34,7 +34,7 @@ def pack(tensors: Sequence[Tensor], capacity_bytes: int = 25 * MIB, widen: bool 
     Tensors in a bucket share a dtype and a device, and keep their order. A bucket exceeds `capacity_bytes` only if it
     has a single, larger tensor. Equal shapes and dtypes give equal layouts on all ranks.
 
-    `widen` converts narrower floats to float32, whose sums keep more digits. Otherwise values stay unchanged.
+    `widen` converts floats of fewer bits to float32, whose sums are more precise. Without it, values stay unchanged.
     """
     layouts: list[tuple[_Kind, list[int]]] = []
     filling: dict[_Kind, tuple[list[int], int]] = {}
@@ -64,12 +64,12 @@ def unpack(buckets: Sequence[Bucket], like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def exact_average(tensors: Sequence[Tensor], comm: Communicator) -> list[Tensor]:
-    """Runs all stages of `average_exactly` at once, and returns the averages."""
+    """Returns the average of each tensor over all workers, by running all stages of `average_exactly` at once."""
     return finish(average_exactly(tensors, comm))
 
 
 def average_exactly(tensors: Sequence[Tensor], comm: Communicator) -> Stages[list[Tensor]]:
-    """Returns the average of each tensor over all workers, bitwise equal on all of them.
+    """Computes in stages the average of each tensor over all workers, bitwise equal on all of them.
 
     All workers pass the same shapes and dtypes, which the averages keep. Half precision is summed in float32.
     """

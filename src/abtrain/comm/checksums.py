@@ -1,4 +1,4 @@
-"""Computes hashes and strings that workers compare instead of sending tensors and settings.
+"""Computes hashes and strings, which workers compare in place of whole tensors and settings.
 
 A checksum is XXH3 over a tensor's bytes, at several GB/s. It detects drift and damage, but does not protect against
 forgery. Hashes are compared across processes, so they do not depend on the device, the memory layout, or the process.
@@ -17,10 +17,10 @@ import xxhash
 from torch import Tensor
 
 BITS = 62
-"""The bits of a hash v. Workers compare hashes by one maximum over v and -v, which must both fit into an int64."""
+"""The bits of a hash v. Workers compare hashes by the maxima of v and of -v, so both must fit into an int64."""
 LIMIT: int = 2**BITS
 
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of objects whose class defines none
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of objects whose class defines no repr
 _CHUNK_BYTES = 64 * 2**20
 
 
@@ -52,7 +52,7 @@ def stable_repr(value: object) -> str:
 
 
 def layouts_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Returns the shape and dtype of each tensor as a string."""
+    """Returns the shape and dtype of each tensor as a string, by the tensor's name."""
     return {name: f"{tuple(tensor.shape)} of {tensor.dtype}" for name, tensor in tensors.items()}
 
 
@@ -68,7 +68,7 @@ def bytes_of(held: Tensor) -> Any:
 
 
 def _chunks(flat: Tensor) -> Iterator[Tensor]:
-    """Yields a flat byte tensor on the CPU. Data on an accelerator is copied in pieces through one small buffer."""
+    """Yields a flat byte tensor in pieces on the CPU. Each piece from an accelerator overwrites the one before."""
     if flat.device.type == "cpu":
         yield flat
         return

@@ -1,11 +1,11 @@
-"""The interface for communication between workers, and its implementation for a single worker.
+"""Defines the interface for communication between workers, and implements it for a single worker.
 
 Everything else in abtrain talks to other workers through a `Communicator`, so the same engine runs on Gloo and NCCL
 (`torch_distributed.py`), on threads of one process (`in_process.py`), and alone (`SingleProcess`, here). Every
 collective is counted in the communicator's `meter`.
 
-A function `sent_by_...` next to the code that sends predicts the bytes from shapes alone, as `Calls`. It accepts
-tensors on PyTorch's meta device.
+A function named `sent_by_...`, next to the code that sends, predicts the bytes from shapes alone, as `Calls`. It also
+accepts tensors on PyTorch's meta device.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ Calls = tuple[Traffic, ...]
 
 
 class Communicator:
-    """The operations that connect one worker with the others.
+    """Defines the operations by which one worker communicates with the others.
 
-    Every operation is collective over its scope: all ranks of the scope call it, in the same order. A scope of one rank
-    communicates nothing and counts nothing. The caller may compute between `launch_...` and `wait`. Tensors must be
-    contiguous and on `device`, where the backend can send them.
+    Every operation is collective over its scope, the world or a group: all its ranks call it, in the same order. With a
+    scope of one rank, nothing is sent or counted. The caller may compute between `launch_...` and `wait`. Tensors must
+    be contiguous and on `device`, where the backend can send them.
 
     A backend implements the methods that raise NotImplementedError here. It receives tensors that are detached and
     checked, and scopes of several ranks.
@@ -85,16 +85,16 @@ class Communicator:
         self.meter = Meter()
 
     def ranks(self, scope: Scope) -> tuple[int, ...]:
-        """Returns the ranks in the world of all workers in this worker's scope, in ascending order."""
+        """Returns the world ranks of all workers in this worker's scope, in ascending order."""
         topology = self.topology
         return topology.groups[topology.group_of(self.rank)] if scope == "group" else tuple(range(topology.world_size))
 
     def all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> None:
-        """Reduces a tensor over a scope, in place. The result is bitwise equal on all its ranks."""
+        """Replaces a tensor by its sum or maximum over a scope. The result is bitwise equal on all of its ranks."""
         self.launch_all_reduce(tensor, op, scope).wait()
 
     def launch_all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> Pending[None]:
-        """Starts an `all_reduce` and returns at once. The tensor has the result after `wait`."""
+        """Starts an `all_reduce` and returns at once. The tensor contains the result after `wait`."""
         check_reducible(tensor, op)
         if len(self.ranks(scope)) == 1:
             return Pending(lambda: None)
@@ -120,7 +120,7 @@ class Communicator:
         check_contiguous(rows)
         workers = self.topology.world_size
         if rows.ndim == 0 or rows.shape[0] != workers:
-            raise ValueError(f"cannot exchange shape {list(rows.shape)}: give {workers} rows, one for each rank")
+            raise ValueError(f"cannot exchange shape {list(rows.shape)}: pass a tensor of {workers} rows, one per rank")
         if workers == 1:
             received = rows.detach().clone()
             return Pending(lambda: received)
@@ -191,7 +191,7 @@ class Communicator:
 
 
 class SingleProcess(Communicator):
-    """The `Communicator` of a single worker: no `init_process_group`, no communication."""
+    """A `Communicator` for a single worker. It sends nothing, and needs no `init_process_group`."""
 
     def __init__(self) -> None:
         super().__init__(0, Topology(world_size=1), torch.device("cpu"))
@@ -211,8 +211,8 @@ def check_contiguous(tensor: Tensor) -> None:
         )
 
 
-# The dtypes that both Gloo and NCCL reduce. On others Gloo fails within a collective, with an error that looks as if a
-# peer had died; it "sums" bool without a warning.
+# The dtypes that both Gloo and NCCL reduce. For others, Gloo fails within a collective, with an error that looks as if
+# a worker had died; it "sums" bool without a warning.
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _REDUCIBLE = _FLOATS | {torch.int8, torch.uint8, torch.int32, torch.int64}
 
@@ -222,5 +222,5 @@ def check_reducible(tensor: Tensor, op: Reduction) -> None:
     check_contiguous(tensor)
     if tensor.dtype not in _REDUCIBLE and not (tensor.dtype.is_complex and op == "sum"):
         raise TypeError(
-            f"all_reduce({op}) cannot take {tensor.dtype}: convert it to float32 or int32, or all_gather it"
+            f"all_reduce({op}) does not support {tensor.dtype}: convert it to float32 or int32, or use all_gather"
         )

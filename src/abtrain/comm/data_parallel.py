@@ -1,4 +1,4 @@
-"""The interface of a model whose gradients are averaged, and its implementation for a single worker."""
+"""Defines the interface of a model whose gradients are averaged, and implements it for a single worker."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class DataParallel:
         return []
 
     def follow(self, arrivals: Sequence[int]) -> None:
-        """Arranges the buckets as in a wrapper with these `arrivals`. Sends nothing, but may drop gradients.
+        """Arranges the buckets as in a wrapper that returned these `arrivals`. Sends nothing, but may drop gradients.
 
         Raises:
             ValueError: `arrivals` does not contain each trained parameter exactly once.
@@ -77,7 +77,7 @@ class DataParallel:
 
 
 class Unsynchronized(DataParallel):
-    """A `DataParallel` that only calls the model, for a scope of one rank or a model without trained parameters."""
+    """A `DataParallel` that does not average gradients, for a single rank or a model without trainable parameters."""
 
 
 class Layouts:
@@ -88,7 +88,7 @@ class Layouts:
         self._logged: set[str] = set()
 
     def changes(self, buffers: Mapping[str, Tensor]) -> str:
-        """Describes changes since the last call; empty if there are none. Logs a warning once for each buffer."""
+        """Returns the changes since the last call as text, or an empty string. Logs a warning once for each buffer."""
         before, self.known = self.known, layouts_of(buffers)
         names = [name for name in before | self.known if before.get(name) != self.known.get(name)]
         changed = ", ".join(f"{name} is {self.known.get(name, 'gone')}" for name in names)

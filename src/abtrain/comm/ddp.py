@@ -25,7 +25,7 @@ _CALL = "all_reduce of gradients"
 class TorchDataParallel(DataParallel):
     """A `DataParallel` for several ranks that uses DDP with its defaults. Results equal plain DDP's bitwise.
 
-    DDP is not part of a reference cycle, so dropping or closing it frees its buckets at once.
+    DDP is not part of a reference cycle, so its buckets are freed as soon as this object is closed or dropped.
     """
 
     def __init__(self, module: nn.Module, link: Link, find_unused_parameters: bool, hook: GradientHook) -> None:
@@ -55,7 +55,7 @@ class TorchDataParallel(DataParallel):
         except RuntimeError as error:
             if "Expected to have finished reduction" in str(error):
                 raise unused_error("some parameters") from error
-            # In its second forward pass DDP agrees on the order of its buckets, without calling our hooks.
+            # In its second forward pass, DDP broadcasts the order of its buckets without calling our hooks.
             if isinstance(error, dist.DistError) or "/gloo/" in str(error):
                 raise self._link.peer_lost("DDP's forward pass") from error
             raise
@@ -71,7 +71,7 @@ class TorchDataParallel(DataParallel):
             return
         if sorted(arrivals) != list(range(len(self._trained))):
             count = len(self._trained)
-            raise ValueError(f"arrivals has {len(arrivals)} indices: give each of the {count} trained parameters once")
+            raise ValueError(f"arrivals has {len(arrivals)} indices: give each index from 0 to {count - 1} once")
         self._ddp.module = _Rehearsal(self.module, [self._trained[place] for place in arrivals])
         self._averaging.rehearses = True
         try:
@@ -131,7 +131,7 @@ class _Arrivals:
         ]
 
     def listen(self, averaged: bool) -> None:
-        """Announces a forward pass; `averaged` says whether its gradients are averaged."""
+        """Announces a forward pass, whose gradients are averaged over ranks if `averaged` is True."""
         self._listens = averaged
         if len(self.order) == self._count:
             self.stop()
@@ -200,7 +200,7 @@ class _Averaging:
             self._averages.append(average)
             if bucket.is_last():
                 # Runs after all computation of backward and before DDP's own wait. So it measures the wait that no
-                # computation hides, and reports a lost peer as such.
+                # computation hides, and raises PeerLostError for a lost worker.
                 torch.autograd.Variable._execution_engine.queue_callback(self._wait)
         return average
 

@@ -15,19 +15,19 @@ from abtrain.comm.link import Link
 from abtrain.errors import RanksDisagreeError
 
 _MARK = 0x3A7E_91C4_D05B_682F
-"""The first number of a message that holds no buffers. Buffers begin with it with a probability of 2**-64."""
+"""The first number of a message that contains no buffers. Random buffers begin with it with a probability of 2**-64."""
 _MARK_BYTES = 16
 
 
 class Following:
-    """Keeps a module's buffers equal to those of a link's first rank.
+    """Keeps a module's buffers on all ranks of a link equal to those on the first rank.
 
     A message of an unexpected size kills the receiver's process without an error, or its bytes are misread. So after a
     change of shapes, a rank sends or receives one more message of each old size. One of these messages contains a mark
     and a fingerprint of the first rank's new layouts. On CPUs, a rank whose buffers have not changed finds the mark. On
     accelerators it does not look for it, since reading a message would block.
 
-    Initially, `buffers` have the same names, shapes and dtypes on all ranks.
+    The initial `buffers` must have the same names, shapes and dtypes on all ranks.
     """
 
     def __init__(self, link: Link, buffers: Mapping[str, Tensor]) -> None:

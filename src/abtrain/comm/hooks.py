@@ -23,11 +23,11 @@ Average = torch.futures.Future[Tensor]  # the average of a bucket, in progress
 
 
 class GradientHook:
-    """Averages one bucket of gradients over a process group: in their dtype, bitwise as DDP without a hook.
+    """Averages a bucket of gradients over a process group, in their dtype. Results equal DDP's without a hook bitwise.
 
     Attributes:
         in_turn: whether a bucket must wait until the previous one is averaged.
-        arrivals: the order of gradients to which the hook's state belongs; empty without state. None: stateless.
+        arrivals: the order of gradients for which the hook has state; empty before it has any. None: it has no state.
     """
 
     in_turn = False
@@ -67,7 +67,7 @@ class PowerSGD(GradientHook):
     ROUNDS = 3
     # PyTorch's default: a gradient is factored only if that makes it smaller by this ratio.
     MIN_SAVING = 2
-    # Columns of zeros, from a weight whose gradient is zero for some steps, cannot be normalized.
+    # Added to norms: a weight whose gradient is zero for some steps leads to columns of zeros.
     _EPSILON = 1e-8
 
     def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
@@ -118,7 +118,7 @@ def make_hook(sync: GradientSync, group: dist.ProcessGroup | None) -> GradientHo
 
 
 def plain_steps(sync: GradientSync) -> int:
-    """Returns the number of steps, from the first one, that send gradients uncompressed."""
+    """Returns the number of steps at the start that send gradients uncompressed."""
     return PowerSGD.PLAIN_STEPS if sync.wire == "powersgd" else 0
 
 
@@ -126,7 +126,7 @@ def sent_by_backward(parameters: Sequence[Tensor], scope: Scope, sync: GradientS
     """Returns the buckets of one backward pass over these parameters, in the order in which they become ready.
 
     A bucket is assumed to be ready after the share of backward that equals its cumulative share of the gradients'
-    bytes. Sizes of PowerSGD apply after its uncompressed steps.
+    bytes. For PowerSGD, sizes are those after its uncompressed steps.
     """
     total, done, calls = sum(parameter.nbytes for parameter in parameters), 0, []
     rounds = PowerSGD.ROUNDS if sync.wire == "powersgd" else 1

@@ -136,11 +136,11 @@ class InProcessCommunicator(Communicator):
 class InProcessDataParallel(DataParallel):
     """A `DataParallel` for threads that follows DDP's rules and counts the same bytes.
 
-    A forward pass takes the first rank's buffers, unless the previous pass was inside `no_sync`, and arms the hooks on
-    the parameters. When backward has completed all of their gradients, these are averaged. Sums are taken in rank order
+    A forward pass copies the first rank's buffers, unless the previous pass was inside `no_sync`, and enables the hooks
+    on the parameters. When backward has completed all gradients, they are averaged. Sums are taken in rank order
     whatever the order of gradients, so there are no `arrivals`.
 
-    `meet` combines tensors with those of the other `workers`, given the name of the call and a `Combine` function.
+    `meet` receives a call's name, tensors and a `Combine` function, and combines the tensors with the other workers'.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class InProcessDataParallel(DataParallel):
 
 
 def _sums(of_ranks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Adds tensors in rank order."""
+    """Returns the sums of all ranks' tensors, added in rank order."""
     sums = _copied(of_ranks[0])
     for tensors in of_ranks[1:]:
         for total, tensor in zip(sums, tensors, strict=True):

@@ -19,7 +19,7 @@ from abtrain.errors import PeerLostError
 
 @dataclass(frozen=True)
 class Link:
-    """Runs collectives in the process group of a scope (None: the world), with the worker's meter and peers."""
+    """Runs collectives in a scope's process group (None: the world). `meter` counts them, `peers` names lost ranks."""
 
     rank: int
     ranks: tuple[int, ...]
@@ -57,7 +57,7 @@ class Link:
             work: dist.Work = collective(*args, group=self.group, async_op=True, **kwargs)
 
         def finish() -> None:
-            # The arguments have been accepted, so any failure is that of a peer.
+            # The arguments have been accepted, so any failure is due to another worker.
             with self.naming_lost_peer(name, RuntimeError):
                 work.wait()
 
@@ -65,7 +65,7 @@ class Link:
 
     @contextmanager
     def naming_lost_peer(self, name: str, kind: type[RuntimeError]) -> Iterator[None]:
-        """Converts errors of this kind into a PeerLostError for the collective `name`."""
+        """Converts errors of type `kind`, raised inside the context, into a PeerLostError for the collective `name`."""
         try:
             yield
         except kind as error:

@@ -1,7 +1,7 @@
 """Counts the bytes that a worker passes to collectives, and the seconds that it waits for them.
 
-Payload is counted where it is handed over, so it does not depend on how a backend routes it. The bytes that cross the
-network interface (wire bytes) also depend on the collective's algorithm, headers and retransmissions.
+Payload is counted when it is passed to a collective, so it does not depend on how a backend routes it. The bytes that
+cross the network interface (wire bytes) also depend on the collective's algorithm, headers and retransmissions.
 """
 
 from __future__ import annotations

@@ -23,12 +23,12 @@ _LONGEST_WORD = 300
 
 
 def host_key(rank: int) -> str:
-    """Returns the key in the store under which a worker leaves the name of its host."""
+    """Returns the key in torch.distributed's store under which a worker stores the name of its host."""
     return f"host/{rank}"
 
 
 class Peers:
-    """Lets a worker leave messages in the store when it ends early or loses another worker, and read those of others.
+    """Lets a worker leave a message in the store when it ends early or loses another worker, and read others' messages.
 
     Only the workers of one run use the store. Each of them may have left its host name there (see `host_key`). No call
     raises an error or takes more than a few seconds, even if the store is gone.
@@ -52,21 +52,21 @@ class Peers:
         _within(_STORE_SECONDS, lambda: self._store.set(_word_key(self._rank), word))
 
     def roll_call(self) -> str:
-        """Returns a sentence that names missing and ended workers. Waits for the others' messages, but only once."""
+        """Returns a sentence that names missing and ended workers. The first call waits for other workers' messages."""
         self._findings = self._findings or self._ask()
         return self._findings
 
     def _ask(self) -> str:
         if not _within(_WAIT_SECONDS + _STORE_SECONDS, self._collect_words):
             return (
-                "The missing workers are unknown, since the store where workers meet is out of reach: the process that "
-                "held it has ended, or the link to it is cut"
+                "The missing workers are unknown, since torch.distributed's store cannot be reached: the process that "
+                "hosts it has ended, or the link to it is down"
             )
         found = [f"{self._name(other)} ended ({word})" for other, word in self._words.items() if word != _HERE]
         silent = [self._name(other) for other in self._others if other not in self._words]
         if silent:
-            found.append(f"no word from {', '.join(silent)}: it died, froze, is out of reach, or waits elsewhere")
-        text = "; ".join(found) or "all others responded and lost a peer too: a link between workers failed or is slow"
+            found.append(f"no message from {', '.join(silent)}: it died, froze, is out of reach, or waits elsewhere")
+        text = "; ".join(found) or "all others responded and lost a worker too: a link between them failed or is slow"
         return f"{text[0].upper()}{text[1:]}"
 
     def _name(self, rank: int) -> str:
@@ -93,7 +93,7 @@ _worlds = itertools.count()
 
 
 def peers_of_world() -> Peers:
-    """Returns the `Peers` of torch.distributed's world. All workers call it the same number of times."""
+    """Returns the `Peers` of torch.distributed's world. All workers must call this the same number of times."""
     # One world may have several `Peers`. Each has its own keys, so none reads the messages of an earlier one.
     distributed: Any = dist.distributed_c10d
     store = PrefixStore(f"abtrain/{next(_worlds)}", distributed._get_default_store())
@@ -107,7 +107,7 @@ def _word_key(rank: int) -> str:
 
 
 def _within(seconds: float, call: Callable[[], None]) -> bool:
-    """Makes a call that may fail or hang. Returns whether it succeeded in time."""
+    """Runs a function that may fail or hang, in a thread. Returns whether it succeeded within `seconds`."""
     done = threading.Event()
 
     def work() -> None:

@@ -48,8 +48,8 @@ class Rendezvous:
     ) -> list[Tensor]:
         """Joins a collective of `ranks` with `tensors`, and returns the result of `combine`.
 
-        All ranks share the returned tensors: copy them before writing to them. The message about a lost peer says
-        `where` the rank is.
+        All ranks share the returned tensors: copy them before writing to them. `where` gives the rank's step and
+        phase, for the message about a lost worker.
 
         Raises:
             RanksDisagreeError: another rank made a different call, or passed different shapes or dtypes.
@@ -71,7 +71,7 @@ class Rendezvous:
             return post.outcome
 
     def leave(self, rank: int, why: str) -> None:
-        """Tells the other ranks that `rank` makes no more calls. `why` completes "rank R ..." in their errors."""
+        """Informs the other ranks that `rank` makes no more calls. `why` completes "rank R ..." in their errors."""
         with self._changed:
             self._gone[rank] = why
             self._changed.notify_all()
@@ -117,7 +117,7 @@ class Rendezvous:
             return f"rank {missed[0]} {self._gone[missed[0]]}"
         here = {post.rank, *(p.rank for p in self._waiting(post.ranks))}
         late = [r for r in post.ranks if r not in here]
-        return f"ranks {late} did not arrive within {self._timeout:g} s"
+        return f"ranks {late} did not call it within {self._timeout:g} s"
 
 
 def _call_of(post: _Post, other: _Post) -> str:

@@ -26,7 +26,7 @@ def finish(stages: Stages[T]) -> T:
 
 
 def timed(stages: Stages[T], clock: Callable[[], float]) -> Stages[tuple[T, float]]:
-    """Returns the stages' result, and how far `clock` advanced while they ran. Time between stages does not count."""
+    """Runs stages, and returns their result and the time on `clock` that they took, without the time between stages."""
     seconds = -clock()
     while True:
         try:

@@ -23,11 +23,11 @@ _GROUPS: MutableMapping[nn.Module, dist.ProcessGroup | None] = WeakKeyDictionary
 _OWN = "process_group"
 """The attribute of a layer's own group, hidden by a property of the subclass."""
 _KIND = "_kind_before"
-"""The attribute of the subclass that holds the original class."""
+"""The attribute of the subclass that contains the original class."""
 
 
 def point_sync_batch_norm(module: nn.Module, link: Link, alone: bool) -> ExitStack:
-    """Makes every SyncBatchNorm take its statistics over the ranks of the link, until the returned stack is closed.
+    """Makes every SyncBatchNorm compute statistics over the ranks of the link, until the returned stack is closed.
 
     Otherwise a SyncBatchNorm communicates with the whole world at every step, which groups are meant to avoid.
 
@@ -37,8 +37,8 @@ def point_sync_batch_norm(module: nn.Module, link: Link, alone: bool) -> ExitSta
     layers = [layer for layer in module.modules() if isinstance(layer, nn.SyncBatchNorm)]
     if layers and len(link.ranks) == 1 and not alone:
         raise ConfigurationError(
-            f"the model has {len(layers)} SyncBatchNorm layers, but groups of one worker have nobody to synchronize "
-            "with: use BatchNorm layers, or a group_size of at least 2"
+            f"the model has {len(layers)} SyncBatchNorm layers, but groups of one worker have no other worker to "
+            "synchronize with: use BatchNorm layers, or a group_size of at least 2"
         )
     pointed = ExitStack()
     for layer in layers:
@@ -68,7 +68,7 @@ def _pointed(kind: Any) -> Any:
     """Returns a subclass of `kind`, with the same name, that finds its process group outside the layer."""
 
     def as_plain(layer: nn.Module, protocol: Any) -> Any:
-        # Later protocols require the object's actual class.
+        # Later pickle protocols require the object's actual class.
         made_by, args, *rest = kind.__reduce_ex__(layer, 1)
         plain = tuple(kind if arg is type(layer) else arg for arg in args)
         return made_by, plain, *({**part, _OWN: None} if isinstance(part, dict) else part for part in rest)

@@ -18,7 +18,7 @@ class Topology:
     """Assigns `world_size` workers to groups of `group_size` consecutive ranks.
 
     Raises:
-        ConfigurationError: a size below 1, or a group size that does not divide the world size.
+        ConfigurationError: a size is below 1, or the group size does not divide the world size.
     """
 
     world_size: int
@@ -55,10 +55,10 @@ class Topology:
 
 
 def default_group_size(machines: Sequence[int]) -> int:
-    """Returns the default group size: the workers of one machine, or 1 if there is only one machine.
+    """Returns the default group size: the number of workers on each machine, or 1 if there is only one machine.
 
-    A single machine as one group would have no other group to average weights with. `machines` has an identifier of the
-    machine of each rank.
+    A single machine as one group would have no other group to average weights with. `machines` lists an
+    identifier for the machine of each rank.
 
     Raises:
         ConfigurationError: machines have different numbers of workers.
@@ -72,14 +72,14 @@ def default_group_size(machines: Sequence[int]) -> int:
         sizes = ", ".join(f"{size} on rank {machines.index(machine)}'s machine" for machine, size in workers.items())
         common = [d for d in range(1, min(workers.values()) + 1) if all(size % d == 0 for size in workers.values())]
         raise ConfigurationError(
-            f"machines have different numbers of workers ({sizes}), but groups must have equal sizes: give group_size, "
-            f"which may be {' or '.join(map(str, common))} here, or start as many workers on every machine"
+            f"machines have different numbers of workers ({sizes}), but groups must have equal sizes: set group_size "
+            f"to {' or '.join(map(str, common))}, or start the same number of workers on every machine"
         )
     return workers[machines[0]]
 
 
 def topology_problems(world_size: int, group_size: int) -> list[str]:
-    """Returns a message for each problem with these sizes; empty if there are none."""
+    """Returns a message for each problem with these sizes; an empty list if there are none."""
     if world_size < 1 or group_size < 1:
         return [f"world size {world_size} and group size {group_size}: both must be at least 1"]
     if world_size % group_size:

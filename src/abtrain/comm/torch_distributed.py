@@ -1,7 +1,7 @@
 """Implements the communication interfaces on torch.distributed: Gloo on CPU, NCCL on GPU.
 
-On NCCL a collective is queued on the current CUDA stream, as always in PyTorch. The meter then measures the seconds of
-queueing, and NCCL's watchdog ends the process if a peer is lost.
+On NCCL a collective is queued on the current CUDA stream, as always in PyTorch. The meter then measures only the time
+that queueing takes, and NCCL's watchdog ends the process if a peer is lost.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class TorchCommunicator(Communicator):
         )
 
     def _make_groups(self) -> dist.ProcessGroup | None:
-        """Creates the process groups and returns this rank's; None if its group is the rank alone or the world."""
+        """Creates the process groups, and returns this rank's group; None if groups are single ranks or the world."""
         if self.topology.group_size in (1, self.topology.world_size):
             return None
         groups = [list(ranks) for ranks in self.topology.groups]
@@ -170,8 +170,8 @@ def _world_timeout(device: torch.device) -> timedelta | None:
 
 
 def _agreed_group_size(group_size: int | None) -> int:
-    """Returns the group size that all workers ask for, or the default. Collective, before any group is made."""
-    # Any number fits into the tensor; `Topology` refuses impossible sizes.
+    """Returns the group size that all workers ask for, or the default. Collective over the world."""
+    # Numbers are limited to fit into the tensor; `Topology` refuses impossible sizes.
     asked = -1 if group_size is None else max(-1, min(int(group_size), 2**62))
     comm = TorchCommunicator(Topology(dist.get_world_size()))
     row = torch.tensor([asked, _machine(comm.rank)], dtype=torch.int64, device=comm.device)

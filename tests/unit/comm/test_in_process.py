@@ -167,7 +167,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
             finally:
                 released.set()
 
-    with pytest.raises(PeerLostError, match=r"ranks \[1\] did not arrive within 0.1 s"):
+    with pytest.raises(PeerLostError, match=r"ranks \[1\] did not call it within 0.1 s"):
         run_in_process(2, sleep, timeout=0.1)
 
 

@@ -52,7 +52,7 @@ def test_a_group_is_a_machine_where_there_are_several(machines: list[int], size:
     assert default_group_size(machines) == size
 
 
-@pytest.mark.parametrize(("machines", "sizes"), [([1, 1, 2], "1 here"), ([1, 1, 1, 1, 2, 2], "1 or 2 here")])
+@pytest.mark.parametrize(("machines", "sizes"), [([1, 1, 2], "1,"), ([1, 1, 1, 1, 2, 2], "1 or 2,")])
 def test_machines_with_different_numbers_of_workers(machines: list[int], sizes: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"give group_size, which may be {sizes}"):
+    with pytest.raises(ConfigurationError, match=f"set group_size to {sizes}"):
         default_group_size(machines)

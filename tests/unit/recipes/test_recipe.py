@@ -162,7 +162,7 @@ def test_recipes_that_cannot_be() -> None:
         recipes.ab(10, warmup_steps=10, ab_steps=2)
     with pytest.raises(ConfigurationError, match="needs a rank rule"):
         Recipe("r", 10, cycle=(Phase("p", 5, weights="factored"),))
-    with pytest.raises(ConfigurationError, match="give refactor_every"):
+    with pytest.raises(ConfigurationError, match="set refactor_every to at least 1"):
         recipes.ab_outer(100, rebound_steps=10)
     with pytest.raises(ConfigurationError, match="is not a rank rule: use one"):
         recipes.ab(1000, rank_rule=SigmaCutoff)
