@@ -191,7 +191,7 @@ def test_states_of_weights_that_differ(recipe: Recipe, step: int, group_size: in
     found = [error for error in errors if isinstance(error, RanksDisagreeError)]
     # In a group its own workers find out, and the others lose them.
     assert len(found) == (4 if group_size == 1 else 2)
-    words = f"rank 3 holds other weights than rank {'0, 1, 2' if group_size == 1 else '2'}: step {step} of the"
+    words = f"rank 3 has different weights from rank {'0, 1, 2' if group_size == 1 else '2'}: step {step} of the"
     assert all(words in str(error) for error in found) or group_size == 2
     assert all(f"step {step} of the loaded states" in str(error) for error in found)
     assert all(isinstance(error, PeerLostError) for error in errors if error not in found)

@@ -1,1 +1,1 @@
-"""Compares the settings, weights and optimizer state of workers, and makes the state equal."""
+"""Compares settings and weights between workers, and makes factors and optimizer state equal on all of them."""

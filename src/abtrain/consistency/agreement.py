@@ -1,6 +1,6 @@
-"""Compares values and tensors of workers, makes tensors equal, and exchanges small values and errors as JSON.
+"""Compares values and tensors between workers, makes tensors equal, and exchanges small values and errors as JSON.
 
-While nothing differs, a comparison costs a few dozen bytes, and 16 for each tensor that is compared separately.
+If nothing differs, each worker sends 24 bytes to compare any number of values, and 16 to compare the hash of a tensor.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from abtrain.comm.stages import Stages, finish
 from abtrain.errors import CheckpointError, RanksDisagreeError
 
 Place = Mapping[str, object]
-"""Values by name that must be equal on all ranks: numbers, strings, dataclasses, and any nesting of them."""
+"""Values, by name, that must be equal on all ranks: numbers, strings, dataclasses, dicts, lists and tuples."""
 Told = tuple[int, float]
-"""The two numbers that a rank sends to all others in a roll call, as int64 and float64."""
+"""The two numbers that each rank sends to all others in `roll_call`: one as int64, one as float64."""
 
 _MOST_LISTED = 5
 _ABSENT = "absent"
-_READABLE_DIGITS = 9  # longer whole numbers are digests, whose digits mean nothing to a reader
+_READABLE_DIGITS = 9  # longer whole numbers are hashes, which tell a reader nothing
 _DISAGREE = "workers disagree"
 _REMEDY = (
     "Give every worker the same model, recipe and optimizer settings (unless same_settings=False), and call ab.step() "
@@ -37,16 +37,16 @@ _REMEDY = (
 def largest(
     comm: Communicator, values: Sequence[float], dtype: torch.dtype = torch.float64, scope: Scope = "world"
 ) -> list[Any]:
-    """Returns the maximum over ranks at each index. All ranks of the scope pass the same number of values."""
+    """Returns, for each index, the largest value on any rank of the scope. All ranks pass the same number of values."""
     numbers = torch.tensor(values, dtype=dtype, device=comm.device)
     comm.all_reduce(numbers, "max", scope)
     return numbers.tolist()
 
 
 def disagreeing(comm: Communicator, values: Sequence[int], scope: Scope = "world") -> list[int]:
-    """Returns the indexes at which ranks of a scope hold different values; the same list on every rank.
+    """Returns the indexes at which ranks of a scope pass different values. Every rank gets the same list.
 
-    Every rank passes the same number of values, from 0 to 2**62 - 1.
+    Every rank passes the same number of integers from 0 to 2**62 - 1. Any other integer raises a ValueError.
     """
     outside = [value for value in values if not 0 <= value < LIMIT]
     if outside:
@@ -59,22 +59,22 @@ def disagreeing(comm: Communicator, values: Sequence[int], scope: Scope = "world
 
 
 def sent_by_comparison(count: int = 1, scope: Scope = "world") -> Calls:
-    """Returns the call of `disagreeing` for `count` values, or of `differing_tensors` for `count` tensors.
+    """Returns the collective call with which `disagreeing` compares `count` values; an empty tuple for 0.
 
-    While nothing differs, `take_rank_0` and `check_replicas` compare one value.
+    `differing_tensors` compares one value for each tensor; `take_rank_0` and `check_replicas`, one value at first.
     """
     return (Traffic("all_reduce", scope, 2 * count * torch.int64.itemsize),) if count else ()
 
 
 def check_equal(comm: Communicator, values: Place, what: str = _DISAGREE, remedy: str = _REMEDY) -> None:
-    """Checks that all ranks pass equal values. Collective over the world; 24 bytes unless something differs.
+    """Checks that all ranks pass equal `values`. Collective over the world. Sends 24 bytes if they are equal.
 
-    All checks send tensors of the same shape, so they also detect ranks at different places of the program. Otherwise
-    collectives in different orders would mix up weights without an error. `what` begins the error's message, and
-    `remedy` ends it.
+    All calls send tensors of the same shape, so ranks that call this at different places of the program get an error.
+    Without it, one rank could use another's tensor for a different purpose. The error's message begins with `what` and
+    ends with `remedy`.
 
     Raises:
-        RanksDisagreeError: on all ranks, with the first differences and the ranks that hold each value.
+        RanksDisagreeError: values differ. The message lists which ranks have which values. All ranks raise the error.
     """
     finish(roll_call(comm, values, what=what, remedy=remedy))
 
@@ -82,7 +82,7 @@ def check_equal(comm: Communicator, values: Place, what: str = _DISAGREE, remedy
 def roll_call(
     comm: Communicator, place: Place, told: Told = (0, 0.0), what: str = _DISAGREE, remedy: str = _REMEDY
 ) -> Stages[list[Told]]:
-    """Does the check of `check_equal` in stages, and returns the two numbers `told` of every rank, in rank order."""
+    """Checks `place` like `check_equal`, in stages, and returns the pairs `told` of all ranks, in rank order."""
     held = {name: dict(_leaves(name, value)) for name, value in place.items()}
     whole = torch.tensor([fingerprint(held), told[0]], dtype=torch.int64)
     row = torch.cat([whole, torch.tensor([told[1]], dtype=torch.float64).view(torch.int64)])
@@ -90,25 +90,25 @@ def roll_call(
     yield
     rows = under_way.wait().cpu()
     if bool((rows[:, 0] != rows[0, 0]).any()):
-        # All ranks see the same rows, so all take part in the next call.
+        # All ranks have the same rows, so all of them make the next collective call.
         everyone = gather_json(comm, held)
         if any(other.keys() != held.keys() for other in everyone):
             raise RanksDisagreeError(
                 f"ranks are at different places of the program: this rank compares {', '.join(place) or 'nothing'}, "
-                f"another rank something else. {remedy}"
+                f"another rank compares something else. {remedy}"
             )
         flat = [{leaf: text for parts in other.values() for leaf, text in parts.items()} for other in everyone]
-        listed = differences(flat) or "they hold the same values in different orders"
+        listed = differences(flat) or "they have the same values in different orders"
         raise RanksDisagreeError(f"{what}: {listed}. {remedy}")
     return list(zip(rows[:, 1].tolist(), rows[:, 2].contiguous().view(torch.float64).tolist(), strict=True))
 
 
 ROLL_CALL: Calls = (Traffic("all_gather", "world", 3 * torch.int64.itemsize),)
-"""The call of `roll_call` or `check_equal` while nothing differs."""
+"""The collective call that `roll_call` or `check_equal` makes if nothing differs."""
 
 
 def _leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
-    """Yields the name and the text of each part of a value: fields of dataclasses, items of dicts and lists."""
+    """Yields a name (`place` and a path) and a text for each value in nested dataclasses, dicts, lists and tuples."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield place, type(value).__name__
         for field in dataclasses.fields(value):
@@ -124,11 +124,11 @@ def _leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
 
 
 def differences(everyone: Sequence[Mapping[str, str]]) -> str:
-    """Describes which values differ between ranks; empty if none do. `everyone` has each rank's values by name."""
+    """Describes how the ranks' values differ; an empty string if they do not. `everyone` has a dict for each rank."""
     found: dict[str, str] = {}
     for place in dict.fromkeys(place for held in everyone for place in held):
         values = [held.get(place, _ABSENT) for held in everyone]
-        # If a value is missing or of another type on some rank, its parts are not listed.
+        # If a value is missing on a rank or has another type there, the values in it are not listed.
         listed = place.startswith(tuple(f"{outer}{mark}" for outer in found for mark in ".["))
         if len(set(values)) > 1 and not listed:
             found[place] = _by_rank(place, values)
@@ -141,7 +141,7 @@ def _first(texts: Sequence[str]) -> str:
 
 
 def _by_rank(place: str, values: Sequence[str]) -> str:
-    """Describes which ranks hold which value, the most frequent value first. Digests are not shown."""
+    """Describes which ranks have which value, the most frequent value first. The digits of hashes are left out."""
     holders: dict[str, list[str]] = {}
     for rank, value in enumerate(values):
         holders.setdefault(value, []).append(str(rank))
@@ -152,9 +152,9 @@ def _by_rank(place: str, values: Sequence[str]) -> str:
 
 
 def gather_json(comm: Communicator, value: Any, nbytes: int = 0) -> list[Any]:
-    """Returns every rank's value, in rank order. Values are sent as JSON, so received bytes are never executed.
+    """Returns every rank's value, in rank order. Collective over the world. Received JSON is never executed.
 
-    `nbytes` is the same on all ranks: the size of the longest JSON text, or 0 if ranks must exchange sizes first.
+    `nbytes` is equal on all ranks: an upper bound for the size of any value as JSON, or 0 to exchange sizes first.
     """
     text = json.dumps(value).encode()
     if comm.topology.world_size == 1:
@@ -168,9 +168,9 @@ def gather_json(comm: Communicator, value: Any, nbytes: int = 0) -> list[Any]:
 
 
 def raise_together(comm: Communicator, problem: str) -> None:
-    """Raises a CheckpointError on all workers if any has a problem with its state. Collective over the world.
+    """Raises a CheckpointError on all workers if any of them reports a problem. Collective over the world.
 
-    `problem` is empty if this worker has none.
+    `problem` describes a problem with the state that this worker loads. It is empty if there is none.
     """
     found = gather_json(comm, problem)
     ranks = {one: [str(rank) for rank, other in enumerate(found) if other == one] for one in filter(None, found)}
@@ -180,12 +180,12 @@ def raise_together(comm: Communicator, problem: str) -> None:
 
 
 def share(comm: Communicator, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
-    """Overwrites every tensor in place with its owner's, on all ranks, bit by bit. Collective over the world.
+    """Copies each tensor bitwise from the rank that owns it to all ranks, in place. Collective over the world.
 
-    Shapes and dtypes are the same on all ranks; `owners` has a rank for each tensor.
+    `owners` contains the owner's rank for each tensor. Shapes and dtypes are the same on all ranks.
     """
     if len(tensors) != len(owners):
-        raise ValueError(f"{len(tensors)} tensors, but {len(owners)} owners: each tensor needs one")
+        raise ValueError(f"cannot share {len(tensors)} tensors with {len(owners)} owners: pass one owner per tensor")
     if comm.topology.world_size == 1:
         return
     for owner in sorted(set(owners)):
@@ -199,14 +199,14 @@ def share(comm: Communicator, tensors: Sequence[Tensor], owners: Sequence[int]) 
 
 
 def sent_by_share(tensors: Sequence[Tensor]) -> Calls:
-    """Returns the collective calls of `share` for tensors of one owner."""
+    """Returns the collective calls that `share` makes for tensors with the same owner."""
     return tuple(Traffic("broadcast", "world", bucket.flat.nbytes) for bucket in pack(tensors, widen=False))
 
 
 def differing_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names of the tensors that differ between ranks, in order; the same list on every rank.
+    """Returns the names of the tensors that differ between ranks, in the order of `named`. All ranks get the same list.
 
-    Names, shapes and dtypes are the same on all ranks. Collective over the world; 16 bytes for each tensor.
+    Names, shapes and dtypes are the same on all ranks. Collective over the world. Sends 16 bytes for each tensor.
     """
     names = list(named)
     return [names[i] for i in disagreeing(comm, [checksum(tensor) for tensor in named.values()])]
@@ -216,24 +216,24 @@ def agree_on_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[st
     """Replaces tensors that differ between ranks by rank 0's, in place. Collective over the world.
 
     Returns:
-        The names of these tensors, in order; the same list on every rank.
+        The names of the replaced tensors, in the order of `named`. All ranks get the same list.
 
     Raises:
-        RanksDisagreeError: names, shapes or dtypes differ; on every rank.
+        RanksDisagreeError: names, shapes or dtypes differ between ranks. All ranks raise the error.
     """
     check_equal(comm, {"names": list(named), "tensors": layouts_of(named)})
     return _take_rank_0(comm, named)
 
 
 def sent_by_agree_on_tensors(count: int) -> Calls:
-    """Returns the calls of `agree_on_tensors` for `count` tensors that are equal on all ranks."""
+    """Returns the collective calls that `agree_on_tensors` makes for `count` tensors that are equal on all ranks."""
     return (*ROLL_CALL, *sent_by_comparison(count))
 
 
 def take_rank_0(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
-    """Runs `agree_on_tensors` on tensors that all ranks computed from equal numbers; 16 bytes unless one differs.
+    """Replaces tensors that differ between ranks by rank 0's, in place, and returns their names.
 
-    Such tensors differ only by rounding on different processors. All ranks pass the same names, shapes and dtypes.
+    All ranks pass the same names, shapes and dtypes. Collective over the world. Sends 16 bytes if nothing differs.
     """
     return _take_rank_0(comm, named) if disagreeing(comm, [fingerprint(*map(checksum, named.values()))]) else []
 

@@ -1,9 +1,9 @@
-"""Makes all workers use the same factors.
+"""Factors weights so that all workers have the same factors.
 
 Two processes may compute different decompositions of the same matrix: the number of threads and the instruction set
-change the rounding, and where singular values repeat, the rounding picks the basis. The average of factors in different
-bases is not a factorization of the weight. So factors are compared by checksum, and those that differ are replaced by
-the factors of one owner.
+affect rounding, and if singular values are equal, rounding determines the basis. The average of factors in different
+bases is not a factorization of the weight. So factors are compared by checksum. If they differ, all workers use those
+of one worker, the owner of the weight.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from abtrain.recipes.factoring import Factoring
 
 
 class _Outcome(IntEnum):
-    """The outcome of a decomposition, from best to worst; the worst of any worker applies to all."""
+    """The outcome of factoring a weight, from best to worst. The worst outcome on any worker applies to all workers."""
 
     FACTORED = 0
     ALL_ZERO = 1
@@ -40,19 +40,19 @@ _WHY_DENSE = {
 def agree_on_factors(
     comm: Communicator, weights: Mapping[str, Tensor], factoring: Factoring
 ) -> tuple[dict[str, Factors], dict[str, str]]:
-    """Decomposes (m, n) matrices, given in the same order on all workers. Collective over the world.
+    """Factors (m, n) matrices, which all workers pass in the same order. Collective over the world.
 
     Returns:
-        The factors by name, equal on all workers; and the reasons why other weights stay dense.
+        The factors, equal on all workers, and the reasons why the other weights stay dense, both by the weights' names.
 
     Raises:
-        NonFiniteError: a weight has NaN or infinity on any worker. All workers raise the error.
+        NonFiniteError: a weight contains NaN or infinity on at least one worker. All workers raise the error.
     """
     owners = {name: i % comm.topology.world_size for i, name in enumerate(weights)}
     shared = factoring.svd == "shared"
     work = [name for name, owner in owners.items() if owner == comm.rank or not shared]
     outcomes, factors = _decompose(weights, work, factoring)
-    # The worst outcome of any worker, and the owner's k.
+    # The maximum is the worst outcome on any worker, and the owner's k, as the others pass 0.
     mine = [factors[name].k if name in factors and owner == comm.rank else 0 for name, owner in owners.items()]
     numbers = largest(comm, [*outcomes.values(), *mine], torch.int64)
     outcomes = dict(zip(weights, map(_Outcome, numbers), strict=False))
@@ -60,7 +60,7 @@ def agree_on_factors(
     broken = [name for name, outcome in outcomes.items() if outcome == _Outcome.NON_FINITE]
     if broken:
         raise NonFiniteError(
-            f"cannot factor {', '.join(broken)}: NaN or infinity in the weight. Training has diverged: "
+            f"cannot factor {', '.join(broken)}: found NaN or infinity. Training has diverged: "
             "lower the learning rate, or clip gradients"
         )
     dense: dict[str, str] = {}
@@ -75,12 +75,12 @@ def agree_on_factors(
 
 
 def sent_by_agree_on_factors(factors: Sequence[Factors | None], workers: int, shared: bool) -> Calls:
-    """Returns the collective calls of `agree_on_factors` if all workers compute the same factors.
+    """Returns the collective calls that `agree_on_factors` makes if all workers compute the same factors.
 
-    `factors` has A (m, k) and B (k, n) of each weight, or None if it stays dense. Only shapes matter.
-    `shared`: only the owner of a weight decomposes it.
+    `factors` has A (m, k) and B (k, n) for each weight, or None for a weight that stays dense. Only shapes matter.
+    If `shared`, only the owner of a weight decomposes it.
     """
-    calls = sent_by_comparison(len(factors))  # as many numbers as for outcomes and ranks
+    calls = sent_by_comparison(len(factors))  # `largest` sends an outcome and a rank for each weight
     if not shared:
         return (*calls, *sent_by_comparison(sum(pair is not None for pair in factors)))
     for owner in range(workers):
@@ -92,7 +92,7 @@ def sent_by_agree_on_factors(factors: Sequence[Factors | None], workers: int, sh
 def _decompose(
     weights: Mapping[str, Tensor], work: Sequence[str], factoring: Factoring
 ) -> tuple[dict[str, _Outcome], dict[str, Factors]]:
-    """Decomposes the weights that `work` names; the others count as factored."""
+    """Factors the weights named in `work`. Returns outcomes, in which other weights count as factored, and factors."""
     outcomes = dict.fromkeys(weights, _Outcome.FACTORED)
     factors: dict[str, Factors] = {}
     for name in work:
@@ -116,7 +116,7 @@ def _exchange(
     owners: Mapping[str, int],
     shared: bool,
 ) -> dict[str, Factors]:
-    """Returns the factors of `matrices`. If workers have different factors of one, all take those of its owner."""
+    """Returns factors of `matrices`, equal on all workers. If some differ or are missing, the owner sends them."""
     names = list(matrices)
     if not shared:
         digests = [fingerprint(checksum(factors[name].A), checksum(factors[name].B)) for name in names]

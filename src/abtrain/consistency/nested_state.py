@@ -1,8 +1,9 @@
-"""Makes optimizer state of any form equal: lists, dicts, quantized codes, or rows and columns instead of a matrix.
+"""Synchronizes optimizer state with any structure: nested dicts and lists, quantized values, row and column statistics.
 
-If all workers that have state of a parameter hold it in the same form, and it consists of real numbers, they take the
-average. Otherwise its items may depend on each other, like codes and their scales, so all workers take the whole state
-of the first worker that has state of the parameter.
+Some workers may have no state for a parameter. If those that do have the same structure, with only real floating-point
+tensors and numbers, all workers get the average of the tensors and the largest value of each number. Otherwise, entries
+may depend on each other, as quantized values depend on their scales. All workers then copy the whole state of the first
+worker that has any for this parameter.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ _AVERAGED = {str(dtype) for dtype in (torch.float64, torch.float32, torch.float1
 
 
 class _Item(NamedTuple):
-    """A value in a state, the dict or list that holds it, and its key or index there.
+    """A value in a state, the dict or list that contains it, and its key or index in that container.
 
-    `path` lists for each level `k` (a dict) or `i` (a list), and the key or index.
+    `path` has a pair for each level: `k` and the key in a dict, or `i` and the index in a list.
     """
 
     holder: Any
@@ -36,16 +37,16 @@ class _Item(NamedTuple):
 
 
 _Slot = tuple[State, list[int]]
-"""This worker's state of a parameter, in the form that all workers use, and the ranks that have such state."""
+"""This worker's state for a parameter, and the ranks that already had state for it."""
 
 
 @torch.no_grad()
 def equalize_nested(states: Sequence[State], parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
-    """Makes states equal on all workers, in place. Collective over the world.
+    """Makes optimizer state equal on all workers, in place. Collective over the world.
 
-    There is one state for each parameter, an empty dict if this worker has none. All workers pass the same parameters.
+    `states` has a dict for each parameter, empty if this worker has no state. All workers pass the same parameters.
     """
-    # The form of a state, in types that survive JSON: for each item its path and its kind.
+    # The form of a state, in types that JSON preserves: the path and the kind of each item.
     forms = [[[[list(step) for step in item.path], _kind(item.value)] for item in _items(state)] for state in states]
     distinct = [form for i, form in enumerate(forms) if form not in forms[:i]]
     gathered = gather_json(comm, {"forms": distinct, "of": [distinct.index(form) for form in forms]})
@@ -66,7 +67,7 @@ def equalize_nested(states: Sequence[State], parameters: Sequence[nn.Parameter],
 
 
 def _average(slots: Sequence[_Slot], comm: Communicator) -> None:
-    """Averages tensors over the workers that hold the state, and takes the largest value of each single number."""
+    """Averages tensors over the workers that have the state, and sets each single number to the largest value."""
     tensors, numbers = _of_kind("tensor", slots), _of_kind("number", slots)
     held = [item.value if comm.rank in holders else torch.zeros_like(item.value) for item, holders in tensors]
     for (item, holders), mean in zip(tensors, exact_average(held, comm), strict=True):
@@ -78,7 +79,7 @@ def _average(slots: Sequence[_Slot], comm: Communicator) -> None:
 
 
 def _take_first_holder(slots: Sequence[_Slot], comm: Communicator) -> None:
-    """Gives all workers the state that the first of its holders has."""
+    """Copies each state from the first worker that has it to all workers."""
     tensors, numbers = _of_kind("tensor", slots), _of_kind("number", slots)
     share(comm, [item.value for item, _ in tensors], [holders[0] for _, holders in tensors])
     values = [torch.tensor([float(item.value)], dtype=torch.float64) for item, _ in numbers]
@@ -88,12 +89,12 @@ def _take_first_holder(slots: Sequence[_Slot], comm: Communicator) -> None:
 
 
 def _of_kind(kind: str, slots: Sequence[_Slot]) -> list[tuple[_Item, list[int]]]:
-    """Returns the tensors or the single numbers in states, each with the ranks that hold the state."""
+    """Returns the items of one kind (`tensor` or `number`), each with the ranks that have the state."""
     return [(item, holders) for state, holders in slots for item in _items(state) if _kind(item.value)[0] == kind]
 
 
 def _items(holder: Any, path: Sequence[tuple[str, Any]] = ()) -> Iterator[_Item]:
-    """Yields the values in a state, in an order that does not depend on how it was built."""
+    """Yields all values in nested dicts and lists. Dicts are read in the order of their keys, not of insertion."""
     pairs = sorted(holder.items(), key=lambda pair: repr(pair[0])) if isinstance(holder, dict) else enumerate(holder)
     for key, value in pairs:
         here = [*path, ("k" if isinstance(holder, dict) else "i", key)]
@@ -104,7 +105,7 @@ def _items(holder: Any, path: Sequence[tuple[str, Any]] = ()) -> Iterator[_Item]
 
 
 def _kind(value: Any) -> list[Any]:
-    """Describes a value without its numbers. Tensors without dimensions, such as step counts, are single numbers."""
+    """Returns a value's kind and type. A real tensor without dimensions, such as a step count, is a single number."""
     if isinstance(value, Tensor) and (value.ndim or value.is_complex()):
         return ["tensor", str(value.dtype), list(value.shape)]
     if isinstance(value, Tensor):
@@ -115,12 +116,12 @@ def _kind(value: Any) -> list[Any]:
 
 
 def is_python_number(value: object) -> bool:
-    """Returns whether a value is a Python number; booleans do not count."""
+    """Returns whether a value is an int or a float. Booleans do not count."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def set_number(holder: Any, key: Any, value: float) -> None:
-    """Replaces the number at `key`, which may be a tensor, by a value of the same type."""
+    """Sets the number at `key` to `value`. The number keeps its type: int, float or tensor."""
     held = holder[key]
     if isinstance(held, Tensor):
         held.fill_(value)
@@ -129,7 +130,7 @@ def set_number(holder: Any, key: Any, value: float) -> None:
 
 
 def _build(state: State, form: list[Any], parameter: nn.Parameter) -> None:
-    """Rebuilds a state in the form that another worker uses, with placeholders as values."""
+    """Replaces a state by one with the form that another worker reported, with placeholders as values."""
     state.clear()
     for path, kind in form:
         holder: Any = state
@@ -163,7 +164,7 @@ def _placeholder(kind: list[Any], parameter: nn.Parameter) -> Any:
 
 
 def cannot_be_shared(states: Mapping[Any, Any]) -> str:
-    """Names a value in an optimizer's states that can be neither equalized nor saved; empty if there is none."""
+    """Describes a value in `optimizer.state` that can be neither equalized nor saved; empty if there is none."""
     general = {key: value for key, value in states.items() if not isinstance(key, Tensor)}
     for state in [general, *(value for key, value in states.items() if isinstance(key, Tensor))]:
         if not isinstance(state, dict):

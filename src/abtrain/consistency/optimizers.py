@@ -1,7 +1,7 @@
-"""Makes optimizer state and loss scale equal on all workers before gradients are averaged again.
+"""Makes optimizer state and the loss scale equal on all workers before gradients are averaged again.
 
-Workers that apply the same gradient stay equal only if their optimizers hold the same state, and averaged gradients
-are correct only if all were scaled by the same factor. Groups that trained separately differ in both.
+Workers that apply the same gradients keep equal weights only if their optimizers have the same state. The average of
+gradients is correct only if all workers scale the loss equally. Groups that trained separately differ in both.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from abtrain.lowrank.optimizers import Optimizers, is_of_torch, settings_of
 
 _TENSOR, _NUMBER, _NESTED = "tensor", "number", "nested"
 _KEY_BYTES = 512
-"""The size in bytes of the message in which workers compare the keys of their optimizers' state."""
+"""The number of bytes in which each worker sends the keys of its optimizer's state to the others."""
 
 
 def equalize_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
-    """Gives all workers the same state for `parameters`, in place. Collective over the world.
+    """Gives all workers the same optimizer state for `parameters`, in place. Collective over the world.
 
-    Tensors become the average over the workers that have one for a parameter that they trained. Single numbers, such as
-    step counts, become the largest of any worker (a gradient scaler may have skipped steps in some groups), and so do
-    settings of param groups that are state. `abtrain.consistency.nested_state` equalizes state of any other form.
+    A tensor becomes the average over the workers that trained its parameter and have this tensor. A single number, such
+    as a step count in the state or in a param group, becomes the largest on any worker: a gradient scaler may have
+    skipped steps in some groups. `abtrain.consistency.nested_state` equalizes state with another structure.
     """
     if comm.topology.world_size == 1 or not parameters:
         return
@@ -45,7 +45,7 @@ def equalize_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Paramete
 
 @dataclass(frozen=True)
 class OptimizerShape:
-    """Counts the tensors of a parameter's shape, and the single numbers, in an optimizer's state. Default: AdamW."""
+    """Counts the tensors and the single numbers in the optimizer state for one parameter. The defaults fit AdamW."""
 
     tensors: int = 2
     numbers: int = 1
@@ -54,14 +54,14 @@ class OptimizerShape:
 def sent_by_equalize_optimizers(
     parameters: Sequence[Tensor], trained: Sequence[Tensor], shape: OptimizerShape
 ) -> Calls:
-    """Returns the calls of `equalize_optimizers` for one of PyTorch's optimizers. Only shapes of tensors matter.
+    """Returns the collective calls that `equalize_optimizers` makes for one of PyTorch's optimizers.
 
-    `trained` contains the parameters for which at least one worker has state.
+    `trained` contains the parameters for which at least one worker has state. Only the shapes of tensors matter.
     """
     if not parameters:
         return ()
     slots = len(parameters) * (shape.tensors + shape.numbers)
-    # The counts of holders in int64, and the single numbers in float64.
+    # The numbers of workers that have each value, in int64, and the single numbers, in float64.
     table = (Traffic("all_reduce", "world", slots * torch.int64.itemsize),) * 2 if slots else ()
     moments = [tensor for tensor in trained for _ in range(shape.tensors)]
     return (Traffic("all_gather", "world", _KEY_BYTES), *table, *sent_by_average(moments))
@@ -69,7 +69,7 @@ def sent_by_equalize_optimizers(
 
 @torch.no_grad()
 def _equalize_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
-    # This worker did not train a frozen factor, so its state is out of date.
+    # State for a frozen factor is out of date, because this worker did not train the factor.
     states: list[State] = [optimizer.state.get(p, {}) if p.requires_grad else {} for p in parameters]
     general: dict[Any, Any] = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
     kinds = _agree_on_keys(states, parameters, comm, nested=bool(general))
@@ -102,7 +102,7 @@ def _equalize_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter], co
 
 
 def _equalize_settings(optimizers: Optimizers, comm: Communicator) -> None:
-    """Equalizes step counts and estimated rates in param groups. PyTorch's own optimizers keep none there."""
+    """Sets step counts and other state in param groups to the largest values. PyTorch's optimizers have none there."""
     groups = {id(g): g for o in optimizers.all if not is_of_torch(o) for g in o.param_groups}
     slots = [
         (group, key)
@@ -118,8 +118,8 @@ def _equalize_settings(optimizers: Optimizers, comm: Communicator) -> None:
 def equalize_grad_scaler(scaler: torch.amp.GradScaler, comm: Communicator) -> None:
     """Sets the loss scale of every worker to the largest one, in place.
 
-    If this scale is too large for one worker, all workers lower it together, and skip a step each time. The smallest
-    scale could come from a worker whose gradients always overflow. With it, the other workers' gradients would vanish.
+    If gradients overflow with this scale on one worker, all workers skip the step and lower the scale. The smallest
+    scale could be that of a worker whose gradients always overflow, and would make the other workers' gradients vanish.
     """
     state = scaler.state_dict()
     if not state:  # the scaler is disabled
@@ -131,19 +131,19 @@ def equalize_grad_scaler(scaler: torch.amp.GradScaler, comm: Communicator) -> No
 def _agree_on_keys(
     states: Sequence[State], parameters: Sequence[nn.Parameter], comm: Communicator, nested: bool
 ) -> dict[str, str]:
-    """Returns the keys of all workers' states, sorted, each with the kind of its values.
+    """Returns the sorted keys in all workers' states, each with the kind of its values: tensor, number or nested.
 
-    `nested` says whether this worker also has state that belongs to no parameter.
+    `nested` is True if this worker also has state that belongs to no parameter.
     """
     mine: dict[str, str] = {"": _NESTED} if nested else {}
     of_scalars: dict[str, str] = {}
     for state, parameter in zip(states, parameters, strict=True):
         for key, value in state.items():
             kind = _kind(key, value, parameter)
-            # Moments and counts of a parameter without dimensions look the same: other parameters decide, if any.
+            # For a parameter without dimensions, moments look like step counts: other parameters decide, if any.
             kinds = mine if parameter.ndim or kind == _NESTED else of_scalars
             if kind:
-                # If kinds differ, the general way handles both.
+                # If kinds differ, `equalize_nested` handles both.
                 kinds[key] = kind if kinds.get(key, kind) == kind else _NESTED
     mine = of_scalars | mine
     if len(json.dumps(mine)) > _KEY_BYTES:
@@ -156,7 +156,7 @@ def _agree_on_keys(
 
 
 def _kind(key: Any, value: object, parameter: nn.Parameter) -> str:
-    """Returns the kind of a value in the state of a parameter; an empty string for None."""
+    """Returns the kind of a value in the state for a parameter; an empty string if the value is None."""
     if value is None:
         return ""
     if is_python_number(value) or (isinstance(value, Tensor) and not value.ndim and (key == "step" or parameter.ndim)):
@@ -173,15 +173,15 @@ def _is_single(value: object) -> bool:
 
 
 def _number(value: Any) -> float:
-    """Returns a single number as a float, and -inf for other values, which leaves the largest number unchanged."""
+    """Returns a single number as a float. Any other value gives -inf, which does not change the largest number."""
     return float(value) if is_python_number(value) or _is_single(value) else -torch.inf
 
 
 def _blank_number(optimizer: Optimizer, parameter: nn.Parameter, key: str) -> Any:
-    """Returns a placeholder for a number, of the type that the optimizer uses for other parameters."""
+    """Returns a placeholder for the number at `key`, with the type that this number has for other parameters."""
     like = next((state[key] for state in optimizer.state.values() if state.get(key) is not None), None)
     if like is not None:
         return torch.zeros_like(like) if isinstance(like, Tensor) else like
-    # As PyTorch's optimizers create it, if this worker's own state was dropped.
+    # No parameter has this number if the state was dropped. PyTorch's optimizers create such a tensor.
     group = next((g for g in optimizer.param_groups if any(held is parameter for held in g["params"])), {})
     return torch.zeros((), device=parameter.device if group.get("fused") or group.get("capturable") else "cpu")

@@ -1,10 +1,10 @@
-"""Checks that replicas hold the same weights: after every phase, inside groups before every merge, and in saved states.
+"""Checks that workers have the same weights: after every phase, within groups before every merge, and in saved states.
 
-Workers that average gradients apply equal changes to weights that they assume to be equal; without a check, nobody
-would notice that one of them has drifted. Differences that processors cause by rounding are removed.
+Workers that average gradients apply equal changes to weights that should be equal. Without a check, a worker whose
+weights have drifted from the others' would go unnoticed. Differences due to rounding are removed.
 
-The tensors of a saved state that are equal on all workers are marked, and checked at saving and at loading. Otherwise a
-worker whose weights have drifted would save a checkpoint that cannot be loaded, and good ones would be removed.
+A saved state marks the tensors that must be equal on all workers. They are checked when they are saved and loaded.
+Otherwise, drifted weights would be saved in checkpoints that cannot be loaded, and older, good ones would be removed.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from abtrain.errors import RanksDisagreeError
 
 log = logging.getLogger("abtrain")
 
-# The largest difference that counts as rounding, relative to the largest number of the tensor; for dtypes that round
-# more coarsely, in units of the last place.
+# The largest difference that counts as rounding, relative to the tensor's largest element; for coarser dtypes, the
+# number of units in the last place.
 _ROUNDING, _ULPS = 1e-5, 4
 
 _SCOPE_OF = "_same_on"
-"""In a tree, `NAME_same_on: SCOPE` beside `NAME` means that all workers of the scope hold the same tensors there."""
+"""In a state, the entry `NAME_same_on: SCOPE` marks the tensors under `NAME` as equal on all workers of the scope."""
 
 Marks = list[list[str]]
-"""The marked entries of one worker's state: place, scope, and fingerprint of the tensors."""
+"""The marked entries in one worker's state: for each, the place, the scope, and a hash of the tensors."""
 
 
 def check_replicas(
@@ -44,14 +44,14 @@ def check_replicas(
     where: str,
     buffers: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Checks that tensors are equal on the ranks of a scope. Collective over it; 16 bytes unless something differs.
+    """Checks that tensors are equal on the ranks of a scope. Collective over it. Sends 16 bytes if nothing differs.
 
     `tensors` have the same shapes on all ranks. Tensors that differ only by rounding are replaced by the first rank's,
-    in place. `buffers` are compared by name, shape and dtype, only if the scope is `world`. Messages say `where` it
-    happened, such as `step 120, phase warmup`.
+    in place. The names, shapes and dtypes of `buffers` are compared too; they can only be passed for the scope `world`.
+    Messages contain `where`, such as `step 120, phase warmup`.
 
     Raises:
-        RanksDisagreeError: a rank has drifted; the message names it. All ranks of the scope raise the error.
+        RanksDisagreeError: tensors differ by more than rounding, or buffers differ. All ranks of the scope raise it.
     """
     ranks = comm.ranks(scope)
     if len(ranks) == 1:
@@ -64,8 +64,7 @@ def check_replicas(
         return
     if layouts and (different := differences(gather_json(comm, layouts))):
         raise RanksDisagreeError(
-            f"{where}: workers hold buffers of different shapes: {different}. Change buffers on all workers at the "
-            "same step"
+            f"{where}: workers have different buffers: {different}. Change buffers on all workers at the same step"
         )
     rows = comm.all_gather(torch.tensor([mine, *sums], dtype=torch.int64, device=comm.device), scope).tolist()
     digests, *columns = zip(*rows, strict=True)
@@ -74,11 +73,11 @@ def check_replicas(
         if len(set(column)) > 1:
             relative = max(relative, _equalize(comm, name, tensor, scope, f"{_odd(digests, ranks)}: {where}"))
     if comm.rank == ranks[0]:
-        log.info("%s: weights differed by rounding (%.1e); all workers now have rank %d's", where, relative, ranks[0])
+        log.info("%s: weights differed by rounding (%.1e): workers copied those of rank %d", where, relative, ranks[0])
 
 
 def _equalize(comm: Communicator, name: str, tensor: Tensor, scope: Scope, what: str) -> float:
-    """Takes the first rank's tensor if ranks differ only by rounding, and returns the largest relative difference."""
+    """Copies the first rank's tensor if ranks differ only by rounding, and returns the largest relative difference."""
     held = comm.all_gather(tensor.detach().contiguous().to(comm.device), scope)
     wide = held.double().view(len(held), -1)
     distance, size = (wide - wide[0]).abs().max().item(), wide.abs().max().item()
@@ -96,21 +95,21 @@ def _equalize(comm: Communicator, name: str, tensor: Tensor, scope: Scope, what:
 
 
 def _odd(digests: Sequence[int], ranks: Sequence[int]) -> str:
-    """Says which ranks have drifted: those that differ from the majority or, without one, from the first rank."""
+    """Describes which ranks have drifted: those that differ from the majority, or if there is none, from the first."""
     common, count = Counter(digests).most_common(1)[0]
     kept = common if 2 * count > len(digests) else digests[0]
     odd = [rank for rank, value in zip(ranks, digests, strict=True) if value != kept]
     rest = [rank for rank in ranks if rank not in odd]
-    return f"rank {', '.join(map(str, odd))} holds other weights than rank {', '.join(map(str, rest))}"
+    return f"rank {', '.join(map(str, odd))} has different weights from rank {', '.join(map(str, rest))}"
 
 
 def marked(name: str, tensors: Mapping[str, Tensor], scope: Scope | None) -> dict[str, Any]:
-    """Returns the entry `name` of a tree, marked as equal on all workers of a scope (None: not marked)."""
+    """Returns {name: tensors}, with a mark that they are equal on all workers of `scope`; no mark if it is None."""
     return {name: tensors} if scope is None else {name: tensors, f"{name}{_SCOPE_OF}": scope}
 
 
 def same_in(tree: Any, place: str = "") -> Iterator[tuple[str, Scope, Any]]:
-    """Yields the place, scope and content of every marked entry of a tree."""
+    """Yields the place (keys joined by `/`), scope and content of every marked entry in a state."""
     if not isinstance(tree, Mapping):
         return
     for key, item in tree.items():
@@ -121,9 +120,9 @@ def same_in(tree: Any, place: str = "") -> Iterator[tuple[str, Scope, Any]]:
 
 
 def check_same(tree: Any, comm: Communicator, where: str) -> None:
-    """Compares the marked tensors of a tree; all workers have the same marks. Collective over the world.
+    """Checks that the marked tensors in a state are equal on the workers of their scopes. Collective over the world.
 
-    Rounding differences are removed, in place. If a worker has drifted, all raise a RanksDisagreeError.
+    Differences due to rounding are removed, in place. Larger ones raise a RanksDisagreeError on all workers.
     """
     problem = ""
     for _, scope, tensors in same_in(tree):
@@ -136,23 +135,22 @@ def check_same(tree: Any, comm: Communicator, where: str) -> None:
 
 
 def marks(structure: Any) -> Marks:
-    """Returns the marks in a structure of references to tensors: equal references are equal tensors."""
+    """Returns the marked entries in a state with references instead of tensors. Equal tensors have equal references."""
     return [[place.strip("/"), scope, str(fingerprint(refs))] for place, scope, refs in same_in(structure)]
 
 
 def drifted(answers: Sequence[Sequence[Marks]], topology: Topology) -> str:
-    """Describes a part of a state that was marked as equal but saved differently; empty if there is none.
+    """Describes an entry that is marked as equal but differs between saved states; empty if there is none.
 
-    `answers` has, for each present worker, the marks of the states that it has read: its own, or those of all former
-    workers.
+    `answers` has for each worker the marks in the states that it has read: its own, or those of all former workers.
     """
     found: dict[tuple[str, str], set[str]] = {}
     for rank, states in enumerate(answers):
         for place, scope, digest in (row for state in states for row in state):
-            # If the number of workers has changed, their former groups are unknown.
+            # If the number of workers has changed, the groups of the saved run are unknown.
             if scope == "group" and len(states) > 1:
                 continue
             group = str(topology.group_of(rank)) if scope == "group" else "world"
             found.setdefault((place, group), set()).add(digest)
     odd = sorted(place for (place, _), digests in found.items() if len(digests) > 1)
-    return f"workers had drifted apart in {odd[0]} when they saved it" if odd else ""
+    return f"workers saved different tensors in {odd[0]}, which must be equal" if odd else ""

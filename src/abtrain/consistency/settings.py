@@ -1,7 +1,7 @@
-"""Compares the settings of workers: before a run begins, at each phase, and before it resumes from saved states.
+"""Compares settings between workers: before a run begins, at the start of each phase, and before a run resumes.
 
-If one worker has another recipe, option, memory format or learning rate, the other workers hang at best. At worst,
-wrong values are averaged, and nobody notices.
+If one worker has a different recipe, option, memory format or learning rate, the other workers may hang. At worst, the
+workers average wrong values without any error.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from abtrain.own import own_names, shared_buffers
 HYPERPARAMETERS = frozenset(
     {"lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha", "rho", "amsgrad", "maximize"}
 )
-"""Settings of param groups that no optimizer changes by itself. Other settings may be state, such as step counts."""
+"""Settings in param groups that no optimizer changes by itself. Other settings may be state, such as step counts."""
 
 _IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"})
 """Settings of PyTorch's optimizers that select an implementation and do not change what is computed."""
 
 
 def check_phase(comm: Communicator, model: FactoredModel, where: str, settings: Collection[str]) -> None:
-    """Compares the tensors that DDP is about to wrap, and the optimizer. Collective over the world; 24 bytes.
+    """Checks at the start of a phase that tensors and param groups match on all workers. Collective over the world.
 
-    The model has the form of the phase that begins; `settings` names the settings of param groups that must be equal.
+    Compares shapes, dtypes and strides before DDP wraps the model, and the settings named in `settings`.
 
     Raises:
-        RanksDisagreeError: on all ranks, with the differences and the ranks that hold each value.
+        RanksDisagreeError: some differ. The message lists which ranks have which values. All ranks raise the error.
     """
     names, own = model.parameters(), own_names(model.model)
     factors = model.factors().keys()
@@ -53,14 +53,14 @@ def check_phase(comm: Communicator, model: FactoredModel, where: str, settings: 
 
 
 def settings_at_start(optimizers: Optimizers) -> frozenset[str]:
-    """Returns the names of the settings with which optimizers were built, without those that schedulers add."""
+    """Returns the names of the optimizers' constructor settings, except those that only select an implementation."""
     defaults = {key for optimizer in optimizers.all for key in getattr(optimizer, "defaults", ())}
     return frozenset(defaults - _IMPLEMENTATION)
 
 
 def layout(tensor: Tensor, **more: object) -> dict[str, object]:
-    """Returns a tensor's shape, dtype and strides, and `more`, for `check_equal`: sums follow the order of memory."""
-    # The stride of a dimension of one element has no meaning.
+    """Returns a tensor's shape, dtype, strides, and `more`. Strides matter because sums follow the order of memory."""
+    # The stride of a dimension of size 1 has no meaning.
     strides = tuple(stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return {"shape": str(tuple(tensor.shape)), "dtype": str(tensor.dtype), "strides": str(strides), **more}
 
@@ -68,7 +68,7 @@ def layout(tensor: Tensor, **more: object) -> dict[str, object]:
 def optimizer_settings(
     optimizers: Optimizers, parameters: Mapping[str, nn.Parameter], keys: Collection[str]
 ) -> list[dict[str, object]]:
-    """Returns the settings `keys` of every param group, with the names of its parameters, for `check_equal`."""
+    """Returns, for each param group, the settings named in `keys` and its parameters' names, for `check_equal`."""
     known = {id(parameter): name for name, parameter in parameters.items()}
     return [
         {
@@ -80,7 +80,7 @@ def optimizer_settings(
 
 
 def chosen(group: Mapping[str, Any], keys: Collection[str]) -> dict[str, object]:
-    """Returns the settings `keys` of a param group as plain numbers, which compare equally on any device."""
+    """Returns the settings of a param group that `keys` names. Tensors become Python numbers, equal on any device."""
     return {key: _plain(value) for key, value in settings_of(group).items() if key in keys}
 
 

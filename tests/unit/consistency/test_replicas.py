@@ -20,5 +20,5 @@ def test_drift_of_any_dtype_is_found(tensor: Tensor, drift: complex) -> None:
     def work(comm: Communicator) -> None:
         check_replicas(comm, {"scale": tensor + comm.rank * drift}, "world", "step 1")
 
-    with pytest.raises(RanksDisagreeError, match=r"rank 1 holds other weights than rank 0: step 1.* scale differs"):
+    with pytest.raises(RanksDisagreeError, match=r"rank 1 has different weights from rank 0: step 1.* scale differs"):
         run_in_process(2, work)
