@@ -38,17 +38,17 @@ class PaperRequest:
     Attributes:
         experiment: the name of the experiment, one of EXPERIMENTS.
         scale: the size of the experiment, tiny or full.
-        seeds: the number of runs of each cell.
-        nodes: the numbers of nodes to use, in ascending order. If it is empty, the scale determines them.
+        seeds: the number of seeds. Every cell of a table has one run for each seed.
+        nodes: the numbers of nodes to use, in ascending order. If it is empty, the experiment determines them.
         methods: the methods to run, some of METHODS; empty for all.
         out: the folder into which all files are written.
         data: the folder with the data; None for its default place.
-        launcher: the command line that starts the workers of a real run.
+        launcher: the command line that starts the workers of a run at full scale.
         dry_run: whether to print the planned runs without executing them.
-        write: whether to write the settings of real runs and print their commands, without executing them.
+        write: whether to write the settings of runs at full scale and print their commands, without executing them.
         arithmetic: whether to only evaluate the paper's formulas.
-        run: whether a figure may execute missing runs.
-        trials: the number of trials of the search.
+        run: whether runs that a figure shows are executed if they are missing.
+        trials: the number of trials of the hyperparameter search, for each recipe.
         draws: whether to also draw the figure of the experiment `ecr` and write it to `out`.
         overwrite: whether runs with other settings are replaced.
     """
@@ -74,7 +74,7 @@ def parse_arguments(arguments: Sequence[str]) -> PaperRequest:
     """Parses and validates a command line.
 
     Raises:
-        ConfigurationError: lists everything that is wrong.
+        ConfigurationError: the arguments are invalid, or a package is missing. The error lists all problems.
         SystemExit: --help, or an unknown option.
     """
     given = _parser().read(arguments)
@@ -127,11 +127,11 @@ def _problems(given: argparse.Namespace, methods: Sequence[str]) -> list[str]:
         given.launcher.format(nodes=1, workers_per_node=1)
     except (KeyError, IndexError, ValueError) as error:
         problems.append(
-            f"--launcher {given.launcher!r} cannot be filled in ({error}): its placeholders are {{nodes}} and "
+            f"--launcher {given.launcher!r} is not a valid template ({error}): use no placeholders but {{nodes}} and "
             "{workers_per_node}"
         )
     if given.experiment == HPO and (given.dry_run or given.write):
-        problems.append("hpo chooses each run by the results of earlier ones: leave out --dry-run and --write")
+        problems.append("hpo plans each run from the results of earlier runs: leave out --dry-run and --write")
     if given.write and given.scale == "tiny":
         problems.append("--write is for runs that a launcher starts: add --scale full")
     return problems
@@ -167,15 +167,18 @@ def _parser() -> Parser:
     runs.add_argument("--trials", type=whole_number, default=40, metavar="N", help="trials of hpo (default 40)")
     runs.add_argument("--data", type=Path, metavar="PATH", help="folder of the data (default: its usual place)")
     runs.add_argument(
-        "--launcher", default=LAUNCHER, metavar="COMMAND", help="command that starts real runs (default '%(default)s')"
+        "--launcher",
+        default=LAUNCHER,
+        metavar="COMMAND",
+        help="command that starts runs at full scale (default '%(default)s')",
     )
     instead = parser.add_argument_group("what to do")
-    instead.add_argument("--run", action="store_true", help="for a figure: run missing runs")
+    instead.add_argument("--run", action="store_true", help="for a figure: execute the runs that are missing")
     instead.add_argument(
         "--dry-run", action="store_true", help="print the planned runs and their traffic without running them"
     )
     instead.add_argument(
-        "--write", action="store_true", help="write the settings of all real runs, and print how to start them"
+        "--write", action="store_true", help="write the settings of all runs at full scale, and print how to start them"
     )
     instead.add_argument(
         "--arithmetic", action="store_true", help="for table2: compare the paper's formula with its values"

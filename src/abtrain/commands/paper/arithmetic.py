@@ -21,9 +21,9 @@ from abtrain.recipes.paper import AB_SHARE, REBOUND_SHARE
 from abtrain.recipes.shared import WARMUP_SHARE
 
 NEAR_FULL, NEAR_COMPRESSED = 25.0, 75.0
-"""F and L in percent of methods that shrink the model gradually: the paper's assumption (Section V)."""
+"""F and L in percent (see `ecr`), as the paper assumes them for methods that shrink the model gradually (Section V)."""
 CLOSE = 0.1
-"""The largest difference in points at which a computed ECR counts as equal to the paper's."""
+"""The largest difference in percentage points at which a computed ECR counts as equal to the paper's."""
 _SIGMA_ONLY = ("OIALR", "DLRT")
 
 
@@ -58,7 +58,7 @@ class ECRRow:
     Attributes:
         method: the method with the paper's values.
         computed: the ECR in percent by eq. 4; None if the paper does not give the inputs.
-        remark: the reason for a difference to the paper's value, or the assumptions of the computation.
+        remark: the reason why the value differs from the paper's, or the assumptions of the computation.
     """
 
     method: PublishedMethod
@@ -104,7 +104,7 @@ def _guideline() -> str:
 
 
 def iterations(nodes: int, epoch_batch: int = 4096 * ITERATIONS_4K, local_batch: int = 256) -> float:
-    """Returns the steps of an ImageNet epoch at a constant local batch. Two nodes take 600 steps, four nodes 300."""
+    """Returns the number of steps in an ImageNet epoch at a constant local batch: 600 with two nodes, 300 with four."""
     return epoch_batch / (nodes * GPUS * local_batch)
 
 

@@ -37,9 +37,9 @@ from abtrain.errors import ConfigurationError
 _KEYS = frozenset({"model", "method", "scaling", "nodes", "batch"})
 """The names of columns that identify a row."""
 _TEXT_WIDTH = 28
-"""The width below which texts in tables do not wrap."""
+"""The number of characters up to which a text in a table is not wrapped."""
 _GAP = 2
-"""The width between two columns of a table."""
+"""The number of characters between two columns of a table."""
 _TINY_NOTE = "Workers are simulated, one per node. Times and traffic are forecasts for links of 1 Gbit/s."
 
 
@@ -80,7 +80,7 @@ def _experiment(request: PaperRequest, console: Output, command: str) -> None:
         chosen = cells(request.experiment, request.scale, request.nodes, request.methods)
     if not chosen:
         raise ConfigurationError(
-            f"{request.experiment} has no runs with these --methods and --nodes: name others, or leave them out"
+            f"{request.experiment} has no runs with these --methods and --nodes: use others, or leave out both options"
         )
     if request.dry_run:
         for table in plan_tables(chosen, request.seeds):
@@ -113,7 +113,7 @@ def _experiment(request: PaperRequest, console: Output, command: str) -> None:
 
 
 def _outcomes(chosen: Sequence[Cell], runs: Sequence[PaperRun]) -> list[PaperOutcome]:
-    """Returns the outcomes of all cells. Several cells may share a run."""
+    """Returns the outcomes of all cells with all seeds. Several cells may have the same run."""
     by_settings = {(str(run.cell.config), run.seed): outcome(run) for run in runs}
     seeds = sorted({run.seed for run in runs})
     return [dataclasses.replace(by_settings[str(cell.config), seed], cell=cell) for cell in chosen for seed in seeds]
@@ -140,7 +140,7 @@ def _write(request: PaperRequest, outcomes: Sequence[PaperOutcome], command: str
 
 
 def _plain(value: Any) -> Any:
-    """Converts a value to the types of JSON."""
+    """Converts a value to the types of JSON. A value of any other type becomes a string."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -149,7 +149,7 @@ def _plain(value: Any) -> Any:
 
 
 def _require(runs: Sequence[PaperRun], request: PaperRequest) -> None:
-    """Checks that all runs of a figure are done.
+    """Checks that all runs that a figure shows have finished.
 
     Raises:
         ConfigurationError: some runs are missing. The message names the commands that execute them.
@@ -197,14 +197,14 @@ def show(table: Table, console: Output) -> None:
 
 
 def _least_width(texts: Sequence[str], kind: str) -> int:
-    """Returns the width at which a column is readable: numbers and short texts on one line, and no word broken."""
+    """Returns the smallest width of a column that wraps no number and no short text, and breaks no word."""
     longest = max(map(len, texts[1:]), default=0)
     words = [len(word) for text in texts for word in text.split()]
     return max([*words, longest if kind == "number" else min(longest, _TEXT_WIDTH)])
 
 
 def _widths(part: Sequence[int], least: Sequence[int], whole: Sequence[int], width: int) -> dict[int, int]:
-    """Returns the widths of columns: at least the readable ones, and more where there is room."""
+    """Returns the width of each column in `part`: at least its least width, and more if the line has room."""
     room = width - sum(least[index] + _GAP for index in part) + _GAP
     widths = {}
     for index in part:

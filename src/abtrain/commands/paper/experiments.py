@@ -21,7 +21,7 @@ METHODS = {
     LOCAL_SGD: "local_sgd",
     AB_OUTER: "ab_outer",
 }
-"""Recipes by method: the paper's three, full-rank local SGD on the same schedule as an ablation, and `ab_outer`."""
+"""The recipe of each method: the paper's three methods, `ab_outer`, and an ablation: local SGD without factors."""
 SMALL_CNN = "small CNN"
 IMAGENET_SAMPLES = 1_281_167
 CIFAR_SAMPLES = 50_000
@@ -104,7 +104,7 @@ SCALES: dict[str, Scale] = {
         local=(4, 8, 16),
         global_=(4, 8, 16),
         workers_per_node=1,
-        # Otherwise each thread would decompose every weight on the same few cores.
+        # With svd=each, every simulated worker would decompose all weights on the same few cores.
         options={
             AB: {"sigma_cutoff": _TINY_CUTOFF, "svd": "shared"},
             NO_GROUPS: {"sigma_cutoff": _TINY_CUTOFF, "svd": "shared"},
@@ -119,9 +119,9 @@ FIGURES: dict[str, tuple[Scaling, ...]] = {
     "fig4": ("local", "global"),
     "fig5": ("global",),
 }
-"""The scalings that each figure shows. `TABLES` has those of each table."""
+"""The kinds of scaling (see `Cell`) that each figure shows. `TABLES` lists the same for each table."""
 SCALING_TABLES: dict[Scaling, str] = {"local": "table2-local", "global": "table2-global"}
-"""The table with the runs of each scaling."""
+"""The table that has the runs of each kind of scaling."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Cell:
     """The method and settings of one cell of a table.
 
     Attributes:
-        scaling: the batch that is constant while the number of nodes grows, local or global.
+        scaling: the batch that stays constant as nodes are added: that of a worker (local) or of all workers (global).
         model: the label of the model.
         method: the name of the method.
         nodes: the number of nodes.
@@ -155,7 +155,7 @@ class Cell:
 
 
 def cells(experiment: str, scale: Scale, nodes: Sequence[int] = (), methods: Sequence[str] = ()) -> list[Cell]:
-    """Returns the cells of a table or figure. For each scaling, they are in the order of the numbers of nodes.
+    """Returns the cells of a table or figure. Those with the same scaling are in the order of the numbers of nodes.
 
     Args:
         experiment: a key of TABLES or FIGURES.
@@ -200,9 +200,9 @@ def _cell(scale: Scale, scaling: Scaling, label: str, model: Model, method: str,
 
 
 def _schedule(scale: Scale, method: str, steps: int) -> dict[str, int]:
-    """Returns the options that give a recipe the schedule of the paper's guideline (Section IV.C).
+    """Returns the options with which a recipe follows the schedule of the paper's guideline (Section IV.C).
 
-    The options are empty if the defaults of the recipe already follow the guideline.
+    There are none if the defaults of the recipe already follow the guideline.
     """
     group = max(1, round(AB_SHARE * steps))
     if method == LOCAL_SGD:

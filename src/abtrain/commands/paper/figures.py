@@ -32,7 +32,7 @@ class _Panel:
         value: a function that returns the quantity of a row.
         paper: a function that returns the quantity of a cell of the paper's table, or None if the paper does not give
             it.
-        scaling: the scaling of the runs that it shows, local or global.
+        scaling: the batch that is constant in the runs that the plot shows, local or global.
         over: the quantity of the horizontal axis.
         log: whether the vertical axis is logarithmic.
     """
@@ -108,9 +108,9 @@ PANELS: dict[str, tuple[_Panel, ...]] = {
 
 
 def draw(figure: str, found: Sequence[PaperRow], folder: Path, note: str, prefix: str = "") -> list[Figure]:
-    """Draws the panels of a figure that have data, and writes one PNG file for each panel and model.
+    """Draws a figure, and writes one PNG file for each of its panels that has data, and for each model.
 
-    Returns the figures for a page.
+    Returns the files with their titles and captions, for a page.
 
     Args:
         figure: a key of PANELS.

@@ -1,4 +1,4 @@
-"""Runs the command that starts the workers of a real run, until all of them have ended."""
+"""Runs the command that starts the workers of a run at full scale, and waits until all of them have ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from abtrain.commands.files import read_regular
 from abtrain.commands.train.launch import FAILURE
 
 _GRACE_SECONDS = 40.0
-"""The time for a launcher to end its workers after a request to stop. torchrun gives them 30 s to save."""
+"""The time in which a launcher must end its workers after a request to stop. torchrun gives them 30 s to save."""
 
 
 def exit_code_of(command: Sequence[str], failure: Path) -> int:

@@ -31,7 +31,7 @@ from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.recipe import Recipe
 
 _ASSUMED = 4.0
-"""The compression to assume where the paper gives none."""
+"""The compression that is assumed if the paper does not give one."""
 
 
 def ecr_table() -> Table:
@@ -128,7 +128,7 @@ def plan_tables(chosen: Sequence[Cell], seeds: int) -> list[Table]:
 
 
 def _phase_table(chosen: Iterable[Cell]) -> Table:
-    """Returns a table of the phases of each method, on the fewest nodes of the experiment."""
+    """Returns a table of the phases of each method, for the smallest number of nodes in the experiment."""
     first: dict[tuple[str, str], Cell] = {}
     for cell in chosen:
         first.setdefault((cell.model, cell.method), cell)

@@ -108,7 +108,7 @@ def _series(label: str) -> tuple[str, str]:
 
 
 def _histories(run: PaperRun) -> dict[str, list[tuple[float, dict[str, float]]]]:
-    """Returns a list of (step, distances) for each layer, with one entry for every merge of a run.
+    """Returns how far workers differed at each merge of a run: a list of (step, distances) for each layer.
 
     Raises:
         DataError: the result file is damaged.

@@ -46,7 +46,7 @@ TABLE1 = (
 
 
 class Value(NamedTuple):
-    """The mean and the standard deviation of a quantity: over the paper's three runs, or over seeds of runs here."""
+    """A quantity's mean and standard deviation, over the paper's three runs or over the seeds of abtrain's runs."""
 
     mean: float
     std: float
@@ -148,13 +148,16 @@ PORT = 25.0
 GPUS = 4
 """The number of GPUs of a node (Section IV.A)."""
 EPOCHS = 150
-"""The epochs of every ImageNet run, by the authors' configurations."""
+"""The number of epochs in every ImageNet run, according to the authors' configurations."""
 ITERATIONS_4K = 300
 """The steps of an ImageNet epoch at a global batch of 4,096; twice as many at 2,048 (Section IV.D)."""
 
 
 class PublishedSchedule(NamedTuple):
-    """The numbers of steps in the authors' published configurations. `cycle` includes `rebound`."""
+    """The numbers of steps in the authors' published configurations.
+
+    A run begins with a warm-up and then repeats a cycle, which ends with a rebound. `cycle` includes `rebound`.
+    """
 
     total: int
     warmup: int

@@ -36,11 +36,11 @@ from abtrain.commands.train.folder_content import RESULT_FILE
 from abtrain.errors import AbtrainError, ConfigurationError
 
 CHECKPOINTS, LEAST_BETWEEN_CHECKPOINTS = 50, 100
-"""A real run writes 50 checkpoints, but not more often than every 100 steps."""
+"""A run at full scale writes about 50 checkpoints, but not more often than every 100 steps."""
 TINY_LINK = NodeLink(rate=1e9, latency=1e-4)
 """The links of the cluster for which the seconds of simulated runs are forecast: 1 Gbit/s, 0.1 ms."""
 LAUNCHER = "torchrun --nnodes {nodes} --nproc-per-node {workers_per_node}"
-"""The default command that starts a real run. `-m abtrain train` and its arguments follow it."""
+"""The default command that starts a run at full scale. `-m abtrain train` and its arguments are appended to it."""
 _FAILURE_FILE = ".failed"
 
 
@@ -71,7 +71,7 @@ class PaperRun(FolderRun):
 
     def check_results(self) -> None:
         result = self.result_file
-        # A simulated run replaces an empty file, but `abtrain train` refuses a folder with one.
+        # A simulated run replaces an empty file, but `abtrain train` refuses a folder with an empty result file.
         if os.path.lexists(result) and not (result.parent == self.folder and is_empty(result)):
             outcome(self)
 
@@ -105,7 +105,7 @@ class PaperOutcome:
 def plan_runs(cells: Iterable[Cell], seeds: int, out: Path) -> list[PaperRun]:
     """Returns the runs of these cells with all seeds. A run that several cells share is listed once.
 
-    Runs with the first seed come first, so that an overview is available early.
+    The runs with the first seed come first, so that all cells have a result early.
     """
     chosen = list(cells)
     runs = [PaperRun(cell, seed, out / "runs" / _name(cell, seed)) for seed in range(seeds) for cell in chosen]
@@ -124,8 +124,8 @@ def run_all(
 
     Args:
         runs: the runs of an experiment.
-        scale: the size of the runs. Runs at scale `tiny` are simulated in this process. The launcher starts those at
-            scale `full`.
+        scale: the size of the runs. At scale `tiny`, runs are simulated in this process. At scale `full`, the launcher
+            starts them.
         launcher: the command line that starts the workers. Its placeholders are {nodes} and {workers_per_node}.
         data: the folder with the data; None for its default place.
         say: a function that is called with a line of text for each run.
@@ -164,7 +164,7 @@ def _simulate(run: PaperRun, data: Any) -> None:
 
 
 def _launch(run: PaperRun, launcher: str, data: Path | None) -> None:
-    """Executes a real run with the launcher. The run resumes from its last checkpoint if there is one.
+    """Executes a run at full scale with the launcher. It resumes from its last checkpoint if there is one.
 
     Raises:
         StoppedError: this process received a request to stop, and the launcher has ended.
@@ -184,7 +184,7 @@ def _launch(run: PaperRun, launcher: str, data: Path | None) -> None:
 
 
 def launch_command(run: PaperRun, launcher: str, data: Path | None) -> list[str]:
-    """Returns the command line that starts a real run."""
+    """Returns the command line that starts a run at full scale."""
     per_node = run.config.workers // run.cell.nodes
     start = shlex.split(launcher.format(nodes=run.cell.nodes, workers_per_node=per_node))
     place = ["--out", str(run.folder / TRAIN_FOLDER), *(["--data", str(data)] if data is not None else [])]
@@ -192,7 +192,7 @@ def launch_command(run: PaperRun, launcher: str, data: Path | None) -> list[str]
 
 
 def prepare_folder(run: PaperRun, overwrite: bool = False, checkpoints: bool = False) -> None:
-    """Writes the request of a run into its folder, unless the folder contains an equal request.
+    """Writes the request of a run, which is its settings, into its folder, unless that has an equal request.
 
     Args:
         run: the run whose folder is prepared.
@@ -213,12 +213,12 @@ def prepare_folder(run: PaperRun, overwrite: bool = False, checkpoints: bool = F
 
 
 def _asks_for(run: PaperRun, checkpoints: bool) -> bool:
-    """Returns whether the folder contains a request for this run, with checkpoints if these are requested."""
+    """Returns whether the folder has a request for this run, in which checkpoints are on if `checkpoints` is set."""
     if not (run.folder / RECORD_FILE).exists() or request_differences(run.folder, run.config):
         return False
     try:
         return not checkpoints or from_toml(run.folder / REQUEST_FILE).checkpoint_every > 0
-    except ConfigurationError:  # another version with other settings wrote it
+    except ConfigurationError:  # a version of abtrain with other settings wrote it
         return False
 
 
@@ -247,7 +247,7 @@ def outcome(run: PaperRun) -> PaperOutcome:
 
 
 def _forecast(config: TrainConfig, result: JsonRecord) -> float:
-    """Forecasts the seconds of a simulated run on a cluster with `TINY_LINK`. It uses the ranks in the result."""
+    """Forecasts the seconds of a simulated run on a cluster with `TINY_LINK`. The ranks come from the run's result."""
     import torch
 
     recipe = recipe_of(config)

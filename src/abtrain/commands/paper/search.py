@@ -1,9 +1,9 @@
 """Searches hyperparameters of the recipes `ab` and `ab_outer` with optuna.
 
-For `ab` these are the paper's four (Section IV.C), and the steps in which the learning rate rises again. Trials are
-simulated runs (`abtrain.commands.train.simulate`) at tiny scale, and real runs on a node at full scale. A trial first
-trains for a short run. If the result is bad, or the loss is not finite, the trial is pruned: it has no long run. A file
-stores the trials, and the same command adds further ones.
+For `ab` these are the paper's four (Section IV.C), and the steps in which the learning rate rises again. At tiny scale,
+trials are simulated runs (`abtrain.commands.train.simulate`). At full scale, they are runs on one node. A trial begins
+with a short run. If its result is bad, or the loss is not finite, the trial is pruned: it ends without a long run. A
+file stores the trials, so the same command continues a search, and a larger --trials extends it.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _RECIPES = ("ab", "ab_outer")
 
 
 def suggested(recipe: str, trial: Any, steps: int) -> dict[str, Any]:
-    """Returns the settings of `recipe` that a trial of optuna suggests for a run of `steps` steps.
+    """Returns options for a recipe, with the values that optuna suggests for a trial.
 
     Args:
         recipe: the recipe, `ab` or `ab_outer`.
         trial: a trial of optuna.
-        steps: the number of steps of the run.
+        steps: the number of steps of the run. Options that are numbers of steps depend on it.
     """
     if recipe == "ab":
         group = max(2, round(steps * trial.suggest_float("ab_share", AB_SHARE / 4, AB_SHARE * 4, log=True)))
@@ -73,7 +73,7 @@ def search(request: PaperRequest, console: Output, command: str) -> None:
     Trials that were pruned or failed count as well.
 
     Args:
-        request: the request of the command line.
+        request: the settings from the command line.
         console: the console for progress.
         command: the command line that the page shows.
 
@@ -139,7 +139,10 @@ def _trainer(request: PaperRequest, base: TrainConfig) -> Callable[[TrainConfig,
 def _objective(
     trial: Any, recipe: str, base: TrainConfig, train: Callable[[TrainConfig, int], float], say: Callable[[str], None]
 ) -> float:
-    """Returns the top-1 accuracy of a trial. Prunes it if its short run is worse than the median of earlier trials."""
+    """Returns the top-1 accuracy of a trial in percent.
+
+    Prunes the trial if its short run is worse than the median of earlier trials, or if a loss is not finite.
+    """
     import optuna
 
     assert base.steps is not None
@@ -166,9 +169,9 @@ def _short(parameters: Mapping[str, float]) -> str:
 
 
 def _written(study: Any, recipe: str, out: Path) -> tuple[Table, list[Figure]]:
-    """Writes the results of a study. Returns a table of the best trials and a figure of the parameters' importance.
+    """Writes hpo-RECIPE.json, and returns a table of the best trials and a figure of the parameters' importance.
 
-    The figure needs at least three complete trials.
+    There is no figure if fewer than three trials are complete.
     """
     import optuna
 

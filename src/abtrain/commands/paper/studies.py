@@ -20,8 +20,8 @@ class Study:
     Attributes:
         question: the question of the study as a sentence.
         shown: the quantity on the horizontal axis of the accuracy figure. The study `divergence` has other figures.
-        variants: the methods by label, each with options of its recipe that replace those of the tables.
-        nodes: the numbers of nodes of the runs. The global batch of variants is constant.
+        variants: a method for each label, with the options of its recipe that replace those of the tables.
+        nodes: the numbers of nodes. Variants have the same global batch on all of them.
         methods: the methods whose runs the study shares with tables.
         tables: the tables that contain the shared runs.
     """
@@ -103,7 +103,7 @@ def study_cells(name: str, nodes: Sequence[int] = (), methods: Sequence[str] = (
     Args:
         name: the name of the study, a key of STUDIES.
         nodes: the numbers of nodes that replace those of the study.
-        methods: the labels or methods to include; by default all.
+        methods: the labels of variants, or names of methods, to include; by default all.
     """
     study, scale = STUDIES[name], SCALES["tiny"]
     counts = tuple(nodes or study.nodes)
@@ -118,9 +118,9 @@ def study_cells(name: str, nodes: Sequence[int] = (), methods: Sequence[str] = (
 
 
 def _variant(base: Cell, label: str, options: Mapping[str, Any], divergence: bool) -> Cell:
-    """Returns a variant of a cell with other options. Without options, it shares the runs of tables.
+    """Returns a cell with another label and other options. Without options, it has the same runs as the tables.
 
-    Cells that measure divergence always have their own runs.
+    If it measures divergence, it always has its own runs.
     """
     if not options and not divergence:
         return replace(base, method=label)

@@ -1,4 +1,4 @@
-"""Computes tables from the outcomes of runs. They show means and deviations over seeds, and the paper's values."""
+"""Builds tables of results: means and standard deviations over seeds, and the paper's values."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _value(numbers: Iterable[float]) -> Value:
 
 
 def scaling_table(found: Sequence[PaperRow], scaling: Scaling, scale: Scale) -> Table:
-    """Returns one half of Table II, with the paper's values for the same number of nodes."""
+    """Returns the half of Table II with this scaling, with the paper's values for the same number of nodes."""
     papers = [VIT, RESNET] if scale.name == "tiny" else []
     header = ["model", "nodes", "batch", "method", "top-1 %", "to DDP", "bytes of DDP", "compr.", "traffic", "minutes"]
     header += [f"paper, {label}" for label in papers] or ["paper"]
@@ -142,7 +142,7 @@ def study_table(found: Sequence[PaperRow], title: str) -> Table:
 
 
 def paper_text(label: str, cell: Cell, scaling: Scaling) -> str:
-    """Returns the paper's values for a model, and for the method and nodes of a cell, as the text of a table."""
+    """Returns the paper's values for model `label`, with the method and nodes of `cell`, as text for a table."""
     table = TABLE2[scaling]
     there, baseline = table.get((label, cell.method, cell.nodes)), table.get((label, DDP, cell.nodes))
     if there is None or there.top1 is None or baseline is None or baseline.top1 is None:
@@ -156,7 +156,7 @@ def paper_text(label: str, cell: Cell, scaling: Scaling) -> str:
 def comparison_table(found: Sequence[PaperRow], scale: Scale) -> Table:
     """Returns Table I, with the accuracy relative to the baseline, the compression and the communication reduction.
 
-    The table also includes the paper's values of all methods.
+    The table also has the paper's values for all methods.
     """
     lines = [
         (
