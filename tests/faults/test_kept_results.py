@@ -174,7 +174,8 @@ def test_a_default_of_the_recipe_that_has_changed(task: ComparisonRun, monkeypat
     assert not task.done
     said = request_differences(task.folder, task.config)
     assert said == [
-        f"recipe.{part}[0].sync.merge.momentum was 0.8 and is 0.5 now, by default" for part in ("prologue", "cycle")
+        f"recipe.{part}[0].sync.merge.momentum was 0.8 and is 0.5 now, since its default has changed"
+        for part in ("prologue", "cycle")
     ]
 
 

@@ -285,7 +285,7 @@ def test_another_number_of_workers(
 
 def test_a_finished_run_is_not_touched(tmp_path: Path) -> None:
     first = run(settings(tmp_path))
-    assert any("holds a finished run" in problem for problem in validate(settings(tmp_path)))
+    assert any("contains a finished run" in problem for problem in validate(settings(tmp_path)))
     assert json.loads((tmp_path / "result.json").read_text())["weights_digest"] == first["weights_digest"]
 
 
@@ -304,7 +304,7 @@ def test_files_of_a_run_that_are_damaged(
         file.write(b"\xff\xfe\n{")
     kept = (tmp_path / "config.toml").read_text()
     (tmp_path / "config.toml").write_text(kept[: len(kept) // 2] + "[")
-    with pytest.raises(ConfigurationError, match=r"--out .* holds a run whose config\.toml is damaged"):
+    with pytest.raises(ConfigurationError, match=r"--out .* contains a run whose config\.toml is damaged"):
         run(settings(tmp_path))
     (tmp_path / "config.toml").write_text(kept)
     assert run(settings(tmp_path))["weights_digest"] == whole["ab"]

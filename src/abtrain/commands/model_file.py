@@ -149,7 +149,7 @@ def _check(
             shape = MatrixShape(torch.Size(expected))
             held = expected if fits and (len(A), B.shape[1]) == (shape.m, shape.n) else (*A.shape, *B.shape)
         if held != expected:
-            wrong.append(f"has {name} of shape {held}, where the model has {expected}")
+            wrong.append(f"has {name} of shape {held} instead of {expected}")
     if wrong:
         raise CheckpointError(
             f"{path} does not fit the model: it {'; '.join(wrong[:4])}. Load it into a model of the same architecture"

@@ -111,7 +111,7 @@ def stopped_by_signals(kept: str = "") -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         for other in SIGNALS:
-            signal.signal(other, signal.SIG_IGN)  # cleaning up takes a moment and must not be interrupted
+            signal.signal(other, signal.SIG_IGN)  # nothing must interrupt the cleaning up
         raise StoppedError(f"{stopped_message(number)}{kept}")
 
     with handling(stop):

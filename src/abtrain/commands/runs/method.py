@@ -80,7 +80,7 @@ def recipe_differences(there: Any, here: Any, place: str = "recipe") -> list[str
         return [line for n, (one, other) in pairs for line in recipe_differences(one, other, f"{place}[{n}]")]
     if there == here:
         return []
-    return [f"{place} was {reprlib.repr(there)} and is {reprlib.repr(here)} now, by default"]
+    return [f"{place} was {reprlib.repr(there)} and is {reprlib.repr(here)} now, since its default has changed"]
 
 
 def resolved(config: TrainConfig) -> TrainConfig:

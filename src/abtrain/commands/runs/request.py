@@ -37,7 +37,7 @@ FILES = frozenset({REQUEST_FILE, RECORD_FILE})
 
 
 def request_text(config: TrainConfig) -> str:
-    """Returns the content of request.toml: the method's settings, and all others that differ from their defaults."""
+    """Returns the content of request.toml: the method's settings, and other settings that are not the default."""
     whole = dataclasses.replace(resolved(config), device=config.device)
     lines = [f"# resolved by abtrain {__version__}"]
     for line in to_toml(whole).splitlines():

@@ -21,7 +21,7 @@ class Reading:
 
     Attributes:
         loaders: the number of processes that read for one worker; 0 if the worker itself reads.
-        on_bad_image: whether to `stop` at an image that cannot be read, or to `skip` it and take the next one.
+        on_bad_image: whether to `stop` at an image that cannot be read, or to `skip` it and use the next one.
     """
 
     loaders: int = 0

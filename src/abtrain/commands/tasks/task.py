@@ -52,7 +52,7 @@ class Task:
         name: the name of the task on the command line.
         model: builds the model with PyTorch's own initialization.
         find: checks that the data is in the `--data` folder or in its default folder; raises DataError if not.
-        load: reads the data; takes the same argument and raises the same error as `find`.
+        load: reads the data; has the same argument and raises the same error as `find`.
         prepare: converts stored samples to the model's input.
         steps: the default number of steps.
         batch_size: the default number of samples per worker and step.

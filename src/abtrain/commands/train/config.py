@@ -89,7 +89,7 @@ class TrainConfig:
     overwrite: bool = False
     """Replace the run in the folder."""
     resume: bool = True
-    """Resume an unfinished run of the same settings in the folder."""
+    """Resume an unfinished run with the same settings in the folder."""
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0: a checkpoint only when the run is stopped on request."""
     keep: int = 2

@@ -21,7 +21,7 @@ def from_toml(path: Path) -> TrainConfig:
     """Reads settings from a TOML file. Missing settings have their defaults.
 
     Raises:
-        ConfigurationError: the file cannot be read, or has unknown keys or values of a wrong type; lists all of them.
+        ConfigurationError: the file cannot be read or is not TOML, or keys are unknown or have values of a wrong type.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ def from_text(text: str, source: str) -> TrainConfig:
         source: the origin of the string, for messages.
 
     Raises:
-        ConfigurationError: the string is not TOML, or has unknown keys or values of a wrong type; lists all of them.
+        ConfigurationError: the string is not TOML, or keys are unknown or have values of a wrong type.
     """
     try:
         content = tomllib.loads(text)
@@ -55,7 +55,7 @@ def from_values(content: Mapping[str, Any], source: str) -> TrainConfig:
         source: the origin of the table, for messages.
 
     Raises:
-        ConfigurationError: there are unknown keys or values of a wrong type; lists all of them.
+        ConfigurationError: keys are unknown or have values of a wrong type. The error lists all of these keys.
     """
     known = typing.get_type_hints(TrainConfig)
     del known["config"]  # a file cannot name another file

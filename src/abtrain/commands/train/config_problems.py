@@ -130,8 +130,8 @@ def _folder_problems(config: TrainConfig) -> list[str]:
             return []
         if is_regular(out / RESULT_FILE):
             return [
-                f"--out {out} holds a finished run, with its results in {RESULT_FILE}: name another folder for a new "
-                "run, or add --overwrite to replace the finished one"
+                f"--out {out} contains a finished run, with its results in {RESULT_FILE}: name another folder for a "
+                "new run, or add --overwrite to replace the finished one"
             ]
         return [f"--out {out} is not empty: name another folder, or add --overwrite to replace the run in it"]
     except OSError as error:

@@ -105,8 +105,8 @@ def _host_meeting(store: Store, world_size: int, seconds: float) -> Store:
                     welcomed.add(identifier)
         if missing and time.monotonic() > deadline:
             raise PeerLostError(
-                f"rank {', '.join(map(str, sorted(missing)))} of {world_size} did not connect within {seconds:g} s: "
-                "look at the output of these workers, or allow more time with --timeout"
+                f"{len(missing)} of {world_size} workers did not connect within {seconds:g} s (ranks: "
+                f"{', '.join(map(str, sorted(missing)))}): look at their output, or allow more time with --timeout"
             )
         time.sleep(_PAUSE_SECONDS if missing else 0)
     return meeting

@@ -231,7 +231,7 @@ def _is_handled(error: BaseException) -> bool:
 
 def _first_error(failures: list[ProcessFailure]) -> AbtrainError:
     """Returns the error of the worker that failed first. Most of the other failures are consequences of this one."""
-    # A worker that had to be killed long after others had failed did not react: it was frozen or unreachable.
+    # A worker that had to be killed long after the first failure did not react to signals, because it was frozen.
     long_before = min(failure.timestamp for failure in failures) + _SHUTDOWN_SECONDS - 1
     frozen = [f for f in failures if f.exitcode == -signal.SIGKILL and f.timestamp >= long_before]
     rest = [failure for failure in failures if failure not in frozen] or failures

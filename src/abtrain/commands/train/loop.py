@@ -64,7 +64,7 @@ def train(
     model = build_model(task, config.seed, config.init or task.init).to(communicator.device)
     trainer = Trainer(config, model, communicator)
     with contextlib.ExitStack() as stack:
-        # From here on a request takes effect after the first step. The next collective waits for all workers.
+        # From here on a request to stop takes effect after the first step. The next collective waits for all workers.
         stopping = stack.enter_context(Stopping(communicator, store))
         folder, path, resumes = _open_folder(config, communicator, stack, launch)
         recorder = None

@@ -129,7 +129,7 @@ class Recorder:
             self._log("merge", record, {**figures, "workers": len(figures["ranks"])})
 
     def _log(self, kind: Kind, record: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
-        """Adds a line to metrics.jsonl, and sends figures to the trackers."""
+        """Adds `record` to metrics.jsonl, and sends the numbers in `figures` to the trackers."""
         self._never_fatal("metrics.jsonl", self._folder.log, record)
         if self._trackers is not None:
             self._trackers.log(kind, record["step"], figures)
@@ -142,8 +142,8 @@ class Recorder:
     def validated(self, step: int, phase: str, quality: Mapping[str, Any]) -> bool:
         """Records a validation. Returns whether its model is the best so far.
 
-        The best model has the highest top-1 accuracy; for tasks without classes, the lowest loss. A model whose figure
-        is not finite is never the best.
+        The best model has the highest top-1 accuracy; for tasks without classes, the lowest loss. A model for which
+        this number is not finite is never the best.
         """
         found = {"step": step, **quality}
         best = self.validation.get("best")

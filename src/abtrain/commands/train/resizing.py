@@ -36,7 +36,7 @@ def resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> d
     """Returns the state of worker `rank` in a run with another number of workers.
 
     If the states were saved between merges, the new run continues from the last merge, or the phase's start, with equal
-    weights. Each new worker takes the optimizer state of one former worker, and the average of the former workers'
+    weights. Each new worker gets the optimizer state of one former worker, and the average of the former workers'
     compression residuals. The average residual over all workers therefore stays the same.
 
     Args:

@@ -121,7 +121,7 @@ class RunFolder:
             models = [*model_files(MODEL).values(), *(() if step else model_files(BEST_MODEL).values())]
             for name in (RESULT_FILE, OUTCOME_FILE, MODEL_INFO_FILE, *models):
                 (self.path / name).unlink(missing_ok=True)
-            # From here on the folder holds this run, so no file of another run that could be resumed may remain.
+            # From here on the folder belongs to this run, so no file of another run that could be resumed may remain.
             write_whole(self.path / CONFIG_FILE, f"{_mark(self._launch)}{to_toml(self._settings)}")
             write_whole(metrics, "".join(kept))
             handle = open_regular(metrics, os.O_WRONLY | os.O_APPEND)
@@ -172,7 +172,7 @@ class RunFolder:
         )
 
     def _may_resume(self, overwrite: bool) -> bool:
-        """Whether an unfinished run is resumed. With `overwrite`, this holds only if this launch wrote the run."""
+        """Whether an unfinished run is resumed. With `overwrite`, it is resumed only if this launch began it."""
         if not overwrite:
             return True
         mark = _mark(self._launch)
@@ -200,7 +200,7 @@ class RunFolder:
     def _check_outcome(self) -> None:
         # torchrun restarts workers after any exit code.
         if attempt() and (self.path / OUTCOME_FILE).exists():
-            raise StoppedError(f"--out {self.path} holds a run that was stopped on request: run again to resume it")
+            raise StoppedError(f"--out {self.path} contains a run that was stopped on request: run again to resume it")
 
     def _check_entries(self) -> None:
         """Checks that `checkpoints` is a folder and metrics.jsonl is a file, and that neither is a link.
@@ -228,13 +228,13 @@ class RunFolder:
         except (UnicodeError, ConfigurationError) as error:
             why = "; ".join(error.problems) if isinstance(error, ConfigurationError) else f"it is not UTF-8: {error}"
             raise ConfigurationError(
-                f"--out {self.path} holds a run whose config.toml is damaged ({why}): repair the file, name another "
+                f"--out {self.path} contains a run whose config.toml is damaged ({why}): repair the file, name another "
                 "folder, or add --overwrite to replace the run"
             ) from error
         differing = differences(before, identity(self._settings))
         if differing:
             raise ConfigurationError(
-                f"--out {self.path} holds an unfinished run with other settings ({'; '.join(differing)}): use the same "
+                f"--out {self.path} contains an unfinished run with other settings ({'; '.join(differing)}): use its "
                 "settings to resume it, name another folder, or add --overwrite to replace it"
             )
 

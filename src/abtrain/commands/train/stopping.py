@@ -127,7 +127,7 @@ class StopVote:
 
     A worker that receives a request announces it in the store. All workers read the store about once a second. A worker
     that finds a request writes its step and waits until all have done so. All workers then train up to the largest step
-    and stop there. A worker that already waits at a merge cannot vote: then all continue, and stop at the merge.
+    and stop there. A worker that already waits at a merge cannot vote. In this case all workers stop at the merge.
 
     Workers of a group share gradients, so a worker that waits for votes also blocks its group at the next step. All
     workers of a group therefore read the store at the same steps, and the first one to read decides for the group.

@@ -152,7 +152,7 @@ class Trackers:
         self._each(lambda tracker: tracker.finish(_numbers(result)))
 
     def close(self, finished: bool) -> None:
-        """Closes all trackers. `finished` says whether the run has finished, rather than been stopped or failed."""
+        """Closes all trackers. `finished` is False if the run was stopped or failed."""
         self._each(lambda tracker: tracker.close(finished))
 
     def _each(self, call: Callable[[Tracker], None]) -> None:

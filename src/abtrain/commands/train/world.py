@@ -73,7 +73,7 @@ def check_world(variables: Mapping[str, str] = os.environ, at_master: bool = Tru
         at_master: whether MASTER_ADDR and MASTER_PORT must be set if RANK and WORLD_SIZE are.
 
     Raises:
-        WorldError: variables have invalid values; lists all of them.
+        WorldError: at least one variable has an invalid value. The error lists all of these.
     """
     problems = [_count_problem(variables, name, 0, _MAX_COUNT, "unset it") for name in (RESTARTS, ATTEMPT)]
     problems.append(_count_problem(variables, "LOCAL_WORLD_SIZE", 1, _max_local_size(variables), _SET_BY))
