@@ -39,8 +39,8 @@ def main(arguments: Sequence[str]) -> None:
     If a run fails, the results of finished runs remain.
 
     Raises:
-        ConfigurationError: lists everything that is wrong with the arguments or with this system, and all folders that
-            contain runs with other settings. No run has started.
+        ConfigurationError: the arguments are invalid, this system cannot run a lab, or folders contain runs with other
+            settings. The error lists all problems of that kind, and no run has started.
         DataError: results of earlier runs are damaged. No run has started.
         HostFailedError: a run failed.
         LabError: the lab cannot be built.

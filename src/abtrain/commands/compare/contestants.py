@@ -32,7 +32,7 @@ class Contestant:
 
 
 def contestants(texts: Sequence[str], rates: Mapping[str, float], common: Mapping[str, Any]) -> list[Contestant]:
-    """Returns the reference recipes and the requested ones. A recipe that was given twice is listed once.
+    """Returns the reference recipes and the requested ones. A recipe that was requested twice is listed once.
 
     Args:
         texts: the requested recipes as strings, RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE.
@@ -40,7 +40,7 @@ def contestants(texts: Sequence[str], rates: Mapping[str, float], common: Mappin
         common: the settings that all recipes share.
 
     Raises:
-        ConfigurationError: lists everything that is wrong with the recipes or the learning rates.
+        ConfigurationError: recipes or learning rates are invalid. The error lists all problems.
     """
     problems: list[str] = []
     found: list[Contestant] = []

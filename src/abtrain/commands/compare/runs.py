@@ -65,7 +65,7 @@ class ComparisonOutcome:
         top1: the top-1 accuracy in percent; None if the task has none.
         loss: the validation loss in nats; None if it is NaN or infinite.
         seconds: the seconds of the training loop, without the start-up of processes.
-        sync_seconds: the part of `seconds` in which worker 0 waited for others.
+        sync_seconds: the part of `seconds` in which worker 0 waited for other workers.
         payload: the bytes that worker 0 passed to collectives.
         payload_by_phase: the payload in bytes of each phase of the recipe.
         wire_bytes: the mean number of bytes that a host sent, start-up included.
@@ -90,7 +90,7 @@ class ComparisonOutcome:
 
 
 def plan_runs(comparison: Comparison) -> list[ComparisonRun]:
-    """Returns the runs of all recipes with all seeds and link rates. A rate that was given twice counts once.
+    """Returns the runs of all recipes with all seeds and link rates. A rate that was requested twice counts once.
 
     The first seed of each recipe comes first, so that a table of all recipes is available early.
     """

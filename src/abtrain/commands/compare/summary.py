@@ -24,7 +24,7 @@ class ComparisonRow:
         wire_bytes: the bytes that each host sent, start-up included.
         wire_ratio: `wire_bytes` divided by those of ddp in fp32.
         seconds: the seconds of the training loop.
-        sync_seconds: the part of `seconds` in which a worker waited for others.
+        sync_seconds: the part of `seconds` in which worker 0 waited for other workers.
         seconds_ratio: the seconds divided by those of ddp in bf16.
         utilisation: the share of time spent computing: the seconds of `solo`, which trains without communication,
             divided by `seconds`.

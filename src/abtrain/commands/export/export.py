@@ -122,8 +122,8 @@ class _Format(NamedTuple):
 
     Attributes:
         suffix: the end of the file's name.
-        content: returns the content of the file for a run, given some inputs of the model.
-        loaded: loads the model of a run from a file.
+        content: a function that takes a run and inputs for its model, and returns the content of the file.
+        loaded: a function that takes a run and the path of such a file, and returns the model in the file.
     """
 
     suffix: str

@@ -16,7 +16,8 @@ def main(arguments: Sequence[str]) -> None:
     """Runs `abtrain lab`. The lab is always removed at the end, even after an error.
 
     Raises:
-        ConfigurationError: lists everything that is wrong with the arguments or with this system. Nothing was built.
+        ConfigurationError: the arguments are invalid, or this system cannot run a lab. The error lists all problems,
+            and no lab was built.
         HostFailedError: a host failed. The error has the exit code of the host.
         LabError: the lab cannot be built, or the job took longer than its time-out.
         StoppedError: SIGINT, SIGTERM or SIGHUP was received.

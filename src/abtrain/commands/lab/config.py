@@ -66,7 +66,7 @@ def parse_link_rate(text: str) -> int:
 
 
 def config_problems(config: LabConfig) -> list[str]:
-    """Returns a message for each wrong setting; empty if all are valid."""
+    """Returns a message for each invalid setting; empty if all settings are valid."""
     problems = []
     if not 1 <= config.nodes <= MOST_HOSTS:
         problems.append(f"--nodes {config.nodes} is out of range: use 1 to {MOST_HOSTS} hosts")

@@ -76,7 +76,7 @@ class Lab:
         """Removes leftovers of labs whose process has ended, builds this lab, and measures its links.
 
         Raises:
-            ConfigurationError: lists everything that is wrong with the settings or with this system.
+            ConfigurationError: settings are invalid, or this system cannot run a lab. The error lists all problems.
             LabError: the lab cannot be built, or a link does not have its configured rate.
         """
         problems = [*config_problems(self.config), *system_problems()]
@@ -114,7 +114,7 @@ class Lab:
             check: whether to raise the error of a failed job.
 
         Raises:
-            ConfigurationError: lists everything that is wrong with the job.
+            ConfigurationError: the job is invalid. The error lists all problems.
             HostFailedError: a host failed. The commands of all hosts have ended.
             LabError: the job took longer than its time-out. The commands of all hosts have ended.
         """

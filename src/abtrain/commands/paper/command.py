@@ -47,8 +47,8 @@ def main(arguments: Sequence[str]) -> None:
     """Runs `abtrain paper`.
 
     Raises:
-        ConfigurationError: lists everything that is wrong with the arguments, all folders that contain runs with other
-            settings, or the missing runs of a figure.
+        ConfigurationError: the arguments are invalid, folders contain runs with other settings, or runs that a figure
+            shows are missing. The error lists all problems of that kind.
         DataError: the data is not available, or results of earlier runs are damaged.
         AbtrainError: a run failed. Finished runs are kept.
         StoppedError: SIGINT, SIGTERM or SIGHUP was received. Finished runs are kept.

@@ -208,5 +208,5 @@ def _schedule(scale: Scale, method: str, steps: int) -> dict[str, int]:
     if method == LOCAL_SGD:
         warmup, rebound = round(WARMUP_SHARE * steps), max(1, round(REBOUND_SHARE * group))
         return {"every": group, "warmup_steps": warmup, "rebound_steps": rebound}
-    # A tiny run has as many merges as one of the paper's, whatever its length.
+    # A run at tiny scale has the same number of merges as a run of the paper, whatever its length.
     return {"every": group} if method == AB_OUTER and scale.name == "tiny" else {}

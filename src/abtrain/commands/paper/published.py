@@ -150,7 +150,7 @@ GPUS = 4
 EPOCHS = 150
 """The number of epochs in every ImageNet run, according to the authors' configurations."""
 ITERATIONS_4K = 300
-"""The steps of an ImageNet epoch at a global batch of 4,096; twice as many at 2,048 (Section IV.D)."""
+"""The number of steps in an ImageNet epoch at a global batch of 4,096. At 2,048 it is 600 (Section IV.D)."""
 
 
 class PublishedSchedule(NamedTuple):

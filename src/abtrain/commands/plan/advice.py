@@ -81,7 +81,7 @@ class Setting:
         alone: the seconds that one worker takes for its own work, without communication.
         cluster: the nodes, their workers and their links.
         group_size: the number of workers in a group.
-        speeds: the speeds of the workers; None if all are equal.
+        speeds: the speeds of the workers; None if all workers are equally fast.
         algorithm: the algorithm of all-reduces, such as `ring`.
         measure_factors: a function that takes the rank of each weight by name, and returns the seconds that factors
             add. If it is None, the forecast ignores these seconds.

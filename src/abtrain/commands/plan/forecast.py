@@ -142,7 +142,7 @@ def forecast(
         cluster: a cluster with the same number of workers.
         alone: the seconds that each worker takes for its own work, without communication.
         group_size: the number of workers in a group.
-        speeds: the speeds of the workers; by default all are equal.
+        speeds: the speeds of the workers; by default all workers are equally fast.
         algorithm: the algorithm of all-reduces (see `abtrain.commands.plan.collectives`).
     """
     forecaster = _Forecaster(cluster, alone, group_size, speeds or Speeds(cluster.workers), algorithm)

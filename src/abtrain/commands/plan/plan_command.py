@@ -1,4 +1,4 @@
-"""`abtrain plan`: predicts bytes and seconds of recipes on given links, and recommends a recipe."""
+"""`abtrain plan`: predicts the bytes and seconds of recipes on a cluster's links, and recommends a recipe."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def plan(config: PlanConfig, console: Output | None = None) -> None:
     """Prints the recommended recipe, and the forecasts of recipes.
 
     Raises:
-        ConfigurationError: lists everything that is wrong with the settings.
-        DataError: the data of the task is not available, and the measurement of a step needs it.
+        ConfigurationError: settings are invalid. The error lists all problems.
+        DataError: a step is to be measured, and the task's data is not available.
     """
     problems = _problems(config)
     if problems:

@@ -36,7 +36,7 @@ def list_recipes(config: RecipesConfig, console: Output | None = None) -> None:
     If the run is too short for a recipe, the table shows the reason instead of its purpose and phases.
 
     Raises:
-        ConfigurationError: lists everything that is wrong with the settings.
+        ConfigurationError: settings are invalid. The error lists all problems.
     """
     problems = model_problems(config) + topology_problems(config.workers, config.group_size)
     if not problems:

@@ -1,4 +1,4 @@
-"""Provides the tensor shapes of a task's model, or of an assumed model of a given size, for predictions.
+"""Provides the tensor shapes that predictions need, for a task's model or for an assumed model of any size.
 
 Tensors are on PyTorch's meta device: they have shapes and dtypes, but no storage.
 """

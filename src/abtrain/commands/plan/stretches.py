@@ -41,7 +41,7 @@ class Stretch:
         scope: the workers that wait for each other at every step; None if every worker trains alone.
         entry: the collectives before the first step.
         step: the collectives of each step.
-        merges: the merges after some of the steps, each of the whole model or of a part of it.
+        merges: the merges after some of the steps. Each merges the whole model or a part of it.
         exit: the collectives after the last merge.
         averages: the wire format in which gradients are averaged at each step; None if they are not averaged.
         factored: whether weights are factored.
