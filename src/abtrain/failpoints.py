@@ -99,7 +99,7 @@ def check() -> None:
 
 
 def attempt() -> int:
-    """Returns the number of restarts of this run. Raises ConfigurationError if a count is not a whole number."""
+    """Returns how often this run was restarted. Raises ConfigurationError if a variable is not a whole number."""
     held = {name: os.environ.get(name, "0") for name in (RESTARTS, ATTEMPT)}
     wrong = [name for name, text in held.items() if not _is_number(text)]
     if wrong:

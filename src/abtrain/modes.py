@@ -61,7 +61,7 @@ _PROCESS_SETTINGS = (
 
 @contextmanager
 def own_modes() -> Iterator[None]:
-    """Resets autocast, gradient and inference mode, default dtype and device, and more, inside the context."""
+    """Sets autocast, gradient, inference, deterministic and anomaly modes, dtype and device to defaults inside it."""
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))

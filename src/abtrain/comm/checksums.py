@@ -68,7 +68,7 @@ def bytes_of(held: Tensor) -> Any:
 
 
 def _chunks(flat: Tensor) -> Iterator[Tensor]:
-    """Yields a flat byte tensor in pieces on the CPU. Each piece from an accelerator overwrites the one before."""
+    """Yields a flat byte tensor on the CPU, in pieces if it is on an accelerator. A piece overwrites the last one."""
     if flat.device.type == "cpu":
         yield flat
         return

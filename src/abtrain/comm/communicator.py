@@ -1,7 +1,7 @@
 """Defines the interface for communication between workers, and implements it for a single worker.
 
-Everything else in abtrain talks to other workers through a `Communicator`, so the same engine runs on Gloo and NCCL
-(`torch_distributed.py`), on threads of one process (`in_process.py`), and alone (`SingleProcess`, here). Every
+The rest of abtrain communicates only through a `Communicator`, so the same engine runs on Gloo and NCCL
+(`torch_distributed.py`), on threads of one process (`in_process.py`), and on a single worker (`SingleProcess`). Every
 collective is counted in the communicator's `meter`.
 
 A function named `sent_by_...`, next to the code that sends, predicts the bytes from shapes alone, as `Calls`. It also
@@ -49,7 +49,7 @@ class Traffic:
         scope: the ranks that take part.
         nbytes: the payload of one worker, in bytes.
         rounds: the number of successive collectives that share `nbytes` evenly; 3 for PowerSGD's buckets.
-        ready: for `gradients`, the share of the backward pass after which they can be sent.
+        ready: for `gradients`, the share of the backward pass after which the bucket can be sent.
     """
 
     call: Call
@@ -161,7 +161,7 @@ class Communicator:
             scope: the ranks to average over; one rank needs no synchronization.
             find_unused_parameters: whether a backward pass may leave some parameters without a gradient. If not, the
                 next forward pass after it raises UsageError.
-            sync: the synchronization, which contains the wire format of gradients.
+            sync: the settings of synchronization, such as the format in which gradients are sent.
 
         Raises:
             ConfigurationError: the backend does not support this wire format, or the model has SyncBatchNorm layers but

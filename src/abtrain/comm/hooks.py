@@ -54,8 +54,8 @@ class BFloat16(GradientHook):
 class PowerSGD(GradientHook):
     """Sends gradients as factors of rank r, with error feedback (Vogels et al., arXiv 1905.13727; PyTorch's hook).
 
-    The state outlives its DDP wrapper, so errors and warm starts carry over from phase to phase. The state belongs to
-    buckets, so the next wrapper uses `arrivals` to arrange the same buckets.
+    The state outlives its DDP wrapper, so errors and warm starts (the last factors Q) carry over from phase to phase.
+    It belongs to buckets, so the next wrapper uses `arrivals` to arrange the same buckets.
     """
 
     # The hook continues in the backend's threads and sends from there. Two buckets in flight would send in different

@@ -30,7 +30,7 @@ def host_key(rank: int) -> str:
 class Peers:
     """Lets a worker leave a message in the store when it ends early or loses another worker, and read others' messages.
 
-    Only the workers of one run use the store. Each of them may have left its host name there (see `host_key`). No call
+    Only the workers of one run use the store. Each may have stored its host name there (see `host_key`). No call
     raises an error or takes more than a few seconds, even if the store is gone.
     """
 
@@ -46,7 +46,7 @@ class Peers:
         _within(_STORE_SECONDS, lambda: self._read(host_key, self._hosts))
 
     def leave_word(self, error: BaseException) -> None:
-        """Leaves a message in the store that says why this worker ended."""
+        """Leaves a message in the store that explains why this worker ended."""
         text = str(error)
         word = f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"[:_LONGEST_WORD]
         _within(_STORE_SECONDS, lambda: self._store.set(_word_key(self._rank), word))

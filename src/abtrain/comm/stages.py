@@ -83,7 +83,7 @@ class Background(Generic[T]):
         return self._ended
 
     def go_ahead(self, steps: int) -> bool:
-        """Runs the stages of the next `steps` steps now. Returns whether all collectives have started."""
+        """Runs the stages that are due in the next `steps` steps now. Returns whether all collectives have started."""
         last = self._count - 1
         self._run_to(min(stages_due(self._count, self._steps, self._passed + steps), last))
         return self._ended or self._done >= last

@@ -55,7 +55,7 @@ class Topology:
 
 
 def default_group_size(machines: Sequence[int]) -> int:
-    """Returns the default group size: the number of workers on each machine, or 1 if there is only one machine.
+    """Returns the number of workers on each machine; 1 for one machine, or if a machine's ranks are not consecutive.
 
     A single machine as one group would have no other group to average weights with. `machines` lists an
     identifier for the machine of each rank.

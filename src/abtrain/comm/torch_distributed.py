@@ -35,7 +35,7 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 def default_communicator(group_size: int | None = None) -> Communicator:
-    """Returns the communicator that fits how this process was started.
+    """Returns a `TorchCommunicator` if torch.distributed is initialized, and otherwise a `SingleProcess`.
 
     Args:
         group_size: the number of workers in a group, the same on all workers. None: see `default_group_size`.
@@ -63,7 +63,7 @@ class TorchCommunicator(Communicator):
     The constructor is collective, since it creates the groups. All ranks pass the same topology.
 
     Raises:
-        ConfigurationError: torch.distributed is not initialized, or its world has another size than the topology.
+        ConfigurationError: torch.distributed is not initialized, or its world size differs from the topology's.
     """
 
     def __init__(self, topology: Topology) -> None:

@@ -80,7 +80,7 @@ ab_local = preset(
     """Not in the paper: `ab_outer` with plain averages after short rounds, to train transformers from scratch.
 
     Outer momentum helps if workers' changes agree, but early in a transformer's training they do not. Averages after
-    short rounds at 1.8 bits per number send about as many bytes as outer merges after long rounds at more bits.
+    short rounds at 1.8 bits per number send about the same bytes as outer merges after long rounds at more bits.
 
     Takes the options of `ab_outer` except those of the outer optimizer. Its `local_lr` suits four groups and optimizers
     that normalize gradients, such as Adam: see `abtrain.recipes.phase.Phase`.

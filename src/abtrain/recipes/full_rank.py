@@ -49,7 +49,7 @@ def local_sgd(
 ) -> Recipe:
     """Full-rank local training: groups train separately for `every` steps, then their weights are averaged.
 
-    With warm-up and rebound, this is `ab` with full-rank weights. Their comparison shows the effect of low rank.
+    With warm-up and rebound, this is `ab` with full-rank weights. A comparison of both shows the effect of low rank.
     `abtrain recipes local_sgd` lists the options.
     """
     sync = WeightSync(every, merge_rule(merge, temperature), wire, delay, fragments)

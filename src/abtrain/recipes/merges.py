@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
     Attributes:
         buffers: a hash of the worker's buffers (see `abtrain.merging.buffers`); -1 if its weights are not finite.
-        loss: the worker's mean training loss in the round; NaN if it has none, infinite if the loss is not finite.
+        loss: the worker's mean training loss in the round; NaN if it has none, infinity if it is not finite.
     """
 
     buffers: int

@@ -1,4 +1,4 @@
-"""Defines a phase of a recipe: the form of the weights, the trained parameters and the synchronization. No torch."""
+"""Defines a phase of a recipe: form of the weights, trained parameters and synchronization. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Phase:
         trains: which factors are trained: both (`all`), A or B depending on the group (`a_or_b`), A and B in alternate
             rounds (`a_then_b`), or only B (`b`). Parameters that are not factored are always trained.
         sync: how workers are synchronized; None if they are not.
-        damping: the damping used to precondition the factors (see `abtrain.lowrank.precondition`); 0: none are.
+        damping: the damping used to precondition the factors (see `abtrain.lowrank.precondition`); 0 turns it off.
         factor_lr: the number by which preconditioned updates are multiplied.
         local_lr: the number by which the learning rate is multiplied in phases with merges. Gradient noise is
             sqrt(workers) times larger on one worker's batch than on all batches, which shortens the steps of Adam and

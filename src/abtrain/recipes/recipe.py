@@ -79,7 +79,7 @@ class Recipe:
         total_steps: the number of optimizer steps of the whole run.
         prologue: the phases that run once, at the start.
         cycle: the phases that repeat until the end of the run.
-        factoring: the settings of which weights are factored, and how; needed if a phase is factored.
+        factoring: the settings that determine which weights are factored, and how; required if a phase is factored.
         lr_rebound_steps: the number of steps in which the learning rate rises again after parameters change shape.
 
     Raises:

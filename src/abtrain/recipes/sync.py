@@ -64,7 +64,7 @@ class WeightSync:
         if are_numbers and self.delay >= self.every:
             found.append(f"delay={self.delay} is not smaller than every={self.every}: use at most {self.every - 1}")
         if are_numbers and self.fragments > self.every:
-            found.append(f"fragments={self.fragments} do not fit in a round: use at most every={self.every}")
+            found.append(f"fragments={self.fragments} is larger than every={self.every}: use at most {self.every}")
         if isinstance(self.merge, MergeRule):
             found += self.merge.problems()
         else:

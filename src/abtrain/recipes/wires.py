@@ -1,7 +1,7 @@
 """Parses the names of wire formats, in which the tensors of a merge are encoded and sent. Imports no torch.
 
-A class in `abtrain.merging.wires` implements each wire format. Its name is defined only here: a new format needs a
-class, and a line in `FORMS`.
+A class in `abtrain.merging.wires` implements each wire format. The format's name is defined only here: a new format
+needs a class, and a line in `FORMS`.
 """
 
 from __future__ import annotations

@@ -375,7 +375,7 @@ def test_only_the_factor_whose_turn_it_is_travels() -> None:
         (WeightSync(10, delay=10), "delay=10 is not smaller than every=10"),
         (WeightSync(10, delay=-1), "delay=-1 is too small"),
         (WeightSync(10, fragments=0), "fragments=0 is too small"),
-        (WeightSync(10, fragments=11), "fragments=11 do not fit in a round: use at most every=10"),
+        (WeightSync(10, fragments=11), "fragments=11 is larger than every=10: use at most 10"),
         (WeightSync(10, Outer(0.7, 1.0)), "outer_momentum=1.0 is out of range"),
         (WeightSync(10, Outer(0.7, -0.1)), "outer_momentum=-0.1 is out of range"),
         (WeightSync(10, Weighted(0.0)), "temperature=0.0 is not a finite number above 0"),
