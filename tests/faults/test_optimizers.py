@@ -122,7 +122,7 @@ def test_optimizers_may_step_after_backward_passes_of_their_own() -> None:
     [
         (lambda model: [], "the list of optimizers is empty"),
         (lambda model: [sgd(model.parameters()), 3], "holds a int, not a torch.optim.Optimizer"),
-        (lambda model: 2 * [sgd(model.parameters())], "has one optimizer twice"),
+        (lambda model: 2 * [sgd(model.parameters())], "contains the same optimizer twice"),
         (
             lambda model: [sgd(model.parameters()), sgd([model[0].bias])],
             "two optimizers have the same parameters: 0.bias",
@@ -211,7 +211,7 @@ def test_weights_changed_without_a_step_are_reported_at_the_first_step() -> None
     x, y = batch("mlp", 0, 0)
     F.cross_entropy(ab(x), y).backward()
     optimizer.update()
-    with pytest.raises(UsageError, match=r"0\.weight has changed, but no step of Silent was seen"):
+    with pytest.raises(UsageError, match=r"0\.weight changed, but abtrain saw no call to step\(\) of Silent"):
         ab.step()
 
 
@@ -595,5 +595,5 @@ def test_a_run_left_during_a_round_is_reported(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.WARNING, "abtrain"):
         progress.warn()
     told_of = [record.message for record in caplog.records]
-    assert any("ends at step 5, within a round of phase 'local'" in message for message in told_of)
+    assert any("ends at step 5, between merges of phase 'local'" in message for message in told_of)
     assert not any("ends at step 6" in message for message in told_of)

@@ -247,13 +247,13 @@ def test_shared_gradients_that_are_not_finite_are_named_with_the_rank_that_broug
         optimizer.step()
 
     other, whose = (str(error) for error in told(2, work))
-    assert "at step 0 (net.0.weight, net.0.bias, net.2.weight, net.2.bias and 5 more), brought by a worker" in other
-    assert "brought by rank 1 (it holds NaN or infinity in buffer norm.running_var)" in whose
+    assert "at step 0 (net.0.weight, net.0.bias, net.2.weight, net.2.bias and 5 more), produced by a worker" in other
+    assert "produced by rank 1 (which has NaN or infinity in buffer norm.running_var)" in whose
 
 
 def test_on_gloo_the_rank_is_reported_too() -> None:
     other, whose = run_gloo(2, gradients_break)
-    assert "brought by a worker other than rank 0" in other and "brought by rank 1" in whose
+    assert "produced by a worker other than rank 0" in other and "produced by rank 1" in whose
 
 
 def gradients_break(comm: Communicator) -> str:

@@ -312,9 +312,9 @@ def taken_out(loop: Loop) -> None:
     [
         (stranger, r"1 parameters that the model did not have .*shapes \(2, 3\)\), so workers would not share them"),
         (registered_later, r"1 parameters that the model did not have .*shapes \(2, 3\)\)"),
-        (thawed, "were frozen when ABTraining was built, so workers do not share them: 0.bias"),
+        (thawed, "were unfrozen after ABTraining was built, so workers do not share them: 0.bias"),
         (taken_out, "parameters that workers share are no longer in the optimizer: 4.bias"),
-        (frozen_later, "are frozen now that were trained when ABTraining was built: 2.bias"),
+        (frozen_later, "were frozen after ABTraining was built: 2.bias"),
         (pruned, "the model no longer has these parameters: 2.bias. Pruning, weight norm"),
         (parametrized, "the model no longer has these parameters: 4.bias"),
         (set_again, "the model no longer has these parameters: 2.bias"),
@@ -519,7 +519,7 @@ def test_trained_parameters_that_the_optimizer_does_not_hold(recipe: str) -> Non
     for error in told(2, work):
         assert isinstance(error, ConfigurationError)
         assert (
-            "none of the given optimizers has these parameters, which require gradients: 0.bias, 2.bias, 4.bias"
+            "these parameters require gradients, but are in no optimizer: 0.bias, 2.bias, 4.bias"
             in str(error)
         )
 

@@ -88,10 +88,10 @@ class ABTraining(ModelAccess):
         measure_divergence: whether to measure at each merge how far workers have diverged; sends 2 numbers per layer.
 
     Attributes:
-        module: the model in training.
-        optimizers: the given optimizers; `optimizer` is the first of them.
-        recipe: the given recipe.
-        communicator: the given communicator, or the default.
+        module: the model that is trained.
+        optimizers: the optimizers that were passed in; `optimizer` is the first of them.
+        recipe: the recipe that the run follows.
+        communicator: the communicator that was passed in, or the default one.
 
     Raises:
         ConfigurationError: the arguments are invalid; the message lists all problems.
@@ -166,7 +166,7 @@ class ABTraining(ModelAccess):
     def require_backward_grad_sync(self, value: bool) -> None:
         raise UsageError(
             f"require_backward_grad_sync = {value} has no effect on ABTraining: accumulate gradients under "
-            "`with ab.no_sync():`, which covers forward and backward pass"
+            "`with ab.no_sync():`, with forward and backward pass inside it"
         )
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -228,7 +228,7 @@ class ABTraining(ModelAccess):
         """Returns the state that `load_state_dict` needs to continue the run: tensors and JSON values by name.
 
         Each worker has a state of its own. Between merges, the states of workers differ, even within a group. The
-        tensors are those in training: save or copy them before the next step. The state contains neither gradients
+        tensors are live, not copies: save or copy them before the next step. The state contains neither gradients
         nor the loop's scheduler, sampler and random generators. The call sends no messages.
 
         Raises:

@@ -24,7 +24,7 @@ log = logging.getLogger("abtrain")
 def begin(shared: SharedTensors, recipe: Recipe, comm: Communicator, **options: object) -> None:
     """Compares the settings of all workers, and gives all workers the same initial values. Collective over the world.
 
-    The further `options` must be equal on all workers, too.
+    The keyword arguments in `options` must be equal on all workers, too.
 
     Raises:
         RanksDisagreeError: settings differ; all workers raise it, and the message names the setting and the workers.
@@ -59,7 +59,7 @@ def begin(shared: SharedTensors, recipe: Recipe, comm: Communicator, **options: 
 
 
 def _announce(text: str) -> None:
-    """Logs a line for every user. Prints the line to stderr instead if the program has not set up logging."""
+    """Logs a line that every user should see. Prints it to stderr instead if the program has not set up logging."""
     if log.hasHandlers() or logging.root.manager.disable >= logging.INFO:
         log.info(text)
     else:

@@ -53,21 +53,21 @@ class CallOrder:
             raise UsageError(
                 "optimizer.step() was called without an ab(...) call before it: call ab(x) in place of model(x)"
                 if self._hooks.stepped
-                else "ab(...) was not called since the last ab.step(): call it before each optimizer step, equally "
-                "often on every worker, and use ab.merged() to look at the workers' average"
+                else "ab(...) was not called since the last ab.step(): call it before each optimizer step, the same "
+                "number of times on every worker, and validate the average model in `with ab.merged():`"
             )
         progress.refuse_in_view("ab.step()")
         self._forwards = 0
 
     def save(self) -> None:
-        """Raises UsageError if a step is incomplete or the run was closed, so that no state can be saved."""
+        """Raises UsageError if no state can be saved: within a step, after `close`, or inside `ABTraining.merged`."""
         self._progress.check_open()
         if self._hooks.stepped:
             raise UsageError("the state between optimizer.step() and ab.step() cannot be saved: call ab.step() first")
         self._progress.refuse_in_view("ab.state_dict()")
 
     def load(self) -> None:
-        """Forgets earlier forward passes, since a state is loaded. Raises UsageError if none can be loaded now."""
+        """Resets the count of forward passes. Raises UsageError after `close`, or inside `ABTraining.merged`."""
         self._progress.check_open()
         self._progress.refuse_in_view("ab.load_state_dict()")
         self._forwards = 0

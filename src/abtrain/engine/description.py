@@ -29,7 +29,7 @@ class Description:
 
     @property
     def parameters(self) -> dict[Kind, int]:
-        """The number of elements of each kind. The numbers add up to the size of the model."""
+        """The number of elements in all parameters of each kind. The sum of these numbers is the size of the model."""
         counts: Counter[Kind] = Counter({"factored": 0, "averaged": 0, "frozen": 0})
         for treatment in self.treatments:
             counts[treatment.kind] += treatment.numel

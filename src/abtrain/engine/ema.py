@@ -32,7 +32,7 @@ class EMA:
     @in_own_modes
     def __init__(self, source: Callable[[], Mapping[str, Tensor]], decay: float) -> None:
         if not 0 <= decay < 1:
-            raise ConfigurationError(f"decay={decay} is out of range: 0 <= decay < 1, such as 0.999")
+            raise ConfigurationError(f"decay={decay} is out of range: use 0 <= decay < 1, such as 0.999")
         self.decay = decay
         self._source = source
         state = source()
@@ -75,7 +75,7 @@ class EMA:
         different = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
         if different:
             raise CheckpointError(
-                f"the average belongs to another model. Tensors have other shapes, or are missing on one side: "
+                f"the saved average belongs to another model. Tensors have other shapes, or only one model has them: "
                 f"{told_names(different)}. Load what EMA.state_dict() returned for the same model"
             )
         for name, tensor in self._average.items():

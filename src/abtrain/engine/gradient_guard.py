@@ -27,12 +27,12 @@ class GradientGuard:
     Workers that share gradients have equal ones. They therefore skip the same steps without communication.
 
     Args:
-        policy: the reaction to gradients that are not finite. `skip` skips the step. Under other policies, gradients
-            that all workers share raise an error. The effects of other gradients are found by the next merge.
+        policy: the reaction to gradients that are not finite. `skip` skips the step. Under other policies, an
+            error is raised if all workers share the gradients. Otherwise the next merge finds NaN and infinity.
 
     Attributes:
         skipped: the indexes of the skipped steps.
-        whose: a function that returns the end of an error message: the worker that NaN or infinity came from.
+        whose: a function that returns the end of an error message: the worker that produced NaN or infinity.
     """
 
     def __init__(self, model: FactoredModel, policy: OnNonFinite, progress: Progress) -> None:
@@ -51,7 +51,7 @@ class GradientGuard:
             in_closure: whether the closure of an optimizer step computed these gradients.
 
         Raises:
-            NonFiniteError: gradients that all workers share are not finite, without `skip`; or it skipped 50 in a row.
+            NonFiniteError: gradients that all workers share are not finite, without `skip`; or 50 steps were skipped.
         """
         step, shared = self._progress.steps_done, self._progress.shares_gradients
         skips = self._policy == "skip"
@@ -81,25 +81,25 @@ class GradientGuard:
         self.skipped.append(step)
         if self.skipped[-_MOST_IN_A_ROW:] == list(range(step - _MOST_IN_A_ROW + 1, step + 1)):
             raise NonFiniteError(
-                f"the gradients of each of the last {_MOST_IN_A_ROW} steps, up to step {step}, held NaN or infinity: "
+                f"the gradients of each of the last {_MOST_IN_A_ROW} steps, up to step {step}, had NaN or infinity: "
                 "training has diverged. Lower the learning rate, or continue from an earlier checkpoint"
             )
         if len(self.skipped) == 1 and (not shared or self._progress.comm.rank == 0):
-            remedy = "If many are (ab.skipped_steps), lower the learning rate or clip gradients"
+            remedy = "If this repeats (see ab.skipped_steps), lower the learning rate or clip gradients"
             log.warning("step %d is skipped: its gradients are not finite. %s", step, remedy)
 
     def _without_own(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """Returns the parameters that workers share. Under `skip`, removes gradients of others if not finite."""
+        """Returns the parameters that workers share. Under `skip`, removes other gradients if not all are finite."""
         own = {id(parameter) for name, parameter in self._model.parameters().items() if name in self._own}
         alone = [p for p in parameters if id(p) in own]
         if self._policy == "skip" and not _finite(alone):
-            log.warning("this worker's own gradients are not finite: the step leaves their parameters unchanged")
+            log.warning("parameters that only this worker has keep their values in this step: gradients are not finite")
             for parameter in alone:
                 parameter.grad = None
         return [p for p in parameters if id(p) not in own]
 
     def _where(self, parameters: Sequence[nn.Parameter]) -> str:
-        """Returns, for a message, the parameters whose gradients are not finite, and the worker with the cause."""
+        """Returns, for a message, the parameters whose gradients are not finite, and the worker that caused this."""
         broken = {id(p) for p in parameters if not _finite([p])}
         names = told_names([name for name, parameter in self._model.parameters().items() if id(parameter) in broken])
         return f" ({names}){self.whose()}" if names else self.whose()

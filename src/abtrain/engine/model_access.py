@@ -1,4 +1,4 @@
-"""Defines the part of ABTraining that gives access to the model in training and to the records of the run."""
+"""Defines the part of ABTraining that gives access to the model and to the records of the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from abtrain.recipes.recipe import Position
 
 
 class ModelAccess:
-    """Gives access to the model in training, as dense, factored or averaged weights, and to the records of the run."""
+    """Gives access to the trained model, as dense, factored or averaged weights, and to the records of the run."""
 
     module: nn.Module
     _progress: Progress
@@ -58,7 +58,7 @@ class ModelAccess:
 
     @property
     def rank_history(self) -> list[dict[str, Any]]:
-        """One entry for each time that weights were factored: step, rank k by weight, and why others stay dense."""
+        """One entry for each time that weights were factored: step, rank k by weight, and why some stay dense."""
         return self._phases.rank_history
 
     @property
@@ -76,13 +76,13 @@ class ModelAccess:
         """One entry per merge that ended in the last `step`; empty after other steps.
 
         `step`: the number of steps done when it began. `dropped`: the ranks that were left out. `losses`: by rank, the
-        mean loss since the last merge; NaN if `step` got none. `seconds`: how long it kept this worker from training.
-        `wait_seconds`: how long this worker waited until all had arrived.
+        mean loss since the last merge; NaN if `step` got none. `seconds`: how long the merge interrupted training here.
+        `wait_seconds`: how long this worker waited for the slowest worker.
         """
         return self._rounds.ended
 
     def progress(self) -> str:
-        """Returns one line on the run: steps done and to go, the phase, and the bytes that this worker has sent."""
+        """Returns one line about the run: steps done and remaining, the phase, and the bytes sent by this worker."""
         done, total = self.steps_done, self._progress.recipe.total_steps
         phase = self.position.phase.name if self.position else "ended"
         sent = self._progress.comm.meter.payload()["total"] / 1e6
@@ -168,14 +168,14 @@ class ModelAccess:
 
     @in_own_modes
     def load_dense_state_dict(self, state: Mapping[str, Tensor], *, cut: bool = False) -> None:
-        """Loads a dense state dict into the model in training. Sends no messages.
+        """Loads a dense state dict into the model. Training can continue. Sends no messages.
 
         Factored weights keep their ranks. Factors stay unchanged if their product equals the loaded weight, or equalled
         it before the last load. Otherwise, new factors represent the loaded weight in the basis of the current ones.
 
         Args:
             state: a result of `dense_state_dict` of the same model, equal on all workers.
-            cut: whether a weight of higher rank is reduced to the rank of its factors, with any loss of accuracy.
+            cut: whether to reduce a weight of higher rank to the rank of its factors, whatever accuracy is lost.
 
         Raises:
             RuntimeError: names or shapes differ, or the reduction of a weight to its rank would lose more than rounding

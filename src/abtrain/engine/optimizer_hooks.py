@@ -83,15 +83,15 @@ class OptimizerHooks:
         """Ends a training step, which a gradient scaler may have skipped.
 
         Raises:
-            UsageError: weights have changed without a step of a known optimizer.
+            UsageError: a weight has changed, but the hooks have seen no optimizer step.
         """
         changed = "" if self._stepped else self._changed_unseen()
         if changed:
             kinds = ", ".join(type(optimizer).__name__ for optimizer in self._model.optimizers.given)
             raise UsageError(
-                f"{changed} has changed, but no step of {kinds} was seen: abtrain hooks into step() of the optimizers "
-                "that it was given, and of those inside them. Change weights only by these optimizers, and initialize "
-                "weights before ABTraining is built"
+                f"weight {changed} changed, but abtrain saw no call to step() of {kinds}. Change weights only through "
+                "optimizers that were passed to ABTraining or that these wrap, and initialize weights before building "
+                "ABTraining"
             )
         if self._stepped:
             self._before_any, self._unseen = None, 0
@@ -100,7 +100,7 @@ class OptimizerHooks:
         self.rebound.advance()
 
     def _changed_unseen(self) -> str:
-        """Returns the name of a weight that changed without a step of a known optimizer; empty if there is none.
+        """Returns the name of a weight that changed although no optimizer step was seen; empty if there is none.
 
         After an optimizer's first step, one such change is allowed, but not two in consecutive steps. The loop may have
         made it, for example by weight clipping in a step that a gradient scaler skips.
@@ -118,7 +118,7 @@ class OptimizerHooks:
         return {name: parameter._version for name, parameter in self._model.parameters().items()}
 
     def watch(self) -> None:
-        """Stores samples of the weights after merges and phase changes, to notice changes without an optimizer."""
+        """Stores samples of the weights after merges and phase changes, to detect changes without an optimizer."""
         if self._before_any is not None:
             self._before_any = self._sample()
 
@@ -147,7 +147,7 @@ class OptimizerHooks:
         self._before_any = None
 
     def _sample(self) -> dict[str, Tensor]:
-        """Returns a copy of one row of each optimized parameter, by name. One row is enough to notice a step."""
+        """Returns a copy of one row of each optimized parameter, by name. One row is enough to detect a step."""
         held = {id(parameter) for parameter in self._model.optimizers.parameters()}
         rows = {name: p.detach() for name, p in self._model.parameters().items() if id(p) in held and p.numel()}
         return {name: row[(0,) * max(row.ndim - 1, 0)].clone() for name, row in rows.items()}
@@ -195,7 +195,7 @@ class OptimizerHooks:
             )
 
     def _checked(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Returns a closure that calls the given one, and then checks the gradients."""
+        """Returns a closure that calls `closure`, checks the gradients, and returns the loss."""
 
         def look() -> Any:
             loss = closure()
@@ -231,7 +231,7 @@ def rewound(state: Mapping[str, Any], step: int, back: int, in_phase: int) -> di
     Args:
         state: the engine state.
         step: the number of training steps done when that round began.
-        back: the number of training steps from there to the state.
+        back: the number of training steps between the start of that round and the state.
         in_phase: the number of steps of the phase done when that round began.
     """
     return {

@@ -37,7 +37,7 @@ _NOT_MOVED = "outside its state, so they undo merges: keep them in optimizer.sta
 
 def form_problems(optimizer: object) -> list[str]:
     """Returns a message, in a list, if an object is neither an optimizer nor a list of optimizers."""
-    remedy = "give a torch.optim.Optimizer, or a list of them with parameters of their own"
+    remedy = "pass a torch.optim.Optimizer, or a list of optimizers that share no parameters"
     if isinstance(optimizer, Optimizer):
         return []
     if not isinstance(optimizer, Sequence) or isinstance(optimizer, str):
@@ -46,9 +46,9 @@ def form_problems(optimizer: object) -> list[str]:
         return [f"the list of optimizers is empty: {remedy}"]
     odd = [type(one).__name__ for one in optimizer if not isinstance(one, Optimizer)]
     if odd:
-        return [f"the list of optimizers holds a {odd[0]}, not a torch.optim.Optimizer: {remedy}"]
+        return [f"the list of optimizers has a {odd[0]}, not a torch.optim.Optimizer: {remedy}"]
     if len(set(map(id, optimizer))) < len(optimizer):
-        return [f"the list has one optimizer twice: {remedy}"]
+        return [f"the list contains the same optimizer twice: {remedy}"]
     return []
 
 
@@ -59,20 +59,20 @@ def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe)
         evidence = communicates(optimizer)
         if evidence:
             problems.append(
-                f"{type(optimizer).__name__} communicates with other workers itself ({evidence}), but abtrain does so: "
-                "give a single-process optimizer, such as the one inside it, or turn its distributed options off"
+                f"{type(optimizer).__name__} communicates with other workers itself ({evidence}), as abtrain does: "
+                "pass an optimizer that does not, such as the one that it wraps, or turn its distributed options off"
             )
     scales_rates = recipe.lr_rebound_steps > 0 or any(phase.local_lr != 1 for phase in recipe.phases)
     for optimizer in optimizers.acting:
         kind = type(optimizer).__name__
         if not announces_steps(optimizer):
             problems.append(
-                f"{kind} does not call Optimizer.__init__, so its steps cannot be seen: call it in "
-                f"{kind}.__init__, or give the optimizer inside it"
+                f"{kind} does not call Optimizer.__init__, so abtrain cannot see its steps: call it in "
+                f"{kind}.__init__, or pass the optimizer that {kind} wraps"
             )
         if scales_rates and any("lr" not in group for group in optimizer.param_groups):
             problems.append(
-                f"a param group of {kind} has no 'lr', but recipe {recipe.name!r} scales it: use another optimizer, "
+                f"a param group of {kind} has no 'lr', which recipe {recipe.name!r} scales: use another optimizer, "
                 "or a recipe without local_lr and LR rebound"
             )
     problems += [problem for optimizer in optimizers.all for problem in _saving_problems(optimizer)]
@@ -171,34 +171,34 @@ def _copies_outside_state(optimizer: Optimizer, consequence: str) -> list[str]:
 
 
 def _not_projectable(optimizers: Optimizers, recipe: Recipe, policy: OptimizerState) -> str:
-    """Returns the optimizers whose state cannot be converted to factors; empty if the recipe has another policy."""
+    """Returns the classes of optimizers whose state cannot be converted; empty if the recipe has another policy."""
     if recipe.factoring is None or recipe.factoring.optimizer_state != policy:
         return ""
     return ", ".join(dict.fromkeys(type(one).__name__ for one in optimizers.acting if not is_a(one, PROJECTABLE)))
 
 
 def _held_problems(model: nn.Module, optimizers: Optimizers) -> list[str]:
-    """Returns a message for each broken rule: each trained parameter is in one optimizer, and no other tensor is."""
+    """Returns a message for each violated rule: optimizers have each trained parameter once, and no other tensor."""
     held = optimizers.parameters()
     known = {id(parameter): name for name, parameter in model.named_parameters()}
     problems = []
     strangers = [str(tuple(parameter.shape)) for parameter in held if id(parameter) not in known]
     if strangers:
         problems.append(
-            f"the optimizer holds {len(strangers)} parameters that the model does not have "
+            f"the optimizer has {len(strangers)} parameters that the model does not have "
             f"(shapes {told_names(strangers)}): build it from this model's parameters()"
         )
     held_ids = set(map(id, held))
     idle = [name for name, p in trained_parameters(model).items() if id(p) not in held_ids]
     if idle:
         problems.append(
-            f"none of the given optimizers has these parameters, which require gradients: {told_names(idle)}. Give all "
-            "optimizers, as a list, and freeze parameters that are not trained (requires_grad_(False))"
+            f"these parameters require gradients, but are in no optimizer: {told_names(idle)}. Pass all optimizers, as "
+            "a list, and freeze the parameters that are not to be trained (requires_grad_(False))"
         )
     holders = Counter(key for optimizer in optimizers.given for key in set(map(id, parameters_of(optimizer))))
     twice = sorted(known.get(key, "a parameter") for key, count in holders.items() if count > 1)
     if twice:
-        problems.append(f"two optimizers have the same parameters: {told_names(twice)}. Give each parameter to one")
+        problems.append(f"two optimizers have the same parameters: {told_names(twice)}. Keep each in one only")
     return problems
 
 
@@ -225,7 +225,7 @@ def _factoring_problems(optimizers: Optimizers, recipe: Recipe) -> list[str]:
         odd = _state_from_start(optimizer)
         if odd:
             problems.append(
-                f"{type(optimizer).__name__} creates {odd!r} in its state only when it is built, so factors lack it: "
+                f"{type(optimizer).__name__} creates {odd!r} in its state only when it is built, so factors have none: "
                 f"{_WITHOUT_FACTORS}"
             )
     unknown = _not_projectable(optimizers, recipe, "project")

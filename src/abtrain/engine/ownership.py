@@ -40,8 +40,8 @@ class Ownership:
         thawed = [name for name, p in self._frozen.items() if p.requires_grad and id(p) in held]
         if thawed:
             raise UsageError(
-                "parameters are trained now that were frozen when ABTraining was built, so workers do not share them: "
-                f"{told_names(thawed)}. Unfreeze all parameters that are to be trained before ABTraining is built"
+                "these parameters were unfrozen after ABTraining was built, so workers do not share them: "
+                f"{told_names(thawed)}. Unfreeze all parameters that are to be trained before building ABTraining"
             )
         modules = [id(module) for module in self._model.model.modules()]
         if modules != self._modules:
@@ -64,7 +64,7 @@ class Ownership:
         added = [name for name, p in now.items() if p.requires_grad and id(p) not in known]
         if added:
             raise UsageError(
-                "parameters were added to the model after ABTraining was built, and are in no optimizer: "
+                "these parameters were added to the model after ABTraining was built, and are in no optimizer: "
                 f"{told_names(added)}. Add all parameters to the model and its optimizer first, then build ABTraining"
             )
 
@@ -104,8 +104,8 @@ class Ownership:
         stepped = [name for name, p in frozen.items() if self._model.optimizers.steps(p) is optimizer]
         if stepped:
             raise UsageError(
-                f"parameters are frozen now that were trained when ABTraining was built: {told_names(stepped)}. Freeze "
-                "parameters before ABTraining is built, or set their learning rate to 0"
+                f"these parameters were frozen after ABTraining was built: {told_names(stepped)}. Freeze parameters "
+                "before building ABTraining, or set their learning rate to 0 instead"
             )
 
 

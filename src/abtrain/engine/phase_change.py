@@ -31,13 +31,13 @@ log = logging.getLogger("abtrain")
 class PhaseChange:
     """Brings model, optimizer and wrapper into the form that a phase of a recipe requires.
 
-    If weights become dense or factored, converts the momentum and residuals of merges, and lets learning rates ramp up.
+    If weights become dense or factored, converts the momentum and residuals of merges, and starts the LR rebound.
 
     Attributes:
         parallel: the wrapper for forward passes, which averages gradients over the scope of the phase.
         rank_history: one entry for each time that weights were factored; see `ABTraining.rank_history`.
         dense_this_cycle: for each weight that could be factored but is dense now, the reason, by name.
-        seconds: the seconds spent on singular value decompositions, under the key `svd`, without waiting for workers.
+        seconds: the seconds spent on singular value decompositions (`svd`), without the time of waiting for workers.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class PhaseChange:
         self._rounds.shared.copies.renew()
 
     def _check(self, position: Position) -> None:
-        """Compares layouts and settings of all workers. If layouts differ, DDP adds up unrelated elements, or hangs."""
+        """Compares layouts and settings of all workers. If layouts differ, DDP would add unrelated elements or hang."""
         if position.phase.sync is not None:
             where = f"step {position.step}, phase {position.phase.name}"
             check_phase(self._comm, self._model, where, self._rounds.shared.compared_settings(position.phase))
 
     def _make_equal(self, restored: Sequence[str]) -> None:
-        """Makes tensors bitwise equal that workers have computed separately, by taking rank 0's values."""
+        """Gives all workers rank 0's restored weights and momentum, since rounding may differ between workers."""
         dense = [name for name in restored if name not in self._model.records]
         weights = {name: self._model.model.get_parameter(name).data for name in dense}
         momentum = {f"momentum of {name}": tensor for name, tensor in self._rounds.merger.momentum.items()}
@@ -95,7 +95,7 @@ class PhaseChange:
             log.info("%d tensors differed between workers by rounding: all now use rank 0's values", len(differed))
 
     def train(self, position: Position) -> None:
-        """Unfreezes the parameters that the phase trains at this position, and averages their gradients."""
+        """Unfreezes the parameters that the phase trains at this position, and wraps the model to average gradients."""
         self.unwrap()
         phase = position.phase
         if phase.weights == "factored":
@@ -135,11 +135,11 @@ class PhaseChange:
         """Returns the end of an error message: the worker whose gradients are not finite."""
         rank = self._comm.rank
         if not self.parallel.spoiled():
-            return f", brought by a worker other than rank {rank}"
+            return f", produced by a worker other than rank {rank}"
         shared = self._rounds.shared
         held = shared.replicated() | {f"buffer {name}": buffer for name, buffer in shared.buffers().items()}
         broken = told_names([name for name, tensor in held.items() if not is_finite(tensor)])
-        return f", brought by rank {rank}{f' (it holds NaN or infinity in {broken})' if broken else ''}"
+        return f", produced by rank {rank}{f' (which has NaN or infinity in {broken})' if broken else ''}"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns `rank_history`, `dense_this_cycle`, `seconds`, and the order in which gradients become ready."""

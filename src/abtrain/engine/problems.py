@@ -44,7 +44,7 @@ def checked(
     if on_nonfinite not in get_args(OnNonFinite):
         problems.append(f"on_nonfinite={on_nonfinite!r} is unknown: use {', '.join(get_args(OnNonFinite))}")
     if communicator is not None and group_size is not None:
-        problems.append("communicator and group_size are both given, but a communicator has a group size: give one")
+        problems.append("communicator and group_size exclude each other, as a communicator has a group size: pass one")
     if isinstance(model, nn.Module):
         problems += _buffer_problems(model, average_buffers) + _ignored_problems(model)
     if problems:
@@ -85,7 +85,7 @@ def _tensor_problems(model: nn.Module) -> list[str]:
     if len(devices) > 1:
         return [f"the model is on several devices ({', '.join(devices)}): move it to one"]
     if any(isinstance(module, Factored) for module in model.modules()):
-        return ["the model holds the factors of another run: call close() on that run's ABTraining first"]
+        return ["the model has the factors of another run: call close() on that run's ABTraining first"]
     wrapped = [f"{name} ({type(t.data).__name__})" for name, t in tensors.items() if _is_wrapped(t)]
     if wrapped:
         return [
@@ -137,7 +137,7 @@ def _is_wrapped(tensor: Tensor) -> bool:
 
 def _buffer_problems(model: nn.Module, average_buffers: Sequence[str]) -> list[str]:
     if isinstance(average_buffers, str):
-        return [f"average_buffers={average_buffers!r} is a string: give a list of globs, such as [{average_buffers!r}]"]
+        return [f"average_buffers={average_buffers!r} is a string: pass a list of globs, such as [{average_buffers!r}]"]
     unmatched = _unmatched(average_buffers, [name for name, _ in model.named_buffers()], "buffer")
     return [f"average_buffers: {problem}" for problem in unmatched]
 
@@ -189,7 +189,7 @@ def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
     doubts, topology = [], comm.topology
     if topology.n_groups == 1 and any(phase.trains == "a_or_b" for phase in recipe.phases):
         doubts.append(
-            "the only group of workers trains the factors A and B in turn: use a smaller group_size, or ab_outer"
+            "the only group trains the factors A and B in turn: to train both, use a smaller group_size, or ab_outer"
         )
     if topology.n_groups == 1 and topology.world_size > 1 and any(phase.rounds for phase in recipe.phases):
         doubts.append(

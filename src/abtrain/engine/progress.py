@@ -64,15 +64,15 @@ class Progress:
 
     @property
     def within_round(self) -> str:
-        """A warning of rank 0 if workers have different models that were not saved at this step; otherwise empty."""
+        """A warning, on rank 0 only, if workers have different models that are not saved; otherwise empty."""
         position = self.position
         if self.comm.rank or self.alone or self.workers_equal or position is None or not self.in_rounds:
             return ""
         if self._saved_step == self.steps_done:
             return ""
         return (
-            f"the run ends at step {self.steps_done}, within a round of phase {position.phase.name!r}: each worker has "
-            "a different model. Save the model of `with ab.merged() as model`, or ab.state_dict() to continue later"
+            f"the run ends at step {self.steps_done}, between merges of phase {position.phase.name!r}: each worker has "
+            "a different model. Save the average in `with ab.merged() as model:`, or ab.state_dict() to continue later"
         )
 
     def advance(self) -> Position | None:
@@ -85,8 +85,8 @@ class Progress:
         """Raises UsageError inside `ABTraining.merged`, since the end of its block would undo the action."""
         if self.shows_average:
             raise UsageError(
-                f"{action} inside `with ab.merged():`, where the model holds the average of the workers temporarily: "
-                "leave the block first"
+                f"{action} is not allowed inside `with ab.merged():`, where the model temporarily has the average "
+                "weights of all workers: leave the block first"
             )
 
     def check_open(self) -> None:

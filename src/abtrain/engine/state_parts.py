@@ -66,7 +66,7 @@ class ResumedRun(NamedTuple):
 
 
 class Resumption:
-    """The position in a recipe from which a run continues, and the state. Its step and model must be valid.
+    """A saved state, and the position from which its run continues. The state's step and model must be valid.
 
     Attributes:
         position: the position of the next step in the recipe; at its end, the position of the last step.
@@ -111,7 +111,7 @@ def _workers_equal(at: Resumption) -> Check:
 
 
 def _arrivals(at: Resumption) -> Check:
-    """Returns the check that the order of gradients has each index once, or is empty if it is unknown."""
+    """Returns a check that the order of gradients is empty (unknown), or contains each index once."""
     model, factors = at.model, {*at.factors}
     dense = {name: p for name, p in model.parameters().items() if name not in model.factors()}
     dense |= {name: record.dense for name, record in model.records.items()}
@@ -162,7 +162,7 @@ def _in_order(merges: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _under_way(at: Resumption, place: str, entry: Any) -> Iterator[str]:
-    """Yields the problems of an entry that a hidden merge has in a saved state."""
+    """Yields the problems of the entry for a hidden merge in a saved state."""
     begun = entry.get("step") if isinstance(entry, Mapping) else None
     sync, first = at.rounds, at.position.step - at.position.step_in_phase
     position = None

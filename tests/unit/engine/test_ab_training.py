@@ -496,7 +496,7 @@ def test_a_parameter_that_is_thawed_later_is_not_left_unsynced() -> None:
         while not ab.finished:
             one_step(ab, optimizer, comm.rank)
 
-    with pytest.raises(UsageError, match=r"were frozen when ABTraining was built, .*: 0\.weight, 0\.bias"):
+    with pytest.raises(UsageError, match=r"were unfrozen after ABTraining was built, .*: 0\.weight, 0\.bias"):
         run_in_process(2, work)
 
 
