@@ -121,7 +121,7 @@ def test_optimizers_may_step_after_backward_passes_of_their_own() -> None:
     ("make", "words"),
     [
         (lambda model: [], "the list of optimizers is empty"),
-        (lambda model: [sgd(model.parameters()), 3], "holds a int, not a torch.optim.Optimizer"),
+        (lambda model: [sgd(model.parameters()), 3], "has a int, not a torch.optim.Optimizer"),
         (lambda model: 2 * [sgd(model.parameters())], "contains the same optimizer twice"),
         (
             lambda model: [sgd(model.parameters()), sgd([model[0].bias])],
@@ -129,7 +129,7 @@ def test_optimizers_may_step_after_backward_passes_of_their_own() -> None:
         ),
         (
             lambda model: [sgd(model[0].parameters()), sgd(model[2].parameters())],
-            "which require gradients: 4.weight, 4.bias",
+            "but are in no optimizer: 4.weight, 4.bias",
         ),
         (lambda model: (p for p in model.parameters()), "is a generator, not a torch.optim.Optimizer"),
     ],

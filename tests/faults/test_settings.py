@@ -518,15 +518,12 @@ def test_trained_parameters_that_the_optimizer_does_not_hold(recipe: str) -> Non
 
     for error in told(2, work):
         assert isinstance(error, ConfigurationError)
-        assert (
-            "these parameters require gradients, but are in no optimizer: 0.bias, 2.bias, 4.bias"
-            in str(error)
-        )
+        assert "these parameters require gradients, but are in no optimizer: 0.bias, 2.bias, 4.bias" in str(error)
 
 
 @pytest.mark.parametrize("optimizer", [None, [], "adamw", object()], ids=["None", "a list", "a name", "an object"])
 def test_an_object_that_is_no_optimizer(optimizer: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"give a torch.optim.Optimizer, or a list of them"):
+    with pytest.raises(ConfigurationError, match=r"pass a torch.optim.Optimizer, or a list of them"):
         ABTraining(build("mlp"), optimizer, AB)
 
 

@@ -129,7 +129,7 @@ def test_a_model_in_training_is_not_loaded_into(tmp_path: Path) -> None:
         load(model, tmp_path / "m.safetensors")
     ab.close()
     load(model, tmp_path / "m.safetensors")
-    with pytest.raises(ConfigurationError, match="holds the factors of another run"):
+    with pytest.raises(ConfigurationError, match="has the factors of another run"):
         ABTraining(model, adamw(model.parameters()), recipes.ddp(2))
 
 

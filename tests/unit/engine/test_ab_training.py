@@ -600,7 +600,7 @@ class TestWhatIsRefused:
         model, other = build("mlp"), nn.Linear(3, 3)
         optimizer = adamw([*model.parameters(), *other.parameters()])
         with pytest.raises(
-            ConfigurationError, match=r"holds 2 parameters that the model does not have \(shapes \(3, 3\)"
+            ConfigurationError, match=r"has 2 parameters that the model does not have \(shapes \(3, 3\)"
         ):
             ABTraining(model, optimizer, recipes.ddp(5))
 
