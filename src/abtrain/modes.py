@@ -61,7 +61,7 @@ _PROCESS_SETTINGS = (
 
 @contextmanager
 def own_modes() -> Iterator[None]:
-    """Sets autocast, gradient, inference, deterministic and anomaly modes, dtype and device to defaults inside it."""
+    """Sets PyTorch's modes (such as autocast and gradient mode), default dtype and default device to their defaults."""
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))

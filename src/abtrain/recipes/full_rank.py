@@ -22,7 +22,7 @@ def ddp(
     return Recipe("ddp", total_steps, cycle=(Phase("full", total_steps, sync=GradientSync(wire)),))
 
 
-def powersgd(total_steps: int, *, rank: Annotated[int, "Rank of the factors in place of a gradient."] = 4) -> Recipe:
+def powersgd(total_steps: int, *, rank: Annotated[int, "Rank of the factors sent for each gradient."] = 4) -> Recipe:
     """Data parallel training that sends gradients as low-rank factors, with error feedback (arXiv 1905.13727)."""
     return Recipe("powersgd", total_steps, cycle=(Phase("full", total_steps, sync=GradientSync("powersgd", rank)),))
 
