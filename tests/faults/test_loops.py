@@ -173,7 +173,7 @@ def test_param_groups_in_another_order_are_no_resume() -> None:
 
     one, other = start(0), start(1)
     step(one)
-    with pytest.raises(CheckpointError, match=r"param group 0 of the state, but is .*in it now: give the same groups"):
+    with pytest.raises(CheckpointError, match=r"param group 0 of the state, but is .*in it now: use the same groups"):
         other.load_state_dict(reread(one.state_dict()))
 
 

@@ -28,8 +28,8 @@ class Treatment:
     """Describes how a recipe treats one parameter. `name` is its first name in the model, `shape` its dense shape.
 
     Attributes:
-        kind: `factored`: A and B in factored phases; `averaged`: always dense, and averaged at merges; `frozen`: never
-            trained, so never sent; `own`: trained by each worker for itself, so neither sent nor compared.
+        kind: `factored`: replaced by A and B in factored phases; `averaged`: always dense, and averaged at merges;
+            `frozen`: never trained, so never sent; `own`: trained by each worker separately, so never sent or compared.
         reason: the reason for this kind, in words.
     """
 
@@ -44,7 +44,7 @@ class Treatment:
 
 
 def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] | None = None) -> list[Treatment]:
-    """Decides how every parameter of the model is treated. Tied parameters appear once.
+    """Returns how the recipe treats each parameter of a model. Tied parameters appear once.
 
     Args:
         model: a model with dense weights only.
@@ -98,7 +98,7 @@ def _why_dense(module: nn.Module, attribute: str, name: str, parameter: nn.Param
 
 
 def _sharing_memory(model: nn.Module) -> dict[str, str]:
-    """Returns, for each tensor that shares its storage with another tensor, the reason to keep it dense, by name."""
+    """Returns the reason to keep a tensor dense, by name, for each tensor that shares its storage with another one."""
     places: dict[int, list[str]] = defaultdict(list)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # Sparse tensors and those of other classes may have no storage.
@@ -110,7 +110,7 @@ def _sharing_memory(model: nn.Module) -> dict[str, str]:
 
 
 def has_factored_form(module: nn.Module, attribute: str, hooked: bool) -> bool:
-    """Returns whether a dense module can compute with A and B. A tensor hook (`hooked`) needs W, and prevents this."""
+    """Returns whether a module can compute with A and B instead of W. It cannot if W has a tensor hook (`hooked`)."""
     plain = attribute == "weight" and not hooked
     return plain and type(module) in FACTORED_LAYERS and getattr(module, "groups", 1) == 1
 

@@ -1,6 +1,6 @@
 """Checks whether a saved state fits a model, whose weights may be factored, and its optimizers. Changes nothing.
 
-A layout is a dict of tensors on the meta device, which have shapes and dtypes but no values.
+A layout is a dict of tensors by name, of which only shapes and dtypes are used. Most are on the meta device.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ MODEL_STATE: Check = mapping({**_PARTS, **_OPTIONAL}, required=_PARTS)
 
 
 def model_problems(model: FactoredModel, state: Mapping[str, Any], factored: bool) -> list[str]:
-    """Returns messages about why a state does not fit a model; empty if it fits. The model may be dense or factored.
+    """Returns messages that explain why a state does not fit a model; an empty list if it fits.
 
-    The state must have passed `MODEL_STATE`. `factored` says whether the state's phase may have factored weights.
+    The state must have passed `MODEL_STATE`. `factored` tells whether it was saved in a phase with factored weights.
     """
     return first_problems(
         lambda: _name_problems(model, state, factored),
@@ -82,14 +82,14 @@ def model_problems(model: FactoredModel, state: Mapping[str, Any], factored: boo
 
 
 def dense_layout(model: FactoredModel) -> Layout:
-    """Returns the layout of all parameters of the dense model, by name."""
+    """Returns the layout of all parameters that the model has while no weight is factored."""
     factors = model.factors()
     dense = {name: meta(p.shape, p.dtype) for name, p in model.parameters().items() if name not in factors}
     return dense | {name: meta(record.matrix_shape.dense, record.A.dtype) for name, record in model.records.items()}
 
 
 def state_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
-    """Returns the layout of all parameters in a state, by name. The state's names and ranks must have been checked."""
+    """Returns the layout of all parameters in a state. The state's names and ranks must have been checked."""
     layout = dense_layout(model)
     for name in state["factored"]:
         dense = layout.pop(name)
@@ -106,12 +106,12 @@ def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def _name_problems(model: FactoredModel, state: Mapping[str, Any], factored: bool) -> Iterator[str]:
     names = state["factored"]
     yield from (
-        f"{said(name)} is factored, but this model cannot factor it" for name in sorted({*names} - {*model.names})
+        f"{said(name)} is factored in the state, but never in this run" for name in sorted({*names} - {*model.names})
     )
     if len({*names}) < len(names):
         yield "the state lists a factored weight twice"
     if names and not factored:
-        yield f"{names[0]} is factored in the state, but its phase has full weights"
+        yield f"{names[0]} is factored in the state, but the state was saved in a phase with full weights"
 
 
 def _rank_problems(dense: Layout, state: Mapping[str, Any]) -> Iterator[str]:
@@ -120,11 +120,11 @@ def _rank_problems(dense: Layout, state: Mapping[str, Any]) -> Iterator[str]:
         matrix = MatrixShape(dense[name].shape)
         m, n, k = matrix.m, matrix.n, B[0] if B else 0
         if not (1 <= k <= n and (m, k) == A and (k, n) == B):
-            yield f"the product of factors {A} and {B} of {name} is not an ({m}, {n}) matrix"
+            yield f"factors of {name} have shapes {A} and {B}, not ({m}, k) and (k, {n}) with k from 1 to {n}"
 
 
 def buffer_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
-    """Returns the layout of the buffers that workers share, by name. Non-persistent buffers have their saved sizes."""
+    """Returns the layout of the buffers that workers share. Non-persistent buffers have the shapes in the state."""
     saved = state["buffers"]
     grown = _caches(model.model) & saved.keys()
     return {
@@ -143,7 +143,7 @@ def _tensor_problems(model: FactoredModel, state: Mapping[str, Any]) -> Iterator
 
 
 def _caches(model: nn.Module) -> frozenset[str]:
-    """Returns the names of buffers that state dicts leave out (`persistent=False`), such as growing caches."""
+    """Returns the names of buffers that state dicts leave out (`persistent=False`), such as caches that grow."""
     return frozenset(
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()

@@ -1,7 +1,7 @@
 """Lets users' code read a factored weight, as `module.weight` or as a Parameter obtained before it was factored.
 
-Reading either gives W = A B, with a gradient to the factors if gradients are enabled. Reading `grad` gives the
-gradients of the factors. Writing to the value is an error, because it would not change the model. In the list of the
+Both have the value W = A B, and gradients of W flow to the factors if gradients are enabled. `grad` contains the
+gradients of the factors. Writing to the value raises an error, because it would not change the model. Among the
 module's parameters, a `FactoredMark` comes before the factors.
 """
 
@@ -25,7 +25,7 @@ _NEEDS_NO_VALUE = frozenset(
 _NO_WRITE = frozenset({"__invert__", "__index__", "__int__", "__iter__"})
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 MARK_SHAPE = (1,) * 8
-"""The shape of the mark. No weight has so many dimensions, so no in-place operation can broadcast the mark to it."""
+"""The shape of a `FactoredMark`. No weight has so many dimensions, so in-place operations cannot broadcast the mark."""
 
 
 def keep_(record: FactoredWeight) -> None:
@@ -35,7 +35,7 @@ def keep_(record: FactoredWeight) -> None:
 
 
 def give_back_(dense: nn.Parameter) -> None:
-    """Undoes `keep_`."""
+    """Undoes `keep_`: makes `dense` a plain Parameter again."""
     dense.__class__ = nn.Parameter
     for name in ("_abtrain_record", "_abtrain_gradient"):
         dense.__dict__.pop(name, None)
@@ -49,10 +49,10 @@ def shown(record: FactoredWeight, W: Tensor) -> Tensor:
 
 
 class _StandIn(Tensor):
-    """Is the base class of tensors that stand for a factored weight or have its value."""
+    """The base class of tensors that represent a factored weight or share memory with its value."""
 
     _abtrain_record: FactoredWeight | None = None
-    """The record of the weight that the tensor stands for; None for views and other tensors that share its memory."""
+    """The record of the weight that the tensor represents; None for views and other tensors that share its memory."""
 
     @classmethod
     def __torch_function__(
@@ -80,7 +80,7 @@ class _StandIn(Tensor):
         return func(*args, **kwargs)
 
     def _plain(self) -> Tensor:
-        """Returns a writable copy, of the same type as the tensor in the dense module."""
+        """Returns a writable copy, with the type that the tensor has while the weight is dense."""
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -92,11 +92,11 @@ class _StandIn(Tensor):
 
 
 class ReadOnly(_StandIn):
-    """A read-only value of a factored weight. It has the weight's record if it was read from the module."""
+    """The read-only value of a factored weight, or a view of it. It has the weight's record if read from the module."""
 
     @property
     def grad(self) -> Tensor | None:
-        """The gradients of the factors as one vector, as in `FactoredParameter.grad`."""
+        """The gradients of the factors as one vector, as in `FactoredParameter.grad`; for a view, its own gradient."""
         if self._abtrain_record is not None:
             return self._abtrain_record.dense.grad
         with torch._C.DisableTorchFunctionSubclass():
@@ -115,11 +115,11 @@ class ReadOnly(_StandIn):
 
 
 class FactoredParameter(_StandIn, nn.Parameter):
-    """The dense Parameter of a weight while the weight is factored."""
+    """The Parameter of a dense weight while the weight is factored. Its value is the product of the factors."""
 
     _abtrain_record: FactoredWeight
     _abtrain_gradient: tuple[Tensor, list[int]] | None = None
-    """One vector of the factors' gradients, and the memory address of each gradient; None before the first read."""
+    """The factors' gradients as one vector, and the memory address of each gradient; None before the first read."""
 
     def _product(self) -> Tensor:
         """Returns W = A B, with a gradient to the factors if gradients are enabled."""
@@ -128,7 +128,7 @@ class FactoredParameter(_StandIn, nn.Parameter):
         return record.lay_out(W).as_subclass(ReadOnly)
 
     def _without_value(self) -> Tensor:
-        """Returns a tensor of W's shape, dtype and device, without a value."""
+        """Returns a tensor with the shape, dtype and device of W. Its values have no meaning."""
         return self._abtrain_record.A.detach().new_empty(()).expand(self._abtrain_record.matrix_shape.dense)
 
     def _plain(self) -> Tensor:
@@ -144,7 +144,7 @@ class FactoredParameter(_StandIn, nn.Parameter):
 
     @property
     def _base(self) -> None:  # type: ignore[override]  # nobody can set it in torch either
-        """None, since this is not a view. Raises UsageError under a compiler, which would read an empty tensor."""
+        """None, since this is not a view. Raises a UsageError under torch.compile, which would read an empty tensor."""
         if torch._guards.TracingContext.try_get() is not None:
             raise UsageError(
                 f"a compiled function uses a parameter of shape {tuple(self.shape)} that was taken from the model "
@@ -162,7 +162,7 @@ class FactoredParameter(_StandIn, nn.Parameter):
 
     @property
     def grad(self) -> Tensor | None:
-        """One vector of the gradients of A and B, which shares memory with them; None if neither has a gradient."""
+        """The gradients of A and B as one vector that shares their memory; None if neither factor has a gradient."""
         gradients = {factor: factor.grad for factor in self._abtrain_record.factors if factor.grad is not None}
         known = self._abtrain_gradient
         if known is not None and known[1] == [gradient.data_ptr() for gradient in gradients.values()]:
@@ -174,7 +174,7 @@ class FactoredParameter(_StandIn, nn.Parameter):
         pieces = flat.split([factor.numel() for factor in gradients])
         for factor, piece in zip(gradients, pieces, strict=True):
             factor.grad = piece.view(factor.shape)
-        # While this reference exists, no other gradient can get the vector's address.
+        # While this reference exists, no other gradient can be allocated at the vector's address.
         self._abtrain_gradient = (flat, [piece.data_ptr() for piece in pieces])
         return flat
 
@@ -188,8 +188,8 @@ class FactoredParameter(_StandIn, nn.Parameter):
         if tuple(value.shape) != expected:
             raise UsageError(
                 f"a gradient of shape {tuple(value.shape)} was set on a weight of shape {tuple(self.shape)} that is "
-                f"currently factored: the gradients of its factors are one vector of shape {expected}. Change "
-                "gradients in place, or set those of model.parameters()"
+                f"currently factored: its gradient must be one vector of shape {expected}, for both factors. Change "
+                "gradients in place, or set the gradients of model.parameters()"
             )
         if flat is None:
             for factor in trained:
@@ -205,7 +205,7 @@ class FactoredParameter(_StandIn, nn.Parameter):
 
 
 class FactoredMark(nn.Parameter):
-    """Marks the place of a factored weight among a module's parameters. The mark is a zero that never trains.
+    """Marks the place of a factored weight among a module's parameters. The mark is a zero that is never trained.
 
     Code that averages weights, such as torch's AveragedModel, pairs the `parameters()` of a model with those of a copy.
     It would pair a weight of the copy with a factor, and broadcasting might hide the mistake. The mark makes such code
@@ -225,7 +225,7 @@ class FactoredMark(nn.Parameter):
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        # As a FactoredMark, the base would be a view with a base of its own, without end.
+        # As a FactoredMark, the base would be a view that has another base, and so on without end.
         whole = isinstance(result, Tensor) and result.shape == MARK_SHAPE and _name_of(func) != "_base"
         return result.as_subclass(FactoredMark) if whole and not isinstance(result, FactoredMark) else result
 
@@ -242,14 +242,14 @@ class FactoredMark(nn.Parameter):
 
 
 def _of_result(name: str, result: Any, memory: set[int]) -> Any:
-    """Makes a result read-only if it is a view of a factored weight's value. Other results stay plain tensors."""
+    """Makes tensors in a result read-only if they are views of a factored weight's value. Other tensors stay plain."""
 
     def read_only(item: Tensor) -> Tensor:
         views = type(item) is Tensor and item.numel() and memory.intersection(_memory(item))
         return item.as_subclass(ReadOnly) if views else item
 
     if name == "_base":
-        return result  # a read-only base would be a view with a base of its own, without end
+        return result  # a read-only base would be a view that has another base, and so on without end
     return result.copy() if name in ("numpy", "__array__") else with_tensors(result, read_only)
 
 
@@ -271,7 +271,7 @@ def _name_of(func: Callable[..., Any]) -> str:
 
 
 def _refused_by(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[_StandIn]:
-    """Returns the arguments that stand for factored weights and that a function would write to, or hook into."""
+    """Returns the arguments that represent factored weights and that a function would write to or add a hook to."""
     first = args[:1] or list(kwargs.values())
     in_place = (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
     operator = name == "__setitem__" or (name.startswith("__i") and name not in _NO_WRITE)
@@ -286,6 +286,6 @@ def _refuse(tensor: Tensor, name: str) -> NoReturn:
         shape = tensor._abtrain_record.matrix_shape.dense if isinstance(tensor, FactoredParameter) else tensor.shape
     raise UsageError(
         f"{name} on a weight of shape {tuple(shape)} that is currently factored would have no effect on the model, "
-        "which has its factors A and B instead: do it before a factored phase, or exclude this weight from factoring "
-        "(exclude=)"
+        "which uses the weight's factors A and B instead: do this before a factored phase, or exclude this weight from "
+        "factoring, with the recipe's option exclude"
     )

@@ -2,7 +2,7 @@
 
 `surgery.py` changes the class of a module to one of these, so hooks, names and references to the module stay valid.
 Linear layers and convolutions compute with the factors. Every other module rebuilds the weight whenever it reads it.
-Reading the weight gives the product; writing to it is an error. State dicts, copies and pickles contain dense weights.
+The weight can be read, as the product, but not be written. State dicts, copies and pickles contain dense weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from abtrain.lowrank.weight import FactoredWeight, read_product
 
 
 class Factored(nn.Module):
-    """Is the base class of all modules with factored weights. The prefix `_abtrain` avoids name clashes."""
+    """The base class of all modules with factored weights. The prefix `_abtrain` of attributes avoids clashes."""
 
     _abtrain_dense_type: ClassVar[type[nn.Module]]
     """The class of the module while its weights are dense."""
@@ -38,7 +38,7 @@ class Factored(nn.Module):
         if name in self._abtrain_weights and name not in self._parameters:
             raise UsageError(
                 f"{name} of a {self._abtrain_dense_type.__name__} cannot be set: this weight is currently factored. "
-                "Set it before a factored phase, or exclude this weight from factoring (exclude=)"
+                "Set it before a factored phase, or exclude this weight from factoring with the recipe's option exclude"
             )
         super().register_parameter(name, param)
 
@@ -47,8 +47,8 @@ class Factored(nn.Module):
         return ", ".join(filter(None, (super().extra_repr(), *ranks)))
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Makes copies and pickles contain the dense module."""
-        # The twin gets the weight's own Parameter, so that a deep copy still shares it with its other holders.
+        """Makes deep copies and pickles contain the dense module, without factors."""
+        # The twin has the weight's own Parameter, so that a deep copy of a larger object still shares it.
         reduced: Any = _twin(self, lambda weight: weight.dense).__reduce_ex__(protocol)
         make, args, *rest = reduced
         # With `__newobj__`, pickle would compare the twin's class with that of this module.
@@ -69,7 +69,7 @@ class Factored(nn.Module):
         return copy.copy(_twin(self, lambda weight: nn.Parameter(weight.laid_out())))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # Computed first, because factors are only found while they are the module's parameters.
+        # Computed first, because the factors are not among the module's parameters in the block below.
         values = {
             name: product(self, name) if keep_vars else weight.weight()
             for name, weight in self._abtrain_weights.items()
@@ -100,12 +100,12 @@ def factors_of(module: Factored, attribute: str) -> Factors:
 
 
 def product(module: Factored, attribute: str) -> Tensor:
-    """Returns A B as the dense weight, with a gradient to both factors, and in their dtype even under autocast."""
+    """Returns A B in the dense weight's shape and the factors' dtype, even under autocast. A and B get gradients."""
     return read_product(module._abtrain_weights[attribute], *factors_of(module, attribute))
 
 
 def _twin(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> nn.Module:
-    """Returns a dense module that shares everything with a factored one except its weights, which `value` returns."""
+    """Returns a dense module that shares all attributes with a factored one except weights: `value` returns these."""
     twin: nn.Module = object.__new__(module._abtrain_dense_type)
     own = {name: item for name, item in module.__dict__.items() if name != "_abtrain_weights"}
     twin.__dict__ = own | {"_parameters": _dense_parameters(module, value)}
@@ -113,7 +113,7 @@ def _twin(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> nn.Mod
 
 
 def _dense_parameters(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> dict[str, Any]:
-    """Returns a module's parameters with the names and order of the dense module. `value` gives factored weights."""
+    """Returns a module's parameters with the names and order of the dense module. `value` returns factored weights."""
     replaced = {name: weight for weight in module._abtrain_weights.values() for name in weight.names}
     dense: dict[str, Any] = {}
     for name, parameter in module._parameters.items():
@@ -127,7 +127,7 @@ def _dense_parameters(module: Factored, value: Callable[[FactoredWeight], Tensor
 
 @contextmanager
 def _shown_dense(module: Factored, value: Callable[[FactoredWeight], Tensor]) -> Iterator[dict[str, Any]]:
-    """Gives a module its dense parameters within the block. Other parameters keep the values that the block sets."""
+    """Gives a module its dense parameters within the block. Parameters without factors keep the block's changes."""
     own, dense = module._parameters, _dense_parameters(module, value)
     module.__dict__["_parameters"] = dense
     try:
@@ -155,13 +155,13 @@ def _product_of(attribute: str) -> Any:
 
 
 class LowRank(Factored):
-    """Is the base class of modules that compute with the factors. `weight` is only computed when it is read."""
+    """The base class of modules that compute with the factors. `weight` is only computed when it is read."""
 
     weight = _product_of("weight")
 
 
 def inner_and_outer(module: Factored) -> tuple[Tensor, Tensor]:
-    """Returns the factor (k, in * ...) that multiplies the input, and the factor (out, k) that gives the output."""
+    """Returns the factor with k rows, to apply to the input, and the one with k columns, which gives the output."""
     A, B = factors_of(module, "weight")
     return (A.T, B.T) if module._abtrain_weights["weight"].matrix_shape.transposed else (B, A)
 
@@ -203,7 +203,7 @@ class LowRankConv3d(_LowRankConv, nn.Conv3d):
 FACTORED_LAYERS: dict[type[nn.Module], type[LowRank]] = {
     kind._abtrain_dense_type: kind for kind in (LowRankLinear, LowRankConv1d, LowRankConv2d, LowRankConv3d)
 }
-"""The factored class for each exact type. Subclasses are left out: they may use their weight in another way."""
+"""The factored class for each dense class. Subclasses are left out, as they may use their weight in another way."""
 
 
 @functools.cache

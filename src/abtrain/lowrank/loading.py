@@ -18,12 +18,12 @@ from abtrain.recipes.rank_rules import FixedRank
 _ROUNDING = 1e-5
 """The largest relative error that counts as rounding in float32."""
 _SAME = 8
-"""The number of units of rounding by which two products of the same factors may differ."""
+"""The relative error, in units of machine epsilon, by which two products of the same factors may differ."""
 _CONDITION = 1e-4
 """The share of a factor's largest singular value that its smallest one must exceed before the factor is inverted."""
 
 _replaced: WeakKeyDictionary[FactoredWeight, Factors] = WeakKeyDictionary()
-"""The factors of each weight before its last load. Loops that swap an average in and out get them back exactly."""
+"""The factors of each weight before it was last loaded. A loop that swaps an average in and out gets them back."""
 
 _cuts: ContextVar[bool] = ContextVar("cuts", default=False)
 
@@ -41,12 +41,12 @@ def cutting(cut: bool) -> Iterator[None]:
 def load_(weight: FactoredWeight, key: str, value: Tensor, dtype: torch.dtype) -> list[str]:
     """Writes a dense value that was saved in `dtype` into a weight's factors, in place and without changing the rank.
 
-    Momentum and the tensors that merges keep refer to the factors element by element, so the factors change as little
-    as possible. They stay if their product already is the value. If the factors before the last load give the value,
-    they are restored. Otherwise, the value is factored in the basis nearest to the current one.
+    Optimizer state and the tensors that merges keep belong to single elements of the factors, so the factors change as
+    little as possible. They stay if their product already equals the value. If the factors before the last load have
+    this product, they are restored. Otherwise, the value is factored in the basis of the current factors if possible.
 
     Returns:
-        A list of messages about problems, in which `key` is the weight's name. The factors change only if it is empty.
+        Messages about problems, in which `key` is the weight's name. The factors change only if there are none.
     """
     present = Factors(weight.A.detach(), weight.B.detach())
     if _makes(present, weight, value, dtype):
@@ -83,7 +83,7 @@ def _makes(pair: Factors, weight: FactoredWeight, value: Tensor, dtype: torch.dt
 
 
 def _factors_of(weight: FactoredWeight, present: Factors, value: Tensor) -> tuple[Factors, float]:
-    """Returns factors of a value that are near the present ones, and the share of its norm that the rank cuts off.
+    """Returns factors of a value, near the present ones, and the share of its norm that truncation to the rank loses.
 
     Raises:
         NonFiniteError: the value contains NaN or infinity.
@@ -112,7 +112,7 @@ def _factors_of(weight: FactoredWeight, present: Factors, value: Tensor) -> tupl
 
 
 def _in_basis_of(present: Factors, cut: Factors) -> Factors | None:
-    """Returns factors B' = A^+ W and A' = W B'^+ of the product W of `cut`, in float64; None if B' lacks full rank."""
+    """Returns A' = W pinv(B') and B' = pinv(A) W in float64, with A of `present`, W of `cut`; None if B' lacks rank."""
     W = cut.A.double() @ cut.B.double()
     B = torch.linalg.pinv(present.A.double()) @ W
     S = torch.linalg.svdvals(B)
@@ -120,7 +120,7 @@ def _in_basis_of(present: Factors, cut: Factors) -> Factors | None:
 
 
 def _of_rank(pair: Factors, k: int) -> Factors:
-    """Returns factors padded to rank k, with the same signs on all machines, and zeros for mere rounding errors."""
+    """Returns factors zero-padded to rank k, with equal signs on all machines. Mere rounding errors become zero."""
     A, B = pair
     largest = A.gather(0, A.abs().argmax(0, keepdim=True))[0]
     signs = torch.where(largest < 0, -1.0, 1.0).to(A.dtype)

@@ -1,4 +1,4 @@
-"""Switches the weights of a model between full and factored, together with the state of its optimizers."""
+"""Switches the weights of a model between full and factored, and converts the state of its optimizers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TrainedFactors = Literal["all", "A", "B"]
 
 
 class FactoredModel:
-    """Factors and restores weights of a model, and converts the state of its optimizers. Changes both in place.
+    """Factors and restores weights of a model, and converts the state of its optimizers. Changes them in place.
 
     Args:
         names: the names of the weights that may be factored.
@@ -34,7 +34,7 @@ class FactoredModel:
     Attributes:
         records: the records of the weights that are currently factored, by name.
         damping: the preconditioner's damping that was last passed to `factorize`.
-        compression: the parameter count of the full model divided by that of the last factored one; 1 before that.
+        compression: the parameter count of the full model divided by that after weights were last factored; 1 before.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class FactoredModel:
         return {name: MatrixShape(weight.shape).to_matrix(weight) for name, weight in weights.items()}
 
     def factorize(self, factors: Mapping[str, Factors], damping: float = 0.0) -> None:
-        """Replaces the named weights by factors. `damping` is the preconditioner's; 0 means no preconditioner."""
+        """Replaces weights by `factors`, by name. `damping` is that of the preconditioner; 0 if there is none."""
         self.damping = damping
         for name, pair in factors.items():
             record = factorize_(self.model, name, pair)
@@ -132,15 +132,15 @@ class FactoredModel:
                     optimizer.state[parameter] = state
 
     def drop_state(self, parameter: Tensor) -> None:
-        """Drops the state that all optimizers have for a parameter."""
+        """Drops all optimizers' state for a parameter, and creates the state that they need before the first step."""
         for optimizer in self.optimizers.stateful:
             optimizer.state.pop(parameter, None)
         self._begin_state(parameter)
 
     def reshape(self, factors: Mapping[str, Factors], damping: float, compression: float) -> None:
-        """Makes exactly the given weights factored, in preparation for loading a saved state.
+        """Prepares for loading a saved state: factors exactly the weights in `factors`, and restores all others.
 
-        Drops the optimizers' state. The values of the other weights are meaningless until the state is loaded.
+        Drops the optimizers' state. The other weights have their old values until the state is loaded.
         """
         for optimizer in self.optimizers.all:
             optimizer.state.clear()
@@ -155,13 +155,13 @@ class FactoredModel:
             factor.requires_grad_(self._trains_factor(name))
 
     def keep_frozen(self) -> None:
-        """Freezes the factors that must not train, in case the training loop has unfrozen all parameters."""
+        """Freezes the factors that must not be trained, in case the training loop has unfrozen all parameters."""
         for name, factor in self.factors().items():
             if not self._trains_factor(name):
                 factor.requires_grad_(False)
 
     def frozen_factors(self) -> dict[str, nn.Parameter]:
-        """Returns the factors that must train but that the training loop has frozen, by the names of their weights."""
+        """Returns factors that the training loop has frozen although they must be trained, by their weights' names."""
         trained = {name: factor for name, factor in self.factors().items() if self._trains_factor(name)}
         return {weight_name(name): factor for name, factor in trained.items() if not factor.requires_grad}
 
@@ -169,7 +169,7 @@ class FactoredModel:
         return self._trains in ("all", factor_letter(name))
 
     def dense_state_dict(self) -> dict[str, Tensor]:
-        """Returns the state dict of the full-rank model. The model can load it as the user built it."""
+        """Returns a state dict with dense weights. A model as the user built it can load this dict."""
         return {without_compiled(name): tensor for name, tensor in self.model.state_dict().items()}
 
     def factored_state_dict(self) -> dict[str, Tensor]:
@@ -187,7 +187,7 @@ class FactoredModel:
         """Loads a `dense_state_dict`. Factored weights keep their ranks. `cut` permits truncation to these ranks.
 
         Raises:
-            RuntimeError: names or shapes differ, or without `cut`, a weight would lose more than rounding errors.
+            RuntimeError: names or shapes differ, or a weight would lose more than rounding errors and `cut` is false.
         """
         live = {without_compiled(name): name for name in self.model.state_dict()}
         with cutting(cut):

@@ -1,8 +1,8 @@
 """Saves and loads a model, whose weights may be factored, and its optimizers, as tensors and JSON values by name.
 
 An optimizer's own `state_dict` numbers the parameters, and its `load_state_dict` casts state to the parameter's dtype.
-But the numbers change when weights are factored, and a resumed run must be bitwise equal. Therefore this module stores
-state by name and without casts.
+But the numbers change when weights are factored, and a resumed run must give bitwise the same results as one without
+a stop. Therefore this module stores state by name and without casts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from abtrain.own import own_names, shared_buffers
 def model_state(model: FactoredModel) -> dict[str, Any]:
     """Returns a state for `load_model_state`. Its tensors share memory with the model: copy them before the next step.
 
-    `weights` has all parameters by name, frozen ones too. A factored weight NAME is NAME.A (m, k) and NAME.B (k, n).
+    `weights` has all parameters by name, frozen ones too. A factored weight NAME gives NAME.A (m, k) and NAME.B (k, n).
     `own` has the parameters and buffers that workers do not share. `extra` has the results of `get_extra_state`, by
     the modules' names. Both keys are left out if they have no items.
     """
@@ -61,7 +61,7 @@ def own_tensors(model: FactoredModel) -> dict[str, Tensor]:
 
 
 def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
-    """Restores shapes, values, param groups and optimizer state. The state must have passed `fit.model_problems`."""
+    """Restores factors, values, param groups and optimizer state. The state must have passed `fit.model_problems`."""
     weights = state["weights"]
     device = next(iter(model.model.parameters())).device
     pairs = {
@@ -84,7 +84,7 @@ def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
     for optimizer, saved in zip(model.optimizers.all, state["optimizers"], strict=True):
         if saved["more"]:
             optimizer.load_state_dict({**optimizer.state_dict(), **_with_tuples(saved["more"])})
-    # Afterwards, since `load_state_dict` casts state.
+    # Loaded last, since `load_state_dict` casts state.
     for optimizer, saved in zip(model.optimizers.all, state["optimizers"], strict=True):
         _load_optimizer_state(optimizer, names, saved)
 
@@ -112,7 +112,7 @@ _TUPLE = "(tuple)"
 
 
 def _with_marked_tuples(value: Any) -> Any:
-    """Replaces tuples by dicts of one key, since JSON would turn tuples into lists."""
+    """Replaces tuples by dicts with one key, since JSON would turn tuples into lists."""
     if isinstance(value, tuple):
         return {_TUPLE: [_with_marked_tuples(item) for item in value]}
     if isinstance(value, Mapping):
@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:
 
 
 def more_of(optimizer: Optimizer) -> dict[str, Any]:
-    """Returns the items of an optimizer's `state_dict` other than `state` and `param_groups`; mostly an empty dict."""
+    """Returns the items of an optimizer's `state_dict` other than `state` and `param_groups`; usually none."""
     hooks = getattr(optimizer, "_optimizer_state_dict_post_hooks", None)
     if type(optimizer).state_dict is Optimizer.state_dict and not hooks:
         return {}
@@ -170,7 +170,7 @@ def _load_optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter
 
 
 def _copied(parameter: nn.Parameter, value: Tensor, moved: bool) -> Tensor:
-    """Copies a state tensor to the parameter's device; a scalar only if `moved`. Equal shapes get equal layouts."""
+    """Copies a state tensor to the parameter's device, or a single number to the CPU unless `moved` is true."""
     if value.ndim and value.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
     return value.to(parameter.device if value.ndim or moved else "cpu", copy=True)

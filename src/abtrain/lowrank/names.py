@@ -30,7 +30,7 @@ def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def matching(name: str, globs: Iterable[str]) -> str | None:
-    """Returns the first glob that matches a name, with or without the segments of torch.compile; None if none does."""
+    """Returns the first glob that matches a name, with or without torch.compile's segments; None if none does."""
     known = (name, without_compiled(name))
     return next((glob for glob in globs if any(fnmatchcase(one, glob) for one in known)), None)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def tensors_in(value: Any, depth: int = sys.maxsize) -> Iterator[Tensor]:
-    """Yields all tensors in nested dicts, lists and tuples, down to `depth` levels. For a tensor, yields the tensor."""
+    """Yields all tensors in nested dicts, lists and tuples, down to `depth` levels. A tensor yields itself."""
     if isinstance(value, Tensor):
         yield value
     elif depth and isinstance(value, Mapping | list | tuple):

@@ -14,19 +14,19 @@ from abtrain.lowrank.weight import FactoredWeight
 State = dict[str, Any]
 
 LINEAR_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
-"""The keys of optimizer state that is a running mean of gradients."""
+"""The keys in optimizer state whose values are running means of gradients."""
 SQUARED_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
-"""The keys of optimizer state that is a running mean or sum of squared gradients."""
+"""The keys in optimizer state whose values are running means, maxima of means, or sums of squared gradients."""
 PROJECTABLE = (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, Muon)
 """The optimizers whose state is known to consist of linear or squared moments and step counts."""
 _TINY = torch.finfo(torch.float64).tiny
 
 
 def project_to_factors(state: State, record: FactoredWeight, A: Tensor, B: Tensor) -> tuple[State, State]:
-    """Converts the optimizer state of a weight W into states of its factors A and B.
+    """Converts the optimizer state for a weight W, which has the gradient G, into states for its factors A and B.
 
-    The gradients are G_A = G B^T and G_B = A^T G, and running means of G are converted in the same way. Running means
-    of squares are multiplied by the squared factors. This is exact if the elements of G are uncorrelated. Step counts
+    The factors' gradients are G B^T and A^T G, and running means of G are converted in the same way. Running means of
+    squares are multiplied by the squared factors. This is exact if the elements of G are uncorrelated. Step counts
     and other state are copied. A and B are those that `abtrain.lowrank.precondition.seen_through` returns.
     """
     state_A, state_B = State(), State()
@@ -41,15 +41,15 @@ def project_to_factors(state: State, record: FactoredWeight, A: Tensor, B: Tenso
 
 
 def project_to_weight(state_A: State, state_B: State, record: FactoredWeight, A: Tensor, B: Tensor) -> State:
-    """Converts the optimizer states of A and B, of which one may be empty, into the state of W.
+    """Converts the optimizer states for A and B, of which one may be empty, into state for W.
 
-    A and B are as in `project_to_factors`. G becomes the smallest matrix with the means M_A = G B^T and M_B = A^T G:
-    G = A (A^T A)^-1 M_B + (I - P) M_A (B B^T)^-1 B, where P is the projector onto the columns of A. A mean of squares
-    is spread evenly over the elements that were summed for it, which keeps it positive.
+    A and B are as in `project_to_factors`. From the means M_A and M_B of the factors' gradients, the mean for W becomes
+    the smallest G with G B^T = M_A and A^T G = M_B: G = A (A^T A)^-1 M_B + (I - P) M_A (B B^T)^-1 B, where P projects
+    onto the columns of A. A mean of squares is spread evenly over the elements that it sums, which keeps it positive.
     """
     A, B = A.double(), B.double()
     A_plus, B_plus = torch.linalg.pinv(A), torch.linalg.pinv(B)
-    # Step counts and similar state come from the trained factor, since those of the frozen one stood still.
+    # Step counts and similar state come from the trained factor, since the frozen factor's did not advance.
     merged = dict(state_A if float(state_A.get("step", 0)) >= float(state_B.get("step", 0)) else state_B)
     for key in (LINEAR_MOMENTS | SQUARED_MOMENTS) & (state_A.keys() | state_B.keys()):
         of_A, of_B = state_A.get(key), state_B.get(key)
@@ -84,7 +84,7 @@ def _explain(M_A: Tensor | None, M_B: Tensor | None, A: Tensor, A_plus: Tensor, 
 
 
 def _spread(V_A: Tensor | None, V_B: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-    """Estimates V by rows from V_A = V (B*B)^T, by columns from V_B = (A*A)^T V, or by the mean if both are given."""
+    """Estimates V by rows from V_A = V (B*B)^T, by columns from V_B = (A*A)^T V, or by the mean of both estimates."""
     estimates = []
     if V_A is not None:
         rows = V_A.double().sum(1, keepdim=True) / (B * B).sum().clamp_min(_TINY)
@@ -98,7 +98,7 @@ def _spread(V_A: Tensor | None, V_B: Tensor | None, A: Tensor, B: Tensor) -> Ten
 def fresh_state(optimizer: Optimizer, parameter: Tensor) -> State:
     """Returns the state that an optimizer needs before its first step with a parameter; empty for most optimizers.
 
-    Adagrad only creates state in its constructor. Fused SGD checks only one parameter to see if all have momentum.
+    Adagrad only creates state in its constructor. Fused SGD assumes momentum for all parameters if one has it.
     """
     group = next(group for group in optimizer.param_groups if any(held is parameter for held in group["params"]))
     if is_a(optimizer, (Adagrad,)):

@@ -1,7 +1,7 @@
 """Checks whether saved settings and state of an optimizer fit the optimizer in the training loop. Changes nothing.
 
 For PyTorch's own optimizers, a new optimizer with the saved settings (the twin) updates a tiny parameter once. The
-twin's state shows which values the saved state must have. For others, only param groups and learning rates are checked.
+twin's state shows how the saved state must look. For others, only param groups and learning rates are checked.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from abtrain.lowrank.optimizers import PARAMETERS, is_of_torch, settings_of
 SCHEDULED = frozenset({"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"})
 """Settings that schedulers add to param groups. A scheduler may be built before or after a state is loaded."""
 _MAY_DIFFER = frozenset({"foreach", "fused"})
-"""Settings that select an implementation with the same state. `capturable` is left out: it places the step counts."""
+"""Settings that select an implementation with the same state. `capturable` does not: it moves step counts to a GPU."""
 _MOST = 2**31 - 1
 _SIDE = 2
-"""The size of the twin's parameter in each dimension. State of size 1 in a dimension does not depend on it."""
+"""The size of the twin's parameter in each dimension. State of size 1 in a dimension has size 1 for any parameter."""
 
 
 def optimizer_problems(model: FactoredModel, state: Mapping[str, Any], layout: Mapping[str, Tensor]) -> list[str]:
-    """Returns messages about why a state does not fit a model's optimizers; empty if it fits.
+    """Returns messages that explain why a state does not fit a model's optimizers; an empty list if it fits.
 
     The state must have passed `MODEL_STATE`. `layout` has the shapes and dtypes of all its parameters, by name.
     """
@@ -60,13 +60,13 @@ def _problems(
     if saved["kind"] != type(optimizer).__name__ or len(saved["groups"]) != len(optimizer.param_groups):
         return [
             f"the optimizer is {said(saved['kind'])} with {len(saved['groups'])} param groups in the state, but "
-            f"{type(optimizer).__name__} with {len(optimizer.param_groups)} in the loop"
+            f"{type(optimizer).__name__} with {len(optimizer.param_groups)} in the training loop"
         ]
     strange = [name for name in saved["state"] if name not in layout]
     of_torch = is_of_torch(optimizer)
     return first_problems(
         lambda: _group_problems(model, optimizer, saved["owned"]),
-        lambda: iter([f"the optimizer's state of {said(name)} belongs to no parameter here" for name in strange[:1]]),
+        lambda: iter([f"the optimizer's state for {said(name)} belongs to no parameter here" for name in strange[:1]]),
         lambda: _setting_problems(optimizer, saved["groups"], of_torch),
         lambda: _state_problems(model, optimizer, saved, layout) if of_torch else iter(()),
     )
@@ -82,7 +82,7 @@ def _group_problems(model: FactoredModel, optimizer: Optimizer, owned: Sequence[
         if ours != theirs:
             one = min(ours ^ theirs)
             there, here = ("is", "is not") if one in theirs else ("is not", "is")
-            yield f"{said(one)} {there} in param group {place} of the state, but {here} in it now: give the same groups"
+            yield f"{said(one)} {there} in param group {place} of the state, but {here} in it now: use the same groups"
             return
 
 
@@ -91,7 +91,7 @@ def _setting_problems(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]],
     for place, (group, settings) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         ours = {key: _setting(key, value) for key, value in settings_of(group).items() if of_torch or key == "lr"}
         scheduled = {key: partial(_rate, group.get(key)) for key in SCHEDULED if of_torch}
-        # Loops and wrappers of this optimizer add keys of their own.
+        # Training loops, and optimizers that wrap this one, may add keys.
         rest: dict[str, Check] = dict.fromkeys(settings.keys() - {*PARAMETERS}, _added if of_torch else anything)
         known: dict[str, Check] = {**rest, **ours, **scheduled}
         yield from mapping(known, required=ours.keys() - scheduled.keys())(f"param group {place}", settings)
@@ -102,7 +102,7 @@ def _added(place: str, value: Any) -> Iterator[str]:
     if isinstance(value, Tensor):
         yield from _rate(None, place, value)
     elif not (value is None or isinstance(value, bool | str) or is_number(value)):
-        yield f"{place} is {said(value)}, which does not belong there"
+        yield f"{place} is {said(value)}, not a number, a string, a boolean or None"
 
 
 def _setting(key: str, known: Any) -> Check:
@@ -117,7 +117,7 @@ def _setting(key: str, known: Any) -> Check:
         return row(*(_setting(f"{key}/{i}", item) for i, item in enumerate(known)))
     if isinstance(known, str):
         return text()
-    # 0 and 1 may stand for settings that schedules turn into fractions.
+    # A schedule may turn 0 or 1 into a fraction.
     if isinstance(known, int) and known > 1:
         return whole(1, _MOST)
     return number() if is_number(known) else anything
@@ -140,7 +140,7 @@ def _state_problems(
 
     @cache
     def example(place: int, ndim: int, dtype: torch.dtype) -> Mapping[str, Any]:
-        """Returns a twin's state after a step with the saved settings; empty if the present settings fail."""
+        """Returns a twin's state after a step with the saved settings; empty if the present settings raise an error."""
         ones = torch.ones((_SIDE,) * ndim, dtype=dtype, device=device)
         try:
             _step(kind, settings_of(optimizer.param_groups[place]), ones.clone())
@@ -167,9 +167,9 @@ def _state_problems(
             return
         held = saved["state"].get(name)
         if held:
-            yield from (f"the optimizer's state of {name} lacks {key}" for key in wanted.keys() - held.keys())
+            yield from (f"the optimizer's state for {name} lacks {key}" for key in wanted.keys() - held.keys())
             yield from (
-                f"the optimizer's {said(key)} of {name} is {said(value)}, not of its shape {tuple(weight.shape)}"
+                f"the optimizer's {said(key)} for {name} does not fit shape {tuple(weight.shape)}: it is {said(value)}"
                 for key, value in held.items()
                 if not _fits(value, weight, wanted.get(key))
             )
@@ -180,7 +180,7 @@ def _step(kind: type[Optimizer], settings: Mapping[str, Any], ones: Tensor) -> M
     known: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in accepted
     }
-    # A schedule may end below 0 because of rounding.
+    # Rounding may make a schedule end below 0.
     parameter, known["lr"] = nn.Parameter(ones), abs(settings["lr"])
     parameter.grad = torch.ones_like(ones)
     twin = kind([parameter], **known)

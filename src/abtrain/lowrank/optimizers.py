@@ -28,12 +28,12 @@ PARAMETERS = ("params", "param_names")
 
 
 class Optimizers:
-    """Finds all optimizers of a training loop and exchanges the parameters in them.
+    """Finds all optimizers of a training loop, and replaces parameters in them.
 
     Attributes:
         given: a tuple of the optimizers that the user passed.
         all: a tuple of the given optimizers and those inside them, outer ones first.
-        acting: a tuple of the optimizers whose steps change weights: the innermost one of each parameter.
+        acting: a tuple of the optimizers whose steps change weights: for each parameter, the innermost one that has it.
     """
 
     def __init__(self, given: Optimizer | Sequence[Optimizer]) -> None:
@@ -68,7 +68,7 @@ class Optimizers:
         The param groups stay, so learning rates, weight decay and schedulers keep working.
 
         Returns:
-            One pair for each stateful optimizer: the optimizer, and its states of the `old` parameters, {} if none.
+            One pair for each stateful optimizer: the optimizer, and its states for the `old` parameters ({} if none).
         """
         for group in self.groups():
             if any(parameter is old[0] for parameter in group["params"]):
@@ -105,7 +105,7 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_of_torch(optimizer: Optimizer) -> bool:
     """Returns whether an optimizer's class is one of PyTorch's own, and not a subclass defined elsewhere."""
-    return f"{type(optimizer).__module__}.".startswith("torch.optim.")  # that of Muon is torch.optim itself
+    return f"{type(optimizer).__module__}.".startswith("torch.optim.")  # Muon's module is torch.optim itself
 
 
 def is_a(optimizer: Optimizer, kinds: Sequence[type[Optimizer]]) -> bool:
@@ -115,7 +115,7 @@ def is_a(optimizer: Optimizer, kinds: Sequence[type[Optimizer]]) -> bool:
 
 
 def announces_steps(optimizer: Optimizer) -> bool:
-    """Returns whether an optimizer calls step hooks. It does not if its class does not call `Optimizer.__init__`."""
+    """Returns whether an optimizer runs step hooks. It does so only if its class calls `Optimizer.__init__`."""
     return hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(type(optimizer).step, "hooked")
 
 

@@ -20,8 +20,8 @@ def to_plain(model: nn.Module, *, dense: Sequence[str] = ()) -> nn.Module:
     """Returns a copy of a model that computes with factors but consists of plain PyTorch modules, without abtrain.
 
     A factored Linear layer becomes two Linear layers with k features between them. A factored convolution becomes a
-    convolution with k filters and a 1x1 convolution. Weights stay dense (W = A B) if the factors would be larger, in
-    other modules (attention), and in PyTorch's transformer layers, which read the weights of their submodules.
+    convolution with k filters and a 1x1 convolution. A weight stays dense (W = A B) if its factors are not smaller, if
+    its module is of another kind, or in one of PyTorch's transformer layers, which read the weights of submodules.
 
     Args:
         model: the model that ABTraining trains, at any step; it is not changed.
@@ -49,7 +49,7 @@ def _is_smaller(module: LowRank) -> bool:
 
 
 def _as_two(module: LowRank, copied: nn.Module) -> nn.Sequential:
-    """Returns two PyTorch layers that compute a factored layer. They get the bias and the hooks of its dense copy."""
+    """Returns two PyTorch layers that replace a factored layer. They get the bias and the hooks of its dense copy."""
     inner, outer = (factor.detach() for factor in inner_and_outer(module))
     kind, bias = module._abtrain_dense_type, copied.bias is not None
     if isinstance(module, LowRankLinear):

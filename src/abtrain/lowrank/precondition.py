@@ -12,7 +12,7 @@ gradient descent, both corrections together are ScaledGD, G_A (B B^T + d I)^-1 (
 LoRA, Zhang and Pilanci, arXiv 2402.02347). An optimizer that normalizes its gradients, such as Adam, undoes a change
 of the gradient alone, so it needs both corrections.
 
-Weight decay is not a step along a gradient: it shrinks the weight by a given share. If it is decoupled from the
+Weight decay is not a step along a gradient: it shrinks the weight by a fixed share. If it is decoupled from the
 gradient (AdamW, Muon), it is removed from the step, and half of it is applied to each factor.
 """
 
@@ -40,18 +40,18 @@ class _Start(NamedTuple):
     is_A: bool
 
     def converted(self, change: Tensor) -> Tensor:
-        """Returns a preconditioned gradient or step: D_A R_B for factor A, R_A D_B for factor B."""
+        """Multiplies a gradient or a step of the factor by R_B from the right for A, and by R_A from the left for B."""
         change = change.to(self.root.dtype)
         return change @ self.root if self.is_A else self.root @ change
 
 
 class Preconditioner:
-    """Preconditions the gradients of factored weights before each optimizer step, and the changes of A and B after it.
+    """Preconditions the gradients of A and B before each optimizer step, and the changes of A and B after it.
 
     Args:
         damping: the number d, divided by the mean of the diagonal of A^T A or B B^T.
-        scale: the number by which the changes are multiplied. In k of n coordinates, Adam's step is up to sqrt(n / k)
-            times shorter than its step of the whole weight.
+        scale: the number by which the changes are multiplied. Adam's step in k of n coordinates is up to sqrt(n / k)
+            times shorter than its step for the whole weight.
     """
 
     def __init__(self, optimizers: Optimizers, damping: float, scale: float = 1.0) -> None:
@@ -116,9 +116,9 @@ def _decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
 
 
 def seen_through(record: FactoredWeight, damping: float) -> tuple[Tensor, Tensor]:
-    """Returns A' (m, k) and B' (k, n), for which the optimizer gets the gradients G B'^T and A'^T G of the factors.
+    """Returns A' (m, k) and B' (k, n) such that the optimizer gets G B'^T and A'^T G as the gradients of the factors.
 
-    G is the gradient of the weight. A' and B' are A R_A and R_B B, or A and B without preconditioner (`damping` 0).
+    G is the gradient of the weight. A' = A R_A and B' = R_B B with preconditioning, A and B without it (`damping` 0).
     """
     A, B = record.A.detach(), record.B.detach()
     if damping == 0:

@@ -1,4 +1,4 @@
-"""Defines the record of a factored weight, and computes its product with the right gradients and users' hooks."""
+"""Defines the record of a factored weight, and computes the weight so that gradients and users' hooks keep working."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Names(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class FactoredWeight:
-    """Records one factored weight, with everything needed to compute it and to undo the factoring.
+    """Records one factored weight, with all that is needed to compute it and to make it dense again.
 
     Attributes:
         name: the weight's name in the model.
@@ -59,7 +59,7 @@ class FactoredWeight:
         return self.product_of(self.A.detach(), self.B.detach())
 
     def product_of(self, A: Tensor, B: Tensor) -> Tensor:
-        """Returns the product of the given factors like `weight()`, with a gradient to those that require one."""
+        """Computes `weight()` from the arguments A and B, which get gradients from the result if they require them."""
         with without_autocast(A):
             wide = A.dtype if A.dtype == torch.float64 else torch.float32
             return self.matrix_shape.to_tensor((A.to(wide) @ B.to(wide)).to(A.dtype)).contiguous()
@@ -76,7 +76,7 @@ class FactoredWeight:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Turns autocast off on the tensor's device. Matrix products then have the dtype of their factors."""
+    """Turns autocast off on the tensor's device, so that matrix products have the dtype of their operands."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 

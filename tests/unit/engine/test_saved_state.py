@@ -144,13 +144,13 @@ def test_nothing_is_taken_from_a_state_that_does_not_fit() -> None:
     for wrong, why in (
         ({}, "not a state of version"),
         (other, "another recipe"),
-        (shapes, "factors .3, 2. and"),
+        (shapes, "shapes .3, 2. and"),
         (phase, "belongs to no parameter here"),
-        (moments, "not of its shape"),
+        (moments, "does not fit shape"),
     ):
         with pytest.raises(CheckpointError, match=why):
             loop.ab.load_state_dict(wrong)
-    with pytest.raises(CheckpointError, match="SGD with 1 in the loop"):
+    with pytest.raises(CheckpointError, match="SGD with 1 in the training loop"):
         Loop(SingleProcess(), RECIPES["ab"], "sgd").ab.load_state_dict(state)
     loop.run(7)
     assert loop.ab.steps_done == 7 and weights_digest(loop.ab.dense_state_dict()) != before
