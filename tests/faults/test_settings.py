@@ -523,7 +523,7 @@ def test_trained_parameters_that_the_optimizer_does_not_hold(recipe: str) -> Non
 
 @pytest.mark.parametrize("optimizer", [None, [], "adamw", object()], ids=["None", "a list", "a name", "an object"])
 def test_an_object_that_is_no_optimizer(optimizer: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"pass a torch.optim.Optimizer, or a list of them"):
+    with pytest.raises(ConfigurationError, match=r"pass a torch.optim.Optimizer, or a list of optimizers"):
         ABTraining(build("mlp"), optimizer, AB)
 
 
