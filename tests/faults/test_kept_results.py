@@ -215,7 +215,7 @@ def test_all_obstacles_are_reported_before_a_lab_is_built(
     assert compared(tmp_path) == 0 and len(labs) == 4
     monkeypatch.setattr(compare, "Lab", NoLab)
     assert compared(tmp_path) == 0
-    assert "4 runs, 4 of them done before" in capsys.readouterr().out
+    assert "4 runs, 4 of them already finished" in capsys.readouterr().out
     for request in tmp_path.rglob("request.toml"):
         request.write_text(request.read_text() + "extra_field = 1\n")
     before = contents(tmp_path / "runs")

@@ -157,7 +157,7 @@ def test_results_of_several_versions_in_one_table(
     content["versions"]["abtrain"] = "0.0.9"
     file.write_text(json.dumps(content))
     assert compared(tmp_path) == 0
-    note = f"Results of several versions of abtrain: 0.0.9, {__version__}."
+    note = f"The results come from several versions of abtrain: 0.0.9, {__version__}."
     assert note in capsys.readouterr().out and note in (tmp_path / "report.html").read_text()
     assert json.loads((tmp_path / "compare.json").read_text())["note"] == note
 

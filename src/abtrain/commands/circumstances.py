@@ -27,4 +27,4 @@ def versions_note(found: Iterable[str | None]) -> str:
         found: the version that computed each result; None if it is unknown. The note is empty if all are equal.
     """
     known = sorted({each or "unknown" for each in found})
-    return f"Results of several versions of abtrain: {', '.join(known)}." if len(known) > 1 else ""
+    return f"The results come from several versions of abtrain: {', '.join(known)}." if len(known) > 1 else ""

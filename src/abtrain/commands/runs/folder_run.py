@@ -107,7 +107,7 @@ def run_once(
         in_short: returns a short description of a run's result, for the line that says that it has finished.
     """
     missing = [run for run in planned if not run.done]
-    say(f"{len(planned)} runs, {len(planned) - len(missing)} of them done before")
+    say(f"{len(planned)} runs, {len(planned) - len(missing)} of them already finished")
     if not missing:
         return
     with runner as run_one:

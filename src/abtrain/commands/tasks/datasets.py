@@ -174,8 +174,8 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     header = 4 + 4 * dimensions
     if len(content) < header or content[:4] != bytes((0, 0, 8, dimensions)):
         raise DataError(
-            f"the first bytes of {path} are {content[:4].hex() or 'missing'}, but those of an IDX file of bytes with "
-            f"{dimensions} dimensions are 000008{dimensions:02x}. {_FETCH_AGAIN}"
+            f"{path} is not an IDX file of bytes with {dimensions} dimensions: its first bytes are "
+            f"{content[:4].hex() or 'missing'} instead of 000008{dimensions:02x}. {_FETCH_AGAIN}"
         )
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
     values = len(content) - header

@@ -18,7 +18,7 @@ from abtrain.recipes.numbers import is_finite_number
 
 
 def from_toml(path: Path) -> TrainConfig:
-    """Reads settings from a TOML file. Missing settings have their defaults.
+    """Reads settings from a TOML file. Missing settings get their defaults.
 
     Raises:
         ConfigurationError: the file cannot be read or is not TOML, or keys are unknown or have values of a wrong type.
@@ -31,7 +31,7 @@ def from_toml(path: Path) -> TrainConfig:
 
 
 def from_text(text: str, source: str) -> TrainConfig:
-    """Reads settings from a TOML string. Missing settings have their defaults.
+    """Reads settings from a TOML string. Missing settings get their defaults.
 
     Args:
         text: the TOML string.
@@ -48,7 +48,7 @@ def from_text(text: str, source: str) -> TrainConfig:
 
 
 def from_values(content: Mapping[str, Any], source: str) -> TrainConfig:
-    """Reads settings from a parsed TOML table. Missing settings have their defaults.
+    """Reads settings from a parsed TOML table. Missing settings get their defaults.
 
     Args:
         content: the values by the names of `TrainConfig`'s fields.

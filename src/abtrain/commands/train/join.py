@@ -68,7 +68,7 @@ def _in_reach(rank: int, world_size: int) -> Iterator[None]:
         raise PeerLostError(
             f"rank {rank} of {world_size} cannot connect to the other workers: it cannot reach the store that they "
             "connect through. The worker or launcher that hosts the store has ended, or the network connection to it "
-            "is lost. Look at the output of both"
+            "is lost. Look at the output of that worker or launcher"
         ) from error
 
 

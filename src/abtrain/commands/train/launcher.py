@@ -247,7 +247,8 @@ def _first_error(failures: list[ProcessFailure]) -> AbtrainError:
     if frozen and type(error) is PeerLostError:
         ranks = ", ".join(str(failure.local_rank) for failure in frozen)
         return PeerLostError(
-            f"{error}. Worker {ranks} did not react to SIGTERM for {_SHUTDOWN_SECONDS} s and was killed: it was frozen"
+            f"{error}. The launcher killed worker {ranks}, which was frozen: for {_SHUTDOWN_SECONDS} s it did not "
+            "react to SIGTERM"
         )
     return error
 

@@ -170,7 +170,7 @@ def merge_figures(merge: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         The step at which the merge began, the ranks that took part, the mean and maximum of their losses (None if no
-        loss is known), the seconds that the merge took, and those that this worker waited for others.
+        loss is known), the seconds that the merge took, and the seconds that this worker waited.
     """
     ranks = [rank for rank in range(len(merge["losses"])) if rank not in merge["dropped"]]
     losses = [merge["losses"][rank] for rank in ranks if not math.isnan(merge["losses"][rank])]

@@ -51,7 +51,7 @@ def resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> d
         with as_checkpoint_error("the states of the former workers are malformed: load another checkpoint"):
             return _resized(states, rank, recipe)
     except UsageError as error:
-        raise CheckpointError(f"the states of the former workers fit no step of the recipe: {error}") from error
+        raise CheckpointError(f"the checkpoint does not fit the recipe: {error}. Load another checkpoint") from error
 
 
 def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> dict[str, Any]:

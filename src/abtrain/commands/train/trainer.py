@@ -147,7 +147,7 @@ class Trainer:
         }
 
     def _seconds(self, spent: Mapping[str, float]) -> dict[str, float]:
-        """Returns the seconds of a run and of its parts. All parts add up to `total`."""
+        """Returns the seconds of a run, in total and by part: computation, collectives, SVDs, and those in `spent`."""
         parts = {
             "sync": self.ab.communicator.meter.sync_seconds,
             "svd": self.ab.seconds["svd"],

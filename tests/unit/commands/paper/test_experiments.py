@@ -64,7 +64,7 @@ def test_a_table_its_runs_and_its_figure(tmp_path: Path, minute: Scale, capsys: 
     assert code == 2
     assert "10 are missing" in errors[0] and "abtrain paper table2-local --scale tiny --seeds 2" in errors[0]
     code, said, _ = typed(capsys, "table2-local", *out)
-    assert code == 0 and "10 runs, 0 of them done before" in said and "ab_outer" in said
+    assert code == 0 and "10 runs, 0 of them already finished" in said and "ab_outer" in said
     assert {path.name for path in tmp_path.glob("*.png")} == {"fig2-mlp.png"}
     rows = json.loads((tmp_path / "table2-local.json").read_text())["rows"]
     assert len(rows) == 5 and all(row["seeds"] == 2 for row in rows)
@@ -72,7 +72,7 @@ def test_a_table_its_runs_and_its_figure(tmp_path: Path, minute: Scale, capsys: 
     assert by_method[DDP]["internode_ratio"] == pytest.approx(1, abs=0.02) and by_method[DDP]["gain"] == 0
     assert by_method["ab_outer"]["internode_ratio"] < 0.6 and by_method[AB]["compression"][0] != 1
     code, said, _ = typed(capsys, "fig2", *out)
-    assert code == 0 and "10 runs, 10 of them done before" in said
+    assert code == 0 and "10 runs, 10 of them already finished" in said
     page = (tmp_path / "fig2.html").read_text()
     assert "data:image/png;base64," in page and 'src="http' not in page
     assert "means over 2 seeds" in page

@@ -54,18 +54,18 @@ def test_what_is_done_is_not_repeated(recorded: list[str]) -> None:
     recorded.append("b")
     said = all_once("abc", recorded)
     assert recorded == ["b", "a", "c"]
-    assert said == ["3 runs, 1 of them done before", "set up", "1/2 a: loss of a", "2/2 c: loss of c"]
+    assert said == ["3 runs, 1 of them already finished", "set up", "1/2 a: loss of a", "2/2 c: loss of c"]
 
 
 def test_nothing_is_set_up_if_nothing_is_missing(recorded: list[str]) -> None:
     recorded += "ab"
-    assert all_once("ab", recorded) == ["2 runs, 2 of them done before"]
+    assert all_once("ab", recorded) == ["2 runs, 2 of them already finished"]
 
 
 def test_runs_before_a_failure_stay_done(recorded: list[str]) -> None:
     with pytest.raises(RuntimeError):
         all_once("abc", recorded, fails="b")
-    assert all_once("abc", recorded)[0] == "3 runs, 1 of them done before"
+    assert all_once("abc", recorded)[0] == "3 runs, 1 of them already finished"
     assert recorded == ["a", "b", "c"]
 
 
