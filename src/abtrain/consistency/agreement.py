@@ -26,7 +26,7 @@ Told = tuple[int, float]
 
 _MOST_LISTED = 5
 _ABSENT = "absent"
-_READABLE_DIGITS = 9  # longer whole numbers are hashes, which tell a reader nothing
+_READABLE_DIGITS = 9  # longer whole numbers are hashes, whose digits mean nothing to a reader
 _DISAGREE = "workers disagree"
 _REMEDY = (
     "Give every worker the same model, recipe and optimizer settings (unless same_settings=False), and call ab.step() "
@@ -61,7 +61,7 @@ def disagreeing(comm: Communicator, values: Sequence[int], scope: Scope = "world
 def sent_by_comparison(count: int = 1, scope: Scope = "world") -> Calls:
     """Returns the collective call with which `disagreeing` compares `count` values; an empty tuple for 0.
 
-    `differing_tensors` compares one value for each tensor; `take_rank_0` and `check_replicas`, one value at first.
+    `differing_tensors` compares one value for each tensor. `take_rank_0` and `check_replicas` first compare only one.
     """
     return (Traffic("all_reduce", scope, 2 * count * torch.int64.itemsize),) if count else ()
 
@@ -69,9 +69,9 @@ def sent_by_comparison(count: int = 1, scope: Scope = "world") -> Calls:
 def check_equal(comm: Communicator, values: Place, what: str = _DISAGREE, remedy: str = _REMEDY) -> None:
     """Checks that all ranks pass equal `values`. Collective over the world. Sends 24 bytes if they are equal.
 
-    All calls send tensors of the same shape, so ranks that call this at different places of the program get an error.
-    Without it, one rank could use another's tensor for a different purpose. The error's message begins with `what` and
-    ends with `remedy`.
+    All calls send tensors of the same shape. So if ranks call this at different places of the program, they get an
+    error instead of values that were sent for another purpose. The error's message begins with `what` and ends with
+    `remedy`.
 
     Raises:
         RanksDisagreeError: values differ. The message lists which ranks have which values. All ranks raise the error.
@@ -152,7 +152,7 @@ def _by_rank(place: str, values: Sequence[str]) -> str:
 
 
 def gather_json(comm: Communicator, value: Any, nbytes: int = 0) -> list[Any]:
-    """Returns every rank's value, in rank order. Collective over the world. Received JSON is never executed.
+    """Returns every rank's value, in rank order. Collective over the world. Sends JSON: reading it never runs code.
 
     `nbytes` is equal on all ranks: an upper bound for the size of any value as JSON, or 0 to exchange sizes first.
     """

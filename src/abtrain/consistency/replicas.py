@@ -142,7 +142,7 @@ def marks(structure: Any) -> Marks:
 def drifted(answers: Sequence[Sequence[Marks]], topology: Topology) -> str:
     """Describes an entry that is marked as equal but differs between saved states; empty if there is none.
 
-    `answers` has for each worker the marks in the states that it has read: its own, or those of all former workers.
+    `answers` has for each worker the marks in the states that it has read: its own, or all saved ones.
     """
     found: dict[tuple[str, str], set[str]] = {}
     for rank, states in enumerate(answers):

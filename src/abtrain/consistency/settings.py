@@ -33,7 +33,7 @@ def check_phase(comm: Communicator, model: FactoredModel, where: str, settings: 
     Compares shapes, dtypes and strides before DDP wraps the model, and the settings named in `settings`.
 
     Raises:
-        RanksDisagreeError: some differ. The message lists which ranks have which values. All ranks raise the error.
+        RanksDisagreeError: tensors or settings differ. All ranks raise the error, which lists the differences.
     """
     names, own = model.parameters(), own_names(model.model)
     factors = model.factors().keys()
@@ -80,7 +80,7 @@ def optimizer_settings(
 
 
 def chosen(group: Mapping[str, Any], keys: Collection[str]) -> dict[str, object]:
-    """Returns the settings of a param group that `keys` names. Tensors become Python numbers, equal on any device."""
+    """Returns the settings named in `keys` from a param group. Tensors become Python numbers, equal on any device."""
     return {key: _plain(value) for key, value in settings_of(group).items() if key in keys}
 
 

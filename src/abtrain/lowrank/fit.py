@@ -70,7 +70,7 @@ MODEL_STATE: Check = mapping({**_PARTS, **_OPTIONAL}, required=_PARTS)
 def model_problems(model: FactoredModel, state: Mapping[str, Any], factored: bool) -> list[str]:
     """Returns messages that explain why a state does not fit a model; an empty list if it fits.
 
-    The state must have passed `MODEL_STATE`. `factored` tells whether it was saved in a phase with factored weights.
+    The state must have passed `MODEL_STATE`. `factored`: whether it was saved in a phase with factored weights.
     """
     return first_problems(
         lambda: _name_problems(model, state, factored),

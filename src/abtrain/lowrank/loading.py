@@ -83,7 +83,7 @@ def _makes(pair: Factors, weight: FactoredWeight, value: Tensor, dtype: torch.dt
 
 
 def _factors_of(weight: FactoredWeight, present: Factors, value: Tensor) -> tuple[Factors, float]:
-    """Returns factors of a value, near the present ones, and the share of its norm that truncation to the rank loses.
+    """Returns factors of a value, near the current ones, and the share of its norm that truncation to the rank loses.
 
     Raises:
         NonFiniteError: the value contains NaN or infinity.

@@ -28,7 +28,7 @@ class FactoredModel:
 
     Args:
         names: the names of the weights that may be factored.
-        optimizer_state: the treatment of the optimizer's state for a weight that is factored or restored: `reset`,
+        optimizer_state: the treatment of optimizer state for a weight that is factored or restored: `reset` (drop),
             `project` (convert), or `auto`, which projects the state of known optimizers and resets that of others.
 
     Attributes:

@@ -189,7 +189,7 @@ def _step(kind: type[Optimizer], settings: Mapping[str, Any], ones: Tensor) -> M
 
 
 def _fits(held: Any, weight: Tensor, wanted: Any) -> bool:
-    """Returns whether a saved value of state can belong to a weight. `wanted` is the twin's value, or None."""
+    """Returns whether a saved value can be optimizer state for a weight. `wanted` is the twin's value, or None."""
     if not isinstance(held, Tensor):
         return not isinstance(wanted, Tensor) and (wanted is None or (is_number(held) and held >= 0))
     if held.layout != torch.strided or held.device.type == "meta":

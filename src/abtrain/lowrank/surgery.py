@@ -53,7 +53,7 @@ def restore_(record: FactoredWeight) -> nn.Parameter:
 
 
 def _show_(module: nn.Module, records: dict[str, FactoredWeight]) -> None:
-    """Changes a module's class so that exactly the weights in `records` are factored; none: to its dense class."""
+    """Changes a module's class so that exactly the weights in `records` are factored; to the dense class if empty."""
     dense_type = module._abtrain_dense_type if isinstance(module, Factored) else type(module)
     module.__class__ = dense_type
     if not records:

@@ -75,7 +75,7 @@ def decompose(W: Tensor, rank_rule: RankRule) -> Factors:
         ValueError: W is not a matrix, is empty, or is not real floating point.
     """
     if W.ndim != 2 or W.numel() == 0 or not W.is_floating_point():
-        raise ValueError(f"cannot decompose a {W.dtype} tensor of shape {tuple(W.shape)}: pass a real (m, n) matrix")
+        raise ValueError(f"cannot decompose {W.dtype} of shape {tuple(W.shape)}: pass a floating-point (m, n) matrix")
     if not torch.isfinite(W).all():
         raise NonFiniteError(f"cannot decompose a matrix of shape {tuple(W.shape)}: it contains NaN or infinity")
     U, S, Vh = _svd(W.detach())

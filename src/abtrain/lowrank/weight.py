@@ -135,7 +135,7 @@ def read_product(weight: FactoredWeight, A: Tensor, B: Tensor) -> Tensor:
 
 
 def _calling(weight: FactoredWeight) -> Callable[[Tensor], Tensor]:
-    """Returns a hook that calls the user's hooks. It has a weak reference to the weight, since `_reads` keeps it."""
+    """Returns a hook that calls the user's hooks. Its reference to the weight is weak, as `_reads` keeps the hook."""
     hooks, held = weight.hooks, weakref.ref(weight)
 
     def call(gradient: Tensor) -> Tensor:
