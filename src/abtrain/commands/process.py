@@ -38,7 +38,7 @@ before they agree to stop. A worker may therefore handle a signal two seconds af
 
 
 class Requests:
-    """Counts the requests to stop that a process receives.
+    """Records the first request to stop that a process receives, and recognizes repetitions of it.
 
     Attributes:
         number: the number of the signal that was the first request; 0 if there was none.

@@ -146,7 +146,7 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def orthogonal_init(model: nn.Module) -> None:
-    """Makes every parameter of two or more dimensions an orthogonal matrix, with all dimensions after the first as one.
+    """Makes every parameter of two or more dimensions an orthogonal matrix (first dimension, product of the others).
 
     Vectors (biases and norms) stay unchanged. The paper uses these initial weights (arXiv 2405.01067, section 4).
     """

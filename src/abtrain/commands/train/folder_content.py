@@ -36,7 +36,7 @@ def stacks_file(rank: int) -> str:
 
 
 def continuation(folder: Path) -> str:
-    """Returns the end of a message, which says at which step an unfinished run continues if it is started again."""
+    """Returns the end of a message, which says where an unfinished run continues if it is started again."""
     saved = any((folder / CHECKPOINTS).glob("step-*"))
     return (
         "the run resumes from its last checkpoint"

@@ -39,7 +39,7 @@ _OWN = frozenset({"out", "data", "config"})
 def train(
     config: TrainConfig, communicator: Communicator, store: Store | None = None, launch: str = ""
 ) -> dict[str, Any]:
-    """Trains as one worker; rank 0 also evaluates, displays and records. Collective: every worker calls it.
+    """Trains as one worker. Rank 0 also evaluates the model, and displays and records the run. Every worker calls it.
 
     Args:
         config: the settings, validated and resolved; `workers` and `group_size` match the communicator.

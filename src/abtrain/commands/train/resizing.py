@@ -87,7 +87,7 @@ def _at_last_merge(state: Mapping[str, Any], buffers: Mapping[str, Tensor], reci
 
 
 def _last_merge(state: Mapping[str, Any], recipe: Recipe) -> Position:
-    """Returns the position of the last step that began with equal weights on all workers: after a merge or a phase."""
+    """Returns the position of the last step that began with equal weights on all workers, after a merge or phase."""
     step = state["step"] - (1 if state["step"] == recipe.total_steps else 0)
     left = 2 if state["rounds"]["under_way"] else 1
     while True:

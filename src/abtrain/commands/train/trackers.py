@@ -28,11 +28,11 @@ class Tracker(Protocol):
     """The interface of a tracker, which receives the metrics of a run."""
 
     def log(self, step: int, numbers: Numbers) -> None:
-        """Records the metrics of a step, by name."""
+        """Records the metrics of a step. `numbers` contains their values by name."""
         ...
 
     def finish(self, numbers: Numbers) -> None:
-        """Records the numbers in a run's result, by name."""
+        """Records the result of a finished run. `numbers` contains its numeric values by name."""
         ...
 
     def close(self, finished: bool) -> None:

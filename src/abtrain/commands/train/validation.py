@@ -119,7 +119,7 @@ def save_model_files(trainer: Trainer, folder: Path, name: str = MODEL) -> None:
 
 
 def save_last_model(trainer: Trainer, folder: Path) -> None:
-    """Writes the model of a finished run in both forms.
+    """Writes the model of a finished run, with factors and with dense weights.
 
     Raises:
         CheckpointError: a file cannot be written.
