@@ -52,12 +52,12 @@ class Written(NamedTuple):
 
 
 def write_json(path: Path, value: Any, sync: Callable[[BinaryIO], None]) -> Written:
-    """Writes a value as JSON to a new file. The function `sync` makes the open file durable."""
+    """Writes a value to a new JSON file, and returns its size and digest. `sync` makes the open file durable."""
     return _write(path, [_as_tensor(json.dumps(value, allow_nan=False).encode())], sync)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], sync: Callable[[BinaryIO], None]) -> Written:
-    """Writes tensors of the dtypes in `DTYPES` to a new safetensors file. `sync` makes the open file durable."""
+    """Writes tensors (see `DTYPES`) to a new safetensors file, and returns its size and digest. See `write_json`."""
     # Wide dtypes come first, so that all are aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def _digest(sha: Any, held: Tensor) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable."""
+    """Syncs a folder to the disk, so that renames in it survive a crash."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -146,7 +146,7 @@ def read_json(path: Path, expected: Written | None = None) -> Any:
 
 
 def open_tensors(path: Path, expected: Written) -> safe_open:
-    """Opens a safetensors file whose size and digest are the expected ones.
+    """Opens a safetensors file, after verifying that its size and digest are the expected ones.
 
     Raises:
         CheckpointError: the file is missing or damaged, or the system has no /dev/fd.

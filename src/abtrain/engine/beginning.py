@@ -47,7 +47,7 @@ def begin(shared: SharedTensors, recipe: Recipe, comm: Communicator, **options: 
         comm,
         values,
         "workers were started with different software or settings",
-        "Build ABTraining with the same recipe, options, model and optimizer on every worker, under the same versions",
+        "Use the same recipe, options, model, optimizer and versions of abtrain and PyTorch on every worker",
     )
     shared.agree()
     comm.begin_run()

@@ -16,10 +16,10 @@ class CallOrder:
         self._forwards = 0
 
     def forward(self) -> None:
-        """Records a forward pass with gradients.
+        """Checks that a forward pass with gradients may begin, and counts it.
 
         Raises:
-            UsageError: the last step was not ended by `ab.step()`, the recipe has ended, or the run was closed.
+            UsageError: the last step lacks `ab.step()`, the run has ended or was closed, or inside `ABTraining.merged`.
         """
         progress = self._progress
         progress.check_open()
@@ -35,7 +35,7 @@ class CallOrder:
         self._forwards += 1
 
     def step(self, has_loss: bool) -> None:
-        """Records a call of `ab.step()`.
+        """Checks that `ab.step()` may be called, and resets the count of forward passes.
 
         Raises:
             UsageError: the recipe has ended, a merge rule needs a loss, or there was no forward pass in this step.

@@ -17,8 +17,8 @@ class Description:
 
     Attributes:
         treatments: the treatments of all parameters of the model.
-        dense_this_cycle: for each weight that could be factored but is dense now, the reason, by name.
-        buffers: for each buffer that may differ between workers, its treatment at a merge, by name.
+        dense_this_cycle: by name, for each weight that could be factored but is dense now, the reason.
+        buffers: by name, for each buffer that may differ between workers, its treatment at a merge.
     """
 
     recipe: Recipe

@@ -45,7 +45,7 @@ class LRRebound:
         self._length, self._done = steps, 0
 
     def advance(self) -> None:
-        """Ends a training step, which a gradient scaler may have skipped."""
+        """Restores the scheduled rates, and advances the ramp by a step, even if a gradient scaler skipped the step."""
         self.put_back()
         self._done = min(self._done + 1, self._length)
 

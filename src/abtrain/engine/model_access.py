@@ -53,7 +53,7 @@ class ModelAccess:
 
     @property
     def compression(self) -> float:
-        """The number of parameters of the full model, divided by the number when it was last factored."""
+        """The number of parameters of the dense model, divided by their number when it was last factored."""
         return self._model.compression
 
     @property
@@ -68,14 +68,14 @@ class ModelAccess:
 
     @property
     def divergence(self) -> list[dict[str, Any]]:
-        """One entry per merge in this process: step, phase, and distances by layer (with `measure_divergence`)."""
+        """One entry per merge in this process: step, phase, distances by layer. Needs `measure_divergence`."""
         return self._rounds.divergence
 
     @property
     def last_merges(self) -> list[dict[str, Any]]:
         """One entry per merge that ended in the last `step`; empty after other steps.
 
-        `step`: the number of steps done when it began. `dropped`: the ranks that were left out. `losses`: by rank, the
+        `step`: the number of steps done when it began. `dropped`: the ranks that were excluded. `losses`: by rank, the
         mean loss since the last merge; NaN if `step` got none. `seconds`: how long the merge interrupted training here.
         `wait_seconds`: how long this worker waited for the slowest worker.
         """

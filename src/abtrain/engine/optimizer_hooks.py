@@ -226,10 +226,10 @@ class OptimizerHooks:
 
 
 def rewound(state: Mapping[str, Any], step: int, back: int, in_phase: int) -> dict[str, Any]:
-    """Returns the entries of `OptimizerHooks` in an engine state, as they were when an earlier round began.
+    """Returns the entries of `OptimizerHooks` in an `ABTraining.state_dict`, as they were when a round began.
 
     Args:
-        state: the engine state.
+        state: the result of `ABTraining.state_dict`.
         step: the number of training steps done when that round began.
         back: the number of training steps between the start of that round and the state.
         in_phase: the number of steps of the phase done when that round began.

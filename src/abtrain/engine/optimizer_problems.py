@@ -32,7 +32,7 @@ _FIRST_STEPS = 2
 """The number of steps within which most optimizers create their state."""
 _WITHOUT_FACTORS = "use another optimizer, or a recipe without factors such as local_sgd"
 _CANNOT_FOLLOW = f"which abtrain cannot convert when weights are factored: {_WITHOUT_FACTORS}"
-_NOT_MOVED = "outside its state, so they undo merges: keep them in optimizer.state[parameter], where merges move them"
+_NOT_MOVED = "outside its state, so they undo merges: keep them in optimizer.state[parameter], where merges find them"
 
 
 def form_problems(optimizer: object) -> list[str]:

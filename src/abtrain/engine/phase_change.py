@@ -36,7 +36,7 @@ class PhaseChange:
     Attributes:
         parallel: the wrapper for forward passes, which averages gradients over the scope of the phase.
         rank_history: one entry for each time that weights were factored; see `ABTraining.rank_history`.
-        dense_this_cycle: for each weight that could be factored but is dense now, the reason, by name.
+        dense_this_cycle: by name, for each weight that could be factored but is dense now, the reason.
         seconds: the seconds spent on singular value decompositions (`svd`), without the time of waiting for workers.
     """
 
@@ -92,7 +92,7 @@ class PhaseChange:
         momentum = {f"momentum of {name}": tensor for name, tensor in self._rounds.merger.momentum.items()}
         differed = take_rank_0(self._comm, weights | momentum)
         if differed and self._comm.rank == 0:
-            log.info("%d tensors differed between workers by rounding: all now use rank 0's values", len(differed))
+            log.info("%d tensors differed between workers by rounding: all workers use rank 0's now", len(differed))
 
     def train(self, position: Position) -> None:
         """Unfreezes the parameters that the phase trains at this position, and wraps the model to average gradients."""
@@ -121,7 +121,7 @@ class PhaseChange:
             self.train(upcoming)
 
     def _equalize(self, position: Position) -> None:
-        """Makes optimizer state and loss scale equal on all workers."""
+        """Makes optimizer state and loss scale equal on all workers, before they average gradients."""
         if position.phase.trains in ("a_then_b", "b"):
             # Each worker has state for both factors. The state of the frozen factor must become equal, too.
             self._model.train_only("all")
@@ -132,7 +132,7 @@ class PhaseChange:
             equalize_grad_scaler(self._grad_scaler, self._comm)
 
     def _whose_gradients(self) -> str:
-        """Returns the end of an error message: the worker whose gradients are not finite."""
+        """Returns the end of an error message, with the worker whose gradients are not finite."""
         rank = self._comm.rank
         if not self.parallel.spoiled():
             return f", produced by a worker other than rank {rank}"

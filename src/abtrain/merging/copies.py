@@ -68,7 +68,7 @@ class WeightCopies:
         return " ".join(f"{place}/{key}" for place, key in sorted(self._copies))
 
     def renew(self) -> None:
-        """Creates missing copies of parameters, if the optimizer's constructor created copies for parameters."""
+        """Creates the copies that parameters lack, of the kinds that the optimizers' constructors had created."""
         for (place, key, of), (dtype, device) in self._from_start.items():
             optimizer = self._model.optimizers.all[place]
             for parameter in parameters_of(optimizer):

@@ -62,7 +62,7 @@ class SharedTensors:
         return self.parameters() | self._frozen()
 
     def _frozen(self) -> dict[str, Tensor]:
-        """Returns the frozen parameters that are plain tensors."""
+        """Returns the frozen parameters that are plain tensors, by name."""
         held = {name: self.model.model.get_parameter(name).data for name in self.frozen_names()}
         return as_real({name: tensor for name, tensor in held.items() if type(tensor) is Tensor})
 
@@ -133,7 +133,7 @@ class SharedTensors:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Gives the model the average of all workers inside a `with` block. Collective on entry, not on exit.
+        """Gives the model the average weights of all workers inside a `with` block. Collective on entry, not on exit.
 
         Buffers are treated as in a merge: those that are equal on all workers keep their values. The others
         are averaged or follow rank 0. Copies of weights that optimizers keep are averaged with the weights.

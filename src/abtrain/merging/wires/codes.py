@@ -18,7 +18,7 @@ _SCALE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Code:
-    """A code that represents numbers in few bits.
+    """A code that represents each float32 number by a fixed number of bits.
 
     Attributes:
         name: the code's name.
@@ -32,7 +32,7 @@ class Code:
 
     @property
     def exact(self) -> bool:
-        """Whether decoding restores float32 without error."""
+        """Whether decoding returns exactly the float32 numbers that were encoded."""
         return self.bits == 32
 
     @property
@@ -46,7 +46,7 @@ class Code:
         return round(count * self.bits / 8) + scales
 
     def encode(self, numbers: Tensor) -> Tensor:
-        """Encodes (count,) finite float32 as (nbytes(count),) uint8; count is a multiple of `granule`."""
+        """Encodes finite float32 numbers (count,) as uint8 (nbytes(count),). `count` is a multiple of `granule`."""
         if not self.block:
             return numbers.to(_FLOATS[self.name]).view(torch.uint8)
         blocks = numbers.view(-1, self.block)
@@ -55,7 +55,7 @@ class Code:
         return torch.cat([scales.view(torch.uint8), _packed(integers, self.bits)])
 
     def decode(self, data: Tensor, count: int) -> Tensor:
-        """Decodes (nbytes(count),) uint8 to (count,) float32."""
+        """Decodes uint8 (nbytes(count),) to float32 numbers (count,)."""
         if not self.block:
             return data.view(_FLOATS[self.name]).float()
         split = count // self.block * _SCALE.itemsize
@@ -85,7 +85,7 @@ _BYTE_SHIFTS = torch.arange(0, 24, 8, dtype=torch.int32)
 
 
 def _uniform(blocks: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Returns scales (blocks,) and integers from -limit to limit, of the shape of `blocks`."""
+    """Quantizes blocks. Returns scales (blocks,), and integers from -limit to limit in the shape of `blocks`."""
     # The scale is rounded to bfloat16, as the receiver reads it, and upwards, so that no number is clipped.
     scales = _rounded_up(blocks.abs().amax(dim=1) / limit)
     safe = torch.where(scales > 0, scales, 1).float()

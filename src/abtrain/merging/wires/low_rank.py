@@ -89,8 +89,8 @@ class LowRankWire(Wire):
 def _scaled(Q: Tensor) -> Tensor:
     """Scales columns to absolute sums between 1/2 and 1, so that M Q does not overflow for any finite M.
 
-    Scaling by powers of two is exact, and the iteration depends on the columns' directions alone: the bits of its
-    outcome stay the same.
+    Scaling by powers of two is exact, and the iteration depends only on the directions of the columns. So its result
+    stays bitwise the same.
     """
     exponents = torch.frexp(Q.double().abs().sum(0)).exponent
     return torch.ldexp(Q.double(), -exponents).to(Q.dtype)
@@ -106,10 +106,10 @@ def _pays(tensor: Tensor, rank: int) -> bool:
 
 
 def orthonormal(P: Tensor) -> Tensor:
-    """Makes the columns of P (m, r) orthonormal, one after the other (Gram-Schmidt, twice, in float64).
+    """Returns P (m, r) with orthonormal columns, computed one by one (Gram-Schmidt, twice, in float64).
 
-    A column that depends on those before it becomes zero. QR would put an arbitrary direction there, chosen by
-    rounding, and different on different processors.
+    A column that depends linearly on earlier columns becomes zero. A QR decomposition would replace it by an arbitrary
+    direction, which results from rounding and differs between processors.
     """
     columns = P.new_empty(P.shape[0], 0, dtype=torch.float64)
     for column in P.double().unbind(1):
@@ -144,7 +144,7 @@ def _norm(column: Tensor) -> Tensor:
 
 
 def _total(terms: Tensor) -> Tensor:
-    """Sums over the first dimension: adds one half to the other until one row is left."""
+    """Sums over the first dimension in a fixed order: adds one half of the rows to the other, repeatedly."""
     while len(terms) > 1:
         half = len(terms) // 2
         folded = terms[:half] + terms[half : 2 * half]
