@@ -93,7 +93,7 @@ def test_recipes_that_differ(unlike: str) -> None:
     errors = told(3, lambda comm: Loop(comm, odd if comm.rank == 1 else most))
     assert {type(error) for error in errors} == {RanksDisagreeError} and errors[0].exit_code == 5
     assert all(words in str(error) for error in errors)
-    assert all("Build ABTraining with the same recipe" in str(error) for error in errors)
+    assert all("Use the same recipe" in str(error) for error in errors)
 
 
 @pytest.mark.parametrize(

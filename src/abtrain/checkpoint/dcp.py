@@ -74,7 +74,7 @@ class TrainingState:
         self._ab.load_state_dict(tree)
 
     def _tree(self, state: Mapping[str, Any]) -> Any:
-        """Returns this worker's verified state."""
+        """Returns this worker's part of a saved state, verified and decoded."""
         saved = state.get(self._key) if isinstance(state, Mapping) else None
         if not isinstance(saved, bytes):
             raise CheckpointError(f"the checkpoint lacks {self._key}: load it with the number of workers that saved it")

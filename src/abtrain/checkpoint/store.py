@@ -50,8 +50,8 @@ class Saved(NamedTuple):
     """A checkpoint that all workers have verified.
 
     Attributes:
-        step: the number of steps done.
-        workers: the number of workers that saved it.
+        step: the number of training steps done when it was saved.
+        workers: the number of workers that saved the checkpoint.
         states: a list of this worker's state; or of all saved states in rank order, if the number of workers changed.
     """
 

@@ -24,7 +24,7 @@ _MOST_IN_A_ROW = 50
 class GradientGuard:
     """Checks gradients for NaN and infinity before each optimizer step.
 
-    Workers that share gradients have equal ones. They therefore skip the same steps without communication.
+    Workers that share gradients have the same gradients, so they skip the same steps without communication.
 
     Args:
         policy: the reaction to gradients that are not finite. `skip` skips the step. Under other policies, an
@@ -55,7 +55,7 @@ class GradientGuard:
         """
         step, shared = self._progress.steps_done, self._progress.shares_gradients
         skips = self._policy == "skip"
-        # With `found_inf`, a GradScaler has checked the gradients, and the optimizer itself skips the step.
+        # If `found_inf` is set, a GradScaler has checked the gradients, and the optimizer itself skips the step.
         if not (shared or skips) or getattr(optimizer, "found_inf", None) is not None:
             return
         checked = self._model.optimizers.acting if skips and step != self._looked else [optimizer]

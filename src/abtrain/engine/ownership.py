@@ -83,7 +83,7 @@ class Ownership:
         if lost:
             raise UsageError(
                 f"parameters that workers share are no longer in the optimizer: {told_names(lost)}. Leave the param "
-                "groups as they were when ABTraining was built; to freeze parameters, set their learning rate to 0"
+                "groups as they were when ABTraining was built. To freeze a parameter, set its learning rate to 0"
             )
 
     def _places(self) -> list[_Place]:
@@ -92,7 +92,7 @@ class Ownership:
         for name, parameter in self._model.parameters().items():
             if name not in excluded:
                 module, attribute = owner(self._model.model, name)
-                # A scripted module returns new objects for its parameters at each call.
+                # A scripted module returns new objects for its parameters at each access.
                 if not isinstance(module, torch.jit.ScriptModule):
                     places.append(_Place(name, module._parameters, attribute, parameter))
         return places
@@ -113,7 +113,7 @@ def _refuse_moved(names: Sequence[str]) -> None:
     if names:
         raise UsageError(
             f"the model no longer has these parameters: {told_names(names)}. Pruning, weight norm, parametrizations or "
-            "new modules have replaced them: make such changes before the optimizer and ABTraining are built"
+            "new modules have replaced them: make such changes before building the optimizer and ABTraining"
         )
 
 

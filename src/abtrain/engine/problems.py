@@ -35,7 +35,7 @@ def checked(
     on_nonfinite: OnNonFinite,
     average_buffers: Sequence[str],
 ) -> Communicator:
-    """Checks these arguments of `ABTraining`, and returns the communicator to use.
+    """Checks arguments of `ABTraining`. Returns the communicator that was passed in, or the default one.
 
     Raises:
         ConfigurationError: the arguments are invalid; the message lists all problems.

@@ -36,7 +36,7 @@ class EngineState:
     grad_scaler: torch.amp.GradScaler | None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the states of all parts, by name."""
+        """Returns the state of this worker: the states of all parts, by name."""
         model = model_state(self.model)
         return {
             "version": VERSION,

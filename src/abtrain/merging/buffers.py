@@ -67,7 +67,7 @@ class Buffers:
         self.differed: dict[str, int] = {}
 
     def report(self, buffers: Mapping[str, Tensor], sums: Mapping[str, int]) -> int:
-        """Returns a fingerprint for the roll call before a merge, or 0 to request a comparison of all buffers.
+        """Returns a fingerprint to send before a merge, or 0 to request a comparison of all buffers.
 
         If all workers return the same fingerprint, only buffers in `differed` can differ. Arguments: see `compare`.
         """

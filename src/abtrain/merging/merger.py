@@ -53,7 +53,7 @@ class MergeInput:
         started: copies of tensors and buffers, made when a hidden merge began; None if the merge is not hidden.
         loss: this worker's mean training loss since the last merge; None if it is unknown.
         step: the number of training steps done when the merge began.
-        place: values that must be equal on all workers that merge.
+        place: values by name, such as the step, that must be equal on all workers that merge.
         factors: the names of the tensors that are factors of a weight.
     """
 

@@ -47,7 +47,7 @@ class _UnderWay(NamedTuple):
 
 
 class Rounds:
-    """Runs the merges of a phase: owns the shared tensors, the merger, and the merges under way.
+    """Runs the merges of a phase: owns the shared tensors, the merger, and the hidden merges under way.
 
     Attributes:
         dropped: for each merge that excluded workers, the step when it began, and the workers' ranks.
