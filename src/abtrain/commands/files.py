@@ -174,4 +174,4 @@ def _plain(value: Any) -> Any:
 
 
 def _irregular(path: Path) -> OSError:
-    return OSError(errno.EINVAL, "it is a link, a pipe or a device instead of a regular file: remove it", str(path))
+    return OSError(errno.EINVAL, "not a regular file, but a link, a pipe or a device: remove it", str(path))

@@ -110,7 +110,7 @@ def test_share_overwrites_each_tensor_with_its_owners(world: World) -> None:
 
 
 def test_sharing_needs_an_owner_for_each_tensor() -> None:
-    with pytest.raises(ValueError, match="1 tensors, but 2 owners"):
+    with pytest.raises(ValueError, match="cannot share 1 tensors with 2 owners"):
         share(SingleProcess(), [torch.ones(1)], [0, 0])
 
 
