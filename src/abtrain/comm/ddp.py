@@ -165,7 +165,7 @@ class _Rehearsal(nn.Module):
 class _Averaging:
     """Averages the gradients of a backward pass bucket by bucket, as DDP completes them.
 
-    It sends nothing while it `rehearses`, since all gradients are zero then.
+    While `rehearses` is True it sends nothing: that backward pass only shows DDP the order of the gradients.
     """
 
     def __init__(

@@ -83,7 +83,7 @@ class Peers:
             time.sleep(_PAUSE_SECONDS)
 
     def _read(self, key: Callable[[int], str], texts: dict[int, str]) -> None:
-        """Adds the messages that the others have stored under their keys since the last call."""
+        """Adds to `texts`, by rank, what other workers have stored under `key(rank)`, unless it is there already."""
         for other in self._others:
             if other not in texts and self._store.check([key(other)]):
                 texts[other] = self._store.get(key(other)).decode()

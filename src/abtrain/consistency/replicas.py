@@ -109,7 +109,7 @@ def marked(name: str, tensors: Mapping[str, Tensor], scope: Scope | None) -> dic
 
 
 def same_in(tree: Any, place: str = "") -> Iterator[tuple[str, Scope, Any]]:
-    """Yields the place (keys joined by `/`), scope and content of every marked entry in a state."""
+    """Yields place (keys joined by `/`), scope and content of every entry of a state that `marked` has made."""
     if not isinstance(tree, Mapping):
         return
     for key, item in tree.items():

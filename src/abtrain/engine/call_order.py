@@ -53,8 +53,8 @@ class CallOrder:
             raise UsageError(
                 "optimizer.step() was called without an ab(...) call before it: call ab(x) in place of model(x)"
                 if self._hooks.stepped
-                else "ab(...) was not called since the last ab.step(): call it before each optimizer step, the same "
-                "number of times on every worker, and validate the average model in `with ab.merged():`"
+                else "ab(...) has not been called with gradients enabled since the last ab.step(): call it before each "
+                "optimizer step, the same number of times on every worker, and not ab.step() after a validation"
             )
         progress.refuse_in_view("ab.step()")
         self._forwards = 0

@@ -178,7 +178,7 @@ class OptimizerHooks:
         return None
 
     def _check_order(self, optimizer: Optimizer) -> None:
-        """Raises UsageError inside `ab.merged()` or a backward pass, and for a second step before `ab.step()`."""
+        """Raises UsageError if an optimizer steps in `ab.merged()`, in a backward pass, or twice before `ab.step()`."""
         progress = self._progress
         progress.refuse_in_view("optimizer.step()")
         if progress.shares_gradients:

@@ -41,7 +41,7 @@ class Ownership:
         if thawed:
             raise UsageError(
                 "these parameters were unfrozen after ABTraining was built, so workers do not share them: "
-                f"{told_names(thawed)}. Unfreeze all parameters that are to be trained before building ABTraining"
+                f"{told_names(thawed)}. Before building ABTraining, unfreeze all parameters that are to be trained"
             )
         modules = [id(module) for module in self._model.model.modules()]
         if modules != self._modules:

@@ -135,7 +135,10 @@ def read_product(weight: FactoredWeight, A: Tensor, B: Tensor) -> Tensor:
 
 
 def _calling(weight: FactoredWeight) -> Callable[[Tensor], Tensor]:
-    """Returns a hook that calls the user's hooks. Its reference to the weight is weak, as `_reads` keeps the hook."""
+    """Returns a hook for W that drops the cached product and calls the user's hooks.
+
+    It refers to the weight weakly. `_reads` has W and W has the hook, so the weight could otherwise never be freed.
+    """
     hooks, held = weight.hooks, weakref.ref(weight)
 
     def call(gradient: Tensor) -> Tensor:
