@@ -355,7 +355,7 @@ def test_the_state_of_every_optimizer_is_known_or_left_alone(name: str) -> None:
         for value in (torch.ones(3, 3, 3), "x", None, tensor.to(torch.int32), *([...] if len(held) > 1 else [])):
             forged = copy.deepcopy(saved)
             put_at(forged["model"]["optimizers"][0]["state"]["0.weight"], key, value)
-            with pytest.raises(CheckpointError, match=r"of 0\.weight"):
+            with pytest.raises(CheckpointError, match=r"for 0\.weight"):
                 fresh.ab.load_state_dict(forged)
 
 
