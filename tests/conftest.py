@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import sys
+
 import pytest
 from hypothesis import settings
 
@@ -26,3 +29,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if total or skipped:
         note = f", {skipped} skipped" if skipped else ""
         terminalreporter.write_line(f"faults: {counts['passed']} of {total} ended as expected{note}")
+
+
+def pytest_unconfigure() -> None:
+    """Tests leave runs unfinished, which a user's program would be warned of at its end."""
+    progress = sys.modules.get("abtrain.engine.progress")
+    if progress is not None:
+        atexit.unregister(progress.warn)

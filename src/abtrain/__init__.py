@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from abtrain.checkpoint.digest import weights_digest
     from abtrain.engine.ab_training import ABTraining
     from abtrain.errors import AbtrainError
+    from abtrain.lowrank.compress import compress
+    from abtrain.lowrank.model_file import load
     from abtrain.lowrank.plain import to_plain
     from abtrain.recipes.factoring import Factoring
     from abtrain.recipes.merges import Mean, Outer, TrainedOnly
@@ -39,7 +41,9 @@ __all__ = [
     "TrainedOnly",
     "WeightSync",
     "checkpoint",
+    "compress",
     "errors",
+    "load",
     "recipes",
     "to_plain",
     "weights_digest",
@@ -48,6 +52,8 @@ __all__ = [
 _HOMES = {
     "ABTraining": "engine.ab_training",
     "AbtrainError": "errors",
+    "compress": "lowrank.compress",
+    "load": "lowrank.model_file",
     "to_plain": "lowrank.plain",
     "weights_digest": "checkpoint.digest",
     **dict.fromkeys(("Energy", "FixedRank", "SigmaCutoff", "StableRank"), "recipes.rank_rules"),

@@ -8,7 +8,10 @@ that cannot be followed (`test_optimizers.py`), writes to factored weights (`tes
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,10 +24,12 @@ from torch.optim import AdamW
 
 from abtrain import ABTraining, FixedRank, recipes
 from abtrain.comm.communicator import Communicator, SingleProcess
+from abtrain.comm.in_process import run_in_process
 from abtrain.commands.train import worker
+from abtrain.engine import progress
 from abtrain.errors import ConfigurationError, PeerLostError, UsageError
 from abtrain.recipes.recipe import Recipe
-from tests.cases import batch, build, sgd
+from tests.cases import adamw, batch, build, sgd
 from tests.faults.loops import Loop, told
 from tests.gloo import run_gloo
 
@@ -35,6 +40,10 @@ FACTORED = recipes.ab_outer(20, every=4, warmup_steps=0, rank_rule=FixedRank(3))
 def backward(ab: ABTraining) -> None:
     x, y = batch("mlp", ab.communicator.rank, ab.steps_done)
     F.cross_entropy(ab(x), y).backward()
+
+
+def texts(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
+    return [text for text in caplog.messages if words in text]
 
 
 # The optimizer.
@@ -51,7 +60,60 @@ def test_an_optimizer_that_was_built_after_abtraining(recipe: Recipe) -> None:
         ab.step()
 
 
+def test_a_cell_of_a_notebook_that_is_run_again() -> None:
+    model = build("mlp")
+    optimizer = sgd(model.parameters())
+    ab = ABTraining(model, optimizer, LOCAL)
+    with pytest.raises(ConfigurationError, match=r"SGD belongs to another ABTraining: call close\(\)"):
+        ABTraining(model, optimizer, LOCAL)
+    ab.close()
+    ABTraining(model, optimizer, LOCAL)
+
+
 # The loop.
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_step_at_each_micro_batch(workers: int, waits: bool) -> None:
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, LOCAL)
+        for micro in range(4):
+            if waits:
+                with loop.ab.no_sync():
+                    backward(loop.ab)
+            else:
+                backward(loop.ab)
+            if micro == 3:
+                loop.optimizer.step()
+                loop.optimizer.zero_grad()
+            loop.ab.step()
+
+    assert all(isinstance(e, UsageError) and "not at each micro batch" in str(e) for e in told(workers, work))
+
+
+def test_steps_without_an_optimizer_step(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("mlp")
+    optimizer = sgd(model.parameters())
+    ab = ABTraining(model, optimizer, LOCAL)
+    while not ab.finished:
+        backward(ab)
+        optimizer.zero_grad()
+        ab.step()
+    (text,) = texts(caplog, "no optimizer has stepped in the last 8 calls of ab.step()")
+    assert "call it once after every optimizer.step()" in text
+
+
+def test_a_step_that_is_left_out_on_purpose() -> None:
+    model = build("mlp")
+    optimizer = sgd(model.parameters())
+    ab = ABTraining(model, optimizer, LOCAL)
+    backward(ab)
+    with pytest.raises(UsageError, match=r"call optimizer.zero_grad\(\) before ab.step\(\)"):
+        ab.step()
+    optimizer.zero_grad(set_to_none=False)
+    ab.step()
+    assert ab.steps_done == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -88,6 +150,25 @@ def test_more_steps_than_the_recipe_has(call: str) -> None:
 # What is saved.
 
 
+def test_the_optimizer_is_saved_while_weights_are_factored(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("mlp")
+    optimizer = adamw(model.parameters())
+    ab = ABTraining(model, optimizer, FACTORED)
+    for _ in range(2):
+        backward(ab)
+        optimizer.step()
+        optimizer.zero_grad()
+        ab.step()
+        ab.state_dict()
+    assert not texts(caplog, "state_dict()")
+    optimizer.state_dict()
+    saved = optimizer.state_dict()
+    (text,) = texts(caplog, "optimizer.state_dict() holds the state of factors")
+    assert "Save ab.state_dict()" in text and "load it by ab.load_state_dict()" in text
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        adamw(build("mlp").parameters()).load_state_dict(saved)
+
+
 def test_model_and_run_survive_torch_save(tmp_path: Path) -> None:
     loop = Loop(SingleProcess(), FACTORED)
     loop.run(until=3)
@@ -101,15 +182,100 @@ def test_model_and_run_survive_torch_save(tmp_path: Path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(again.run().values(), loop.run().values(), strict=True))
 
 
+def test_weights_of_one_group_are_called_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, LOCAL)
+        loop.ab.dense_state_dict()
+        for _ in range(4):
+            loop.step()
+        loop.ab.dense_state_dict()
+        loop.step()
+        # abtrain's own uses, and the average.
+        loop.ab.ema(0.9).update()
+        loop.ab.state_dict()
+        with loop.ab.merged():
+            loop.ab.dense_state_dict()
+        assert not texts(caplog, "rank 0's group")
+        comm.barrier()
+        loop.ab.dense_state_dict()
+        loop.ab.factored_state_dict()
+
+    run_in_process(2, work)
+    (text,) = texts(caplog, "rank 0's group")
+    assert text.startswith("dense_state_dict() at step 5, within a round") and "`with ab.merged():`" in text
+
+
+# The end of the run.
+
+_SCRIPT = """
+import sys
+import torch
+import abtrain
+
+def main():
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ab = abtrain.ABTraining(model, optimizer, abtrain.recipes.local_sgd(5, every=1))
+    for _ in range(3):
+        ab(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ab.step()
+    if sys.argv[1:]:
+        raise KeyError("a mistake of the loop")
+
+main()
+"""
+
+
+def test_a_program_that_ends_too_early_says_how_many_steps_are_missing() -> None:
+    """It does not if an exception ends it."""
+    programs = [
+        subprocess.Popen([sys.executable, "-c", _SCRIPT, *more], stderr=subprocess.PIPE, text=True)
+        for more in ((), ("raise",))
+    ]
+    early, failed = (program.communicate(timeout=200)[1] for program in programs)
+    assert "the run ends at step 3, 2 steps before recipe 'local_sgd' ends: " in early
+    assert "or loop `while not ab.finished`; ab.close() ends a run early" in early
+    assert "a mistake of the loop" in failed and "steps before" not in failed
+
+
+@pytest.mark.parametrize("end", ["none", "finished", "closed", "saved", "another worker"])
+def test_which_runs_have_ended_too_early(end: str, caplog: pytest.LogCaptureFixture) -> None:
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, LOCAL)
+        while not loop.ab.finished and (end == "finished" or loop.ab.steps_done < 4):
+            loop.step()
+        if end == "closed":
+            loop.ab.close()
+        if end == "saved":
+            loop.ab.state_dict()
+        comm.barrier()
+        if comm.rank == (end == "another worker"):
+            progress.warn()
+
+    run_in_process(2, work)
+    assert len(texts(caplog, "steps before recipe")) == (end in ("none", "another worker"))
+
+
+def test_a_run_that_never_began_has_ended_too_early(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("mlp")
+    ABTraining(model, sgd(model.parameters()), LOCAL)
+    progress.warn()
+    (text,) = texts(caplog, "at step 0, 8 steps before recipe")
+    assert "call ab.step() once after every optimizer.step()" in text
+
+
 # Workers.
 
 
 @pytest.mark.parametrize(("recipe", "end"), [("ddp", "barrier"), ("local_sgd", "barrier"), ("local_sgd", "destroy")])
 def test_a_worker_with_fewer_batches(recipe: str, end: str) -> None:
-    """It waits elsewhere or ends. The others end with exit code 6, at the latest after the time-out of their group."""
+    """It waits elsewhere or ends: the others end with exit code 6, within their time-out, and learn of its step."""
     code, message = run_gloo(2, _uneven, recipe, end, may_die={1})[0]
     assert code == 6
-    assert "lost a peer in" in message and "No message from rank 1 on" in message and "or waits elsewhere" in message
+    assert "lost a peer in" in message
+    assert "Rank 1 on" in message and f"the run ends at step 5, 7 steps before recipe '{recipe}' ends" in message
 
 
 def _uneven(comm: Communicator, recipe: str, end: str) -> tuple[int, str]:
@@ -122,6 +288,8 @@ def _uneven(comm: Communicator, recipe: str, end: str) -> tuple[int, str]:
         return error.exit_code, str(error)
     with contextlib.suppress(RuntimeError):
         dist.barrier() if end == "barrier" else dist.destroy_process_group()
+    # As in a program of its own, whose end the process of a test never sees.
+    progress.warn()
     os._exit(0)
 
 
@@ -155,3 +323,19 @@ def test_a_compiled_model_trains(compiles: str) -> None:
     loop = Loop(SingleProcess(), FACTORED, torch.compile(model, backend="eager") if compiles == "wraps" else model)
     plain = Loop(SingleProcess(), FACTORED)
     assert all(torch.equal(one, other) for one, other in zip(loop.run().values(), plain.run().values(), strict=True))
+
+
+# What is said when weights are factored.
+
+
+def test_how_many_weights_are_factored_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.getLogger("abtrain"), "propagate", False)
+        Loop(SingleProcess(), FACTORED)
+    assert "abtrain: step 0: 3 of 3 weights factored, 1." in capsys.readouterr().err
+
+
+def test_no_weight_is_factored(caplog: pytest.LogCaptureFixture) -> None:
+    Loop(SingleProcess(), recipes.ab_outer(20, every=4, warmup_steps=0, rank_rule=FixedRank(16)))
+    (text,) = texts(caplog, "0 of 3 weights factored, so the model is no smaller")
+    assert "0.weight: factors of rank 10 would be no smaller" in text and "larger sigma_cutoff" in text

@@ -189,16 +189,19 @@ def test_parameters_named_like_factors_in_another_order_are_no_resume() -> None:
         start("BA").load_state_dict(reread(start("AB").state_dict()))
 
 
-def test_a_replaced_optimizer_is_reported() -> None:
+@pytest.mark.parametrize("leaves_gradients", [False, True])
+def test_a_replaced_optimizer_is_reported(leaves_gradients: bool) -> None:
     model = build("mlp")
     ab = ABTraining(model, sgd(model.parameters()), recipes.local_sgd(8, every=4))
     step(ab)
     another = sgd(model.parameters())
     with pytest.raises(UsageError, match=r"changed, but abtrain saw no call to step\(\) of SGD"):
         for _ in range(3):
+            another.zero_grad()
             backward(ab)
             another.step()
-            another.zero_grad()
+            if not leaves_gradients:
+                another.zero_grad()
             ab.step()
 
 

@@ -595,5 +595,5 @@ def test_a_run_left_during_a_round_is_reported(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.WARNING, "abtrain"):
         progress.warn()
     told_of = [record.message for record in caplog.records]
-    assert any("ends at step 5, between merges of phase 'local'" in message for message in told_of)
-    assert not any("ends at step 6" in message for message in told_of)
+    assert any("ends at step 5, 3 steps before recipe 'local_sgd' ends, within a round" in text for text in told_of)
+    assert not any("ends at step 6" in text for text in told_of)

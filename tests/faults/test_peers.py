@@ -73,6 +73,18 @@ def test_where_all_are_there_it_was_a_link(store: Store) -> None:
     assert time.monotonic() - began < 2
 
 
+def test_a_process_that_starts_no_threads_any_more_leaves_word(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python 3.12 does while it shuts down."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        Peers(store, 1, 2).leave_word(ValueError("gone"))
+    assert Peers(store, 0, 2).roll_call() == "Rank 1 on host1 ended (ValueError: gone)"
+
+
 class Gone(HashStore):
     """A store that was reached once, and is no more."""
 

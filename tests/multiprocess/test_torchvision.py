@@ -36,7 +36,7 @@ def test_one_full_cycle(name: str, size: int, workers: int) -> None:
     description = runs[0].describe()
     parameters = sum(p.numel() for p in models[0].parameters())
     assert sum(description.parameters.values()) == parameters
-    assert description.parameters["factored"] > 0.97 * parameters
+    assert sum(t.numel for t in description.treatments if t.kind == "factored") > 0.97 * parameters
     assert len(runs[0].rank_history) == 1
     state = runs[0].dense_state_dict()
     assert all(torch.isfinite(value).all() for value in state.values())

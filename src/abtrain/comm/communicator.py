@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from abtrain.comm.data_parallel import DataParallel, Unsynchronized
 from abtrain.comm.meter import Meter, Spans
+from abtrain.comm.peers import Peers
 from abtrain.comm.topology import Topology
 from abtrain.own import trained_parameters
 from abtrain.recipes.sync import GradientSync, Sync
@@ -83,6 +84,7 @@ class Communicator:
         self.topology = topology
         self.device = device
         self.meter = Meter()
+        self.peers: Peers | None = None
 
     def ranks(self, scope: Scope) -> tuple[int, ...]:
         """Returns the world ranks of all workers in this worker's scope, in ascending order."""

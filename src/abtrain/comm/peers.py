@@ -116,6 +116,10 @@ def _within(seconds: float, call: Callable[[], None]) -> bool:
             done.set()
 
     thread = threading.Thread(target=work, name="abtrain roll call", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # a process that ends starts no threads from Python 3.12 on
+        work()
+        return done.is_set()
     thread.join(seconds)
     return done.is_set()

@@ -267,8 +267,8 @@ class ABTraining(ModelAccess):
         if self._progress.closed:
             return
         self._progress.refuse_in_view("ab.close()")
-        if self._progress.within_round:
-            log.warning(self._progress.within_round)
+        if self._progress.weights_differ and self._progress.loose_end:
+            self._progress.warn_once("end", self._progress.loose_end)
         self._phases.unwrap()
         self._model.restore()
         self._hooks.close()

@@ -53,12 +53,12 @@ def begin(shared: SharedTensors, recipe: Recipe, comm: Communicator, **options: 
     comm.begin_run()
     if comm.rank == 0:
         if comm.topology.world_size > 1:
-            _announce(groups_and_traffic(recipe, comm.topology))
+            announce(groups_and_traffic(recipe, comm.topology))
         for doubt in [*doubts_about(recipe, comm), *doubts_about_optimizers(optimizers, recipe)]:
             log.warning(doubt)
 
 
-def _announce(text: str) -> None:
+def announce(text: str) -> None:
     """Logs a line that every user should see. Prints it to stderr instead if the program has not set up logging."""
     if log.hasHandlers() or logging.root.manager.disable >= logging.INFO:
         log.info(text)

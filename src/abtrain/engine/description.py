@@ -17,6 +17,7 @@ class Description:
 
     Attributes:
         treatments: the treatments of all parameters of the model.
+        factored: by name, for each weight that is factored now, the number of elements of its factors.
         dense_this_cycle: by name, for each weight that could be factored but is dense now, the reason.
         buffers: by name, for each buffer that may differ between workers, its treatment at a merge.
     """
@@ -24,15 +25,20 @@ class Description:
     recipe: Recipe
     topology: Topology
     treatments: tuple[Treatment, ...]
+    factored: Mapping[str, int]
     dense_this_cycle: Mapping[str, str]
     buffers: Mapping[str, str]
 
     @property
     def parameters(self) -> dict[Kind, int]:
-        """The number of elements in all parameters of each kind. The sum of these numbers is the size of the model."""
+        """The number of elements of each kind now, where weights that may be factored later count as averaged.
+
+        The numbers add up to the size of the full model.
+        """
         counts: Counter[Kind] = Counter({"factored": 0, "averaged": 0, "frozen": 0})
         for treatment in self.treatments:
-            counts[treatment.kind] += treatment.numel
+            waits = treatment.kind == "factored" and treatment.name not in self.factored
+            counts["averaged" if waits else treatment.kind] += treatment.numel
         return dict(counts)
 
     def __str__(self) -> str:
@@ -63,8 +69,10 @@ class Description:
         width = max((len(treatment.name) for treatment in self.treatments), default=0)
         lines = []
         for t in self.treatments:
-            now = self.dense_this_cycle.get(t.name)
-            reason = f"{t.reason} (dense in this cycle: {now})" if now else t.reason
+            reason = t.reason
+            if t.kind == "factored" and t.name not in self.factored:
+                now = self.dense_this_cycle.get(t.name)
+                reason += f" (dense in this cycle: {now})" if now else " (dense now)"
             shape = "x".join(map(str, t.shape)) or "scalar"
             lines.append(f"  {t.name:<{width}}  {shape:>16}  {t.kind:<8}  {reason}")
         return lines
@@ -72,8 +80,8 @@ class Description:
     def _total_line(self) -> str:
         total = sum(self.parameters.values())
         shares = (f"{count:,} {kind} ({count / max(total, 1):.2%})" for kind, count in self.parameters.items())
-        dense = sum(t.numel for t in self.treatments if t.name in self.dense_this_cycle)
-        note = f"; {dense:,} of the factored are dense in this cycle" if dense else ""
+        now = total + sum(self.factored[t.name] - t.numel for t in self.treatments if t.name in self.factored)
+        note = f"; with factors {now:,}, {total / now:.1f} : 1" if self.factored else ""
         return f"{total:,} parameters: {', '.join(shares)}{note}"
 
     def _buffer_lines(self) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,15 @@ from abtrain.engine.ema import EMA
 from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.engine.phase_change import PhaseChange
 from abtrain.engine.progress import Progress
+from abtrain.errors import ConfigurationError
 from abtrain.lowrank.model import FactoredModel
+from abtrain.lowrank.model_file import save_model
 from abtrain.merging.rounds import Rounds
 from abtrain.modes import in_own_modes, own_modes
 from abtrain.own import IGNORED, own_names
 from abtrain.recipes.recipe import Position
+
+_Form = Literal["factored", "dense"]
 
 
 class ModelAccess:
@@ -98,6 +103,24 @@ class ModelAccess:
         """The indexes of steps that were skipped because of NaN or infinity (`on_nonfinite="skip"`)."""
         return self._hooks.guard.skipped
 
+    @property
+    def bytes_sent(self) -> int:
+        """The number of bytes that this worker has passed to collectives in this run (its payload)."""
+        return int(self._progress.comm.meter.payload()["total"])
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the model to training mode, or to evaluation mode if `mode` is False. Returns this object."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Sets the model to evaluation mode. Returns this object."""
+        return self.train(False)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yields the model's current parameters: the factors A and B of factored weights, and all other parameters."""
+        yield from self._model.parameters().values()
+
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
         """Gives the model the average weights inside a `with` block, for validation. Collective on entry, not on exit.
@@ -150,12 +173,14 @@ class ModelAccess:
         buffers = {name: "averaged" if name in averaged else "follows one worker" for name in shared.buffers()}
         own = own_names(self.module)
         buffers |= {name: f"own: in {IGNORED}" for name, _ in self.module.named_buffers() if name in own}
+        factored = {name: sum(map(Tensor.numel, record.factors)) for name, record in self._model.records.items()}
         topology, dense = self._progress.comm.topology, dict(self._phases.dense_this_cycle)
-        return Description(self._progress.recipe, topology, tuple(shared.treatments), dense, buffers)
+        return Description(self._progress.recipe, topology, tuple(shared.treatments), factored, dense, buffers)
 
     @in_own_modes
     def dense_state_dict(self) -> dict[str, Tensor]:
         """Returns the state dict of the model in its original, dense form, with W = A B for factored weights."""
+        self._tell_whose("dense_state_dict()")
         return self._model.dense_state_dict()
 
     @in_own_modes
@@ -164,7 +189,30 @@ class ModelAccess:
 
         `abtrain.lowrank.svd.MatrixShape` reshapes the product W = A B to the shape of the weight.
         """
+        self._tell_whose("factored_state_dict()")
         return self._model.factored_state_dict()
+
+    @in_own_modes
+    def save(self, path: str | os.PathLike[str], form: _Form = "factored") -> None:
+        """Writes the model as a safetensors file, for `abtrain.load`. A former file is replaced. Sends no messages.
+
+        Call it on one worker. Within a round, workers have different models: call it inside `with ab.merged()`.
+
+        Args:
+            path: the path of the file; its folder exists.
+            form: `factored` for the compressed weights of `factored_state_dict`; `dense` for `dense_state_dict`, which
+                any code can load with safetensors and `load_state_dict`.
+
+        Raises:
+            ConfigurationError: the form is unknown.
+            CheckpointError: the file cannot be written; a former file is unchanged.
+            UsageError: the model's state has entries that are not tensors.
+        """
+        if form not in get_args(_Form):
+            raise ConfigurationError(f"form={form!r} is unknown: use 'factored' or 'dense'")
+        state = self.factored_state_dict() if form == "factored" else self.dense_state_dict()
+        about = {"form": form, "recipe": self._progress.recipe.name, "step": self.steps_done}
+        save_model(path, state, about)
 
     @in_own_modes
     def load_dense_state_dict(self, state: Mapping[str, Tensor], *, cut: bool = False) -> None:
@@ -200,4 +248,14 @@ class ModelAccess:
         Raises:
             ConfigurationError: `decay` is below 0, or not below 1.
         """
-        return EMA(self.dense_state_dict, decay)
+        return EMA(self._model.dense_state_dict, decay)
+
+    def _tell_whose(self, call: str) -> None:
+        """Logs a warning, once, if a call returns weights that other groups of workers do not have."""
+        progress = self._progress
+        if progress.weights_differ and not progress.shows_average:
+            progress.warn_once(
+                "own weights",
+                f"{call} at step {progress.steps_done}, within a round: these are the weights of rank 0's group, and "
+                "other groups have others. Call it on all workers inside `with ab.merged():` for the average",
+            )

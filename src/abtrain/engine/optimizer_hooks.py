@@ -19,9 +19,12 @@ from abtrain.failpoints import fail_at
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizers import is_nested
 from abtrain.lowrank.precondition import Preconditioner
+from abtrain.merging.changes import is_finite
 from abtrain.modes import in_own_modes, own_modes
 from abtrain.recipes.phase import Phase
 
+_IDLE = 10
+"""The number of consecutive calls of `ab.step()` without an optimizer step before a warning."""
 _UNSEEN = 2
 """The number of consecutive training steps that may change weights without a known optimizer, before an error."""
 
@@ -57,13 +60,14 @@ class OptimizerHooks:
         self._stepped: set[int] = set()
         self._before_any: dict[str, Tensor] | None = {}
         self._versions: dict[str, int] = {}
-        self._unseen = 0
+        self._unseen = self._idle = 0
         self._handles: list[Any] = []
         for one in acting:
             first = one.register_step_post_hook(self._put_rates_back)
             # This hook runs first. A scheduler that another hook calls then reads the scheduled rate.
             one._optimizer_step_post_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
             self._handles += [first, one.register_step_pre_hook(self._before), one.register_step_post_hook(self._after)]
+            self._handles.append(one.register_state_dict_pre_hook(self._before_saving))
 
     def _local_lr(self) -> float:
         position = self._progress.position
@@ -94,10 +98,28 @@ class OptimizerHooks:
                 "ABTraining"
             )
         if self._stepped:
-            self._before_any, self._unseen = None, 0
+            self._before_any, self._unseen, self._idle = None, 0, 0
+        elif not self._unseen:
+            self._check_idle_step()
         self._versions = self._count_changes()
         self._stepped.clear()
         self.rebound.advance()
+
+    def _check_idle_step(self) -> None:
+        """Refuses an `ab.step()` before its optimizer step. A gradient scaler skips only NaN and infinity."""
+        gradients = [p.grad for p in self._model.optimizers.parameters() if p.grad is not None]
+        if all(map(is_finite, gradients)) and any(gradient.any() for gradient in gradients):
+            raise UsageError(
+                "ab.step() was called without optimizer.step() while gradients are left: call it once after every "
+                "optimizer.step(), not at each micro batch. To skip a step, call optimizer.zero_grad() before ab.step()"
+            )
+        self._idle += 1
+        if self._idle == min(_IDLE, self._progress.recipe.total_steps):
+            self._progress.warn_once(
+                "idle",
+                f"no optimizer has stepped in the last {self._idle} calls of ab.step(): call it once after every "
+                "optimizer.step(). A GradScaler that skips so many steps has met NaN or infinity each time",
+            )
 
     def _changed_unseen(self) -> str:
         """Returns the name of a weight that changed although no optimizer step was seen; empty if there is none.
@@ -192,6 +214,17 @@ class OptimizerHooks:
             raise UsageError(
                 "optimizer.step() was called inside the backward pass, before its gradients were averaged over "
                 "workers: call it after loss.backward()"
+            )
+
+    def _before_saving(self, optimizer: Optimizer) -> None:
+        """Logs a warning, once, that the state of factors is saved, which no new optimizer can load."""
+        # abtrain itself calls a `state_dict` that a class has overridden.
+        plain = all(type(one).state_dict is Optimizer.state_dict for one in self._model.optimizers.all)
+        if plain and self._model.records:
+            self._progress.warn_once(
+                "optimizer state",
+                "optimizer.state_dict() holds the state of factors now, and only an optimizer of the same factors can "
+                "load it. Save ab.state_dict(), which holds model and optimizers, and load it by ab.load_state_dict()",
             )
 
     def _checked(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:

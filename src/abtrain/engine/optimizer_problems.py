@@ -16,6 +16,7 @@ from abtrain.checks import brief, told_names
 from abtrain.comm.communicator import Communicator
 from abtrain.consistency.nested_state import cannot_be_shared
 from abtrain.engine.communicating_optimizers import communicates
+from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.errors import UsageError
 from abtrain.lowrank.model_state import more_of
 from abtrain.lowrank.optimizer import PROJECTABLE
@@ -65,6 +66,9 @@ def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe)
     scales_rates = recipe.lr_rebound_steps > 0 or any(phase.local_lr != 1 for phase in recipe.phases)
     for optimizer in optimizers.acting:
         kind = type(optimizer).__name__
+        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+        if any(isinstance(getattr(hook, "__self__", None), OptimizerHooks) for hook in hooks):
+            problems.append(f"{kind} belongs to another ABTraining: call close() on that one first")
         if not announces_steps(optimizer):
             problems.append(
                 f"{kind} does not call Optimizer.__init__, so abtrain cannot see its steps: call it in "

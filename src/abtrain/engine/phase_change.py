@@ -16,6 +16,7 @@ from abtrain.consistency.agreement import take_rank_0
 from abtrain.consistency.factors import agree_on_factors
 from abtrain.consistency.optimizers import equalize_grad_scaler, equalize_optimizers
 from abtrain.consistency.settings import check_phase
+from abtrain.engine.beginning import announce
 from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.lowrank.model import FactoredModel
 from abtrain.merging.carry_over import carry_over, into_factors, into_weight
@@ -169,3 +170,12 @@ class PhaseChange:
         ranks = {name: pair.k for name, pair in factors.items()}
         entry = {"cycle": position.cycle, "step": position.step, "ranks": ranks, "dense": dict(self.dense_this_cycle)}
         self.rank_history.append(entry)
+        text = f"step {position.step}: {len(factors)} of {len(self._model.names)} weights factored"
+        if self._comm.rank == 0 and factors:
+            announce(f"{text}, {self._model.compression:.1f} : 1")
+        elif self._comm.rank == 0:
+            name, reason = next(iter(self.dense_this_cycle.items()))
+            log.warning(
+                f"{text}, so the model is no smaller ({name}: {reason}). Keep fewer singular values (a larger "
+                "sigma_cutoff, or rank_rule=fixed:16), or use local_sgd"
+            )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import atexit
 import logging
-import weakref
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from abtrain.comm.communicator import Communicator, Scope
-from abtrain.errors import UsageError
+from abtrain.errors import PeerLostError, UsageError
 from abtrain.recipes.recipe import Position, Recipe
 
 log = logging.getLogger("abtrain")
@@ -32,8 +32,9 @@ class Progress:
         self.position: Position | None = recipe.at(0)
         self.workers_equal = True
         self.closed = self.shows_average = False
-        self._saved_step = 0
-        _PRESENT.add(self)
+        self._saved_step = -1
+        self._told: set[str] = set()
+        _LAST[comm.rank] = self
 
     @property
     def alone(self) -> bool:
@@ -63,17 +64,32 @@ class Progress:
         return "group" if self.in_rounds else None
 
     @property
-    def within_round(self) -> str:
-        """A warning, on rank 0 only, if workers have different models that are not saved; otherwise empty."""
-        position = self.position
-        if self.comm.rank or self.alone or self.workers_equal or position is None or not self.in_rounds:
+    def weights_differ(self) -> bool:
+        """Whether groups of workers have different weights, between merges."""
+        return self.in_rounds and not (self.alone or self.workers_equal)
+
+    @property
+    def loose_end(self) -> str:
+        """A warning if the run ends now, before its recipe. Empty if it was closed, or saved at this step."""
+        missing = self.recipe.total_steps - self.steps_done
+        if self.closed or not missing or self._saved_step == self.steps_done:
             return ""
-        if self._saved_step == self.steps_done:
-            return ""
-        return (
-            f"the run ends at step {self.steps_done}, between merges of phase {position.phase.name!r}: each worker has "
-            "a different model. Save the average in `with ab.merged() as model:`, or ab.state_dict() to continue later"
+        remedy = (
+            ", within a round: each worker has a different model. Save the model of `with ab.merged() as model`, or "
+            "ab.state_dict() to continue later"
+            if self.weights_differ
+            else ": call ab.step() once after every optimizer.step(), and give the recipe as many total_steps as the "
+            "loop makes, or loop `while not ab.finished`; ab.close() ends a run early"
         )
+        return (
+            f"the run ends at step {self.steps_done}, {missing} steps before recipe {self.recipe.name!r} ends{remedy}"
+        )
+
+    def warn_once(self, topic: str, text: str) -> None:
+        """Logs a warning on rank 0, unless there was one about this topic."""
+        if self.comm.rank == 0 and topic not in self._told:
+            self._told.add(topic)
+            log.warning("%s", text)
 
     def advance(self) -> Position | None:
         """Counts a step and returns the position of the next one. The caller sets `position` after the step."""
@@ -115,16 +131,21 @@ class Progress:
         self.position = self.recipe.at(state["step"]) if state["step"] < self.recipe.total_steps else None
 
 
-_PRESENT: weakref.WeakSet[Progress] = weakref.WeakSet()
-"""The `Progress` objects of all runs in this process."""
+_LAST: dict[int, Progress] = {}
+"""The last run of each rank in this process. The dict keeps it alive after the function that trained has returned."""
 
 
 @atexit.register
 def warn() -> None:
-    """Logs a warning if the process ends between merges, when each worker has a different model."""
-    for progress in list(_PRESENT):
-        if progress.within_round:
-            log.warning("%s", progress.within_round)
+    """Warns of a run that the process leaves before its end, unless by an exception, and tells the other workers."""
+    error = getattr(sys, "last_value", None)
+    for progress in _LAST.values():
+        end, peers = progress.loose_end, progress.comm.peers
+        if end and peers is not None and not isinstance(error, PeerLostError):
+            where = end.partition(":")[0]
+            peers.leave_word(UsageError(f"{where} ({type(error).__name__}: {error})" if error else where))
+        if end and error is None:
+            progress.warn_once("end", end)
 
 
 def rewound(step: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from abtrain.lowrank.classify import has_factored_form
 from abtrain.lowrank.layers import LowRank, LowRankLinear, inner_and_outer
 from abtrain.lowrank.names import matching
 
@@ -29,18 +30,26 @@ def to_plain(model: nn.Module, *, dense: Sequence[str] = ()) -> nn.Module:
     """
     plain: nn.Module = copy.deepcopy(model)
     for name, module in model.named_modules():
-        parent, _, child = name.rpartition(".")
-        if not isinstance(module, LowRank) or not _is_smaller(module):
+        if not isinstance(module, LowRank) or not _is_smaller(module) or not becomes_two_layers(model, name):
             continue
-        kinds = type(model.get_submodule(parent)).__mro__
-        reads_weights = any(kind.__module__ == "torch.nn.modules.transformer" for kind in kinds)
-        if reads_weights or matching(name, dense) is not None:
+        if matching(name, dense) is not None:
             continue
         two = _as_two(module, plain.get_submodule(name))
         if not name:
             return two
+        parent, _, child = name.rpartition(".")
         plain.get_submodule(parent)._modules[child] = two
     return plain
+
+
+def becomes_two_layers(model: nn.Module, name: str) -> bool:
+    """Returns whether two plain layers can replace the module `name` of a model once its weight is factored."""
+    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    reads_weights = any(kind.__module__ == "torch.nn.modules.transformer" for kind in type(parent).__mro__)
+    in_form = isinstance(module, LowRank) or has_factored_form(
+        module, "weight", bool(module.get_parameter("weight")._backward_hooks)
+    )
+    return in_form and not reads_weights
 
 
 def _is_smaller(module: LowRank) -> bool:

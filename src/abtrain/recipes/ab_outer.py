@@ -9,6 +9,7 @@ from abtrain.recipes import shared
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.merges import Mean, MergeRule, Outer
 from abtrain.recipes.numbers import whole_number_problems
+from abtrain.recipes.options import only_declared
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.shared import are_counts, full_phase, given_or, preset, rank_rule_of, whole_rounds
@@ -27,6 +28,7 @@ _FactorLR = Annotated[
 ]
 
 
+@only_declared
 def ab_outer(
     total_steps: int,
     name: str = "ab_outer",

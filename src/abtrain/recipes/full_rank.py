@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes import shared
 from abtrain.recipes.merges import Outer
+from abtrain.recipes.options import only_declared
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.shared import full_phase, merge_rule
 from abtrain.recipes.sync import GradientSync, WeightSync
 
 
+@only_declared
 def ddp(
     total_steps: int, *, wire: Annotated[Literal["fp32", "bf16"], "Format in which gradients are sent."] = "fp32"
 ) -> Recipe:
@@ -22,16 +24,19 @@ def ddp(
     return Recipe("ddp", total_steps, cycle=(Phase("full", total_steps, sync=GradientSync(wire)),))
 
 
+@only_declared
 def powersgd(total_steps: int, *, rank: Annotated[int, "Rank of the factors sent for each gradient."] = 4) -> Recipe:
     """Data parallel training that sends gradients as low-rank factors, with error feedback (arXiv 1905.13727)."""
     return Recipe("powersgd", total_steps, cycle=(Phase("full", total_steps, sync=GradientSync("powersgd", rank)),))
 
 
+@only_declared
 def solo(total_steps: int) -> Recipe:
     """No communication: each worker trains its own model. This bounds speed from above and accuracy from below."""
     return Recipe("solo", total_steps, cycle=(Phase("solo", total_steps, sync=None),))
 
 
+@only_declared
 def local_sgd(
     total_steps: int,
     *,
@@ -59,6 +64,7 @@ def local_sgd(
     return Recipe("local_sgd", total_steps, prologue, (local, *rebound))
 
 
+@only_declared
 def diloco(
     total_steps: int,
     *,

@@ -7,11 +7,23 @@ import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields
-from functools import cache
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from functools import cache, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.factoring import Factoring
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+OTHER_NAMES = {
+    **dict.fromkeys(("sync_every", "sync_steps", "local_sgd_steps", "period"), "every"),
+    **dict.fromkeys(("num_fragments", "model_fragments"), "fragments"),
+    "fragment_sync_delay": "delay",
+    "outer_optimizer": "outer_lr",
+    "should_quantize": "wire",
+}
+"""Options of torchft, torchtitan, Accelerate and PyTorch, with the options that replace them."""
 
 
 class Option(NamedTuple):
@@ -38,8 +50,23 @@ def declared_options(recipe: Callable[..., Any]) -> Mapping[str, Option]:
 
 
 def unknown_options(recipe: str, names: Iterable[str], known: Collection[str]) -> list[str]:
-    """Returns one message for each option that a recipe does not have."""
-    return [f"recipe {recipe!r} has no option {name!r}: {nearest(name, known)}" for name in names if name not in known]
+    """Returns one message for each option that a recipe does not have, with the name of the nearest that it has."""
+    unknown = {name: nearest(OTHER_NAMES.get(name, name), known) for name in names if name not in known}
+    return [f"recipe {recipe!r} has no option {name!r}: {hint}" for name, hint in unknown.items()]
+
+
+def only_declared(recipe: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Makes a recipe function raise ConfigurationError for an option that it does not have."""
+
+    @wraps(recipe)
+    def build(*args: _P.args, **options: _P.kwargs) -> _T:
+        given = [name for name in options if name not in ("total_steps", "name")]
+        unknown = unknown_options(recipe.__name__, given, declared_options(recipe))
+        if unknown:
+            raise ConfigurationError(unknown)
+        return recipe(*args, **options)
+
+    return build
 
 
 def read_options(recipe: str, text: str, known: Mapping[str, Option]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from abtrain.recipes import shared
 from abtrain.recipes.factoring import Factoring
+from abtrain.recipes.options import only_declared
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.shared import WARMUP_SHARE, full_phase, given_or, merge_rule, preset, rank_rule_of, share_of
@@ -30,6 +31,7 @@ _Trains = Annotated[
 ]
 
 
+@only_declared
 def ab(
     total_steps: int,
     name: str = "ab",

@@ -150,6 +150,8 @@ class Recipe:
 
     def _problems(self) -> list[str]:
         found = whole_number_problems("total_steps", self.total_steps, least=1)
+        if not isinstance(self.name, str):
+            found.append(f"the name {self.name!r} is not a string: give options by their names, such as every=20")
         found += whole_number_problems("lr_rebound_steps", self.lr_rebound_steps, least=0)
         for phase in self.phases:
             found += phase.problems()

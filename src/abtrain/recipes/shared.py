@@ -12,6 +12,7 @@ from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.factoring import RankRule
 from abtrain.recipes.merges import BY_NAME, Mean, MergeRule, Weighted
 from abtrain.recipes.numbers import MOST, whole_number_problems
+from abtrain.recipes.options import only_declared
 from abtrain.recipes.phase import Phase
 from abtrain.recipes.rank_rules import SigmaCutoff, parse_rule
 from abtrain.recipes.recipe import Recipe
@@ -59,7 +60,7 @@ def preset(
     build.__name__ = build.__qualname__ = name
     build.__doc__ = about
     build.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]  # unknown to the stubs
-    return build
+    return only_declared(build)
 
 
 def full_phase(

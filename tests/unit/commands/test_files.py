@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from abtrain.commands.files import FolderLock, replacing, write_json, write_whole
+from abtrain.commands.files import FolderLock, write_json, write_whole
 from abtrain.errors import ConfigurationError
+from abtrain.files import replacing
 
 
 def test_what_is_written_is_read_and_nothing_else_is_left(tmp_path: Path) -> None:

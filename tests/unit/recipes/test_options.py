@@ -52,6 +52,38 @@ def test_all_that_is_wrong_with_a_text_is_reported_at_once() -> None:
         recipes.parse("abb:every=3")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "option", "ours"),
+    [
+        (recipes.diloco, "sync_every", "every"),
+        (recipes.ab_outer, "sync_steps", "every"),
+        (recipes.local_sgd, "local_sgd_steps", "every"),
+        (recipes.ab_local, "num_fragments", "fragments"),
+        (recipes.diloco, "fragment_sync_delay", "delay"),
+        (recipes.diloco, "outer_optimizer", "outer_lr"),
+        (recipes.ab, "should_quantize", "wire"),
+        (recipes.ab_no_groups, "warmup", "warmup_steps"),
+        (recipes.ab_outer, "factoring", "factor_lr"),
+        (recipes.powersgd, "ranks", "rank"),
+    ],
+)
+def test_names_of_other_libraries_are_answered_with_those_of_abtrain(recipe: Any, option: str, ours: str) -> None:
+    """In Python and in a string."""
+    for build in (lambda: recipe(1000, **{option: 20}), lambda: recipes.parse(f"{recipe.__name__}:{option}=20")):
+        with pytest.raises(
+            ConfigurationError, match=f"recipe '{recipe.__name__}' has no option '{option}': did you mean '{ours}'"
+        ):
+            build()
+
+
+def test_options_that_a_recipe_cannot_have() -> None:
+    with pytest.raises(ConfigurationError, match=r"no option 'sync_every': Known: wire"):
+        recipes.ddp(1000, sync_every=20)  # type: ignore[call-arg]
+    with pytest.raises(ConfigurationError, match="the name 20 is not a string: give options by their names"):
+        recipes.ab_outer(1000, 20)  # type: ignore[arg-type]
+    assert recipes.ab_outer(total_steps=1000, every=20) == recipes.ab_outer(1000)
+
+
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_every_wrong_value_is_reported_with_its_option(name: str) -> None:
     for option in recipes.options_of(name).keys() - {"exclude"}:

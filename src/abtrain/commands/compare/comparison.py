@@ -12,7 +12,7 @@ from typing import Any
 
 from abtrain.commands.command_line import Parser, whole_number
 from abtrain.commands.compare.contestants import Contestant, contestants
-from abtrain.commands.files import is_leftover, write_json
+from abtrain.commands.files import write_json
 from abtrain.commands.lab.config import LabConfig, config_problems, parse_link_rate, system_problems
 from abtrain.commands.page import missing_packages
 from abtrain.commands.runs.folder_run import held
@@ -21,6 +21,7 @@ from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.folder_content import LOCK_FILE
 from abtrain.commands.units import parse_all
 from abtrain.errors import ConfigurationError, DataError, nearest
+from abtrain.files import is_leftover
 
 SETTINGS_FILE = "settings.json"
 _EXAMPLES = """\

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from abtrain.commands.export.finished import FinishedRun, inputs, largest_difference
-from abtrain.commands.files import replacing
 from abtrain.errors import CheckpointError, ConfigurationError
+from abtrain.files import replacing
 
 Form = Literal["plain", "dense", "torch-export", "onnx"]
 _ALLOWED = 1e-4

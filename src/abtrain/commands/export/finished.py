@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from abtrain.commands.files import is_regular, read_regular
-from abtrain.commands.model_file import load
 from abtrain.commands.tasks.models import without_own_layers
 from abtrain.commands.tasks.samples import Data
 from abtrain.commands.tasks.task import TASKS, Task, build_model
@@ -17,6 +16,7 @@ from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.config_file import from_text
 from abtrain.commands.train.folder_content import BEST_MODEL, CONFIG_FILE, MODEL, model_files
 from abtrain.errors import ConfigurationError
+from abtrain.lowrank.model_file import load
 from abtrain.lowrank.plain import to_plain
 
 

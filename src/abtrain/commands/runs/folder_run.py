@@ -15,6 +15,7 @@ from abtrain.commands.runs.result_files import is_empty
 from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.folder_content import LOCK_FILE
 from abtrain.errors import ConfigurationError, DataError
+from abtrain.files import is_leftover
 
 
 class Once(Protocol):
@@ -67,7 +68,7 @@ class FolderRun(ABC):
             entries = list(self.folder.iterdir()) if os.path.lexists(self.folder) else []
         except OSError as error:
             return f"run folder {self.folder} cannot be read: {error}. Make it readable, or name another --out"
-        is_new = all(entry.name in FILES or files.is_leftover(entry) for entry in entries)
+        is_new = all(entry.name in FILES or is_leftover(entry) for entry in entries)
         found = [] if is_new else request_differences(self.folder, self.config)
         if not found:
             return None

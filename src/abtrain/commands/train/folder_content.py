@@ -13,7 +13,8 @@ import os
 import re
 from pathlib import Path
 
-from abtrain.commands.files import is_leftover, is_regular
+from abtrain.commands.files import is_regular
+from abtrain.files import is_leftover
 
 CHECKPOINTS, OLD_CHECKPOINTS = "checkpoints", ".old-checkpoints"
 CONFIG_FILE, METRICS_FILE, RESULT_FILE, OUTCOME_FILE = "config.toml", "metrics.jsonl", "result.json", "outcome.json"

@@ -28,7 +28,6 @@ from typing import Any, TextIO
 from abtrain.commands.files import (
     FolderLock,
     as_json,
-    is_leftover,
     is_regular,
     open_regular,
     read_regular,
@@ -55,6 +54,7 @@ from abtrain.commands.train.folder_content import (
 )
 from abtrain.errors import CheckpointError, ConfigurationError, StoppedError
 from abtrain.failpoints import attempt
+from abtrain.files import is_leftover
 
 
 def default_folder(config: TrainConfig) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from abtrain.commands.tasks.evaluation import evaluate
 from abtrain.commands.tasks.samples import Data
 from abtrain.commands.tasks.task import TASKS, Task, build_optimizer, build_schedule
 from abtrain.commands.train.config import TrainConfig, recipe_of
+from abtrain.engine import progress
 from abtrain.engine.ab_training import ABTraining
 from abtrain.errors import NonFiniteError
 from abtrain.recipes.recipe import Position
@@ -70,6 +72,8 @@ class Trainer:
             on_nonfinite=config.on_nonfinite,
             measure_divergence=config.divergence,
         )
+        # The command itself reports a run that ends early.
+        atexit.unregister(progress.warn)
 
     def optimizer_step(self, position: Position, x: Tensor, y: Tensor, measures_norm: bool = False) -> StepFigures:
         """Computes the gradients of a batch and takes one optimizer step. The caller must call `ab.step` afterwards.

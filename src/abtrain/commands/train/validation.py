@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from abtrain.commands.model_file import describe, save_model
 from abtrain.commands.tasks.evaluation import Score, score
 from abtrain.commands.tasks.samples import Data
 from abtrain.commands.train.folder_content import BEST_MODEL, MODEL, continuation, model_files
 from abtrain.commands.train.recorder import Recorder
 from abtrain.commands.train.trainer import VALIDATE, Trainer
 from abtrain.errors import CheckpointError
+from abtrain.lowrank.model_file import describe, save_model
 
 log = logging.getLogger("abtrain")
 

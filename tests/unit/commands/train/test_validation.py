@@ -18,7 +18,6 @@ from torch.distributed import HashStore
 
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
-from abtrain.commands.model_file import save_model
 from abtrain.commands.tasks.datasets import Data, Split
 from abtrain.commands.tasks.evaluation import evaluate, score
 from abtrain.commands.tasks.task import TASKS, build_model
@@ -28,6 +27,7 @@ from abtrain.commands.train.stopping import Stopping
 from abtrain.commands.train.trainer import Trainer
 from abtrain.commands.train.validation import Validation, drop_replaced_best
 from abtrain.errors import CheckpointError, StoppedError
+from abtrain.lowrank.model_file import save_model
 
 RECIPES = ["ddp", "ab_outer:every=5,delay=2,warmup_steps=10,rank_rule=fixed:4", "local_sgd:every=7", "solo"]
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from abtrain.checks import brief
-from abtrain.commands.files import replacing
 from abtrain.errors import CheckpointError, UsageError
+from abtrain.files import replacing
 from abtrain.lowrank.layers import Factored
 from abtrain.lowrank.names import factor_names, without_compiled
 from abtrain.lowrank.surgery import factorize_, restore_

@@ -9,9 +9,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import abtrain
 from abtrain import ABTraining, FixedRank, recipes
-from abtrain.commands.model_file import load, save_model
 from abtrain.errors import CheckpointError, ConfigurationError, UsageError
+from abtrain.lowrank.model_file import load, save_model
 from abtrain.lowrank.plain import to_plain
 from tests.cases import MODELS, adamw, batch, build
 
@@ -141,3 +142,17 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="count is not a tensor"):
         save_model(tmp_path / "m", {"count": 3}, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"] and (tmp_path / "m").read_text() == "kept"
+
+
+def test_the_engine_saves_both_forms(tmp_path: Path) -> None:
+    model, ab = trained()
+    x, _ = batch("mlp", 0, 9)
+    for form in ("factored", "dense"):
+        with ab.merged():
+            ab.save(tmp_path / form, form)
+        other = build("mlp", seed=1)
+        assert abtrain.load(other, tmp_path / form) == {"form": form, "recipe": "ab_outer", "step": 8}
+        torch.testing.assert_close(other(x), model(x), rtol=0, atol=1e-12)
+    assert (tmp_path / "factored").stat().st_size < (tmp_path / "dense").stat().st_size
+    with pytest.raises(ConfigurationError, match="form='small' is unknown: use 'factored' or 'dense'"):
+        ab.save(tmp_path / "small", "small")  # type: ignore[arg-type]
