@@ -8,12 +8,17 @@ that cannot be followed (`test_optimizers.py`), writes to factored weights (`tes
 from __future__ import annotations
 
 import contextlib
+import copy
+import io
 import logging
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +32,7 @@ from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
 from abtrain.commands.train import worker
 from abtrain.engine import progress
-from abtrain.errors import ConfigurationError, PeerLostError, UsageError
+from abtrain.errors import CheckpointError, ConfigurationError, PeerLostError, UsageError
 from abtrain.recipes.recipe import Recipe
 from tests.cases import adamw, batch, build, sgd
 from tests.faults.loops import Loop, told
@@ -180,6 +185,39 @@ def test_model_and_run_survive_torch_save(tmp_path: Path) -> None:
     again = Loop(loop.comm, FACTORED, build("mlp", seed=1))
     again.ab.load_state_dict(torch.load(tmp_path / "run.pt"))
     assert all(torch.equal(one, other) for one, other in zip(again.run().values(), loop.run().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "keep", [lambda ab: torch.save(ab, io.BytesIO()), pickle.dumps, copy.deepcopy], ids=["save", "pickle", "copy"]
+)
+def test_the_whole_abtraining_is_saved(keep: Callable[[ABTraining], Any]) -> None:
+    ab = Loop(SingleProcess(), LOCAL).ab
+    with pytest.raises(UsageError, match=r"save ab\.state_dict\(\).* call ab\.save\(path\), or copy ab\.module"):
+        keep(ab)
+
+
+OTHER_STATES: dict[str, tuple[Callable[[Loop], Any], str]] = {
+    "model": (lambda loop: loop.model.state_dict(), r"state of a model, .* ab.load_dense_state_dict\(state\)"),
+    "factors": (lambda loop: loop.ab.factored_state_dict(), r"ab.save\(path\), and .* abtrain.load\(model, path\)"),
+    "optimizer": (lambda loop: loop.optimizer.state_dict(), r"state of an optimizer: .* includes its optimizers"),
+    "both": (
+        lambda loop: {"epoch": 3, "model": loop.model.state_dict(), "optimizer": loop.optimizer.state_dict()},
+        r"'model' is the state of a model: load it by ab.load_dense_state_dict\(state\['model'\]\)",
+    ),
+    "wrapped": (lambda loop: {"epoch": 3, "run": loop.ab.state_dict()}, r"contains one: load state\['run'\]"),
+    "path": (lambda loop: "runs/a.pt", r"'runs/a.pt': read the file first, such as by torch.load\(path\)"),
+    "version": (lambda loop: {**loop.ab.state_dict(), "version": 1}, "of version 1: .* with the version of abtrain"),
+    "none": (lambda loop: {"epoch": 3}, r"a dict with 'epoch': load what ABTraining.state_dict\(\) returned"),
+}
+
+
+@pytest.mark.parametrize("which", OTHER_STATES)
+def test_another_state_is_loaded(which: str) -> None:
+    loop = Loop(SingleProcess(), FACTORED)
+    loop.run(until=1)
+    other, words = OTHER_STATES[which]
+    with pytest.raises(CheckpointError, match=f"not a state of version .*{words}"):
+        loop.ab.load_state_dict(other(loop))
 
 
 def test_weights_of_one_group_are_called_so_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +156,14 @@ class ABTraining(ModelAccess):
             self._calls.forward()
             self._model.keep_frozen()
         return self._phases.parallel(*args, **kwargs)
+
+    def __getstate__(self) -> NoReturn:
+        """Raises UsageError, since an ABTraining cannot be pickled or copied: save `state_dict()` or the model."""
+        raise UsageError(
+            "an ABTraining cannot be pickled or copied, since it is connected to other workers: to continue the run, "
+            "save ab.state_dict(), such as by torch.save(ab.state_dict(), path); to keep the model, call "
+            "ab.save(path), or copy ab.module"
+        )
 
     @property
     def require_backward_grad_sync(self) -> bool:

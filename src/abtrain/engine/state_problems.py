@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from abtrain.checks import anything, blames_data, brief, first_problems, mapping, said, whole
+from torch import Tensor
+
+from abtrain.checks import anything, blames_data, brief, first_problems, mapping, said, told_names, whole
 from abtrain.comm.checksums import stable_repr
 from abtrain.engine.state_parts import PARTS, ResumedRun, Resumption, position_of
 from abtrain.lowrank.fit import MODEL_STATE, model_problems
@@ -30,10 +33,7 @@ def run_problem(state: Any, recipe: Recipe) -> str:
     """Returns a message if a state has another version or belongs to another recipe; otherwise an empty string."""
     version = state.get("version") if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or type(version) is not int or version != VERSION:
-        return (
-            f"this is not a state of version {VERSION} of abtrain's checkpoints, but {said(version)}: load what "
-            "ABTraining.state_dict() returned, with the version of abtrain that saved it"
-        )
+        return f"this is not a state of version {VERSION} of abtrain's checkpoints, but {_told_kind(state)}"
     saved, wanted = state.get("recipe"), recipe_fingerprint(recipe)
     if isinstance(saved, str) and saved == wanted:
         return ""
@@ -42,6 +42,45 @@ def run_problem(state: Any, recipe: Recipe) -> str:
         f"the checkpoint belongs to another recipe, not {recipe.name!r} of {recipe.total_steps} steps (fingerprint "
         f"{said(other)}, not {wanted[:12]!r}): build the recipe with the same settings, or start a new run"
     )
+
+
+def _told_kind(state: Any) -> str:
+    """Returns what a value is that is not a state of this version, and the remedy."""
+    remedy = "load what ABTraining.state_dict() returned, with the version of abtrain that saved it"
+    if isinstance(state, str | Path):
+        return f"the text {said(str(state))}: read the file first, such as by torch.load(path), and {remedy}"
+    if not isinstance(state, Mapping):
+        return f"{said(state)}: {remedy}"
+    if type(state.get("version")) is int:
+        return f"of version {said(state['version'])}: {remedy}"
+    if _is_of_optimizer(state):
+        return f"the state of an optimizer: ABTraining.state_dict() includes its optimizers, so {remedy}"
+    if _is_of_model(state):
+        return f"the state of a model, without step and optimizers: {_for_model('state', state)}"
+    for key, held in state.items():
+        place = f"state[{said(key)}]"
+        if isinstance(held, Mapping) and type(held.get("version")) is int and "recipe" in held:
+            return f"a dict that contains one: load {place}"
+        if _is_of_model(held):
+            return f"a dict, in which {said(key)} is the state of a model: {_for_model(place, held)}"
+    return f"a dict with {told_names([said(key) for key in state]) or 'no entries'}: {remedy}"
+
+
+def _is_of_optimizer(state: Mapping[Any, Any]) -> bool:
+    return state.keys() >= {"state", "param_groups"}
+
+
+def _is_of_model(state: Any) -> bool:
+    """Returns whether a value looks like `model.state_dict()`, whose names may belong to factors."""
+    return isinstance(state, Mapping) and any(isinstance(value, Tensor) for value in state.values())
+
+
+def _for_model(place: str, state: Mapping[Any, Any]) -> str:
+    """Returns how to load the state of a model, which is found at a `place` in the user's code."""
+    names = {name for name in state if isinstance(name, str)}
+    if any(name.endswith(".A") and f"{name.removesuffix('.A')}.B" in names for name in names):
+        return "save factors by ab.save(path), and load the file by abtrain.load(model, path) before a run begins"
+    return f"load it by ab.load_dense_state_dict({place}); a run continues only from ABTraining.state_dict()"
 
 
 def state_problem(state: Any, run: ResumedRun) -> str:
