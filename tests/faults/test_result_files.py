@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from abtrain import __version__
-from abtrain.commands.compare.comparison import held_folder, parse_arguments
+from abtrain.commands.compare.comparison import held_folder
 from abtrain.commands.compare.runs import ComparisonRun, outcome
 from abtrain.commands.paper.experiments import SCALES, cells
 from abtrain.commands.paper.pages import write_study
@@ -23,6 +23,7 @@ from abtrain.commands.paper.tables import rows as paper_rows
 from abtrain.commands.runs.folder_run import check_folders
 from abtrain.errors import DataError
 from tests.faults.kept_runs import RESULT, compared, contents, finish, full_run, put_result
+from tests.unit.commands.made_up import requested
 
 DAMAGED: dict[str, Callable[[Path], object]] = {
     "empty": lambda file: file.write_text(""),
@@ -122,7 +123,7 @@ def test_a_page_that_cannot_be_written_costs_no_run(
     name: str, tmp_path: Path, labs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["ab_outer", "--nodes", "2", "--steps", "200", "--out", str(tmp_path / "out")]
-    with held_folder(parse_arguments(arguments)):
+    with held_folder(requested(arguments)):
         pass
     (tmp_path / "out" / name).mkdir()
     assert compared(tmp_path / "out") == 2

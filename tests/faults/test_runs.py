@@ -44,7 +44,7 @@ from abtrain.errors import (
     RanksDisagreeError,
     StoppedError,
 )
-from tests.unit.commands.made_up import outcomes
+from tests.unit.commands.made_up import outcomes, requested
 
 STEPS = 24
 RECIPES = {
@@ -493,7 +493,7 @@ def test_a_plot_that_fails_costs_no_results(
 ) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(arguments, "system_problems", list)
-    comparison = arguments.parse_arguments(["ab_outer", "ab:sigma_cutoff=0.3", "--steps", "50", "--out", str(tmp_path)])
+    comparison = requested(["ab_outer", "ab:sigma_cutoff=0.3", "--steps", "50", "--out", str(tmp_path)])
     monkeypatch.setattr(plots, "_phases", broken)
     assert len(write_results(comparison, outcomes(), "abtrain compare")) == 5
     assert len(json.loads((tmp_path / "compare.json").read_text())["runs"]) == 10

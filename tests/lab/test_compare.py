@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from abtrain.commands.compare.comparison import parse_arguments
 from abtrain.commands.compare.runs import outcome, plan_runs, run_in_lab
 from abtrain.commands.lab import Lab
+from tests.unit.commands.made_up import requested
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -29,7 +29,7 @@ def test_a_run_is_done_once_and_says_what_came_out(tmp_path: Path) -> None:
         "--steps",
         "4",
     )
-    comparison = parse_arguments([*line, "--seeds", "1", "--out", str(tmp_path)])
+    comparison = requested([*line, "--seeds", "1", "--out", str(tmp_path)])
     task = plan_runs(comparison)[-2]
     assert str(task) == "ddp, seed 0, 50mbit" and not task.done
     with Lab(comparison.lab) as lab:

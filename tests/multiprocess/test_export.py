@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from abtrain.comm.communicator import SingleProcess
 from abtrain.commands.cli import main
 from abtrain.commands.export import export as export_module
-from abtrain.commands.export.export import Form, export
+from abtrain.commands.export.export import export
 from abtrain.commands.export.finished import FinishedRun, find_run, inputs
 from abtrain.commands.export.inspection import gains, inspect_file
+from abtrain.commands.export.settings import Form
 from abtrain.commands.train.config import TrainConfig, resolve
 from abtrain.commands.train.loop import train
 from abtrain.errors import CheckpointError, ConfigurationError

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from abtrain.commands.cli import COMMANDS
 from abtrain.commands.process import UNREAD
 
 
@@ -42,7 +43,7 @@ def test_training_goes_on_without_a_reader(workers: str, tmp_path: Path) -> None
     assert len(told) == 1 and "BrokenPipeError" in told[0] and "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("plan", "--help")], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("--help",), *((command, "--help") for command in COMMANDS)], ids=" ".join)
 def test_help_does_not_wait_for_torch(arguments: tuple[str, ...]) -> None:
     program = (
         "import sys\n"

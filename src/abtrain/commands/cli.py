@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +25,8 @@ from abtrain.commands.train.world import WorldError, check_world, is_first, is_j
 from abtrain.errors import AbtrainError, ConfigurationError, StoppedError
 from abtrain.version import __version__
 
-# Each command imports its modules when it is called, so that `abtrain --help` answers immediately.
+# Each command imports its modules when it is called, and torch, which takes seconds, only after it has parsed its
+# arguments. `--help` and mistakes are therefore answered immediately.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -92,27 +93,63 @@ def _plan(arguments: Sequence[str]) -> None:
     plan(config)
 
 
-def _main_of(room: str, module: str = "command") -> Callable[[Sequence[str]], None]:
-    """Returns a function that imports `module` from the package `abtrain.commands.ROOM` and calls its `main`."""
+def _export(arguments: Sequence[str]) -> None:
+    from abtrain.commands.command_line import parse
+    from abtrain.commands.export.settings import ExportConfig
 
-    def command(arguments: Sequence[str]) -> None:
-        importlib.import_module(f"abtrain.commands.{room}.{module}").main(arguments)
+    config = parse(ExportConfig, "export", arguments)
 
-    return command
+    from abtrain.commands.export.command import export_run
+
+    export_run(config)
+
+
+def _inspect(arguments: Sequence[str]) -> None:
+    from abtrain.commands.command_line import parse
+    from abtrain.commands.export.settings import InspectConfig
+
+    config = parse(InspectConfig, "inspect", arguments)
+
+    from abtrain.commands.export.inspect_command import inspect_model
+
+    inspect_model(config)
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    from abtrain.commands.compare.arguments import parser
+
+    given = parser().read(arguments)
+
+    from abtrain.commands.compare.command import compare
+
+    compare(given, shlex.join(("abtrain", "compare", *arguments)))
+
+
+def _paper(arguments: Sequence[str]) -> None:
+    from abtrain.commands.paper.arguments import parse_arguments
+
+    request = parse_arguments(arguments)
+
+    from abtrain.commands.paper.command import paper
+
+    paper(request, shlex.join(("abtrain", "paper", *arguments)))
+
+
+def _lab(arguments: Sequence[str]) -> None:
+    from abtrain.commands.lab import command
+
+    command.main(arguments)
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "train": ("train a task with a recipe", _train),
-    "export": ("write the model of a run in a form that runs without abtrain", _main_of("export")),
-    "inspect": ("show how much smaller and faster factors make a model", _main_of("export", "inspect_command")),
+    "export": ("write the model of a run in a form that runs without abtrain", _export),
+    "inspect": ("show how much smaller and faster factors make a model", _inspect),
     "recipes": ("list the recipes with their phases and predicted traffic", _recipes),
     "plan": ("recommend a recipe for your links, and predict bytes and seconds", _plan),
-    "compare": (
-        "compare recipes on an emulated cluster, and write a report (Linux, root)",
-        _main_of("compare"),
-    ),
-    "paper": ("run the paper's experiments, and write its tables and figures", _main_of("paper")),
-    "lab": ("run a script on an emulated cluster with slow links (Linux, root)", _main_of("lab")),
+    "compare": ("compare recipes on an emulated cluster, and write a report (Linux, root)", _compare),
+    "paper": ("run the paper's experiments, and write its tables and figures", _paper),
+    "lab": ("run a script on an emulated cluster with slow links (Linux, root)", _lab),
 }
 
 

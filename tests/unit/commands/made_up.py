@@ -1,6 +1,15 @@
-"""Outcomes of runs that never were."""
+"""Comparisons that nobody asked for, and outcomes of runs that never were."""
 
+from collections.abc import Sequence
+
+from abtrain.commands.compare.arguments import parser
+from abtrain.commands.compare.comparison import Comparison, checked
 from abtrain.commands.compare.runs import ComparisonOutcome
+
+
+def requested(arguments: Sequence[str]) -> Comparison:
+    """Returns what a command line of `abtrain compare` requests."""
+    return checked(parser().read(arguments))
 
 
 def outcome(label: str, seed: int = 0, rate: int = 10**8, **values: object) -> ComparisonOutcome:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from abtrain.commands.circumstances import hardware, versions, versions_note
-from abtrain.commands.compare.comparison import Comparison, held_folder, parse_arguments
+from abtrain.commands.compare.comparison import Comparison, checked, held_folder
 from abtrain.commands.compare.plots import draw_all
 from abtrain.commands.compare.report import FILE as REPORT_FILE
 from abtrain.commands.compare.report import findings, write_report
@@ -33,10 +33,11 @@ from abtrain.commands.units import format_rate, human_bytes, spread
 FILE = "compare.json"
 
 
-def main(arguments: Sequence[str]) -> None:
+def compare(given: argparse.Namespace, command: str) -> None:
     """Executes the runs that are not finished yet, and writes compare.json, the figures and report.html.
 
-    If a run fails, the results of finished runs remain.
+    `given` contains the arguments, and `command` is the command line, which compare.json and the report show. If a run
+    fails, the results of finished runs remain.
 
     Raises:
         ConfigurationError: the arguments are invalid, this system cannot run a lab, or folders contain runs with other
@@ -46,14 +47,13 @@ def main(arguments: Sequence[str]) -> None:
         LabError: the lab cannot be built.
         StoppedError: SIGINT, SIGTERM or SIGHUP was received.
     """
-    comparison = parse_arguments(arguments)
+    comparison = checked(given)
     console = Output()
     planned = plan_runs(comparison)
     with stopped_by_signals(kept_in(comparison.out)), held_folder(comparison):
         check_folders(planned, comparison.overwrite, shared_folders(planned))
         run_once(planned, _runner(comparison), console.plain, lambda run: _in_short(outcome(run)))
         outcomes = [outcome(run) for run in planned]
-    command = shlex.join(("abtrain", "compare", *arguments))
     with writing(comparison.out):
         found = write_results(comparison, outcomes, command)
     show(found, console)

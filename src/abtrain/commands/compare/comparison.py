@@ -1,7 +1,8 @@
-"""Parses and validates the arguments of `abtrain compare`."""
+"""Defines a comparison, and validates the arguments of `abtrain compare`."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import reprlib
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abtrain.commands.command_line import Parser, whole_number
 from abtrain.commands.compare.contestants import Contestant, contestants
 from abtrain.commands.files import write_json
 from abtrain.commands.lab.config import LabConfig, config_problems, parse_link_rate, system_problems
@@ -24,14 +24,6 @@ from abtrain.errors import ConfigurationError, DataError, nearest
 from abtrain.files import is_leftover
 
 SETTINGS_FILE = "settings.json"
-_EXAMPLES = """\
-A recipe may have options, which `abtrain recipes RECIPE` lists:
-  abtrain compare ab_outer "diloco:every=40,wire=int4" --task fashion-cnn
-  abtrain compare ab_outer ab --lr ab_outer=4e-3 --lr ab=2e-3
-
-solo, ddp and ddp:wire=bf16 are always included. Finished runs are not repeated: the same command with the same --out
-continues where it stopped, also with more recipes, seeds or rates. A run with other settings in the folder is replaced
-only with --overwrite."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +61,12 @@ class Comparison:
         }
 
 
-def parse_arguments(arguments: Sequence[str]) -> Comparison:
-    """Parses a command line, and checks that this system can run the comparison.
+def checked(given: argparse.Namespace) -> Comparison:
+    """Returns the comparison that arguments request. Checks that this system can run it.
 
     Raises:
         ConfigurationError: the arguments are invalid, or this system cannot run a lab. The error lists all problems.
-        SystemExit: --help, or an unknown option.
     """
-    given = _parser().read(arguments)
     problems = [*system_problems(), *missing_packages()]
     rates = parse_all([given.rate, *filter(None, given.more_rates.split(","))], parse_link_rate, problems)
     lab = LabConfig(given.nodes, (rates[0] if rates else LabConfig.rates[0],), given.workers_per_node)
@@ -172,41 +162,3 @@ def _folder_problems(comparison: Comparison) -> list[str]:
 def _has_content(folder: Path) -> bool:
     """Returns whether a folder contains more than a lock file and files that a crash left behind."""
     return any(path.name != LOCK_FILE and not is_leftover(path) for path in folder.iterdir())
-
-
-def _parser() -> Parser:
-    lab = LabConfig()
-    parser = Parser(
-        "compare",
-        "RECIPE [RECIPE ...] [OPTIONS]",
-        "Train a task by several recipes on an emulated cluster under the same conditions, and write a report. Needs "
-        "root on Linux.",
-        _EXAMPLES,
-    )
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE")
-    runs = parser.add_argument_group("runs")
-    runs.add_argument("--task", default="digits-mlp", metavar="TASK", help=f"{', '.join(TASKS)} (default digits-mlp)")
-    runs.add_argument("--steps", type=whole_number, metavar="N", help="steps of each run (default: the task's)")
-    runs.add_argument("--seeds", type=whole_number, default=1, metavar="N", help="runs of each recipe (default 1)")
-    runs.add_argument(
-        "--lr", action="append", default=[], metavar="RECIPE=X", help="learning rate (default: the task's)"
-    )
-    cluster = parser.add_argument_group("cluster")
-    cluster.add_argument(
-        "--nodes", type=whole_number, default=lab.nodes, metavar="N", help=f"hosts (default {lab.nodes})"
-    )
-    cluster.add_argument(
-        "--workers-per-node",
-        type=whole_number,
-        default=lab.workers_per_node,
-        metavar="N",
-        help="processes on each host (default %(default)s)",
-    )
-    cluster.add_argument("--rate", default="100mbit", metavar="RATE", help="rate of every link (default %(default)s)")
-    cluster.add_argument(
-        "--more-rates", default="", metavar="RATES", help="further rates for runs with seed 0, such as 20mbit,1gbit"
-    )
-    saving = parser.add_argument_group("saving")
-    saving.add_argument("--out", type=Path, metavar="PATH", help="folder for all files (default runs/compare-TASK)")
-    saving.add_argument("--overwrite", action="store_true", help="replace runs in the folder that have other settings")
-    return parser

@@ -8,17 +8,17 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from abtrain.commands.export.finished import FinishedRun, inputs, largest_difference
+from abtrain.commands.export.settings import Form
 from abtrain.errors import CheckpointError, ConfigurationError
 from abtrain.files import replacing
 
-Form = Literal["plain", "dense", "torch-export", "onnx"]
 _ALLOWED = 1e-4
 """The largest difference that rounding errors explain, for outputs of at most 1. It grows with larger outputs."""
 

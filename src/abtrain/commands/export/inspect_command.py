@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from abtrain.commands.command_line import Shown, parse
 from abtrain.commands.export.export import new_file_problems
 from abtrain.commands.export.finished import find_run
 from abtrain.commands.export.inspection import Gains, InspectedWeight, gains, inspect_file
+from abtrain.commands.export.settings import InspectConfig
 from abtrain.commands.figures import COLOURS, legend_below, save
 from abtrain.commands.output import Output, narrow_table
 from abtrain.commands.train.folder_content import model_files
@@ -21,21 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
-class InspectConfig:
-    """Show what the factors of a model save: by weight, and, for a run, in size, top-1 and latency."""
-
-    model: Annotated[Path, Shown(positional=True)]
-    """Folder of a finished run, or a safetensors file."""
-    best: bool = False
-    """Use the best model of all validations instead of the last one."""
-    data: Path | None = None
-    """Folder with the task's data; by default the one that the run used."""
-    plot: Path | None = None
-    """PNG file for the spectra of the factored weights. An existing file is not overwritten."""
-
-
-def main(arguments: Sequence[str]) -> None:
+def inspect_model(config: InspectConfig) -> None:
     """Runs `abtrain inspect`.
 
     Raises:
@@ -43,7 +28,6 @@ def main(arguments: Sequence[str]) -> None:
         CheckpointError: the model file does not exist or cannot be read.
         DataError: the task's data is missing.
     """
-    config = parse(InspectConfig, "inspect", arguments)
     problems = [] if config.plot is None else _plot_problems(config.plot)
     if problems:
         raise ConfigurationError(problems)

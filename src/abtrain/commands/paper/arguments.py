@@ -1,4 +1,4 @@
-"""Parses and validates the arguments of `abtrain paper`."""
+"""Parses and validates the arguments of `abtrain paper`. Does not import torch, which would delay `--help`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from abtrain.commands.command_line import Parser, whole_number
 from abtrain.commands.page import missing_packages
 from abtrain.commands.paper.experiments import FIGURES, METHODS, SCALES, TABLES, Scale
-from abtrain.commands.paper.runs import LAUNCHER
 from abtrain.commands.paper.studies import STUDIES
 from abtrain.errors import ConfigurationError, nearest
 
+LAUNCHER = "torchrun --nnodes {nodes} --nproc-per-node {workers_per_node}"
+"""The default command that starts a run at full scale. `-m abtrain train` and its arguments are appended to it."""
 ECR, HPO = "ecr", "hpo"
 EXPERIMENTS = (*TABLES, *FIGURES, HPO, ECR, *STUDIES)
 _EXAMPLES = """\
@@ -77,7 +78,7 @@ def parse_arguments(arguments: Sequence[str]) -> PaperRequest:
         ConfigurationError: the arguments are invalid, or a package is missing. The error lists all problems.
         SystemExit: --help, or an unknown option.
     """
-    given = _parser().read(arguments)
+    given = parser().read(arguments)
     problems: list[str] = []
     nodes = _nodes(given.nodes, problems)
     methods = tuple(filter(None, given.methods.split(";")))
@@ -147,15 +148,16 @@ def _nodes(text: str, problems: list[str]) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def parser() -> Parser:
+    """Returns the parser of `abtrain paper`."""
+    found = Parser(
         "paper",
         "EXPERIMENT [OPTIONS]",
         "Run the paper's experiments (arXiv 2405.01067), and compare the results with the paper's.",
         _EXAMPLES,
     )
-    parser.add_argument("experiment", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
-    runs = parser.add_argument_group("runs")
+    found.add_argument("experiment", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
+    runs = found.add_argument_group("runs")
     runs.add_argument(
         "--scale", choices=sorted(SCALES), default="tiny", help="size of the experiment (default %(default)s)"
     )
@@ -172,7 +174,7 @@ def _parser() -> Parser:
         metavar="COMMAND",
         help="command that starts runs at full scale (default '%(default)s')",
     )
-    instead = parser.add_argument_group("what to do")
+    instead = found.add_argument_group("what to do")
     instead.add_argument("--run", action="store_true", help="for a figure: execute the runs that are missing")
     instead.add_argument(
         "--dry-run", action="store_true", help="print the planned runs and their traffic without running them"
@@ -183,7 +185,7 @@ def _parser() -> Parser:
     instead.add_argument(
         "--arithmetic", action="store_true", help="for table2: compare the paper's formula with its values"
     )
-    saving = parser.add_argument_group("saving")
+    saving = found.add_argument_group("saving")
     saving.add_argument("--out", type=Path, metavar="PATH", help="folder for all files (default runs/paper-SCALE)")
     saving.add_argument("--overwrite", action="store_true", help="replace runs in the folder that have other settings")
-    return parser
+    return found

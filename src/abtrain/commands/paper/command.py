@@ -12,13 +12,12 @@ from abtrain.commands.circumstances import versions_note
 from abtrain.commands.files import write_json
 from abtrain.commands.output import Output, narrow_table
 from abtrain.commands.page import Table, kinds, remarked
-from abtrain.commands.paper.arguments import ECR, HPO, PaperRequest, parse_arguments
+from abtrain.commands.paper.arguments import ECR, HPO, LAUNCHER, PaperRequest
 from abtrain.commands.paper.experiments import FIGURES, SCALING_TABLES, Cell, cells
 from abtrain.commands.paper.figures import draw, draw_ecr
 from abtrain.commands.paper.listing import ecr_table, plan_tables, traffic_table
 from abtrain.commands.paper.pages import write_paper_page, write_study
 from abtrain.commands.paper.runs import (
-    LAUNCHER,
     PaperOutcome,
     PaperRun,
     launch_command,
@@ -43,17 +42,16 @@ _GAP = 2
 _TINY_NOTE = "Workers are simulated, one per node. Times and traffic are forecasts for links of 1 Gbit/s."
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs `abtrain paper`.
+def paper(request: PaperRequest, command: str) -> None:
+    """Runs `abtrain paper`. `command` is its command line, which the pages that it writes show.
 
     Raises:
-        ConfigurationError: the arguments are invalid, folders contain runs with other settings, or runs that a figure
+        ConfigurationError: folders contain runs with other settings, or runs that a figure
             shows are missing. The error lists all problems of that kind.
         DataError: the data is not available, or results of earlier runs are damaged.
         AbtrainError: a run failed. Finished runs are kept.
         StoppedError: SIGINT, SIGTERM or SIGHUP was received. Finished runs are kept.
     """
-    request, command = parse_arguments(arguments), shlex.join(("abtrain", "paper", *arguments))
     console = Output()
     if request.experiment == ECR:
         show(ecr_table(), console)

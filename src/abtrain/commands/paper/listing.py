@@ -9,6 +9,7 @@ import torch
 
 from abtrain.comm.topology import Topology
 from abtrain.commands.page import Table
+from abtrain.commands.paper.arguments import LAUNCHER
 from abtrain.commands.paper.arithmetic import ecr_rows, epoch_seconds, iterations, scaled_traffic
 from abtrain.commands.paper.experiments import AB_OUTER, SCALES, Cell, Scaling, cells
 from abtrain.commands.paper.published import (
@@ -20,7 +21,6 @@ from abtrain.commands.paper.published import (
     TABLE2,
     PaperCell,
 )
-from abtrain.commands.paper.runs import LAUNCHER
 from abtrain.commands.plan.payload import payload, payload_ratio, predict
 from abtrain.commands.plan.recipe_words import phases_in_words
 from abtrain.commands.plan.shapes import ModelShapes, ranks_for, shapes_of

@@ -39,8 +39,6 @@ CHECKPOINTS, LEAST_BETWEEN_CHECKPOINTS = 50, 100
 """A run at full scale writes about 50 checkpoints, but not more often than every 100 steps."""
 TINY_LINK = NodeLink(rate=1e9, latency=1e-4)
 """The links of the cluster for which the seconds of simulated runs are forecast: 1 Gbit/s, 0.1 ms."""
-LAUNCHER = "torchrun --nnodes {nodes} --nproc-per-node {workers_per_node}"
-"""The default command that starts a run at full scale. `-m abtrain train` and its arguments are appended to it."""
 _FAILURE_FILE = ".failed"
 
 

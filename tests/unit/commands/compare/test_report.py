@@ -10,13 +10,12 @@ import pytest
 
 from abtrain.commands.compare import comparison as arguments
 from abtrain.commands.compare.command import show, write_results
-from abtrain.commands.compare.comparison import parse_arguments
 from abtrain.commands.compare.report import findings
 from abtrain.commands.compare.summary import rows
 from abtrain.commands.output import Output
 from abtrain.commands.units import human_bytes
 from tests.chromium import BROWSER, Page
-from tests.unit.commands.made_up import outcomes
+from tests.unit.commands.made_up import outcomes, requested
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -36,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arguments, "system_problems", list)
-        comparison = parse_arguments(["ab_outer", "ab:sigma_cutoff=0.3", "--steps", "50", "--out", str(folder)])
+        comparison = requested(["ab_outer", "ab:sigma_cutoff=0.3", "--steps", "50", "--out", str(folder)])
     write_results(comparison, outcomes(), "abtrain compare <ab_outer> & more")
     return folder
 
@@ -62,7 +61,7 @@ def test_a_loss_that_is_not_finite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(arguments, "system_problems", list)
-    comparison = parse_arguments(["ab_outer", "--task", "pysrc-gpt", "--steps", "50", "--out", str(tmp_path)])
+    comparison = requested(["ab_outer", "--task", "pysrc-gpt", "--steps", "50", "--out", str(tmp_path)])
     made = [dataclasses.replace(one, top1=None, loss=2.0) for one in outcomes()]
     made[-2] = dataclasses.replace(made[-2], loss=None)  # the second seed of ab_outer
     found = {row.label: row for row in write_results(comparison, made, "abtrain compare")}

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from abtrain.commands import cli
-from abtrain.commands.paper.arguments import parse_arguments
+from abtrain.commands.paper.arguments import LAUNCHER, parse_arguments
 from abtrain.commands.paper.experiments import FIGURES, METHODS, SCALES, TABLES, Cell, Scale, cells
 from abtrain.commands.paper.published import AB, DDP, RESNET, VGG
-from abtrain.commands.paper.runs import LAUNCHER, launch_command, outcome, plan_runs, run_all
+from abtrain.commands.paper.runs import launch_command, outcome, plan_runs, run_all
 from abtrain.commands.train.config_file import from_toml
 from abtrain.commands.train.config_problems import validate
 from abtrain.errors import AbtrainError, ConfigurationError
