@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import LBFGS, AdamW
 
 from abtrain import ABTraining, FixedRank, recipes
 from abtrain.comm.communicator import Communicator, SingleProcess
@@ -63,6 +63,36 @@ def test_an_optimizer_that_was_built_after_abtraining(recipe: Recipe) -> None:
     later.step()
     with pytest.raises(UsageError, match=r"no call to step\(\) of SGD.*optimizers that were passed to"):
         ab.step()
+
+
+@pytest.mark.parametrize("warmup", [0, 4], ids=["at once", "later"])
+def test_lbfgs_while_weights_are_factored(warmup: int) -> None:
+    """It is refused before the run begins, and works with the recipe that the message names."""
+    model = build("mlp")
+    optimizer = LBFGS(model.parameters(), max_iter=4)
+    with pytest.raises(
+        ConfigurationError, match="LBFGS keeps one flat copy .* recipe without factors such as local_sgd"
+    ):
+        ABTraining(model, optimizer, recipes.ab_outer(20, every=4, warmup_steps=warmup, rank_rule=FixedRank(3)))
+    ab = ABTraining(model, optimizer, LOCAL)
+    losses = []
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        backward(ab)
+        x, y = batch("mlp", 0, 0)
+        losses.append(float(F.cross_entropy(model(x), y)))
+        return losses[-1]
+
+    optimizer.step(closure)
+    ab.step()
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def test_a_closure_while_steps_are_preconditioned() -> None:
+    loop = Loop(SingleProcess(), FACTORED)
+    with pytest.raises(UsageError, match=r"call backward before optimizer.step\(\), or set damping=0"):
+        loop.optimizer.step(lambda: 0.0)
 
 
 def test_a_cell_of_a_notebook_that_is_run_again() -> None:

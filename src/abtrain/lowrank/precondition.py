@@ -14,11 +14,14 @@ of the gradient alone, so it needs both corrections.
 
 Weight decay is not a step along a gradient: it shrinks the weight by a fixed share. If it is decoupled from the
 gradient (AdamW, Muon), it is removed from the step, and half of it is applied to each factor.
+
+An optimizer with master weights steps its own copy of a factor, and overwrites the factor by the rounded copy. The
+copy therefore takes the preconditioned step, and the factor is rounded from it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Adafactor, Muon, Optimizer
 
 from abtrain.errors import NonFiniteError
+from abtrain.lowrank.optimizer import LINEAR_MOMENTS, SQUARED_MOMENTS
 from abtrain.lowrank.optimizers import Optimizers, is_a
 from abtrain.lowrank.weight import FactoredWeight
 
@@ -35,6 +39,7 @@ class _Start(NamedTuple):
 
     factor: nn.Parameter
     value: Tensor  # a copy of the factor
+    masters: dict[str, Tensor]  # copies of optimizer state that may be master weights, by their keys
     decay: float  # the share by which decoupled weight decay shrinks it in the step
     root: Tensor  # R_B for A, and R_A for B
     is_A: bool
@@ -43,6 +48,11 @@ class _Start(NamedTuple):
         """Multiplies a gradient or a step of the factor by R_B from the right for A, and by R_A from the left for B."""
         change = change.to(self.root.dtype)
         return change @ self.root if self.is_A else self.root @ change
+
+    def target(self, value: Tensor, now: Tensor, scale: float) -> Tensor:
+        """Returns the value after a preconditioned step, if the optimizer's step went from `value` to `now`."""
+        step = now - value * (1 - self.decay)
+        return value * (1 - self.decay / 2) + scale * self.converted(step)
 
 
 class Preconditioner:
@@ -88,7 +98,8 @@ class Preconditioner:
             if self._optimizers.steps(record.A) is optimizer:
                 for factor, root, is_A in ((record.A, R_B, True), (record.B, R_A, False)):
                     decay = decays.get(id(factor), 0.0)
-                    starts.append(_Start(factor, factor.detach().clone(), decay, root, is_A))
+                    masters = {key: copy.clone() for key, copy in _maybe_masters(optimizer, factor)}
+                    starts.append(_Start(factor, factor.detach().clone(), masters, decay, root, is_A))
                     if factor.grad is not None:
                         factor.grad.copy_(starts[-1].converted(factor.grad))
 
@@ -102,10 +113,26 @@ class Preconditioner:
         for start in self._starts.pop(id(optimizer), ()):
             factor, value = start.factor, start.value
             if factor.grad is not None:
-                step = factor - value * (1 - start.decay)
-                target = value * (1 - start.decay / 2) + self._scale * start.converted(step)
+                target = start.target(value, factor, self._scale).to(factor.dtype)
                 moved = (factor != value).any()
-                factor.copy_(torch.where(moved, target.to(factor.dtype), factor))
+                for key, copy in _maybe_masters(optimizer, factor):
+                    now = copy.to(factor.device)
+                    # An optimizer's first step may create the master weight, from the factor.
+                    before = start.masters.get(key, value).to(now)
+                    stepped = start.target(before, now, self._scale).to(now.dtype)
+                    is_master = (now.to(factor.dtype) == factor).all() & (now != before).any()
+                    copy.copy_(torch.where(is_master, stepped, now))
+                    target, moved = torch.where(is_master, stepped.to(factor.dtype), target), moved | is_master
+                factor.copy_(torch.where(moved, target, factor))
+
+
+def _maybe_masters(optimizer: Optimizer, factor: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    """Yields optimizer state of a factor that may be its master weight, with the key of each."""
+    for key, state in optimizer.state.get(factor, {}).items():
+        if not isinstance(state, Tensor) or not state.is_floating_point() or state.shape != factor.shape:
+            continue
+        if key not in LINEAR_MOMENTS | SQUARED_MOMENTS and state.data_ptr() != factor.data_ptr():
+            yield key, state
 
 
 def _decay(optimizer: Optimizer, group: dict[str, Any]) -> float:

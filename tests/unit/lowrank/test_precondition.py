@@ -15,6 +15,7 @@ from abtrain.lowrank.surgery import factorize_
 from abtrain.lowrank.svd import Factors, decompose
 from abtrain.lowrank.weight import FactoredWeight
 from abtrain.recipes.rank_rules import FixedRank
+from tests.faults.optimizers import EarlyMasters, Masters
 
 Optim = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -64,6 +65,38 @@ def test_a_step_of_the_weight_does_not_depend_on_the_split() -> None:
     for make in (lambda p: torch.optim.SGD(p, lr=1e-4), lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.0)):
         plain, other = (step(record_of(T), make, damping=1e-9, steps=3) for T in (None, split))
         torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [Masters, EarlyMasters])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_steps_of_master_weights_are_preconditioned(make: Any, dtype: torch.dtype) -> None:
+    """The master weights move as factors in float32 would, and the factors are their rounded values."""
+
+    def stepped(make: Any, dtype: torch.dtype) -> tuple[list[nn.Parameter], Any]:
+        A, B = (factor.to(torch.bfloat16).to(dtype) for factor in decompose(W, FixedRank(3)))
+        record = factorize_(nn.Sequential(nn.Linear(8, 12, bias=False, dtype=dtype)), "0.weight", Factors(A, B))
+        factors = [record.A, record.B]
+        optimizer = make(factors, lr=0.05)
+        preconditioner = Preconditioner(Optimizers(optimizer), 0.1, 2.0)
+        preconditioner.refresh([record])
+        for gradients in steps:
+            record.A.grad, record.B.grad = (gradient.to(dtype) for gradient in gradients)
+            preconditioner.before_step(optimizer, [record])
+            optimizer.step()
+            preconditioner.after_step(optimizer)
+        return factors, optimizer
+
+    torch.manual_seed(0)
+    W = torch.randn(12, 8)
+    steps = [[torch.randn(shape).bfloat16() for shape in ((12, 3), (3, 8))] for _ in range(4)]
+    wanted, _ = stepped(torch.optim.SGD, torch.float32)
+    factors, optimizer = stepped(make, dtype)
+    for factor, want in zip(factors, wanted, strict=True):
+        master = optimizer.state[factor]["master"]
+        # Gradients are rounded to the dtype of factors after they have been preconditioned.
+        tolerance = 1e-5 if dtype == torch.float64 else 2e-3
+        torch.testing.assert_close(master, want.detach(), rtol=tolerance, atol=tolerance)
+        assert torch.equal(master.to(dtype), factor)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon, torch.optim.Adafactor])
