@@ -98,6 +98,12 @@ class ABTraining(ModelAccess):
         RanksDisagreeError: workers have different recipes or options, or models of different names, shapes or dtypes.
     """
 
+    module: nn.Module
+    optimizers: tuple[Optimizer, ...]
+    optimizer: Optimizer
+    recipe: Recipe
+    communicator: Communicator
+
     @in_own_modes
     def __init__(
         self,
