@@ -285,7 +285,8 @@ def test_another_number_of_workers(
 
 def test_a_finished_run_is_not_touched(tmp_path: Path) -> None:
     first = run(settings(tmp_path))
-    assert any("contains a finished run" in problem for problem in validate(settings(tmp_path)))
+    (problem,) = validate(settings(tmp_path))
+    assert "contains a finished run, with its results in result.json: name another folder for a new run, or" in problem
     assert json.loads((tmp_path / "result.json").read_text())["weights_digest"] == first["weights_digest"]
 
 

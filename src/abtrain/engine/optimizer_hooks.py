@@ -93,9 +93,9 @@ class OptimizerHooks:
         if changed:
             kinds = ", ".join(type(optimizer).__name__ for optimizer in self._model.optimizers.given)
             raise UsageError(
-                f"weight {changed} changed, but abtrain saw no call to step() of {kinds}. Change weights only through "
-                "optimizers that were passed to ABTraining or that these wrap, and initialize weights before building "
-                "ABTraining"
+                f"weight {changed} changed, but abtrain saw no call to step() of {kinds}. Build optimizers before "
+                "ABTraining, change weights only through optimizers that were passed to it or that these wrap, and "
+                "initialize weights before building it"
             )
         if self._stepped:
             self._before_any, self._unseen, self._idle = None, 0, 0
