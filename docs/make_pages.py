@@ -60,7 +60,7 @@ _VALUES = """
 | `rank_rule` | `sigma:CUTOFF`, `energy:SHARE`, `stable:FACTOR` or `fixed:K` |
 | `exclude` | globs of parameter names, separated by commas: `exclude=head.*,embed.*` |
 | `optimizer_state` | `reset`, `project`, `auto` |
-| `svd` | `each`, `shared` |
+| `svd` | `auto`, `each`, `shared` |
 
 """
 

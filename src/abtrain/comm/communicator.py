@@ -128,14 +128,16 @@ class Communicator:
             return Pending(lambda: received)
         return self._start_exchange(rows.detach(), nbytes=rows.nbytes - rows.nbytes // workers)
 
-    def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Overwrites `tensor` on every rank with the tensor of world rank `source`, bit by bit, for any dtype."""
+    def broadcast(self, tensor: Tensor, source: int, scope: Scope = "world") -> None:
+        """Overwrites `tensor` on all ranks of a scope with that of world rank `source`, bit by bit, for any dtype."""
         check_contiguous(tensor)
-        workers = self.topology.world_size
-        if not 0 <= source < workers:
-            raise ValueError(f"there is no rank {source} to broadcast from: give one of the ranks 0 to {workers - 1}")
-        if workers > 1:
-            self._broadcast(tensor.detach(), source)
+        ranks = self.ranks(scope)
+        if source not in ranks:
+            raise ValueError(
+                f"there is no rank {source} to broadcast from: give one of the ranks {ranks[0]} to {ranks[-1]}"
+            )
+        if len(ranks) > 1:
+            self._broadcast(tensor.detach(), source, scope)
 
     def barrier(self) -> None:
         """Returns once every worker has called it."""
@@ -182,7 +184,7 @@ class Communicator:
     def _start_exchange(self, rows: Tensor, nbytes: int) -> Pending[Tensor]:
         raise NotImplementedError
 
-    def _broadcast(self, tensor: Tensor, source: int) -> None:
+    def _broadcast(self, tensor: Tensor, source: int, scope: Scope) -> None:
         raise NotImplementedError
 
     def _barrier(self) -> None:

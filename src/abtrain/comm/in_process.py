@@ -104,9 +104,9 @@ class InProcessCommunicator(Communicator):
     def _start_exchange(self, rows: Tensor, nbytes: int) -> Pending[Tensor]:
         return Pending(lambda: self._meet("exchange", [rows], "world", _stacked, nbytes)[0][:, self.rank].clone())
 
-    def _broadcast(self, tensor: Tensor, source: int) -> None:
-        call = f"broadcast(from {source})"
-        tensor.copy_(self._meet(call, [tensor], "world", lambda of_ranks: _copied(of_ranks[source]))[0])
+    def _broadcast(self, tensor: Tensor, source: int, scope: Scope) -> None:
+        call, place = f"broadcast(from {source})", self.ranks(scope).index(source)
+        tensor.copy_(self._meet(call, [tensor], scope, lambda of_ranks: _copied(of_ranks[place]))[0])
 
     def _barrier(self) -> None:
         self._meet("barrier", [], "world", lambda of_ranks: [])

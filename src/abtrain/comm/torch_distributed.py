@@ -100,8 +100,8 @@ class TorchCommunicator(Communicator):
         tensors = as_bytes(received), as_bytes(rows)
         return self._link("world").start("exchange", nbytes, dist.all_to_all_single, *tensors, outcome=received)
 
-    def _broadcast(self, tensor: Tensor, source: int) -> None:
-        self._link("world").broadcast(tensor, source)
+    def _broadcast(self, tensor: Tensor, source: int, scope: Scope) -> None:
+        self._link(scope).broadcast(tensor, source)
 
     def _barrier(self) -> None:
         device_ids = [self.device.index] if self.device.type == "cuda" else None

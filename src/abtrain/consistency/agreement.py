@@ -179,28 +179,28 @@ def raise_together(comm: Communicator, problem: str) -> None:
         raise CheckpointError(_first(told) if comm.topology.world_size > 1 else problem)
 
 
-def share(comm: Communicator, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
-    """Copies each tensor bitwise from the rank that owns it to all ranks, in place. Collective over the world.
+def share(comm: Communicator, tensors: Sequence[Tensor], owners: Sequence[int], scope: Scope = "world") -> None:
+    """Copies each tensor bitwise from the rank that owns it to all ranks of a scope, in place. Collective over it.
 
-    `owners` contains the owner's rank for each tensor. Shapes and dtypes are the same on all ranks.
+    `owners` contains the owner's world rank for each tensor. Shapes and dtypes are the same on all ranks.
     """
     if len(tensors) != len(owners):
         raise ValueError(f"cannot share {len(tensors)} tensors with {len(owners)} owners: pass one owner per tensor")
-    if comm.topology.world_size == 1:
+    if len(comm.ranks(scope)) == 1:
         return
     for owner in sorted(set(owners)):
         owned = [tensor for tensor, its_owner in zip(tensors, owners, strict=True) if its_owner == owner]
         buckets = pack([tensor.detach().to(comm.device) for tensor in owned], widen=False)
         for bucket in buckets:
-            comm.broadcast(bucket.flat, owner)
+            comm.broadcast(bucket.flat, owner, scope)
         if comm.rank != owner:
             for tensor, received in zip(owned, unpack(buckets, owned), strict=True):
                 tensor.detach().copy_(received)
 
 
-def sent_by_share(tensors: Sequence[Tensor]) -> Calls:
+def sent_by_share(tensors: Sequence[Tensor], scope: Scope = "world") -> Calls:
     """Returns the collective calls that `share` makes for tensors with the same owner."""
-    return tuple(Traffic("broadcast", "world", bucket.flat.nbytes) for bucket in pack(tensors, widen=False))
+    return tuple(Traffic("broadcast", scope, bucket.flat.nbytes) for bucket in pack(tensors, widen=False))
 
 
 def differing_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:

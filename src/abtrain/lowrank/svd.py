@@ -63,8 +63,10 @@ class Factors(NamedTuple):
 def decompose(W: Tensor, rank_rule: RankRule) -> Factors:
     """Factors an (m, n) matrix W by SVD, truncated to the rank k that `rank_rule` chooses.
 
-    16-bit matrices are decomposed in float32. An SVD that does not converge is repeated in float64.
-    An all-zero matrix gives zero factors of rank 1.
+    The right singular vectors of a matrix in 16 or 32 bits are eigenvectors of the Gram matrix W^T W, in float64. If k
+    includes singular values below about 1e-4 of the largest, a full SVD in float32 replaces them. A matrix in float64
+    gets a full SVD in float64. An SVD that does not converge is repeated in float64. An all-zero matrix gives zero
+    factors of rank 1.
 
     Returns:
         The factors A = U sqrt(S) (m, k) and B = sqrt(S) Vh (k, n), contiguous, in W's dtype and on its device.
@@ -78,22 +80,51 @@ def decompose(W: Tensor, rank_rule: RankRule) -> Factors:
         raise ValueError(f"cannot decompose {W.dtype} of shape {tuple(W.shape)}: pass a floating-point (m, n) matrix")
     if not torch.isfinite(W).all():
         raise NonFiniteError(f"cannot decompose a matrix of shape {tuple(W.shape)}: it contains NaN or infinity")
-    U, S, Vh = _svd(W.detach())
-    m, n = W.shape
-    # A user's rule may return more than n.
-    k = min(max(int(rank_rule(S.tolist(), m, n)), 1), n) if S[0] > 0 else 1
-    root = S[:k].sqrt()
-    # eq. 3: W = (U sqrt(S)) (sqrt(S) Vh)
-    A = U[:, :k] * root
-    B = root[:, None] * Vh[:k]
+    W = W.detach()
+    A, B = _from_gram_matrix(W, rank_rule) or _from_svd(W, rank_rule)
     # Copied by rows: a single column of U counts as contiguous, but its strides change how products are rounded.
     return Factors(*(factor.to(W.dtype).clone(memory_format=torch.contiguous_format) for factor in (A, B)))
 
 
-def _svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _from_gram_matrix(W: Tensor, rank_rule: RankRule) -> Factors | None:
+    """Returns factors in float64 from the eigenvectors V of W^T W = V S^2 V^T; None if these are not exact enough.
+
+    Rounding adds about 1e-16 of the largest s^2 to each s^2. An s above 1e-4 of the largest is then exact to float32.
+    Smaller ones have an absolute error of at most about 1e-8 of the largest, as in an SVD in float32, so rank rules
+    find the spectrum that they would find there.
+    """
+    # Apple's GPUs have no float64.
+    if W.dtype == torch.float64 or W.device.type == "mps":
+        return None
+    wide = W.double()
+    try:
+        squares, V = torch.linalg.eigh(wide.T @ wide)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not in the stubs
+        return None
+    S = squares.flip(0).clamp(min=0).sqrt()
+    k = _rank(S, rank_rule, W)
+    S, V = S[:k], V.flip(1)[:, :k]
+    US = wide @ V
+    # Column i of U S has the length s_i, unless rounding has spoiled a small eigenvalue.
+    if not bool(((US.norm(dim=0) - S).abs() <= torch.finfo(torch.float32).eps * S).all()):
+        return None
+    root = S.sqrt()
+    # eq. 3: W = (U sqrt(S)) (sqrt(S) Vh)
+    return Factors(US / root.clamp(min=torch.finfo(root.dtype).tiny), root[:, None] * V.T)
+
+
+def _from_svd(W: Tensor, rank_rule: RankRule) -> Factors:
     single = W if W.dtype == torch.float64 else W.float()
     try:
         U, S, Vh = torch.linalg.svd(single, full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not in the stubs
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         U, S, Vh = torch.linalg.svd(single.double(), full_matrices=False)
-    return U, S, Vh
+    k = _rank(S, rank_rule, W)
+    root = S[:k].sqrt()
+    return Factors(U[:, :k] * root, root[:, None] * Vh[:k])
+
+
+def _rank(S: Tensor, rank_rule: RankRule, W: Tensor) -> int:
+    m, n = W.shape
+    # A user's rule may return more than n.
+    return min(max(int(rank_rule(S.tolist(), m, n)), 1), n) if S[0] > 0 else 1

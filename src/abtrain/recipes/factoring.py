@@ -15,9 +15,11 @@ _OptimizerState = Annotated[
     "When a weight is factored, or its factors are multiplied out, reset the optimizer's state for it, or project it, "
     "which converts it; auto: project for known optimizers, and reset for others.",
 ]
+SVD = Literal["auto", "each", "shared"]
 _SVD = Annotated[
-    Literal["each", "shared"],
-    "each: all workers decompose every weight; shared: one worker decomposes each weight and sends its factors.",
+    SVD,
+    "each: all workers decompose every weight; shared: one worker decomposes each weight and sends its factors; auto: "
+    "shared inside each group, from 10 million parameters on.",
 ]
 
 
@@ -44,7 +46,7 @@ class Factoring:
     min_dim: Annotated[int, "Leave a weight dense if its smaller matrix dimension is below this."] = 2
     exclude: Annotated[tuple[str, ...], "Globs for names of parameters that stay dense, such as `head.*`."] = ()
     optimizer_state: _OptimizerState = "reset"
-    svd: _SVD = "each"
+    svd: _SVD = "auto"
 
     def problems(self) -> list[str]:
         """Returns one message for each problem with these settings."""
@@ -56,6 +58,6 @@ class Factoring:
             found.append(f"exclude={self.exclude!r} is not a list of globs: use one, such as ('head.*',)")
         if self.optimizer_state not in get_args(OptimizerState):
             found.append(f"optimizer_state={self.optimizer_state!r} is unknown: use 'reset', 'project' or 'auto'")
-        if self.svd not in ("each", "shared"):
-            found.append(f"svd={self.svd!r} is unknown: use 'each' or 'shared'")
+        if self.svd not in get_args(SVD):
+            found.append(f"svd={self.svd!r} is unknown: use 'auto', 'each' or 'shared'")
         return found

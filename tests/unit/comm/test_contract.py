@@ -90,6 +90,11 @@ def broadcast_everything(comm: Communicator) -> None:
         comm.broadcast(scalar, source)
         assert scalar.item() == source
         comm.broadcast(torch.empty(0), source)
+    first, *_ = ranks = comm.ranks("group")
+    for source in ranks:
+        mine = torch.tensor([comm.rank, first])
+        comm.broadcast(mine, source, scope="group")
+        assert mine.tolist() == [source, first]
 
 
 def test_broadcast_moves_the_bits_of_any_dtype(world: World) -> None:
@@ -148,6 +153,10 @@ def refuse_what_cannot_be_sent(comm: Communicator) -> None:
         comm.all_reduce(torch.ones(1, dtype=torch.complex64), "max")
     with pytest.raises(ValueError, match="give one of the ranks 0 to"):
         comm.broadcast(torch.ones(1), source=comm.topology.world_size)
+    if comm.topology.n_groups > 1:
+        elsewhere = (comm.rank + comm.topology.group_size) % comm.topology.world_size
+        with pytest.raises(ValueError, match=f"there is no rank {elsewhere} to broadcast from"):
+            comm.broadcast(torch.ones(1), elsewhere, scope="group")
     assert comm.meter.payload()["total"] == 0
 
 

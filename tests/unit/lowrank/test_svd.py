@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abtrain import FixedRank, SigmaCutoff
+from abtrain import Energy, FixedRank, SigmaCutoff, StableRank
 from abtrain.errors import NonFiniteError
 from abtrain.lowrank.svd import MatrixShape, decompose
+from abtrain.recipes.factoring import RankRule
 
 ALL = SigmaCutoff(0.0)
 
@@ -36,11 +37,103 @@ def test_factors_are_balanced_and_optimal() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_halves_are_computed_in_float32(dtype: torch.dtype) -> None:
+def test_halves_are_computed_in_more_bits(dtype: torch.dtype) -> None:
     W = torch.randn(16, 8).to(dtype)
     A, B = decompose(W, ALL)
     assert A.dtype == B.dtype == dtype
     torch.testing.assert_close(A.float() @ B.float(), W.float(), rtol=0, atol=10 * torch.finfo(dtype).eps)
+
+
+def with_spectrum(S: torch.Tensor, m: int) -> torch.Tensor:
+    """Returns an (m, n) matrix in float64 with the n singular values S, and random singular vectors."""
+    generator, n = torch.Generator().manual_seed(0), len(S)
+    U, V = (torch.linalg.qr(torch.randn(d, n, generator=generator, dtype=torch.float64))[0] for d in (m, n))
+    return (U * S) @ V.T
+
+
+def check_against_float64(W: torch.Tensor, rule: RankRule, tolerance: float) -> int:
+    """Compares factors with an SVD in float64: their product and their balance. Returns their rank."""
+    A, B = (factor.double() for factor in decompose(W, rule))
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    k = A.shape[1]
+    assert k == rule(S.tolist(), *W.shape)
+    best = U[:, :k] * S[:k] @ Vh[:k]
+    assert (A @ B - best).norm() <= tolerance * best.norm()
+    for gram in (A.T @ A, B @ B.T):
+        assert (gram - S[:k].diag()).norm() <= tolerance * S[:k].norm()
+    return k
+
+
+RULES = [SigmaCutoff(0.15), SigmaCutoff(0.5, rank_multiple=8), Energy(0.9), StableRank(1.5), FixedRank(3)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 1), (2, 2), (5, 3), (64, 64), (300, 40), (97, 96)], ids=str)
+def test_factors_are_those_of_an_svd_in_float64(shape: tuple[int, int], rule: RankRule) -> None:
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    check_against_float64(W, rule, 1e-6)
+    # A transposed view, as of a weight with fewer rows than columns.
+    check_against_float64(W.T.contiguous().T, rule, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
+)
+def test_factors_of_other_dtypes_are_as_exact_as_these(dtype: torch.dtype, tolerance: float) -> None:
+    W = torch.randn(60, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    check_against_float64(W, SigmaCutoff(0.3), tolerance)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e30, 1e36])
+def test_tiny_and_huge_matrices_lose_nothing(scale: float) -> None:
+    W = torch.randn(60, 40, generator=torch.Generator().manual_seed(0)) * scale
+    assert check_against_float64(W, SigmaCutoff(0.3), 1e-6) > 1
+
+
+@pytest.mark.parametrize("digits", [2, 4, 5, 6, 8])
+@pytest.mark.parametrize("rule", [SigmaCutoff(0.01), SigmaCutoff(1e-3), Energy(0.999), FixedRank(40), ALL], ids=str)
+def test_ill_conditioned_matrices(digits: int, rule: RankRule) -> None:
+    """A full SVD in float32 is good to about 2e-6, and replaces the Gram matrix where the rank reaches deep."""
+    W = with_spectrum(torch.logspace(0.001, -digits, 40, dtype=torch.float64), 60).float()
+    check_against_float64(W, rule, 4e-6)
+
+
+@pytest.mark.parametrize("digits", [2, 4, 6, 8])
+def test_only_ranks_that_reach_deep_need_a_full_svd(digits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    svd, called = torch.linalg.svd, []
+
+    def counted(W: torch.Tensor, **options: Any) -> Any:
+        called.append(W.shape)
+        return svd(W, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", counted)
+    W = with_spectrum(torch.logspace(0, -digits, 40, dtype=torch.float64), 60).float()
+    decompose(W, SigmaCutoff(0.05))
+    assert not called
+    decompose(W, ALL)
+    assert bool(called) == (digits > 4)
+
+
+def test_rank_deficient_matrices_keep_their_rank() -> None:
+    S = torch.zeros(40, dtype=torch.float64)
+    S[:3] = torch.tensor([3.0, 2.0, 1.0])
+    W = with_spectrum(S, 60).float()
+    assert check_against_float64(W, SigmaCutoff(1e-3), 1e-6) == 3
+    # Rounding errors fill up a rank that is too large, as in a full SVD.
+    A, B = decompose(W, FixedRank(5))
+    assert (A.shape[1], B.shape[0]) == (5, 5)
+    torch.testing.assert_close(A @ B, W)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (90, 40)], ids=str)
+def test_orthogonal_matrices(shape: tuple[int, int]) -> None:
+    """All singular values are equal, so any basis is right, and a part of it as good as any other."""
+    W = torch.nn.init.orthogonal_(torch.empty(shape), generator=torch.Generator().manual_seed(0))
+    A, B = decompose(W, SigmaCutoff(0.5))
+    assert (A @ B - W).norm() <= 1e-6 * W.norm()
+    A, B = decompose(W, FixedRank(10))
+    torch.testing.assert_close(B @ B.T, torch.eye(10))
+    torch.testing.assert_close((W - A @ B).norm(), torch.tensor(30.0).sqrt())
 
 
 def test_one_column_has_rank_one() -> None:
@@ -82,10 +175,21 @@ def test_a_failing_svd_is_tried_again_in_float64(monkeypatch: pytest.MonkeyPatch
         return svd(W, **options)
 
     monkeypatch.setattr(torch.linalg, "svd", stubborn)
-    W = torch.randn(6, 4)
+    # The Gram matrix of numbers so far apart is not exact enough, and an SVD takes its place.
+    W = with_spectrum(torch.logspace(0, -8, 40, dtype=torch.float64), 60).float()
     A, B = decompose(W, ALL)
     assert tried == [torch.float32, torch.float64]
     assert A.dtype == torch.float32
+    torch.testing.assert_close(A @ B, W)
+
+
+def test_an_svd_replaces_eigenvectors_that_do_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stubborn(G: torch.Tensor) -> Any:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", stubborn)
+    W = torch.randn(6, 4)
+    A, B = decompose(W, ALL)
     torch.testing.assert_close(A @ B, W)
 
 

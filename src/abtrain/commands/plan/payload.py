@@ -21,7 +21,7 @@ from abtrain.comm.topology import Topology
 from abtrain.commands.plan.shapes import ModelShapes
 from abtrain.commands.plan.stretches import Merging, Stretch, Turn, turns
 from abtrain.consistency.agreement import ROLL_CALL, sent_by_agree_on_tensors, sent_by_comparison
-from abtrain.consistency.factors import sent_by_agree_on_factors
+from abtrain.consistency.factors import largest_share, sent_by_agree_on_factors
 from abtrain.consistency.optimizers import OptimizerShape, sent_by_equalize_optimizers
 from abtrain.lowrank.classify import UNSHARED
 from abtrain.lowrank.names import factor_names
@@ -158,11 +158,11 @@ class _Walk:
         yield from (replace(stretch, factored=factored) for stretch in stretches)
 
     def _decompositions(self, position: Position) -> float:
-        """Returns the approximate share of the decompositions of a phase that this worker computes."""
+        """Returns the largest share of the decompositions of a phase that one worker computes: the others wait."""
         factoring = self._recipe.factoring
         if position.phase.weights == "full" or factoring is None:
             return 0.0
-        return 1.0 if factoring.svd == "each" else 1 / self._topology.world_size
+        return largest_share(self._matrix_shapes(), factoring, self._topology)
 
     def _rounds(self, position: Position, held: Sequence[_Held], sync: WeightSync, entry: Calls) -> Iterator[Stretch]:
         """Yields the collectives of a phase in which groups train alone and merge."""
@@ -213,12 +213,14 @@ class _Walk:
         """Returns the collectives that give all workers the same factors.
 
         Workers compare whether decompositions succeeded, and their ranks. Then each worker sends the factors of its
-        share of the weights, or all workers compare checksums of all factors.
+        share of the weights, if they share the work, and workers compare checksums of all factors.
         """
         assert self._recipe.factoring is not None
-        shared = self._recipe.factoring.svd == "shared"
         factors = [self._factors(name, ranks) if name in ranks else None for name in self._matrices]
-        return sent_by_agree_on_factors(factors, self._topology.world_size, shared)
+        return sent_by_agree_on_factors(self._matrix_shapes(), factors, self._recipe.factoring, self._topology)
+
+    def _matrix_shapes(self) -> list[tuple[int, int]]:
+        return [(shape.m, shape.n) for shape in self._matrices.values()]
 
     def _gradients(self, position: Position, held: Sequence[_Held], scope: Scope, sync: GradientSync) -> Calls:
         """Returns DDP's collectives in one step: buffers before the forward pass, then this worker's gradients."""

@@ -45,7 +45,8 @@ class Stretch:
         exit: the collectives after the last merge.
         averages: the wire format in which gradients are averaged at each step; None if they are not averaged.
         factored: whether weights are factored.
-        decompositions: the share of the weights that this worker decomposes before the first step, from 0 to 1.
+        decompositions: the largest share of the work of decomposing weights before the first step that one worker
+            does, from 0 to 1.
     """
 
     phase: str

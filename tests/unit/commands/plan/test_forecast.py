@@ -138,7 +138,7 @@ def test_phases_sum_to_the_run() -> None:
 
 def test_decompositions_take_their_time() -> None:
     """Once for every group phase, by every worker; or shared by all."""
-    model = assumed_shapes(10**6, 1000)
+    model = assumed_shapes(10**6, 500)
     for svd, each in (("each", 2.0), ("shared", 0.5)):
         recipe = recipes.ab(100, warmup_steps=20, ab_steps=16, rebound_steps=4, svd=svd)
         stretches = predict(recipe, model, Topology(4))

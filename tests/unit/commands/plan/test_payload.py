@@ -150,6 +150,27 @@ def test_groups_too(case: str, workers: int, group_size: int) -> None:
     compare(recipes.build(name, 17, **options), workers, group_size)
 
 
+@pytest.mark.parametrize("case", ["ab", "ab with dense weights", "ab_outer refactored"])
+@pytest.mark.parametrize(("workers", "group_size"), [(4, 2), (3, 3), (2, 1)])
+def test_groups_that_share_decompositions(
+    case: str, workers: int, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("abtrain.consistency.factors._SHARED_FROM", 1)
+    name, options = CASES[case]
+    compare(recipes.build(name, 17, **options), workers, group_size)
+
+
+def test_shared_decompositions_add_nothing_between_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, topology, bytes_sent = recipes.build("ab", 17, **SHORT), Topology(4, 2), []
+    for least in (1, 10**9):
+        monkeypatch.setattr("abtrain.consistency.factors._SHARED_FROM", least)
+        shapes = shapes_of(norm_net(), recipe.factoring)
+        bytes_sent.append(payload(predict(recipe, shapes, topology, ranks_for(shapes, 1.5)), topology))
+    shared, each = bytes_sent
+    assert shared["between_groups"] == each["between_groups"]
+    assert shared["within_groups"] > each["within_groups"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("case", ["ddp", "local_sgd around", "ab", "diloco int8", "diloco lowrank:2", "ab_outer fp32"])
 def test_other_dtypes_too(case: str, dtype: torch.dtype) -> None:
