@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abtrain.comm.communicator import Calls, Communicator, Traffic
+from abtrain.comm.communicator import Calls, Communicator, Scope, Traffic
 from abtrain.comm.stages import Stages, finish
+from abtrain.comm.topology import Topology
 
 MIB = 2**20
 
@@ -64,27 +65,70 @@ def unpack(buckets: Sequence[Bucket], like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def exact_average(tensors: Sequence[Tensor], comm: Communicator) -> list[Tensor]:
-    """Returns the average of each tensor over all workers, by running all stages of `average_exactly` at once."""
-    return finish(average_exactly(tensors, comm))
+    """Returns the average of each tensor over all workers, by running all stages of `average_over_world` at once."""
+    return finish(average_over_world(tensors, comm))
 
 
 def average_exactly(tensors: Sequence[Tensor], comm: Communicator) -> Stages[list[Tensor]]:
+    """Computes in stages the average of each tensor over a worker's counterparts, bitwise equal on all of them.
+
+    The counterparts are the workers with the same place in all groups: all workers, if a group is one worker. They pass
+    the same shapes and dtypes, which the averages keep. Half precision is summed in float32.
+    """
+    return _average(tensors, comm, "counterparts")
+
+
+def sent_by_average(tensors: Sequence[Tensor], scope: Scope = "counterparts") -> Calls:
+    """Returns the collective calls that `average_exactly` makes for these tensors."""
+    return tuple(Traffic("all_reduce", scope, bucket.flat.nbytes) for bucket in pack(tensors))
+
+
+def average_over_world(tensors: Sequence[Tensor], comm: Communicator) -> Stages[list[Tensor]]:
     """Computes in stages the average of each tensor over all workers, bitwise equal on all of them.
 
-    All workers pass the same shapes and dtypes, which the averages keep. Half precision is summed in float32.
+    Workers of a group add up their tensors. Then each of them averages one part with its counterparts in the other
+    groups, so that the bytes between groups do not grow with the size of groups.
     """
+    size = comm.topology.group_size
+    if size == 1 or comm.topology.n_groups == 1:
+        return (yield from _average(tensors, comm, "world"))
     buckets = pack(tensors)
-    launched = [comm.launch_all_reduce(bucket.flat) for bucket in buckets]
-    yield
-    for bucket, pending in zip(buckets, launched, strict=True):
-        pending.wait()
-        bucket.flat.div_(comm.topology.world_size)
+    for bucket in buckets:
+        comm.all_reduce(bucket.flat, "sum", "group")
+    place = comm.topology.place_of(comm.rank)
+    means = yield from average_exactly([_part(bucket.flat, size, place) for bucket in buckets], comm)
+    for bucket, mean in zip(buckets, means, strict=True):
+        bucket.flat.copy_(comm.all_gather(mean.div_(size), "group").view(-1)[: bucket.flat.numel()])
     return unpack(buckets, tensors)
 
 
-def sent_by_average(tensors: Sequence[Tensor]) -> Calls:
-    """Returns the collective calls that `average_exactly` and `exact_average` make for these tensors."""
-    return tuple(Traffic("all_reduce", "world", bucket.flat.nbytes) for bucket in pack(tensors))
+def sent_by_average_over_world(tensors: Sequence[Tensor], topology: Topology) -> Calls:
+    """Returns the collective calls that `average_over_world` and `exact_average` make for these tensors."""
+    size = topology.group_size
+    if size == 1 or topology.n_groups == 1:
+        return sent_by_average(tensors, "world")
+    flats = [bucket.flat for bucket in pack(tensors)]
+    parts = [_part(flat, size, 0) for flat in flats]
+    inside = [Traffic("all_reduce", "group", flat.nbytes) for flat in flats]
+    return (*inside, *sent_by_average(parts), *(Traffic("all_gather", "group", part.nbytes) for part in parts))
+
+
+def _average(tensors: Sequence[Tensor], comm: Communicator, scope: Scope) -> Stages[list[Tensor]]:
+    buckets = pack(tensors)
+    launched = [comm.launch_all_reduce(bucket.flat, "sum", scope) for bucket in buckets]
+    yield
+    for bucket, pending in zip(buckets, launched, strict=True):
+        pending.wait()
+        bucket.flat.div_(len(comm.ranks(scope)))
+    return unpack(buckets, tensors)
+
+
+def _part(flat: Tensor, parts: int, place: int) -> Tensor:
+    """Copies one of several parts of a flat tensor, all of the same size. Zeros fill up the last part."""
+    part = flat.new_zeros(-(-flat.numel() // parts))
+    own = flat[place * part.numel() : (place + 1) * part.numel()]
+    part[: own.numel()] = own
+    return part
 
 
 def _dtype_in_bucket(dtype: torch.dtype, widen: bool) -> torch.dtype:

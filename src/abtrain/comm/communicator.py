@@ -24,7 +24,8 @@ from abtrain.comm.topology import Topology
 from abtrain.own import trained_parameters
 from abtrain.recipes.sync import GradientSync, Sync
 
-Scope = Literal["world", "group"]
+Scope = Literal["world", "group", "counterparts"]
+"""All workers; the workers of one group; or the workers with the same place in all groups."""
 Reduction = Literal["sum", "max"]
 Call = Literal["all_reduce", "all_gather", "exchange", "broadcast", "gradients"]
 PLAIN = GradientSync()
@@ -66,8 +67,8 @@ Calls = tuple[Traffic, ...]
 class Communicator:
     """Defines the operations by which one worker communicates with the others.
 
-    Every operation is collective over its scope, the world or a group: all its ranks call it, in the same order. With a
-    scope of one rank, nothing is sent or counted. The caller may compute between `launch_...` and `wait`. Tensors must
+    Every operation is collective over its scope: all its ranks call it, in the same order. With a scope of one rank,
+    nothing is sent or counted. The caller may compute between `launch_...` and `wait`. Tensors must
     be contiguous and on `device`, where the backend can send them.
 
     A backend implements the methods that raise NotImplementedError here. It receives tensors that are detached and
@@ -89,6 +90,8 @@ class Communicator:
     def ranks(self, scope: Scope) -> tuple[int, ...]:
         """Returns the world ranks of all workers in this worker's scope, in ascending order."""
         topology = self.topology
+        if scope == "counterparts":
+            return topology.counterparts(self.rank)
         return topology.groups[topology.group_of(self.rank)] if scope == "group" else tuple(range(topology.world_size))
 
     def all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> None:
@@ -114,19 +117,19 @@ class Communicator:
             return Pending(lambda: gathered)
         return self._start_all_gather(tensor.detach(), scope)
 
-    def launch_exchange(self, rows: Tensor) -> Pending[Tensor]:
-        """Starts to send row i of a tensor (world size, ...) of any dtype to rank i.
+    def launch_exchange(self, rows: Tensor, scope: Scope = "world") -> Pending[Tensor]:
+        """Starts to send row i of a tensor (ranks in scope, ...) of any dtype to the scope's i-th rank.
 
         Its `wait` returns the received rows, in rank order. A rank's own row is neither sent nor counted.
         """
         check_contiguous(rows)
-        workers = self.topology.world_size
+        workers = len(self.ranks(scope))
         if rows.ndim == 0 or rows.shape[0] != workers:
             raise ValueError(f"cannot exchange shape {list(rows.shape)}: pass a tensor of {workers} rows, one per rank")
         if workers == 1:
             received = rows.detach().clone()
             return Pending(lambda: received)
-        return self._start_exchange(rows.detach(), nbytes=rows.nbytes - rows.nbytes // workers)
+        return self._start_exchange(rows.detach(), scope, nbytes=rows.nbytes - rows.nbytes // workers)
 
     def broadcast(self, tensor: Tensor, source: int, scope: Scope = "world") -> None:
         """Overwrites `tensor` on all ranks of a scope with that of world rank `source`, bit by bit, for any dtype."""
@@ -181,7 +184,7 @@ class Communicator:
     def _start_all_gather(self, tensor: Tensor, scope: Scope) -> Pending[Tensor]:
         raise NotImplementedError
 
-    def _start_exchange(self, rows: Tensor, nbytes: int) -> Pending[Tensor]:
+    def _start_exchange(self, rows: Tensor, scope: Scope, nbytes: int) -> Pending[Tensor]:
         raise NotImplementedError
 
     def _broadcast(self, tensor: Tensor, source: int, scope: Scope) -> None:
@@ -203,7 +206,7 @@ class SingleProcess(Communicator):
 
 def scope_spans(topology: Topology, scope: Scope) -> Spans:
     """Returns `between_groups` for a scope of several groups, otherwise `within_groups`."""
-    return "between_groups" if scope == "world" and topology.n_groups > 1 else "within_groups"
+    return "between_groups" if scope != "group" and topology.n_groups > 1 else "within_groups"
 
 
 def check_contiguous(tensor: Tensor) -> None:

@@ -101,8 +101,9 @@ class InProcessCommunicator(Communicator):
     def _start_all_gather(self, tensor: Tensor, scope: Scope) -> Pending[Tensor]:
         return Pending(lambda: self._meet("all_gather", [tensor], scope, _stacked)[0].clone())
 
-    def _start_exchange(self, rows: Tensor, nbytes: int) -> Pending[Tensor]:
-        return Pending(lambda: self._meet("exchange", [rows], "world", _stacked, nbytes)[0][:, self.rank].clone())
+    def _start_exchange(self, rows: Tensor, scope: Scope, nbytes: int) -> Pending[Tensor]:
+        own = self.ranks(scope).index(self.rank)
+        return Pending(lambda: self._meet("exchange", [rows], scope, _stacked, nbytes)[0][:, own].clone())
 
     def _broadcast(self, tensor: Tensor, source: int, scope: Scope) -> None:
         call, place = f"broadcast(from {source})", self.ranks(scope).index(source)

@@ -78,12 +78,14 @@ class Rendezvous:
 
     def _settle(self, post: _Post, combine: Combine) -> None:
         """Gives the collective's ranks its result if `post` is the last call, or an error if calls do not match."""
-        peers = self._waiting(post.ranks)
-        for peer in peers:
+        waiting = self._waiting(post.ranks)
+        for peer in waiting:
             # Each of the two waits for the other in a collective that the other has not called.
             if peer.ranks != post.ranks and post.rank in peer.ranks:
                 self._refuse(self._waiting({*post.ranks, *peer.ranks}), post, peer)
                 return
+        # The others wait in a collective of another scope first.
+        peers = [peer for peer in waiting if peer.ranks == post.ranks]
         if len(peers) < len(post.ranks):
             return
         for peer in peers:

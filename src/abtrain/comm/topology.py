@@ -43,6 +43,14 @@ class Topology:
         """Returns the index of the rank's group."""
         return rank // self.group_size
 
+    def place_of(self, rank: int) -> int:
+        """Returns the index of the rank in its group."""
+        return rank % self.group_size
+
+    def counterparts(self, rank: int) -> tuple[int, ...]:
+        """Returns the ranks with the same place in all groups, in ascending order."""
+        return tuple(range(self.place_of(rank), self.world_size, self.group_size))
+
     def role(self, rank: int, cycle: int) -> Role:
         """Returns the factor that the worker trains (Algorithm 1, lines 1 to 4): A in the first half of the groups.
 

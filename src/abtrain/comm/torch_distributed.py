@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import zlib
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import cast
 
@@ -80,10 +81,10 @@ class TorchCommunicator(Communicator):
             )
         super().__init__(dist.get_rank(), topology, _device_of_backend())
         self.peers = peers_of_world()
-        self._group = self._make_groups()
-        if self._group is not None:
+        self._groups = self._make_groups()
+        for scope in self._groups:
             # Finds an unreachable rank now, and not in the first phase that uses the group.
-            self._link("group").launch("all_reduce", dist.all_reduce, torch.zeros(1, device=self.device)).wait()
+            self._link(scope).launch("all_reduce", dist.all_reduce, torch.zeros(1, device=self.device)).wait()
         self._hooks: dict[tuple[GradientSync, Scope, tuple[torch.Size, ...]], GradientHook] = {}
 
     def _start_all_reduce(self, tensor: Tensor, op: Reduction, scope: Scope) -> Pending[None]:
@@ -95,10 +96,10 @@ class TorchCommunicator(Communicator):
         rows = list(as_bytes(gathered).view(len(link.ranks), tensor.nbytes))
         return link.start("all_gather", tensor.nbytes, dist.all_gather, rows, as_bytes(tensor), outcome=gathered)
 
-    def _start_exchange(self, rows: Tensor, nbytes: int) -> Pending[Tensor]:
-        received = rows.clone()
+    def _start_exchange(self, rows: Tensor, scope: Scope, nbytes: int) -> Pending[Tensor]:
+        received = torch.empty_like(rows)
         tensors = as_bytes(received), as_bytes(rows)
-        return self._link("world").start("exchange", nbytes, dist.all_to_all_single, *tensors, outcome=received)
+        return self._link(scope).start("exchange", nbytes, dist.all_to_all_single, *tensors, outcome=received)
 
     def _broadcast(self, tensor: Tensor, source: int, scope: Scope) -> None:
         self._link(scope).broadcast(tensor, source)
@@ -140,19 +141,24 @@ class TorchCommunicator(Communicator):
         return Link(
             rank=self.rank,
             ranks=self.ranks(scope),
-            group=self._group if scope == "group" else None,
+            group=self._groups.get(scope),
             spans=scope_spans(self.topology, scope),
             meter=self.meter,
             peers=self.peers,
         )
 
-    def _make_groups(self) -> dist.ProcessGroup | None:
-        """Creates the process groups, and returns this rank's group; None if groups are single ranks or the world."""
-        if self.topology.group_size in (1, self.topology.world_size):
-            return None
-        groups = [list(ranks) for ranks in self.topology.groups]
-        mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=_world_timeout(self.device))
-        return cast(dist.ProcessGroup, mine)  # every rank is in a group
+    def _make_groups(self) -> dict[Scope, dist.ProcessGroup]:
+        """Creates this rank's process groups, by scope; none if each scope is a single rank or the world."""
+        topology = self.topology
+        if topology.group_size in (1, topology.world_size):
+            return {}
+        rows = {"group": topology.groups, "counterparts": tuple(map(topology.counterparts, topology.groups[0]))}
+        return {cast(Scope, scope): self._make_group(ranks) for scope, ranks in rows.items()}
+
+    def _make_group(self, scopes: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+        """Creates a process group for each of several lists of ranks, and returns the one with this rank."""
+        mine, _ = dist.new_subgroups_by_enumeration(list(map(list, scopes)), timeout=_world_timeout(self.device))
+        return cast(dist.ProcessGroup, mine)
 
 
 def _device_of_backend() -> torch.device:

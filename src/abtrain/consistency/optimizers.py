@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from abtrain.comm.buckets import exact_average, sent_by_average
+from abtrain.comm.buckets import exact_average, sent_by_average_over_world
 from abtrain.comm.communicator import Calls, Communicator, Traffic
+from abtrain.comm.topology import Topology
 from abtrain.consistency.agreement import gather_json, largest
 from abtrain.consistency.nested_state import equalize_nested, is_python_number, set_number
 from abtrain.consistency.settings import HYPERPARAMETERS
@@ -52,7 +53,7 @@ class OptimizerShape:
 
 
 def sent_by_equalize_optimizers(
-    parameters: Sequence[Tensor], trained: Sequence[Tensor], shape: OptimizerShape
+    parameters: Sequence[Tensor], trained: Sequence[Tensor], shape: OptimizerShape, topology: Topology
 ) -> Calls:
     """Returns the collective calls that `equalize_optimizers` makes for one of PyTorch's optimizers.
 
@@ -64,7 +65,7 @@ def sent_by_equalize_optimizers(
     # The numbers of workers that have each value, in int64, and the single numbers, in float64.
     table = (Traffic("all_reduce", "world", slots * torch.int64.itemsize),) * 2 if slots else ()
     moments = [tensor for tensor in trained for _ in range(shape.tensors)]
-    return (Traffic("all_gather", "world", _KEY_BYTES), *table, *sent_by_average(moments))
+    return (Traffic("all_gather", "world", _KEY_BYTES), *table, *sent_by_average_over_world(moments, topology))
 
 
 @torch.no_grad()

@@ -90,8 +90,11 @@ class PhaseChange:
         """Gives all workers rank 0's restored weights and momentum, since rounding may differ between workers."""
         dense = [name for name in restored if name not in self._model.records]
         weights = {name: self._model.model.get_parameter(name).data for name in dense}
-        momentum = {f"momentum of {name}": tensor for name, tensor in self._rounds.merger.momentum.items()}
-        differed = take_rank_0(self._comm, weights | momentum)
+        merger = self._rounds.merger
+        shapes = {name: tensor.shape for name, tensor in self._model.parameters().items()}
+        momentum = merger.places.joined(merger.momentum, shapes)
+        differed = take_rank_0(self._comm, weights | {f"momentum of {name}": held for name, held in momentum.items()})
+        merger.momentum = {name: piece.clone() for name, piece in merger.places.pieces(momentum).items()}
         if differed and self._comm.rank == 0:
             log.info("%d tensors differed between workers by rounding: all workers use rank 0's now", len(differed))
 

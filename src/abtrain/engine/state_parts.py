@@ -36,6 +36,7 @@ from abtrain.lowrank.classify import UNSHARED
 from abtrain.lowrank.fit import Layout, buffer_layout, dense_layout, state_layout
 from abtrain.lowrank.names import factor_names
 from abtrain.merging.changes import as_real, wide
+from abtrain.merging.places import cut
 from abtrain.merging.rounds import CHECKING
 from abtrain.merging.selection import tensors_due, trained_by, trained_factors, whole_round
 from abtrain.merging.shared_tensors import SharedTensors
@@ -73,6 +74,7 @@ class Resumption:
         rounds: the merge settings of the phase at this position; None if the phase has no merges.
         factors: the names of all factors.
         parameters: the names, shapes and dtypes of shared parameters, as merges see them (complex as real).
+        pieces: those of the pieces that this worker merges.
         buffers: the names, shapes and dtypes of shared buffers, as merges see them (complex as real).
     """
 
@@ -89,6 +91,7 @@ class Resumption:
             pair = factor_names(treatment.name)
             names = pair if pair[0] in self.factors else (treatment.name,)
             self.parameters |= as_real({name: layout[name] for name in names if treatment.kind not in UNSHARED})
+        self.pieces = cut(self.parameters, self.topology.place_of(run.comm.rank), self.topology.group_size)
         self.buffers = as_real(buffer_layout(self.model, state["model"]))
 
 
@@ -127,16 +130,17 @@ def _arrivals(at: Resumption) -> Check:
 
 def _merger(at: Resumption) -> Check:
     model, phases = at.model, at.recipe.phases
-    wide_ones = {name: like(p, wide(p.dtype)) for name, p in at.parameters.items()}
+    wide_ones = {name: like(p, wide(p.dtype)) for name, p in at.pieces.items()}
     # In a phase without merges, the unused anchors of an earlier phase remain.
     stale = [*dense_layout(model), *(factor for name in model.names for factor in factor_names(name))]
     wires = {phase.rounds.wire for phase in phases if phase.rounds}
-    kept = {wire: make_wire(wire, at.topology.world_size).keeps(at.parameters) for wire in wires}
+    kept = {wire: make_wire(wire, at.topology.n_groups).keeps(at.pieces) for wire in wires}
     return mapping(
         {
+            "places": whole(at.topology.group_size, at.topology.group_size),
             "anchors": mapping(wide_ones) if at.rounds else mapping(dict.fromkeys(stale, tensor()), required=()),
             "momentum": mapping(wide_ones, required=()),
-            "residuals": mapping({n: like(p, torch.float32) for n, p in at.parameters.items()}, required=()),
+            "residuals": mapping({n: like(p, torch.float32) for n, p in at.pieces.items()}, required=()),
             "starts": mapping({wire: _starts(shapes) for wire, shapes in kept.items()}, required=()),
             "buffers": mapping(dict.fromkeys(at.buffers, whole(-1, LIMIT - 1)), required=()),
         }
@@ -172,8 +176,9 @@ def _under_way(at: Resumption, place: str, entry: Any) -> Iterator[str]:
         yield f"{place} is {said(entry)} of step {said(begun)}, not a merge that may be under way at step {at.step}"
         return
     who = trained_by(position, at.topology, at.factors)
-    merged = tensors_due(position, at.parameters, who) | (at.buffers if whole_round(position) else {})
-    stages = CHECKING + make_wire(sync.wire, at.topology.world_size).stages
+    due = tensors_due(position, at.parameters, who)
+    merged = {name: at.pieces[name] for name in due} | (at.buffers if whole_round(position) else {})
+    stages = CHECKING + make_wire(sync.wire, at.topology.n_groups).stages
     passed = at.step - position.step - 1
     yield from mapping(
         {

@@ -20,7 +20,7 @@ from abtrain.engine.state_parts import PARTS, ResumedRun, Resumption, position_o
 from abtrain.lowrank.fit import MODEL_STATE, model_problems
 from abtrain.recipes.recipe import Recipe
 
-VERSION = 7
+VERSION = 8
 """The version of the format of `ABTraining.state_dict`. Each change of the format increases it."""
 
 
@@ -103,6 +103,13 @@ def _problem(state: Mapping[str, Any], run: ResumedRun) -> str:
     )
     if problems:
         return _damaged(problems)
+    merger, size = state["merger"], run.comm.topology.group_size
+    saved = merger.get("places") if isinstance(merger, Mapping) else None
+    if type(saved) is int and saved > 0 and saved != size:
+        return (
+            f"the checkpoint was saved by groups of {saved} workers, which divide the work of merges, but this run has "
+            f"groups of {size}: pass group_size={saved}"
+        )
     factored = position_of(run.recipe, state).phase.weights == "factored"
     unfit = model_problems(run.shared.model, state["model"], factored)
     if unfit:

@@ -28,13 +28,19 @@ def carry_over(
     The weights must be factored during the call. Pass `into_weight` as `convert` before factors are multiplied, and
     `into_factors` after weights have been factored. If `momentum` is false, outer momentum is dropped.
     """
-    for record in records:
+    held, shapes = list(records), dict[str, torch.Size]()
+    for record in held:
         names = (record.name, *factor_names(record.name))
         merger.forget(names)
         for name in () if momentum else names:
             merger.momentum.pop(name, None)
-        convert(merger.momentum, record)
-        convert(merger.residuals, record)
+        shapes |= zip(names, (record.dense.shape, record.A.shape, record.B.shape), strict=True)
+    for store in (merger.momentum, merger.residuals):
+        whole = merger.places.joined({name: store.pop(name) for name in shapes if name in store}, shapes)
+        for record in held:
+            convert(whole, record)
+        # A view would keep the whole tensor in memory.
+        store |= {name: piece.clone() for name, piece in merger.places.pieces(whole).items()}
 
 
 def into_weight(store: Tensors, record: FactoredWeight) -> None:

@@ -21,16 +21,18 @@ import torch
 from torch import Tensor
 
 from abtrain.checks import told_names
-from abtrain.comm.buckets import average_exactly, sent_by_average
+from abtrain.comm.buckets import average_over_world, sent_by_average_over_world
 from abtrain.comm.checksums import checksum
 from abtrain.comm.communicator import Calls, Communicator
 from abtrain.comm.stages import Stages, timed, together
+from abtrain.comm.topology import Topology
 from abtrain.consistency.agreement import ROLL_CALL, Place, gather_json, roll_call, share
 from abtrain.errors import NonFiniteError, OnNonFinite
 from abtrain.failpoints import fail_at
 from abtrain.merging.buffers import Buffers, settled
-from abtrain.merging.changes import as_parameter, change, is_finite, wide, write
+from abtrain.merging.changes import change, is_finite, wide, write
 from abtrain.merging.divergence import Distances, divergence
+from abtrain.merging.places import Places, piece, sent_by_gathered, sent_by_spread
 from abtrain.merging.wires.wire import Averages, Wire, make_wire
 from abtrain.recipes.merges import MergeRule, Part
 from abtrain.recipes.sync import WeightSync
@@ -44,13 +46,14 @@ class MergeInput:
 
     Attributes:
         tensors: a function that returns the present tensors to merge, by the names passed to `Merger.begin`. The
-            merge overwrites them in place at its end.
+            merge overwrites them in place at its end. They are equal on all workers of a group.
         sync: the settings of the merge, such as its rule and its wire format.
         trained_by: by tensor name, whether each worker trained the tensor. If a name is missing, all workers did.
         buffers: a function that returns the present buffers by name, as real tensors of any dtype. Buffers that
             are equal on all workers keep their values.
         averaged: the names of the buffers that are averaged if they differ. Other buffers take one worker's values.
-        started: copies of tensors and buffers, made when a hidden merge began; None if the merge is not hidden.
+        started: copies of this worker's pieces of the tensors, and of buffers, made when a hidden merge began; None if
+            the merge is not hidden.
         loss: this worker's mean training loss since the last merge; None if it is unknown.
         step: the number of training steps done when the merge began.
         place: values by name, such as the step, that must be equal on all workers that merge.
@@ -68,19 +71,15 @@ class MergeInput:
     place: Place = field(default_factory=dict)
     factors: Collection[str] = ()
 
-    @property
-    def held(self) -> Tensors:
-        """The present tensors and buffers, by name."""
-        return {**self.tensors(), **self.buffers()}
-
 
 class Merger:
     """Merges the weights of all workers, and keeps the state that is needed between merges.
 
     Attributes:
         on_nonfinite: `drop_worker` excludes workers whose values are not finite; otherwise all workers stop.
-        anchors: by name, the weights after the last merge, equal on all workers; half precision is stored in float32.
-        momentum: by name, the outer momentum of the merge rule; the same on all workers.
+        places: cuts tensors into the pieces that this worker merges. All state below is of these pieces.
+        anchors: by name, the weights after the last merge, equal on counterparts; half precision is stored in float32.
+        momentum: by name, the outer momentum of the merge rule; the same on counterparts.
         residuals: by name, in float32, the part of this worker's changes that lossy wire formats have not sent yet.
         measures_divergence: whether to measure the divergence of weights in each merge that excludes no worker.
     """
@@ -91,6 +90,7 @@ class Merger:
         self._comm = comm
         self.on_nonfinite, self.measures_divergence = on_nonfinite, measures_divergence
         self._wires: dict[str, Wire] = {}
+        self.places = Places(comm)
         self.anchors: Tensors = {}
         self.momentum: Tensors = {}
         self.residuals: Tensors = {}
@@ -98,13 +98,15 @@ class Merger:
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         """Prepares the merges of a phase. `tensors` are the weights to merge, by name, equal on all workers."""
-        self.anchors = {name: tensor.to(wide(tensor.dtype), copy=True) for name, tensor in tensors.items()}
+        pieces = self.places.pieces(tensors)
+        self.anchors = {name: tensor.to(wide(tensor.dtype), copy=True) for name, tensor in pieces.items()}
         self.momentum = {name: tensor for name, tensor in self.momentum.items() if name in tensors}
         self.residuals = {name: tensor for name, tensor in self.residuals.items() if name in tensors}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the anchors, momentum, residuals, state of wires, and checksums of buffers that have differed."""
+        """Returns the size of groups, all tensors, the state of wires, and checksums of buffers that have differed."""
         return {
+            "places": self.places.count,
             "starts": {name: dict(wire.starts) for name, wire in self._wires.items() if wire.starts},
             "buffers": dict(self._buffers.differed),
             "anchors": dict(self.anchors),
@@ -127,7 +129,7 @@ class Merger:
     def wire(self, name: str) -> Wire:
         """Returns the `Wire` for a wire format: the same object at each call, since it may have state."""
         if name not in self._wires:
-            self._wires[name] = make_wire(name, self._comm.topology.world_size)
+            self._wires[name] = make_wire(name, self._comm.topology.n_groups)
         return self._wires[name]
 
     def merge(self, part: MergeInput) -> Stages[tuple[dict[str, Any], Distances]]:
@@ -146,9 +148,10 @@ class Merger:
             NonFiniteError: a worker's values are not finite, and `on_nonfinite` is not `drop_worker`; or no worker's
                 values are finite, or their average is not. Raised on all workers.
         """
-        started = part.held if part.started is None else part.started
+        pieces = self.places.pieces(part.tensors())
+        started = {**pieces, **part.buffers()} if part.started is None else part.started
         buffers = {name: started[name] for name in part.buffers()}
-        changes = {name: change(self.anchors[name], started[name]) for name in part.tensors()}
+        changes = {name: change(self.anchors[name], started[name]) for name in pieces}
         reports, differing, waited = yield from self._compare(part, changes, buffers)
         alive = self._alive(reports, differing, changes)
         floats = [name for name in differing if name in part.averaged]
@@ -158,19 +161,21 @@ class Merger:
         scaled = [buffers[name] * scale if mine else torch.zeros_like(buffers[name]) for name in floats]
         averages, means = yield from together(
             self.wire(part.sync.wire).average(self._shares(part, changes, alive, reports), self._comm),
-            average_exactly(scaled, self._comm),
+            average_over_world(scaled, self._comm),
         )
         mean_buffers = dict(zip(floats, means, strict=True))
-        _check_finite(averages.mean | mean_buffers)
+        self._check_finite(averages.mean | mean_buffers)
         distances: Distances = {}
         if self.measures_divergence and all(alive):
-            distances = divergence(self._comm, changes, averages.mean, self.anchors, part.factors)
+            distances = self._divergence(part, changes, averages.mean)
         # The weights from which training continued. They depend on the anchors, which are replaced below.
         eager = {} if part.started is None else {n: self.eager(part.sync.merge, n, started[n]) for n in changes}
         merged |= {name: settled(name, mean) for name, mean in mean_buffers.items()}
         self._buffers.merged(merged)
         outcome = self._advance_anchors(part.sync.merge, averages) | merged
-        write(part.held, outcome, {**started, **eager} if mine else None)
+        tensors = part.tensors()
+        write({**self.places.pieces(tensors), **part.buffers()}, outcome, {**started, **eager} if mine else None)
+        self.places.spread(tensors)
         dropped = [rank for rank, is_alive in enumerate(alive) if not is_alive]
         losses = [report.loss for report in reports]
         return {"step": part.step, "dropped": dropped, "losses": losses, "wait_seconds": waited}, distances
@@ -187,6 +192,23 @@ class Merger:
         reports = [Part(*row) for row in rows]
         fail_at(self._comm.rank, part.step, "merge.agreed")
         return reports, self._buffers.compare(buffers, sums, [report.buffers for report in reports]), waited
+
+    def _divergence(self, part: MergeInput, changes: Tensors, mean: Tensors) -> Distances:
+        shapes = {name: tensor.shape for name, tensor in part.tensors().items()}
+        anchors = {name: self.anchors[name] for name in mean}
+        moved, average, before = (self.places.joined(pieces, shapes) for pieces in (changes, mean, anchors))
+        return divergence(self._comm, moved, average, before, part.factors)
+
+    def _check_finite(self, averages: Mapping[str, Tensor]) -> None:
+        """Raises NonFiniteError on all workers if an average is not finite. Collective in the group."""
+        broken = [name for name, average in averages.items() if not is_finite(average)]
+        if any(self.places.gathered(len(broken))):
+            where = told_names(broken) or "the pieces of another worker of the group"
+            raise NonFiniteError(
+                f"the values of all workers are finite, but their average is not ({where}): it exceeds the largest "
+                "number of float32 or of the recipe's wire format. No weight was changed. Lower the learning rate, or "
+                "clip gradients"
+            )
 
     def eager(self, rule: MergeRule, name: str, started: Tensor) -> Tensor:
         """Returns the weight to continue from during a hidden merge; `started` is its value when the merge began."""
@@ -211,12 +233,15 @@ class Merger:
         self, part: MergeInput, changes: Mapping[str, Tensor], alive: Sequence[bool], reports: Sequence[Part]
     ) -> Tensors:
         """Returns this worker's contributions to the average: its changes, times its share, plus its residuals."""
-        rank, workers = self._comm.rank, self._comm.topology.world_size
+        topology, rank = self._comm.topology, self._comm.rank
         numbers = {}
         for name, own in changes.items():
-            trained = [a and t for a, t in zip(alive, part.trained_by.get(name, [True] * workers), strict=True)]
-            share = part.sync.merge.shares(alive, trained, reports)[rank]
-            numbers[name] = own * (share * workers) if alive[rank] else torch.zeros_like(own)
+            trainers = part.trained_by.get(name, [True] * topology.world_size)
+            trained = [a and t for a, t in zip(alive, trainers, strict=True)]
+            shares = part.sync.merge.shares(alive, trained, reports)
+            # This worker also speaks for the others of its group, which made the same changes.
+            share = math.fsum(shares[member] for member in self._comm.ranks("group"))
+            numbers[name] = own * (share * topology.n_groups) if alive[rank] else torch.zeros_like(own)
             if name in self.residuals:
                 numbers[name] += self.residuals[name]
         return numbers
@@ -235,7 +260,9 @@ class Merger:
             NonFiniteError: see `merge`.
         """
         spoiled = {rank for ranks in differing.values() for rank in ranks}
-        alive = [report.finite and rank not in spoiled for rank, report in enumerate(reports)]
+        well = [report.finite and rank not in spoiled for rank, report in enumerate(reports)]
+        # Each worker has looked at its own pieces only.
+        alive = [all(well[member] for member in group) for group in self._comm.topology.groups for _ in group]
         broken = [rank for rank, is_alive in enumerate(alive) if not is_alive]
         if not broken or (self.on_nonfinite == "drop_worker" and any(alive)):
             return alive
@@ -244,7 +271,8 @@ class Merger:
             names.append("training loss")
         names += [f"buffer {name}" for name, ranks in differing.items() if self._comm.rank in ranks]
         of_all = gather_json(self._comm, ", ".join(filter(None, names)))
-        found = [f"rank {rank}: {of_all[rank]}" for rank in broken] if len(broken) > 1 else [of_all[broken[0]]]
+        told = {rank: of_all[rank] for rank in broken if of_all[rank]}
+        found = [f"rank {rank}: {text}" for rank, text in told.items()] if len(broken) > 1 else list(told.values())
         remedy = ", or exclude such workers by on_nonfinite='drop_worker'" if any(alive) else ""
         raise NonFiniteError(
             f"the merge found NaN or infinity on rank {', '.join(map(str, broken))} ({'; '.join(found)}): nothing was "
@@ -252,37 +280,21 @@ class Merger:
         )
 
 
-def sent_by_merge(wire: str, tensors: Sequence[Tensor], averaged: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
+def steps_alone(rule: MergeRule) -> bool:
+    """Returns whether workers continue from other weights while a hidden merge is under way (see `Merger.eager`)."""
+    own = torch.zeros(())
+    return rule.step(own, None)[0] is not own
+
+
+def sent_by_merge(
+    wire: str, tensors: Sequence[Tensor], averaged: Sequence[Tensor], topology: Topology, rank: int = 0
+) -> tuple[Calls, ...]:
     """Returns the collective calls in each stage of a merge, if the same buffers differ as at the previous merge.
 
     `wire` is the name of the wire format, and `averaged` the buffers to average. Only shapes and dtypes matter.
     """
-    first, *more = make_wire(wire, workers).sends(tensors, workers)
-    return ROLL_CALL, (*first, *sent_by_average(averaged)), *more
-
-
-def _check_finite(averages: Mapping[str, Tensor]) -> None:
-    """Raises NonFiniteError if an average is not finite. All workers raise it, since they have the same average."""
-    broken = [name for name, average in averages.items() if not bool(torch.isfinite(average).all())]
-    if broken:
-        raise NonFiniteError(
-            f"the values of all workers are finite, but their average is not ({told_names(broken)}): it exceeds the "
-            "largest number of float32 or of the recipe's wire format. No weight was changed. Lower the learning rate, "
-            "or clip gradients"
-        )
-
-
-def pooled(states: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns each worker's `Merger.state_dict` with residuals replaced by their average over all workers.
-
-    Merges depend only on this average. It stays the same if another number of workers start with these residuals.
-    """
-    residuals = [state["residuals"] for state in states]
-    shared = {name: torch.stack([held[name] for held in residuals]).mean(0) for name in residuals[0]}
-    return [{**state, "residuals": shared} for state in states]
-
-
-def rewound_weights(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Tensors:
-    """Returns weights as they were at the start of the round, from a `Merger.state_dict` and the present weights."""
-    anchors = state["anchors"]
-    return {name: as_parameter(anchors[name], held) if name in anchors else held for name, held in weights.items()}
+    pieces = [piece(tensor, topology.place_of(rank), topology.group_size) for tensor in tensors]
+    between = make_wire(wire, topology.n_groups).sends(pieces, topology.n_groups) if topology.n_groups > 1 else ((),)
+    first, *more = between
+    stages = [ROLL_CALL, (*first, *sent_by_average_over_world(averaged, topology)), *more]
+    return (*stages[:-1], (*stages[-1], *sent_by_gathered(topology), *sent_by_spread(tensors, topology)))

@@ -19,7 +19,7 @@ from abtrain.consistency.agreement import Told, roll_call
 from abtrain.consistency.replicas import check_replicas
 from abtrain.errors import OnNonFinite
 from abtrain.failpoints import fail_at
-from abtrain.merging.merger import MergeInput, Merger
+from abtrain.merging.merger import MergeInput, Merger, steps_alone
 from abtrain.merging.selection import rounds_of, tensors_due, trained_by, whole_round
 from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.recipes.recipe import Position, Recipe
@@ -37,7 +37,7 @@ class _UnderWay(NamedTuple):
         stages: the stages of the merge that are left to run.
         step: the number of training steps done when the merge began.
         loss: this worker's mean training loss between the last merge and this one.
-        started: copies of the tensors to merge, by name, that were made when the merge began.
+        started: copies of this worker's pieces of the tensors to merge, and of buffers, made when the merge began.
     """
 
     stages: Background[None]
@@ -107,10 +107,13 @@ class Rounds:
             return len(position.merging) == sync.fragments
         parameters, _, buffers = self._due(position)
         tensors = parameters()
-        started = {name: tensor.clone() for name, tensor in {**tensors, **buffers()}.items()}
+        pieces = self.merger.places.pieces(tensors)
+        started = {name: tensor.clone() for name, tensor in {**pieces, **buffers()}.items()}
         self._under_way.append(self._launch(position, step, loss, started))
-        for name, tensor in tensors.items():
+        for name, tensor in pieces.items():
             tensor.copy_(self.merger.eager(sync.merge, name, started[name]))
+        if steps_alone(sync.merge):
+            self.merger.places.spread(tensors)
         return False
 
     def roll_call(self, step: int, phase: int, at: Callable[[int], Position], numbers: Told = (0, 0.0)) -> list[Told]:
@@ -153,9 +156,10 @@ class Rounds:
     def _recover(self) -> None:
         """Replaces this worker's values that are not finite, so that it can take part in the next merges."""
         self.shared.forget_nonfinite()
-        for name, tensor in self.shared.parameters().items():
-            if not bool(torch.isfinite(tensor).all()):
-                tensor.copy_(self.merger.anchors[name])
+        broken = {n: tensor for n, tensor in self.shared.parameters().items() if not bool(torch.isfinite(tensor).all())}
+        for name, tensor in self.merger.places.pieces(broken).items():
+            tensor.copy_(self.merger.anchors[name])
+        self.merger.places.spread(broken)
         self._losses = [loss for loss in self._losses if math.isfinite(loss)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,8 +214,10 @@ class Rounds:
         tensors = parameters()
         fail_at(self._comm.rank, step, "merge.begin")
         # Changes can be averaged only if they were made to the same anchors.
-        anchors = fingerprint(*(checksum(self.merger.anchors[name]) for name in tensors))
-        place = self.shared.place(step, position.phase_index, merging=fingerprint(*tensors, sync), anchors=anchors)
+        anchors = self.merger.places.gathered(fingerprint(*(checksum(self.merger.anchors[n]) for n in tensors)))
+        place = self.shared.place(
+            step, position.phase_index, merging=fingerprint(*tensors, sync), anchors=fingerprint(*anchors)
+        )
         averaged = self.shared.averaged_buffers()
         factors = self.shared.model.factors().keys()
         part = MergeInput(parameters, sync, trained, buffers, averaged, started, loss, step, place, factors)

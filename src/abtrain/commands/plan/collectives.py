@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from abtrain.comm.communicator import Call
+from abtrain.comm.communicator import Call, Scope
 from abtrain.errors import ConfigurationError
 from abtrain.recipes.numbers import number_problems, whole_number_problems
 
@@ -124,6 +124,20 @@ class Cluster:
         if workers <= self.per_node:
             return Cluster(1, self.link, workers, self.local)
         return Cluster(-(-workers // self.per_node), self.link, self.per_node, self.local)
+
+
+def scoped(cluster: Cluster, scope: Scope, group_size: int) -> tuple[Cluster, int]:
+    """Returns the part of a cluster that a scope covers, and how many such scopes use the links of a node at once.
+
+    Counterparts are one worker of each group. Each node has the counterparts of several places, which share its link.
+    """
+    if scope == "world" or (scope == "counterparts" and group_size == 1):
+        return cluster, 1
+    if scope == "group":
+        return cluster.part(group_size), 1
+    groups, at_once = cluster.workers // group_size, min(group_size, cluster.per_node)
+    inside = max(cluster.per_node // group_size, 1)
+    return Cluster(max(groups // inside, 1), cluster.link, inside, cluster.local), at_once
 
 
 class Cost(NamedTuple):

@@ -17,7 +17,7 @@ from functools import cache
 
 from abtrain.comm.communicator import Calls, Traffic
 from abtrain.comm.stages import stages_due
-from abtrain.commands.plan.collectives import Cluster, Cost, cost_of
+from abtrain.commands.plan.collectives import Cluster, Cost, cost_of, scoped
 from abtrain.commands.plan.stragglers import Speeds
 from abtrain.commands.plan.stretches import Merging, Stretch
 from abtrain.recipes.sync import GradientWire
@@ -222,9 +222,9 @@ class _Forecaster:
 
     def _cost_of(self, traffic: Traffic, swift: bool = False) -> Cost:
         """Returns the cost of one collective. `swift` assumes links without latency."""
-        cluster = self._cluster if traffic.scope == "world" else self._cluster.part(self._group_size)
+        cluster, at_once = scoped(self._cluster, traffic.scope, self._group_size)
         cluster = cluster.swift if swift else cluster
-        once = cost_of(traffic.call, cluster, traffic.nbytes / traffic.rounds, self._algorithm)
+        once = cost_of(traffic.call, cluster, at_once * traffic.nbytes / traffic.rounds, self._algorithm)
         return Cost(traffic.rounds * once.seconds, traffic.rounds * once.wire)
 
 

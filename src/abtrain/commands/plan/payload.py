@@ -3,7 +3,8 @@
 The prediction needs only the shapes of the model. `predict` lists the collectives of each phase with their bytes. The
 prediction is exact if initial weights and factors are equal on all workers, every parameter has a gradient, no
 GradScaler is used, and `merged()` is not called. It assumes that floating-point buffers differ between workers, and
-that all other buffers are equal.
+that all other buffers are equal. It leaves out what workers of a group send each other when weights change form: the
+momentum and the residuals of merges.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from abtrain.lowrank.classify import UNSHARED
 from abtrain.lowrank.names import factor_names
 from abtrain.lowrank.svd import Factors
 from abtrain.merging.buffers import sent_by_first_comparison
-from abtrain.merging.merger import sent_by_merge
+from abtrain.merging.merger import sent_by_merge, steps_alone
+from abtrain.merging.places import sent_by_gathered, sent_by_spread
 from abtrain.merging.selection import cut_into_fragments, trained_factors
 from abtrain.recipes.recipe import Position, Recipe
 from abtrain.recipes.sync import GradientSync, WeightSync
@@ -238,7 +240,7 @@ class _Walk:
         hidden = min(sync.delay, sync.every // sync.fragments)
         merges = []
         for fragments, times in turn.merging.items():
-            merges.append(Merging(times, self._merge(turn.position, held, sync, fragments), hidden))
+            merges.append(Merging(times, self._merge(turn.position, held, sync, fragments, bool(hidden)), hidden))
         if turn.last:
             merges.append(Merging(1, self._merge(turn.position, held, sync, tuple(range(sync.fragments)))))
         return tuple(merges)
@@ -251,7 +253,12 @@ class _Walk:
         return sent_by_first_comparison(list(self._model.buffers.values()))
 
     def _merge(
-        self, position: Position, held: Sequence[_Held], sync: WeightSync, fragments: Sequence[int]
+        self,
+        position: Position,
+        held: Sequence[_Held],
+        sync: WeightSync,
+        fragments: Sequence[int],
+        hidden: bool = False,
     ) -> tuple[Calls, ...]:
         """Returns the collectives of one merge, stage by stage.
 
@@ -265,9 +272,12 @@ class _Walk:
         tensors = [tensor for place in fragments for name, tensor in parts[place].items() if name not in idle]
         buffers = list(self._model.buffers.values()) if sync.fragments - 1 in fragments else []
         numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
-        replicas = sent_by_comparison(scope="group") if self._topology.group_size > 1 else ()
-        first, *more = sent_by_merge(sync.wire, tensors, numbers, self._topology.world_size)
-        return ((*replicas, *first), *more)
+        first, *more = sent_by_merge(sync.wire, tensors, numbers, self._topology, self._rank)
+        if self._topology.group_size > 1:
+            first = (*sent_by_comparison(scope="group"), *sent_by_gathered(self._topology), *first)
+        if hidden and steps_alone(sync.merge):
+            first = (*first, *sent_by_spread(tensors, self._topology))
+        return (first, *more)
 
     def _trained_by_nobody(self, position: Position) -> set[str]:
         """Returns the parts of weights, such as A, that no worker trains at this position in the recipe."""
@@ -296,4 +306,4 @@ class _Walk:
         left = self._recipe.at(after - 1)
         nobody = {"frozen"} if self._all_have_both(position) else self._trained_by_nobody(left)
         trained = [one.tensor for one in kept if one.part not in nobody]
-        return sent_by_equalize_optimizers([one.tensor for one in kept], trained, self._optimizer)
+        return sent_by_equalize_optimizers([one.tensor for one in kept], trained, self._optimizer, self._topology)

@@ -118,7 +118,8 @@ class Saving:
         self._check_run(own, saved.step)
         engine = own["ab"]
         if saved.workers != comm.topology.world_size:
-            engine = resized([state["ab"] for state in states], comm.rank, self._ab.recipe)
+            size = comm.topology.group_size
+            engine = resized([state["ab"] for state in states], comm.rank, self._ab.recipe, size)
         self._ab.load_state_dict(engine)
         self._schedule.load_state_dict(own["schedule"])
         record = states[0]["record"]

@@ -13,7 +13,7 @@ from abtrain.engine.state_problems import run_problem
 from abtrain.errors import CheckpointError, UsageError
 from abtrain.merging import rounds
 from abtrain.merging.buffers import pooled_buffers
-from abtrain.merging.merger import pooled, rewound_weights
+from abtrain.merging.resizing import placed, pooled, rewound_weights
 from abtrain.recipes.recipe import Position, Recipe
 
 
@@ -32,8 +32,8 @@ def can_be_resized(state: Mapping[str, Any], position: Position | None) -> bool:
     return position is not None and position.phase.rounds is not None and not state["copies"]["copies"]
 
 
-def resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> dict[str, Any]:
-    """Returns the state of worker `rank` in a run with another number of workers.
+def resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe, group_size: int = 1) -> dict[str, Any]:
+    """Returns the state of worker `rank` in a run with another number of workers, or with groups of another size.
 
     If the states were saved between merges, the new run continues from the last merge, or the phase's start, with equal
     weights. Each new worker gets the optimizer state of one former worker, and the average of the former workers'
@@ -43,29 +43,34 @@ def resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> d
         states: the states of all former workers, by rank, saved at the same step.
         rank: the worker's rank in the new run.
         recipe: the recipe of the run.
+        group_size: the number of workers in a group of the new run.
 
     Raises:
         CheckpointError: a state is malformed. All workers raise the error, since each checks all states.
     """
     try:
         with as_checkpoint_error("the states of the former workers are malformed: load another checkpoint"):
-            return _resized(states, rank, recipe)
+            own = _resized(states, rank // group_size, recipe)
+            return {**own, "merger": placed(own["merger"], rank % group_size, group_size)}
     except UsageError as error:
         raise CheckpointError(f"the checkpoint does not fit the recipe: {error}. Load another checkpoint") from error
 
 
-def _resized(states: Sequence[Mapping[str, Any]], rank: int, recipe: Recipe) -> dict[str, Any]:
+def _resized(states: Sequence[Mapping[str, Any]], group: int, recipe: Recipe) -> dict[str, Any]:
+    """Returns the state of the workers of one group. Its tensors are whole."""
     for problem in filter(None, (run_problem(state, recipe) for state in states)):
         raise CheckpointError(problem)
     mergers = pooled([state["merger"] for state in states])
     buffers = pooled_buffers([state["model"]["buffers"] for state in states])
+    # Workers of a group continue with equal optimizer states.
+    size = states[0]["merger"]["places"]
     own: dict[str, Any] = {}
     # Every worker converts all states, so that all workers find a malformed one.
     for former, (state, merger) in enumerate(zip(states, mergers, strict=True)):
         converted = {**state, "merger": merger}
         if not state["workers_equal"] or state["rounds"]["under_way"]:
-            converted |= _at_last_merge(state, buffers, recipe)
-        if former == rank % len(states):
+            converted |= _at_last_merge(converted, buffers, recipe)
+        if former == group * size % len(states):
             own = converted
     return own
 

@@ -36,7 +36,7 @@ class DirectWire(Wire):
 
     def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
         tensors = list(numbers.values())
-        if self._code.exact or comm.topology.world_size == 1:
+        if self._code.exact or comm.topology.n_groups == 1:
             mean = yield from average_exactly(tensors, comm)
             return Averages(dict(zip(numbers, mean, strict=True)), {})
         mean, error = yield from _average_narrowly(tensors, self._code, self._reply, comm)
@@ -48,8 +48,8 @@ class DirectWire(Wire):
         chunks, replies = [], []
         for bucket in pack([tensor.to(torch.float32) for tensor in tensors], CAPACITY):
             chunk = _chunk_of(bucket.flat.numel(), workers, self._code, self._reply)
-            chunks.append(Traffic("exchange", "world", (workers - 1) * self._code.nbytes(chunk)))
-            replies.append(Traffic("all_gather", "world", self._reply.nbytes(chunk)))
+            chunks.append(Traffic("exchange", "counterparts", (workers - 1) * self._code.nbytes(chunk)))
+            replies.append(Traffic("all_gather", "counterparts", self._reply.nbytes(chunk)))
         return tuple(chunks), tuple(replies)
 
 
@@ -87,12 +87,12 @@ def _exchange(flat: Tensor, code: Code, reply: Code, comm: Communicator) -> Stag
     Returns:
         The average (count,), and this worker's rounding errors (count,).
     """
-    count, workers = flat.numel(), comm.topology.world_size
+    count, workers = flat.numel(), comm.topology.n_groups
     chunk = _chunk_of(count, workers, code, reply)
     error = torch.nn.functional.pad(flat, (0, chunk * workers - count)).view(workers, chunk)
     sent = torch.stack([code.encode(row) for row in error])
     error -= torch.stack([code.decode(row, chunk) for row in sent])
-    chunks = comm.launch_exchange(sent)
+    chunks = comm.launch_exchange(sent, "counterparts")
     del flat, sent
     yield
     # The sum is computed in rank order and in float32, by this worker only.
@@ -102,8 +102,8 @@ def _exchange(flat: Tensor, code: Code, reply: Code, comm: Communicator) -> Stag
     total /= workers
     answer = reply.encode(total)
     # Only this worker keeps the rounding error of the reply, and the next average divides it by `workers`.
-    error[comm.rank] += workers * (total - reply.decode(answer, chunk))
-    replies = comm.launch_all_gather(answer)
+    error[comm.topology.group_of(comm.rank)] += workers * (total - reply.decode(answer, chunk))
+    replies = comm.launch_all_gather(answer, "counterparts")
     yield
     mean = torch.cat([reply.decode(row, chunk) for row in replies.wait()])
     return mean[:count], error.view(-1)[:count]

@@ -43,7 +43,7 @@ class LowRankWire(Wire):
         self._direct = DirectWire(code)
 
     def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
-        if comm.topology.world_size == 1:
+        if comm.topology.n_groups == 1:
             return Averages(dict(numbers), {})
         matrices = {name: t.float().flatten(1) for name, t in numbers.items() if _pays(t, self._rank)}
         rest = {name: tensor for name, tensor in numbers.items() if name not in matrices}

@@ -1,4 +1,8 @@
-"""Defines the interface of wires, which average tensors over all workers and predict the bytes that they send."""
+"""Defines the interface of wires, which average tensors and predict the bytes that they send.
+
+A wire averages over the counterparts of a worker: the workers with the same place in all groups. If a group is one
+worker, these are all workers.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,9 @@ class Averages(NamedTuple):
     """The averages that a wire computes in one merge, and their rounding errors.
 
     Attributes:
-        mean: by name, the average over all workers, bitwise equal on all of them.
-        error: by name, the rounding error of this worker's own numbers. Its average over all workers is the difference
-            between the exact average and `mean`. Empty if the wire is exact.
+        mean: by name, the average over all counterparts, bitwise equal on all of them.
+        error: by name, the rounding error of this worker's own numbers. Its average over all counterparts is the
+            difference between the exact average and `mean`. Empty if the wire is exact.
     """
 
     mean: Tensors
@@ -30,10 +34,10 @@ class Averages(NamedTuple):
 
 
 class Wire(ABC):
-    """Averages tensors over all workers, which send them in one format. `abtrain.recipes.wires` names the formats.
+    """Averages tensors, which are sent in one format. `abtrain.recipes.wires` names the formats.
 
     Attributes:
-        starts: by tensor name, in float32, the wire's own state between merges; the same on all workers.
+        starts: by tensor name, in float32, the wire's own state between merges; the same on all counterparts.
     """
 
     def __init__(self) -> None:
@@ -41,10 +45,10 @@ class Wire(ABC):
 
     @abstractmethod
     def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
-        """Averages tensors over all workers, in stages. Collective over the world.
+        """Averages tensors over all counterparts, in stages. Collective over them.
 
-        Tensors are finite, with the same names, shapes and dtypes in the same order on all workers. Returns averages as
-        new tensors of the same shapes and dtypes, and errors in float32.
+        Tensors are finite, with the same names, shapes and dtypes in the same order on all counterparts. Returns averages
+        as new tensors of the same shapes and dtypes, and errors in float32.
         """
 
     @abstractmethod
