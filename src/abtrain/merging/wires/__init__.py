@@ -1,1 +1,1 @@
-"""Implements the wire formats of merges: encodes and sends tensors, and averages them over workers of different groups."""
+"""Implements the wire formats of merges: encodes and sends tensors, and averages them between groups."""

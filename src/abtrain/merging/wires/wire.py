@@ -47,8 +47,8 @@ class Wire(ABC):
     def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
         """Averages tensors over all counterparts, in stages. Collective over them.
 
-        Tensors are finite, with the same names, shapes and dtypes in the same order on all counterparts. Returns averages
-        as new tensors of the same shapes and dtypes, and errors in float32.
+        Tensors are finite, with the same names, shapes and dtypes in the same order on all of them. Returns averages as
+        new tensors of the same shapes and dtypes, and errors in float32.
         """
 
     @abstractmethod
