@@ -17,6 +17,7 @@ from abtrain.consistency.factors import agree_on_factors
 from abtrain.consistency.optimizers import equalize_grad_scaler, equalize_optimizers
 from abtrain.consistency.settings import check_phase
 from abtrain.engine.beginning import announce
+from abtrain.engine.graph_limit import GraphLimit
 from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.lowrank.model import FactoredModel
 from abtrain.merging.carry_over import carry_over, into_factors, into_weight
@@ -56,6 +57,7 @@ class PhaseChange:
         self.seconds = {"svd": 0.0}
         self._model, self._rounds, self._hooks, self._comm = model, rounds, hooks, comm
         self._find_unused_parameters, self._grad_scaler = find_unused_parameters, grad_scaler
+        self._graph_limit = GraphLimit()
         hooks.guard.whose = self._whose_gradients
 
     def enter(self, position: Position, recipe: Recipe) -> None:
@@ -104,6 +106,7 @@ class PhaseChange:
         phase = position.phase
         if phase.weights == "factored":
             self._model.train_only(trained_factors(position, self._comm.topology, self._comm.rank))
+        self._graph_limit.allow_form(self._model)
         if phase.rounds is not None:
             self._wrap("group", PLAIN)
         elif isinstance(phase.sync, GradientSync):
