@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from abtrain.errors import ConfigurationError, NonFiniteError, UsageError
 from abtrain.lowrank.classify import Treatment, classify, owner
 from abtrain.lowrank.layers import Factored
-from abtrain.lowrank.plain import becomes_two_layers, to_plain
+from abtrain.lowrank.plain import becomes_two_layers, kind_of, plain_copy
 from abtrain.lowrank.surgery import factorize_
 from abtrain.lowrank.svd import Factors, MatrixShape, decompose
 from abtrain.modes import own_modes
 from abtrain.recipes.factoring import Factoring, RankRule
+
+_WORTHWHILE = 1.2
+"""The ratio of sizes from which a smaller model is worth the accuracy that it may lose."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class CompressedWeight:
 class Compressed:
     """Contains a compressed model, and a description of each of its weights. `print` shows a table.
 
+    The given model stays as it was: the small one is `model`.
+
     Attributes:
         model: a copy of the given model in plain PyTorch modules, with two small layers for each factored one.
         weights: the descriptions of all weights with at least two dimensions.
@@ -66,7 +71,13 @@ class Compressed:
             if weight.reason:
                 lines.append(textwrap.fill(f"{weight.name} stays dense: {weight.reason}", 80, subsequent_indent="  "))
         before, after = self.parameters
-        return "\n".join([*lines, f"{before:,} parameters before, {after:,} after: {before / max(after, 1):.2f} : 1"])
+        lines.append(f"{before:,} parameters before, {after:,} after: {before / max(after, 1):.2f} : 1")
+        if before < _WORTHWHILE * after:
+            lines += [
+                "This hardly pays: the weights that can be factored are few, or not of low rank. Keep the given",
+                "model, take a rank rule that cuts more, or train with factors, which lowers the ranks.",
+            ]
+        return "\n".join(lines)
 
 
 @own_modes()
@@ -100,7 +111,7 @@ def compress(model: nn.Module, rank_rule: RankRule, *, exclude: Sequence[str] = 
         parameter.requires_grad_(parameter.is_floating_point() or parameter.requires_grad)
     treatments = [treatment for treatment in classify(copied, factoring) if len(treatment.shape) >= 2]
     weights = tuple(_compressed(copied, treatment, rank_rule) for treatment in treatments)
-    plain = to_plain(copied)
+    plain, _ = plain_copy(copied)
     for name, parameter in plain.named_parameters():
         path, _, attribute = name.rpartition(".")
         # The two layers in place of NAME are NAME.0 and NAME.1.
@@ -118,7 +129,7 @@ def _compressed(model: nn.Module, treatment: Treatment, rank_rule: RankRule) -> 
     module, attribute = owner(model, name)
     weight = module.get_parameter(attribute).detach()
     if attribute != "weight" or not becomes_two_layers(model, name.rpartition(".")[0]):
-        return CompressedWeight(name, shape, 0, numel, 0.0, f"{type(module).__name__} computes with the dense weight")
+        return CompressedWeight(name, shape, 0, numel, 0.0, f"{kind_of(module)} computes with the dense weight")
     W = MatrixShape(weight.shape).to_matrix(weight)
     try:
         factors = decompose(W, rank_rule)

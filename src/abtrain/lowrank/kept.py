@@ -240,6 +240,11 @@ class FactoredMark(nn.Parameter):
     def requires_grad_(self, requires_grad: bool = True) -> FactoredMark:
         return self
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Makes a saved mark a plain Parameter, so that exported programs can be loaded without abtrain."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return super().__reduce_ex__(protocol)
+
 
 def _of_result(name: str, result: Any, memory: set[int]) -> Any:
     """Makes tensors in a result read-only if they are views of a factored weight's value. Other tensors stay plain."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 
 from torch import nn
 
 from abtrain.lowrank.classify import has_factored_form
-from abtrain.lowrank.layers import LowRank, LowRankLinear, inner_and_outer
+from abtrain.lowrank.layers import Factored, LowRank, LowRankLinear, inner_and_outer
 from abtrain.lowrank.names import matching
+from abtrain.lowrank.weight import FactoredWeight
+
+log = logging.getLogger("abtrain")
 
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -21,40 +25,94 @@ def to_plain(model: nn.Module, *, dense: Sequence[str] = ()) -> nn.Module:
     """Returns a copy of a model that computes with factors but consists of plain PyTorch modules, without abtrain.
 
     A factored Linear layer becomes two Linear layers with k features between them. A factored convolution becomes a
-    convolution with k filters and a 1x1 convolution. A weight stays dense (W = A B) if its factors are not smaller, if
-    its module is of another kind, or in one of PyTorch's transformer layers, which read the weights of submodules.
+    convolution with k filters and a 1x1 convolution. A weight stays dense (W = A B) if its factors are not smaller or
+    if its module is of another kind, such as attention. A warning says how many smaller weights stay dense, and why.
+
+    In the copy, PyTorch's transformer encoder layers leave out their fast path, which reads the weights of their Linear
+    layers. Without it, outputs at padded positions are no zeros.
 
     Args:
-        model: the model that ABTraining trains, at any step; it is not changed.
+        model: the model that ABTraining trains, at any step, or that `load` has filled; it is not changed.
         dense: globs of the names of modules that stay dense, for code that reads their `weight`.
     """
+    if not any(map(_weights_of, model.modules())):
+        log.warning(
+            "to_plain returns a dense copy, since the model has no factored weights: call it in a factored phase and "
+            "before ab.close(), which multiplies the factors out; or write ab.save(path), and call "
+            "abtrain.load(model, path) first"
+        )
+    plain, kept = plain_copy(model, dense)
+    if kept:
+        log.warning("to_plain: %s", multiplied_out(kept))
+    return plain
+
+
+def plain_copy(model: nn.Module, dense: Sequence[str] = ()) -> tuple[nn.Module, list[FactoredWeight]]:
+    """Returns the result of `to_plain`, and the weights that are larger in it because their modules need W = A B."""
     plain: nn.Module = copy.deepcopy(model)
+    kept = list[FactoredWeight]()
     for name, module in model.named_modules():
-        if not isinstance(module, LowRank) or not _is_smaller(module) or not becomes_two_layers(model, name):
+        smaller = [weight for weight in _weights_of(module) if _size(weight) < _dense_size(weight)]
+        if not smaller or matching(name, dense) is not None:
             continue
-        if matching(name, dense) is not None:
+        if not isinstance(module, LowRank):
+            kept += smaller
             continue
         two = _as_two(module, plain.get_submodule(name))
         if not name:
-            return two
+            return two, kept
         parent, _, child = name.rpartition(".")
         plain.get_submodule(parent)._modules[child] = two
-    return plain
+        _leave_fast_path(plain, parent)
+    return plain, kept
+
+
+def multiplied_out(weights: Sequence[FactoredWeight]) -> str:
+    """Describes weights whose factors are smaller, but whose modules compute with the product."""
+    kinds = sorted({kind_of(weight.module) for weight in weights})
+    dense, small = (sum(map(count, weights)) for count in (_dense_size, _size))
+    what = f"{len(weights)} weights stay dense, such as" if len(weights) > 1 else "one weight stays dense,"
+    return (
+        f"{what} {weights[0].name}: {' and '.join(kinds)} cannot compute with factors. They take {dense:,} parameters "
+        f"instead of {small:,}"
+    )
+
+
+def kind_of(module: nn.Module) -> str:
+    """Returns the name of a module's dense class. The output layer of attention counts as attention."""
+    kind = module._abtrain_dense_type if isinstance(module, Factored) else type(module)
+    return "MultiheadAttention" if kind is nn.modules.linear.NonDynamicallyQuantizableLinear else kind.__name__
 
 
 def becomes_two_layers(model: nn.Module, name: str) -> bool:
     """Returns whether two plain layers can replace the module `name` of a model once its weight is factored."""
-    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-    reads_weights = any(kind.__module__ == "torch.nn.modules.transformer" for kind in type(parent).__mro__)
-    in_form = isinstance(module, LowRank) or has_factored_form(
-        module, "weight", bool(module.get_parameter("weight")._backward_hooks)
-    )
-    return in_form and not reads_weights
+    module = model.get_submodule(name)
+    hooked = bool(module.get_parameter("weight")._backward_hooks)
+    return isinstance(module, LowRank) or has_factored_form(module, "weight", hooked)
 
 
-def _is_smaller(module: LowRank) -> bool:
-    weight = module._abtrain_weights["weight"]
-    return weight.k * (weight.matrix_shape.m + weight.matrix_shape.n) < weight.matrix_shape.dense.numel()
+def _weights_of(module: nn.Module) -> list[FactoredWeight]:
+    return list(module._abtrain_weights.values()) if isinstance(module, Factored) else []
+
+
+def _dense_size(weight: FactoredWeight) -> int:
+    return weight.matrix_shape.dense.numel()
+
+
+def _size(weight: FactoredWeight) -> int:
+    return weight.k * (weight.matrix_shape.m + weight.matrix_shape.n)
+
+
+def _leave_fast_path(plain: nn.Module, name: str) -> None:
+    """Makes the transformer encoder layer `name`, and the encoder around it, call the submodules of the layer.
+
+    In evaluation, both pass the weights of the submodules to fused kernels instead; two layers have no such weight.
+    """
+    if isinstance(layer := plain.get_submodule(name), nn.TransformerEncoderLayer):
+        layer.activation_relu_or_gelu = 0
+        for encoder in plain.modules():
+            if isinstance(encoder, nn.TransformerEncoder) and any(one is layer for one in encoder.layers):
+                encoder.use_nested_tensor = False
 
 
 def _as_two(module: LowRank, copied: nn.Module) -> nn.Sequential:

@@ -78,7 +78,9 @@ class FactoredWeight:
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Turns autocast off on the tensor's device, so that matrix products have the dtype of their operands."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    # Where autocast is off anyway, the context would only remain in exported programs, which torch could not load.
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 class _Read(NamedTuple):

@@ -77,14 +77,18 @@ def test_frozen_weights_are_compressed_and_stay_frozen() -> None:
     )
 
 
-def test_layers_that_transformers_read_stay_dense() -> None:
+def test_attention_in_transformers_stays_dense() -> None:
     class Own(nn.TransformerEncoderLayer):
         pass
 
     model = nn.Sequential(Own(16, 2, 32, batch_first=True), nn.Linear(16, 16)).eval()
     x = torch.randn(2, 3, 16)
     found = compress(model, FixedRank(2))
-    assert {weight.name for weight in found.weights if weight.rank} == {"1.weight"}
+    assert {weight.name for weight in found.weights if weight.rank} == {
+        "0.linear1.weight",
+        "0.linear2.weight",
+        "1.weight",
+    }
     with torch.no_grad():
         found.model(x)
 
@@ -112,3 +116,9 @@ def test_a_model_in_training_is_refused() -> None:
         compress(model, FixedRank(2))
     ab.close()
     compress(model, FixedRank(2))
+
+
+@pytest.mark.parametrize(("k", "pays"), [(2, True), (15, False)])
+def test_a_model_that_hardly_shrinks_is_told(k: int, pays: bool) -> None:
+    found = compress(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), FixedRank(k))
+    assert ("This hardly pays" in str(found)) is not pays

@@ -62,6 +62,38 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_linear_layers_of_a_transformer_become_two_layers_and_the_rest_is_said(caplog: Any) -> None:
+    model = factored(nn.TransformerEncoder(Block(16, 2, 32, batch_first=True), 2, enable_nested_tensor=True)).eval()
+    plain = to_plain(model)
+    assert [type(getattr(layer, name)) for layer in plain.layers for name in ("linear1", "linear2")] == (
+        [nn.Sequential] * 4
+    )
+    assert [one.message for one in caplog.records] == [
+        "to_plain: 4 weights stay dense, such as layers.0.self_attn.in_proj_weight: MultiheadAttention cannot compute "
+        "with factors. They take 2,048 parameters instead of 384"
+    ]
+    x, padded = torch.randn(3, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 5])
+    with torch.no_grad():
+        outputs = [one(x, src_key_padding_mask=padded)[~padded] for one in (plain, model)]
+    torch.testing.assert_close(*outputs)
+
+
+def test_a_dense_copy_of_a_model_without_factors_is_said(caplog: Any) -> None:
+    to_plain(nn.Linear(4, 5))
+    (told,) = caplog.messages
+    assert told.startswith("to_plain returns a dense copy, since the model has no factored weights: call it in a ")
+    assert "before ab.close()" in told and "abtrain.load(model, path)" in told
+
+
+def test_a_factored_model_can_be_exported_and_saved() -> None:
+    model, x = factored(Attention()).eval(), torch.randn(2, 3, 16)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(model, (x,)), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.export.load(file).module()(x), model(x))
+
+
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("training", [True, False])
 def test_it_computes_the_same_without_abtrain(kind: str, training: bool) -> None:

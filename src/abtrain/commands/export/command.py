@@ -26,6 +26,9 @@ def export_run(config: ExportConfig) -> None:
     console = Output()
     console.plain(f"written to {file} ({human_bytes(file.stat().st_size)})")
     console.print(f"Its outputs are within {difference:.0e} of the trained model's.")
+    larger = run.multiplied_out() if config.form != "dense" else ""
+    if larger:
+        console.print(f"In this file, {larger}.")
     needed = needed_packages(run) if config.form == "plain" else []
     if needed:
         console.print(

@@ -17,7 +17,7 @@ from abtrain.commands.train.config_file import from_text
 from abtrain.commands.train.folder_content import BEST_MODEL, CONFIG_FILE, MODEL, model_files
 from abtrain.errors import ConfigurationError
 from abtrain.lowrank.model_file import load
-from abtrain.lowrank.plain import to_plain
+from abtrain.lowrank.plain import multiplied_out, plain_copy
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,12 @@ class FinishedRun:
 
     def plain(self) -> nn.Module:
         """Returns the model made of plain PyTorch modules, in evaluation mode."""
-        return without_own_layers(to_plain(self.trained()))
+        return without_own_layers(plain_copy(self.trained())[0])
+
+    def multiplied_out(self) -> str:
+        """Describes the weights of the plain model that are dense, though their factors are smaller; empty if none."""
+        kept = plain_copy(self.trained())[1]
+        return multiplied_out(kept) if kept else ""
 
     def data(self, folder: Path | None) -> Data:
         """Loads the task's data from `folder`; if that is None, from the folder that the run used.
