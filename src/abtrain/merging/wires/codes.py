@@ -8,10 +8,14 @@ block has a smaller norm than the block, as error feedback requires (Karimireddy
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from abtrain.merging.wires.packing import TERNARY, pack, unpack
+from abtrain.merging.wires.scratch import Scratch
 
 _SCALE = torch.bfloat16
 
@@ -42,30 +46,90 @@ class Code:
 
     def nbytes(self, count: int) -> int:
         """Returns the number of bytes that encode `count` numbers, scales included."""
-        scales = count // self.block * _SCALE.itemsize if self.block else 0
-        return round(count * self.bits / 8) + scales
+        return round(count * self.bits / 8) + self._scale_bytes(count)
 
     def encode(self, numbers: Tensor) -> Tensor:
         """Encodes finite float32 numbers (count,) as uint8 (nbytes(count),). `count` is a multiple of `granule`."""
         if not self.block:
             return numbers.to(_FLOATS[self.name]).view(torch.uint8)
-        blocks = numbers.view(-1, self.block)
-        ternary = self.bits == _TERNARY
-        scales, integers = _ternary(blocks) if ternary else _uniform(blocks, round(2 ** (self.bits - 1)) - 1)
-        return torch.cat([scales.view(torch.uint8), _packed(integers, self.bits)])
+        data = torch.empty(self.nbytes(numbers.numel()), dtype=torch.uint8, device=numbers.device)
+        scratch = Scratch(numbers)
+        for part, scales, packed in self._parts(numbers, *self._split(data, numbers.numel()), scratch):
+            self._encode_part(part, scales, packed, scratch)
+        return data
 
-    def decode(self, data: Tensor, count: int) -> Tensor:
-        """Decodes uint8 (nbytes(count),) to float32 numbers (count,)."""
-        if not self.block:
+    def encode_and_subtract(self, numbers: Tensor, out: Tensor) -> None:
+        """Encodes float32 numbers (count,) into uint8 `out` (nbytes(count),), and leaves their rounding errors.
+
+        The rounding error of a number is the number minus what `decode` returns for it.
+        """
+        scratch = Scratch(numbers)
+        for part, scales, packed in self._parts(numbers, *self._split(out, numbers.numel()), scratch):
+            self._encode_part(part, scales, packed, scratch)
+            decoded = scratch(0, part.shape, torch.float32)
+            self._decode_part(_read(scales), packed, decoded, scratch)
+            part -= decoded
+
+    def decode(self, data: Tensor, count: int, out: Tensor | None = None) -> Tensor:
+        """Decodes uint8 (nbytes(count),) to float32 numbers (count,), in `out` if it is given."""
+        if out is None and not self.block:
             return data.view(_FLOATS[self.name]).float()
-        split = count // self.block * _SCALE.itemsize
-        # A copy, because the bytes may not be aligned for bfloat16.
-        scales = data[:split].clone().view(_SCALE).float()
-        integers = _unpacked(data[split:], self.bits).view(-1, self.block)
-        return (integers * scales[:, None]).view(-1)
+        if out is None:
+            out = torch.empty(count, dtype=torch.float32, device=data.device)
+        scratch = Scratch(out)
+        scales, packed = self._split(data, count)
+        for part, scales_part, packed_part in self._parts(out, _read(scales), packed, scratch):
+            self._decode_part(scales_part, packed_part, part, scratch)
+        return out
+
+    def add_decoded(self, data: Tensor, total: Tensor) -> None:
+        """Decodes uint8 (nbytes(count),), and adds the numbers to float32 `total` (count,)."""
+        scratch = Scratch(total)
+        scales, packed = self._split(data, total.numel())
+        for part, scales_part, packed_part in self._parts(total, _read(scales), packed, scratch):
+            decoded = scratch(0, part.shape, torch.float32)
+            self._decode_part(scales_part, packed_part, decoded, scratch)
+            part += decoded
+
+    def _split(self, data: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Returns views of the bytes of scales (blocks, bytes per scale), and of the bytes of integers."""
+        nbytes = self._scale_bytes(count)
+        scales, packed = data.split([nbytes, self.nbytes(count) - nbytes])
+        return scales.view(count // self.granule, self._scale_bytes(self.granule)), packed
+
+    def _parts(
+        self, numbers: Tensor, scales: Tensor, packed: Tensor, scratch: Scratch
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yields views of parts: of numbers as (blocks, granule), of the scales of blocks, and of the bytes."""
+        blocks = scratch.size // self.granule
+        return zip(
+            numbers.detach().view(-1, self.granule).split(blocks),
+            scales.split(blocks),
+            packed.split(round(scratch.size * self.bits / 8)),
+            strict=True,
+        )
+
+    def _scale_bytes(self, count: int) -> int:
+        return count // self.block * _SCALE.itemsize if self.block else 0
+
+    def _encode_part(self, blocks: Tensor, scales: Tensor, packed: Tensor, scratch: Scratch) -> None:
+        if not self.block:
+            packed.view(_FLOATS[self.name]).copy_(blocks.view(-1))
+            return
+        limit = round(2 ** (self.bits - 1)) - 1
+        ternary = self.bits == TERNARY
+        values, integers = _ternary(blocks, scratch) if ternary else _uniform(blocks, limit, scratch)
+        scales.copy_(values.view(torch.uint8))
+        pack(integers.view(-1), self.bits, packed, scratch)
+
+    def _decode_part(self, scales: Tensor, packed: Tensor, blocks: Tensor, scratch: Scratch) -> None:
+        if not self.block:
+            blocks.view(-1).copy_(packed.view(_FLOATS[self.name]))
+            return
+        unpack(packed, self.bits, blocks.view(-1), scratch)
+        blocks *= scales
 
 
-_TERNARY = 8 / 5
 CODES = {
     code.name: code
     for code in (
@@ -74,64 +138,57 @@ CODES = {
         Code("int8", 8, block=128),
         Code("int4", 4, block=64),
         Code("int3", 3, block=64),
-        Code("ternary", _TERNARY, block=80),
+        Code("ternary", TERNARY, block=80),
     )
 }
 
 _FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_POWERS = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)
-_OCTAL_SHIFTS = torch.arange(0, 24, 3, dtype=torch.int32)
-_BYTE_SHIFTS = torch.arange(0, 24, 8, dtype=torch.int32)
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INFINITY = torch.tensor(torch.inf, dtype=_SCALE)
 
 
-def _uniform(blocks: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Quantizes blocks. Returns scales (blocks,), and integers from -limit to limit in the shape of `blocks`."""
+def _uniform(blocks: Tensor, limit: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """Quantizes blocks. Returns scales (blocks, 1), and integers from -limit to limit, as floats, like `blocks`."""
+    magnitudes = torch.abs(blocks, out=scratch(0, blocks.shape, blocks.dtype))
     # The scale is rounded to bfloat16, as the receiver reads it, and upwards, so that no number is clipped.
-    scales = _rounded_up(blocks.abs().amax(dim=1) / limit)
+    scales = _rounded_up(_largest(magnitudes) / limit)
     safe = torch.where(scales > 0, scales, 1).float()
-    return scales, (blocks / safe[:, None]).round_().clamp_(-limit, limit).to(torch.int8)
+    wide = torch.promote_types(blocks.dtype, safe.dtype)
+    return scales, torch.div(blocks, safe, out=scratch(0, blocks.shape, wide)).round_().clamp_(-limit, limit)
 
 
-def _ternary(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns scales (blocks,) and signs in the shape of `blocks`: 0 for magnitudes up to 0.7 times their mean.
+def _ternary(blocks: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """Returns scales (blocks, 1) and signs, as floats, like `blocks`: 0 for magnitudes up to 0.7 times their mean.
 
     The threshold 0.7 nearly minimizes the error for normal and for uniform numbers (Li et al., section 2.2). The scale
     minimizes the error.
     """
-    largest = blocks.abs().amax(dim=1, keepdim=True)
+    shares = torch.abs(blocks, out=scratch(0, blocks.shape, blocks.dtype))
+    largest = _largest(shares)
     # Divided by the largest, because the sum of large numbers may be infinite.
-    shares = blocks.abs() / torch.where(largest > 0, largest, 1)
-    kept = shares > 0.7 * shares.mean(dim=1, keepdim=True)
-    mean = torch.where(kept, shares, 0).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
-    return (largest[:, 0] * mean).to(_SCALE), blocks.sign().mul_(kept).to(torch.int8)
+    shares /= torch.where(largest > 0, largest, 1)
+    # Ones and zeros of the same type, because other types are multiplied and summed several times as slowly.
+    kept = scratch(1, blocks.shape, blocks.dtype)
+    torch.gt(shares, 0.7 * shares.mean(dim=1, keepdim=True), out=kept)
+    mean = shares.mul_(kept).sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp_(min=1)
+    return (largest * mean).to(_SCALE), torch.sign(blocks, out=shares).mul_(kept)
+
+
+def _largest(magnitudes: Tensor) -> Tensor:
+    """Returns the largest magnitude (blocks, 1) of each block."""
+    # Floats from 0 on have the order of their bits, and PyTorch finds the largest integer up to three times as fast.
+    bits = magnitudes.view(_INTEGERS[magnitudes.dtype.itemsize])
+    return bits.amax(dim=1, keepdim=True).view(magnitudes.dtype)
+
+
+def _read(scales: Tensor) -> Tensor:
+    """Returns float32 scales (blocks, 1) from their bytes."""
+    # A copy, because the bytes may not be aligned for bfloat16.
+    values = scales.flatten().clone().view(_SCALE).float()
+    return values.view(len(scales), scales.shape[1] // _SCALE.itemsize)
 
 
 def _rounded_up(scales: Tensor) -> Tensor:
     rounded = scales.to(_SCALE)
-    up = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
-    return torch.where(rounded.float() < scales, up, rounded)
-
-
-def _packed(integers: Tensor, bits: float) -> Tensor:
-    flat = integers.view(-1)
-    if bits == 8:
-        return flat.view(torch.uint8)
-    if bits == _TERNARY:
-        return ((flat + 1).view(torch.uint8).view(-1, 5) * _POWERS.to(flat.device)).sum(dim=1, dtype=torch.uint8)
-    if bits == 3:
-        octal = ((flat + 4).int().view(-1, 8) << _OCTAL_SHIFTS.to(flat.device)).sum(dim=1, dtype=torch.int32)
-        return (octal[:, None] >> _BYTE_SHIFTS.to(flat.device)).to(torch.uint8).view(-1)
-    nibbles = (flat + 8).view(torch.uint8)
-    return nibbles[0::2] | (nibbles[1::2] << 4)
-
-
-def _unpacked(data: Tensor, bits: float) -> Tensor:
-    if bits == 8:
-        return data.view(torch.int8).float()
-    if bits == _TERNARY:
-        return (data[:, None] // _POWERS.to(data.device) % 3).view(-1).float() - 1
-    if bits == 3:
-        octal = (data.view(-1, 3).int() << _BYTE_SHIFTS.to(data.device)).sum(dim=1, dtype=torch.int32)
-        return (octal[:, None] >> _OCTAL_SHIFTS.to(data.device) & 7).view(-1).float() - 4
-    nibbles = torch.stack([data & 0xF, data >> 4], dim=1).view(-1)
-    return nibbles.float() - 8
+    up = torch.nextafter(rounded, _INFINITY.to(scales.device))
+    return torch.where(rounded < scales, up, rounded)

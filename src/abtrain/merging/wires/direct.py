@@ -26,6 +26,8 @@ from abtrain.merging.wires.wire import Averages, Wire
 CAPACITY = 64 * 2**20
 """The largest number of bytes, counted as float32, in one bucket. A bucket is encoded and sent as one message."""
 
+_NARROW = (torch.bfloat16, torch.float16)
+
 
 class DirectWire(Wire):
     """Encodes each worker's numbers by one code, and the averages by the code `reply`; default: the same code."""
@@ -57,22 +59,23 @@ def _average_narrowly(
     tensors: Sequence[Tensor], code: Code, reply: Code, comm: Communicator
 ) -> Stages[tuple[list[Tensor], list[Tensor]]]:
     """Averages tensors in few bits. Returns the averages, and this worker's rounding errors in float32."""
-    wanted = [tensor.float() for tensor in tensors]
-    buckets = pack(wanted, CAPACITY)
+    # Narrow floats are widened where they are copied into a bucket.
+    buckets = pack([tensor if tensor.dtype in _NARROW else tensor.float() for tensor in tensors], CAPACITY)
     # Gloo exchanges tensors on the CPU only.
     exchanges = [_exchange(bucket.flat.to(comm.device), code, reply, comm) for bucket in buckets]
+    places = [(bucket.indices, bucket.flat.device) for bucket in buckets]
+    del buckets  # Each exchange frees its bucket.
     for _ in range(2):
         for exchange in exchanges:
             next(exchange)
         yield
-    outcomes = [finish(exchange) for exchange in exchanges]
-    means = unpack([_refilled(bucket, mean) for bucket, (mean, _) in zip(buckets, outcomes, strict=True)], tensors)
-    errors = unpack([_refilled(bucket, error) for bucket, (_, error) in zip(buckets, outcomes, strict=True)], wanted)
-    return means, errors
-
-
-def _refilled(bucket: Bucket, flat: Tensor) -> Bucket:
-    return Bucket(flat.to(bucket.flat.device), bucket.indices)
+    means, errors = [], []
+    for exchange, (indices, device) in zip(exchanges, places, strict=True):
+        mean, error = finish(exchange)
+        means.append(Bucket(mean.to(device), indices))
+        errors.append(Bucket(error.to(device), indices))
+    wide = [torch.empty_like(tensor, dtype=torch.float32, device="meta") for tensor in tensors]
+    return unpack(means, tensors), unpack(errors, wide)
 
 
 def _chunk_of(count: int, workers: int, code: Code, reply: Code) -> int:
@@ -90,20 +93,25 @@ def _exchange(flat: Tensor, code: Code, reply: Code, comm: Communicator) -> Stag
     count, workers = flat.numel(), comm.topology.n_groups
     chunk = _chunk_of(count, workers, code, reply)
     error = torch.nn.functional.pad(flat, (0, chunk * workers - count)).view(workers, chunk)
-    sent = torch.stack([code.encode(row) for row in error])
-    error -= torch.stack([code.decode(row, chunk) for row in sent])
+    sent = error.new_empty(workers, code.nbytes(chunk), dtype=torch.uint8)
+    for row, data in zip(error, sent, strict=True):
+        code.encode_and_subtract(row, out=data)
     chunks = comm.launch_exchange(sent, "counterparts")
-    del flat, sent
+    del flat, sent, data
     yield
     # The sum is computed in rank order and in float32, by this worker only.
     total = error.new_zeros(chunk)
-    for row in chunks.wait():
-        total += code.decode(row, chunk)
+    for data in chunks.wait():
+        code.add_decoded(data, total)
     total /= workers
-    answer = reply.encode(total)
+    answer = total.new_empty(reply.nbytes(chunk), dtype=torch.uint8)
+    reply.encode_and_subtract(total, out=answer)
     # Only this worker keeps the rounding error of the reply, and the next average divides it by `workers`.
-    error[comm.topology.group_of(comm.rank)] += workers * (total - reply.decode(answer, chunk))
+    error[comm.topology.group_of(comm.rank)] += total.mul_(workers)
     replies = comm.launch_all_gather(answer, "counterparts")
+    del chunks, data, total, answer
     yield
-    mean = torch.cat([reply.decode(row, chunk) for row in replies.wait()])
-    return mean[:count], error.view(-1)[:count]
+    mean = torch.empty_like(error)
+    for row, data in zip(mean, replies.wait(), strict=True):
+        reply.decode(data, chunk, out=row)
+    return mean.view(-1)[:count], error.view(-1)[:count]

@@ -59,7 +59,8 @@ class LowRankWire(Wire):
             if name in matrices:
                 mean[name] = product(P[name], second.mean[name]).view(tensor.shape).to(tensor.dtype)
                 arrived = Q[name] - second.error[name] if name in second.error else Q[name]
-                error[name] = (matrices[name] - P[name] @ arrived.T).view(tensor.shape)
+                sent = P[name] @ arrived.T
+                error[name] = torch.sub(matrices[name], sent, out=sent).view(tensor.shape)
             else:
                 mean[name] = averages.mean[name]
                 error[name] = averages.error.get(name, torch.zeros_like(tensor, dtype=torch.float32))

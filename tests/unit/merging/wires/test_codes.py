@@ -1,11 +1,15 @@
 """Numbers in few bits stay close to what they were."""
 
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abtrain.merging.wires.codes import CODES
+from abtrain.merging.wires import scratch
+from abtrain.merging.wires.codes import CODES, Code
 
 
 def numbers(count: int, seed: int, scale: float) -> torch.Tensor:
@@ -78,3 +82,102 @@ def test_bytes_of_a_million_numbers() -> None:
     assert CODES["int4"].nbytes(count) / (4 * count) == pytest.approx(1 / 8, rel=0.07)
     assert CODES["int3"].nbytes(count) / (4 * count) == pytest.approx(3.25 / 32)
     assert CODES["ternary"].nbytes(80_000) / (4 * 80_000) == pytest.approx(1.8 / 32)
+
+
+DIGESTS = {
+    "fp32": "9781bac8f2059f11",
+    "bf16": "f304ea916e383d53",
+    "int8": "54fdf3230391f6bc",
+    "int4": "d5b632a9ea0bf18f",
+    "int3": "b4958d500596ba57",
+    "ternary": "71e033df9e544cb2",
+}
+
+
+def fixed_numbers(code: Code) -> torch.Tensor:
+    """Integers times a power of two for each block, zeros of both signs and subnormals; any CPU sums them exactly."""
+    block = code.block or 64
+    places = torch.arange(640 * block)
+    x = (places * 7919 % 10007 % 17 - 8).float().view(-1, block)
+    x[:, 5] = 8
+    x *= torch.where(torch.arange(len(x)) % 2 == 0, 2.0**-145, 2.0**40)[:, None]
+    x[::7] = -0.0
+    return x.view(-1)
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_bytes_and_numbers_are_those_of_earlier_versions(name: str) -> None:
+    code = CODES[name]
+    x = fixed_numbers(code)
+    data = code.encode(x)
+    decoded = code.decode(data, x.numel())
+    digest = hashlib.sha256(data.numpy().tobytes() + decoded.numpy().tobytes()).hexdigest()
+    assert digest[:16] == DIGESTS[name]
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_parts_are_encoded_as_each_block_is_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = CODES[name]
+    x = numbers(30 * code.granule, 1, 1.0)
+    alone = [code.encode(block) for block in x.split(code.granule)]
+    split = code.nbytes(code.granule) - round(code.granule * code.bits / 8)
+    expected = torch.cat([data[:split] for data in alone] + [data[split:] for data in alone])
+    monkeypatch.setattr(scratch, "_CACHED", 640)
+    assert torch.equal(code.encode(x), expected)
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("blocks", [0, 1, 30])
+def test_what_is_subtracted_and_added_is_what_is_decoded(
+    name: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch, "_CACHED", 640)
+    code = CODES[name]
+    x = numbers(blocks * code.granule, 2, 1e-3)
+    data = code.encode(x)
+    decoded = code.decode(data, x.numel())
+    error, again = x.clone(), torch.empty_like(data)
+    code.encode_and_subtract(error, out=again)
+    assert torch.equal(again, data)
+    assert torch.equal(error, x - decoded)
+    total, out = torch.ones_like(x), torch.empty_like(x)
+    code.add_decoded(data, total)
+    assert torch.equal(total, 1 + decoded)
+    assert code.decode(data, x.numel(), out=out) is out
+    assert torch.equal(out, decoded)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int3", "ternary"])
+def test_bytes_may_begin_at_any_address(name: str) -> None:
+    code = CODES[name]
+    x = numbers(3 * code.block, 3, 1.0)
+    data = code.encode(x)
+    moved = torch.cat([data.new_zeros(1), data])[1:]
+    assert torch.equal(code.decode(moved, x.numel()), code.decode(data, x.numel()))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int3", "ternary"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_not_finite_spoils_its_block_only(name: str, value: float) -> None:
+    code = CODES[name]
+    x = numbers(3 * code.block, 4, 1.0)
+    clean = code.decode(code.encode(x), x.numel()).view(3, -1)
+    x[code.block + 7] = value
+    decoded = code.decode(code.encode(x), x.numel()).view(3, -1)
+    assert not decoded[1].isfinite().any()
+    assert torch.equal(decoded[::2], clean[::2])
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int3", "ternary"])
+def test_threads_and_inference_mode_do_not_disturb_each_other(name: str) -> None:
+    code = CODES[name]
+    inputs = [numbers(1000 * code.block, seed, 1.0) for seed in range(4)]
+    expected = [code.encode(x) for x in inputs]
+
+    def work(seed: int) -> bool:
+        with torch.inference_mode(seed % 2 == 0):
+            data = code.encode(inputs[seed])
+        return torch.equal(data, expected[seed]) and torch.equal(code.encode(inputs[seed]), data)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, list(range(4)) * 5))
