@@ -21,6 +21,10 @@ from abtrain.recipes.factoring import Factoring, RankRule
 
 _WORTHWHILE = 1.2
 """The ratio of sizes from which a smaller model is worth the accuracy that it may lose."""
+_HARDLY_PAYS = (
+    "This hardly pays: few weights can be factored, or they are not of low rank. Keep the given model, take a rank "
+    "rule that cuts more, or train with factors, which lowers the ranks."
+)
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,9 @@ class Compressed:
             if weight.reason:
                 lines.append(textwrap.fill(f"{weight.name} stays dense: {weight.reason}", 80, subsequent_indent="  "))
         before, after = self.parameters
-        lines.append(f"{before:,} parameters before, {after:,} after: {before / max(after, 1):.2f} : 1")
         if before < _WORTHWHILE * after:
-            lines += [
-                "This hardly pays: the weights that can be factored are few, or not of low rank. Keep the given",
-                "model, take a rank rule that cuts more, or train with factors, which lowers the ranks.",
-            ]
-        return "\n".join(lines)
+            lines += textwrap.wrap(_HARDLY_PAYS, 80)
+        return "\n".join([*lines, f"{before:,} parameters before, {after:,} after: {before / max(after, 1):.2f} : 1"])
 
 
 @own_modes()

@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,10 +95,10 @@ def export() -> None:
         patch.chdir(folder)
         file = Path("model-plain.pt")
         file.write_bytes(bytes(158_000))
-        patch.setattr(export_command, "find_run", lambda run, best: None)
+        patch.setattr(export_command, "find_run", lambda run, best: SimpleNamespace(multiplied_out=str))
         patch.setattr(export_command, "export", lambda *given: (file, 3e-8))
         patch.setattr(export_command, "needed_packages", lambda run: ["torchvision"])
-        export_command.main(["runs/one"])
+        typed("export", "runs/one")()
 
 
 def inspect() -> None:

@@ -30,6 +30,7 @@ RESULT = {
     "seconds": {"total": 3.0, "compute": 1.5, "sync": 1.0, "svd": 0.5},
     "payload_bytes": {"total": 2_500_000},
     "payload_ratio": 0.378,
+    "group_size": 1,
     "compression": 1.88,
     "weights_digest": "0123456789abcdef" * 4,
 }
