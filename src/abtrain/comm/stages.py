@@ -7,7 +7,7 @@ callers that compute between stages. All collectives start in the caller's own t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -40,8 +40,14 @@ def timed(stages: Stages[T], clock: Callable[[], float]) -> Stages[tuple[T, floa
 
 def together(first: Stages[T], second: Stages[U]) -> Stages[tuple[T, U]]:
     """Runs two generators stage by stage. In each stage, collectives of `first` start before those of `second`."""
+    results = yield from in_step((first, second))
+    return results[0], results[1]
+
+
+def in_step(several: Sequence[Stages[Any]]) -> Stages[list[Any]]:
+    """Runs generators stage by stage, in their order, and returns their results."""
     results: dict[int, Any] = {}
-    running: dict[int, Stages[Any]] = {0: first, 1: second}
+    running = dict(enumerate(several))
     while running:
         for place, stages in list(running.items()):
             try:
@@ -51,7 +57,17 @@ def together(first: Stages[T], second: Stages[U]) -> Stages[tuple[T, U]]:
                 del running[place]
         if running:
             yield
-    return results[0], results[1]
+    return [results[place] for place in range(len(several))]
+
+
+def begun(stages: Stages[T]) -> Callable[[], T]:
+    """Runs the first stage. Returns a function that runs the others and returns the result."""
+    try:
+        next(stages)
+    except StopIteration as ended:
+        result: T = ended.value
+        return lambda: result
+    return lambda: finish(stages)
 
 
 def stages_due(count: int, steps: int, passed: int) -> int:

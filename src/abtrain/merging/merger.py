@@ -13,8 +13,7 @@ A worker whose values are not finite may be excluded from the average. The other
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,85 +25,61 @@ from abtrain.comm.checksums import checksum
 from abtrain.comm.communicator import Calls, Communicator
 from abtrain.comm.stages import Stages, timed, together
 from abtrain.comm.topology import Topology
-from abtrain.consistency.agreement import ROLL_CALL, Place, gather_json, roll_call, share
-from abtrain.errors import NonFiniteError, OnNonFinite
+from abtrain.consistency.agreement import ROLL_CALL, gather_json, roll_call, share
+from abtrain.errors import NonFiniteError, OnNonFinite, UsageError
 from abtrain.failpoints import fail_at
+from abtrain.merging.batch_merge import BatchMerge, merge_at_once, merge_in_turn
+from abtrain.merging.batches import cut_into_batches
 from abtrain.merging.buffers import Buffers, settled
-from abtrain.merging.changes import change, is_finite, wide, write
+from abtrain.merging.changes import change, is_finite, write
 from abtrain.merging.divergence import Distances, divergence
-from abtrain.merging.places import Places, piece, sent_by_gathered, sent_by_spread
-from abtrain.merging.wires.wire import Averages, Wire, make_wire
-from abtrain.recipes.merges import MergeRule, Part
+from abtrain.merging.merge_input import MergeInput
+from abtrain.merging.outer_state import OuterState
+from abtrain.merging.places import Places, cut, sent_by_gathered, sent_by_spread
+from abtrain.merging.selection import weights_of
+from abtrain.merging.wires.wire import Wire, make_wire
+from abtrain.recipes.merges import NOT_FINITE, TOO_LARGE, MergeRule, Part
 from abtrain.recipes.sync import WeightSync
 
 Tensors = dict[str, Tensor]
+_LARGEST = 3.3e38
+"""The largest average that every wire format can send: that of bfloat16, rounded down."""
 
 
-@dataclass(frozen=True)
-class MergeInput:
-    """The input of one worker to one merge.
-
-    Attributes:
-        tensors: a function that returns the present tensors to merge, by the names passed to `Merger.begin`. The
-            merge overwrites them in place at its end. They are equal on all workers of a group.
-        sync: the settings of the merge, such as its rule and its wire format.
-        trained_by: by tensor name, whether each worker trained the tensor. If a name is missing, all workers did.
-        buffers: a function that returns the present buffers by name, as real tensors of any dtype. Buffers that
-            are equal on all workers keep their values.
-        averaged: the names of the buffers that are averaged if they differ. Other buffers take one worker's values.
-        started: copies of this worker's pieces of the tensors, and of buffers, made when a hidden merge began; None if
-            the merge is not hidden.
-        loss: this worker's mean training loss since the last merge; None if it is unknown.
-        step: the number of training steps done when the merge began.
-        place: values by name, such as the step, that must be equal on all workers that merge.
-        factors: the names of the tensors that are factors of a weight.
-    """
-
-    tensors: Callable[[], Mapping[str, Tensor]]
-    sync: WeightSync
-    trained_by: Mapping[str, Sequence[bool]]
-    buffers: Callable[[], Mapping[str, Tensor]] = dict
-    averaged: Collection[str] = ()
-    started: Mapping[str, Tensor] | None = None
-    loss: float | None = None
-    step: int = 0
-    place: Place = field(default_factory=dict)
-    factors: Collection[str] = ()
-
-
-class Merger:
+class Merger(OuterState):
     """Merges the weights of all workers, and keeps the state that is needed between merges.
 
     Attributes:
         on_nonfinite: `drop_worker` excludes workers whose values are not finite; otherwise all workers stop.
-        places: cuts tensors into the pieces that this worker merges. All state below is of these pieces.
-        anchors: by name, the weights after the last merge, equal on counterparts; half precision is stored in float32.
-        momentum: by name, the outer momentum of the merge rule; the same on counterparts.
-        residuals: by name, in float32, the part of this worker's changes that lossy wire formats have not sent yet.
+        places: cuts tensors into the pieces that this worker merges. All stored tensors are of these pieces.
         measures_divergence: whether to measure the divergence of weights in each merge that excludes no worker.
     """
 
     def __init__(
         self, comm: Communicator, on_nonfinite: OnNonFinite = "stop", measures_divergence: bool = False
     ) -> None:
+        super().__init__()
         self._comm = comm
         self.on_nonfinite, self.measures_divergence = on_nonfinite, measures_divergence
         self._wires: dict[str, Wire] = {}
         self.places = Places(comm)
-        self.anchors: Tensors = {}
-        self.momentum: Tensors = {}
-        self.residuals: Tensors = {}
         self._buffers = Buffers(comm)
+        self._interrupted = False
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         """Prepares the merges of a phase. `tensors` are the weights to merge, by name, equal on all workers."""
-        pieces = self.places.pieces(tensors)
-        self.anchors = {name: tensor.to(wide(tensor.dtype), copy=True) for name, tensor in pieces.items()}
-        self.momentum = {name: tensor for name, tensor in self.momentum.items() if name in tensors}
-        self.residuals = {name: tensor for name, tensor in self.residuals.items() if name in tensors}
+        self.anchor(self.places.pieces(tensors))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the size of groups, all tensors, the state of wires, and checksums of buffers that have differed."""
+        """Returns the size of groups, all tensors, the state of wires, and checksums of buffers that have differed.
+
+        Raises:
+            UsageError: a merge was interrupted, so only a part of the weights has merged.
+        """
+        if self._interrupted:
+            raise UsageError(
+                "a merge was interrupted, and only some weights are merged: continue from the last checkpoint"
+            )
         return {
             "places": self.places.count,
             "starts": {name: dict(wire.starts) for name, wire in self._wires.items() if wire.starts},
@@ -122,7 +97,7 @@ class Merger:
 
         self.anchors, self.momentum = copies(state["anchors"]), copies(state["momentum"])
         self.residuals, self._wires = copies(state["residuals"]), {}
-        self._buffers.differed = dict(state["buffers"])
+        self._buffers.differed, self._interrupted = dict(state["buffers"]), False
         for name, starts in state["starts"].items():
             self.wire(name).starts = copies(starts)
 
@@ -132,11 +107,25 @@ class Merger:
             self._wires[name] = make_wire(name, self._comm.topology.n_groups)
         return self._wires[name]
 
-    def merge(self, part: MergeInput) -> Stages[tuple[dict[str, Any], Distances]]:
-        """Merges in stages: reads this worker's changes first, and writes the new weights in place last.
+    def forget(self, names: Sequence[str]) -> None:
+        """Drops the state that wires have for the named tensors, because their shape or basis changes."""
+        for wire in self._wires.values():
+            wire.forget(names)
 
-        Weights, anchors, momentum and residuals change in the last stage only, so a merge that is restarted from the
-        same `started` has the same outcome. Changes that this worker makes during the merge are added to the outcome.
+    def step_alone(self, rule: MergeRule, tensors: Mapping[str, Tensor], started: Mapping[str, Tensor]) -> None:
+        """Writes the weights to continue from during a hidden merge that began with the pieces `started`."""
+        if steps_alone(rule):
+            pieces = self.places.pieces(tensors)
+            for batch in cut_into_batches(pieces):
+                batch.write(pieces, self.stepped_alone(batch, started, rule))
+            self.places.spread(tensors)
+
+    def merge(self, part: MergeInput) -> Stages[tuple[dict[str, Any], Distances]]:
+        """Merges in stages: compares the workers first, and then merges one batch of weights after the other.
+
+        A hidden merge changes all values in its last stage, so that a merge that is restarted from the same `started`
+        has the same outcome. Changes that this worker makes during the merge are added to the outcome. Any other merge
+        completes a batch before it begins the next but one, so it needs memory for two of them.
 
         Returns:
             A report, and the divergence by layer (empty if it is not measured). The report has the input's `step`, the
@@ -146,46 +135,51 @@ class Merger:
         Raises:
             RanksDisagreeError: `place` differs between workers; raised on all of them.
             NonFiniteError: a worker's values are not finite, and `on_nonfinite` is not `drop_worker`; or no worker's
-                values are finite, or their average is not. Raised on all workers.
+                values are finite, or they are so large that their average may not be. Raised on all workers.
         """
         pieces = self.places.pieces(part.tensors())
         started = {**pieces, **part.buffers()} if part.started is None else part.started
         buffers = {name: started[name] for name in part.buffers()}
-        changes = {name: change(self.anchors[name], started[name]) for name in pieces}
-        reports, differing, waited = yield from self._compare(part, changes, buffers)
-        alive = self._alive(reports, differing, changes)
-        floats = [name for name in differing if name in part.averaged]
-        merged = {name: buffers[name].clone() for name in differing if name not in part.averaged}
-        share(self._comm, list(merged.values()), [alive.index(True)] * len(merged))
-        scale, mine = len(alive) / sum(alive), alive[self._comm.rank]
-        scaled = [buffers[name] * scale if mine else torch.zeros_like(buffers[name]) for name in floats]
-        averages, means = yield from together(
-            self.wire(part.sync.wire).average(self._shares(part, changes, alive, reports), self._comm),
-            average_over_world(scaled, self._comm),
-        )
-        mean_buffers = dict(zip(floats, means, strict=True))
-        self._check_finite(averages.mean | mean_buffers)
-        distances: Distances = {}
-        if self.measures_divergence and all(alive):
-            distances = self._divergence(part, changes, averages.mean)
-        # The weights from which training continued. They depend on the anchors, which are replaced below.
-        eager = {} if part.started is None else {n: self.eager(part.sync.merge, n, started[n]) for n in changes}
-        merged |= {name: settled(name, mean) for name, mean in mean_buffers.items()}
+        reports, differing, waited = yield from self._compare(part, started, pieces, buffers)
+        alive = self._alive(reports, differing, {name: started[name] for name in pieces})
+        weights = self._weights(part, pieces, alive, reports)
+        wire, measuring = self.wire(part.sync.wire), self.measures_divergence and all(alive)
+        out = not alive[self._comm.rank]
+        works = [
+            BatchMerge(
+                self, self._comm, self.places, wire, part, batch, started, weights[batch.names[0]], out, measuring
+            )
+            for batch in cut_into_batches(pieces, weights, whole=measuring or not wire.elementwise)
+        ]
+        averaging = self._average_buffers(part, buffers, differing, alive)
+        if part.started is None:
+            self._interrupted = True
+            merge_in_turn(works, self._check_finite)
+            merged = yield from averaging
+        else:
+            _, merged = yield from together(merge_at_once(works, self._check_finite), averaging)
+        self.settle(name for work in works if work.sent_all for name in work.batch.names)
+        write(part.buffers(), merged, {name: buffers[name] for name in merged} if alive[self._comm.rank] else None)
         self._buffers.merged(merged)
-        outcome = self._advance_anchors(part.sync.merge, averages) | merged
-        tensors = part.tensors()
-        write({**self.places.pieces(tensors), **part.buffers()}, outcome, {**started, **eager} if mine else None)
-        self.places.spread(tensors)
+        self.places.spread(part.tensors())
+        self._interrupted = False
+        terms = {name: term for work in works for name, term in work.terms.items()}
         dropped = [rank for rank, is_alive in enumerate(alive) if not is_alive]
         losses = [report.loss for report in reports]
-        return {"step": part.step, "dropped": dropped, "losses": losses, "wait_seconds": waited}, distances
+        report = {"step": part.step, "dropped": dropped, "losses": losses, "wait_seconds": waited}
+        return report, divergence(self._comm, terms) if measuring else {}
 
     def _compare(
-        self, part: MergeInput, changes: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+        self, part: MergeInput, started: Mapping[str, Tensor], pieces: Tensors, buffers: Tensors
     ) -> Stages[tuple[list[Part], dict[str, list[int]], float]]:
         """Compares `place` and buffers. Returns all reports, the buffers that differ, and the seconds waited."""
         sums = {name: checksum(buffer) for name, buffer in buffers.items()}
-        content = self._buffers.report(buffers, sums) if all(map(is_finite, changes.values())) else -1
+        largest = [self.largest(batch, started) for batch in cut_into_batches(pieces)]
+        content = self._buffers.report(buffers, sums)
+        if not all(map(math.isfinite, largest)):
+            content = NOT_FINITE
+        elif max(largest, default=0.0) * self._comm.topology.world_size**2 > _LARGEST:
+            content = TOO_LARGE
         loss = part.loss if part.loss is None or math.isfinite(part.loss) else math.inf
         calling = roll_call(self._comm, part.place, (content, math.nan if loss is None else loss))
         rows, waited = yield from timed(calling, lambda: self._comm.meter.sync_seconds)
@@ -193,72 +187,50 @@ class Merger:
         fail_at(self._comm.rank, part.step, "merge.agreed")
         return reports, self._buffers.compare(buffers, sums, [report.buffers for report in reports]), waited
 
-    def _divergence(self, part: MergeInput, changes: Tensors, mean: Tensors) -> Distances:
-        shapes = {name: tensor.shape for name, tensor in part.tensors().items()}
-        anchors = {name: self.anchors[name] for name in mean}
-        moved, average, before = (self.places.joined(pieces, shapes) for pieces in (changes, mean, anchors))
-        return divergence(self._comm, moved, average, before, part.factors)
+    def _average_buffers(
+        self, part: MergeInput, buffers: Tensors, differing: Mapping[str, Sequence[int]], alive: Sequence[bool]
+    ) -> Stages[Tensors]:
+        """Returns the new values of the buffers that differ between workers. Collective over the world."""
+        floats = [name for name in differing if name in part.averaged]
+        followed = {name: buffers[name].clone() for name in differing if name not in part.averaged}
+        share(self._comm, list(followed.values()), [alive.index(True)] * len(followed))
+        scale, mine = len(alive) / sum(alive), alive[self._comm.rank]
+        scaled = [buffers[name] * scale if mine else torch.zeros_like(buffers[name]) for name in floats]
+        means = yield from average_over_world(scaled, self._comm)
+        return followed | {name: settled(name, mean) for name, mean in zip(floats, means, strict=True)}
 
-    def _check_finite(self, averages: Mapping[str, Tensor]) -> None:
-        """Raises NonFiniteError on all workers if an average is not finite. Collective in the group."""
-        broken = [name for name, average in averages.items() if not is_finite(average)]
+    def _weights(
+        self, part: MergeInput, names: Iterable[str], alive: Sequence[bool], reports: Sequence[Part]
+    ) -> dict[str, float]:
+        """Returns by which number this worker multiplies its change of each tensor, before all changes are averaged."""
+        topology, rank = self._comm.topology, self._comm.rank
+        weights = weights_of(part.sync.merge, names, part.trained_by, alive, reports, topology, rank)
+        return weights if alive[rank] else dict.fromkeys(weights, 0.0)
+
+    def _check_finite(self, broken: Sequence[str]) -> None:
+        """Raises NonFiniteError on all workers if averages are not finite. Collective in the group."""
         if any(self.places.gathered(len(broken))):
             where = told_names(broken) or "the pieces of another worker of the group"
+            outcome = "Some weights are merged" if self._interrupted else "No weight was changed"
             raise NonFiniteError(
-                f"the values of all workers are finite, but their average is not ({where}): it exceeds the largest "
-                "number of float32 or of the recipe's wire format. No weight was changed. Lower the learning rate, or "
-                "clip gradients"
+                f"the values of all workers are finite, but their average is not ({where}). {outcome}: continue from "
+                "the last checkpoint, and lower the learning rate, or clip gradients"
             )
+        self._interrupted = True
 
-    def eager(self, rule: MergeRule, name: str, started: Tensor) -> Tensor:
-        """Returns the weight to continue from during a hidden merge; `started` is its value when the merge began."""
-        anchor = self.anchors[name]
-        own = change(anchor, started)
-        step, _ = rule.step(own, self.momentum.get(name))
-        # A step by the change itself leads back to `started`, up to rounding.
-        return started if step is own else (anchor + step).to(started.dtype)
-
-    def _advance_anchors(self, rule: MergeRule, averages: Averages) -> Tensors:
-        """Returns the new weights of all workers, by name. Updates anchors, momentum and residuals."""
-        for name, D in averages.mean.items():
-            self.residuals.pop(name, None)
-            step, momentum = rule.step(D, self.momentum.get(name))
-            self.anchors[name].add_(step)
-            if momentum is not None:
-                self.momentum[name] = momentum
-        self.residuals |= averages.error
-        return {name: self.anchors[name] for name in averages.mean}
-
-    def _shares(
-        self, part: MergeInput, changes: Mapping[str, Tensor], alive: Sequence[bool], reports: Sequence[Part]
-    ) -> Tensors:
-        """Returns this worker's contributions to the average: its changes, times its share, plus its residuals."""
-        topology, rank = self._comm.topology, self._comm.rank
-        numbers = {}
-        for name, own in changes.items():
-            trainers = part.trained_by.get(name, [True] * topology.world_size)
-            trained = [a and t for a, t in zip(alive, trainers, strict=True)]
-            shares = part.sync.merge.shares(alive, trained, reports)
-            # This worker also speaks for the others of its group, which made the same changes.
-            share = math.fsum(shares[member] for member in self._comm.ranks("group"))
-            numbers[name] = own * (share * topology.n_groups) if alive[rank] else torch.zeros_like(own)
-            if name in self.residuals:
-                numbers[name] += self.residuals[name]
-        return numbers
-
-    def forget(self, names: Sequence[str]) -> None:
-        """Drops the state that wires have for the named tensors, because their shape or basis changes."""
-        for wire in self._wires.values():
-            wire.forget(names)
-
-    def _alive(
-        self, reports: Sequence[Part], differing: Mapping[str, Sequence[int]], changes: Mapping[str, Tensor]
-    ) -> list[bool]:
+    def _alive(self, reports: Sequence[Part], differing: Mapping[str, Sequence[int]], started: Tensors) -> list[bool]:
         """Returns for each worker whether its values are finite. Collective over the world if it raises an error.
 
         Raises:
             NonFiniteError: see `merge`.
         """
+        large = [str(rank) for rank, report in enumerate(reports) if report.buffers == TOO_LARGE]
+        if large:
+            raise NonFiniteError(
+                f"the values of all workers are finite, but their average is not, or may not be: on rank "
+                f"{', '.join(large)} weights have changed too much to be added up in float32. No weight was changed. "
+                "Lower the learning rate, or clip gradients"
+            )
         spoiled = {rank for ranks in differing.values() for rank in ranks}
         well = [report.finite and rank not in spoiled for rank, report in enumerate(reports)]
         # Each worker has looked at its own pieces only.
@@ -266,7 +238,7 @@ class Merger:
         broken = [rank for rank, is_alive in enumerate(alive) if not is_alive]
         if not broken or (self.on_nonfinite == "drop_worker" and any(alive)):
             return alive
-        names = [told_names([name for name, own in changes.items() if not is_finite(own)])]
+        names = [told_names([n for n, held in started.items() if not is_finite(change(self.anchors[n], held))])]
         if math.isinf(reports[self._comm.rank].loss):
             names.append("training loss")
         names += [f"buffer {name}" for name, ranks in differing.items() if self._comm.rank in ranks]
@@ -281,20 +253,36 @@ class Merger:
 
 
 def steps_alone(rule: MergeRule) -> bool:
-    """Returns whether workers continue from other weights while a hidden merge is under way (see `Merger.eager`)."""
+    """Returns whether workers continue from other weights while a hidden merge is under way."""
     own = torch.zeros(())
     return rule.step(own, None)[0] is not own
 
 
 def sent_by_merge(
-    wire: str, tensors: Sequence[Tensor], averaged: Sequence[Tensor], topology: Topology, rank: int = 0
+    sync: WeightSync,
+    tensors: Mapping[str, Tensor],
+    trained_by: Mapping[str, Sequence[bool]],
+    averaged: Sequence[Tensor],
+    topology: Topology,
+    rank: int = 0,
 ) -> tuple[Calls, ...]:
     """Returns the collective calls in each stage of a merge, if the same buffers differ as at the previous merge.
 
-    `wire` is the name of the wire format, and `averaged` the buffers to average. Only shapes and dtypes matter.
+    `trained_by` has, by tensor name, whether each worker trained the tensor, and `averaged` the buffers to average.
+    Only shapes and dtypes matter.
     """
-    pieces = [piece(tensor, topology.place_of(rank), topology.group_size) for tensor in tensors]
-    between = make_wire(wire, topology.n_groups).sends(pieces, topology.n_groups) if topology.n_groups > 1 else ((),)
-    first, *more = between
-    stages = [ROLL_CALL, (*first, *sent_by_average_over_world(averaged, topology)), *more]
-    return (*stages[:-1], (*stages[-1], *sent_by_gathered(topology), *sent_by_spread(tensors, topology)))
+    wire, workers = make_wire(sync.wire, topology.n_groups), topology.world_size
+    pieces = cut(tensors, topology.place_of(rank), topology.group_size)
+    equals = [Part(0, 0.0)] * workers
+    weights = weights_of(sync.merge, pieces, trained_by, [True] * workers, equals, topology, rank)
+    stages: list[Calls] = [ROLL_CALL]
+    for batch in cut_into_batches(pieces, weights, whole=not wire.elementwise) if topology.n_groups > 1 else ():
+        numbers = [torch.empty(shape, dtype=batch.dtype, device="meta") for shape in batch.shapes]
+        joined = [torch.cat([part.view(-1) for part in numbers])] if wire.elementwise else numbers
+        for place, calls in enumerate(wire.sends(joined, topology.n_groups), start=1):
+            stages += [()] * (place + 1 - len(stages))
+            stages[place] += calls
+    stages += [()] * (2 - len(stages))
+    stages[1] += sent_by_average_over_world(averaged, topology)
+    stages[-1] += (*sent_by_gathered(topology), *sent_by_spread(list(tensors.values()), topology))
+    return tuple(stages)

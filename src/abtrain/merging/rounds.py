@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from abtrain.comm.checksums import checksum, fingerprint
+from abtrain.comm.checksums import fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Background, Stages, finish, timed
 from abtrain.consistency.agreement import Told, roll_call
 from abtrain.consistency.replicas import check_replicas
 from abtrain.errors import OnNonFinite
 from abtrain.failpoints import fail_at
-from abtrain.merging.merger import MergeInput, Merger, steps_alone
+from abtrain.merging.merge_input import MergeInput
+from abtrain.merging.merger import Merger
 from abtrain.merging.selection import rounds_of, tensors_due, trained_by, whole_round
 from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.recipes.recipe import Position, Recipe
@@ -110,10 +111,7 @@ class Rounds:
         pieces = self.merger.places.pieces(tensors)
         started = {name: tensor.clone() for name, tensor in {**pieces, **buffers()}.items()}
         self._under_way.append(self._launch(position, step, loss, started))
-        for name, tensor in pieces.items():
-            tensor.copy_(self.merger.eager(sync.merge, name, started[name]))
-        if steps_alone(sync.merge):
-            self.merger.places.spread(tensors)
+        self.merger.step_alone(sync.merge, tensors, started)
         return False
 
     def roll_call(self, step: int, phase: int, at: Callable[[int], Position], numbers: Told = (0, 0.0)) -> list[Told]:
@@ -214,7 +212,7 @@ class Rounds:
         tensors = parameters()
         fail_at(self._comm.rank, step, "merge.begin")
         # Changes can be averaged only if they were made to the same anchors.
-        anchors = self.merger.places.gathered(fingerprint(*(checksum(self.merger.anchors[n]) for n in tensors)))
+        anchors = self.merger.places.gathered(self.merger.fingerprint(tensors))
         place = self.shared.place(
             step, position.phase_index, merging=fingerprint(*tensors, sync), anchors=fingerprint(*anchors)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from abtrain.comm.topology import Topology
 from abtrain.lowrank.model import TrainedFactors
 from abtrain.lowrank.names import factor_names, weight_name
+from abtrain.recipes.merges import MergeRule, Part
 from abtrain.recipes.recipe import Position
 from abtrain.recipes.sync import Trains, WeightSync
 
@@ -30,6 +32,30 @@ def trained_by(position: Position, topology: Topology, factors: Iterable[str]) -
         return {}
     trained = [trained_factors(position, topology, rank) for rank in range(topology.world_size)]
     return {name: [which in ("all", name[-1]) for which in trained] for name in factors}
+
+
+def weights_of(
+    rule: MergeRule,
+    names: Iterable[str],
+    trained_by: Mapping[str, Sequence[bool]],
+    alive: Sequence[bool],
+    parts: Sequence[Part],
+    topology: Topology,
+    rank: int,
+) -> dict[str, float]:
+    """Returns by which number a worker multiplies its change of each tensor, before counterparts average them.
+
+    `alive` and `parts` have an entry for each worker. `trained_by`: see the function of this name.
+    """
+    weights, known = {}, dict[tuple[bool, ...], float]()
+    for name in names:
+        trained = tuple(map(bool.__and__, alive, trained_by.get(name, alive)))
+        if trained not in known:
+            shares = rule.shares(alive, trained, parts)
+            # The worker also speaks for the others of its group, which made the same changes.
+            known[trained] = math.fsum(shares[member] for member in topology.groups[topology.group_of(rank)])
+        weights[name] = known[trained] * topology.n_groups
+    return weights
 
 
 def rounds_of(position: Position) -> WeightSync:

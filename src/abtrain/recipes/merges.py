@@ -24,11 +24,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+NOT_FINITE, TOO_LARGE = -1, -2
+"""Reported by a worker whose weights are not finite, or whose changes are too large to be averaged in float32."""
+
+
 class Part(NamedTuple):
     """Describes what one worker contributes to a merge.
 
     Attributes:
-        buffers: a hash of the worker's buffers (see `abtrain.merging.buffers`); -1 if its weights are not finite.
+        buffers: a hash of the worker's buffers (see `abtrain.merging.buffers`), or NOT_FINITE or TOO_LARGE.
         loss: the worker's mean training loss in the round; NaN if it has none, infinity if it is not finite.
     """
 
@@ -70,11 +74,11 @@ class MergeRule:
         return [well / sum(alive) for well in alive]
 
     def step(self, change: Tensor, momentum: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Returns the step from the weights W_0 of one tensor to its new weights.
+        """Returns the step from the weights W_0 to the new weights. It treats each number alike.
 
         Args:
-            change: the mean change D, of any shape; it is not modified.
-            momentum: the momentum that the last merge returned for this tensor; None before the first merge.
+            change: the mean change D of a part of the weights, of any shape; it is not modified.
+            momentum: the momentum that the last merge returned for these weights; None before the first merge.
 
         Returns:
             The step W - W_0 and the new momentum, both of the shape of `change`. Without momentum, the latter is None.

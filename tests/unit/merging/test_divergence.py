@@ -13,7 +13,7 @@ from abtrain.checkpoint.digest import weights_digest
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.engine.ab_training import ABTraining
-from abtrain.merging.divergence import divergence
+from abtrain.merging.divergence import divergence, local_terms
 from tests import cases
 
 FACTORS = ("v.A", "v.B")
@@ -23,7 +23,8 @@ SUBSPACE = pytest.approx(0.5**0.5)
 def observed(changes: list[dict[str, torch.Tensor]], anchors: dict[str, torch.Tensor]) -> dict[str, Any]:
     mean = {name: torch.stack([change[name] for change in changes]).mean(dim=0) for name in anchors}
 
-    results = run_in_process(len(changes), lambda comm: divergence(comm, changes[comm.rank], mean, anchors, FACTORS))
+    terms = [local_terms(own, mean, anchors, FACTORS) for own in changes]
+    results = run_in_process(len(changes), lambda comm: divergence(comm, terms[comm.rank]))
     assert all(found == results[0] for found in results)
     return results[0]
 

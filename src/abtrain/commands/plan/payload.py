@@ -30,7 +30,7 @@ from abtrain.lowrank.svd import Factors
 from abtrain.merging.buffers import sent_by_first_comparison
 from abtrain.merging.merger import sent_by_merge, steps_alone
 from abtrain.merging.places import sent_by_gathered, sent_by_spread
-from abtrain.merging.selection import cut_into_fragments, trained_factors
+from abtrain.merging.selection import cut_into_fragments, trained_by, trained_factors
 from abtrain.recipes.recipe import Position, Recipe
 from abtrain.recipes.sync import GradientSync, WeightSync
 
@@ -269,14 +269,15 @@ class _Walk:
         nobody = self._trained_by_nobody(position)
         idle = {one.name for one in held if one.part in nobody}
         parts = cut_into_fragments({one.name: one.tensor for one in held if one.part != "frozen"}, sync.fragments)
-        tensors = [tensor for place in fragments for name, tensor in parts[place].items() if name not in idle]
+        tensors = {n: tensor for place in fragments for n, tensor in parts[place].items() if n not in idle}
+        trained = trained_by(position, self._topology, [one.name for one in held if one.part in ("A", "B")])
         buffers = list(self._model.buffers.values()) if sync.fragments - 1 in fragments else []
         numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
-        first, *more = sent_by_merge(sync.wire, tensors, numbers, self._topology, self._rank)
+        first, *more = sent_by_merge(sync, tensors, trained, numbers, self._topology, self._rank)
         if self._topology.group_size > 1:
             first = (*sent_by_comparison(scope="group"), *sent_by_gathered(self._topology), *first)
         if hidden and steps_alone(sync.merge):
-            first = (*first, *sent_by_spread(tensors, self._topology))
+            first = (*first, *sent_by_spread(list(tensors.values()), self._topology))
         return (first, *more)
 
     def _trained_by_nobody(self, position: Position) -> set[str]:

@@ -32,6 +32,8 @@ _NARROW = (torch.bfloat16, torch.float16)
 class DirectWire(Wire):
     """Encodes each worker's numbers by one code, and the averages by the code `reply`; default: the same code."""
 
+    elementwise = True
+
     def __init__(self, code: str, reply: str | None = None) -> None:
         super().__init__()
         self._code, self._reply = CODES[code], CODES[reply or code]

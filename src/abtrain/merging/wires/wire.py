@@ -37,8 +37,11 @@ class Wire(ABC):
     """Averages tensors, which are sent in one format. `abtrain.recipes.wires` names the formats.
 
     Attributes:
+        elementwise: whether the wire treats all numbers alike, so that tensors may be cut and joined before.
         starts: by tensor name, in float32, the wire's own state between merges; the same on all counterparts.
     """
+
+    elementwise = False
 
     def __init__(self) -> None:
         self.starts: Tensors = {}

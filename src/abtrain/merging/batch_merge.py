@@ -1,0 +1,127 @@
+"""Merges one batch of weights: from this worker's changes to the merged weights."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from abtrain.comm.communicator import Communicator
+from abtrain.comm.stages import Stages, begun, in_step
+from abtrain.merging.batches import Batch
+from abtrain.merging.changes import is_finite
+from abtrain.merging.divergence import Terms, local_terms
+from abtrain.merging.merge_input import MergeInput
+from abtrain.merging.outer_state import OuterState
+from abtrain.merging.places import Places
+from abtrain.merging.wires.wire import Wire
+
+_IN_FLIGHT = 2
+"""The number of batches that are merged at once: while one is sent, the next is encoded."""
+Check = Callable[[Sequence[str]], None]
+"""Receives the names of tensors whose average is not finite, and raises an error if any worker has such a tensor."""
+
+
+@dataclass
+class BatchMerge:
+    """Merges one batch.
+
+    Attributes:
+        started: the values to merge, by name.
+        weight: the number by which this worker multiplies its changes before all changes are averaged.
+        excluded: whether the merge excludes this worker, whose weight is then 0.
+        sent_all: whether the wire has sent this worker's changes without rounding them.
+        measuring: whether to compute `terms`, this worker's terms of the divergence by name.
+    """
+
+    state: OuterState
+    comm: Communicator
+    places: Places
+    wire: Wire
+    part: MergeInput
+    batch: Batch
+    started: Mapping[str, Tensor]
+    weight: float
+    excluded: bool
+    measuring: bool
+    sent_all: bool = False
+    terms: dict[str, Terms] = field(default_factory=dict)
+
+    def held(self) -> dict[str, Tensor]:
+        """Returns the present values of all pieces to merge."""
+        return self.places.pieces(self.part.tensors())
+
+    def average(self) -> Stages[tuple[Tensor, Tensor | None]]:
+        """Averages the changes of all workers. Returns the mean and this worker's rounding errors, both flat."""
+        numbers = self.state.contribution(self.batch, self.started, self.weight)
+        if self.wire.elementwise:
+            means, errors = yield from self.wire.average({"": numbers}, self.comm)
+            return means[""], errors.get("")
+        means, errors = yield from self.wire.average(self._named(numbers), self.comm)
+        return self._flat(means), self._flat(errors) if errors else None
+
+    def apply(self, held: Mapping[str, Tensor], mean: Tensor, error: Tensor | None) -> None:
+        """Writes the merged weights into this worker's pieces `held`.
+
+        Adds what this worker has changed since a hidden merge began.
+        """
+        if self.measuring:
+            self._measure(mean)
+        self.sent_all = error is None
+        rule, continued = self.part.sync.merge, self.part.started is not None and not self.excluded
+        before = self.state.stepped_alone(self.batch, self.started, rule) if continued else None
+        self.state.advance(self.batch, rule, mean, error)
+        if before is None:
+            torch._foreach_copy_(self.batch.of(held), self.batch.of(self.state.anchors))
+        else:
+            moved = self.batch.flat(held).to(self.batch.dtype) - before
+            self.batch.write(held, self.batch.flat(self.state.anchors).add_(moved))
+
+    def _measure(self, mean: Tensor) -> None:
+        shapes = {name: tensor.shape for name, tensor in self.part.tensors().items()}
+        changes = self.state.change(self.batch, self.started)
+        stores = changes, mean, self.batch.flat(self.state.anchors)
+        moved, average, anchors = (self.places.joined(self._named(flat), shapes) for flat in stores)
+        self.terms = local_terms(moved, average, anchors, self.part.factors)
+
+    def _named(self, flat: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.batch.names, self.batch.views(flat), strict=True))
+
+    def _flat(self, named: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([named[name].reshape(-1) for name in self.batch.names])
+
+
+def merge_at_once(works: Sequence[BatchMerge], check: Check) -> Stages[None]:
+    """Averages all batches stage by stage, and then applies all."""
+    outcomes = yield from in_step([work.average() for work in works])
+    check([name for work, (mean, _) in zip(works, outcomes, strict=True) for name in _broken(work, mean)])
+    held = works[0].held() if works else {}
+    for work, (mean, error) in zip(works, outcomes, strict=True):
+        work.apply(held, mean, error)
+
+
+def merge_in_turn(works: Sequence[BatchMerge], check: Check) -> None:
+    """Averages and applies one batch after the other, of which two are under way at a time."""
+    broken: list[str] = []
+    under_way: deque[tuple[BatchMerge, Callable[[], tuple[Tensor, Tensor | None]]]] = deque()
+    waiting, held = deque(works), works[0].held() if works else {}
+    while waiting or under_way:
+        while waiting and len(under_way) < _IN_FLIGHT:
+            work = waiting.popleft()
+            under_way.append((work, begun(work.average())))
+        work, finish = under_way.popleft()
+        mean, error = finish()
+        broken += _broken(work, mean)
+        work.apply(held, mean, error)
+    check(broken)
+
+
+def _broken(work: BatchMerge, mean: Tensor) -> list[str]:
+    """Returns the names of the batch's tensors whose average is not finite."""
+    if bool(mean.sum().isfinite()):
+        return []
+    pairs = zip(work.batch.names, work.batch.views(mean), strict=True)
+    return [name for name, part in pairs if not is_finite(part)]
