@@ -13,7 +13,8 @@ from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.stages import finish
 from abtrain.errors import NonFiniteError
-from abtrain.merging.merger import MergeInput, Merger
+from abtrain.merging.merge_input import MergeInput
+from abtrain.merging.merger import Merger
 from abtrain.recipes.merges import Mean, MergeRule, Outer, TrainedOnly
 
 START = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)

@@ -18,7 +18,8 @@ from abtrain.comm.in_process import run_in_process
 from abtrain.comm.stages import finish
 from abtrain.commands.train.resizing import resized
 from abtrain.errors import CheckpointError, NonFiniteError
-from abtrain.merging.merger import MergeInput, Merger
+from abtrain.merging.merge_input import MergeInput
+from abtrain.merging.merger import Merger
 from abtrain.merging.places import Places, piece, whole
 from abtrain.recipes.recipe import Recipe
 from tests.cases import adamw, batch, build, largest_difference, seeded
@@ -210,7 +211,7 @@ def test_an_average_that_overflows_in_one_piece_stops_all_workers() -> None:
         merger = Merger(comm)
         merger.begin({"w": w})
         w[3] += 3e38
-        with pytest.raises(NonFiniteError, match="average is not.* on rank 1, 3 .*No weight was changed"):
+        with pytest.raises(NonFiniteError, match=r"average is not.* on rank 1, 3 .*No weight was changed"):
             finish(merger.merge(MergeInput(lambda: {"w": w}, WeightSync(1, wire="fp32"), {})))
         return w[3] == 3e38 and not merger.anchors["w"].any()
 
