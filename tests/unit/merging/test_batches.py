@@ -124,7 +124,7 @@ def test_an_interrupted_merge_cannot_be_saved(monkeypatch: pytest.MonkeyPatch) -
         tensors["w"] += 1
         with pytest.raises(OSError, match="gone"):
             finish(merger.merge(MergeInput(lambda: tensors, WeightSync(1), {})))
-        with pytest.raises(UsageError, match="interrupted.*last checkpoint"):
+        with pytest.raises(UsageError, match=r"interrupted.*last checkpoint"):
             merger.state_dict()
 
     run_in_process(2, work)
