@@ -167,13 +167,32 @@ def inner_and_outer(module: Factored) -> tuple[Tensor, Tensor]:
 
 
 class LowRankLinear(LowRank, nn.Linear):
-    """Computes y = x W^T + b as two matrix products, with k (in + out) multiplications per row instead of in * out."""
+    """Computes y = x W^T + b as two matrix products, with k (in + out) multiplications per row instead of in * out.
+
+    It computes with W = A B instead if a training step takes fewer multiplications that way. Near full size, this is
+    the case for many rows whose input needs no gradient: two products need the gradient between them, and W does not.
+    """
 
     _abtrain_dense_type = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         inner, outer = inner_and_outer(self)
+        if _rebuilt_is_cheaper(input, inner, outer):
+            return F.linear(input, product(self, "weight"), self.bias)
         return F.linear(F.linear(input, inner), outer, self.bias)
+
+
+def _rebuilt_is_cheaper(x: Tensor, inner: Tensor, outer: Tensor) -> bool:
+    """Returns whether forward and backward pass through W = A B take fewer multiplications than through the factors."""
+    # Autocast would multiply A B in full precision, and an exported program must not depend on the number of rows.
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_exporting():
+        return False
+    (k, n_in), n_out = inner.shape, len(outer)
+    of_x, of_inner, of_outer = x.requires_grad, inner.requires_grad, outer.requires_grad
+    through_inner = n_in * (1 + of_x + of_inner)
+    through_outer = n_out * (1 + (of_x or of_inner) + of_outer)
+    saved_per_row = k * (through_inner + through_outer) - n_in * n_out * (1 + of_x + (of_inner or of_outer))
+    return saved_per_row > 0 and x.numel() // n_in * saved_per_row > k * n_in * n_out * (1 + of_inner + of_outer)
 
 
 class _LowRankConv(LowRank, nn.modules.conv._ConvNd):

@@ -1,0 +1,66 @@
+"""The multiplications of a training step with factored Linear layers, and the gradients in either order of products."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from abtrain.lowrank.layers import LowRankLinear
+from abtrain.lowrank.surgery import factorize_
+from abtrain.lowrank.svd import Factors
+
+ROWS, SMALL, LARGE = 1500, 24, 96
+MOST = SMALL * LARGE // (SMALL + LARGE)  # the largest rank whose factors are smaller
+TRAINED = {"all": (True, True), "A": (True, False), "B": (False, True)}
+
+
+def block(k: int, trains: str) -> tuple[nn.Sequential, nn.Sequential]:
+    """An MLP block with dense and with factored layers of equal weights."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(SMALL, LARGE), nn.GELU(), nn.Linear(LARGE, SMALL)).double()
+    factored = copy.deepcopy(dense)
+    for place in (0, 2):
+        pair = Factors(torch.randn(LARGE, k).double(), torch.randn(k, SMALL).double())
+        record = factorize_(factored, f"{place}.weight", pair)
+        for factor, wanted in zip(record.factors, TRAINED[trains], strict=True):
+            factor.requires_grad_(wanted)
+        dense[place].weight.data = record.weight()
+    return dense, factored
+
+
+def multiplications(model: nn.Module, x: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        model(x).square().sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("trains", TRAINED)
+@pytest.mark.parametrize("k", [2, MOST // 2, MOST - 2, MOST])
+def test_a_step_takes_hardly_more_multiplications_than_a_dense_one(k: int, trains: str) -> None:
+    dense, factored = block(k, trains)
+    x = torch.randn(ROWS, SMALL).double()
+    assert multiplications(factored, x) <= 1.05 * multiplications(dense, x)
+
+
+@pytest.mark.parametrize("trains", TRAINED)
+@pytest.mark.parametrize("rows", [2, ROWS])
+def test_gradients_are_those_of_the_product(rows: int, trains: str) -> None:
+    dense, factored = block(MOST, trains)
+    x = torch.randn(rows, SMALL).double()
+    torch.testing.assert_close(factored(x), dense(x))
+    multiplications(dense, x)
+    multiplications(factored, x)
+    for place in (0, 2):
+        layer, G = factored[place], dense[place].weight.grad
+        assert isinstance(layer, LowRankLinear)
+        record = layer._abtrain_weights["weight"]
+        G = G.T if record.matrix_shape.transposed else G
+        for factor, expected in ((record.A, G @ record.B.T), (record.B, record.A.T @ G)):
+            if factor.requires_grad:
+                torch.testing.assert_close(factor.grad, expected)
+            else:
+                assert factor.grad is None
