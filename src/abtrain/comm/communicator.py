@@ -209,6 +209,11 @@ def scope_spans(topology: Topology, scope: Scope) -> Spans:
     return "between_groups" if scope != "group" and topology.n_groups > 1 else "within_groups"
 
 
+def senders(topology: Topology, scope: Scope) -> int:
+    """Returns how many workers of a group send payload of their own in a scope: all of them send to counterparts."""
+    return topology.group_size if scope == "counterparts" else 1
+
+
 def check_contiguous(tensor: Tensor) -> None:
     """Raises a ValueError for a tensor that is not contiguous: no backend can send it without a copy."""
     if not tensor.is_contiguous():

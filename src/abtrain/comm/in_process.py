@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from abtrain.comm.communicator import Communicator, Pending, Reduction, Scope, scope_spans
+from abtrain.comm.communicator import Communicator, Pending, Reduction, Scope, scope_spans, senders
 from abtrain.comm.data_parallel import DataParallel, Layouts, extremes, unused_error
 from abtrain.comm.rendezvous import Combine, Rendezvous
 from abtrain.comm.topology import Topology
@@ -129,7 +129,7 @@ class InProcessCommunicator(Communicator):
     ) -> list[Tensor]:
         """Calls `Rendezvous.meet` for the scope, and counts `nbytes` (None: those of all tensors)."""
         counted = sum(t.nbytes for t in tensors) if nbytes is None else nbytes
-        self.meter.count(counted, scope_spans(self.topology, scope))
+        self.meter.count(counted, scope_spans(self.topology, scope), senders(self.topology, scope))
         with self.meter.waiting():
             return self._rendezvous.meet(self.rank, self.ranks(scope), call, tensors, combine, self.meter.where)
 

@@ -19,7 +19,10 @@ from abtrain.errors import PeerLostError
 
 @dataclass(frozen=True)
 class Link:
-    """Runs collectives in a scope's process group (None: the world). `meter` counts them, `peers` names lost ranks."""
+    """Runs collectives in a scope's process group (None: the world). `meter` counts them, `peers` names lost ranks.
+
+    `spans` and `senders` are those of `Meter.count`.
+    """
 
     rank: int
     ranks: tuple[int, ...]
@@ -27,6 +30,7 @@ class Link:
     spans: Spans
     meter: Meter
     peers: Peers | None = None
+    senders: int = 1
 
     def start(
         self, name: str, nbytes: int, collective: Callable[..., Any], *args: Any, outcome: Any = None, **kwargs: Any
@@ -37,7 +41,7 @@ class Link:
         """
         if len(self.ranks) == 1 or nbytes == 0:
             return Pending(lambda: outcome)
-        self.meter.count(nbytes, self.spans)
+        self.meter.count(nbytes, self.spans, self.senders)
         launched = self.launch(name, collective, *args, **kwargs)
 
         def finish() -> Any:

@@ -29,6 +29,7 @@ class Meter:
         self.sync_seconds = 0.0
         self._by_scope: dict[str, int] = {"between_groups": 0, "within_groups": 0}
         self._by_phase: dict[str, int] = {}
+        self._of_group: dict[str, int] = {}
         self._waits = 0
         self._waiting_since = 0.0
         self._lock = threading.Lock()
@@ -38,13 +39,19 @@ class Meter:
         """The step, the phase and the host of this worker, for messages."""
         return f"step {self.step}, phase {self.phase!r}, host {platform.node()}"
 
-    def count(self, nbytes: int, spans: Spans) -> None:
-        """Adds payload to the current phase; `spans` says whether the payload also goes to other groups."""
+    def count(self, nbytes: int, spans: Spans, senders: int = 1) -> None:
+        """Adds payload to the current phase.
+
+        `spans` says whether the payload also goes to other groups, and `senders` how many workers of the group send as
+        much of their own there. The others sum their payload within the group first.
+        """
         if nbytes == 0:
             return
         with self._lock:
             self._by_scope[spans] += nbytes
             self._by_phase[self.phase] = self._by_phase.get(self.phase, 0) + nbytes
+            if spans == "between_groups":
+                self._of_group[self.phase] = self._of_group.get(self.phase, 0) + nbytes * senders
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -62,10 +69,13 @@ class Meter:
                     self.sync_seconds += time.perf_counter() - self._waiting_since
 
     def payload(self) -> dict[str, Any]:
-        """Returns the bytes so far: `total`, `between_groups`, `within_groups`, and for each phase in `by_phase`."""
+        """Returns the bytes so far: `total`, `between_groups`, `within_groups`, and for each phase in `by_phase`.
+
+        All are the worker's. `of_group` has, for each phase, the bytes that its group sends to other groups.
+        """
         with self._lock:
             total = sum(self._by_scope.values())
-            return {"total": total, **self._by_scope, "by_phase": dict(self._by_phase)}
+            return {"total": total, **self._by_scope, "by_phase": dict(self._by_phase), "of_group": dict(self._of_group)}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the phase, the payload and the seconds of waiting as JSON values."""
@@ -75,6 +85,7 @@ class Meter:
                 "sync_seconds": self.sync_seconds,
                 "by_scope": dict(self._by_scope),
                 "by_phase": dict(self._by_phase),
+                "of_group": dict(self._of_group),
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -84,3 +95,4 @@ class Meter:
             self.sync_seconds = float(state["sync_seconds"])
             self._by_scope = {spans: int(state["by_scope"][spans]) for spans in self._by_scope}
             self._by_phase = {str(phase): int(nbytes) for phase, nbytes in state["by_phase"].items()}
+            self._of_group = {str(phase): int(nbytes) for phase, nbytes in state["of_group"].items()}

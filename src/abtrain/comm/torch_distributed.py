@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from abtrain.comm.checksums import as_bytes
-from abtrain.comm.communicator import PLAIN, Communicator, Pending, Reduction, Scope, SingleProcess, scope_spans
+from abtrain.comm.communicator import PLAIN, Communicator, Pending, Reduction, Scope, SingleProcess, scope_spans, senders
 from abtrain.comm.data_parallel import DataParallel
 from abtrain.comm.ddp import TorchDataParallel
 from abtrain.comm.hooks import GradientHook, make_hook
@@ -145,6 +145,7 @@ class TorchCommunicator(Communicator):
             spans=scope_spans(self.topology, scope),
             meter=self.meter,
             peers=self.peers,
+            senders=senders(self.topology, scope),
         )
 
     def _make_groups(self) -> dict[Scope, dist.ProcessGroup]:

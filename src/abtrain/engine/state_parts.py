@@ -53,6 +53,7 @@ _METER = mapping(
         "sync_seconds": number(0),
         "by_scope": mapping({"between_groups": _COUNT, "within_groups": _COUNT}),
         "by_phase": by_name(_COUNT),
+        "of_group": by_name(_COUNT),
     }
 )
 

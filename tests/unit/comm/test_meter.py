@@ -19,14 +19,23 @@ def test_payload_is_kept_by_phase_and_by_scope() -> None:
         "between_groups": 103,
         "within_groups": 20,
         "by_phase": {"warm-up": 120, "ab": 3},
+        "of_group": {"warm-up": 100, "ab": 3},
     }
 
 
 def test_a_new_meter_has_counted_nothing() -> None:
     meter = Meter()
     meter.count(0, "between_groups")
-    assert meter.payload() == {"total": 0, "between_groups": 0, "within_groups": 0, "by_phase": {}}
+    assert meter.payload() == {"total": 0, "between_groups": 0, "within_groups": 0, "by_phase": {}, "of_group": {}}
     assert meter.sync_seconds == 0.0
+
+
+def test_what_a_group_sends_counts_all_workers_that_send_to_counterparts() -> None:
+    meter = Meter()
+    meter.count(100, "between_groups")
+    meter.count(10, "between_groups", senders=4)
+    meter.count(1000, "within_groups", senders=4)
+    assert meter.payload()["of_group"] == {"setup": 140}
 
 
 def test_nested_waits_are_added_once() -> None:

@@ -21,7 +21,8 @@ from abtrain.commands.paper.published import (
     TABLE2,
     PaperCell,
 )
-from abtrain.commands.plan.payload import payload, payload_ratio, predict
+from abtrain.commands.plan.payload import predict
+from abtrain.commands.plan.totals import over_links, payload, payload_ratio
 from abtrain.commands.plan.recipe_words import phases_in_words
 from abtrain.commands.plan.shapes import ModelShapes, ranks_for, shapes_of
 from abtrain.commands.tasks.task import TASKS
@@ -162,12 +163,12 @@ def _model_numel(cell: Cell) -> int:
 
 
 def _sent(cell: Cell) -> float:
-    """Returns the bytes that a worker passes to collectives between nodes in a whole run."""
+    """Returns the bytes that a node passes to collectives with other nodes in a whole run."""
     recipe = _recipe(cell)
     shapes = _shapes(cell, recipe)
     ranks = ranks_for(shapes, _compression(cell)) if recipe.factored else {}
     topology = Topology(cell.config.workers, group_size_of(cell.config))
-    return float(payload(predict(recipe, shapes, topology, ranks), topology)["between_groups"])
+    return float(sum(payload(predict(recipe, shapes, topology, ranks), topology)["of_group"].values()))
 
 
 def _share(cell: Cell, baseline: Cell) -> float:

@@ -24,7 +24,8 @@ from abtrain.commands.paper.launcher import exit_code_of
 from abtrain.commands.paper.published import BACKWARD_SHARE
 from abtrain.commands.plan.collectives import Cluster, NodeLink
 from abtrain.commands.plan.forecast import WorkerSeconds, forecast
-from abtrain.commands.plan.payload import payload_ratio, predict
+from abtrain.commands.plan.payload import predict
+from abtrain.commands.plan.totals import payload_ratio
 from abtrain.commands.plan.shapes import ModelShapes, shapes_of
 from abtrain.commands.runs.folder_run import FolderRun, check_folders, run_once, writing
 from abtrain.commands.runs.request import RECORD_FILE, REQUEST_FILE, TRAIN_FOLDER, request_differences, write_request
@@ -83,7 +84,7 @@ class PaperOutcome:
         top1: the validation accuracy in percent.
         compression: the parameters of the full model divided by those of the factored model.
         payload: the bytes that a worker passed to collectives between nodes in the whole run.
-        internode_ratio: `payload` divided by that of DDP, which sends all gradients in float32 at every step.
+        internode_ratio: the bytes that a node passed to other nodes divided by that of DDP, which sends all gradients in float32 at every step.
         seconds: the seconds of training. For a simulated run, this is a forecast for a cluster with `TINY_LINK`.
         traffic: the scaled traffic of a node in GB/s, as defined for Table II.
         version: the version of abtrain that executed the run; None if the result file does not contain it.
@@ -228,6 +229,8 @@ def outcome(run: PaperRun) -> PaperOutcome:
     """
     result = read_record(run.result_file)
     payload = result.number("payload_bytes", "between_groups")
+    by_phase = result.content["payload_bytes"].get("of_group", {})
+    of_node = sum(result.number("payload_bytes", "of_group", phase) for phase in by_phase) if by_phase else payload
     seconds = result.positive("seconds", "total")
     if "cpu_seconds_per_step" in result.content:
         seconds = _forecast(run.config, result)
@@ -237,7 +240,7 @@ def outcome(run: PaperRun) -> PaperOutcome:
         top1=result.number("top1"),
         compression=result.positive("compression"),
         payload=payload,
-        internode_ratio=payload_ratio(payload, result.positive("parameters"), result.positive("steps")),
+        internode_ratio=payload_ratio(of_node, result.positive("parameters"), result.positive("steps")),
         seconds=seconds,
         traffic=payload * group_size_of(run.config) / (BACKWARD_SHARE * seconds) / 1e9,
         version=result.optional_text("versions", "abtrain"),

@@ -105,7 +105,7 @@ def scaling_table(found: Sequence[PaperRow], scaling: Scaling, scale: Scale) -> 
 def _scaling_note(scale: Scale) -> str:
     note = (
         "Mean ± standard deviation over seeds. `to DDP` is the difference in top-1 to DDP on as many nodes, in points. "
-        "`bytes of DDP` are the bytes that a worker hands to collectives between nodes, over one float32 gradient of "
+        "`bytes of DDP` are the bytes that a node hands to collectives between nodes, over one float32 gradient of "
         "every parameter at every step. Traffic is scaled as in the paper. The paper's columns give top-1 (difference "
         "to DDP), traffic over that of DDP, and compression, for the same number of nodes."
     )

@@ -20,7 +20,8 @@ from abtrain import recipes
 from abtrain.comm.topology import Topology
 from abtrain.commands.plan.collectives import Cluster
 from abtrain.commands.plan.forecast import FactorSeconds, Forecast, WorkerSeconds, forecast
-from abtrain.commands.plan.payload import payload_ratio, predict
+from abtrain.commands.plan.payload import predict
+from abtrain.commands.plan.totals import payload_ratio
 from abtrain.commands.plan.settings import problem_of
 from abtrain.commands.plan.shapes import ModelShapes, ranks_for
 from abtrain.commands.plan.stragglers import Speeds

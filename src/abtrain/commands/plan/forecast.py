@@ -17,9 +17,11 @@ from functools import cache
 
 from abtrain.comm.communicator import Calls, Traffic
 from abtrain.comm.stages import stages_due
+from abtrain.comm.topology import Topology
 from abtrain.commands.plan.collectives import Cluster, Cost, cost_of, scoped
 from abtrain.commands.plan.stragglers import Speeds
 from abtrain.commands.plan.stretches import Merging, Stretch
+from abtrain.commands.plan.totals import over_links, payload
 from abtrain.recipes.sync import GradientWire
 
 BACKWARD = 2 / 3
@@ -79,7 +81,7 @@ class PhaseForecast:
     Attributes:
         phase: the name of the phase.
         steps: the number of steps.
-        payload: the bytes that one worker hands to collectives.
+        payload: the bytes that a group hands to collectives with other groups; of a single group, those of a worker.
         wire: the bytes that a node sends over its link, headers included.
         compute: the seconds of computation at nominal speed.
         waiting: the seconds that workers wait for the slowest one.
@@ -158,6 +160,7 @@ class _Forecaster:
     def __init__(self, cluster: Cluster, alone: WorkerSeconds, group_size: int, speeds: Speeds, algorithm: str) -> None:
         self._cluster, self._alone, self._speeds = cluster, alone, speeds
         self._group_size, self._algorithm = group_size, algorithm
+        self._topology = Topology(cluster.workers, group_size)
         # Repeated phases call the same collectives.
         self._cost = cache(self._cost_of)
 
@@ -169,12 +172,12 @@ class _Forecaster:
         exposed = stretch.steps * (averaging * slowest + self._exposed(stretch.step, step * slowest))
         exposed += self._seconds(stretch.entry) + self._seconds(stretch.exit)
         exposed += sum(merging.times * self._stalled(merging, step * slowest) for merging in stretch.merges)
-        payload = sum(traffic.nbytes * times for traffic, times in stretch.all())
+        sent = sum(over_links(payload([stretch], self._topology), self._topology).values())
         wire = sum(self._cost(traffic).wire * times for traffic, times in stretch.all())
         waiting, decomposing = compute * (slowest - 1), stretch.decompositions * alone.decompositions
         if stretch.decompositions:
             decomposing += alone.factors.reshaping
-        return PhaseForecast(stretch.phase, stretch.steps, payload, wire, compute, waiting, exposed, decomposing)
+        return PhaseForecast(stretch.phase, stretch.steps, sent, wire, compute, waiting, exposed, decomposing)
 
     def _slowest(self, stretch: Stretch) -> float:
         """Returns the time until the last worker has completed the steps, divided by their nominal time."""

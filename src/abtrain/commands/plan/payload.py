@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from abtrain.comm.communicator import PLAIN, Calls, Scope, scope_spans
+from abtrain.comm.communicator import PLAIN, Calls, Scope
 from abtrain.comm.following import sent_by_follow
 from abtrain.comm.hooks import plain_steps, sent_by_backward
 from abtrain.comm.topology import Topology
@@ -64,23 +64,6 @@ def predict(
     if topology.world_size == 1:
         return [_alone(position) for position in recipe.runs()]
     return list(_Walk(recipe, model, topology, history or [{}], optimizer, rank).stretches())
-
-
-def payload(stretches: Sequence[Stretch], topology: Topology) -> dict[str, Any]:
-    """Returns the bytes of a run with the keys of `Meter.payload()`: total, between_groups, within_groups, by_phase."""
-    by_scope, by_phase = {"between_groups": 0, "within_groups": 0}, dict[str, int]()
-    for stretch in stretches:
-        for traffic, times in stretch.all():
-            nbytes = traffic.nbytes * times
-            if nbytes:
-                by_scope[scope_spans(topology, traffic.scope)] += nbytes
-                by_phase[stretch.phase] = by_phase.get(stretch.phase, 0) + nbytes
-    return {"total": sum(by_scope.values()), **by_scope, "by_phase": by_phase}
-
-
-def payload_ratio(nbytes: float, parameters: float, steps: float) -> float:
-    """Returns a payload in bytes divided by that of DDP, which sends all gradients in float32 at every step."""
-    return nbytes / (4 * parameters * steps)
 
 
 def idle_factors(position: Position, topology: Topology, ranks: Iterable[int]) -> set[str]:

@@ -13,7 +13,7 @@ from abtrain.commands.plan.advice import CASES, SHORT_RUN, Offer, Recommendation
 from abtrain.commands.plan.bench import Bench, measure_decompositions
 from abtrain.commands.plan.collectives import ALL_REDUCES, Cluster, NodeLink
 from abtrain.commands.plan.forecast import PhaseForecast, WorkerSeconds
-from abtrain.commands.plan.recipes_command import ratio_in_short, ratio_in_words
+from abtrain.commands.plan.recipes_command import payload_note, ratio_in_short, ratio_in_words
 from abtrain.commands.plan.settings import (
     ALL,
     PlanConfig,
@@ -63,7 +63,7 @@ def plan(config: PlanConfig, console: Output | None = None) -> None:
         console.print(_by_phase(offer, unit))
     else:
         console.print(_comparison([advice.ddp, *map(setting.offer, recipes.RECIPES)], advice.ddp, unit))
-    console.print("\n" + _NOTE)
+    console.print("\n" + payload_note(config.nodes * config.workers_per_node, config.workers_a_group) + _NOTE)
 
 
 def _advise(advice: Recommendation, unit: TimeUnit, console: Output) -> None:

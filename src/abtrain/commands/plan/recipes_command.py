@@ -10,7 +10,7 @@ from rich.text import Text
 from abtrain import recipes
 from abtrain.comm.topology import Topology, topology_problems
 from abtrain.commands.output import Output, narrow_table
-from abtrain.commands.plan.payload import payload, payload_ratio, predict
+from abtrain.commands.plan.payload import predict
 from abtrain.commands.plan.recipe_words import options_in_words, phases_in_words, purpose_of
 from abtrain.commands.plan.settings import (
     ALL,
@@ -21,6 +21,7 @@ from abtrain.commands.plan.settings import (
     problem_of,
     shapes_for,
 )
+from abtrain.commands.plan.totals import over_links, payload, payload_ratio
 from abtrain.commands.plan.shapes import ranks_for
 from abtrain.commands.units import human_bytes
 from abtrain.errors import ConfigurationError
@@ -49,6 +50,9 @@ def list_recipes(config: RecipesConfig, console: Output | None = None) -> None:
     workers = f"{config.workers} workers in groups of {config.group_size}"
     console.print(model_in_words(config, model))
     console.print(f"{config.steps:,} steps, {workers}, compression {config.compression:g} : 1 if factored\n")
+    note = payload_note(config.workers, config.group_size)
+    if note:
+        console.print(f"{note.strip()}\n")
     if config.recipe == ALL:
         console.print(_table(config))
     else:
@@ -57,6 +61,13 @@ def list_recipes(config: RecipesConfig, console: Output | None = None) -> None:
         console.print(_phases(config, recipes.from_text(config.recipe, config.steps)))
         console.print(f"\n{purpose_of(name)}\n")
         console.print(_options(name) if recipes.options_of(name) else "no options")
+
+
+def payload_note(workers: int, group_size: int) -> str:
+    """Returns a sentence on what payload counts, with a space after it; empty if that is what each worker sends."""
+    if group_size == 1 or group_size == workers:
+        return ""
+    return f"Payload is what a group of {group_size} workers sends to the other groups. "
 
 
 def ratio_in_words(ratio: float) -> str:
@@ -119,9 +130,11 @@ def _options(name: str) -> Table:
 
 
 def _predicted(config: RecipesConfig, recipe: Recipe) -> tuple[int, float, dict[str, int]]:
-    """Returns a worker's payload in bytes, its ratio to DDP's payload in float32, and the payload of each phase."""
+    """Returns the payload of `over_links` in bytes, its ratio to DDP's in float32, and the payload of each phase."""
     model = shapes_for(config)(recipe.factoring)
     topology = Topology(config.workers, config.group_size)
     ranks = ranks_for(model, config.compression) if recipe.factored else {}
     sent = payload(predict(recipe, model, topology, ranks), topology)
-    return sent["total"], payload_ratio(sent["total"], model.numel, config.steps), sent["by_phase"]
+    by_phase = over_links(sent, topology)
+    total = sum(by_phase.values())
+    return total, payload_ratio(total, model.numel, config.steps), by_phase

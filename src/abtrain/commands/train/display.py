@@ -90,8 +90,7 @@ class Display:
         table.add_row("validation loss", f"{result['loss']:.4f}")
         table.add_row("sent per worker", human_bytes(payload["total"]))
         if result["group_size"] > 1 and payload["between_groups"]:
-            between = human_bytes(payload["between_groups"] * result["group_size"])
-            table.add_row("sent to other groups", f"{between} per group")
+            table.add_row("sent to other groups", f"{human_bytes(sum(payload['of_group'].values()))} per group")
         table.add_row("relative to DDP", f"{100 * result['payload_ratio']:.1f} %")
         table.add_row("compression", f"{result['compression']:.2f} : 1")
         table.add_row("seconds", f"{seconds['total']:.1f} ({parts})")

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from abtrain.checkpoint.digest import weights_digest
 from abtrain.comm.communicator import Communicator
 from abtrain.commands.circumstances import hardware, versions
-from abtrain.commands.plan.payload import payload_ratio
+from abtrain.commands.plan.totals import over_links, payload_ratio
 from abtrain.commands.tasks.choices import Precision
 from abtrain.commands.tasks.evaluation import evaluate
 from abtrain.commands.tasks.samples import Data
@@ -122,7 +122,7 @@ class Trainer:
         ab, config = self.ab, self.config
         meter, topology, device = ab.communicator.meter, ab.communicator.topology, ab.communicator.device
         payload = meter.payload()
-        trained_by = payload["total"] - sum(payload["by_phase"].get(name, 0) for name in (VALIDATE, CHECKPOINT))
+        trained_by = sum(n for name, n in over_links(payload, topology).items() if name not in (VALIDATE, CHECKPOINT))
         return {
             "recipe": config.recipe_name,
             "task": config.task,

@@ -14,7 +14,8 @@ from abtrain import ABTraining, Energy, FixedRank, GradientSync, Phase, Recipe, 
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.topology import Topology
-from abtrain.commands.plan.payload import payload, payload_ratio, predict
+from abtrain.commands.plan.payload import predict
+from abtrain.commands.plan.totals import over_links, payload, payload_ratio
 from abtrain.commands.plan.shapes import assumed_shapes, ranks_for, shapes_of
 from abtrain.commands.plan.stretches import turns
 from abtrain.consistency.optimizers import OptimizerShape
@@ -286,3 +287,14 @@ def test_build_is_not_needed_to_predict_a_large_model() -> None:
     model = assumed_shapes(7_000_000_000, 4096)
     total = payload(predict(recipes.ddp(10, wire="bf16"), model, Topology(64)), Topology(64))["total"]
     assert payload_ratio(total, model.numel, 10) == pytest.approx(0.5, rel=1e-6)
+
+
+def test_gradients_within_a_machine_are_not_payload_over_links() -> None:
+    topology = Topology(4, 2)
+    sent = {
+        name: over_links(payload(predict(recipe, shapes_of(norm_net(), None), topology, {}), topology), topology)
+        for name, recipe in {"ddp": recipes.ddp(17), "diloco": recipes.diloco(17, every=5)}.items()
+    }
+    whole = 4 * shapes_of(norm_net(), None).numel * 17
+    assert sum(sent["ddp"].values()) == pytest.approx(whole, rel=0.1)
+    assert 0 < sum(sent["diloco"].values()) < 0.3 * whole

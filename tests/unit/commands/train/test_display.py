@@ -106,3 +106,9 @@ def test_a_bar_on_a_terminal() -> None:
 
 def test_a_task_without_classes_has_no_top1() -> None:
     assert "top-1" not in shown(RESULT | {"top1": None})
+
+
+def test_a_run_in_groups_shows_what_a_group_sends() -> None:
+    sent = {"total": 9_000_000, "between_groups": 400_000, "of_group": {"warmup": 500_000, "factors": 300_000}}
+    lines = shown(RESULT | {"payload_bytes": sent, "group_size": 2}).splitlines()
+    assert any("sent to other groups" in line and "800 kB per group" in line for line in lines)

@@ -15,7 +15,8 @@ from abtrain.comm.communicator import Calls, Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.stages import Stages
 from abtrain.comm.topology import Topology
-from abtrain.commands.plan.payload import payload, predict
+from abtrain.commands.plan.payload import predict
+from abtrain.commands.plan.totals import payload
 from abtrain.commands.plan.recipe_words import phases_in_words
 from abtrain.commands.plan.shapes import shapes_of
 from abtrain.errors import ConfigurationError
