@@ -114,7 +114,7 @@ def test_options_that_differ(option: str, value: Any, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("asks_at", "words"),
-    [((2, 3), "step is 2 on rank 0 and 3 on rank 1"), ((None, 3), "ranks are at different places of the program")],
+    [((2, 3), "step is 2 on rank 0 and 3 on rank 1"), ((None, 3), "the call is ab.step() on rank 0 and ab.merged() on rank 1. All workers must make the same calls")],
     ids=["at another step", "alone"],
 )
 def test_an_average_that_not_all_ask_for_at_the_same_step(asks_at: tuple[int | None, int], words: str) -> None:
@@ -127,6 +127,23 @@ def test_an_average_that_not_all_ask_for_at_the_same_step(asks_at: tuple[int | N
     errors = told(2, work)
     assert {type(error) for error in errors} == {RanksDisagreeError} and errors[0].exit_code == 5
     assert all(words in str(error) for error in errors)
+
+
+@pytest.mark.parametrize("kind", ["save", "latest"])
+def test_a_checkpoint_of_one_worker_alone(kind: str, tmp_path: Path) -> None:
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, recipes.local_sgd(20, every=5))
+        loop.run(2)
+        if comm.rank == 0 and kind == "save":
+            checkpoint.save(tmp_path, 2, {"ab": loop.ab.state_dict()}, comm)
+        elif comm.rank == 0:
+            checkpoint.latest(tmp_path, comm)
+        loop.run(10)
+
+    errors = told(2, work)
+    assert {type(error) for error in errors} == {RanksDisagreeError}
+    words = f"the call is checkpoint.{kind}() on rank 0 and ab.step() on rank 1. All workers must make the same calls"
+    assert all(words in str(error) and "`if rank == 0:`" in str(error) for error in errors)
 
 
 def test_optimizers_and_groups_that_differ() -> None:

@@ -38,7 +38,7 @@ from abtrain.checkpoint.trees import join, refer, split
 from abtrain.checks import as_checkpoint_error, said
 from abtrain.comm.checksums import digest
 from abtrain.comm.communicator import Communicator
-from abtrain.consistency.agreement import gather_json
+from abtrain.consistency.agreement import CALL, check_equal, gather_json
 from abtrain.consistency.replicas import Marks, check_same, drifted, marks, same_in
 from abtrain.errors import CheckpointError, RanksDisagreeError
 from abtrain.failpoints import fail_at
@@ -79,6 +79,8 @@ def save(
     """
     final, temporary = folder / f"step-{step:012d}", folder / f"{TEMPORARY[0]}step-{step:012d}"
     failure = f"the checkpoint of step {step} could not be written"
+    # The same shape as the checks of merges: a worker that calls save alone is found by the next merge of the others.
+    check_equal(comm, {CALL: "checkpoint.save()"})
     structure, tensors = _split_together(state, comm, step)
     check_same(state, comm, f"a checkpoint of step {step}")
     try:
@@ -138,6 +140,7 @@ def latest(folder: Path, comm: Communicator) -> Saved | None:
     Raises:
         CheckpointError: no checkpoint in the folder can be used, or the folder cannot be read. All workers raise it.
     """
+    check_equal(comm, {CALL: "checkpoint.latest()"})
     listed = f"the checkpoints in {folder} could not be listed"
     names = _together(comm, listed, lambda: checkpoints_in(folder) if comm.rank == 0 else [])[0]
     problems = []

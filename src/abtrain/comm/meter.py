@@ -75,7 +75,12 @@ class Meter:
         """
         with self._lock:
             total = sum(self._by_scope.values())
-            return {"total": total, **self._by_scope, "by_phase": dict(self._by_phase), "of_group": dict(self._of_group)}
+            return {
+                "total": total,
+                **self._by_scope,
+                "by_phase": dict(self._by_phase),
+                "of_group": dict(self._of_group),
+            }
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the phase, the payload and the seconds of waiting as JSON values."""

@@ -18,7 +18,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from abtrain.comm.checksums import as_bytes
-from abtrain.comm.communicator import PLAIN, Communicator, Pending, Reduction, Scope, SingleProcess, scope_spans, senders
+from abtrain.comm.communicator import (
+    PLAIN,
+    Communicator,
+    Pending,
+    Reduction,
+    Scope,
+    SingleProcess,
+    scope_spans,
+    senders,
+)
 from abtrain.comm.data_parallel import DataParallel
 from abtrain.comm.ddp import TorchDataParallel
 from abtrain.comm.hooks import GradientHook, make_hook

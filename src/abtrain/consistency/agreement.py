@@ -32,6 +32,13 @@ _REMEDY = (
     "Give every worker the same model, recipe and optimizer settings (unless same_settings=False), and call ab.step() "
     "once for each optimizer step, on every worker the same number of times"
 )
+CALL = "call"
+"""The name in a `Place` of the user's call that compares it, for messages to workers that make different calls."""
+_TOGETHER = (
+    "All workers must make the same calls at the same step. ab.step(), entering ab.merged(), checkpoint.save(), "
+    "checkpoint.latest() and ab.load_state_dict() are calls for all workers: do not put them under `if rank == 0:`. "
+    "ab.save() and ab.state_dict() send nothing, and one worker may call them alone"
+)
 
 
 def largest(
@@ -93,9 +100,9 @@ def roll_call(
         # All ranks have the same rows, so all of them make the next collective call.
         everyone = gather_json(comm, held)
         if any(other.keys() != held.keys() for other in everyone):
+            calls = [other.get(CALL, {}).get(CALL, "'another call'").strip("'") for other in everyone]
             raise RanksDisagreeError(
-                f"ranks are at different places of the program: this rank compares {', '.join(place) or 'nothing'}, "
-                f"another rank compares something else. {remedy}"
+                f"workers are at different places of the program: {_by_rank('the call', calls)}. {_TOGETHER}"
             )
         flat = [{leaf: text for parts in other.values() for leaf, text in parts.items()} for other in everyone]
         listed = differences(flat) or "they have the same values in different orders"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from abtrain.checks import as_checkpoint_error
-from abtrain.consistency.agreement import check_equal, raise_together
+from abtrain.consistency.agreement import CALL, check_equal, raise_together
 from abtrain.consistency.replicas import check_replicas, marked
 from abtrain.consistency.settings import chosen
 from abtrain.engine.optimizer_hooks import OptimizerHooks
@@ -60,6 +60,7 @@ class EngineState:
         """
         comm, recipe = self.progress.comm, self.progress.recipe
         run = ResumedRun(recipe, comm, self.rounds.shared, self.grad_scaler)
+        check_equal(comm, {CALL: "ab.load_state_dict()"})
         raise_together(comm, state_problem(state, run))
         position = recipe.at(state["step"]) if state["step"] < recipe.total_steps else None
         check_equal(

@@ -25,7 +25,7 @@ from abtrain.comm.checksums import checksum
 from abtrain.comm.communicator import Calls, Communicator
 from abtrain.comm.stages import Stages, timed, together
 from abtrain.comm.topology import Topology
-from abtrain.consistency.agreement import ROLL_CALL, gather_json, roll_call, share
+from abtrain.consistency.agreement import CALL, ROLL_CALL, gather_json, roll_call, share
 from abtrain.errors import NonFiniteError, OnNonFinite, UsageError
 from abtrain.failpoints import fail_at
 from abtrain.merging.batch_merge import BatchMerge, merge_at_once, merge_in_turn
@@ -181,7 +181,8 @@ class Merger(OuterState):
         elif max(largest, default=0.0) * self._comm.topology.world_size**2 > _LARGEST:
             content = TOO_LARGE
         loss = part.loss if part.loss is None or math.isfinite(part.loss) else math.inf
-        calling = roll_call(self._comm, part.place, (content, math.nan if loss is None else loss))
+        place = {CALL: "ab.step()", **part.place}
+        calling = roll_call(self._comm, place, (content, math.nan if loss is None else loss))
         rows, waited = yield from timed(calling, lambda: self._comm.meter.sync_seconds)
         reports = [Part(*row) for row in rows]
         fail_at(self._comm.rank, part.step, "merge.agreed")

@@ -15,7 +15,7 @@ from torch import Tensor
 from abtrain.comm.checksums import fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Background, Stages, finish, timed
-from abtrain.consistency.agreement import Told, roll_call
+from abtrain.consistency.agreement import CALL, Told, roll_call
 from abtrain.consistency.replicas import check_replicas
 from abtrain.errors import OnNonFinite
 from abtrain.failpoints import fail_at
@@ -134,7 +134,7 @@ class Rounds:
             if position.merges:
                 break
             ahead += 1
-        calling = roll_call(self._comm, self.shared.place(step, phase), numbers)
+        calling = roll_call(self._comm, {CALL: "ab.merged()", **self.shared.place(step, phase)}, numbers)
         next(calling)
         # Workers that begin a merge instead advance older merges by one more step before they wait for an answer.
         self._go_ahead(ahead + 1)

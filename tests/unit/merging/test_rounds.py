@@ -124,7 +124,7 @@ def test_validation_while_a_merge_is_under_way_sees_the_average_and_changes_noth
 )
 def test_an_average_that_one_worker_requests_during_hidden_merges(sync: WeightSync, step: int) -> None:
     told = run_gloo(3, one_looks_at_the_average, sync, step)
-    assert all("ranks are at different places of the program" in words for words in told)
+    assert all("workers are at different places of the program" in words for words in told)
 
 
 def one_looks_at_the_average(comm: Communicator, sync: WeightSync, step: int) -> str:

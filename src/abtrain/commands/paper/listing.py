@@ -22,9 +22,9 @@ from abtrain.commands.paper.published import (
     PaperCell,
 )
 from abtrain.commands.plan.payload import predict
-from abtrain.commands.plan.totals import over_links, payload, payload_ratio
 from abtrain.commands.plan.recipe_words import phases_in_words
 from abtrain.commands.plan.shapes import ModelShapes, ranks_for, shapes_of
+from abtrain.commands.plan.totals import payload, payload_ratio
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import group_size_of, recipe_of
 from abtrain.commands.units import human_bytes, spread

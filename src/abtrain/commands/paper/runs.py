@@ -25,8 +25,8 @@ from abtrain.commands.paper.published import BACKWARD_SHARE
 from abtrain.commands.plan.collectives import Cluster, NodeLink
 from abtrain.commands.plan.forecast import WorkerSeconds, forecast
 from abtrain.commands.plan.payload import predict
-from abtrain.commands.plan.totals import payload_ratio
 from abtrain.commands.plan.shapes import ModelShapes, shapes_of
+from abtrain.commands.plan.totals import payload_ratio
 from abtrain.commands.runs.folder_run import FolderRun, check_folders, run_once, writing
 from abtrain.commands.runs.request import RECORD_FILE, REQUEST_FILE, TRAIN_FOLDER, request_differences, write_request
 from abtrain.commands.runs.result_files import JsonRecord, is_empty, read_record
@@ -84,7 +84,8 @@ class PaperOutcome:
         top1: the validation accuracy in percent.
         compression: the parameters of the full model divided by those of the factored model.
         payload: the bytes that a worker passed to collectives between nodes in the whole run.
-        internode_ratio: the bytes that a node passed to other nodes divided by that of DDP, which sends all gradients in float32 at every step.
+        internode_ratio: the bytes that a node passed to other nodes, divided by those of DDP, which sends all gradients
+            in float32 at every step.
         seconds: the seconds of training. For a simulated run, this is a forecast for a cluster with `TINY_LINK`.
         traffic: the scaled traffic of a node in GB/s, as defined for Table II.
         version: the version of abtrain that executed the run; None if the result file does not contain it.

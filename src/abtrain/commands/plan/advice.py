@@ -21,10 +21,10 @@ from abtrain.comm.topology import Topology
 from abtrain.commands.plan.collectives import Cluster
 from abtrain.commands.plan.forecast import FactorSeconds, Forecast, WorkerSeconds, forecast
 from abtrain.commands.plan.payload import predict
-from abtrain.commands.plan.totals import payload_ratio
 from abtrain.commands.plan.settings import problem_of
 from abtrain.commands.plan.shapes import ModelShapes, ranks_for
 from abtrain.commands.plan.stragglers import Speeds
+from abtrain.commands.plan.totals import payload_ratio
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.wires import AUTO

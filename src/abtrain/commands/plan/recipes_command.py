@@ -21,8 +21,8 @@ from abtrain.commands.plan.settings import (
     problem_of,
     shapes_for,
 )
-from abtrain.commands.plan.totals import over_links, payload, payload_ratio
 from abtrain.commands.plan.shapes import ranks_for
+from abtrain.commands.plan.totals import over_links, payload, payload_ratio
 from abtrain.commands.units import human_bytes
 from abtrain.errors import ConfigurationError
 from abtrain.recipes.recipe import Recipe

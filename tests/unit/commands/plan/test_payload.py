@@ -15,9 +15,9 @@ from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.topology import Topology
 from abtrain.commands.plan.payload import predict
-from abtrain.commands.plan.totals import over_links, payload, payload_ratio
 from abtrain.commands.plan.shapes import assumed_shapes, ranks_for, shapes_of
 from abtrain.commands.plan.stretches import turns
+from abtrain.commands.plan.totals import over_links, payload, payload_ratio
 from abtrain.consistency.optimizers import OptimizerShape
 from abtrain.merging.wires.wire import make_wire
 from abtrain.recipes.factoring import Factoring

@@ -16,9 +16,9 @@ from abtrain.comm.in_process import run_in_process
 from abtrain.comm.stages import Stages
 from abtrain.comm.topology import Topology
 from abtrain.commands.plan.payload import predict
-from abtrain.commands.plan.totals import payload
 from abtrain.commands.plan.recipe_words import phases_in_words
 from abtrain.commands.plan.shapes import shapes_of
+from abtrain.commands.plan.totals import payload
 from abtrain.errors import ConfigurationError
 from abtrain.merging.wires.wire import Averages, Wire
 from abtrain.recipes.wires import FORMS, Form
