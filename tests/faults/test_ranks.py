@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from abtrain import ABTraining, FixedRank, recipes
+from abtrain import ABTraining, FixedRank, checkpoint, recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.topology import Topology

@@ -61,7 +61,13 @@ class Saved(NamedTuple):
 
 
 def save(
-    folder: Path, step: int, state: Mapping[str, Any], comm: Communicator, *, keep: int = 2, resizable: bool = False
+    folder: str | os.PathLike[str],
+    step: int,
+    state: Mapping[str, Any],
+    comm: Communicator,
+    *,
+    keep: int = 2,
+    resizable: bool = False,
 ) -> Path:
     """Writes a checkpoint, removes the oldest ones, and returns its folder. Collective over the world.
 
@@ -77,6 +83,7 @@ def save(
         RanksDisagreeError: workers that must have the same tensors have different ones. All workers raise it.
         TypeError: a worker's state has a value that cannot be saved. That worker raises it, with the value's place.
     """
+    folder = Path(folder)
     final, temporary = folder / f"step-{step:012d}", folder / f"{TEMPORARY[0]}step-{step:012d}"
     failure = f"the checkpoint of step {step} could not be written"
     # The same shape as the checks of merges: a worker that calls save alone is found by the next merge of the others.
@@ -131,7 +138,7 @@ def _split_together(state: Mapping[str, Any], comm: Communicator, step: int) -> 
     return structure, tensors
 
 
-def latest(folder: Path, comm: Communicator) -> Saved | None:
+def latest(folder: str | os.PathLike[str], comm: Communicator) -> Saved | None:
     """Returns the newest checkpoint that all workers have verified; None if there is none. Collective over the world.
 
     A checkpoint is skipped, with a warning, if it is damaged, if workers had different weights that should have been
@@ -141,6 +148,7 @@ def latest(folder: Path, comm: Communicator) -> Saved | None:
         CheckpointError: no checkpoint in the folder can be used, or the folder cannot be read. All workers raise it.
     """
     check_equal(comm, {CALL: "checkpoint.latest()"})
+    folder = Path(folder)
     listed = f"the checkpoints in {folder} could not be listed"
     names = _together(comm, listed, lambda: checkpoints_in(folder) if comm.rank == 0 else [])[0]
     problems = []

@@ -90,7 +90,7 @@ def roll_call(
     comm: Communicator, place: Place, told: Told = (0, 0.0), what: str = _DISAGREE, remedy: str = _REMEDY
 ) -> Stages[list[Told]]:
     """Checks `place` like `check_equal`, in stages, and returns the pairs `told` of all ranks, in rank order."""
-    held = {name: dict(_leaves(name, value)) for name, value in place.items()}
+    held = {name: dict(leaves(name, value)) for name, value in place.items()}
     whole = torch.tensor([fingerprint(held), told[0]], dtype=torch.int64)
     row = torch.cat([whole, torch.tensor([told[1]], dtype=torch.float64).view(torch.int64)])
     under_way = comm.launch_all_gather(row.to(comm.device))
@@ -114,18 +114,18 @@ ROLL_CALL: Calls = (Traffic("all_gather", "world", 3 * torch.int64.itemsize),)
 """The collective call that `roll_call` or `check_equal` makes if nothing differs."""
 
 
-def _leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
+def leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
     """Yields a name (`place` and a path) and a text for each value in nested dataclasses, dicts, lists and tuples."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield place, type(value).__name__
         for field in dataclasses.fields(value):
-            yield from _leaves(f"{place}.{field.name}", getattr(value, field.name))
+            yield from leaves(f"{place}.{field.name}", getattr(value, field.name))
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _leaves(f"{place}.{key}", item)
+            yield from leaves(f"{place}.{key}", item)
     elif isinstance(value, tuple | list):
         for i, item in enumerate(value):
-            yield from _leaves(f"{place}[{i}]", item)
+            yield from leaves(f"{place}[{i}]", item)
     else:
         yield place, stable_repr(value)
 

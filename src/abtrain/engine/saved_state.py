@@ -16,7 +16,7 @@ from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.engine.phase_change import PhaseChange
 from abtrain.engine.progress import Progress
 from abtrain.engine.state_parts import ResumedRun
-from abtrain.engine.state_problems import VERSION, recipe_fingerprint, state_problem
+from abtrain.engine.state_problems import VERSION, recipe_fingerprint, recipe_settings, state_problem
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.model_state import load_model_state, model_state
 from abtrain.merging.rounds import Rounds
@@ -41,6 +41,7 @@ class EngineState:
         return {
             "version": VERSION,
             "recipe": recipe_fingerprint(self.progress.recipe),
+            "settings": recipe_settings(self.progress.recipe),
             "model": model | marked("weights", model["weights"], self.progress.equal_scope),
             "merger": self.rounds.merger.state_dict(),
             "rounds": self.rounds.state_dict(),

@@ -247,4 +247,5 @@ PARTS: Mapping[str, Callable[[Resumption], Check]] = {
     "copies": _copies,
     "grad_scaler": _grad_scaler,
     "meter": lambda at: _METER,
+    "settings": lambda at: by_name(text()),
 }

@@ -16,17 +16,25 @@ from torch import Tensor
 
 from abtrain.checks import anything, blames_data, brief, first_problems, mapping, said, told_names, whole
 from abtrain.comm.checksums import stable_repr
+from abtrain.consistency.agreement import leaves
 from abtrain.engine.state_parts import PARTS, ResumedRun, Resumption, position_of
 from abtrain.lowrank.fit import MODEL_STATE, model_problems
 from abtrain.recipes.recipe import Recipe
 
 VERSION = 8
 """The version of the format of `ABTraining.state_dict`. Each change of the format increases it."""
+_MOST_NAMED = 4
+"""The largest number of settings in a message."""
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:
     """Returns 64 hexadecimal digits that identify a recipe. Equal recipes give equal digits in every process."""
     return hashlib.sha256(stable_repr(recipe).encode()).hexdigest()
+
+
+def recipe_settings(recipe: Recipe) -> dict[str, str]:
+    """Returns all settings of a recipe as text, by name, such as `cycle[0].steps`."""
+    return {name.removeprefix("recipe."): value for name, value in leaves("recipe", recipe) if name != "recipe"}
 
 
 def run_problem(state: Any, recipe: Recipe) -> str:
@@ -37,11 +45,29 @@ def run_problem(state: Any, recipe: Recipe) -> str:
     saved, wanted = state.get("recipe"), recipe_fingerprint(recipe)
     if isinstance(saved, str) and saved == wanted:
         return ""
-    other = saved[:12] if isinstance(saved, str) else saved
     return (
-        f"the checkpoint belongs to another recipe, not {recipe.name!r} of {recipe.total_steps} steps (fingerprint "
-        f"{said(other)}, not {wanted[:12]!r}): build the recipe with the same settings, or start a new run"
+        f"the checkpoint belongs to another recipe, not {recipe.name!r} of {recipe.total_steps} steps "
+        f"({_unlike(state, saved, recipe)}): build the recipe with the same settings, or start a new run"
     )
+
+
+def _unlike(state: Mapping[str, Any], fingerprint: object, recipe: Recipe) -> str:
+    """Describes the first settings in which the recipe of a state differs from this one, or both fingerprints."""
+    saved, wanted = state.get("settings"), recipe_settings(recipe)
+    named = isinstance(saved, Mapping) and all(isinstance(one, str) for pair in saved.items() for one in pair)
+    if saved and named:
+        names = [name for name in dict.fromkeys((*wanted, *saved)) if saved.get(name) != wanted.get(name)]
+        more = f"; and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+        absent = "absent"
+        told = [
+            f"{ascii(name[:60])[1:-1]} was {ascii(saved.get(name, absent)[:60])[1:-1]}, and is "
+            f"{wanted.get(name, absent)[:60]} now"
+            for name in names[:_MOST_NAMED]
+        ]
+        if told:
+            return "; ".join(told) + more
+    other = fingerprint[:12] if isinstance(fingerprint, str) else fingerprint
+    return f"fingerprint {said(other)}, not {recipe_fingerprint(recipe)[:12]!r}"
 
 
 def _told_kind(state: Any) -> str:

@@ -156,6 +156,14 @@ def test_nothing_is_taken_from_a_state_that_does_not_fit() -> None:
     assert loop.ab.steps_done == 7 and weights_digest(loop.ab.dense_state_dict()) != before
 
 
+def test_a_state_of_another_recipe_names_the_settings_that_differ() -> None:
+    _, state = saved(recipes.ab_outer(100), 2)
+    other = Loop(SingleProcess(), recipes.ab_outer(120, every=10))
+    words = r"ab_outer' of 120 steps \(total_steps was 100, and is 120 now; .*every was 20, and is 10 now"
+    with pytest.raises(CheckpointError, match=words):
+        other.ab.load_state_dict(state)
+
+
 def test_a_state_saved_during_a_step_is_refused() -> None:
     loop, _ = saved(RECIPES["ab"], 2)
     loop.ab(torch.zeros(2, 10)).sum().backward()
