@@ -8,6 +8,7 @@ which parameters are trained, and how workers synchronize. The recipes are AB-tr
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from abtrain.notices import show_by_default as _show_by_default
 from abtrain.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ __all__ = [
     "to_plain",
     "weights_digest",
 ]
+
+_show_by_default()
 
 _HOMES = {
     "ABTraining": "engine.ab_training",

@@ -392,6 +392,18 @@ def test_a_compiled_model_trains(compiles: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(loop.run().values(), plain.run().values(), strict=True))
 
 
+def test_a_model_saved_within_a_round_names_the_call(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    def work(comm: Communicator) -> None:
+        loop = Loop(comm, LOCAL)
+        loop.step()
+        if comm.rank == 0:
+            loop.ab.save(tmp_path / "m.safetensors")
+
+    run_in_process(2, work)
+    (text,) = texts(caplog, "rank 0's group")
+    assert text.startswith("ab.save() at step 1, within a round")
+
+
 # What is said when weights are factored.
 
 
@@ -400,6 +412,13 @@ def test_how_many_weights_are_factored_is_said(capsys: pytest.CaptureFixture[str
         patch.setattr(logging.getLogger("abtrain"), "propagate", False)
         Loop(SingleProcess(), FACTORED)
     assert "abtrain: step 0: 3 of 3 weights factored, 1." in capsys.readouterr().err
+
+
+def test_why_the_others_stay_dense_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    Loop(SingleProcess(), recipes.ab_outer(20, every=4, warmup_steps=0, rank_rule=FixedRank(6)))
+    (text,) = texts(caplog, "weights factored")
+    assert text.endswith("2 of 3 weights factored, 1.1 : 1; 1 stays dense (factors of rank 5 would be no smaller)")
 
 
 def test_no_weight_is_factored(caplog: pytest.LogCaptureFixture) -> None:

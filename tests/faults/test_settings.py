@@ -425,10 +425,10 @@ def test_doubtful_settings_are_reported_once(caplog: pytest.LogCaptureFixture) -
 def test_the_start_says_who_belongs_together(
     logged: bool, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from abtrain.engine import ab_training as engine
+    from abtrain.engine import beginning
 
     caplog.set_level("INFO")
-    monkeypatch.setattr(engine.log, "hasHandlers", lambda: logged)
+    monkeypatch.setattr(beginning, "is_set_up", lambda: logged)
     run_in_process(4, lambda comm: Loop(comm, AB) and None, group_size=2)
     line = (
         "4 workers in 2 groups of 2; traffic between groups: gradients at every step (warmup, rebound) and merges "

@@ -94,6 +94,8 @@ def test_stopped_on_request(number: signal.Signals, tmp_path: Path) -> None:
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (75, f"abtrain: error: stopped on request ({number.name})\n")
+    (record,) = tmp_path.rglob("lab.json")
+    assert json.loads(record.read_text())["stopped"] is True
     assert left_of(process.pid) == []
 
 

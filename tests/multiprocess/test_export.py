@@ -20,6 +20,7 @@ from abtrain.commands.export.finished import FinishedRun, find_run, inputs
 from abtrain.commands.export.inspection import gains, inspect_file
 from abtrain.commands.export.settings import Form
 from abtrain.commands.train.config import TrainConfig, resolve
+from abtrain.commands.train.folder_content import BEST_MODEL, model_files
 from abtrain.commands.train.loop import train
 from abtrain.errors import CheckpointError, ConfigurationError
 
@@ -122,8 +123,14 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="is not a run folder"):
         find_run(tmp_path, best=False)
     (tmp_path / "config.toml").write_text('recipe = "ddp"')
-    with pytest.raises(ConfigurationError, match=r"has no model\.safetensors: let the run finish"):
+    with pytest.raises(ConfigurationError, match=r"has no model\.safetensors: the run has not finished. The same `abtrain train` command with --out .* continues it$"):
         find_run(tmp_path, best=False)
+    for file in model_files(BEST_MODEL).values():
+        (tmp_path / file).touch()
+    with pytest.raises(ConfigurationError, match=r"or take the best model so far with --best$"):
+        find_run(tmp_path, best=False)
+    for file in model_files(BEST_MODEL).values():
+        (tmp_path / file).unlink()
     with pytest.raises(ConfigurationError, match="--validate-every"):
         find_run(tmp_path, best=True)
 

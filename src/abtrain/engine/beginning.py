@@ -14,6 +14,7 @@ from abtrain.engine.description import groups_and_traffic
 from abtrain.engine.optimizer_problems import doubts_about_optimizers
 from abtrain.engine.problems import doubts_about
 from abtrain.merging.shared_tensors import SharedTensors
+from abtrain.notices import is_set_up
 from abtrain.own import IGNORED, own_names
 from abtrain.recipes.recipe import Recipe
 from abtrain.version import __version__
@@ -60,7 +61,7 @@ def begin(shared: SharedTensors, recipe: Recipe, comm: Communicator, **options: 
 
 def announce(text: str) -> None:
     """Logs a line that every user should see. Prints it to stderr instead if the program has not set up logging."""
-    if log.hasHandlers() or logging.root.manager.disable >= logging.INFO:
+    if is_set_up() or logging.root.manager.disable >= logging.INFO:
         log.info(text)
     else:
         print(f"abtrain: {text}", file=sys.stderr, flush=True)

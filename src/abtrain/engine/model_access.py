@@ -210,7 +210,8 @@ class ModelAccess:
         """
         if form not in get_args(_Form):
             raise ConfigurationError(f"form={form!r} is unknown: use 'factored' or 'dense'")
-        state = self.factored_state_dict() if form == "factored" else self.dense_state_dict()
+        self._tell_whose("ab.save()")
+        state = self._model.factored_state_dict() if form == "factored" else self._model.dense_state_dict()
         about = {"form": form, "recipe": self._progress.recipe.name, "step": self.steps_done}
         save_model(path, state, about)
 

@@ -166,6 +166,14 @@ class PhaseChange:
             self.train(position)
             self.parallel.follow(state["arrivals"])
 
+    def _rest(self) -> str:
+        """Returns how many weights stay dense in this cycle, with the first reason; empty if none."""
+        reasons = list(self.dense_this_cycle.values())
+        if not reasons:
+            return ""
+        more = ", and other reasons" if len(set(reasons)) > 1 else ""
+        return f"; {len(reasons)} stay{'s' * (len(reasons) == 1)} dense ({reasons[0]}{more})"
+
     def _factorize(self, position: Position, recipe: Recipe) -> None:
         assert recipe.factoring is not None
         start, waited = time.perf_counter(), self._comm.meter.sync_seconds
@@ -178,7 +186,7 @@ class PhaseChange:
         self.rank_history.append(entry)
         text = f"step {position.step}: {len(factors)} of {len(self._model.names)} weights factored"
         if self._comm.rank == 0 and factors:
-            announce(f"{text}, {self._model.compression:.1f} : 1")
+            announce(f"{text}, {self._model.compression:.1f} : 1{self._rest()}")
         elif self._comm.rank == 0:
             name, reason = next(iter(self.dense_this_cycle.items()))
             log.warning(

@@ -51,9 +51,25 @@ def save_model(path: str | os.PathLike[str], state: Mapping[str, Any], about: Ma
     try:
         with replacing(Path(path)) as partial:
             save_file(tensors, partial, {"format": "pt", "abtrain": json.dumps(about)})
+            _sort_metadata(partial)
             partial.chmod(0o644)  # safetensors lets only the owner read it
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be written: {error}") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts the metadata in a file's header: safetensors writes them in random order, and equal models in unlike files.
+
+    The header is a JSON object after its length in 8 bytes. Spaces may follow it.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 @own_modes()

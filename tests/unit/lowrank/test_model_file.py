@@ -156,3 +156,12 @@ def test_the_engine_saves_both_forms(tmp_path: Path) -> None:
     assert (tmp_path / "factored").stat().st_size < (tmp_path / "dense").stat().st_size
     with pytest.raises(ConfigurationError, match="form='small' is unknown: use 'factored' or 'dense'"):
         ab.save(tmp_path / "small", "small")  # type: ignore[arg-type]
+
+
+def test_equal_models_make_equal_files(tmp_path: Path) -> None:
+    contents = set()
+    for i in range(8):
+        save_model(tmp_path / "m", {"w": torch.arange(4.0)}, {"form": "dense", "step": 3, "recipe": "é"})
+        contents.add((tmp_path / "m").read_bytes())
+        assert safetensors.torch.load_file(tmp_path / "m")["w"].tolist() == [0, 1, 2, 3], i
+    assert len(contents) == 1

@@ -14,7 +14,7 @@ from abtrain.commands.tasks.samples import Data
 from abtrain.commands.tasks.task import TASKS, Task, build_model
 from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.config_file import from_text
-from abtrain.commands.train.folder_content import BEST_MODEL, CONFIG_FILE, MODEL, model_files
+from abtrain.commands.train.folder_content import BEST_MODEL, CONFIG_FILE, MODEL, RESULT_FILE, model_files
 from abtrain.errors import ConfigurationError
 from abtrain.lowrank.model_file import load
 from abtrain.lowrank.plain import multiplied_out, plain_copy
@@ -80,8 +80,7 @@ def find_run(folder: Path, best: bool) -> FinishedRun:
     name = BEST_MODEL if best else MODEL
     missing = [file for file in model_files(name).values() if not is_regular(folder / file)]
     if missing:
-        remedy = "train with --validate-every" if best else "let the run finish, or train it with this version"
-        raise ConfigurationError(f"{folder} has no {missing[0]}: {remedy}")
+        raise ConfigurationError(f"{folder} has no {missing[0]}: {_remedy(folder, best)}")
     config = from_text(read_regular(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
     if config.task not in TASKS:
         raise ConfigurationError(
@@ -89,6 +88,17 @@ def find_run(folder: Path, best: bool) -> FinishedRun:
             "use the version that trained the run"
         )
     return FinishedRun(folder, name, config)
+
+
+def _remedy(folder: Path, best: bool) -> str:
+    """Returns what to do in a folder that has no model files."""
+    if best:
+        return "train with --validate-every, which keeps the best model"
+    if is_regular(folder / RESULT_FILE):
+        return "another version of abtrain wrote the run: use that version, or train again"
+    known = all(is_regular(folder / file) for file in model_files(BEST_MODEL).values())
+    validated = ", or take the best model so far with --best" if known else ""
+    return f"the run has not finished. The same `abtrain train` command with --out {folder} continues it{validated}"
 
 
 def inputs(run: FinishedRun, data: Data, count: int) -> Tensor:

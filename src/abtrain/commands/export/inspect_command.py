@@ -11,6 +11,7 @@ from abtrain.commands.export.export import new_file_problems
 from abtrain.commands.export.finished import find_run
 from abtrain.commands.export.inspection import Gains, InspectedWeight, gains, inspect_file
 from abtrain.commands.export.settings import InspectConfig
+from abtrain.commands.export.why_dense import why_dense
 from abtrain.commands.figures import COLOURS, legend_below, save
 from abtrain.commands.output import Output, narrow_table
 from abtrain.commands.train.folder_content import model_files
@@ -36,6 +37,8 @@ def inspect_model(config: InspectConfig) -> None:
     weights = inspect_file(file)
     console = Output()
     show_weights(weights, console)
+    if not any(weight.rank for weight in weights):
+        console.print(f"no weight is factored: {why_dense(file, run)}")
     if run is not None:
         show_gains(gains(run, config.data), console)
     if config.plot is not None:
@@ -68,8 +71,6 @@ def show_weights(weights: Sequence[InspectedWeight], console: Output) -> None:
     table.add_row("all matrices", "", "", "", f"{after:,}", f"{1 - after / before:.0%}" if before else "")
     console.print(table)
     console.print("\n99 %: the number of largest singular values with 99 % of the sum of squares")
-    if not any(weight.rank for weight in weights):
-        console.print("no weight is factored: the recipe has no factored phase, or ended in a full-rank one")
 
 
 def show_gains(found: Gains, console: Output) -> None:

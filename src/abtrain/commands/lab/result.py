@@ -60,6 +60,7 @@ class LabResult:
         failed_host: the host that failed first; None if none failed.
         congestion_control: the name of the TCP congestion control on the hosts.
         caused: descriptions of the faults before the first failure or the time-out.
+        stopped: whether a signal to the lab ended the job.
     """
 
     command: tuple[str, ...]
@@ -71,6 +72,7 @@ class LabResult:
     failed_host: int | None
     congestion_control: str
     caused: tuple[str, ...] = ()
+    stopped: bool = False
 
     def error(self) -> LabError | None:
         """Returns the error of a failed job, or None after success. It lists faults that may be the cause."""
@@ -100,6 +102,7 @@ def as_record(result: LabResult, config: LabConfig) -> dict[str, Any]:
         "workers_per_node": config.workers_per_node,
         "seconds": round(result.seconds, 3),
         "timed_out": result.timed_out,
+        "stopped": result.stopped,
         "failed_host": result.failed_host,
         "hosts": [_host_record(host) for host in result.hosts],
         "events": [{"seconds": round(seconds, 3), "event": event} for seconds, event in result.events],

@@ -57,13 +57,17 @@ class LabRun:
         """Waits until the command has ended on all hosts, a host has failed, or the time-out has passed. Then ends all.
 
         Returns:
-            The result of the job, which is also written to lab.json.
+            The result of the job, which is also written to lab.json, even if a signal stops the lab.
         """
-        complete = self._follow()
-        seconds = self._elapsed()
-        self.processes.stop()
-        result = self._result(seconds, complete)
-        write_json(self._job.out / FILE, as_record(result, self._network.config))
+        complete, stopped = True, True
+        try:
+            complete = self._follow()
+            stopped = False
+        finally:
+            seconds = self._elapsed()
+            self.processes.stop()
+            result = self._result(seconds, complete, stopped)
+            write_json(self._job.out / FILE, as_record(result, self._network.config))
         return result
 
     def note(self, verb: str, host: int, rate: int | None = None) -> None:
@@ -89,7 +93,7 @@ class LabRun:
             time.sleep(_POLL_SECONDS)
         return True
 
-    def _result(self, seconds: float, complete: bool) -> LabResult:
+    def _result(self, seconds: float, complete: bool, stopped: bool) -> LabResult:
         hosts = [
             HostResult(
                 host=host,
@@ -110,6 +114,7 @@ class LabRun:
             out=self._job.out,
             seconds=seconds,
             timed_out=not complete,
+            stopped=stopped,
             hosts=tuple(hosts),
             events=tuple((event.seconds, str(event)) for event in self._events if event.seconds >= 0),
             failed_host=failed,
