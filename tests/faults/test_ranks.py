@@ -114,7 +114,10 @@ def test_options_that_differ(option: str, value: Any, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("asks_at", "words"),
-    [((2, 3), "step is 2 on rank 0 and 3 on rank 1"), ((None, 3), "the call is ab.step() on rank 0 and ab.merged() on rank 1. All workers must make the same calls")],
+    [
+        ((2, 3), "step is 2 on rank 0 and 3 on rank 1"),
+        ((None, 3), "the call is ab.step() on rank 0 and ab.merged() on rank 1. All workers must make the same calls"),
+    ],
     ids=["at another step", "alone"],
 )
 def test_an_average_that_not_all_ask_for_at_the_same_step(asks_at: tuple[int | None, int], words: str) -> None:
