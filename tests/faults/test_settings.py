@@ -12,8 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize, prune
 from torch.utils._pytree import tree_map
 
@@ -492,19 +490,6 @@ def test_those_that_differ_or_are_trained_are_refused() -> None:
     assert all(isinstance(one, RanksDisagreeError) and "differ between workers: base" in str(one) for one in differ)
     trained = told(2, lambda comm: train_adapted(comm, Adapted(trained=True)))
     assert all(isinstance(one, ConfigurationError) and "base (Quantised)" in str(one) for one in trained)
-
-
-def sharded(comm: Communicator) -> str:
-    mesh = init_device_mesh("cpu", (2,))
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
-    fully_shard(model, mesh=mesh)
-    with pytest.raises(ConfigurationError) as error:
-        ABTraining(model, torch.optim.SGD(model.parameters(), 0.1), recipes.local_sgd(4, every=2), communicator=comm)
-    return str(error.value)
-
-
-def test_sharded_weights_are_refused() -> None:
-    assert all("0.weight (DTensor), 0.bias (DTensor)" in message for message in run_gloo(2, sharded))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -67,6 +67,11 @@ def test_plain_ddp_and_ddp_through_abtrain_end_with_the_same_weights(tmp_path: P
     assert json.loads((run / "result.json").read_text())["weights_digest"] == plain
 
 
+def test_a_sharded_model_is_trained_and_loaded_whole(tmp_path: Path) -> None:
+    shown = started(4, "sharded.py", "--out", str(tmp_path / "model.safetensors"))
+    assert float(re.findall(r"error ([\d.]+)", shown)[0]) < 2.0
+
+
 def test_the_example_trains_by_any_recipe() -> None:
     assert example("with_abtrain.py", "--recipe", "ab_outer") != example("with_abtrain.py", "--recipe", "ab")
 

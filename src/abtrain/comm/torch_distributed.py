@@ -33,11 +33,13 @@ from abtrain.comm.ddp import TorchDataParallel
 from abtrain.comm.hooks import GradientHook, make_hook
 from abtrain.comm.link import Link
 from abtrain.comm.peers import peers_of_world
+from abtrain.comm.sharded import ShardedDataParallel
 from abtrain.comm.sync_batch_norm import point_sync_batch_norm
 from abtrain.comm.topology import Topology, default_group_size
 from abtrain.errors import ConfigurationError
 from abtrain.own import trained_parameters
 from abtrain.recipes.sync import GradientSync, Sync
+from abtrain.shards import fsdp_modules
 
 # "undefined": init_process_group was given no backend, and uses NCCL for CUDA tensors and Gloo for the rest.
 _NARROW_BACKENDS = ("gloo", "nccl", "undefined")
@@ -139,6 +141,8 @@ class TorchCommunicator(Communicator):
         return parallel
 
     def _wrap(self, module: nn.Module, scope: Scope, find_unused_parameters: bool, sync: GradientSync) -> DataParallel:
+        if any(fsdp_modules(module)):
+            return ShardedDataParallel(module)
         link = self._link(scope)
         # The same shapes get the same hook, since its state outlives phases.
         key = (sync, scope, tuple(p.shape for p in trained_parameters(module).values()))

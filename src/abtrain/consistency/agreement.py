@@ -210,13 +210,14 @@ def sent_by_share(tensors: Sequence[Tensor], scope: Scope = "world") -> Calls:
     return tuple(Traffic("broadcast", scope, bucket.flat.nbytes) for bucket in pack(tensors, widen=False))
 
 
-def differing_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names of the tensors that differ between ranks, in the order of `named`. All ranks get the same list.
+def differing_tensors(comm: Communicator, named: Mapping[str, Tensor], scope: Scope = "world") -> list[str]:
+    """Returns the names of the tensors that differ between the ranks of a scope, in the order of `named`.
 
-    Names, shapes and dtypes are the same on all ranks. Collective over the world. Sends 16 bytes for each tensor.
+    Names, shapes and dtypes are the same on all ranks, and all get the same list. Collective over the scope. Sends 16
+    bytes for each tensor.
     """
     names = list(named)
-    return [names[i] for i in disagreeing(comm, [checksum(tensor) for tensor in named.values()])]
+    return [names[i] for i in disagreeing(comm, [checksum(tensor) for tensor in named.values()], scope)]
 
 
 def agree_on_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
@@ -229,7 +230,7 @@ def agree_on_tensors(comm: Communicator, named: Mapping[str, Tensor]) -> list[st
         RanksDisagreeError: names, shapes or dtypes differ between ranks. All ranks raise the error.
     """
     check_equal(comm, {"names": list(named), "tensors": layouts_of(named)})
-    return _take_rank_0(comm, named)
+    return take_first(comm, named)
 
 
 def sent_by_agree_on_tensors(count: int) -> Calls:
@@ -242,10 +243,14 @@ def take_rank_0(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
 
     All ranks pass the same names, shapes and dtypes. Collective over the world. Sends 16 bytes if nothing differs.
     """
-    return _take_rank_0(comm, named) if disagreeing(comm, [fingerprint(*map(checksum, named.values()))]) else []
+    return take_first(comm, named) if disagreeing(comm, [fingerprint(*map(checksum, named.values()))]) else []
 
 
-def _take_rank_0(comm: Communicator, named: Mapping[str, Tensor]) -> list[str]:
-    differing = differing_tensors(comm, named)
-    share(comm, [named[name] for name in differing], owners=[0] * len(differing))
+def take_first(comm: Communicator, named: Mapping[str, Tensor], scope: Scope = "world") -> list[str]:
+    """Replaces tensors that differ between the ranks of a scope by its first rank's, in place. Returns their names.
+
+    All ranks pass the same names, shapes and dtypes. Collective over the scope. Sends 16 bytes for each tensor.
+    """
+    differing = differing_tensors(comm, named, scope)
+    share(comm, [named[name] for name in differing], [comm.ranks(scope)[0]] * len(differing), scope)
     return differing

@@ -148,9 +148,10 @@ def drifted(answers: Sequence[Sequence[Marks]], topology: Topology) -> str:
     for rank, states in enumerate(answers):
         for place, scope, digest in (row for state in states for row in state):
             # If the number of workers has changed, the groups of the saved run are unknown.
-            if scope == "group" and len(states) > 1:
+            if scope != "world" and len(states) > 1:
                 continue
-            group = str(topology.group_of(rank)) if scope == "group" else "world"
+            among = {"group": f"group {topology.group_of(rank)}", "counterparts": f"place {topology.place_of(rank)}"}
+            group = among.get(scope, "world")
             found.setdefault((place, group), set()).add(digest)
     odd = sorted(place for (place, _), digests in found.items() if len(digests) > 1)
     return f"workers saved different tensors in {odd[0]}, which must be equal" if odd else ""

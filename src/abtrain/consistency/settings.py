@@ -17,6 +17,7 @@ from abtrain.consistency.agreement import check_equal
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizers import Optimizers, settings_of
 from abtrain.own import own_names, shared_buffers
+from abtrain.shards import is_sharded
 
 HYPERPARAMETERS = frozenset(
     {"lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha", "rho", "amsgrad", "maximize"}
@@ -59,7 +60,12 @@ def settings_at_start(optimizers: Optimizers) -> frozenset[str]:
 
 
 def layout(tensor: Tensor, **more: object) -> dict[str, object]:
-    """Returns a tensor's shape, dtype, strides, and `more`. Strides matter because sums follow the order of memory."""
+    """Returns a tensor's shape, dtype, strides, and `more`. Strides matter because sums follow the order of memory.
+
+    A sharded tensor also has its `placements`, the dimensions in which it is divided among the workers of a group.
+    """
+    if is_sharded(tensor):
+        more["placements"] = str(getattr(tensor, "placements"))  # noqa: B009
     # The stride of a dimension of size 1 has no meaning.
     strides = tuple(stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return {"shape": str(tuple(tensor.shape)), "dtype": str(tensor.dtype), "strides": str(strides), **more}

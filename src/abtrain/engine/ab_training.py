@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from abtrain.comm.communicator import Communicator
-from abtrain.consistency.replicas import check_replicas
 from abtrain.engine.beginning import begin
 from abtrain.engine.call_order import CallOrder
 from abtrain.engine.model_access import ModelAccess
@@ -68,12 +67,14 @@ class ABTraining(ModelAccess):
 
     Args:
         model: the model to train, on its device and not wrapped in DDP. ABTraining changes it in place. Workers do not
-            share the parameters and buffers that the model tells DDP to ignore.
+            share the parameters and buffers that the model tells DDP to ignore. FSDP2's `fully_shard` may have sharded
+            it over each group, for recipes without factors or shared gradients, such as `local_sgd` and `diloco`.
         optimizer: an optimizer of the model's parameters, or a list of optimizers that share no parameters. ABTraining
             keeps these objects. Optimizers that wrap others (Accelerate's, SAM, Lookahead) need no preparation.
         recipe: the phases of training, with the number of steps of each phase.
         communicator: the connection to the other workers; default: torch.distributed if initialised, else one worker.
-        group_size: the number of workers per group; default: the ranks per node under torchrun, else 1.
+        group_size: the number of workers per group; default: the workers over which the model is sharded, else the
+            ranks per node under torchrun, else 1.
         grad_scaler: the loop's GradScaler, if it has one. Groups adapt their loss scales separately. ABTraining makes
             the scales equal before all workers share gradients again.
         find_unused_parameters: whether the backward pass may leave some parameters without a gradient, as in DDP.
@@ -120,7 +121,8 @@ class ABTraining(ModelAccess):
         same_settings: bool = True,
         measure_divergence: bool = False,
     ) -> None:
-        comm = checked(model, optimizer, recipe, communicator, group_size, on_nonfinite, average_buffers)
+        given = (recipe, communicator, group_size, on_nonfinite, average_buffers, measure_divergence)
+        comm = checked(model, optimizer, *given)
         self.module, self.recipe, self.communicator = model, recipe, comm
         optimizers = Optimizers(optimizer)
         self.optimizers, self.optimizer = optimizers.given, optimizers.given[0]
@@ -206,6 +208,7 @@ class ABTraining(ModelAccess):
         """
         progress = self._progress
         self._calls.step(loss is not None)
+        self._model.reshard()
         self._hooks.end_step()
         self._new_state.check(progress.steps_done)
         position, upcoming = progress.position, progress.advance()
@@ -220,9 +223,9 @@ class ABTraining(ModelAccess):
         if position.phase.sync is not None and (upcoming is None or upcoming.first):
             where = f"step {progress.steps_done}, end of phase {position.phase.name}"
             shared = self._rounds.shared
-            check_replicas(self.communicator, shared.replicated(), "world", where, shared.buffers())
+            shared.check_equal("world", where, shared.buffers())
         if upcoming is None and position.phase.rounds is not None and not progress.alone:
-            self._rounds.shared.copies.average(self.communicator)
+            self._rounds.shared.copies.average()
         self._enter(upcoming)
 
     def _enter(self, position: Position | None) -> None:
@@ -249,6 +252,7 @@ class ABTraining(ModelAccess):
             UsageError: the loop did not call `ab.step()` after the last optimizer step, or `close` was called.
         """
         self._calls.save()
+        self._model.reshard()
         return self._state.state_dict()
 
     @in_own_modes

@@ -10,10 +10,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from abtrain.checks import told_names
+from abtrain.consistency.agreement import largest
 from abtrain.engine.progress import Progress
 from abtrain.errors import NonFiniteError, OnNonFinite
 from abtrain.lowrank.model import FactoredModel
 from abtrain.own import own_names
+from abtrain.shards import local
 
 log = logging.getLogger("abtrain")
 
@@ -24,7 +26,8 @@ _MOST_IN_A_ROW = 50
 class GradientGuard:
     """Checks gradients for NaN and infinity before each optimizer step.
 
-    Workers that share gradients have the same gradients, so they skip the same steps without communication.
+    Workers that share gradients have the same gradients, so they skip the same steps without communication. Only the
+    workers of a group that share a sharded model tell each other.
 
     Args:
         policy: the reaction to gradients that are not finite. `skip` skips the step. Under other policies, an
@@ -63,7 +66,7 @@ class GradientGuard:
         parameters = [p for one in checked for group in one.param_groups for p in group["params"] if p.grad is not None]
         if self._progress.averages_gradients and self._own:
             parameters = self._without_own(parameters)
-        if _finite(parameters):
+        if not self.anywhere(not _finite(parameters)):
             return
         if not skips:
             unchanged = "the optimizer may have changed weights before" if in_closure else "they have changed no weight"
@@ -74,6 +77,12 @@ class GradientGuard:
         self._skip(step, shared)
         for parameter in parameters:
             parameter.grad = None
+
+    def anywhere(self, flag: bool) -> bool:
+        """Returns whether a flag is true on any worker of the group, since each has other shards of a sharded model."""
+        if not self._model.sharded:
+            return flag
+        return bool(largest(self._progress.comm, [float(flag)], scope="group")[0])
 
     def _skip(self, step: int, shared: bool) -> None:
         if step in self.skipped[-1:]:
@@ -107,7 +116,7 @@ class GradientGuard:
 
 def _finite(parameters: Sequence[nn.Parameter]) -> bool:
     """Returns whether all gradients are finite."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     # The norm needs one pass over memory. It may overflow although all elements are finite.
     if not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
         return True

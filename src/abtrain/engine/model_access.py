@@ -22,6 +22,7 @@ from abtrain.merging.rounds import Rounds
 from abtrain.modes import in_own_modes, own_modes
 from abtrain.own import IGNORED, own_names
 from abtrain.recipes.recipe import Position
+from abtrain.shards import gathered
 
 _Form = Literal["factored", "dense"]
 
@@ -119,6 +120,7 @@ class ModelAccess:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yields the model's current parameters: the factors A and B of factored weights, and all other parameters."""
+        self._model.reshard()
         yield from self._model.parameters().values()
 
     @contextmanager
@@ -126,10 +128,12 @@ class ModelAccess:
         """Gives the model the average weights inside a `with` block, for validation. Collective on entry, not on exit.
 
         If all workers have the same weights, buffers that differ take rank 0's values inside the block, as under DDP.
-        In a phase without `sync` there is no average, and each worker sees its own model.
+        In a phase without `sync` there is no average, and each worker sees its own model. All workers of a group run a
+        sharded model together.
         """
         progress = self._progress
         with own_modes():
+            self._model.reshard()
             average, before = self._average(), progress.shows_average
             average.__enter__()
         progress.shows_average = before or not isinstance(average, nullcontext)
@@ -142,6 +146,7 @@ class ModelAccess:
             progress.shows_average = before
             with own_modes():
                 average.__exit__(None, None, None)
+                self._model.reshard()
             # The restored weights belong to the mode that a schedule-free optimizer had before the block.
             for group, mode in zip(groups, modes, strict=True):
                 group["train_mode"] = mode
@@ -179,7 +184,10 @@ class ModelAccess:
 
     @in_own_modes
     def dense_state_dict(self) -> dict[str, Tensor]:
-        """Returns the state dict of the model in its original, dense form, with W = A B for factored weights."""
+        """Returns the state dict of the model in its original, dense form, with W = A B for factored weights.
+
+        If the model is sharded, the call is collective in each group, and weights are whole, on the CPU.
+        """
         self._tell_whose("dense_state_dict()")
         return self._model.dense_state_dict()
 
@@ -187,7 +195,8 @@ class ModelAccess:
     def factored_state_dict(self) -> dict[str, Tensor]:
         """Returns the compressed state dict, with NAME.A (m, k) and NAME.B (k, n) for each factored weight NAME.
 
-        `abtrain.lowrank.svd.MatrixShape` reshapes the product W = A B to the shape of the weight.
+        `abtrain.lowrank.svd.MatrixShape` reshapes the product W = A B to the shape of the weight. Collective in each
+        group if the model is sharded, as `dense_state_dict`.
         """
         self._tell_whose("factored_state_dict()")
         return self._model.factored_state_dict()
@@ -196,7 +205,8 @@ class ModelAccess:
     def save(self, path: str | os.PathLike[str], form: _Form = "factored") -> None:
         """Writes the model as a safetensors file, for `abtrain.load`. A former file is replaced. Sends no messages.
 
-        Call it on one worker. Within a round, workers have different models: call it inside `with ab.merged()`.
+        Call it on one worker. Within a round, workers have different models: call it inside `with ab.merged()`. If the
+        model is sharded, call it on all workers of a group. They gather the weights, and the first of them writes.
 
         Args:
             path: the path of the file; its folder exists.
@@ -213,7 +223,9 @@ class ModelAccess:
         self._tell_whose("ab.save()")
         state = self._model.factored_state_dict() if form == "factored" else self._model.dense_state_dict()
         about = {"form": form, "recipe": self._progress.recipe.name, "step": self.steps_done}
-        save_model(path, state, about)
+        topology, rank = self._progress.comm.topology, self._progress.comm.rank
+        if not self._model.sharded or topology.place_of(rank) == 0:
+            save_model(path, state, about)
 
     @in_own_modes
     def load_dense_state_dict(self, state: Mapping[str, Tensor], *, cut: bool = False) -> None:
@@ -237,18 +249,26 @@ class ModelAccess:
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clips the gradients of all current parameters, factors included. Returns their total norm before clipping.
 
+        Collective in each group if the model is sharded.
+
         Args:
             max_norm: the largest total norm; larger gradients are scaled down to it.
             norm_type: the order p of the p-norm; infinity means the largest absolute element.
         """
-        return torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm, norm_type)
+        self._model.reshard()
+        return gathered(torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm, norm_type))
 
     def ema(self, decay: float) -> EMA:
         """Returns a moving average of this worker's dense weights. Call its `update()` after each `ab.step()`.
 
         Raises:
-            ConfigurationError: `decay` is below 0, or not below 1.
+            ConfigurationError: `decay` is below 0, or not below 1; or the model is sharded.
         """
+        if self._model.sharded:
+            raise ConfigurationError(
+                "ema() would keep all weights on each worker, but the model is sharded over the workers of a group: "
+                "validate and save inside `with ab.merged():`, which averages shards over the groups"
+            )
         return EMA(self._model.dense_state_dict, decay)
 
     def _tell_whose(self, call: str) -> None:

@@ -22,6 +22,7 @@ from abtrain.lowrank.precondition import Preconditioner
 from abtrain.merging.changes import is_finite
 from abtrain.modes import in_own_modes, own_modes
 from abtrain.recipes.phase import Phase
+from abtrain.shards import local
 
 _IDLE = 10
 """The number of consecutive calls of `ab.step()` without an optimizer step before a warning."""
@@ -107,8 +108,9 @@ class OptimizerHooks:
 
     def _check_idle_step(self) -> None:
         """Refuses an `ab.step()` before its optimizer step. A gradient scaler skips only NaN and infinity."""
-        gradients = [p.grad for p in self._model.optimizers.parameters() if p.grad is not None]
-        if all(map(is_finite, gradients)) and any(gradient.any() for gradient in gradients):
+        gradients = [local(p.grad) for p in self._model.optimizers.parameters() if p.grad is not None]
+        finite = not self.guard.anywhere(not all(map(is_finite, gradients)))
+        if finite and self.guard.anywhere(any(bool(gradient.any()) for gradient in gradients)):
             raise UsageError(
                 "ab.step() was called without optimizer.step() while gradients are left: call it once after every "
                 "optimizer.step(), not at each micro batch. To skip a step, call optimizer.zero_grad() before ab.step()"
@@ -171,13 +173,14 @@ class OptimizerHooks:
     def _sample(self) -> dict[str, Tensor]:
         """Returns a copy of one row of each optimized parameter, by name. One row is enough to detect a step."""
         held = {id(parameter) for parameter in self._model.optimizers.parameters()}
-        rows = {name: p.detach() for name, p in self._model.parameters().items() if id(p) in held and p.numel()}
-        return {name: row[(0,) * max(row.ndim - 1, 0)].clone() for name, row in rows.items()}
+        parts = {name: local(p) for name, p in self._model.parameters().items() if id(p) in held}
+        return {name: part[(0,) * max(part.ndim - 1, 0)].clone() for name, part in parts.items() if part.numel()}
 
     @in_own_modes
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if is_nested(optimizer):
             return None
+        self._model.reshard()
         self.rebound.scale(optimizer)
         position = self._progress.position
         if position is None:

@@ -17,6 +17,7 @@ from abtrain.comm.communicator import Communicator
 from abtrain.consistency.nested_state import cannot_be_shared
 from abtrain.engine.communicating_optimizers import communicates
 from abtrain.engine.optimizer_hooks import OptimizerHooks
+from abtrain.engine.sharding import state_unlike_shards
 from abtrain.errors import UsageError
 from abtrain.lowrank.model_state import more_of
 from abtrain.lowrank.optimizer import PROJECTABLE
@@ -26,6 +27,7 @@ from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.own import trained_parameters
 from abtrain.recipes.factoring import OptimizerState
 from abtrain.recipes.recipe import Recipe
+from abtrain.shards import local
 
 log = logging.getLogger("abtrain")
 
@@ -153,6 +155,12 @@ class NewState:
             UsageError: the recipe does not support the state.
         """
         kind, odd, factored = type(optimizer).__name__, cannot_be_shared(optimizer.state), self._recipe.factored
+        unsharded = state_unlike_shards(optimizer)
+        if unsharded:
+            raise UsageError(
+                f"{kind} keeps {unsharded} in its state, which is not sharded like the weight that it belongs to: use "
+                "an optimizer whose state has the shape of the weights, such as AdamW or SGD"
+            )
         if odd and self._equalized:
             raise UsageError(
                 f"{kind} keeps {odd} in its state, which cannot be made equal on all workers as recipe "
@@ -274,6 +282,6 @@ def _states_of(optimizer: Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
 
 def _has_moved(value: Any, parameter: Tensor) -> bool:
     """Returns whether a state tensor shows that a step was made: it is neither zero nor a copy of its weight."""
-    if not isinstance(value, Tensor) or value.shape != parameter.shape or not value.any():
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or not local(value).any():
         return False
-    return not torch.equal(value.to(parameter), parameter)
+    return not torch.equal(local(value).to(local(parameter)), local(parameter))

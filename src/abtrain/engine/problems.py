@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from typing import get_args
 
@@ -14,6 +13,7 @@ from abtrain.checks import told_names
 from abtrain.comm import default_communicator
 from abtrain.comm.communicator import Communicator
 from abtrain.engine.optimizer_problems import form_problems, optimizer_problems
+from abtrain.engine.sharding import fit_problems, sharding_problems, shards_of
 from abtrain.errors import ConfigurationError, OnNonFinite, nearest
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.layers import Factored
@@ -21,6 +21,7 @@ from abtrain.lowrank.names import matching
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.own import IGNORED, ignored_names
 from abtrain.recipes.recipe import Recipe
+from abtrain.shards import is_sharded, reshard
 
 _FEW_STEPS = 100
 """The shortest warm-up without a warning. In docs/studies/large-batch.md, 24 steps lose 11 points, 48 lose 4."""
@@ -34,12 +35,15 @@ def checked(
     group_size: int | None,
     on_nonfinite: OnNonFinite,
     average_buffers: Sequence[str],
+    measure_divergence: bool,
 ) -> Communicator:
     """Checks arguments of `ABTraining`. Returns the communicator that was passed in, or the default one.
 
     Raises:
         ConfigurationError: the arguments are invalid; the message lists all problems.
     """
+    if isinstance(model, nn.Module):
+        reshard(model)
     problems = _problems_of(model, optimizer, recipe)
     if on_nonfinite not in get_args(OnNonFinite):
         problems.append(f"on_nonfinite={on_nonfinite!r} is unknown: use {', '.join(get_args(OnNonFinite))}")
@@ -49,8 +53,11 @@ def checked(
         problems += _buffer_problems(model, average_buffers) + _ignored_problems(model)
     if problems:
         raise ConfigurationError(problems)
+    if group_size is None:
+        group_size = shards_of(model)
     comm = default_communicator(group_size) if communicator is None else communicator
-    problems = _problems_here(model, Optimizers(optimizer), recipe, comm)
+    problems = fit_problems(model, comm, measure_divergence)
+    problems += _problems_here(model, Optimizers(optimizer), recipe, comm)
     if problems:
         raise ConfigurationError(problems)
     return comm
@@ -68,7 +75,8 @@ def _problems_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], r
             f"the model is wrapped in {wrapper}: pass the bare model ({wrapper}(...).module); abtrain wraps it itself"
         ]
     optimizers = Optimizers(optimizer)
-    unfit = _tensor_problems(model) or (_factoring_problems(model, optimizers, recipe) if recipe.factored else [])
+    unfit = _tensor_problems(model) or sharding_problems(model, optimizers, recipe)
+    unfit = unfit or (_factoring_problems(model, optimizers, recipe) if recipe.factored else [])
     return optimizer_problems(model, optimizers, recipe) + unfit
 
 
@@ -89,8 +97,8 @@ def _tensor_problems(model: nn.Module) -> list[str]:
     wrapped = [f"{name} ({type(t.data).__name__})" for name, t in tensors.items() if _is_wrapped(t)]
     if wrapped:
         return [
-            "sharded tensors, and trained tensors of a subclass of Tensor, cannot be merged: "
-            f"{told_names(wrapped)}. Build the model with plain tensors, or freeze such weights if they are not sharded"
+            f"trained tensors of a subclass of Tensor cannot be merged: {told_names(wrapped)}. Build the model with "
+            "plain tensors, or freeze such weights"
         ]
     layouts = {name: "nested" if t.is_nested else str(t.layout).removeprefix("torch.") for name, t in tensors.items()}
     odd = [f"{name} ({layout})" for name, layout in layouts.items() if layout != "strided"]
@@ -128,11 +136,8 @@ def _factoring_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe
 
 
 def _is_wrapped(tensor: Tensor) -> bool:
-    """Returns whether a tensor is sharded over workers, or is trained and belongs to a subclass of Tensor."""
-    # Importing the module takes half a second. If it is not imported yet, no tensor is sharded.
-    distributed = sys.modules.get("torch.distributed.tensor")
-    sharded = distributed is not None and isinstance(tensor, distributed.DTensor)
-    return sharded or (tensor.requires_grad and type(tensor.data) is not Tensor)
+    """Returns whether a tensor is trained and belongs to a subclass of Tensor, but is not sharded over workers."""
+    return tensor.requires_grad and type(tensor.data) is not Tensor and not is_sharded(tensor)
 
 
 def _buffer_problems(model: nn.Module, average_buffers: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 from abtrain.checks import as_checkpoint_error
 from abtrain.consistency.agreement import CALL, check_equal, raise_together
-from abtrain.consistency.replicas import check_replicas, marked
+from abtrain.consistency.replicas import marked
 from abtrain.consistency.settings import chosen
 from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.engine.phase_change import PhaseChange
@@ -19,7 +19,9 @@ from abtrain.engine.state_parts import ResumedRun
 from abtrain.engine.state_problems import VERSION, recipe_fingerprint, recipe_settings, state_problem
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.model_state import load_model_state, model_state
+from abtrain.merging.places import Places
 from abtrain.merging.rounds import Rounds
+from abtrain.merging.sharded_state import group_problem, sharded_like
 from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.recipes.recipe import Position
 
@@ -37,12 +39,12 @@ class EngineState:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of this worker: the states of all parts, by name."""
-        model = model_state(self.model)
+        model, scope = model_state(self.model), self.rounds.shared.same_on(self.progress.equal_scope)
         return {
             "version": VERSION,
             "recipe": recipe_fingerprint(self.progress.recipe),
             "settings": recipe_settings(self.progress.recipe),
-            "model": model | marked("weights", model["weights"], self.progress.equal_scope),
+            "model": model | marked("weights", model["weights"], scope),
             "merger": self.rounds.merger.state_dict(),
             "rounds": self.rounds.state_dict(),
             "copies": self.rounds.shared.copies.state_dict(),
@@ -70,6 +72,8 @@ class EngineState:
             "workers load states that do not belong together",
             "Load on every worker what was saved at the same step of the same run",
         )
+        if {*state["model"].get("sharded", ())} != {*self.model.sharded}:
+            raise_together(comm, group_problem(self.model, state["model"], Places(comm)))
         with as_checkpoint_error(
             "the state could not be applied, and the model must not be trained now: build model, optimizer and "
             "ABTraining again, and load another checkpoint"
@@ -77,13 +81,14 @@ class EngineState:
             self._load(state)
 
     def _load(self, state: Mapping[str, Any]) -> None:
+        self.model.reshard()
         device = next(self.model.model.parameters()).device
         progress, comm = self.progress, self.progress.comm
         self.phases.unwrap()
         comm.begin_run()
         progress.load_state_dict(state)
         comm.meter.phase = state["meter"]["phase"]
-        load_model_state(self.model, state["model"])
+        load_model_state(self.model, sharded_like(self.model, state["model"], Places(comm)))
         self.rounds.shared.copies.load_state_dict(state["copies"])
         self.rounds.merger.load_state_dict(state["merger"], device)
         self.rounds.load_state_dict(state["rounds"], progress.recipe, device)
@@ -92,7 +97,7 @@ class EngineState:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
         if progress.equal_scope is not None:
             where = f"step {progress.steps_done} of the loaded states"
-            check_replicas(comm, self.rounds.shared.replicated(), progress.equal_scope, where)
+            self.rounds.shared.check_equal(progress.equal_scope, where)
         self.phases.load_state_dict(state, progress.position)
         # The meter is loaded last, so that it does not count the messages of loading.
         comm.meter.load_state_dict(state["meter"])
@@ -101,6 +106,7 @@ class EngineState:
 def _equal_on_all(state: Mapping[str, Any], position: Position | None, shared: SharedTensors) -> dict[str, object]:
     """Returns the values that must be equal in the states of all workers, since collectives depend on them."""
     model, merger, under_way = state["model"], state["merger"], state["rounds"]["under_way"]
+    sharded = model.get("sharded", [])
     settings = () if position is None else shared.compared_settings(position.phase)
     groups = [group for one in model["optimizers"] for group in one["groups"]] if settings else []
     return {
@@ -108,7 +114,9 @@ def _equal_on_all(state: Mapping[str, Any], position: Position | None, shared: S
         "phase": "none, the recipe has ended" if position is None else position.phase.name,
         "workers_equal": bool(state["workers_equal"]),
         "merges_since_step": [merge["step"] for merge in under_way],
-        "shape": {name: str(tuple(weight.shape)) for name, weight in model["weights"].items()},
+        # The shapes of shards follow from those of whole weights, and may differ within a group.
+        "shape": {name: str(tuple(held.shape)) for name, held in model["weights"].items() if name not in sharded},
+        "sharded": sharded,
         "momentum_of": sorted(merger["momentum"]),
         "residuals_of": sorted(merger["residuals"]),
         # Wires may have state for some of the pieces of a tensor only.

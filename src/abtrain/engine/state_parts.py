@@ -36,7 +36,6 @@ from abtrain.lowrank.classify import UNSHARED
 from abtrain.lowrank.fit import Layout, buffer_layout, dense_layout, state_layout
 from abtrain.lowrank.names import factor_names
 from abtrain.merging.changes import as_real, wide
-from abtrain.merging.places import cut
 from abtrain.merging.rounds import CHECKING
 from abtrain.merging.selection import tensors_due, trained_by, trained_factors, whole_round
 from abtrain.merging.shared_tensors import SharedTensors
@@ -44,6 +43,7 @@ from abtrain.merging.wires.wire import make_wire
 from abtrain.own import own_names
 from abtrain.recipes.numbers import MOST
 from abtrain.recipes.recipe import Position, Recipe
+from abtrain.shards import cut
 
 _FLAG, _COUNT = one_of(True, False), whole(0, MOST)
 _FACTORING = mapping({"cycle": _COUNT, "step": _COUNT, "ranks": by_name(whole(1, MOST)), "dense": by_name(text())})

@@ -19,6 +19,7 @@ from abtrain.comm.checksums import stable_repr
 from abtrain.consistency.agreement import leaves
 from abtrain.engine.state_parts import PARTS, ResumedRun, Resumption, position_of
 from abtrain.lowrank.fit import MODEL_STATE, model_problems
+from abtrain.merging.sharded_state import conversion_problem
 from abtrain.recipes.recipe import Recipe
 
 VERSION = 8
@@ -137,12 +138,16 @@ def _problem(state: Mapping[str, Any], run: ResumedRun) -> str:
             f"groups of {size}: pass group_size={saved}"
         )
     factored = position_of(run.recipe, state).phase.weights == "factored"
-    unfit = model_problems(run.shared.model, state["model"], factored)
+    place = run.comm.topology.place_of(run.comm.rank)
+    unfit = model_problems(run.shared.model, state["model"], factored, place, size)
     if unfit:
         return (
             f"the checkpoint does not fit: {'; '.join(unfit)}. Build the model and the optimizer that it was saved "
             "from, or load another checkpoint"
         )
+    misfit = conversion_problem(run.shared.model, state["model"], place, size)
+    if misfit:
+        return misfit
     at = Resumption(run, state)
     problems = first_problems(*(partial(_part_problems, part, at) for part in PARTS))
     return _damaged(problems) if problems else ""

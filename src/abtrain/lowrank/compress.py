@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from abtrain.errors import ConfigurationError, NonFiniteError, UsageError
 from abtrain.lowrank.classify import Treatment, classify, owner
 from abtrain.lowrank.layers import Factored
-from abtrain.lowrank.plain import becomes_two_layers, kind_of, plain_copy
+from abtrain.lowrank.plain import becomes_two_layers, kind_of, plain_copy, refuse_sharded
 from abtrain.lowrank.surgery import factorize_
 from abtrain.lowrank.svd import Factors, MatrixShape, decompose
 from abtrain.modes import own_modes
@@ -94,8 +94,9 @@ def compress(model: nn.Module, rank_rule: RankRule, *, exclude: Sequence[str] = 
     Raises:
         ConfigurationError: the rank rule or `exclude` is invalid.
         NonFiniteError: a weight contains NaN or infinity.
-        UsageError: an ABTraining is training the model, and it has factors already.
+        UsageError: an ABTraining is training the model, and it has factors already; or the model is sharded.
     """
+    refuse_sharded(model)
     factoring = Factoring(rank_rule, exclude=exclude)  # type: ignore[arg-type]  # `problems` checks it
     problems = factoring.problems()
     names = [name for name, _ in model.named_parameters()]

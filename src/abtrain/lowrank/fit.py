@@ -34,6 +34,7 @@ from abtrain.lowrank.names import factor_names
 from abtrain.lowrank.optimizer_fit import optimizer_problems
 from abtrain.lowrank.svd import MatrixShape
 from abtrain.own import shared_buffers
+from abtrain.shards import cut
 
 Layout = dict[str, Tensor]
 
@@ -61,23 +62,27 @@ _PARTS: dict[str, Check] = {
 _OPTIONAL: dict[str, Check] = {
     "own": by_name(tensor()),
     "extra": by_name(data),
-    "weights_same_on": one_of("world", "group"),
+    "weights_same_on": one_of("world", "group", "counterparts"),
+    "sharded": each(text()),
 }
 MODEL_STATE: Check = mapping({**_PARTS, **_OPTIONAL}, required=_PARTS)
 """Checks the structure of a state from `model_state`, for any model. Checkpoints add `weights_same_on` to the state."""
 
 
-def model_problems(model: FactoredModel, state: Mapping[str, Any], factored: bool) -> list[str]:
+def model_problems(
+    model: FactoredModel, state: Mapping[str, Any], factored: bool, place: int = 0, count: int = 1
+) -> list[str]:
     """Returns messages that explain why a state does not fit a model; an empty list if it fits.
 
-    The state must have passed `MODEL_STATE`. `factored`: whether it was saved in a phase with factored weights.
+    The state must have passed `MODEL_STATE`. `factored`: whether it was saved in a phase with factored weights. `place`
+    and `count`: which of how many shards of sharded parameters the state has.
     """
     return first_problems(
         lambda: _name_problems(model, state, factored),
         lambda: _rank_problems(dense_layout(model), state),
-        lambda: _tensor_problems(model, state),
+        lambda: _tensor_problems(model, state, saved_layout(model, state, place, count)),
         lambda: mapping(dict.fromkeys(modules_with_extra_state(model), data))("extra", state.get("extra", {})),
-        lambda: iter(optimizer_problems(model, state, state_layout(model, state))),
+        lambda: iter(optimizer_problems(model, state, saved_layout(model, state, place, count))),
     )
 
 
@@ -89,7 +94,7 @@ def dense_layout(model: FactoredModel) -> Layout:
 
 
 def state_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
-    """Returns the layout of all parameters in a state. The state's names and ranks must have been checked."""
+    """Returns the layout of all whole parameters in a state. The state's names and ranks must have been checked."""
     layout = dense_layout(model)
     for name in state["factored"]:
         dense = layout.pop(name)
@@ -97,6 +102,12 @@ def state_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
         matrix, k = MatrixShape(dense.shape), len(state["weights"][name_B])
         layout |= {name_A: meta((matrix.m, k), dense.dtype), name_B: meta((k, matrix.n), dense.dtype)}
     return layout
+
+
+def saved_layout(model: FactoredModel, state: Mapping[str, Any], place: int, count: int) -> Layout:
+    """Returns the layout of all parameters in a state, with shards of sharded ones."""
+    layout = state_layout(model, state)
+    return layout | cut({name: layout[name] for name in state.get("sharded", ())}, place, count)
 
 
 def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -112,6 +123,9 @@ def _name_problems(model: FactoredModel, state: Mapping[str, Any], factored: boo
         yield "the state lists a factored weight twice"
     if names and not factored:
         yield f"{names[0]} is factored in the state, but the state was saved in a phase with full weights"
+    strange = [name for name in state.get("sharded", ()) if name not in dense_layout(model) or name in names]
+    if strange:
+        yield f"{said(strange[0])} is sharded in the state, but is no full weight of this run"
 
 
 def _rank_problems(dense: Layout, state: Mapping[str, Any]) -> Iterator[str]:
@@ -133,9 +147,9 @@ def buffer_layout(model: FactoredModel, state: Mapping[str, Any]) -> Layout:
     }
 
 
-def _tensor_problems(model: FactoredModel, state: Mapping[str, Any]) -> Iterator[str]:
+def _tensor_problems(model: FactoredModel, state: Mapping[str, Any], layout: Layout) -> Iterator[str]:
     own, grown = own_tensors(model), _caches(model.model)
-    weights = {name: held for name, held in state_layout(model, state).items() if name not in own}
+    weights = {name: held for name, held in layout.items() if name not in own}
     wanted = {"weights": weights, "buffers": shared_buffers(model.model), "own": own}
     for part, tensors in wanted.items():
         fits = {name: tensor(dtype=held.dtype) if name in grown else like(held) for name, held in tensors.items()}

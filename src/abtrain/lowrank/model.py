@@ -19,6 +19,7 @@ from abtrain.lowrank.surgery import factorize_, restore_
 from abtrain.lowrank.svd import Factors, MatrixShape
 from abtrain.lowrank.weight import FactoredWeight
 from abtrain.recipes.factoring import OptimizerState
+from abtrain.shards import fit_to, gathered, is_sharded, reshard
 
 TrainedFactors = Literal["all", "A", "B"]
 
@@ -35,6 +36,7 @@ class FactoredModel:
         records: the records of the weights that are currently factored, by name.
         damping: the preconditioner's damping that was last passed to `factorize`.
         compression: the parameter count of the full model divided by that after weights were last factored; 1 before.
+        sharded: the names of the parameters that FSDP2 has sharded over the workers of a group.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class FactoredModel:
         self.names = tuple(names)
         self.records: dict[str, FactoredWeight] = {}
         self.damping, self.compression = 0.0, 1.0
+        self.sharded = tuple(name for name, parameter in model.named_parameters() if is_sharded(parameter))
         self._optimizer_state = optimizer_state
         self._full_numel = sum(parameter.numel() for parameter in model.parameters())
         self._trains: TrainedFactors = "all"
@@ -168,9 +171,19 @@ class FactoredModel:
     def _trains_factor(self, name: str) -> bool:
         return self._trains in ("all", factor_letter(name))
 
+    def reshard(self) -> None:
+        """Makes the parameters of a sharded model its shards again; see `abtrain.shards.reshard`."""
+        if self.sharded:
+            reshard(self.model)
+
     def dense_state_dict(self) -> dict[str, Tensor]:
-        """Returns a state dict with dense weights. A model as the user built it can load this dict."""
-        return {without_compiled(name): tensor for name, tensor in self.model.state_dict().items()}
+        """Returns a state dict with dense weights. A model as the user built it can load this dict.
+
+        Collective in the group if the model is sharded. Its weights are then whole, on the CPU.
+        """
+        self.reshard()
+        state = {without_compiled(name): tensor for name, tensor in self.model.state_dict().items()}
+        return {name: gathered(tensor) if is_sharded(tensor) else tensor for name, tensor in state.items()}
 
     def factored_state_dict(self) -> dict[str, Tensor]:
         """Returns the model's tensors by name, with NAME.A (m, k) and NAME.B (k, n) for a factored weight NAME."""
@@ -190,5 +203,7 @@ class FactoredModel:
             RuntimeError: names or shapes differ, or a weight would lose more than rounding errors and `cut` is false.
         """
         live = {without_compiled(name): name for name in self.model.state_dict()}
+        named = {live.get(name, name): tensor for name, tensor in state.items()}
+        self.reshard()
         with cutting(cut):
-            self.model.load_state_dict({live.get(name, name): tensor for name, tensor in state.items()})
+            self.model.load_state_dict(fit_to(named, self.model) if self.sharded else named)

@@ -24,6 +24,7 @@ from abtrain.lowrank.surgery import factorize_, restore_
 from abtrain.lowrank.svd import Factors, MatrixShape
 from abtrain.lowrank.weight import FactoredWeight
 from abtrain.modes import own_modes
+from abtrain.shards import fit_to, is_sharded, reshard
 
 _loaded: WeakSet[FactoredWeight] = WeakSet()
 """Weights that `load` has factored and that no ABTraining trains. Another `load` may therefore replace them."""
@@ -80,7 +81,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     are converted to the model's dtypes and devices. `abtrain.to_plain(model)` returns a copy that runs without abtrain.
 
     Args:
-        model: a model of the same architecture, such as a newly built one; changed in place.
+        model: a model of the same architecture, such as a newly built one; changed in place. Each worker of a sharded
+            model reads the whole file, and keeps its shards.
         path: a file that `save_model` wrote, or a safetensors file of the model's `state_dict()`.
 
     Returns:
@@ -90,7 +92,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read, or its names or shapes differ from the model's. The model is
             unchanged.
-        UsageError: an ABTraining is training the model. The model is unchanged.
+        UsageError: an ABTraining is training the model, or the model is sharded and the file has factors. The model is
+            unchanged.
     """
     records = [one for m in model.modules() if isinstance(m, Factored) for one in m._abtrain_weights.values()]
     if any(record not in _loaded for record in records):
@@ -98,13 +101,22 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
             "the model is still being trained by an ABTraining (ab): call ab.close() first, or use "
             "ab.load_dense_state_dict(state) to load dense weights without ending the training"
         )
+    reshard(model)
     tensors, about = _read(Path(path))
-    names = {without_compiled(name): name for name in model.state_dict()}
+    state = model.state_dict()
+    names = {without_compiled(name): name for name in state}
     pairs = {name: pair for name in names if (pair := factor_names(name))[0] in tensors and name not in tensors}
+    if pairs and any(map(is_sharded, state.values())):
+        raise UsageError(
+            f"{path} has factors, which a sharded model cannot have: load it before fully_shard, with a model of "
+            "abtrain.to_plain(model)"
+        )
     _check(model, Path(path), tensors, names, pairs)
     for record in records:
         restore_(record)
-    model.load_state_dict({names[name]: tensors[name] for name in names if name in tensors}, strict=False)
+    model.load_state_dict(
+        fit_to({names[name]: tensors[name] for name in names if name in tensors}, model), strict=False
+    )
     for name, pair in pairs.items():
         weight = model.get_parameter(names[name])
         A, B = (tensors[one].to(weight.device, weight.dtype) for one in pair)

@@ -23,6 +23,7 @@ from abtrain.lowrank.nested import with_tensors
 from abtrain.lowrank.optimizers import settings_of
 from abtrain.lowrank.svd import Factors
 from abtrain.own import own_names, shared_buffers
+from abtrain.shards import is_sharded, like, local
 
 
 def model_state(model: FactoredModel) -> dict[str, Any]:
@@ -30,7 +31,8 @@ def model_state(model: FactoredModel) -> dict[str, Any]:
 
     `weights` has all parameters by name, frozen ones too. A factored weight NAME gives NAME.A (m, k) and NAME.B (k, n).
     `own` has the parameters and buffers that workers do not share. `extra` has the results of `get_extra_state`, by
-    the modules' names. Both keys are left out if they have no items.
+    the modules' names. `sharded` has the names of sharded parameters; their weights and optimizer state are this
+    worker's shards. These keys are left out if they have no items.
     """
     names, own = model.parameters(), own_tensors(model)
     extra = {name: module.get_extra_state() for name, module in modules_with_extra_state(model).items()}
@@ -38,11 +40,12 @@ def model_state(model: FactoredModel) -> dict[str, Any]:
         "factored": list(model.records),
         "damping": model.damping,
         "compression": model.compression,
-        "weights": {name: parameter.detach() for name, parameter in names.items() if name not in own},
+        "weights": {name: local(parameter) for name, parameter in names.items() if name not in own},
         "buffers": {name: buffer.detach() for name, buffer in shared_buffers(model.model).items()},
         "optimizers": [_optimizer_state(optimizer, names) for optimizer in model.optimizers.all],
         **({"own": own} if own else {}),
         **({"extra": extra} if extra else {}),
+        **({"sharded": list(model.sharded)} if model.sharded else {}),
     }
 
 
@@ -73,7 +76,7 @@ def load_model_state(model: FactoredModel, state: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for name, parameter in names.items():
             if name not in own:
-                parameter.copy_(weights[name])
+                local(parameter).copy_(weights[name])
         for part, tensors in (("buffers", shared_buffers(model.model)), ("own", own)):
             for name, tensor in tensors.items():
                 # Only a cache that had grown may have another shape, and the model fills it again.
@@ -102,10 +105,15 @@ def _optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter]) ->
         "kind": type(optimizer).__name__,
         "groups": groups,
         "owned": owned,
-        "state": _with_marked_tuples(state),
-        "general": _with_marked_tuples(general),
-        "more": _with_marked_tuples(more_of(optimizer)),
+        "state": _saved(state),
+        "general": _saved(general),
+        "more": _saved(more_of(optimizer)),
     }
+
+
+def _saved(state: Any) -> Any:
+    """Returns optimizer state in the form in which it is saved: with marked tuples, and shards of sharded tensors."""
+    return _with_marked_tuples(with_tensors(state, lambda tensor: local(tensor) if is_sharded(tensor) else tensor))
 
 
 _TUPLE = "(tuple)"
@@ -171,6 +179,9 @@ def _load_optimizer_state(optimizer: Optimizer, names: Mapping[str, nn.Parameter
 
 def _copied(parameter: nn.Parameter, value: Tensor, moved: bool) -> Tensor:
     """Copies a state tensor to the parameter's device, or a single number to the CPU unless `moved` is true."""
-    if value.ndim and value.shape == parameter.shape:
+    shape = local(parameter).shape
+    if is_sharded(parameter) and value.ndim and value.shape == shape:
+        return like(parameter, value.to(parameter.device, copy=True))
+    if value.ndim and value.shape == shape:
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
     return value.to(parameter.device if value.ndim or moved else "cpu", copy=True)

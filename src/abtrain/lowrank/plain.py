@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from abtrain.errors import UsageError
 from abtrain.lowrank.classify import has_factored_form
 from abtrain.lowrank.layers import Factored, LowRank, LowRankLinear, inner_and_outer
 from abtrain.lowrank.names import matching
 from abtrain.lowrank.weight import FactoredWeight
+from abtrain.shards import fsdp_modules, is_sharded
 
 log = logging.getLogger("abtrain")
 
@@ -34,7 +36,11 @@ def to_plain(model: nn.Module, *, dense: Sequence[str] = ()) -> nn.Module:
     Args:
         model: the model that ABTraining trains, at any step, or that `load` has filled; it is not changed.
         dense: globs of the names of modules that stay dense, for code that reads their `weight`.
+
+    Raises:
+        UsageError: the model is sharded.
     """
+    refuse_sharded(model)
     if not any(map(_weights_of, model.modules())):
         log.warning(
             "to_plain returns a dense copy, since the model has no factored weights: call it in a factored phase and "
@@ -82,6 +88,15 @@ def kind_of(module: nn.Module) -> str:
     """Returns the name of a module's dense class. The output layer of attention counts as attention."""
     kind = module._abtrain_dense_type if isinstance(module, Factored) else type(module)
     return "MultiheadAttention" if kind is nn.modules.linear.NonDynamicallyQuantizableLinear else kind.__name__
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raises UsageError if FSDP2 has sharded a model: such a model cannot be copied, and has no whole weights."""
+    if any(fsdp_modules(model)) or any(map(is_sharded, model.parameters())):
+        raise UsageError(
+            "the model is sharded over several workers (fully_shard): save it by ab.save(path) on all workers of a "
+            "group, and load the file by abtrain.load(model, path) into a model that is not sharded"
+        )
 
 
 def becomes_two_layers(model: nn.Module, name: str) -> bool:

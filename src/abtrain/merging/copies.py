@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from abtrain.comm.buckets import exact_average
+from abtrain.comm.buckets import average_exactly, average_over_world
 from abtrain.comm.communicator import Communicator
+from abtrain.comm.stages import finish
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.nested import tensors_in
 from abtrain.lowrank.optimizer import LINEAR_MOMENTS, SQUARED_MOMENTS
 from abtrain.lowrank.optimizers import parameters_of
 from abtrain.merging.changes import is_finite
+from abtrain.shards import local
 
 _COSINE, _LONGEST = 0.7, 2.0
 """State is a copy if its cosine similarity to the weights is above 0.7, and its norm is 0.5 to 2 times theirs."""
@@ -32,10 +34,13 @@ _Name = tuple[int, str]
 
 
 class WeightCopies:
-    """Finds copies of the weights in the state of a model's optimizers, and applies changes of weights to them."""
+    """Finds copies of the weights in the state of a model's optimizers, and applies changes of weights to them.
 
-    def __init__(self, model: FactoredModel) -> None:
-        self._model = model
+    If the model is sharded, copies are sharded like their weights, and each worker handles its shards.
+    """
+
+    def __init__(self, model: FactoredModel, comm: Communicator) -> None:
+        self._model, self._comm = model, comm
         self._seen: set[_Name] = set()
         self._copies: set[_Name] = set()
         self.look()
@@ -47,13 +52,16 @@ class WeightCopies:
         }
 
     def look(self) -> bool:
-        """Searches new kinds of optimizer state for copies. Returns whether there were any new kinds."""
+        """Searches new kinds of optimizer state for copies. Returns whether there were any new kinds.
+
+        Collective in the group if the model is sharded, as a worker with few elements could mistake others for copies.
+        """
         found = False
         for place, optimizer in enumerate(self._model.optimizers.all):
             held = {key for state in optimizer.state.values() if isinstance(state, Mapping) for key in state}
             fresh = {key for key in held if isinstance(key, str) and (place, key) not in self._seen}
-            for key in fresh:
-                is_copy = False if key in LINEAR_MOMENTS | SQUARED_MOMENTS else _is_copy(optimizer, key)
+            for key in sorted(fresh):
+                is_copy = False if key in LINEAR_MOMENTS | SQUARED_MOMENTS else self._is_copy(optimizer, key)
                 found = True
                 if is_copy:
                     self._copies.add((place, key))
@@ -100,40 +108,58 @@ class WeightCopies:
         """Returns every copy of a weight. A copy that several optimizers share is listed once."""
         return [copy for _, copy in self._pairs()]
 
-    def average(self, comm: Communicator) -> None:
+    def average(self) -> None:
         """Averages each copy over all workers, in place. Collective over the world."""
         copies = self.tensors()
-        for copy, mean in zip(copies, exact_average(copies, comm), strict=True):
+        average = average_exactly if self._model.sharded else average_over_world
+        for copy, mean in zip(copies, finish(average(copies, self._comm)), strict=True):
             copy.copy_(mean)
+
+    def _is_copy(self, optimizer: Optimizer, key: str) -> bool | None:
+        """Returns whether an optimizer's state under a key is close to the weights; None if the weights are all 0."""
+        held = ((p, state.get(key)) for p, state in optimizer.state.items() if isinstance(state, Mapping))
+        sums = _products((p, copy) for p, copy in held if isinstance(copy, Tensor) and isinstance(p, Tensor))
+        if sums is not None and self._model.sharded:
+            self._comm.all_reduce(sums := sums.to(self._comm.device), "sum", "group")
+        return _near(sums)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields each copy of a weight once, even if several optimizers share it, as (weight, copy)."""
         found = (pair for place, key in sorted(self._copies) for pair in self._of_kind(place, key))
-        yield from {id(copy): (parameter, copy) for parameter, copy in found}.values()
+        for parameter, copy in {id(copy): (parameter, copy) for parameter, copy in found}.values():
+            yield local(parameter), local(copy)
 
     def _of_kind(self, place: int, key: str) -> Iterator[tuple[Tensor, Tensor]]:
         for parameter, state in self._model.optimizers.all[place].state.items():
             copy = state.get(key) if isinstance(parameter, Tensor) and isinstance(state, Mapping) else None
-            # A tensor that shares the weight's memory changes with the weight.
-            if isinstance(copy, Tensor) and copy.shape == parameter.shape and copy.data_ptr() != parameter.data_ptr():
+            if isinstance(copy, Tensor) and copy.shape == parameter.shape and not _one_memory(copy, parameter):
                 yield parameter, copy
 
 
-def _is_copy(optimizer: Optimizer, key: str) -> bool | None:
-    """Returns whether an optimizer's state under a key is close to the weights; None if the weights are all zero."""
-    held = ((p, state.get(key)) for p, state in optimizer.state.items() if isinstance(state, Mapping))
-    return _near((p, copy) for p, copy in held if isinstance(copy, Tensor) and isinstance(p, Tensor))
+def _one_memory(one: Tensor, other: Tensor) -> bool:
+    """Returns whether tensors share memory, so that one changes with the other."""
+    return local(one).data_ptr() == local(other).data_ptr()
 
 
-def _near(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool | None:
-    """Returns whether weights and tensors in pairs, each as one vector, are close; None if the weights are all zero."""
-    dot = size = length = 0.0
+def _products(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """Returns the products a·b, a·a and b·b of weights a and tensors b in pairs, each as one vector; of local shards.
+
+    Returns None if a tensor cannot be the copy of its weight.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
     for weight, copy in pairs:
         if copy.shape != weight.shape or not copy.is_floating_point():
-            return False
-        a, b = weight.detach().double(), copy.detach().to(weight.device).double()
-        dot += float((a * b).sum())
-        size, length = size + float(a.square().sum()), length + float(b.square().sum())
+            return None
+        a, b = local(weight).double(), local(copy).to(local(weight).device).double()
+        sums += torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]).cpu()
+    return sums
+
+
+def _near(products: Tensor | None) -> bool | None:
+    """Returns whether weights and tensors with these `_products` are close; None if the weights are all zero."""
+    if products is None:
+        return False
+    dot, size, length = map(float, products)
     if not size > 0:
         return None
     return dot > _COSINE * math.sqrt(size * length) and 1 < _LONGEST**2 * length / size < _LONGEST**4
@@ -159,7 +185,7 @@ def kept_elsewhere(optimizer: Optimizer) -> str:
     for name, value in {**vars(optimizer), "state": general}.items():
         if name not in ("param_groups", "defaults") and any(
             # A single number may be close to a weight by chance.
-            tensor.data_ptr() != weight.data_ptr() and tensor.numel() > 1 and _near([(weight, tensor)])
+            not _one_memory(tensor, weight) and tensor.numel() > 1 and _near(_products([(weight, tensor)]))
             for tensor in tensors_in(value, _DEEPEST)
             for weight in weights
         ):

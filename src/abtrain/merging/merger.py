@@ -35,11 +35,12 @@ from abtrain.merging.changes import change, is_finite, write
 from abtrain.merging.divergence import Distances, divergence
 from abtrain.merging.merge_input import MergeInput
 from abtrain.merging.outer_state import OuterState
-from abtrain.merging.places import Places, cut, sent_by_gathered, sent_by_spread
+from abtrain.merging.places import Places, sent_by_gathered, sent_by_spread
 from abtrain.merging.selection import weights_of
 from abtrain.merging.wires.wire import Wire, make_wire
 from abtrain.recipes.merges import NOT_FINITE, TOO_LARGE, MergeRule, Part
 from abtrain.recipes.sync import WeightSync
+from abtrain.shards import cut
 
 Tensors = dict[str, Tensor]
 _LARGEST = 3.3e38

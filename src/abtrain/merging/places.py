@@ -15,6 +15,7 @@ from torch import Tensor
 from abtrain.comm.buckets import MIB
 from abtrain.comm.communicator import Calls, Communicator, Traffic
 from abtrain.comm.topology import Topology
+from abtrain.shards import cut, piece
 
 Tensors = dict[str, Tensor]
 _CAPACITY = 25 * MIB
@@ -26,15 +27,17 @@ class Places:
 
     A piece of a tensor is a range of its first dimension, with the same bounds as in PyTorch's FSDP: of m rows, each
     place gets ceil(m / g), the last places fewer or none. If a group is one worker, a piece is the whole tensor.
+
+    If the model is `sharded`, the tensors that merge are this worker's shards. They are its pieces already.
     """
 
-    def __init__(self, comm: Communicator) -> None:
-        self._comm = comm
+    def __init__(self, comm: Communicator, sharded: bool = False) -> None:
+        self._comm, self._sharded = comm, sharded
         self.count, self.own = comm.topology.group_size, comm.topology.place_of(comm.rank)
 
     def pieces(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """Returns this worker's piece of each tensor, as a view of it."""
-        return cut(tensors, self.own, self.count)
+        return dict(tensors) if self._sharded else cut(tensors, self.own, self.count)
 
     def joined(self, pieces: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> Tensors:
         """Returns whole tensors from the pieces of all workers of the group, on each of them. Collective in the group.
@@ -46,13 +49,15 @@ class Places:
         whole = {name: own.new_empty(tuple(shapes[name])) for name, own in pieces.items()}
         for name, own in pieces.items():
             piece(whole[name], self.own, self.count).copy_(own)
-        self.spread(whole)
+        self._exchange(whole)
         return whole
 
     def spread(self, tensors: Mapping[str, Tensor]) -> None:
         """Replaces the other workers' pieces of each tensor by what these workers have. Collective in the group."""
-        if self.count == 1:
-            return
+        if self.count > 1 and not self._sharded:
+            self._exchange(tensors)
+
+    def _exchange(self, tensors: Mapping[str, Tensor]) -> None:
         for batch in _batches(list(tensors.values())):
             size = _message(batch, self.count)
             own = torch.cat([piece(t, self.own, self.count).detach().reshape(-1) for t in batch])
@@ -67,24 +72,6 @@ class Places:
         if self.count == 1:
             return [own]
         return self._comm.all_gather(torch.tensor([own], device=self._comm.device), "group").flatten().tolist()
-
-
-def piece(tensor: Tensor, place: int, count: int) -> Tensor:
-    """Returns one of `count` pieces of a tensor, as a view. The first place gets all of a tensor without dimensions."""
-    if tensor.ndim == 0:
-        return tensor if place == 0 else tensor.view(1)[1:]
-    size = -(-len(tensor) // count)
-    return tensor[place * size : (place + 1) * size]
-
-
-def cut(tensors: Mapping[str, Tensor], place: int, count: int) -> Tensors:
-    """Returns the piece of each tensor for one of `count` places, as a view of it."""
-    return {name: piece(tensor, place, count) for name, tensor in tensors.items()} if count > 1 else dict(tensors)
-
-
-def whole(pieces: Sequence[Tensor]) -> Tensor:
-    """Returns the tensor whose pieces, in the order of places, are given."""
-    return pieces[0] if len(pieces) == 1 or pieces[0].ndim == 0 else torch.cat(list(pieces))
 
 
 def sent_by_gathered(topology: Topology) -> Calls:

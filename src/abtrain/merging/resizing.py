@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from abtrain.merging.changes import as_parameter
-from abtrain.merging.places import cut, whole
+from abtrain.shards import cut, whole
 
 _OF_PIECES = ("anchors", "momentum", "residuals")
 

@@ -16,11 +16,11 @@ from abtrain.comm.checksums import fingerprint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Background, Stages, finish, timed
 from abtrain.consistency.agreement import CALL, Told, roll_call
-from abtrain.consistency.replicas import check_replicas
 from abtrain.errors import OnNonFinite
 from abtrain.failpoints import fail_at
 from abtrain.merging.merge_input import MergeInput
 from abtrain.merging.merger import Merger
+from abtrain.merging.places import Places
 from abtrain.merging.selection import rounds_of, tensors_due, trained_by, whole_round
 from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.recipes.recipe import Position, Recipe
@@ -61,6 +61,7 @@ class Rounds:
     ) -> None:
         self.shared = shared
         self.merger = Merger(comm, on_nonfinite, measure_divergence and comm.topology.world_size > 1)
+        self.merger.places = Places(comm, bool(shared.model.sharded))
         self._comm = comm
         self._under_way: list[_UnderWay] = []
         self._phase = ""  # of the merges under way
@@ -99,7 +100,7 @@ class Rounds:
         """Merges at once, or begins a hidden merge. Returns whether all workers have the same weights afterwards."""
         sync = rounds_of(position)
         where = f"step {step}, phase {position.phase.name}"
-        check_replicas(self._comm, self.shared.replicated(), "group", where)
+        self.shared.check_equal("group", where)
         loss = _mean(self._losses) if self._losses else None
         if whole_round(position):
             self._losses = []
@@ -154,7 +155,9 @@ class Rounds:
     def _recover(self) -> None:
         """Replaces this worker's values that are not finite, so that it can take part in the next merges."""
         self.shared.forget_nonfinite()
-        broken = {n: tensor for n, tensor in self.shared.parameters().items() if not bool(torch.isfinite(tensor).all())}
+        held = self.shared.parameters()
+        flags = self.shared.anywhere([not bool(torch.isfinite(tensor).all()) for tensor in held.values()])
+        broken = {name: tensor for (name, tensor), flag in zip(held.items(), flags, strict=True) if flag}
         for name, tensor in self.merger.places.pieces(broken).items():
             tensor.copy_(self.merger.anchors[name])
         self.merger.places.spread(broken)

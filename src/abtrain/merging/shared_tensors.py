@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from abtrain.checks import told_names
-from abtrain.comm.buckets import exact_average
+from abtrain.comm.buckets import average_exactly, exact_average
 from abtrain.comm.checksums import checksum, fingerprint, layouts_of
-from abtrain.comm.communicator import Communicator
-from abtrain.consistency.agreement import agree_on_tensors, differing_tensors, share
+from abtrain.comm.communicator import Communicator, Scope
+from abtrain.comm.stages import finish
+from abtrain.consistency.agreement import (
+    agree_on_tensors,
+    differing_tensors,
+    gather_json,
+    largest,
+    share,
+    take_first,
+)
+from abtrain.consistency.replicas import check_replicas
 from abtrain.consistency.settings import HYPERPARAMETERS, layout, optimizer_settings
 from abtrain.errors import RanksDisagreeError
 from abtrain.lowrank.classify import Treatment
@@ -24,6 +33,7 @@ from abtrain.merging.changes import as_real
 from abtrain.merging.copies import WeightCopies
 from abtrain.own import IGNORED, shared_buffers, shared_parameters
 from abtrain.recipes.phase import Phase
+from abtrain.shards import is_sharded, local
 
 log = logging.getLogger("abtrain")
 
@@ -44,14 +54,17 @@ class SharedTensors:
         same_settings: bool = True,
     ) -> None:
         self.model, self.treatments, self.same_settings = model, treatments, same_settings
-        self.copies = WeightCopies(model)
+        self.copies = WeightCopies(model, comm)
         self._comm = comm
         self._average_buffers = tuple(average_buffers)
         self._frozen_sums: dict[str, int] = {}
 
     def parameters(self) -> dict[str, Tensor]:
-        """Returns the trained parameters by name, in the same order on all workers; complex ones as real numbers."""
-        return as_real({name: p.data for name, p in self.model.trained(self.treatments).items()})
+        """Returns the trained parameters by name, in the same order on all workers; complex ones as real numbers.
+
+        If the model is sharded, these are this worker's shards.
+        """
+        return as_real({name: local(p) for name, p in self.model.trained(self.treatments).items()})
 
     def buffers(self) -> dict[str, Tensor]:
         """Returns the buffers that workers share by name; complex ones as real numbers."""
@@ -61,10 +74,56 @@ class SharedTensors:
         """Returns the trained and the frozen parameters by name. All are equal on workers that share gradients."""
         return self.parameters() | self._frozen()
 
+    def same_on(self, scope: Scope | None) -> Scope | None:
+        """Returns the scope on whose workers parameters are equal if the workers of `scope` have equal models.
+
+        Workers of a group have different shards of a sharded model, and counterparts have the same ones.
+        """
+        if not self.model.sharded:
+            return scope
+        return "counterparts" if scope == "world" else None
+
+    def check_equal(self, scope: Scope, where: str, buffers: Mapping[str, Tensor] | None = None) -> None:
+        """Checks that parameters are equal where they must be if the workers of a scope have equal models.
+
+        Collective over the scope, and over the world for a sharded model. Arguments, and errors: see `check_replicas`.
+        """
+        if not self.model.sharded:
+            return check_replicas(self._comm, self.replicated(), scope, where, buffers)
+        same, problem = self.same_on(scope), ""
+        if same is None:
+            return None
+        try:
+            check_replicas(self._comm, self.replicated(), same, where)
+        except RanksDisagreeError as error:
+            problem = str(error)
+        # All workers must stop, since those of a group need each other's shards.
+        for found in filter(None, gather_json(self._comm, problem)):
+            raise RanksDisagreeError(found)
+        return None
+
+    def anywhere(self, flags: Sequence[bool]) -> list[bool]:
+        """Returns for each flag whether it is true on any worker of the group, if the model is sharded.
+
+        Otherwise returns this worker's flags, which are those of its group. Collective in the group of a sharded model.
+        """
+        if not self.model.sharded or not flags:
+            return list(flags)
+        return [value > 0 for value in largest(self._comm, [*map(float, flags)], scope="group")]
+
     def _frozen(self) -> dict[str, Tensor]:
-        """Returns the frozen parameters that are plain tensors, by name."""
-        held = {name: self.model.model.get_parameter(name).data for name in self.frozen_names()}
+        """Returns the frozen parameters that are plain tensors, or this worker's shards of them, by name."""
+        held = {name: local(self.model.model.get_parameter(name)) for name in self.frozen_names()}
         return as_real({name: tensor for name, tensor in held.items() if type(tensor) is Tensor})
+
+    def _sums_of_frozen(self) -> dict[str, int]:
+        """Returns checksums of the frozen parameters, by name. Collective in the group if some of them are sharded."""
+        sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
+        if not sums.keys() & {*self.model.sharded}:
+            return sums
+        row = torch.tensor(list(sums.values()), dtype=torch.int64, device=self._comm.device)
+        columns = self._comm.all_gather(row, "group").T.tolist()
+        return {name: fingerprint(*column) for name, column in zip(sums, columns, strict=True)}
 
     def averaged_buffers(self) -> list[str]:
         """Returns the names of the buffers that are averaged where they differ."""
@@ -93,32 +152,38 @@ class SharedTensors:
     def agree(self) -> None:
         """Gives all workers rank 0's parameters, frozen ones included, and buffers. Collective over the world.
 
+        The shards of a sharded model become those of rank 0's group.
+
         Raises:
             RanksDisagreeError: tensor subclasses, such as quantized weights, differ. They cannot be overwritten.
         """
         model = self.model.model
         tensors = {name: p.data for name, p in shared_parameters(model).items()} | shared_buffers(model)
         plain = {name: tensor for name, tensor in tensors.items() if type(tensor) is Tensor}
-        differed = agree_on_tensors(self._comm, plain)
-        unlike = differing_tensors(self._comm, {name: t for name, t in tensors.items() if name not in plain})
+        shards = {name: local(tensor) for name, tensor in tensors.items() if is_sharded(tensor)}
+        differed = agree_on_tensors(self._comm, plain) + take_first(self._comm, shards, "counterparts")
+        rest = {name: tensor for name, tensor in tensors.items() if name not in plain and name not in shards}
+        unlike = differing_tensors(self._comm, rest)
         if unlike:
             raise RanksDisagreeError(
                 f"tensors that cannot be sent (subclasses of Tensor) differ between workers: {told_names(unlike)}. "
                 "Load the same weights on all workers before building ABTraining"
             )
-        self._frozen_sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
+        self._frozen_sums = self._sums_of_frozen()
         if differed and self._comm.rank == 0:
             log.info("%d tensors had different initial values on workers: all now use rank 0's values", len(differed))
 
     def place(self, step: int, phase: int, **more: object) -> dict[str, object]:
         """Returns by name the values that must be equal on all workers before averaging: step, shapes, `more` etc."""
-        sums = {name: checksum(tensor) for name, tensor in self._frozen().items()}
+        sums = self._sums_of_frozen()
         changed = {
             name: f"{total:x}: list a tensor that the model changes itself in {IGNORED}, or make it a buffer"
             for name, total in sums.items()
             if total != self._frozen_sums.get(name)
         }
-        place = {"step": step, "phase": phase, "shapes": layouts_of(self.parameters() | self.buffers()), **more}
+        # The shapes of whole parameters, since those of shards may differ within a group.
+        shapes = layouts_of(self.model.trained(self.treatments) | self.buffers())
+        place = {"step": step, "phase": phase, "shapes": shapes, **more}
         place |= {"frozen_but_changed": changed, "copies_of_weights": self.copies.names}
         if self.same_settings:
             place["param_groups"] = optimizer_settings(self.model.optimizers, self.model.parameters(), HYPERPARAMETERS)
@@ -126,10 +191,12 @@ class SharedTensors:
 
     def forget_nonfinite(self) -> None:
         """Drops, on this worker, the optimizer state of each parameter whose state has NaN or infinity."""
-        for optimizer in self.model.optimizers.stateful:
-            for parameter, held in list(optimizer.state.items()):
-                if not all(bool(torch.isfinite(value).all()) for value in tensors_in(held)):
-                    self.model.drop_state(parameter)
+        states = [item for one in self.model.optimizers.stateful for item in list(one.state.items())]
+        well = [all(bool(torch.isfinite(local(value)).all()) for value in tensors_in(held)) for _, held in states]
+        broken = self.anywhere([not finite for finite in well])
+        for (parameter, _), drops in zip(states, broken, strict=True):
+            if drops:
+                self.model.drop_state(parameter)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -142,14 +209,25 @@ class SharedTensors:
         differing = {name: buffers[name] for name in differing_tensors(self._comm, buffers)}
         averaged = self.averaged_buffers()
         followed = [tensor for name, tensor in differing.items() if name not in averaged]
-        numbers = self.parameters() | {name: tensor for name, tensor in differing.items() if name in averaged}
-        with _restored([*numbers.values(), *followed, *self.copies.tensors()]):
-            self.copies.average(self._comm)
-            means = exact_average(list(numbers.values()), self._comm)
-            for (name, tensor), mean in zip(numbers.items(), means, strict=True):
-                tensor.copy_(settled(name, mean) if name in differing else mean)
+        pooled = {name: tensor for name, tensor in differing.items() if name in averaged}
+        parameters = list(self.parameters().values())
+        with _restored([*parameters, *pooled.values(), *followed, *self.copies.tensors()]):
+            self.copies.average()
+            self._average(parameters, list(pooled.values()))
+            for name, tensor in pooled.items():
+                tensor.copy_(settled(name, tensor))
             share(self._comm, followed, [0] * len(followed))
             yield
+
+    def _average(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
+        """Averages parameters (or shards) and buffers over all workers, in place. Collective over the world."""
+        both = [*parameters, *buffers]
+        if self.model.sharded:
+            means = finish(average_exactly(parameters, self._comm)) + exact_average(buffers, self._comm)
+        else:
+            means = exact_average(both, self._comm)
+        for tensor, mean in zip(both, means, strict=True):
+            tensor.copy_(mean)
 
     def buffers_fingerprint(self) -> int:
         """Returns an integer of 62 bits, which is equal on all workers if their buffers are equal."""

@@ -20,8 +20,9 @@ from abtrain.commands.train.resizing import resized
 from abtrain.errors import CheckpointError, NonFiniteError
 from abtrain.merging.merge_input import MergeInput
 from abtrain.merging.merger import Merger
-from abtrain.merging.places import Places, piece, whole
+from abtrain.merging.places import Places
 from abtrain.recipes.recipe import Recipe
+from abtrain.shards import piece, whole
 from tests.cases import adamw, batch, build, largest_difference, seeded
 from tests.gloo import run_gloo
 from tests.unit.engine.test_saved_state import HIDDEN, RECIPES, Loop, stopped_and_resumed
