@@ -11,7 +11,7 @@ accepts tensors on PyTorch's meta device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -29,6 +29,8 @@ Scope = Literal["world", "group", "counterparts"]
 Reduction = Literal["sum", "max"]
 Call = Literal["all_reduce", "all_gather", "exchange", "broadcast", "gradients"]
 PLAIN = GradientSync()
+SMALL = 4096
+"""The largest number of bytes of a small collective, whose time depends on the latency of links."""
 T = TypeVar("T")
 
 
@@ -103,6 +105,9 @@ class Communicator:
         check_reducible(tensor, op)
         if len(self.ranks(scope)) == 1:
             return Pending(lambda: None)
+        if goes_by_place(self.topology, scope, tensor.nbytes):
+            self._start_all_reduce(tensor.detach(), op, "group").wait()
+            scope = "counterparts"
         return self._start_all_reduce(tensor.detach(), op, scope)
 
     def all_gather(self, tensor: Tensor, scope: Scope = "world") -> Tensor:
@@ -115,7 +120,15 @@ class Communicator:
         if len(self.ranks(scope)) == 1:
             gathered = tensor.detach()[None].clone()
             return Pending(lambda: gathered)
-        return self._start_all_gather(tensor.detach(), scope)
+        if not goes_by_place(self.topology, scope, tensor.nbytes):
+            return self._start_all_gather(tensor.detach(), scope)
+        of_counterparts = self._start_all_gather(tensor.detach(), "counterparts")
+
+        def finish() -> Tensor:
+            by_place = self._start_all_gather(of_counterparts.wait(), "group").wait()
+            return by_place.transpose(0, 1).reshape(self.topology.world_size, *tensor.shape)
+
+        return Pending(finish)
 
     def launch_exchange(self, rows: Tensor, scope: Scope = "world") -> Pending[Tensor]:
         """Starts to send row i of a tensor (ranks in scope, ...) of any dtype to the scope's i-th rank.
@@ -202,6 +215,22 @@ class SingleProcess(Communicator):
 
     def __init__(self) -> None:
         super().__init__(0, Topology(world_size=1), torch.device("cpu"))
+
+
+def goes_by_place(topology: Topology, scope: Scope, nbytes: int) -> bool:
+    """Returns whether a small collective over the world is divided into one among counterparts and one in the group.
+
+    Only the first of them waits for the links between groups, once for each group and not for each worker.
+    """
+    return scope == "world" and topology.group_size > 1 and topology.n_groups > 1 and nbytes <= SMALL
+
+
+def sent_by_call(call: Traffic, topology: Topology) -> Calls:
+    """Returns the collectives that a communicator makes for one call of `all_reduce` or `all_gather`."""
+    if call.call not in ("all_reduce", "all_gather") or not goes_by_place(topology, call.scope, call.nbytes):
+        return (call,)
+    inside = call.nbytes * (topology.n_groups if call.call == "all_gather" else 1)
+    return replace(call, scope="counterparts"), replace(call, scope="group", nbytes=inside)
 
 
 def scope_spans(topology: Topology, scope: Scope) -> Spans:

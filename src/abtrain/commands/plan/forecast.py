@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from abtrain.comm.communicator import Calls, Traffic
+from abtrain.comm.communicator import Calls, Traffic, sent_by_call
 from abtrain.comm.stages import stages_due
 from abtrain.comm.topology import Topology
 from abtrain.commands.plan.collectives import Cluster, Cost, cost_of, scoped
@@ -224,7 +224,12 @@ class _Forecaster:
         return self._cost(traffic).seconds - self._sending(traffic)
 
     def _cost_of(self, traffic: Traffic, swift: bool = False) -> Cost:
-        """Returns the cost of one collective. `swift` assumes links without latency."""
+        """Returns the cost of one call of a collective. `swift` assumes links without latency."""
+        parts = sent_by_call(traffic, Topology(self._cluster.workers, self._group_size))
+        costs = [self._cost_of_part(part, swift) for part in parts]
+        return Cost(sum(cost.seconds for cost in costs), sum(cost.wire for cost in costs))
+
+    def _cost_of_part(self, traffic: Traffic, swift: bool) -> Cost:
         cluster, at_once = scoped(self._cluster, traffic.scope, self._group_size)
         cluster = cluster.swift if swift else cluster
         once = cost_of(traffic.call, cluster, at_once * traffic.nbytes / traffic.rounds, self._algorithm)

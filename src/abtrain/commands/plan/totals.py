@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from abtrain.comm.communicator import scope_spans, senders
+from abtrain.comm.communicator import scope_spans, senders, sent_by_call
 from abtrain.comm.topology import Topology
 from abtrain.commands.plan.stretches import Stretch
 
@@ -14,7 +14,7 @@ def payload(stretches: Sequence[Stretch], topology: Topology) -> dict[str, Any]:
     """Returns the bytes of a run with the keys of `Meter.payload()`: total, between_groups and so on."""
     by_scope, by_phase, of_group = {"between_groups": 0, "within_groups": 0}, dict[str, int](), dict[str, int]()
     for stretch in stretches:
-        for traffic, times in stretch.all():
+        for traffic, times in ((one, times) for call, times in stretch.all() for one in sent_by_call(call, topology)):
             nbytes = traffic.nbytes * times
             if nbytes:
                 spans = scope_spans(topology, traffic.scope)

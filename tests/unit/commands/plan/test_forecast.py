@@ -88,7 +88,7 @@ def test_fragments_merge_in_turns() -> None:
     stretch = predict(recipes.diloco(40, every=20, fragments=4), model, Topology(4))[-1]
     # Four times in the first round, three times in the second, and all that is left, which is all, at the end.
     assert stretch.merge_count == 8
-    assert sum(merging.times for merging in stretch.merges if len(merging.calls) == 2) == 8
+    assert sum(merging.times for merging in stretch.merges if len(merging.calls) >= 2) == 8
     assert sum(t.nbytes * n for t, n in stretch.all()) == 7 * 4_000_000 + 16_000_000 + (1 + 8) * 24 + 16
 
 
