@@ -65,6 +65,13 @@ def is_like(parameter: Tensor, tensor: Tensor) -> bool:
     return is_sharded(other) and (one.shape, one.placements) == (other.shape, other.placements)
 
 
+def have_one_form(weight: Tensor, tensor: Tensor) -> bool:
+    """Returns whether a tensor has the shape of a weight, and is sharded like it if the weight is sharded."""
+    if is_sharded(weight) or is_sharded(tensor):
+        return is_sharded(weight) and is_like(weight, tensor)
+    return weight.shape == tensor.shape
+
+
 def gathered(tensor: Tensor) -> Tensor:
     """Returns a whole tensor: a sharded one as a copy on the CPU. Collective in the group for a sharded tensor."""
     held: Any = tensor.detach()

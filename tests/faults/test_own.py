@@ -16,9 +16,9 @@ from abtrain import ABTraining, FixedRank, Recipe, recipes
 from abtrain.checkpoint import store as checkpoint
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
-from abtrain.commands.plan.payload import payload as predicted
 from abtrain.commands.plan.payload import predict
 from abtrain.commands.plan.shapes import shapes_of
+from abtrain.commands.plan.totals import payload as predicted
 from abtrain.commands.train.resizing import resized
 from abtrain.errors import ConfigurationError, NonFiniteError, RanksDisagreeError
 from abtrain.lowrank.classify import classify

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -23,24 +24,21 @@ from abtrain.comm.communicator import Communicator
 from abtrain.errors import AbtrainError, NonFiniteError
 from tests.cases import adamw, batch, build
 from tests.gloo import run_gloo
+from tests.meshes import counterparts_of, mesh_of_groups, places_of
 
 Make = Callable[[nn.Sequential, DeviceMesh], Any]
 
 
-def mesh_of(comm: Communicator) -> DeviceMesh:
-    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("groups", "places"))
-
-
 def as_it_should_be(model: nn.Sequential, mesh: DeviceMesh) -> None:
-    fully_shard(model, mesh=mesh["places"])
+    fully_shard(model, mesh=places_of(mesh))
 
 
 def over_the_world(model: nn.Sequential, mesh: DeviceMesh) -> None:
-    fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+    fully_shard(model, mesh=places_of(mesh_of_groups(1, 4)))
 
 
 def over_counterparts(model: nn.Sequential, mesh: DeviceMesh) -> None:
-    fully_shard(model, mesh=mesh["groups"])
+    fully_shard(model, mesh=counterparts_of(mesh))
 
 
 def hybrid(model: nn.Sequential, mesh: DeviceMesh) -> None:
@@ -48,35 +46,35 @@ def hybrid(model: nn.Sequential, mesh: DeviceMesh) -> None:
 
 
 def in_tensor_parallel(model: nn.Sequential, mesh: DeviceMesh) -> None:
-    parallelize_module(model, mesh["places"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    parallelize_module(model, places_of(mesh), {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
 
 def by_columns(model: nn.Sequential, mesh: DeviceMesh) -> None:
-    fully_shard(model, mesh=mesh["places"], shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 else None)
+    fully_shard(model, mesh=places_of(mesh), shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 else None)
 
 
 def in_part(model: nn.Sequential, mesh: DeviceMesh) -> None:
-    fully_shard(model, mesh=mesh["places"], ignored_params={model[0].weight})
+    fully_shard(model, mesh=places_of(mesh), ignored_params={model[0].weight})
 
 
 def with_a_sharded_buffer(model: nn.Sequential, mesh: DeviceMesh) -> None:
-    model.register_buffer("table", distribute_tensor(torch.ones(4), mesh["places"], [Shard(0)]))
+    model.register_buffer("table", distribute_tensor(torch.ones(4), places_of(mesh), [Shard(0)]))
 
 
 def on_one_worker_of_a_group(model: nn.Sequential, mesh: DeviceMesh) -> None:
     if dist.get_rank() % 2:
-        fully_shard(model, mesh=mesh["places"])
+        fully_shard(model, mesh=places_of(mesh))
 
 
 def one_is_wider(model: nn.Sequential, mesh: DeviceMesh) -> None:
     if dist.get_rank() == 3:
         model[4] = nn.Linear(12, 7)
-    fully_shard(model, mesh=mesh["places"])
+    fully_shard(model, mesh=places_of(mesh))
 
 
 def told(comm: Communicator, make: Make, recipe: str, options: dict[str, Any]) -> str:
     model: Any = build("mlp", torch.float32)
-    make(model, mesh_of(comm))
+    make(model, mesh_of_groups(2, 2))
     try:
         ABTraining(model, adamw(model.parameters()), recipes.build(recipe, 20), communicator=comm, **options)
     except AbtrainError as error:
@@ -117,7 +115,7 @@ def test_divergence_is_refused() -> None:
 class Loop:
     def __init__(self, comm: Communicator | None, optimizer: Any = adamw, **options: Any) -> None:
         self.model: Any = build("mlp", torch.float32)
-        fully_shard(self.model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("groups", "places"))["places"])
+        fully_shard(self.model, mesh=places_of(mesh_of_groups(2, 2)))
         self.optimizer = optimizer(self.model.parameters())
         recipe = recipes.local_sgd(8, every=4, wire="fp32")
         self.ab = ABTraining(self.model, self.optimizer, recipe, communicator=comm, **options)
@@ -228,3 +226,54 @@ def other_state(comm: Communicator) -> str:
 def test_state_of_other_shapes_is_refused() -> None:
     texts = run_gloo(4, other_state, group_size=2)
     assert all("RowSums keeps 'rows' in its state, which is not sharded like" in text for text in texts), texts
+
+
+def unknown_shard(state: Any) -> None:
+    state["model"]["sharded"].append("9.weight")
+
+
+def fewer_shards(state: Any) -> None:
+    state["model"]["sharded"].remove("0.weight")
+
+
+def another_shape(state: Any) -> None:
+    state["model"]["weights"]["0.weight"] = torch.zeros(3, 10)
+
+
+def momentum_of_another_shape(state: Any) -> None:
+    state["model"]["optimizers"][0]["state"]["0.weight"]["exp_avg"] = torch.zeros(16, 10)
+
+
+def state_of_one_weight_less(state: Any) -> None:
+    del state["model"]["optimizers"][0]["state"]["0.weight"]
+
+
+def refused(comm: Communicator, change: Callable[[Any], None]) -> str:
+    """Rank 1 of a run with whole models loads a changed state of a sharded run."""
+    loop = Loop(comm)
+    loop.step()
+    state = copy.deepcopy(loop.ab.state_dict())
+    if comm.rank == 1:
+        change(state)
+    model = build("mlp", torch.float32, seed=9)
+    other = ABTraining(model, adamw(model.parameters()), loop.ab.recipe, communicator=comm)
+    before = abtrain.weights_digest(model)
+    with pytest.raises(AbtrainError) as error:
+        other.load_state_dict(state)
+    assert abtrain.weights_digest(model) == before
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (unknown_shard, "on rank 1: the checkpoint does not fit: '9.weight' is sharded in the state"),
+        (fewer_shards, "on rank 1: the checkpoint does not fit: "),
+        (another_shape, "on rank 1: the checkpoint does not fit: "),
+        (momentum_of_another_shape, "on rank 1: the checkpoint does not fit: "),
+        (state_of_one_weight_less, "on rank 0, 1: the states of a group have optimizer state for different weights"),
+    ],
+)
+def test_changed_states_are_refused_by_all(change: Callable[[Any], None], message: str) -> None:
+    texts = run_gloo(4, refused, change, group_size=2)
+    assert all(f"CheckpointError: {message}" in text for text in texts), texts

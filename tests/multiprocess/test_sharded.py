@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import abtrain
@@ -21,6 +20,7 @@ from abtrain.comm.communicator import Communicator
 from abtrain.recipes.recipe import Recipe
 from tests.cases import adamw, largest_difference, seeded, sgd
 from tests.gloo import run_gloo
+from tests.meshes import mesh_of_groups, places_of
 
 RECIPES = {
     "local_sgd": recipes.local_sgd(10, every=4, wire="fp32"),
@@ -59,12 +59,9 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def places(comm: Communicator) -> DeviceMesh:
-    return init_device_mesh("cpu", (comm.topology.n_groups, comm.topology.group_size), mesh_dim_names=("g", "p"))["p"]
-
-
 def sharded(comm: Communicator, seed: int = 0) -> nn.Module:
-    model, mesh = whole(comm, seed), places(comm)
+    model = whole(comm, seed)
+    mesh = places_of(mesh_of_groups(comm.topology.n_groups, comm.topology.group_size))
     for block in cast(Any, model).blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

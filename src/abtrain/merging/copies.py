@@ -23,7 +23,7 @@ from abtrain.lowrank.nested import tensors_in
 from abtrain.lowrank.optimizer import LINEAR_MOMENTS, SQUARED_MOMENTS
 from abtrain.lowrank.optimizers import parameters_of
 from abtrain.merging.changes import is_finite
-from abtrain.shards import local
+from abtrain.shards import have_one_form, local
 
 _COSINE, _LONGEST = 0.7, 2.0
 """State is a copy if its cosine similarity to the weights is above 0.7, and its norm is 0.5 to 2 times theirs."""
@@ -132,7 +132,7 @@ class WeightCopies:
     def _of_kind(self, place: int, key: str) -> Iterator[tuple[Tensor, Tensor]]:
         for parameter, state in self._model.optimizers.all[place].state.items():
             copy = state.get(key) if isinstance(parameter, Tensor) and isinstance(state, Mapping) else None
-            if isinstance(copy, Tensor) and copy.shape == parameter.shape and not _one_memory(copy, parameter):
+            if isinstance(copy, Tensor) and have_one_form(parameter, copy) and not _one_memory(copy, parameter):
                 yield parameter, copy
 
 
@@ -148,7 +148,7 @@ def _products(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor | None:
     """
     sums = torch.zeros(3, dtype=torch.float64)
     for weight, copy in pairs:
-        if copy.shape != weight.shape or not copy.is_floating_point():
+        if not have_one_form(weight, copy) or not copy.is_floating_point():
             return None
         a, b = local(weight).double(), local(copy).to(local(weight).device).double()
         sums += torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]).cpu()
