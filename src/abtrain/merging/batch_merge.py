@@ -78,7 +78,7 @@ class BatchMerge:
             torch._foreach_copy_(self.batch.of(held), self.batch.of(self.state.anchors))
         else:
             moved = self.batch.flat(held).to(self.batch.dtype) - before
-            self.batch.write(held, self.batch.flat(self.state.anchors).add_(moved))
+            self.batch.write(held, moved.add_(self.batch.flat(self.state.anchors)))
 
     def _measure(self, mean: Tensor) -> None:
         shapes = {name: tensor.shape for name, tensor in self.part.tensors().items()}

@@ -53,8 +53,9 @@ class Batch:
         return [one.of(tensors[one.name]) for one in self.ranges]
 
     def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Copies this batch's ranges of tensors into one flat tensor of their dtype."""
-        return torch.cat([part.reshape(-1) for part in self.of(tensors)])
+        """Returns this batch's ranges of tensors as one flat tensor, which must not be written: it may be a view."""
+        parts = [part.reshape(-1) for part in self.of(tensors)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Returns views of a flat tensor in the shapes of the ranges."""

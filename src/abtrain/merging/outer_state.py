@@ -52,7 +52,7 @@ class OuterState:
 
     def contribution(self, batch: Batch, tensors: Mapping[str, Tensor], weight: float) -> Tensor:
         """Returns the changes of a batch times a weight, plus its residuals, as one flat tensor."""
-        numbers = self.change(batch, tensors) * weight if weight else batch.flat(self.anchors).zero_()
+        numbers = self.change(batch, tensors).mul_(weight) if weight else torch.zeros_like(batch.flat(self.anchors))
         residuals = self._flat(self.residuals, batch)
         return numbers if residuals is None else numbers.add_(residuals)
 
