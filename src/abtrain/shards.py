@@ -103,6 +103,12 @@ def fsdp_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield from ((name, one) for name, one in model.named_modules() if isinstance(one, fsdp.FSDPModule))
 
 
+def is_first_fsdp(module: nn.Module) -> bool:
+    """Returns whether a module is the wrapper class of PyTorch's first FSDP."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
 def reshard(model: nn.Module) -> None:
     """Makes a model's parameters its shards again, after a forward pass that has gathered whole weights. Sends nothing.
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -61,6 +61,10 @@ def with_a_sharded_buffer(model: nn.Sequential, mesh: DeviceMesh) -> None:
     model.register_buffer("table", distribute_tensor(torch.ones(4), places_of(mesh), [Shard(0)]))
 
 
+def by_the_first_fsdp(model: nn.Sequential, mesh: DeviceMesh) -> None:
+    model[0] = FullyShardedDataParallel(model[0], device_id=torch.device("cpu"), use_orig_params=True)
+
+
 def on_one_worker_of_a_group(model: nn.Sequential, mesh: DeviceMesh) -> None:
     if dist.get_rank() % 2:
         fully_shard(model, mesh=places_of(mesh))
@@ -92,6 +96,7 @@ def told(comm: Communicator, make: Make, recipe: str, options: dict[str, Any]) -
         (by_columns, "weights are not sharded by their first dimension: 0.weight"),
         (in_part, "some trained weights are sharded and others are not: 0.weight"),
         (with_a_sharded_buffer, "sharded buffers cannot be merged: table"),
+        (by_the_first_fsdp, "0 is wrapped in FullyShardedDataParallel"),
         (on_one_worker_of_a_group, "model.0.weight.placements is absent on rank 0, 2 and "),
         (one_is_wider, "model.4.weight.shape is '(5, 12)' on rank 0, 1, 2 and '(7, 12)' on rank 3"),
     ],

@@ -75,7 +75,7 @@ def _problems_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], r
             f"the model is wrapped in {wrapper}: pass the bare model ({wrapper}(...).module); abtrain wraps it itself"
         ]
     optimizers = Optimizers(optimizer)
-    unfit = _tensor_problems(model) or sharding_problems(model, optimizers, recipe)
+    unfit = sharding_problems(model, optimizers, recipe) or _tensor_problems(model)
     unfit = unfit or (_factoring_problems(model, optimizers, recipe) if recipe.factored else [])
     return optimizer_problems(model, optimizers, recipe) + unfit
 

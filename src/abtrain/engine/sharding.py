@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from abtrain.checks import told_names
 from abtrain.comm.communicator import Communicator
 from abtrain.lowrank.nested import tensors_in
 from abtrain.lowrank.optimizers import Optimizers
-from abtrain.own import own_names
+from abtrain.own import IGNORED, own_names
 from abtrain.recipes.recipe import Recipe
-from abtrain.shards import fsdp_modules, is_like, is_sharded
+from abtrain.shards import fsdp_modules, is_first_fsdp, is_like, is_sharded
 
 _LIKE_THIS = (
     'mesh = init_device_mesh(device, (groups, workers), mesh_dim_names=("groups", "places")) and '
@@ -30,48 +30,60 @@ def shards_of(model: nn.Module) -> int | None:
 
 def sharding_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe) -> list[str]:
     """Returns the problems of a sharded model with this recipe; empty if there are none, or it is not sharded."""
-    problems = _form_problems(model, optimizers)
-    return problems + (list(_recipe_problems(recipe)) if shards_of(model) is not None else [])
-
-
-def _form_problems(model: nn.Module, optimizers: Optimizers) -> list[str]:
-    """Returns the first problem of how a model is sharded, in a list; empty if there is none, or it is not sharded."""
-    parameters = dict(model.named_parameters())
-    sharded: dict[str, Any] = {name: p for name, p in parameters.items() if is_sharded(p)}
+    wrapped = [name or "the model" for name, module in model.named_modules() if is_first_fsdp(module)]
+    if wrapped:
+        return [
+            f"{told_names(wrapped)} is wrapped in FullyShardedDataParallel, whose flat parameters cannot be merged: "
+            f"use {_LIKE_THIS}"
+        ]
     buffers = [name for name, buffer in model.named_buffers() if is_sharded(buffer)]
     if buffers:
         return [f"sharded buffers cannot be merged: {told_names(buffers)}. Keep buffers whole on each worker"]
+    sharded: dict[str, Any] = {name: p for name, p in model.named_parameters() if is_sharded(p)}
     if not sharded:
         return []
+    problems = [*_form_problems(model, sharded), *_mixed_problems(model, optimizers, sharded)]
+    # The first problem often explains the others.
+    return problems[:1] + list(_recipe_problems(recipe))
+
+
+def _form_problems(model: nn.Module, sharded: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the problems of how the parameters in `sharded` are divided."""
     odd = [name for name, p in sharded.items() if p.device_mesh.ndim > 1]
     if odd:
         axes = sharded[odd[0]].device_mesh.mesh_dim_names
-        return [
+        yield (
             f"the model is sharded over a mesh of several dimensions ({told_names(odd)}: {axes}), as by tensor "
             f"parallelism or hybrid sharding. abtrain merges between the groups itself: use {_LIKE_THIS}"
-        ]
+        )
     covered = [name for name, _ in fsdp_modules(model)]
     odd = [name for name in sharded if not any(name.startswith(f"{path}." if path else "") for path in covered)]
     if odd:
-        return [
+        yield (
             f"these weights are DTensors without fully_shard, as in tensor parallelism: {told_names(odd)}. Only models "
             f"that FSDP2 shards can be merged: use {_LIKE_THIS}"
-        ]
-    odd = [f"{name} {p.placements}" for name, p in sharded.items() if [str(one) for one in p.placements] != ["S(0)"]]
+        )
+    odd = [f"{name} {p.placements}" for name, p in sharded.items() if not all(one.is_shard(0) for one in p.placements)]
     if odd:
-        return [
+        yield (
             f"weights are not sharded by their first dimension: {told_names(odd)}. Use fully_shard without "
             "shard_placement_fn"
-        ]
+        )
+
+
+def _mixed_problems(model: nn.Module, optimizers: Optimizers, sharded: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the problems of parameters that are trained whole, or by one worker, beside the sharded ones."""
     held = set(map(id, optimizers.parameters()))
-    odd = [name for name, p in parameters.items() if name not in sharded and p.requires_grad and id(p) in held]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) in held}
+    odd = [name for name in trained if name not in sharded]
     if odd:
-        return [
+        yield (
             f"some trained weights are sharded and others are not: {told_names(odd)}, so their gradients would not be "
             "averaged in the group. Apply fully_shard to the whole model, without ignored_params"
-        ]
+        )
     odd = [name for name in sorted(own_names(model)) if name in sharded]
-    return [f"each worker has its own values of {told_names(odd)}, but they are sharded"] if odd else []
+    if odd:
+        yield f"each worker has its own values of {told_names(odd)} ({IGNORED}), but they are sharded: leave them out"
 
 
 def fit_problems(model: nn.Module, comm: Communicator, measure_divergence: bool) -> list[str]:
