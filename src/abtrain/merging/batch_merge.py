@@ -21,6 +21,8 @@ from abtrain.merging.wires.wire import Wire
 
 _IN_FLIGHT = 2
 """The number of batches that are merged at once: while one is sent, the next is encoded."""
+Outcome = tuple[Tensor, Tensor | None]
+"""The mean of a batch and this worker's rounding errors (see `BatchMerge.average`)."""
 Check = Callable[[Sequence[str]], None]
 """Receives the names of tensors whose average is not finite, and raises an error if any worker has such a tensor."""
 
@@ -94,9 +96,13 @@ class BatchMerge:
         return torch.cat([named[name].reshape(-1) for name in self.batch.names])
 
 
-def merge_at_once(works: Sequence[BatchMerge], check: Check) -> Stages[None]:
-    """Averages all batches stage by stage, and then applies all."""
-    outcomes = yield from in_step([work.average() for work in works])
+def average_at_once(works: Sequence[BatchMerge]) -> Stages[list[Outcome]]:
+    """Averages all batches stage by stage. Changes no weight."""
+    return (yield from in_step([work.average() for work in works]))
+
+
+def apply_at_once(works: Sequence[BatchMerge], outcomes: Sequence[Outcome], check: Check) -> None:
+    """Applies what `average_at_once` has returned for these batches."""
     check([name for work, (mean, _) in zip(works, outcomes, strict=True) for name in _broken(work, mean)])
     held = works[0].held() if works else {}
     for work, (mean, error) in zip(works, outcomes, strict=True):

@@ -28,7 +28,7 @@ from abtrain.comm.topology import Topology
 from abtrain.consistency.agreement import CALL, ROLL_CALL, gather_json, roll_call, share
 from abtrain.errors import NonFiniteError, OnNonFinite, UsageError
 from abtrain.failpoints import fail_at
-from abtrain.merging.batch_merge import BatchMerge, merge_at_once, merge_in_turn
+from abtrain.merging.batch_merge import BatchMerge, apply_at_once, average_at_once, merge_in_turn
 from abtrain.merging.batches import cut_into_batches
 from abtrain.merging.buffers import Buffers, settled
 from abtrain.merging.changes import change, is_finite, write
@@ -158,7 +158,9 @@ class Merger(OuterState):
             merge_in_turn(works, self._check_finite)
             merged = yield from averaging
         else:
-            _, merged = yield from together(merge_at_once(works, self._check_finite), averaging)
+            # One worker needs fewer stages for weights than for buffers, and weights change in the last stage only.
+            outcomes, merged = yield from together(average_at_once(works), averaging)
+            apply_at_once(works, outcomes, self._check_finite)
         self.settle(name for work in works if work.sent_all for name in work.batch.names)
         write(part.buffers(), merged, {name: buffers[name] for name in merged} if alive[self._comm.rank] else None)
         self._buffers.merged(merged)

@@ -113,6 +113,14 @@ def test_resumed_after_a_look_at_the_average(name: str) -> None:
     assert [(outcome[0], outcome[2]) for outcome in looked] == [(outcome[0], outcome[2]) for outcome in expected]
 
 
+def test_one_worker_is_resumed_amid_hidden_merges() -> None:
+    """Its weights and its buffers change in one stage, although it averages them with nobody."""
+    recipe = RECIPES["diloco"]
+    stops = tuple(range(1, recipe.total_steps))
+    resumed = stopped_and_resumed(SingleProcess(), recipe, "adamw", stops)
+    assert resumed == stopped_and_resumed(SingleProcess(), recipe, "adamw", ())
+
+
 def saved(recipe: Recipe, steps: int, **options: Any) -> tuple[Loop, dict[str, Any]]:
     """A loop of one worker, and its state after so many steps."""
     loop = Loop(SingleProcess(), recipe, **options)
