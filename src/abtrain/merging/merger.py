@@ -13,19 +13,18 @@ A worker whose values are not finite may be excluded from the average. The other
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from abtrain.checks import told_names
-from abtrain.comm.buckets import average_over_world, sent_by_average_over_world
+from abtrain.comm.buckets import average_over_world
 from abtrain.comm.checksums import checksum
-from abtrain.comm.communicator import Calls, Communicator
+from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Stages, timed, together
-from abtrain.comm.topology import Topology
-from abtrain.consistency.agreement import CALL, ROLL_CALL, gather_json, roll_call, share
+from abtrain.consistency.agreement import CALL, gather_json, roll_call, share
 from abtrain.errors import NonFiniteError, OnNonFinite, UsageError
 from abtrain.failpoints import fail_at
 from abtrain.merging.batch_merge import BatchMerge, apply_at_once, average_at_once, merge_in_turn
@@ -35,12 +34,11 @@ from abtrain.merging.changes import change, is_finite, write
 from abtrain.merging.divergence import Distances, divergence
 from abtrain.merging.merge_input import MergeInput
 from abtrain.merging.outer_state import OuterState
-from abtrain.merging.places import Places, sent_by_gathered, sent_by_spread
+from abtrain.merging.places import Places
 from abtrain.merging.selection import weights_of
+from abtrain.merging.sent import steps_alone
 from abtrain.merging.wires.wire import Wire, make_wire
 from abtrain.recipes.merges import NOT_FINITE, TOO_LARGE, MergeRule, Part
-from abtrain.recipes.sync import WeightSync
-from abtrain.shards import cut
 
 Tensors = dict[str, Tensor]
 _LARGEST = 3.3e38
@@ -143,15 +141,8 @@ class Merger(OuterState):
         buffers = {name: started[name] for name in part.buffers()}
         reports, differing, waited = yield from self._compare(part, started, pieces, buffers)
         alive = self._alive(reports, differing, {name: started[name] for name in pieces})
-        weights = self._weights(part, pieces, alive, reports)
-        wire, measuring = self.wire(part.sync.wire), self.measures_divergence and all(alive)
-        out = not alive[self._comm.rank]
-        works = [
-            BatchMerge(
-                self, self._comm, self.places, wire, part, batch, started, weights[batch.names[0]], out, measuring
-            )
-            for batch in cut_into_batches(pieces, weights, whole=measuring or not wire.elementwise)
-        ]
+        measuring = self.measures_divergence and all(alive)
+        works = self._works(part, started, pieces, alive, reports, measuring)
         averaging = self._average_buffers(part, buffers, differing, alive)
         if part.started is None:
             self._interrupted = True
@@ -203,13 +194,34 @@ class Merger(OuterState):
         means = yield from average_over_world(scaled, self._comm)
         return followed | {name: settled(name, mean) for name, mean in zip(floats, means, strict=True)}
 
-    def _weights(
-        self, part: MergeInput, names: Iterable[str], alive: Sequence[bool], reports: Sequence[Part]
-    ) -> dict[str, float]:
-        """Returns by which number this worker multiplies its change of each tensor, before all changes are averaged."""
-        topology, rank = self._comm.topology, self._comm.rank
-        weights = weights_of(part.sync.merge, names, part.trained_by, alive, reports, topology, rank)
-        return weights if alive[rank] else dict.fromkeys(weights, 0.0)
+    def _works(
+        self,
+        part: MergeInput,
+        started: Mapping[str, Tensor],
+        pieces: Tensors,
+        alive: Sequence[bool],
+        reports: Sequence[Part],
+        measuring: bool,
+    ) -> list[BatchMerge]:
+        """Returns the merges of all batches."""
+        topology, rank, wire = self._comm.topology, self._comm.rank, self.wire(part.sync.wire)
+        weights = weights_of(part.sync.merge, pieces, part.trained_by, alive, reports, topology, rank)
+        batches = cut_into_batches(pieces, weights, whole=measuring or not wire.elementwise)
+        return [
+            BatchMerge(
+                state=self,
+                comm=self._comm,
+                places=self.places,
+                wire=wire,
+                part=part,
+                batch=batch,
+                started=started,
+                weight=weights[batch.names[0]] if alive[rank] else 0.0,
+                excluded=not alive[rank],
+                measuring=measuring,
+            )
+            for batch in batches
+        ]
 
     def _check_finite(self, broken: Sequence[str]) -> None:
         """Raises NonFiniteError on all workers if averages are not finite. Collective in the group."""
@@ -254,39 +266,3 @@ class Merger(OuterState):
             f"the merge found NaN or infinity on rank {', '.join(map(str, broken))} ({'; '.join(found)}): nothing was "
             f"averaged. Lower the learning rate, or clip gradients{remedy}"
         )
-
-
-def steps_alone(rule: MergeRule) -> bool:
-    """Returns whether workers continue from other weights while a hidden merge is under way."""
-    own = torch.zeros(())
-    return rule.step(own, None)[0] is not own
-
-
-def sent_by_merge(
-    sync: WeightSync,
-    tensors: Mapping[str, Tensor],
-    trained_by: Mapping[str, Sequence[bool]],
-    averaged: Sequence[Tensor],
-    topology: Topology,
-    rank: int = 0,
-) -> tuple[Calls, ...]:
-    """Returns the collective calls in each stage of a merge, if the same buffers differ as at the previous merge.
-
-    `trained_by` has, by tensor name, whether each worker trained the tensor, and `averaged` the buffers to average.
-    Only shapes and dtypes matter.
-    """
-    wire, workers = make_wire(sync.wire, topology.n_groups), topology.world_size
-    pieces = cut(tensors, topology.place_of(rank), topology.group_size)
-    equals = [Part(0, 0.0)] * workers
-    weights = weights_of(sync.merge, pieces, trained_by, [True] * workers, equals, topology, rank)
-    stages: list[Calls] = [ROLL_CALL]
-    for batch in cut_into_batches(pieces, weights, whole=not wire.elementwise) if topology.n_groups > 1 else ():
-        numbers = [torch.empty(shape, dtype=batch.dtype, device="meta") for shape in batch.shapes]
-        joined = [torch.cat([part.view(-1) for part in numbers])] if wire.elementwise else numbers
-        for place, calls in enumerate(wire.sends(joined, topology.n_groups), start=1):
-            stages += [()] * (place + 1 - len(stages))
-            stages[place] += calls
-    stages += [()] * (2 - len(stages))
-    stages[1] += sent_by_average_over_world(averaged, topology)
-    stages[-1] += (*sent_by_gathered(topology), *sent_by_spread(list(tensors.values()), topology))
-    return tuple(stages)

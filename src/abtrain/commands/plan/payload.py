@@ -28,9 +28,9 @@ from abtrain.lowrank.classify import UNSHARED
 from abtrain.lowrank.names import factor_names
 from abtrain.lowrank.svd import Factors
 from abtrain.merging.buffers import sent_by_first_comparison
-from abtrain.merging.merger import sent_by_merge, steps_alone
 from abtrain.merging.places import sent_by_gathered, sent_by_spread
 from abtrain.merging.selection import cut_into_fragments, trained_by, trained_factors
+from abtrain.merging.sent import sent_by_merge, steps_alone
 from abtrain.recipes.recipe import Position, Recipe
 from abtrain.recipes.sync import GradientSync, WeightSync
 

@@ -1,0 +1,56 @@
+"""Predicts the collective calls of a merge from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from abtrain.comm.buckets import sent_by_average_over_world
+from abtrain.comm.communicator import Calls
+from abtrain.comm.topology import Topology
+from abtrain.consistency.agreement import ROLL_CALL
+from abtrain.merging.batches import cut_into_batches
+from abtrain.merging.places import sent_by_gathered, sent_by_spread
+from abtrain.merging.selection import weights_of
+from abtrain.merging.wires.wire import make_wire
+from abtrain.recipes.merges import MergeRule, Part
+from abtrain.recipes.sync import WeightSync
+from abtrain.shards import cut
+
+
+def steps_alone(rule: MergeRule) -> bool:
+    """Returns whether workers continue from other weights while a hidden merge is under way."""
+    own = torch.zeros(())
+    return rule.step(own, None)[0] is not own
+
+
+def sent_by_merge(
+    sync: WeightSync,
+    tensors: Mapping[str, Tensor],
+    trained_by: Mapping[str, Sequence[bool]],
+    averaged: Sequence[Tensor],
+    topology: Topology,
+    rank: int = 0,
+) -> tuple[Calls, ...]:
+    """Returns the collective calls in each stage of a merge, if the same buffers differ as at the previous merge.
+
+    `trained_by` has, by tensor name, whether each worker trained the tensor, and `averaged` the buffers to average.
+    Only shapes and dtypes matter.
+    """
+    wire, workers = make_wire(sync.wire, topology.n_groups), topology.world_size
+    pieces = cut(tensors, topology.place_of(rank), topology.group_size)
+    equals = [Part(0, 0.0)] * workers
+    weights = weights_of(sync.merge, pieces, trained_by, [True] * workers, equals, topology, rank)
+    stages: list[Calls] = [ROLL_CALL]
+    for batch in cut_into_batches(pieces, weights, whole=not wire.elementwise) if topology.n_groups > 1 else ():
+        numbers = [torch.empty(shape, dtype=batch.dtype, device="meta") for shape in batch.shapes]
+        joined = [torch.cat([part.view(-1) for part in numbers])] if wire.elementwise else numbers
+        for place, calls in enumerate(wire.sends(joined, topology.n_groups), start=1):
+            stages += [()] * (place + 1 - len(stages))
+            stages[place] += calls
+    stages += [()] * (2 - len(stages))
+    stages[1] += sent_by_average_over_world(averaged, topology)
+    stages[-1] += (*sent_by_gathered(topology), *sent_by_spread(list(tensors.values()), topology))
+    return tuple(stages)
