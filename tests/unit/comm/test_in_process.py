@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from abtrain.comm import Communicator, run_in_process
+from abtrain.comm.communicator import SMALL
 from abtrain.errors import ConfigurationError, PeerLostError, RanksDisagreeError
 
 
@@ -199,7 +200,8 @@ def test_calls_over_other_scopes_are_an_error_and_not_a_hang(late: int) -> None:
     def disagree(comm: Communicator) -> None:
         if comm.rank == late:
             time.sleep(0.05)
-        all_reduce(comm, 2, scope="group" if comm.rank == 1 else "world")
+        # A smaller tensor would be reduced inside the group first, by all ranks.
+        all_reduce(comm, SMALL, scope="group" if comm.rank == 1 else "world")
 
     began = time.monotonic()
     with pytest.raises(

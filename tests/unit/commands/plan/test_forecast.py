@@ -114,7 +114,7 @@ def test_groups_keep_their_gradients_inside_a_node() -> None:
     cluster = Cluster(2, LINK, per_node=4)
     expected = forecast(stretches, cluster, WorkerSeconds(0.1), group_size=4)
     flat = forecast(predict(recipes.diloco(20, every=20), model, Topology(8)), cluster, WorkerSeconds(0.1))
-    assert expected.payload == flat.payload
+    assert expected.payload == pytest.approx(flat.payload, rel=1e-3)
     assert expected.wire < 0.6 * flat.wire
 
 
