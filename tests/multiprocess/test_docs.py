@@ -58,8 +58,9 @@ def test_tutorials_have_the_whole_examples() -> None:
     for name, example in (("own-model", "own_loop"), ("gpt", "gpt"), ("lora", "lora")):
         page = ROOT / "docs" / "tutorials" / f"{name}.md"
         assert f'\n--8<-- "examples/{example}.py"\n' in page.read_text(encoding="utf-8")
-    page = ROOT / "docs" / "how-to" / "sharded-models.md"
-    assert '\n--8<-- "examples/sharded.py"\n' in page.read_text(encoding="utf-8")
+    for name, example in (("sharded-models", "sharded"), ("save-and-resume", "resumable")):
+        page = ROOT / "docs" / "how-to" / f"{name}.md"
+        assert f'\n--8<-- "examples/{example}.py"\n' in page.read_text(encoding="utf-8")
 
 
 def test_the_whole_example_runs_on_one_worker(tmp_path: Path) -> None:

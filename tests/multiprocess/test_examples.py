@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,26 @@ def test_plain_ddp_and_ddp_through_abtrain_end_with_the_same_weights(tmp_path: P
 def test_a_sharded_model_is_trained_and_loaded_whole(tmp_path: Path) -> None:
     shown = started(4, "sharded.py", "--out", str(tmp_path / "model.safetensors"))
     assert float(re.findall(r"error ([\d.]+)", shown)[0]) < 2.0
+
+
+def test_a_loop_is_stopped_resumed_and_served_without_abtrain(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    script = str(ROOT / "examples" / "resumable.py")
+    with subprocess.Popen([*command, script], stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "step 100 is saved\n"
+        run.send_signal(signal.SIGINT)
+        rest, _ = run.communicate(timeout=60)
+    stopped_at = int(re.findall(r"step (\d+) is saved", rest)[-1])
+    assert run.returncode != 0 and 100 < stopped_at < 400 and "accuracy" not in rest
+    shown = started(2, "resumable.py", cwd=tmp_path)
+    assert "step 100" not in shown
+    assert float(re.findall(r"accuracy ([\d.]+)%", shown)[0]) > 90
+    code = "import sys, torch; sys.modules['abtrain'] = None; m = torch.export.load('small.pt2').module(); "
+    code += "print(tuple(m(torch.rand(5, 1, 8, 8)).shape))"
+    served = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert served.stdout == "(5, 10)\n", served.stderr
 
 
 def test_the_example_trains_by_any_recipe() -> None:

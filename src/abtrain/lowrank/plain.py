@@ -142,7 +142,7 @@ def _as_two(module: LowRank, copied: nn.Module) -> nn.Sequential:
         first = kind(module.in_channels, len(inner), module.kernel_size, bias=False, device="meta", **geometry)
         last = kind(len(inner), module.out_channels, 1, bias=bias, device="meta")
     for layer, factor in ((first, inner), (last, outer)):
-        layer.weight = nn.Parameter(factor.reshape(layer.get_parameter("weight").shape).clone())
+        layer.weight = nn.Parameter(factor.reshape(layer.get_parameter("weight").shape).contiguous().clone())
     if bias:
         last.bias = copied.bias
     two = nn.Sequential(first, last).train(module.training)
