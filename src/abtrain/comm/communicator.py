@@ -120,15 +120,7 @@ class Communicator:
         if len(self.ranks(scope)) == 1:
             gathered = tensor.detach()[None].clone()
             return Pending(lambda: gathered)
-        if not goes_by_place(self.topology, scope, tensor.nbytes):
-            return self._start_all_gather(tensor.detach(), scope)
-        of_counterparts = self._start_all_gather(tensor.detach(), "counterparts")
-
-        def finish() -> Tensor:
-            by_place = self._start_all_gather(of_counterparts.wait(), "group").wait()
-            return by_place.transpose(0, 1).reshape(self.topology.world_size, *tensor.shape)
-
-        return Pending(finish)
+        return self._start_all_gather(tensor.detach(), scope)
 
     def launch_exchange(self, rows: Tensor, scope: Scope = "world") -> Pending[Tensor]:
         """Starts to send row i of a tensor (ranks in scope, ...) of any dtype to the scope's i-th rank.
@@ -218,7 +210,7 @@ class SingleProcess(Communicator):
 
 
 def goes_by_place(topology: Topology, scope: Scope, nbytes: int) -> bool:
-    """Returns whether a small collective over the world is divided into one among counterparts and one in the group.
+    """Returns whether a small sum over the world is divided into one in the group and one among counterparts.
 
     Only the first of them waits for the links between groups, once for each group and not for each worker.
     """
@@ -226,11 +218,10 @@ def goes_by_place(topology: Topology, scope: Scope, nbytes: int) -> bool:
 
 
 def sent_by_call(call: Traffic, topology: Topology) -> Calls:
-    """Returns the collectives that a communicator makes for one call of `all_reduce` or `all_gather`."""
-    if call.call not in ("all_reduce", "all_gather") or not goes_by_place(topology, call.scope, call.nbytes):
+    """Returns the collectives that a communicator makes for one call of `all_reduce`."""
+    if call.call != "all_reduce" or not goes_by_place(topology, call.scope, call.nbytes):
         return (call,)
-    inside = call.nbytes * (topology.n_groups if call.call == "all_gather" else 1)
-    return replace(call, scope="counterparts"), replace(call, scope="group", nbytes=inside)
+    return replace(call, scope="counterparts"), replace(call, scope="group")
 
 
 def scope_spans(topology: Topology, scope: Scope) -> Spans:

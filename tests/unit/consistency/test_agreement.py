@@ -54,9 +54,7 @@ def test_values_out_of_range_are_refused(value: int) -> None:
 
 def compare_places(comm: Communicator) -> None:
     check_equal(comm, {"step": 120, "phase": 2})
-    grouped = comm.topology.group_size > 1 and comm.topology.n_groups > 1
-    shared = 24 * comm.topology.n_groups if grouped else 0
-    assert comm.meter.payload()["total"] == (24 + shared if comm.topology.world_size > 1 else 0)
+    assert comm.meter.payload()["total"] == (24 if comm.topology.world_size > 1 else 0)
     if comm.topology.world_size == 1:
         return
     with pytest.raises(RanksDisagreeError) as disagreement:
