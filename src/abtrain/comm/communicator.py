@@ -212,7 +212,7 @@ class SingleProcess(Communicator):
 def goes_by_place(topology: Topology, scope: Scope, nbytes: int) -> bool:
     """Returns whether a small sum over the world is divided into one in the group and one among counterparts.
 
-    Only the first of them waits for the links between groups, once for each group and not for each worker.
+    Only the sum among counterparts waits for the links between groups, once for each group and not for each worker.
     """
     return scope == "world" and topology.group_size > 1 and topology.n_groups > 1 and nbytes <= SMALL
 
