@@ -18,13 +18,16 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/python examples/demo.py
 
-# Tests of one process or of kept ranks, two files at a time: what a change should pass at every step.
+# Two files at a time. If a process of pytest dies, the run fails at once: pytest-xdist can hang when it replaces one.
+TWO_AT_A_TIME := -n 2 --dist loadfile --max-worker-restart 0
+
+# Tests of one process or of kept ranks: what a change should pass at every step.
 quick: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) tests/unit
 
 # The rest also runs two files at a time, except tests that need the machine for themselves (marked `alone`).
 test: quick
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone" tests/multiprocess tests/faults
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not alone" tests/multiprocess tests/faults
 	$(BIN)/python -m pytest -m alone tests/multiprocess tests/faults tests/lab
 
 check: setup

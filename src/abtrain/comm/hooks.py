@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ class PowerSGD(GradientHook):
     def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
         super().__init__(group)
         self._state = PowerSGDState(
-            process_group=group,
+            process_group=_Weakly(group),
             matrix_approximation_rank=rank,
             start_powerSGD_iter=self.PLAIN_STEPS,
             orthogonalization_epsilon=self._EPSILON,
@@ -107,6 +108,23 @@ class PowerSGD(GradientHook):
             drawn = torch.randn(starts.shape, generator=torch.Generator().manual_seed(index), dtype=torch.float32)
             noise = self._noise[index] = drawn.to(starts)
         starts.copy_(torch.where(starts == 0, noise, starts))
+
+
+class _Weakly:
+    """Stands for a process group in the callbacks of PyTorch's hook, without keeping it alive.
+
+    A thread of the backend drops these callbacks, perhaps after all else has dropped the group. It would then destroy
+    the group, and wait for itself to end, which aborts the process.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = weakref.ref(group)
+
+    def __getattr__(self, name: str) -> Any:
+        group = self._group()
+        if group is None:
+            raise RuntimeError("the process group was destroyed while gradients were averaged: destroy it last")
+        return getattr(group, name)
 
 
 def make_hook(sync: GradientSync, group: dist.ProcessGroup | None) -> GradientHook:

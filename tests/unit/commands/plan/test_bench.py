@@ -1,7 +1,9 @@
 """Steps in a world of one worker: DDP does all its work, and sends nothing."""
 
 import dataclasses
+import gc
 import sys
+import weakref
 from typing import Any, get_args
 
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
+from abtrain.comm.hooks import make_hook
 from abtrain.commands.plan import bench
 from abtrain.commands.plan.bench import world_of_one
 from abtrain.commands.tasks.samples import Data, Split
@@ -79,3 +82,14 @@ def test_powersgd_factors_what_is_large_enough() -> None:
 def test_not_in_a_process_that_has_joined_others() -> None:
     with world_of_one(), pytest.raises(UsageError, match="use a separate process"), world_of_one():
         pass
+
+
+def test_callbacks_of_powersgd_keep_no_process_group() -> None:
+    """A thread of Gloo drops them. If it dropped the group too, it would wait for its own end and abort the process."""
+    with world_of_one():
+        group = weakref.ref(dist.distributed_c10d._get_default_group())
+        state = make_hook(GradientSync("powersgd", rank=1), None)._state  # type: ignore[attr-defined]
+    gc.collect()
+    assert group() is None
+    with pytest.raises(RuntimeError, match="destroy it last"):
+        state.process_group.size()
