@@ -37,9 +37,9 @@ def shell_lines(page: Path) -> list[str]:
 
 def given_to_abtrain(line: str) -> list[list[str]]:
     """The arguments of `abtrain` in a line, or of `-m abtrain` under another program: command first."""
-    words = shlex.split(line)
+    words = shlex.split(line.replace("$(which abtrain)", "abtrain"))
     begins = [i for i, word in enumerate(words) if word == "abtrain" and words[i + 1 : i + 2]]
-    return [words[i + 1 :] for i in begins if i == 0 or words[i - 1] in ("sudo", "-m")]
+    return [words[i + 1 :] for i in begins if i == 0 or words[i - 1] in ("sudo", "-m") or words[i - 1].endswith("=")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import abtrain
 from abtrain import recipes
@@ -47,6 +48,7 @@ def with_parts_of_a_loop() -> dict[str, Any]:
     recipe, loss_fn, rank = recipes.ab_outer(20, every=4), nn.functional.cross_entropy, 0
     loader = [(torch.randn(8, 16), torch.randint(4, (8,))) for _ in range(3)]
     (x1, y1), (x2, y2), (x, y) = loader
+    dataset, workers, epochs = TensorDataset(torch.cat([x1, x2, x]), torch.cat([y1, y2, y])), 1, 40
 
     def validate(module: nn.Module) -> Tensor:
         with torch.no_grad():
