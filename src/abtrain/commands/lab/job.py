@@ -88,7 +88,8 @@ def host_environment(job: Job, host: int) -> dict[str, str]:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         **os.environ,
         "GLOO_SOCKET_IFNAME": INTERFACE,
-        "NCCL_SOCKET_IFNAME": INTERFACE,
+        # NCCL would see that the hosts are one machine, and go round the links or refuse to share a GPU.
+        "CUDA_VISIBLE_DEVICES": "",
         "LAB_HOST": str(host),
         **job.environment,
     }

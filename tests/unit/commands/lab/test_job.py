@@ -57,6 +57,11 @@ def test_every_host_joins_the_first() -> None:
     assert host_command(Job(("x.py",), Path("out"), launcher="python"), config, 1) == [sys.executable, "x.py"]
 
 
+def test_hosts_train_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert host_environment(Job(("train.py",), Path("out")), 0)["CUDA_VISIBLE_DEVICES"] == ""
+
+
 def test_threads_are_one_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(("train.py",), Path("out"), environment={"COLOR": "red"})
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
