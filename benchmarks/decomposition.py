@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from abtrain.commands.tasks.models import GPT
+from abtrain.commands.tasks.models import gpt2
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.svd import MatrixShape, decompose
 from abtrain.recipes.ab_outer import ab_outer
@@ -29,16 +29,6 @@ STEPS = 1000
 TIMED = 3
 CONTEXT, BATCH = 64, 4
 RULE = FixedRank(384)
-
-
-def gpt2() -> nn.Module:
-    """Builds a model with the shapes of GPT-2 124M. Its head is tied to the embedding, so both stay dense."""
-    model = GPT(vocabulary=50_257, context=1024, width=768, depth=12, heads=12)
-    model.head.weight = model.embedding.weight
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            nn.init.normal_(parameter, std=0.02)
-    return model
 
 
 def seconds(act: Callable[[], object]) -> float:

@@ -4,6 +4,7 @@
 - Fashion-MNIST: 70 000 images of 28 x 28 in IDX files, as Zalando publishes them.
 - pysrc: the bytes of the Python standard library's sources. They differ slightly between versions of Python, so only
   runs of one version are comparable.
+- Random tokens: nothing can be learnt from them, but a step costs what it would on text.
 """
 
 from __future__ import annotations
@@ -224,6 +225,18 @@ def _windows(library: Path, names: list[str], context: int) -> Split:
     count = (len(stream) - 1) // context
     x, y = stream[: count * context], stream[1 : count * context + 1]
     return Split(x.reshape(count, context), y.reshape(count, context))
+
+
+def random_tokens(folder: Path | None, vocabulary: int, context: int, train: int = 4096, test: int = 16) -> Data:
+    """Draws windows of tokens from 0 to `vocabulary`, the same in every process. Ignores `folder`.
+
+    Returns:
+        The data, with inputs and targets as int32 (train or test, context). The target of each token is the next one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(vocabulary, (train + test, context + 1), generator=generator, dtype=torch.int32)
+    x, y = windows[:, :-1], windows[:, 1:]
+    return Data(Split(x[:train], y[:train]), Split(x[train:], y[train:]))
 
 
 def _idx_file(folder: Path, name: str) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from abtrain.errors import ConfigurationError
 
 _HEAD_DROPOUT = 0.1
+GPT2_VOCABULARY = 50_257
 
 
 def digits_mlp() -> nn.Sequential:
@@ -142,6 +143,19 @@ class GPT(nn.Module):
         x = self.embedding(tokens) + self.position(places)
         logits: Tensor = self.head(self.norm(self.blocks(x)))
         return logits
+
+
+def gpt2(width: int = 768, depth: int = 12, heads: int = 12) -> GPT:
+    """Builds GPT-2, by default the smallest, with 124.4 M parameters: at most 1,024 tokens (N, T) to logits (N, T, V).
+
+    Embedding and head are one weight (Radford et al., 2019, Language Models are Unsupervised Multitask Learners).
+    """
+    model = GPT(vocabulary=GPT2_VOCABULARY, context=1024, width=width, depth=depth, heads=heads)
+    model.head.weight = model.embedding.weight
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 @torch.no_grad()

@@ -48,7 +48,8 @@ class TrainConfig:
     """How many times to restart the workers after one of them dies; they resume from the last checkpoint."""
 
     task: Annotated[str, Shown(group="data")] = "digits-mlp"
-    """digits-mlp, fashion-cnn, fashion-vit, pysrc-gpt, or a task of the paper: imagenet-vit-b16, imagenet-resnet50,
+    """digits-mlp, fashion-cnn, fashion-vit, pysrc-gpt, random-gpt2 (124 M parameters; its tokens are random, so it only
+    measures time, bytes and memory), or a task of the paper: imagenet-vit-b16, imagenet-resnet50,
     cifar10-vgg16, cifar100-mini-vit."""
     data: Path | None = None
     """Folder with the task's data; by default the task's usual place."""

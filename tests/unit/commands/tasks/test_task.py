@@ -170,3 +170,11 @@ def test_tasks_fit_their_data(name: str) -> None:
     x, y = next(batches(chosen, chosen.load(None), seed=0, rank=0, world_size=4, batch_size=chosen.batch_size))
     loss = chosen.loss(build_model(chosen, 0)(x), y)
     assert loss.ndim == 0 and math.isfinite(loss.item())
+
+
+def test_random_tokens_are_the_same_everywhere_and_each_target_is_the_next() -> None:
+    data = TASKS["random-gpt2"].load(None)
+    again = TASKS["random-gpt2"].load(None)
+    assert data.train.x.shape == (4096, 64) and len(data.test) == 16  # type: ignore[attr-defined]
+    assert torch.equal(data.train.x[:, 1:], data.train.y[:, :-1])  # type: ignore[attr-defined]
+    assert torch.equal(data.train.x, again.train.x)  # type: ignore[attr-defined]
