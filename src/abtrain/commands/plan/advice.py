@@ -78,6 +78,7 @@ class Setting:
     Args:
         shapes: a function that takes the `Factoring` of a recipe, or None, and returns the shapes of the model.
         compression: the parameters of the full model divided by those of the factored model, for recipes with factors.
+            None: each factored weight keeps a quarter of its parameters.
         steps: the number of steps of the run.
         alone: the seconds that one worker takes for its own work, without communication.
         cluster: the nodes, their workers and their links.
@@ -89,7 +90,7 @@ class Setting:
     """
 
     shapes: Callable[[Factoring | None], ModelShapes]
-    compression: float
+    compression: float | None
     steps: int
     alone: WorkerSeconds
     cluster: Cluster

@@ -18,6 +18,7 @@ from abtrain.commands.plan.settings import (
     ALL,
     PlanConfig,
     chosen,
+    compression_in_words,
     model_in_words,
     model_problems,
     problem_of,
@@ -165,8 +166,7 @@ def _heading(config: PlanConfig, setting: Setting, console: Output) -> None:
     workers, source = config.workers_per_node, "measured here" if config.step_time is None else "by --step-time"
     for line in (
         model_in_words(config, setting.shapes(None)),
-        f"{setting.steps:,} steps of {_exactly(setting.alone.step)} ({source}), compression {config.compression:g} : 1 "
-        "if factored",
+        f"{setting.steps:,} steps of {_exactly(setting.alone.step)} ({source}), {compression_in_words(config)}",
         f"{config.nodes:,} nodes at {link.rate / 1e6:g} Mbit/s{slowest}, latency {1000 * link.latency:g} ms, "
         f"{config.algorithm} all-reduce",
         f"{workers} worker{'s' if workers > 1 else ''} on each node, groups of {config.workers_a_group}\n",

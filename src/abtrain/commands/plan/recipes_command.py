@@ -16,6 +16,7 @@ from abtrain.commands.plan.settings import (
     ALL,
     RecipesConfig,
     chosen,
+    compression_in_words,
     model_in_words,
     model_problems,
     problem_of,
@@ -49,7 +50,7 @@ def list_recipes(config: RecipesConfig, console: Output | None = None) -> None:
     model = shapes_for(config)(None)
     workers = f"{config.workers} workers in groups of {config.group_size}"
     console.print(model_in_words(config, model))
-    console.print(f"{config.steps:,} steps, {workers}, compression {config.compression:g} : 1 if factored\n")
+    console.print(f"{config.steps:,} steps, {workers}, {compression_in_words(config)}\n")
     note = payload_note(config.workers, config.group_size)
     if note:
         console.print(f"{note.strip()}\n")

@@ -36,8 +36,9 @@ class ModelSettings:
     """Number of parameters of an assumed model of square weights, such as 350M, if there is no task; by default 25M."""
     width: int | None = None
     """Width of these square weights; by default 1,024, or more for very large models."""
-    compression: float = 4
-    """Parameters of the full model over those of the factored one, for recipes with factors."""
+    compression: float | None = None
+    """Parameters of the full model over those of the factored one, for recipes with factors. By default each factored
+    weight keeps a quarter of its parameters."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def model_problems(config: RecipesConfig | PlanConfig) -> list[str]:
         if config.task is not None and getattr(config, name) is not None:
             found.append(f"--{name} describes an assumed model, but --task names {config.task}: leave out one")
     found += problem_of(lambda: parameters_of(config))
-    if not (math.isfinite(config.compression) and config.compression >= 1):
+    if config.compression is not None and not 1 <= config.compression < math.inf:
         found.append(f"--compression {config.compression:g} is out of range: use a finite number of at least 1")
     found += whole_number_problems("--steps", config.steps, least=1)
     if not found and config.task is None:
@@ -164,6 +165,13 @@ def shapes_for(config: ModelSettings) -> Callable[[Factoring | None], ModelShape
 def chosen(config: RecipesConfig | PlanConfig) -> list[str]:
     """Returns the requested recipes as strings: RECIPE or RECIPE:OPTION=VALUE,OPTION=VALUE."""
     return list(recipes.RECIPES) if config.recipe == ALL else [config.recipe]
+
+
+def compression_in_words(config: ModelSettings) -> str:
+    """Returns what is assumed of factors, for the end of a line."""
+    if config.compression is None:
+        return "factored weights keep a quarter"
+    return f"compression {config.compression:g} : 1 if factored"
 
 
 def model_in_words(config: ModelSettings, model: ModelShapes) -> str:

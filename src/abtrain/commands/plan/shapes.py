@@ -19,6 +19,7 @@ from abtrain.own import own_names, shared_buffers
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.numbers import number_problems, whole_number_problems
 
+_QUARTER = 1 / 4
 _WIDTH = 1024
 _COUNT = 1000
 """The approximate number of weights of an assumed model if its width is not set. More would only slow predictions."""
@@ -110,7 +111,7 @@ def assumed_shapes(parameters: int, width: int | None = None) -> ModelShapes:
     return ModelShapes({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, kinds)
 
 
-def ranks_for(model: ModelShapes, compression: float) -> dict[str, int]:
+def ranks_for(model: ModelShapes, compression: float | None) -> dict[str, int]:
     """Returns a rank k for each weight, with which the whole model has about this compression.
 
     All weights shrink by about the same factor.
@@ -118,11 +119,21 @@ def ranks_for(model: ModelShapes, compression: float) -> dict[str, int]:
     Args:
         model: the model whose weights are factored.
         compression: the parameters of the full model divided by those of the factored model. A value below 1 gives
-            factors that are larger than their weights, up to full rank.
+            factors that are larger than their weights, up to full rank. None: each weight keeps a quarter.
 
     Raises:
         ConfigurationError: the compression is not a number above 0, or ranks of 1 do not reach it.
     """
+    matrices = model.matrices()
+    share = _QUARTER if compression is None else _share(model, compression)
+    return {
+        name: min(max(round(share * shape.m * shape.n / (shape.m + shape.n)), 1), shape.n)
+        for name, shape in matrices.items()
+    }
+
+
+def _share(model: ModelShapes, compression: float) -> float:
+    """Returns the share of its parameters that each factored weight keeps, so that the whole model is compressed."""
     problems = number_problems("compression", compression, above=0)
     if problems:
         raise ConfigurationError(problems)
@@ -135,11 +146,7 @@ def ranks_for(model: ModelShapes, compression: float) -> dict[str, int]:
         )
     full = sum(shape.m * shape.n for shape in matrices.values())
     # Parameters without factors keep their size, so the others must shrink by more than the whole model does.
-    share = (model.numel / compression - (model.numel - full)) / max(full, 1)
-    return {
-        name: min(max(round(share * shape.m * shape.n / (shape.m + shape.n)), 1), shape.n)
-        for name, shape in matrices.items()
-    }
+    return (model.numel / compression - (model.numel - full)) / max(full, 1)
 
 
 def _meta(tensor: Tensor) -> Tensor:

@@ -152,6 +152,13 @@ def test_plan_of_one_recipe_by_phase_on_unlike_links(
     assert all(phase in text for phase in ("setup", "warmup", "factors", "all"))
 
 
+def test_plan_of_a_model_that_stays_dense_in_part(capsys: pytest.CaptureFixture[str]) -> None:
+    """GPT-2's embedding is a third of it, so no ranks compress the whole model by 4."""
+    options = ("--task", "random-gpt2", "--steps", "40", "--step-time", "4s", "--nodes", "2", "--rate", "100mbit")
+    code, lines, _ = typed(capsys, "plan", "ab_local", *options)
+    assert code == 0 and "factored weights keep a quarter" in "\n".join(lines)
+
+
 def test_plan_measures_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     code, lines, _ = typed(capsys, "plan", "diloco", "--task", "digits-mlp", "--steps", "100")
