@@ -20,6 +20,7 @@ Kind = Literal["factored", "averaged", "frozen", "own"]
 UNSHARED: tuple[Kind, ...] = ("frozen", "own")
 """The kinds of parameters that workers never average."""
 
+_ATTENTION = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -71,8 +72,7 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
             module, attribute = owner(model, name)
             reason = _why_dense(module, attribute, name, parameter, factoring) or sharing.get(name, "")
             if not reason:
-                in_form = has_factored_form(module, attribute, bool(parameter._backward_hooks))
-                how = "computed in factored form" if in_form else "rebuilt from its factors when read"
+                how = _how_computed(module, attribute, bool(parameter._backward_hooks))
                 kind, reason = "factored", f"{type(module).__name__}, {how}"
         treatments.append(Treatment(name, tuple(parameter.shape), kind, reason))
     return treatments
@@ -107,6 +107,15 @@ def _sharing_memory(model: nn.Module) -> dict[str, str]:
             places[tensor.untyped_storage().data_ptr()].append(name)
     shared = [names for names in places.values() if len(names) > 1]
     return {n: f"shares memory with {next(o for o in names if o != n)}" for names in shared for n in names}
+
+
+def _how_computed(module: nn.Module, attribute: str, hooked: bool) -> str:
+    """Returns how a module computes with a factored weight, in words."""
+    if has_factored_form(module, attribute, hooked):
+        return "computed in factored form"
+    if type(module) in _ATTENTION and attribute in ("in_proj_weight", "weight") and not hooked:
+        return "computed in factored form in self-attention"
+    return "rebuilt from its factors when read"
 
 
 def has_factored_form(module: nn.Module, attribute: str, hooked: bool) -> bool:

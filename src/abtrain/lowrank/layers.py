@@ -1,7 +1,8 @@
 """Defines modules that have the factors A (m, k) and B (k, n) of a weight as parameters but appear dense to users.
 
 `surgery.py` changes the class of a module to one of these, so hooks, names and references to the module stay valid.
-Linear layers and convolutions compute with the factors. Every other module rebuilds the weight whenever it reads it.
+Linear layers, convolutions and self-attention (`attention.py`) compute with the factors. Every other module rebuilds
+the weight whenever it reads it.
 The weight can be read, as the product, but not be written. State dicts, copies and pickles contain dense weights.
 """
 
@@ -160,10 +161,22 @@ class LowRank(Factored):
     weight = _product_of("weight")
 
 
-def inner_and_outer(module: Factored) -> tuple[Tensor, Tensor]:
+def inner_and_outer(module: Factored, attribute: str = "weight") -> tuple[Tensor, Tensor]:
     """Returns the factor with k rows, to apply to the input, and the one with k columns, which gives the output."""
-    A, B = factors_of(module, "weight")
-    return (A.T, B.T) if module._abtrain_weights["weight"].matrix_shape.transposed else (B, A)
+    A, B = factors_of(module, attribute)
+    return (A.T, B.T) if module._abtrain_weights[attribute].matrix_shape.transposed else (B, A)
+
+
+def project(module: nn.Module, attribute: str, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Computes x W^T + b for a matrix W of a module: through its factors, or through W where that is cheaper."""
+    weight = module._abtrain_weights.get(attribute) if isinstance(module, Factored) else None
+    if weight is None:
+        return F.linear(x, getattr(module, attribute), bias)
+    assert isinstance(module, Factored)
+    inner, outer = inner_and_outer(module, attribute)
+    if weight.hooks or _rebuilt_is_cheaper(x, inner, outer):
+        return F.linear(x, product(module, attribute), bias)
+    return F.linear(F.linear(x, inner), outer, bias)
 
 
 class LowRankLinear(LowRank, nn.Linear):
@@ -176,10 +189,7 @@ class LowRankLinear(LowRank, nn.Linear):
     _abtrain_dense_type = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        inner, outer = inner_and_outer(self)
-        if _rebuilt_is_cheaper(input, inner, outer):
-            return F.linear(input, product(self, "weight"), self.bias)
-        return F.linear(F.linear(input, inner), outer, self.bias)
+        return project(self, "weight", input, self.bias)
 
 
 def _rebuilt_is_cheaper(x: Tensor, inner: Tensor, outer: Tensor) -> bool:
@@ -226,10 +236,12 @@ FACTORED_LAYERS: dict[type[nn.Module], type[LowRank]] = {
 
 
 @functools.cache
-def rebuilding(dense_type: type[nn.Module], attributes: frozenset[str]) -> type[Factored]:
+def rebuilding(
+    dense_type: type[nn.Module], attributes: frozenset[str], base: type[Factored] = Factored
+) -> type[Factored]:
     """Returns a subclass of `dense_type` that rebuilds the named weights from their factors whenever it reads them."""
     content = {attribute: _product_of(attribute) for attribute in sorted(attributes)}
     content |= {"_abtrain_dense_type": dense_type, "__module__": __name__}
     if hasattr(dense_type, "__deepcopy__"):
         content["__deepcopy__"] = Factored._abtrain_copied_by_its_class
-    return type(f"Factored{dense_type.__name__}", (Factored, dense_type), content)
+    return type(f"Factored{dense_type.__name__}", (base, dense_type), content)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from abtrain.lowrank.attention import LowRankAttention
 from abtrain.lowrank.classify import has_factored_form, owner
 from abtrain.lowrank.kept import MARK_SHAPE, FactoredMark, give_back_, keep_
 from abtrain.lowrank.layers import FACTORED_LAYERS, Factored, rebuilding
@@ -63,7 +64,8 @@ def _show_(module: nn.Module, records: dict[str, FactoredWeight]) -> None:
     if len(records) == 1 and has_factored_form(module, first.attribute, bool(first.hooks)):
         module.__class__ = FACTORED_LAYERS[dense_type]
     else:
-        module.__class__ = rebuilding(dense_type, frozenset(records))  # type: ignore[arg-type]  # a class is hashable
+        base = LowRankAttention if dense_type is nn.MultiheadAttention else Factored
+        module.__class__ = rebuilding(dense_type, frozenset(records), base)  # type: ignore[arg-type]  # a class is hashable
     module.__dict__["_abtrain_weights"] = records
 
 
