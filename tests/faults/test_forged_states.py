@@ -37,7 +37,7 @@ RECIPES: dict[str, tuple[Recipe, int]] = {
         ),
         13,
     ),
-    # Full weights and shared gradients after factors, with stale anchors and roots.
+    # Full weights and shared gradients after factors, with stale roots.
     "rebound": (recipes.ab(20, warmup_steps=3, ab_steps=6, rebound_steps=4, lr_rebound_steps=3, sigma_cutoff=0.2), 11),
     # During a round of factors, all merged at once.
     "factors": (recipes.ab_outer(24, **REST, every=4, warmup_every=2), 10),

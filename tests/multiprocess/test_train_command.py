@@ -27,6 +27,7 @@ KEYS = {
     "seconds",
     "payload_bytes",
     "payload_ratio",
+    "peak_memory",
     "compression",
     "ranks",
     "weights_digest",
@@ -94,6 +95,7 @@ def test_the_run_folder_tells_everything(finished: Path) -> None:
     assert result.keys() >= KEYS
     assert (result["recipe"], result["task"], result["world_size"], result["steps"]) == ("ab", "digits-mlp", 2, 24)
     assert 0 < result["payload_ratio"] < 1 and result["top1"] > 10
+    assert result["peak_memory"].keys() == {"host"} and result["peak_memory"]["host"] > 10**8
     assert result["payload_bytes"].keys() == {"total", "between_groups", "within_groups", "by_phase", "of_group"}
     assert {"warmup", "group", "rebound"} <= result["payload_bytes"]["by_phase"].keys()
     assert [entry["cycle"] for entry in result["ranks"]] == [0, 1]

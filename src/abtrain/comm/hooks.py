@@ -155,6 +155,19 @@ def sent_by_backward(parameters: Sequence[Tensor], scope: Scope, sync: GradientS
     return tuple(calls)
 
 
+def held_by_averaging(parameters: Sequence[Tensor], sync: GradientSync) -> int:
+    """Returns the bytes that DDP and its hook hold to average the gradients of these parameters.
+
+    DDP has a copy of all gradients in its buckets. `bf16` sends another copy of half the size. PowerSGD keeps errors,
+    factors and noise, and copies one bucket at a time.
+    """
+    gradients, sent = sum(one.nbytes for one in parameters), sum(_payload(one, sync) for one in parameters)
+    if sync.wire == "powersgd":
+        largest = max((sum(one.nbytes for one in bucket) for bucket in _buckets(parameters)), default=0)
+        return 2 * gradients + 2 * sent + largest
+    return gradients + (sent if sync.wire == "bf16" else 0)
+
+
 def _payload(gradient: Tensor, sync: GradientSync) -> int:
     if sync.wire == "bf16":
         return gradient.numel() * torch.bfloat16.itemsize

@@ -14,6 +14,7 @@ Value = TypeVar("Value")
 
 RATES = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+SIZES = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
@@ -52,6 +53,18 @@ def parse_seconds(text: str) -> float:
     value = with_unit(text, TIMES)
     if value is None:
         raise ConfigurationError(f"time {text!r} cannot be read: use a number with us, ms or s, such as 0.5ms")
+    return value
+
+
+def parse_size(text: str) -> float:
+    """Parses a size such as `500MB` or `1.5GB` into bytes.
+
+    Raises:
+        ConfigurationError: the string is not a size of at least 0.
+    """
+    value = with_unit(text, SIZES)
+    if value is None:
+        raise ConfigurationError(f"size {text!r} cannot be read: use a number with B, kB, MB, GB or TB, such as 500MB")
     return value
 
 

@@ -115,10 +115,13 @@ ROLL_CALL: Calls = (Traffic("all_gather", "world", 3 * torch.int64.itemsize),)
 
 
 def leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
-    """Yields a name (`place` and a path) and a text for each value in nested dataclasses, dicts, lists and tuples."""
+    """Yields a name (`place` and a path) and a text for each value in nested dataclasses, dicts, lists and tuples.
+
+    Fields of dataclasses that do not count in comparisons are left out.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield place, type(value).__name__
-        for field in dataclasses.fields(value):
+        for field in (one for one in dataclasses.fields(value) if one.compare):
             yield from leaves(f"{place}.{field.name}", getattr(value, field.name))
     elif isinstance(value, Mapping):
         for key, item in value.items():

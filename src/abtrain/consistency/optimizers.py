@@ -68,6 +68,11 @@ def sent_by_equalize_optimizers(
     return (Traffic("all_gather", "world", _KEY_BYTES), *table, *sent_by_average_over_world(moments, topology))
 
 
+def used_by_equalize_optimizers(trained: Sequence[Tensor], shape: OptimizerShape) -> int:
+    """Returns the bytes of temporary tensors in `equalize_optimizers`: a copy of the state of the `trained` tensors."""
+    return shape.tensors * sum(tensor.nbytes for tensor in trained)
+
+
 @torch.no_grad()
 def _equalize_state(optimizer: Optimizer, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
     # State for a frozen factor is out of date, because this worker did not train the factor.

@@ -131,7 +131,7 @@ class ABTraining(ModelAccess):
         state = recipe.factoring.optimizer_state if recipe.factoring else "reset"
         self._model = FactoredModel(model, optimizers, [t.name for t in treatments if t.kind == "factored"], state)
         shared = SharedTensors(self._model, treatments, comm, average_buffers, same_settings)
-        self._rounds = Rounds(shared, comm, on_nonfinite, measure_divergence)
+        self._rounds = Rounds(shared, comm, on_nonfinite, measure_divergence, recipe.outer_device)
         begin(
             shared,
             recipe,

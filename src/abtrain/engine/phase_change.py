@@ -64,6 +64,8 @@ class PhaseChange:
         """Begins the phase whose first step is at `position` in the recipe. Collective over the world."""
         phase, records = position.phase, self._model.records
         restored = list(records)
+        # The next phase has other anchors. Until then, decompositions need the memory.
+        self._rounds.merger.anchors = {}
         self._comm.meter.phase = phase.name
         # The old wrapper has gradient buffers as large as the model: free them before new parameters are allocated.
         self.unwrap()
@@ -96,7 +98,8 @@ class PhaseChange:
         shapes = {name: tensor.shape for name, tensor in self._model.parameters().items()}
         momentum = merger.places.joined(merger.momentum, shapes)
         differed = take_rank_0(self._comm, weights | {f"momentum of {name}": held for name, held in momentum.items()})
-        merger.momentum = {name: piece.clone() for name, piece in merger.places.pieces(momentum).items()}
+        for name, piece in merger.places.pieces(momentum).items():
+            merger.momentum[name].copy_(piece)
         if differed and self._comm.rank == 0:
             log.info("%d tensors differed between workers by rounding: all workers use rank 0's now", len(differed))
 

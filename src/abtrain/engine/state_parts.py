@@ -33,7 +33,7 @@ from abtrain.checks import (
 from abtrain.comm.checksums import LIMIT
 from abtrain.comm.communicator import Communicator
 from abtrain.lowrank.classify import UNSHARED
-from abtrain.lowrank.fit import Layout, buffer_layout, dense_layout, state_layout
+from abtrain.lowrank.fit import Layout, buffer_layout, state_layout
 from abtrain.lowrank.names import factor_names
 from abtrain.merging.changes import as_real, wide
 from abtrain.merging.rounds import CHECKING
@@ -130,16 +130,14 @@ def _arrivals(at: Resumption) -> Check:
 
 
 def _merger(at: Resumption) -> Check:
-    model, phases = at.model, at.recipe.phases
+    phases = at.recipe.phases
     wide_ones = {name: like(p, wide(p.dtype)) for name, p in at.pieces.items()}
-    # In a phase without merges, the unused anchors of an earlier phase remain.
-    stale = [*dense_layout(model), *(factor for name in model.names for factor in factor_names(name))]
     wires = {phase.rounds.wire for phase in phases if phase.rounds}
     kept = {wire: make_wire(wire, at.topology.n_groups).keeps(at.pieces) for wire in wires}
     return mapping(
         {
             "places": whole(at.topology.group_size, at.topology.group_size),
-            "anchors": mapping(wide_ones) if at.rounds else mapping(dict.fromkeys(stale, tensor()), required=()),
+            "anchors": mapping(wide_ones if at.rounds else {}),
             "momentum": mapping(wide_ones, required=()),
             "residuals": mapping({n: like(p, torch.float32) for n, p in at.pieces.items()}, required=()),
             "starts": mapping({wire: _starts(shapes) for wire, shapes in kept.items()}, required=()),

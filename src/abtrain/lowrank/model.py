@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,6 +23,14 @@ from abtrain.recipes.factoring import OptimizerState
 from abtrain.shards import fit_to, gathered, is_sharded, reshard
 
 TrainedFactors = Literal["all", "A", "B"]
+
+
+def used_by_restore(m: int, n: int, projects: bool) -> int:
+    """Returns the bytes of temporary tensors while `FactoredModel.restore` multiplies out the factors of (m, n).
+
+    `projects` is True if optimizer state is converted, which takes about four such matrices in float64.
+    """
+    return m * n * (4 * torch.float64.itemsize if projects else torch.float32.itemsize)
 
 
 class FactoredModel:

@@ -126,6 +126,11 @@ class Preconditioner:
                 factor.copy_(torch.where(moved, target, factor))
 
 
+def used_by_preconditioner(factors: Iterable[Tensor]) -> int:
+    """Returns the bytes that a `Preconditioner` of these factors holds during an optimizer step, roots included."""
+    return sum(factor.nbytes + min(factor.shape) ** 2 * factor.itemsize for factor in factors)
+
+
 def _maybe_masters(optimizer: Optimizer, factor: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
     """Yields optimizer state of a factor that may be its master weight, with the key of each."""
     for key, state in optimizer.state.get(factor, {}).items():

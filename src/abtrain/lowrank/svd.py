@@ -86,6 +86,16 @@ def decompose(W: Tensor, rank_rule: RankRule) -> Factors:
     return Factors(*(factor.to(W.dtype).clone(memory_format=torch.contiguous_format) for factor in (A, B)))
 
 
+def used_by_decompose(m: int, n: int, k: int) -> int:
+    """Returns the largest number of bytes of temporary tensors while `decompose` factors an (m, n) matrix with rank k.
+
+    Assumes that the factors come from the Gram matrix.
+    """
+    # Eigenvectors need the matrix, its copy, and twice as much for LAPACK. Then U S is checked, scaled and copied.
+    eigenvectors, factors = 4 * n * n, 2 * n * n + 2 * m * k + n * k
+    return torch.float64.itemsize * (m * n + max(eigenvectors, factors))
+
+
 def _from_gram_matrix(W: Tensor, rank_rule: RankRule) -> Factors | None:
     """Returns factors in float64 from the eigenvectors V of W^T W = V S^2 V^T; None if these are not exact enough.
 

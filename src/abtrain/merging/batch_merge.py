@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from abtrain.merging.wires.wire import Wire
 
 _IN_FLIGHT = 2
 """The number of batches that are merged at once: while one is sent, the next is encoded."""
+_APPLIED = 4
+"""The batches of memory that `BatchMerge.apply` needs, besides mean and errors: momentum, and results of the rule."""
 Outcome = tuple[Tensor, Tensor | None]
 """The mean of a batch and this worker's rounding errors (see `BatchMerge.average`)."""
 Check = Callable[[Sequence[str]], None]
@@ -77,15 +80,15 @@ class BatchMerge:
         before = self.state.stepped_alone(self.batch, self.started, rule) if continued else None
         self.state.advance(self.batch, rule, mean, error)
         if before is None:
-            torch._foreach_copy_(self.batch.of(held), self.batch.of(self.state.anchors))
+            self.state.restore(self.batch, held)
         else:
             moved = self.batch.flat(held).to(self.batch.dtype) - before
-            self.batch.write(held, moved.add_(self.batch.flat(self.state.anchors)))
+            self.batch.write(held, moved.add_(self.state.anchors_of(self.batch)))
 
     def _measure(self, mean: Tensor) -> None:
         shapes = {name: tensor.shape for name, tensor in self.part.tensors().items()}
         changes = self.state.change(self.batch, self.started)
-        stores = changes, mean, self.batch.flat(self.state.anchors)
+        stores = changes, mean, self.state.anchors_of(self.batch)
         moved, average, anchors = (self.places.joined(self._named(flat), shapes) for flat in stores)
         self.terms = local_terms(moved, average, anchors, self.part.factors)
 
@@ -123,6 +126,34 @@ def merge_in_turn(works: Sequence[BatchMerge], check: Check) -> None:
         broken += _broken(work, mean)
         work.apply(held, mean, error)
     check(broken)
+
+
+class MergeMemory(NamedTuple):
+    """The bytes of temporary tensors in a merge.
+
+    Attributes:
+        waiting: the bytes that a hidden merge holds during training steps; 0 if training waits for the merge.
+        most: the largest number of bytes at any time.
+    """
+
+    waiting: int
+    most: int
+
+
+def used_by_merge(wire: Wire, batches: Sequence[Batch], workers: int, hidden: bool) -> MergeMemory:
+    """Returns the memory for temporary tensors of a merge with this number of counterparts."""
+    tensors = [[torch.empty(shape, dtype=batch.dtype, device="meta") for shape in batch.shapes] for batch in batches]
+    sizes = [sum(tensor.nbytes for tensor in batch) for batch in tensors]
+    # Each batch holds its changes until they are averaged.
+    waiting = [
+        size + (wire.holds(batch, workers) if workers > 1 else 0) for size, batch in zip(sizes, tensors, strict=True)
+    ]
+    outcomes = [size * (2 if wire.lossy and workers > 1 else 1) for size in sizes]
+    applied = _APPLIED * max(sizes, default=0)
+    if hidden:
+        return MergeMemory(sum(waiting), max(sum(waiting), sum(outcomes) + max(sizes, default=0)) + applied)
+    under_way = (_IN_FLIGHT - 1) * max(waiting, default=0)
+    return MergeMemory(0, under_way + max(*waiting, *map(sum, zip(outcomes, sizes, strict=True)), 0) + applied)
 
 
 def _broken(work: BatchMerge, mean: Tensor) -> list[str]:

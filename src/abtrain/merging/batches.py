@@ -38,11 +38,13 @@ class Batch:
         ranges: the ranges, whose elements are consecutive in flat tensors.
         shapes: the shape of each range.
         dtype: the dtype in which their changes are computed (see `wide`).
+        device: the device of the tensors.
     """
 
     ranges: tuple[Range, ...]
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
+    device: torch.device
 
     @property
     def names(self) -> list[str]:
@@ -114,4 +116,5 @@ def _batch(ranges: Sequence[Range], tensors: Mapping[str, Tensor]) -> Batch:
     shapes = tuple(
         tensors[one.name].shape if one.stop is None else torch.Size([one.stop - one.start]) for one in ranges
     )
-    return Batch(tuple(ranges), shapes, wide(tensors[ranges[0].name].dtype))
+    first = tensors[ranges[0].name]
+    return Batch(tuple(ranges), shapes, wide(first.dtype), first.device)

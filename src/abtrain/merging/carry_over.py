@@ -38,9 +38,11 @@ def carry_over(
     for store in (merger.momentum, merger.residuals):
         whole = merger.places.joined({name: store.pop(name) for name in shapes if name in store}, shapes)
         for record in held:
-            convert(whole, record)
-        # A view would keep the whole tensor in memory.
-        store |= {name: piece.clone() for name, piece in merger.places.pieces(whole).items()}
+            device, names = record.A.device, (record.name, *factor_names(record.name))
+            part = {name: merger.near(whole.pop(name), device) for name in names if name in whole}
+            convert(part, record)
+            # A view would keep the whole tensor in memory.
+            store |= {name: merger.kept(piece, device) for name, piece in merger.places.pieces(part).items()}
 
 
 def into_weight(store: Tensors, record: FactoredWeight) -> None:

@@ -55,9 +55,13 @@ class Merger(OuterState):
     """
 
     def __init__(
-        self, comm: Communicator, on_nonfinite: OnNonFinite = "stop", measures_divergence: bool = False
+        self,
+        comm: Communicator,
+        on_nonfinite: OnNonFinite = "stop",
+        measures_divergence: bool = False,
+        outer_device: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(outer_device)
         self._comm = comm
         self.on_nonfinite, self.measures_divergence = on_nonfinite, measures_divergence
         self._wires: dict[str, Wire] = {}
@@ -89,16 +93,16 @@ class Merger(OuterState):
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Restores a `state_dict`, with copies of its tensors on `device`."""
+        """Restores a `state_dict`, with copies of its tensors. `device` is that of the parameters."""
 
         def copies(store: Mapping[str, Tensor]) -> Tensors:
-            return {name: tensor.to(device, copy=True) for name, tensor in store.items()}
+            return {name: self.kept(tensor, device) for name, tensor in store.items()}
 
         self.anchors, self.momentum = copies(state["anchors"]), copies(state["momentum"])
         self.residuals, self._wires = copies(state["residuals"]), {}
         self._buffers.differed, self._interrupted = dict(state["buffers"]), False
         for name, starts in state["starts"].items():
-            self.wire(name).starts = copies(starts)
+            self.wire(name).starts = {key: tensor.to(device, copy=True) for key, tensor in starts.items()}
 
     def wire(self, name: str) -> Wire:
         """Returns the `Wire` for a wire format: the same object at each call, since it may have state."""
@@ -254,7 +258,8 @@ class Merger(OuterState):
         broken = [rank for rank, is_alive in enumerate(alive) if not is_alive]
         if not broken or (self.on_nonfinite == "drop_worker" and any(alive)):
             return alive
-        names = [told_names([n for n, held in started.items() if not is_finite(change(self.anchors[n], held))])]
+        changes = {n: change(self.near(self.anchors[n], held.device), held) for n, held in started.items()}
+        names = [told_names([n for n, changed in changes.items() if not is_finite(changed)])]
         if math.isinf(reports[self._comm.rank].loss):
             names.append("training loss")
         names += [f"buffer {name}" for name, ranks in differing.items() if self._comm.rank in ranks]

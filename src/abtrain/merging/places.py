@@ -88,6 +88,15 @@ def sent_by_spread(tensors: Sequence[Tensor], topology: Topology) -> Calls:
     return tuple(Traffic("all_gather", "group", size) for size in sizes)
 
 
+def used_by_spread(tensors: Sequence[Tensor], topology: Topology) -> int:
+    """Returns the largest number of bytes of temporary tensors while `Places.spread` exchanges pieces."""
+    count = topology.group_size
+    if count == 1:
+        return 0
+    # This worker's pieces, a message with padding, and the messages of all workers of the group.
+    return max(((2 + count) * batch[0].itemsize * _message(batch, count) for batch in _batches(tensors)), default=0)
+
+
 def _batches(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Divides tensors into lists of one dtype and device, in their order, whose pieces are sent in one message."""
     batches: list[list[Tensor]] = []

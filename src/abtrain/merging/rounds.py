@@ -57,10 +57,16 @@ class Rounds:
     """
 
     def __init__(
-        self, shared: SharedTensors, comm: Communicator, on_nonfinite: OnNonFinite, measure_divergence: bool
+        self,
+        shared: SharedTensors,
+        comm: Communicator,
+        on_nonfinite: OnNonFinite,
+        measure_divergence: bool,
+        outer_device: str | None = None,
     ) -> None:
         self.shared = shared
-        self.merger = Merger(comm, on_nonfinite, measure_divergence and comm.topology.world_size > 1)
+        measures = measure_divergence and comm.topology.world_size > 1
+        self.merger = Merger(comm, on_nonfinite, measures, outer_device)
         self.merger.places = Places(comm, bool(shared.model.sharded))
         self._comm = comm
         self._under_way: list[_UnderWay] = []

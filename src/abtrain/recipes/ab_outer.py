@@ -51,6 +51,7 @@ def ab_outer(
     damping: Annotated[float, "Damping in the factors' preconditioner; 0: no preconditioning."] = 0.1,
     factor_lr: _FactorLR = None,
     local_lr: shared.LocalLR = 1.0,
+    outer_device: shared.OuterDevice = None,
     rank_rule: shared.Rule = None,
     **factoring: Any,
 ) -> Recipe:
@@ -73,7 +74,8 @@ def ab_outer(
     steps = _factored_steps(total_steps, warmup_steps, every, refactor_every, rebound_steps)
     sync = WeightSync(every, merge, wire, delay, fragments)
     factors = Phase("factors", steps, "factored", sync=sync, damping=damping, factor_lr=factor_lr, local_lr=local_lr)
-    return Recipe(name, total_steps, prologue, (factors, *rebound), settings, given_or(lr_rebound_steps, every))
+    lr_rebound_steps = given_or(lr_rebound_steps, every)
+    return Recipe(name, total_steps, prologue, (factors, *rebound), settings, lr_rebound_steps, outer_device)
 
 
 ab_local = preset(

@@ -51,6 +51,7 @@ def local_sgd(
     rebound_steps: Annotated[int, "Steps of the rebound phase after every merge."] = 0,
     rebound_every: shared.PhaseEvery = 0,
     local_lr: shared.LocalLR = 1.0,
+    outer_device: shared.OuterDevice = None,
 ) -> Recipe:
     """Full-rank local training: groups train separately for `every` steps, then their weights are averaged.
 
@@ -61,7 +62,7 @@ def local_sgd(
     local = Phase("local", every if rebound_steps else total_steps, sync=sync, local_lr=local_lr)
     rebound = full_phase("rebound", rebound_steps, rebound_every, wire, local_lr=local_lr)
     prologue = full_phase("warmup", warmup_steps, warmup_every, wire, local_lr=local_lr)
-    return Recipe("local_sgd", total_steps, prologue, (local, *rebound))
+    return Recipe("local_sgd", total_steps, prologue, (local, *rebound), outer_device=outer_device)
 
 
 @only_declared
@@ -75,10 +76,12 @@ def diloco(
     delay: shared.Delay = 0,
     fragments: shared.Fragments = 1,
     local_lr: shared.LocalLR = 1.0,
+    outer_device: shared.OuterDevice = None,
 ) -> Recipe:
     """Full-rank local training whose merges use an outer Nesterov optimizer (DiLoCo, arXiv 2311.08105).
 
     `abtrain recipes diloco` lists the options.
     """
     sync = WeightSync(every, Outer(outer_lr, outer_momentum), wire, delay, fragments)
-    return Recipe("diloco", total_steps, cycle=(Phase("local", total_steps, sync=sync, local_lr=local_lr),))
+    cycle = (Phase("local", total_steps, sync=sync, local_lr=local_lr),)
+    return Recipe("diloco", total_steps, cycle=cycle, outer_device=outer_device)

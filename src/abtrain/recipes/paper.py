@@ -48,6 +48,7 @@ def ab(
     rebound_steps: Annotated[int | None, "Full-rank steps after a group phase; by default `ab_steps` / 4."] = None,
     rebound_every: shared.PhaseEvery = 0,
     lr_rebound_steps: Annotated[int | None, "Learning-rate warm-up steps per phase; by default `ab_steps` / 2."] = None,
+    outer_device: shared.OuterDevice = None,
     rank_rule: shared.Rule = None,
     **factoring: Any,
 ) -> Recipe:
@@ -70,7 +71,7 @@ def ab(
     low_rank = Phase("low_rank" if together else "group", ab_steps, weights="factored", trains=trains, sync=sync)
     prologue = full_phase("warmup", warmup_steps, warmup_every, wire)
     cycle = (low_rank, *full_phase("rebound", rebound_steps, rebound_every, wire))
-    return Recipe(name, total_steps, prologue, cycle, settings, lr_rebound_steps)
+    return Recipe(name, total_steps, prologue, cycle, settings, lr_rebound_steps, outer_device)
 
 
 ab_no_groups = preset(

@@ -7,7 +7,7 @@ depends on the step alone, so a resumed run finds its place in the recipe from i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
 
@@ -81,6 +81,8 @@ class Recipe:
         cycle: the phases that repeat until the end of the run.
         factoring: the settings that determine which weights are factored, and how; required if a phase is factored.
         lr_rebound_steps: the number of steps in which the learning rate rises again after parameters change shape.
+        outer_device: `cpu` to keep the state of merges (anchors, outer momentum, residuals) in host memory; None: on
+            the device of the parameters. It changes no result, so recipes that differ in it are equal.
 
     Raises:
         ConfigurationError: the recipe is invalid; the error lists all problems.
@@ -92,6 +94,7 @@ class Recipe:
     cycle: tuple[Phase, ...] = ()
     factoring: Factoring | None = None
     lr_rebound_steps: int = 0
+    outer_device: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         found = self._problems()
@@ -153,6 +156,11 @@ class Recipe:
         if not isinstance(self.name, str):
             found.append(f"the name {self.name!r} is not a string: give options by their names, such as every=20")
         found += whole_number_problems("lr_rebound_steps", self.lr_rebound_steps, least=0)
+        if self.outer_device not in (None, "cpu"):
+            found.append(
+                f"outer_device={self.outer_device!r} is unknown: use 'cpu' to keep the state of merges in host memory, "
+                "or leave it out to keep this state on the device of the parameters"
+            )
         for phase in self.phases:
             found += phase.problems()
         if not self.cycle:

@@ -34,6 +34,9 @@ Wire = Annotated[str, "Format in which merges are sent, such as int4: see `abtra
 Delay = Annotated[int, "Training steps during which a merge is sent; training waits for a phase's last merge."]
 Fragments = Annotated[int, "Number of parts of the model that are merged in turn; a phase ends with a merge of all."]
 LocalLR = Annotated[float, "Multiplies the learning rate between merges: see `abtrain.recipes.phase.Phase`."]
+OuterDevice = Annotated[
+    str | None, "cpu: anchors, outer momentum and residuals are kept in host memory; default: beside the parameters."
+]
 Rule = Annotated[
     RankRule | str | None, "A rank rule to use instead of `sigma_cutoff`, or its name, such as energy:0.95."
 ]

@@ -31,6 +31,7 @@ from abtrain.commands.paper.command import show as show_table
 from abtrain.commands.paper.experiments import SCALES, cells
 from abtrain.commands.paper.published import Value
 from abtrain.commands.paper.tables import PaperRow, comparison_table, scaling_table, study_table
+from abtrain.commands.plan import memory_command
 from abtrain.commands.train.config import TrainConfig
 from abtrain.commands.train.display import Display
 from tests.unit.commands.made_up import outcomes
@@ -113,6 +114,15 @@ def inspect() -> None:
     inspect_command.show_gains(gains, Output())
 
 
+def plan_memory(*arguments: str) -> Callable[[], None]:
+    def run() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory_command, "measured_process", lambda: 7 * 10**8)
+            typed("plan", *arguments, "--memory", "--parameters", "124M", "--activations", "400MB")()
+
+    return run
+
+
 PLAN = ("plan", "--parameters", "25e6", "--step-time", "100ms")
 CAPTURES: dict[str, Callable[[], None]] = {
     "train": train,
@@ -122,6 +132,8 @@ CAPTURES: dict[str, Callable[[], None]] = {
     "plan": typed(*PLAN, "--rate", "100mbit"),
     "plan-fast-link": typed(*PLAN, "--rate", "400gbit"),
     "plan-one": typed(*PLAN, "diloco", "--rates", "1gbit,1gbit,1gbit,20mbit"),
+    "plan-memory": plan_memory("--nodes", "2"),
+    "plan-memory-one": plan_memory("diloco:wire=int4,delay=5", "--nodes", "2", "--optimizer", "sgd"),
     "compare": compare,
     "paper": paper,
     "paper-ecr": typed("paper", "ecr"),

@@ -101,11 +101,7 @@ class Bench:
     def _time_factors(self, ranks: Mapping[str, int]) -> FactorSeconds:
         plain, factored = self._timed_model(), self._timed_model()
         weights = FactoredModel(factored.model, Optimizers(factored.optimizer), list(ranks))
-        # Factors of the right shapes without a decomposition, which is timed separately.
-        factors = {
-            name: Factors(W[:, : ranks[name]].clone(), torch.eye(ranks[name], W.shape[1], dtype=W.dtype))
-            for name, W in weights.matrices().items()
-        }
+        factors = made_up_factors(weights.matrices(), ranks)
         plain_steps, steps, changes = list[float](), list[float](), list[float]()
         plain.seconds(_UNTIMED, 0)
         for _ in _turns():
@@ -121,6 +117,14 @@ class Bench:
     def _timed_model(self, wrap: Callable[[nn.Module], DataParallel] = Unsynchronized) -> _TimedModel:
         stream = batches(self._task, self._data, seed=0, rank=0, world_size=1, batch_size=self._batch_size)
         return _TimedModel(self._task, stream, wrap)
+
+
+def made_up_factors(matrices: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Factors]:
+    """Returns factors of the right shapes without decompositions, whose time and memory are predicted separately."""
+    return {
+        name: Factors(W[:, : ranks[name]].clone(), torch.eye(ranks[name], W.shape[1], dtype=W.dtype))
+        for name, W in matrices.items()
+    }
 
 
 @contextmanager

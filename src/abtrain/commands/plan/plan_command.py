@@ -13,6 +13,7 @@ from abtrain.commands.plan.advice import CASES, SHORT_RUN, Offer, Recommendation
 from abtrain.commands.plan.bench import Bench, measure_decompositions
 from abtrain.commands.plan.collectives import ALL_REDUCES, Cluster, NodeLink
 from abtrain.commands.plan.forecast import PhaseForecast, WorkerSeconds
+from abtrain.commands.plan.memory_command import plan_memory
 from abtrain.commands.plan.recipes_command import payload_note, ratio_in_short, ratio_in_words
 from abtrain.commands.plan.settings import (
     ALL,
@@ -42,12 +43,15 @@ _NOTE = (
 
 
 def plan(config: PlanConfig, console: Output | None = None) -> None:
-    """Prints the recommended recipe, and the forecasts of recipes.
+    """Prints the recommended recipe, and the forecasts of recipes; with `--memory`, the predicted memory of recipes.
 
     Raises:
         ConfigurationError: settings are invalid. The error lists all problems.
         DataError: a step is to be measured, and the task's data is not available.
     """
+    if config.memory:
+        plan_memory(config, console)
+        return
     problems = _problems(config)
     if problems:
         raise ConfigurationError(problems)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from abtrain import recipes
 from abtrain.commands.command_line import Shown
@@ -90,6 +90,12 @@ class PlanConfig(ModelSettings):
     """Step time of slow workers over that of the others."""
     seed: int = 0
     """Seed of the simulated speeds."""
+    memory: Annotated[bool, Shown(group="memory")] = False
+    """Predict the peak memory of a worker instead of bytes and seconds."""
+    optimizer: Literal["adamw", "momentum", "sgd"] = "adamw"
+    """Optimizer for --memory: adamw, sgd, or momentum (SGD with momentum)."""
+    activations: str | None = None
+    """Memory for activations of a training step, such as 500MB, if there is no task to measure."""
 
     @property
     def workers_a_group(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -114,6 +114,8 @@ def recipe_of(config: TrainConfig) -> Recipe:
     return recipes.from_text(config.recipe, config.steps)
 
 
+_CHANGES_NO_RESULT = ("outer_device",)
+"""The options of recipes that may change on resume."""
 MAY_CHANGE_ON_RESUME = frozenset(
     {"workers", "device", "timeout", "loaders", "data", "config", "out", "overwrite"}
     | {"log_every", "validate_every", "divergence", "track"}
@@ -178,13 +180,14 @@ def identity(config: TrainConfig) -> dict[str, Any]:
         ConfigurationError: the recipe cannot be parsed.
     """
     held = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in MAY_CHANGE_ON_RESUME}
-    return held | {"recipe": _canonical(config.recipe)}
+    return held | {"recipe": _canonical(config.recipe, _CHANGES_NO_RESULT)}
 
 
-def _canonical(text: str) -> str:
+def _canonical(text: str, without: Collection[str] = ()) -> str:
     """Returns a recipe's string in a unique form, with options in the order of the recipe's signature."""
     name, options = recipes.parse(text)
-    return recipes.write(name, {option: options[option] for option in recipes.options_of(name) if option in options})
+    kept = [option for option in recipes.options_of(name) if option in options and option not in without]
+    return recipes.write(name, {option: options[option] for option in kept})
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from abtrain.comm.communicator import Communicator
+from abtrain.commands.memory import peak_memories
 from abtrain.commands.tasks.samples import Data, Reading
 from abtrain.commands.tasks.task import TASKS, Task, batches, build_model
 from abtrain.commands.train.checkpoints import Saving
@@ -86,10 +87,11 @@ def train(
 def _finish(trainer: Trainer, recorder: Recorder | None, data: Data, folder: Path) -> dict[str, Any]:
     """Evaluates and saves the trained model on rank 0. Returns the result there, and an empty dict elsewhere."""
     seconds = 0.0 if recorder is None else recorder.seconds
+    memory = peak_memories(trainer.ab.communicator.device)
     with trainer.ab.merged():
         if recorder is None:
             return {}
-        result = trainer.result({"total": seconds, **recorder.aside}, data, recorder.validation)
+        result = trainer.result({"total": seconds, **recorder.aside}, data, recorder.validation, memory)
         save_last_model(trainer, folder)
         recorder.finish(result, describe_models(result, folder))
     return result

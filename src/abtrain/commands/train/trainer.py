@@ -110,7 +110,13 @@ class Trainer:
                 f"{phase.name}, learning rate {lr:.3g}): lower --lr (now {self.config.lr}), or try another --seed"
             )
 
-    def result(self, seconds: Mapping[str, float], data: Data, validation: Mapping[str, Any] = {}) -> dict[str, Any]:
+    def result(
+        self,
+        seconds: Mapping[str, float],
+        data: Data,
+        validation: Mapping[str, Any] = {},
+        memory: Mapping[str, int] = {},
+    ) -> dict[str, Any]:
         """Evaluates the model and returns the content of result.json. Call it inside `ab.merged()`.
 
         Args:
@@ -118,6 +124,7 @@ class Trainer:
                 checkpoints (`checkpoint`) took, if there were any.
             data: the data of the task.
             validation: the `best` and the `last` validation during training.
+            memory: the peak memory of this worker's process during training.
         """
         ab, config = self.ab, self.config
         meter, topology, device = ab.communicator.meter, ab.communicator.topology, ab.communicator.device
@@ -133,6 +140,7 @@ class Trainer:
             **evaluate(self.model, self.task, data),
             "seconds": self._seconds(seconds),
             "validation": dict(validation),
+            "peak_memory": dict(memory),
             "payload_bytes": payload,
             "payload_ratio": payload_ratio(trained_by, self.parameters, ab.steps_done),
             "parameters": self.parameters,

@@ -37,6 +37,7 @@ class DirectWire(Wire):
     def __init__(self, code: str, reply: str | None = None) -> None:
         super().__init__()
         self._code, self._reply = CODES[code], CODES[reply or code]
+        self.lossy = not self._code.exact
 
     def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
         tensors = list(numbers.values())
@@ -55,6 +56,15 @@ class DirectWire(Wire):
             chunks.append(Traffic("exchange", "counterparts", (workers - 1) * self._code.nbytes(chunk)))
             replies.append(Traffic("all_gather", "counterparts", self._reply.nbytes(chunk)))
         return tuple(chunks), tuple(replies)
+
+    def holds(self, tensors: Sequence[Tensor], workers: int) -> int:
+        flats = [bucket.flat for bucket in pack([tensor.to(torch.float32) for tensor in tensors], CAPACITY)]
+        if self._code.exact:
+            return sum(tensor.nbytes for tensor in tensors)
+        chunks = [_chunk_of(flat.numel(), workers, self._code, self._reply) for flat in flats]
+        # Beside the padded numbers, of which rounding errors remain, codes are sent and received.
+        coded = [max(2 * self._code.nbytes(chunk), self._reply.nbytes(chunk)) for chunk in chunks]
+        return workers * (torch.float32.itemsize * sum(chunks) + sum(coded))
 
 
 def _average_narrowly(

@@ -37,6 +37,8 @@ class LowRankWire(Wire):
         starts: by name, the (n, rank) factor that the next merge's iteration starts from; the same on all workers.
     """
 
+    lossy = True
+
     def __init__(self, rank: int, code: str = "fp32") -> None:
         super().__init__()
         self._rank = rank
@@ -72,6 +74,12 @@ class LowRankWire(Wire):
         P = [M.new_empty(M.shape[0], self._rank) for M in matrices]
         Q = [M.new_empty(M.shape[1], self._rank) for M in matrices]
         return (*self._direct.sends(P + rest, workers), *self._direct.sends(Q, workers))
+
+    def holds(self, tensors: Sequence[Tensor], workers: int) -> int:
+        matrices = [tensor.float().flatten(1) for tensor in tensors if _pays(tensor, self._rank)]
+        rest = [tensor for tensor in tensors if not _pays(tensor, self._rank)]
+        factors = [M.new_empty(sum(M.shape), self._rank) for M in matrices]
+        return sum(factor.nbytes for factor in factors) + self._direct.holds(factors + rest, workers)
 
     def keeps(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         return {name: (t.numel() // t.shape[0], self._rank) for name, t in tensors.items() if _pays(t, self._rank)}

@@ -38,10 +38,12 @@ class Wire(ABC):
 
     Attributes:
         elementwise: whether the wire treats all numbers alike, so that tensors may be cut and joined before.
+        lossy: whether averages of two or more workers have rounding errors, which callers keep for the next merge.
         starts: by tensor name, in float32, the wire's own state between merges; the same on all counterparts.
     """
 
     elementwise = False
+    lossy = False
 
     def __init__(self) -> None:
         self.starts: Tensors = {}
@@ -60,6 +62,13 @@ class Wire(ABC):
 
         Only shapes and dtypes of the tensors matter.
         """
+
+    def holds(self, tensors: Sequence[Tensor], workers: int) -> int:
+        """Returns the bytes that `average` of two or more workers holds between its stages, besides the given tensors.
+
+        By default, these are the bytes of a copy. Only shapes and dtypes of the tensors matter.
+        """
+        return sum(tensor.nbytes for tensor in tensors)
 
     @property
     def stages(self) -> int:

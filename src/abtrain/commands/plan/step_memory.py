@@ -1,0 +1,115 @@
+"""Measures the memory of training steps of a task, in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.optim import SGD, AdamW, Optimizer
+
+from abtrain.commands.memory import peak_memory, present_memory, reset_peak
+from abtrain.commands.plan.bench import made_up_factors, world_of_one
+from abtrain.commands.plan.memory import OPTIMIZERS, OptimizerName
+from abtrain.commands.tasks.task import TASKS, batches, build_model, build_optimizer
+from abtrain.commands.train.trainer import clip_gradients, loss_of
+from abtrain.lowrank.model import FactoredModel
+from abtrain.lowrank.optimizers import Optimizers
+
+_STEPS = 3
+_MOMENTUM = 0.9
+
+
+def measure_task(
+    name: str, folder: Path | None, batch_size: int | None, optimizer: OptimizerName, ranks: Mapping[str, int]
+) -> tuple[int, int]:
+    """Measures training steps of the task `name` in a new process. Returns what `measure_steps` returns.
+
+    Raises:
+        DataError: the task's data is not available.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_measure_task, name, folder, batch_size, optimizer, dict(ranks)).result()
+
+
+def measure_process() -> int:
+    """Returns the bytes of a new process that trains a tiny model: those of Python and the libraries."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_measure_tiny).result()
+
+
+def measure_steps(
+    build: Callable[[], tuple[nn.Module, Optimizer, Callable[[], None]]],
+    optimizer: OptimizerName,
+    ranks: Mapping[str, int],
+) -> tuple[int, int]:
+    """Measures training steps in this process, which should be new.
+
+    Args:
+        build: a function that returns a model, its optimizer, and a function that makes a training step.
+        optimizer: the kind of the optimizer.
+        ranks: the rank of each weight to factor, by name; empty for full weights.
+
+    Returns:
+        The bytes of the process between steps, without parameters and optimizer state, and what a step adds to them at
+        its peak besides gradients.
+    """
+    with world_of_one():
+        model, torch_optimizer, step = build()
+        if ranks:
+            factored = FactoredModel(model, Optimizers(torch_optimizer), list(ranks))
+            factored.factorize(made_up_factors(factored.matrices(), ranks))
+            reset_peak()
+        for _ in range(_STEPS):
+            step()
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        rest = sum(p.nbytes for p in model.parameters() if not p.requires_grad) + sum(b.nbytes for b in model.buffers())
+        held = (1 + OPTIMIZERS[optimizer].tensors) * trained + rest
+        # Libraries load code in their first steps, and allocators keep what was freed.
+        process = max(present_memory() - held, 0)
+        return process, max(peak_memory() - process - held - trained, 0)
+
+
+def _measure_tiny() -> int:
+    def build() -> tuple[nn.Module, Optimizer, Callable[[], None]]:
+        model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64))
+        optimizer = AdamW(model.parameters())
+
+        def step() -> None:
+            functional.cross_entropy(model(torch.ones(8, 64)), torch.zeros(8, dtype=torch.int64)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return model, optimizer, step
+
+    return measure_steps(build, "adamw", {})[0]
+
+
+def _measure_task(
+    name: str, folder: Path | None, batch_size: int | None, optimizer: OptimizerName, ranks: Mapping[str, int]
+) -> tuple[int, int]:
+    task = TASKS[name]
+    data = task.load(folder)
+    stream = batches(task, data, seed=0, rank=0, world_size=1, batch_size=batch_size or task.batch_size)
+
+    def build() -> tuple[nn.Module, Optimizer, Callable[[], None]]:
+        model = build_model(task, seed=0)
+        chosen: Optimizer = build_optimizer(model, task.lr, task.weight_decay)
+        if optimizer != "adamw":
+            chosen = SGD(model.parameters(), lr=task.lr, momentum=_MOMENTUM if optimizer == "momentum" else 0.0)
+
+        def step() -> None:
+            x, y = next(stream)
+            loss_of(model, task, x, y, task.precision).backward()
+            clip_gradients(chosen, task.clip)
+            chosen.step()
+            chosen.zero_grad()
+
+        return model, chosen, step
+
+    torch.manual_seed(0)
+    return measure_steps(build, optimizer, ranks)
