@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from decomposition import gpt2
 from records import keep
 from torch import nn
 from torch.nn import functional as F
@@ -32,7 +31,7 @@ from abtrain.commands.memory import peak_memory
 from abtrain.commands.plan.memory import OPTIMIZERS, OptimizerName, StepMemory, peak_of, predict_memory
 from abtrain.commands.plan.shapes import shapes_of
 from abtrain.commands.plan.step_memory import measure_steps
-from abtrain.commands.tasks.models import GPT
+from abtrain.commands.tasks.models import GPT, gpt2
 
 CONTEXT, BATCH, WORKERS = 64, 4, 2
 RANK = 128

@@ -11,7 +11,15 @@ from abtrain import recipes
 from abtrain.comm.topology import Topology, topology_problems
 from abtrain.commands.output import Output, narrow_table
 from abtrain.commands.plan.memory import OPTIMIZERS, OUTER, Moment, StepMemory, peak_of, predict_memory
-from abtrain.commands.plan.settings import PlanConfig, chosen, model_in_words, model_problems, problem_of, shapes_for
+from abtrain.commands.plan.settings import (
+    PlanConfig,
+    chosen,
+    compression_in_words,
+    model_in_words,
+    model_problems,
+    problem_of,
+    shapes_for,
+)
 from abtrain.commands.plan.shapes import ranks_for
 from abtrain.commands.plan.step_memory import measure_process, measure_task
 from abtrain.commands.units import human_bytes, parse_size
@@ -54,7 +62,7 @@ def plan_memory(config: PlanConfig, console: Output | None = None) -> None:
     for line in (
         model_in_words(config, shapes_for(config)(None)),
         f"{workers:,} workers in groups of {config.workers_a_group}, optimizer {config.optimizer}, "
-        f"compression {config.compression:g} : 1 if factored",
+        + compression_in_words(config),
         f"activations of a step: {measured}\n",
     ):
         console.print(line)
