@@ -115,12 +115,14 @@ def sent_by_average_over_world(tensors: Sequence[Tensor], topology: Topology) ->
 
 def _average(tensors: Sequence[Tensor], comm: Communicator, scope: Scope) -> Stages[list[Tensor]]:
     buckets = pack(tensors)
+    like = [torch.empty_like(tensor, device="meta") for tensor in tensors]
+    del tensors  # A caller that keeps no reference needs memory for the buckets only.
     launched = [comm.launch_all_reduce(bucket.flat, "sum", scope) for bucket in buckets]
     yield
     for bucket, pending in zip(buckets, launched, strict=True):
         pending.wait()
         bucket.flat.div_(len(comm.ranks(scope)))
-    return unpack(buckets, tensors)
+    return unpack(buckets, like)
 
 
 def _part(flat: Tensor, parts: int, place: int) -> Tensor:

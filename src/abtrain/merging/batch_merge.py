@@ -61,12 +61,15 @@ class BatchMerge:
 
     def average(self) -> Stages[tuple[Tensor, Tensor | None]]:
         """Averages the changes of all workers. Returns the mean and this worker's rounding errors, both flat."""
-        numbers = self.state.contribution(self.batch, self.started, self.weight)
+        # Only the wire refers to the changes, so that it can free them.
         if self.wire.elementwise:
-            means, errors = yield from self.wire.average({"": numbers}, self.comm)
+            means, errors = yield from self.wire.average({"": self._changes()}, self.comm)
             return means[""], errors.get("")
-        means, errors = yield from self.wire.average(self._named(numbers), self.comm)
+        means, errors = yield from self.wire.average(self._named(self._changes()), self.comm)
         return self._flat(means), self._flat(errors) if errors else None
+
+    def _changes(self) -> Tensor:
+        return self.state.contribution(self.batch, self.started, self.weight)
 
     def apply(self, held: Mapping[str, Tensor], mean: Tensor, error: Tensor | None) -> None:
         """Writes the merged weights into this worker's pieces `held`.
@@ -144,16 +147,14 @@ def used_by_merge(wire: Wire, batches: Sequence[Batch], workers: int, hidden: bo
     """Returns the memory for temporary tensors of a merge with this number of counterparts."""
     tensors = [[torch.empty(shape, dtype=batch.dtype, device="meta") for shape in batch.shapes] for batch in batches]
     sizes = [sum(tensor.nbytes for tensor in batch) for batch in tensors]
-    # Each batch holds its changes until they are averaged.
-    waiting = [
-        size + (wire.holds(batch, workers) if workers > 1 else 0) for size, batch in zip(sizes, tensors, strict=True)
-    ]
+    waiting = [wire.holds(batch, workers) if workers > 1 else sum(one.nbytes for one in batch) for batch in tensors]
     outcomes = [size * (2 if wire.lossy and workers > 1 else 1) for size in sizes]
     applied = _APPLIED * max(sizes, default=0)
     if hidden:
         return MergeMemory(sum(waiting), max(sum(waiting), sum(outcomes) + max(sizes, default=0)) + applied)
+    encoding = max((held + size for held, size in zip(waiting, sizes, strict=True)), default=0)
     under_way = (_IN_FLIGHT - 1) * max(waiting, default=0)
-    return MergeMemory(0, under_way + max(*waiting, *map(sum, zip(outcomes, sizes, strict=True)), 0) + applied)
+    return MergeMemory(0, under_way + max(encoding, *outcomes, 0) + applied)
 
 
 def _broken(work: BatchMerge, mean: Tensor) -> list[str]:

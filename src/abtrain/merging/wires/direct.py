@@ -40,12 +40,16 @@ class DirectWire(Wire):
         self.lossy = not self._code.exact
 
     def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
-        tensors = list(numbers.values())
+        names, tensors = list(numbers), list(numbers.values())
+        # The stages free the numbers when they have copied them into buckets.
         if self._code.exact or comm.topology.n_groups == 1:
-            mean = yield from average_exactly(tensors, comm)
-            return Averages(dict(zip(numbers, mean, strict=True)), {})
-        mean, error = yield from _average_narrowly(tensors, self._code, self._reply, comm)
-        return Averages(dict(zip(numbers, mean, strict=True)), dict(zip(numbers, error, strict=True)))
+            exact = average_exactly(tensors, comm)
+            del numbers, tensors
+            return Averages(dict(zip(names, (yield from exact), strict=True)), {})
+        narrow = _average_narrowly(tensors, self._code, self._reply, comm)
+        del numbers, tensors
+        mean, error = yield from narrow
+        return Averages(dict(zip(names, mean, strict=True)), dict(zip(names, error, strict=True)))
 
     def sends(self, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
         if self._code.exact:
@@ -73,6 +77,8 @@ def _average_narrowly(
     """Averages tensors in few bits. Returns the averages, and this worker's rounding errors in float32."""
     # Narrow floats are widened where they are copied into a bucket.
     buckets = pack([tensor if tensor.dtype in _NARROW else tensor.float() for tensor in tensors], CAPACITY)
+    like = [torch.empty_like(tensor, device="meta") for tensor in tensors]
+    del tensors
     # Gloo exchanges tensors on the CPU only.
     exchanges = [_exchange(bucket.flat.to(comm.device), code, reply, comm) for bucket in buckets]
     places = [(bucket.indices, bucket.flat.device) for bucket in buckets]
@@ -86,8 +92,7 @@ def _average_narrowly(
         mean, error = finish(exchange)
         means.append(Bucket(mean.to(device), indices))
         errors.append(Bucket(error.to(device), indices))
-    wide = [torch.empty_like(tensor, dtype=torch.float32, device="meta") for tensor in tensors]
-    return unpack(means, tensors), unpack(errors, wide)
+    return unpack(means, like), unpack(errors, [tensor.float() for tensor in like])
 
 
 def _chunk_of(count: int, workers: int, code: Code, reply: Code) -> int:

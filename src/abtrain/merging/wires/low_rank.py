@@ -79,7 +79,7 @@ class LowRankWire(Wire):
         matrices = [tensor.float().flatten(1) for tensor in tensors if _pays(tensor, self._rank)]
         rest = [tensor for tensor in tensors if not _pays(tensor, self._rank)]
         factors = [M.new_empty(sum(M.shape), self._rank) for M in matrices]
-        return sum(factor.nbytes for factor in factors) + self._direct.holds(factors + rest, workers)
+        return sum(one.nbytes for one in (*tensors, *factors)) + self._direct.holds(factors + rest, workers)
 
     def keeps(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         return {name: (t.numel() // t.shape[0], self._rank) for name, t in tensors.items() if _pays(t, self._rank)}

@@ -64,11 +64,11 @@ class Wire(ABC):
         """
 
     def holds(self, tensors: Sequence[Tensor], workers: int) -> int:
-        """Returns the bytes that `average` of two or more workers holds between its stages, besides the given tensors.
+        """Returns the bytes that `average` of two or more workers holds between its stages, given tensors included.
 
-        By default, these are the bytes of a copy. Only shapes and dtypes of the tensors matter.
+        By default, these are the tensors and a copy. Only shapes and dtypes of the tensors matter.
         """
-        return sum(tensor.nbytes for tensor in tensors)
+        return 2 * sum(tensor.nbytes for tensor in tensors)
 
     @property
     def stages(self) -> int:
