@@ -72,6 +72,9 @@ def plan_memory(config: PlanConfig, console: Output | None = None) -> None:
             console.print(f"{text}: at most {human_bytes(peak.total)}, in phase {peak.phase} ({peak.when})\n")
             console.print(_by_part(peak))
             console.print()
+            outer = sum(peak.parts[part] for part in OUTER)
+            if outer and recipes.from_text(text, config.steps).outer_device:
+                console.print(f"On a GPU, {human_bytes(outer)} are in host memory: {', '.join(OUTER)}.\n")
             console.print(_by_moment(moments))
     if len(predicted) > 1:
         console.print(_of_all(predicted))

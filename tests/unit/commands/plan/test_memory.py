@@ -200,9 +200,11 @@ def test_averaged_gradients_need_buckets_and_what_the_hook_keeps() -> None:
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(memory_command, "measured_process", lambda: 3 * 10**8)
-    plan_memory(PlanConfig(recipe="diloco:wire=int4", parameters="10M", nodes=2, activations="250MB", memory=True))
+    recipe = "diloco:wire=int4,outer_device=cpu"
+    plan_memory(PlanConfig(recipe=recipe, parameters="10M", nodes=2, activations="250MB", memory=True))
     said = capsys.readouterr().out
-    assert "diloco:wire=int4: at most" in said and "in phase local (training step)" in said
+    assert "On a GPU, 120 MB are in host memory: anchors, outer momentum, residuals." in said
+    assert f"{recipe}: at most" in said and "in phase local (training step)" in " ".join(said.split())
     assert "activations of a step: by --activations" in said
     for part in ("anchors", "outer momentum", "residuals"):
         assert any(line.startswith(part) and "40 MB" in line for line in said.splitlines()), part
