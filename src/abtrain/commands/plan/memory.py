@@ -55,9 +55,9 @@ class StepMemory:
     """The measured memory of a worker without communication, in bytes.
 
     Attributes:
-        process: the process between steps, with its libraries and data, without parameters and optimizer state.
-        full: what a training step with full weights adds at its peak, besides gradients: activations, and temporary
-            tensors of the optimizer.
+        process: the process with its libraries and data, before it builds the model.
+        full: what a training step with full weights needs at its peak, besides parameters, gradients and optimizer
+            state: activations, and temporary tensors of the optimizer.
         factored: the same with factored weights.
     """
 

@@ -37,9 +37,9 @@ def measure_task(
 
 
 def measure_process() -> int:
-    """Returns the bytes of a new process that trains a tiny model: those of Python and the libraries."""
+    """Returns the bytes of a new process with its libraries, before it builds a model."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(_measure_tiny).result()
+        return process.submit(_measure_process).result()
 
 
 def measure_steps(
@@ -55,10 +55,11 @@ def measure_steps(
         ranks: the rank of each weight to factor, by name; empty for full weights.
 
     Returns:
-        The bytes of the process between steps, without parameters and optimizer state, and what a step adds to them at
-        its peak besides gradients.
+        The bytes of the process before the model is built, and what a training step needs at its peak besides
+        parameters, gradients and optimizer state.
     """
     with world_of_one():
+        process = _libraries()
         model, torch_optimizer, step = build()
         if ranks:
             factored = FactoredModel(model, Optimizers(torch_optimizer), list(ranks))
@@ -68,25 +69,22 @@ def measure_steps(
             step()
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         rest = sum(p.nbytes for p in model.parameters() if not p.requires_grad) + sum(b.nbytes for b in model.buffers())
-        held = (1 + OPTIMIZERS[optimizer].tensors) * trained + rest
-        # Libraries load code in their first steps, and allocators keep what was freed.
-        process = max(present_memory() - held, 0)
-        return process, max(peak_memory() - process - held - trained, 0)
+        known = (2 + OPTIMIZERS[optimizer].tensors) * trained + rest
+        return process, max(peak_memory() - process - known, 0)
 
 
-def _measure_tiny() -> int:
-    def build() -> tuple[nn.Module, Optimizer, Callable[[], None]]:
-        model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64))
-        optimizer = AdamW(model.parameters())
+def _measure_process() -> int:
+    with world_of_one():
+        return _libraries()
 
-        def step() -> None:
-            functional.cross_entropy(model(torch.ones(8, 64)), torch.zeros(8, dtype=torch.int64)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
 
-        return model, optimizer, step
-
-    return measure_steps(build, "adamw", {})[0]
+def _libraries() -> int:
+    """Trains a tiny model, since libraries load most of their code in the first step. Returns the bytes afterwards."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64))
+    optimizer = AdamW(model.parameters())
+    functional.cross_entropy(model(torch.ones(8, 64)), torch.zeros(8, dtype=torch.int64)).backward()
+    optimizer.step()
+    return present_memory()
 
 
 def _measure_task(
