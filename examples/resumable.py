@@ -70,7 +70,8 @@ with ab.merged() as average, torch.no_grad():
     accuracy = (average(images[test]).argmax(1) == labels[test]).float().mean().item()
     if rank == 0:
         small = abtrain.to_plain(average)
-        program = torch.export.export(small, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        two = images[:2].clone()  # the file holds them; a slice would take all images with it
+        program = torch.export.export(small, (two,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         torch.export.save(program, "small.pt2")  # serve it: torch.export.load("small.pt2").module()(images)
         print(f"accuracy {accuracy:.1%}, {sum(p.numel() for p in small.parameters()):,} parameters")
 ab.close()

@@ -140,3 +140,23 @@ def test_all_errors_are_reported_before_anything_is_built(tmp_path: Path) -> Non
     assert len(lines) == 4 and all(line.startswith("abtrain: error: ") for line in lines)
     assert "'fast'" in errors and "host 7 does not exist" in errors and "'one'" in errors and "nowhere.py" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_have_time_to_save_when_the_lab_is_stopped(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text(
+        "import signal, time\n"
+        "def save(*_):\n"
+        "    time.sleep(4)\n"
+        "    open('saved', 'w').close()\n"
+        "    raise SystemExit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "print('asleep', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    process = start("--nodes", "1", "--launcher", "python", "--out", "out", "--", "sleeper.py", cwd=tmp_path)
+    assert process.stdout is not None
+    while "asleep" not in (line := process.stdout.readline()):
+        assert line, process.communicate()[1]
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=40)
+    assert process.returncode == 75 and (tmp_path / "saved").exists()

@@ -221,6 +221,9 @@ class ModelAccess:
         if form not in get_args(_Form):
             raise ConfigurationError(f"form={form!r} is unknown: use 'factored' or 'dense'")
         self._tell_whose("ab.save()")
+        if form == "factored" and not self._model.records:
+            form = "dense"
+            self._tell_unfactored()
         state = self._model.factored_state_dict() if form == "factored" else self._model.dense_state_dict()
         about = {"form": form, "recipe": self._progress.recipe.name, "step": self.steps_done}
         topology, rank = self._progress.comm.topology, self._progress.comm.rank
@@ -271,6 +274,16 @@ class ModelAccess:
             )
         return EMA(self._model.dense_state_dict, decay)
 
+    def _tell_unfactored(self) -> None:
+        """Logs a warning, once, if the recipe has factors, but the model that is saved has none."""
+        if self._progress.recipe.factored:
+            why = (
+                "ab.close() has multiplied the factors out: save before it"
+                if self._progress.closed
+                else "no weight is factored at this step: ab.describe() says why"
+            )
+            self._progress.warn_once("saved dense", f"ab.save() writes dense weights, since {why}")
+
     def _tell_whose(self, call: str) -> None:
         """Logs a warning, once, if a call returns weights that other groups of workers do not have."""
         progress = self._progress
@@ -278,5 +291,5 @@ class ModelAccess:
             progress.warn_once(
                 "own weights",
                 f"{call} at step {progress.steps_done}, within a round: these are the weights of rank 0's group, and "
-                "other groups have others. Call it on all workers inside `with ab.merged():` for the average",
+                "other groups have others. For the average, all workers enter `with ab.merged():`; save inside it",
             )

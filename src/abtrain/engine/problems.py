@@ -65,7 +65,7 @@ def checked(
 
 def _problems_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], recipe: Recipe) -> list[str]:
     if not isinstance(recipe, Recipe):
-        return [f"recipe={recipe!r} is not a Recipe: build one, such as abtrain.recipes.ab(total_steps=10_000)"]
+        return [f"recipe={recipe!r} is not a Recipe: build one, such as abtrain.recipes.ab_outer(total_steps=10_000)"]
     unusable = form_problems(optimizer)
     if unusable:
         return unusable

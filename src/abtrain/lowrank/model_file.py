@@ -169,16 +169,23 @@ def _check(
     wrong += [f"has {', '.join(extra[:4])}, which the model does not have"] if extra else []
     for name in (name for name in names if name not in missing):
         expected = tuple(state[names[name]].shape)
-        if name not in pairs:
-            held = tuple(tensors[name].shape)
-        else:
-            A, B = (tensors[factor] if factor in tensors else torch.empty(0) for factor in pairs[name])
-            fits = A.ndim == B.ndim == 2 and A.shape[1] == B.shape[0] and len(expected) >= 2
-            shape = MatrixShape(torch.Size(expected))
-            held = expected if fits and (len(A), B.shape[1]) == (shape.m, shape.n) else (*A.shape, *B.shape)
-        if held != expected:
+        if name in pairs:
+            wrong += _misfit_of_factors(name, expected, [tensors.get(factor) for factor in pairs[name]])
+        elif (held := tuple(tensors[name].shape)) != expected:
             wrong.append(f"has {name} of shape {held} instead of {expected}")
     if wrong:
         raise CheckpointError(
             f"{path} does not fit the model: it {'; '.join(wrong[:4])}. Load it into a model of the same architecture"
         )
+
+
+def _misfit_of_factors(name: str, expected: tuple[int, ...], pair: list[Tensor | None]) -> list[str]:
+    """Returns what is wrong with the factors of a weight of this shape; empty if they fit."""
+    A, B = pair
+    if A is None or B is None or not A.ndim == B.ndim == 2 or A.shape[1] != B.shape[0] or len(expected) < 2:
+        shapes = " and ".join("missing" if factor is None else str(tuple(factor.shape)) for factor in pair)
+        return [f"has factors of {name} that do not belong together ({shapes}), for a weight of shape {expected}"]
+    shape = MatrixShape(torch.Size(expected))
+    if (len(A), B.shape[1]) == (shape.m, shape.n):
+        return []
+    return [f"has factors of a {len(A)} x {B.shape[1]} matrix for {name}, which is {shape.m} x {shape.n} here"]

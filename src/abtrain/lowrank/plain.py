@@ -43,9 +43,9 @@ def to_plain(model: nn.Module, *, dense: Sequence[str] = ()) -> nn.Module:
     refuse_sharded(model)
     if not any(map(_weights_of, model.modules())):
         log.warning(
-            "to_plain returns a dense copy, since the model has no factored weights: call it in a factored phase and "
-            "before ab.close(), which multiplies the factors out; or write ab.save(path), and call "
-            "abtrain.load(model, path) first"
+            "to_plain returns a dense copy, since the model has no factored weights. Perhaps ab.close() has multiplied "
+            "them out: call it before, or load a file of ab.save() by abtrain.load(model, path). Or no weight became "
+            "smaller, or the recipe has no factors: ab.describe() says so"
         )
     plain, kept = plain_copy(model, dense)
     if kept:

@@ -52,7 +52,11 @@ class Factoring:
         """Returns one message for each problem with these settings."""
         rule = self.rank_rule
         known = hasattr(rule, "problems") and not isinstance(rule, type)
-        found = rule.problems() if known else [f"rank_rule={rule!r} is not a rank rule: use one, such as SigmaCutoff()"]
+        found = (
+            rule.problems()
+            if known
+            else [f"rank_rule={rule!r} is not a rank rule: use one, such as abtrain.Energy(0.95)"]
+        )
         found += whole_number_problems("min_dim", self.min_dim, least=1)
         if not isinstance(self.exclude, tuple | list) or not all(isinstance(glob, str) for glob in self.exclude):
             found.append(f"exclude={self.exclude!r} is not a list of globs: use one, such as ('head.*',)")

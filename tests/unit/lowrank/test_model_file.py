@@ -87,11 +87,11 @@ def changed(model: nn.Module) -> dict[str, Tensor]:
     ("change", "message"),
     [
         (lambda t: t.pop("0.weight.A"), "lacks 0.weight"),
-        (lambda t: t.pop("0.weight.B"), "0.weight of shape"),
+        (lambda t: t.pop("0.weight.B"), r"factors of 0.weight that do not belong together \(.* and missing\)"),
         (lambda t: t.pop("2.bias"), "lacks 2.bias"),
         (lambda t: t.update(more=torch.zeros(2)), "has more, which the model does not have"),
         (lambda t: t.update({"0.bias": torch.zeros(3)}), "0.bias of shape"),
-        (lambda t: t.update({"0.weight.B": torch.zeros(3, 10)}), "0.weight of shape"),
+        (lambda t: t.update({"0.weight.B": torch.zeros(3, 10)}), "factors of 0.weight that do not belong together"),
     ],
 )
 def test_what_does_not_fit_changes_nothing(change: object, message: str, tmp_path: Path) -> None:
@@ -165,3 +165,22 @@ def test_equal_models_make_equal_files(tmp_path: Path) -> None:
         contents.add((tmp_path / "m").read_bytes())
         assert safetensors.torch.load_file(tmp_path / "m")["w"].tolist() == [0, 1, 2, 3], i
     assert len(contents) == 1
+
+
+def test_what_is_saved_after_the_factors_are_gone_is_dense_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, ab = trained()
+    ab.close()
+    caplog.clear()
+    ab.save(tmp_path / "late")
+    assert "writes dense weights, since ab.close() has multiplied the factors out" in caplog.text
+    assert abtrain.load(build("mlp", seed=1), tmp_path / "late")["form"] == "dense"
+
+
+def test_factors_of_another_model_are_named_by_their_product(tmp_path: Path) -> None:
+    _, ab = trained()
+    with ab.merged():
+        ab.save(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=r"has factors of a 16 x 10 matrix for 0.weight, which is 32 x 10 here"):
+        abtrain.load(nn.Sequential(nn.Linear(10, 32), *build("mlp")[1:]), tmp_path / "m")  # type: ignore[index]

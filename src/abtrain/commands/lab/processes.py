@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import subprocess
 import threading
@@ -18,6 +17,8 @@ Show = Callable[[int, str], None]
 
 _GRACE_SECONDS = 1.0  # after the first failure, for the hosts that fail because of it
 _STOP_SECONDS = 3.0  # for commands to end by themselves after SIGTERM
+SAVE_SECONDS = 30.0
+"""The same if the user stops the lab. Workers may agree to stop, and save; torchrun gives them as long."""
 # Exit codes of workers that lost a peer, or that their launcher ended: they were not the first to fail.
 _CONSEQUENCES = (PeerLostError.exit_code, 128 + signal.SIGTERM)
 
@@ -86,21 +87,29 @@ class HostProcesses:
         code = self._processes[host].returncode
         return code if code >= 0 else 128 - code
 
-    def stop(self) -> None:
-        """Ends all processes of all hosts, and waits until all their output is read."""
+    def stop(self, seconds: float = _STOP_SECONDS) -> list[int]:
+        """Ends all processes of all hosts, and waits until all their output is read.
+
+        Returns:
+            The hosts that did not end by themselves in so many seconds after SIGTERM, and were killed.
+        """
         for process in self._processes:
             if process.poll() is None:
                 process.terminate()
-        deadline = time.monotonic() + _STOP_SECONDS
-        for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+        deadline = time.monotonic() + seconds
+        killed = []
+        for host, process in enumerate(self._processes):
+            try:
                 process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                killed.append(host)
         namespaces.kill_all(self._names)
         for process in self._processes:
             process.kill()  # it may not have entered its namespace yet
             process.wait()
         for reader in self._readers:
             reader.join()
+        return killed
 
     def _failures(self) -> list[int]:
         return [host for host in self._ends if self.exit_code(host) != 0 and host not in self.killed]

@@ -11,7 +11,7 @@ from abtrain.commands.lab.counters import Sampler
 from abtrain.commands.lab.faults import Action, Event, faults_in_words, timeline
 from abtrain.commands.lab.job import LAUNCHER_FOLDER, Job, host_command, host_environment
 from abtrain.commands.lab.network import Network
-from abtrain.commands.lab.processes import HostProcesses, Show
+from abtrain.commands.lab.processes import SAVE_SECONDS, HostProcesses, Show
 from abtrain.commands.lab.result import FILE, HostResult, LabResult, as_record
 
 _POLL_SECONDS = 0.02
@@ -39,6 +39,7 @@ class LabRun:
         cut_off: Iterable[int] = (),
     ) -> None:
         self._network, self._job, self._measured, self._act = network, job, measured, act
+        self._show = show
         self._rates = list(network.rates)
         self._events: list[Event] = [Event(-1.0, "cut", host) for host in cut_off]
         hosts = range(network.config.nodes)
@@ -65,6 +66,9 @@ class LabRun:
             stopped = False
         finally:
             seconds = self._elapsed()
+            if stopped:
+                for host in self.processes.stop(SAVE_SECONDS):
+                    self._show(host, f"killed, since it did not end within {SAVE_SECONDS:.0f} s of the request to stop")
             self.processes.stop()
             result = self._result(seconds, complete, stopped)
             write_json(self._job.out / FILE, as_record(result, self._network.config))
