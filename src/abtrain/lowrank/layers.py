@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from abtrain.errors import UsageError
 from abtrain.lowrank.kept import shown
 from abtrain.lowrank.loading import load_
+from abtrain.lowrank.products import best_order, through_factors
 from abtrain.lowrank.svd import Factors
 from abtrain.lowrank.weight import FactoredWeight, read_product
 
@@ -168,22 +169,22 @@ def inner_and_outer(module: Factored, attribute: str = "weight") -> tuple[Tensor
 
 
 def project(module: nn.Module, attribute: str, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Computes x W^T + b for a matrix W of a module: through its factors, or through W where that is cheaper."""
+    """Computes x W^T + b for a matrix W of a module, which may be factored."""
     weight = module._abtrain_weights.get(attribute) if isinstance(module, Factored) else None
     if weight is None:
         return F.linear(x, getattr(module, attribute), bias)
     assert isinstance(module, Factored)
     inner, outer = inner_and_outer(module, attribute)
-    if weight.hooks or _rebuilt_is_cheaper(x, inner, outer):
+    order = "rebuilt" if weight.hooks else best_order(x, inner, outer)
+    if order == "rebuilt":
         return F.linear(x, product(module, attribute), bias)
-    return F.linear(F.linear(x, inner), outer, bias)
+    return through_factors(x, inner, outer, bias, order)
 
 
 class LowRankLinear(LowRank, nn.Linear):
     """Computes y = x W^T + b as two matrix products, with k (in + out) multiplications per row instead of in * out.
 
-    It computes with W = A B instead if a training step takes fewer multiplications that way. Near full size, this is
-    the case for many rows whose input needs no gradient: two products need the gradient between them, and W does not.
+    Near full size, a training step may compute with W = A B instead (`products.py`).
     """
 
     _abtrain_dense_type = nn.Linear
@@ -192,25 +193,16 @@ class LowRankLinear(LowRank, nn.Linear):
         return project(self, "weight", input, self.bias)
 
 
-def _rebuilt_is_cheaper(x: Tensor, inner: Tensor, outer: Tensor) -> bool:
-    """Returns whether forward and backward pass through W = A B take fewer multiplications than through the factors."""
-    # Autocast would multiply A B in full precision, and an exported program must not depend on the number of rows.
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_exporting():
-        return False
-    (k, n_in), n_out = inner.shape, len(outer)
-    of_x, of_inner, of_outer = x.requires_grad, inner.requires_grad, outer.requires_grad
-    through_inner = n_in * (1 + of_x + of_inner)
-    through_outer = n_out * (1 + (of_x or of_inner) + of_outer)
-    saved_per_row = k * (through_inner + through_outer) - n_in * n_out * (1 + of_x + (of_inner or of_outer))
-    return saved_per_row > 0 and x.numel() // n_in * saved_per_row > k * n_in * n_out * (1 + of_inner + of_outer)
-
-
 class _LowRankConv(LowRank, nn.modules.conv._ConvNd):
     """Applies a convolution with k filters, then a 1x1 convolution that mixes the results into the output channels."""
 
     def forward(self, input: Tensor) -> Tensor:
         inner, outer = inner_and_outer(self)
         filters = inner.reshape(len(inner), self.in_channels, *self.kernel_size)
+        if self._abtrain_weights["weight"].channels_last:
+            # PyTorch takes the layout of the output from the filters if the input is in no special layout.
+            last = filters.movedim(1, -1)
+            filters = last.reshape(len(inner), -1).contiguous().view(last.shape).movedim(-1, 1)
         hidden = self._conv_forward(input, filters, None)
         mix = outer.reshape(self.out_channels, len(inner), *(1 for _ in self.kernel_size))
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from abtrain.errors import UsageError
@@ -143,6 +144,9 @@ def _as_two(module: LowRank, copied: nn.Module) -> nn.Sequential:
         last = kind(len(inner), module.out_channels, 1, bias=bias, device="meta")
     for layer, factor in ((first, inner), (last, outer)):
         layer.weight = nn.Parameter(factor.reshape(layer.get_parameter("weight").shape).contiguous().clone())
+        if module._abtrain_weights["weight"].channels_last:
+            layout = torch.channels_last if layer.get_parameter("weight").ndim == 4 else torch.channels_last_3d
+            layer.to(memory_format=layout)
     if bias:
         last.bias = copied.bias
     two = nn.Sequential(first, last).train(module.training)

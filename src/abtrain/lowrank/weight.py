@@ -54,6 +54,12 @@ class FactoredWeight:
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         return self.A, self.B
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether the dense weight was that of a 2-D or 3-D convolution, and in torch.channels_last(_3d)."""
+        shape, strides = self.matrix_shape.dense, self.strides
+        return len(shape) in (4, 5) and strides[1] == 1 and strides[-1] == shape[1]
+
     def weight(self) -> Tensor:
         """Returns W = A B in the weight's shape, contiguous and detached. Multiplies in float32 or float64."""
         return self.product_of(self.A.detach(), self.B.detach())

@@ -1,4 +1,4 @@
-"""The multiplications of a training step with factored Linear layers, and the gradients in either order of products."""
+"""The multiplications of a training step with factored Linear layers, and the gradients in each order of products."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from abtrain.lowrank.layers import LowRankLinear
+from abtrain.lowrank.products import best_order
 from abtrain.lowrank.surgery import factorize_
 from abtrain.lowrank.svd import Factors
 
@@ -46,14 +47,27 @@ def test_a_step_takes_hardly_more_multiplications_than_a_dense_one(k: int, train
     assert multiplications(factored, x) <= 1.05 * multiplications(dense, x)
 
 
-@pytest.mark.parametrize("trains", TRAINED)
-@pytest.mark.parametrize("rows", [2, ROWS])
-def test_gradients_are_those_of_the_product(rows: int, trains: str) -> None:
-    dense, factored = block(MOST, trains)
+@pytest.mark.parametrize(("k", "order"), [(2, "factors"), (MOST // 2, "gradient"), (MOST, "rebuilt")])
+def test_each_order_is_the_fastest_somewhere(k: int, order: str) -> None:
+    x, inner, outer = torch.randn(ROWS, SMALL), torch.randn(k, SMALL), torch.randn(LARGE, k)
+    assert best_order(x, inner.requires_grad_(), outer.requires_grad_()) == order
+    assert best_order(x[:2], inner, outer) == "factors"
+    with torch.no_grad():
+        assert best_order(x, inner, outer) == "factors"
+
+
+@pytest.mark.parametrize(("trains", "compiled"), [*((trains, False) for trains in TRAINED), ("all", True)])
+@pytest.mark.parametrize(("k", "rows"), [(MOST, 2), (MOST // 2, ROWS), (MOST, ROWS)])
+def test_gradients_are_those_of_the_product(k: int, rows: int, trains: str, compiled: bool) -> None:
+    dense, factored = block(k, trains)
     x = torch.randn(rows, SMALL).double()
-    torch.testing.assert_close(factored(x), dense(x))
-    multiplications(dense, x)
-    multiplications(factored, x)
+    if compiled:
+        torch._dynamo.reset()
+        factored.compile(backend="aot_eager", fullgraph=True)
+    outputs = factored(x), dense(x)
+    torch.testing.assert_close(*outputs)
+    for y in outputs:
+        y.square().sum().backward()
     for place in (0, 2):
         layer, G = factored[place], dense[place].weight.grad
         assert isinstance(layer, LowRankLinear)
