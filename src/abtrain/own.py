@@ -6,6 +6,8 @@ average or broadcast these tensors: each worker trains, saves and resumes its ow
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -38,7 +40,15 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in shared_parameters(model).items() if parameter.requires_grad}
 
 
-def shared_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the buffers that workers share, by name. Tied buffers appear once."""
-    own = own_names(model)
-    return {name: buffer for name, buffer in model.named_buffers() if name not in own}
+def shared_buffers(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None) -> dict[str, Tensor]:
+    """Returns the buffers that workers share, by name. Tied buffers appear once.
+
+    `modules` are the names and modules of `model.named_modules()` that have buffers, if they are known.
+    """
+    own, seen, buffers = own_names(model), set[int](), dict[str, Tensor]()
+    for prefix, module in model.named_modules() if modules is None else modules:
+        for key, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in seen:
+                seen.add(id(buffer))
+                buffers[f"{prefix}.{key}" if prefix else key] = buffer
+    return {name: buffer for name, buffer in buffers.items() if name not in own} if own else buffers

@@ -11,6 +11,7 @@ from torch import Tensor
 from abtrain.comm.communicator import Calls, Communicator, Scope, Traffic
 from abtrain.comm.stages import Stages, finish
 from abtrain.comm.topology import Topology
+from abtrain.memory import allocated
 
 MIB = 2**20
 
@@ -140,7 +141,7 @@ def _dtype_in_bucket(dtype: torch.dtype, widen: bool) -> torch.dtype:
 
 def _lay_out(kind: _Kind, tensors: Sequence[Tensor]) -> Tensor:
     dtype, device = kind
-    flat = torch.empty(sum(t.numel() for t in tensors), dtype=dtype, device=device)
+    flat = allocated(sum(t.numel() for t in tensors), dtype, device)
     for piece, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True):
         piece.view(tensor.shape).copy_(tensor.detach())
     return flat

@@ -103,7 +103,7 @@ class TorchCommunicator(Communicator):
 
     def _start_all_gather(self, tensor: Tensor, scope: Scope) -> Pending[Tensor]:
         link = self._link(scope)
-        gathered = torch.stack([tensor] * len(link.ranks))
+        gathered = tensor.new_empty(len(link.ranks), *tensor.shape)
         rows = list(as_bytes(gathered).view(len(link.ranks), tensor.nbytes))
         return link.start("all_gather", tensor.nbytes, dist.all_gather, rows, as_bytes(tensor), outcome=gathered)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from abtrain.comm.stages import Stages, finish
 from abtrain.errors import CheckpointError, RanksDisagreeError
 
 Place = Mapping[str, object]
-"""Values, by name, that must be equal on all ranks: numbers, strings, dataclasses, dicts, lists and tuples."""
+"""Values, by name, that must be equal on all ranks: numbers, strings, dataclasses, dicts, lists, tuples, `Hashed`."""
 Told = tuple[int, float]
 """The two numbers that each rank sends to all others in `roll_call`: one as int64, one as float64."""
 
@@ -90,14 +91,15 @@ def roll_call(
     comm: Communicator, place: Place, told: Told = (0, 0.0), what: str = _DISAGREE, remedy: str = _REMEDY
 ) -> Stages[list[Told]]:
     """Checks `place` like `check_equal`, in stages, and returns the pairs `told` of all ranks, in rank order."""
-    held = {name: dict(leaves(name, value)) for name, value in place.items()}
-    whole = torch.tensor([fingerprint(held), told[0]], dtype=torch.int64)
+    parts = {name: dict(leaves(name, value, hashes=True)) for name, value in place.items()}
+    whole = torch.tensor([fingerprint(parts), told[0]], dtype=torch.int64)
     row = torch.cat([whole, torch.tensor([told[1]], dtype=torch.float64).view(torch.int64)])
     under_way = comm.launch_all_gather(row.to(comm.device))
     yield
     rows = under_way.wait().cpu()
     if bool((rows[:, 0] != rows[0, 0]).any()):
         # All ranks have the same rows, so all of them make the next collective call.
+        held = {name: dict(leaves(name, value)) for name, value in place.items()}
         everyone = gather_json(comm, held)
         if any(other.keys() != held.keys() for other in everyone):
             calls = [other.get(CALL, {}).get(CALL, "'another call'").strip("'") for other in everyone]
@@ -114,21 +116,35 @@ ROLL_CALL: Calls = (Traffic("all_gather", "world", 3 * torch.int64.itemsize),)
 """The collective call that `roll_call` or `check_equal` makes if nothing differs."""
 
 
-def leaves(place: str, value: object) -> Iterator[tuple[str, str]]:
+class Hashed:
+    """A value in a `Place` that has many parts and rarely changes, so its hash is computed once."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    @cached_property
+    def hash(self) -> int:
+        return fingerprint(dict(leaves("", self.value)))
+
+
+def leaves(place: str, value: object, hashes: bool = False) -> Iterator[tuple[str, str]]:
     """Yields a name (`place` and a path) and a text for each value in nested dataclasses, dicts, lists and tuples.
 
-    Fields of dataclasses that do not count in comparisons are left out.
+    With `hashes`, the text of a `Hashed` is its hash. Otherwise its parts are listed. Fields of dataclasses that do not
+    count in comparisons are left out.
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, Hashed):
+        yield from ((place, f"{value.hash:x}"),) if hashes else leaves(place, value.value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield place, type(value).__name__
         for field in (one for one in dataclasses.fields(value) if one.compare):
-            yield from leaves(f"{place}.{field.name}", getattr(value, field.name))
+            yield from leaves(f"{place}.{field.name}", getattr(value, field.name), hashes)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from leaves(f"{place}.{key}", item)
+            yield from leaves(f"{place}.{key}", item, hashes)
     elif isinstance(value, tuple | list):
         for i, item in enumerate(value):
-            yield from leaves(f"{place}[{i}]", item)
+            yield from leaves(f"{place}[{i}]", item, hashes)
     else:
         yield place, stable_repr(value)
 

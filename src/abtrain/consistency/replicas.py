@@ -43,12 +43,13 @@ def check_replicas(
     scope: Scope,
     where: str,
     buffers: Mapping[str, Tensor] | None = None,
+    total: int | None = None,
 ) -> None:
     """Checks that tensors are equal on the ranks of a scope. Collective over it. Sends 16 bytes if nothing differs.
 
     `tensors` have the same shapes on all ranks. Tensors that differ only by rounding are replaced by the first rank's,
     in place. The names, shapes and dtypes of `buffers` are compared too; they can only be passed for the scope `world`.
-    Messages contain `where`, such as `step 120, phase warmup`.
+    Messages contain `where`, such as `step 120, phase warmup`. `total` is a hash of all tensors, if it is known.
 
     Raises:
         RanksDisagreeError: tensors differ by more than rounding, or buffers differ. All ranks of the scope raise it.
@@ -57,15 +58,17 @@ def check_replicas(
     if len(ranks) == 1:
         return
     tensors = {name: torch.view_as_real(t.detach()) if t.is_complex() else t for name, t in tensors.items()}
-    sums = [checksum(tensor) for tensor in tensors.values()]
     layouts = layouts_of(buffers or {})
-    mine = fingerprint(*sums, *layouts.items())
+    if total is None:
+        total = fingerprint(*map(checksum, tensors.values()))
+    mine = fingerprint(total, *layouts.items())
     if not disagreeing(comm, [mine], scope):
         return
     if layouts and (different := differences(gather_json(comm, layouts))):
         raise RanksDisagreeError(
             f"{where}: workers have different buffers: {different}. Change buffers on all workers at the same step"
         )
+    sums = [checksum(tensor) for tensor in tensors.values()]
     rows = comm.all_gather(torch.tensor([mine, *sums], dtype=torch.int64, device=comm.device), scope).tolist()
     digests, *columns = zip(*rows, strict=True)
     relative = 0.0

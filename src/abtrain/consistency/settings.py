@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from abtrain.comm.communicator import Communicator
-from abtrain.consistency.agreement import check_equal
+from abtrain.consistency.agreement import Hashed, check_equal
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizers import Optimizers, settings_of
 from abtrain.own import own_names, shared_buffers
@@ -71,18 +71,37 @@ def layout(tensor: Tensor, **more: object) -> dict[str, object]:
     return {"shape": str(tuple(tensor.shape)), "dtype": str(tensor.dtype), "strides": str(strides), **more}
 
 
+class GroupNames:
+    """Remembers the names of the parameters in each param group, until `key` or the lengths of the groups change."""
+
+    def __init__(self) -> None:
+        self.key = 0
+        self._known: list[tuple[int, int]] = []
+        self._names: list[Hashed] = []
+
+    def of(self, optimizers: Optimizers, parameters: Mapping[str, nn.Parameter]) -> list[Hashed]:
+        """Returns the sorted names of the parameters in each param group of all optimizers."""
+        groups = [group["params"] for group in optimizers.groups()]
+        known = [(self.key, len(held)) for held in groups]
+        if known != self._known:
+            names = {id(parameter): name for name, parameter in parameters.items()}
+            listed = [sorted(names.get(id(p), "not a parameter of the model") for p in held) for held in groups]
+            self._known, self._names = known, list(map(Hashed, listed))
+        return self._names
+
+
 def optimizer_settings(
-    optimizers: Optimizers, parameters: Mapping[str, nn.Parameter], keys: Collection[str]
+    optimizers: Optimizers,
+    parameters: Mapping[str, nn.Parameter],
+    keys: Collection[str],
+    known: GroupNames | None = None,
 ) -> list[dict[str, object]]:
-    """Returns, for each param group, the settings named in `keys` and its parameters' names, for `check_equal`."""
-    known = {id(parameter): name for name, parameter in parameters.items()}
-    return [
-        {
-            **chosen(group, keys),
-            "parameters": sorted(known.get(id(p), "not a parameter of the model") for p in group["params"]),
-        }
-        for group in optimizers.groups()
-    ]
+    """Returns, for each param group, the settings named in `keys` and its parameters' names, for `check_equal`.
+
+    `known` remembers the names from call to call.
+    """
+    names = (known or GroupNames()).of(optimizers, parameters)
+    return [{**chosen(group, keys), "parameters": held} for group, held in zip(optimizers.groups(), names, strict=True)]
 
 
 def chosen(group: Mapping[str, Any], keys: Collection[str]) -> dict[str, object]:

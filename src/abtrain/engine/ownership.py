@@ -25,7 +25,7 @@ class Ownership:
         self._frozen = {name: model.model.get_parameter(name) for name in frozen}
         self._own = own_names(model.model)
         self._checked: list[int] = []
-        self._modules = [id(module) for module in model.model.modules()]
+        self._modules = self._look()
         self._known = {id(parameter) for parameter in model.model.parameters()}
         self._dense = self._places()
 
@@ -43,15 +43,21 @@ class Ownership:
                 "these parameters were unfrozen after ABTraining was built, so workers do not share them: "
                 f"{told_names(thawed)}. Before building ABTraining, unfreeze all parameters that are to be trained"
             )
-        modules = [id(module) for module in self._model.model.modules()]
+        modules = self._look()
         if modules != self._modules:
             self._check_modules()
+            self._model.renew()
             self._modules = modules
         if held != self._checked:
+            self._model.renew()
             self._check_held(held)
             self._dense = self._places()
             self._checked = held
         self._check_places(optimizer)
+
+    def _look(self) -> list[tuple[int, int]]:
+        """Returns the identifier of each module in the model, and how many buffers it has."""
+        return [(id(module), len(module._buffers)) for module in self._model.model.modules()]
 
     def _check_modules(self) -> None:
         """Checks that every shared parameter is still in the model, after modules were added or removed."""

@@ -65,10 +65,11 @@ class PhaseChange:
         phase, records = position.phase, self._model.records
         restored = list(records)
         # The next phase has other anchors. Until then, decompositions need the memory.
-        self._rounds.merger.anchors = {}
+        self._rounds.merger.anchors.clear()
         self._comm.meter.phase = phase.name
         # The old wrapper has gradient buffers as large as the model: free them before new parameters are allocated.
         self.unwrap()
+        self._rounds.release()
         reshaped = bool(records) or phase.weights == "factored"
         carry_over(self._rounds.merger, records.values(), self._model.projects, into_weight)
         self._model.restore()

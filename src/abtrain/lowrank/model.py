@@ -19,6 +19,7 @@ from abtrain.lowrank.precondition import seen_through
 from abtrain.lowrank.surgery import factorize_, restore_
 from abtrain.lowrank.svd import Factors, MatrixShape
 from abtrain.lowrank.weight import FactoredWeight
+from abtrain.own import shared_buffers
 from abtrain.recipes.factoring import OptimizerState
 from abtrain.shards import fit_to, gathered, is_sharded, reshard
 
@@ -46,6 +47,7 @@ class FactoredModel:
         damping: the preconditioner's damping that was last passed to `factorize`.
         compression: the parameter count of the full model divided by that after weights were last factored; 1 before.
         sharded: the names of the parameters that FSDP2 has sharded over the workers of a group.
+        version: a number that changes whenever the model may have other parameters or modules.
     """
 
     def __init__(
@@ -64,6 +66,15 @@ class FactoredModel:
         self._optimizer_state = optimizer_state
         self._full_numel = sum(parameter.numel() for parameter in model.parameters())
         self._trains: TrainedFactors = "all"
+        self.version = 0
+        self.renew()
+
+    def renew(self) -> None:
+        """Looks for parameters, and for modules with buffers, anew, since the model may have others."""
+        self.version += 1
+        self._with_buffers: list[tuple[str, nn.Module]] | None = None
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._trained: dict[str, nn.Parameter] = {}
 
     @property
     def projects(self) -> bool:
@@ -87,13 +98,24 @@ class FactoredModel:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Returns all parameters by name, frozen ones included, with `NAME.A` and `NAME.B` for a factored weight."""
-        factors = self.factors()
-        known = {id(parameter) for parameter in factors.values()}
-        named = self.model.named_parameters()
-        return factors | {name: p for name, p in named if id(p) not in known and not isinstance(p, FactoredMark)}
+        if not self._parameters:
+            factors = self.factors()
+            known = {id(parameter) for parameter in factors.values()}
+            named = self.model.named_parameters()
+            dense = {name: p for name, p in named if id(p) not in known and not isinstance(p, FactoredMark)}
+            self._parameters = factors | dense
+        return self._parameters
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Returns the buffers that workers share, by name. Tied buffers appear once."""
+        if self._with_buffers is None:
+            self._with_buffers = [(name, module) for name, module in self.model.named_modules() if module._buffers]
+        return shared_buffers(self.model, self._with_buffers)
 
     def trained(self, treatments: Sequence[Treatment]) -> dict[str, nn.Parameter]:
         """Returns the parameters or factors that workers train together, by name, in the order of `treatments`."""
+        if self._trained:
+            return self._trained
         factors = self.factors()
         trained: dict[str, nn.Parameter] = {}
         for treatment in treatments:
@@ -102,6 +124,7 @@ class FactoredModel:
                 trained |= {factor: factors[factor] for factor in factor_names(name)}
             elif treatment.kind not in UNSHARED:
                 trained[name] = self.model.get_parameter(name)
+        self._trained = trained
         return trained
 
     def matrices(self) -> dict[str, Tensor]:
@@ -120,6 +143,7 @@ class FactoredModel:
                     optimizer.state[record.A], optimizer.state[record.B] = states
             self._begin_state(*record.factors)
             self.records[name] = record
+        self.renew()
         self.compression = self._full_numel / sum(parameter.numel() for parameter in self.parameters().values())
 
     def restore(self) -> None:
@@ -133,6 +157,7 @@ class FactoredModel:
                     optimizer.state[record.dense] = project_to_weight(state_A, state_B, record, *seen)
             self._begin_state(record.dense)
         self.records = {}
+        self.renew()
 
     def _begin_state(self, *parameters: Tensor) -> None:
         """Creates the state that an optimizer needs before its first step with a new parameter."""

@@ -15,12 +15,14 @@ from abtrain.comm.stages import Stages, begun, in_step
 from abtrain.merging.batches import Batch
 from abtrain.merging.changes import is_finite
 from abtrain.merging.divergence import Terms, local_terms
+from abtrain.merging.held import Held
 from abtrain.merging.merge_input import MergeInput
 from abtrain.merging.outer_state import OuterState
 from abtrain.merging.places import Places
+from abtrain.merging.store import Store
 from abtrain.merging.wires.wire import Wire
 
-_IN_FLIGHT = 2
+IN_FLIGHT = 2
 """The number of batches that are merged at once: while one is sent, the next is encoded."""
 _APPLIED = 4
 """The batches of memory that `BatchMerge.apply` needs, besides mean and errors: momentum, and results of the rule."""
@@ -36,6 +38,7 @@ class BatchMerge:
 
     Attributes:
         started: the values to merge, by name.
+        changes: the changes of the batch, if they are known already. They are overwritten.
         weight: the number by which this worker multiplies its changes before all changes are averaged.
         excluded: whether the merge excludes this worker, whose weight is then 0.
         sent_all: whether the wire has sent this worker's changes without rounding them.
@@ -48,16 +51,13 @@ class BatchMerge:
     wire: Wire
     part: MergeInput
     batch: Batch
-    started: Mapping[str, Tensor]
+    started: Held | Store
+    changes: Tensor | None
     weight: float
     excluded: bool
     measuring: bool
     sent_all: bool = False
     terms: dict[str, Terms] = field(default_factory=dict)
-
-    def held(self) -> dict[str, Tensor]:
-        """Returns the present values of all pieces to merge."""
-        return self.places.pieces(self.part.tensors())
 
     def average(self) -> Stages[tuple[Tensor, Tensor | None]]:
         """Averages the changes of all workers. Returns the mean and this worker's rounding errors, both flat."""
@@ -69,9 +69,12 @@ class BatchMerge:
         return self._flat(means), self._flat(errors) if errors else None
 
     def _changes(self) -> Tensor:
-        return self.state.contribution(self.batch, self.started, self.weight)
+        changes, self.changes = self.changes, None
+        if changes is None:
+            changes = self.state.change(self.batch, self.started)
+        return self.state.contribution(self.batch, changes, self.weight)
 
-    def apply(self, held: Mapping[str, Tensor], mean: Tensor, error: Tensor | None) -> None:
+    def apply(self, held: Held, mean: Tensor, error: Tensor | None) -> None:
         """Writes the merged weights into this worker's pieces `held`.
 
         Adds what this worker has changed since a hidden merge began.
@@ -81,12 +84,10 @@ class BatchMerge:
         self.sent_all = error is None
         rule, continued = self.part.sync.merge, self.part.started is not None and not self.excluded
         before = self.state.stepped_alone(self.batch, self.started, rule) if continued else None
-        self.state.advance(self.batch, rule, mean, error)
-        if before is None:
-            self.state.restore(self.batch, held)
-        else:
-            moved = self.batch.flat(held).to(self.batch.dtype) - before
-            self.batch.write(held, moved.add_(self.state.anchors_of(self.batch)))
+        merged = self.state.advance(self.batch, rule, mean, error)
+        if before is not None:
+            merged = (held.flat(self.batch).to(self.batch.dtype) - before).add_(merged)
+        held.write(self.batch, merged)
 
     def _measure(self, mean: Tensor) -> None:
         shapes = {name: tensor.shape for name, tensor in self.part.tensors().items()}
@@ -107,21 +108,20 @@ def average_at_once(works: Sequence[BatchMerge]) -> Stages[list[Outcome]]:
     return (yield from in_step([work.average() for work in works]))
 
 
-def apply_at_once(works: Sequence[BatchMerge], outcomes: Sequence[Outcome], check: Check) -> None:
-    """Applies what `average_at_once` has returned for these batches."""
+def apply_at_once(works: Sequence[BatchMerge], outcomes: Sequence[Outcome], held: Held, check: Check) -> None:
+    """Applies what `average_at_once` has returned for these batches to this worker's pieces `held`."""
     check([name for work, (mean, _) in zip(works, outcomes, strict=True) for name in _broken(work, mean)])
-    held = works[0].held() if works else {}
     for work, (mean, error) in zip(works, outcomes, strict=True):
         work.apply(held, mean, error)
 
 
-def merge_in_turn(works: Sequence[BatchMerge], check: Check) -> None:
-    """Averages and applies one batch after the other, of which two are under way at a time."""
+def merge_in_turn(works: Sequence[BatchMerge], held: Held, check: Check) -> None:
+    """Averages one batch after the other, of which two are under way at a time, and applies them to pieces `held`."""
     broken: list[str] = []
     under_way: deque[tuple[BatchMerge, Callable[[], tuple[Tensor, Tensor | None]]]] = deque()
-    waiting, held = deque(works), works[0].held() if works else {}
+    waiting = deque(works)
     while waiting or under_way:
-        while waiting and len(under_way) < _IN_FLIGHT:
+        while waiting and len(under_way) < IN_FLIGHT:
             work = waiting.popleft()
             under_way.append((work, begun(work.average())))
         work, finish = under_way.popleft()
@@ -153,7 +153,7 @@ def used_by_merge(wire: Wire, batches: Sequence[Batch], workers: int, hidden: bo
     if hidden:
         return MergeMemory(sum(waiting), max(sum(waiting), sum(outcomes) + max(sizes, default=0)) + applied)
     encoding = max((held + size for held, size in zip(waiting, sizes, strict=True)), default=0)
-    under_way = (_IN_FLIGHT - 1) * max(waiting, default=0)
+    under_way = (IN_FLIGHT - 1) * max(waiting, default=0)
     return MergeMemory(0, under_way + max(encoding, *outcomes, 0) + applied)
 
 

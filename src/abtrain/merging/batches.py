@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -30,9 +31,9 @@ class Range(NamedTuple):
         return tensor if self.stop is None else tensor.view(-1)[self.start : self.stop]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """Ranges of tensors of one dtype and device that are merged together.
+    """Ranges of tensors of one dtype and device that are merged together. Two batches are equal if they are one object.
 
     Attributes:
         ranges: the ranges, whose elements are consecutive in flat tensors.
@@ -46,7 +47,7 @@ class Batch:
     dtype: torch.dtype
     device: torch.device
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         return [one.name for one in self.ranges]
 
@@ -80,7 +81,7 @@ def cut_into_batches(
         whole: whether to keep large tensors whole.
     """
     batches: list[Batch] = []
-    for same in _alike(tensors, kinds or {}):
+    for same in alike(tensors, kinds):
         ranges: list[Range] = []
         filled = 0
         for one, count in (found for name in same for found in _ranges(name, tensors[name], whole)):
@@ -93,8 +94,9 @@ def cut_into_batches(
     return batches
 
 
-def _alike(tensors: Mapping[str, Tensor], kinds: Mapping[str, Hashable]) -> list[list[str]]:
+def alike(tensors: Mapping[str, Tensor], kinds: Mapping[str, Hashable] | None = None) -> list[list[str]]:
     """Returns the names of tensors with the same dtype, device and kind, in lists."""
+    kinds = kinds or {}
     lists: dict[Hashable, list[str]] = {}
     for name, tensor in tensors.items():
         lists.setdefault((tensor.dtype, tensor.device, kinds.get(name)), []).append(name)

@@ -42,7 +42,7 @@ def carry_over(
             part = {name: merger.near(whole.pop(name), device) for name in names if name in whole}
             convert(part, record)
             # A view would keep the whole tensor in memory.
-            store |= {name: merger.kept(piece, device) for name, piece in merger.places.pieces(part).items()}
+            store.update({name: merger.kept(piece, device) for name, piece in merger.places.pieces(part).items()})
 
 
 def into_weight(store: Tensors, record: FactoredWeight) -> None:

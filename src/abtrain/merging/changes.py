@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from abtrain.comm.checksums import as_bytes
+from abtrain.memory import allocated
 
 _SUBTRACTED = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -23,7 +24,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def change(anchor: Tensor, tensor: Tensor) -> Tensor:
     """Returns the change of a tensor since its anchor (its value after the last merge), in the anchor's dtype."""
-    return tensor.to(anchor.dtype) - anchor.to(tensor.dtype).to(anchor.dtype)
+    new, old = tensor.to(anchor.dtype), anchor.to(tensor.dtype).to(anchor.dtype)
+    out = allocated(new.numel(), new.dtype, new.device).view(new.shape)
+    return torch.sub(new, old, out=out)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -58,7 +58,7 @@ class WeightCopies:
         """
         found = False
         for place, optimizer in enumerate(self._model.optimizers.all):
-            held = {key for state in optimizer.state.values() if isinstance(state, Mapping) for key in state}
+            held = set().union(*(state for state in optimizer.state.values() if isinstance(state, (dict, Mapping))))
             fresh = {key for key in held if isinstance(key, str) and (place, key) not in self._seen}
             for key in sorted(fresh):
                 is_copy = False if key in LINEAR_MOMENTS | SQUARED_MOMENTS else self._is_copy(optimizer, key)

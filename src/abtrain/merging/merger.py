@@ -13,7 +13,7 @@ A worker whose values are not finite may be excluded from the average. The other
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,16 +27,18 @@ from abtrain.comm.stages import Stages, timed, together
 from abtrain.consistency.agreement import CALL, gather_json, roll_call, share
 from abtrain.errors import NonFiniteError, OnNonFinite, UsageError
 from abtrain.failpoints import fail_at
-from abtrain.merging.batch_merge import BatchMerge, apply_at_once, average_at_once, merge_in_turn
-from abtrain.merging.batches import cut_into_batches
+from abtrain.merging.batch_merge import IN_FLIGHT, BatchMerge, apply_at_once, average_at_once, merge_in_turn
+from abtrain.merging.batches import Batch
 from abtrain.merging.buffers import Buffers, settled
 from abtrain.merging.changes import change, is_finite, write
 from abtrain.merging.divergence import Distances, divergence
+from abtrain.merging.held import Held
 from abtrain.merging.merge_input import MergeInput
 from abtrain.merging.outer_state import OuterState
 from abtrain.merging.places import Places
 from abtrain.merging.selection import weights_of
 from abtrain.merging.sent import steps_alone
+from abtrain.merging.store import Store
 from abtrain.merging.wires.wire import Wire, make_wire
 from abtrain.recipes.merges import NOT_FINITE, TOO_LARGE, MergeRule, Part
 
@@ -71,7 +73,7 @@ class Merger(OuterState):
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         """Prepares the merges of a phase. `tensors` are the weights to merge, by name, equal on all workers."""
-        self.anchor(self.places.pieces(tensors))
+        self.anchor(self.places.held(tensors))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the size of groups, all tensors, the state of wires, and checksums of buffers that have differed.
@@ -98,9 +100,9 @@ class Merger(OuterState):
         def copies(store: Mapping[str, Tensor]) -> Tensors:
             return {name: self.kept(tensor, device) for name, tensor in store.items()}
 
-        self.anchors, self.momentum = copies(state["anchors"]), copies(state["momentum"])
-        self.residuals, self._wires = copies(state["residuals"]), {}
-        self._buffers.differed, self._interrupted = dict(state["buffers"]), False
+        self.restore(copies(state["anchors"]), copies(state["momentum"]), copies(state["residuals"]), device)
+        self._wires, self._interrupted = {}, False
+        self._buffers.differed = dict(state["buffers"])
         for name, starts in state["starts"].items():
             self.wire(name).starts = {key: tensor.to(device, copy=True) for key, tensor in starts.items()}
 
@@ -115,12 +117,12 @@ class Merger(OuterState):
         for wire in self._wires.values():
             wire.forget(names)
 
-    def step_alone(self, rule: MergeRule, tensors: Mapping[str, Tensor], started: Mapping[str, Tensor]) -> None:
+    def step_alone(self, rule: MergeRule, tensors: Held, started: Store) -> None:
         """Writes the weights to continue from during a hidden merge that began with the pieces `started`."""
         if steps_alone(rule):
-            pieces = self.places.pieces(tensors)
-            for batch in cut_into_batches(pieces):
-                batch.write(pieces, self.stepped_alone(batch, started, rule))
+            pieces = self.places.held(tensors)
+            for batch in pieces.batches():
+                pieces.write(batch, self.stepped_alone(batch, started, rule))
             self.places.spread(tensors)
 
     def merge(self, part: MergeInput) -> Stages[tuple[dict[str, Any], Distances]]:
@@ -140,26 +142,31 @@ class Merger(OuterState):
             NonFiniteError: a worker's values are not finite, and `on_nonfinite` is not `drop_worker`; or no worker's
                 values are finite, or they are so large that their average may not be. Raised on all workers.
         """
-        pieces = self.places.pieces(part.tensors())
-        started = {**pieces, **part.buffers()} if part.started is None else part.started
-        buffers = {name: started[name] for name in part.buffers()}
-        reports, differing, waited = yield from self._compare(part, started, pieces, buffers)
-        alive = self._alive(reports, differing, {name: started[name] for name in pieces})
+        tensors = part.tensors()
+        pieces = self.places.held(tensors)
+        started, buffers = (pieces, part.buffers()) if part.started is None else (part.started, part.started_buffers)
+        # Small models have their changes computed once. Those of large models would need too much memory.
+        changes = dict[Batch, Tensor]() if part.started is None and len(pieces.batches()) <= IN_FLIGHT else None
+        reports, differing, waited = yield from self._compare(part, started, pieces, buffers, changes)
+        alive = self._alive(reports, differing, started, pieces)
         measuring = self.measures_divergence and all(alive)
-        works = self._works(part, started, pieces, alive, reports, measuring)
+        works = self._works(part, started, pieces, alive, reports, measuring, changes or {})
         averaging = self._average_buffers(part, buffers, differing, alive)
         if part.started is None:
             self._interrupted = True
-            merge_in_turn(works, self._check_finite)
+            merge_in_turn(works, pieces, self._check_finite)
             merged = yield from averaging
         else:
             # One worker needs fewer stages for weights than for buffers, and weights change in the last stage only.
             outcomes, merged = yield from together(average_at_once(works), averaging)
-            apply_at_once(works, outcomes, self._check_finite)
+            tensors = part.tensors()
+            apply_at_once(works, outcomes, self.places.held(tensors), self._check_finite)
         self.settle(name for work in works if work.sent_all for name in work.batch.names)
-        write(part.buffers(), merged, {name: buffers[name] for name in merged} if alive[self._comm.rank] else None)
+        if merged:
+            base = {name: buffers[name] for name in merged} if alive[self._comm.rank] else None
+            write(part.buffers(), merged, base)
         self._buffers.merged(merged)
-        self.places.spread(part.tensors())
+        self.places.spread(tensors)
         self._interrupted = False
         terms = {name: term for work in works for name, term in work.terms.items()}
         dropped = [rank for rank, is_alive in enumerate(alive) if not is_alive]
@@ -168,11 +175,24 @@ class Merger(OuterState):
         return report, divergence(self._comm, terms) if measuring else {}
 
     def _compare(
-        self, part: MergeInput, started: Mapping[str, Tensor], pieces: Tensors, buffers: Tensors
+        self,
+        part: MergeInput,
+        started: Held | Store,
+        pieces: Held,
+        buffers: Mapping[str, Tensor],
+        changes: dict[Batch, Tensor] | None,
     ) -> Stages[tuple[list[Part], dict[str, list[int]], float]]:
-        """Compares `place` and buffers. Returns all reports, the buffers that differ, and the seconds waited."""
+        """Compares `place` and buffers. Returns all reports, the buffers that differ, and the seconds waited.
+
+        Stores the changes of batches in `changes`, unless it is None.
+        """
         sums = {name: checksum(buffer) for name, buffer in buffers.items()}
-        largest = [self.largest(batch, started) for batch in cut_into_batches(pieces)]
+        largest = []
+        for batch in pieces.batches():
+            found = None if changes is None else self.change(batch, started)
+            largest.append(self.largest(batch, started, found))
+            if changes is not None and found is not None:
+                changes[batch] = found
         content = self._buffers.report(buffers, sums)
         if not all(map(math.isfinite, largest)):
             content = NOT_FINITE
@@ -187,7 +207,11 @@ class Merger(OuterState):
         return reports, self._buffers.compare(buffers, sums, [report.buffers for report in reports]), waited
 
     def _average_buffers(
-        self, part: MergeInput, buffers: Tensors, differing: Mapping[str, Sequence[int]], alive: Sequence[bool]
+        self,
+        part: MergeInput,
+        buffers: Mapping[str, Tensor],
+        differing: Mapping[str, Sequence[int]],
+        alive: Sequence[bool],
     ) -> Stages[Tensors]:
         """Returns the new values of the buffers that differ between workers. Collective over the world."""
         floats = [name for name in differing if name in part.averaged]
@@ -201,16 +225,16 @@ class Merger(OuterState):
     def _works(
         self,
         part: MergeInput,
-        started: Mapping[str, Tensor],
-        pieces: Tensors,
+        started: Held | Store,
+        pieces: Held,
         alive: Sequence[bool],
         reports: Sequence[Part],
         measuring: bool,
+        changes: dict[Batch, Tensor],
     ) -> list[BatchMerge]:
-        """Returns the merges of all batches."""
+        """Returns the merges of all batches, and moves known `changes` into them."""
         topology, rank, wire = self._comm.topology, self._comm.rank, self.wire(part.sync.wire)
-        weights = weights_of(part.sync.merge, pieces, part.trained_by, alive, reports, topology, rank)
-        batches = cut_into_batches(pieces, weights, whole=measuring or not wire.elementwise)
+        weight, others = weights_of(part.sync.merge, pieces, part.trained_by, alive, reports, topology, rank)
         return [
             BatchMerge(
                 state=self,
@@ -220,11 +244,12 @@ class Merger(OuterState):
                 part=part,
                 batch=batch,
                 started=started,
-                weight=weights[batch.names[0]] if alive[rank] else 0.0,
+                changes=changes.pop(batch, None),
+                weight=others.get(batch.names[0], weight) if alive[rank] else 0.0,
                 excluded=not alive[rank],
                 measuring=measuring,
             )
-            for batch in batches
+            for batch in pieces.batches(others, whole=measuring or not wire.elementwise)
         ]
 
     def _check_finite(self, broken: Sequence[str]) -> None:
@@ -238,7 +263,13 @@ class Merger(OuterState):
             )
         self._interrupted = True
 
-    def _alive(self, reports: Sequence[Part], differing: Mapping[str, Sequence[int]], started: Tensors) -> list[bool]:
+    def _alive(
+        self,
+        reports: Sequence[Part],
+        differing: Mapping[str, Sequence[int]],
+        started: Held | Store,
+        names: Iterable[str],
+    ) -> list[bool]:
         """Returns for each worker whether its values are finite. Collective over the world if it raises an error.
 
         Raises:
@@ -258,12 +289,12 @@ class Merger(OuterState):
         broken = [rank for rank, is_alive in enumerate(alive) if not is_alive]
         if not broken or (self.on_nonfinite == "drop_worker" and any(alive)):
             return alive
-        changes = {n: change(self.near(self.anchors[n], held.device), held) for n, held in started.items()}
-        names = [told_names([n for n, changed in changes.items() if not is_finite(changed)])]
+        changes = {n: change(self.near(self.anchors[n], started[n].device), started[n]) for n in names}
+        mine = [told_names([n for n, changed in changes.items() if not is_finite(changed)])]
         if math.isinf(reports[self._comm.rank].loss):
-            names.append("training loss")
-        names += [f"buffer {name}" for name, ranks in differing.items() if self._comm.rank in ranks]
-        of_all = gather_json(self._comm, ", ".join(filter(None, names)))
+            mine.append("training loss")
+        mine += [f"buffer {name}" for name, ranks in differing.items() if self._comm.rank in ranks]
+        of_all = gather_json(self._comm, ", ".join(filter(None, mine)))
         told = {rank: of_all[rank] for rank in broken if of_all[rank]}
         found = [f"rank {rank}: {text}" for rank, text in told.items()] if len(broken) > 1 else list(told.values())
         remedy = ", or exclude such workers by on_nonfinite='drop_worker'" if any(alive) else ""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from abtrain.comm.checksums import checksum, fingerprint
-from abtrain.merging.batches import Batch, cut_into_batches
+from abtrain.memory import allocated
+from abtrain.merging.batches import Batch
 from abtrain.merging.changes import change, wide
+from abtrain.merging.held import Held
+from abtrain.merging.store import Layout, Store
 from abtrain.recipes.merges import MergeRule
 
 Tensors = dict[str, Tensor]
+_PART = 2**17
+"""The number of elements that one thread of a CPU computes at once, so that they fit into its cache."""
 
 
 class OuterState:
@@ -30,16 +36,26 @@ class OuterState:
 
     def __init__(self, device: str | None = None) -> None:
         self._device = device
-        self.anchors: Tensors = {}
-        self.momentum: Tensors = {}
-        self.residuals: Tensors = {}
+        self.anchors, self.momentum, self.residuals = (Store(room=self._room) for _ in range(3))
 
-    def anchor(self, tensors: Mapping[str, Tensor]) -> None:
+    def anchor(self, tensors: Held) -> None:
         """Stores the values of tensors as anchors. Keeps momentum and residuals of these tensors only."""
-        self.anchors = {}  # first, so that old and new anchors are never in memory together
-        self.anchors = {name: self.kept(tensor, tensor.device, wide(tensor.dtype)) for name, tensor in tensors.items()}
-        self.momentum = {name: tensor for name, tensor in self.momentum.items() if name in tensors}
-        self.residuals = {name: tensor for name, tensor in self.residuals.items() if name in tensors}
+        self.anchors.clear()  # first, so that old and new anchors are never in memory together
+        self.anchors = Store.of(tensors, self._room, widened=True)
+        layout = Layout(tensors)
+        self.momentum.lay_out(layout)
+        self.residuals.lay_out(layout)
+
+    def restore(self, anchors: Tensors, momentum: Tensors, residuals: Tensors, device: torch.device) -> None:
+        """Replaces everything that is stored by these tensors, without copying them.
+
+        `device` is that of the parameters.
+        """
+        layout = Layout(anchors, device)
+        self.anchors, self.momentum, self.residuals = (Store(layout, self._room) for _ in range(3))
+        self.anchors.update(anchors)
+        self.momentum.update(momentum)
+        self.residuals.update(residuals)
 
     def kept(self, tensor: Tensor, beside: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """Returns a copy of a tensor, in the memory for this state. `beside` is the device of its parameter."""
@@ -49,8 +65,9 @@ class OuterState:
         """Returns an uninitialized tensor for this state. All its tensors are created here."""
         device = torch.device(self._device) if self._device else beside
         # A GPU copies to and from pinned memory several times as fast.
-        pinned = device.type == "cpu" and beside.type == "cuda"
-        return torch.empty_like(like, dtype=dtype, device=device, pin_memory=pinned, requires_grad=False)
+        if device.type == "cpu" and beside.type == "cuda":
+            return torch.empty(like.shape, dtype=dtype, device=device, pin_memory=True)
+        return allocated(like.numel(), dtype, device).view(like.shape)
 
     def near(self, tensor: Tensor, device: torch.device) -> Tensor:
         """Returns a stored tensor on the device of its parameter, to compute with it there; not to be written."""
@@ -60,78 +77,81 @@ class OuterState:
         """Returns a computed tensor on the device of this state."""
         return tensor.to(self._device) if self._device else tensor
 
-    def fingerprint(self, names: Iterable[str]) -> int:
+    def fingerprint(self, tensors: Held) -> int:
         """Returns a hash of the anchors of these tensors."""
-        batches = cut_into_batches({name: self.anchors[name] for name in names})
-        return fingerprint(*(checksum(batch.flat(self.anchors)) for batch in batches))
+        return fingerprint(*(checksum(_flat(self.anchors, batch)) for batch in tensors.batches()))
 
-    def change(self, batch: Batch, tensors: Mapping[str, Tensor]) -> Tensor:
+    def change(self, batch: Batch, tensors: Held | Store) -> Tensor:
         """Returns the changes of a batch since the last merge, as one flat tensor."""
-        return change(self.anchors_of(batch), batch.flat(tensors))
+        return change(self.anchors_of(batch), _flat(tensors, batch))
 
-    def anchors_of(self, batch: Batch) -> Tensor:
-        """Returns the anchors of a batch as one flat tensor on the device of the parameters, not to be written."""
-        return self.near(batch.flat(self.anchors), batch.device)
+    def largest(self, batch: Batch, tensors: Held | Store, changes: Tensor | None = None) -> float:
+        """Returns the largest magnitude of the changes of a batch plus that of its residuals. It may be NaN.
 
-    def restore(self, batch: Batch, tensors: Mapping[str, Tensor]) -> None:
-        """Writes the anchors of a batch into tensors."""
-        if self._device:
-            batch.write(tensors, self.anchors_of(batch))
+        `changes` are the changes, if they are known.
+        """
+        residuals = self._known(self.residuals, batch)
+        if changes is None:
+            anchors, values = self.anchors_of(batch), _flat(tensors, batch)
+            found = _largest(change(anchors[part], values[part]) for part in _parts(anchors))
         else:
-            torch._foreach_copy_(batch.of(tensors), batch.of(self.anchors))
+            found = _largest([changes])
+        return found + (0.0 if residuals is None else _largest([residuals]))
 
-    def largest(self, batch: Batch, tensors: Mapping[str, Tensor]) -> float:
-        """Returns the largest magnitude of the changes of a batch plus that of its residuals. It may be NaN."""
-        return _largest(self.change(batch, tensors)) + sum(
-            _largest(kept) for kept in self._known(self.residuals, batch)
-        )
-
-    def contribution(self, batch: Batch, tensors: Mapping[str, Tensor], weight: float) -> Tensor:
-        """Returns the changes of a batch times a weight, plus its residuals, as one flat tensor."""
-        numbers = self.change(batch, tensors).mul_(weight) if weight else torch.zeros_like(self.anchors_of(batch))
-        residuals = self._flat(self.residuals, batch)
+    def contribution(self, batch: Batch, changes: Tensor, weight: float) -> Tensor:
+        """Returns the changes of a batch times a weight, plus its residuals, in place of `changes`."""
+        numbers = changes.zero_() if not weight else changes if weight == 1 else changes.mul_(weight)
+        residuals = self._known(self.residuals, batch)
         return numbers if residuals is None else numbers.add_(residuals)
 
-    def stepped_alone(self, batch: Batch, started: Mapping[str, Tensor], rule: MergeRule) -> Tensor:
+    def stepped_alone(self, batch: Batch, started: Held | Store, rule: MergeRule) -> Tensor:
         """Returns the weights to continue from during a hidden merge, which had the values `started` when it began."""
-        before, anchors = batch.flat(started), self.anchors_of(batch)
-        own = change(anchors, before)
-        step, _ = rule.step(own, self._flat(self.momentum, batch))
+        before = _flat(started, batch)
+        own = change(self.anchors_of(batch), before)
+        step, _ = rule.step(own, self._known(self.momentum, batch))
         # A step by the change itself leads back to `started`, up to rounding.
-        return before if step is own else (anchors + step).to(before.dtype)
+        return before if step is own else (self.anchors_of(batch) + step).to(before.dtype)
 
-    def advance(self, batch: Batch, rule: MergeRule, mean: Tensor, error: Tensor | None) -> None:
-        """Moves the anchors of a batch by the rule's step, and stores momentum and rounding errors."""
-        step, momentum = rule.step(mean, self._flat(self.momentum, batch))
-        torch._foreach_add_(batch.of(self.anchors), batch.views(self._home(step)))
-        if momentum is not None:
-            self._store(self.momentum, batch, momentum)
+    def advance(self, batch: Batch, rule: MergeRule, mean: Tensor, error: Tensor | None) -> Tensor:
+        """Moves the anchors of a batch by the rule's step, and stores momentum and rounding errors.
+
+        Returns the anchors, as one flat tensor.
+        """
+        known, anchors = self._known(self.momentum, batch), self.anchors.memory(batch, mean.dtype)
+        if anchors is None:
+            step, momentum = rule.step(mean, known)
+            self.anchors.add(batch, self._home(step))
+            if momentum is not None:
+                self.momentum.put(batch, self._home(momentum))
+        else:
+            self._advance(batch, rule, mean, known, anchors)
         if error is not None:
-            self._store(self.residuals, batch, error)
+            self.residuals.put(batch, self._home(error))
+        return self.anchors_of(batch)
+
+    def _advance(self, batch: Batch, rule: MergeRule, mean: Tensor, known: Tensor | None, anchors: Tensor) -> None:
+        """Moves anchors part by part, so that everything between the mean and the anchors stays in a CPU's cache."""
+        for part in _parts(mean):
+            step, momentum = rule.step(mean[part], None if known is None else known[part])
+            anchors[part].add_(self._home(step))
+            if momentum is not None:
+                kept = self.momentum.memory(batch, momentum.dtype)
+                assert kept is not None, "anchors lie side by side, and momentum does not"
+                kept[part].copy_(momentum)
 
     def settle(self, names: Iterable[str]) -> None:
         """Drops the residuals of tensors whose changes were sent completely."""
-        for name in names:
+        for name in names if self.residuals else ():
             self.residuals.pop(name, None)
 
-    def _known(self, store: Tensors, batch: Batch) -> Sequence[Tensor]:
-        return [one.of(store[one.name]) for one in batch.ranges if one.name in store]
+    def anchors_of(self, batch: Batch) -> Tensor:
+        """Returns the anchors of a batch as one flat tensor on the device of the parameters, not to be written."""
+        return self.near(_flat(self.anchors, batch), batch.device)
 
-    def _flat(self, store: Tensors, batch: Batch) -> Tensor | None:
-        """Returns stored values of a batch as one flat tensor, with zeros for missing ones; None if all miss."""
-        known = self._known(store, batch)
-        if len(known) == len(batch.ranges):
-            return self.near(batch.flat(store), batch.device)
-        if not known:
-            return None
-        absent = {name: torch.zeros_like(self.anchors[name], dtype=known[0].dtype) for name in batch.names}
-        return self.near(batch.flat({**absent, **store}), batch.device)
-
-    def _store(self, store: Tensors, batch: Batch, flat: Tensor) -> None:
-        for name in batch.names:
-            if name not in store:
-                store[name] = self._room(self.anchors[name], batch.device, flat.dtype).zero_()
-        batch.write(store, self._home(flat))
+    def _known(self, store: Store, batch: Batch) -> Tensor | None:
+        """Returns stored values of a batch, with zeros for missing ones, on the device of the parameters."""
+        flat = store.flat(batch)
+        return None if flat is None else self.near(flat, batch.device)
 
 
 def keeps_momentum(rule: MergeRule) -> bool:
@@ -159,8 +179,24 @@ def held_by_outer_state(
     }
 
 
-def _largest(tensor: Tensor) -> float:
-    if not tensor.numel():
-        return 0.0
+def _flat(tensors: Held | Store, batch: Batch) -> Tensor:
+    flat = tensors.flat(batch)
+    assert flat is not None, f"no value of {batch.names[0]} is stored"
+    return flat
+
+
+def _parts(flat: Tensor) -> list[slice]:
+    """Returns ranges of a flat tensor that are computed one after the other."""
+    size = _PART * torch.get_num_threads() if flat.device.type == "cpu" else max(flat.numel(), 1)
+    return [slice(start, start + size) for start in range(0, flat.numel(), size)]
+
+
+def _largest(parts: Iterable[Tensor]) -> float:
+    """Returns the largest magnitude in several tensors; NaN if one of them has NaN."""
+    found = [float(torch.maximum(*_ends(part))) for part in parts if part.numel()]
+    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
+
+
+def _ends(tensor: Tensor) -> tuple[Tensor, Tensor]:
     least, most = torch.aminmax(tensor)
-    return float(torch.maximum(-least, most))
+    return -least, most

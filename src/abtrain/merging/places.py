@@ -15,6 +15,7 @@ from torch import Tensor
 from abtrain.comm.buckets import MIB
 from abtrain.comm.communicator import Calls, Communicator, Traffic
 from abtrain.comm.topology import Topology
+from abtrain.merging.held import Held
 from abtrain.shards import cut, piece
 
 Tensors = dict[str, Tensor]
@@ -34,6 +35,11 @@ class Places:
     def __init__(self, comm: Communicator, sharded: bool = False) -> None:
         self._comm, self._sharded = comm, sharded
         self.count, self.own = comm.topology.group_size, comm.topology.place_of(comm.rank)
+
+    def held(self, tensors: Mapping[str, Tensor]) -> Held:
+        """Returns this worker's piece of each tensor, as a view of it: the same object for the same `Held`."""
+        whole = tensors if isinstance(tensors, Held) else Held(tensors)
+        return whole if self._sharded else whole.piece(self.own, self.count)
 
     def pieces(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """Returns this worker's piece of each tensor, as a view of it."""

@@ -18,11 +18,13 @@ from abtrain.comm.stages import Background, Stages, finish, timed
 from abtrain.consistency.agreement import CALL, Told, roll_call
 from abtrain.errors import OnNonFinite
 from abtrain.failpoints import fail_at
+from abtrain.merging.held import Held
 from abtrain.merging.merge_input import MergeInput
 from abtrain.merging.merger import Merger
 from abtrain.merging.places import Places
 from abtrain.merging.selection import rounds_of, tensors_due, trained_by, whole_round
 from abtrain.merging.shared_tensors import SharedTensors
+from abtrain.merging.store import Store
 from abtrain.recipes.recipe import Position, Recipe
 
 log = logging.getLogger("abtrain")
@@ -38,13 +40,15 @@ class _UnderWay(NamedTuple):
         stages: the stages of the merge that are left to run.
         step: the number of training steps done when the merge began.
         loss: this worker's mean training loss between the last merge and this one.
-        started: copies of this worker's pieces of the tensors to merge, and of buffers, made when the merge began.
+        started: copies of this worker's pieces of the tensors to merge, made when the merge began.
+        buffers: copies of the buffers that merge, made when the merge began.
     """
 
     stages: Background[None]
     step: int
     loss: float | None
-    started: dict[str, Tensor]
+    started: Store
+    buffers: dict[str, Tensor]
 
 
 class Rounds:
@@ -70,6 +74,8 @@ class Rounds:
         self.merger.places = Places(comm, bool(shared.model.sharded))
         self._comm = comm
         self._under_way: list[_UnderWay] = []
+        self._parameters = Held({})
+        self._parts: dict[tuple[object, ...], Held] = {}  # the parameters that merge after a step
         self._phase = ""  # of the merges under way
         self._losses: list[float] = []
         self.dropped: list[dict[str, Any]] = []
@@ -80,6 +86,11 @@ class Rounds:
         """Prepares the merges of a phase. All workers must have the same weights."""
         self.merger.begin(self.shared.parameters())
         self._losses = []
+
+    def release(self) -> None:
+        """Forgets the parameters of a phase that has ended, so that they do not keep memory."""
+        self._parameters, self._parts = Held({}), {}
+        self.shared.release()
 
     def step(self, position: Position, step: int, loss: float | None) -> bool:
         """Advances the hidden merges, and begins merges that are due after the training step at `position`.
@@ -111,13 +122,12 @@ class Rounds:
         if whole_round(position):
             self._losses = []
         if not sync.delay or position.last:
-            finish(self._merge(position, step, loss, None))
+            finish(self._merge(position, step, loss))
             return len(position.merging) == sync.fragments
-        parameters, _, buffers = self._due(position)
-        tensors = parameters()
-        pieces = self.merger.places.pieces(tensors)
-        started = {name: tensor.clone() for name, tensor in {**pieces, **buffers()}.items()}
-        self._under_way.append(self._launch(position, step, loss, started))
+        tensors, _ = self._due(position)
+        started = Store.of(self.merger.places.held(tensors))
+        buffers = {name: buffer.clone() for name, buffer in self._buffers_due(position).items()}
+        self._under_way.append(self._launch(position, step, loss, started, buffers))
         self.merger.step_alone(sync.merge, tensors, started)
         return False
 
@@ -179,7 +189,7 @@ class Rounds:
                     "step": merge.step,
                     "progress": list(merge.stages.progress),
                     "loss": None if merge.loss is None else torch.tensor(merge.loss, dtype=torch.float64),
-                    "started": dict(merge.started),
+                    "started": {**merge.started, **merge.buffers},
                 }
                 for merge in self._under_way
             ],
@@ -194,40 +204,69 @@ class Rounds:
         self.dropped = list(state["dropped"])
         self._under_way = []
         for entry in state["under_way"]:
-            started = {name: tensor.to(device, copy=True) for name, tensor in entry["started"].items()}
+            position = recipe.at(entry["step"] - 1)
+            tensors, _ = self._due(position)
+            copies = {name: tensor.to(device, copy=True) for name, tensor in entry["started"].items()}
+            started = Store.of(Held({name: copies.pop(name) for name in tensors}))
             loss = None if entry["loss"] is None else float(entry["loss"])
-            merge = self._launch(recipe.at(entry["step"] - 1), entry["step"], loss, started)
+            merge = self._launch(position, entry["step"], loss, started, copies)
             merge.stages.catch_up(*entry["progress"])
             self._under_way.append(merge)
 
-    def _launch(self, position: Position, step: int, loss: float | None, started: dict[str, Tensor]) -> _UnderWay:
+    def _launch(
+        self, position: Position, step: int, loss: float | None, started: Store, buffers: dict[str, Tensor]
+    ) -> _UnderWay:
         sync, self._phase = rounds_of(position), position.phase.name
         count = CHECKING + self.merger.wire(sync.wire).stages
-        return _UnderWay(Background(self._merge(position, step, loss, started), count, sync.delay), step, loss, started)
+        stages = Background(self._merge(position, step, loss, started, buffers), count, sync.delay)
+        return _UnderWay(stages, step, loss, started, buffers)
 
-    def _due(
-        self, position: Position
-    ) -> tuple[Callable[[], dict[str, Tensor]], dict[str, list[bool]], Callable[[], Mapping[str, Tensor]]]:
-        """Returns a function for the parameters to merge after a step, who trained them, and a function for buffers."""
+    def _due(self, position: Position) -> tuple[Held, dict[str, list[bool]]]:
+        """Returns the parameters to merge after a step, and who trained them: the same object if none has moved."""
+        parameters = self.shared.parameters()
+        if parameters is not self._parameters:
+            self._parameters, self._parts = parameters, {}
         trained = trained_by(position, self._comm.topology, self.shared.model.factors())
-        buffers = self.shared.buffers if whole_round(position) else dict
-        return lambda: tensors_due(position, self.shared.parameters(), trained), trained, buffers
+        key = (position.merging, position.cycle, position.turn)
+        if key not in self._parts:
+            due = tensors_due(position, parameters, trained)
+            self._parts[key] = parameters if len(due) == len(parameters) else Held(due)
+        return self._parts[key], trained
+
+    def _buffers_due(self, position: Position) -> dict[str, Tensor]:
+        return self.shared.buffers() if whole_round(position) else {}
 
     def _merge(
-        self, position: Position, step: int, loss: float | None, started: Mapping[str, Tensor] | None
+        self,
+        position: Position,
+        step: int,
+        loss: float | None,
+        started: Store | None = None,
+        started_buffers: Mapping[str, Tensor] | None = None,
     ) -> Stages[None]:
+        """Merges at once, or in stages if the values to merge were copied when the merge started."""
         sync = rounds_of(position)
-        parameters, trained, buffers = self._due(position)
-        tensors = parameters()
+        tensors, trained = self._due(position)
         fail_at(self._comm.rank, step, "merge.begin")
         # Changes can be averaged only if they were made to the same anchors.
-        anchors = self.merger.places.gathered(self.merger.fingerprint(tensors))
-        place = self.shared.place(
-            step, position.phase_index, merging=fingerprint(*tensors, sync), anchors=fingerprint(*anchors)
+        anchors = self.merger.places.gathered(self.merger.fingerprint(self.merger.places.held(tensors)))
+        merging, buffers = fingerprint(tensors.names_hash, sync), self._buffers_due(position)
+        part = MergeInput(
+            # Only during a hidden merge, training may replace parameters and buffers.
+            tensors=(lambda: tensors) if started is None else lambda: self._due(position)[0],
+            sync=sync,
+            trained_by=trained,
+            buffers=(lambda: buffers) if started is None else lambda: self._buffers_due(position),
+            averaged=self.shared.averaged_buffers(),
+            started=started,
+            started_buffers=started_buffers or {},
+            loss=loss,
+            step=step,
+            place=self.shared.place(
+                step, position.phase_index, self._parameters, merging=merging, anchors=fingerprint(*anchors)
+            ),
+            factors=self.shared.model.factors().keys(),
         )
-        averaged = self.shared.averaged_buffers()
-        factors = self.shared.model.factors().keys()
-        part = MergeInput(parameters, sync, trained, buffers, averaged, started, loss, step, place, factors)
         (report, layers), seconds = yield from timed(self.merger.merge(part), time.perf_counter)
         self.ended.append({**report, "seconds": seconds})
         dropped = report["dropped"]

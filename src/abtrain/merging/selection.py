@@ -42,20 +42,27 @@ def weights_of(
     parts: Sequence[Part],
     topology: Topology,
     rank: int,
-) -> dict[str, float]:
-    """Returns by which number a worker multiplies its change of each tensor, before counterparts average them.
+) -> tuple[float, dict[str, float]]:
+    """Returns by which number a worker multiplies its change of a tensor, before counterparts average the changes.
 
     `alive` and `parts` have an entry for each worker. `trained_by`: see the function of this name.
+
+    Returns:
+        The number for most tensors, and another number for each tensor that has one, by name.
     """
-    weights, known = {}, dict[tuple[bool, ...], float]()
-    for name in names:
-        trained = tuple(map(bool.__and__, alive, trained_by.get(name, alive)))
+    known = dict[tuple[bool, ...], float]()
+
+    def weight(trained: tuple[bool, ...]) -> float:
         if trained not in known:
             shares = rule.shares(alive, trained, parts)
             # The worker also speaks for the others of its group, which made the same changes.
-            known[trained] = math.fsum(shares[member] for member in topology.groups[topology.group_of(rank)])
-        weights[name] = known[trained] * topology.n_groups
-    return weights
+            own = math.fsum(shares[member] for member in topology.groups[topology.group_of(rank)])
+            known[trained] = own * topology.n_groups
+        return known[trained]
+
+    common = weight(tuple(alive))
+    found = {name: weight(tuple(map(bool.__and__, alive, trained_by[name]))) for name in names if name in trained_by}
+    return common, {name: number for name, number in found.items() if number != common}
 
 
 def rounds_of(position: Position) -> WeightSync:

@@ -42,9 +42,9 @@ def sent_by_merge(
     wire, workers = make_wire(sync.wire, topology.n_groups), topology.world_size
     pieces = cut(tensors, topology.place_of(rank), topology.group_size)
     equals = [Part(0, 0.0)] * workers
-    weights = weights_of(sync.merge, pieces, trained_by, [True] * workers, equals, topology, rank)
+    _, others = weights_of(sync.merge, pieces, trained_by, [True] * workers, equals, topology, rank)
     stages: list[Calls] = [ROLL_CALL]
-    for batch in cut_into_batches(pieces, weights, whole=not wire.elementwise) if topology.n_groups > 1 else ():
+    for batch in cut_into_batches(pieces, others, whole=not wire.elementwise) if topology.n_groups > 1 else ():
         numbers = [torch.empty(shape, dtype=batch.dtype, device="meta") for shape in batch.shapes]
         joined = [torch.cat([part.view(-1) for part in numbers])] if wire.elementwise else numbers
         for place, calls in enumerate(wire.sends(joined, topology.n_groups), start=1):

@@ -15,6 +15,7 @@ from abtrain.comm.checksums import checksum, fingerprint, layouts_of
 from abtrain.comm.communicator import Communicator, Scope
 from abtrain.comm.stages import finish
 from abtrain.consistency.agreement import (
+    Hashed,
     agree_on_tensors,
     differing_tensors,
     gather_json,
@@ -23,7 +24,7 @@ from abtrain.consistency.agreement import (
     take_first,
 )
 from abtrain.consistency.replicas import check_replicas
-from abtrain.consistency.settings import HYPERPARAMETERS, layout, optimizer_settings
+from abtrain.consistency.settings import HYPERPARAMETERS, GroupNames, layout, optimizer_settings
 from abtrain.errors import RanksDisagreeError
 from abtrain.lowrank.classify import Treatment
 from abtrain.lowrank.model import FactoredModel
@@ -31,6 +32,7 @@ from abtrain.lowrank.nested import tensors_in
 from abtrain.merging.buffers import averaged_buffers, settled
 from abtrain.merging.changes import as_real
 from abtrain.merging.copies import WeightCopies
+from abtrain.merging.held import Held
 from abtrain.own import IGNORED, shared_buffers, shared_parameters
 from abtrain.recipes.phase import Phase
 from abtrain.shards import is_sharded, local
@@ -58,21 +60,42 @@ class SharedTensors:
         self._comm = comm
         self._average_buffers = tuple(average_buffers)
         self._frozen_sums: dict[str, int] = {}
+        self._frozen_names = [treatment.name for treatment in treatments if treatment.kind == "frozen"]
+        self.release()
 
-    def parameters(self) -> dict[str, Tensor]:
+    def release(self) -> None:
+        """Forgets the parameters that were returned last, so that they do not keep memory."""
+        self._held, self._held_in = Held({}), (-1, list[int]())
+        self._shapes: tuple[Held, dict[str, str], Hashed] | None = None
+        self._group_names = GroupNames()
+
+    def parameters(self) -> Held:
         """Returns the trained parameters by name, in the same order on all workers; complex ones as real numbers.
 
-        If the model is sharded, these are this worker's shards.
+        Returns the same object as before if no parameter was replaced or has moved. If the model is sharded, these are
+        this worker's shards.
         """
-        return as_real({name: local(p) for name, p in self.model.trained(self.treatments).items()})
+        trained = self.model.trained(self.treatments)
+        # A parameter that was given other data has another address, since `_held` still occupies the former memory.
+        held_in = self.model.version, [] if self.model.sharded else list(map(Tensor.data_ptr, trained.values()))
+        if held_in != self._held_in or self.model.sharded:
+            self._held = Held(as_real({name: local(parameter) for name, parameter in trained.items()}))
+            self._held_in = held_in
+        return self._held
 
     def buffers(self) -> dict[str, Tensor]:
         """Returns the buffers that workers share by name; complex ones as real numbers."""
-        return as_real(shared_buffers(self.model.model))
+        return as_real(self.model.buffers())
 
     def replicated(self) -> dict[str, Tensor]:
         """Returns the trained and the frozen parameters by name. All are equal on workers that share gradients."""
         return self.parameters() | self._frozen()
+
+    def _sum(self) -> int:
+        """Returns a hash of all that `replicated` returns."""
+        held = self.parameters()
+        sums = [checksum(held.flat(batch)) for batch in held.batches()]
+        return fingerprint(*sums, *map(checksum, self._frozen().values()))
 
     def same_on(self, scope: Scope | None) -> Scope | None:
         """Returns the scope on whose workers parameters are equal if the workers of `scope` have equal models.
@@ -88,13 +111,15 @@ class SharedTensors:
 
         Collective over the scope, and over the world for a sharded model. Arguments, and errors: see `check_replicas`.
         """
+        if len(self._comm.ranks(scope)) == 1:
+            return None
         if not self.model.sharded:
-            return check_replicas(self._comm, self.replicated(), scope, where, buffers)
+            return check_replicas(self._comm, self.replicated(), scope, where, buffers, self._sum())
         same, problem = self.same_on(scope), ""
         if same is None:
             return None
         try:
-            check_replicas(self._comm, self.replicated(), same, where)
+            check_replicas(self._comm, self.replicated(), same, where, total=self._sum())
         except RanksDisagreeError as error:
             problem = str(error)
         # All workers must stop, since those of a group need each other's shards.
@@ -142,7 +167,7 @@ class SharedTensors:
 
     def frozen_names(self) -> list[str]:
         """Returns the names of the parameters that no worker trains. They do not merge."""
-        return [treatment.name for treatment in self.treatments if treatment.kind == "frozen"]
+        return self._frozen_names
 
     def compared_settings(self, phase: Phase) -> Collection[str]:
         """Returns the names of the optimizer settings that must be equal on all workers in a phase."""
@@ -173,21 +198,33 @@ class SharedTensors:
         if differed and self._comm.rank == 0:
             log.info("%d tensors had different initial values on workers: all now use rank 0's values", len(differed))
 
-    def place(self, step: int, phase: int, **more: object) -> dict[str, object]:
-        """Returns by name the values that must be equal on all workers before averaging: step, shapes, `more` etc."""
+    def place(self, step: int, phase: int, held: Held | None = None, **more: object) -> dict[str, object]:
+        """Returns by name the values that must be equal on all workers before averaging: step, shapes, `more` etc.
+
+        `held` is what `parameters` returns, if it is known.
+        """
         sums = self._sums_of_frozen()
         changed = {
             name: f"{total:x}: list a tensor that the model changes itself in {IGNORED}, or make it a buffer"
             for name, total in sums.items()
             if total != self._frozen_sums.get(name)
         }
-        # The shapes of whole parameters, since those of shards may differ within a group.
-        shapes = layouts_of(self.model.trained(self.treatments) | self.buffers())
-        place = {"step": step, "phase": phase, "shapes": shapes, **more}
+        place = {"step": step, "phase": phase, "shapes": self._layouts(held or self.parameters()), **more}
         place |= {"frozen_but_changed": changed, "copies_of_weights": self.copies.names}
         if self.same_settings:
-            place["param_groups"] = optimizer_settings(self.model.optimizers, self.model.parameters(), HYPERPARAMETERS)
+            self._group_names.key = self.model.version
+            known = self.model.optimizers, self.model.parameters()
+            place["param_groups"] = optimizer_settings(*known, HYPERPARAMETERS, self._group_names)
         return place
+
+    def _layouts(self, held: Held) -> Hashed:
+        """Returns the shapes and dtypes of the parameters `held` and of buffers, by name."""
+        buffers = layouts_of(self.buffers())
+        if self._shapes is None or self._shapes[0] is not held or self._shapes[1] != buffers:
+            # The shapes of whole parameters, since those of shards may differ within a group.
+            layouts = layouts_of(self.model.trained(self.treatments)) | buffers
+            self._shapes = held, buffers, Hashed(layouts)
+        return self._shapes[2]
 
     def forget_nonfinite(self) -> None:
         """Drops, on this worker, the optimizer state of each parameter whose state has NaN or infinity."""

@@ -146,8 +146,9 @@ class Outer(MergeRule):
         return found + share_problems("outer_momentum", self.momentum, below=1)
 
     def step(self, change: Tensor, momentum: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        M = change if momentum is None else self.momentum * momentum + change
-        return self.lr * (change + self.momentum * M), M
+        # Sums and products in place, since a new tensor takes as long as computing it.
+        M = change if momentum is None else (self.momentum * momentum).add_(change)
+        return (self.momentum * M).add_(change).mul_(self.lr), M
 
 
 BY_NAME: dict[str, type[MergeRule]] = {"mean": Mean, "trained_only": TrainedOnly, "weighted": Weighted}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from abtrain.memory import allocated
 from abtrain.merging.wires.packing import TERNARY, pack, unpack
 from abtrain.merging.wires.scratch import Scratch
 
@@ -52,7 +53,7 @@ class Code:
         """Encodes finite float32 numbers (count,) as uint8 (nbytes(count),). `count` is a multiple of `granule`."""
         if not self.block:
             return numbers.to(_FLOATS[self.name]).view(torch.uint8)
-        data = torch.empty(self.nbytes(numbers.numel()), dtype=torch.uint8, device=numbers.device)
+        data = allocated(self.nbytes(numbers.numel()), torch.uint8, numbers.device)
         scratch = Scratch(numbers)
         for part, scales, packed in self._parts(numbers, *self._split(data, numbers.numel()), scratch):
             self._encode_part(part, scales, packed, scratch)
@@ -75,7 +76,7 @@ class Code:
         if out is None and not self.block:
             return data.view(_FLOATS[self.name]).float()
         if out is None:
-            out = torch.empty(count, dtype=torch.float32, device=data.device)
+            out = allocated(count, torch.float32, data.device)
         scratch = Scratch(out)
         scales, packed = self._split(data, count)
         for part, scales_part, packed_part in self._parts(out, _read(scales), packed, scratch):
@@ -154,7 +155,9 @@ def _uniform(blocks: Tensor, limit: int, scratch: Scratch) -> tuple[Tensor, Tens
     scales = _rounded_up(_largest(magnitudes) / limit)
     safe = torch.where(scales > 0, scales, 1).float()
     wide = torch.promote_types(blocks.dtype, safe.dtype)
-    return scales, torch.div(blocks, safe, out=scratch(0, blocks.shape, wide)).round_().clamp_(-limit, limit)
+    integers = torch.div(blocks, safe, out=scratch(0, blocks.shape, wide)).round_()
+    # In half precision, the largest magnitude over the limit is rounded, so the scale may be too small.
+    return scales, integers if blocks.dtype.itemsize >= safe.dtype.itemsize else integers.clamp_(-limit, limit)
 
 
 def _ternary(blocks: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:

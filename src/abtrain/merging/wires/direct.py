@@ -20,6 +20,7 @@ from torch import Tensor
 from abtrain.comm.buckets import Bucket, average_exactly, pack, sent_by_average, unpack
 from abtrain.comm.communicator import Calls, Communicator, Traffic
 from abtrain.comm.stages import Stages, finish
+from abtrain.memory import allocated
 from abtrain.merging.wires.codes import CODES, Code
 from abtrain.merging.wires.wire import Averages, Wire
 
@@ -75,8 +76,7 @@ def _average_narrowly(
     tensors: Sequence[Tensor], code: Code, reply: Code, comm: Communicator
 ) -> Stages[tuple[list[Tensor], list[Tensor]]]:
     """Averages tensors in few bits. Returns the averages, and this worker's rounding errors in float32."""
-    # Narrow floats are widened where they are copied into a bucket.
-    buckets = pack([tensor if tensor.dtype in _NARROW else tensor.float() for tensor in tensors], CAPACITY)
+    buckets = _buckets(tensors)
     like = [torch.empty_like(tensor, device="meta") for tensor in tensors]
     del tensors
     # Gloo exchanges tensors on the CPU only.
@@ -95,6 +95,14 @@ def _average_narrowly(
     return unpack(means, like), unpack(errors, [tensor.float() for tensor in like])
 
 
+def _buckets(tensors: Sequence[Tensor]) -> list[Bucket]:
+    """Returns float32 tensors in buckets, which must not be written: a tensor that fills one is not copied."""
+    if len(tensors) == 1 and tensors[0].dtype == torch.float32 and tensors[0].is_contiguous():
+        return [Bucket(tensors[0].detach().view(-1), (0,))]
+    # Narrow floats are widened where they are copied into a bucket.
+    return pack([tensor if tensor.dtype in _NARROW else tensor.float() for tensor in tensors], CAPACITY)
+
+
 def _chunk_of(count: int, workers: int, code: Code, reply: Code) -> int:
     """Returns how many of `count` numbers each worker averages. Padding fills up the last chunk."""
     granule = math.lcm(code.granule, reply.granule)
@@ -109,7 +117,9 @@ def _exchange(flat: Tensor, code: Code, reply: Code, comm: Communicator) -> Stag
     """
     count, workers = flat.numel(), comm.topology.n_groups
     chunk = _chunk_of(count, workers, code, reply)
-    error = torch.nn.functional.pad(flat, (0, chunk * workers - count)).view(workers, chunk)
+    error = allocated(chunk * workers, torch.float32, flat.device)
+    error[:count], error[count:] = flat, 0
+    error = error.view(workers, chunk)
     sent = error.new_empty(workers, code.nbytes(chunk), dtype=torch.uint8)
     for row, data in zip(error, sent, strict=True):
         code.encode_and_subtract(row, out=data)
@@ -128,7 +138,7 @@ def _exchange(flat: Tensor, code: Code, reply: Code, comm: Communicator) -> Stag
     replies = comm.launch_all_gather(answer, "counterparts")
     del chunks, data, total, answer
     yield
-    mean = torch.empty_like(error)
+    mean = allocated(error.numel(), error.dtype, error.device).view(error.shape)
     for row, data in zip(mean, replies.wait(), strict=True):
         reply.decode(data, chunk, out=row)
     return mean.view(-1)[:count], error.view(-1)[:count]

@@ -25,9 +25,11 @@ from abtrain.commands.plan.shapes import shapes_of
 from abtrain.commands.plan.step_memory import measure_task
 from abtrain.errors import ConfigurationError
 from abtrain.lowrank.svd import decompose, used_by_decompose
+from abtrain.merging.held import Held
 from abtrain.merging.memory import used_by_merges
 from abtrain.merging.merge_input import MergeInput
 from abtrain.merging.merger import Merger
+from abtrain.merging.store import Store
 from abtrain.recipes.merges import Outer
 
 K = 4
@@ -154,7 +156,7 @@ def test_temporary_tensors_of_a_merge_are_predicted(wire: str, hidden: bool, mon
         for _ in range(2):
             for tensor in tensors.values():
                 tensor += torch.randn(512, 512, generator=torch.Generator().manual_seed(comm.rank))
-            started = {name: tensor.clone() for name, tensor in tensors.items()} if hidden else None
+            started = Store.of(Held(tensors)) if hidden else None
             part = MergeInput(lambda: tensors, sync, {}, started=started)
             act = partial(lambda given: finish(merger.merge(given)), part)
             # One thread at a time can be profiled.
