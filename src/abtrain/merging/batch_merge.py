@@ -24,8 +24,8 @@ from abtrain.merging.wires.wire import Wire
 
 IN_FLIGHT = 2
 """The number of batches that are merged at once: while one is sent, the next is encoded."""
-_APPLIED = 4
-"""The batches of memory that `BatchMerge.apply` needs, besides mean and errors: momentum, and results of the rule."""
+_APPLIED = 3
+"""The batches of memory that `BatchMerge.apply` needs at most, besides mean and errors: what the rule computes."""
 Outcome = tuple[Tensor, Tensor | None]
 """The mean of a batch and this worker's rounding errors (see `BatchMerge.average`)."""
 Check = Callable[[Sequence[str]], None]

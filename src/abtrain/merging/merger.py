@@ -189,10 +189,9 @@ class Merger(OuterState):
         sums = {name: checksum(buffer) for name, buffer in buffers.items()}
         largest = []
         for batch in pieces.batches():
-            found = None if changes is None else self.change(batch, started)
-            largest.append(self.largest(batch, started, found))
-            if changes is not None and found is not None:
-                changes[batch] = found
+            if changes is not None:
+                changes[batch] = self.change(batch, started)
+            largest.append(self.largest(batch, started, None if changes is None else changes[batch]))
         content = self._buffers.report(buffers, sums)
         if not all(map(math.isfinite, largest)):
             content = NOT_FINITE
