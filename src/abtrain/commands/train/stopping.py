@@ -18,7 +18,7 @@ from abtrain.comm.communicator import Communicator, Pending
 from abtrain.commands.process import PASSED_ON, SIGNALS, Requests
 from abtrain.errors import StoppedError
 
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 2.0
 _MAX_STEPS_AHEAD = 1000
 _PATIENCE_SECONDS, _HIDDEN_PATIENCE_SECONDS = 10.0, 2.0
 """The seconds for which a worker waits for the votes of the others. The second value is for steps that overlap with a
@@ -125,9 +125,10 @@ def _vote_of(comm: Communicator, store: Store) -> StopVote:
 class StopVote:
     """Lets workers agree on a step at which all stop, before they communicate again at the next merge.
 
-    A worker that receives a request announces it in the store. All workers read the store about once a second. A worker
-    that finds a request writes its step and waits until all have done so. All workers then train up to the largest step
-    and stop there. A worker that already waits at a merge cannot vote. In this case all workers stop at the merge.
+    A worker that receives a request announces it in the store. All workers read the store about every two seconds,
+    which is a few bytes on slow links. A worker that finds a request writes its step and waits until all have done so.
+    All workers then train up to the largest step and stop there. A worker that already waits at a merge cannot vote. In
+    this case all workers stop at the merge.
 
     Workers of a group share gradients, so a worker that waits for votes also blocks its group at the next step. All
     workers of a group therefore read the store at the same steps, and the first one to read decides for the group.
