@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from abtrain.engine.gradient_guard import GradientGuard
@@ -64,7 +64,7 @@ class OptimizerHooks:
         self._stepped: set[int] = set()
         self._before_any: dict[str, Tensor] | None = {}
         self._versions: dict[str, int] = {}
-        self._watched = (-1, dict[str, nn.Parameter]())
+        self._watched = (-1, list[str]())
         self._unseen = self._idle = 0
         self._handles: list[Any] = []
         for one in acting:
@@ -146,11 +146,12 @@ class OptimizerHooks:
 
         Of many parameters, it is that of some: an optimizer changes more than a few.
         """
+        parameters = self._model.parameters()
         if self._watched[0] != self._model.version:
-            parameters = self._model.parameters()
             stride = -(-len(parameters) // _WATCHED) or 1
-            self._watched = self._model.version, dict(islice(parameters.items(), 0, None, stride))
-        return {name: parameter._version for name, parameter in self._watched[1].items()}
+            # Names only, since references to parameters would keep their memory when weights are factored.
+            self._watched = self._model.version, list(islice(parameters, 0, None, stride))
+        return {name: parameters[name]._version for name in self._watched[1]}
 
     def watch(self) -> None:
         """Stores samples of the weights after merges and phase changes, to detect changes without an optimizer."""

@@ -135,6 +135,7 @@ class FactoredModel:
     def factorize(self, factors: Mapping[str, Factors], damping: float = 0.0) -> None:
         """Replaces weights by `factors`, by name. `damping` is that of the preconditioner; 0 if there is none."""
         self.damping = damping
+        self.renew()  # first, so that weights are freed one by one
         for name, pair in factors.items():
             record = factorize_(self.model, name, pair)
             for optimizer, (state,) in self.optimizers.replace([record.dense], record.factors):
@@ -148,6 +149,7 @@ class FactoredModel:
 
     def restore(self) -> None:
         """Replaces the factors of every factored weight by the dense weight W = A B."""
+        self.renew()  # first, so that factors are freed one by one
         for record in reversed(self.records.values()):
             states = self.optimizers.replace(record.factors, [record.dense])
             restore_(record)
