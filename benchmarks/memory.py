@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from abtrain import ABTraining, FixedRank, Recipe, recipes
 from abtrain.comm.topology import Topology
+from abtrain.commands.circumstances import hardware, versions
 from abtrain.commands.memory import peak_memory
 from abtrain.commands.plan.memory import OPTIMIZERS, OptimizerName, StepMemory, peak_of, predict_memory
 from abtrain.commands.plan.shapes import shapes_of
@@ -133,7 +134,8 @@ def main(name: str = "gpt2", *words: str) -> None:
             moment = peak_of(predict_memory(recipe, model, Topology(WORKERS, 1), step, ranks, OPTIMIZERS[optimizer]))
             row = {"model": name, "optimizer": optimizer, "recipe": label, "predicted": moment.total, "measured": peak}
             told = {"phase": moment.phase, "moment": moment.when, "parts": moment.parts}
-            keep(out, {**row, **told, "step": dataclasses.asdict(step), "ranks": ranks})
+            circumstances = {"versions": versions(), "hardware": hardware()}
+            keep(out, {**row, **told, "step": dataclasses.asdict(step), "ranks": ranks, **circumstances})
             print(
                 f"| {optimizer} | {label} | {moment.total / 1e6:,.0f} MB | {peak / 1e6:,.0f} MB | "
                 f"{moment.total / peak - 1:+.1%} | {peak / (4 * model.numel):.2f} | {moment.phase}, {moment.when} |",
