@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from abtrain.errors import CheckpointError
+from abtrain.errors import CheckpointError, a_or_an
 
 Check = Callable[[str, Any], Iterator[str]]
 """(name of the value in messages, value) -> one message for each problem."""
@@ -180,14 +180,14 @@ def said(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     if isinstance(value, list | tuple | Mapping):
-        return f"a {type(value).__name__} of length {len(value)}"
+        return f"{a_or_an(type(value).__name__)} of length {len(value)}"
     if isinstance(value, int) and abs(value) > 10**_MOST_CHARACTERS:
         return f"a whole number of {value.bit_length()} bits"
     if isinstance(value, str) and len(value) > _MOST_CHARACTERS:
         return f"{value[:_MOST_CHARACTERS]!a}..."
     if value is None or isinstance(value, str | int | float):
         return ascii(value)
-    return f"a {type(value).__name__}"
+    return a_or_an(type(value).__name__)
 
 
 def told_names(names: Sequence[str]) -> str:

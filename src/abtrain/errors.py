@@ -97,6 +97,12 @@ class StoppedError(AbtrainError):
     exit_code = 75
 
 
+def a_or_an(noun: str) -> str:
+    """Returns a noun, such as the name of a class, with its indefinite article."""
+    # Most names with U, such as UserDict, begin with a consonant.
+    return f"{'an' if noun[:1].lower() in tuple('aeio') else 'a'} {noun}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns a hint for an unknown name: the most similar known name, if there is one, and all known names."""
     names = sorted(known)

@@ -377,7 +377,7 @@ def test_a_folder_that_is_a_link(tmp_path: Path) -> None:
 def test_an_unsaveable_value_is_reported_with_its_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     for state, why in (
-        ({"a": {"b": [object()]}}, "a/b/0 is a object"),
+        ({"a": {"b": [object()]}}, "a/b/0 is an object"),
         ({"a": {(1, b"2"): 2}}, r"a has the key b'2'"),
         ({"a": {"b": np.zeros(2)}}, "a/b is a ndarray, which cannot be saved: convert it with torch.from_numpy"),
         ({"a": torch.eye(2).to_sparse()}, "a is a torch.sparse_coo tensor"),

@@ -311,7 +311,7 @@ def test_a_resumed_run_has_the_extra_state_of_its_modules(recipe: Recipe, nested
     ("extra", "problem"),
     [
         ({}, "extra lacks ''"),
-        ({"": {"count": object()}}, "extra/ contains a object, which cannot be saved"),
+        ({"": {"count": object()}}, "extra/ contains an object, which cannot be saved"),
         ({"": {}, "net": {}}, "extra has 'net', which is not a known key"),
     ],
 )

@@ -52,6 +52,17 @@ def texts(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
     return [text for text in caplog.messages if words in text]
 
 
+# The arguments.
+
+
+def test_the_optimizer_and_the_recipe_are_swapped() -> None:
+    model = build("mlp")
+    with pytest.raises(ConfigurationError, match=r"are swapped: call ABTraining\(model, optimizer, recipe\)"):
+        ABTraining(model, LOCAL, adamw(model.parameters()))  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"^recipe is an AdamW, not a Recipe: build one"):
+        ABTraining(model, adamw(model.parameters()), adamw(model.parameters()))  # type: ignore[arg-type]
+
+
 # The optimizer.
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import threading
 from typing import Any
 
@@ -133,7 +134,7 @@ def test_an_svd_that_fails(failing: tuple[int, ...], monkeypatch: pytest.MonkeyP
 
     (one, history, text), (other, _, _) = run_in_process(2, work)
     assert set(history[0]["ranks"]) == {"0.weight", "4.weight"}
-    assert "dense in this cycle: its SVD did not converge" in text
+    assert re.search(r"2.weight +12x16  averaged  may be .*; dense in this cycle: its SVD did not converge", text)
     assert largest_difference(one, other) == 0
 
 

@@ -121,7 +121,7 @@ def test_optimizers_may_step_after_backward_passes_of_their_own() -> None:
     ("make", "words"),
     [
         (lambda model: [], "the list of optimizers is empty"),
-        (lambda model: [sgd(model.parameters()), 3], "has a int, not a torch.optim.Optimizer"),
+        (lambda model: [sgd(model.parameters()), 3], "has an int, not a torch.optim.Optimizer"),
         (lambda model: 2 * [sgd(model.parameters())], "contains the same optimizer twice"),
         (
             lambda model: [sgd(model.parameters()), sgd([model[0].bias])],
@@ -444,7 +444,7 @@ def test_state_that_can_only_be_copied_is_refused_by_name() -> None:
     def work(comm: Communicator) -> None:
         Loop(comm, LOCAL, make=lambda model: Objects(model.parameters())).run()
 
-    assert all(isinstance(e, UsageError) and "Objects keeps 'graft' (a Identity)" in str(e) for e in told(2, work))
+    assert all(isinstance(e, UsageError) and "Objects keeps 'graft' (an Identity)" in str(e) for e in told(2, work))
 
 
 @pytest.mark.parametrize("maker", ["lists", "codes", "rows"])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from abtrain.checks import said
+from abtrain.errors import a_or_an
 
 _DEEPEST = 200
 _MOST_DIGITS = 4000
@@ -106,7 +107,7 @@ def _scalar(value: Any, place: str) -> Any:
         return value
     kind = type(value).__name__
     remedy = "convert it with torch.from_numpy(...)" if kind == "ndarray" else "use tensors, numbers, strings and None"
-    raise TypeError(f"{place or 'the state'} is a {kind}, which cannot be saved: {remedy}")
+    raise TypeError(f"{place or 'the state'} is {a_or_an(kind)}, which cannot be saved: {remedy}")
 
 
 def refer(structure: Any, file_of: Mapping[str, str]) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from abtrain.comm.buckets import exact_average
 from abtrain.comm.communicator import Communicator
 from abtrain.consistency.agreement import gather_json, largest, share
+from abtrain.errors import a_or_an
 from abtrain.lowrank.optimizer import State
 
 _AVERAGED = {str(dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
@@ -168,13 +169,13 @@ def cannot_be_shared(states: Mapping[Any, Any]) -> str:
     general = {key: value for key, value in states.items() if not isinstance(key, Tensor)}
     for state in [general, *(value for key, value in states.items() if isinstance(key, Tensor))]:
         if not isinstance(state, dict):
-            return f"a {type(state).__name__} instead of a dict for a parameter"
+            return f"{a_or_an(type(state).__name__)} instead of a dict for a parameter"
         for item in _items(state):
             if not _is_data(item.value):
-                return f"{item.path[-1][1]!r} (a {type(item.value).__name__})"
+                return f"{item.path[-1][1]!r} ({a_or_an(type(item.value).__name__)})"
             odd = [key for step, key in item.path if step == "k" and not isinstance(key, str | int | float | None)]
             if odd:
-                return f"a key that is a {type(odd[0]).__name__}"
+                return f"a key that is {a_or_an(type(odd[0]).__name__)}"
     return ""
 
 

@@ -37,9 +37,11 @@ class Description:
         """
         counts: Counter[Kind] = Counter({"factored": 0, "averaged": 0, "frozen": 0})
         for treatment in self.treatments:
-            waits = treatment.kind == "factored" and treatment.name not in self.factored
-            counts["averaged" if waits else treatment.kind] += treatment.numel
+            counts["averaged" if self._is_dense_for_now(treatment) else treatment.kind] += treatment.numel
         return dict(counts)
+
+    def _is_dense_for_now(self, treatment: Treatment) -> bool:
+        return treatment.kind == "factored" and treatment.name not in self.factored
 
     def __str__(self) -> str:
         lines = [*self._phase_lines(), self._group_line(), *self._parameter_lines(), self._total_line()]
@@ -69,12 +71,14 @@ class Description:
         width = max((len(treatment.name) for treatment in self.treatments), default=0)
         lines = []
         for t in self.treatments:
-            reason = t.reason
-            if t.kind == "factored" and t.name not in self.factored:
+            kind, reason = t.kind, t.reason
+            if self._is_dense_for_now(t):
                 now = self.dense_this_cycle.get(t.name)
-                reason += f" (dense in this cycle: {now})" if now else " (dense now)"
+                # As in `parameters`, so that the rows add up to the total.
+                kind = "averaged"
+                reason = f"may be factored ({reason}); " + (f"dense in this cycle: {now}" if now else "dense now")
             shape = "x".join(map(str, t.shape)) or "scalar"
-            lines.append(f"  {t.name:<{width}}  {shape:>16}  {t.kind:<8}  {reason}")
+            lines.append(f"  {t.name:<{width}}  {shape:>16}  {kind:<8}  {reason}")
         return lines
 
     def _total_line(self) -> str:

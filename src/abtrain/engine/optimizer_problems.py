@@ -18,7 +18,7 @@ from abtrain.consistency.nested_state import cannot_be_shared
 from abtrain.engine.communicating_optimizers import communicates
 from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.engine.sharding import state_unlike_shards
-from abtrain.errors import UsageError
+from abtrain.errors import UsageError, a_or_an
 from abtrain.lowrank.model_state import more_of
 from abtrain.lowrank.optimizer import PROJECTABLE
 from abtrain.lowrank.optimizers import Optimizers, announces_steps, is_a, parameters_of
@@ -44,12 +44,12 @@ def form_problems(optimizer: object) -> list[str]:
     if isinstance(optimizer, Optimizer):
         return []
     if not isinstance(optimizer, Sequence) or isinstance(optimizer, str):
-        return [f"the optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer: {remedy}"]
+        return [f"the optimizer is {a_or_an(type(optimizer).__name__)}, not a torch.optim.Optimizer: {remedy}"]
     if not optimizer:
         return [f"the list of optimizers is empty: {remedy}"]
     odd = [type(one).__name__ for one in optimizer if not isinstance(one, Optimizer)]
     if odd:
-        return [f"the list of optimizers has a {odd[0]}, not a torch.optim.Optimizer: {remedy}"]
+        return [f"the list of optimizers has {a_or_an(odd[0])}, not a torch.optim.Optimizer: {remedy}"]
     if len(set(map(id, optimizer))) < len(optimizer):
         return [f"the list contains the same optimizer twice: {remedy}"]
     return []

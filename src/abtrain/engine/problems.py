@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
-from abtrain.checks import told_names
+from abtrain.checks import said, told_names
 from abtrain.comm import default_communicator
 from abtrain.comm.communicator import Communicator
 from abtrain.engine.optimizer_problems import form_problems, optimizer_problems
@@ -64,8 +64,11 @@ def checked(
 
 
 def _problems_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], recipe: Recipe) -> list[str]:
+    if isinstance(optimizer, Recipe):
+        return ["the optimizer and the recipe are swapped: call ABTraining(model, optimizer, recipe)"]
     if not isinstance(recipe, Recipe):
-        return [f"recipe={recipe!r} is not a Recipe: build one, such as abtrain.recipes.ab_outer(total_steps=10_000)"]
+        example = "abtrain.recipes.ab_outer(total_steps=10_000)"
+        return [f"recipe is {said(recipe)}, not a Recipe: build one, such as {example}"]
     unusable = form_problems(optimizer)
     if unusable:
         return unusable

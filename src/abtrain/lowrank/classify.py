@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from abtrain.errors import a_or_an
 from abtrain.lowrank.layers import FACTORED_LAYERS
 from abtrain.lowrank.names import matching
 from abtrain.lowrank.svd import MatrixShape
@@ -82,9 +83,10 @@ def _why_dense(module: nn.Module, attribute: str, name: str, parameter: nn.Param
     """Returns the reason why a trained parameter stays dense, or an empty string if it can be factored."""
     least_dim = MatrixShape(parameter.shape).n if parameter.ndim >= 2 else 0
     excluded = matching(name, factoring.exclude)
+    kind = a_or_an(type(parameter).__name__)
     rules = (
         (parameter.numel() == 0, "empty"),
-        (type(parameter) is not nn.Parameter, f"a {type(parameter).__name__}: only plain nn.Parameters are factored"),
+        (type(parameter) is not nn.Parameter, f"{kind}: only plain nn.Parameters are factored"),
         (parameter.ndim < 2, "a vector or scalar"),
         (not parameter.is_floating_point(), f"{parameter.dtype}: only real weights are factored"),
         (isinstance(module, nn.Embedding | nn.EmbeddingBag), "an embedding"),

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from abtrain.errors import UsageError
+from abtrain.errors import UsageError, a_or_an
 from abtrain.lowrank.kept import shown
 from abtrain.lowrank.loading import load_
 from abtrain.lowrank.products import best_order, through_factors
@@ -39,8 +39,9 @@ class Factored(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name in self._abtrain_weights and name not in self._parameters:
             raise UsageError(
-                f"{name} of a {self._abtrain_dense_type.__name__} cannot be set: this weight is currently factored. "
-                "Set it before a factored phase, or exclude this weight from factoring with the recipe's option exclude"
+                f"{name} of {a_or_an(self._abtrain_dense_type.__name__)} cannot be set: this weight is currently "
+                "factored. Set it before a factored phase, or exclude this weight from factoring with the recipe's "
+                "option exclude"
             )
         super().register_parameter(name, param)
 

@@ -45,8 +45,8 @@ def test_a_worker_without_state_gets_negative_numbers_of_others() -> None:
 @pytest.mark.parametrize(
     ("state", "problem"),
     [
-        ({"helper": object()}, "'helper' (a object)"),
-        ({"all": {"helper": [object()]}}, "0 (a object)"),
+        ({"helper": object()}, "'helper' (an object)"),
+        ({"all": {"helper": [object()]}}, "0 (an object)"),
         ({torch.zeros(2): [1.0]}, "a list instead of a dict for a parameter"),
         ({torch.zeros(2): {frozenset(): 1.0}}, "a key that is a frozenset"),
         ({torch.zeros(2): {"step": 1}, "count": 3, None: [torch.zeros(2)]}, ""),

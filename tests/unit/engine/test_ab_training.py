@@ -630,7 +630,7 @@ class TestWhatIsRefused:
 
     def test_what_is_no_recipe(self) -> None:
         model = build("mlp")
-        with pytest.raises(ConfigurationError, match="is not a Recipe: build one"):
+        with pytest.raises(ConfigurationError, match="recipe is a function, not a Recipe: build one"):
             ABTraining(model, adamw(model.parameters()), recipes.ab)  # type: ignore[arg-type]
 
     def test_a_wrapped_model(self) -> None:

@@ -50,7 +50,8 @@ def test_a_description_totals_what_is_there_now() -> None:
     full = sum(p.numel() for p in loop.model.parameters())
     before = loop.ab.describe()
     assert before.parameters == {"factored": 0, "averaged": full, "frozen": 0}
-    assert f"{full:,} parameters: 0 factored (0.00%)" in str(before) and "dense now" in str(before)
+    assert f"{full:,} parameters: 0 factored (0.00%)" in str(before)
+    assert "averaged  may be factored (Linear, computed in factored form); dense now" in str(before)
     loop.run(until=6)
     now = loop.ab.describe()
     count = sum(p.numel() for p in loop.ab.parameters())

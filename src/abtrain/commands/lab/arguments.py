@@ -107,7 +107,8 @@ def _parser() -> Parser:
         "(default %(default)s)",
     )
     job.add_argument("--timeout", type=number, metavar="X", help="seconds after which the run is stopped")
-    job.add_argument("--out", type=Path, metavar="PATH", help="folder for lab.json and logs (default runs/lab-TIME)")
+    folder = "folder for lab.json and logs, which is empty or new (default runs/lab-TIME)"
+    job.add_argument("--out", type=Path, metavar="PATH", help=folder)
     job.add_argument("--clean", action="store_true", help="only remove leftovers of labs whose process has ended")
     return parser
 

@@ -40,7 +40,8 @@ def _run(request: LabRequest, console: Output) -> None:
             console.plain(f"host {host}: {config.address(host)}, up {format_rate(up)}, down {format_rate(down)}")
 
         def relay(host: int, line: str) -> None:
-            console.plain(f"host {host} | {line}")
+            if line.strip():
+                console.plain(f"host {host} | {line}")
 
         result = lab.run(job, show=relay, check=False)
     show_result(result, console)

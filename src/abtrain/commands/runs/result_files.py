@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from abtrain.checkpoint.files import MAX_JSON_BYTES, open_regular
-from abtrain.errors import CheckpointError, DataError
+from abtrain.errors import CheckpointError, DataError, a_or_an
 
 _REMEDY = "restore the file from a copy, or move the folder of this run away and run the command again"
 _LARGEST = 1e30
@@ -170,7 +170,7 @@ def _parsed(path: Path, text: str, place: str) -> Mapping[str, Any]:
         raise DataError(f"{path} is damaged: {where}it is not JSON ({error}). Remedy: {_REMEDY}") from error
     if not isinstance(content, dict):
         kind = type(content).__name__
-        raise DataError(f"{path} is damaged: {where}it contains a {kind}, not an object. Remedy: {_REMEDY}")
+        raise DataError(f"{path} is damaged: {where}it contains {a_or_an(kind)}, not an object. Remedy: {_REMEDY}")
     return content
 
 
