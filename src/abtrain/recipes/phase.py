@@ -10,6 +10,9 @@ from abtrain.recipes.sync import GradientSync, Sync, Trains, WeightSync
 
 Weights = Literal["full", "factored"]
 
+SHORT_RUN = 300
+"""Runs with fewer steps are too short for recipes that merge weights, on any link (docs/studies/large-batch.md)."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -48,9 +51,11 @@ class Phase:
         """Whether gradients are averaged over all workers at every step."""
         return isinstance(self.sync, GradientSync)
 
-    def problems(self) -> list[str]:
-        """Returns one message for each problem with the phase."""
-        found = whole_number_problems("steps", self.steps, least=1)
+    def problems(self, total_steps: object) -> list[str]:
+        """Returns one message for each problem with the phase in a run of `total_steps`, which the recipe checks."""
+        wrong_steps = whole_number_problems("steps", self.steps, least=1)
+        # The recipe reports the problem of a phase that lasts for the whole run.
+        found = [] if self.steps is total_steps else list(wrong_steps)
         if self.weights not in get_args(Weights):
             found.append(f"weights={self.weights!r} is unknown: use 'full' or 'factored'")
         if self.trains not in get_args(Trains):
@@ -70,14 +75,18 @@ class Phase:
             found.append(f"sync={self.sync!r} is unknown: use GradientSync(), WeightSync(every) or None")
         elif self.sync is not None:
             found += self.sync.problems()
-        return [f"phase {self.name!r}: {problem}" for problem in found or self._round_problems()]
+        if not (found or wrong_steps):
+            found = self._round_problems(total_steps)
+        return [f"phase {self.name!r}: {problem}" for problem in found]
 
-    def _round_problems(self) -> list[str]:
+    def _round_problems(self, total_steps: object) -> list[str]:
         """Returns a message if rounds do not fit into the phase or do not suit `a_then_b`. Settings must be valid."""
         if not self.rounds:
             return []
         if self.rounds.every > self.steps:
-            return [f"every={self.rounds.every} is longer than the phase: use at most its {self.steps} steps"]
+            is_short = isinstance(total_steps, int) and total_steps < min(self.rounds.every, SHORT_RUN)
+            hint = f", or the recipe ddp, which suits runs below {SHORT_RUN} steps" if is_short else ""
+            return [f"every={self.rounds.every} is longer than the phase: use at most its {self.steps} steps{hint}"]
         if self.trains == "a_then_b" and (self.rounds.delay or self.rounds.fragments > 1):
             return ["trains='a_then_b' needs merges of the whole model at once: use delay=0 and fragments=1"]
         return []

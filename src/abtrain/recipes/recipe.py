@@ -162,7 +162,7 @@ class Recipe:
                 "or leave it out to keep this state on the device of the parameters"
             )
         for phase in self.phases:
-            found += phase.problems()
+            found += phase.problems(self.total_steps)
         if not self.cycle:
             found.append("the cycle is empty: give at least one phase")
         if self.factoring is not None:

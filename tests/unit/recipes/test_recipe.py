@@ -156,6 +156,25 @@ def test_phases_that_cannot_be(phase: Phase, message: str) -> None:
         Recipe("r", 100, cycle=(phase,), factoring=Factoring(SigmaCutoff()))
 
 
+@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("total_steps", ["400", 0, 4e2])
+def test_a_number_of_steps_that_cannot_be_is_one_problem(name: str, total_steps: Any) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        recipes.build(name, total_steps)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"recipe {name!r}: total_steps={total_steps!r} is ")
+
+
+def test_a_run_that_is_too_short_for_merges_is_shown_to_ddp() -> None:
+    hint = "use at most its 10 steps, or the recipe ddp, which suits runs below 300 steps"
+    with pytest.raises(ConfigurationError, match=f"every=20 is longer than the phase: {hint}"):
+        recipes.ab_outer(10)
+    with pytest.raises(ConfigurationError, match="use at most its 10 steps$"):
+        recipes.ab(100, ab_steps=10, every=20)
+    with pytest.raises(ConfigurationError, match="use at most its 400 steps$"):
+        recipes.local_sgd(400, every=500)
+
+
 def test_recipes_that_cannot_be() -> None:
     with pytest.raises(ConfigurationError, match="the cycle is empty"):
         Recipe("r", 10)

@@ -26,13 +26,12 @@ from abtrain.commands.plan.shapes import ModelShapes, ranks_for
 from abtrain.commands.plan.stragglers import Speeds
 from abtrain.commands.plan.totals import payload_ratio
 from abtrain.recipes.factoring import Factoring
+from abtrain.recipes.phase import SHORT_RUN
 from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.wires import AUTO
 
 GOOD_ENOUGH = 0.9
 """A recipe is fast enough if its speed is at least this share of the fastest recipe's speed."""
-SHORT_RUN = 300
-"""Runs with fewer steps are too short for recipes that merge weights, on any link (docs/studies/large-batch.md)."""
 ROUNDS = (1, 2, 4, 8, 16)
 """The numbers of steps between merges that are tried, as multiples of the recipe's default."""
 DELAYS = (0, 0.1, 0.5)

@@ -9,7 +9,7 @@ from rich.table import Table
 from abtrain import recipes
 from abtrain.comm.topology import topology_problems
 from abtrain.commands.output import Output, narrow_table
-from abtrain.commands.plan.advice import CASES, SHORT_RUN, Offer, Recommendation, Setting, recommend
+from abtrain.commands.plan.advice import CASES, Offer, Recommendation, Setting, recommend
 from abtrain.commands.plan.bench import Bench, measure_decompositions
 from abtrain.commands.plan.collectives import ALL_REDUCES, Cluster, NodeLink
 from abtrain.commands.plan.forecast import PhaseForecast, WorkerSeconds
@@ -32,6 +32,7 @@ from abtrain.commands.units import TimeUnit, human_bytes, parse_all, parse_rate,
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.numbers import whole_number_problems
+from abtrain.recipes.phase import SHORT_RUN
 from abtrain.recipes.rank_rules import FixedRank
 
 _MOST_WORKERS = 10**6

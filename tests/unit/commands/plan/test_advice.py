@@ -1,9 +1,10 @@
 import pytest
 
-from abtrain.commands.plan.advice import CASES, SHORT_RUN, Setting, recommend
+from abtrain.commands.plan.advice import CASES, Setting, recommend
 from abtrain.commands.plan.collectives import Cluster, NodeLink
 from abtrain.commands.plan.forecast import WorkerSeconds
 from abtrain.commands.plan.shapes import assumed_shapes
+from abtrain.recipes.phase import SHORT_RUN
 
 
 def setting(rate: float, step: float = 0.1, nodes: int = 4, parameters: int = 10**7, steps: int = 2000) -> Setting:
