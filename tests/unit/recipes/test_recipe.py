@@ -167,11 +167,11 @@ def test_a_number_of_steps_that_cannot_be_is_one_problem(name: str, total_steps:
 
 def test_a_run_that_is_too_short_for_merges_is_shown_to_ddp() -> None:
     hint = "use at most its 10 steps, or the recipe ddp, which suits runs below 300 steps"
-    with pytest.raises(ConfigurationError, match=f"every=20 is longer than the phase: {hint}"):
+    with pytest.raises(ConfigurationError, match=hint):
         recipes.ab_outer(10)
-    with pytest.raises(ConfigurationError, match="use at most its 10 steps$"):
+    with pytest.raises(ConfigurationError, match=r"use at most its 10 steps$"):
         recipes.ab(100, ab_steps=10, every=20)
-    with pytest.raises(ConfigurationError, match="use at most its 400 steps$"):
+    with pytest.raises(ConfigurationError, match=r"use at most its 400 steps$"):
         recipes.local_sgd(400, every=500)
 
 
