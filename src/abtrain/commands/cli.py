@@ -84,9 +84,9 @@ def _recipes(arguments: Sequence[str]) -> None:
 
 def _plan(arguments: Sequence[str]) -> None:
     from abtrain.commands.command_line import parse
-    from abtrain.commands.plan.settings import PlanConfig
+    from abtrain.commands.plan.settings import PLAN_EXAMPLE, PlanConfig
 
-    config = parse(PlanConfig, "plan", arguments)
+    config = parse(PlanConfig, "plan", arguments, examples=f"example for a model of one's own:\n  {PLAN_EXAMPLE}")
 
     from abtrain.commands.plan.plan_command import plan
 

@@ -102,7 +102,9 @@ class _Formatter(argparse.HelpFormatter):
         return "\n".join("\n".join(lines) if kept else textwrap.fill(" ".join(lines), width) for kept, lines in blocks)
 
 
-def parse(kind: type[Settings], command: str, arguments: Sequence[str], before: Settings | None = None) -> Settings:
+def parse(
+    kind: type[Settings], command: str, arguments: Sequence[str], before: Settings | None = None, examples: str = ""
+) -> Settings:
     """Returns the settings of a command from its arguments.
 
     Args:
@@ -110,6 +112,7 @@ def parse(kind: type[Settings], command: str, arguments: Sequence[str], before: 
         command: the name of the command.
         arguments: the arguments of the command.
         before: the values of settings that the arguments do not set; by default the defaults of the dataclass.
+        examples: the text that the help shows below the options.
 
     Raises:
         ConfigurationError: an argument is unknown, missing or malformed.
@@ -118,7 +121,7 @@ def parse(kind: type[Settings], command: str, arguments: Sequence[str], before: 
     hints, meanings = typing.get_type_hints(kind, include_extras=True), _docstrings(kind)
     shown = {field.name: _shown(hints[field.name]) for field in fields(kind)}  # type: ignore[arg-type]
     places = [_place(field) for field in fields(kind) if shown[field.name].positional]  # type: ignore[arg-type]
-    parser = Parser(command, " ".join((*places, "[OPTIONS]")), inspect.getdoc(kind) or "")
+    parser = Parser(command, " ".join((*places, "[OPTIONS]")), inspect.getdoc(kind) or "", examples)
     group: argparse._ActionsContainer = parser
     for field in fields(kind):  # type: ignore[arg-type]
         about = shown[field.name]

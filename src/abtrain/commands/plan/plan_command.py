@@ -8,7 +8,7 @@ from rich.table import Table
 
 from abtrain import recipes
 from abtrain.comm.topology import topology_problems
-from abtrain.commands.output import Output, narrow_table
+from abtrain.commands.output import Output, breakable, narrow_table
 from abtrain.commands.plan.advice import CASES, Offer, Recommendation, Setting, recommend
 from abtrain.commands.plan.bench import Bench, measure_decompositions
 from abtrain.commands.plan.collectives import ALL_REDUCES, Cluster, NodeLink
@@ -17,6 +17,7 @@ from abtrain.commands.plan.memory_command import plan_memory
 from abtrain.commands.plan.recipes_command import payload_note, ratio_in_short, ratio_in_words
 from abtrain.commands.plan.settings import (
     ALL,
+    PLAN_EXAMPLE,
     PlanConfig,
     chosen,
     compression_in_words,
@@ -68,7 +69,8 @@ def plan(config: PlanConfig, console: Output | None = None) -> None:
         console.print(f"{offer}: {ratio_in_words(offer.ratio)} of the payload of ddp, times in {unit.name}\n")
         console.print(_by_phase(offer, unit))
     else:
-        console.print(_comparison([advice.ddp, *map(setting.offer, recipes.RECIPES)], advice.ddp, unit))
+        offers = [advice.ddp, advice.choice, advice.fastest, *map(setting.offer, recipes.RECIPES)]
+        console.print(_comparison(list({str(offer): offer for offer in offers}.values()), advice.ddp, unit))
     console.print("\n" + payload_note(config.nodes * config.workers_per_node, config.workers_a_group) + _NOTE)
 
 
@@ -110,7 +112,7 @@ def _problems(config: PlanConfig) -> list[str]:
     if config.algorithm not in ALL_REDUCES:
         found.append(f"unknown algorithm {config.algorithm!r}: {nearest(config.algorithm, ALL_REDUCES)}")
     if config.task is None and config.step_time is None:
-        found.append("the time of a step is not known: set --step-time, such as 80ms, or a --task to measure")
+        found.append(f"the time of a step is not known: name a --task to measure it, or set it as in `{PLAN_EXAMPLE}`")
     if config.rates is not None and len(_rates(config)) != config.nodes:
         found.append(f"--rates has {len(_rates(config))} rates for {config.nodes} nodes: give one rate for each node")
     # The next two checks need valid settings.
@@ -181,13 +183,13 @@ def _heading(config: PlanConfig, setting: Setting, console: Output) -> None:
 
 def _comparison(offers: list[Offer], ddp: Offer, unit: TimeUnit) -> Table:
     table = narrow_table()
-    table.add_column("recipe", no_wrap=True)
+    table.add_column("recipe")
     for heading in ("payload", "of ddp", "wire", unit.name, "computing", "x ddp bf16"):
         table.add_column(heading, justify="right", no_wrap=True)
     for offer in offers:
         expected = offer.forecast
         table.add_row(
-            str(offer),
+            breakable(str(offer)),
             human_bytes(expected.payload),
             ratio_in_short(offer.ratio),
             human_bytes(expected.wire),

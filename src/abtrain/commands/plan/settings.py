@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ALL = "all"
 DEFAULT_PARAMETERS = "25M"
+PLAN_EXAMPLE = "abtrain plan --parameters 25M --step-time 80ms --nodes 2 --rate 100mbit"
+"""A command for a model of one's own."""
 _MOST_PARAMETERS = 1e13
 _RECIPE_HELP = f"One of {', '.join(recipes.RECIPES)}, with options such as ab_outer:every=10,wire=int8; or all."
 

@@ -10,6 +10,7 @@ import pytest
 from abtrain import recipes
 from abtrain.commands import cli
 from abtrain.commands.plan.recipe_words import GRADIENT_WIRES, TRAINS, options_in_words, phases_in_words, purpose_of
+from abtrain.commands.plan.settings import PLAN_EXAMPLE
 from abtrain.recipes.sync import GradientWire, Trains
 
 GIVEN = ("--parameters", "1e6", "--step-time", "50ms")
@@ -125,6 +126,27 @@ def test_plan_compares_all(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert all(name in text for name in recipes.RECIPES)
     assert lines[0].startswith("Recommended: ab_outer. It takes ")
     assert set(re.findall(r"\b(?:days|hours|minutes|seconds)\b", text)) == {"seconds"}
+
+
+def test_plan_shows_what_it_recommends_beside_the_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    _, lines, _ = typed(capsys, "plan", "--parameters", "25M", "--step-time", "100ms", "--rate", "100mbit")
+    advice = re.match(r"Recommended: (\S+)\. It takes (\S+) minutes;.* The fastest is (\S+): (\S+) minutes", lines[0])
+    assert advice is not None
+    choice, minutes, fastest, least = advice.groups()
+    rows = [re.split(r" {2,}", line.strip()) for line in lines]
+    shown = [(row[0].replace(": ", ":").replace(", ", ","), row[4]) for row in rows if len(row) == 7]
+    assert shown[2:4] == [(choice, minutes), (fastest, least)]
+    assert [name for name, _ in shown[4:]] == list(recipes.RECIPES)
+
+
+def test_a_plan_without_a_step_time_is_shown_a_whole_command(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, errors = typed(capsys, "plan")
+    assert code == 2 and errors[0].endswith(f"as in `{PLAN_EXAMPLE}`")
+    assert typed(capsys, *PLAN_EXAMPLE.split()[1:])[0] == 0
+    assert f"  {PLAN_EXAMPLE}" in typed(capsys, "plan", "--help")[1]
 
 
 def test_plan_says_when_data_parallel_training_is_better(capsys: pytest.CaptureFixture[str]) -> None:
