@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import sys
 
 import torch
 from torch import Tensor
 
 _LARGE = 4 * 2**20
-"""The least number of bytes of a tensor that gets pages of its own."""
+"""The least number of bytes of a tensor whose pages are worth a call to the system."""
 
 
 def allocated(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -17,11 +19,11 @@ def allocated(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     A C library returns large blocks to the system when they are freed. So without this, every large result would map
     its memory anew, in pages of 4 kB.
     """
-    nbytes = count * dtype.itemsize
-    if device.type != "cpu" or nbytes < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    # A tensor that was created in inference mode could not be changed outside it.
-    with torch.inference_mode(False):
-        return torch.frombuffer(memory, dtype=dtype)
+    tensor = torch.empty(count, dtype=dtype, device=device)
+    if sys.platform == "linux" and device.type == "cpu" and tensor.nbytes >= _LARGE:
+        # PyTorch owns the memory. Threads of a process group could not free that of a Python object at exit.
+        first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = tensor.data_ptr() + tensor.nbytes - first
+        # A system without large pages refuses, which changes nothing.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    return tensor
