@@ -347,16 +347,24 @@ def test_a_run_that_never_began_has_ended_too_early(caplog: pytest.LogCaptureFix
 # Workers.
 
 
-@pytest.mark.parametrize(("recipe", "end"), [("ddp", "barrier"), ("local_sgd", "barrier"), ("local_sgd", "destroy")])
-def test_a_worker_with_fewer_batches(recipe: str, end: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "end"),
+    [("ddp", "barrier"), ("ddp", "close"), ("local_sgd", "barrier"), ("local_sgd", "destroy"), ("local_sgd", "close")],
+)
+def test_a_worker_with_fewer_batches(recipe: str, end: str, tmp_path: Path) -> None:
     """It waits elsewhere or ends: the others end with exit code 6, within their time-out, and learn of its step."""
-    code, message = run_gloo(2, _uneven, recipe, end, may_die={1})[0]
+    code, message = run_gloo(2, _uneven, recipe, end, tmp_path / "warnings", may_die={1})[0]
     assert code == 6
+    # Between rounds, close() ends a run early.
+    expected = recipe == "local_sgd" or end != "close"
+    assert (tmp_path / "warnings").read_text().count("rank 1: the run ends at step 5, 7 steps before") == expected
     assert "lost a peer in" in message
     assert "Rank 1 on" in message and f"the run ends at step 5, 7 steps before recipe '{recipe}' ends" in message
 
 
-def _uneven(comm: Communicator, recipe: str, end: str) -> tuple[int, str]:
+def _uneven(comm: Communicator, recipe: str, end: str, warnings: Path) -> tuple[int, str]:
+    if comm.rank == 1:
+        progress.log.addHandler(logging.FileHandler(warnings))
     worker._wait_as_long_as(timedelta(seconds=5), dist.distributed_c10d._get_default_store())  # type: ignore[attr-defined]
     loop = Loop(comm, recipes.build(recipe, 12, **({"every": 2} if recipe == "local_sgd" else {})))
     try:
@@ -365,7 +373,7 @@ def _uneven(comm: Communicator, recipe: str, end: str) -> tuple[int, str]:
     except PeerLostError as error:
         return error.exit_code, str(error)
     with contextlib.suppress(RuntimeError):
-        dist.barrier() if end == "barrier" else dist.destroy_process_group()
+        {"barrier": dist.barrier, "destroy": dist.destroy_process_group, "close": loop.ab.close}[end]()
     # As in a program of its own, whose end the process of a test never sees.
     progress.warn()
     os._exit(0)

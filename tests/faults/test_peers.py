@@ -55,7 +55,8 @@ def store() -> Store:
 def test_who_is_silent_is_named_with_its_host(store: Store) -> None:
     heard = told(store, [0, 2], 4, {})
     assert heard[0] == heard[2]
-    assert heard[0].startswith("No message from rank 1 on host1, rank 3 on host3: it died, froze, is out of reach, or ")
+    assert heard[0].startswith("No message from rank 1 on host1, rank 3 on host3: it died, froze, is out of reach, ")
+    assert heard[0].endswith("waits elsewhere, or ended early because it has fewer batches")
 
 
 def test_who_ended_by_itself_is_quoted(store: Store) -> None:
@@ -85,6 +86,14 @@ def test_a_process_that_starts_no_threads_any_more_leaves_word(store: Store, mon
     assert Peers(store, 0, 2).roll_call() == "Rank 1 on host1 ended (ValueError: gone)"
 
 
+def test_one_of_those_that_come_to_a_place_is_the_first(store: Store) -> None:
+    one, other = (Peers(store, rank, 2) for rank in range(2))
+    assert [one.is_first("step 3"), other.is_first("step 3"), other.is_first("step 4")] == [True, False, True]
+    # Again, as in a second run of the same workers.
+    assert [other.is_first("step 3"), one.is_first("step 3")] == [True, False]
+    assert Peers(Gone(), 0, 2).is_first("step 3")
+
+
 class Gone(HashStore):
     """A store that was reached once, and is no more."""
 
@@ -92,6 +101,9 @@ class Gone(HashStore):
         raise dist.DistNetworkError("Connection reset by peer")
 
     def set(self, key: str, value: str) -> None:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    def add(self, key: str, amount: int) -> int:
         raise dist.DistNetworkError("Connection reset by peer")
 
 

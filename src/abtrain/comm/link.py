@@ -79,6 +79,6 @@ class Link:
         """Returns the error for a collective that failed because of another worker."""
         missing = "" if self.peers is None else f"{self.peers.roll_call()}. "
         return PeerLostError(
-            f"rank {self.rank} lost a peer in {name} over ranks {list(self.ranks)}, {self.meter.where}: a worker died "
-            f"or did not answer in time. {missing}Look at the first error in the other workers' output"
+            f"rank {self.rank} lost a peer in {name} over ranks {list(self.ranks)}, {self.meter.where}: a worker died, "
+            f"ended early or did not answer in time. {missing}Look at the first error in the other workers' output"
         )

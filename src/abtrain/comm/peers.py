@@ -7,6 +7,7 @@ import itertools
 import platform
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,12 @@ class Peers:
         self._hosts: dict[int, str] = {}
         self._words: dict[int, str] = {}
         self._findings = ""
+        self._asked: Counter[str] = Counter()
+
+    @property
+    def has_lost_one(self) -> bool:
+        """Whether this worker has lost another one, and asked who is missing."""
+        return bool(self._findings)
 
     def learn_hosts(self) -> None:
         """Reads the host names of the other workers, while the store can still be reached."""
@@ -50,6 +57,17 @@ class Peers:
         text = str(error)
         word = f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"[:_LONGEST_WORD]
         _within(_STORE_SECONDS, lambda: self._store.set(_word_key(self._rank), word))
+
+    def is_first(self, place: str) -> bool:
+        """Returns whether this worker is the first that asks at this place; True if the store cannot be reached.
+
+        Workers that come to a place again ask anew.
+        """
+        counts: list[int] = []
+        self._asked[place] += 1
+        key = f"first/{place}/{self._asked[place]}"
+        _within(_STORE_SECONDS, lambda: counts.append(self._store.add(key, 1)))
+        return counts in ([], [1])
 
     def roll_call(self) -> str:
         """Returns a sentence that names missing and ended workers. The first call waits for other workers' messages."""
@@ -65,7 +83,10 @@ class Peers:
         found = [f"{self._name(other)} ended ({word})" for other, word in self._words.items() if word != _HERE]
         silent = [self._name(other) for other in self._others if other not in self._words]
         if silent:
-            found.append(f"no message from {', '.join(silent)}: it died, froze, is out of reach, or waits elsewhere")
+            found.append(
+                f"no message from {', '.join(silent)}: it died, froze, is out of reach, waits elsewhere, or ended "
+                "early because it has fewer batches"
+            )
         text = "; ".join(found) or "all others responded and lost a worker too: a link between them failed or is slow"
         return f"{text[0].upper()}{text[1:]}"
 

@@ -285,8 +285,7 @@ class ABTraining(ModelAccess):
         if self._progress.closed:
             return
         self._progress.refuse_in_view("ab.close()")
-        if self._progress.weights_differ and self._progress.loose_end:
-            self._progress.warn_once("end", self._progress.loose_end)
+        self._progress.tell_of_close()
         self._phases.unwrap()
         self._model.restore()
         self._hooks.close()

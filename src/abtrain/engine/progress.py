@@ -85,6 +85,36 @@ class Progress:
             f"the run ends at step {self.steps_done}, {missing} steps before recipe {self.recipe.name!r} ends{remedy}"
         )
 
+    def warn_of_end(self) -> None:
+        """Logs the warning of `loose_end`, if there is one. Of the workers that end at this step, one logs it."""
+        end, peers = self.loose_end, self.comm.peers
+        if not end:
+            return
+        if peers is None:
+            self.warn_once("end", end)
+        elif peers.is_first(f"end/{self.steps_done}"):
+            # Others may end later, or wait for this worker.
+            log.warning("%s%s", "" if self.alone else f"rank {self.comm.rank}: ", end)
+
+    def leave_word(self, error: BaseException | None) -> None:
+        """Leaves a message for workers that may wait for this one, if it leaves the run before its end.
+
+        Args:
+            error: the error because of which it leaves; None if it leaves by itself.
+        """
+        end, peers = self.loose_end, self.comm.peers
+        # A worker that has lost another one is not the one to blame.
+        if not end or peers is None or peers.has_lost_one or isinstance(error, PeerLostError):
+            return
+        where = end.partition(":")[0]
+        peers.leave_word(UsageError(f"{where} ({type(error).__name__}: {error})" if error else where))
+
+    def tell_of_close(self) -> None:
+        """Tells other workers that this one ends its run now, and logs a warning if it does so within a round."""
+        if self.weights_differ:
+            self.warn_of_end()
+        self.leave_word(sys.exception())
+
     def warn_once(self, topic: str, text: str) -> None:
         """Logs a warning on rank 0, unless there was one about this topic."""
         if self.comm.rank == 0 and topic not in self._told:
@@ -140,12 +170,9 @@ def warn() -> None:
     """Warns of a run that the process leaves before its end, unless by an exception, and tells the other workers."""
     error = getattr(sys, "last_value", None)
     for progress in _LAST.values():
-        end, peers = progress.loose_end, progress.comm.peers
-        if end and peers is not None and not isinstance(error, PeerLostError):
-            where = end.partition(":")[0]
-            peers.leave_word(UsageError(f"{where} ({type(error).__name__}: {error})" if error else where))
-        if end and error is None:
-            progress.warn_once("end", end)
+        progress.leave_word(error)
+        if error is None:
+            progress.warn_of_end()
 
 
 def rewound(step: int) -> dict[str, Any]:
