@@ -80,7 +80,7 @@ class Peers:
                 "The missing workers are unknown, since torch.distributed's store cannot be reached: the process that "
                 "hosts it has ended, or the link to it is down"
             )
-        found = [f"{self._name(other)} ended ({word})" for other, word in self._words.items() if word != _HERE]
+        found = [f"{self._name(other)} ended ({word})" for other, word in sorted(self._words.items()) if word != _HERE]
         silent = [self._name(other) for other in self._others if other not in self._words]
         if silent:
             found.append(
