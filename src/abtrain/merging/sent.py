@@ -45,8 +45,9 @@ def sent_by_merge(
     _, others = weights_of(sync.merge, pieces, trained_by, [True] * workers, equals, topology, rank)
     stages: list[Calls] = [ROLL_CALL]
     for batch in cut_into_batches(pieces, others, whole=not wire.elementwise) if topology.n_groups > 1 else ():
-        numbers = [torch.empty(shape, dtype=batch.dtype, device="meta") for shape in batch.shapes]
-        joined = [torch.cat([part.view(-1) for part in numbers])] if wire.elementwise else numbers
+        # Joined by hand: `torch.cat` is slow on the meta device.
+        shapes = [sum(map(torch.Size.numel, batch.shapes))] if wire.elementwise else batch.shapes
+        joined = [torch.empty(shape, dtype=batch.dtype, device="meta") for shape in shapes]
         for place, calls in enumerate(wire.sends(joined, topology.n_groups), start=1):
             stages += [()] * (place + 1 - len(stages))
             stages[place] += calls
