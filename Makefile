@@ -5,6 +5,8 @@ CONSTRAINTS ?=
 
 # One thread a process: tests run several at a time, on small tensors.
 export OMP_NUM_THREADS ?= 1
+# Tests start many processes, each of which would otherwise compile every module again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo quick test check docs dist format clean
 
@@ -18,8 +20,9 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/python examples/demo.py
 
-# Two files at a time. If a process of pytest dies, the run fails at once: pytest-xdist can hang when it replaces one.
-TWO_AT_A_TIME := -n 2 --dist loadfile --max-worker-restart 0
+# Two files at a time, in their order: pytest-xdist would begin with those of the most tests, and end with one long test.
+# If a process of pytest dies, the run fails at once: pytest-xdist can hang when it replaces one.
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Tests of one process or of kept ranks: what a change should pass at every step.
 quick: setup

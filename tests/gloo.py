@@ -56,8 +56,8 @@ def run_gloo(
         args: its arguments after the communicator.
         group_size: ranks in a group.
         timeout: seconds after which the ranks are killed.
-        environments: for each rank, variables to set before it starts. Its process is then a new one that imports torch
-            itself, so that variables read on import take effect.
+        environments: for each rank, variables to set before it starts. If there are any, its process is a new one that
+            imports torch itself, so that variables read on import take effect.
         may_die: ranks whose process may end; their result is then None. All processes are then new ones.
 
     Raises:

@@ -25,12 +25,15 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
 from abtrain import failpoints as faults
+from abtrain.comm import peers
 from abtrain.commands.cli import main
 from abtrain.commands.process import end_at_once
 from abtrain.commands.train import launcher, worker
 from tests import forks
 
 GRACE_SECONDS = 3
+# For the word of workers that have ended, which all others of this machine do at about the same time.
+WORD_SECONDS = 0.5
 # For workers that save before they end, which takes long on a busy machine.
 SAVING_SECONDS = 60
 
@@ -99,6 +102,7 @@ def start(
     plan: str = "",
     environment: Mapping[str, str] | None = None,
     grace: int = GRACE_SECONDS,
+    read: bool = True,
 ) -> Running:
     """Starts `abtrain` with these arguments.
 
@@ -108,20 +112,25 @@ def start(
         plan: of faults.
         environment: variables beside those of this process.
         grace: seconds for workers to end by themselves before they are killed; the command's default is longer.
+        read: whether its standard output goes to a file, rather than to a pipe that nobody reads.
     """
     launched = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     variables = {name: value for name, value in os.environ.items() if name not in launched}
     variables |= {faults.VARIABLE: plan, "OMP_NUM_THREADS": "1", **(environment or {})}
-    process = forks.context().Process(target=_command, args=(folder, arguments, variables, grace))
+    process = forks.context().Process(target=_command, args=(folder, arguments, variables, grace, read))
     process.start()
     return Running(process, folder)
 
 
-def _command(folder: Path, arguments: tuple[str, ...], variables: dict[str, str], grace: int) -> None:
+def _command(folder: Path, arguments: tuple[str, ...], variables: dict[str, str], grace: int, read: bool) -> None:
     os.setsid()
     os.chdir(folder)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644), descriptor)
+    if not read:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
     os.environ.clear()
     os.environ.update(variables)
     faults.load()
@@ -129,6 +138,7 @@ def _command(folder: Path, arguments: tuple[str, ...], variables: dict[str, str]
     # Names events in torch's log by inspecting the whole stack, which takes longer than all else in the launcher.
     dynamic_rendezvous.get_method_name = lambda depth=2: "rendezvous"
     launcher._SHUTDOWN_SECONDS = grace
+    peers._WAIT_SECONDS = WORD_SECONDS
     main(arguments)
 
 

@@ -24,6 +24,7 @@ from abtrain.comm.in_process import run_in_process
 from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.sync import GradientSync
 from tests.faults.processes import SAVING_SECONDS, Running, start
+from tests.scripts import free_port, joining
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs the signals of a POSIX system"),
@@ -155,23 +156,23 @@ def soaks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Soak]]
 
 
 def soak(text: str, folder: Path) -> Soak:
-    """Kills either worker twenty times, in a seeded order; the launcher starts them again each time."""
-    steps, every, dice = 60, 2, random.Random(11)
+    """Kills either worker twelve times, in a seeded order; the launcher starts them again each time."""
+    steps, every, dice = 40, 2, random.Random(11)
     recipe = recipes.from_text(text, steps)
     kills, commits = [], []
-    for step in sorted(dice.sample(range(1, steps), 20)):
+    for step in sorted(dice.sample(range(1, steps), 12)):
         point, commit = dice.choice(places(recipe, step, every))
         kills.append(f"kill {dice.randrange(2)} {step} {point}")
         commits.append(commit)
     train = ("train", text, "--steps", str(steps), *COMMON, "--checkpoint-every", str(every))
     for part in ("run", "soak"):
         (folder / part).mkdir()
-    killed = start(folder / "soak", *train, "--max-restarts", "20", plan="|".join(kills))
+    killed = start(folder / "soak", *train, "--max-restarts", "12", plan="|".join(kills))
     return Soak(folder, killed, start(folder / "run", *train), commits)
 
 
 @pytest.mark.parametrize("name", SOAKED)
-def test_twenty_kills_at_random_places(name: str, soaks: dict[str, Soak]) -> None:
+def test_twelve_kills_at_random_places(name: str, soaks: dict[str, Soak]) -> None:
     folder, killed, whole, commits = soaks[name]
     ended = killed.wait()
     assert ended.code == 0 == whole.wait().code, ended.err
@@ -226,20 +227,9 @@ def test_a_worker_without_memory(tmp_path: Path) -> None:
     assert "use a smaller --batch-size, or fewer --workers" in ended.err
 
 
-def joining(rank: int, port: int) -> dict[str, str]:
-    """The variables by which a launcher tells a worker of two where to go."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", **place}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_worker_whose_peer_does_not_come(rank: int, tmp_path: Path) -> None:
-    ended = start(tmp_path, *TRAIN, "--timeout", "3", environment=joining(rank, free_port())).wait()
+    ended = start(tmp_path, *TRAIN, "--timeout", "3", environment=joining(rank, 2, free_port())).wait()
     assert ended.code == 6
     told = ended.err.splitlines()[-1]
     assert (
@@ -251,7 +241,7 @@ def test_a_worker_whose_peer_does_not_come(rank: int, tmp_path: Path) -> None:
 
 def test_a_port_that_is_in_use(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as server:
-        ended = start(tmp_path, *TRAIN, environment=joining(0, server.getsockname()[1])).wait()
+        ended = start(tmp_path, *TRAIN, environment=joining(0, 2, server.getsockname()[1])).wait()
     assert ended.code == 2
     assert "another program listens at 127.0.0.1:" in ended.err and "--master-port" in ended.err
 

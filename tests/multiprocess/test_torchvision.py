@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from abtrain import ABTraining, recipes
 from abtrain.comm.in_process import run_in_process
@@ -14,9 +17,18 @@ torchvision = pytest.importorskip("torchvision", reason="needs the extra 'vision
 ONE_CYCLE = {"warmup_steps": 1, "ab_steps": 2, "rebound_steps": 1, "lr_rebound_steps": 1}
 
 
-@pytest.mark.parametrize(("name", "size", "workers"), [("resnet18", 64, 2), ("vit_b_16", 224, 1)])
-def test_one_full_cycle(name: str, size: int, workers: int) -> None:
-    models = [torchvision.models.get_model(name, num_classes=10) for _ in range(workers)]
+def resnet() -> nn.Module:
+    return torchvision.models.resnet18(num_classes=10)
+
+
+def transformer() -> nn.Module:
+    """ViT-B/16 with the first two of its twelve blocks, which are all alike."""
+    return torchvision.models.VisionTransformer(224, 16, 2, 12, 768, 3072, num_classes=10)
+
+
+@pytest.mark.parametrize(("build", "size", "workers"), [(resnet, 64, 2), (transformer, 224, 1)])
+def test_one_full_cycle(build: Callable[[], nn.Module], size: int, workers: int) -> None:
+    models = [build() for _ in range(workers)]
 
     def work(comm):  # type: ignore[no-untyped-def]
         model = models[comm.rank]
@@ -40,4 +52,4 @@ def test_one_full_cycle(name: str, size: int, workers: int) -> None:
     assert len(runs[0].rank_history) == 1
     state = runs[0].dense_state_dict()
     assert all(torch.isfinite(value).all() for value in state.values())
-    torchvision.models.get_model(name, num_classes=10).load_state_dict(state)
+    build().load_state_dict(state)

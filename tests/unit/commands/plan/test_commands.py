@@ -89,10 +89,9 @@ def test_all_that_is_wrong_with_a_listing(capsys: pytest.CaptureFixture[str]) ->
     [("350M", "350,000,000"), ("1.3b", "1,300,000,000"), ("25e6", "25,000,000"), ("9_000k", "9,000,000")],
 )
 def test_a_number_of_parameters_as_people_write_it(text: str, count: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (("recipes",), ("plan", "--step-time", "50ms")):
-        code, lines, errors = typed(capsys, *command, "--parameters", text)
-        assert (code, errors) == (0, [])
-        assert any(f"{count} parameters" in line for line in lines)
+    code, lines, errors = typed(capsys, "recipes", "--parameters", text)
+    assert (code, errors) == (0, [])
+    assert any(f"{count} parameters" in line for line in lines)
 
 
 @pytest.mark.parametrize("text", ["0", "many", "350MB", "1e14", "nan", "-5"])
@@ -133,6 +132,7 @@ def test_plan_shows_what_it_recommends_beside_the_others(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     _, lines, _ = typed(capsys, "plan", "--parameters", "25M", "--step-time", "100ms", "--rate", "100mbit")
+    assert any("25,000,000 parameters" in line for line in lines)
     advice = re.match(r"Recommended: (\S+)\. It takes (\S+) minutes;.* The fastest is (\S+): (\S+) minutes", lines[0])
     assert advice is not None
     choice, minutes, fastest, least = advice.groups()

@@ -39,7 +39,8 @@ def training(pause: float, asked_at: int | None, steps: int = 100_000) -> Callab
     return worker
 
 
-def test_all_stop_at_the_step_of_the_foremost() -> None:
+def test_all_stop_at_the_step_of_the_foremost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "_LOOK_SECONDS", 0.1)
     slow, fast = training(0.01, asked_at=20), training(0.001, asked_at=None)
     first, second, third = stopped_at([slow, fast, fast])
     assert first == second == third > 20
