@@ -205,6 +205,6 @@ class _TimedModel:
     def _step(self) -> None:
         x, y = next(self._stream)
         loss_of(self._parallel, self._task, x, y, self._task.precision).backward()
-        clip_gradients(self.optimizer, self._task.clip)
+        clip_gradients([self.optimizer], self._task.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -103,7 +103,7 @@ def _measure_task(
         def step() -> None:
             x, y = next(stream)
             loss_of(model, task, x, y, task.precision).backward()
-            clip_gradients(chosen, task.clip)
+            clip_gradients([chosen], task.clip)
             chosen.step()
             chosen.zero_grad()
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 Init = Literal["default", "orthogonal"]
 Precision = Literal["fp32", "bf16"]
+OptimizerName = Literal["adamw", "muon"]
 OnBadImage = Literal["stop", "skip"]
 OnCheckpointError = Literal["warn", "stop"]
 DEVICES = ("auto", "cpu", "cuda")

@@ -24,7 +24,7 @@ from torch.utils.data import BatchSampler, DistributedSampler
 
 from abtrain.commands.tasks import datasets as sources
 from abtrain.commands.tasks import images, models
-from abtrain.commands.tasks.choices import Init, Precision
+from abtrain.commands.tasks.choices import Init, OptimizerName, Precision
 from abtrain.commands.tasks.pixels import (
     flip_and_shift,
     shift_by_four,
@@ -35,6 +35,7 @@ from abtrain.commands.tasks.pixels import (
 )
 from abtrain.commands.tasks.samples import Data
 from abtrain.errors import ConfigurationError
+from abtrain.optim import muon_and_adamw
 
 WARMUP_SHARE = 0.05
 
@@ -207,6 +208,13 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.05) -> 
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+
+
+def build_optimizers(model: nn.Module, name: OptimizerName, lr: float, weight_decay: float = 0.05) -> list[Optimizer]:
+    """Builds the optimizers of a run: `build_optimizer` (adamw), or `abtrain.optim.muon_and_adamw` (muon)."""
+    if name == "muon":
+        return muon_and_adamw(model, lr, weight_decay=weight_decay)
+    return [build_optimizer(model, lr, weight_decay)]
 
 
 def build_schedule(optimizer: Optimizer, steps: int, warmup: float = WARMUP_SHARE) -> LambdaLR:

@@ -1,4 +1,4 @@
-"""Saves and loads checkpoints: the state of the engine, the schedule, the random generators and the recorder."""
+"""Saves and loads checkpoints: the state of the engine, the schedules, the random generators and the recorder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Saving:
         self._config = trainer.config
         self._run = {**identity(trainer.config), "samples": samples}
         self._ab = trainer.ab
-        self._schedule = trainer.schedule
+        self._schedules = trainer.schedules
         self._recorder = recorder
         self._folder = folder
 
@@ -54,7 +54,7 @@ class Saving:
         state = {
             "run": self._run,
             "ab": engine,
-            "schedule": self._schedule.state_dict(),
+            "schedules": [schedule.state_dict() for schedule in self._schedules],
             "generators": _generators_state(comm.device),
             "record": {} if self._recorder is None else self._recorder.state_dict(),
         }
@@ -121,11 +121,13 @@ class Saving:
             size = comm.topology.group_size
             engine = resized([state["ab"] for state in states], comm.rank, self._ab.recipe, size)
         self._ab.load_state_dict(engine)
-        self._schedule.load_state_dict(own["schedule"])
+        for schedule, state in zip(self._schedules, own["schedules"], strict=True):
+            schedule.load_state_dict(state)
         record = states[0]["record"]
         if engine["step"] != saved.step:
-            self._schedule.last_epoch = engine["step"] - 1
-            self._schedule.step()
+            for schedule in self._schedules:
+                schedule.last_epoch = engine["step"] - 1
+                schedule.step()
             record = {**record, "losses": record["losses"][:0]} if record else record
         _load_generators_state(own["generators"], comm.device)
         if self._recorder is not None:

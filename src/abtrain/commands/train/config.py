@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from abtrain import recipes
 from abtrain.commands.command_line import Shown
-from abtrain.commands.tasks.choices import Init, OnBadImage, OnCheckpointError, Precision
+from abtrain.commands.tasks.choices import Init, OnBadImage, OnCheckpointError, OptimizerName, Precision
 from abtrain.commands.train.world import is_joined, local_size
 from abtrain.errors import OnNonFinite
 from abtrain.recipes.recipe import Recipe
@@ -65,8 +65,10 @@ class TrainConfig:
     lr: float | None = None
     """Peak learning rate, reached after a warm-up of 5 % of the steps (7 % in the paper's tasks) and followed by a
     cosine to zero."""
+    optimizer: OptimizerName = "adamw"
+    """adamw, or muon: Muon for the matrices between embedding and head, AdamW for the rest, both at the same rate."""
     weight_decay: float | None = None
-    """AdamW's weight decay, on matrices only."""
+    """Decoupled weight decay, on matrices only."""
     clip: float | None = None
     """Maximum of the global gradient norm; 0 for no limit."""
     precision: Precision | None = None

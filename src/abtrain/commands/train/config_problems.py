@@ -10,7 +10,7 @@ import torch
 from abtrain import recipes
 from abtrain.comm.topology import topology_problems
 from abtrain.commands.files import is_regular
-from abtrain.commands.tasks.choices import DEVICES, Init, OnBadImage, OnCheckpointError, Precision
+from abtrain.commands.tasks.choices import DEVICES, Init, OnBadImage, OnCheckpointError, OptimizerName, Precision
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.train.config import TrainConfig, choose_device, local_workers, resolve
 from abtrain.commands.train.folder_content import RESULT_FILE, holds_nothing, holds_unfinished_run
@@ -21,6 +21,7 @@ from abtrain.recipes.numbers import is_finite_number
 _CHOICES = {
     "init": typing.get_args(Init),
     "precision": typing.get_args(Precision),
+    "optimizer": typing.get_args(OptimizerName),
     "on_bad_image": typing.get_args(OnBadImage),
     "on_nonfinite": typing.get_args(OnNonFinite),
     "on_checkpoint_error": typing.get_args(OnCheckpointError),

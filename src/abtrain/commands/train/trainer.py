@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from abtrain.commands.plan.totals import over_links, payload_ratio
 from abtrain.commands.tasks.choices import Precision
 from abtrain.commands.tasks.evaluation import evaluate
 from abtrain.commands.tasks.samples import Data
-from abtrain.commands.tasks.task import TASKS, Task, build_optimizer, build_schedule
+from abtrain.commands.tasks.task import TASKS, Task, build_optimizers, build_schedule
 from abtrain.commands.train.config import TrainConfig, recipe_of
 from abtrain.engine import progress
 from abtrain.engine.ab_training import ABTraining
@@ -45,7 +45,7 @@ class StepFigures(NamedTuple):
 
 
 class Trainer:
-    """Trains the model of one worker. Owns the model, its optimizer, its learning-rate schedule and its ABTraining.
+    """Trains the model of one worker. Owns the model, its optimizers, their schedules and its ABTraining.
 
     All workers construct their trainers together, because ABTraining compares the workers' models.
 
@@ -62,11 +62,11 @@ class Trainer:
         assert config.steps is not None and config.lr is not None and config.weight_decay is not None
         self.config, self.task, self.model = config, TASKS[config.task], model
         self.parameters = sum(p.numel() for p in model.parameters())
-        optimizer = build_optimizer(model, config.lr, config.weight_decay)
-        self.schedule = build_schedule(optimizer, config.steps, self.task.lr_warmup)
+        optimizers = build_optimizers(model, config.optimizer, config.lr, config.weight_decay)
+        self.schedules = [build_schedule(one, config.steps, self.task.lr_warmup) for one in optimizers]
         self.ab = ABTraining(
             model,
-            optimizer,
+            optimizers,
             recipe_of(config),
             communicator=communicator,
             on_nonfinite=config.on_nonfinite,
@@ -88,16 +88,17 @@ class Trainer:
             NonFiniteError: the loss is NaN or infinite, and `on_nonfinite` cannot leave out this worker or step.
         """
         ab = self.ab
-        lr = float(self.schedule.get_last_lr()[0]) * ab.lr_factor
+        lr = float(self.schedules[0].get_last_lr()[0]) * ab.lr_factor
         loss = loss_of(ab, self.task, x, y, self.config.precision)
         value = loss.item()
         self._check_loss(value, lr, position)
         loss.backward()
-        norm = gradient_norm(ab.optimizer) if measures_norm else None
-        clip_gradients(ab.optimizer, self.config.clip)
-        ab.optimizer.step()
-        self.schedule.step()
-        ab.optimizer.zero_grad()
+        norm = gradient_norm(ab.optimizers) if measures_norm else None
+        clip_gradients(ab.optimizers, self.config.clip)
+        for optimizer, schedule in zip(ab.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
         return StepFigures(value, lr, norm)
 
     def _check_loss(self, value: float, lr: float, position: Position) -> None:
@@ -174,16 +175,16 @@ def loss_of(model: Callable[[Tensor], Any], task: Task, x: Tensor, y: Tensor, pr
         return task.loss(model(x), y)
 
 
-def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> None:
+def clip_gradients(optimizers: Sequence[Optimizer], max_norm: float | None) -> None:
     """Scales all gradients so that their global norm is at most `max_norm`; 0 or None leaves them unchanged."""
     if max_norm:
-        torch.nn.utils.clip_grad_norm_(_parameters(optimizer), max_norm)
+        torch.nn.utils.clip_grad_norm_(_parameters(optimizers), max_norm)
 
 
-def gradient_norm(optimizer: Optimizer) -> float:
+def gradient_norm(optimizers: Sequence[Optimizer]) -> float:
     """Returns the Euclidean norm of all gradients together."""
-    return torch.nn.utils.get_total_norm([p.grad for p in _parameters(optimizer) if p.grad is not None]).item()
+    return torch.nn.utils.get_total_norm([p.grad for p in _parameters(optimizers) if p.grad is not None]).item()
 
 
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]

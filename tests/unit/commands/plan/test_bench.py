@@ -31,8 +31,8 @@ def test_a_timed_step_is_that_of_training(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append(output.dtype)
         return cross_entropy(output, y)
 
-    def clip(optimizer: Optimizer, norm: float | None) -> None:
-        seen.append((norm, optimizer.param_groups[0]["weight_decay"]))
+    def clip(optimizers: list[Optimizer], norm: float | None) -> None:
+        seen.append((norm, optimizers[0].param_groups[0]["weight_decay"]))
 
     monkeypatch.setattr(bench, "clip_gradients", clip)
     split = Split(torch.rand(64, 64), torch.zeros(64, dtype=torch.int64))

@@ -50,7 +50,7 @@ def test_one_training_step_at_batch_8(name: str) -> None:
     x, y = next(batches(task, few(side, classes), seed=0, rank=0, world_size=1, batch_size=8))
     loss = loss_of(model, task, x, y, task.precision)
     loss.backward()  # type: ignore[no-untyped-call]
-    clip_gradients(optimizer, task.clip)
+    clip_gradients([optimizer], task.clip)
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
     assert float(torch.stack(norms).norm()) == pytest.approx(1, rel=0.02)
     # A weight of the head: what lies before it has no gradient while the head is zero, as torchvision's ViT begins.

@@ -1,0 +1,121 @@
+"""Trains the matrices inside a model with Muon, and its other parameters with AdamW.
+
+Muon replaces the running mean of a matrix's gradients by the nearest matrix with orthonormal rows or columns, so that
+a step changes all directions alike (Jordan et al., 2024, Muon: an optimizer for hidden layers in neural networks).
+The parameters at both ends of a model are rows for single tokens, pixels or classes, for which this does not hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.optim import AdamW, Optimizer
+
+_NOT_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase, nn.RNNBase)
+"""Modules whose parameters Muon does not train. A recurrent layer keeps the matrices of its gates in one tensor."""
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon, for weights of two or more dimensions.
+
+    A weight of more than two dimensions is trained as the matrix (first dimension, product of the others). All
+    arguments are those of `torch.optim.Muon`.
+
+    Raises:
+        ValueError: a parameter has fewer than two dimensions.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-3, **settings: Any) -> None:
+        # PyTorch's constructor refuses more than two dimensions, but `add_param_group` does not.
+        super().__init__([{"params": []}], lr=lr, **settings)
+        self.param_groups.clear()
+        given = list(params)
+        for group in given if given and isinstance(given[0], dict) else [{"params": given}]:
+            self.add_param_group(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, as in all optimizers of PyTorch."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.ndim < 2:
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} is not a matrix: train it with another optimizer, "
+                    "such as AdamW"
+                )
+
+    def _init_group(
+        self,
+        group: MutableMapping[str, Any],
+        params_with_grad: list[Tensor],
+        grads: list[Tensor],
+        muon_momentum_bufs: list[Tensor],
+    ) -> bool:
+        """Fills three lists with the parameters, gradients and momenta of a step, all as matrices."""
+        complex_ = super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
+        for index, (parameter, momentum) in enumerate(zip(params_with_grad, muon_momentum_bufs, strict=True)):
+            if parameter.ndim > 2:
+                # The step changes views in place, so a momentum must lie in memory as its parameter does.
+                if momentum.stride() != parameter.stride():
+                    momentum = torch.empty_like(parameter).copy_(momentum)
+                    self.state[parameter]["momentum_buffer"] = momentum
+                order = sorted(range(1, parameter.ndim), key=parameter.stride, reverse=True)
+                params_with_grad[index], grads[index], muon_momentum_bufs[index] = (
+                    tensor.permute(0, *order).flatten(1) for tensor in (parameter, grads[index], momentum)
+                )
+        return complex_
+
+
+def muon_and_adamw(model: nn.Module, lr: float, *, weight_decay: float = 0.05, momentum: float = 0.95) -> list[Optimizer]:
+    """Returns two optimizers for a model: Muon for its hidden matrices, and AdamW for its other parameters.
+
+    Both have the same learning rate, that of AdamW: Muon's steps are scaled to the size of AdamW's (Liu et al., Muon is
+    scalable for LLM training, arXiv 2502.16982). One of them is left out if it would have no parameters.
+
+    Args:
+        model: a model with dense weights. Parameters that do not require a gradient are left out.
+        lr: the learning rate.
+        weight_decay: decoupled weight decay, for parameters of two or more dimensions.
+        momentum: the share of a running mean that a step of Muon keeps.
+    """
+    hidden = hidden_matrices(model)
+    inside = {id(parameter) for parameter in hidden}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizers: list[Optimizer] = []
+    if hidden:
+        settings = {"weight_decay": weight_decay, "momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(Muon(hidden, lr=lr, **settings))
+    return [*optimizers, AdamW(groups, lr=lr, fused=True)] if groups else optimizers
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters that Muon trains: the trained matrices of a model, except those at its two ends.
+
+    The ends are embeddings, weights that are tied to them, a convolution that is the model's first layer with a matrix,
+    and its last such layer. The first and the last are those in the order in which the model registers its modules.
+    Parameters that no layer multiplies by, such as positions (1, T, D), are left out as well.
+    """
+    found = list(_matrices(model))
+    embedded = {id(p) for module in model.modules() if isinstance(module, _NOT_MATRICES) for p in module.parameters()}
+    layers = list(dict.fromkeys(module for module, _ in found))
+    ends = set(layers[-1:]) | {layer for layer in layers[:1] if isinstance(layer, _ConvNd)}
+    kept = [p for layer, p in found if layer not in ends and id(p) not in embedded]
+    return list(dict.fromkeys(kept))
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """Yields the trained matrices of a model's layers, each with its layer, in the order of the model's modules."""
+    for module in model.modules():
+        if not isinstance(module, _NOT_MATRICES):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad and parameter.ndim >= 2 and name.endswith("weight"):
+                    yield module, parameter
