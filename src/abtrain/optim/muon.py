@@ -27,15 +27,16 @@ class Muon(torch.optim.Muon):
     arguments are those of `torch.optim.Muon`.
 
     Raises:
-        ValueError: a parameter has fewer than two dimensions.
+        ValueError: there are no parameters, or one has fewer than two dimensions.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, **settings: Any) -> None:
         # PyTorch's constructor refuses more than two dimensions, but `add_param_group` does not.
-        super().__init__([{"params": []}], lr=lr, **settings)
-        self.param_groups.clear()
         given = list(params)
-        for group in given if given and isinstance(given[0], dict) else [{"params": given}]:
+        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+        super().__init__([{"params": []}] if given else [], lr=lr, **settings)
+        self.param_groups.clear()
+        for group in groups:
             self.add_param_group(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
