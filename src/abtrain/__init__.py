@@ -12,7 +12,7 @@ from abtrain.notices import show_by_default as _show_by_default
 from abtrain.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from abtrain import checkpoint, errors, recipes
+    from abtrain import checkpoint, errors, optim, recipes
     from abtrain.checkpoint.digest import weights_digest
     from abtrain.engine.ab_training import ABTraining
     from abtrain.errors import AbtrainError
@@ -45,6 +45,7 @@ __all__ = [
     "compress",
     "errors",
     "load",
+    "optim",
     "recipes",
     "to_plain",
     "weights_digest",
@@ -70,7 +71,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     # Lazy imports: torch takes seconds to load, and `abtrain --help` must not.
-    if name in ("checkpoint", "errors", "recipes"):
+    if name in ("checkpoint", "errors", "optim", "recipes"):
         return importlib.import_module(f"abtrain.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(f"abtrain.{_HOMES[name]}"), name)

@@ -110,6 +110,15 @@ def test_a_worker_that_fails(
     assert recorded(tmp_path) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_worker_that_fails_under_muon(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(settings(tmp_path / "whole", recipe, optimizer="muon", checkpoint_every=0))
+    config = settings(tmp_path / "failed", recipe, optimizer="muon")
+    with pytest.raises(RuntimeError, match="injected fault"):
+        run(config, "fail 1 14 step", monkeypatch)
+    assert run(config)["weights_digest"] == whole["weights_digest"]
+
+
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
 def test_a_disk_that_fails_does_not_end_the_run(
     error: str,

@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 from abtrain.comm.communicator import Communicator
 from abtrain.engine.beginning import begin
 from abtrain.engine.call_order import CallOrder
+from abtrain.engine.choosing import Choosing
 from abtrain.engine.model_access import ModelAccess
 from abtrain.engine.optimizer_hooks import OptimizerHooks
 from abtrain.engine.optimizer_problems import NewState
@@ -41,6 +42,7 @@ from abtrain.engine.phase_change import PhaseChange
 from abtrain.engine.problems import checked
 from abtrain.engine.progress import Progress
 from abtrain.engine.saved_state import EngineState
+from abtrain.engine.state_problems import recipe_of
 from abtrain.errors import OnNonFinite, UsageError
 from abtrain.lowrank.classify import classify
 from abtrain.lowrank.model import FactoredModel
@@ -91,7 +93,7 @@ class ABTraining(ModelAccess):
     Attributes:
         module: the model that is trained.
         optimizers: the optimizers that were passed in; `optimizer` is the first of them.
-        recipe: the recipe that the run follows.
+        recipe: the recipe that the run follows. `auto` is replaced by what it has chosen.
         communicator: the communicator that was passed in, or the default one.
 
     Raises:
@@ -146,6 +148,7 @@ class ABTraining(ModelAccess):
         self._hooks = OptimizerHooks(self._model, shared.frozen_names(), self._progress, on_nonfinite)
         self._phases = PhaseChange(self._model, self._rounds, self._hooks, comm, find_unused_parameters, grad_scaler)
         self._calls = CallOrder(self._progress, self._hooks)
+        self._choosing = Choosing(recipe, model, optimizers, comm)
         self._state = EngineState(self._progress, self._model, self._rounds, self._hooks, self._phases, grad_scaler)
         try:
             self._enter(recipe.at(0))
@@ -207,6 +210,7 @@ class ABTraining(ModelAccess):
             PeerLostError: another worker does not answer.
         """
         progress = self._progress
+        self._choosing.end_step()
         self._calls.step(loss is not None)
         self._model.reshard()
         self._hooks.end_step()
@@ -218,6 +222,9 @@ class ABTraining(ModelAccess):
         if position.phase.rounds is not None:
             number = loss.item() if isinstance(loss, Tensor) else loss
             progress.workers_equal = self._rounds.step(position, progress.steps_done, number)
+            if self._choosing.due(progress.steps_done):
+                self._follow(self._choosing.completed())
+                upcoming = self.recipe.at(progress.steps_done)
             if upcoming is not None:
                 self._phases.after_step(position, upcoming)
         if position.phase.sync is not None and (upcoming is None or upcoming.first):
@@ -227,6 +234,12 @@ class ABTraining(ModelAccess):
         if upcoming is None and position.phase.rounds is not None and not progress.alone:
             self._rounds.shared.copies.average()
         self._enter(upcoming)
+        self._choosing.begin_step()
+
+    def _follow(self, recipe: Recipe) -> None:
+        """Replaces the recipe by a completed one, whose prologue is the same."""
+        self.recipe = self._progress.recipe = self._choosing.adopt(recipe)
+        self._new_state = NewState(self._rounds.shared, recipe, self.communicator)
 
     def _enter(self, position: Position | None) -> None:
         """Prepares the training step at a position in the recipe; None means that the recipe has ended."""
@@ -272,6 +285,8 @@ class ABTraining(ModelAccess):
             UsageError: `close` was called, or the call is inside `with ab.merged():`.
         """
         self._calls.load()
+        if self.recipe.choice is not None:
+            self._follow(recipe_of(state, self.recipe))
         self._state.load_state_dict(state)
 
     @in_own_modes

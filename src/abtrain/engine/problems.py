@@ -57,7 +57,7 @@ def checked(
         group_size = shards_of(model)
     comm = default_communicator(group_size) if communicator is None else communicator
     problems = fit_problems(model, comm, measure_divergence)
-    problems += _problems_here(model, Optimizers(optimizer), recipe, comm)
+    problems += problems_here(model, Optimizers(optimizer), recipe, comm)
     if problems:
         raise ConfigurationError(problems)
     return comm
@@ -163,7 +163,7 @@ def _unmatched(patterns: Iterable[str], names: Sequence[str], kind: str) -> list
     return [f"{pattern!r} matches no {kind}: {nearest(pattern, names)}" for pattern in idle]
 
 
-def _problems_here(model: nn.Module, optimizers: Optimizers, recipe: Recipe, comm: Communicator) -> list[str]:
+def problems_here(model: nn.Module, optimizers: Optimizers, recipe: Recipe, comm: Communicator) -> list[str]:
     """Returns one message for each problem that depends on the workers or their communicator."""
     problems, topology = [], comm.topology
     device = next((p.device for p in model.parameters()), comm.device)
@@ -199,7 +199,8 @@ def doubts_about(recipe: Recipe, comm: Communicator) -> list[str]:
         doubts.append(
             "the only group trains the factors A and B in turn: to train both, use a smaller group_size, or ab_outer"
         )
-    if topology.n_groups == 1 and topology.world_size > 1 and any(phase.rounds for phase in recipe.phases):
+    merges = any(phase.rounds for phase in recipe.phases) and recipe.choice is None
+    if topology.n_groups == 1 and topology.world_size > 1 and merges:
         doubts.append(
             f"group_size={topology.group_size} makes one group of all {topology.world_size} workers: they average "
             "gradients at every step, as with ddp, and send merges as well, so nothing is saved. Use "

@@ -23,6 +23,7 @@ from abtrain.merging.places import Places
 from abtrain.merging.rounds import Rounds
 from abtrain.merging.sharded_state import group_problem, sharded_like
 from abtrain.merging.shared_tensors import SharedTensors
+from abtrain.recipes import automatic
 from abtrain.recipes.recipe import Position
 
 
@@ -44,6 +45,7 @@ class EngineState:
             "version": VERSION,
             "recipe": recipe_fingerprint(self.progress.recipe),
             "settings": recipe_settings(self.progress.recipe),
+            "chosen": automatic.chosen(self.progress.recipe),
             "model": model | marked("weights", model["weights"], scope),
             "merger": self.rounds.merger.state_dict(),
             "rounds": self.rounds.state_dict(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from abtrain.comm.checksums import stable_repr
 from abtrain.consistency.agreement import leaves
 from abtrain.engine.state_parts import PARTS, ResumedRun, Resumption, position_of
 from abtrain.lowrank.fit import MODEL_STATE, model_problems
+from abtrain.errors import ConfigurationError
 from abtrain.merging.sharded_state import conversion_problem
+from abtrain.recipes import automatic
 from abtrain.recipes.recipe import Recipe
 
-VERSION = 8
+VERSION = 9
 """The version of the format of `ABTraining.state_dict`. Each change of the format increases it."""
 _MOST_NAMED = 4
 """The largest number of settings in a message."""
@@ -36,6 +39,19 @@ def recipe_fingerprint(recipe: Recipe) -> str:
 def recipe_settings(recipe: Recipe) -> dict[str, str]:
     """Returns all settings of a recipe as text, by name, such as `cycle[0].steps`."""
     return {name.removeprefix("recipe."): value for name, value in leaves("recipe", recipe) if name != "recipe"}
+
+
+def recipe_of(state: Any, recipe: Recipe) -> Recipe:
+    """Returns the recipe of a state that `recipe`, which chooses by measurement, has been completed to.
+
+    Returns `recipe` itself if it had chosen nothing yet when the state was saved, or if the state is malformed.
+    """
+    options = state.get("chosen") if isinstance(state, Mapping) else None
+    if recipe.choice is None or not options or not isinstance(options, Mapping):
+        return recipe
+    with suppress(ConfigurationError, TypeError):
+        return automatic.completed(recipe, {str(name): value for name, value in options.items()})
+    return recipe
 
 
 def run_problem(state: Any, recipe: Recipe) -> str:

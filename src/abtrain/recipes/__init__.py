@@ -7,13 +7,15 @@ from typing import Any
 
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes.ab_outer import ab_local, ab_outer
+from abtrain.recipes.automatic import auto
 from abtrain.recipes.full_rank import ddp, diloco, local_sgd, powersgd, solo
 from abtrain.recipes.options import Option, declared_options, read_options, written
 from abtrain.recipes.paper import ab, ab_no_groups
 from abtrain.recipes.recipe import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
-    recipe.__name__: recipe for recipe in (ab, ab_local, ab_no_groups, ab_outer, ddp, diloco, local_sgd, powersgd, solo)
+    recipe.__name__: recipe
+    for recipe in (ab, ab_local, ab_no_groups, ab_outer, auto, ddp, diloco, local_sgd, powersgd, solo)
 }
 DEFAULT = "ab_outer"
 

@@ -72,6 +72,18 @@ class Position:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Marks a recipe whose cycle is still to be chosen, by what is measured in the prologue.
+
+    Args:
+        budget: the largest payload of the choice, as a share of that of data parallel training in float32; None for no
+            limit.
+    """
+
+    budget: float | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Describes a training method as a schedule of phases.
 
@@ -83,6 +95,7 @@ class Recipe:
         lr_rebound_steps: the number of steps in which the learning rate rises again after parameters change shape.
         outer_device: `cpu` to keep the state of merges (anchors, outer momentum, residuals) in host memory; None: on
             the device of the parameters. It changes no result, so recipes that differ in it are equal.
+        choice: what is to be chosen at the end of the prologue, in place of the cycle; None if nothing is.
 
     Raises:
         ConfigurationError: the recipe is invalid; the error lists all problems.
@@ -95,6 +108,7 @@ class Recipe:
     factoring: Factoring | None = None
     lr_rebound_steps: int = 0
     outer_device: str | None = field(default=None, compare=False, repr=False)
+    choice: Choice | None = None
 
     def __post_init__(self) -> None:
         found = self._problems()
@@ -104,6 +118,11 @@ class Recipe:
     @property
     def phases(self) -> tuple[Phase, ...]:
         return self.prologue + self.cycle
+
+    @property
+    def chooses_at(self) -> int | None:
+        """The number of steps after which the cycle is chosen; None if nothing is to be chosen."""
+        return None if self.choice is None else sum(phase.steps for phase in self.prologue)
 
     @property
     def factored(self) -> bool:
