@@ -36,6 +36,7 @@ from abtrain.commands.train.config_problems import validate
 from abtrain.commands.train.display import Display
 from abtrain.commands.train.loop import agree_on_start, train
 from abtrain.commands.train.run_folder import RunFolder
+from abtrain.engine import choosing
 from abtrain.errors import (
     CheckpointError,
     ConfigurationError,
@@ -117,6 +118,23 @@ def test_a_worker_that_fails_under_muon(recipe: str, tmp_path: Path, monkeypatch
     with pytest.raises(RuntimeError, match="injected fault"):
         run(config, "fail 1 14 step", monkeypatch)
     assert run(config)["weights_digest"] == whole["weights_digest"]
+
+
+@pytest.mark.parametrize("steps", [1, 15])
+def test_a_worker_that_fails_under_auto(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """config.toml has what was chosen, and the same command resumes the run."""
+    monkeypatch.setitem(RECIPES, "auto", "auto")
+    monkeypatch.setattr(choosing, "reduce_seconds", lambda comm, most: (1.0, 1.0))
+    options: dict[str, Any] = {"steps": 80, "checkpoint_every": 1}
+    whole = run(settings(tmp_path / "whole", "auto", **options))
+    config = settings(tmp_path / "failed", "auto", **options)
+    with pytest.raises(RuntimeError, match="injected fault"):
+        run(config, f"fail 1 {steps} step", monkeypatch)
+    monkeypatch.setattr(faults, "_planned", faults.parse(""))
+    result = run(config)
+    assert result["weights_digest"] == whole["weights_digest"]
+    recorded = from_toml(tmp_path / "failed" / "config.toml")
+    assert recorded.recipe == result["config"]["recipe"] == "auto:every=6,wire=ternary,delay=3"
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])

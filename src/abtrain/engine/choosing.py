@@ -18,6 +18,7 @@ from abtrain.lowrank.optimizers import Optimizers
 from abtrain.recipes import automatic
 from abtrain.recipes.recipe import Recipe
 
+
 class Choosing:
     """Times training steps, and completes the recipe at the end of its prologue.
 
@@ -47,8 +48,8 @@ class Choosing:
     def completed(self) -> Recipe:
         """Measures the links, and returns the completed recipe, the same on all workers. Collective over the world."""
         comm, recipe = self._comm, self._recipe
-        per_byte, latency = reduce_seconds(comm)
         numbers = sum(p.numel() for p in self._model.parameters() if p.requires_grad) / comm.topology.group_size
+        per_byte, latency = reduce_seconds(comm, round(4 * numbers))
         # A run that was resumed in mid-prologue may have timed no step; the first ones include one-time work.
         step = statistics.median(self._seconds[len(self._seconds) // 2 :]) if self._seconds else 0.0
         plain = automatic.auto(recipe.total_steps, every=1, wire="fp32", delay=0)
@@ -56,8 +57,9 @@ class Choosing:
         slowest = torch.tensor(measured, dtype=torch.float64, device=comm.device)
         comm.all_reduce(slowest, "max")
         step, reduce, latency, unfit = slowest.tolist()
-        here = automatic.Circumstances(step, reduce, latency, not unfit)
-        assert recipe.choice is not None
+        assert recipe.choice is not None and recipe.chooses_at is not None
+        left = recipe.total_steps - recipe.chooses_at
+        here = automatic.Circumstances(step, reduce, latency, left, not unfit)
         row = automatic.choose(here, recipe.choice.budget)
         if comm.rank == 0 and comm.topology.world_size > 1:
             announce(automatic.in_words(row, here))

@@ -102,5 +102,7 @@ def groups_and_traffic(recipe: Recipe, topology: Topology) -> str:
     merged = [f"every {phase.rounds.every} steps ({phase.name})" for phase in recipe.phases if phase.rounds]
     travels = [f"gradients at every step ({', '.join(shared)})"] if shared else []
     travels += [f"merges {', '.join(dict.fromkeys(merged))}"] if merged else []
+    if recipe.choice is not None:
+        travels = [f"chosen after {recipe.chooses_at} steps"]
     groups = f"{topology.n_groups} group{'s' * (topology.n_groups > 1)} of {topology.group_size}"
     return f"{topology.world_size} workers in {groups}; traffic between groups: {' and '.join(travels) or 'none'}"

@@ -19,8 +19,8 @@ from abtrain.checks import anything, blames_data, brief, first_problems, mapping
 from abtrain.comm.checksums import stable_repr
 from abtrain.consistency.agreement import leaves
 from abtrain.engine.state_parts import PARTS, ResumedRun, Resumption, position_of
-from abtrain.lowrank.fit import MODEL_STATE, model_problems
 from abtrain.errors import ConfigurationError
+from abtrain.lowrank.fit import MODEL_STATE, model_problems
 from abtrain.merging.sharded_state import conversion_problem
 from abtrain.recipes import automatic
 from abtrain.recipes.recipe import Recipe

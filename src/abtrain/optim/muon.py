@@ -71,7 +71,9 @@ class Muon(torch.optim.Muon):
         return complex_
 
 
-def muon_and_adamw(model: nn.Module, lr: float, *, weight_decay: float = 0.05, momentum: float = 0.95) -> list[Optimizer]:
+def muon_and_adamw(
+    model: nn.Module, lr: float, *, weight_decay: float = 0.05, momentum: float = 0.95
+) -> list[Optimizer]:
     """Returns two optimizers for a model: Muon for its hidden matrices, and AdamW for its other parameters.
 
     Both have the same learning rate, that of AdamW: Muon's steps are scaled to the size of AdamW's (Liu et al., Muon is

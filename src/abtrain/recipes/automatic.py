@@ -26,6 +26,8 @@ MEASURED_STEPS = 20
 """The largest number of steps that `auto` measures before it chooses."""
 MOST_WAITING = 0.05
 """The largest share of the time that workers should wait for the network."""
+LEAST_ROUNDS = 10
+"""The smallest number of rounds in which workers should merge."""
 _MESSAGES = 6
 """The number of collectives of a merge that wait for the latency of the links: two averages, and what is compared."""
 _BACKWARD = 0.6
@@ -40,12 +42,14 @@ class Circumstances:
         step: the seconds of a training step of the slowest worker, without communication between groups.
         reduce: the seconds in which groups would add up all parameters of the model in float32 (one all-reduce).
         latency: the seconds of the smallest collective between groups.
+        steps: the training steps that are left in the run; None if they do not matter.
         shares_gradients: whether the model and its optimizer allow data parallel training over all workers.
     """
 
     step: float
     reduce: float
     latency: float = 0.0
+    steps: int | None = None
     shares_gradients: bool = True
 
 
@@ -80,9 +84,13 @@ class Row:
     def waiting(self, here: Circumstances) -> float:
         """Returns the share of the time that workers would wait for the network, from 0 to 1."""
         seconds = self.bits / 32 * here.reduce + _MESSAGES * here.latency
-        hidden = (_BACKWARD if self.every == 1 else self.delay) * here.step
-        waited = max(seconds - hidden, 0.0) / self.every
-        return waited / (waited + here.step)
+        if self.every == 1:
+            waited = max(seconds - _BACKWARD * here.step, 0.0)
+        else:
+            # Workers send numbers and then averages, and wait for each at the end of a step.
+            steps = (self.delay // 2, self.delay - self.delay // 2)
+            waited = sum(max(seconds / 2 - part * here.step, 0.0) for part in steps) / self.every
+        return waited / (waited + here.step) if waited else 0.0
 
 
 @cache
@@ -103,6 +111,10 @@ def choose(here: Circumstances, budget: float | None = None) -> Row:
     """
     rows = [row for row in frontier() if budget is None or row.share <= budget]
     rows = [row for row in rows if row.every > 1 or here.shares_gradients]
+    if here.steps is not None:
+        # The shortest rounds are always possible.
+        shortest = min(row.every for row in rows)
+        rows = [row for row in rows if row.every <= max(here.steps // LEAST_ROUNDS, shortest)]
     fast = [row for row in rows if row.waiting(here) <= MOST_WAITING]
     return fast[0] if fast else min(rows, key=lambda row: row.waiting(here))
 
@@ -183,8 +195,8 @@ def _check(budget: float | None, every: int | None, wire: str | None, delay: int
         least = min(row.share for row in frontier())
         if not is_finite_number(budget) or not budget >= least:
             found.append(
-                f"budget={budget!r} is not a number of at least {least:.2g}, the smallest share of DDP's bytes that was "
-                "measured: use one, such as 0.01"
+                f"budget={budget!r} is not a number of at least {least:.2g}, the smallest share of DDP's bytes that "
+                "was measured: use one, such as 0.01"
             )
     if every == 1 and delay:
         found.append(f"delay={delay} has no effect with every=1, where gradients are averaged: use delay=0")

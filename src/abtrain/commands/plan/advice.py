@@ -18,13 +18,14 @@ from typing import Any
 
 from abtrain import recipes
 from abtrain.comm.topology import Topology
-from abtrain.commands.plan.collectives import Cluster
+from abtrain.commands.plan.collectives import Cluster, cost_of, scoped
 from abtrain.commands.plan.forecast import FactorSeconds, Forecast, WorkerSeconds, forecast
 from abtrain.commands.plan.payload import predict
 from abtrain.commands.plan.settings import problem_of
 from abtrain.commands.plan.shapes import ModelShapes, ranks_for
 from abtrain.commands.plan.stragglers import Speeds
 from abtrain.commands.plan.totals import payload_ratio
+from abtrain.recipes import automatic
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.phase import SHORT_RUN
 from abtrain.recipes.recipe import Recipe
@@ -105,6 +106,9 @@ class Setting:
             ConfigurationError: an option of the recipe, the compression or the group size is invalid.
         """
         recipe = recipes.build(name, self.steps, **options)
+        if recipe.choice is not None:
+            options |= automatic.choose(self.circumstances(), recipe.choice.budget).options
+            recipe = recipes.build(name, self.steps, **options)
         model = self.shapes(recipe.factoring)
         ranks = ranks_for(model, self.compression) if recipe.factored else {}
         alone = self.alone
@@ -120,6 +124,16 @@ class Setting:
             algorithm=self.algorithm,
         )
         return Offer(name, options, recipe, expected, payload_ratio(expected.payload, model.numel, self.steps))
+
+    def circumstances(self) -> automatic.Circumstances:
+        """Returns the forecast of what the recipe `auto` measures in this setting."""
+        links, at_once = scoped(self.cluster, "counterparts", self.group_size)
+        numbers = self.shapes(None).numel / self.group_size
+        reduce, latency = (
+            cost_of("all_reduce", links, at_once * nbytes, self.algorithm).seconds for nbytes in (4 * numbers, 8)
+        )
+        slowest = self.speeds.slowdown(1, self.group_size) if self.speeds else 1.0
+        return automatic.Circumstances(self.alone.step * slowest, reduce, latency, self.steps)
 
 
 @dataclass(frozen=True)

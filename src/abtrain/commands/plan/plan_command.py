@@ -31,6 +31,7 @@ from abtrain.commands.plan.stragglers import Speeds
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.units import TimeUnit, human_bytes, parse_all, parse_rate, parse_seconds, unit_of
 from abtrain.errors import ConfigurationError, nearest
+from abtrain.recipes import automatic
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.numbers import whole_number_problems
 from abtrain.recipes.phase import SHORT_RUN
@@ -60,12 +61,17 @@ def plan(config: PlanConfig, console: Output | None = None) -> None:
     console = console or Output()
     setting = _setting(config)
     name, options = ("", {}) if config.recipe == ALL else recipes.parse(config.recipe)
-    advice = recommend(setting, name if name and "every" in recipes.options_of(name) else "")
+    by_itself = name == "auto"
+    advice = recommend(setting, name if name and not by_itself and "every" in recipes.options_of(name) else "")
     unit = unit_of(advice.choice.forecast.seconds)
-    _advise(advice, unit, console)
+    if not by_itself:
+        _advise(advice, unit, console)
     _heading(config, setting, console)
     if name:
         offer = setting.offer(name, **options)
+        if by_itself and "every" not in options:
+            here = setting.circumstances()
+            console.print(f"{automatic.in_words(automatic.choose(here, options.get('budget')), here)}\n")
         console.print(f"{offer}: {ratio_in_words(offer.ratio)} of the payload of ddp, times in {unit.name}\n")
         console.print(_by_phase(offer, unit))
     else:

@@ -16,6 +16,7 @@ from abtrain.commands.train.config import differences, identity
 from abtrain.commands.train.recorder import Recorder
 from abtrain.commands.train.resizing import can_be_resized, resized
 from abtrain.commands.train.trainer import CHECKPOINT, Trainer
+from abtrain.engine.state_problems import recipe_of
 from abtrain.errors import CheckpointError
 
 log = logging.getLogger("abtrain")
@@ -119,7 +120,8 @@ class Saving:
         engine = own["ab"]
         if saved.workers != comm.topology.world_size:
             size = comm.topology.group_size
-            engine = resized([state["ab"] for state in states], comm.rank, self._ab.recipe, size)
+            engines = [state["ab"] for state in states]
+            engine = resized(engines, comm.rank, recipe_of(engines[0], self._ab.recipe), size)
         self._ab.load_state_dict(engine)
         for schedule, state in zip(self._schedules, own["schedules"], strict=True):
             schedule.load_state_dict(state)

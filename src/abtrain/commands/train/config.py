@@ -13,6 +13,7 @@ from abtrain.commands.command_line import Shown
 from abtrain.commands.tasks.choices import Init, OnBadImage, OnCheckpointError, OptimizerName, Precision
 from abtrain.commands.train.world import is_joined, local_size
 from abtrain.errors import OnNonFinite
+from abtrain.recipes import automatic
 from abtrain.recipes.recipe import Recipe
 
 # torch takes seconds to import. Functions that need it import it, so that `--help` answers immediately.
@@ -118,6 +119,8 @@ def recipe_of(config: TrainConfig) -> Recipe:
 
 _CHANGES_NO_RESULT = ("outer_device",)
 """The options of recipes that may change on resume."""
+_CHOSEN = ("every", "wire", "delay")
+"""The options of `auto` that it chooses during the run."""
 MAY_CHANGE_ON_RESUME = frozenset(
     {"workers", "device", "timeout", "loaders", "data", "config", "out", "overwrite"}
     | {"log_every", "validate_every", "divergence", "track"}
@@ -182,7 +185,17 @@ def identity(config: TrainConfig) -> dict[str, Any]:
         ConfigurationError: the recipe cannot be parsed.
     """
     held = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in MAY_CHANGE_ON_RESUME}
-    return held | {"recipe": _canonical(config.recipe, _CHANGES_NO_RESULT)}
+    # The choice of `auto` follows from the run. The engine checks that a state belongs to its recipe.
+    left_out = _CHOSEN if config.recipe_name == "auto" else ()
+    return held | {"recipe": _canonical(config.recipe, (*_CHANGES_NO_RESULT, *left_out))}
+
+
+def completed(config: TrainConfig, recipe: Recipe) -> TrainConfig:
+    """Returns the settings with what a recipe of `auto` has chosen by now; other settings are unchanged."""
+    name, options = recipes.parse(config.recipe)
+    if name != "auto":
+        return config
+    return dataclasses.replace(config, recipe=_canonical(recipes.write(name, options | automatic.chosen(recipe))))
 
 
 def _canonical(text: str, without: Collection[str] = ()) -> str:

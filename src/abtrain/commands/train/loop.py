@@ -77,6 +77,7 @@ def train(
             # The wall time of a run does not include its setup, so neither does its time in collectives.
             communicator.meter.sync_seconds = 0.0
         if recorder is not None:
+            recorder.complete(trainer.completed_config)
             recorder.begin(step)
             drop_replaced_best(recorder, path)
         validation = Validation(trainer, recorder, data, path)
@@ -202,7 +203,10 @@ class _Loop:
         shares_gradients = position.phase.shares_gradients
         if not shares_gradients:
             self._before_merge(position)
+        recipe = ab.recipe
         ab.step(figures.loss)
+        if recorder is not None and ab.recipe is not recipe:
+            recorder.complete(self.trainer.completed_config)
         if recorder is not None:
             payload = ab.communicator.meter.payload()["total"]
             recorder.merged(ab.steps_done, position.phase.name, ab.last_merges)

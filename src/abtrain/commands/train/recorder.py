@@ -74,6 +74,10 @@ class Recorder:
         self._last_log = time.perf_counter()
         self._started = self._last_log - seconds
 
+    def complete(self, config: TrainConfig) -> None:
+        """Records the settings with a choice of the recipe `auto` in config.toml."""
+        self._never_fatal("config.toml", self._folder.complete, config)
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the losses since the last log, the times and the validations so far, for `load_state_dict`."""
         return {

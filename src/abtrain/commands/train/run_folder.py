@@ -130,6 +130,16 @@ class RunFolder:
         except OSError as error:
             raise self._unwritable(error) from error
 
+    def complete(self, config: TrainConfig) -> None:
+        """Records the settings with a choice of the recipe `auto`, which repeat the run without measuring.
+
+        Raises:
+            OSError: config.toml cannot be written.
+        """
+        self._settings = dataclasses.replace(config, out=None, overwrite=False, config=None)
+        if self._metrics is not None:
+            write_whole(self.path / CONFIG_FILE, f"{_mark(self._launch)}{to_toml(self._settings)}")
+
     def __enter__(self) -> RunFolder:
         return self
 

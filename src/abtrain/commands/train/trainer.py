@@ -20,7 +20,7 @@ from abtrain.commands.tasks.choices import Precision
 from abtrain.commands.tasks.evaluation import evaluate
 from abtrain.commands.tasks.samples import Data
 from abtrain.commands.tasks.task import TASKS, Task, build_optimizers, build_schedule
-from abtrain.commands.train.config import TrainConfig, recipe_of
+from abtrain.commands.train.config import TrainConfig, completed, recipe_of
 from abtrain.engine import progress
 from abtrain.engine.ab_training import ABTraining
 from abtrain.errors import NonFiniteError
@@ -74,6 +74,11 @@ class Trainer:
         )
         # The command itself reports a run that ends early.
         atexit.unregister(progress.warn)
+
+    @property
+    def completed_config(self) -> TrainConfig:
+        """The settings, with what the recipe `auto` has chosen by now."""
+        return completed(self.config, self.ab.recipe)
 
     def optimizer_step(self, position: Position, x: Tensor, y: Tensor, measures_norm: bool = False) -> StepFigures:
         """Computes the gradients of a batch and takes one optimizer step. The caller must call `ab.step` afterwards.
@@ -156,7 +161,7 @@ class Trainer:
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                 "threads_per_worker": torch.get_num_threads(),
             },
-            "config": dataclasses.asdict(config),
+            "config": dataclasses.asdict(self.completed_config),
         }
 
     def _seconds(self, spent: Mapping[str, float]) -> dict[str, float]:

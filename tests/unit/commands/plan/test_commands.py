@@ -273,3 +273,15 @@ def test_every_option_has_a_default_and_a_meaning(name: str) -> None:
     given_ = {option.name: option.default for option in listed if option.default}
     text = recipes.write(name, given_)
     assert recipes.from_text(text, 600) == recipes.build(name, 600)
+
+
+@pytest.mark.parametrize(
+    ("rate", "begins"), [("100gbit", "auto:every=1,wire=fp32"), ("5mbit", "auto:every=[1-9][0-9]")]
+)
+def test_auto_is_forecast_as_it_would_choose(rate: str, begins: str, capsys: pytest.CaptureFixture[str]) -> None:
+    step = ("--parameters", "870k", "--step-time", "48ms", "--rate", rate)
+    code, lines, _ = typed(capsys, "plan", "auto", *step)
+    assert code == 0 and any(re.match(begins, line) for line in lines)
+    assert any("a step takes 48 ms" in line for line in lines)
+    _, all_lines, _ = typed(capsys, "plan", *step)
+    assert any(line.startswith("auto: every=") for line in all_lines)
