@@ -173,7 +173,9 @@ def table(size: str, record: dict[str, Any]) -> str:
         plain = record["steps"].pop("plain seconds")
         ratios = ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in record["steps"].items())
         lines += [f"A step takes {plain:.3f} s without communication. Times that: {ratios}.\n"]
-    lines += ["| merge | seconds | x all-reduce | x clone | peak, x parameters | first peak |", "|---|" + "---:|" * 5]
+    if record["merges"]:
+        lines.append("| merge | seconds | x all-reduce | x clone | peak, x parameters | first peak |")
+        lines.append("|---|" + "---:|" * 5)
     for name, m in record["merges"].items():
         ratio, copies = m["merge"] / m["all-reduce"], m["merge"] / m["clone"]
         lines.append(
@@ -206,7 +208,7 @@ def measure(size: str, clock: Clock, device: torch.device, options: argparse.Nam
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["10M", "124M", "350M"])
-    parser.add_argument("--wires", nargs="+", choices=WIRES, default=list(WIRES))
+    parser.add_argument("--wires", nargs="*", choices=WIRES, default=list(WIRES), help="of merges; none: only steps")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _BufferCommHookLocation
 
-from abtrain.comm.data_parallel import DataParallel, extremes, unused_error
+from abtrain.comm.data_parallel import DataParallel, unused_error
 from abtrain.comm.following import Following
 from abtrain.comm.hooks import Average, GradientHook
 from abtrain.comm.link import Link
@@ -189,12 +189,12 @@ class _Averaging:
             return done
         if self._starts:
             self._sent_extremes.clear()
-        self._sent_extremes += extremes([buffer])
         self._starts = bucket.is_last()
         if self._hook.in_turn:
             self._wait()
         with self._link.naming_lost_peer(_CALL, dist.DistError):
-            average, nbytes = self._hook(bucket)
+            average, nbytes, seen = self._hook(bucket)
+        self._sent_extremes += seen
         self._link.meter.count(nbytes + (self._extra_bytes if bucket.is_last() else 0), self._link.spans)
         if buffer.device.type == "cpu":
             self._averages.append(average)

@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 
 from abtrain.comm.buckets import MIB
 from abtrain.comm.communicator import Calls, Scope, Traffic
+from abtrain.comm.data_parallel import extremes, scale_
 from abtrain.recipes.sync import GradientSync
 
 _FIRST_BUCKET, _BUCKET = 1 * MIB, 25 * MIB
@@ -37,19 +38,25 @@ class GradientHook:
         self._group = group
         self.arrivals: list[int] | None = None
 
-    def __call__(self, bucket: Bucket) -> tuple[Average, int]:
-        """Starts the average of a bucket. Returns its future, and the payload in bytes."""
+    def __call__(self, bucket: Bucket) -> tuple[Average, int, list[Tensor]]:
+        """Starts the average of a bucket.
+
+        Returns its future, the payload in bytes, and numbers that reveal NaN and infinity in this rank's gradients.
+        """
+        buffer = bucket.buffer()
         # DDP multiplies by the reciprocal too; for three ranks, a division gives other bits.
-        buffer = bucket.buffer().mul_(1.0 / self._group.size())
+        seen = scale_(buffer, 1.0 / self._group.size())
         work = dist.all_reduce(buffer, group=self._group, async_op=True)
-        return work.get_future().then(lambda future: future.value()[0]), buffer.nbytes
+        return work.get_future().then(lambda future: future.value()[0]), buffer.nbytes, seen
 
 
 class BFloat16(GradientHook):
     """Sends gradients rounded to bfloat16, which halves the bytes (PyTorch's `bf16_compress_hook`)."""
 
-    def __call__(self, bucket: Bucket) -> tuple[Average, int]:
-        return bf16_compress_hook(self._group, bucket), bucket.buffer().numel() * torch.bfloat16.itemsize
+    def __call__(self, bucket: Bucket) -> tuple[Average, int, list[Tensor]]:
+        buffer = bucket.buffer()
+        seen = extremes([buffer])
+        return bf16_compress_hook(self._group, bucket), buffer.numel() * torch.bfloat16.itemsize, seen
 
 
 class PowerSGD(GradientHook):
@@ -83,17 +90,17 @@ class PowerSGD(GradientHook):
         self.arrivals = []
         self._noise: dict[int, Tensor] = {}
 
-    def __call__(self, bucket: Bucket) -> tuple[Average, int]:
+    def __call__(self, bucket: Bucket) -> tuple[Average, int, list[Tensor]]:
         state, buffer = self._state, bucket.buffer()
         error = state.error_dict.get(bucket.index())
         if error is not None and error.numel() != buffer.numel():
             # In a new wrapper's first layout, this bucket is sent uncompressed once; the state is kept for the second.
             return super().__call__(bucket)
         self._refill_starts(bucket.index())
-        before = state.total_numel_after_compression
+        before, seen = state.total_numel_after_compression, extremes([buffer])
         average = powerSGD_hook(state, bucket)
         sent = state.total_numel_after_compression - before
-        return average, sent * buffer.element_size() if sent else buffer.nbytes
+        return average, sent * buffer.element_size() if sent else buffer.nbytes, seen
 
     def _refill_starts(self, index: int) -> None:
         """Replaces zeros in a bucket's warm starts by noise, the same on all ranks.
