@@ -109,6 +109,27 @@ TRANSFORMERS = {
 """Settings for transformers from scratch; means are merges with outer 1, 0."""
 
 
+ROUNDS = tuple((every, delay) for every in (6, 10, 20, 60) for delay in (0, every // 2))
+"""The steps between merges, and the steps during which a merge is sent, of the rows that `auto` chooses from."""
+OPTIMIZERS = ("adamw", "muon")
+_CHOICES = {
+    "ddp": "ddp",
+    "ddp, bf16": "ddp:wire=bf16",
+    **{
+        f"every {every}" + f", delay {delay}" * (delay > 0): f"local_sgd:every={every},wire=ternary"
+        + f",delay={delay}" * (delay > 0)
+        for every, delay in ROUNDS
+    },
+}
+_PEERS = {"powersgd": "powersgd", "diloco, every 20": "diloco:every=20", "diloco, every 60": "diloco:every=60"}
+FRONTIER = {
+    f"{optimizer}, {label}": f"{arguments} --optimizer {optimizer}"
+    for optimizer in OPTIMIZERS
+    for label, arguments in (_CHOICES | _PEERS).items()
+}
+"""Ways to synchronize, under each optimizer: those that `auto` chooses from, and methods to compare them with."""
+
+
 def _at_rates(lines: dict[str, str], rates: tuple[str, ...]) -> dict[str, str]:
     return {f"{label}, {lr}": f"{arguments} --lr {lr}" for label, arguments in lines.items() for lr in rates}
 
@@ -124,6 +145,8 @@ BENCHMARKS: dict[str, tuple[str, dict[str, str]]] = {
     "fashion-cnn-eight": ("fashion-cnn", EIGHT),
     "fashion-vit": ("fashion-vit", RECIPES),
     "fashion-vit-settings": ("fashion-vit", _at_rates(TRANSFORMERS, ("1e-3", "2e-3", "4e-3"))),
+    "frontier-cnn": ("fashion-cnn", _at_rates(FRONTIER, (*RATES[1:], "8e-3", "16e-3"))),
+    "frontier-gpt": ("pysrc-gpt", _at_rates(FRONTIER, (*RATES[1:], "8e-3", "16e-3"))),
     "pysrc-gpt": ("pysrc-gpt", RECIPES),
     "pysrc-gpt-settings": ("pysrc-gpt", _at_rates(TRANSFORMERS, (*RATES[1:], "8e-3"))),
 }
