@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abtrain.comm.communicator import Calls, Communicator, Scope, Traffic
+from abtrain.comm.communicator import SMALL, Calls, Communicator, Scope, Traffic
 from abtrain.comm.stages import Stages, finish
 from abtrain.comm.topology import Topology
 from abtrain.memory import allocated
@@ -91,7 +91,7 @@ def average_over_world(tensors: Sequence[Tensor], comm: Communicator) -> Stages[
     groups, so that the bytes between groups do not grow with the size of groups.
     """
     size = comm.topology.group_size
-    if size == 1 or comm.topology.n_groups == 1:
+    if not _goes_by_parts(tensors, comm.topology):
         return (yield from _average(tensors, comm, "world"))
     buckets = pack(tensors)
     for bucket in buckets:
@@ -106,7 +106,7 @@ def average_over_world(tensors: Sequence[Tensor], comm: Communicator) -> Stages[
 def sent_by_average_over_world(tensors: Sequence[Tensor], topology: Topology) -> Calls:
     """Returns the collective calls that `average_over_world` and `exact_average` make for these tensors."""
     size = topology.group_size
-    if size == 1 or topology.n_groups == 1:
+    if not _goes_by_parts(tensors, topology):
         return sent_by_average(tensors, "world")
     flats = [bucket.flat for bucket in pack(tensors)]
     parts = [_part(flat, size, 0) for flat in flats]
@@ -124,6 +124,12 @@ def _average(tensors: Sequence[Tensor], comm: Communicator, scope: Scope) -> Sta
         pending.wait()
         bucket.flat.div_(len(comm.ranks(scope)))
     return unpack(buckets, like)
+
+
+def _goes_by_parts(tensors: Sequence[Tensor], topology: Topology) -> bool:
+    """Returns whether workers of a group each average a part. They average small tensors together."""
+    several = topology.group_size > 1 and topology.n_groups > 1
+    return several and sum(tensor.nbytes for tensor in tensors) > SMALL
 
 
 def _part(flat: Tensor, parts: int, place: int) -> Tensor:

@@ -24,13 +24,13 @@ from abtrain.comm.topology import Topology
 from abtrain.own import trained_parameters
 from abtrain.recipes.sync import GradientSync, Sync
 
-Scope = Literal["world", "group", "counterparts"]
-"""All workers; the workers of one group; or the workers with the same place in all groups."""
+Scope = Literal["world", "group", "counterparts", "firsts"]
+"""All workers; the workers of one group; the workers with the same place in all groups; or those with place 0."""
 Reduction = Literal["sum", "max"]
 Call = Literal["all_reduce", "all_gather", "exchange", "broadcast", "gradients"]
 PLAIN = GradientSync()
 SMALL = 4096
-"""The largest number of bytes of a small collective, whose time depends on the latency of links."""
+"""The largest number of bytes of a small sum, whose time depends on the latency of links."""
 T = TypeVar("T")
 
 
@@ -92,8 +92,8 @@ class Communicator:
     def ranks(self, scope: Scope) -> tuple[int, ...]:
         """Returns the world ranks of all workers in this worker's scope, in ascending order."""
         topology = self.topology
-        if scope == "counterparts":
-            return topology.counterparts(self.rank)
+        if scope in ("counterparts", "firsts"):
+            return topology.counterparts(0 if scope == "firsts" else self.rank)
         return topology.groups[topology.group_of(self.rank)] if scope == "group" else tuple(range(topology.world_size))
 
     def all_reduce(self, tensor: Tensor, op: Reduction = "sum", scope: Scope = "world") -> None:
@@ -105,10 +105,12 @@ class Communicator:
         check_reducible(tensor, op)
         if len(self.ranks(scope)) == 1:
             return Pending(lambda: None)
-        if goes_by_place(self.topology, scope, tensor.nbytes):
-            self._start_all_reduce(tensor.detach(), op, "group").wait()
-            scope = "counterparts"
-        return self._start_all_reduce(tensor.detach(), op, scope)
+        held = tensor.detach()
+        if not goes_by_firsts(self.topology, scope, "all_reduce", held.nbytes):
+            return self._start_all_reduce(held, op, scope)
+        self._start_all_reduce(held, op, "group").wait()
+        under_way = self._start_all_reduce(held, op, "firsts") if self._is_first else None
+        return self._passed_on(held, under_way)
 
     def all_gather(self, tensor: Tensor, scope: Scope = "world") -> Tensor:
         """Returns all ranks' tensors, stacked in rank order: (ranks in scope, *tensor.shape), for any dtype."""
@@ -120,7 +122,12 @@ class Communicator:
         if len(self.ranks(scope)) == 1:
             gathered = tensor.detach()[None].clone()
             return Pending(lambda: gathered)
-        return self._start_all_gather(tensor.detach(), scope)
+        if not goes_by_firsts(self.topology, scope, "all_gather"):
+            return self._start_all_gather(tensor.detach(), scope)
+        rows = self._start_all_gather(tensor.detach(), "group").wait()
+        under_way = self._start_all_gather(rows, "firsts") if self._is_first else None
+        received = self._passed_on(rows.new_empty(self.topology.n_groups, *rows.shape), under_way)
+        return Pending(lambda: received.wait().flatten(0, 1))
 
     def launch_exchange(self, rows: Tensor, scope: Scope = "world") -> Pending[Tensor]:
         """Starts to send row i of a tensor (ranks in scope, ...) of any dtype to the scope's i-th rank.
@@ -146,6 +153,22 @@ class Communicator:
             )
         if len(ranks) > 1:
             self._broadcast(tensor.detach(), source, scope)
+
+    @property
+    def _is_first(self) -> bool:
+        return self.topology.place_of(self.rank) == 0
+
+    def _passed_on(self, outcome: Tensor, under_way: Pending[Tensor] | Pending[None] | None) -> Pending[Tensor]:
+        """Gives the whole group the outcome of a collective that its first worker, and no other, has under way."""
+
+        def finish() -> Tensor:
+            received = None if under_way is None else under_way.wait()
+            if received is not None:
+                outcome.copy_(received)
+            self._broadcast(outcome, self.ranks("group")[0], "group")
+            return outcome
+
+        return Pending(finish)
 
     def barrier(self) -> None:
         """Returns once every worker has called it."""
@@ -209,19 +232,29 @@ class SingleProcess(Communicator):
         super().__init__(0, Topology(world_size=1), torch.device("cpu"))
 
 
-def goes_by_place(topology: Topology, scope: Scope, nbytes: int) -> bool:
-    """Returns whether a small sum over the world is divided into one in the group and one among counterparts.
+def goes_by_firsts(topology: Topology, scope: Scope, call: Call, nbytes: int = 0) -> bool:
+    """Returns whether the first workers of the groups make a call over the world for all workers.
 
-    Only the sum among counterparts waits for the links between groups, once for each group and not for each worker.
+    Then a group collects the numbers of its workers, its first worker exchanges them with those of the other groups,
+    and passes the outcome on. So the messages between groups are those of one worker for each group. Large sums are
+    divided among the workers of a group instead, see `average_over_world`.
     """
-    return scope == "world" and topology.group_size > 1 and topology.n_groups > 1 and nbytes <= SMALL
+    if scope != "world" or 1 in (topology.group_size, topology.n_groups):
+        return False
+    return call == "all_gather" or (call == "all_reduce" and nbytes <= SMALL)
 
 
-def sent_by_call(call: Traffic, topology: Topology) -> Calls:
-    """Returns the collectives that a communicator makes for one call of `all_reduce`."""
-    if call.call != "all_reduce" or not goes_by_place(topology, call.scope, call.nbytes):
+def sent_by_call(call: Traffic, topology: Topology, rank: int = 0) -> Calls:
+    """Returns the collectives that a worker makes for a call of its communicator."""
+    if not goes_by_firsts(topology, call.scope, call.call, call.nbytes):
         return (call,)
-    return replace(call, scope="counterparts"), replace(call, scope="group")
+    between, outcome = call.nbytes, call.nbytes
+    if call.call == "all_gather":
+        between, outcome = call.nbytes * topology.group_size, call.nbytes * topology.world_size
+    inside, passed_on = replace(call, scope="group"), replace(call, call="broadcast", scope="group", nbytes=outcome)
+    if topology.place_of(rank):
+        return inside, passed_on
+    return inside, replace(call, scope="firsts", nbytes=between), passed_on
 
 
 def scope_spans(topology: Topology, scope: Scope) -> Spans:

@@ -71,7 +71,8 @@ class Meter:
     def payload(self) -> dict[str, Any]:
         """Returns the bytes so far: `total`, `between_groups`, `within_groups`, and for each phase in `by_phase`.
 
-        All are the worker's. `of_group` has, for each phase, the bytes that its group sends to other groups.
+        All are the worker's. On the first worker of a group, `of_group` has, for each phase, the bytes that the group
+        sends to other groups.
         """
         with self._lock:
             total = sum(self._by_scope.values())

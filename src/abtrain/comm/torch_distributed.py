@@ -154,7 +154,7 @@ class TorchCommunicator(Communicator):
         return Link(
             rank=self.rank,
             ranks=self.ranks(scope),
-            group=self._groups.get(scope),
+            group=self._groups.get("counterparts" if scope == "firsts" else scope),
             spans=scope_spans(self.topology, scope),
             meter=self.meter,
             peers=self.peers,

@@ -114,12 +114,15 @@ def count_everything(comm: Communicator) -> None:
     group = 1 if comm.topology.group_size > 1 else 0
     payload = comm.meter.payload()
     several = comm.topology.n_groups > 1
-    # Small sums over the world go by place: they begin inside the group.
-    shared = 40 if several and group else 0
-    assert payload["total"] == 71 * world + 22 * group + shared
-    assert payload["between_groups"] == (71 * world if several else 0)
-    assert payload["within_groups"] == 22 * group + shared + (0 if several else 71 * world)
-    assert payload["by_phase"] == ({"first": 64 + shared, "second": 7 + 22 * group} if world else {})
+    between, within = (64, 0) if several else (0, 64 * world)
+    if several and group:
+        # The group collects 40 and 24 bytes of each worker, and its first worker passes on the sum and four rows.
+        within = 40 + 40 + 24 + 4 * 24
+        between = 40 + 2 * 24 if comm.rank in (0, 2) else 0
+    assert payload["between_groups"] == between + (7 if several else 0)
+    assert payload["within_groups"] == within + 22 * group + (0 if several else 7 * world)
+    assert payload["total"] == payload["between_groups"] + payload["within_groups"]
+    assert payload["by_phase"] == ({"first": between + within, "second": 7 + 22 * group} if world else {})
 
 
 def test_every_byte_handed_over_is_counted(world: World) -> None:

@@ -54,7 +54,8 @@ def test_values_out_of_range_are_refused(value: int) -> None:
 
 def compare_places(comm: Communicator) -> None:
     check_equal(comm, {"step": 120, "phase": 2})
-    assert comm.meter.payload()["total"] == (24 if comm.topology.world_size > 1 else 0)
+    if 1 in (comm.topology.n_groups, comm.topology.group_size):
+        assert comm.meter.payload()["total"] == (24 if comm.topology.world_size > 1 else 0)
     if comm.topology.world_size == 1:
         return
     with pytest.raises(RanksDisagreeError) as disagreement:
@@ -87,6 +88,19 @@ def test_a_roll_call_tells_all_what_each_one_says(world: World) -> None:
     for rows in world.run(tell):
         assert [one for one, _ in rows] == [2**62 - rank for rank in range(world.world_size)]
         assert [str(other) for _, other in rows] == ["nan", *["inf"] * (world.world_size - 1)]
+
+
+def compare_and_count(comm: Communicator) -> int:
+    check_equal(comm, {"step": 3})
+    assert disagreeing(comm, [comm.rank % 2, 7]) == [0]
+    return int(comm.meter.payload()["between_groups"])
+
+
+@pytest.mark.parametrize("form", ["threads", "gloo"])
+def test_one_worker_of_each_group_compares_with_the_other_groups(form: str) -> None:
+    """Else the messages between machines would grow with the workers of each."""
+    of_first = 2 * 24 + 2 * 16
+    assert World(form, 4, 2).run(compare_and_count) == [of_first, 0, of_first, 0]
 
 
 def share_by_owner(comm: Communicator) -> None:

@@ -130,12 +130,14 @@ def scoped(cluster: Cluster, scope: Scope, group_size: int) -> tuple[Cluster, in
     """Returns the part of a cluster that a scope covers, and how many such scopes use the links of a node at once.
 
     Counterparts are one worker of each group. Each node has the counterparts of several places, which share its link.
+    The first workers are the counterparts of one place.
     """
     if scope == "world" or (scope == "counterparts" and group_size == 1):
         return cluster, 1
     if scope == "group":
         return cluster.part(group_size), 1
-    groups, at_once = cluster.workers // group_size, min(group_size, cluster.per_node)
+    groups = cluster.workers // group_size
+    at_once = 1 if scope == "firsts" else min(group_size, cluster.per_node)
     inside = max(cluster.per_node // group_size, 1)
     return Cluster(max(groups // inside, 1), cluster.link, inside, cluster.local), at_once
 

@@ -10,11 +10,12 @@ from abtrain.comm.topology import Topology
 from abtrain.commands.plan.stretches import Stretch
 
 
-def payload(stretches: Sequence[Stretch], topology: Topology) -> dict[str, Any]:
-    """Returns the bytes of a run with the keys of `Meter.payload()`: total, between_groups and so on."""
+def payload(stretches: Sequence[Stretch], topology: Topology, rank: int = 0) -> dict[str, Any]:
+    """Returns the bytes of a worker in a run with the keys of `Meter.payload()`: total, between_groups and so on."""
     by_scope, by_phase, of_group = {"between_groups": 0, "within_groups": 0}, dict[str, int](), dict[str, int]()
     for stretch in stretches:
-        for traffic, times in ((one, times) for call, times in stretch.all() for one in sent_by_call(call, topology)):
+        calls = ((one, times) for call, times in stretch.all() for one in sent_by_call(call, topology, rank))
+        for traffic, times in calls:
             nbytes = traffic.nbytes * times
             if nbytes:
                 spans = scope_spans(topology, traffic.scope)

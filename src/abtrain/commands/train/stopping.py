@@ -16,6 +16,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from abtrain.comm.communicator import Communicator, Pending
 from abtrain.commands.process import PASSED_ON, SIGNALS, Requests
+from abtrain.consistency.agreement import largest
 from abtrain.errors import StoppedError
 
 _LOOK_SECONDS = 2.0
@@ -117,9 +118,7 @@ class Stopping:
 
 
 def _vote_of(comm: Communicator, store: Store) -> StopVote:
-    topology = comm.topology
-    group = str(topology.group_of(comm.rank)) if topology.group_size > 1 else None
-    return StopVote(store, topology.world_size, group)
+    return StopVote(store, comm.topology.world_size, comm if comm.topology.group_size > 1 else None)
 
 
 class StopVote:
@@ -131,18 +130,19 @@ class StopVote:
     this case all workers stop at the merge.
 
     Workers of a group share gradients, so a worker that waits for votes also blocks its group at the next step. All
-    workers of a group therefore read the store at the same steps, and the first one to read decides for the group.
+    workers of a group therefore agree at the same steps, and only the first of them reads the store.
 
     Args:
         store: a store that only this run uses.
         world_size: the number of workers.
-        group: the name of this worker's group; None if it trains alone.
+        group: the communicator of this worker; None if it trains alone.
     """
 
-    def __init__(self, store: Store, world_size: int, group: str | None = None) -> None:
+    def __init__(self, store: Store, world_size: int, group: Communicator | None = None) -> None:
         self._store = store
         self._world_size = world_size
         self._group = group
+        self._reads = group is None or group.topology.place_of(group.rank) == 0
         self._looked = time.monotonic()
         self._looked_at = self._next_look = -1
         self._meetings = 0
@@ -176,6 +176,7 @@ class StopVote:
         self._patience = _HIDDEN_PATIENCE_SECONDS if hides else _PATIENCE_SECONDS
         if waits:
             self._meetings += 1
+        if waits and self._reads:
             self._store.set(_MEETINGS, str(self._meetings))
 
     def _is_request_seen(self, requested: int, step: int) -> bool:
@@ -187,7 +188,7 @@ class StopVote:
         self._looked = now
         return self._is_announced(requested)
 
-    def _is_request_seen_by(self, group: str, requested: int, step: int) -> bool:
+    def _is_request_seen_by(self, group: Communicator, requested: int, step: int) -> bool:
         if step < self._next_look:
             return False
         now = time.monotonic()
@@ -195,8 +196,8 @@ class StopVote:
         pace = (step - self._looked_at) / max(now - self._looked, 1e-6) if self._looked_at >= 0 else 0
         ahead = min(max(int(pace * _LOOK_SECONDS), 1), _MAX_STEPS_AHEAD)
         self._looked, self._looked_at = now, step
-        mine = f"{int(self._is_announced(requested))} {step + ahead}"
-        seen, self._next_look = map(int, self._store.compare_set(f"look/{group}/{step}", "", mine).split())
+        mine = self._is_announced(requested) if self._reads or requested else False
+        seen, self._next_look = largest(group, [int(mine), step + ahead], torch.int64, "group")
         return bool(seen)
 
     def _is_announced(self, requested: int) -> bool:

@@ -128,7 +128,7 @@ def compare(recipe: Recipe, workers: int, group_size: int = 1, make: Any = norm_
     state = OptimizerShape(1, 0) if optimizer is sgd else OptimizerShape()
     for rank, (counted, ranks) in enumerate(results):
         stretches = predict(recipe, shapes, topology, ranks, state, rank)
-        predicted = payload(stretches, topology)
+        predicted = payload(stretches, topology, rank)
         if group_size == 1 or recipe.factoring is None:
             assert predicted == counted
         assert predicted["between_groups"] == counted["between_groups"]

@@ -3,10 +3,12 @@
 import threading
 import time
 from collections.abc import Callable
+from typing import cast
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
+from abtrain.comm import Communicator, run_in_process
 from abtrain.commands.train import stopping
 from abtrain.commands.train.stopping import StopVote
 
@@ -67,18 +69,24 @@ def test_who_waits_at_a_merge_is_not_waited_for() -> None:
     assert time.monotonic() - began < 5
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_workers_of_a_group_find_out_at_the_same_step(first: int) -> None:
-    """The first worker to look decides for the group; later requests do not matter."""
+@pytest.mark.parametrize("asked", [0, 1])
+def test_workers_of_a_group_find_out_at_the_same_step(asked: int) -> None:
     store = HashStore()
-    group = [StopVote(store, 2, "0"), StopVote(store, 2, "0")]
-    assert group[first].agreed(0, 5) == 0
-    # The other one was asked meanwhile: it would wait alone now.
-    assert group[1 - first].agreed(15, 5) == 0
-    found: list[int] = []
-    threads = [threading.Thread(target=lambda one=one: found.append(one.agreed(0, 6))) for one in group]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert found == [15, 15]
+
+    def worker(comm: Communicator) -> list[int]:
+        vote = StopVote(store, 2, comm)
+        return [vote.agreed(0, 5), vote.agreed(15 if comm.rank == asked else 0, 6)]
+
+    assert run_in_process(2, worker, group_size=2) == [[0, 15]] * 2
+
+
+def test_only_the_first_worker_of_a_group_uses_the_store() -> None:
+    """The store is on one machine, so the bytes to it should not grow with the workers of the others."""
+    store, unused = HashStore(), cast(Store, object())
+
+    def worker(comm: Communicator) -> list[int]:
+        vote = StopVote(unused if comm.rank else store, 2, comm)
+        vote.before_step(waits=True, hides=False)
+        return [vote.agreed(0, step) for step in range(3)]
+
+    assert run_in_process(2, worker, group_size=2) == [[0, 0, 0]] * 2
