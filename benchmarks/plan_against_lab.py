@@ -24,6 +24,7 @@ from abtrain.commands.plan.advice import Setting
 from abtrain.commands.plan.bench import Bench, measure_decompositions
 from abtrain.commands.plan.collectives import Cluster, NodeLink
 from abtrain.commands.plan.forecast import WorkerSeconds
+from abtrain.commands.plan.merge_bench import seconds_of_merge
 from abtrain.commands.plan.shapes import shapes_of
 from abtrain.commands.runs.result_files import read_record
 from abtrain.commands.tasks.task import TASKS
@@ -52,7 +53,7 @@ def _bench(task: str) -> tuple[Bench, WorkerSeconds]:
     with torch.device("meta"):
         shapes = shapes_of(TASKS[task].model(), Factoring(FixedRank(1)))
     bench = Bench(TASKS[task])
-    return bench, WorkerSeconds(bench.step(), bench.averaging(), measure_decompositions(shapes))
+    return bench, WorkerSeconds(bench.step(), bench.averaging(), measure_decompositions(shapes), merge=seconds_of_merge)
 
 
 def _line(settings: dict[str, Any], row: dict[str, Any], rows: list[dict[str, Any]], latency: float) -> str:

@@ -1,17 +1,16 @@
 """Forecasts the seconds of a run and the bytes on its links, phase by phase.
 
 The forecast makes these assumptions. The computation of a step takes the same time in every phase, except for the cost
-of factors and of averaging gradients. Compressing the data of merges takes no time. All workers wait for
-broadcasts and merges, unless a merge runs in the background of training steps. Such a hidden merge has the links to
-itself. DDP sends gradients during the backward pass, which is two thirds of a step. It sends a bucket when the bucket
-is ready and the previous one is complete. The optimizer waits for the last bucket (Li et al., PyTorch Distributed,
-VLDB 2020).
+of factors and of averaging gradients. All workers wait for broadcasts and merges, unless a merge runs in the background
+of training steps. Such a hidden merge has the links to itself, but its computation is added to the steps. DDP sends
+gradients during the backward pass, which is two thirds of a step. It sends a bucket when the bucket is ready and the
+previous one is complete. The optimizer waits for the last bucket (Li et al., PyTorch Distributed, VLDB 2020).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -22,7 +21,7 @@ from abtrain.commands.plan.collectives import Cluster, Cost, cost_of, scoped
 from abtrain.commands.plan.stragglers import Speeds
 from abtrain.commands.plan.stretches import Merging, Stretch
 from abtrain.commands.plan.totals import over_links, payload
-from abtrain.recipes.sync import GradientWire
+from abtrain.recipes.sync import GradientWire, WeightSync
 
 BACKWARD = 2 / 3
 """The backward pass as a share of a step's time: it computes about twice as much as the forward pass."""
@@ -56,12 +55,15 @@ class WorkerSeconds:
             PowerSGD has one value for all ranks.
         decompositions: the seconds that one worker takes to decompose all factored weights.
         factors: the seconds that factors add to training, without decompositions.
+        merge: a function that takes the settings of a merge, the number of groups, and the number of parameters that
+            the worker merges. It returns the seconds that the worker computes in the merge.
     """
 
     step: float
     averaging: Mapping[GradientWire, float] = field(default_factory=dict)
     decompositions: float = 0.0
     factors: FactorSeconds = FactorSeconds()
+    merge: Callable[[WeightSync, int, int], float] = field(default=lambda sync, groups, numbers: 0.0, compare=False)
 
     def times(self, slower: float) -> WorkerSeconds:
         """Returns these seconds for a worker that takes `slower` times as long, for example on a shared core."""
@@ -71,6 +73,7 @@ class WorkerSeconds:
             averaging={wire: slower * seconds for wire, seconds in self.averaging.items()},
             decompositions=slower * self.decompositions,
             factors=self.factors.times(slower),
+            merge=lambda sync, groups, numbers: slower * self.merge(sync, groups, numbers),
         )
 
 
@@ -86,7 +89,7 @@ class PhaseForecast:
         compute: the seconds of computation at nominal speed.
         waiting: the seconds that workers wait for the slowest one.
         communication: the seconds of communication that do not overlap with computation, and the seconds that workers
-            take to copy and compress gradients for it.
+            take to copy and compress gradients for it, and to compute merges.
         decomposing: the seconds that workers take to decompose weights, and to replace weights by factors and back.
     """
 
@@ -171,7 +174,9 @@ class _Forecaster:
         averaging = alone.averaging.get(stretch.averages, 0.0) if stretch.averages else 0.0
         exposed = stretch.steps * (averaging * slowest + self._exposed(stretch.step, step * slowest))
         exposed += self._seconds(stretch.entry) + self._seconds(stretch.exit)
-        exposed += sum(merging.times * self._stalled(merging, step * slowest) for merging in stretch.merges)
+        for merging in stretch.merges:
+            computing = alone.merge(merging.sync, self._topology.n_groups, merging.numbers)
+            exposed += merging.times * (self._stalled(merging, step * slowest) + computing * slowest)
         sent = sum(over_links(payload([stretch], self._topology), self._topology).values())
         wire = sum(self._cost(traffic).wire * times for traffic, times in stretch.all())
         waiting, decomposing = compute * (slowest - 1), stretch.decompositions * alone.decompositions

@@ -223,9 +223,9 @@ class _Walk:
         hidden = min(sync.delay, sync.every // sync.fragments)
         merges = []
         for fragments, times in turn.merging.items():
-            merges.append(Merging(times, self._merge(turn.position, held, sync, fragments, bool(hidden)), hidden))
+            merges.append(self._merge(turn.position, held, sync, fragments, times, hidden))
         if turn.last:
-            merges.append(Merging(1, self._merge(turn.position, held, sync, tuple(range(sync.fragments)))))
+            merges.append(self._merge(turn.position, held, sync, tuple(range(sync.fragments))))
         return tuple(merges)
 
     def _compare_buffers(self) -> Calls:
@@ -241,9 +241,10 @@ class _Walk:
         held: Sequence[_Held],
         sync: WeightSync,
         fragments: Sequence[int],
-        hidden: bool = False,
-    ) -> tuple[Calls, ...]:
-        """Returns the collectives of one merge, stage by stage.
+        times: int = 1,
+        hidden: int = 0,
+    ) -> Merging:
+        """Returns a merge of some fragments, which takes place several times, with its collectives stage by stage.
 
         First, the workers of a group check that their weights are equal, and all workers check that they merge the same
         parameters. Then the workers merge the parameters that some worker has trained. The last fragment includes the
@@ -255,13 +256,14 @@ class _Walk:
         tensors = {n: tensor for place in fragments for n, tensor in parts[place].items() if n not in idle}
         trained = trained_by(position, self._topology, [one.name for one in held if one.part in ("A", "B")])
         buffers = list(self._model.buffers.values()) if sync.fragments - 1 in fragments else []
-        numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
-        first, *more = sent_by_merge(sync, tensors, trained, numbers, self._topology, self._rank)
+        averaged = [buffer for buffer in buffers if buffer.is_floating_point()]
+        first, *more = sent_by_merge(sync, tensors, trained, averaged, self._topology, self._rank)
         if self._topology.group_size > 1:
             first = (*sent_by_comparison(scope="group"), *sent_by_gathered(self._topology), *first)
         if hidden and steps_alone(sync.merge):
             first = (*first, *sent_by_spread(list(tensors.values()), self._topology))
-        return (first, *more)
+        numbers = sum(tensor.numel() for tensor in tensors.values()) // self._topology.group_size
+        return Merging(times, (first, *more), sync if hidden else replace(sync, delay=0), numbers, hidden)
 
     def _trained_by_nobody(self, position: Position) -> set[str]:
         """Returns the parts of weights, such as A, that no worker trains at this position in the recipe."""

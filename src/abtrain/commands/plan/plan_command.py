@@ -14,6 +14,7 @@ from abtrain.commands.plan.bench import Bench, measure_decompositions
 from abtrain.commands.plan.collectives import ALL_REDUCES, Cluster, NodeLink
 from abtrain.commands.plan.forecast import PhaseForecast, WorkerSeconds
 from abtrain.commands.plan.memory_command import plan_memory
+from abtrain.commands.plan.merge_bench import seconds_of_merge
 from abtrain.commands.plan.recipes_command import payload_note, ratio_in_short, ratio_in_words
 from abtrain.commands.plan.settings import (
     ALL,
@@ -40,8 +41,8 @@ from abtrain.recipes.rank_rules import FixedRank
 _MOST_WORKERS = 10**6
 _NOTE = (
     "Bytes and times are forecasts. They assume that a step takes the same time in every recipe, except for the cost "
-    "of factors and of averaging gradients if a step was measured. Accuracy is not predicted: every recipe but ddp "
-    "loses some, and more with rarer and hidden merges."
+    "of factors, of averaging gradients and of computing merges if a step was measured. Accuracy is not predicted: "
+    "every recipe but ddp loses some, and more with rarer and hidden merges."
 )
 
 
@@ -154,13 +155,14 @@ def _speeds(config: PlanConfig) -> Speeds:
 def _setting(config: PlanConfig) -> Setting:
     shapes, measure_factors = shapes_for(config), None
     if config.step_time is not None:
-        # Without a measurement, the forecast ignores the costs of averaging gradients and of factors.
+        # Without a measurement, the forecast ignores the costs of averaging gradients, of factors and of merges.
         alone = WorkerSeconds(parse_seconds(config.step_time))
     else:
         assert config.task is not None
         bench = Bench(TASKS[config.task], config.data, config.batch_size)
         decompositions = measure_decompositions(shapes(Factoring(FixedRank(1))))
-        alone, measure_factors = WorkerSeconds(bench.step(), bench.averaging(), decompositions), bench.factors
+        alone = WorkerSeconds(bench.step(), bench.averaging(), decompositions, merge=seconds_of_merge)
+        measure_factors = bench.factors
     return Setting(
         shapes,
         config.compression,

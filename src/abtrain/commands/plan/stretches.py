@@ -18,12 +18,16 @@ class Merging:
     Attributes:
         times: the number of merges.
         stages: the collectives of each stage. A stage starts when the previous one is complete.
+        sync: the settings of the merges.
+        numbers: the number of parameters that the worker merges, which are a part of those of its group.
         hidden: the number of training steps that overlap with a merge, spread evenly over its stages. It is 0 if
             training waits for the merge.
     """
 
     times: int
     stages: tuple[Calls, ...]
+    sync: WeightSync
+    numbers: int
     hidden: int = 0
 
     @property

@@ -13,7 +13,7 @@ from abtrain.commands.plan.shapes import ModelShapes, assumed_shapes
 from abtrain.commands.plan.stragglers import Speeds
 from abtrain.commands.plan.stretches import Merging, Stretch
 from abtrain.commands.tasks.task import TASKS
-from abtrain.recipes.sync import GradientSync, GradientWire
+from abtrain.recipes.sync import GradientSync, GradientWire, WeightSync
 
 LINK = NodeLink(100e6, 1e-3)
 CLUSTER = Cluster(4, LINK)
@@ -67,12 +67,30 @@ def test_merges_are_not_hidden() -> None:
 def test_the_steps_of_its_delay_hide_a_merge() -> None:
     """Two stages in 5 steps of 0.1 s: the second is begun after the first of them, and has 4 to arrive in."""
     stages = ((Traffic("all_reduce", "world", 256),), (Traffic("all_reduce", "world", 6_000_000),))
-    stretch = Stretch("local", 10, "group", merges=(Merging(1, stages, hidden=5),))
+    stretch = Stretch("local", 10, "group", merges=(Merging(1, stages, WeightSync(10, delay=5), 1, hidden=5),))
     expected = forecast([stretch], CLUSTER, WorkerSeconds(0.1))
     left = ring(CLUSTER, 6e6).seconds - 0.4
     assert expected.phases[0].communication == pytest.approx(left)
     # Steps of a second hide all of it.
     assert forecast([stretch], CLUSTER, WorkerSeconds(1)).phases[0].communication == 0
+
+
+def test_what_a_worker_computes_in_a_merge_takes_time() -> None:
+    """It computes its part of the numbers of its group."""
+    model, recipe = assumed_shapes(10**6, 1000), recipes.diloco(40, every=20, wire="int4")
+
+    def seconds(sync: WeightSync, groups: int, numbers: int) -> float:
+        assert (sync.wire, groups) == ("int4", 2)
+        return numbers * 1e-6
+
+    def total(alone: WorkerSeconds) -> float:
+        stretches = predict(recipe, model, Topology(4, 2))
+        return forecast(stretches, Cluster(2, LINK, 2), alone, group_size=2).seconds
+
+    without, with_merges = total(WorkerSeconds(0.1)), total(WorkerSeconds(0.1, merge=seconds))
+    slower = total(WorkerSeconds(0.05, merge=seconds).times(2))
+    assert with_merges - without == pytest.approx(2 * model.numel / 2 * 1e-6)
+    assert slower - without == pytest.approx(2 * 2 * model.numel / 2 * 1e-6)
 
 
 def test_hidden_merges_use_a_slow_link_better() -> None:
