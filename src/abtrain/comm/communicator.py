@@ -110,7 +110,12 @@ class Communicator:
             return self._start_all_reduce(held, op, scope)
         self._start_all_reduce(held, op, "group").wait()
         under_way = self._start_all_reduce(held, op, "firsts") if self._is_first else None
-        return self._passed_on(held, under_way)
+        passed_on = self._passed_on(held, under_way)
+
+        def finish() -> None:
+            passed_on.wait()
+
+        return Pending(finish)
 
     def all_gather(self, tensor: Tensor, scope: Scope = "world") -> Tensor:
         """Returns all ranks' tensors, stacked in rank order: (ranks in scope, *tensor.shape), for any dtype."""
