@@ -27,3 +27,21 @@ def allocated(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         # A system without large pages refuses, which changes nothing.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
     return tensor
+
+
+class Recycler:
+    """Creates tensors, and uses their memory again, whose pages are mapped then."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns a tensor (count,) without values."""
+        for index, tensor in enumerate(self._free):
+            if tensor.numel() >= count and (tensor.dtype, tensor.device) == (dtype, device):
+                return self._free.pop(index)[:count]
+        return allocated(count, dtype, device)
+
+    def give(self, tensor: Tensor) -> None:
+        """Takes back a tensor that `take` has returned. Nobody may use it any more."""
+        self._free.append(tensor)

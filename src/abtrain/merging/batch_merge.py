@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Stages, begun, in_step
+from abtrain.memory import Recycler
 from abtrain.merging.batches import Batch
 from abtrain.merging.changes import is_finite
 from abtrain.merging.divergence import Terms, local_terms
@@ -20,14 +21,13 @@ from abtrain.merging.merge_input import MergeInput
 from abtrain.merging.outer_state import OuterState
 from abtrain.merging.places import Places
 from abtrain.merging.store import Store
+from abtrain.merging.wires.flat import FlatAverage, Numbers, Parts, WholeAverage
 from abtrain.merging.wires.wire import Wire
 
 IN_FLIGHT = 2
 """The number of batches that are merged at once: while one is sent, the next is encoded."""
 _APPLIED = 3
 """The batches of memory that `BatchMerge.apply` needs at most, besides mean and errors: what the rule computes."""
-Outcome = tuple[Tensor, Tensor | None]
-"""The mean of a batch and this worker's rounding errors (see `BatchMerge.average`)."""
 Check = Callable[[Sequence[str]], None]
 """Receives the names of tensors whose average is not finite, and raises an error if any worker has such a tensor."""
 
@@ -42,6 +42,7 @@ class BatchMerge:
         weight: the number by which this worker multiplies its changes before all changes are averaged.
         excluded: whether the merge excludes this worker, whose weight is then 0.
         sent_all: whether the wire has sent this worker's changes without rounding them.
+        memory: creates tensors for one batch after the other.
         measuring: whether to compute `terms`, this worker's terms of the divergence by name.
     """
 
@@ -56,38 +57,72 @@ class BatchMerge:
     weight: float
     excluded: bool
     measuring: bool
+    memory: Recycler
     sent_all: bool = False
     terms: dict[str, Terms] = field(default_factory=dict)
 
-    def average(self) -> Stages[tuple[Tensor, Tensor | None]]:
-        """Averages the changes of all workers. Returns the mean and this worker's rounding errors, both flat."""
-        # Only the wire refers to the changes, so that it can free them.
+    def average(self) -> Stages[FlatAverage]:
+        """Averages the changes of all workers."""
+        numbers = self._numbers()
         if self.wire.elementwise:
-            means, errors = yield from self.wire.average({"": self._changes()}, self.comm)
-            return means[""], errors.get("")
-        means, errors = yield from self.wire.average(self._named(self._changes()), self.comm)
-        return self._flat(means), self._flat(errors) if errors else None
+            return (yield from self.wire.average_flat(numbers, self.comm))
+        # Only the wire refers to the changes, so that it can free them.
+        means, errors = yield from self.wire.average(self._named(numbers.whole()), self.comm)
+        return WholeAverage(self._flat(means), self._flat(errors) if errors else None)
 
-    def _changes(self) -> Tensor:
-        changes, self.changes = self.changes, None
-        if changes is None:
-            changes = self.state.change(self.batch, self.started)
-        return self.state.contribution(self.batch, changes, self.weight)
+    def _numbers(self) -> Numbers:
+        """Returns the changes of this worker times its weight, plus residuals."""
+        batch, changes, self.changes = self.batch, self.changes, None
+        write = self.state.contribution(batch, self.started, changes, self.weight)
+        at_once = self.part.started is None and self.wire.lossy and self.comm.topology.n_groups > 1
+        error = self.state.errors_of(batch) if at_once else None
+        return Numbers(batch.numel, batch.dtype, batch.device, write, error, self.memory)
 
-    def apply(self, held: Held, mean: Tensor, error: Tensor | None) -> None:
+    def apply(self, held: Held, average: FlatAverage) -> list[str]:
         """Writes the merged weights into this worker's pieces `held`.
 
         Adds what this worker has changed since a hidden merge began.
+
+        Returns:
+            The names of the batch's tensors whose average is not finite.
         """
         if self.measuring:
-            self._measure(mean)
-        self.sent_all = error is None
+            average = average.whole()
+            self._measure(average.mean)
+        self.sent_all = average.error is None
         rule, continued = self.part.sync.merge, self.part.started is not None and not self.excluded
         before = self.state.stepped_alone(self.batch, self.started, rule) if continued else None
-        merged = self.state.advance(self.batch, rule, mean, error)
+        broken: list[str] = []
+        merged = self.state.advance(self.batch, rule, self._checked(average.parts(), broken), average.error)
+        average.release()
         if before is not None:
             merged = (held.flat(self.batch).to(self.batch.dtype) - before).add_(merged)
         held.write(self.batch, merged)
+        return list(dict.fromkeys(broken))
+
+    def broken(self, average: FlatAverage) -> list[str]:
+        """Returns the names of the batch's tensors whose average is not finite."""
+        broken: list[str] = []
+        for _ in self._checked(average.parts(), broken):
+            pass
+        return broken
+
+    def _checked(self, parts: Parts, broken: list[str]) -> Parts:
+        """Yields parts of an average. Adds the names of the tensors with values that are not finite to `broken`."""
+        for place, part in parts:
+            if not bool(part.sum().isfinite()):
+                broken += [name for name, numbers in self._within(place, part) if not is_finite(numbers)]
+            yield place, part
+
+    def _within(self, place: slice, part: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yields the tensors of which a part of the batch has numbers, by name, with these numbers."""
+        start = 0
+        for name, shape in zip(self.batch.names, self.batch.shapes, strict=True):
+            stop = start + shape.numel()
+            numbers = part[max(start - place.start, 0) : max(stop - place.start, 0)]
+            if len(numbers):
+                yield name, numbers
+            start = stop
 
     def _measure(self, mean: Tensor) -> None:
         shapes = {name: tensor.shape for name, tensor in self.part.tensors().items()}
@@ -103,31 +138,30 @@ class BatchMerge:
         return torch.cat([named[name].reshape(-1) for name in self.batch.names])
 
 
-def average_at_once(works: Sequence[BatchMerge]) -> Stages[list[Outcome]]:
+def average_at_once(works: Sequence[BatchMerge]) -> Stages[list[FlatAverage]]:
     """Averages all batches stage by stage. Changes no weight."""
-    return (yield from in_step([work.average() for work in works]))
+    averages = yield from in_step([work.average() for work in works])
+    return [average.whole() for average in averages]
 
 
-def apply_at_once(works: Sequence[BatchMerge], outcomes: Sequence[Outcome], held: Held, check: Check) -> None:
+def apply_at_once(works: Sequence[BatchMerge], averages: Sequence[FlatAverage], held: Held, check: Check) -> None:
     """Applies what `average_at_once` has returned for these batches to this worker's pieces `held`."""
-    check([name for work, (mean, _) in zip(works, outcomes, strict=True) for name in _broken(work, mean)])
-    for work, (mean, error) in zip(works, outcomes, strict=True):
-        work.apply(held, mean, error)
+    check([name for work, average in zip(works, averages, strict=True) for name in work.broken(average)])
+    for work, average in zip(works, averages, strict=True):
+        work.apply(held, average)
 
 
 def merge_in_turn(works: Sequence[BatchMerge], held: Held, check: Check) -> None:
     """Averages one batch after the other, of which two are under way at a time, and applies them to pieces `held`."""
     broken: list[str] = []
-    under_way: deque[tuple[BatchMerge, Callable[[], tuple[Tensor, Tensor | None]]]] = deque()
+    under_way: deque[tuple[BatchMerge, Callable[[], FlatAverage]]] = deque()
     waiting = deque(works)
     while waiting or under_way:
         while waiting and len(under_way) < IN_FLIGHT:
             work = waiting.popleft()
             under_way.append((work, begun(work.average())))
         work, finish = under_way.popleft()
-        mean, error = finish()
-        broken += _broken(work, mean)
-        work.apply(held, mean, error)
+        broken += work.apply(held, finish())
     check(broken)
 
 
@@ -155,11 +189,3 @@ def used_by_merge(wire: Wire, batches: Sequence[Batch], workers: int, hidden: bo
     encoding = max((held + size for held, size in zip(waiting, sizes, strict=True)), default=0)
     under_way = (IN_FLIGHT - 1) * max(waiting, default=0)
     return MergeMemory(0, under_way + max(encoding, *outcomes, 0) + applied)
-
-
-def _broken(work: BatchMerge, mean: Tensor) -> list[str]:
-    """Returns the names of the batch's tensors whose average is not finite."""
-    if bool(mean.sum().isfinite()):
-        return []
-    pairs = zip(work.batch.names, work.batch.views(mean), strict=True)
-    return [name for name, part in pairs if not is_finite(part)]

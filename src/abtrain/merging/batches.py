@@ -51,6 +51,10 @@ class Batch:
     def names(self) -> list[str]:
         return [one.name for one in self.ranges]
 
+    @cached_property
+    def numel(self) -> int:
+        return sum(shape.numel() for shape in self.shapes)
+
     def of(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """Returns views of this batch's ranges of tensors, given by name."""
         return [one.of(tensors[one.name]) for one in self.ranges]

@@ -22,10 +22,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize else dtype
 
 
-def change(anchor: Tensor, tensor: Tensor) -> Tensor:
-    """Returns the change of a tensor since its anchor (its value after the last merge), in the anchor's dtype."""
+def change(anchor: Tensor, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+    """Returns the change of a tensor since its anchor (its value after the last merge), in the anchor's dtype.
+
+    The result is `out`, if it is given.
+    """
     new, old = tensor.to(anchor.dtype), anchor.to(tensor.dtype).to(anchor.dtype)
-    out = allocated(new.numel(), new.dtype, new.device).view(new.shape)
+    if out is None:
+        out = allocated(new.numel(), new.dtype, new.device).view(new.shape)
     return torch.sub(new, old, out=out)
 
 

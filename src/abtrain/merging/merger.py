@@ -27,6 +27,7 @@ from abtrain.comm.stages import Stages, timed, together
 from abtrain.consistency.agreement import CALL, gather_json, roll_call, share
 from abtrain.errors import NonFiniteError, OnNonFinite, UsageError
 from abtrain.failpoints import fail_at
+from abtrain.memory import Recycler
 from abtrain.merging.batch_merge import IN_FLIGHT, BatchMerge, apply_at_once, average_at_once, merge_in_turn
 from abtrain.merging.batches import Batch
 from abtrain.merging.buffers import Buffers, settled
@@ -234,6 +235,7 @@ class Merger(OuterState):
         """Returns the merges of all batches, and moves known `changes` into them."""
         topology, rank, wire = self._comm.topology, self._comm.rank, self.wire(part.sync.wire)
         weight, others = weights_of(part.sync.merge, pieces, part.trained_by, alive, reports, topology, rank)
+        memory = Recycler()
         return [
             BatchMerge(
                 state=self,
@@ -247,6 +249,7 @@ class Merger(OuterState):
                 weight=others.get(batch.names[0], weight) if alive[rank] else 0.0,
                 excluded=not alive[rank],
                 measuring=measuring,
+                memory=memory,
             )
             for batch in pieces.batches(others, whole=measuring or not wire.elementwise)
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,11 +14,10 @@ from abtrain.merging.batches import Batch
 from abtrain.merging.changes import change, wide
 from abtrain.merging.held import Held
 from abtrain.merging.store import Layout, Store
+from abtrain.merging.wires.flat import Parts, parts_of
 from abtrain.recipes.merges import MergeRule
 
 Tensors = dict[str, Tensor]
-_PART = 2**17
-"""The number of elements that one thread of a CPU computes at once, so that they fit into its cache."""
 
 
 class OuterState:
@@ -93,16 +92,40 @@ class OuterState:
         residuals = self._known(self.residuals, batch)
         if changes is None:
             anchors, values = self.anchors_of(batch), _flat(tensors, batch)
-            found = _largest(change(anchors[part], values[part]) for part in _parts(anchors))
+            found = _largest(change(anchors[part], values[part]) for part in parts_of(anchors))
         else:
             found = _largest([changes])
         return found + (0.0 if residuals is None else _largest([residuals]))
 
-    def contribution(self, batch: Batch, changes: Tensor, weight: float) -> Tensor:
-        """Returns the changes of a batch times a weight, plus its residuals, in place of `changes`."""
-        numbers = changes.zero_() if not weight else changes if weight == 1 else changes.mul_(weight)
+    def contribution(
+        self, batch: Batch, started: Held | Store, changes: Tensor | None, weight: float
+    ) -> Callable[[slice, Tensor], None]:
+        """Returns a function that writes a range of the changes of a batch times a weight, plus residuals.
+
+        `changes` are the changes, if they are known.
+        """
         residuals = self._known(self.residuals, batch)
-        return numbers if residuals is None else numbers.add_(residuals)
+        values, anchors = (_flat(started, batch), self.anchors_of(batch)) if changes is None else (changes, None)
+
+        def write(part: slice, out: Tensor) -> None:
+            if not weight:
+                out.zero_()
+            elif anchors is None:
+                out.copy_(values[part])
+            else:
+                change(anchors[part], values[part], out=out)
+            if weight not in (0, 1):
+                out.mul_(weight)
+            if residuals is not None:
+                out.add_(residuals[part])
+
+        return write
+
+    def errors_of(self, batch: Batch) -> Tensor | None:
+        """Returns memory for the rounding errors of a batch, in place of its residuals; None if there is none."""
+        if batch.device.type != "cpu" or batch.dtype != torch.float32 or self._device:
+            return None
+        return self.residuals.memory(batch, torch.float32)
 
     def stepped_alone(self, batch: Batch, started: Held | Store, rule: MergeRule) -> Tensor:
         """Returns the weights to continue from during a hidden merge, which had the values `started` when it began."""
@@ -112,32 +135,36 @@ class OuterState:
         # A step by the change itself leads back to `started`, up to rounding.
         return before if step is own else (self.anchors_of(batch) + step).to(before.dtype)
 
-    def advance(self, batch: Batch, rule: MergeRule, mean: Tensor, error: Tensor | None) -> Tensor:
+    def advance(self, batch: Batch, rule: MergeRule, mean: Parts, error: Tensor | None) -> Tensor:
         """Moves the anchors of a batch by the rule's step, and stores momentum and rounding errors.
 
+        `mean` is computed part by part, so that everything between it and the anchors stays in a CPU's cache.
         Returns the anchors, as one flat tensor.
         """
-        known, anchors = self._known(self.momentum, batch), self.anchors.memory(batch, mean.dtype)
+        known, anchors = self._known(self.momentum, batch), self.anchors.memory(batch, batch.dtype)
         if anchors is None:
-            step, momentum = rule.step(mean, known)
+            step, momentum = rule.step(torch.cat([part.clone() for _, part in mean]), known)
             self.anchors.add(batch, self._home(step))
             if momentum is not None:
                 self.momentum.put(batch, self._home(momentum))
         else:
-            self._advance(batch, rule, mean, known, anchors)
+            for place, part in mean:
+                self._advance(batch, rule, place, part, known, anchors)
         if error is not None:
-            self.residuals.put(batch, self._home(error))
+            memory = self.residuals.memory(batch, error.dtype)
+            if memory is None or memory.data_ptr() != error.data_ptr():
+                self.residuals.put(batch, self._home(error))
         return self.anchors_of(batch)
 
-    def _advance(self, batch: Batch, rule: MergeRule, mean: Tensor, known: Tensor | None, anchors: Tensor) -> None:
-        """Moves anchors part by part, so that everything between the mean and the anchors stays in a CPU's cache."""
-        for part in _parts(mean):
-            step, momentum = rule.step(mean[part], None if known is None else known[part])
-            anchors[part].add_(self._home(step))
-            if momentum is not None:
-                kept = self.momentum.memory(batch, momentum.dtype)
-                assert kept is not None, "anchors lie side by side, and momentum does not"
-                kept[part].copy_(momentum)
+    def _advance(
+        self, batch: Batch, rule: MergeRule, place: slice, mean: Tensor, known: Tensor | None, anchors: Tensor
+    ) -> None:
+        step, momentum = rule.step(mean, None if known is None else known[place])
+        anchors[place].add_(self._home(step))
+        if momentum is not None:
+            kept = self.momentum.memory(batch, momentum.dtype)
+            assert kept is not None, "anchors lie side by side, and momentum does not"
+            kept[place].copy_(momentum)
 
     def settle(self, names: Iterable[str]) -> None:
         """Drops the residuals of tensors whose changes were sent completely."""
@@ -183,12 +210,6 @@ def _flat(tensors: Held | Store, batch: Batch) -> Tensor:
     flat = tensors.flat(batch)
     assert flat is not None, f"no value of {batch.names[0]} is stored"
     return flat
-
-
-def _parts(flat: Tensor) -> list[slice]:
-    """Returns ranges of a flat tensor that are computed one after the other."""
-    size = _PART * torch.get_num_threads() if flat.device.type == "cpu" else max(flat.numel(), 1)
-    return [slice(start, start + size) for start in range(0, flat.numel(), size)]
 
 
 def _largest(parts: Iterable[Tensor]) -> float:

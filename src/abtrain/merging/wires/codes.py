@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,20 @@ from abtrain.merging.wires.packing import TERNARY, pack, unpack
 from abtrain.merging.wires.scratch import Scratch
 
 _SCALE = torch.bfloat16
+
+
+class CodedPart(NamedTuple):
+    """A part of encoded numbers.
+
+    Attributes:
+        place: the range of the part's numbers among all numbers.
+        scales: the bytes of its scales, (blocks, bytes per scale).
+        packed: the bytes of its integers.
+    """
+
+    place: slice
+    scales: Tensor
+    packed: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,9 +69,10 @@ class Code:
         if not self.block:
             return numbers.to(_FLOATS[self.name]).view(torch.uint8)
         data = allocated(self.nbytes(numbers.numel()), torch.uint8, numbers.device)
-        scratch = Scratch(numbers)
-        for part, scales, packed in self._parts(numbers, *self._split(data, numbers.numel()), scratch):
-            self._encode_part(part, scales, packed, scratch)
+        scratch, flat = Scratch(numbers), numbers.detach()
+        for part in self.parts(data, numbers.numel(), scratch):
+            blocks = flat[part.place].view(-1, self.granule)
+            self._encode_part(blocks, part.scales, part.packed, scratch)
         return data
 
     def encode_and_subtract(self, numbers: Tensor, out: Tensor) -> None:
@@ -65,11 +81,8 @@ class Code:
         The rounding error of a number is the number minus what `decode` returns for it.
         """
         scratch = Scratch(numbers)
-        for part, scales, packed in self._parts(numbers, *self._split(out, numbers.numel()), scratch):
-            self._encode_part(part, scales, packed, scratch)
-            decoded = scratch(0, part.shape, torch.float32)
-            self._decode_part(_read(scales), packed, decoded, scratch)
-            part -= decoded
+        for part in self.parts(out, numbers.numel(), scratch):
+            self.encode_part(part, numbers[part.place], numbers[part.place], scratch)
 
     def decode(self, data: Tensor, count: int, out: Tensor | None = None) -> Tensor:
         """Decodes uint8 (nbytes(count),) to float32 numbers (count,), in `out` if it is given."""
@@ -78,19 +91,50 @@ class Code:
         if out is None:
             out = allocated(count, torch.float32, data.device)
         scratch = Scratch(out)
-        scales, packed = self._split(data, count)
-        for part, scales_part, packed_part in self._parts(out, _read(scales), packed, scratch):
-            self._decode_part(scales_part, packed_part, part, scratch)
+        for part in self.parts(data, count, scratch):
+            self.decode_part(part, out[part.place], scratch)
         return out
 
     def add_decoded(self, data: Tensor, total: Tensor) -> None:
         """Decodes uint8 (nbytes(count),), and adds the numbers to float32 `total` (count,)."""
         scratch = Scratch(total)
-        scales, packed = self._split(data, total.numel())
-        for part, scales_part, packed_part in self._parts(total, _read(scales), packed, scratch):
-            decoded = scratch(0, part.shape, torch.float32)
-            self._decode_part(scales_part, packed_part, decoded, scratch)
-            part += decoded
+        for part in self.parts(data, total.numel(), scratch):
+            self.add_part(part, total[part.place], scratch)
+
+    def parts(self, data: Tensor, count: int, scratch: Scratch) -> Iterator[CodedPart]:
+        """Yields the parts of uint8 `data` (nbytes(count),), which encodes `count` numbers; each fits `scratch`."""
+        scales, packed = self._split(data, count)
+        blocks, nbytes = scratch.size // self.granule, round(scratch.size * self.bits / 8)
+        for index, start in enumerate(range(0, count, scratch.size)):
+            yield CodedPart(
+                slice(start, min(start + scratch.size, count)),
+                scales[index * blocks : (index + 1) * blocks],
+                packed[index * nbytes : (index + 1) * nbytes],
+            )
+
+    def encode_part(self, part: CodedPart, numbers: Tensor, error: Tensor, scratch: Scratch) -> None:
+        """Encodes the float32 numbers of a part, and writes their rounding errors into `error`, which may be `numbers`.
+
+        Uses the slots 0, 1 and 2 of `scratch`.
+        """
+        blocks, error = numbers.view(-1, self.granule), error.view(-1, self.granule)
+        if not self.block:
+            self._encode_part(blocks, part.scales, part.packed, scratch)
+            torch.sub(numbers, part.packed.view(_FLOATS[self.name]), out=error.view(-1))
+            return
+        scales, integers = self._encode_part(blocks, part.scales, part.packed, scratch)
+        # The product is exact, because integers and scales together have fewer bits than float32 has.
+        torch.addcmul(blocks, integers, scales.float(), value=-1, out=error)
+
+    def decode_part(self, part: CodedPart, out: Tensor, scratch: Scratch) -> None:
+        """Decodes a part to float32 `out`. Uses the slots 1 and 2 of `scratch`."""
+        self._decode_part(_read(part.scales), part.packed, out.view(-1, self.granule), scratch)
+
+    def add_part(self, part: CodedPart, total: Tensor, scratch: Scratch) -> None:
+        """Decodes a part, and adds its numbers to float32 `total`. Uses the slots 0, 1 and 2 of `scratch`."""
+        decoded = scratch(0, total.shape, torch.float32)
+        self.decode_part(part, decoded, scratch)
+        total += decoded
 
     def _split(self, data: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Returns views of the bytes of scales (blocks, bytes per scale), and of the bytes of integers."""
@@ -98,30 +142,22 @@ class Code:
         scales, packed = data.split([nbytes, self.nbytes(count) - nbytes])
         return scales.view(count // self.granule, self._scale_bytes(self.granule)), packed
 
-    def _parts(
-        self, numbers: Tensor, scales: Tensor, packed: Tensor, scratch: Scratch
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields views of parts: of numbers as (blocks, granule), of the scales of blocks, and of the bytes."""
-        blocks = scratch.size // self.granule
-        return zip(
-            numbers.detach().view(-1, self.granule).split(blocks),
-            scales.split(blocks),
-            packed.split(round(scratch.size * self.bits / 8)),
-            strict=True,
-        )
-
     def _scale_bytes(self, count: int) -> int:
         return count // self.block * _SCALE.itemsize if self.block else 0
 
-    def _encode_part(self, blocks: Tensor, scales: Tensor, packed: Tensor, scratch: Scratch) -> None:
+    def _encode_part(
+        self, blocks: Tensor, scales: Tensor, packed: Tensor, scratch: Scratch
+    ) -> tuple[Tensor, Tensor]:
+        """Encodes blocks. Returns their scales (blocks, 1) and integers, as floats in slot 0."""
         if not self.block:
             packed.view(_FLOATS[self.name]).copy_(blocks.view(-1))
-            return
+            return scales, blocks
         limit = round(2 ** (self.bits - 1)) - 1
         ternary = self.bits == TERNARY
         values, integers = _ternary(blocks, scratch) if ternary else _uniform(blocks, limit, scratch)
         scales.copy_(values.view(torch.uint8))
         pack(integers.view(-1), self.bits, packed, scratch)
+        return values, integers
 
     def _decode_part(self, scales: Tensor, packed: Tensor, blocks: Tensor, scratch: Scratch) -> None:
         if not self.block:

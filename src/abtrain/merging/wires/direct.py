@@ -11,7 +11,6 @@ Summed over all merges, averages plus errors equal the exact average.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,9 +18,11 @@ from torch import Tensor
 
 from abtrain.comm.buckets import Bucket, average_exactly, pack, sent_by_average, unpack
 from abtrain.comm.communicator import Calls, Communicator, Traffic
-from abtrain.comm.stages import Stages, finish
-from abtrain.memory import allocated
+from abtrain.comm.stages import Stages, in_step
+from abtrain.memory import Recycler
 from abtrain.merging.wires.codes import CODES, Code
+from abtrain.merging.wires.exchange import chunk_of, exchange
+from abtrain.merging.wires.flat import FlatAverage, Numbers, Parts, parts_of
 from abtrain.merging.wires.wire import Averages, Wire
 
 CAPACITY = 64 * 2**20
@@ -52,12 +53,20 @@ class DirectWire(Wire):
         mean, error = yield from narrow
         return Averages(dict(zip(names, mean, strict=True)), dict(zip(names, error, strict=True)))
 
+    def average_flat(self, numbers: Numbers, comm: Communicator) -> Stages[FlatAverage]:
+        if self._code.exact or comm.topology.n_groups == 1:
+            return (yield from _average_exactly(numbers, comm))
+        # Gloo exchanges tensors on the CPU only.
+        if numbers.dtype != torch.float32 or numbers.device != comm.device:
+            return (yield from super().average_flat(numbers, comm))
+        return (yield from exchange(numbers, self._code, self._reply, comm))
+
     def sends(self, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
         if self._code.exact:
             return (sent_by_average(tensors),)
         chunks, replies = [], []
         for bucket in pack([tensor.to(torch.float32) for tensor in tensors], CAPACITY):
-            chunk = _chunk_of(bucket.flat.numel(), workers, self._code, self._reply)
+            chunk = chunk_of(bucket.flat.numel(), workers, self._code, self._reply)
             chunks.append(Traffic("exchange", "counterparts", (workers - 1) * self._code.nbytes(chunk)))
             replies.append(Traffic("all_gather", "counterparts", self._reply.nbytes(chunk)))
         return tuple(chunks), tuple(replies)
@@ -66,7 +75,7 @@ class DirectWire(Wire):
         flats = [bucket.flat for bucket in pack([tensor.to(torch.float32) for tensor in tensors], CAPACITY)]
         if self._code.exact:
             return sum(tensor.nbytes for tensor in tensors)
-        chunks = [_chunk_of(flat.numel(), workers, self._code, self._reply) for flat in flats]
+        chunks = [chunk_of(flat.numel(), workers, self._code, self._reply) for flat in flats]
         # Beside the padded numbers, of which rounding errors remain, codes are sent and received.
         coded = [max(2 * self._code.nbytes(chunk), self._reply.nbytes(chunk)) for chunk in chunks]
         return workers * (torch.float32.itemsize * sum(chunks) + sum(coded))
@@ -80,19 +89,46 @@ def _average_narrowly(
     like = [torch.empty_like(tensor, device="meta") for tensor in tensors]
     del tensors
     # Gloo exchanges tensors on the CPU only.
-    exchanges = [_exchange(bucket.flat.to(comm.device), code, reply, comm) for bucket in buckets]
+    exchanges = [exchange(_numbers_in(bucket.flat.to(comm.device)), code, reply, comm) for bucket in buckets]
     places = [(bucket.indices, bucket.flat.device) for bucket in buckets]
     del buckets  # Each exchange frees its bucket.
-    for _ in range(2):
-        for exchange in exchanges:
-            next(exchange)
-        yield
+    averages = yield from in_step(exchanges)
     means, errors = [], []
-    for exchange, (indices, device) in zip(exchanges, places, strict=True):
-        mean, error = finish(exchange)
+    for average, (indices, device) in zip(averages, places, strict=True):
+        mean = average.whole().mean
         means.append(Bucket(mean.to(device), indices))
-        errors.append(Bucket(error.to(device), indices))
+        errors.append(Bucket(average.error.to(device), indices))
     return unpack(means, like), unpack(errors, [tensor.float() for tensor in like])
+
+
+def _numbers_in(flat: Tensor) -> Numbers:
+    def write(part: slice, out: Tensor) -> None:
+        out.copy_(flat[part])
+
+    return Numbers(flat.numel(), flat.dtype, flat.device, write, None, Recycler())
+
+
+class _Exact(FlatAverage):
+    """The sum over all workers, which is divided by their number part by part."""
+
+    def __init__(self, total: Tensor, workers: int, memory: Recycler) -> None:
+        self._total, self._workers, self._memory = total, workers, memory
+
+    def parts(self) -> Parts:
+        return ((part, self._total[part].div_(self._workers)) for part in parts_of(self._total))
+
+    def release(self) -> None:
+        self._memory.give(self._total)
+
+
+def _average_exactly(numbers: Numbers, comm: Communicator) -> Stages[FlatAverage]:
+    total = numbers.memory.take(numbers.count, numbers.dtype, numbers.device)
+    for part in parts_of(total):
+        numbers.write(part, total[part])
+    pending = comm.launch_all_reduce(total, "sum", "counterparts")
+    yield
+    pending.wait()
+    return _Exact(total, comm.topology.n_groups, numbers.memory)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[Bucket]:
@@ -101,44 +137,3 @@ def _buckets(tensors: Sequence[Tensor]) -> list[Bucket]:
         return [Bucket(tensors[0].detach().view(-1), (0,))]
     # Narrow floats are widened where they are copied into a bucket.
     return pack([tensor if tensor.dtype in _NARROW else tensor.float() for tensor in tensors], CAPACITY)
-
-
-def _chunk_of(count: int, workers: int, code: Code, reply: Code) -> int:
-    """Returns how many of `count` numbers each worker averages. Padding fills up the last chunk."""
-    granule = math.lcm(code.granule, reply.granule)
-    return -(-count // (workers * granule)) * granule
-
-
-def _exchange(flat: Tensor, code: Code, reply: Code, comm: Communicator) -> Stages[tuple[Tensor, Tensor]]:
-    """Sends chunks of one bucket, (count,) float32, then averages one chunk, and then gathers all averages.
-
-    Returns:
-        The average (count,), and this worker's rounding errors (count,).
-    """
-    count, workers = flat.numel(), comm.topology.n_groups
-    chunk = _chunk_of(count, workers, code, reply)
-    error = allocated(chunk * workers, torch.float32, flat.device)
-    error[:count], error[count:] = flat, 0
-    error = error.view(workers, chunk)
-    sent = error.new_empty(workers, code.nbytes(chunk), dtype=torch.uint8)
-    for row, data in zip(error, sent, strict=True):
-        code.encode_and_subtract(row, out=data)
-    chunks = comm.launch_exchange(sent, "counterparts")
-    del flat, sent, data
-    yield
-    # The sum is computed in rank order and in float32, by this worker only.
-    total = error.new_zeros(chunk)
-    for data in chunks.wait():
-        code.add_decoded(data, total)
-    total /= workers
-    answer = total.new_empty(reply.nbytes(chunk), dtype=torch.uint8)
-    reply.encode_and_subtract(total, out=answer)
-    # Only this worker keeps the rounding error of the reply, and the next average divides it by `workers`.
-    error[comm.topology.group_of(comm.rank)] += total.mul_(workers)
-    replies = comm.launch_all_gather(answer, "counterparts")
-    del chunks, data, total, answer
-    yield
-    mean = allocated(error.numel(), error.dtype, error.device).view(error.shape)
-    for row, data in zip(mean, replies.wait(), strict=True):
-        reply.decode(data, chunk, out=row)
-    return mean.view(-1)[:count], error.view(-1)[:count]

@@ -31,14 +31,14 @@ _kept = _Kept()
 
 
 class Scratch:
-    """Buffers for computing with parts of `numbers`, one in each of a few slots.
+    """Buffers for computing with parts of `numbers` on their device or another one, one in each of a few slots.
 
     Attributes:
         size: the largest number of elements of a part and of a buffer; a multiple of the blocks of all codes.
     """
 
-    def __init__(self, numbers: Tensor) -> None:
-        self._device = numbers.device
+    def __init__(self, numbers: Tensor, device: torch.device | None = None) -> None:
+        self._device = device or numbers.device
         # PyTorch divides every operation among its threads in the same way, so that each keeps its share in its cache.
         on_cpu = self._device.type == "cpu"
         self.size = _CACHED * torch.get_num_threads() if on_cpu else _LAUNCHED

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from abtrain.comm.communicator import Calls, Communicator
 from abtrain.comm.stages import Stages
+from abtrain.merging.wires.flat import FlatAverage, Numbers, WholeAverage
 from abtrain.recipes.wires import parse_wire, wire_between
 
 Tensors = dict[str, Tensor]
@@ -55,6 +56,11 @@ class Wire(ABC):
         Tensors are finite, with the same names, shapes and dtypes in the same order on all of them. Returns averages as
         new tensors of the same shapes and dtypes, and errors in float32.
         """
+
+    def average_flat(self, numbers: Numbers, comm: Communicator) -> Stages[FlatAverage]:
+        """Averages flat numbers over all counterparts, in stages, if the wire is `elementwise`."""
+        means, errors = yield from self.average({"": numbers.whole()}, comm)
+        return WholeAverage(means[""], errors.get(""))
 
     @abstractmethod
     def sends(self, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
