@@ -93,11 +93,13 @@ class BatchMerge:
         rule, continued = self.part.sync.merge, self.part.started is not None and not self.excluded
         before = self.state.stepped_alone(self.batch, self.started, rule) if continued else None
         broken: list[str] = []
-        merged = self.state.advance(self.batch, rule, self._checked(average.parts(), broken), average.error)
+        parts, memory = self._checked(average.parts(), broken), held.memory(self.batch) if before is None else None
+        merged = self.state.advance(self.batch, rule, parts, average.error, memory)
         average.release()
-        if before is not None:
+        if before is not None and merged is not None:
             merged = (held.flat(self.batch).to(self.batch.dtype) - before).add_(merged)
-        held.write(self.batch, merged)
+        if merged is not None:
+            held.write(self.batch, merged)
         return list(dict.fromkeys(broken))
 
     def broken(self, average: FlatAverage) -> list[str]:

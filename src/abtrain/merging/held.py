@@ -65,6 +65,11 @@ class Held(dict[str, Tensor]):
         memory = self._memory(batch)
         return batch.flat(self) if memory is None else memory.read()
 
+    def memory(self, batch: Batch) -> Tensor | None:
+        """Returns the memory of a batch as one flat tensor; None if it is not one piece."""
+        only = batch.ranges[0].of(self[batch.names[0]])
+        return only.view(-1) if len(batch.ranges) == 1 and only.is_contiguous() else None
+
     def write(self, batch: Batch, flat: Tensor) -> None:
         """Copies a flat tensor into a batch."""
         memory = self._memory(batch)

@@ -17,6 +17,8 @@ from abtrain.memory import Recycler, allocated
 
 Parts = Iterator[tuple[slice, Tensor]]
 """Parts of a flat tensor in their order, each with its range. A part may overwrite the one before it."""
+Write = Callable[[slice, Tensor], object]
+"""Computes a range of a flat tensor into another tensor."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Numbers:
     count: int
     dtype: torch.dtype
     device: torch.device
-    write: Callable[[slice, Tensor], None]
+    write: Write
     error: Tensor | None
     memory: Recycler
 
@@ -78,7 +80,7 @@ class WholeAverage(FlatAverage):
         return self
 
 
-_PART = 2**16
+_PART = 3 * 2**15
 """The number of elements that one thread of a CPU computes at once, so that they fit into its cache."""
 
 
