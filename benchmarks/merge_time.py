@@ -4,13 +4,15 @@ python benchmarks/merge_time.py [--numbers 100000000] [--wires fp32 int8 int4 te
 
 Two processes of one thread work over the loopback interface, where bytes cost next to nothing. `step` is the whole of
 an `ab.step()` that merges. `memory` is a worker's peak of resident memory beyond that of the same process after its
-first training steps without a merge, as a multiple of the parameters.
+first training steps without a merge, as a multiple of the parameters. `--keep` adds a line for each case to
+results/merge-time.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import resource
 import statistics
 import tempfile
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from records import FOLDER, keep
 from torch import Tensor, nn
 
 from abtrain import ABTraining, recipes
@@ -42,6 +45,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["local_sgd", "diloco"])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="print where rank 0 spends the last merge")
+    parser.add_argument("--keep", action="store_true", help="add the figures to results/merge-time.jsonl")
     options = parser.parse_args()
     if os.environ.get("RANK") is None:
         print("| recipe | wire | all-reduce s | step s | ratio | cpu ratio | memory |\n|---|---|---|---|---|---|---|")
@@ -81,6 +85,11 @@ def work(rank: int, options: argparse.Namespace, folder: str, recipe: str, wire:
             f"| {memory:.2f} |",
             flush=True,
         )
+        if options.keep:
+            figures = {"all_reduce": base, "step": wall, "ratio": wall / base, "memory": memory}
+            arguments = f"{recipe} {wire} --numbers {options.numbers} --turns {options.turns}"
+            circumstances = {"load": os.getloadavg()[0], "hardware": hardware()}
+            keep(FOLDER / "merge-time.jsonl", {"arguments": arguments, **figures, **circumstances})
     dist.destroy_process_group()
 
 
@@ -109,6 +118,10 @@ def profiled(call: Any, wanted: bool) -> None:
     with cProfile.Profile() as profiler:
         call()
     pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+
+
+def hardware() -> dict[str, Any]:
+    return {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__}
 
 
 def peak() -> int:

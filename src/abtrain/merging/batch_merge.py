@@ -27,7 +27,7 @@ from abtrain.merging.wires.wire import Wire
 IN_FLIGHT = 2
 """The number of batches that are merged at once: while one is sent, the next is encoded."""
 _APPLIED = 3
-"""The batches of memory that `BatchMerge.apply` needs at most, besides mean and errors: what the rule computes."""
+"""The batches of memory that `BatchMerge.apply` needs at most besides whole averages: what the rule computes."""
 Check = Callable[[Sequence[str]], None]
 """Receives the names of tensors whose average is not finite, and raises an error if any worker has such a tensor."""
 
@@ -95,7 +95,8 @@ class BatchMerge:
         broken: list[str] = []
         parts, memory = self._checked(average.parts(), broken), held.memory(self.batch) if before is None else None
         merged = self.state.advance(self.batch, rule, parts, average.error, memory)
-        average.release()
+        if average.taken is not None:
+            self.memory.give(average.taken)
         if before is not None and merged is not None:
             merged = (held.flat(self.batch).to(self.batch.dtype) - before).add_(merged)
         if merged is not None:
@@ -184,6 +185,12 @@ def used_by_merge(wire: Wire, batches: Sequence[Batch], workers: int, hidden: bo
     tensors = [[torch.empty(shape, dtype=batch.dtype, device="meta") for shape in batch.shapes] for batch in batches]
     sizes = [sum(tensor.nbytes for tensor in batch) for batch in tensors]
     waiting = [wire.holds(batch, workers) if workers > 1 else sum(one.nbytes for one in batch) for batch in tensors]
+    if wire.elementwise and not hidden:
+        # Rounding errors replace residuals, and all else is computed in parts, which are few bytes.
+        narrow = wire.lossy and workers > 1
+        coded = [held - size if narrow else held for held, size in zip(waiting, sizes, strict=True)]
+        changes = sum(sizes) if len(batches) <= IN_FLIGHT else 0
+        return MergeMemory(0, changes + IN_FLIGHT * max(coded, default=0))
     outcomes = [size * (2 if wire.lossy and workers > 1 else 1) for size in sizes]
     applied = _APPLIED * max(sizes, default=0)
     if hidden:

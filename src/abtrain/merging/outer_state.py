@@ -14,7 +14,7 @@ from abtrain.merging.batches import Batch
 from abtrain.merging.changes import change, wide
 from abtrain.merging.held import Held
 from abtrain.merging.store import Layout, Store
-from abtrain.merging.wires.flat import Parts, Write, parts_of
+from abtrain.merging.wires.flat import Parts, Write, joined, parts_of
 from abtrain.merging.wires.scratch import Scratch
 from abtrain.recipes.merges import MergeRule
 
@@ -100,9 +100,7 @@ class OuterState:
             return found
         return found + _largest(residuals, lambda part, out: torch.abs(residuals[part], out=out))
 
-    def contribution(
-        self, batch: Batch, started: Held | Store, changes: Tensor | None, weight: float
-    ) -> Write:
+    def contribution(self, batch: Batch, started: Held | Store, changes: Tensor | None, weight: float) -> Write:
         """Returns a function that writes a range of the changes of a batch times a weight, plus residuals.
 
         `changes` are the changes, if they are known.
@@ -148,7 +146,8 @@ class OuterState:
         """
         known, anchors = self._known(self.momentum, batch), self.anchors.memory(batch, batch.dtype)
         if anchors is None:
-            step, momentum = rule.step(torch.cat([part.clone() for _, part in mean]), known)
+            whole = allocated(batch.numel, batch.dtype, batch.device)
+            step, momentum = rule.step(joined(mean, whole), known)
             self.anchors.add(batch, self._home(step))
             if momentum is not None:
                 self.momentum.put(batch, self._home(momentum))

@@ -227,7 +227,8 @@ class Rounds:
         if parameters is not self._parameters:
             self._parameters, self._parts = parameters, {}
         trained = trained_by(position, self._comm.topology, self.shared.model.factors())
-        key = (position.merging, position.cycle, position.turn)
+        # Where all workers train all factors, cycles are alike.
+        key = (position.merging, position.cycle, position.turn) if trained else position.merging
         if key not in self._parts:
             due = tensors_due(position, parameters, trained)
             self._parts[key] = parameters if len(due) == len(parameters) else Held(due)

@@ -20,6 +20,7 @@ from abtrain.merging.batches import cut_into_batches
 from abtrain.merging.merge_input import MergeInput
 from abtrain.merging.merger import Merger
 from abtrain.merging.wires.direct import DirectWire
+from abtrain.merging.wires.flat import WholeAverage
 from abtrain.recipes.sync import WeightSync
 from tests.cases import build, largest_difference, train
 
@@ -109,11 +110,11 @@ def test_an_interrupted_merge_cannot_be_saved(monkeypatch: pytest.MonkeyPatch) -
     ordinary = batch_merge.BatchMerge.apply
     applied: dict[int, int] = {}
 
-    def failing(self: Any, *args: Any) -> None:
+    def failing(self: Any, *args: Any) -> list[str]:
         applied[self.comm.rank] = applied.get(self.comm.rank, 0) + 1
         if applied[self.comm.rank] == 2:
             raise OSError("the link is gone")
-        ordinary(self, *args)
+        return ordinary(self, *args)
 
     monkeypatch.setattr(batch_merge.BatchMerge, "apply", failing)
 
@@ -133,9 +134,9 @@ def test_an_interrupted_merge_cannot_be_saved(monkeypatch: pytest.MonkeyPatch) -
 class _Spoiling(DirectWire):
     """A wire with a fault: its averages are infinite."""
 
-    def average(self, numbers: Any, comm: Communicator) -> Any:
-        averages = yield from super().average(numbers, comm)
-        return averages._replace(mean={name: mean + torch.inf for name, mean in averages.mean.items()})
+    def average_flat(self, numbers: Any, comm: Communicator) -> Any:
+        average = (yield from super().average_flat(numbers, comm)).whole()
+        return WholeAverage(average.mean + torch.inf, average.error)
 
 
 def test_an_infinite_average_is_told() -> None:

@@ -145,9 +145,7 @@ class Code:
     def _scale_bytes(self, count: int) -> int:
         return count // self.block * _SCALE.itemsize if self.block else 0
 
-    def _encode_part(
-        self, blocks: Tensor, scales: Tensor, packed: Tensor, scratch: Scratch
-    ) -> tuple[Tensor, Tensor]:
+    def _encode_part(self, blocks: Tensor, scales: Tensor, packed: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
         """Encodes blocks. Returns their scales (blocks, 1) and integers, as floats in slot 0."""
         if not self.block:
             packed.view(_FLOATS[self.name]).copy_(blocks.view(-1))
@@ -181,15 +179,14 @@ CODES = {
 
 _FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_INFINITY = torch.tensor(torch.inf, dtype=_SCALE)
 
 
 def _uniform(blocks: Tensor, limit: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """Quantizes blocks. Returns scales (blocks, 1), and integers from -limit to limit, as floats, like `blocks`."""
     magnitudes = torch.abs(blocks, out=scratch(0, blocks.shape, blocks.dtype))
     # The scale is rounded to bfloat16, as the receiver reads it, and upwards, so that no number is clipped.
-    scales = _rounded_up(_largest(magnitudes) / limit)
-    safe = torch.where(scales > 0, scales, 1).float()
+    scales = _rounded_up(_largest(magnitudes).div_(limit))
+    safe = _nonzero(scales.float())
     wide = torch.promote_types(blocks.dtype, safe.dtype)
     integers = torch.div(blocks, safe, out=scratch(0, blocks.shape, wide)).round_()
     # In half precision, the largest magnitude over the limit is rounded, so the scale may be too small.
@@ -205,7 +202,7 @@ def _ternary(blocks: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     shares = torch.abs(blocks, out=scratch(0, blocks.shape, blocks.dtype))
     largest = _largest(shares)
     # Divided by the largest, because the sum of large numbers may be infinite.
-    shares /= torch.where(largest > 0, largest, 1)
+    shares /= _nonzero(largest.clone())
     # Ones and zeros of the same type, because other types are multiplied and summed several times as slowly.
     kept = scratch(1, blocks.shape, blocks.dtype)
     torch.gt(shares, 0.7 * shares.mean(dim=1, keepdim=True), out=kept)
@@ -228,6 +225,13 @@ def _read(scales: Tensor) -> Tensor:
 
 
 def _rounded_up(scales: Tensor) -> Tensor:
+    """Rounds scales from 0 on to bfloat16, upwards."""
     rounded = scales.to(_SCALE)
-    up = torch.nextafter(rounded, _INFINITY.to(scales.device))
-    return torch.where(rounded < scales, up, rounded)
+    # The bits of the next number from 0 on are those of a number plus 1. `nextafter` takes four times as long.
+    rounded.view(torch.int16).add_(rounded.to(scales.dtype) < scales)
+    return rounded
+
+
+def _nonzero(scales: Tensor) -> Tensor:
+    """Replaces zeros by ones, in place."""
+    return scales.masked_fill_(scales == 0, 1)

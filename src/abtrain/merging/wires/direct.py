@@ -22,7 +22,7 @@ from abtrain.comm.stages import Stages, in_step
 from abtrain.memory import Recycler
 from abtrain.merging.wires.codes import CODES, Code
 from abtrain.merging.wires.exchange import chunk_of, exchange
-from abtrain.merging.wires.flat import FlatAverage, Numbers, Parts, parts_of
+from abtrain.merging.wires.flat import FlatAverage, Numbers, Parts, WholeAverage, parts_of
 from abtrain.merging.wires.wire import Averages, Wire
 
 CAPACITY = 64 * 2**20
@@ -111,14 +111,16 @@ def _numbers_in(flat: Tensor) -> Numbers:
 class _Exact(FlatAverage):
     """The sum over all workers, which is divided by their number part by part."""
 
-    def __init__(self, total: Tensor, workers: int, memory: Recycler) -> None:
-        self._total, self._workers, self._memory = total, workers, memory
+    taken: Tensor
+
+    def __init__(self, total: Tensor, workers: int) -> None:
+        self.taken, self._workers = total, workers
 
     def parts(self) -> Parts:
-        return ((part, self._total[part].div_(self._workers)) for part in parts_of(self._total))
+        return ((part, self.taken[part].div_(self._workers)) for part in parts_of(self.taken))
 
-    def release(self) -> None:
-        self._memory.give(self._total)
+    def whole(self) -> WholeAverage:
+        return WholeAverage(self.taken.div_(self._workers), None)
 
 
 def _average_exactly(numbers: Numbers, comm: Communicator) -> Stages[FlatAverage]:
@@ -128,7 +130,7 @@ def _average_exactly(numbers: Numbers, comm: Communicator) -> Stages[FlatAverage
     pending = comm.launch_all_reduce(total, "sum", "counterparts")
     yield
     pending.wait()
-    return _Exact(total, comm.topology.n_groups, numbers.memory)
+    return _Exact(total, comm.topology.n_groups)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[Bucket]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Stages
+from abtrain.memory import allocated
 from abtrain.merging.wires.codes import Code, CodedPart
-from abtrain.merging.wires.flat import FlatAverage, Numbers, Parts
+from abtrain.merging.wires.flat import FlatAverage, Numbers, Parts, WholeAverage, joined
 from abtrain.merging.wires.scratch import Scratch
 
 _PART = 3
@@ -27,9 +28,9 @@ def exchange(numbers: Numbers, code: Code, reply: Code, comm: Communicator) -> S
     """Sends chunks of float32 numbers, then averages one chunk, and then gathers all averages."""
     count, workers, device = numbers.count, comm.topology.n_groups, numbers.device
     chunk = chunk_of(count, workers, code, reply)
-    taken = None if numbers.error is not None else numbers.memory.take(count, torch.float32, device)
-    error = numbers.error if taken is None else taken
-    assert error is not None
+    error, taken = numbers.error, None
+    if error is None:
+        error = taken = numbers.memory.take(count, torch.float32, device)
     sent = torch.empty(workers, code.nbytes(chunk), dtype=torch.uint8, device=device)
     for row, data in enumerate(sent):
         _encode(numbers, row * chunk, chunk, code, data, error)
@@ -42,24 +43,27 @@ def exchange(numbers: Numbers, code: Code, reply: Code, comm: Communicator) -> S
     replies = comm.launch_all_gather(answer, "counterparts")
     del chunks, answer
     yield
-    return _Decoded(replies.wait(), chunk, reply, error, numbers, taken)
+    average = _Decoded(replies.wait(), chunk, count, reply, error)
+    average.taken = taken
+    return average
 
 
 def _encode(numbers: Numbers, start: int, chunk: int, code: Code, data: Tensor, error: Tensor) -> None:
     """Encodes the numbers from `start` on in uint8 `data`, and writes their rounding errors into `error`."""
     scratch = _scratch(chunk, numbers.device)
     for part in code.parts(data, chunk, scratch):
-        values = scratch(_PART, (part.place.stop - part.place.start,), torch.float32)
-        place = slice(start + part.place.start, min(start + part.place.stop, numbers.count))
-        known = max(place.stop - place.start, 0)
-        if known:
-            numbers.write(place, values[:known])
-        if known == len(values):
-            code.encode_part(part, values, error[place], scratch)
+        values = _values(part, scratch)
+        first, last = start + part.place.start, start + part.place.stop
+        if last <= numbers.count:
+            numbers.write(slice(first, last), values)
+            code.encode_part(part, values, error[first:last], scratch)
             continue
+        known = max(numbers.count - first, 0)
+        if known:
+            numbers.write(slice(first, numbers.count), values[:known])
         values[known:] = 0
         code.encode_part(part, values, values, scratch)
-        error[place.start : place.start + known] = values[:known]
+        error[first : numbers.count] = values[:known]
 
 
 def _answer(rows: list[Tensor], chunk: int, code: Code, answer: Tensor, reply: Code, error: Tensor) -> None:
@@ -70,13 +74,13 @@ def _answer(rows: list[Tensor], chunk: int, code: Code, answer: Tensor, reply: C
     scratch = _scratch(chunk, answer.device)
     coded = [code.parts(row, chunk, scratch) for row in rows]
     for part, *parts in zip(reply.parts(answer, chunk, scratch), *coded, strict=True):
-        total = scratch(_PART, (part.place.stop - part.place.start,), torch.float32)
+        total = _values(part, scratch)
         _sum(parts, code, total, scratch)
         total /= len(rows)
         reply.encode_part(part, total, total, scratch)
         # Only this worker keeps the rounding error of the reply, and the next average divides it by the workers.
         kept = error[part.place]
-        kept += total.mul_(len(rows))[: len(kept)]
+        kept += total.mul_(len(rows))[: kept.numel()]
 
 
 def _sum(parts: list[CodedPart], code: Code, total: Tensor, scratch: Scratch) -> None:
@@ -90,11 +94,8 @@ def _sum(parts: list[CodedPart], code: Code, total: Tensor, scratch: Scratch) ->
 class _Decoded(FlatAverage):
     """The averages of all workers' chunks, which are decoded part by part."""
 
-    def __init__(
-        self, rows: Tensor, chunk: int, code: Code, error: Tensor, numbers: Numbers, taken: Tensor | None
-    ) -> None:
-        self._rows, self._chunk, self._code, self.error = rows, chunk, code, error
-        self._count, self._memory, self._taken = numbers.count, numbers.memory, taken
+    def __init__(self, rows: Tensor, chunk: int, count: int, code: Code, error: Tensor) -> None:
+        self._rows, self._chunk, self._count, self._code, self.error = rows, chunk, count, code, error
 
     def parts(self) -> Parts:
         scratch = _scratch(self._chunk, self._rows.device)
@@ -103,14 +104,19 @@ class _Decoded(FlatAverage):
                 start = row * self._chunk + part.place.start
                 stop = min(row * self._chunk + part.place.stop, self._count)
                 if start < stop:
-                    values = scratch(_PART, (part.place.stop - part.place.start,), torch.float32)
+                    values = _values(part, scratch)
                     self._code.decode_part(part, values, scratch)
                     yield slice(start, stop), values[: stop - start]
 
-    def release(self) -> None:
-        if self._taken is not None:
-            self._memory.give(self._taken)
+    def whole(self) -> WholeAverage:
+        mean = allocated(self._count, torch.float32, self._rows.device)
+        return WholeAverage(joined(self.parts(), mean), self.error)
 
 
 def _scratch(chunk: int, device: torch.device) -> Scratch:
     return Scratch(torch.empty(chunk, device="meta"), device)
+
+
+def _values(part: CodedPart, scratch: Scratch) -> Tensor:
+    """Returns memory for the float32 numbers of a part."""
+    return scratch(_PART, (part.place.stop - part.place.start,), torch.float32)

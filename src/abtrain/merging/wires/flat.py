@@ -50,21 +50,21 @@ class Numbers:
 class FlatAverage(ABC):
     """The average of flat numbers over all counterparts, bitwise equal on all of them.
 
-    `error` has the rounding errors of this worker's numbers (see `Averages`); None if the wire is exact.
+    Attributes:
+        error: the rounding errors of this worker's numbers (see `Averages`); None if the wire is exact.
+        taken: the tensor that the numbers' `memory` gets back when the average has been applied; None if there is none.
     """
 
     error: Tensor | None = None
+    taken: Tensor | None = None
 
     @abstractmethod
     def parts(self) -> Parts:
         """Yields the parts of the average. Called once."""
 
+    @abstractmethod
     def whole(self) -> WholeAverage:
         """Returns the average as one tensor, in place of this one."""
-        return WholeAverage(torch.cat([part.clone() for _, part in self.parts()]), self.error)
-
-    def release(self) -> None:
-        """Gives back the memory of the average, which is not used any more."""
 
 
 class WholeAverage(FlatAverage):
@@ -82,9 +82,18 @@ class WholeAverage(FlatAverage):
 
 _PART = 3 * 2**15
 """The number of elements that one thread of a CPU computes at once, so that they fit into its cache."""
+_LAUNCHED = 2**21
+"""The number of elements that another device computes at once, which take longer than launching kernels."""
+
+
+def joined(parts: Parts, out: Tensor) -> Tensor:
+    """Copies all parts into the flat tensor `out`, and returns it."""
+    for place, part in parts:
+        out[place] = part
+    return out
 
 
 def parts_of(flat: Tensor) -> list[slice]:
     """Returns ranges of a flat tensor that are computed one after the other."""
-    size = _PART * torch.get_num_threads() if flat.device.type == "cpu" else max(flat.numel(), 1)
+    size = _PART * torch.get_num_threads() if flat.device.type == "cpu" else _LAUNCHED
     return [slice(start, start + size) for start in range(0, flat.numel(), size)]
