@@ -153,9 +153,11 @@ class OuterState:
                 self.momentum.put(batch, self._home(momentum))
         else:
             for place, part in mean:
-                self._advance(batch, rule, place, part, known, anchors)
-                if to is not None:
-                    to[place].copy_(anchors[place])
+                for piece in parts_of(part):
+                    at = slice(place.start + piece.start, min(place.start + piece.stop, place.stop))
+                    self._advance(batch, rule, at, part[piece], known, anchors)
+                    if to is not None:
+                        to[at].copy_(anchors[at])
         if error is not None:
             memory = self.residuals.memory(batch, error.dtype)
             if memory is None or memory.data_ptr() != error.data_ptr():
