@@ -21,13 +21,13 @@ from abtrain.merging.merge_input import MergeInput
 from abtrain.merging.outer_state import OuterState
 from abtrain.merging.places import Places
 from abtrain.merging.store import Store
-from abtrain.merging.wires.flat import FlatAverage, Numbers, Parts, WholeAverage
+from abtrain.merging.wires.flat import PART, FlatAverage, Numbers, Parts, WholeAverage
 from abtrain.merging.wires.wire import Wire
 
 IN_FLIGHT = 2
 """The number of batches that are merged at once: while one is sent, the next is encoded."""
 _APPLIED = 3
-"""The batches of memory that `BatchMerge.apply` needs at most besides whole averages: what the rule computes."""
+"""The batches of memory that `BatchMerge.apply` needs at most besides averages: what the rule computes, and a sum."""
 Check = Callable[[Sequence[str]], None]
 """Receives the names of tensors whose average is not finite, and raises an error if any worker has such a tensor."""
 
@@ -186,11 +186,12 @@ def used_by_merge(wire: Wire, batches: Sequence[Batch], workers: int, hidden: bo
     sizes = [sum(tensor.nbytes for tensor in batch) for batch in tensors]
     waiting = [wire.holds(batch, workers) if workers > 1 else sum(one.nbytes for one in batch) for batch in tensors]
     if wire.elementwise and not hidden:
-        # Rounding errors replace residuals, and all else is computed in parts, which are few bytes.
+        # Rounding errors replace residuals, and all else is computed in parts.
         narrow = wire.lossy and workers > 1
         coded = [held - size if narrow else held for held, size in zip(waiting, sizes, strict=True)]
         changes = sum(sizes) if len(batches) <= IN_FLIGHT else 0
-        return MergeMemory(0, changes + IN_FLIGHT * max(coded, default=0))
+        part = min(max(sizes, default=0) // (workers if narrow else 1), PART * torch.float32.itemsize)
+        return MergeMemory(0, changes + IN_FLIGHT * max(coded, default=0) + (_APPLIED - 1) * part)
     outcomes = [size * (2 if wire.lossy and workers > 1 else 1) for size in sizes]
     applied = _APPLIED * max(sizes, default=0)
     if hidden:

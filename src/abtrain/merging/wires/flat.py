@@ -80,7 +80,7 @@ class WholeAverage(FlatAverage):
         return self
 
 
-_PART = 67_200
+PART = 67_200
 """The number of elements that one thread of a CPU computes at once: six such tensors fit into a cache of 2 MB."""
 _LAUNCHED = 2**21
 """The number of elements that another device computes at once, which take longer than launching kernels."""
@@ -95,5 +95,5 @@ def joined(parts: Parts, out: Tensor) -> Tensor:
 
 def parts_of(flat: Tensor) -> list[slice]:
     """Returns ranges of a flat tensor that are computed one after the other."""
-    size = _PART * torch.get_num_threads() if flat.device.type == "cpu" else _LAUNCHED
+    size = PART * torch.get_num_threads() if flat.device.type == "cpu" else _LAUNCHED
     return [slice(start, start + size) for start in range(0, flat.numel(), size)]

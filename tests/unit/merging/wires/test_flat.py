@@ -44,7 +44,7 @@ def test_parts_change_no_bit(wire: str, rule: MergeRule, monkeypatch: pytest.Mon
 
     whole = results()
     monkeypatch.setattr(scratch, "_CACHED", 640)
-    monkeypatch.setattr(flat, "_PART", 300)
+    monkeypatch.setattr(flat, "PART", 300)
     for one, other in zip(whole, results(), strict=True):
         for kind, tensors in one.items():
             assert tensors.keys() == other[kind].keys()
