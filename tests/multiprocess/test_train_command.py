@@ -1,4 +1,4 @@
-"""The command as a user runs it: processes, signals, files and exit codes."""
+"""The command as a user runs it: processes, signals, files and exit codes. Most runs are forked: imports take long."""
 
 import json
 import os
@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.faults.processes import SAVING_SECONDS, Running
+from tests.faults.processes import start as forked
 
 needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 ABTRAIN = (sys.executable, "-m", "abtrain", "train")
@@ -112,14 +115,6 @@ def test_the_run_folder_tells_everything(finished: Path) -> None:
     assert lines[-1]["payload_bytes"] == result["payload_bytes"]["total"]
 
 
-def test_torchrun_with_the_same_settings_ends_with_the_same_weights(finished: Path, tmp_path: Path) -> None:
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    settings = ("--config", str(finished / "config.toml"), "--out", "run")
-    ended = run(*torchrun, "-m", "abtrain", "train", *settings, cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert result_of(tmp_path / "run")["weights_digest"] == result_of(finished)["weights_digest"]
-
-
 def test_missing_data_is_found_out_before_anything_starts(tmp_path: Path) -> None:
     ended = run(*ABTRAIN, "--task", "fashion-cnn", "--data", "nowhere", cwd=tmp_path)
     assert ended.returncode == 3
@@ -129,9 +124,9 @@ def test_missing_data_is_found_out_before_anything_starts(tmp_path: Path) -> Non
 
 
 def test_a_workers_error_is_the_runs_error(tmp_path: Path) -> None:
-    ended = run(*ABTRAIN, *SHORT, "--lr", "1e30", "--out", "run", "--workers", "2", cwd=tmp_path)
-    assert ended.returncode == 7
-    errors = [line for line in ended.stderr.splitlines() if not line.startswith("abtrain: note: ")]
+    ended = forked(tmp_path, "train", *SHORT, "--lr", "1e30", "--out", "run", "--workers", "2").wait()
+    assert ended.code == 7
+    errors = [line for line in ended.err.splitlines() if not line.startswith("abtrain: note: ")]
     assert len(errors) == 1 and errors[0].startswith("abtrain: error: the loss of worker ")
     # Training that went wrong leaves its trace, but no result.
     # The worker that waits in vain may be ended before it has tidied up.
@@ -139,21 +134,19 @@ def test_a_workers_error_is_the_runs_error(tmp_path: Path) -> None:
     assert names - {".lock", "stacks-rank0.txt", "stacks-rank1.txt"} == {"config.toml", "metrics.jsonl"}
 
 
-def start(cwd: Path) -> "subprocess.Popen[str]":
+LONG = ("--workers", "2", "--steps", "100000", "--log-every", "1", "--out", "run")
+
+
+def begun(folder: Path) -> Running:
     """A run that would take long, once it is training."""
-    (cwd / "tmp").mkdir()
-    environ = environment() | {"TMPDIR": str(cwd / "tmp")}
-    command = (*ABTRAIN, "--workers", "2", "--steps", "100000", "--log-every", "1", "--out", "run")
-    process = subprocess.Popen(
-        command, cwd=cwd, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    metrics = cwd / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    assert len(running(str(cwd))) == 3
+    process = forked(folder, "train", *LONG, grace=SAVING_SECONDS)
+    process.wait_for(folder / "run" / "metrics.jsonl")
+    assert len(process.workers()) == 2
     return process
+
+
+def exists(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 def errors_in(said: str) -> list[str]:
@@ -163,14 +156,15 @@ def errors_in(said: str) -> list[str]:
 
 @needs_proc
 def test_stopped_on_request(tmp_path: Path) -> None:
-    process = start(tmp_path)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=90)
-    assert process.returncode == 75
-    (error,) = errors_in(said)
+    process = begun(tmp_path)
+    workers = process.workers()
+    process.signal(signal.SIGINT)
+    ended = process.wait(90)
+    assert ended.code == 75
+    (error,) = errors_in(ended.err)
     assert error.startswith("abtrain: error: stopped on request (SIGINT), step ")
     assert error.endswith(" is saved: the same command with --out run continues")
-    assert running(str(tmp_path)) == []
+    assert not any(map(exists, workers))
     names = ["checkpoints", "config.toml", "metrics.jsonl", "outcome.json"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
     outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
@@ -182,7 +176,16 @@ def test_stopped_on_request(tmp_path: Path) -> None:
 
 @needs_proc
 def test_workers_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
-    process = start(tmp_path)
+    (tmp_path / "tmp").mkdir()
+    variables = environment() | {"TMPDIR": str(tmp_path / "tmp")}
+    process = subprocess.Popen(
+        (*ABTRAIN, *LONG), cwd=tmp_path, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(running(str(tmp_path))) == 3
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 10
@@ -194,11 +197,11 @@ def test_workers_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> No
 
 @needs_proc
 def test_a_worker_that_is_killed_ends_the_run(tmp_path: Path) -> None:
-    process = start(tmp_path)
-    worker = next(pid for pid in running(str(tmp_path)) if pid != process.pid)
-    os.kill(worker, signal.SIGKILL)
-    _, said = process.communicate(timeout=90)
-    assert process.returncode == 6
-    (error,) = errors_in(said)
+    process = begun(tmp_path)
+    workers = process.workers()
+    os.kill(workers[0], signal.SIGKILL)
+    ended = process.wait(90)
+    assert ended.code == 6
+    (error,) = errors_in(ended.err)
     assert error.startswith("abtrain: error: worker ") and "was killed by SIGKILL" in error
-    assert running(str(tmp_path)) == []
+    assert not any(map(exists, workers))
