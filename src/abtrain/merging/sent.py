@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -43,12 +44,17 @@ def sent_by_merge(
     pieces = cut(tensors, topology.place_of(rank), topology.group_size)
     equals = [Part(0, 0.0)] * workers
     _, others = weights_of(sync.merge, pieces, trained_by, [True] * workers, equals, topology, rank)
+
+    @cache
+    def sends(shapes: tuple[torch.Size, ...], dtype: torch.dtype) -> tuple[Calls, ...]:
+        """Returns the calls for a batch. Most batches of a large model are alike."""
+        return wire.sends([torch.empty(shape, dtype=dtype, device="meta") for shape in shapes], topology.n_groups)
+
     stages: list[Calls] = [ROLL_CALL]
     for batch in cut_into_batches(pieces, others, whole=not wire.elementwise) if topology.n_groups > 1 else ():
         # Joined by hand: `torch.cat` is slow on the meta device.
-        shapes = [sum(map(torch.Size.numel, batch.shapes))] if wire.elementwise else batch.shapes
-        joined = [torch.empty(shape, dtype=batch.dtype, device="meta") for shape in shapes]
-        for place, calls in enumerate(wire.sends(joined, topology.n_groups), start=1):
+        joined = (torch.Size([sum(map(torch.Size.numel, batch.shapes))]),)
+        for place, calls in enumerate(sends(joined if wire.elementwise else batch.shapes, batch.dtype), start=1):
             stages += [()] * (place + 1 - len(stages))
             stages[place] += calls
     stages += [()] * (2 - len(stages))
