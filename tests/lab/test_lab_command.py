@@ -57,7 +57,7 @@ def watcher_of(process: "subprocess.Popen[str]") -> int:
 
 
 def test_the_bytes_of_an_all_reduce_are_those_of_the_ring(tmp_path: Path) -> None:
-    process = start("--nodes", "4", "--out", "out", "--", str(ALLREDUCE), cwd=tmp_path)
+    process = start("--nodes", "3", "--out", "out", "--", str(ALLREDUCE), cwd=tmp_path)
     said, errors = process.communicate()
     assert process.returncode == 0, said + errors
     found = re.search(r"host 0 \| seconds=([\d.]+) ring_bytes=(\d+)", said)
@@ -70,7 +70,7 @@ def test_the_bytes_of_an_all_reduce_are_those_of_the_ring(tmp_path: Path) -> Non
         assert host["peak_tx"] < 1.2 * host["rate"]
     # No faster than the links are; how much slower is for a benchmark to say.
     assert seconds > 0.95 * 8 * ring_bytes / 100e6
-    assert "15.0" in said and "sent MB" in said
+    assert "13.3" in said and "sent MB" in said
     assert left_of(process.pid) == []
 
 

@@ -71,5 +71,5 @@ def test_an_offer_by_hand() -> None:
 
 
 def test_thousands_of_nodes() -> None:
-    advice = recommend(setting(10e9, step=1, nodes=4096))
+    advice = recommend(setting(10e9, step=1, nodes=2048))
     assert advice.choice.forecast.utilisation > 0.5
