@@ -23,7 +23,8 @@ from abtrain.comm.link import Link
 from abtrain.comm.meter import Meter
 from abtrain.commands.plan.forecast import FactorSeconds
 from abtrain.commands.plan.shapes import ModelShapes
-from abtrain.commands.tasks.task import Task, batches, build_model, build_optimizer
+from abtrain.commands.tasks.choices import OptimizerName
+from abtrain.commands.tasks.task import Task, batches, build_model, build_optimizers
 from abtrain.commands.train.trainer import clip_gradients, loss_of
 from abtrain.errors import UsageError
 from abtrain.lowrank.model import FactoredModel
@@ -49,13 +50,20 @@ class Bench:
         task: the task that provides the model and the data.
         folder: the folder with the task's data; None for its default place.
         batch_size: the number of samples per step; by default the task's.
+        optimizer: the name of the optimizer.
 
     Raises:
         DataError: the task's data is not available.
     """
 
-    def __init__(self, task: Task, folder: Path | None = None, batch_size: int | None = None) -> None:
-        self._task, self._data = task, task.load(folder)
+    def __init__(
+        self,
+        task: Task,
+        folder: Path | None = None,
+        batch_size: int | None = None,
+        optimizer: OptimizerName = "adamw",
+    ) -> None:
+        self._task, self._data, self._optimizer = task, task.load(folder), optimizer
         self._batch_size = task.batch_size if batch_size is None else batch_size
         self._factors: dict[tuple[tuple[str, int], ...], FactorSeconds] = {}
 
@@ -100,7 +108,7 @@ class Bench:
 
     def _time_factors(self, ranks: Mapping[str, int]) -> FactorSeconds:
         plain, factored = self._timed_model(), self._timed_model()
-        weights = FactoredModel(factored.model, Optimizers(factored.optimizer), list(ranks))
+        weights = FactoredModel(factored.model, Optimizers(factored.optimizers), list(ranks))
         factors = made_up_factors(weights.matrices(), ranks)
         plain_steps, steps, changes = list[float](), list[float](), list[float]()
         plain.seconds(_UNTIMED, 0)
@@ -116,7 +124,7 @@ class Bench:
 
     def _timed_model(self, wrap: Callable[[nn.Module], DataParallel] = Unsynchronized) -> _TimedModel:
         stream = batches(self._task, self._data, seed=0, rank=0, world_size=1, batch_size=self._batch_size)
-        return _TimedModel(self._task, stream, wrap)
+        return _TimedModel(self._task, stream, wrap, self._optimizer)
 
 
 def made_up_factors(matrices: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Factors]:
@@ -184,11 +192,15 @@ class _TimedModel:
     """Trains the model of a task and times the steps."""
 
     def __init__(
-        self, task: Task, stream: Iterator[tuple[Tensor, Tensor]], wrap: Callable[[nn.Module], DataParallel]
+        self,
+        task: Task,
+        stream: Iterator[tuple[Tensor, Tensor]],
+        wrap: Callable[[nn.Module], DataParallel],
+        optimizer: OptimizerName,
     ) -> None:
         self._task, self._stream = task, stream
         self.model = build_model(task, seed=0)
-        self.optimizer = build_optimizer(self.model, task.lr, task.weight_decay)
+        self.optimizers = build_optimizers(self.model, optimizer, task.lr, task.weight_decay)
         self._parallel = wrap(self.model)
 
     def seconds(self, untimed: int, timed: int) -> list[float]:
@@ -205,6 +217,7 @@ class _TimedModel:
     def _step(self) -> None:
         x, y = next(self._stream)
         loss_of(self._parallel, self._task, x, y, self._task.precision).backward()
-        clip_gradients([self.optimizer], self._task.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        clip_gradients(self.optimizers, self._task.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()

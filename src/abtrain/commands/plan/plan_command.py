@@ -29,6 +29,7 @@ from abtrain.commands.plan.settings import (
 )
 from abtrain.commands.plan.shapes import ranks_for
 from abtrain.commands.plan.stragglers import Speeds
+from abtrain.commands.tasks.choices import OptimizerName
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.units import TimeUnit, human_bytes, parse_all, parse_rate, parse_seconds, unit_of
 from abtrain.errors import ConfigurationError, nearest
@@ -159,7 +160,8 @@ def _setting(config: PlanConfig) -> Setting:
         alone = WorkerSeconds(parse_seconds(config.step_time))
     else:
         assert config.task is not None
-        bench = Bench(TASKS[config.task], config.data, config.batch_size)
+        optimizer: OptimizerName = "muon" if config.optimizer == "muon" else "adamw"
+        bench = Bench(TASKS[config.task], config.data, config.batch_size, optimizer)
         decompositions = measure_decompositions(shapes(Factoring(FixedRank(1))))
         alone = WorkerSeconds(bench.step(), bench.averaging(), decompositions, merge=seconds_of_merge)
         measure_factors = bench.factors

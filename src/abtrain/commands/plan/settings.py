@@ -94,8 +94,9 @@ class PlanConfig(ModelSettings):
     """Seed of the simulated speeds."""
     memory: Annotated[bool, Shown(group="memory")] = False
     """Predict the peak memory of a worker instead of bytes and seconds."""
-    optimizer: Literal["adamw", "momentum", "sgd"] = "adamw"
-    """Optimizer for --memory: adamw, sgd, or momentum (SGD with momentum)."""
+    optimizer: Literal["adamw", "muon", "momentum", "sgd"] = "adamw"
+    """Optimizer: adamw or muon if the time of a step is measured; adamw, sgd, or momentum (SGD with momentum) for
+    --memory."""
     activations: str | None = None
     """Memory for activations of a training step, such as 500MB, if there is no task to measure."""
 

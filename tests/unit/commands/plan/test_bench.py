@@ -17,13 +17,15 @@ from abtrain.comm.hooks import make_hook
 from abtrain.commands.plan import bench
 from abtrain.commands.plan.bench import world_of_one
 from abtrain.commands.tasks.samples import Data, Split
+from abtrain.commands.tasks.choices import OptimizerName
 from abtrain.commands.tasks.task import TASKS, cross_entropy
 from abtrain.errors import UsageError
 from abtrain.recipes.sync import GradientSync, GradientWire
 from tests.cases import batch, build
 
 
-def test_a_timed_step_is_that_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
+def test_a_timed_step_is_that_of_training(optimizer: OptimizerName, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has the precision, the gradient clipping and the weight decay of the task."""
     seen: list[object] = []
 
@@ -38,7 +40,7 @@ def test_a_timed_step_is_that_of_training(monkeypatch: pytest.MonkeyPatch) -> No
     split = Split(torch.rand(64, 64), torch.zeros(64, dtype=torch.int64))
     settings: dict[str, Any] = {"loss": loss, "precision": "bf16", "clip": 0.5, "weight_decay": 0.2}
     task = dataclasses.replace(TASKS["digits-mlp"], load=lambda folder: Data(split, split), **settings)
-    assert bench.Bench(task).step() > 0
+    assert bench.Bench(task, optimizer=optimizer).step() > 0
     assert set(seen) == {torch.bfloat16, (0.5, 0.2)}
 
 

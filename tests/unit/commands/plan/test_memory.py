@@ -228,8 +228,9 @@ def test_steps_are_measured_in_a_process_of_their_own() -> None:
 
 def test_wrong_settings_are_named_together() -> None:
     with pytest.raises(ConfigurationError) as raised:
-        plan_memory(PlanConfig(task="digits-mlp", activations="much", batch_size=0, memory=True))
+        plan_memory(PlanConfig(task="digits-mlp", activations="much", batch_size=0, optimizer="muon", memory=True))
     told = str(raised.value)
+    assert "--optimizer muon: its memory is not predicted" in told
     assert "--batch-size" in told and "size 'much' cannot be read" in told and "leave out one" in told
 
 
