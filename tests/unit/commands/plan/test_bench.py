@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from abtrain.comm.hooks import make_hook
 from abtrain.commands.plan import bench
 from abtrain.commands.plan.bench import world_of_one
-from abtrain.commands.tasks.samples import Data, Split
 from abtrain.commands.tasks.choices import OptimizerName
+from abtrain.commands.tasks.samples import Data, Split
 from abtrain.commands.tasks.task import TASKS, cross_entropy
 from abtrain.errors import UsageError
 from abtrain.recipes.sync import GradientSync, GradientWire
