@@ -109,8 +109,9 @@ TRANSFORMERS = {
 """Settings for transformers from scratch; means are merges with outer 1, 0."""
 
 
-ROUNDS = tuple((every, delay) for every in (6, 10, 20, 60) for delay in (0, every // 2))
+ROUNDS = tuple((every, delay) for every in (6, 10, 20) for delay in (0, every // 2))
 """The steps between merges, and the steps during which a merge is sent, of the rows that `auto` chooses from."""
+_LONGER = ((60, 0), (60, 30))
 OPTIMIZERS = ("adamw", "muon")
 _CHOICES = {
     "ddp": "ddp",
@@ -118,7 +119,7 @@ _CHOICES = {
     **{
         f"every {every}" + f", delay {delay}" * (delay > 0): f"local_sgd:every={every},wire=ternary"
         + f",delay={delay}" * (delay > 0)
-        for every, delay in ROUNDS
+        for every, delay in (*ROUNDS, *_LONGER)
     },
 }
 _PEERS = {"powersgd": "powersgd", "diloco, every 20": "diloco:every=20", "diloco, every 60": "diloco:every=60"}

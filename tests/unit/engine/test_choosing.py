@@ -60,11 +60,11 @@ def test_all_workers_follow_the_choice_of_the_slowest(slow: None) -> None:
     def work(comm: Communicator) -> tuple[int | None, str, str]:
         loop = Loop(comm)
         left = loop.run(3).ab.recipe.chooses_at
-        return left, repr(loop.run().ab.recipe), loop.digest
+        return left, repr(loop.run().ab.recipe.cycle), loop.digest
 
     ends = run_in_process(3, work)
     assert len(set(ends)) == 1 and ends[0][0] == 10
-    assert "every=10," in ends[0][1] and "choice=None" in ends[0][1]
+    assert "every=6, " in ends[0][1] and "delay=3" in ends[0][1]
 
 
 def test_a_fast_link_leads_to_data_parallel_training(fast: None) -> None:

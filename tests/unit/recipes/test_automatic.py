@@ -44,8 +44,8 @@ def test_a_link_that_is_too_slow_for_all_gets_the_row_that_waits_least() -> None
 
 def test_a_run_has_several_rounds() -> None:
     slow = here(1e-4)
-    assert choose(slow).every > 20
-    assert choose(replace(slow, steps=200)).every <= 20
+    assert choose(slow).every == max(row.every for row in frontier()) > 10
+    assert choose(replace(slow, steps=100)).every <= 10
     assert choose(replace(slow, steps=3, shares_gradients=False)).every == 6
 
 
