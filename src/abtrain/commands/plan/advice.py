@@ -133,7 +133,8 @@ class Setting:
             cost_of("all_reduce", links, at_once * nbytes, self.algorithm).seconds for nbytes in (4 * numbers, 8)
         )
         slowest = self.speeds.slowdown(1, self.group_size) if self.speeds else 1.0
-        return automatic.Circumstances(self.alone.step * slowest, reduce, latency, self.steps)
+        left = self.steps - (recipes.build("auto", self.steps).chooses_at or 0)
+        return automatic.Circumstances(self.alone.step * slowest, reduce, latency, left)
 
 
 @dataclass(frozen=True)

@@ -285,3 +285,10 @@ def test_auto_is_forecast_as_it_would_choose(rate: str, begins: str, capsys: pyt
     assert any("a step takes 48 ms" in line for line in lines)
     _, all_lines, _ = typed(capsys, "plan", *step)
     assert any(line.startswith("auto: every=") for line in all_lines)
+
+
+def test_auto_counts_the_steps_that_are_left_after_it_has_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    step = ("--parameters", "870k", "--step-time", "48ms", "--rate", "5mbit")
+    for steps, every in (("200", 10), ("220", 20)):
+        _, lines, _ = typed(capsys, "plan", "auto", *step, "--steps", steps)
+        assert any(line.startswith(f"auto:every={every},") for line in lines)
