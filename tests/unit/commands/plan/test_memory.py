@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -126,12 +127,26 @@ def test_state_is_predicted(name: str, size: int) -> None:
                 assert predicted[part] == pytest.approx(nbytes, rel=0.05), (phase, part)
 
 
+def allocations(events: Any) -> Iterator[Any]:
+    """Yields the allocations and frees in a profiler's tree of events."""
+    for event in events:
+        if event.name == "[memory]":
+            yield event
+        yield from allocations(event.children)
+
+
 def measured_peak(prof: Any) -> int:
-    """Returns the largest number of bytes that this thread has allocated on the CPU and not freed."""
-    events = [one for one in prof.profiler.kineto_results.events() if one.name() == "[memory]"]
+    """Returns the largest number of bytes that the profiled thread has allocated on the CPU and not freed."""
+    held = dict[int, int]()
     now = peak = 0
-    for event in sorted(events, key=lambda one: one.start_ns()):
-        now += event.nbytes()
+    tree = prof.profiler.kineto_results.experimental_event_tree()
+    for event in sorted(allocations(tree), key=lambda one: one.start_time_ns):
+        address, nbytes = event.extra_fields.ptr, event.extra_fields.alloc_size
+        # This thread may also free what another one has allocated, which does not count.
+        now -= held.pop(address, 0)
+        if nbytes > 0:
+            held[address] = nbytes
+            now += nbytes
         peak = max(peak, now)
     return peak
 
