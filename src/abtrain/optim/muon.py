@@ -7,7 +7,8 @@ The parameters at both ends of a model are rows for single tokens, pixels or cla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +17,26 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import AdamW, Optimizer
 
+from abtrain.optim.orthogonal import orthogonalized
+
 _NOT_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase, nn.RNNBase)
 """Modules whose parameters Muon does not train. A recurrent layer keeps the matrices of its gates in one tensor."""
 
+_SCALES: Mapping[str, Callable[[int, int], float]] = {
+    "original": lambda m, n: math.sqrt(max(1.0, m / n)),
+    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
+    "spectral_unclamped": lambda m, n: math.sqrt(m / n),
+}
+"""The number by which the learning rate of a matrix (m, n) is multiplied, by PyTorch's name for it."""
+_AT_ONCE = 2**22
+"""The largest number of numbers in matrices that are orthogonalized together, since small ones are slow one by one."""
+
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon, for weights of two or more dimensions.
+    """PyTorch's Muon, for weights of two or more dimensions, and faster.
 
-    A weight of more than two dimensions is trained as the matrix (first dimension, product of the others). All
-    arguments are those of `torch.optim.Muon`.
+    A weight of more than two dimensions is trained as the matrix (first dimension, product of the others). Matrices of
+    one shape are orthogonalized together, on CPUs in float32. All arguments are those of `torch.optim.Muon`.
 
     Raises:
         ValueError: there are no parameters, or one has fewer than two dimensions.
@@ -49,26 +61,47 @@ class Muon(torch.optim.Muon):
                     "such as AdamW"
                 )
 
-    def _init_group(
-        self,
-        group: MutableMapping[str, Any],
-        params_with_grad: list[Tensor],
-        grads: list[Tensor],
-        muon_momentum_bufs: list[Tensor],
-    ) -> bool:
-        """Fills three lists with the parameters, gradients and momenta of a step, all as matrices."""
-        complex_ = super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
-        for index, (parameter, momentum) in enumerate(zip(params_with_grad, muon_momentum_bufs, strict=True)):
-            if parameter.ndim > 2:
-                # The step changes views in place, so a momentum must lie in memory as its parameter does.
-                if momentum.stride() != parameter.stride():
-                    momentum = torch.empty_like(parameter).copy_(momentum)
-                    self.state[parameter]["momentum_buffer"] = momentum
-                order = sorted(range(1, parameter.ndim), key=parameter.stride, reverse=True)
-                params_with_grad[index], grads[index], muon_momentum_bufs[index] = (
-                    tensor.permute(0, *order).flatten(1) for tensor in (parameter, grads[index], momentum)
-                )
-        return complex_
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes a training step, as in all optimizers of PyTorch."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for batch in _batches(group["params"]):
+                self._train(batch, group)
+        return loss
+
+    def _train(self, parameters: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+        """Trains parameters that are matrices of one shape, all at once."""
+        updates = torch.stack([self._update(parameter, group).flatten(1) for parameter in parameters])
+        updates = orthogonalized(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        lr = float(group["lr"])
+        scaled = lr * _SCALES[group["adjust_lr_fn"] or "original"](*updates.shape[1:])
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.mul_(1 - lr * group["weight_decay"])
+            parameter.add_(update.reshape(parameter.shape), alpha=-scaled)
+
+    def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """Adds a gradient to the running mean, and returns what is to be orthogonalized."""
+        gradient, state = parameter.grad, self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        return gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+
+
+def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields the parameters that have a gradient, in lists of one matrix shape and of few numbers in all."""
+    alike = dict[Any, list[Tensor]]()
+    for parameter in parameters:
+        if parameter.grad is not None:
+            key = (len(parameter), parameter[0].numel(), parameter.dtype, parameter.device)
+            batch = alike.setdefault(key, [])
+            if batch and (len(batch) + 1) * parameter.numel() > _AT_ONCE:
+                yield alike.pop(key)
+                batch = alike.setdefault(key, [])
+            batch.append(parameter)
+    yield from alike.values()
 
 
 def muon_and_adamw(

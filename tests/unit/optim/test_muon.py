@@ -81,7 +81,7 @@ def test_a_convolution_is_trained_as_its_matrix(memory_format: torch.memory_form
         convolution.weight.grad, matrix.grad = gradient.clone(), gradient.flatten(1)
         ours.step()
         pytorch.step()
-    # Columns in another order are added up in another order, in bfloat16.
+    # PyTorch computes in bfloat16.
     torch.testing.assert_close(convolution.weight.flatten(1).detach(), matrix.detach(), atol=2e-2, rtol=0)
 
 
@@ -105,6 +105,41 @@ def test_saved_state_continues_in_any_memory_format(memory_format: torch.memory_
     steps(weight, optimizer, gradients[2:])
     steps(other, resumed, gradients[2:])
     assert torch.equal(weight, other)
+
+
+def test_matrices_of_one_shape_are_trained_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    shapes = [(4, 6), (6, 4), (4, 3, 2, 1), (4, 6), (4, 6)]
+    weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    # Two matrices at a time.
+    monkeypatch.setattr("abtrain.optim.muon._AT_ONCE", 48)
+    settings = {"lr": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    ours, pytorch = Muon(weights, **settings), [torch.optim.Muon([p], **settings) for p in alone if p.ndim == 2]
+    for _ in range(3):
+        for weight, other in zip(weights, alone, strict=True):
+            weight.grad = torch.randn(weight.shape)
+            other.grad = weight.grad.clone()
+        ours.step()
+        for one in pytorch:
+            one.step()
+    for weight, other in zip(weights, alone, strict=True):
+        if weight.ndim == 2:
+            # PyTorch computes in bfloat16.
+            torch.testing.assert_close(weight, other, atol=2e-2, rtol=0)
+
+
+def test_a_parameter_without_gradient_stays() -> None:
+    weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    optimizer = Muon(weights, lr=0.1)
+
+    def closure() -> Tensor:
+        loss = weights[0].square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 4
+    assert weights[0].ne(1).all() and weights[1].eq(1).all() and weights[1] not in optimizer.state
 
 
 def test_vectors_are_refused() -> None:

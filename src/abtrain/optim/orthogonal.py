@@ -1,0 +1,56 @@
+"""Computes the nearest matrices with orthonormal rows or columns, roughly, by Newton-Schulz iterations.
+
+An iteration maps X to (a I + b G + c G^2) X with G = X X^T, so that all singular values come near 1 (Jordan et al.,
+2024, Muon: an optimizer for hidden layers in neural networks). The factor on the left is a polynomial in the first G.
+Where X is much wider than high, it is cheaper to iterate on G, and to multiply X once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WIDE = 1.5
+"""The ratio of width to height from which fewer numbers are multiplied if iterations are on G."""
+
+
+def orthogonalized(M: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Returns matrices (N, m, n) whose singular values are near 1, with the singular vectors of those in `M`.
+
+    CPUs compute in float32, since many of them are slow in bfloat16. Other devices compute in bfloat16.
+
+    Args:
+        M: matrices (N, m, n).
+        coefficients: the numbers a, b and c of an iteration.
+        steps: the number of iterations.
+        eps: the norm from which a matrix is scaled to norm 1. A smaller one stays small.
+    """
+    on_cpu = M.device.type == "cpu"
+    X = M.to(torch.float32 if on_cpu else torch.bfloat16)
+    high = X.shape[-2] > X.shape[-1]
+    X = X.mT if high else X
+    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp(min=eps)
+    # In bfloat16, errors of G would grow with every iteration.
+    by_gram = on_cpu and X.shape[-1] >= _WIDE * X.shape[-2]
+    X = _by_gram(X, coefficients, steps) if by_gram else _directly(X, coefficients, steps)
+    return X.mT if high else X
+
+
+def _directly(X: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    a, b, c = coefficients
+    for _ in range(steps):
+        G = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(G, G, G, beta=b, alpha=c), X, beta=a)
+    return X
+
+
+def _by_gram(X: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    a, b, c = coefficients
+    G, product = X @ X.mT, None
+    for _ in range(steps):
+        if product is not None:
+            G = P @ (P @ G)  # X became P X, and P and G commute
+        P = torch.baddbmm(G, G, G, beta=b, alpha=c)
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = P if product is None else P @ product
+    return X if product is None else product @ X
