@@ -46,11 +46,12 @@ def _directly(X: Tensor, coefficients: tuple[float, float, float], steps: int) -
 
 def _by_gram(X: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
     a, b, c = coefficients
-    G, product = X @ X.mT, None
-    for _ in range(steps):
-        if product is not None:
-            G = P @ (P @ G)  # X became P X, and P and G commute
+    G = X @ X.mT
+    product = torch.eye(len(G[0]), dtype=X.dtype, device=X.device)
+    for step in range(steps):
         P = torch.baddbmm(G, G, G, beta=b, alpha=c)
         P.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = P if product is None else P @ product
-    return X if product is None else product @ X
+        product = P if step == 0 else P @ product
+        if step < steps - 1:
+            G = P @ (P @ G)  # the next X is P X, and P and G commute
+    return product @ X
