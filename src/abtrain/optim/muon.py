@@ -84,6 +84,7 @@ class Muon(torch.optim.Muon):
     def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
         """Adds a gradient to the running mean, and returns what is to be orthogonalized."""
         gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
