@@ -64,7 +64,7 @@ EIGHT = {f"wire {wire}": f"ab_outer:wire={wire} --batch-size 16" for wire in ("a
 
 _OFTEN = "ab_outer:wire=ternary,outer_lr=1,outer_momentum=0"
 _MEANS = "ab_outer:outer_lr=1,outer_momentum=0"
-_LOCAL_RATE = "local_lr=2,factor_lr=1"
+_PLAIN = "factor_lr=1"
 _RULES = ("sigma:0.22", "energy:0.9", "stable:4", "fixed:24")
 TRANSFORMERS = {
     "ddp": "ddp",
@@ -89,17 +89,16 @@ TRANSFORMERS = {
     "every 5, means, ternary, head dense": f"{_OFTEN},every=5,exclude=head.weight",
     "every 4, then 5, means, ternary, head dense": f"{_OFTEN},warmup_every=4,every=5,exclude=head.weight",
     "every 6, means, ternary, head dense": f"{_OFTEN},every=6,exclude=head.weight",
-    **{f"every {n}, means, ternary, local rate 2": f"{_OFTEN},every={n},{_LOCAL_RATE}" for n in (2, 4, 5, 6, 10, 20)},
+    **{f"every {n}, means, ternary, factor_lr 1": f"{_OFTEN},every={n},{_PLAIN}" for n in (2, 4, 5, 6, 10, 20)},
     **{
-        f"every 5, means, {wire}, local rate 2": f"{_MEANS},wire={wire},every=5,{_LOCAL_RATE}"
+        f"every 5, means, {wire}, factor_lr 1": f"{_MEANS},wire={wire},every=5,{_PLAIN}"
         for wire in ("fp32", "bf16", "int8", "int4", "int3", "lowrank:4:int8")
     },
     **{f"every 6, means, ternary, {rule}": f"{_OFTEN},every=6,rank_rule={rule}" for rule in _RULES},
     **{
-        f"every 5, means, ternary, local rate 2, {rule}": f"{_OFTEN},every=5,{_LOCAL_RATE},rank_rule={rule}"
+        f"every 5, means, ternary, factor_lr 1, {rule}": f"{_OFTEN},every=5,{_PLAIN},rank_rule={rule}"
         for rule in _RULES
     },
-    **{f"local_sgd, every {n}, ternary, local rate 2": f"local_sgd:every={n},wire=ternary,local_lr=2" for n in (5, 6)},
     "every 4, then 12, means, ternary, head dense": f"{_OFTEN},warmup_steps=1000,warmup_every=4,every=12,"
     "exclude=head.weight",
     "every 4, then 12, means, ternary": f"{_OFTEN},warmup_steps=1000,warmup_every=4,every=12",
@@ -145,7 +144,7 @@ BENCHMARKS: dict[str, tuple[str, dict[str, str]]] = {
     "fashion-cnn-roles": ("fashion-cnn", ROLES),
     "fashion-cnn-eight": ("fashion-cnn", EIGHT),
     "fashion-vit": ("fashion-vit", RECIPES),
-    "fashion-vit-settings": ("fashion-vit", _at_rates(TRANSFORMERS, ("1e-3", "2e-3", "4e-3"))),
+    "fashion-vit-settings": ("fashion-vit", _at_rates(TRANSFORMERS, RATES[1:])),
     "frontier-cnn": ("fashion-cnn", _at_rates(FRONTIER, (*RATES[1:], "8e-3", "16e-3"))),
     "frontier-gpt": ("pysrc-gpt", _at_rates(FRONTIER, (*RATES[1:], "8e-3", "16e-3"))),
     "pysrc-gpt": ("pysrc-gpt", RECIPES),

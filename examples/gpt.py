@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--recipe", default="ab_local")
     parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=8e-3)
     args = parser.parse_args()
     rank, device = join()
     train, valid = python_sources()

@@ -59,9 +59,9 @@ def python_manual() -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--recipe", default="local_sgd:every=6,wire=ternary,local_lr=2")
+    parser.add_argument("--recipe", default="local_sgd:every=6,wire=ternary")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--rank", type=int, default=4)
     args = parser.parse_args()
     if not Path("gpt.pt").exists():

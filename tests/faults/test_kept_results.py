@@ -183,7 +183,7 @@ def test_a_field_that_recipes_have_in_another_version(task: ComparisonRun) -> No
     record = task.folder / "request.json"
     content = json.loads(record.read_text())
     content["recipe"]["cycle"][0]["grafting"] = None
-    del content["recipe"]["cycle"][0]["local_lr"]
+    del content["recipe"]["cycle"][0]["factor_lr"]
     record.write_text(json.dumps(content))
     assert task.done
     content["recipe"]["cycle"][0]["steps"] += 1

@@ -37,6 +37,10 @@ def step(ab: ABTraining) -> None:
     ab.step()
 
 
+SCALED = recipes.ab_outer(8, every=2, warmup_steps=0, lr_rebound_steps=4, rank_rule=FixedRank(2), damping=0)
+"""A recipe that multiplies learning rates in its first steps."""
+
+
 def factored(recipe: Recipe = OUTER) -> ABTraining:
     model = build("mlp")
     ab = ABTraining(model, sgd(model.parameters()), recipe)
@@ -53,7 +57,7 @@ def test_a_schedule_that_steps_inside_the_optimizers_step(where: str) -> None:
     if where != "closure":
         register = optimizer.register_step_post_hook if where == "post hook" else optimizer.register_step_pre_hook
         register(lambda *_: schedule.step())
-    ab = ABTraining(model, optimizer, recipes.local_sgd(8, every=2, local_lr=2.0))
+    ab = ABTraining(model, optimizer, SCALED)
 
     def closure() -> None:
         backward(ab)
@@ -76,7 +80,7 @@ def test_a_rate_in_a_tensor_that_the_step_itself_changes() -> None:
     model = build("mlp")
     rate = torch.tensor(0.1)
     optimizer = Decaying(model.parameters(), rate)
-    ab = ABTraining(model, optimizer, recipes.local_sgd(8, every=2, local_lr=2.0))
+    ab = ABTraining(model, optimizer, SCALED)
     while not ab.finished:
         step(ab)
     assert optimizer.param_groups[0]["lr"] is rate and float(rate) == pytest.approx(0.1 * 0.9**8)

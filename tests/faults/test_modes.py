@@ -104,7 +104,7 @@ def step_under(comm: Communicator, mode: str | None) -> str:
     enter = MODES[mode] if mode else own_modes
     model = build("mlp", torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    recipe = recipes.ab_outer(16, every=4, warmup_steps=8, rank_rule=FixedRank(3), local_lr=2.0)
+    recipe = recipes.ab_outer(16, every=4, warmup_steps=8, rank_rule=FixedRank(3))
     ab = ABTraining(model, optimizer, recipe, communicator=comm)
     while not ab.finished:
         x, y = batch("mlp", comm.rank, ab.steps_done, torch.float32)

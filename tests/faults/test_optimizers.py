@@ -146,23 +146,25 @@ def one_weight() -> nn.Linear:
     return model
 
 
-def test_what_a_wrapper_steps_is_scaled_as_its_phase_says() -> None:
+def test_what_a_wrapper_steps_is_scaled() -> None:
     model = one_weight()
     optimizer = Sam(model.parameters(), SGD, lr=0.1)
-    ab = ABTraining(model, optimizer, recipes.local_sgd(2, every=2, local_lr=3.0))
+    ab = ABTraining(model, optimizer, recipes.local_sgd(2, every=2))
+    ab._hooks.rebound.start(1)
     ab(-torch.ones(1, 1)).sum().backward()
     optimizer.first_step()
     ab(-torch.ones(1, 1)).sum().backward()
     optimizer.second_step()
     ab.step()
-    assert model.weight.item() == pytest.approx(0.3)
+    assert model.weight.item() == pytest.approx(0.05)
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_a_wrapper_that_calls_for_gradients_itself_is_seen_once() -> None:
     model = one_weight()
     optimizer = Sam(model.parameters(), SGD, lr=0.1)
-    ab = ABTraining(model, optimizer, recipes.local_sgd(2, every=2, local_lr=3.0))
+    ab = ABTraining(model, optimizer, recipes.local_sgd(2, every=2))
+    ab._hooks.rebound.start(1)
 
     def closure() -> None:
         ab(-torch.ones(1, 1)).sum().backward()
@@ -172,30 +174,30 @@ def test_a_wrapper_that_calls_for_gradients_itself_is_seen_once() -> None:
         optimizer.step(closure)
         optimizer.zero_grad()
         ab.step()
-    assert model.weight.item() == pytest.approx(0.6)
+    assert model.weight.item() == pytest.approx(0.15)
 
 
 def test_a_wrapper_that_makes_no_step_makes_none_here() -> None:
     model = one_weight()
     optimizer = Accumulating(SGD(model.parameters(), 0.1))
-    ab = ABTraining(model, optimizer, recipes.local_sgd(2, every=2, local_lr=2.0))
+    ab = ABTraining(model, optimizer, recipes.local_sgd(2, every=2))
+    ab._hooks.rebound.start(1)
     for call in range(4):
         ab(-torch.ones(1, 1)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         if call % 2:
             ab.step()
-    assert model.weight.item() == pytest.approx(0.8)  # two steps of two gradients each
+    assert model.weight.item() == pytest.approx(0.3)  # two steps of two gradients each
 
 
 @pytest.mark.parametrize("kind", [CallsParent, Renamed])
 def test_a_class_below_a_known_one_trains_as_that_one_does(kind: type[AdamW]) -> None:
     """Steps inside steps are preconditioned and scaled once, and the state of the renamed one is projected."""
-    recipe = recipes.ab_outer(20, every=4, warmup_steps=8, rank_rule=FixedRank(3), local_lr=2.0)
     state = "project" if kind is Renamed else "reset"
     ends = []
     for one in (AdamW, kind):
-        options = {"rank_rule": FixedRank(3), "local_lr": 2.0, "optimizer_state": state}
+        options = {"rank_rule": FixedRank(3), "optimizer_state": state}
         recipe = recipes.ab_outer(20, every=4, warmup_steps=8, **options)
         loop = run_in_process(
             1, lambda comm, one=one, r=recipe: Loop(comm, r, make=lambda m: one(m.parameters(), 1e-2))
@@ -545,7 +547,7 @@ def test_a_rate_that_is_not_there_cannot_be_scaled() -> None:
     optimizer = sgd(model.parameters())
     del optimizer.param_groups[0]["lr"]
     with pytest.raises(ConfigurationError, match="a param group of SGD has no 'lr'"):
-        ABTraining(model, optimizer, recipes.local_sgd(4, every=2, local_lr=2.0))
+        ABTraining(model, optimizer, recipes.ab_outer(4, every=2, warmup_steps=0))
 
 
 def test_muon_follows_weights_into_their_factors() -> None:

@@ -1,8 +1,8 @@
-"""Scales learning rates by the phase's factor, and by a ramp after weights change shape (paper, Section III)."""
+"""Scales learning rates by a ramp after weights change shape (paper, Section III)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -22,15 +22,10 @@ class LRRebound:
     """Scales the learning rates of optimizers only during their steps.
 
     `scale` is called when `optimizer.step` begins, and `put_back` when it ends. Schedulers therefore read and write
-    unscaled rates. In step j = 0, 1, ... after `start(N)`, the factor is (j + 1) / (N + 1) of the target. From j = N
-    on, it is the target.
-
-    Args:
-        target: a function that returns the learning-rate factor of the next step's phase.
+    unscaled rates. In step j = 0, 1, ... after `start(N)`, the factor is (j + 1) / (N + 1). From j = N on, it is 1.
     """
 
-    def __init__(self, target: Callable[[], float]) -> None:
-        self._target = target
+    def __init__(self) -> None:
         self._length = 0
         self._done = 0
         self._scaled: dict[int, list[_Scaled]] = {}
@@ -38,7 +33,7 @@ class LRRebound:
     @property
     def factor(self) -> float:
         """The factor of the learning rates in the next optimizer step."""
-        return self._target() * min(1.0, (self._done + 1) / (self._length + 1))
+        return min(1.0, (self._done + 1) / (self._length + 1))
 
     def start(self, steps: int) -> None:
         """Begins a ramp of `steps` steps; 0 ends any ramp."""

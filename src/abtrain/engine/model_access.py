@@ -54,7 +54,7 @@ class ModelAccess:
 
     @property
     def lr_factor(self) -> float:
-        """The learning-rate factor of the next optimizer step: `Phase.local_lr` times the factor of the LR rebound."""
+        """The factor by which the LR rebound multiplies learning rates in the next optimizer step."""
         return self._hooks.rebound.factor
 
     @property

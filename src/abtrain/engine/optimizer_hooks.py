@@ -57,7 +57,7 @@ class OptimizerHooks:
         self.round_began = True
         self._model, self._progress = model, progress
         acting = self._acting = model.optimizers.acting
-        self.rebound = LRRebound(self._local_lr)
+        self.rebound = LRRebound()
         self.guard = GradientGuard(model, on_nonfinite, progress)
         self.preconditioner = Preconditioner(model.optimizers, damping=0)
         self._ownership = Ownership(model, frozen)
@@ -73,10 +73,6 @@ class OptimizerHooks:
             one._optimizer_step_post_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
             self._handles += [first, one.register_step_pre_hook(self._before), one.register_step_post_hook(self._after)]
             self._handles.append(one.register_state_dict_pre_hook(self._before_saving))
-
-    def _local_lr(self) -> float:
-        position = self._progress.position
-        return 1.0 if position is None else position.phase.local_lr
 
     @property
     def stepped(self) -> bool:

@@ -65,7 +65,6 @@ def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe)
                 f"{type(optimizer).__name__} communicates with other workers itself ({evidence}), as abtrain does: "
                 "pass an optimizer that does not, such as the one that it wraps, or turn its distributed options off"
             )
-    scales_rates = recipe.lr_rebound_steps > 0 or any(phase.local_lr != 1 for phase in recipe.phases)
     for optimizer in optimizers.acting:
         kind = type(optimizer).__name__
         hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
@@ -76,10 +75,10 @@ def optimizer_problems(model: nn.Module, optimizers: Optimizers, recipe: Recipe)
                 f"{kind} does not call Optimizer.__init__, so abtrain cannot see its steps: call it in "
                 f"{kind}.__init__, or pass the optimizer that {kind} wraps"
             )
-        if scales_rates and any("lr" not in group for group in optimizer.param_groups):
+        if recipe.lr_rebound_steps > 0 and any("lr" not in group for group in optimizer.param_groups):
             problems.append(
                 f"a param group of {kind} has no 'lr', which recipe {recipe.name!r} scales: use another optimizer, "
-                "or a recipe without local_lr and LR rebound"
+                "or a recipe without LR rebound"
             )
     problems += [problem for optimizer in optimizers.all for problem in _saving_problems(optimizer)]
     return problems + (_factoring_problems(optimizers, recipe) if recipe.factored else [])

@@ -50,7 +50,6 @@ def ab_outer(
     sigma_cutoff: _SigmaCutoff = 0.22,
     damping: Annotated[float, "Damping in the factors' preconditioner; 0: no preconditioning."] = 0.1,
     factor_lr: _FactorLR = None,
-    local_lr: shared.LocalLR = 1.0,
     outer_device: shared.OuterDevice = None,
     rank_rule: shared.Rule = None,
     **factoring: Any,
@@ -66,14 +65,14 @@ def ab_outer(
     merge: MergeRule = Mean() if (outer_lr, outer_momentum) == (1, 0) else Outer(outer_lr, outer_momentum)
     warmup_steps = given_or(warmup_steps, whole_rounds(total_steps, every))
     warmup_every, rebound_every = given_or(warmup_every, every), given_or(rebound_every, every)
-    prologue = full_phase("warmup", warmup_steps, warmup_every, warmup_wire or wire, merge, warmup_delay, local_lr)
-    rebound = full_phase("rebound", rebound_steps, rebound_every, wire, merge, local_lr=local_lr)
+    prologue = full_phase("warmup", warmup_steps, warmup_every, warmup_wire or wire, merge, warmup_delay)
+    rebound = full_phase("rebound", rebound_steps, rebound_every, wire, merge)
     factoring = {"keep_dense_if_larger": True, "optimizer_state": "auto", **factoring}
     settings = Factoring(rank_rule_of(rank_rule, sigma_cutoff, outliers=False), **factoring)
     factor_lr = given_or(factor_lr, 2.0 if damping else 1.0)  # measured: benchmarks/merges.md
     steps = _factored_steps(total_steps, warmup_steps, every, refactor_every, rebound_steps)
     sync = WeightSync(every, merge, wire, delay, fragments)
-    factors = Phase("factors", steps, "factored", sync=sync, damping=damping, factor_lr=factor_lr, local_lr=local_lr)
+    factors = Phase("factors", steps, "factored", sync=sync, damping=damping, factor_lr=factor_lr)
     lr_rebound_steps = given_or(lr_rebound_steps, every)
     return Recipe(name, total_steps, prologue, (factors, *rebound), settings, lr_rebound_steps, outer_device)
 
@@ -86,14 +85,14 @@ ab_local = preset(
     Outer momentum helps if workers' changes agree, but early in a transformer's training they do not. Averages after
     short rounds at 1.8 bits per number send about the same bytes as outer merges after long rounds at more bits.
 
-    Takes the options of `ab_outer` except those of the outer optimizer. Its `local_lr` suits four groups and optimizers
-    that normalize gradients, such as Adam: see `abtrain.recipes.phase.Phase`.
+    Takes the options of `ab_outer` except those of the outer optimizer. Adam and other optimizers that normalize
+    gradients need about sqrt(groups) times the rate of data parallel training, since gradient noise is as much larger
+    on one group's batch than on all batches, which shortens their steps.
     """,
     fixed={"outer_lr": 1.0, "outer_momentum": 0.0},
     every=6,
     wire="ternary",
     factor_lr=1.0,
-    local_lr=2.0,  # sqrt(4): the gradient of one of four groups has twice the noise of their mean
 )
 
 

@@ -50,7 +50,6 @@ def local_sgd(
     warmup_every: shared.PhaseEvery = 0,
     rebound_steps: Annotated[int, "Steps of the rebound phase after every merge."] = 0,
     rebound_every: shared.PhaseEvery = 0,
-    local_lr: shared.LocalLR = 1.0,
     outer_device: shared.OuterDevice = None,
 ) -> Recipe:
     """Full-rank local training: groups train separately for `every` steps, then their weights are averaged.
@@ -59,9 +58,9 @@ def local_sgd(
     `abtrain recipes local_sgd` lists the options.
     """
     sync = WeightSync(every, merge_rule(merge, temperature), wire, delay, fragments)
-    local = Phase("local", every if rebound_steps else total_steps, sync=sync, local_lr=local_lr)
-    rebound = full_phase("rebound", rebound_steps, rebound_every, wire, local_lr=local_lr)
-    prologue = full_phase("warmup", warmup_steps, warmup_every, wire, local_lr=local_lr)
+    local = Phase("local", every if rebound_steps else total_steps, sync=sync)
+    rebound = full_phase("rebound", rebound_steps, rebound_every, wire)
+    prologue = full_phase("warmup", warmup_steps, warmup_every, wire)
     return Recipe("local_sgd", total_steps, prologue, (local, *rebound), outer_device=outer_device)
 
 
@@ -75,7 +74,6 @@ def diloco(
     wire: shared.Wire = "fp32",
     delay: shared.Delay = 0,
     fragments: shared.Fragments = 1,
-    local_lr: shared.LocalLR = 1.0,
     outer_device: shared.OuterDevice = None,
 ) -> Recipe:
     """Full-rank local training whose merges use an outer Nesterov optimizer (DiLoCo, arXiv 2311.08105).
@@ -83,5 +81,5 @@ def diloco(
     `abtrain recipes diloco` lists the options.
     """
     sync = WeightSync(every, Outer(outer_lr, outer_momentum), wire, delay, fragments)
-    cycle = (Phase("local", total_steps, sync=sync, local_lr=local_lr),)
+    cycle = (Phase("local", total_steps, sync=sync),)
     return Recipe("diloco", total_steps, cycle=cycle, outer_device=outer_device)

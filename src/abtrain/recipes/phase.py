@@ -27,9 +27,6 @@ class Phase:
         sync: how workers are synchronized; None if they are not.
         damping: the damping used to precondition the factors (see `abtrain.lowrank.precondition`); 0 turns it off.
         factor_lr: the number by which preconditioned updates are multiplied.
-        local_lr: the number by which the learning rate is multiplied in phases with merges. Gradient noise is
-            sqrt(workers) times larger on one worker's batch than on all batches, which shortens the steps of Adam and
-            other optimizers that normalize gradients. A value of sqrt(workers) compensates for this.
     """
 
     name: str
@@ -39,7 +36,6 @@ class Phase:
     sync: Sync = GradientSync()
     damping: float = 0.0
     factor_lr: float = 1.0
-    local_lr: float = 1.0
 
     @property
     def rounds(self) -> WeightSync | None:
@@ -66,9 +62,6 @@ class Phase:
             found.append(f"trains={self.trains!r} needs merges: use trains='b', or a WeightSync (every of at least 1)")
         found += share_problems("damping", self.damping)
         found += number_problems("factor_lr", self.factor_lr, above=0)
-        found += number_problems("local_lr", self.local_lr, above=0)
-        if self.local_lr != 1 and not self.rounds:
-            found.append(f"local_lr={self.local_lr} has no effect without merges: use a WeightSync, or leave it at 1")
         if self.factor_lr != 1 and self.damping == 0:
             found.append(f"factor_lr={self.factor_lr} has no effect without preconditioning: use 1, or set damping > 0")
         if not isinstance(self.sync, Sync):

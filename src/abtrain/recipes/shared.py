@@ -33,7 +33,6 @@ OuterMomentum = Annotated[float, "Momentum of the outer optimizer."]
 Wire = Annotated[str, "Format in which merges are sent, such as int4: see `abtrain.recipes.wires`."]
 Delay = Annotated[int, "Training steps during which a merge is sent; training waits for a phase's last merge."]
 Fragments = Annotated[int, "Number of parts of the model that are merged in turn; a phase ends with a merge of all."]
-LocalLR = Annotated[float, "Multiplies the learning rate between merges: see `abtrain.recipes.phase.Phase`."]
 OuterDevice = Annotated[
     str | None, "cpu: anchors, outer momentum and residuals are kept in host memory; default: beside the parameters."
 ]
@@ -67,7 +66,7 @@ def preset(
 
 
 def full_phase(
-    name: str, steps: int, every: int, wire: str, merge: MergeRule = Mean(), delay: int = 0, local_lr: float = 1.0
+    name: str, steps: int, every: int, wire: str, merge: MergeRule = Mean(), delay: int = 0
 ) -> tuple[Phase, ...]:
     """Returns a full-rank phase in a tuple, empty if `steps` is 0. `every` 0 averages gradients instead of weights.
 
@@ -83,7 +82,7 @@ def full_phase(
         return ()
     if every == 0:
         return (Phase(name, steps, sync=GradientSync()),)
-    return (Phase(name, steps, sync=WeightSync(every, merge, wire, delay), local_lr=local_lr),)
+    return (Phase(name, steps, sync=WeightSync(every, merge, wire, delay)),)
 
 
 def merge_rule(rule: MergeRule | str, temperature: float) -> MergeRule:

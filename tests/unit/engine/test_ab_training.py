@@ -111,41 +111,6 @@ def test_every_recipe_ends_with_equal_workers_but_solo(recipe: str) -> None:
     assert equal == (recipe != "solo")
 
 
-def test_a_local_learning_rate_is_one_of_the_rounds_alone() -> None:
-    recipe = recipes.local_sgd(9, every=3, warmup_steps=3, local_lr=2.0)
-
-    def run(comm: Communicator, model: nn.Module) -> list[tuple[float, float]]:
-        optimizer = sgd(model.parameters())
-        ab = ABTraining(model, optimizer, recipe, communicator=comm)
-        rates = []
-        while not ab.finished:
-            rates.append((ab.lr_factor, optimizer.param_groups[0]["lr"]))
-            one_step(ab, optimizer, comm.rank)
-        return [*rates, (ab.lr_factor, optimizer.param_groups[0]["lr"])]
-
-    models = [build("mlp") for _ in range(2)]
-    results = run_in_process(2, lambda comm: run(comm, models[comm.rank]))
-    assert results[0] == results[1] == [(1.0, 5e-2)] * 3 + [(2.0, 5e-2)] * 6 + [(1.0, 5e-2)]
-
-
-def test_twice_the_local_learning_rate_is_twice_the_learning_rate() -> None:
-    def weights(lr: float, local_lr: float) -> dict[str, torch.Tensor]:
-        models = [build("mlp") for _ in range(2)]
-
-        def run(comm: Communicator) -> None:
-            optimizer = torch.optim.SGD(models[comm.rank].parameters(), lr=lr)
-            ab = ABTraining(
-                models[comm.rank], optimizer, recipes.local_sgd(6, every=3, local_lr=local_lr), communicator=comm
-            )
-            while not ab.finished:
-                one_step(ab, optimizer, comm.rank)
-
-        run_in_process(2, run)
-        return models[0].state_dict()
-
-    assert largest_difference(weights(0.05, 2.0), weights(0.1, 1.0)) == 0
-
-
 @pytest.mark.parametrize("wire", ["fp32", "bf16", "int8", "int4"])
 def test_narrow_merges_keep_workers_equal_and_learn_the_same(wire: str) -> None:
     def losses(comm: Communicator, models: list[nn.Module]) -> Any:

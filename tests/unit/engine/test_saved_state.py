@@ -35,7 +35,7 @@ RECIPES = {
         optimizer_state="project",
     ),
     "ab_local": recipes.ab_local(27, every=5, delay=3, warmup_delay=2, warmup_steps=10, rank_rule=FixedRank(1)),
-    "diloco": recipes.diloco(17, **{**HIDDEN, "wire": "int4"}, local_lr=2.0),
+    "diloco": recipes.diloco(17, **{**HIDDEN, "wire": "int4"}),
     "weighted": recipes.local_sgd(16, every=4, delay=2, merge="weighted", rebound_steps=0),
 }
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd}

@@ -52,14 +52,6 @@ def test_local_sgd_on_the_schedule_of_ab() -> None:
     assert [step for step in range(1200) if ab.at(step).merges] == [s for s in range(1200) if same.at(s).merges]
 
 
-@pytest.mark.parametrize("name", ["local_sgd", "ab_outer"])
-def test_learning_rates_are_multiplied_where_workers_train_alone(name: str) -> None:
-    recipe = recipes.build(name, 100, every=10, warmup_steps=20, warmup_every=0, local_lr=3.0)
-    first, *others = recipe.phases
-    assert first.sync == GradientSync() and first.local_lr == 1
-    assert others and all(phase.local_lr == 3 for phase in [*others, *recipes.diloco(100, local_lr=3.0).phases])
-
-
 def test_a_recipe_of_groups_alone_repeats_its_phase() -> None:
     recipe = recipes.ab(9, warmup_steps=0, ab_steps=3, rebound_steps=0)
     assert [p.cycle for p in recipe.runs()] == [0, 1, 2]
@@ -143,11 +135,6 @@ def test_a_round_that_the_end_of_the_run_cuts_off(build_recipe: Any) -> None:
         ),
         (Phase("p", 10, sync=WeightSync(11)), "every=11 is longer than the phase: use at most its 10 steps"),
         (Phase("p", 10, sync=WeightSync(0)), "every=0 is too small"),
-        (Phase("p", 10, sync=WeightSync(2), local_lr=0), "local_lr=0 is not a finite number above 0"),
-        (
-            Phase("p", 10, local_lr=2),
-            "local_lr=2 has no effect without merges: use a WeightSync, or leave it at 1",
-        ),
         (Phase("p", 10, weights="thin"), "'full' or 'factored'"),  # type: ignore[arg-type]
     ],
 )
@@ -210,7 +197,7 @@ def test_every_named_recipe_builds() -> None:
 
 def test_ab_local_is_ab_outer_with_means_after_short_rounds() -> None:
     recipe = recipes.ab_local(600)
-    options = {"every": 6, "wire": "ternary", "outer_lr": 1.0, "outer_momentum": 0.0, "local_lr": 2.0, "factor_lr": 1.0}
+    options = {"every": 6, "wire": "ternary", "outer_lr": 1.0, "outer_momentum": 0.0, "factor_lr": 1.0}
     assert recipe == dataclasses.replace(recipes.build("ab_outer", 600, **options), name="ab_local")
     assert [phase.sync for phase in recipe.phases] == [WeightSync(6, Mean(), "ternary")] * 2
     assert [phase.name for phase in recipes.ab_local(600, warmup_steps=0, every=3).phases] == ["factors"]
@@ -239,7 +226,7 @@ def test_ab_no_groups_is_ab_with_one_factor_and_shared_gradients() -> None:
             "ab_local",
             "ab_outer",
             {"outer_lr", "outer_momentum"},
-            {"every": 6, "wire": "ternary", "factor_lr": 1.0, "local_lr": 2.0},
+            {"every": 6, "wire": "ternary", "factor_lr": 1.0},
         ),
         ("ab_no_groups", "ab", {"every", "trains", "merge", "temperature"}, {}),
     ],

@@ -100,6 +100,4 @@ def _clauses(phase: Phase) -> Iterator[str]:
     yield "full" if phase.weights == "full" else TRAINS[phase.trains]
     if phase.damping:
         yield f"steps preconditioned (damping {phase.damping:g}, times {phase.factor_lr:g})"
-    if phase.local_lr != 1:
-        yield f"learning rate times {phase.local_lr:g}"
     yield sync_in_words(phase.sync)

@@ -259,12 +259,6 @@ def test_phases_of_ones_own_in_words() -> None:
     ]
 
 
-def test_a_local_learning_rate_in_words() -> None:
-    assert phases_in_words(recipes.local_sgd(100, every=10, local_lr=2.0)) == [
-        "local, 100 steps: full, learning rate times 2, merged every 10 steps (mean, fp32)"
-    ]
-
-
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_every_option_has_a_default_and_a_meaning(name: str) -> None:
     listed = options_in_words(name)
