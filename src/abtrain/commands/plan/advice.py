@@ -44,7 +44,7 @@ DELAY_OPTIONS = ("delay", "warmup_delay")
 CASES = {
     "a CNN, or another model": recipes.DEFAULT,
     "a transformer from scratch": "ab_local",
-    "any model, without factors": "local_sgd:every=6,wire=ternary",
+    "any model, without factors": "auto",
 }
 """The recipes that are recommended for slow links, by the kind of model. README has the same table."""
 

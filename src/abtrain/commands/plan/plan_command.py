@@ -9,7 +9,7 @@ from rich.table import Table
 from abtrain import recipes
 from abtrain.comm.topology import topology_problems
 from abtrain.commands.output import Output, breakable, narrow_table
-from abtrain.commands.plan.advice import CASES, Offer, Recommendation, Setting, recommend
+from abtrain.commands.plan.advice import Offer, Recommendation, Setting, recommend
 from abtrain.commands.plan.bench import Bench, measure_decompositions
 from abtrain.commands.plan.collectives import ALL_REDUCES, Cluster, NodeLink
 from abtrain.commands.plan.forecast import PhaseForecast, WorkerSeconds
@@ -100,7 +100,7 @@ def _advise(advice: Recommendation, unit: TimeUnit, console: Output) -> None:
         table.add_column("take")
         table.add_column(unit.name, justify="right")
         for case, offer in advice.cases.items():
-            table.add_row(case, str(offer) if offer is choice else CASES[case], unit.figure(offer.forecast.seconds))
+            table.add_row(case, str(offer), unit.figure(offer.forecast.seconds))
         console.print(table)
         console.print()
 
