@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 
-def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
+def muon_and_adamw(model: nn.Module, kind: type[Muon] = Muon) -> list[Optimizer]:
     """Muon for the matrices of the small MLP, AdamW for the rest."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
-    return [Muon(matrices, lr=1e-2), AdamW([p for p in model.parameters() if p.ndim != 2], lr=1e-2)]
+    return [kind(matrices, lr=1e-2), AdamW([p for p in model.parameters() if p.ndim != 2], lr=1e-2)]
 
 
 class ByHand(SGD):

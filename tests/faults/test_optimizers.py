@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adagrad, AdamW, Muon, RMSprop
 
-from abtrain import ABTraining, FixedRank, recipes
+from abtrain import ABTraining, FixedRank, optim, recipes
 from abtrain.checkpoint.trees import join, refer, split
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
@@ -550,9 +550,10 @@ def test_a_rate_that_is_not_there_cannot_be_scaled() -> None:
         ABTraining(model, optimizer, recipes.ab_outer(4, every=2, warmup_steps=0))
 
 
-def test_muon_follows_weights_into_their_factors() -> None:
+@pytest.mark.parametrize("kind", [Muon, optim.Muon])
+def test_muon_follows_weights_into_their_factors(kind: type[Muon]) -> None:
     model = build("mlp")
-    ab = ABTraining(model, muon_and_adamw(model), OUTER)
+    ab = ABTraining(model, muon_and_adamw(model, kind), OUTER)
     moments = []
     while not ab.finished:
         x, y = batch("mlp", 0, ab.steps_done)
@@ -562,6 +563,10 @@ def test_muon_follows_weights_into_their_factors() -> None:
             optimizer.zero_grad()
         ab.step()
         moments.append(len(ab.optimizers[0].state))
+        if len(moments) == 8:
+            # The factors begin with the momentum of their weights.
+            momenta = [held["momentum_buffer"] for held in ab.optimizers[0].state.values()]
+            assert len(momenta) > 3 and all(momentum.any() for momentum in momenta)
     assert isinstance(ab.optimizer, Muon)
     assert moments[0] == 3 and moments[8] == len(ab.optimizers[0].param_groups[0]["params"]) > 3
 

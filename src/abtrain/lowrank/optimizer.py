@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from abtrain.lowrank.optimizers import is_a
 from abtrain.lowrank.weight import FactoredWeight
+from abtrain.optim import Muon
 
 State = dict[str, Any]
 
@@ -17,7 +18,7 @@ LINEAR_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 """The keys in optimizer state whose values are running means of gradients."""
 SQUARED_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
 """The keys in optimizer state whose values are running means, maxima of means, or sums of squared gradients."""
-PROJECTABLE = (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, Muon)
+PROJECTABLE = (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, torch.optim.Muon, Muon)
 """The optimizers whose state is known to consist of linear or squared moments and step counts."""
 _TINY = torch.finfo(torch.float64).tiny
 

@@ -26,12 +26,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adafactor, Muon, Optimizer
+from torch.optim import Adafactor, Optimizer
 
 from abtrain.errors import NonFiniteError
 from abtrain.lowrank.optimizer import LINEAR_MOMENTS, SQUARED_MOMENTS
 from abtrain.lowrank.optimizers import Optimizers, is_a
 from abtrain.lowrank.weight import FactoredWeight
+from abtrain.optim import Muon
 
 
 class _Start(NamedTuple):
@@ -143,7 +144,7 @@ def _maybe_masters(optimizer: Optimizer, factor: nn.Parameter) -> Iterator[tuple
 def _decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
     """Returns the share by which decoupled weight decay shrinks the parameters of a group in one step."""
     # Muon and Adafactor always decouple it, without such a setting.
-    decoupled = group.get("decoupled_weight_decay") or is_a(optimizer, (Muon, Adafactor))
+    decoupled = group.get("decoupled_weight_decay") or is_a(optimizer, (torch.optim.Muon, Muon, Adafactor))
     return float(group["lr"] * group["weight_decay"]) if decoupled else 0.0
 
 

@@ -14,6 +14,7 @@ from abtrain.lowrank.precondition import Preconditioner
 from abtrain.lowrank.surgery import factorize_
 from abtrain.lowrank.svd import Factors, decompose
 from abtrain.lowrank.weight import FactoredWeight
+from abtrain.optim import Muon
 from abtrain.recipes.rank_rules import FixedRank
 from tests.faults.optimizers import EarlyMasters, Masters
 
@@ -99,7 +100,7 @@ def test_steps_of_master_weights_are_preconditioned(make: Any, dtype: torch.dtyp
         assert torch.equal(master.to(dtype), factor)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon, torch.optim.Adafactor])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon, Muon, torch.optim.Adafactor])
 def test_the_weight_decays_at_the_rate_of_a_dense_one(kind: Any) -> None:
     record = record_of()
     W = record.weight()
