@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from abtrain.recipes.factoring import Factoring
     from abtrain.recipes.merges import Mean, Outer, TrainedOnly
     from abtrain.recipes.phase import Phase
-    from abtrain.recipes.rank_rules import Energy, FixedRank, SigmaCutoff, StableRank
+    from abtrain.recipes.rank_rules import Energy, FixedRank, ParameterShare, SigmaCutoff, StableRank
     from abtrain.recipes.recipe import Recipe
     from abtrain.recipes.sync import GradientSync, WeightSync
 
@@ -35,6 +35,7 @@ __all__ = [
     "GradientSync",
     "Mean",
     "Outer",
+    "ParameterShare",
     "Phase",
     "Recipe",
     "SigmaCutoff",
@@ -60,7 +61,7 @@ _HOMES = {
     "load": "lowrank.model_file",
     "to_plain": "lowrank.plain",
     "weights_digest": "checkpoint.digest",
-    **dict.fromkeys(("Energy", "FixedRank", "SigmaCutoff", "StableRank"), "recipes.rank_rules"),
+    **dict.fromkeys(("Energy", "FixedRank", "ParameterShare", "SigmaCutoff", "StableRank"), "recipes.rank_rules"),
     "Factoring": "recipes.factoring",
     "Phase": "recipes.phase",
     "Recipe": "recipes.recipe",

@@ -106,11 +106,30 @@ class StableRank:
         return _bounded(math.ceil(self.factor * stable), self.rank_multiple, m, n)
 
 
+@dataclass(frozen=True)
+class ParameterShare:
+    """Keeps the largest rank at which factors have at most `share` of the weight's parameters, whatever its spectrum.
+
+    Muon trains all directions alike, so spectra stay flat, and rules that look at them keep all of them or too few.
+    """
+
+    share: float = 0.5
+    rank_multiple: int = 1
+
+    def problems(self) -> list[str]:
+        return share_problems("parameter share", self.share) + _multiple_problems(self.rank_multiple)
+
+    def __call__(self, singular_values: Sequence[float], m: int, n: int) -> int:
+        k = int(self.share * m * n / (m + n))
+        return _bounded(k - k % self.rank_multiple, self.rank_multiple, m, n)
+
+
 _RULES: dict[str, Callable[[str], RankRule]] = {
     "sigma": lambda text: SigmaCutoff(float(text)),
     "energy": lambda text: Energy(float(text)),
     "stable": lambda text: StableRank(float(text)),
     "fixed": lambda text: FixedRank(int(text)),
+    "share": lambda text: ParameterShare(float(text)),
 }
 
 
@@ -126,5 +145,6 @@ def parse_rule(text: str) -> RankRule:
     except (KeyError, ValueError):
         problem = f"has {number!r} in place of its number" if kind in _RULES else "is unknown"
         raise ConfigurationError(
-            f"rank rule {text!r} {problem}: use sigma:CUTOFF, energy:SHARE, stable:FACTOR, or fixed:K with a whole K"
+            f"rank rule {text!r} {problem}: use sigma:CUTOFF, energy:SHARE, stable:FACTOR, share:SHARE, or fixed:K "
+            "with a whole K"
         ) from None

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abtrain import Energy, FixedRank, SigmaCutoff, StableRank
+from abtrain import Energy, FixedRank, ParameterShare, SigmaCutoff, StableRank
 from abtrain.errors import NonFiniteError
 from abtrain.lowrank.svd import MatrixShape, decompose
 from abtrain.recipes.factoring import RankRule
@@ -64,7 +64,10 @@ def check_against_float64(W: torch.Tensor, rule: RankRule, tolerance: float) -> 
     return k
 
 
-RULES = [SigmaCutoff(0.15), SigmaCutoff(0.5, rank_multiple=8), Energy(0.9), StableRank(1.5), FixedRank(3)]
+RULES = [
+    *(SigmaCutoff(0.15), SigmaCutoff(0.5, rank_multiple=8), Energy(0.9), StableRank(1.5), FixedRank(3)),
+    ParameterShare(0.6),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

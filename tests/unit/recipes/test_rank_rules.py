@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abtrain import Energy, FixedRank, SigmaCutoff
+from abtrain import Energy, FixedRank, ParameterShare, SigmaCutoff
 from abtrain.errors import ConfigurationError
 from abtrain.recipes.rank_rules import parse_rule
 
@@ -43,6 +43,15 @@ def test_fixed_rank_and_multiples() -> None:
     assert FixedRank(5, rank_multiple=16)([1.0] * 9, 10, 9) == 9
 
 
+def test_a_share_of_parameters_decides_whatever_the_spectrum() -> None:
+    for values in ([1.0] * 96, [1.0, *[0.0] * 95]):
+        assert ParameterShare(0.5)(values, 384, 128) == 48  # 48 (384 + 128) = 384 x 128 / 2
+        assert ParameterShare(0.5, rank_multiple=32)(values, 384, 128) == 32
+        assert ParameterShare(0.0)(values, 384, 128) == 1
+    assert ParameterShare(1.0)([1.0] * 8, 8, 8) == 4
+    assert parse_rule("share:0.6") == ParameterShare(0.6)
+
+
 @given(
     values=st.lists(st.floats(0, 1e6), min_size=1, max_size=20),
     cutoff=st.floats(0, 1),
@@ -51,7 +60,12 @@ def test_fixed_rank_and_multiples() -> None:
 def test_ranks_are_always_possible(values: list[float], cutoff: float, multiple: int) -> None:
     values.sort(reverse=True)
     n = len(values)
-    for rule in (SigmaCutoff(cutoff, multiple), Energy(cutoff, multiple), FixedRank(3, multiple)):
+    for rule in (
+        SigmaCutoff(cutoff, multiple),
+        Energy(cutoff, multiple),
+        ParameterShare(cutoff, multiple),
+        FixedRank(3, multiple),
+    ):
         k = rule(values, n + 2, n)
         assert 1 <= k <= n
         assert k % multiple == 0 or k == n
@@ -59,7 +73,14 @@ def test_ranks_are_always_possible(values: list[float], cutoff: float, multiple:
 
 @pytest.mark.parametrize(
     "rule",
-    [SigmaCutoff(-0.1), SigmaCutoff(float("nan")), Energy(1.1), FixedRank(0), FixedRank(2, rank_multiple=0)],
+    [
+        SigmaCutoff(-0.1),
+        SigmaCutoff(float("nan")),
+        Energy(1.1),
+        ParameterShare(2),
+        FixedRank(0),
+        FixedRank(2, rank_multiple=0),
+    ],
 )
 def test_settings_that_cannot_be(rule: SigmaCutoff | Energy | FixedRank) -> None:
     assert rule.problems()
