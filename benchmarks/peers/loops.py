@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 benchmarks/peers/loops.py powersgd --rank 1 --task fashion-cnn --out result.json
 
 Model, data, batches, optimizer and schedule are those of `abtrain train`, so that a run differs by the method alone.
-Each loop is written as its library's documentation has it.
+Each loop is written as its library's documentation has it. Methods without a library are in compressed.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from compressed import METHODS
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, post_localSGD_hook, powerSGD_hook
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
@@ -39,7 +40,8 @@ def main() -> None:
     data = task.load(None)
     loader = batches(task, data, seed=options.seed, rank=rank, world_size=workers, batch_size=task.batch_size)
     model = build_model(task, options.seed)
-    step, finish = PEERS[options.peer](task, model, options)
+    method = METHODS[options.peer](task, model, options) if options.peer in METHODS else None
+    step, finish = (method.step, method.finish) if method else PEERS[options.peer](task, model, options)
     dist.barrier()
     started = time.perf_counter()
     for _ in range(options.steps):
@@ -52,6 +54,7 @@ def main() -> None:
             **evaluate(trained, task, data),
             "seconds": seconds,
             "parameters": sum(parameter.numel() for parameter in trained.parameters()),
+            "payload_bytes": method.payload if method else None,
             "weights_digest": weights_digest(trained),
             "versions": {"torch": torch.__version__, **_version_of(options.peer)},
             "hardware": {"cores": os.cpu_count(), "threads_per_worker": torch.get_num_threads()},
@@ -63,13 +66,16 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peer", choices=sorted(PEERS))
+    parser.add_argument("peer", choices=sorted([*PEERS, *METHODS]))
     parser.add_argument("--task", default="fashion-cnn", choices=sorted(TASKS))
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rank", type=int, default=1, help="of PowerSGD's matrices")
-    parser.add_argument("--every", type=int, default=20, help="steps between the averages of local SGD")
+    parser.add_argument("--every", type=int, default=20, help="steps between the averages of local SGD, or rounds")
+    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"], help="of MuLoCo and SparseLoCo")
+    parser.add_argument("--outer-lr", type=float, help="of MuLoCo and SparseLoCo; by default as published")
+    parser.add_argument("--outer-momentum", type=float, default=0.9, help="of MuLoCo")
     parser.add_argument(
         "--plain-steps", type=int, default=10, help="steps of plain DDP before PowerSGD or local SGD begins"
     )
