@@ -29,10 +29,11 @@ from abtrain import ABTraining, FixedRank, Recipe, recipes
 from abtrain.comm.topology import Topology
 from abtrain.commands.circumstances import hardware, versions
 from abtrain.commands.memory import peak_memory
-from abtrain.commands.plan.memory import OPTIMIZERS, OptimizerName, StepMemory, peak_of, predict_memory
+from abtrain.commands.plan.memory import OptimizerName, StepMemory, peak_of, predict_memory
 from abtrain.commands.plan.shapes import shapes_of
 from abtrain.commands.plan.step_memory import measure_steps
 from abtrain.commands.tasks.models import GPT, gpt2
+from abtrain.optim import muon_and_adamw
 
 CONTEXT, BATCH, WORKERS = 64, 4, 2
 RANK = 128
@@ -54,12 +55,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def build(model: str, optimizer: OptimizerName) -> tuple[nn.Module, torch.optim.Optimizer]:
+def build(model: str, optimizer: OptimizerName) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     torch.manual_seed(0)
     built = MODELS[model]()
+    if optimizer == "muon":
+        return built, muon_and_adamw(built, lr=1e-4)
     if optimizer == "adamw":
-        return built, torch.optim.AdamW(built.parameters(), lr=1e-4)
-    return built, torch.optim.SGD(built.parameters(), lr=0.01)
+        return built, [torch.optim.AdamW(built.parameters(), lr=1e-4)]
+    return built, [torch.optim.SGD(built.parameters(), lr=0.01)]
 
 
 def gradients(call: Callable[..., Any], model: nn.Module, seed: int) -> None:
@@ -72,16 +75,17 @@ def alone(name: str, optimizer: OptimizerName, ranks: dict[str, int]) -> tuple[i
     torch.set_num_threads(1)
 
     def made() -> Any:
-        model, torch_optimizer = build(name, optimizer)
+        model, optimizers = build(name, optimizer)
 
         def step() -> None:
             gradients(model, model, 0)
-            torch_optimizer.step()
-            torch_optimizer.zero_grad()
+            for one in optimizers:
+                one.step()
+                one.zero_grad()
 
-        return model, torch_optimizer, step
+        return model, optimizers, step
 
-    return measure_steps(made, optimizer, ranks)
+    return measure_steps(made, ranks)
 
 
 def work(rank: int, file: str, name: str, optimizer: OptimizerName, recipe: Recipe) -> tuple[int, dict[str, int]]:
@@ -89,12 +93,13 @@ def work(rank: int, file: str, name: str, optimizer: OptimizerName, recipe: Reci
     torch.set_num_threads(1)
     store = dist.FileStore(file, WORKERS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORKERS)
-    model, torch_optimizer = build(name, optimizer)
-    ab = ABTraining(model, torch_optimizer, recipe, group_size=1)
+    model, optimizers = build(name, optimizer)
+    ab = ABTraining(model, optimizers, recipe, group_size=1)
     while not ab.finished:
         gradients(ab, model, 2 * ab.steps_done + rank)
-        torch_optimizer.step()
-        torch_optimizer.zero_grad()
+        for one in optimizers:
+            one.step()
+            one.zero_grad()
         ab.step()
     ranks = ab.rank_history[-1]["ranks"] if ab.rank_history else {}
     peak = peak_memory()
@@ -122,7 +127,7 @@ def main(name: str = "gpt2", *words: str) -> None:
     for label, recipe in RECIPES.items():
         if words and not any(word in label for word in words):
             continue
-        for optimizer in ("sgd", "adamw"):
+        for optimizer in ("sgd", "adamw", "muon"):
             peak, ranks = measured(name, optimizer, recipe)
             for of in (dict[str, int](), ranks):
                 if (optimizer, tuple(of)) not in known:
@@ -131,7 +136,7 @@ def main(name: str = "gpt2", *words: str) -> None:
             step = StepMemory.of(known[optimizer, ()], known[optimizer, tuple(ranks)] if ranks else None)
             with torch.device("meta"):
                 model = shapes_of(MODELS[name](), recipe.factoring)
-            moment = peak_of(predict_memory(recipe, model, Topology(WORKERS, 1), step, ranks, OPTIMIZERS[optimizer]))
+            moment = peak_of(predict_memory(recipe, model, Topology(WORKERS, 1), step, ranks, optimizer))
             row = {"model": name, "optimizer": optimizer, "recipe": label, "predicted": moment.total, "measured": peak}
             told = {"phase": moment.phase, "moment": moment.when, "parts": moment.parts}
             circumstances = {"versions": versions(), "hardware": hardware()}

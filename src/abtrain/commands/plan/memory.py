@@ -23,7 +23,7 @@ from abtrain.commands.plan.shapes import ModelShapes
 from abtrain.consistency.optimizers import OptimizerShape, used_by_equalize_optimizers
 from abtrain.lowrank.classify import UNSHARED
 from abtrain.lowrank.model import used_by_restore
-from abtrain.lowrank.names import factor_letter, factor_names
+from abtrain.lowrank.names import factor_letter, factor_names, weight_name
 from abtrain.lowrank.precondition import used_by_preconditioner
 from abtrain.lowrank.svd import used_by_decompose
 from abtrain.merging.memory import MergesMemory, used_by_merges
@@ -40,12 +40,15 @@ PARTS = (
     *("process", "parameters", "gradients", "optimizer state", "activations", "gradient buckets"),
     *(*OUTER, "state of the wire", "hidden merges", "preconditioner", "temporary tensors"),
 )
-OptimizerName = Literal["adamw", "momentum", "sgd"]
-OPTIMIZERS: Mapping[OptimizerName, OptimizerShape] = {
-    "adamw": ADAMW,
-    "momentum": OptimizerShape(tensors=1, numbers=0),
-    "sgd": OptimizerShape(tensors=0, numbers=0),
+OptimizerName = Literal["adamw", "muon", "momentum", "sgd"]
+_MOMENTUM, _NOTHING = OptimizerShape(tensors=1, numbers=0), OptimizerShape(tensors=0, numbers=0)
+OPTIMIZERS: Mapping[OptimizerName, tuple[OptimizerShape, OptimizerShape]] = {
+    "adamw": (ADAMW, ADAMW),
+    "muon": (_MOMENTUM, ADAMW),
+    "momentum": (_MOMENTUM, _MOMENTUM),
+    "sgd": (_NOTHING, _NOTHING),
 }
+"""The sizes of the state for a matrix inside the model, and for another parameter."""
 _CYCLES = 2
 """The number of cycles of a recipe after which its needs repeat."""
 
@@ -96,7 +99,7 @@ def predict_memory(
     topology: Topology,
     step: StepMemory,
     ranks: Mapping[str, int] | None = None,
-    optimizer: OptimizerShape = ADAMW,
+    optimizer: OptimizerName = "adamw",
     rank: int = 0,
 ) -> list[Moment]:
     """Predicts the memory of one worker at all moments of a run that may be its peak, in chronological order.
@@ -107,10 +110,10 @@ def predict_memory(
         topology: the workers and their groups.
         step: the measured memory of the process and of a training step.
         ranks: the rank k of each factored weight by name. Other weights stay dense.
-        optimizer: the size of the optimizer's state for each parameter.
+        optimizer: the kind of the optimizer; with `muon`, AdamW trains what is not a matrix inside the model.
         rank: the rank of the worker.
     """
-    walk = _Walk(recipe, model, topology, step, dict(ranks or {}), optimizer, rank)
+    walk = _Walk(recipe, model, topology, step, dict(ranks or {}), OPTIMIZERS[optimizer], rank)
     most = len(recipe.prologue) + _CYCLES * len(recipe.cycle)
     return [moment for position in islice(recipe.runs(), most) for moment in walk.moments(position)]
 
@@ -134,7 +137,7 @@ class _Walk:
     topology: Topology
     step: StepMemory
     ranks: dict[str, int]
-    optimizer: OptimizerShape
+    optimizer: tuple[OptimizerShape, OptimizerShape]
     rank: int
     held: dict[str, Tensor] = field(default_factory=dict)
     momentum: set[str] = field(default_factory=set)
@@ -177,7 +180,7 @@ class _Walk:
         yield self._moment(position, "merge", wire=used.wire, temporary=used.most)
         after = position.step + position.steps_in_phase
         if after < self.recipe.total_steps and self.recipe.at(after).phase.shares_gradients:
-            equalizing = used_by_equalize_optimizers(list(trained.values()), self.optimizer)
+            equalizing = sum(used_by_equalize_optimizers(part, shape) for shape, part in self._by_state(trained))
             yield self._moment(position, "optimizer state is made equal", wire=used.wire, temporary=equalizing)
 
     def _used_by_merges(self, position: Position, sync: WeightSync) -> MergesMemory:
@@ -215,7 +218,7 @@ class _Walk:
             self.step.process,
             sum(tensor.nbytes for tensor in everything),
             gradients,
-            self.optimizer.tensors * sum(tensor.nbytes for tensor in self._trained(position, ever=True).values()),
+            self._optimizer_state(self._trained(position, ever=True)),
             activations,
             buckets,
             *outer.values(),
@@ -267,6 +270,17 @@ class _Walk:
             idle = set()
         ignored = self.model.without_gradient
         return {n: tensor for n, tensor in self.held.items() if n not in ignored and not self._is_of(n, idle)}
+
+    def _by_state(self, trained: Mapping[str, Tensor]) -> list[tuple[OptimizerShape, list[Tensor]]]:
+        """Returns the tensors inside the model and the others, each with the size of their optimizer state."""
+        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for name, tensor in trained.items():
+            weight = name if name in self.model.parameters else weight_name(name)
+            parts[weight not in self.model.hidden].append(tensor)
+        return list(zip(self.optimizer, parts, strict=True))
+
+    def _optimizer_state(self, trained: Mapping[str, Tensor]) -> int:
+        return sum(shape.tensors * sum(tensor.nbytes for tensor in part) for shape, part in self._by_state(trained))
 
     def _is_of(self, name: str, letters: set[str]) -> bool:
         return name not in self.model.parameters and factor_letter(name) in letters

@@ -10,7 +10,7 @@ from rich.table import Table
 from abtrain import recipes
 from abtrain.comm.topology import Topology, topology_problems
 from abtrain.commands.output import Output, narrow_table
-from abtrain.commands.plan.memory import OPTIMIZERS, OUTER, Moment, OptimizerName, StepMemory, peak_of, predict_memory
+from abtrain.commands.plan.memory import OUTER, Moment, StepMemory, peak_of, predict_memory
 from abtrain.commands.plan.settings import (
     PlanConfig,
     chosen,
@@ -83,11 +83,6 @@ def plan_memory(config: PlanConfig, console: Output | None = None) -> None:
 
 def _problems(config: PlanConfig) -> list[str]:
     found = model_problems(config)
-    if config.optimizer not in OPTIMIZERS:
-        found.append(
-            f"--optimizer {config.optimizer}: its memory is not predicted. Use {', '.join(OPTIMIZERS)}; Muon keeps one "
-            "number for each parameter of a matrix, and adamw two"
-        )
     if config.batch_size is not None:
         found += whole_number_problems("--batch-size", config.batch_size, least=1)
     if config.activations is not None:
@@ -108,12 +103,7 @@ def _predicted(config: PlanConfig, text: str) -> list[Moment]:
     ranks = ranks_for(model, config.compression) if recipe.factored else {}
     topology = Topology(config.nodes * config.workers_per_node, config.workers_a_group)
     step = _step(config, recipe, tuple(ranks.items()))
-    return predict_memory(recipe, model, topology, step, ranks, OPTIMIZERS[_optimizer(config)])
-
-
-def _optimizer(config: PlanConfig) -> OptimizerName:
-    assert config.optimizer != "muon"
-    return config.optimizer
+    return predict_memory(recipe, model, topology, step, ranks, config.optimizer)
 
 
 def _step(config: PlanConfig, recipe: Recipe, ranks: tuple[tuple[str, int], ...]) -> StepMemory:
@@ -131,7 +121,7 @@ def measured_process() -> int:
 @cache
 def _measured(config: PlanConfig, ranks: tuple[tuple[str, int], ...]) -> tuple[int, int]:
     assert config.task is not None
-    return measure_task(config.task, config.data, config.batch_size, _optimizer(config), dict(ranks))
+    return measure_task(config.task, config.data, config.batch_size, config.optimizer, dict(ranks))
 
 
 def _by_part(peak: Moment) -> Table:

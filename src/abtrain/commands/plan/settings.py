@@ -95,8 +95,8 @@ class PlanConfig(ModelSettings):
     memory: Annotated[bool, Shown(group="memory")] = False
     """Predict the peak memory of a worker instead of bytes and seconds."""
     optimizer: Literal["adamw", "muon", "momentum", "sgd"] = "adamw"
-    """Optimizer: adamw or muon if the time of a step is measured; adamw, sgd, or momentum (SGD with momentum) for
-    --memory."""
+    """Optimizer: adamw or muon if the time of a step is measured; for --memory also sgd, or momentum (SGD with
+    momentum)."""
     activations: str | None = None
     """Memory for activations of a training step, such as 500MB, if there is no task to measure."""
 

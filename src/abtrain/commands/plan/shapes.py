@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from abtrain.errors import ConfigurationError
 from abtrain.lowrank.classify import Kind, classify
 from abtrain.lowrank.svd import MatrixShape
+from abtrain.optim import hidden_matrices
 from abtrain.own import own_names, shared_buffers
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.numbers import number_problems, whole_number_problems
@@ -36,12 +37,14 @@ class ModelShapes:
         without_gradient: the names of parameters that DDP ignores, because they require no gradient or belong to one
             worker.
         buffers: the buffers that workers share, by name.
+        hidden: the names of the matrices inside the model, which Muon trains (see `abtrain.optim.hidden_matrices`).
     """
 
     parameters: Mapping[str, Tensor]
     kinds: Mapping[str, Kind]
     without_gradient: frozenset[str] = frozenset()
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    hidden: frozenset[str] = frozenset()
 
     @property
     def numel(self) -> int:
@@ -66,12 +69,13 @@ def shapes_of(model: nn.Module, factoring: Factoring | None = None) -> ModelShap
         model: a model with dense weights.
         factoring: the factoring of the recipe; None if the recipe has no factored phase.
     """
-    own = own_names(model)
+    own, hidden = own_names(model), set(map(id, hidden_matrices(model)))
     return ModelShapes(
         {name: _meta(p) for name, p in model.named_parameters()},
         {treatment.name: treatment.kind for treatment in classify(model, factoring)},
         frozenset(name for name, p in model.named_parameters() if not p.requires_grad or name in own),
         {name: _meta(buffer) for name, buffer in shared_buffers(model).items()},
+        frozenset(name for name, p in model.named_parameters() if id(p) in hidden),
     )
 
 
@@ -108,7 +112,10 @@ def assumed_shapes(parameters: int, width: int | None = None) -> ModelShapes:
     if rest % width:
         shapes["vector"] = (rest % width,)
     kinds: dict[str, Kind] = {name: "factored" if len(shape) == 2 else "averaged" for name, shape in shapes.items()}
-    return ModelShapes({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, kinds)
+    hidden = frozenset(name for name, shape in shapes.items() if len(shape) == 2)
+    return ModelShapes(
+        {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, kinds, hidden=hidden
+    )
 
 
 def ranks_for(model: ModelShapes, compression: float | None) -> dict[str, int]:

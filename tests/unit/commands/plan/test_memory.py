@@ -19,7 +19,7 @@ from abtrain.comm.stages import finish
 from abtrain.comm.topology import Topology
 from abtrain.commands.memory import peak_memories, peak_memory, present_memory
 from abtrain.commands.plan import memory_command
-from abtrain.commands.plan.memory import OPTIMIZERS, OptimizerName, StepMemory, peak_of, predict_memory
+from abtrain.commands.plan.memory import OptimizerName, StepMemory, peak_of, predict_memory
 from abtrain.commands.plan.memory_command import plan_memory
 from abtrain.commands.plan.settings import PlanConfig
 from abtrain.commands.plan.shapes import shapes_of
@@ -31,6 +31,7 @@ from abtrain.merging.memory import used_by_merges
 from abtrain.merging.merge_input import MergeInput
 from abtrain.merging.merger import Merger
 from abtrain.merging.store import Store
+from abtrain.optim import muon_and_adamw
 from abtrain.recipes.merges import Outer
 
 K = 4
@@ -68,7 +69,7 @@ def bytes_of(tensors: Any) -> int:
 
 def real_parts(ab: ABTraining) -> dict[str, int]:
     merger = ab._rounds.merger
-    states = [value for state in ab.optimizer.state.values() for value in state.values()]
+    states = [value for one in ab.optimizers for state in one.state.values() for value in state.values()]
     return {
         "parameters": bytes_of(ab._model.parameters().values()) + bytes_of(ab.module.buffers()),
         "optimizer state": bytes_of(value for value in states if isinstance(value, Tensor) and value.ndim),
@@ -83,20 +84,27 @@ def real_parts(ab: ABTraining) -> dict[str, int]:
 def watched(comm: Communicator, recipe: Recipe, make: Any) -> dict[str, dict[str, int]]:
     """Returns the largest number of bytes of each part, by phase, after the optimizer's steps."""
     model = net()
-    optimizer = make(model.parameters())
-    ab = ABTraining(model, optimizer, recipe, communicator=comm)
+    optimizers = make(model)
+    ab = ABTraining(model, optimizers, recipe, communicator=comm)
     found: dict[str, dict[str, int]] = defaultdict(dict)
     for step in range(recipe.total_steps):
         x = torch.randn(4, 96, generator=torch.Generator().manual_seed(10 * step + comm.rank))
         F.cross_entropy(ab(x), torch.zeros(4, dtype=torch.int64)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         assert ab.position is not None
         of_phase = found[ab.position.phase.name]
         for part, nbytes in real_parts(ab).items():
             of_phase[part] = max(of_phase.get(part, 0), nbytes)
         ab.step()
     return found
+
+
+KINDS: dict[str, OptimizerName] = {
+    **dict.fromkeys(("diloco", "ab_outer"), "momentum"),
+    **dict.fromkeys(("ddp", "diloco int4", "ab", "ab_local", "ab_outer refactored"), "muon"),
+}
 
 
 @pytest.mark.parametrize(
@@ -106,17 +114,18 @@ def watched(comm: Communicator, recipe: Recipe, make: Any) -> dict[str, dict[str
 def test_state_is_predicted(name: str, size: int) -> None:
     """In groups of one worker, and of two."""
     recipe, workers = RECIPES[name], 2 * size
-    kind: OptimizerName = "momentum" if name in ("diloco", "ab_outer") else "adamw"
+    kind: OptimizerName = KINDS.get(name, "adamw")
     optimizers: dict[str, Any] = {
-        "momentum": partial(torch.optim.SGD, lr=0.01, momentum=0.9),
-        "adamw": partial(torch.optim.AdamW, lr=1e-3),
+        "momentum": lambda model: [torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)],
+        "adamw": lambda model: [torch.optim.AdamW(model.parameters(), lr=1e-3)],
+        "muon": partial(muon_and_adamw, lr=1e-3),
     }
     make = optimizers[kind]
     real = run_in_process(workers, lambda comm: watched(comm, recipe, make), group_size=size)[0]
     model = shapes_of(net(), recipe.factoring)
     ranks = dict.fromkeys(model.matrices(), K) if recipe.factored else {}
     topology = Topology(workers, size)
-    moments = predict_memory(recipe, model, topology, NOTHING, ranks, OPTIMIZERS[kind])
+    moments = predict_memory(recipe, model, topology, NOTHING, ranks, kind)
     for phase, parts in real.items():
         steps = [one.parts for one in moments if one.phase == phase and one.when == "training step"]
         predicted = {part: max(step[part] for step in steps) for part in steps[0]}
@@ -237,15 +246,15 @@ def test_the_command_with_a_task(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_steps_are_measured_in_a_process_of_their_own() -> None:
-    process, step = measure_task("digits-mlp", None, 64, "momentum", {"0.weight": 4})
-    assert 10**8 < process < 10**10 and 0 <= step < process
+    for optimizer in ("momentum", "muon"):
+        process, step = measure_task("digits-mlp", None, 64, optimizer, {"0.weight": 4})  # type: ignore[arg-type]
+        assert 10**8 < process < 10**10 and 0 <= step < process
 
 
 def test_wrong_settings_are_named_together() -> None:
     with pytest.raises(ConfigurationError) as raised:
-        plan_memory(PlanConfig(task="digits-mlp", activations="much", batch_size=0, optimizer="muon", memory=True))
+        plan_memory(PlanConfig(task="digits-mlp", activations="much", batch_size=0, memory=True))
     told = str(raised.value)
-    assert "--optimizer muon: its memory is not predicted" in told
     assert "--batch-size" in told and "size 'much' cannot be read" in told and "leave out one" in told
 
 
