@@ -88,14 +88,18 @@ class OuterState:
     def largest(self, batch: Batch, tensors: Held | Store, changes: Tensor | None = None) -> float:
         """Returns the largest magnitude of the changes of a batch plus that of its residuals. It may be NaN.
 
-        `changes` are the changes, if they are known.
+        Where all numbers are moderate, an upper bound takes its place, which takes half of the time. `changes` are
+        the changes, if they are known.
         """
         residuals = self._known(self.residuals, batch)
-        if changes is None:
-            anchors, values = self.anchors_of(batch), _flat(tensors, batch)
-            found = _largest(anchors, lambda part, out: change(anchors[part], values[part], out=out).abs_())
+        values, anchors = (_flat(tensors, batch), self.anchors_of(batch)) if changes is None else (changes, None)
+        bound = sum(map(_bound, (flat for flat in (values, anchors, residuals) if flat is not None)))
+        if math.isfinite(bound):
+            return bound
+        if anchors is None:
+            found = _largest(values, lambda part, out: torch.abs(values[part], out=out))
         else:
-            found = _largest(changes, lambda part, out: torch.abs(changes[part], out=out))
+            found = _largest(anchors, lambda part, out: change(anchors[part], values[part], out=out).abs_())
         if residuals is None:
             return found
         return found + _largest(residuals, lambda part, out: torch.abs(residuals[part], out=out))
@@ -222,6 +226,15 @@ def _flat(tensors: Held | Store, batch: Batch) -> Tensor:
     flat = tensors.flat(batch)
     assert flat is not None, f"no value of {batch.names[0]} is stored"
     return flat
+
+
+def _bound(flat: Tensor) -> float:
+    """Returns an upper bound of the magnitudes; infinity or NaN if it is unknown.
+
+    It is the Euclidean norm, which is known if the sum of squares is finite, and then below 2e19. Squares of numbers
+    below 1e-19 may become 0, and such numbers exceed it.
+    """
+    return math.sqrt(float(torch.dot(flat, flat))) if flat.dtype == torch.float32 else math.inf
 
 
 def _largest(flat: Tensor, magnitudes: Write) -> float:
