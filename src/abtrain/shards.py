@@ -49,6 +49,23 @@ def local(tensor: Tensor) -> Tensor:
     return shard.data
 
 
+def undivided(tensor: Tensor) -> Tensor:
+    """Returns the whole of a tensor on all workers that have a shard of it. Collective over them."""
+    held: Any = tensor
+    full: Tensor = held.full_tensor() if is_sharded(tensor) else tensor
+    return full
+
+
+def divided_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Returns a tensor, which all workers have whole, sharded as a parameter is. Sends nothing."""
+    if not is_sharded(parameter):
+        return tensor
+    held: Any = parameter
+    distribute = sys.modules["torch.distributed.tensor"].distribute_tensor
+    divided: Tensor = distribute(tensor, held.device_mesh, held.placements, src_data_rank=None)
+    return divided
+
+
 def like(parameter: Tensor, shard: Tensor) -> Tensor:
     """Returns a tensor that is sharded like a parameter, and has `shard` as this worker's part. Sends nothing."""
     held: Any = parameter

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import abtrain
 from abtrain import ABTraining, checkpoint, recipes
 from abtrain.comm.communicator import Communicator
+from abtrain.optim import muon_and_adamw
 from abtrain.recipes.recipe import Recipe
 from tests.cases import adamw, largest_difference, seeded, sgd
 from tests.gloo import run_gloo
@@ -143,6 +144,24 @@ def slowly(parameters: Any) -> torch.optim.Optimizer:
 def test_copies_of_shards_follow_merges() -> None:
     ends = [run_gloo(4, ended, build, RECIPES["hidden"], 1, slowly, group_size=2) for build in (sharded, whole)]
     agree(*ends)
+
+
+def under_muon(comm: Communicator, build: Build) -> dict[str, Tensor]:
+    model = build(comm)
+    optimizers = muon_and_adamw(model, 1e-2)
+    ab = ABTraining(model, optimizers, RECIPES["diloco"], communicator=comm)
+    while not ab.finished:
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(100 * ab.steps_done + comm.rank))
+        ab(x).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        ab.step()
+    return ab.dense_state_dict()
+
+
+def test_muon_trains_shards_as_whole_matrices() -> None:
+    agree(*(run_gloo(4, under_muon, build, group_size=2) for build in (sharded, whole)))
 
 
 def in_three(comm: Communicator, build: Build) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import AdamW, Optimizer
 
 from abtrain.optim.orthogonal import orthogonalized
+from abtrain.shards import divided_like, undivided
 
 _NOT_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase, nn.RNNBase)
 """Modules whose parameters Muon does not train. A recurrent layer keeps the matrices of its gates in one tensor."""
@@ -36,7 +37,8 @@ class Muon(torch.optim.Muon):
     """PyTorch's Muon, for weights of two or more dimensions, and faster.
 
     A weight of more than two dimensions is trained as the matrix (first dimension, product of the others). Matrices of
-    one shape are orthogonalized together, on CPUs in float32. All arguments are those of `torch.optim.Muon`.
+    one shape are orthogonalized together, on CPUs in float32. Those that FSDP2 has sharded are gathered for it. All
+    arguments are those of `torch.optim.Muon`.
 
     Raises:
         ValueError: there are no parameters, or one has fewer than two dimensions.
@@ -73,13 +75,13 @@ class Muon(torch.optim.Muon):
 
     def _train(self, parameters: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         """Trains parameters that are matrices of one shape, all at once."""
-        updates = torch.stack([self._update(parameter, group).flatten(1) for parameter in parameters])
+        updates = torch.stack([undivided(self._update(parameter, group)).flatten(1) for parameter in parameters])
         updates = orthogonalized(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
         lr = float(group["lr"])
         scaled = lr * _SCALES[group["adjust_lr_fn"] or "original"](*updates.shape[1:])
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.mul_(1 - lr * group["weight_decay"])
-            parameter.add_(update.reshape(parameter.shape), alpha=-scaled)
+            parameter.add_(divided_like(parameter, update.reshape(parameter.shape)), alpha=-scaled)
 
     def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
         """Adds a gradient to the running mean, and returns what is to be orthogonalized."""
@@ -96,7 +98,7 @@ def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     alike = dict[Any, list[Tensor]]()
     for parameter in parameters:
         if parameter.grad is not None:
-            key = (len(parameter), parameter[0].numel(), parameter.dtype, parameter.device)
+            key = (parameter.shape[0], parameter.shape[1:].numel(), parameter.dtype, parameter.device)
             batch = alike.setdefault(key, [])
             if batch and (len(batch) + 1) * parameter.numel() > _AT_ONCE:
                 yield alike.pop(key)
