@@ -223,7 +223,7 @@ class ABTraining(ModelAccess):
             number = loss.item() if isinstance(loss, Tensor) else loss
             progress.workers_equal = self._rounds.step(position, progress.steps_done, number)
             if self._choosing.due(progress.steps_done):
-                self._follow(self._choosing.completed())
+                self._follow(self._choosing.completed(self._rounds.ended[-1]))
                 upcoming = self.recipe.at(progress.steps_done)
             if upcoming is not None:
                 self._phases.after_step(position, upcoming)

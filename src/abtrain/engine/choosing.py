@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +20,9 @@ from abtrain.engine.sharding import sharding_problems
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.recipes import automatic
 from abtrain.recipes.recipe import Recipe
+
+_STEPS = automatic.MEASURED_STEPS // 2
+"""The number of steps whose times count."""
 
 
 class Choosing:
@@ -45,25 +51,38 @@ class Choosing:
         """Returns whether the recipe is to be completed after this number of steps."""
         return self._recipe.chooses_at == steps_done
 
-    def completed(self) -> Recipe:
-        """Measures the links, and returns the completed recipe, the same on all workers. Collective over the world."""
+    def completed(self, merge: Mapping[str, Any]) -> Recipe:
+        """Measures the links, and returns the completed recipe, the same on all workers. Collective over the world.
+
+        `merge` is the report of the merge that has just ended.
+        """
         comm, recipe = self._comm, self._recipe
-        numbers = sum(p.numel() for p in self._model.parameters() if p.requires_grad) / comm.topology.group_size
-        per_byte, latency = reduce_seconds(comm, round(4 * numbers))
-        # A run that was resumed in mid-prologue may have timed no step; the first ones include one-time work.
-        step = statistics.median(self._seconds[len(self._seconds) // 2 :]) if self._seconds else 0.0
-        plain = automatic.auto(recipe.total_steps, every=1, wire="fp32", delay=0)
-        measured = [step, 4 * numbers * per_byte, latency, float(self._refuses(plain))]
-        slowest = torch.tensor(measured, dtype=torch.float64, device=comm.device)
-        comm.all_reduce(slowest, "max")
-        step, reduce, latency, unfit = slowest.tolist()
-        assert recipe.choice is not None and recipe.chooses_at is not None
-        left = recipe.total_steps - recipe.chooses_at
-        here = automatic.Circumstances(step, reduce, latency, left, not unfit)
+        here = self._circumstances(merge["seconds"] - merge["wait_seconds"])
+        assert recipe.choice is not None
         row = automatic.choose(here, recipe.choice.budget)
         if comm.rank == 0 and comm.topology.world_size > 1:
             announce(automatic.in_words(row, here))
         return self.adopt(automatic.completed(recipe, row.options))
+
+    def _circumstances(self, merge: float) -> automatic.Circumstances:
+        """Returns what all workers have measured, of which the slowest counts. `merge` are the seconds of a merge."""
+        comm, recipe = self._comm, self._recipe
+        numbers = sum(p.numel() for p in self._model.parameters() if p.requires_grad) / comm.topology.group_size
+        per_byte, latency = reduce_seconds(comm, round(4 * numbers))
+        # The first steps include one-time work. A run that was resumed in mid-prologue may have timed none.
+        steps = self._seconds[-_STEPS:]
+        step = _usual(steps)
+        steps += [step] * (_STEPS - len(steps))
+        plain = automatic.auto(recipe.total_steps, every=1, wire="fp32", delay=0)
+        measured = [step, 4 * numbers * per_byte, latency, merge, float(self._refuses(plain)), *steps]
+        slowest = torch.tensor(measured, dtype=torch.float64, device=comm.device)
+        comm.all_reduce(slowest, "max")
+        step, reduce, latency, merge, unfit, *longest = slowest.tolist()
+        assert recipe.chooses_at is not None
+        left = recipe.total_steps - recipe.chooses_at
+        here = automatic.Circumstances(step, reduce, latency, left, not unfit)
+        uneven = max(_usual(longest) - step, 0.0)
+        return replace(here, uneven=uneven, computing=max(merge - here.sending(automatic.MEASURED_BITS), 0.0))
 
     def _refuses(self, recipe: Recipe) -> bool:
         """Returns whether the model or its optimizers do not allow a recipe."""
@@ -79,3 +98,9 @@ class Choosing:
     def _now(self) -> float:
         synchronize(self._comm.device)
         return time.perf_counter()
+
+
+def _usual(seconds: Sequence[float]) -> float:
+    """Returns the mean without the smallest and the largest number, which something else may have caused."""
+    inner = sorted(seconds)[1:-1] or seconds
+    return statistics.fmean(inner) if inner else 0.0

@@ -7,6 +7,7 @@ these options measures nothing.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,9 @@ from abtrain.recipes.sync import GradientSync, WeightSync
 MEASURED_STEPS = 20
 """The largest number of steps that `auto` measures before it chooses."""
 MOST_WAITING = 0.05
-"""The largest share of the time that workers should wait for the network."""
+"""The largest share of the time that workers should wait for each other or compute merges."""
+MEASURED_BITS = 1.8
+"""The payload, in bits for each parameter, of the merges that `auto` measures, which are in ternary numbers."""
 LEAST_ROUNDS = 10
 """The smallest number of rounds in which workers should merge."""
 _MESSAGES = 6
@@ -44,6 +47,8 @@ class Circumstances:
         latency: the seconds of the smallest collective between groups.
         steps: the training steps that are left in the run; None if they do not matter.
         shares_gradients: whether the model and its optimizer allow data parallel training over all workers.
+        uneven: the seconds that workers would wait for each other in a step if they did so at every step.
+        computing: the seconds that a worker computes in a merge, such as codes in few bits.
     """
 
     step: float
@@ -51,6 +56,12 @@ class Circumstances:
     latency: float = 0.0
     steps: int | None = None
     shares_gradients: bool = True
+    uneven: float = 0.0
+    computing: float = 0.0
+
+    def sending(self, bits: float) -> float:
+        """Returns the seconds in which groups send and add up this many bits for each parameter."""
+        return bits / 32 * self.reduce + _MESSAGES * self.latency
 
 
 @dataclass(frozen=True)
@@ -82,14 +93,16 @@ class Row:
         return {"every": self.every, "wire": self.wire, "delay": self.delay}
 
     def waiting(self, here: Circumstances) -> float:
-        """Returns the share of the time that workers would wait for the network, from 0 to 1."""
-        seconds = self.bits / 32 * here.reduce + _MESSAGES * here.latency
+        """Returns the share of the time that workers would not train, from 0 to 1: they wait, or compute merges."""
+        seconds = here.sending(self.bits)
         if self.every == 1:
             waited = max(seconds - _BACKWARD * here.step, 0.0)
         else:
             # Workers send numbers and then averages, and wait for each at the end of a step.
             steps = (self.delay // 2, self.delay - self.delay // 2)
-            waited = sum(max(seconds / 2 - part * here.step, 0.0) for part in steps) / self.every
+            waited = sum(max(seconds / 2 - part * here.step, 0.0) for part in steps) + here.computing
+        # What makes single steps long or short evens out over a round.
+        waited = waited / self.every + here.uneven / math.sqrt(self.every)
         return waited / (waited + here.step) if waited else 0.0
 
 
@@ -125,8 +138,9 @@ def in_words(row: Row, here: Circumstances) -> str:
     hidden = f", sent during {row.delay} steps" if row.delay else ""
     return (
         f"auto {what} in {row.wire}{hidden}: a step takes {1e3 * here.step:.3g} ms, adding up all parameters between "
-        f"groups would take {1e3 * here.reduce:.3g} ms and a small message takes {1e3 * here.latency:.2g} ms, so that "
-        f"workers wait {row.waiting(here):.1%} of the time and send {row.share:.2%} of DDP's bytes"
+        f"groups would take {1e3 * here.reduce:.3g} ms, a small message takes {1e3 * here.latency:.2g} ms and a merge "
+        f"computes for {1e3 * here.computing:.2g} ms, so that workers wait or merge {row.waiting(here):.1%} of the "
+        f"time and send {row.share:.2%} of DDP's bytes"
     )
 
 
@@ -164,15 +178,17 @@ def auto(
 ) -> Recipe:
     """Measures training steps and links at the start of the run, then chooses how often and how to synchronize.
 
-    Workers train alone for the measured steps, and then merge. Of a table of measured losses, `auto` takes the row with
-    the least loss for which workers wait at most 5 % of the time. The optimizer stays as it is.
+    Workers train and merge in two rounds, which are measured. Of a table of measured losses, `auto` takes the row with
+    the least loss for which workers wait or compute merges at most 5 % of the time. The optimizer stays as it is.
 
     Raises:
         ConfigurationError: settings are invalid, or some of `every`, `wire` and `delay` are given and others are not.
     """
     _check(budget, every, wire, delay)
     first = min(MEASURED_STEPS, total_steps // 10) if are_counts(total_steps) else 0
-    prologue = (Phase("measure", first, sync=WeightSync(first, wire="ternary")),) if first > 0 else ()
+    # The last merge of several tells what a merge takes, since the first one also prepares memory.
+    every_measured = max(first // 2, 1)
+    prologue = (Phase("measure", first, sync=WeightSync(every_measured, wire="ternary")),) if first > 0 else ()
     choice = Choice(budget) if prologue and every is None else None
     if every is None:
         # This cycle stands for the choice in forecasts. A run that is too short to measure has it.

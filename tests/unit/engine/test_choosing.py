@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch.nn.functional as F
@@ -20,6 +22,14 @@ from tests.cases import batch, build
 STEPS = 100
 SLOW, FAST = 1e-3, 1e-12
 """Seconds for each byte."""
+
+
+@pytest.fixture(autouse=True)
+def steps_of_50_ms(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = WeakKeyDictionary[choosing.Choosing, Iterator[float]]()
+    monkeypatch.setattr(
+        choosing.Choosing, "_now", lambda self: next(clocks.setdefault(self, itertools.count(step=0.05)))
+    )
 
 
 @pytest.fixture
@@ -74,6 +84,24 @@ def test_a_fast_link_leads_to_data_parallel_training(fast: None) -> None:
 
     ends = run_in_process(2, work)
     assert ends[0] == ends[1] and ends[0][0]
+
+
+def in_turns_slow(rank: int) -> Iterator[float]:
+    """The time at the beginning and the end of steps of 50 and 150 ms."""
+    now = 0.0
+    for step in itertools.count():
+        yield now
+        now += 0.15 if (step + rank) % 2 else 0.05
+        yield now
+
+
+def test_workers_that_are_slow_in_turns_wait_for_each_other_seldom(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = WeakKeyDictionary[choosing.Choosing, Iterator[float]]()
+    monkeypatch.setattr(
+        choosing.Choosing, "_now", lambda self: next(clocks.setdefault(self, in_turns_slow(self._comm.rank)))
+    )
+    ends = run_in_process(2, lambda comm: repr(Loop(comm).run().ab.recipe.cycle))
+    assert ends[0] == ends[1] and "every=6, " in ends[0]
 
 
 def test_real_links_are_measured() -> None:

@@ -60,6 +60,18 @@ def test_hidden_merges_wait_only_for_what_steps_do_not_cover() -> None:
     assert row.waiting(Circumstances(step=0.1, reduce=20 * 1.2)) == pytest.approx(0.2 / 20 / (0.2 / 20 + 0.1))
 
 
+def test_workers_of_uneven_steps_wait_for_each_other_less_often() -> None:
+    rows = [Row(every, "ternary", 0, 1.6, 0.0) for every in (4, 16)]
+    shares = [row.waiting(Circumstances(step=0.1, reduce=0.0, uneven=0.02)) for row in rows]
+    assert shares == [pytest.approx(wait / (0.1 + wait)) for wait in (0.01, 0.005)]
+    assert Row(1, "fp32", 0, 32, 0.0).waiting(Circumstances(0.1, 0.0, uneven=0.02)) == pytest.approx(0.02 / 0.12)
+
+
+def test_what_a_merge_computes_is_not_hidden() -> None:
+    row = Row(every=20, wire="ternary", delay=10, bits=1.6, above=0.0)
+    assert row.waiting(Circumstances(step=0.1, reduce=0.0, computing=0.2)) == pytest.approx(0.01 / 0.11)
+
+
 def test_rows_are_recipes_without_rebuilding_what_has_run() -> None:
     whole = recipes.auto(2000)
     assert whole.choice is not None and whole.chooses_at == 20

@@ -29,6 +29,7 @@ from abtrain.recipes import automatic
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.phase import SHORT_RUN
 from abtrain.recipes.recipe import Recipe
+from abtrain.recipes.sync import WeightSync
 from abtrain.recipes.wires import AUTO
 
 GOOD_ENOUGH = 0.9
@@ -132,9 +133,20 @@ class Setting:
         reduce, latency = (
             cost_of("all_reduce", links, at_once * nbytes, self.algorithm).seconds for nbytes in (4 * numbers, 8)
         )
-        slowest = self.speeds.slowdown(1, self.group_size) if self.speeds else 1.0
+        alone, measured = self.alone, WeightSync(automatic.MEASURED_STEPS, wire="ternary")
+        each, overall = (
+            self.speeds.slowdown(steps, self.group_size) if self.speeds else 1.0
+            for steps in (1, automatic.MEASURED_STEPS)
+        )
         left = self.steps - (recipes.build("auto", self.steps).chooses_at or 0)
-        return automatic.Circumstances(self.alone.step * slowest, reduce, latency, left)
+        return automatic.Circumstances(
+            overall * alone.step,
+            reduce,
+            latency,
+            left,
+            uneven=max(each - overall, 0.0) * alone.step,
+            computing=overall * alone.merge(measured, self.cluster.workers // self.group_size, round(numbers)),
+        )
 
 
 @dataclass(frozen=True)
