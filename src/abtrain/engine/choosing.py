@@ -82,7 +82,9 @@ class Choosing:
         left = recipe.total_steps - recipe.chooses_at
         here = automatic.Circumstances(step, reduce, latency, left, not unfit)
         uneven = max(_usual(longest) - step, 0.0)
-        return replace(here, uneven=uneven, computing=max(merge - here.sending(automatic.MEASURED_BITS), 0.0))
+        computing = max(merge - here.sending(automatic.MEASURED_BITS), 0.0)
+        hides = 0.0 if comm.device.type == "cpu" else automatic.BACKWARD
+        return replace(here, uneven=uneven, computing=computing, hides=hides)
 
     def _refuses(self, recipe: Recipe) -> bool:
         """Returns whether the model or its optimizers do not allow a recipe."""

@@ -33,8 +33,11 @@ LEAST_ROUNDS = 10
 """The smallest number of rounds in which workers should merge."""
 _MESSAGES = 6
 """The number of collectives of a merge that wait for the latency of the links: two averages, and what is compared."""
-_BACKWARD = 0.6
-"""The share of a training step during which the gradients of data parallel training are sent."""
+BACKWARD = 0.6
+"""The share of a training step during which an accelerator sends the gradients of data parallel training.
+
+A CPU that computes the backward pass has no time to add up gradients beside it.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Circumstances:
         shares_gradients: whether the model and its optimizer allow data parallel training over all workers.
         uneven: the seconds that workers would wait for each other in a step if they did so at every step.
         computing: the seconds that a worker computes in a merge, such as codes in few bits.
+        hides: the share of a step during which gradients are sent: `BACKWARD` on accelerators, and 0 on CPUs.
     """
 
     step: float
@@ -58,6 +62,7 @@ class Circumstances:
     shares_gradients: bool = True
     uneven: float = 0.0
     computing: float = 0.0
+    hides: float = BACKWARD
 
     def sending(self, bits: float) -> float:
         """Returns the seconds in which groups send and add up this many bits for each parameter."""
@@ -96,7 +101,7 @@ class Row:
         """Returns the share of the time that workers would not train, from 0 to 1: they wait, or compute merges."""
         seconds = here.sending(self.bits)
         if self.every == 1:
-            waited = max(seconds - _BACKWARD * here.step, 0.0)
+            waited = max(seconds - here.hides * here.step, 0.0)
         else:
             # Workers send numbers and then averages, and wait for each at the end of a step.
             steps = (self.delay // 2, self.delay - self.delay // 2)

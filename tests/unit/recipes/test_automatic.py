@@ -67,6 +67,12 @@ def test_workers_of_uneven_steps_wait_for_each_other_less_often() -> None:
     assert Row(1, "fp32", 0, 32, 0.0).waiting(Circumstances(0.1, 0.0, uneven=0.02)) == pytest.approx(0.02 / 0.12)
 
 
+def test_gradients_hide_behind_the_backward_pass_of_accelerators_alone() -> None:
+    row = Row(1, "fp32", 0, 32, 0.0)
+    assert row.waiting(Circumstances(step=0.1, reduce=0.05)) == 0
+    assert row.waiting(Circumstances(step=0.1, reduce=0.05, hides=0.0)) == pytest.approx(0.05 / 0.15)
+
+
 def test_what_a_merge_computes_is_not_hidden() -> None:
     row = Row(every=20, wire="ternary", delay=10, bits=1.6, above=0.0)
     assert row.waiting(Circumstances(step=0.1, reduce=0.0, computing=0.2)) == pytest.approx(0.01 / 0.11)

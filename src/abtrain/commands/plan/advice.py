@@ -146,6 +146,8 @@ class Setting:
             left,
             uneven=max(each - overall, 0.0) * alone.step,
             computing=overall * alone.merge(measured, self.cluster.workers // self.group_size, round(numbers)),
+            # What is measured here runs on a CPU.
+            hides=0.0 if self.measure_factors else automatic.BACKWARD,
         )
 
 
