@@ -85,9 +85,8 @@ ab_local = preset(
     Outer momentum helps if workers' changes agree, but early in a transformer's training they do not. Averages after
     short rounds at 1.8 bits per number send about the same bytes as outer merges after long rounds at more bits.
 
-    Takes the options of `ab_outer` except those of the outer optimizer. Adam and other optimizers that normalize
-    gradients need about sqrt(groups) times the rate of data parallel training, since gradient noise is as much larger
-    on one group's batch than on all batches, which shortens their steps.
+    Takes the options of `ab_outer` except those of the outer optimizer. Its learning rate is about that of data
+    parallel training, and not half of it as for `ab_outer`: means do not lengthen steps as outer momentum does.
     """,
     fixed={"outer_lr": 1.0, "outer_momentum": 0.0},
     every=6,

@@ -119,7 +119,7 @@ def frontier() -> Sequence[Row]:
 
 
 def choose(here: Circumstances, budget: float | None = None) -> Row:
-    """Returns the row with the least loss for which workers wait at most `MOST_WAITING` of the time.
+    """Returns the row with the least loss for which workers wait or merge at most `MOST_WAITING` of the time.
 
     If there is none, returns the row for which they wait least.
 
