@@ -86,6 +86,13 @@ def test_a_fast_link_leads_to_data_parallel_training(fast: None) -> None:
     assert ends[0] == ends[1] and ends[0][0]
 
 
+def test_cpus_do_not_hide_gradients_behind_their_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 15 ms of each step of 50 ms.
+    monkeypatch.setattr(choosing, "reduce_seconds", lambda comm, most: (0.015 / most, 1e-9))
+    ends = run_in_process(2, lambda comm: Loop(comm).run().ab.recipe.cycle[0].shares_gradients)
+    assert ends == [False, False]
+
+
 def in_turns_slow(rank: int) -> Iterator[float]:
     """The time at the beginning and the end of steps of 50 and 150 ms."""
     now = 0.0
