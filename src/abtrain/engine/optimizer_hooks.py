@@ -29,7 +29,7 @@ _IDLE = 10
 """The number of consecutive calls of `ab.step()` without an optimizer step before a warning."""
 _UNSEEN = 2
 """The number of consecutive training steps that may change weights without a known optimizer, before an error."""
-_WATCHED = 1000
+_WATCHED = 250
 """The largest number of parameters whose changes without a known optimizer are counted."""
 
 

@@ -1,6 +1,7 @@
 """Reads and writes the tensors of a model batch by batch, also if they are many and small.
 
 PyTorch takes about a microsecond to copy a tensor, however small it is. Python copies memory in a tenth of this time.
+Tensors that lie side by side need no copies (see `side_by_side.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from abtrain.comm.checksums import bytes_of, fingerprint
 from abtrain.merging import batches
 from abtrain.merging.batches import Batch, cut_into_batches
+from abtrain.merging.side_by_side import in_one_piece
 from abtrain.shards import cut
 
 _MANY = 16
@@ -33,6 +35,7 @@ class Held(dict[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)
         self._cuts: dict[bool, tuple[Mapping[str, Hashable], list[Batch]]] = {}
+        self._in_one_piece: WeakKeyDictionary[Batch, Tensor | None] = WeakKeyDictionary()
         self._memories: WeakKeyDictionary[Batch, _Memory | None] = WeakKeyDictionary()
         self._pieces: dict[tuple[int, int], Held] = {}
 
@@ -62,18 +65,25 @@ class Held(dict[str, Tensor]):
 
     def flat(self, batch: Batch) -> Tensor:
         """Returns a batch as one flat tensor, which must not be written: it may be a view."""
+        piece = self.memory(batch)
+        if piece is not None:
+            return piece
         memory = self._memory(batch)
         return batch.flat(self) if memory is None else memory.read()
 
     def memory(self, batch: Batch) -> Tensor | None:
         """Returns the memory of a batch as one flat tensor; None if it is not one piece."""
-        only = batch.ranges[0].of(self[batch.names[0]])
-        return only.view(-1) if len(batch.ranges) == 1 and only.is_contiguous() else None
+        if batch not in self._in_one_piece:
+            self._in_one_piece[batch] = in_one_piece(batch.of(self))
+        return self._in_one_piece[batch]
 
     def write(self, batch: Batch, flat: Tensor) -> None:
         """Copies a flat tensor into a batch."""
-        memory = self._memory(batch)
-        if memory is None:
+        piece = self.memory(batch)
+        memory = self._memory(batch) if piece is None else None
+        if piece is not None:
+            piece.copy_(flat)
+        elif memory is None:
             batch.write(self, flat)
         else:
             memory.write(flat)

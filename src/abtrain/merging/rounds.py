@@ -84,6 +84,7 @@ class Rounds:
 
     def begin(self) -> None:
         """Prepares the merges of a phase. All workers must have the same weights."""
+        self.shared.lay_out()
         self.merger.begin(self.shared.parameters())
         self._losses = []
 
@@ -200,6 +201,7 @@ class Rounds:
 
         A hidden merge begins again from the same tensors, and advances to the stage at which it was saved.
         """
+        self.shared.lay_out()
         self._losses = state["losses"].tolist()
         self.dropped = list(state["dropped"])
         self._under_way = []

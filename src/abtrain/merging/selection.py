@@ -61,7 +61,9 @@ def weights_of(
         return known[trained]
 
     common = weight(tuple(alive))
-    found = {name: weight(tuple(map(bool.__and__, alive, trained_by[name]))) for name in names if name in trained_by}
+    # Most models have no such tensors, but some have many others.
+    named = (name for name in names if name in trained_by) if trained_by else ()
+    found = {name: weight(tuple(map(bool.__and__, alive, trained_by[name]))) for name in named}
     return common, {name: number for name, number in found.items() if number != common}
 
 

@@ -33,6 +33,7 @@ from abtrain.merging.buffers import averaged_buffers, settled
 from abtrain.merging.changes import as_real
 from abtrain.merging.copies import WeightCopies
 from abtrain.merging.held import Held
+from abtrain.merging.side_by_side import lay_side_by_side
 from abtrain.own import IGNORED, shared_buffers, shared_parameters
 from abtrain.recipes.phase import Phase
 from abtrain.shards import is_sharded, local
@@ -82,6 +83,13 @@ class SharedTensors:
             self._held = Held(as_real({name: local(parameter) for name, parameter in trained.items()}))
             self._held_in = held_in
         return self._held
+
+    def lay_out(self) -> None:
+        """Moves many small parameters into one piece of memory (see `side_by_side.py`). Changes no values."""
+        if not self.model.sharded:
+            trained = self.model.trained(self.treatments)
+            for batch in self.parameters().batches():
+                lay_side_by_side([trained[name] for name in batch.names])
 
     def buffers(self) -> dict[str, Tensor]:
         """Returns the buffers that workers share by name; complex ones as real numbers."""

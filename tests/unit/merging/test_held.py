@@ -86,10 +86,18 @@ def test_many_tensors_take_no_more_operations_than_one(rule: MergeRule, wire: st
     assert all(many <= one + 3 for one, many in run_in_process(2, work))
 
 
+class Parallel(nn.ModuleList):
+    """Adds up what layers compute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x) for layer in self]).sum(0)
+
+
+@pytest.mark.parametrize("layers", [20, 600])
 @pytest.mark.parametrize("group_size", [1, 2])
-def test_parameters_that_get_other_data_merge_as_they_are_then(group_size: int) -> None:
+def test_parameters_that_get_other_data_merge_as_they_are_then(group_size: int, layers: int) -> None:
     def work(comm: Communicator) -> Tensor:
-        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(20)))
+        model = Parallel(nn.Linear(2, 2) for _ in range(layers))
         for i, parameter in enumerate(model.parameters()):
             nn.init.constant_(parameter, i)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -103,6 +111,6 @@ def test_parameters_that_get_other_data_merge_as_they_are_then(group_size: int) 
         return torch.stack([parameter.detach().flatten()[:2] for parameter in model.parameters()])
 
     # Of two groups, one adds 1 in each of four rounds, and the other 0.
-    expected = torch.arange(40.0)[:, None].expand(40, 2) + 4 * 0.5
+    expected = torch.arange(2.0 * layers)[:, None].expand(2 * layers, 2) + 4 * 0.5
     for result in run_in_process(2 * group_size, work, group_size=group_size):
         assert torch.equal(result, expected)

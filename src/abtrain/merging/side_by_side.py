@@ -1,0 +1,55 @@
+"""Moves many small parameters into one piece of memory, so that merges read and write them without a copy of each.
+
+Each parameter becomes a view of a flat tensor, as in other libraries that flatten models. Its values, gradients and
+identity stay. It happens only where a batch has a thousand parameters: elsewhere, copies take little time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+_MANY = 1000
+"""The least number of parameters of a batch that are moved."""
+
+
+def lay_side_by_side(parameters: Sequence[nn.Parameter]) -> None:
+    """Moves the parameters of a batch side by side, in their order, unless they are few.
+
+    Nothing is moved if a parameter may share memory with another tensor, which would not follow it.
+    """
+    if len(parameters) < _MANY or in_one_piece(parameters) is not None or not _apart(parameters):
+        return
+    with torch.no_grad():
+        flat = torch.cat([parameter.reshape(-1) for parameter in parameters])
+        pieces = flat.split([parameter.numel() for parameter in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.data = piece.view(parameter.shape)
+
+
+def in_one_piece(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Returns a flat view of contiguous tensors that lie side by side in one storage; None if they do not."""
+    first = tensors[0].detach()
+    ends = accumulate((tensor.nbytes for tensor in tensors), initial=first.data_ptr())
+    if not all(tensor.is_contiguous() and tensor.data_ptr() == end for tensor, end in zip(tensors, ends, strict=False)):
+        return None
+    count = sum(tensor.numel() for tensor in tensors)
+    # Storages of their own may be neighbours by chance.
+    if first.untyped_storage().nbytes() < (first.storage_offset() + count) * first.itemsize:
+        return None
+    return first.as_strided((count,), (1,))
+
+
+def _apart(parameters: Sequence[nn.Parameter]) -> bool:
+    """Returns whether parameters are contiguous plain tensors of one dtype, each with a storage of its own."""
+    storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    return len(storages) == len(parameters) and all(
+        type(parameter.data) is Tensor
+        and parameter.dtype == parameters[0].dtype
+        and parameter.is_contiguous()
+        and 0 < parameter.nbytes == parameter.untyped_storage().nbytes()
+        for parameter in parameters
+    )
