@@ -201,7 +201,8 @@ def _rebound(at: Resumption) -> Check:
 def _preconditioner(at: Resumption) -> Check:
     roots = mapping(dict.fromkeys(at.model.names, row(*[tensor((None, None))] * 2)), required=())
     if at.position.phase.damping and not at.ended and not at.state["round_began"]:
-        B = {name: at.parameters[factor_names(name)[1]] for name in at.state["model"]["factored"]}
+        names = filter(at.model.preconditions, at.state["model"]["factored"])
+        B = {name: at.parameters[factor_names(name)[1]] for name in names}
         square = {name: tensor((len(b),) * 2, torch.promote_types(b.dtype, torch.float32)) for name, b in B.items()}
         roots = mapping({name: row(check, check) for name, check in square.items()})
     return mapping({"damping": number(0), "scale": number(0), "roots": roots})

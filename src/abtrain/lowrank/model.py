@@ -15,7 +15,7 @@ from abtrain.lowrank.loading import cutting
 from abtrain.lowrank.names import factor_letter, factor_names, tensors_of, weight_name, without_compiled
 from abtrain.lowrank.optimizer import PROJECTABLE, fresh_state, project_to_factors, project_to_weight
 from abtrain.lowrank.optimizers import Optimizers, is_a
-from abtrain.lowrank.precondition import seen_through
+from abtrain.lowrank.precondition import preconditions, seen_through
 from abtrain.lowrank.surgery import factorize_, restore_
 from abtrain.lowrank.svd import Factors, MatrixShape
 from abtrain.lowrank.weight import FactoredWeight
@@ -140,7 +140,7 @@ class FactoredModel:
             record = factorize_(self.model, name, pair)
             for optimizer, (state,) in self.optimizers.replace([record.dense], record.factors):
                 if state and self._projects_state_of(optimizer):
-                    states = project_to_factors(state, record, *seen_through(record, damping))
+                    states = project_to_factors(state, record, *self._seen_through(record, optimizer))
                     optimizer.state[record.A], optimizer.state[record.B] = states
             self._begin_state(*record.factors)
             self.records[name] = record
@@ -155,11 +155,14 @@ class FactoredModel:
             restore_(record)
             for optimizer, (state_A, state_B) in states:
                 if (state_A or state_B) and self._projects_state_of(optimizer):
-                    seen = seen_through(record, self.damping)
+                    seen = self._seen_through(record, optimizer)
                     optimizer.state[record.dense] = project_to_weight(state_A, state_B, record, *seen)
             self._begin_state(record.dense)
         self.records = {}
         self.renew()
+
+    def _seen_through(self, record: FactoredWeight, optimizer: Optimizer) -> tuple[Tensor, Tensor]:
+        return seen_through(record, self.damping if preconditions(optimizer) else 0.0)
 
     def _begin_state(self, *parameters: Tensor) -> None:
         """Creates the state that an optimizer needs before its first step with a new parameter."""
@@ -186,6 +189,11 @@ class FactoredModel:
         self.restore()
         self.factorize(factors, damping)
         self.compression = compression
+
+    def preconditions(self, name: str) -> bool:
+        """Returns whether the factors of a weight, which may be dense now, are preconditioned if there is damping."""
+        held = self.records[name].A if name in self.records else self.model.get_parameter(name)
+        return preconditions(self.optimizers.steps(held))
 
     def train_only(self, which: TrainedFactors) -> None:
         """Unfreezes the factors A, the factors B or all factors, and freezes the other factors."""

@@ -15,6 +15,9 @@ of the gradient alone, so it needs both corrections.
 Weight decay is not a step along a gradient: it shrinks the weight by a fixed share. If it is decoupled from the
 gradient (AdamW, Muon), it is removed from the step, and half of it is applied to each factor.
 
+Muon is left out: it makes the step of a factor equally long in all directions itself, and converted steps are not. Its
+steps reach the factors as they are, and only its weight decay is halved.
+
 An optimizer with master weights steps its own copy of a factor, and overwrites the factor by the rounded copy. The
 copy therefore takes the preconditioned step, and the factor is rounded from it again.
 """
@@ -34,6 +37,8 @@ from abtrain.lowrank.optimizers import Optimizers, is_a
 from abtrain.lowrank.weight import FactoredWeight
 from abtrain.optim import Muon
 
+_MUON = (torch.optim.Muon, Muon)
+
 
 class _Start(NamedTuple):
     """Stores a factor's value before the optimizer's step, and the matrix that preconditions its gradient."""
@@ -42,11 +47,13 @@ class _Start(NamedTuple):
     value: Tensor  # a copy of the factor
     masters: dict[str, Tensor]  # copies of optimizer state that may be master weights, by their keys
     decay: float  # the share by which decoupled weight decay shrinks it in the step
-    root: Tensor  # R_B for A, and R_A for B
+    root: Tensor | None  # R_B for A, and R_A for B; None for the identity
     is_A: bool
 
     def converted(self, change: Tensor) -> Tensor:
         """Multiplies a gradient or a step of the factor by R_B from the right for A, and by R_A from the left for B."""
+        if self.root is None:
+            return change
         change = change.to(self.root.dtype)
         return change @ self.root if self.is_A else self.root @ change
 
@@ -73,7 +80,7 @@ class Preconditioner:
         self._starts: dict[int, list[_Start]] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns `damping`, `scale`, and the current matrices R_A and R_B (k, k) of each weight, by its name."""
+        """Returns `damping`, `scale`, and the current matrices R_A and R_B (k, k) of weights, by name."""
         roots = {name: list(pair) for name, pair in self._roots.items()}
         return {"damping": self._damping, "scale": self._scale, "roots": roots}
 
@@ -87,7 +94,11 @@ class Preconditioner:
     @torch.no_grad()
     def refresh(self, records: Iterable[FactoredWeight]) -> None:
         """Computes R_A and R_B from the current factors. All steps use them until the next call."""
-        self._roots = {record.name: _inverse_roots(record.A, record.B, self._damping) for record in records}
+        self._roots = {
+            record.name: _inverse_roots(record.A, record.B, self._damping)
+            for record in records
+            if preconditions(self._optimizers.steps(record.A))
+        }
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, records: Iterable[FactoredWeight]) -> None:
@@ -95,7 +106,7 @@ class Preconditioner:
         decays = {id(p): _decay(optimizer, group) for group in optimizer.param_groups for p in group["params"]}
         starts = self._starts[id(optimizer)] = []
         for record in records:
-            R_A, R_B = self._roots[record.name]
+            R_A, R_B = self._roots.get(record.name, (None, None))
             if self._optimizers.steps(record.A) is optimizer:
                 for factor, root, is_A in ((record.A, R_B, True), (record.B, R_A, False)):
                     decay = decays.get(id(factor), 0.0)
@@ -141,10 +152,15 @@ def _maybe_masters(optimizer: Optimizer, factor: nn.Parameter) -> Iterator[tuple
             yield key, state
 
 
+def preconditions(optimizer: Optimizer | None) -> bool:
+    """Returns whether factors that an optimizer steps are preconditioned; None stands for an unknown optimizer."""
+    return optimizer is None or not is_a(optimizer, _MUON)
+
+
 def _decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
     """Returns the share by which decoupled weight decay shrinks the parameters of a group in one step."""
     # Muon and Adafactor always decouple it, without such a setting.
-    decoupled = group.get("decoupled_weight_decay") or is_a(optimizer, (torch.optim.Muon, Muon, Adafactor))
+    decoupled = group.get("decoupled_weight_decay") or is_a(optimizer, (*_MUON, Adafactor))
     return float(group["lr"] * group["weight_decay"]) if decoupled else 0.0
 
 

@@ -48,7 +48,9 @@ def ab_outer(
     rebound_every: _PhaseEvery = None,
     lr_rebound_steps: Annotated[int | None, "Learning-rate warm-up steps after factoring; by default `every`."] = None,
     sigma_cutoff: _SigmaCutoff = 0.22,
-    damping: Annotated[float, "Damping in the factors' preconditioner; 0: no preconditioning."] = 0.1,
+    damping: Annotated[
+        float, "Damping in the factors' preconditioner, which leaves Muon's steps as they are; 0: no preconditioning."
+    ] = 0.1,
     factor_lr: _FactorLR = None,
     outer_device: shared.OuterDevice = None,
     rank_rule: shared.Rule = None,

@@ -140,3 +140,20 @@ def test_halves_are_preconditioned_in_float32(dtype: torch.dtype) -> None:
     preconditioner.before_step(optimizer, [record])
     assert torch.isfinite(record.A.grad).all() and record.A.grad.dtype == dtype
     preconditioner.after_step(optimizer)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Muon, Muon])
+def test_muon_steps_factors_as_it_would_without_a_preconditioner(kind: Any) -> None:
+    moved = []
+    for damping in (0.0, 0.1):
+        record = record_of()
+        optimizer = kind([record.A, record.B], lr=0.01, weight_decay=0.0)
+        preconditioner = Preconditioner(Optimizers(optimizer), damping)
+        preconditioner.refresh([record])
+        record.A.grad, record.B.grad = torch.ones_like(record.A), torch.eye(*record.B.shape, dtype=record.B.dtype)
+        if damping:
+            preconditioner.before_step(optimizer, [record])
+        optimizer.step()
+        preconditioner.after_step(optimizer)
+        moved.append([record.A.detach(), record.B.detach()])
+    torch.testing.assert_close(moved[1], moved[0])
