@@ -4,6 +4,8 @@ python benchmarks/compute.py [CASE...] [--pairs 15] [--keep]
 
 A step is a forward pass, a backward pass and a step of AdamW. Seconds are those of the processor, since other programs
 would delay the clock. Each pair of steps gives one ratio, and each case has a limit for the median of its ratios.
+Both steps run in this process with huge pages for large tensors: this program sets THP_MEM_ALLOC_ENABLE=1 before the
+first tensor, unless it is already set. Records say how it was set.
 `--keep` adds a line for each case to results/compute.jsonl.
 """
 
@@ -33,6 +35,7 @@ from abtrain.recipes.rank_rules import FixedRank
 WIDTH, HIDDEN, ROWS = 768, 3072, 6304
 LARGEST = WIDTH * HIDDEN // (WIDTH + HIDDEN)
 """The largest rank at which the factors of the MLP block are smaller than its weights."""
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 Trains = Literal["all", "A", "B"]
 Step = Callable[[], None]
 
@@ -207,6 +210,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.cases) - set(known):
         parser.error(f"unknown cases: {', '.join(sorted(unknown))}")
+    # PyTorch reads it when it allocates the first tensor.
+    huge_pages = os.environ.setdefault(HUGE_PAGES, "1")
     torch.set_num_threads(1)
     hardware = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__}
     for name in options.cases or known:
@@ -215,7 +220,7 @@ def main() -> None:
         line, found = measure(known[name], options.pairs)
         print(line, flush=True)
         if options.keep:
-            record = {"arguments": f"{name} --pairs {options.pairs}", **found}
+            record = {"arguments": f"{name} --pairs {options.pairs}", HUGE_PAGES: huge_pages, **found}
             keep(FOLDER / "compute.jsonl", {**record, "load": os.getloadavg()[0], "hardware": hardware})
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from abtrain.lowrank.blocks import linear
+
 Order = Literal["factors", "gradient", "rebuilt"]
 """`factors`: W and its gradient are never computed. `gradient`: the backward pass computes the gradient of W, and the
 gradients of both factors from it. `rebuilt`: the forward pass computes W, too."""
@@ -54,7 +56,7 @@ def through_factors(x: Tensor, inner: Tensor, outer: Tensor, bias: Tensor | None
     elif x.device.type != "cpu":
         return F.linear(F.linear(x, inner), outer, bias)
     else:
-        y = F.linear(F.linear(x, inner), outer)
+        y = linear(linear(x, inner), outer)
     # On CPUs, a product with a bias begins with a copy of the bias to each row.
     return y if bias is None else y.add_(bias)
 
