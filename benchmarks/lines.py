@@ -128,6 +128,7 @@ FRONTIER = {
     for label, arguments in (_CHOICES | _PEERS).items()
 }
 """Ways to synchronize, under each optimizer: those that `auto` chooses from, and methods to compare them with."""
+_FRONTIER_RATES = (*RATES[1:], "8e-3", "16e-3", "32e-3")
 
 
 def _at_rates(lines: dict[str, str], rates: tuple[str, ...]) -> dict[str, str]:
@@ -145,8 +146,9 @@ BENCHMARKS: dict[str, tuple[str, dict[str, str]]] = {
     "fashion-cnn-eight": ("fashion-cnn", EIGHT),
     "fashion-vit": ("fashion-vit", RECIPES),
     "fashion-vit-settings": ("fashion-vit", _at_rates(TRANSFORMERS, RATES[1:])),
-    "frontier-cnn": ("fashion-cnn", _at_rates(FRONTIER, (*RATES[1:], "8e-3", "16e-3"))),
-    "frontier-gpt": ("pysrc-gpt", _at_rates(FRONTIER, (*RATES[1:], "8e-3", "16e-3"))),
+    "frontier-cnn": ("fashion-cnn", _at_rates(FRONTIER, _FRONTIER_RATES)),
+    "frontier-gpt": ("pysrc-gpt", _at_rates(FRONTIER, _FRONTIER_RATES)),
+    "frontier-vit": ("fashion-vit", _at_rates(FRONTIER, _FRONTIER_RATES)),
     "pysrc-gpt": ("pysrc-gpt", RECIPES),
     "pysrc-gpt-settings": ("pysrc-gpt", _at_rates(TRANSFORMERS, (*RATES[1:], "8e-3"))),
 }

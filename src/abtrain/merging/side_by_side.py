@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 _MANY = 1000
 """The least number of parameters of a batch that are moved."""
+_ALIGNMENT = 16
+"""Addresses on an accelerator stay multiples of so many bytes: compiled kernels load parameters as they lay before."""
 
 
 def lay_side_by_side(parameters: Sequence[nn.Parameter]) -> None:
@@ -21,7 +23,9 @@ def lay_side_by_side(parameters: Sequence[nn.Parameter]) -> None:
 
     Nothing is moved if a parameter may share memory with another tensor, which would not follow it.
     """
-    if len(parameters) < _MANY or in_one_piece(parameters) is not None or not _apart(parameters):
+    if len(parameters) < _MANY or in_one_piece(parameters) is not None:
+        return
+    if not _apart(parameters) or not all(map(_keeps_alignment, parameters)):
         return
     with torch.no_grad():
         flat = torch.cat([parameter.reshape(-1) for parameter in parameters])
@@ -41,6 +45,11 @@ def in_one_piece(tensors: Sequence[Tensor]) -> Tensor | None:
     if first.untyped_storage().nbytes() < (first.storage_offset() + count) * first.itemsize:
         return None
     return first.as_strided((count,), (1,))
+
+
+def _keeps_alignment(parameter: nn.Parameter) -> bool:
+    """Returns whether what lies behind a parameter is aligned as far as its device needs."""
+    return parameter.device.type == "cpu" or parameter.nbytes % _ALIGNMENT == 0
 
 
 def _apart(parameters: Sequence[nn.Parameter]) -> bool:

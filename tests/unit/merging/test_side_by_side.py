@@ -58,6 +58,11 @@ def test_parameters_that_others_may_see_through_stay_where_they_are() -> None:
         assert parameters[0].untyped_storage().nbytes() == parameters[0].nbytes
 
 
+@pytest.mark.parametrize(("device", "count", "keeps"), [("cpu", 3, True), ("meta", 3, False), ("meta", 4, True)])
+def test_accelerators_keep_addresses_aligned(device: str, count: int, keeps: bool) -> None:
+    assert side_by_side._keeps_alignment(nn.Parameter(torch.empty(count, device=device))) is keeps
+
+
 def test_neighbours_in_two_storages_are_not_one_piece() -> None:
     memory = bytearray(80)
     one, other = (torch.frombuffer(memory, dtype=torch.float32, count=10, offset=start) for start in (0, 40))
