@@ -53,12 +53,16 @@ def _keeps_alignment(parameter: nn.Parameter) -> bool:
 
 
 def _apart(parameters: Sequence[nn.Parameter]) -> bool:
-    """Returns whether parameters are contiguous plain tensors of one dtype, each with a storage of its own."""
+    """Returns whether parameters are contiguous plain tensors of one dtype, each with a storage of its own.
+
+    A storage in shared memory may belong to other processes, too.
+    """
     storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     return len(storages) == len(parameters) and all(
         type(parameter.data) is Tensor
         and parameter.dtype == parameters[0].dtype
         and parameter.is_contiguous()
+        and not (parameter.device.type == "cpu" and parameter.is_shared())
         and 0 < parameter.nbytes == parameter.untyped_storage().nbytes()
         for parameter in parameters
     )

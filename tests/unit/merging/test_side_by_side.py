@@ -51,7 +51,8 @@ def test_parameters_that_others_may_see_through_stay_where_they_are() -> None:
     transposed = nn.Parameter(torch.randn(3, 2).T)
     empty = nn.Parameter(torch.empty(0))
     wide = nn.Parameter(torch.randn(2, dtype=torch.float64))
-    for special in (views, [tied, nn.Parameter(tied.data)], [transposed], [empty], [wide]):
+    shared = nn.Parameter(torch.randn(2).share_memory_())
+    for special in (views, [tied, nn.Parameter(tied.data)], [transposed], [empty], [wide], [shared]):
         parameters = [*several(), *special]
         lay_side_by_side(parameters)
         assert in_one_piece(parameters) is None
