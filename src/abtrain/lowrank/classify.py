@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from abtrain.errors import a_or_an
 from abtrain.lowrank.layers import FACTORED_LAYERS
@@ -56,7 +57,7 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
-    treatments, own, sharing = [], own_names(model), _sharing_memory(model)
+    treatments, own, sharing = [], own_names(model), sharing_memory(model)
     for name, parameter in model.named_parameters():
         kind: Kind = "averaged"
         if name in own:
@@ -71,7 +72,9 @@ def classify(model: nn.Module, factoring: Factoring | None, optimized: set[int] 
             reason = "the recipe has no factored phase"
         else:
             module, attribute = owner(model, name)
-            reason = _why_dense(module, attribute, name, parameter, factoring) or sharing.get(name, "")
+            reason = _why_dense(module, attribute, name, parameter, factoring)
+            if not reason and name in sharing:
+                reason = f"shares memory with {sharing[name]}"
             if not reason:
                 how = _how_computed(module, attribute, bool(parameter._backward_hooks))
                 kind, reason = "factored", f"{type(module).__name__}, {how}"
@@ -99,16 +102,27 @@ def _why_dense(module: nn.Module, attribute: str, name: str, parameter: nn.Param
     return next((reason for applies, reason in rules if applies), "")
 
 
-def _sharing_memory(model: nn.Module) -> dict[str, str]:
-    """Returns the reason to keep a tensor dense, by name, for each tensor that shares its storage with another one."""
-    places: dict[int, list[str]] = defaultdict(list)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        # Sparse tensors and those of other classes may have no storage.
-        plain = tensor.layout == torch.strided and type(tensor.data) is torch.Tensor
-        if plain and tensor.untyped_storage().data_ptr():
-            places[tensor.untyped_storage().data_ptr()].append(name)
-    shared = [names for names in places.values() if len(names) > 1]
-    return {n: f"shares memory with {next(o for o in names if o != n)}" for names in shared for n in names}
+def sharing_memory(model: nn.Module) -> dict[str, str]:
+    """Returns for each parameter or buffer whose memory overlaps that of another one the other's name, by name."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    spans = sorted(span for name, tensor in tensors for span in _span(name, tensor))
+    partners: dict[str, str] = {}
+    device, furthest, last = "", 0, ""
+    for place, start, stop, name in spans:
+        if place == device and start < furthest:
+            partners.setdefault(name, last)
+            partners.setdefault(last, name)
+        if place != device or stop > furthest:
+            device, furthest, last = place, stop, name
+    return partners
+
+
+def _span(name: str, tensor: Tensor) -> Iterator[tuple[str, int, int, str]]:
+    """Yields a tensor's device, the first address and the end of its memory, and its name, unless it has none."""
+    # Sparse tensors and those of other classes may have no storage.
+    if tensor.layout == torch.strided and type(tensor.data) is torch.Tensor and tensor.numel() and tensor.data_ptr():
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        yield str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + extent * tensor.itemsize, name
 
 
 def _how_computed(module: nn.Module, attribute: str, hooked: bool) -> str:

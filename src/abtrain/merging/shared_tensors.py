@@ -26,7 +26,7 @@ from abtrain.consistency.agreement import (
 from abtrain.consistency.replicas import check_replicas
 from abtrain.consistency.settings import HYPERPARAMETERS, GroupNames, layout, optimizer_settings
 from abtrain.errors import RanksDisagreeError
-from abtrain.lowrank.classify import Treatment
+from abtrain.lowrank.classify import Treatment, sharing_memory
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.nested import tensors_in
 from abtrain.merging.buffers import averaged_buffers, settled
@@ -87,9 +87,10 @@ class SharedTensors:
     def lay_out(self) -> None:
         """Moves many small parameters into one piece of memory (see `side_by_side.py`). Changes no values."""
         if not self.model.sharded:
-            trained = self.model.trained(self.treatments)
+            trained, sharing = self.model.trained(self.treatments), sharing_memory(self.model.model)
             for batch in self.parameters().batches():
-                lay_side_by_side([trained[name] for name in batch.names])
+                if not sharing.keys() & set(batch.names):
+                    lay_side_by_side([trained[name] for name in batch.names])
 
     def buffers(self) -> dict[str, Tensor]:
         """Returns the buffers that workers share by name; complex ones as real numbers."""

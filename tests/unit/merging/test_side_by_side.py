@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from abtrain import ABTraining, recipes
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
+from abtrain.lowrank.classify import classify
 from abtrain.merging import side_by_side
 from abtrain.merging.side_by_side import in_one_piece, lay_side_by_side
+from abtrain.recipes.factoring import Factoring
+from abtrain.recipes.rank_rules import FixedRank
 
 
 def several(count: int = 1200, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -98,6 +101,33 @@ def test_weights_after_merges_are_those_of_parameters_apart(recipe: str, monkeyp
     apart = run_in_process(2, lambda comm: trained(comm, copy.deepcopy(model), recipe))
     for one, other in zip(ours, apart, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+class WithAlias(Parallel):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(2, 2) for _ in range(600))
+        self.register_buffer("seen", self[0].weight.detach())
+
+
+def test_what_a_buffer_shows_stays_where_it_is() -> None:
+    model = WithAlias()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ab = ABTraining(model, optimizer, recipes.local_sgd(2, every=1))
+    while not ab.finished:
+        ab(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        ab.step()
+    assert torch.equal(model.seen, model[0].weight)
+
+
+def test_weights_in_one_piece_can_be_factored() -> None:
+    model = Parallel(nn.Linear(2, 2) for _ in range(600))
+    lay_side_by_side(list(model.parameters()))
+    assert in_one_piece(list(model.parameters())) is not None
+    kinds = {
+        treatment.kind for treatment in classify(model, Factoring(FixedRank(1), min_dim=2)) if treatment.shape == (2, 2)
+    }
+    assert kinds == {"factored"}
 
 
 def test_a_model_in_one_piece_is_copied_and_saved_like_any_other(tmp_path: Path) -> None:
