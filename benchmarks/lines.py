@@ -121,13 +121,14 @@ _CHOICES = {
         for every, delay in (*ROUNDS, *_LONGER)
     },
 }
+_FACTORS = {"factors, every 6": "ab_local:every=6,rank_rule=share:0.6"}
 _PEERS = {"powersgd": "powersgd", "diloco, every 20": "diloco:every=20", "diloco, every 60": "diloco:every=60"}
 FRONTIER = {
     f"{optimizer}, {label}": f"{arguments} --optimizer {optimizer}"
     for optimizer in OPTIMIZERS
-    for label, arguments in (_CHOICES | _PEERS).items()
+    for label, arguments in (_CHOICES | _FACTORS | _PEERS).items()
 }
-"""Ways to synchronize, under each optimizer: those that `auto` chooses from, and methods to compare them with."""
+"""Ways to synchronize, under each optimizer: those that `auto` chooses from, a smaller model, and other methods."""
 _FRONTIER_RATES = (*RATES[1:], "8e-3", "16e-3", "32e-3")
 
 
