@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from abtrain.errors import a_or_an
 from abtrain.lowrank.layers import FACTORED_LAYERS
@@ -17,6 +16,7 @@ from abtrain.lowrank.names import matching
 from abtrain.lowrank.svd import MatrixShape
 from abtrain.own import IGNORED, own_names
 from abtrain.recipes.factoring import Factoring
+from abtrain.side_by_side import storage_of
 
 Kind = Literal["factored", "averaged", "frozen", "own"]
 UNSHARED: tuple[Kind, ...] = ("frozen", "own")
@@ -103,26 +103,14 @@ def _why_dense(module: nn.Module, attribute: str, name: str, parameter: nn.Param
 
 
 def sharing_memory(model: nn.Module) -> dict[str, str]:
-    """Returns for each parameter or buffer whose memory overlaps that of another one the other's name, by name."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    spans = sorted(span for name, tensor in tensors for span in _span(name, tensor))
-    partners: dict[str, str] = {}
-    device, furthest, last = "", 0, ""
-    for place, start, stop, name in spans:
-        if place == device and start < furthest:
-            partners.setdefault(name, last)
-            partners.setdefault(last, name)
-        if place != device or stop > furthest:
-            device, furthest, last = place, stop, name
-    return partners
-
-
-def _span(name: str, tensor: Tensor) -> Iterator[tuple[str, int, int, str]]:
-    """Yields a tensor's device, the first address and the end of its memory, and its name, unless it has none."""
-    # Sparse tensors and those of other classes may have no storage.
-    if tensor.layout == torch.strided and type(tensor.data) is torch.Tensor and tensor.numel() and tensor.data_ptr():
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        yield str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + extent * tensor.itemsize, name
+    """Returns for each parameter or buffer that shares its storage with another one the other's name, by name."""
+    places: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        # Sparse tensors and those of other classes may have no storage.
+        if tensor.layout == torch.strided and type(tensor.data) is torch.Tensor and tensor.untyped_storage().data_ptr():
+            places[storage_of(tensor)].append(name)
+    shared = [names for names in places.values() if len(names) > 1]
+    return {name: next(other for other in names if other != name) for names in shared for name in names}
 
 
 def _how_computed(module: nn.Module, attribute: str, hooked: bool) -> str:

@@ -18,8 +18,8 @@ from torch import Tensor
 from abtrain.comm.checksums import bytes_of, fingerprint
 from abtrain.merging import batches
 from abtrain.merging.batches import Batch, cut_into_batches
-from abtrain.merging.side_by_side import in_one_piece
 from abtrain.shards import cut
+from abtrain.side_by_side import in_one_piece
 
 _MANY = 16
 """The least number of tensors in a batch whose memory is copied by Python."""

@@ -33,10 +33,10 @@ from abtrain.merging.buffers import averaged_buffers, settled
 from abtrain.merging.changes import as_real
 from abtrain.merging.copies import WeightCopies
 from abtrain.merging.held import Held
-from abtrain.merging.side_by_side import lay_side_by_side
 from abtrain.own import IGNORED, shared_buffers, shared_parameters
 from abtrain.recipes.phase import Phase
 from abtrain.shards import is_sharded, local
+from abtrain.side_by_side import lay_side_by_side
 
 log = logging.getLogger("abtrain")
 

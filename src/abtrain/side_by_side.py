@@ -16,6 +16,8 @@ _MANY = 1000
 """The least number of parameters of a batch that are moved."""
 _ALIGNMENT = 16
 """Addresses on an accelerator stay multiples of so many bytes: compiled kernels load parameters as they lay before."""
+_MARK = "_abtrain_storage"
+"""The attribute of a parameter with the address of the storage into which it was moved."""
 
 
 def lay_side_by_side(parameters: Sequence[nn.Parameter]) -> None:
@@ -32,6 +34,13 @@ def lay_side_by_side(parameters: Sequence[nn.Parameter]) -> None:
         pieces = flat.split([parameter.numel() for parameter in parameters])
         for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.data = piece.view(parameter.shape)
+            setattr(parameter, _MARK, flat.data_ptr())
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Returns a number that identifies the storage of a tensor; of its own, if it was moved into one piece."""
+    storage = tensor.untyped_storage().data_ptr()
+    return tensor.data_ptr() if getattr(tensor, _MARK, None) == storage else storage
 
 
 def in_one_piece(tensors: Sequence[Tensor]) -> Tensor | None:

@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from abtrain import ABTraining, recipes
+from abtrain import ABTraining, recipes, side_by_side
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.lowrank.classify import classify
-from abtrain.merging import side_by_side
-from abtrain.merging.side_by_side import in_one_piece, lay_side_by_side
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.rank_rules import FixedRank
+from abtrain.side_by_side import in_one_piece, lay_side_by_side
 
 
 def several(count: int = 1200, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
