@@ -86,11 +86,10 @@ class SharedTensors:
 
     def lay_out(self) -> None:
         """Moves many small parameters into one piece of memory (see `side_by_side.py`). Changes no values."""
-        if not self.model.sharded:
-            trained, sharing = self.model.trained(self.treatments), sharing_memory(self.model.model)
-            for batch in self.parameters().batches():
-                if not sharing.keys() & set(batch.names):
-                    lay_side_by_side([trained[name] for name in batch.names])
+        trained, sharing = self.model.trained(self.treatments), sharing_memory(self.model.model)
+        for batch in [] if self.model.sharded else self.parameters().batches():
+            if not sharing.keys() & set(batch.names):
+                lay_side_by_side([trained[name] for name in batch.names])
 
     def buffers(self) -> dict[str, Tensor]:
         """Returns the buffers that workers share by name; complex ones as real numbers."""
