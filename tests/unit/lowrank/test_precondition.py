@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.lowrank.precondition import Preconditioner
 from abtrain.lowrank.surgery import factorize_
@@ -157,3 +158,20 @@ def test_muon_steps_factors_as_it_would_without_a_preconditioner(kind: Any) -> N
         preconditioner.after_step(optimizer)
         moved.append([record.A.detach(), record.B.detach()])
     torch.testing.assert_close(moved[1], moved[0])
+
+
+def test_muons_momentum_follows_a_weight_as_if_there_were_no_damping() -> None:
+    held = []
+    for damping in (0.0, 0.1):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 12, bias=False))
+        optimizer = Muon(model.parameters(), lr=0.01)
+        factored = FactoredModel(model, Optimizers(optimizer), ["0.weight"], "project")
+        model(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+        factored.factorize({"0.weight": decompose(model[0].weight.detach(), FixedRank(3))}, damping)
+        momenta = [state["momentum_buffer"].clone() for state in optimizer.state.values()]
+        factored.restore()
+        held.append([*momenta, optimizer.state[model[0].weight]["momentum_buffer"]])
+    assert len(held[0]) == 3 and all(momentum.any() for momentum in held[0])
+    torch.testing.assert_close(held[1], held[0])
