@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import abtrain
 from abtrain import ABTraining, checkpoint, recipes
 from abtrain.comm.communicator import Communicator
+from abtrain.engine import shared_steps
 from abtrain.optim import muon_and_adamw
 from abtrain.recipes.recipe import Recipe
 from tests.cases import adamw, largest_difference, seeded, sgd
@@ -146,7 +147,8 @@ def test_copies_of_shards_follow_merges() -> None:
     agree(*ends)
 
 
-def under_muon(comm: Communicator, build: Build) -> dict[str, Tensor]:
+def under_muon(comm: Communicator, build: Build, shared_from: int) -> dict[str, Tensor]:
+    shared_steps.SHARED_FROM = shared_from
     model = build(comm)
     optimizers = muon_and_adamw(model, 1e-2)
     ab = ABTraining(model, optimizers, RECIPES["diloco"], communicator=comm)
@@ -160,8 +162,9 @@ def under_muon(comm: Communicator, build: Build) -> dict[str, Tensor]:
     return ab.dense_state_dict()
 
 
-def test_muon_trains_shards_as_whole_matrices() -> None:
-    agree(*(run_gloo(4, under_muon, build, group_size=2) for build in (sharded, whole)))
+@pytest.mark.parametrize("shared_from", [0, 10_000_000])
+def test_muon_trains_shards_as_whole_matrices(shared_from: int) -> None:
+    agree(*(run_gloo(4, under_muon, build, shared_from, group_size=2) for build in (sharded, whole)))
 
 
 def in_three(comm: Communicator, build: Build) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ _WHY_DENSE = {
     _Outcome.ALL_ZERO: "all zero: its factors would never get a gradient",
     _Outcome.FAILED: "its SVD did not converge",
 }
-_SHARED_FROM = 10_000_000
+SHARED_FROM = 10_000_000
 """The number of elements of all weights from which the workers of a group share the work by default."""
 _EIGENVECTORS = 8
 """The time to find the eigenvectors of an (n, n) matrix, in units of the time to multiply two such matrices."""
@@ -138,7 +138,7 @@ def _sharing(factoring: Factoring, shapes: Sequence[Shape], topology: Topology) 
     """
     if factoring.svd == "shared":
         return "world", topology.world_size
-    large = sum(m * n for m, n in shapes) >= _SHARED_FROM
+    large = sum(m * n for m, n in shapes) >= SHARED_FROM
     if factoring.svd == "auto" and large and topology.group_size > 1:
         return "group", topology.group_size
     return None, topology.world_size

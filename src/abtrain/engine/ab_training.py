@@ -42,6 +42,7 @@ from abtrain.engine.phase_change import PhaseChange
 from abtrain.engine.problems import checked
 from abtrain.engine.progress import Progress
 from abtrain.engine.saved_state import EngineState
+from abtrain.engine.shared_steps import share_steps, unshare_steps
 from abtrain.engine.state_problems import recipe_of
 from abtrain.errors import OnNonFinite, UsageError
 from abtrain.lowrank.classify import classify
@@ -146,6 +147,7 @@ class ABTraining(ModelAccess):
         )
         self._new_state = NewState(shared, recipe, comm)
         self._hooks = OptimizerHooks(self._model, shared.frozen_names(), self._progress, on_nonfinite)
+        share_steps(optimizers, comm)
         self._phases = PhaseChange(self._model, self._rounds, self._hooks, comm, find_unused_parameters, grad_scaler)
         self._calls = CallOrder(self._progress, self._hooks)
         self._choosing = Choosing(recipe, model, optimizers, comm)
@@ -304,4 +306,5 @@ class ABTraining(ModelAccess):
         self._phases.unwrap()
         self._model.restore()
         self._hooks.close()
+        unshare_steps(self._model.optimizers)
         self._progress.position, self._progress.closed = None, True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import AdamW, Optimizer
 
-from abtrain.optim.orthogonal import orthogonalized
+from abtrain.optim.orthogonal import orthogonalized, working_dtype
 from abtrain.shards import divided_like, undivided
 
 _NOT_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase, nn.RNNBase)
@@ -33,6 +33,20 @@ _AT_ONCE = 2**22
 """The largest number of numbers in matrices that are orthogonalized together, since small ones are slow one by one."""
 
 
+class Sharing(NamedTuple):
+    """Divides the work of a step among workers whose gradients are equal.
+
+    Attributes:
+        workers: the number of these workers.
+        place: the place of this worker among them, from 0.
+        pass_on: overwrites a contiguous tensor on all of them by that of the worker at a place. Collective.
+    """
+
+    workers: int = 1
+    place: int = 0
+    pass_on: Callable[[Tensor, int], None] = lambda tensor, place: None
+
+
 class Muon(torch.optim.Muon):
     """PyTorch's Muon, for weights of two or more dimensions, and faster.
 
@@ -40,9 +54,14 @@ class Muon(torch.optim.Muon):
     one shape are orthogonalized together, on CPUs in float32. Those that FSDP2 has sharded are gathered for it. All
     arguments are those of `torch.optim.Muon`.
 
+    Attributes:
+        sharing: how workers divide the work of a step. ABTraining sets it for the workers of a group.
+
     Raises:
         ValueError: there are no parameters, or one has fewer than two dimensions.
     """
+
+    sharing = Sharing()
 
     def __init__(self, params: Any, lr: float = 1e-3, **settings: Any) -> None:
         # PyTorch's constructor refuses more than two dimensions, but `add_param_group` does not.
@@ -68,20 +87,28 @@ class Muon(torch.optim.Muon):
         """Makes a training step, as in all optimizers of PyTorch."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        for group in self.param_groups:
-            for batch in _batches(group["params"]):
-                self._train(batch, group)
+        for wave in self._waves():
+            updates = [self._orthogonal(*work, mine=at == self.sharing.place) for at, work in enumerate(wave)]
+            for at, (work, update) in enumerate(zip(wave, updates, strict=True)):
+                self.sharing.pass_on(update, at)
+                _apply(*work, update)
         return loss
 
-    def _train(self, parameters: Sequence[Tensor], group: Mapping[str, Any]) -> None:
-        """Trains parameters that are matrices of one shape, all at once."""
-        updates = torch.stack([undivided(self._update(parameter, group)).flatten(1) for parameter in parameters])
-        updates = orthogonalized(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        lr = float(group["lr"])
-        scaled = lr * _SCALES[group["adjust_lr_fn"] or "original"](*updates.shape[1:])
-        for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(1 - lr * group["weight_decay"])
-            parameter.add_(divided_like(parameter, update.reshape(parameter.shape)), alpha=-scaled)
+    def _waves(self) -> Iterator[list[_Work]]:
+        """Yields what is trained together: a batch of matrices for each worker, of about the same work."""
+        work = [_Work(batch, group) for group in self.param_groups for batch in _batches(group["params"])]
+        work.sort(key=_Work.products, reverse=True)
+        workers = self.sharing.workers
+        yield from (work[start : start + workers] for start in range(0, len(work), workers))
+
+    def _orthogonal(self, parameters: Sequence[Tensor], group: Mapping[str, Any], *, mine: bool) -> Tensor:
+        """Returns the orthogonalized updates (N, m, n) of matrices of one shape, or memory for another worker's."""
+        updates = [undivided(self._update(parameter, group)).flatten(1) for parameter in parameters]
+        if mine:
+            stacked = torch.stack(updates)
+            return orthogonalized(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"]).contiguous()
+        first = updates[0]
+        return first.new_empty(len(updates), *first.shape, dtype=working_dtype(first.device))
 
     def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
         """Adds a gradient to the running mean, and returns what is to be orthogonalized."""
@@ -91,6 +118,27 @@ class Muon(torch.optim.Muon):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         return gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+
+
+class _Work(NamedTuple):
+    """Matrices of one shape that are trained together, and their param group."""
+
+    parameters: Sequence[Tensor]
+    group: Mapping[str, Any]
+
+    def products(self) -> int:
+        """Returns how many numbers are multiplied in one product of a matrix with its transpose, for all matrices."""
+        shape = self.parameters[0].shape
+        return len(self.parameters) * shape.numel() * min(shape[0], shape[1:].numel())
+
+
+def _apply(parameters: Sequence[Tensor], group: Mapping[str, Any], updates: Tensor) -> None:
+    """Changes matrices by their orthogonalized updates (N, m, n), and by weight decay."""
+    lr = float(group["lr"])
+    scaled = lr * _SCALES[group["adjust_lr_fn"] or "original"](*updates.shape[1:])
+    for parameter, update in zip(parameters, updates, strict=True):
+        parameter.mul_(1 - lr * group["weight_decay"])
+        parameter.add_(divided_like(parameter, update.reshape(parameter.shape)), alpha=-scaled)
 
 
 def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -26,7 +26,7 @@ def orthogonalized(M: Tensor, coefficients: tuple[float, float, float], steps: i
         eps: the norm from which a matrix is scaled to norm 1. A smaller one stays small.
     """
     on_cpu = M.device.type == "cpu"
-    X = M.to(torch.float32 if on_cpu else torch.bfloat16)
+    X = M.to(working_dtype(M.device))
     high = X.shape[-2] > X.shape[-1]
     X = X.mT if high else X
     X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp(min=eps)
@@ -34,6 +34,11 @@ def orthogonalized(M: Tensor, coefficients: tuple[float, float, float], steps: i
     by_gram = on_cpu and X.shape[-1] >= _WIDE * X.shape[-2]
     X = _by_gram(X, coefficients, steps) if by_gram else _directly(X, coefficients, steps)
     return X.mT if high else X
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype in which matrices on a device are orthogonalized."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def _directly(X: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:

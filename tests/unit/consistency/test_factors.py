@@ -69,7 +69,7 @@ def decomposed(monkeypatch: pytest.MonkeyPatch, svd: SVD) -> tuple[list[list[str
 def test_by_default_each_group_shares_the_work_of_large_models(monkeypatch: pytest.MonkeyPatch) -> None:
     small, expected = decomposed(monkeypatch, "auto")
     assert all(len(work) == len(SIZES) for work in small)
-    monkeypatch.setattr("abtrain.consistency.factors._SHARED_FROM", 100_000)
+    monkeypatch.setattr("abtrain.consistency.factors.SHARED_FROM", 100_000)
     large, factors = decomposed(monkeypatch, "auto")
     assert large[:3] == large[3:]
     assert sorted(name for work in large[:3] for name in work) == ["a", "b", "d", "f", "large", "large"]
@@ -82,7 +82,7 @@ def test_by_default_each_group_shares_the_work_of_large_models(monkeypatch: pyte
 
 def test_groups_whose_roundings_differ_take_the_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the second group, rounding keeps a singular value that is just below the cutoff in the first."""
-    monkeypatch.setattr("abtrain.consistency.factors._SHARED_FROM", 1)
+    monkeypatch.setattr("abtrain.consistency.factors.SHARED_FROM", 1)
     W = torch.diag(torch.tensor([1.0, 0.5, 0.25, 0.1]))
 
     def work(comm: Communicator) -> tuple[dict[str, Factors], int]:

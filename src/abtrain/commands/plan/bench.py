@@ -30,6 +30,7 @@ from abtrain.errors import UsageError
 from abtrain.lowrank.model import FactoredModel
 from abtrain.lowrank.optimizers import Optimizers
 from abtrain.lowrank.svd import Factors, decompose
+from abtrain.optim import Muon
 from abtrain.recipes.rank_rules import FixedRank
 from abtrain.recipes.sync import GradientSync, GradientWire
 
@@ -67,9 +68,11 @@ class Bench:
         self._batch_size = task.batch_size if batch_size is None else batch_size
         self._factors: dict[tuple[tuple[str, int], ...], FactorSeconds] = {}
 
-    def step(self) -> float:
-        """Returns the median seconds of a training step."""
-        return statistics.median(self._timed_model().seconds(_UNTIMED, _TIMED))
+    def step(self) -> tuple[float, float]:
+        """Returns the median seconds of a training step, and those that Muon takes of it (0 if there is no Muon)."""
+        model = self._timed_model()
+        seconds = statistics.median(model.seconds(_UNTIMED, _TIMED))
+        return seconds, statistics.median(model.of_muon[_UNTIMED:])
 
     def averaging(self) -> dict[GradientWire, float]:
         """Returns the seconds that averaging gradients adds to a step for each wire format, without the transfer.
@@ -189,7 +192,11 @@ def _timed(act: Callable[[], object]) -> float:
 
 
 class _TimedModel:
-    """Trains the model of a task and times the steps."""
+    """Trains the model of a task and times the steps.
+
+    Attributes:
+        of_muon: the seconds that Muon took in each step so far.
+    """
 
     def __init__(
         self,
@@ -202,6 +209,7 @@ class _TimedModel:
         self.model = build_model(task, seed=0)
         self.optimizers = build_optimizers(self.model, optimizer, task.lr, task.weight_decay)
         self._parallel = wrap(self.model)
+        self.of_muon: list[float] = []
 
     def seconds(self, untimed: int, timed: int) -> list[float]:
         """Runs `untimed` steps of warm-up and then `timed` steps, and returns the seconds of each timed step."""
@@ -218,6 +226,9 @@ class _TimedModel:
         x, y = next(self._stream)
         loss_of(self._parallel, self._task, x, y, self._task.precision).backward()
         clip_gradients(self.optimizers, self._task.clip)
+        muons = [optimizer for optimizer in self.optimizers if isinstance(optimizer, Muon)]
+        self.of_muon.append(sum(_timed(optimizer.step) for optimizer in muons))
         for optimizer in self.optimizers:
-            optimizer.step()
+            if optimizer not in muons:
+                optimizer.step()
             optimizer.zero_grad()

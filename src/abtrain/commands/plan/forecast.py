@@ -57,6 +57,7 @@ class WorkerSeconds:
         factors: the seconds that factors add to training, without decompositions.
         merge: a function that takes the settings of a merge, the number of groups, and the number of parameters that
             the worker merges. It returns the seconds that the worker computes in the merge.
+        muon: the part of `step` that Muon takes.
     """
 
     step: float
@@ -64,12 +65,19 @@ class WorkerSeconds:
     decompositions: float = 0.0
     factors: FactorSeconds = FactorSeconds()
     merge: Callable[[WeightSync, int, int], float] = field(default=lambda sync, groups, numbers: 0.0, compare=False)
+    muon: float = 0.0
+
+    def shared_by(self, workers: int) -> WorkerSeconds:
+        """Returns these seconds if so many workers divide what Muon does (see `abtrain.engine.shared_steps`)."""
+        saved = self.muon * (1 - 1 / workers)
+        return replace(self, step=self.step - saved, muon=self.muon - saved)
 
     def times(self, slower: float) -> WorkerSeconds:
         """Returns these seconds for a worker that takes `slower` times as long, for example on a shared core."""
         return replace(
             self,
             step=slower * self.step,
+            muon=slower * self.muon,
             averaging={wire: slower * seconds for wire, seconds in self.averaging.items()},
             decompositions=slower * self.decompositions,
             factors=self.factors.times(slower),

@@ -32,6 +32,7 @@ from abtrain.commands.plan.stragglers import Speeds
 from abtrain.commands.tasks.choices import OptimizerName
 from abtrain.commands.tasks.task import TASKS
 from abtrain.commands.units import TimeUnit, human_bytes, parse_all, parse_rate, parse_seconds, unit_of
+from abtrain.engine.shared_steps import are_shared
 from abtrain.errors import ConfigurationError, nearest
 from abtrain.recipes import automatic
 from abtrain.recipes.factoring import Factoring
@@ -163,7 +164,10 @@ def _setting(config: PlanConfig) -> Setting:
         optimizer: OptimizerName = "muon" if config.optimizer == "muon" else "adamw"
         bench = Bench(TASKS[config.task], config.data, config.batch_size, optimizer)
         decompositions = measure_decompositions(shapes(Factoring(FixedRank(1))))
-        alone = WorkerSeconds(bench.step(), bench.averaging(), decompositions, merge=seconds_of_merge)
+        step, muon = bench.step()
+        alone = WorkerSeconds(step, bench.averaging(), decompositions, merge=seconds_of_merge, muon=muon)
+        if are_shared(shapes(None).hidden_numel, config.workers_a_group):
+            alone = alone.shared_by(config.workers_a_group)
         measure_factors = bench.factors
     return Setting(
         shapes,
@@ -181,6 +185,8 @@ def _setting(config: PlanConfig) -> Setting:
 def _heading(config: PlanConfig, setting: Setting, console: Output) -> None:
     link, slowest = setting.cluster.link, "" if config.rates is None else " (the slowest link)"
     workers, source = config.workers_per_node, "measured here" if config.step_time is None else "by --step-time"
+    if setting.alone.muon:
+        source += f", {setting.alone.muon / setting.alone.step:.0%} of it by Muon"
     for line in (
         model_in_words(config, setting.shapes(None)),
         f"{setting.steps:,} steps of {_exactly(setting.alone.step)} ({source}), {compression_in_words(config)}",

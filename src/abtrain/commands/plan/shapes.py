@@ -50,6 +50,10 @@ class ModelShapes:
     def numel(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
+    @property
+    def hidden_numel(self) -> int:
+        return sum(self.parameters[name].numel() for name in self.hidden)
+
     def matrices(self) -> dict[str, MatrixShape]:
         """Returns the matrix shape of each weight that may be factored, by name and in the model's order."""
         return {name: MatrixShape(p.shape) for name, p in self.parameters.items() if self.kinds[name] == "factored"}

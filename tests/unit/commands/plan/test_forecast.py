@@ -220,14 +220,19 @@ def test_factors_add_to_their_steps_and_whenever_they_come() -> None:
 
 
 def test_slower_workers_take_longer_for_everything() -> None:
-    alone = WorkerSeconds(1.0, {"fp32": 0.1}, 2.0, FactorSeconds(0.5, 0.25))
-    assert alone.times(2) == WorkerSeconds(2.0, {"fp32": 0.2}, 4.0, FactorSeconds(1.0, 0.5))
+    alone = WorkerSeconds(1.0, {"fp32": 0.1}, 2.0, FactorSeconds(0.5, 0.25), muon=0.4)
+    assert alone.times(2) == WorkerSeconds(2.0, {"fp32": 0.2}, 4.0, FactorSeconds(1.0, 0.5), muon=0.8)
+
+
+def test_the_workers_of_a_group_share_what_muon_does() -> None:
+    shared = WorkerSeconds(1.0, muon=0.4).shared_by(4)
+    assert (shared.step, shared.muon) == pytest.approx((0.7, 0.1))
 
 
 def test_what_a_worker_does_is_measured() -> None:
     bench = Bench(TASKS["digits-mlp"])
     averaging, factors = bench.averaging(), bench.factors({"0.weight": 64, "2.weight": 64})
-    assert 0 < bench.step() < 1
+    assert 0 < bench.step()[0] < 1
     assert set(averaging) == set(get_args(GradientWire))
     # PowerSGD factors every gradient, which no machine does for nothing.
     assert 0 < averaging["powersgd"] < 1

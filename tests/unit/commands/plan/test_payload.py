@@ -160,7 +160,7 @@ def test_groups_too(case: str, workers: int, group_size: int) -> None:
 def test_groups_that_share_decompositions(
     case: str, workers: int, group_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("abtrain.consistency.factors._SHARED_FROM", 1)
+    monkeypatch.setattr("abtrain.consistency.factors.SHARED_FROM", 1)
     name, options = CASES[case]
     compare(recipes.build(name, 17, **options), workers, group_size)
 
@@ -168,7 +168,7 @@ def test_groups_that_share_decompositions(
 def test_shared_decompositions_add_nothing_between_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, topology, bytes_sent = recipes.build("ab", 17, **SHORT), Topology(4, 2), []
     for least in (1, 10**9):
-        monkeypatch.setattr("abtrain.consistency.factors._SHARED_FROM", least)
+        monkeypatch.setattr("abtrain.consistency.factors.SHARED_FROM", least)
         shapes = shapes_of(norm_net(), recipe.factoring)
         bytes_sent.append(payload(predict(recipe, shapes, topology, ranks_for(shapes, 1.5)), topology))
     shared, each = bytes_sent
