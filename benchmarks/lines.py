@@ -38,7 +38,6 @@ MERGES = {
     "every 40": f"{_INT4},every=40",
     "every 40, warm-up 10 %": f"{_INT4},every=40,warmup_steps=200",
     "every 80, warm-up every 20": f"{_INT4},every=80,warmup_every=20",
-    "warm-up lowrank:4:int8": f"{_INT4},warmup_wire=lowrank:4:int8",
     "no preconditioner": f"{_INT4},damping=0",
     "factor_lr 1": f"{_INT4},factor_lr=1",
     "factor_lr 3": f"{_INT4},factor_lr=3",
@@ -92,7 +91,7 @@ TRANSFORMERS = {
     **{f"every {n}, means, ternary, factor_lr 1": f"{_OFTEN},every={n},{_PLAIN}" for n in (2, 4, 5, 6, 10, 20)},
     **{
         f"every 5, means, {wire}, factor_lr 1": f"{_MEANS},wire={wire},every=5,{_PLAIN}"
-        for wire in ("fp32", "bf16", "int8", "int4", "int3", "lowrank:4:int8")
+        for wire in ("fp32", "bf16", "int8", "int4", "int3")
     },
     **{f"every 6, means, ternary, {rule}": f"{_OFTEN},every=6,rank_rule={rule}" for rule in _RULES},
     **{

@@ -55,7 +55,7 @@ _VALUES = """
 
 | option | values |
 |---|---|
-| `wire` | `fp32`, `bf16`, `int8`, `int4`, `int3`, `ternary`, `lowrank:4`, `auto` ([more](how-to/merges-and-wires.md)) |
+| `wire` | `fp32`, `bf16`, `int8`, `int4`, `int3`, `ternary`, `auto` ([more](how-to/merges-and-wires.md)) |
 | `merge` | `mean`; `trained_only` (over groups that trained the factor); `weighted` (by loss: `ab.step(loss)`) |
 | `rank_rule` | `sigma:CUTOFF`, `energy:SHARE`, `stable:FACTOR`, `share:SHARE` or `fixed:K` |
 | `exclude` | globs of whole parameter names: `exclude=head.*,embed.*`; in Python a list, `exclude=["head.*"]` |

@@ -30,10 +30,10 @@ from tests.unit.engine.test_saved_state import normed
 NAN, INF, HUGE = math.nan, math.inf, 10**5000
 REST: dict[str, Any] = {"rank_rule": FixedRank(3), "warmup_steps": 8}
 RECIPES: dict[str, tuple[Recipe, int]] = {
-    # Factors, hidden merges of fragments under way, a low-rank wire, a preconditioner.
+    # Factors, hidden merges of fragments under way, a preconditioner.
     "hidden": (
         recipes.ab_outer(
-            20, **REST, every=4, wire="lowrank:2:int8", delay=2, fragments=2, keep_dense_if_larger=False, damping=0.1
+            20, **REST, every=4, wire="int8", delay=2, fragments=2, keep_dense_if_larger=False, damping=0.1
         ),
         13,
     ),
@@ -202,8 +202,6 @@ FORGED: dict[tuple[str, str], list[Any]] = {
     ("hidden", f"{MERGER}/momentum/0.weight"): [torch.ones(16, 10)],
     ("hidden", f"{MERGER}/residuals/0.weight"): [torch.ones(16, 10)],
     ("hidden", f"{MERGER}/anchors/0.weight"): [torch.ones(16, 10)],
-    ("hidden", f"{MERGER}/starts"): [{"int8": {}}, {"lowrank:99999999": {}}, {"x:y:z": {}}, [], {3: {}}],
-    ("hidden", f"{MERGER}/starts/lowrank:2:int8"): [{"0.bias": torch.ones(1, 2)}, 3, {"0.weight.A": 1}],
     ("hidden", f"{MERGER}/buffers"): [{"nope": 1}, {"1.running_mean": 0.5}, {"1.running_mean": HUGE}, 3],
     ("hidden", "rounds/losses"): [3, [], wrong, half, None],
     ("hidden", "rounds/dropped"): [3, [1], [{"step": 1}], [{"step": HUGE, "ranks": []}]],
@@ -277,18 +275,18 @@ def test_states_that_are_right_alone_and_wrong_together() -> None:
             "anchors": state["merger"]["anchors"] | lower,
             "momentum": {},
             "residuals": {},
-            "starts": {},
         }
         state["round_began"] = True
 
     def progress(state: dict[str, Any]) -> None:
-        state["rounds"]["under_way"][0]["progress"][1] = 3
+        merge = state["rounds"]["under_way"][0]
+        merge["progress"][1] = (merge["progress"][1] + 1) % 3
 
     def changes(*paths: str) -> Callable[[dict[str, Any]], None]:
         return lambda state: [put_at(state, path, {}) for path in paths] and None
 
     rate = functools.partial(put_at, path=f"{GROUP}/lr", value=0.5)
-    forgotten = map(changes, ("merger/momentum", "merger/residuals", "merger/starts"))
+    forgotten = map(changes, ("merger/momentum", "merger/residuals"))
     for name, *every in (("factors", factor), ("hidden", progress, rate, *forgotten)):
 
         def forgery(change: Any) -> Forgery:

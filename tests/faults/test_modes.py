@@ -61,7 +61,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 RECIPES = {
     "ab": recipes.ab(15, **SCHEDULE, sigma_cutoff=0.2, optimizer_state="project"),
     "outer": recipes.ab_outer(16, every=4, warmup_steps=8, rank_rule=FixedRank(3), wire="int8", delay=2),
-    "low rank": recipes.local_sgd(12, every=3, wire="lowrank:2:int8", rebound_steps=2),
+    "ternary": recipes.local_sgd(12, every=3, wire="ternary:int8", rebound_steps=2),
 }
 
 

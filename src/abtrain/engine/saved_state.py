@@ -121,8 +121,6 @@ def _equal_on_all(state: Mapping[str, Any], position: Position | None, shared: S
         "sharded": sharded,
         "momentum_of": sorted(merger["momentum"]),
         "residuals_of": sorted(merger["residuals"]),
-        # Wires may have state for some of the pieces of a tensor only.
-        "starts_of": {wire: sorted(starts) for wire, starts in merger["starts"].items() if merger["places"] == 1},
         "progress": [merge["progress"] for merge in under_way],
         "order_of_gradients_known": bool(state["arrivals"]),
         "param_groups": [chosen(group, settings) for group in groups],

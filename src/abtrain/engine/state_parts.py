@@ -130,24 +130,16 @@ def _arrivals(at: Resumption) -> Check:
 
 
 def _merger(at: Resumption) -> Check:
-    phases = at.recipe.phases
     wide_ones = {name: like(p, wide(p.dtype)) for name, p in at.pieces.items()}
-    wires = {phase.rounds.wire for phase in phases if phase.rounds}
-    kept = {wire: make_wire(wire, at.topology.n_groups).keeps(at.pieces) for wire in wires}
     return mapping(
         {
             "places": whole(at.topology.group_size, at.topology.group_size),
             "anchors": mapping(wide_ones if at.rounds else {}),
             "momentum": mapping(wide_ones, required=()),
             "residuals": mapping({n: like(p, torch.float32) for n, p in at.pieces.items()}, required=()),
-            "starts": mapping({wire: _starts(shapes) for wire, shapes in kept.items()}, required=()),
             "buffers": mapping(dict.fromkeys(at.buffers, whole(-1, LIMIT - 1)), required=()),
         }
     )
-
-
-def _starts(shapes: Mapping[str, tuple[int, ...]]) -> Check:
-    return mapping({name: tensor(shape, torch.float32) for name, shape in shapes.items()}, required=())
 
 
 def _rounds(at: Resumption) -> Check:

@@ -23,7 +23,7 @@ def carry_over(
     momentum: bool,
     convert: Callable[[Tensors, FactoredWeight], None],
 ) -> None:
-    """Converts a merger's momentum and residuals for the weights in `records`, and drops their state in wires.
+    """Converts a merger's momentum and residuals for the weights in `records`.
 
     The weights must be factored during the call. Pass `into_weight` as `convert` before factors are multiplied, and
     `into_factors` after weights have been factored. If `momentum` is false, outer momentum is dropped.
@@ -31,7 +31,6 @@ def carry_over(
     held, shapes = list(records), dict[str, torch.Size]()
     for record in held:
         names = (record.name, *factor_names(record.name))
-        merger.forget(names)
         for name in () if momentum else names:
             merger.momentum.pop(name, None)
         shapes |= zip(names, (record.dense.shape, record.A.shape, record.B.shape), strict=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from abtrain.comm.topology import Topology
@@ -22,12 +21,10 @@ class MergesMemory(NamedTuple):
     """The bytes that the merges of a phase need on one worker, besides its `OuterState`.
 
     Attributes:
-        wire: the state of the wire.
         hidden: what hidden merges hold during training steps: the values that they began with, and what they send.
         most: the largest number of bytes of temporary tensors while `ab.step()` merges, those in `hidden` included.
     """
 
-    wire: int
     hidden: int
     most: int
 
@@ -58,12 +55,10 @@ def used_by_merges(
         kinds = {name: tuple(trained_by.get(name, ())) for name in pieces}
         return used_by_merge(wire, cut_into_batches(pieces, kinds, whole=not wire.elementwise), groups, hidden)
 
-    starts = wire.keeps(cut(tensors, place, count)) if groups > 1 else {}
-    kept = sum(torch.float32.itemsize * torch.Size(shape).numel() for shape in starts.values())
     spread = used_by_spread(list(tensors.values()), topology)
     most = max(used(tensors, hidden=False).most, spread)
     if not sync.delay:
-        return MergesMemory(kept, 0, most)
+        return MergesMemory(0, most)
     parts = cut_into_fragments(tensors, sync.fragments)
     each = [used(part, hidden=True) for part in parts]
     started = [sum(piece.nbytes for piece in cut(part, place, count).values()) for part in parts]
@@ -73,4 +68,4 @@ def used_by_merges(
     waiting = [start + one.waiting for start, one in zip(started, each, strict=True)]
     hidden = max(sum(waiting[i - place] for place in range(at_once)) for i in range(len(waiting)))
     ending = max(one.most - one.waiting for one in each)
-    return MergesMemory(kept, hidden, max(hidden + max(ending, spread), most))
+    return MergesMemory(hidden, max(hidden + max(ending, spread), most))

@@ -40,7 +40,7 @@ from abtrain.merging.places import Places
 from abtrain.merging.selection import weights_of
 from abtrain.merging.sent import steps_alone
 from abtrain.merging.store import Store
-from abtrain.merging.wires.wire import Wire, make_wire
+from abtrain.merging.wires.wire import make_wire
 from abtrain.recipes.merges import NOT_FINITE, TOO_LARGE, MergeRule, Part
 
 Tensors = dict[str, Tensor]
@@ -67,7 +67,6 @@ class Merger(OuterState):
         super().__init__(outer_device)
         self._comm = comm
         self.on_nonfinite, self.measures_divergence = on_nonfinite, measures_divergence
-        self._wires: dict[str, Wire] = {}
         self.places = Places(comm)
         self._buffers = Buffers(comm)
         self._interrupted = False
@@ -77,7 +76,7 @@ class Merger(OuterState):
         self.anchor(self.places.held(tensors))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the size of groups, all tensors, the state of wires, and checksums of buffers that have differed.
+        """Returns the size of groups, all tensors, and checksums of buffers that have differed.
 
         Raises:
             UsageError: a merge was interrupted, so only a part of the weights has merged.
@@ -88,7 +87,6 @@ class Merger(OuterState):
             )
         return {
             "places": self.places.count,
-            "starts": {name: dict(wire.starts) for name, wire in self._wires.items() if wire.starts},
             "buffers": dict(self._buffers.differed),
             "anchors": dict(self.anchors),
             "momentum": dict(self.momentum),
@@ -102,21 +100,8 @@ class Merger(OuterState):
             return {name: self.kept(tensor, device) for name, tensor in store.items()}
 
         self.restore(copies(state["anchors"]), copies(state["momentum"]), copies(state["residuals"]), device)
-        self._wires, self._interrupted = {}, False
+        self._interrupted = False
         self._buffers.differed = dict(state["buffers"])
-        for name, starts in state["starts"].items():
-            self.wire(name).starts = {key: tensor.to(device, copy=True) for key, tensor in starts.items()}
-
-    def wire(self, name: str) -> Wire:
-        """Returns the `Wire` for a wire format: the same object at each call, since it may have state."""
-        if name not in self._wires:
-            self._wires[name] = make_wire(name, self._comm.topology.n_groups)
-        return self._wires[name]
-
-    def forget(self, names: Sequence[str]) -> None:
-        """Drops the state that wires have for the named tensors, because their shape or basis changes."""
-        for wire in self._wires.values():
-            wire.forget(names)
 
     def step_alone(self, rule: MergeRule, tensors: Held, started: Store) -> None:
         """Writes the weights to continue from during a hidden merge that began with the pieces `started`."""
@@ -233,7 +218,8 @@ class Merger(OuterState):
         changes: dict[Batch, Tensor],
     ) -> list[BatchMerge]:
         """Returns the merges of all batches, and moves known `changes` into them."""
-        topology, rank, wire = self._comm.topology, self._comm.rank, self.wire(part.sync.wire)
+        topology, rank = self._comm.topology, self._comm.rank
+        wire = make_wire(part.sync.wire, topology.n_groups)
         weight, others = weights_of(part.sync.merge, pieces, part.trained_by, alive, reports, topology, rank)
         memory = Recycler()
         return [

@@ -32,15 +32,14 @@ def _joined(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if len(group) == 1:
         return dict(group[0])
     stores = {key: {name: whole([state[key][name] for state in group]) for name in group[0][key]} for key in _OF_PIECES}
-    # What a wire has learnt of pieces does not fit whole tensors.
-    return {**group[0], **stores, "places": 1, "starts": {}}
+    return {**group[0], **stores, "places": 1}
 
 
 def placed(state: Mapping[str, Any], place: int, count: int) -> dict[str, Any]:
     """Returns the state of a worker at one of `count` places of a group, from a state of whole tensors."""
     if count == 1:
         return dict(state)
-    return {**state, **{key: cut(state[key], place, count) for key in _OF_PIECES}, "places": count, "starts": {}}
+    return {**state, **{key: cut(state[key], place, count) for key in _OF_PIECES}, "places": count}
 
 
 def rewound_weights(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

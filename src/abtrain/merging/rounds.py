@@ -25,6 +25,7 @@ from abtrain.merging.places import Places
 from abtrain.merging.selection import rounds_of, tensors_due, trained_by, whole_round
 from abtrain.merging.shared_tensors import SharedTensors
 from abtrain.merging.store import Store
+from abtrain.merging.wires.wire import make_wire
 from abtrain.recipes.recipe import Position, Recipe
 
 log = logging.getLogger("abtrain")
@@ -219,7 +220,7 @@ class Rounds:
         self, position: Position, step: int, loss: float | None, started: Store, buffers: dict[str, Tensor]
     ) -> _UnderWay:
         sync, self._phase = rounds_of(position), position.phase.name
-        count = CHECKING + self.merger.wire(sync.wire).stages
+        count = CHECKING + make_wire(sync.wire, self._comm.topology.n_groups).stages
         stages = Background(self._merge(position, step, loss, started, buffers), count, sync.delay)
         return _UnderWay(stages, step, loss, started, buffers)
 

@@ -11,7 +11,6 @@ import re
 from typing import Literal, NamedTuple, get_args
 
 from abtrain.errors import ConfigurationError, nearest
-from abtrain.recipes.numbers import MOST
 
 CodeName = Literal["fp32", "bf16", "int8", "int4", "int3", "ternary"]
 """The formats in which numbers are sent (see `abtrain.merging.wires.codes`)."""
@@ -21,11 +20,11 @@ AUTO_WIRES = ((2, "int4"), (5, "int3"), (math.inf, "ternary:int3"))
 
 
 class Form(NamedTuple):
-    """Describes all wire formats whose names have one form, such as `lowrank:RANK`. Words in capitals stand for values.
+    """Describes all wire formats whose names have one form, such as `CODE:REPLY`. Words in capitals stand for values.
 
     Attributes:
         wire: the class of the format as a string `module:name`, since importing the class would import torch. Its
-            keyword arguments are the values, such as `rank`.
+            keyword arguments are the values, such as `code`.
         words: a description for users, with the values in braces.
     """
 
@@ -33,12 +32,10 @@ class Form(NamedTuple):
     words: str
 
 
-_DIRECT, _LOW_RANK = "abtrain.merging.wires.direct:DirectWire", "abtrain.merging.wires.low_rank:LowRankWire"
+_DIRECT = "abtrain.merging.wires.direct:DirectWire"
 FORMS: dict[str, Form] = {
     "CODE": Form(_DIRECT, "{code}"),
     "CODE:REPLY": Form(_DIRECT, "{code}, averages in {reply}"),
-    "lowrank:RANK": Form(_LOW_RANK, "factors of rank {rank} in fp32"),
-    "lowrank:RANK:CODE": Form(_LOW_RANK, "factors of rank {rank} in {code}"),
 }
 
 _CODES = "|".join(get_args(CodeName))
@@ -46,28 +43,24 @@ _VALUES = {
     "CODE": f"(?P<code>{_CODES})",
     # fp32 sends averages without rounding, so it takes no reply code.
     "REPLY": f"(?<!fp32:)(?P<reply>{_CODES})",
-    "RANK": rf"(?P<rank>\d{{1,{len(str(MOST))}}})",
 }
 """For each word in capitals, the regular expression that matches its values."""
 
 
-def parse_wire(name: str) -> tuple[Form, dict[str, str | int]]:
-    """Returns the form of a wire format's name, and the values in the name: for `lowrank:4`, {"rank": 4}.
+def parse_wire(name: str) -> tuple[Form, dict[str, str]]:
+    """Returns the form of a wire format's name, and the values in the name: for `int4`, {"code": "int4"}.
 
     Raises:
         ConfigurationError: no wire format has this name, or it is `auto` (see `wire_between`).
     """
     for words, form in FORMS.items():
         match = re.fullmatch(":".join(_VALUES.get(word, word) for word in words.split(":")), str(name))
-        if match is None:
-            continue
-        values = {word: int(text) if word == "rank" else text for word, text in match.groupdict().items()}
-        if values.get("rank") != 0:
-            return form, values
+        if match is not None:
+            return form, match.groupdict()
     known = (AUTO, *get_args(CodeName), *(words for words in FORMS if words != "CODE"))
     raise ConfigurationError(
-        f"unknown wire format {name!r}: {nearest(str(name), known)}. CODE and REPLY are formats such as int4, RANK is "
-        "at least 1, and fp32 takes no REPLY"
+        f"unknown wire format {name!r}: {nearest(str(name), known)}. CODE and REPLY are formats such as int4, "
+        "and fp32 takes no REPLY"
     )
 
 

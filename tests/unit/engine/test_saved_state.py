@@ -25,7 +25,7 @@ RECIPES = {
     "ab_outer": recipes.ab_outer(27, **HIDDEN, warmup_steps=10, rank_rule=FixedRank(3), lr_rebound_steps=4),
     "ab_outer refactored": recipes.ab_outer(
         33,
-        **{**HIDDEN, "wire": "lowrank:2:int8"},
+        **HIDDEN,
         warmup_steps=8,
         warmup_every=4,
         refactor_every=2,

@@ -21,7 +21,6 @@ RECIPES = {
     "local_sgd": recipes.local_sgd(6, every=2, outer_device="cpu"),
     "diloco": recipes.diloco(6, every=2, wire="int4", outer_device="cpu"),
     "hidden": recipes.diloco(9, every=4, delay=2, fragments=2, wire="int4", outer_device="cpu"),
-    "lowrank": recipes.diloco(6, every=2, wire="lowrank:2", outer_device="cpu"),
     "ab": recipes.ab(14, warmup_steps=2, ab_steps=4, rebound_steps=2, every=2, wire="int8", outer_device="cpu"),
     "ab_local": recipes.ab_local(8, **RANK, outer_device="cpu"),
     "refactored": recipes.ab_outer(

@@ -71,7 +71,7 @@ def test_fragments_merge_in_turns_and_all_of_them(delay: int) -> None:
     assert [sync.fragments_after(step) for step in range(16)] == 2 * [(), (0,), (), (1,), (), (2,), (), (3,)]
 
 
-@pytest.mark.parametrize("wire", ["fp32", "int8", "int4", "lowrank:2:int8"])
+@pytest.mark.parametrize("wire", ["fp32", "int8", "int4"])
 @pytest.mark.parametrize("recipe", ["diloco", "ab_outer"])
 def test_hidden_merges_end_with_equal_weights_on_gloo_as_on_threads(recipe: str, wire: str) -> None:
     options: dict[str, Any] = {"every": 5, "delay": 2, "fragments": 2, "wire": wire, "steps": 33}
@@ -115,7 +115,7 @@ def test_validation_while_a_merge_is_under_way_sees_the_average_and_changes_noth
     [
         (WeightSync(4, delay=3, wire="int8"), 4),
         (WeightSync(4, delay=3, wire="int8"), 6),
-        (WeightSync(4, delay=1, wire="lowrank:1"), 4),
+        (WeightSync(4, delay=1, wire="int4"), 4),
         (WeightSync(6, Outer(0.9, 0.8), delay=5, fragments=3, wire="int8"), 5),
         (WeightSync(6, Outer(0.9, 0.8), delay=5, fragments=3), 8),
         (WeightSync(6, Outer(0.9, 0.8), delay=5, fragments=3, wire="int4"), 17),
@@ -380,11 +380,9 @@ def test_only_the_factor_whose_turn_it_is_travels() -> None:
         (WeightSync(10, Outer(0.7, -0.1)), "outer_momentum=-0.1 is out of range"),
         (WeightSync(10, Weighted(0.0)), "temperature=0.0 is not a finite number above 0"),
         (WeightSync(10, wire="int5"), "unknown wire format 'int5': did you mean 'int"),
-        (WeightSync(10, wire="lowrank"), "Known: .*lowrank:RANK"),
+        (WeightSync(10, wire="lowrank"), "Known: .*CODE:REPLY"),
         (WeightSync(10, wire="fp32:int4"), "unknown wire format 'fp32:int4'"),
         (WeightSync(10, wire="int4:int5"), "unknown wire format 'int4:int5'"),
-        (WeightSync(10, wire="lowrank:0"), "unknown wire format 'lowrank:0'"),
-        (WeightSync(10, wire="lowrank:4:int5"), "unknown wire format 'lowrank:4:int5'"),
     ],
     ids=str,
 )
@@ -473,7 +471,7 @@ def on_an_unknown_backend(comm: Communicator) -> str:
         return comm.cannot_carry(WeightSync(4, wire="int4"))
 
 
-@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8", "int4", "lowrank:2", "lowrank:2:int4"])
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("merge", [Mean(), TrainedOnly(), Weighted(0.1), Outer()], ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("trains", ["all", "a_or_b", "a_then_b"])
 def test_all_ranks_hold_the_same_bits_after_every_merge(merge: MergeRule, wire: str, trains: str) -> None:

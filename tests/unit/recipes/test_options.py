@@ -21,7 +21,7 @@ from abtrain.errors import ConfigurationError
         ("ab_outer: outer-lr = 1 , every=4", "ab_outer", {"outer_lr": 1.0, "every": 4}),
         ("ab:sigma_cutoff=.15,warmup_steps=0", "ab", {"sigma_cutoff": 0.15, "warmup_steps": 0}),
         ("ab:rank_rule=energy:0.9", "ab", {"rank_rule": "energy:0.9"}),
-        ("ab:wire='lowrank:4:int8'", "ab", {"wire": "lowrank:4:int8"}),
+        ("ab:wire='ternary:int8'", "ab", {"wire": "ternary:int8"}),
         ("ab:exclude=a.*,b?,svd=shared", "ab", {"exclude": ("a.*", "b?"), "svd": "shared"}),
         ('ab:exclude=["a.*","b"]', "ab", {"exclude": ("a.*", "b")}),
         ("ab:exclude=[ab]*", "ab", {"exclude": ("[ab]*",)}),

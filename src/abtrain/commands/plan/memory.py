@@ -38,7 +38,7 @@ OUTER = ("anchors", "outer momentum", "residuals")
 """The parts that `outer_device="cpu"` moves to host memory."""
 PARTS = (
     *("process", "parameters", "gradients", "optimizer state", "activations", "gradient buckets"),
-    *(*OUTER, "state of the wire", "hidden merges", "preconditioner", "temporary tensors"),
+    *(*OUTER, "hidden merges", "preconditioner", "temporary tensors"),
 )
 OptimizerName = Literal["adamw", "muon", "momentum", "sgd"]
 _MOMENTUM, _NOTHING = OptimizerShape(tensors=1, numbers=0), OptimizerShape(tensors=0, numbers=0)
@@ -160,7 +160,7 @@ class _Walk:
     def _training(self, position: Position) -> Iterator[Moment]:
         """Yields a training step, a merge, and the end of the phase."""
         sync, trained = position.phase.rounds, self._trained(position)
-        used, merges_before = MergesMemory(0, 0, 0), False
+        used, merges_before = MergesMemory(0, 0), False
         if sync is not None:
             used, merges_before = self._used_by_merges(position, sync), position.steps_in_phase > sync.every
         if sync is not None and merges_before:
@@ -171,17 +171,16 @@ class _Walk:
             gradients=sum(tensor.nbytes for tensor in trained.values()),
             activations=self.step.factored if self._factored() else self.step.full,
             buckets=self._buckets(position, trained),
-            wire=used.wire if merges_before else 0,
             hidden=used.hidden if merges_before else 0,
         )
         if sync is None:
             return
         self._merge(position, sync)
-        yield self._moment(position, "merge", wire=used.wire, temporary=used.most)
+        yield self._moment(position, "merge", temporary=used.most)
         after = position.step + position.steps_in_phase
         if after < self.recipe.total_steps and self.recipe.at(after).phase.shares_gradients:
             equalizing = sum(used_by_equalize_optimizers(part, shape) for shape, part in self._by_state(trained))
-            yield self._moment(position, "optimizer state is made equal", wire=used.wire, temporary=equalizing)
+            yield self._moment(position, "optimizer state is made equal", temporary=equalizing)
 
     def _used_by_merges(self, position: Position, sync: WeightSync) -> MergesMemory:
         factors = [name for name in self.held if name not in self.model.parameters]
@@ -203,7 +202,6 @@ class _Walk:
         gradients: int = 0,
         activations: int = 0,
         buckets: int = 0,
-        wire: int = 0,
         hidden: int = 0,
         temporary: int = 0,
     ) -> Moment:
@@ -222,7 +220,6 @@ class _Walk:
             activations,
             buckets,
             *outer.values(),
-            wire,
             hidden,
             used_by_preconditioner(factors) if preconditions else 0,
             temporary,

@@ -33,7 +33,7 @@ _COLUMNS: Mapping[str, Sequence[str]] = {
     "model": ("parameters", "gradients", "optimizer state"),
     "step": ("activations", "preconditioner"),
     "DDP": ("gradient buckets",),
-    "merges": (*OUTER, "state of the wire", "hidden merges"),
+    "merges": (*OUTER, "hidden merges"),
     "other": ("temporary tensors",),
 }
 """The columns of the table of all recipes, with the parts that each of them adds up."""

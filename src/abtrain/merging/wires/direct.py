@@ -37,7 +37,6 @@ class DirectWire(Wire):
     elementwise = True
 
     def __init__(self, code: str, reply: str | None = None) -> None:
-        super().__init__()
         self._code, self._reply = CODES[code], CODES[reply or code]
         self.lossy = not self._code.exact
 

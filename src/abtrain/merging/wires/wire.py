@@ -7,7 +7,7 @@ worker, these are all workers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
 from typing import NamedTuple
 
@@ -40,14 +40,10 @@ class Wire(ABC):
     Attributes:
         elementwise: whether the wire treats all numbers alike, so that tensors may be cut and joined before.
         lossy: whether averages of two or more workers have rounding errors, which callers keep for the next merge.
-        starts: by tensor name, in float32, the wire's own state between merges; the same on all counterparts.
     """
 
     elementwise = False
     lossy = False
-
-    def __init__(self) -> None:
-        self.starts: Tensors = {}
 
     @abstractmethod
     def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
@@ -80,15 +76,6 @@ class Wire(ABC):
     def stages(self) -> int:
         """The largest number of times that `average` yields."""
         return len(self.sends((), workers=2))
-
-    def keeps(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of `starts`, by name, after merges of these tensors; empty if the wire has no state."""
-        return {}
-
-    def forget(self, names: Iterable[str]) -> None:
-        """Drops the wire's state for the named tensors, because their shape or basis changes."""
-        for name in names:
-            self.starts.pop(name, None)
 
 
 def make_wire(name: str, workers: int) -> Wire:

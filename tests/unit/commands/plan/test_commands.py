@@ -53,10 +53,10 @@ def test_one_recipe_with_the_payload_of_each_phase(capsys: pytest.CaptureFixture
 def test_one_recipe_with_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     code, lines, _ = typed(
-        capsys, "recipes", "ab_outer:every=10,wire=lowrank:8:int8,outer-momentum=0.5", "--steps", "2000"
+        capsys, "recipes", "ab_outer:every=10,wire=ternary:int8,outer-momentum=0.5", "--steps", "2000"
     )
     assert code == 0
-    assert sum("merged every 10 steps (outer Nesterov, factors of rank 8 in int8)" in line for line in lines) == 2
+    assert sum("merged every 10 steps (outer Nesterov, ternary, averages in int8)" in line for line in lines) == 2
     bad = {
         "ab_outer:every=0": "every=0",
         "ab:evry=3": "did you mean",
@@ -251,11 +251,11 @@ def test_phases_in_words() -> None:
 
 
 def test_phases_of_ones_own_in_words() -> None:
-    options = {"warmup_steps": 100, "warmup_every": 50, "delay": 5, "fragments": 2, "wire": "lowrank:4:int8"}
+    options = {"warmup_steps": 100, "warmup_every": 50, "delay": 5, "fragments": 2, "wire": "ternary:int8"}
     assert phases_in_words(recipes.ab_outer(500, **options)) == [
-        "warmup, 100 steps: full, merged every 50 steps (outer Nesterov, factors of rank 4 in int8)",
+        "warmup, 100 steps: full, merged every 50 steps (outer Nesterov, ternary, averages in int8)",
         "factors, 400 steps: all train A and B, steps preconditioned (damping 0.1, times 2), merged every 20 steps "
-        "(outer Nesterov, factors of rank 4 in int8, 2 fragments in turns, hidden behind 5 steps)",
+        "(outer Nesterov, ternary, averages in int8, 2 fragments in turns, hidden behind 5 steps)",
     ]
 
 

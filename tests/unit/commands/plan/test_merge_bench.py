@@ -8,7 +8,7 @@ from abtrain.recipes.merges import Outer
 from abtrain.recipes.sync import WeightSync
 
 
-@pytest.mark.parametrize("wire", ["fp32", "auto", "ternary", "lowrank:4"])
+@pytest.mark.parametrize("wire", ["fp32", "auto", "ternary"])
 @pytest.mark.parametrize("delay", [0, 5])
 def test_a_merge_of_any_kind_can_be_measured(
     wire: str, delay: int, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture

@@ -34,7 +34,7 @@ RANK_4 = {"rank_rule": FixedRank(4)}
 LOCAL = {"every": 4}
 SHORT = {**SCHEDULE, **RANK_4}
 OUTER = {**LOCAL, **RANK_4, "warmup_steps": 8}
-WIRES = (*get_args(CodeName), "ternary:int3", "auto", "lowrank:2", "lowrank:2:int8")
+WIRES = (*get_args(CodeName), "ternary:int3", "auto")
 AROUND = {"every": 4, "warmup_steps": 3, "rebound_steps": 2}
 BASES: dict[str, dict[str, Any]] = {"local_sgd": AROUND, "diloco": LOCAL, "ab": SHORT, "ab_outer": OUTER}
 PACES = ({"delay": 1}, {"delay": 3}, {"fragments": 2}, {"fragments": 4}, {"delay": 3, "fragments": 3})
@@ -46,7 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{name} {wire}": (name, {**base, "wire": wire}) for name, base in BASES.items() for wire in WIRES},
     **{
         f"{name} {wire} {pace}": (name, {**BASES[name], **pace, "wire": wire})
-        for name, wire in (("local_sgd", "fp32"), ("diloco", "int8"), ("ab_outer", "lowrank:2:int8"))
+        for name, wire in (("local_sgd", "fp32"), ("diloco", "int8"), ("ab_outer", "int4"))
         for pace in PACES
     },
     "local_sgd weighted": ("local_sgd", {**LOCAL, "merge": "weighted", "delay": 2}),
@@ -73,7 +73,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ab_local": ("ab_local", {**OUTER, "refactor_every": 2}),
     "ab of those who trained": ("ab", {**SHORT, "merge": "trained_only", "every": 3}),
-    "ab in merges": ("ab", {**SHORT, "warmup_every": 2, "rebound_every": 1, "wire": "lowrank:2"}),
+    "ab in merges": ("ab", {**SHORT, "warmup_every": 2, "rebound_every": 1, "wire": "int4"}),
     "ab_no_groups in merges": ("ab_no_groups", {**SHORT, "warmup_every": 2, "rebound_every": 2, "wire": "bf16"}),
     "ab_outer refactored": ("ab_outer", {**OUTER, "refactor_every": 1}),
     "ab_outer refactored after merges": (
@@ -177,7 +177,7 @@ def test_shared_decompositions_add_nothing_between_groups(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("case", ["ddp", "local_sgd around", "ab", "diloco int8", "diloco lowrank:2", "ab_outer fp32"])
+@pytest.mark.parametrize("case", ["ddp", "local_sgd around", "ab", "diloco int8", "diloco ternary", "ab_outer fp32"])
 def test_other_dtypes_too(case: str, dtype: torch.dtype) -> None:
     name, options = CASES[case]
     compare(recipes.build(name, 13, **options), 2, make=lambda: norm_net(dtype))
@@ -256,15 +256,6 @@ def test_ab_outer_by_hand() -> None:
     assert by_phase["warmup"] == 24 + 10 * (4_000_000 + 24) + 16
     # Ranks, checksums, what each worker multiplied out for itself, and settings.
     assert by_phase["factors"] == 3 * 16 + 24 + 40 * (400_000 + 24) + 16
-
-
-def test_low_rank_by_hand() -> None:
-    """A weight of 1000 x 1000 as two factors of rank 4, 8 bits and a scale of 2 bytes for every 128 numbers."""
-    model, topology = assumed_shapes(1_000_000, 1000), Topology(4)
-    # 4,000 numbers make chunks of 1,000, rounded up to 1,024.
-    factor = 4 * (1024 + 2 * 8)
-    sent = payload(predict(recipes.diloco(100, every=20, wire="lowrank:4:int8"), model, topology), topology)
-    assert sent["by_phase"]["local"] == 24 + 5 * (2 * factor + 24) + 16
 
 
 @pytest.mark.parametrize("trains", ["all", "a_then_b"])

@@ -9,7 +9,6 @@ from torch import Tensor
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.stages import finish
-from abtrain.merging.wires.low_rank import orthonormal, product
 from abtrain.merging.wires.wire import make_wire
 from tests.gloo import run_gloo
 
@@ -22,9 +21,6 @@ CODES = [
     "int3",
     "ternary",
     "ternary:int3",
-    "lowrank:2",
-    "lowrank:3:int8",
-    "lowrank:2:int4",
 ]
 
 
@@ -103,73 +99,3 @@ def test_dtypes_come_back() -> None:
     half = run_in_process(2, work)[0]
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half, torch.full((4,), 0.5, dtype=torch.bfloat16))
-
-
-def test_a_low_rank_change_arrives_whole() -> None:
-    """Two workers' changes share a column space: rank 2 holds their mean, and nothing is left to be sent."""
-    columns = torch.linalg.qr(torch.randn(30, 2, generator=torch.Generator().manual_seed(1)))[0]
-
-    def work(comm: Communicator) -> tuple[Tensor, Tensor, Tensor]:
-        M = columns @ torch.randn(2, 20, generator=torch.Generator().manual_seed(10 + comm.rank))
-        mean, error = finish(make_wire("lowrank:2", comm.topology.world_size).average({"M": M}, comm))
-        return M, mean["M"], error["M"]
-
-    (M0, mean, error), (M1, other, _) = run_in_process(2, work)
-    torch.testing.assert_close(mean, (M0 + M1) / 2, atol=1e-5, rtol=1e-4)
-    assert torch.equal(mean, other)
-    assert error.abs().max() < 1e-5
-
-
-def test_warm_starts_find_the_leading_directions_of_a_lasting_change() -> None:
-    U, _, V = torch.linalg.svd(torch.randn(40, 40, generator=torch.Generator().manual_seed(0)))
-    M = U @ torch.diag(2.0 ** -torch.arange(40)) @ V
-
-    def work(comm: Communicator) -> list[float]:
-        wire = make_wire("lowrank:3", comm.topology.world_size)
-        return [float((finish(wire.average({"M": M}, comm)).mean["M"] - M).norm()) for _ in range(8)]
-
-    errors = run_in_process(2, work)[0]
-    best = float((2.0 ** -torch.arange(3, 40)).norm())
-    assert errors[0] > errors[-1]
-    assert errors[-1] == pytest.approx(best, rel=1e-3)
-
-
-def test_low_rank_payload_is_that_of_the_factors() -> None:
-    def work(comm: Communicator, name: str) -> int:
-        finish(
-            make_wire(name, comm.topology.world_size).average(
-                {"M": torch.randn(400, 500), "small": torch.randn(3, 4), "b": torch.ones(9)}, comm
-            )
-        )
-        return int(comm.meter.payload()["total"])
-
-    exact = run_in_process(4, lambda comm: work(comm, "lowrank:4"))[0]
-    assert exact == 4 * (4 * (400 + 500) + 12 + 9)
-    assert run_in_process(4, lambda comm: work(comm, "lowrank:4:int8"))[0] == pytest.approx(exact / 4, rel=0.35)
-
-
-def test_a_dependent_column_becomes_zero_and_comes_back_later() -> None:
-    P = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    Q = orthonormal(P)
-    torch.testing.assert_close(Q.T @ Q, torch.diag(torch.tensor([1.0, 0.0, 1.0])))
-
-    def work(comm: Communicator) -> float:
-        wire = make_wire("lowrank:2", comm.topology.world_size)
-        finish(wire.average({"M": torch.zeros(6, 6)}, comm))
-        M = torch.diag(torch.tensor([3.0, 2.0, 0, 0, 0, 0]))
-        for _ in range(12):
-            mean = finish(wire.average({"M": M}, comm)).mean["M"]
-        return float((mean - M).norm())
-
-    assert run_in_process(2, work)[0] < 1e-3
-
-
-@pytest.mark.parametrize(("m", "n", "r"), [(1, 1, 1), (7, 5, 3), (300, 1000, 4)])
-def test_a_product_is_summed_column_after_column_whatever_its_size(m: int, n: int, r: int) -> None:
-    generator = torch.Generator().manual_seed(m)
-    P, Q = torch.randn(m, r, generator=generator), torch.randn(n, r, generator=generator)
-    expected = P[:, :1] * Q[:, 0]
-    for i in range(1, r):
-        expected = expected + P[:, i : i + 1] * Q[:, i]
-    assert torch.equal(product(P, Q), expected)
-    torch.testing.assert_close(expected, P @ Q.T)

@@ -26,11 +26,13 @@ from tests.cases import sgd
 
 
 class FewWire(Wire):
-    """Sends the first `rank` numbers of each tensor, and keeps the rest for later merges."""
+    """Sends the first numbers of each tensor, and keeps the rest for later merges."""
 
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self._count = rank
+    lossy = True
+    _count = 3
+
+    def __init__(self, code: str) -> None:
+        assert code == "fp32"
 
     def average(self, numbers: Mapping[str, Tensor], comm: Communicator) -> Stages[Averages]:
         sent = [tensor.flatten()[: self._count] for tensor in numbers.values()]
@@ -48,7 +50,7 @@ class FewWire(Wire):
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMS, "few:RANK", Form(f"{__name__}:FewWire", "the first {rank} of each tensor"))
+    monkeypatch.setitem(FORMS, "few:CODE", Form(f"{__name__}:FewWire", "the first of each tensor in {code}"))
 
 
 def network() -> nn.Module:
@@ -71,7 +73,7 @@ def run(comm: Communicator, model: nn.Module, options: dict[str, Any]) -> tuple[
 
 @pytest.mark.parametrize("delay", [0, 2])
 def test_it_sends_what_it_says(delay: int) -> None:
-    options, models = {"wire": "few:3", "delay": delay}, [network() for _ in range(2)]
+    options, models = {"wire": "few:fp32", "delay": delay}, [network() for _ in range(2)]
     (counted, one), (_, other) = run_in_process(2, lambda comm: run(comm, models[comm.rank], options))
     assert torch.equal(one, other)
     recipe, topology = recipes.local_sgd(8, every=4, **options), Topology(2)
@@ -79,6 +81,7 @@ def test_it_sends_what_it_says(delay: int) -> None:
 
 
 def test_its_names() -> None:
-    assert "(mean, the first 3 of each tensor)" in phases_in_words(recipes.local_sgd(8, every=4, wire="few:3"))[0]
-    with pytest.raises(ConfigurationError, match=r"unknown wire format 'few:x'.*few:RANK"):
+    said = phases_in_words(recipes.local_sgd(8, every=4, wire="few:fp32"))[0]
+    assert "(mean, the first of each tensor in fp32)" in said
+    with pytest.raises(ConfigurationError, match=r"unknown wire format 'few:x'.*few:CODE"):
         recipes.local_sgd(8, every=4, wire="few:x")
