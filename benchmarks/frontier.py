@@ -1,9 +1,10 @@
 """Draws up what each way to synchronize costs in loss: python benchmarks/frontier.py [--write]
 
-`benchmarks/run.py frontier-cnn` and `frontier-gpt` make the records. For every row, the learning rate is that with the
-least loss on seed 10. Its loss is the mean over seeds 0, 1 and 2 at this rate, or that of seed 10 where these seeds
-are missing. `--write` writes the table of the recipe `auto`, src/abtrain/recipes/frontier.json: the loss above that
-of `ddp`, in the mean over those models and optimizers for which all rows are there.
+`benchmarks/run.py frontier-cnn`, `frontier-gpt` and `frontier-vit` make the records. For every row, the learning rate
+is that with the least loss on seed 10 after 2,000 steps. Its loss is the mean over seeds 0, 1 and 2 at this rate, or,
+after 2,000 steps, that of seed 10 where these seeds are missing. Long runs have a table of their own. `--write` writes
+the table of the recipe `auto`, src/abtrain/recipes/frontier.json: the loss above that of `ddp` after 2,000 steps, in
+the mean over those models and optimizers for which all rows are there.
 """
 
 from __future__ import annotations
@@ -19,43 +20,62 @@ from lines import BENCHMARKS, OPTIMIZERS, ROUNDS
 from records import FOLDER, Record, RecordedRun
 
 TABLE = Path(__file__).resolve().parent.parent / "src" / "abtrain" / "recipes" / "frontier.json"
-STEPS = {"frontier-cnn": 2000, "frontier-gpt": 2000}
+OTHERS = {
+    "frontier-cnn": ("fashion-cnn-rates",),
+    "frontier-gpt": ("pysrc-gpt-settings",),
+    "frontier-vit": ("fashion-vit-settings",),
+}
+"""For each benchmark, others with runs of the same commands, under AdamW."""
+SEARCHED, LENGTHS = 2000, (2000, 6000)
 RATE_SEED, SEEDS = 10, (0, 1, 2)
 WIRE = "ternary"
 
 
 class Measured(NamedTuple):
-    """The results of a row at its best learning rate."""
+    """The results of a row at its best learning rate: means over runs, and the standard deviation of the loss."""
 
     rate: str
     loss: float
+    spread: float | None
     top1: float | None
     share: float
     runs: int
 
 
-def records_of(benchmark: str, row: str, seed: int) -> Iterator[tuple[str, Record]]:
+def records_of(benchmark: str, row: str, steps: int, seed: int) -> Iterator[tuple[str, Record]]:
     """Yields the learning rates at which a row was run with a seed, each with its record."""
     task, lines = BENCHMARKS[benchmark]
     for label, arguments in lines.items():
         name, _, rate = label.rpartition(", ")
-        command = f"{arguments} --task {task} --steps {STEPS[benchmark]} --workers 4 --seed {seed}"
-        record = RecordedRun(FOLDER / f"{benchmark}.jsonl", command).record if name == row else None
+        command = f"{arguments} --task {task} --steps {steps} --workers 4 --seed {seed}"
+        record = _record(benchmark, command) if name == row else None
         if record is not None:
             yield rate, record
 
 
-def measured(benchmark: str, row: str) -> Measured | None:
-    """Returns the results of a row; None if no run of it is recorded with seed 10."""
-    tried = dict(records_of(benchmark, row, RATE_SEED))
+def _record(benchmark: str, command: str) -> Record | None:
+    # AdamW is the default of `abtrain train`, so other benchmarks do not name it.
+    names = {benchmark: command} | dict.fromkeys(OTHERS[benchmark], command.replace(" --optimizer adamw", ""))
+    found = (RecordedRun(FOLDER / f"{name}.jsonl", arguments).record for name, arguments in names.items())
+    return next((record for record in found if record is not None), None)
+
+
+def measured(benchmark: str, row: str, steps: int) -> Measured | None:
+    """Returns the results of a row after so many steps; None if it was not run."""
+    tried = dict(records_of(benchmark, row, SEARCHED, RATE_SEED))
     if not tried:
         return None
     rate = min(tried, key=lambda one: tried[one]["loss"])
-    repeated = [record for seed in SEEDS for at, record in records_of(benchmark, row, seed) if at == rate]
-    records = repeated or [tried[rate]]
+    records = [record for seed in SEEDS for at, record in records_of(benchmark, row, steps, seed) if at == rate]
+    if steps == SEARCHED and not records:
+        records = [tried[rate]]
+    if not records:
+        return None
     tops = [record["top1"] for record in records if record["top1"] is not None]
-    loss, share = (statistics.fmean(record[name] for record in records) for name in ("loss", "payload_ratio"))
-    return Measured(rate, loss, statistics.fmean(tops) if tops else None, share, len(records))
+    losses = [record["loss"] for record in records]
+    share = statistics.fmean(record["payload_ratio"] for record in records)
+    top1, spread = statistics.fmean(tops) if tops else None, statistics.stdev(losses) if len(losses) > 1 else None
+    return Measured(rate, statistics.fmean(losses), spread, top1, share, len(records))
 
 
 def choices() -> dict[str, dict[str, int | str]]:
@@ -80,30 +100,44 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table of the recipe auto")
     options = parser.parse_args()
     whole: dict[str, dict[str, Measured]] = {}
-    for benchmark in STEPS:
-        for optimizer in OPTIMIZERS:
-            rows = list(dict.fromkeys(label.rpartition(", ")[0] for label in BENCHMARKS[benchmark][1]))
-            own = [row.removeprefix(f"{optimizer}, ") for row in rows if row.startswith(f"{optimizer}, ")]
-            found = {label: measured(benchmark, f"{optimizer}, {label}") for label in own}
-            results = {label: result for label, result in found.items() if result is not None}
-            _print(benchmark, optimizer, results)
-            if results.keys() >= choices().keys():
-                whole[f"{benchmark} {optimizer}"] = results
+    for benchmark in OTHERS:
+        for steps in LENGTHS:
+            results = _results(benchmark, steps)
+            _print(benchmark, steps, results)
+            for optimizer, own in results.items():
+                if steps == SEARCHED and own.keys() >= choices().keys():
+                    whole[f"{benchmark} {optimizer}"] = own
     if options.write:
         if not whole:
             raise SystemExit("no model and optimizer has all rows: run benchmarks/run.py frontier-cnn --seeds 10 first")
         TABLE.write_text(_table(whole))
 
 
-def _print(benchmark: str, optimizer: str, results: Mapping[str, Measured]) -> None:
-    if "ddp" not in results:
+def _results(benchmark: str, steps: int) -> dict[str, dict[str, Measured]]:
+    """Returns the results of all rows, by optimizer and by the row's label without the optimizer."""
+    rows = list(dict.fromkeys(label.rpartition(", ")[0] for label in BENCHMARKS[benchmark][1]))
+    results = dict[str, dict[str, Measured]]()
+    for optimizer in OPTIMIZERS:
+        own = [row.removeprefix(f"{optimizer}, ") for row in rows if row.startswith(f"{optimizer}, ")]
+        found = {label: measured(benchmark, f"{optimizer}, {label}", steps) for label in own}
+        results[optimizer] = {label: result for label, result in found.items() if result is not None}
+    return results
+
+
+def _print(benchmark: str, steps: int, results: Mapping[str, Mapping[str, Measured]]) -> None:
+    """Prints a table of all rows beside `ddp` with AdamW, if this was run."""
+    beside = results["adamw"].get("ddp")
+    if beside is None:
         return
-    print(f"\n{BENCHMARKS[benchmark][0]}, {STEPS[benchmark]} steps, {optimizer}\n")
-    print("| | rate | runs | top-1 | loss | above ddp | of DDP's payload |\n|---|---|---|---|---|---|---|")
-    for label, share in above(results).items():
-        row = results[label]
-        top1 = "-" if row.top1 is None else f"{row.top1:.2f}"
-        print(f"| {label} | {row.rate} | {row.runs} | {top1} | {row.loss:.4f} | {share:+.2%} | 1/{1 / row.share:.0f} |")
+    print(f"\n{BENCHMARKS[benchmark][0]}, {steps} steps\n")
+    print("| | rate | runs | top-1 | loss | above ddp, AdamW | of DDP's payload |\n|---|---|---|---|---|---|---|")
+    for optimizer, rows in results.items():
+        for label, row in rows.items():
+            top1 = "-" if row.top1 is None else f"{row.top1:.2f}"
+            loss = f"{row.loss:.4f}" + (f" ± {row.spread:.4f}" if row.spread is not None else "")
+            above_ddp = f"{row.loss / beside.loss - 1:+.2%}"
+            cells = (f"{label}, {optimizer}", row.rate, str(row.runs), top1, loss, above_ddp, f"1/{1 / row.share:.0f}")
+            print("| " + " | ".join(cells) + " |")
 
 
 def _table(whole: Mapping[str, Mapping[str, Measured]]) -> str:
