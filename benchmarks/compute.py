@@ -1,11 +1,11 @@
 """Compares training steps of factored models with those of dense ones, and of layers written by hand, in one thread.
 
-python benchmarks/compute.py [CASE...] [--pairs 15] [--keep]
+python benchmarks/compute.py [CASE...] [--pairs 15] [--returned] [--keep]
 
 A step is a forward pass, a backward pass and a step of AdamW. Seconds are those of the processor, since other programs
 would delay the clock. Each pair of steps gives one ratio, and each case has a limit for the median of its ratios.
-Both steps run in this process with huge pages for large tensors: this program sets THP_MEM_ALLOC_ENABLE=1 before the
-first tensor, unless it is already set. Records say how it was set.
+Both steps run in this process, in which malloc keeps the memory of large tensors for the next step: the program starts
+itself again with `KEPT_MEMORY` in its environment. With `--returned`, malloc returns this memory to the system.
 `--keep` adds a line for each case to results/compute.jsonl.
 """
 
@@ -16,6 +16,7 @@ import functools
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ from abtrain.recipes.rank_rules import FixedRank
 WIDTH, HIDDEN, ROWS = 768, 3072, 6304
 LARGEST = WIDTH * HIDDEN // (WIDTH + HIDDEN)
 """The largest rank at which the factors of the MLP block are smaller than its weights."""
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**30), "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30)}
+"""Settings of glibc's malloc, which reads them when a process starts: no tensor gets pages of its own, and freed memory
+stays in the process."""
 Trains = Literal["all", "A", "B"]
 Step = Callable[[], None]
 
@@ -206,12 +209,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(known)}; all by default")
     parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--returned", action="store_true", help="let malloc return the memory of large tensors")
     parser.add_argument("--keep", action="store_true", help="add the figures to results/compute.jsonl")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(known):
         parser.error(f"unknown cases: {', '.join(sorted(unknown))}")
-    # PyTorch reads it when it allocates the first tensor.
-    huge_pages = os.environ.setdefault(HUGE_PAGES, "1")
+    if not options.returned and not KEPT_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT_MEMORY})
     torch.set_num_threads(1)
     hardware = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__}
     for name in options.cases or known:
@@ -220,7 +224,8 @@ def main() -> None:
         line, found = measure(known[name], options.pairs)
         print(line, flush=True)
         if options.keep:
-            record = {"arguments": f"{name} --pairs {options.pairs}", HUGE_PAGES: huge_pages, **found}
+            returned = " --returned" * options.returned
+            record = {"arguments": f"{name} --pairs {options.pairs}{returned}", **found}
             keep(FOLDER / "compute.jsonl", {**record, "load": os.getloadavg()[0], "hardware": hardware})
 
 
