@@ -216,6 +216,8 @@ def main() -> None:
         parser.error(f"unknown cases: {', '.join(sorted(unknown))}")
     if not options.returned and not KEPT_MEMORY.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT_MEMORY})
+    if options.returned and KEPT_MEMORY.keys() & os.environ.keys():
+        parser.error(f"--returned needs an environment without {' and '.join(KEPT_MEMORY)}: unset them")
     torch.set_num_threads(1)
     hardware = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__}
     for name in options.cases or known:

@@ -125,18 +125,20 @@ def _results(benchmark: str, steps: int) -> dict[str, dict[str, Measured]]:
 
 
 def _print(benchmark: str, steps: int, results: Mapping[str, Mapping[str, Measured]]) -> None:
-    """Prints a table of all rows beside `ddp` with AdamW, if this was run."""
+    """Prints a table of all rows beside `ddp` with the same optimizer, and with AdamW, if this was run."""
     beside = results["adamw"].get("ddp")
     if beside is None:
         return
     print(f"\n{BENCHMARKS[benchmark][0]}, {steps} steps\n")
-    print("| | rate | runs | top-1 | loss | above ddp, AdamW | of DDP's payload |\n|---|---|---|---|---|---|---|")
+    print("| | rate | runs | top-1 | loss | above ddp | above ddp, AdamW | of DDP's payload |")
+    print("|---|---|---|---|---|---|---|---|")
     for optimizer, rows in results.items():
         for label, row in rows.items():
             top1 = "-" if row.top1 is None else f"{row.top1:.2f}"
             loss = f"{row.loss:.4f}" + (f" ± {row.spread:.4f}" if row.spread is not None else "")
-            above_ddp = f"{row.loss / beside.loss - 1:+.2%}"
-            cells = (f"{label}, {optimizer}", row.rate, str(row.runs), top1, loss, above_ddp, f"1/{1 / row.share:.0f}")
+            own = f"{above(rows)[label]:+.2%}" if "ddp" in rows else "-"
+            figures = (top1, loss, own, f"{row.loss / beside.loss - 1:+.2%}", f"1/{1 / row.share:.0f}")
+            cells = (f"{label}, {optimizer}", row.rate, str(row.runs), *figures)
             print("| " + " | ".join(cells) + " |")
 
 

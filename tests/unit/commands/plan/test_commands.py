@@ -281,6 +281,13 @@ def test_auto_is_forecast_as_it_would_choose(rate: str, begins: str, capsys: pyt
     assert any(line.startswith("auto: every=") for line in all_lines)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_share_of_muon_in_a_step_is_told(optimizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines, _ = typed(capsys, "plan", "local_sgd", "--task", "digits-mlp", "--optimizer", optimizer)
+    assert code == 0 and any("measured here" in line for line in lines)
+    assert any(re.search("[1-9][0-9]?% of it by Muon", line) for line in lines) == (optimizer == "muon")
+
+
 def test_auto_counts_the_steps_that_are_left_after_it_has_measured(capsys: pytest.CaptureFixture[str]) -> None:
     step = ("--parameters", "870k", "--step-time", "48ms", "--rate", "5mbit")
     for steps, every in (("200", 10), ("220", 20)):
