@@ -55,8 +55,8 @@ def test_a_link_that_is_slow_and_cut_for_a_moment_changes_nothing(lab: Lab, tmp_
 def test_a_link_that_is_cut_for_good_ends_the_run(lab: Lab, tmp_path: Path) -> None:
     with pytest.raises(HostFailedError) as failed:
         run(lab, tmp_path, "--steps", "1000", "--timeout", "8", faults=(LabFault("cut", host=1, at=8),))
-    assert failed.value.exit_code == 6
     said = "".join(log.read_text() for log in (tmp_path / "lab").glob("host-*.log"))
+    assert failed.value.exit_code == 6, said
     # On a machine that is slow itself, the link may be gone before the workers have met.
     lost = "lost a peer in" in said and "did not answer in time" in said
     assert lost or ("to connect to" in said and "some did not" in said)

@@ -233,3 +233,40 @@ def run_all(target: Callable[[int], tuple[Callable[..., None], tuple[Any, ...]]]
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[/build/gloo/transport/tcp/pair.cc:469] writev [10.0.0.2]:4711: No route to host"), True),
+        (RuntimeError("[/build/gloo/transport/tcp/pair.cc:469] read [10.0.0.2]:4711: Network is unreachable"), True),
+        (RuntimeError("[/build/gloo/transport/tcp/pair.cc:469] writev [10.0.0.2]:4711: Broken pipe"), True),
+        (RuntimeError("Timeout waiting for key: vote/1 after 8000 ms"), True),
+        (dist.DistNetworkError("failed to recv, got 0 bytes"), True),
+        (RuntimeError("[/build/gloo/transport/tcp/device.cc:83] Unable to find interface for: eth9"), False),
+        (RuntimeError("DataLoader timed out after 60 seconds"), False),
+    ],
+)
+@pytest.mark.parametrize("at", ["init_process_group", "train"])
+def test_any_sign_of_a_lost_worker_is_a_lost_peer(
+    error: RuntimeError, lost: bool, at: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An error when the process groups are destroyed does not hide it."""
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    def cannot_be_destroyed() -> None:
+        leave()
+        raise RuntimeError("not the first error")
+
+    leave = dist.destroy_process_group
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist if at == "init_process_group" else worker, at, fails)
+    monkeypatch.setattr(dist, "destroy_process_group", cannot_be_destroyed)
+    config = resolve(TrainConfig("ddp", workers=1, steps=3, device="cpu"))
+    with pytest.raises(PeerLostError if lost else RuntimeError) as raised:
+        worker.train_together(config, FileStore(str(tmp_path / "store"), 1))
+    assert not dist.is_initialized()
+    assert str(error)[:60] in str(raised.value)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
+import os
 import platform
 import threading
 import time
@@ -21,6 +23,18 @@ _STORE_SECONDS = 2.0
 _PAUSE_SECONDS = 0.05
 _HERE = "here"
 _LONGEST_WORD = 300
+_BROKEN = (errno.EPIPE, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+_SIGNS_OF_LOSS = ("timeout", "timed out", "connect", "by peer", *(os.strerror(one).lower() for one in _BROKEN))
+"""Words in Gloo's messages about a lost worker. Gloo has no separate exception for this."""
+_OF_A_STORE = ("wait timeout", "timeout waiting for key")
+"""How messages of a `FileStore` begin if a worker has not written what the others wait for."""
+
+
+def is_loss(error: RuntimeError) -> bool:
+    """Whether an error of torch.distributed means that another worker, or the store, is lost or out of reach."""
+    message = str(error).lower()
+    of_gloo = "gloo" in message and any(sign in message for sign in _SIGNS_OF_LOSS)
+    return isinstance(error, dist.DistError) or of_gloo or message.startswith(_OF_A_STORE)
 
 
 def host_key(rank: int) -> str:

@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from abtrain.comm.communicator import Communicator
-from abtrain.comm.peers import Peers
+from abtrain.comm.peers import Peers, is_loss
 from abtrain.comm.torch_distributed import TorchCommunicator, default_communicator
 from abtrain.commands.process import end_at_once, ignore_all
 from abtrain.commands.train.config import TrainConfig
@@ -38,8 +38,6 @@ from abtrain.errors import AbtrainError, ConfigurationError, OutOfMemoryError, P
 
 _NO_MEMORY = "DefaultCPUAllocator: "
 """The start of torch's message when CPU memory is exhausted. torch has no separate exception for this."""
-_SIGNS_OF_LOSS = ("timeout", "timed out", "connect", "closed by peer", "reset by peer")
-"""Words in Gloo's messages about a lost peer. Gloo has no separate exception for this."""
 SETTINGS_FILE = "config.toml"
 STORE_FILE = "store"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the name that torch gives it
@@ -90,15 +88,22 @@ def train_together(config: TrainConfig, store: Store | None = None) -> None:
     store = meet(store, rank, config.workers, config.timeout)
     peers = Peers(store, rank, config.workers)
     try:
-        with _losses_named(peers), memory_named(rank):
+        with _losses_named(peers, rank), memory_named(rank):
             communicator = _join(config, store, rank)
             peers.learn_hosts()
             if isinstance(communicator, TorchCommunicator):
                 communicator.peers = peers  # workers leave the reason for their end in its store
             train(_grouped(config, communicator), communicator, PrefixStore("stopping", store), launch)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except BaseException:
+        with contextlib.suppress(Exception):  # an error of its own would hide the one that ended the training
+            _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _join(config: TrainConfig, store: Store, rank: int) -> Communicator:
@@ -123,12 +128,11 @@ def _join(config: TrainConfig, store: Store, rank: int) -> Communicator:
         # After the barrier all workers have found the settings valid. Only then may rank 0 create a run folder.
         communicator.barrier()
     except RuntimeError as error:
-        message = str(error)
-        if not (isinstance(error, dist.DistError) or any(sign in message.lower() for sign in _SIGNS_OF_LOSS)):
+        if not is_loss(error):
             raise
         raise PeerLostError(
             f"rank {rank} lost another worker during start-up: all {config.workers} workers had started, but "
-            f"connecting them failed ({message.splitlines()[0][:200]}). Look at the other workers' output"
+            f"connecting them failed ({_first_line(error)}). Look at the other workers' output"
         ) from error
     _wait_as_long_as(timeout, store)
     return communicator
@@ -145,8 +149,8 @@ def _wait_as_long_as(timeout: timedelta, store: Store) -> None:
 
 
 @contextlib.contextmanager
-def _losses_named(peers: Peers) -> Iterator[None]:
-    """Adds the missing ranks to an error about a lost peer. Reports any other error to the other workers."""
+def _losses_named(peers: Peers, rank: int) -> Iterator[None]:
+    """Makes each error about a lost peer a PeerLostError with the missing ranks. Reports other errors to the others."""
     try:
         yield
     except OutOfMemoryError as error:
@@ -158,8 +162,15 @@ def _losses_named(peers: Peers) -> Iterator[None]:
             raise
         raise PeerLostError(f"{error}. {missing}") from error
     except BaseException as error:
+        if isinstance(error, RuntimeError) and is_loss(error):
+            found = f"rank {rank} lost another worker ({_first_line(error)}). {peers.roll_call()}"
+            raise PeerLostError(f"{found}. Look at the first error in the other workers' output") from error
         peers.leave_word(error)
         raise
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
 
 
 def _announced_store(rank: int, world_size: int, timeout: timedelta) -> Store:
