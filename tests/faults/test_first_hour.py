@@ -437,10 +437,12 @@ def test_why_the_others_stay_dense_is_said(caplog: pytest.LogCaptureFixture) -> 
     caplog.set_level("INFO")
     Loop(SingleProcess(), recipes.ab_outer(20, every=4, warmup_steps=0, rank_rule=FixedRank(6)))
     (text,) = texts(caplog, "weights factored")
-    assert text.endswith("2 of 3 weights factored, 1.1 : 1; 1 stays dense (factors of rank 5 would be no smaller)")
+    assert text.endswith(
+        "2 of 3 weights factored, 1.1 : 1; 1 stays dense (factors of rank 5 would save less than 10 %)"
+    )
 
 
 def test_no_weight_is_factored(caplog: pytest.LogCaptureFixture) -> None:
     Loop(SingleProcess(), recipes.ab_outer(20, every=4, warmup_steps=0, rank_rule=FixedRank(16)))
     (text,) = texts(caplog, "0 of 3 weights factored, so the model is no smaller")
-    assert "0.weight: factors of rank 10 would be no smaller" in text and "larger sigma_cutoff" in text
+    assert "0.weight: factors of rank 10 would save less than 10 %" in text and "larger sigma_cutoff" in text

@@ -80,8 +80,8 @@ def agree_on_factors(
         m, n = W.shape
         if outcomes[name]:
             dense[name] = _WHY_DENSE[outcomes[name]]
-        elif factoring.keep_dense_if_larger and k[name] * (m + n) >= m * n:
-            dense[name] = f"factors of rank {k[name]} would be no smaller"
+        elif factoring.stays_dense(k[name], m, n):
+            dense[name] = f"factors of rank {k[name]} would save less than 10 %"
     kept = {name: W for name, W in weights.items() if name not in dense}
     return _exchange(comm, kept, factors, k, owners, scope), dense
 

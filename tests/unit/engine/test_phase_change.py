@@ -28,7 +28,14 @@ def run(comm: Communicator, recipe: Recipe) -> ABTraining:
 def test_refactoring_lets_ranks_fall_and_keeps_residuals_and_outer_momentum() -> None:
     def work(comm: Communicator) -> tuple[list[dict[str, int]], set[str], set[str]]:
         recipe = recipes.ab_outer(
-            41, every=4, warmup_steps=8, refactor_every=2, rank_rule=Energy(0.9), optimizer_state="project", wire="int8"
+            41,
+            every=4,
+            warmup_steps=8,
+            refactor_every=2,
+            rank_rule=Energy(0.9),
+            optimizer_state="project",
+            wire="int8",
+            keep_dense_if_larger=False,
         )
         ab = run(comm, recipe)
         return (

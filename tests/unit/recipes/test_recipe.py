@@ -16,7 +16,7 @@ from abtrain.errors import ConfigurationError, UsageError
 from abtrain.recipes.factoring import Factoring
 from abtrain.recipes.merges import Mean
 from abtrain.recipes.phase import Phase
-from abtrain.recipes.rank_rules import SigmaCutoff
+from abtrain.recipes.rank_rules import FixedRank, SigmaCutoff
 from abtrain.recipes.recipe import Recipe
 from abtrain.recipes.sync import GradientSync, WeightSync
 
@@ -286,3 +286,10 @@ def test_an_invalid_number_is_reported(option: str, value: Any) -> None:
 def test_the_phase_that_needs_losses_is_known() -> None:
     assert recipes.ab(600, merge="weighted").phase_weighted_by_loss == "group"
     assert recipes.ab(600).phase_weighted_by_loss is None
+
+
+@pytest.mark.parametrize(("k", "stays"), [(1, False), (18, False), (19, True), (40, True)])
+def test_a_weight_stays_dense_unless_its_factors_save_a_tenth(k: int, stays: bool) -> None:
+    """At rank 20, factors of a 40 x 40 weight have as many numbers as the weight."""
+    assert Factoring(FixedRank(k), keep_dense_if_larger=True).stays_dense(k, 40, 40) is stays
+    assert not Factoring(FixedRank(k)).stays_dense(k, 40, 40)
