@@ -25,7 +25,7 @@ def why_dense(file: Path, run: FinishedRun | None) -> str:
     if form is None:
         return "another program than abtrain wrote the file, or it has no description"
     if run is None:
-        return "the recipe has no factored phase, ended in a full-rank one, or found that factors would save less than 10 %"
+        return "the recipe has no factored phase, or ended in a full-rank one, or factors would save less than 10 %"
     if not recipe_of(run.config).factored:
         return f"the recipe {run.config.recipe} has no factored phase"
     dense = _last_dense(run.folder / RESULT_FILE)
