@@ -26,11 +26,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.optim import LBFGS, AdamW
 
 from abtrain import ABTraining, FixedRank, recipes
 from abtrain.comm.communicator import Communicator, SingleProcess
 from abtrain.comm.in_process import run_in_process
+from abtrain.comm.peers import Peers
 from abtrain.commands.train import worker
 from abtrain.engine import progress
 from abtrain.errors import CheckpointError, ConfigurationError, PeerLostError, UsageError
@@ -334,6 +336,25 @@ def test_which_runs_have_ended_too_early(end: str, caplog: pytest.LogCaptureFixt
 
     run_in_process(2, work)
     assert len(texts(caplog, "steps before recipe")) == (end in ("none", "another worker"))
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_run_that_ends_because_a_worker_is_lost_is_not_too_early(
+    lost: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The command `abtrain train` tells of the loss, and ends without an exception."""
+
+    class Found(Peers):
+        has_lost_one = lost
+
+        def is_first(self, place: str) -> bool:
+            return True
+
+    comm = SingleProcess()
+    comm.peers = Found(HashStore(), 0, 2)
+    Loop(comm, LOCAL)
+    progress.warn()
+    assert len(texts(caplog, "steps before recipe")) == (not lost)
 
 
 def test_a_run_that_never_began_has_ended_too_early(caplog: pytest.LogCaptureFixture) -> None:

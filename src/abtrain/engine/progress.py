@@ -167,11 +167,13 @@ _LAST: dict[int, Progress] = {}
 
 @atexit.register
 def warn() -> None:
-    """Warns of a run that the process leaves before its end, unless by an exception, and tells the other workers."""
+    """Warns of a run that the process leaves before its end, unless after an error, and tells the other workers."""
     error = getattr(sys, "last_value", None)
     for progress in _LAST.values():
         progress.leave_word(error)
-        if error is None:
+        peers = progress.comm.peers
+        # A command that has told of a lost worker ends without an exception.
+        if error is None and not (peers is not None and peers.has_lost_one):
             progress.warn_of_end()
 
 
