@@ -50,7 +50,7 @@ class Factoring:
 
     def stays_dense(self, k: int, m: int, n: int) -> bool:
         """Returns whether an m x n weight stays dense because factors of rank k would be too large."""
-        # Nearer to full size, a step with factors takes 4 to 5 % longer than a dense one.
+        # Nearer to full size, a step with factors takes about 5 % longer than a dense one.
         return self.keep_dense_if_larger and 10 * k * (m + n) > 9 * m * n
 
     def problems(self) -> list[str]:
