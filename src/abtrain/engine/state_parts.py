@@ -169,7 +169,8 @@ def _under_way(at: Resumption, place: str, entry: Any) -> Iterator[str]:
     who = trained_by(position, at.topology, at.factors)
     due = tensors_due(position, at.parameters, who)
     merged = {name: at.pieces[name] for name in due} | (at.buffers if whole_round(position) else {})
-    stages = CHECKING + make_wire(sync.wire, at.topology.n_groups).stages
+    groups = at.topology.n_groups
+    stages = CHECKING + make_wire(sync.wire, groups).stages(groups)
     passed = at.step - position.step - 1
     yield from mapping(
         {

@@ -219,8 +219,8 @@ class Rounds:
     def _launch(
         self, position: Position, step: int, loss: float | None, started: Store, buffers: dict[str, Tensor]
     ) -> _UnderWay:
-        sync, self._phase = rounds_of(position), position.phase.name
-        count = CHECKING + make_wire(sync.wire, self._comm.topology.n_groups).stages
+        sync, groups, self._phase = rounds_of(position), self._comm.topology.n_groups, position.phase.name
+        count = CHECKING + make_wire(sync.wire, groups).stages(groups)
         stages = Background(self._merge(position, step, loss, started, buffers), count, sync.delay)
         return _UnderWay(stages, step, loss, started, buffers)
 

@@ -1,8 +1,9 @@
 """Defines a wire that averages over all workers and sends every number in few bits, with error feedback.
 
-Both directions of an average use few bits. Each worker sends every other worker a chunk of its numbers, sums the chunks
-that it receives in float32, and sends their average back, encoded again. The reply may use more bits: rounding errors
-of the first direction differ between workers and average out, and those of the reply are the same on all workers.
+Two workers send each other all their numbers. Of three or more, each worker sends every other worker a chunk of its
+numbers, sums the chunks that it receives in float32, and sends their average back, encoded again. This reply may use
+more bits: rounding errors of the first direction differ between workers and average out, and those of the reply are the
+same on all workers.
 
 Rounding errors are returned to the caller, who adds them to the next merge (error feedback, Seide et al. 2014;
 Karimireddy et al., arXiv 1901.09847). The worker that averages a chunk also keeps the rounding error of its reply.
@@ -23,6 +24,7 @@ from abtrain.memory import Recycler
 from abtrain.merging.wires.codes import CODES, Code
 from abtrain.merging.wires.exchange import chunk_of, exchange
 from abtrain.merging.wires.flat import FlatAverage, Numbers, Parts, WholeAverage, parts_of
+from abtrain.merging.wires.gather import gather, padded
 from abtrain.merging.wires.wire import Averages, Wire
 
 CAPACITY = 64 * 2**20
@@ -32,7 +34,7 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 
 class DirectWire(Wire):
-    """Encodes each worker's numbers by one code, and the averages by the code `reply`; default: the same code."""
+    """Encodes numbers by one code, and the averages of three or more workers by the code `reply`; default: the same."""
 
     elementwise = True
 
@@ -58,23 +60,31 @@ class DirectWire(Wire):
         # Gloo exchanges tensors on the CPU only.
         if numbers.dtype != torch.float32 or numbers.device != comm.device:
             return (yield from super().average_flat(numbers, comm))
-        return (yield from exchange(numbers, self._code, self._reply, comm))
+        return (yield from _average_coded(numbers, self._code, self._reply, comm))
 
     def sends(self, tensors: Sequence[Tensor], workers: int) -> tuple[Calls, ...]:
         if self._code.exact:
             return (sent_by_average(tensors),)
+        counts = _counts(tensors)
+        if workers == 2:
+            coded = [self._code.nbytes(padded(count, self._code)) for count in counts]
+            return (tuple(Traffic("all_gather", "counterparts", nbytes) for nbytes in coded),)
         chunks, replies = [], []
-        for bucket in pack([tensor.to(torch.float32) for tensor in tensors], CAPACITY):
-            chunk = chunk_of(bucket.flat.numel(), workers, self._code, self._reply)
+        for count in counts:
+            chunk = chunk_of(count, workers, self._code, self._reply)
             chunks.append(Traffic("exchange", "counterparts", (workers - 1) * self._code.nbytes(chunk)))
             replies.append(Traffic("all_gather", "counterparts", self._reply.nbytes(chunk)))
         return tuple(chunks), tuple(replies)
 
     def holds(self, tensors: Sequence[Tensor], workers: int) -> int:
-        flats = [bucket.flat for bucket in pack([tensor.to(torch.float32) for tensor in tensors], CAPACITY)]
         if self._code.exact:
             return sum(tensor.nbytes for tensor in tensors)
-        chunks = [chunk_of(flat.numel(), workers, self._code, self._reply) for flat in flats]
+        counts = _counts(tensors)
+        if workers == 2:
+            sizes = [padded(count, self._code) for count in counts]
+            # Beside the rounding errors, each worker holds its codes, and receives those of both.
+            return sum(torch.float32.itemsize * size + 3 * self._code.nbytes(size) for size in sizes)
+        chunks = [chunk_of(count, workers, self._code, self._reply) for count in counts]
         # Beside the padded numbers, of which rounding errors remain, codes are sent and received.
         coded = [max(2 * self._code.nbytes(chunk), self._reply.nbytes(chunk)) for chunk in chunks]
         return workers * (torch.float32.itemsize * sum(chunks) + sum(coded))
@@ -88,16 +98,27 @@ def _average_narrowly(
     like = [torch.empty_like(tensor, device="meta") for tensor in tensors]
     del tensors
     # Gloo exchanges tensors on the CPU only.
-    exchanges = [exchange(_numbers_in(bucket.flat.to(comm.device)), code, reply, comm) for bucket in buckets]
+    flats = [_average_coded(_numbers_in(bucket.flat.to(comm.device)), code, reply, comm) for bucket in buckets]
     places = [(bucket.indices, bucket.flat.device) for bucket in buckets]
-    del buckets  # Each exchange frees its bucket.
-    averages = yield from in_step(exchanges)
+    del buckets  # Each average frees its bucket.
+    averages = yield from in_step(flats)
     means, errors = [], []
     for average, (indices, device) in zip(averages, places, strict=True):
         mean = average.whole().mean
         means.append(Bucket(mean.to(device), indices))
         errors.append(Bucket(average.error.to(device), indices))
     return unpack(means, like), unpack(errors, [tensor.float() for tensor in like])
+
+
+def _average_coded(numbers: Numbers, code: Code, reply: Code, comm: Communicator) -> Stages[FlatAverage]:
+    if comm.topology.n_groups == 2:
+        return gather(numbers, code, comm)
+    return exchange(numbers, code, reply, comm)
+
+
+def _counts(tensors: Sequence[Tensor]) -> list[int]:
+    """Returns how many numbers are in each bucket."""
+    return [bucket.flat.numel() for bucket in pack([tensor.to(torch.float32) for tensor in tensors], CAPACITY)]
 
 
 def _numbers_in(flat: Tensor) -> Numbers:

@@ -72,10 +72,9 @@ class Wire(ABC):
         """
         return 2 * sum(tensor.nbytes for tensor in tensors)
 
-    @property
-    def stages(self) -> int:
-        """The largest number of times that `average` yields."""
-        return len(self.sends((), workers=2))
+    def stages(self, workers: int) -> int:
+        """Returns the largest number of times that `average` of two or more workers yields."""
+        return len(self.sends((), workers))
 
 
 def make_wire(name: str, workers: int) -> Wire:
