@@ -9,6 +9,7 @@ from torch import Tensor
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.in_process import run_in_process
 from abtrain.comm.stages import finish
+from abtrain.merging.wires.codes import CODES as FORMS
 from abtrain.merging.wires.wire import make_wire
 from tests.gloo import run_gloo
 
@@ -89,6 +90,26 @@ def test_gloo_ranks_get_the_bits_of_threads(code: str) -> None:
     assert [sent for _, _, sent in ranks] == [sent for _, _, sent in threads]
     for mine, other in zip(ranks[1][0], threads[0][0], strict=True):
         assert all(torch.equal(mine[name], other[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("code", ["bf16", "int8", "int4", "int3", "ternary", "ternary:int4"])
+def test_two_workers_round_each_number_once(code: str) -> None:
+    averages, _, _ = run_in_process(2, lambda comm: several_turns(comm, code, 1))[0]
+    form = FORMS[code.split(":")[0]]
+    flats = [torch.cat([tensor.flatten() for tensor in numbers(rank, 0).values()]) for rank in range(2)]
+    count = flats[0].numel()
+    padding = torch.zeros(-count % form.granule)
+    rows = [form.decode(form.encode(torch.cat([flat, padding])), count + len(padding)) for flat in flats]
+    mean = torch.cat([tensor.flatten() for tensor in averages[0].values()])
+    assert torch.equal(mean, ((rows[0] + rows[1]) / 2)[:count])
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+@pytest.mark.parametrize("code", CODES)
+def test_a_wire_predicts_its_messages(code: str, workers: int) -> None:
+    stages = make_wire(code, workers).sends([torch.empty(shape) for shape in SHAPES.values()], workers)
+    _, _, sent = run_in_process(workers, lambda comm: several_turns(comm, code, 1))[0]
+    assert sent == sum(traffic.nbytes for stage in stages for traffic in stage)
 
 
 def test_dtypes_come_back() -> None:
