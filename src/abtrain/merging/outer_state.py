@@ -135,9 +135,8 @@ class OuterState:
     def stepped_alone(self, batch: Batch, started: Held | Store, rule: MergeRule) -> Tensor:
         """Returns the weights to continue from during a hidden merge, which had the values `started` when it began."""
         before = _flat(started, batch)
-        own, momentum = change(self.anchors_of(batch), before), self._known(self.momentum, batch)
-        # A rule may write into its arguments.
-        step, _ = rule.step(own, None if momentum is None else momentum.clone())
+        own = change(self.anchors_of(batch), before)
+        step, _ = rule.step(own, self._known(self.momentum, batch))
         # A step by the change itself leads back to `started`, up to rounding.
         return before if step is own else (self.anchors_of(batch) + step).to(before.dtype)
 
@@ -181,8 +180,7 @@ class OuterState:
         if momentum is not None:
             kept = self.momentum.memory(batch, momentum.dtype)
             assert kept is not None, "anchors lie side by side, and momentum does not"
-            if kept[place].data_ptr() != momentum.data_ptr():
-                kept[place].copy_(momentum)
+            kept[place].copy_(momentum)
 
     def settle(self, names: Iterable[str]) -> None:
         """Drops the residuals of tensors whose changes were sent completely."""

@@ -77,12 +77,11 @@ class MergeRule:
         """Returns the step from the weights W_0 to the new weights. It treats each number alike.
 
         Args:
-            change: the mean change D of a part of the weights, of any shape.
+            change: the mean change D of a part of the weights, of any shape; it is not modified.
             momentum: the momentum that the last merge returned for these weights; None before the first merge.
 
         Returns:
             The step W - W_0 and the new momentum, both of the shape of `change`. Without momentum, the latter is None.
-            They may take the memory of the arguments.
         """
         return change, None
 
@@ -148,8 +147,8 @@ class Outer(MergeRule):
 
     def step(self, change: Tensor, momentum: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # Sums and products in place, since a new tensor takes as long as computing it.
-        M = change.clone() if momentum is None else momentum.mul_(self.momentum).add_(change)
-        return change.add_(self.momentum * M).mul_(self.lr), M
+        M = change if momentum is None else (self.momentum * momentum).add_(change)
+        return (self.momentum * M).add_(change).mul_(self.lr), M
 
 
 BY_NAME: dict[str, type[MergeRule]] = {"mean": Mean, "trained_only": TrainedOnly, "weighted": Weighted}
