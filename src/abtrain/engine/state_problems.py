@@ -25,7 +25,7 @@ from abtrain.merging.sharded_state import conversion_problem
 from abtrain.recipes import automatic
 from abtrain.recipes.recipe import Recipe
 
-VERSION = 10
+VERSION = 11
 """The version of the format of `ABTraining.state_dict`. Each change of the format increases it."""
 _MOST_NAMED = 4
 """The largest number of settings in a message."""

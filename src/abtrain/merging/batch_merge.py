@@ -190,7 +190,9 @@ def used_by_merge(wire: Wire, batches: Sequence[Batch], workers: int, hidden: bo
         narrow = wire.lossy and workers > 1
         coded = [held - size if narrow else held for held, size in zip(waiting, sizes, strict=True)]
         changes = sum(sizes) if len(batches) <= IN_FLIGHT else 0
-        part = min(max(sizes, default=0) // (workers if narrow else 1), PART * torch.float32.itemsize)
+        # Three or more workers average a chunk each.
+        chunks = workers if narrow and workers > 2 else 1
+        part = min(max(sizes, default=0) // chunks, PART * torch.float32.itemsize)
         return MergeMemory(0, changes + IN_FLIGHT * max(coded, default=0) + (_APPLIED - 1) * part)
     outcomes = [size * (2 if wire.lossy and workers > 1 else 1) for size in sizes]
     applied = _APPLIED * max(sizes, default=0)

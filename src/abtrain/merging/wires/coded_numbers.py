@@ -17,12 +17,12 @@ _PART = 3
 
 
 class CodedAverage(FlatAverage):
-    """An average of `count` numbers that is decoded part by part from uint8 rows (workers, bytes)."""
+    """An average of `count` numbers that is decoded part by part from uint8 rows (workers, bytes) in a code."""
 
     error: Tensor
 
-    def __init__(self, rows: Tensor, count: int, error: Tensor, taken: Tensor | None) -> None:
-        self.rows, self.count, self.error, self.taken = rows, count, error, taken
+    def __init__(self, rows: Tensor, count: int, code: Code, error: Tensor, taken: Tensor | None) -> None:
+        self.rows, self.count, self.code, self.error, self.taken = rows, count, code, error, taken
 
     def whole(self) -> WholeAverage:
         mean = allocated(self.count, torch.float32, self.rows.device)

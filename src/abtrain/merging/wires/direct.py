@@ -1,9 +1,9 @@
 """Defines a wire that averages over all workers and sends every number in few bits, with error feedback.
 
-Two workers send each other all their numbers. Of three or more, each worker sends every other worker a chunk of its
-numbers, sums the chunks that it receives in float32, and sends their average back, encoded again. This reply may use
-more bits: rounding errors of the first direction differ between workers and average out, and those of the reply are the
-same on all workers.
+Two workers send each other all their numbers, in the first code. Of three or more, each worker sends every other worker
+a chunk of its numbers, sums the chunks that it receives in float32, and sends their average back, encoded again. This
+reply may use more bits: rounding errors of the first direction differ between workers and average out, and those of the
+reply are the same on all workers.
 
 Rounding errors are returned to the caller, who adds them to the next merge (error feedback, Seide et al. 2014;
 Karimireddy et al., arXiv 1901.09847). The worker that averages a chunk also keeps the rounding error of its reply.
@@ -66,7 +66,7 @@ class DirectWire(Wire):
         if self._code.exact:
             return (sent_by_average(tensors),)
         counts = _counts(tensors)
-        if workers == 2:
+        if _in_one_message(workers):
             coded = [self._code.nbytes(padded(count, self._code)) for count in counts]
             return (tuple(Traffic("all_gather", "counterparts", nbytes) for nbytes in coded),)
         chunks, replies = [], []
@@ -80,7 +80,7 @@ class DirectWire(Wire):
         if self._code.exact:
             return sum(tensor.nbytes for tensor in tensors)
         counts = _counts(tensors)
-        if workers == 2:
+        if _in_one_message(workers):
             sizes = [padded(count, self._code) for count in counts]
             # Beside the rounding errors, each worker holds its codes, and receives those of both.
             return sum(torch.float32.itemsize * size + 3 * self._code.nbytes(size) for size in sizes)
@@ -110,8 +110,13 @@ def _average_narrowly(
     return unpack(means, like), unpack(errors, [tensor.float() for tensor in like])
 
 
+def _in_one_message(workers: int) -> bool:
+    """Returns whether each worker sends all its numbers at once. More workers would send more than by chunks."""
+    return workers == 2
+
+
 def _average_coded(numbers: Numbers, code: Code, reply: Code, comm: Communicator) -> Stages[FlatAverage]:
-    if comm.topology.n_groups == 2:
+    if _in_one_message(comm.topology.n_groups):
         return gather(numbers, code, comm)
     return exchange(numbers, code, reply, comm)
 

@@ -1,4 +1,4 @@
-"""Averages flat numbers of three or more workers in few bits.
+"""Averages flat numbers of three or more groups in few bits.
 
 They exchange encoded chunks, average one chunk each, and gather all averages.
 """
@@ -32,7 +32,7 @@ def exchange(numbers: Numbers, code: Code, reply: Code, comm: Communicator) -> S
     for row, data in enumerate(sent):
         encode(numbers, row * chunk, chunk, code, data, error)
     chunks = comm.launch_exchange(sent, "counterparts")
-    del sent, data
+    del numbers, sent, data
     yield
     answer = torch.empty(reply.nbytes(chunk), dtype=torch.uint8, device=device)
     start = chunk * comm.topology.group_of(comm.rank)
@@ -64,16 +64,16 @@ class _Chunks(CodedAverage):
     """The averages of all workers' chunks, one in each row."""
 
     def __init__(self, rows: Tensor, chunk: int, count: int, code: Code, error: Tensor, taken: Tensor | None) -> None:
-        super().__init__(rows, count, error, taken)
-        self._chunk, self._code = chunk, code
+        super().__init__(rows, count, code, error, taken)
+        self._chunk = chunk
 
     def parts(self) -> Parts:
         scratch = scratch_for(self._chunk, self.rows.device)
         for row, data in enumerate(self.rows):
-            for part in self._code.parts(data, self._chunk, scratch):
+            for part in self.code.parts(data, self._chunk, scratch):
                 start = row * self._chunk + part.place.start
                 stop = min(row * self._chunk + part.place.stop, self.count)
                 if start < stop:
                     values = values_of(part, scratch)
-                    self._code.decode_part(part, values, scratch)
+                    self.code.decode_part(part, values, scratch)
                     yield slice(start, stop), values[: stop - start]

@@ -1,13 +1,12 @@
-"""Averages flat numbers of two workers in few bits: each sends the other one all its numbers.
+"""Averages flat numbers of two groups in few bits: a worker and its counterpart send each other all numbers.
 
-Two workers send as many bytes as in `exchange.py`. But they round every number once instead of twice, wait for one
-message instead of two, and encode fewer numbers.
+They send no more bytes than by `exchange.py`. But they round every number once instead of twice, wait for one message
+instead of two, and encode fewer numbers.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from abtrain.comm.communicator import Communicator
 from abtrain.comm.stages import Stages
@@ -30,30 +29,26 @@ def padded(count: int, code: Code) -> int:
 
 def gather(numbers: Numbers, code: Code, comm: Communicator) -> Stages[FlatAverage]:
     """Sends all float32 numbers encoded, and averages what all workers have sent."""
-    count = padded(numbers.count, code)
+    count, chunk = numbers.count, padded(numbers.count, code)
     error, taken = memory_for_errors(numbers)
-    data = torch.empty(code.nbytes(count), dtype=torch.uint8, device=numbers.device)
-    encode(numbers, 0, count, code, data, error)
+    data = torch.empty(code.nbytes(chunk), dtype=torch.uint8, device=numbers.device)
+    encode(numbers, 0, chunk, code, data, error)
     gathered = comm.launch_all_gather(data, "counterparts")
-    del data
+    del numbers, data
     yield
-    return _Sums(gathered.wait(), numbers.count, code, error, taken)
+    return _Sums(gathered.wait(), count, code, error, taken)
 
 
 class _Sums(CodedAverage):
     """The sums of the numbers in all rows, divided by the number of workers."""
 
-    def __init__(self, rows: Tensor, count: int, code: Code, error: Tensor, taken: Tensor | None) -> None:
-        super().__init__(rows, count, error, taken)
-        self._code = code
-
     def parts(self) -> Parts:
-        count = padded(self.count, self._code)
+        count = padded(self.count, self.code)
         scratch = scratch_for(count, self.rows.device)
-        coded = [self._code.parts(row, count, scratch) for row in self.rows]
+        coded = [self.code.parts(row, count, scratch) for row in self.rows]
         for parts in zip(*coded, strict=True):
             total = values_of(parts[0], scratch)
-            sum_of(parts, self._code, total, scratch)
+            sum_of(parts, self.code, total, scratch)
             total /= len(self.rows)
             start, stop = parts[0].place.start, min(parts[0].place.stop, self.count)
             yield slice(start, stop), total[: stop - start]

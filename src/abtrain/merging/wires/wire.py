@@ -73,8 +73,8 @@ class Wire(ABC):
         return 2 * sum(tensor.nbytes for tensor in tensors)
 
     def stages(self, workers: int) -> int:
-        """Returns the largest number of times that `average` of two or more workers yields."""
-        return len(self.sends((), workers))
+        """Returns the largest number of times that `average` yields."""
+        return len(self.sends((), max(workers, 2)))
 
 
 def make_wire(name: str, workers: int) -> Wire:

@@ -165,8 +165,10 @@ def profiled(act: Any) -> int:
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-@pytest.mark.parametrize("wire", ["fp32", "int4"])
-def test_temporary_tensors_of_a_merge_are_predicted(wire: str, hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("wire", "workers"), [("fp32", 2), ("int4", 2), ("int4", 3)])
+def test_temporary_tensors_of_a_merge_are_predicted(
+    wire: str, workers: int, hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("abtrain.merging.batches.CAPACITY", 2**16)
     sync = WeightSync(4, Outer(), wire, delay=2 * hidden)
 
@@ -188,11 +190,11 @@ def test_temporary_tensors_of_a_merge_are_predicted(wire: str, hidden: bool, mon
                 act()
         return peak
 
-    real = run_in_process(2, merge)[0]
+    real = run_in_process(workers, merge)[0]
     tensors = {"w": torch.empty(512, 512, device="meta"), "v": torch.empty(512, 512, device="meta")}
-    predicted = used_by_merges(sync, tensors, {}, [], Topology(2, 1))
+    predicted = used_by_merges(sync, tensors, {}, [], Topology(workers, 1))
     most = predicted.most - hidden * bytes_of(tensors.values())
-    # What the other worker's thread frees stays in the count of this one.
+    # What other workers' threads free stays in the count of this one.
     assert 0.6 * most < real < 2 * most, (real, most)
 
 

@@ -83,10 +83,10 @@ def test_payload_is_that_share_of_float32(code: str, share: float, tolerance: fl
     assert run_in_process(4, work)[0] / (4 * 200_000) == pytest.approx(share, rel=tolerance)
 
 
-@pytest.mark.parametrize("code", CODES)
-def test_gloo_ranks_get_the_bits_of_threads(code: str) -> None:
-    threads = run_in_process(2, lambda comm: several_turns(comm, code, 3))
-    ranks = run_gloo(2, several_turns, code, 3)
+@pytest.mark.parametrize(("workers", "code"), [*((2, code) for code in CODES), (3, "int4"), (3, "ternary:int3")])
+def test_gloo_ranks_get_the_bits_of_threads(workers: int, code: str) -> None:
+    threads = run_in_process(workers, lambda comm: several_turns(comm, code, 3))
+    ranks = run_gloo(workers, several_turns, code, 3)
     assert [sent for _, _, sent in ranks] == [sent for _, _, sent in threads]
     for mine, other in zip(ranks[1][0], threads[0][0], strict=True):
         assert all(torch.equal(mine[name], other[name]) for name in SHAPES)

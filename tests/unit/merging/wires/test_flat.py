@@ -38,9 +38,10 @@ def merged(comm: Communicator, wire: str, rule: MergeRule) -> dict[str, Any]:
 
 @pytest.mark.parametrize("wire", ["fp32", "bf16", "int4", "ternary:int3"])
 @pytest.mark.parametrize("rule", [Mean(), Outer()], ids=["mean", "outer"])
-def test_parts_change_no_bit(wire: str, rule: MergeRule, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [2, 3])
+def test_parts_change_no_bit(wire: str, rule: MergeRule, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def results() -> list[dict[str, dict[str, Tensor]]]:
-        return run_in_process(3, lambda comm: merged(comm, wire, rule))
+        return run_in_process(workers, lambda comm: merged(comm, wire, rule))
 
     whole = results()
     monkeypatch.setattr(scratch, "_CACHED", 640)
