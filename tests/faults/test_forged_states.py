@@ -280,7 +280,7 @@ def test_states_that_are_right_alone_and_wrong_together() -> None:
 
     def progress(state: dict[str, Any]) -> None:
         merge = state["rounds"]["under_way"][0]
-        merge["progress"][1] = (merge["progress"][1] + 1) % 3
+        merge["progress"][1] = 1 - merge["progress"][1]
 
     def changes(*paths: str) -> Callable[[dict[str, Any]], None]:
         return lambda state: [put_at(state, path, {}) for path in paths] and None
